@@ -1,0 +1,231 @@
+"""Who gets memory, and at whose cost: what the pool looks at after every event. Synchronous, no clock, no I/O.
+
+`assign` walks everything and starts what can start, so that no event handler needs to know whom it unblocked.
+"""
+
+from engines.errors import OutOfMemory
+from engines.eviction import (
+    can_be_victim,
+    charges,
+    choose_victims,
+    deficit_bytes,
+    may_pass,
+    missing_bytes,
+    never_fits,
+    total_bytes,
+    without_leaving,
+)
+from engines.pool_effects import ArmTimer, ReadMemory, StartLoad, StartLocate
+from engines.pool_moments import is_idle_evictable, moments
+from engines.pool_state import PoolState
+from engines.pool_words import IDLE, kept_out, makes_room, still_loading
+from engines.slots import CHARGED, NOTHING, Need, Slot
+from engines.units import format_bytes
+
+
+class Admission:
+    """The queue for memory of one device. `is_fresh`: the device was read in this very step."""
+
+    def __init__(self, state: PoolState) -> None:
+        self.state = state
+        self.is_fresh = False
+        self._is_reading = False
+        self._is_contested = False
+        self._deficit_since_s: float | None = None
+        self._armed_at_s: float | None = None
+
+    def on_reading(self) -> None:
+        self.is_fresh, self._is_reading = True, False
+
+    def on_tick(self) -> None:
+        """The timer rang, perhaps a little early: it must be set again even for the same moment."""
+        self._armed_at_s = None
+
+    def matters(self, slot: Slot) -> bool:
+        """Whether anything could follow from the end of this slot's last lease: the warm path ends here if not.
+
+        A model's idle time needs no new timer while one rings earlier: what that one sees sets the next.
+        """
+        if slot.state != "ready" or self._is_contested:
+            return True
+        return is_idle_evictable(slot) and (self._armed_at_s is None or self._armed_at_s > slot.idle_at_s)
+
+    def assign(self) -> None:
+        """Let time and room have their effect: the order below is the order of precedence."""
+        self._end_patience()
+        self._end_quarantines()
+        self._evict_idle()
+        self._start_fetches()
+        self._queue_for_space()
+        self._pay_deficit()
+        self._serve_claims()
+        self._arm_timer()
+        self._is_contested = bool(self.state.claims()) or self._deficit_since_s is not None
+        self.is_fresh = False
+
+    # ---- time ----
+
+    def _end_patience(self) -> None:
+        for slot, waiter_id in self.state.expired():
+            self.state.fail(slot, waiter_id, still_loading(slot))
+
+    def _end_quarantines(self) -> None:
+        """A failed model that was asked to reside is tried again unasked; others wait for the next request."""
+        for slot in self.state.in_state("failed"):
+            if slot.is_wanted and self.state.now_s >= slot.retry_at_s:
+                end_quarantine(self.state, slot, "the quarantine is over")
+                self.state.make_claim(slot)
+
+    def _evict_idle(self) -> None:
+        for slot in self.state.in_state("ready"):
+            if is_idle_evictable(slot) and self.state.now_s >= slot.idle_at_s:
+                self.state.drain(slot, f"{IDLE} of {slot.keep_alive_s:g} s")
+
+    # ---- files ----
+
+    def _start_fetches(self) -> None:
+        """One fetch per model: a new generation waits until the old one's download has ended."""
+        busy = {slot.model_id for slot in self.state.in_state("fetching")}
+        for slot in self.state.in_state("absent"):
+            if slot.claim is not None and slot.work is None and slot.model_id not in busy:
+                self.state.move(slot, "fetching", "wanted")
+                self.state.start(slot, StartLocate(slot.slot_id, slot.spec))
+
+    def _queue_for_space(self) -> None:
+        for slot in self.state.in_state("cold"):
+            if slot.claim is not None:
+                self.state.move(slot, "waiting_space", "wanted")
+
+    # ---- room ----
+
+    def need(self, slot: Slot) -> Need:
+        """What to charge for a load: guesses are cut to what the pinned models leave."""
+        pinned = self._immovable()
+        return (slot.need or NOTHING).clipped(self.state.budget_bytes - total_bytes(charges(pinned)))
+
+    def _immovable(self) -> list[Slot]:
+        """Pinned and measured; one that still loads is charged by a guess, which must not refuse anybody."""
+        return [slot for slot in self.state.in_state("ready") if slot.is_pinned]
+
+    def _pay_deficit(self) -> None:
+        """A model measured larger than estimated: others make room for what it already holds, by the same rules."""
+        if deficit_bytes(self.state.charged(), self.state.budget_bytes) == 0:
+            self._deficit_since_s = None
+            return
+        if self._deficit_since_s is None:
+            self._deficit_since_s = self.state.now_s
+        is_overdue = self.state.now_s >= self._deficit_since_s + self.state.rules.patience_s
+        self._make_room(NOTHING, None, self.state.budget_bytes, is_overdue=is_overdue)
+
+    def _serve_claims(self) -> None:
+        """Oldest first. Four cases:
+
+        1. a claim that can never fit beside the pinned models is refused, whatever its place;
+        2. while a model loads, nobody else starts: its true size is not known yet;
+        3. the oldest claim makes room for itself;
+        4. a younger one passes when it fits now and delays no older one.
+        """
+        for slot in self.state.claims():
+            if never_fits(slot.need or NOTHING, self._immovable(), self.state.budget_bytes):
+                self._refuse(slot)  # (1)
+        claims = self.state.claims()
+        if not claims or self.state.in_state("loading", "warming"):  # (2)
+            return
+        head = claims[0]
+        limit = self.state.limit_bytes()
+        is_overdue = self.state.now_s >= head.claimed_at_s + self.state.rules.patience_s
+        if self._make_room(self.need(head), head, limit, is_overdue=is_overdue):
+            self._admit(head)  # (3)
+            return
+        passing = next((slot for at, slot in enumerate(claims) if at and self._may_pass(slot, claims[:at])), None)
+        if passing is not None:
+            self._admit(passing)  # (4)
+
+    def _make_room(self, need: Need, claimant: Slot | None, limit: int, *, is_overdue: bool) -> bool:
+        """Whether `need` fits now; if not, sees to it that it will. Five cases:
+
+        1. it fits;
+        2. it will fit when those that are leaving have left: wait for them;
+        3. idle victims suffice: they leave;
+        4. the claim is overdue, and idle and busy victims suffice: they get no new leases and drain;
+        5. nothing suffices yet: nobody leaves.
+        """
+        charged = self.state.charged()
+        if missing_bytes(charged, need, limit) == 0:
+            return True  # (1)
+        staying = without_leaving(charged)
+        if missing_bytes(staying, need, limit) == 0:
+            return False  # (2)
+        victims = choose_victims(staying, self._candidates(even_leased=False), need, limit)  # (3)
+        if victims is None and is_overdue:
+            victims = choose_victims(staying, self._candidates(even_leased=True), need, limit)  # (4)
+        missing = missing_bytes(staying, need, limit)
+        for victim in victims or ():  # (5)
+            self._evict(victim, claimant, need, missing)
+        return False
+
+    def _candidates(self, *, even_leased: bool) -> list[Slot]:
+        state = self.state
+        return [
+            slot
+            for slot in state.slots.values()
+            if can_be_victim(slot, state.rules, state.now_s, even_leased=even_leased)
+        ]
+
+    def _evict(self, victim: Slot, claimant: Slot | None, need: Need, missing: int) -> None:
+        """Taking turns is when the claimant itself last left for this victim: more memory would end it."""
+        if claimant is None:
+            self.state.drain(victim, f"memory is over the budget by {format_bytes(missing)}")
+            return
+        is_turn = claimant.evicted_for == victim.model_id
+        cause = makes_room(claimant, need, missing, is_turn=is_turn)
+        self.state.drain(victim, cause, claimant.model_id, missing if is_turn else 0)
+
+    def _may_pass(self, slot: Slot, older: list[Slot]) -> bool:
+        need = self.need(slot)
+        if missing_bytes(self.state.charged(), need, self.state.limit_bytes()) > 0:
+            return False
+        since_s = min(other.claimed_at_s for other in older)
+        stayers = [other for other in self.state.charged() if other.is_pinned or other.load_began_at_s >= since_s]
+        return may_pass(need, [self.need(other) for other in older], stayers, self.state.limit_bytes())
+
+    def _admit(self, slot: Slot) -> None:
+        """The device is read before each load: other processes use it too. The answer comes back as an event."""
+        if not self.is_fresh:
+            if not self._is_reading:
+                self._is_reading = True
+                self.state.effects.append(ReadMemory())
+            return
+        if slot.files is None:
+            raise RuntimeError(f"bug: {slot.model_id} waits for space without files")
+        need = self.need(slot)
+        self.state.move(slot, "loading", f"{format_bytes(need.total_bytes)} admitted")
+        slot.charge, slot.load_began_at_s = need, self.state.now_s
+        self.state.start(slot, StartLoad(slot.slot_id, slot.spec, slot.files, need))
+
+    def _refuse(self, slot: Slot) -> None:
+        """Waiting would not help; an operator's word would."""
+        message = kept_out(slot, total_bytes(charges(self._immovable())), self.state.budget_bytes)
+        self.state.fail_waiters(slot, lambda: OutOfMemory(message))
+        self.state.drop_claim(slot, message)
+
+    # ---- timer ----
+
+    def _arm_timer(self) -> None:
+        at_s = min(moments(self.state, self._deficit_since_s), default=None)
+        if at_s != self._armed_at_s:
+            self._armed_at_s = at_s
+            self.state.effects.append(ArmTimer(at_s))
+
+
+def end_quarantine(state: PoolState, slot: Slot, cause: str) -> None:
+    """The next attempt has all its second chances again."""
+    slot.had_oom = slot.had_refetch = False
+    state.move(slot, "cold" if slot.files else "absent", cause)
+
+
+def claimed_bytes(state: PoolState) -> int:
+    """Weights that claims will need and are not charged yet: placement counts them, or herds over-commit a host."""
+    return sum(
+        s.need.weight_bytes for s in state.slots.values() if s.claim is not None and s.need and s.state not in CHARGED
+    )

@@ -1,0 +1,136 @@
+"""The door: one device, its pool and its engines. Unaware of other devices, of where it runs, and of who calls.
+
+host = Host(config, specs, files, loader)
+await host.start()
+embeddings = await host.embed(EmbedCall(model_id="…", texts=("…",)))
+await host.aclose()
+"""
+
+from collections.abc import AsyncIterator, Mapping
+
+import msgspec
+import structlog
+
+from engines.errors import DeviceDown
+from engines.host_config import HostConfig, World, real_world, suits
+from engines.pool_shell import Pool
+from engines.protocols import Files, Loader
+from engines.pulse import fault_of
+from engines.records import EmbedCall, Embeddings, Event, HostSnapshot, ModelStatus, Plan, State
+from engines.spec import ModelSpec
+from engines.units import Budget
+
+__all__ = ["Host", "HostConfig", "World", "real_world", "suits"]
+
+log = structlog.get_logger(__name__)
+
+
+class Host:
+    """The models of one device. All calls come from one event loop; errors are those of `engines/errors.py`."""
+
+    def __init__(
+        self,
+        config: HostConfig,
+        specs: Mapping[str, ModelSpec],
+        files: Files,
+        loader: Loader,
+        world: World | None = None,
+    ) -> None:
+        """`files` may be shared with other hosts: then a model is fetched once for all of them.
+
+        Of `specs`, the host serves those that may run on its device. It loads none of them unasked.
+        """
+        self.config = config
+        world = world or real_world(config)
+        self._time = world.time
+        self._pulse = world.pulse
+        self.fault = ""
+        self._pool = Pool(config, self._own(specs), files, loader, world)
+
+    def __repr__(self) -> str:
+        return f"<Host {self.config.host_id} on {self.config.device}: {self._pool!r}>"
+
+    async def start(self) -> None:
+        """Read the device and look what is on disk; afterwards calls are served."""
+        await self._pool.start()
+
+    async def embed(self, call: EmbedCall) -> Embeddings:
+        """Texts in, vectors out; a cold model is waited for as long as the call allows.
+
+        Raises:
+            DeviceDown: since the last `check`, or because of it.
+        """
+        if self.fault:
+            raise DeviceDown(self.fault)
+        asked_s = self._time.now_s()
+        async with self._pool.lease(call) as engine:
+            load_s = self._time.now_s() - asked_s
+            answer = await engine.embed(call)
+        return msgspec.structs.replace(answer, timings=msgspec.structs.replace(answer.timings, load_s=load_s))
+
+    async def preload(self, model_id: str, *, pin: bool = False, wait: bool = True) -> ModelStatus:
+        """Load the model; returns when it is ready, or at once when `wait` is false."""
+        return await self._pool.preload(model_id, pin=pin, wait=wait)
+
+    async def evict(self, model_id: str, *, force: bool = False, timeout_s: float = 30.0) -> ModelStatus:
+        """Wait for the running requests, then free the model.
+
+        Raises:
+            ModelPinned: pinned, and not forced.
+            ModelInUse: requests were still running at the time-out; the model serves on.
+        """
+        return await self._pool.evict(model_id, force=force, timeout_s=timeout_s)
+
+    async def reload(self, specs: Mapping[str, ModelSpec], budget: Budget | None = None) -> None:
+        """Serve these models from now on, in this much memory; only what changed is touched."""
+        if budget is not None:
+            self._pool.set_budget(budget)
+        self._pool.reload(self._own(specs))
+
+    async def aclose(self, *, grace_s: float = 30.0) -> None:
+        """Admit nothing new, finish what was admitted within the grace time, free everything."""
+        await self._pool.aclose(grace_s)
+
+    def state(self, model_id: str) -> State | None:
+        """Where the model stands here, None when this host does not serve it; cheap enough for every request."""
+        return self._pool.state_of(model_id)
+
+    def plan(self, model_id: str) -> Plan:
+        """What loading the model would do, without doing it."""
+        return self._pool.plan(model_id)
+
+    async def size(self, model_id: str) -> None:
+        """Learn what the model takes before it is planned: from its files, or a few kilobytes of them from the hub."""
+        await self._pool.size(model_id)
+
+    def status(self, model_id: str) -> ModelStatus:
+        """One model here.
+
+        Raises:
+            ModelNotFound: not served by this host.
+        """
+        return self._pool.status(model_id)
+
+    def snapshot(self) -> HostSnapshot:
+        """Everything here, now; never blocks."""
+        return self._pool.snapshot()
+
+    def check(self) -> str:
+        """Look whether the device still answers; what is wrong with it, empty when nothing is.
+
+        Calls that wait on a device that is down are told at once: to be called every second or so.
+        """
+        fault = fault_of(self.config.device, self._pulse(), self.config.watchdog_s)
+        if fault and not self.fault:
+            log.error("device.down", host=self.config.host_id, fault=fault)
+        if fault:
+            self._pool.interrupt(lambda: DeviceDown(fault))
+        self.fault = fault
+        return fault
+
+    def events(self, after: int | None = None) -> AsyncIterator[Event]:
+        """Events from this call on; with `after`, the remembered ones since that `seq` first."""
+        return self._pool.log.follow(after)
+
+    def _own(self, specs: Mapping[str, ModelSpec]) -> dict[str, ModelSpec]:
+        return {model_id: spec for model_id, spec in specs.items() if suits(self.config.device, spec.device)}

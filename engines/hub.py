@@ -1,0 +1,129 @@
+"""Where models' files come from: hub repositories, folders and installed packages behind one `Files`.
+
+Owns the kinds of source and the rule that a process fetches a model once, however many hosts ask. The work is done in
+`repository` (hub ids) and `local_folder`. Knows neither devices nor what the files are used for.
+"""
+
+import shutil
+from pathlib import Path
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # as in engines/download.py
+
+from engines.download import Hub, HubConfig
+from engines.errors import BadModel, SourceNotFound
+from engines.flight import Flights
+from engines.hub_cache import Manifest, RepoCache, is_commit
+from engines.hub_errors import not_a_source
+from engines.local_folder import LocalFolder, is_local
+from engines.protocols import Progress
+from engines.records import ModelFiles
+from engines.repository import FreeBytes, Repository
+from engines.selection import is_safe
+from engines.spec import ModelSpec
+from engines.weights import WeightCount, target_dtype
+
+_MAIN = "main"
+
+
+def free_disk_bytes(path: str) -> int:
+    """Free bytes on the disk that holds `path`, which need not exist yet."""
+    existing = next(parent for parent in (Path(path), *Path(path).absolute().parents) if parent.exists())
+    return shutil.disk_usage(existing).free
+
+
+class ModelStore:
+    """`Files` of `engines/protocols.py`. Threads may share it.
+
+    Args:
+        config: where the hub and its cache are; by default what huggingface_hub reads from the environment.
+        free_bytes: free bytes on the disk of a path.
+    """
+
+    def __init__(self, config: HubConfig | None = None, *, free_bytes: FreeBytes = free_disk_bytes) -> None:
+        self._config = config or HubConfig()
+        self._hub = Hub(self._config)
+        self._free_bytes = free_bytes
+        self._flights = Flights()
+        self._unwritten: dict[Path, Manifest] = {}
+        self._counts: dict[tuple[str, str | None], WeightCount] = {}
+
+    def locate(self, spec: ModelSpec) -> ModelFiles | None:
+        """The model's files when they are whole on disk, without touching the network; None when they are not."""
+        try:
+            if is_local(spec.source):
+                return self._folder(spec).files()
+            return self._repository(spec).locate()
+        except (BadModel, OSError):
+            return None
+
+    def fetch(self, spec: ModelSpec, on_progress: Progress, *, refresh: bool = False) -> ModelFiles:
+        """Bring the files to disk, verified; calls for the same files share one download.
+
+        `refresh` asks the hub what a branch or tag stands for now, even when the files are here.
+
+        Raises:
+            SourceError, BrokenFiles: see `engines/errors.py`; the message names the cure.
+            UnsupportedModel: no weights in a format that we read.
+            ShuttingDown: the store was closed.
+        """
+        if is_local(spec.source):
+            files = self._folder(spec).files()
+        else:
+            repository = self._repository(spec)
+            located = None if refresh and not is_commit(spec.revision or _MAIN) else repository.locate()
+            if located is None:
+                key = (spec.source, spec.revision, spec.trust_remote_code)
+                flight = self._flights.join(key, lambda tally: repository.fetch(tally, self._free_bytes))
+                return flight.wait(on_progress)
+            files = located
+        on_progress(files.size_bytes, files.size_bytes)
+        return files
+
+    def discard(self, spec: ModelSpec, file: str | None) -> bool:
+        """Remove a corrupt file (or all, when None); False where the files are not ours to remove."""
+        if is_local(spec.source):
+            return False
+        self._repository(spec).discard(file)
+        return True
+
+    def weight_bytes(self, spec: ModelSpec, device: str) -> int | None:
+        """Bytes of the weights on `device` in the spec's dtype, before any download; None when unknown.
+
+        Exact for safetensors, but for heads that an embedder drops (`WeightCount.bytes_in`). Blocks: it may ask
+        the hub for a listing and a few kilobytes of each weight file.
+        """
+        try:
+            return self._count(spec).bytes_in(target_dtype(spec.dtype, device))
+        except (BadModel, OSError):
+            return None
+
+    def close(self) -> None:
+        """Let running downloads end with `ShuttingDown`; what they brought is gone on with at the next start."""
+        self._hub.close()
+
+    def _count(self, spec: ModelSpec) -> WeightCount:
+        """Counts that cost requests are kept until the files are here; those of local files are read anew."""
+        if is_local(spec.source):
+            return self._folder(spec).count_weights()
+        repository = self._repository(spec)
+        if repository.locate() is not None:
+            return repository.count_weights()
+        key = (spec.source, spec.revision)
+        if key not in self._counts:
+            self._counts[key] = repository.count_weights()
+        return self._counts[key]
+
+    def _folder(self, spec: ModelSpec) -> LocalFolder:
+        return LocalFolder(spec.source, spec.model_id, with_code=spec.trust_remote_code)
+
+    def _repository(self, spec: ModelSpec) -> Repository:
+        revision = spec.revision or _MAIN
+        try:
+            validate_repo_id(spec.source)
+        except HFValidationError as error:
+            raise not_a_source(spec.source) from error
+        if not is_safe(revision):
+            raise SourceNotFound(f"{revision!r} is no revision of {spec.source}: correct 'revision' in the registry")
+        cache = RepoCache(Path(self._config.cache_dir), spec.source, revision, self._unwritten)
+        return Repository(self._hub, cache, with_code=spec.trust_remote_code)

@@ -1,0 +1,76 @@
+"""Where texts lie in a packed row, and which of them share a padded batch. Knows lengths, and nothing of models."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+
+# Of the tokens of a padded batch, padding may be this share before the batch is cut in two.
+PADDING_SHARE = 0.25
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """`count` texts of `length` tokens that start at token `start` of the row."""
+
+    start: int
+    count: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        """The token behind the last one."""
+        return self.start + self.count * self.length
+
+
+class Layout:
+    """Where each text lies in a packed row.
+
+    Args:
+        lengths: tokens of each text, sorted (either way), so that equal lengths are neighbours.
+        device: where `starts`, `ends`, `segments` and `offsets` live.
+
+    Attributes:
+        starts, ends: int64 `[n]`, first token of each text and the one behind its last.
+        segments: int64 `[T]`, the text that each token belongs to.
+        positions: int64 `[T]`, the place of each token inside its text, from 0.
+        offsets: int32 `[n + 1]`, as flash attention's `cu_seq_lens` wants it.
+    """
+
+    def __init__(self, lengths: list[int], device: torch.device) -> None:
+        self.lengths = lengths
+        self.num_tokens = sum(lengths)
+        self.longest = max(lengths)
+        sizes = torch.tensor(lengths, dtype=torch.int64)
+        ends = sizes.cumsum(0)
+        segments = torch.repeat_interleave(torch.arange(len(lengths)), sizes, output_size=self.num_tokens)
+        starts = ends - sizes
+        self.starts = starts.to(device, non_blocking=True)
+        self.ends = ends.to(device, non_blocking=True)
+        self.segments = segments.to(device, non_blocking=True)
+        self.positions = (torch.arange(self.num_tokens) - starts[segments]).to(device, non_blocking=True)
+        self.offsets = torch.cat([starts[:1], ends]).to(device, torch.int32, non_blocking=True)
+        self.groups = _groups(lengths)
+
+
+def _groups(lengths: list[int]) -> tuple[Group, ...]:
+    groups, start = [], 0
+    for length, run in groupby(lengths):
+        group = Group(start, sum(1 for _ in run), length)
+        groups.append(group)
+        start = group.end
+    return tuple(groups)
+
+
+def similar_lengths(lengths: Sequence[int], padding_share: float = PADDING_SHARE) -> Iterator[tuple[int, int]]:
+    """Cut sorted lengths into runs (start, end) whose padding stays within a share of what is computed."""
+    start, real = 0, 0
+    for end, length in enumerate(lengths):
+        real += length
+        longest = max(lengths[start], length)
+        if real < (1 - padding_share) * longest * (end + 1 - start):
+            yield start, end
+            start, real = end, length
+    if lengths:
+        yield start, len(lengths)

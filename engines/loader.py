@@ -1,0 +1,131 @@
+"""Model folder → engine on a device. One loader a device; the caller holds the process-wide load lock.
+
+transformers' loading is not thread-safe (four threads, a hundred loads: four models came out silently wrong), which
+is why `LOAD_LOCK` exists and why nothing else in this process may call `from_pretrained`.
+"""
+
+import ctypes
+import gc
+import warnings
+from collections.abc import Mapping
+from concurrent.futures import Executor
+from pathlib import Path
+
+import torch
+import transformers
+from msgspec import Struct, structs
+
+from engines.batch import Limit
+from engines.builders import build
+from engines.device import Lane
+from engines.encoder import weight_bytes, workspace_bytes
+from engines.engine import EngineLimits, Parts, TextEngine
+from engines.errors import OutOfMemory, UnsupportedModel
+from engines.folder import PLACEHOLDER_PROMPTS, read_folder
+from engines.pausing import pausing
+from engines.records import ModelFiles, ModelInfo, fingerprint
+from engines.selfcheck import Canaries, choose_attention
+from engines.spec import Matryoshka, ModelSpec
+
+# Batches of this many tokens fit in a core's cache on CPU and fill a GPU.
+_BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
+
+
+class LoaderSettings(Struct, frozen=True, kw_only=True):
+    """What the server's settings say to engines; `None` means the device's default."""
+
+    max_batch_tokens: int | None = None
+    max_batch_items: int = 512
+    max_queue_items: int = 8192
+    batch_timeout_s: float = 0.0
+    target_dim: int | None = None
+    canary_folder: Path | None = None
+
+
+class TorchLoader:
+    """Loads models onto one device (`engines.protocols.Loader`).
+
+    Args:
+        device: `cpu` or `cuda:N`.
+        lane: where the engines take turns.
+        threads: where they tokenise.
+        settings: their limits.
+    """
+
+    def __init__(self, device: str, lane: Lane, threads: Executor, settings: LoaderSettings) -> None:
+        self._device = torch.device(device)
+        self._lane = lane
+        self._threads = threads
+        self._settings = settings
+        self._canaries = Canaries(settings.canary_folder)
+        transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # untyped upstream
+        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # untyped upstream
+
+    def load(self, spec: ModelSpec, files: ModelFiles) -> TextEngine:
+        """Build the engine; see `Loader.load`."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return self._load(spec, files)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(f"{self._device} has no memory left to load {spec.model_id}") from error
+
+    def _load(self, spec: ModelSpec, files: ModelFiles) -> TextEngine:
+        folder = read_folder(Path(files.path))
+        encoder, tokenizer, dtype = build(folder, spec, self._device)
+        prompts = {**folder.prompts, **spec.prompts}
+        info = ModelInfo(
+            dimensions=encoder.dimensions,
+            max_tokens=tokenizer.max_tokens,
+            dtype=dtype,
+            attention=encoder.attention,
+            prompts=prompts,
+            matryoshka=spec.matryoshka or Matryoshka(widths=folder.widths),
+        )
+        parts = Parts(encoder, tokenizer, with_default_prompt(spec, folder.default_prompt, prompts), info)
+        key = fingerprint([spec.model_id, files.revision, dtype, self._device.type, spec.pooling, spec.max_tokens])
+
+        def check() -> tuple[ModelInfo, int]:
+            with pausing(encoder.layers(), self._lane.give_way):
+                vectors, notes = choose_attention(encoder, tokenizer, dtype)
+            self._canaries.compare(key, vectors, dtype)
+            return structs.replace(info, attention=encoder.attention, notes=notes), workspace
+
+        limits = self._limits(spec, folder.truncate_dim)
+        workspace = workspace_bytes(encoder, limits.batch.max_tokens)
+        size = weight_bytes(encoder)
+        return TextEngine(parts, self._lane, self._threads, limits, check, self._release, size)
+
+    def _limits(self, spec: ModelSpec, truncate_dim: int | None) -> EngineLimits:
+        settings = self._settings
+        tokens = spec.max_batch_tokens or settings.max_batch_tokens or _BATCH_TOKENS[self._device.type]
+        return EngineLimits(
+            batch=Limit(tokens, settings.max_batch_items),
+            max_queue_items=settings.max_queue_items,
+            batch_timeout_s=settings.batch_timeout_s,
+            target_dim=settings.target_dim or truncate_dim,
+        )
+
+    def _release(self) -> None:
+        """Give freed memory back: Python's cycles, torch's cache, and the C library's arenas."""
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+
+def with_default_prompt(spec: ModelSpec, stated: str | None, prompts: Mapping[str, str]) -> ModelSpec:
+    """The spec with its default prompt settled: the registry's, else the folder's (`default_prompt_name`).
+
+    Raises:
+        UnsupportedModel: no prompt has that name; leaving it out in silence would be a wrong vector.
+    """
+    name = spec.default_prompt or stated
+    if name is not None and name not in (*prompts, *PLACEHOLDER_PROMPTS):
+        known = ", ".join(sorted(prompts)) or "none"
+        raise UnsupportedModel(
+            f"the default prompt is {name!r}, but the prompts are {known}; name one, or add it to `prompts`"
+        )
+    return structs.replace(spec, default_prompt=name)

@@ -1,0 +1,118 @@
+"""The real hosts of this machine: its devices, a lane and a loader for each, one store of files for all.
+
+The composition root of this package; importing it imports torch, so the door (`engines/host.py`) does not.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from msgspec import Struct, structs
+
+from engines.device import Lane
+from engines.download import HubConfig
+from engines.errors import InvalidValue
+from engines.host import Host, HostConfig, real_world
+from engines.hub import ModelStore
+from engines.loader import LoaderSettings, TorchLoader
+from engines.measurements import Measurements
+from engines.slots import Rules
+from engines.spec import ModelSpec
+from engines.units import Budget
+
+__all__ = ["LoaderSettings", "Machine", "MachineConfig", "find_devices"]
+
+# Up to so many cores the forward pass takes them all; beyond, one is left to the event loop.
+_SHARED_CORES = 2
+
+
+class MachineConfig(Struct, frozen=True, kw_only=True):
+    """What the server's settings say about this machine.
+
+    `devices`: `auto`, `cpu`, `cuda`, `cuda:N`, several of them; `cores`: those that this process may use.
+    `hub`: None is what huggingface_hub reads from the environment.
+    """
+
+    devices: tuple[str, ...] = ("auto",)
+    budget: Budget = Budget(fraction=0.8)
+    cores: int = 1
+    tokenizer_threads: int = 1
+    state_folder: Path | None = None
+    watchdog_s: float = 120.0
+    loader: LoaderSettings = LoaderSettings()
+    rules: Rules = Rules()
+    hub: HubConfig | None = None
+
+
+class Machine:
+    """All hosts of this process, and what they share.
+
+    Args:
+        config: the machine's part.
+        specs: the models that may be served.
+    """
+
+    def __init__(self, config: MachineConfig, specs: Mapping[str, ModelSpec]) -> None:
+        folder = config.state_folder
+        self._threads = ThreadPoolExecutor(config.tokenizer_threads, thread_name_prefix="tokenize")
+        self._store = ModelStore(config.hub)
+        self._lanes: list[Lane] = []
+        self._measurements = Measurements(folder / "measurements.json" if folder else None)
+        self._loader_settings = structs.replace(config.loader, canary_folder=folder / "canaries" if folder else None)
+        self.hosts = tuple(self._host(device, config, specs) for device in find_devices(config.devices))
+
+    def close(self) -> None:
+        """End the threads; the hosts must be closed before."""
+        self._store.close()
+        for lane in self._lanes:
+            lane.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def lanes(self) -> Sequence[Lane]:
+        """One for each host, in their order."""
+        return self._lanes
+
+    def _host(self, device: str, config: MachineConfig, specs: Mapping[str, ModelSpec]) -> Host:
+        lane = Lane(device, _preparation(device, config.cores))
+        self._lanes.append(lane)
+        loader = TorchLoader(device, lane, self._threads, self._loader_settings)
+        own = HostConfig(
+            host_id=device, device=device, budget=config.budget, watchdog_s=config.watchdog_s, rules=config.rules
+        )
+        world = structs.replace(real_world(own, self._measurements), pulse=lane.pulse)
+        return Host(own, specs, self._store, loader, world)
+
+
+def find_devices(wanted: Sequence[str]) -> tuple[str, ...]:
+    """The devices behind `DEVICE`: `auto` is every GPU there is, else the CPU.
+
+    Raises:
+        InvalidValue: a GPU is asked for that is not here.
+    """
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    found: list[str] = []
+    for device in wanted:
+        if device == "auto":
+            found += [f"cuda:{index}" for index in range(num_gpus)] or ["cpu"]
+        else:
+            found.append("cuda:0" if device == "cuda" else device)
+    for device in found:
+        if device != "cpu" and int(device.removeprefix("cuda:")) >= num_gpus:
+            raise InvalidValue(
+                f"DEVICE names {device}, but this machine has {num_gpus} CUDA devices that torch can use"
+            )
+    return tuple(dict.fromkeys(found))
+
+
+def _preparation(device: str, cores: int) -> Callable[[], None]:
+    """What the lane's thread does first: torch keeps its number of threads for each thread that calls it."""
+
+    def prepare() -> None:
+        if device == "cpu":
+            torch.set_num_threads(cores if cores <= _SHARED_CORES else cores - 1)
+        else:
+            torch.cuda.set_device(torch.device(device))
+
+    return prepare

@@ -1,0 +1,213 @@
+"""Which models are in this device's memory: a pure, synchronous, single-writer state machine.
+
+    absent ─► fetching ─► cold ─► waiting_space ─► loading ─► warming ─► ready ─► draining ─► unloading ─► cold
+                 │                     │              │          │                   │            │
+                 │                     └─► cold       │          └─► unloading       └─► ready    │
+                 │                     kept out by    │              no good, or         the      │
+                 │                     pinned models  │              replaced            operator │
+                 │                                    │                                  gave up  │
+                 ├─► absent  never fits, unwanted     ├─► cold       out of memory, once          │
+                 │                                    ├─► fetching   broken files, once ◄─────────┤
+                 │                                    ├─► unloading  nobody wants it now          │
+                 └─► failed ◄─────────────────────────┴───────────────────────────────────────────┘
+                        └─► absent, cold  when the quarantine ends; on disk already: absent ─► cold
+    any state without memory or work ─► retired  gone from the registry, or replaced by a new generation
+
+`handle(event, now_s)` is the only door. It knows no loop, no thread, no clock and no engine; `engines/pool_shell.py`
+carries the effects out. Deciding who gets memory is `engines/admission.py`, changing a slot `engines/pool_state.py`.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+
+from engines.admission import Admission, end_quarantine
+from engines.errors import ModelPinned
+from engines.generations import reload
+from engines.pool_effects import Effect, Fail
+from engines.pool_events import Acquire, BudgetChanged, Cancel, Drain, Evict, PoolEvent, Preload, Release, Reload, Tick
+from engines.pool_outcomes import Outcomes
+from engines.pool_state import PoolState
+from engines.pool_words import EVICTED, SHUTDOWN, load_error, not_found, shutting_down, too_large
+from engines.slots import Rules, Slot, Waiter
+from engines.spec import ModelSpec
+
+
+class PoolCore:
+    """All slots of one device. Called from one thread only; never blocks."""
+
+    def __init__(
+        self,
+        specs: Mapping[str, ModelSpec],
+        *,
+        budget_bytes: int,
+        rules: Rules | None = None,
+        jitter: Callable[[], float] = lambda: 0.5,
+    ) -> None:
+        """`jitter`: a number in [0, 1) for each failure, so that a fleet does not try again in step."""
+        self.state = PoolState(specs, budget_bytes, rules or Rules())
+        self.admission = Admission(self.state)
+        self._handlers: dict[type, Callable[..., bool | None]] = {
+            Acquire: self._acquire,
+            Cancel: self._cancel,
+            Release: self._release,
+            Preload: self._preload,
+            Evict: self._evict,
+            Reload: self._reload,
+            Drain: self._drain,
+            Tick: self._tick,
+            BudgetChanged: self._budget_changed,
+            **Outcomes(self.state, jitter).handlers,
+        }
+
+    def handle(self, event: PoolEvent, now_s: float) -> list[Effect]:
+        """One step: the event, then everything that it made possible. `now_s` never goes back.
+
+        A handler that returns True has changed nothing that others could wait for.
+        """
+        self.state.now_s, self.state.effects = now_s, []
+        if not self._handlers[type(event)](event):
+            self.admission.assign()
+        return self.state.effects
+
+    def __repr__(self) -> str:
+        slots = self.state.slots.values()
+        states = ", ".join(f"{count} {state}" for state, count in sorted(Counter(s.state for s in slots).items()))
+        leases, waiters = sum(len(s.leases) for s in slots), sum(len(s.waiters) for s in slots)
+        return f"<Pool [Models: {states or 'none'} | Leases: {leases} | Waiters: {waiters}]>"
+
+    # ---- what callers ask ----
+
+    def _acquire(self, event: Acquire) -> bool:
+        """Six cases:
+
+        1. the host drains;             2. no such model;
+        3. ready: granted in this step, whatever else goes on;
+        4. quarantined: the cause;      5. known never to fit;
+        6. it waits, and the model has a claim from now on.
+        """
+        slot = self.state.current.get(event.model_id)
+        waiter = Waiter(event.waiter_id, event.keep_alive_s, event.deadline_s)
+        if self.state.is_draining:
+            self.state.effects.append(Fail(event.waiter_id, shutting_down()))  # (1)
+            return True
+        if slot is None:
+            self.state.effects.append(Fail(event.waiter_id, not_found(event.model_id)))  # (2)
+            return True
+        if slot.state == "ready":
+            self.state.grant(slot, waiter)  # (3)
+            return True
+        if slot.state == "failed" and self.state.now_s < slot.retry_at_s and slot.failure:
+            self.state.effects.append(Fail(event.waiter_id, load_error(slot, slot.failure, self.state.now_s)))  # (4)
+            return True
+        if self.state.is_too_large(slot.need):
+            self.state.effects.append(Fail(event.waiter_id, too_large(slot, self.state.budget_bytes)))  # (5)
+            return True
+        if slot.state == "failed":
+            end_quarantine(self.state, slot, "asked for again")
+        self.state.add_waiter(slot, waiter)  # (6)
+        self.state.make_claim(slot)
+        return False
+
+    def _cancel(self, event: Cancel) -> bool:
+        """Four cases: 1. answered with an error 2. a waiter 3. a lease, perhaps of this very tick 4. an evictor."""
+        slot = self.state.holders.get(event.waiter_id)
+        if slot is None:
+            return True  # (1)
+        if event.waiter_id in slot.waiters:  # (2): the claim stays, for a load belongs to the model
+            del slot.waiters[event.waiter_id], self.state.holders[event.waiter_id]
+            return False
+        if event.waiter_id in slot.leases:
+            return self._give_back(slot, event.waiter_id)  # (3)
+        slot.evictors.discard(event.waiter_id)  # (4)
+        del self.state.holders[event.waiter_id]
+        self._undo_evict(slot)
+        return False
+
+    def _release(self, event: Release) -> bool:
+        slot = self.state.holders.get(event.waiter_id)
+        if slot is None or event.waiter_id not in slot.leases:
+            raise RuntimeError(f"bug: lease {event.waiter_id} is given back, but nobody holds it")
+        return self._give_back(slot, event.waiter_id)
+
+    def _give_back(self, slot: Slot, waiter_id: int) -> bool:
+        """Only a model's last lease can matter to anybody else."""
+        self.state.give_back(slot, waiter_id)
+        self.state.unload_if_free(slot)
+        return bool(slot.leases) or not self.admission.matters(slot)
+
+    def _preload(self, event: Preload) -> None:
+        """Four cases:
+
+        1. no such model, shutting down or never to fit: nothing (a waiter beside it gets the error);
+        2. ready;  3. quarantined: an operator's word ends that;  4. on its way or leaving: its claim stands.
+        """
+        slot = self.state.current.get(event.model_id)
+        if slot is None or self.state.is_draining or self.state.is_too_large(slot.need):
+            return  # (1)
+        slot.operator_pin = slot.operator_pin or event.is_pin
+        if slot.state == "ready":
+            return  # (2)
+        if slot.state == "failed":
+            end_quarantine(self.state, slot, "preload")  # (3)
+        slot.is_wanted = True
+        self.state.make_claim(slot)  # (4)
+
+    def _evict(self, event: Evict) -> None:
+        """Five cases:
+
+        1. no such model;  2. pinned, and not forced;
+        3. not in memory and not getting there: done, and a claim that nobody waits for is dropped;
+        4. ready: drains;  5. on its way: drains once its waiters are granted; leaving already: told then.
+        """
+        slot = self.state.current.get(event.model_id)
+        if slot is None:
+            self.state.effects.append(Fail(event.waiter_id, not_found(event.model_id)))  # (1)
+            return
+        if slot.is_pinned and not event.is_forced:
+            message = f"model {event.model_id!r} is pinned; evict it with force"
+            self.state.effects.append(Fail(event.waiter_id, ModelPinned(message)))  # (2)
+            return
+        slot.operator_pin, slot.is_wanted = False, False
+        slot.evictors.add(event.waiter_id)
+        self.state.holders[event.waiter_id] = slot
+        if slot.state in ("absent", "fetching", "cold", "waiting_space", "failed"):
+            if not slot.waiters:
+                self.state.drop_claim(slot, EVICTED)
+            self.state.tell_evictors(slot)  # (3)
+        elif slot.state == "ready":
+            self.state.drain(slot, EVICTED)  # (4)
+        elif slot.state in ("loading", "warming"):
+            slot.leaving_cause = EVICTED  # (5)
+
+    def _undo_evict(self, slot: Slot) -> None:
+        """The last operator gave up: what still drains for them alone serves again."""
+        if slot.evictors or slot.leaving_cause != EVICTED:
+            return
+        slot.leaving_cause = None
+        if slot.state == "draining":
+            self.state.move(slot, "ready", "still in use: the eviction was given up")
+            self.state.grant_all(slot)
+            slot.claim = None
+
+    def _reload(self, event: Reload) -> None:
+        if not self.state.is_draining:
+            reload(self.state, event.specs)
+
+    def _drain(self, event: Drain) -> None:
+        """What is ready or nearly so serves those it was loaded for; everybody else is sent away."""
+        self.state.is_draining = True
+        for slot in list(self.state.slots.values()):
+            slot.leaving_cause = slot.leaving_cause or SHUTDOWN
+            self.state.drop_claim(slot, SHUTDOWN)
+            if slot.state not in ("loading", "warming"):
+                self.state.fail_waiters(slot, shutting_down)
+            if slot.state == "ready":
+                self.state.drain(slot, SHUTDOWN)
+
+    def _tick(self, event: Tick) -> None:
+        self.admission.on_tick()
+
+    def _budget_changed(self, event: BudgetChanged) -> None:
+        self.state.budget_bytes, self.state.ceiling_bytes = event.budget_bytes, event.ceiling_bytes
+        self.state.ceiling_until_s = self.state.now_s + self.state.rules.reading_s
+        self.admission.on_reading()

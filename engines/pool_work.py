@@ -1,0 +1,205 @@
+"""Outside work for the pool: each effect that takes time, done on a thread or the loop, and reported as an event.
+
+It decides nothing. Whatever is raised becomes a `Failure`, so that no waiter is ever left without an answer.
+"""
+
+import time
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any
+
+import structlog
+
+from engines.errors import BadModel, BrokenFiles, EngineError, OutOfMemory, ShuttingDown
+from engines.measurements import Estimates, Measurement
+from engines.memory import DeviceMemory
+from engines.pool_effects import (
+    Discard,
+    Effect,
+    StartFetch,
+    StartLoad,
+    StartLocate,
+    StartUnload,
+    StartWarm,
+)
+from engines.pool_events import (
+    BudgetChanged,
+    Discarded,
+    Fetched,
+    FetchFailed,
+    FetchProgress,
+    Found,
+    Loaded,
+    LoadFailed,
+    Located,
+    PoolEvent,
+    Sized,
+    Unloaded,
+    Warmed,
+    WarmFailed,
+)
+from engines.protocols import Engine, Files, Loader
+from engines.records import ModelFiles
+from engines.slots import Failure
+from engines.spec import ModelSpec
+from engines.units import Budget
+from engines.workers import Workers
+
+log = structlog.get_logger(__name__)
+
+PROGRESS_S = 0.2
+"""Download progress is reported at most this often for each model."""
+
+
+class OutsideWork:
+    """Everything the pool's machine cannot do itself, on one device. `report` is for progress, from any thread."""
+
+    def __init__(
+        self, files: Files, loader: Loader, estimates: Estimates, workers: Workers, report: Callable[[PoolEvent], None]
+    ) -> None:
+        self.engines: dict[int, Engine] = {}
+        self._files = files
+        self._loader = loader
+        self._estimates = estimates
+        self._workers = workers
+        self._report = report
+        self._is_closed = False
+        self._doers: dict[type, Callable[[Any], Awaitable[PoolEvent]]] = {
+            StartLocate: self._locate,
+            StartFetch: self._fetch,
+            Discard: self._discard,
+            StartLoad: self._load,
+            StartWarm: self._warm,
+            StartUnload: self._unload,
+        }
+
+    async def do(self, effect: Effect) -> PoolEvent:
+        """How it ended; never raises."""
+        return await self._doers[type(effect)](effect)
+
+    async def read(self, memory: DeviceMemory, budget: Budget, last_bytes: int) -> BudgetChanged:
+        """A device that cannot be read keeps its last budget."""
+        try:
+            reading = await self._workers.load(memory.read)
+        except Exception:  # a driver's hiccup must not stop the queue for memory
+            log.exception("memory.unreadable")
+            return BudgetChanged(last_bytes)
+        return BudgetChanged(budget.of(reading.total_bytes), reading.ceiling_bytes)
+
+    async def look_around(self, slot_id: int, spec: ModelSpec) -> Found | None:
+        """Is it on disk already? Without the network, and without consequences when it is not."""
+
+        def look() -> Found | None:
+            files = self._files.locate(spec)
+            need = self._estimates.estimate(spec, files) if files else None
+            return Found(slot_id, files, need) if files and need else None
+
+        try:
+            return await self._workers.look(look)
+        except Exception as error:  # noqa: BLE001  # only a look; a request would tell what is wrong
+            log.warning("model.not_located", model=spec.model_id, error=str(error))
+            return None
+
+    async def size(self, slot_id: int, spec: ModelSpec) -> Sized | None:
+        """How much will it take? Asks the hub where the files are not here; None when nobody knows."""
+        need = await self._workers.look(partial(self._estimates.estimate, spec, None))
+        return Sized(slot_id, need) if need else None
+
+    def close(self) -> None:
+        """Running downloads end at their next progress report."""
+        self._is_closed = True
+
+    # ---- files ----
+
+    async def _locate(self, effect: StartLocate) -> PoolEvent:
+        def locate() -> Located:
+            files = self._files.locate(effect.spec)
+            return Located(effect.slot_id, files, self._estimates.estimate(effect.spec, files))
+
+        try:
+            return await self._workers.look(locate)
+        except Exception as error:  # noqa: BLE001  # becomes the waiters' answer
+            return FetchFailed(effect.slot_id, failure_of(error, effect.spec))
+
+    async def _fetch(self, effect: StartFetch) -> PoolEvent:
+        def fetch() -> Fetched:
+            files = self._files.fetch(effect.spec, self._progress(effect.slot_id))
+            need = self._estimates.estimate(effect.spec, files)
+            assert need is not None, "files that are here have a size"
+            return Fetched(effect.slot_id, files, need)
+
+        try:
+            return await self._workers.fetch(fetch)
+        except Exception as error:  # noqa: BLE001  # becomes the waiters' answer
+            return FetchFailed(effect.slot_id, failure_of(error, effect.spec))
+
+    def _progress(self, slot_id: int) -> Callable[[int, int], None]:
+        """Throttled here, on the fetching thread, so that a fast download does not flood the loop.
+
+        Called again and again: what was held back is told before a hub's silence, not after it.
+        """
+        last_s, told = -PROGRESS_S, (0, 0)
+
+        def on_progress(done_bytes: int, total_bytes: int) -> None:
+            nonlocal last_s, told
+            if self._is_closed:
+                raise ShuttingDown("the host closed during the download")
+            now_s = time.monotonic()
+            is_news = (done_bytes, total_bytes) != told
+            if is_news and (now_s - last_s >= PROGRESS_S or done_bytes >= total_bytes):
+                last_s, told = now_s, (done_bytes, total_bytes)
+                self._report(FetchProgress(slot_id, done_bytes, total_bytes))
+
+        return on_progress
+
+    async def _discard(self, effect: Discard) -> PoolEvent:
+        try:
+            is_removed = await self._workers.look(partial(self._files.discard, effect.spec, effect.file))
+        except Exception:  # what cannot be removed cannot be fetched anew
+            log.exception("model.not_discarded", model=effect.spec.model_id)
+            is_removed = False
+        return Discarded(effect.slot_id, is_removed)
+
+    # ---- engines ----
+
+    async def _load(self, effect: StartLoad) -> PoolEvent:
+        try:
+            engine = await self._workers.load(partial(self._loader.load, effect.spec, effect.files))
+        except Exception as error:  # noqa: BLE001  # becomes the waiters' answer
+            return LoadFailed(effect.slot_id, failure_of(error, effect.spec))
+        self.engines[effect.slot_id] = engine
+        return Loaded(effect.slot_id)
+
+    async def _warm(self, effect: StartWarm) -> PoolEvent:
+        engine = self.engines[effect.slot_id]
+        try:
+            await engine.warm_up()
+        except Exception as error:  # noqa: BLE001  # becomes the waiters' answer
+            return WarmFailed(effect.slot_id, failure_of(error, None))
+        return Warmed(effect.slot_id, engine.weight_bytes, engine.workspace_bytes)
+
+    async def _unload(self, effect: StartUnload) -> PoolEvent:
+        """An engine that cannot be closed is given up: its memory is lost, and the next reading will show it."""
+        try:
+            await self._workers.load(self.engines.pop(effect.slot_id).close)
+        except Exception:  # the slot must not stay unloading for ever
+            log.exception("model.not_closed", slot=effect.slot_id)
+        return Unloaded(effect.slot_id)
+
+    async def remember(self, spec: ModelSpec, files: ModelFiles, measurement: Measurement) -> None:
+        """For the next start."""
+        await self._workers.look(partial(self._estimates.remember, spec, files, measurement))
+
+
+def failure_of(error: Exception, spec: ModelSpec | None) -> Failure:
+    """What clients may hear of it; the rest goes to the log."""
+    if isinstance(error, BrokenFiles):
+        return Failure(kind=error.kind, message=str(error), file=error.file)
+    if isinstance(error, BadModel):
+        return Failure(kind=error.kind, message=str(error))
+    if isinstance(error, OutOfMemory | MemoryError):
+        return Failure(kind="out_of_memory", message=str(error) or "the device ran out of memory")
+    if isinstance(error, EngineError):
+        return Failure(kind="load", message=str(error))
+    log.error("model.load_raised", model=spec and spec.model_id, exc_info=error)
+    return Failure(kind="load", message=f"{type(error).__name__}; the server's log has the details")

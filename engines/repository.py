@@ -1,0 +1,159 @@
+"""One hub repository at one revision as the source of a model: whole on disk, or fetched, verified and made whole.
+
+Joins the hub (`download`), its cache on disk (`hub_cache`) and the choice of files (`selection`). Knows no threads:
+the caller sees to it that one fetch of a model runs at a time.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from engines.adoption import find_snapshot
+from engines.download import Hub
+from engines.errors import BrokenFiles, HubUnreachable, OfflineMode
+from engines.flight import Tally
+from engines.hub_cache import Manifest, RepoCache
+from engines.hub_errors import disk_full, writing
+from engines.listing import Listing
+from engines.part_file import FileEntry, is_intact
+from engines.records import ModelFiles
+from engines.selection import Selection, select
+from engines.weights import WeightCount, count_weights, read_header
+
+FreeBytes = Callable[[str], int]
+"""Free bytes on the disk that holds a path."""
+
+
+class Repository:
+    """A model's files on a hub and in its cache. `with_code`: the repository's Python files are wanted too."""
+
+    def __init__(self, hub: Hub, cache: RepoCache, *, with_code: bool) -> None:
+        self._hub = hub
+        self._cache = cache
+        self._repo_id = cache.repo_id
+        self._with_code = with_code
+
+    def locate(self) -> ModelFiles | None:
+        """The files when a manifest says that they were verified, and their sizes and headers are still right."""
+        manifest = self._cache.manifest()
+        if manifest is None or (self._with_code and not manifest.with_code):
+            return None
+        if not all(self._looks_whole(manifest.commit, file) for file in manifest.files):
+            return None
+        return self._model_files(manifest)
+
+    def fetch(self, tally: Tally, free_bytes: FreeBytes) -> ModelFiles:
+        """Bring what is missing. What other tools brought is used when its hashes are right.
+
+        Where the hub cannot be asked and nothing is whole yet, other tools' snapshot is taken if surely complete.
+
+        Raises:
+            SourceError, BrokenFiles, UnsupportedModel, ShuttingDown.
+        """
+        try:
+            listing = self._hub.listing(self._repo_id, self._cache.revision)
+        except (HubUnreachable, OfflineMode):
+            adopted = self._adopt(tally) if self.locate() is None else None
+            if adopted is None:
+                raise
+            return adopted
+        selection = self._select(listing)
+        wanted = tuple(listing.files[name] for name in selection.files)
+        tally.expect(sum(file.size_bytes for file in wanted))
+        missing = [file for file in wanted if not self._has(listing.commit, file, tally)]
+        if missing:
+            self._download(listing, missing, tally, free_bytes)
+        return self._make_whole(listing.commit, wanted, selection)
+
+    def discard(self, file: str | None) -> None:
+        """Delete a file, or all of them. The manifest goes too, so that the next fetch verifies what stays."""
+        manifest = self._cache.manifest()
+        self._cache.forget()
+        if manifest is not None:
+            for name in [file] if file is not None else [entry.name for entry in manifest.files]:
+                self._cache.remove(manifest.commit, name)
+
+    def count_weights(self) -> WeightCount:
+        """What the weight files hold: from disk when they are here, else by range requests.
+
+        Raises:
+            SourceError, BrokenFiles, UnsupportedModel.
+        """
+        manifest = self._cache.manifest() if self.locate() is not None else None
+        if manifest is not None:
+            local = {file.name: file.size_bytes for file in manifest.files}
+            return count_weights(local, manifest.weights, self._cache.reader(manifest.commit))
+        listing = self._hub.listing(self._repo_id, self._cache.revision)
+        remote = {name: file.size_bytes for name, file in listing.files.items()}
+        return count_weights(remote, self._select(listing).weights, partial(self._hub.read_range, listing))
+
+    def _select(self, listing: Listing) -> Selection:
+        read = partial(self._hub.read_file, listing)
+        return select(listing.files, read, source=self._repo_id, with_code=self._with_code)
+
+    def _has(self, commit: str, file: FileEntry, tally: Tally) -> bool:
+        """Whether the file is here and right: known from the manifest, else by its hash."""
+        manifest = self._cache.manifest()
+        with writing(self._repo_id):
+            if not self._cache.link(commit, file):
+                return False
+            if manifest is not None and file in manifest.files and self._looks_whole(commit, file):
+                tally.add(file.size_bytes)
+                return True
+            return is_intact(self._cache.path(commit, file.name), file, tally.add)
+
+    def _download(self, listing: Listing, files: Sequence[FileEntry], tally: Tally, free_bytes: FreeBytes) -> None:
+        with writing(self._repo_id), self._cache.locked(self._hub.check_open):
+            # Another process may have brought some of them while this one waited for the lock.
+            missing = [file for file in files if not self._has(listing.commit, file, tally)]
+            need_bytes = sum(file.size_bytes - self._cache.part_bytes(file) for file in missing)
+            here_bytes = free_bytes(self._cache.folder)
+            if need_bytes > here_bytes:
+                raise disk_full(self._repo_id, need_bytes, here_bytes)
+            for file in missing:
+                self._cache.remove(listing.commit, file.name)  # it is not here, or wrong
+                part = self._cache.part(file)
+                self._hub.download(listing, file, part, tally.add)
+                self._cache.install(part, listing.commit, file)
+            self._cache.remove_parts()
+
+    def _adopt(self, tally: Tally) -> ModelFiles | None:
+        """Make whole what other tools left in the cache, if it is all there and its hashes are right."""
+        found = find_snapshot(self._cache, with_code=self._with_code)
+        if found is None:
+            return None
+        tally.expect(sum(file.size_bytes for file in found.files))
+        if not all(is_intact(self._cache.path(found.commit, file.name), file, tally.add) for file in found.files):
+            return None
+        return self._make_whole(found.commit, found.files, found.selection)
+
+    def _make_whole(self, commit: str, files: tuple[FileEntry, ...], selection: Selection) -> ModelFiles:
+        """Check the headers, which the hub may hold broken, and write the manifest."""
+        for file in files:
+            self._check_header(commit, file)
+        earlier = self._cache.manifest()
+        with_code = self._with_code
+        if earlier is not None and earlier.commit == commit and earlier.with_code and not with_code:
+            files, with_code = earlier.files, True  # a model with code and one without may share a repository
+        manifest = Manifest(commit=commit, files=files, weights=selection.weights, with_code=with_code)
+        self._cache.remember(manifest)
+        return self._model_files(manifest)
+
+    def _model_files(self, manifest: Manifest) -> ModelFiles:
+        return ModelFiles(
+            path=str(self._cache.path(manifest.commit)),
+            revision=manifest.commit,
+            size_bytes=sum(file.size_bytes for file in manifest.files),
+        )
+
+    def _looks_whole(self, commit: str, file: FileEntry) -> bool:
+        try:
+            if self._cache.path(commit, file.name).stat().st_size != file.size_bytes:
+                return False
+            self._check_header(commit, file)
+        except (OSError, BrokenFiles):
+            return False
+        return True
+
+    def _check_header(self, commit: str, file: FileEntry) -> None:
+        if file.name.endswith(".safetensors"):
+            read_header(file.name, file.size_bytes, self._cache.reader(commit))

@@ -1,0 +1,59 @@
+"""Rotary embeddings whose frequencies depend on the longest text of a batch, kept from mixing texts.
+
+`dynamic` and `longrope` models compute other frequencies once a batch holds a text beyond the length that they were
+trained on, for every text in it; `dynamic` ones also remember the longest text so far. A text's vector would depend
+on its neighbours and on the past. So texts beyond that length run alone, from a clean state: what they get then is
+what the model gives for a text by itself.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+_CACHED, _FIRST = "max_seq_len_cached", "original_inv_freq"
+
+
+class LengthAwareRope:
+    """The rotary embeddings of a model that look at the length of a batch; most models have none.
+
+    Attributes:
+        limit: tokens up to which texts may share a batch, None for any.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        found = [(module, _kinds(module)) for module in model.modules() if hasattr(module, "rope_type")]
+        self._dynamic = [module for module, kinds in found if any("dynamic" in kind for kind in kinds)]
+        aware = [module for module, kinds in found if any("dynamic" in kind or kind == "longrope" for kind in kinds)]
+        self.limit: int | None = min((limit for module in aware for limit in _limits(module)), default=None)
+
+    def runs(self, lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """Cut lengths, sorted upwards, into runs (start, end) of texts that may share a forward pass."""
+        shared = sum(1 for length in lengths if self.limit is None or length <= self.limit)
+        if shared:
+            yield 0, shared
+        yield from ((index, index + 1) for index in range(shared, len(lengths)))
+
+    def reset(self) -> None:
+        """Forget the longest text so far."""
+        for module in self._dynamic:
+            for name, frequencies in list(module.named_buffers(recurse=False)):
+                if name.endswith(_FIRST):
+                    setattr(module, name.replace(_FIRST, "inv_freq"), frequencies.clone())
+            for name in [name for name in vars(module) if name.endswith(_CACHED)]:
+                setattr(module, name, module.original_max_seq_len)
+
+
+def _kinds(module: Any) -> tuple[str, ...]:
+    """`rope_type` is a word, or one for each type of layer."""
+    kinds = module.rope_type
+    return tuple(kinds.values()) if isinstance(kinds, dict) else (str(kinds),)
+
+
+def _limits(module: Any) -> Iterable[int]:
+    """The lengths at which the frequencies of a module change."""
+    yield module.original_max_seq_len
+    parameters = getattr(module.config, "rope_parameters", None) or {}
+    for settings in (parameters, *parameters.values()):
+        if isinstance(settings, dict) and settings.get("original_max_position_embeddings"):
+            yield settings["original_max_position_embeddings"]

@@ -1,0 +1,145 @@
+"""Which files of a repository or folder make up the model. Pure: names in, names out; knows no disk and no network.
+
+One format of weights is taken: safetensors where there are any, else pytorch_model*.bin; never ONNX, OpenVINO,
+TensorFlow or Flax. Python files come along only where the registry trusts the model's code.
+"""
+
+from collections.abc import Callable, Collection
+from fnmatch import fnmatchcase
+from pathlib import PurePosixPath
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from engines.errors import BrokenFiles, UnsupportedModel
+
+ReadFile = Callable[[str], bytes]
+"""File name → its whole content; only asked for small JSON files that exist."""
+
+MODULES = "modules.json"
+CONFIG = "config.json"
+
+_METADATA = (
+    "*config*.json", MODULES, "tokenizer*.json", "vocab*", "merges.txt", "*.model", "*.tiktoken", "bpe.codes",
+    "special_tokens_map.json", "added_tokens.json", "chat_template*",
+)  # fmt: skip
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+"""In order of preference, as transformers has it."""
+
+_WITH_CONFIG = ("Transformer", "Pooling", "Dense", "LayerNorm")
+_WITH_WEIGHTS = ("Transformer", "Dense", "LayerNorm")
+"""sentence-transformers modules that cannot be what they are without their config, or their weights."""
+
+
+class Selection(Struct, frozen=True, kw_only=True):
+    """The files to have, by name; `weights` are those of them that hold tensors."""
+
+    files: tuple[str, ...]
+    weights: tuple[str, ...]
+
+
+class Module(Struct, frozen=True):
+    """One line of modules.json: the folder ("" is the root) and the last part of the module's type."""
+
+    path: str
+    kind: str
+
+
+def select(names: Collection[str], read: ReadFile, *, source: str, with_code: bool) -> Selection:
+    """Choose among `names` what is needed to run the model.
+
+    Raises:
+        BrokenFiles: a file that the model's own lists name is not there.
+        UnsupportedModel: there are no weights in a format that we read.
+    """
+    modules = read_modules(names, read)
+    metadata = _metadata(names, {"", *(module.path for module in modules)}, with_code=with_code)
+    weights: list[str] = []
+    indexes: list[str] = []
+    for module in modules:
+        entry = _weights_entry(names, module, source)
+        if entry is not None and entry.endswith(".index.json"):
+            indexes.append(entry)
+            weights += _shards(names, read, entry)
+        elif entry is not None:
+            weights.append(entry)
+    files = sorted({*metadata, *indexes, *weights})
+    return Selection(files=tuple(files), weights=tuple(sorted(set(weights))))
+
+
+def read_modules(names: Collection[str], read: ReadFile) -> tuple[Module, ...]:
+    """The module chain of modules.json; a plain transformers folder has one module, at its root."""
+    if MODULES not in names:
+        return (Module("", "Transformer"),)
+    entries = _json(MODULES, read)
+    if not isinstance(entries, list) or not entries:
+        raise BrokenFiles(f"{MODULES} is not a list of modules", file=MODULES)
+    try:
+        return tuple(Module(_folder(entry["path"]), str(entry["type"]).rsplit(".", 1)[-1]) for entry in entries)
+    except (TypeError, KeyError):
+        raise BrokenFiles(f"{MODULES} has a module without path or type", file=MODULES) from None
+
+
+def is_safe(name: str) -> bool:
+    """Whether a name from a hub's listing stays inside the folder it is joined to."""
+    path = PurePosixPath(name)
+    return bool(name) and not path.is_absolute() and ".." not in path.parts and "\\" not in name
+
+
+def _metadata(names: Collection[str], folders: Collection[str], *, with_code: bool) -> list[str]:
+    patterns = (*_METADATA, "*.py") if with_code else _METADATA
+
+    def is_wanted(name: str) -> bool:
+        folder, _, base = name.rpartition("/")
+        return folder in folders and any(fnmatchcase(base, pattern) for pattern in patterns)
+
+    return [name for name in names if is_wanted(name)]
+
+
+def _weights_entry(names: Collection[str], module: Module, source: str) -> str | None:
+    """The file that holds, or lists, a module's weights; None for a module without any."""
+    entry = next((name for name in (_join(module.path, weights) for weights in _WEIGHTS) if name in names), None)
+    if entry is None and module.kind == "Transformer":
+        raise UnsupportedModel(
+            f"'source' {source} holds no weights that can be read: neither model.safetensors nor pytorch_model.bin"
+        )
+    if entry is None and module.kind in _WITH_WEIGHTS:
+        raise _missing(_join(module.path, _WEIGHTS[0]), MODULES)
+    if module.kind in _WITH_CONFIG and _join(module.path, CONFIG) not in names:
+        raise _missing(_join(module.path, CONFIG), f"a {module.kind} module")
+    return entry
+
+
+def _shards(names: Collection[str], read: ReadFile, index: str) -> list[str]:
+    content = _json(index, read)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise BrokenFiles(f"{index} has no weight_map", file=index)
+    folder = index.rpartition("/")[0]
+    shards = sorted({_join(folder, str(shard)) for shard in weight_map.values()})
+    for shard in shards:
+        if shard not in names:
+            raise _missing(shard, index)
+    return shards
+
+
+def _missing(name: str, who: str) -> BrokenFiles:
+    return BrokenFiles(f"{name} is missing, and {who} needs it", file=name)
+
+
+def _json(name: str, read: ReadFile) -> Any:
+    try:
+        return msgspec.json.decode(read(name))
+    except msgspec.DecodeError as error:
+        raise BrokenFiles(f"{name} is not valid JSON: {error}", file=name) from None
+
+
+def _folder(path: object) -> str:
+    """A module's folder as names spell it: no dot, no slash at the ends."""
+    posix = PurePosixPath(str(path)).as_posix().strip("/")
+    return "" if posix == "." else posix
+
+
+def _join(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder else name

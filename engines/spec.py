@@ -1,0 +1,67 @@
+"""`ModelSpec`: everything the registry says about one model. A leaf: it knows neither files nor devices."""
+
+from typing import Literal
+
+from msgspec import Struct
+
+Truncate = Literal["end", "start", "error"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+PoolingMode = Literal["cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"]
+"""Pooling modes as sentence-transformers names them; several are concatenated in the order given."""
+
+NEVER_IDLE = -1.0
+"""`keep_alive_s` of a model that never leaves by idleness."""
+
+
+class Matryoshka(Struct, frozen=True, kw_only=True):
+    """Which widths a model's vectors may be cut to.
+
+    Either `widths` (a list) or `minimum` (every width from there to the native one).
+    `layer_norm`: a layer norm over the full width comes before the cut (nomic-embed-text-v1.5's model card).
+    """
+
+    widths: tuple[int, ...] = ()
+    minimum: int | None = None
+    layer_norm: bool = False
+
+    def allows(self, width: int, native: int) -> bool:
+        """Whether a vector of `native` components may be cut to `width`."""
+        if self.minimum is not None:
+            return self.minimum <= width <= native
+        return width == native or width in self.widths
+
+    def describe(self, native: int) -> str:
+        """The allowed widths in words, for messages and `/v1/models`."""
+        if self.minimum is not None:
+            return f"any of {self.minimum} to {native}"
+        return ", ".join(map(str, sorted({*self.widths, native})))
+
+
+class ModelSpec(Struct, frozen=True, kw_only=True):
+    """One model of the registry, defaults applied. `None` means: what the model's own files say.
+
+    `source` is a hub id, a local folder (absolute, or starting with `./` or `../` or `~`),
+    or `package:NAME/SUB/FOLDER` for files inside an installed Python package.
+    """
+
+    model_id: str
+    source: str
+    revision: str | None = None
+    dtype: Dtype = "auto"
+    device: str = "auto"
+    max_tokens: int | None = None
+    pooling: tuple[PoolingMode, ...] | None = None
+    normalize: bool = True
+    prompts: dict[str, str] = {}
+    default_prompt: str | None = None
+    instruction_template: str | None = None
+    matryoshka: Matryoshka | None = None
+    truncate: Truncate | None = None
+    keep_alive_s: float = NEVER_IDLE
+    pinned: bool = False
+    preload: bool = False
+    trust_remote_code: bool = False
+    max_batch_tokens: int | None = None
+    description: str = ""
+    license: str = ""
+    token_encoding: Literal["cl100k_base"] | None = None

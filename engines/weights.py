@@ -1,0 +1,169 @@
+"""Weight files: are they whole, and how many bytes will they take on a device.
+
+Owns the safetensors header (8 bytes of length, a JSON of tensors, then the data) and the byte arithmetic.
+Does not know where the bytes come from: a `ReadRange` answers for a folder and for a hub alike.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from engines.errors import BrokenFiles
+
+ReadRange = Callable[[str, int, int], bytes]
+"""(file, start, end) → the bytes from `start` up to, not including, `end`."""
+
+DTYPE_BITS: Mapping[str, int] = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
+    "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+}  # fmt: skip
+"""Bits of one element, as the safetensors format names its types."""
+
+BYTES_OF: Mapping[str, int] = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of one element of the types that models are stored and run in."""
+
+_CONFIG = "config.json"
+_LENGTH_BYTES = 8
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+_FIRST_READ_BYTES = 128 * 1024  # holds nearly every header, so that one request is enough
+
+
+class WeightCount(Struct, frozen=True, kw_only=True):
+    """What a model's weight files hold, before a dtype is chosen.
+
+    `float_elements` are converted on loading, `fixed_bytes` (integers, booleans) are not. `pickled_bytes` is the size
+    of pytorch_model.bin files, whose `stored_dtype` is what config.json says.
+    """
+
+    float_elements: int = 0
+    fixed_bytes: int = 0
+    pickled_bytes: int = 0
+    stored_dtype: str = "float32"
+
+    def bytes_in(self, dtype: str) -> int:
+        """Bytes of the weights once loaded in `dtype`.
+
+        An upper bound: it counts every tensor of the files, and an embedder drops the heads (`cls`, `lm_head`,
+        `pooler`). For pickled files it is an estimate from their size.
+        """
+        element_bytes = BYTES_OF[dtype]
+        pickled = math.ceil(self.pickled_bytes * element_bytes / BYTES_OF.get(self.stored_dtype, 2))
+        return self.float_elements * element_bytes + self.fixed_bytes + pickled
+
+
+class Tensor(Struct, frozen=True):
+    """One tensor of a header; `start` and `end` are its bytes within the data part."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def is_float(self) -> bool:
+        return self.dtype.startswith(("F", "BF"))
+
+
+def target_dtype(dtype: str, device: str) -> str:
+    """The dtype a model runs in: `auto` is float32 on CPU and bfloat16 on a GPU."""
+    if dtype != "auto":
+        return dtype
+    return "float32" if device.split(":")[0] == "cpu" else "bfloat16"
+
+
+def read_header(file: str, size_bytes: int, read: ReadRange) -> tuple[Tensor, ...]:
+    """The tensors of a safetensors file of `size_bytes`, after checking that they fill it exactly.
+
+    Raises:
+        BrokenFiles: truncated, overlong, or no safetensors file at all.
+    """
+    head = read(file, 0, min(size_bytes, _FIRST_READ_BYTES))
+    length = int.from_bytes(head[:_LENGTH_BYTES], "little")
+    data_start = _LENGTH_BYTES + length
+    if len(head) < _LENGTH_BYTES or length > _MAX_HEADER_BYTES or data_start > size_bytes:
+        raise _broken(file, f"its header claims {length} bytes, and the file has {size_bytes}")
+    if data_start > len(head):
+        head += read(file, len(head), data_start)
+    tensors = _tensors(file, head[_LENGTH_BYTES:data_start])
+    _check_offsets(file, tensors, size_bytes - data_start)
+    return tensors
+
+
+def count_weights(sizes: Mapping[str, int], weights: Iterable[str], read: ReadRange) -> WeightCount:
+    """Add up the weight files of a model; `sizes` has the bytes of all its files.
+
+    Raises:
+        BrokenFiles: a safetensors header is broken.
+    """
+    files = tuple(weights)
+    safetensors = [file for file in files if file.endswith(".safetensors")]
+    pickled = [file for file in files if file not in safetensors]
+    tensors = [tensor for file in safetensors for tensor in read_header(file, sizes[file], read)]
+    return WeightCount(
+        float_elements=sum(tensor.elements for tensor in tensors if tensor.is_float),
+        fixed_bytes=sum(tensor.end - tensor.start for tensor in tensors if not tensor.is_float),
+        pickled_bytes=sum(sizes[file] for file in pickled),
+        stored_dtype=_stored_dtype(pickled, sizes, read),
+    )
+
+
+def read_range(folder: Path, file: str, start: int, end: int) -> bytes:
+    """A `ReadRange` for files in a folder, once the folder is given."""
+    with (folder / file).open("rb") as content:
+        content.seek(start)
+        return content.read(end - start)
+
+
+def _stored_dtype(pickled: Sequence[str], sizes: Mapping[str, int], read: ReadRange) -> str:
+    """The dtype that config.json says its weights are stored in; older configs say nothing, and mean float32."""
+    configs = [f"{folder}{_CONFIG}" for folder in dict.fromkeys(file[: file.rfind("/") + 1] for file in pickled)]
+    config_json = next((read(name, 0, sizes[name]) for name in configs if name in sizes), b"{}")
+    try:
+        config = msgspec.json.decode(config_json)
+    except msgspec.DecodeError:
+        return "float32"
+    named = str(config.get("dtype") or config.get("torch_dtype")) if isinstance(config, dict) else ""
+    return named if named in BYTES_OF else "float32"
+
+
+def _tensors(file: str, header: bytes) -> tuple[Tensor, ...]:
+    try:
+        entries = msgspec.json.decode(header)
+        return tuple(_tensor(name, entry) for name, entry in entries.items() if name != "__metadata__")
+    except (msgspec.DecodeError, msgspec.ValidationError, AttributeError, KeyError, TypeError, ValueError):
+        raise _broken(file, "its header is not a safetensors header") from None
+
+
+def _tensor(name: str, entry: dict[str, Any]) -> Tensor:
+    start, end = msgspec.convert(entry["data_offsets"], tuple[int, int])
+    shape = msgspec.convert(entry["shape"], tuple[int, ...])
+    return Tensor(name, str(entry["dtype"]), shape, start, end)
+
+
+def _check_offsets(file: str, tensors: Iterable[Tensor], data_bytes: int) -> None:
+    """Tensors lie back to back from the first byte to the last, each as long as its shape says."""
+    position = 0
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.start, tensor.end)):
+        bits = DTYPE_BITS.get(tensor.dtype)
+        if tensor.start != position or tensor.end < tensor.start:
+            raise _broken(file, f"tensor {tensor.name} begins at byte {tensor.start} instead of {position}")
+        if bits is not None and (tensor.end - tensor.start) * 8 != tensor.elements * bits:
+            raise _broken(
+                file, f"tensor {tensor.name} takes {tensor.end - tensor.start} bytes, its shape says otherwise"
+            )
+        position = tensor.end
+    if position != data_bytes:
+        raise _broken(file, f"its tensors take {position} bytes, and the file holds {data_bytes}")
+
+
+def _broken(file: str, why: str) -> BrokenFiles:
+    return BrokenFiles(f"{file} is truncated or corrupt: {why}", file=file)

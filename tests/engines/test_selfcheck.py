@@ -1,0 +1,416 @@
+"""The check at load: a path that is off is left, a model that is off is refused, and a good one leaves its canary."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AttentionInterface, ViTConfig, ViTModel
+
+from engines import adapters
+from engines.attention import PACKED, packed_attention
+from engines.encoder import Attention, TransformerEncoder
+from engines.engine import TextEngine
+from engines.errors import OutOfMemory, SelfCheckFailed, UnsupportedModel
+from engines.loader import LoaderSettings
+from engines.selfcheck import Canaries, choose_attention, distance, probe_ids
+from engines.tokenize import Ids, Tokenizer
+from tests.corpus import SENTENCES
+from tests.engines.kit import Kit, assert_same, embed, encode
+
+TEXTS = list(SENTENCES)
+
+
+@pytest.fixture
+def packed_is() -> Iterator[Callable[[Callable[..., Any]], None]]:
+    """Put another attention function in the place of ours."""
+    yield lambda function: AttentionInterface.register(PACKED, function)
+    AttentionInterface.register(PACKED, packed_attention)
+
+
+def _hotter(*args: Any, **options: Any) -> Any:
+    return packed_attention(*args, **{**options, "scaling": options["scaling"] * 1.05})
+
+
+def _one_wider(*args: Any, **options: Any) -> Any:
+    window = options.get("sliding_window")
+    return packed_attention(*args, **{**options, "sliding_window": window and window + 1})
+
+
+def _no_window(*args: Any, **options: Any) -> Any:
+    return packed_attention(*args, **{**options, "sliding_window": None})
+
+
+def _looks_ahead(*args: Any, **options: Any) -> Any:
+    return packed_attention(*args, **{**options, "is_causal": False})
+
+
+def _mixes_neighbours(*args: Any, **options: Any) -> Any:
+    """Texts of the same length get each other's context."""
+    out, _ = packed_attention(*args, **options)
+    group = options["packed_layout"].groups[0]
+    first = out[:, : group.end].view(1, group.count, group.length, *out.shape[2:]).flip(1).flatten(1, 2)
+    return torch.cat([first, out[:, group.end :]], dim=1), None
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("bert-cls", _hotter),
+        ("bert-mean-normalize-legacy", _mixes_neighbours),
+        ("modernbert-cls", _one_wider),
+        ("gemma3-bidirectional", _no_window),
+        ("mistral-last", _one_wider),
+        ("qwen3-last", _hotter),
+        ("llama-mean", _looks_ahead),
+        ("t5-mean-dense", _hotter),
+    ],
+)
+def test_a_packed_path_that_is_subtly_wrong_is_left(
+    kit: Kit, packed_is: Callable[[Callable[..., Any]], None], name: str, wrong: Callable[..., Any]
+) -> None:
+    packed_is(wrong)
+    engine = kit.load(kit.recipe_folder(name))
+
+    assert engine.info.attention == "padded"
+    assert "padded: the packed path is" in engine.info.notes[0]
+    assert_same(embed(engine, TEXTS), encode(kit.reference(name), TEXTS))
+
+
+def test_a_wrong_bias_of_mpnet_is_found(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        adapters,
+        "packed_attention",
+        lambda *args, **options: packed_attention(*args, **{**options, "position_bias": None}),
+    )
+
+    assert kit.load(kit.recipe_folder("mpnet-mean")).info.attention == "padded"
+
+
+@pytest.mark.parametrize(
+    ("error", "note"),
+    [
+        (NotImplementedError("soft caps have no packed form"), "padded: soft caps have no packed form"),
+        (RuntimeError("see /home/secret/file.py"), "padded: RuntimeError in the forward pass"),
+    ],
+)
+def test_a_packed_path_that_fails_is_left_without_telling_paths(
+    kit: Kit, packed_is: Callable[[Callable[..., Any]], None], error: Exception, note: str
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    packed_is(fail)
+
+    assert kit.load(kit.recipe_folder("bert-cls")).info.notes == (note,)
+
+
+def test_a_padded_path_that_is_wrong_is_left_for_batches_of_one_length(
+    kit: Kit, packed_is: Callable[[Callable[..., Any]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = TransformerEncoder._padded
+    packed_is(_hotter)
+    monkeypatch.setattr(TransformerEncoder, "_padded", lambda self, *args: right(self, *args) * 1.02)
+    engine = kit.load(kit.recipe_folder("bert-cls"))
+
+    assert engine.info.attention == "unpadded"
+    assert [note.split(" path is")[0] for note in engine.info.notes] == ["padded: the packed", "unpadded: the padded"]
+    assert_same(embed(engine, TEXTS), encode(kit.reference("bert-cls"), TEXTS))
+
+
+def test_when_every_path_is_wrong_the_model_is_refused(
+    kit: Kit, packed_is: Callable[[Callable[..., Any]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = TransformerEncoder._batch
+
+    def wrong(self: TransformerEncoder, texts: Sequence[Ids]) -> Tensor:
+        return right(self, texts) * (1.0 if self._model.config._attn_implementation == "eager" else 1.02)
+
+    packed_is(_hotter)
+    monkeypatch.setattr(TransformerEncoder, "_batch", wrong)
+
+    with pytest.raises(SelfCheckFailed, match=r"the unpadded path is .* in cosine from the reference forward pass"):
+        kit.load(kit.recipe_folder("bert-cls"))
+    monkeypatch.undo()
+    assert kit.load(kit.recipe_folder("bert-dense-identity")).info.attention == "padded"
+
+
+def test_a_model_that_rolls_dice_is_refused(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random projections and their like: the same text twice in one batch gets two vectors."""
+    right = TransformerEncoder._batch
+    monkeypatch.setattr(
+        TransformerEncoder, "_batch", lambda self, texts: (out := right(self, texts)) + 1e-4 * torch.randn_like(out)
+    )
+
+    with pytest.raises(SelfCheckFailed, match="one text gets two vectors"):
+        kit.load(kit.recipe_folder("deberta-v2-mean"))
+
+
+def test_a_path_that_fails_later_is_left_and_the_batch_runs_on(
+    kit: Kit, packed_is: Callable[[Callable[..., Any]], None]
+) -> None:
+    """A model may count the tokens of a row that is no text, and object to long ones (CLIP's text half)."""
+
+    def narrow(*args: Any, **options: Any) -> Any:
+        if options["packed_layout"].num_tokens > 200:
+            raise ValueError("Sequence length must be less than max_position_embeddings")
+        return packed_attention(*args, **options)
+
+    packed_is(narrow)
+    engine = kit.load(kit.recipe_folder("bert-cls"))
+    wanted = encode(kit.reference("bert-cls"), TEXTS)
+
+    assert engine.info.attention == "packed"
+    assert_same(embed(engine, TEXTS), wanted)
+    assert engine._runner is not None
+    assert engine._runner._encoder.attention == "unpadded"
+    assert_same(embed(engine, TEXTS), wanted)
+
+
+def test_weights_that_are_not_finite_are_refused(kit: Kit, tmp_path: Path) -> None:
+    folder = _with_weights(kit, tmp_path, lambda weight: weight.fill_(float("nan")))
+
+    with pytest.raises(SelfCheckFailed, match="not finite in float32; set another `dtype`"):
+        kit.load(folder)
+
+
+def test_a_model_for_something_else_than_text_is_refused(kit: Kit, tmp_path: Path) -> None:
+    folder = _with_weights(kit, tmp_path, lambda weight: weight)
+    config = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=16)
+    ViTModel(config).save_pretrained(folder)
+
+    with pytest.raises(UnsupportedModel, match=r"config\.json describes a vit, which has no table of tokens"):
+        kit.load(folder, pooling=("mean",))
+
+
+# The canary.
+
+
+def test_the_first_good_vectors_are_kept_and_compared(kit: Kit, tmp_path: Path) -> None:
+    settings = LoaderSettings(canary_folder=tmp_path / "canaries")
+    folder = kit.recipe_folder("bert-cls")
+    kit.load(folder, settings=settings)
+    (canary,) = (tmp_path / "canaries").iterdir()
+    kept = canary.read_text()
+
+    kit.load(folder, settings=settings)
+    assert canary.read_text() == kept
+    vectors = np.asarray(json.loads(kept))
+    vectors[0, 0] += 0.1
+    canary.write_text(json.dumps(vectors.tolist()))
+
+    with pytest.raises(SelfCheckFailed, match=f"delete the canary {canary.name} in STATE_DIR"):
+        kit.load(folder, settings=settings)
+    canary.unlink()
+    kit.load(folder, settings=settings)
+    assert canary.read_text() == kept
+
+
+def test_changed_weights_under_the_same_revision_are_found(kit: Kit, tmp_path: Path) -> None:
+    settings = LoaderSettings(canary_folder=tmp_path / "canaries")
+    folder = _with_weights(kit, tmp_path, lambda weight: weight)
+    kit.load(folder, settings=settings)
+    _with_weights(kit, tmp_path, lambda weight: weight.mul_(1.3))
+
+    with pytest.raises(SelfCheckFailed, match=r"moved by .* in cosine since it was first loaded"):
+        kit.load(folder, settings=settings)
+    assert kit.load(folder, settings=settings, revision="another").info.attention == "packed"
+
+
+@pytest.mark.parametrize("spec", [{"dtype": "bfloat16"}, {"pooling": ("mean",)}, {"max_tokens": 20}])
+def test_what_makes_other_vectors_makes_another_canary(kit: Kit, tmp_path: Path, spec: dict[str, Any]) -> None:
+    settings = LoaderSettings(canary_folder=tmp_path)
+    kit.load(kit.recipe_folder("bert-cls"), settings=settings)
+    kit.load(kit.recipe_folder("bert-cls"), settings=settings, **spec)
+
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_canary_of_another_shape_is_a_difference(tmp_path: Path) -> None:
+    canaries = Canaries(tmp_path)
+    canaries.compare("key", np.ones((3, 4), dtype=np.float32), "float32")
+
+    with pytest.raises(SelfCheckFailed, match="moved by inf"):
+        canaries.compare("key", np.ones((3, 5), dtype=np.float32), "float32")
+
+
+def test_an_unreadable_canary_is_replaced(tmp_path: Path) -> None:
+    canaries = Canaries(tmp_path)
+    vectors = np.ones((3, 4), dtype=np.float32)
+    canaries.compare("key", vectors, "float32")
+    (kept,) = tmp_path.iterdir()
+    kept.write_text("[[1.0, ")
+
+    canaries.compare("key", vectors, "float32")
+
+    assert json.loads(kept.read_text()) == vectors.tolist()
+
+
+def test_a_model_serves_where_its_canary_cannot_be_kept(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+
+    Canaries(tmp_path / "file").compare("key", np.ones((3, 4), dtype=np.float32), "float32")
+
+
+# The probes, the measure, and encoders that are scripted.
+
+
+class Scripted:
+    """An encoder whose paths give what they are told to."""
+
+    def __init__(self, expected: Tensor, **paths: Tensor | Exception) -> None:
+        self.dimensions = 2
+        self.attention: Attention = "padded"
+        self.window: int | None = None
+        self.notes: tuple[str, ...] = ()
+        self._expected = expected
+        self._paths = paths
+
+    def __call__(self, texts: Sequence[Ids], prompt_tokens: Sequence[int] | None = None) -> Tensor:
+        found = self._paths[self.attention]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def reference(self, texts: Sequence[Ids], prompt_tokens: Sequence[int] | None = None) -> Tensor:
+        if isinstance(self._expected, Exception):
+            raise self._expected
+        return self._expected
+
+    def paths(self) -> tuple[Attention, ...]:
+        return tuple(self._paths)  # type: ignore[arg-type]  # named as the paths are
+
+    def together(self, texts: Sequence[Ids]) -> Tensor:
+        return self(texts)
+
+    def layers(self) -> list[torch.nn.Module]:
+        return []
+
+    def use(self, attention: Attention) -> None:
+        self.attention = attention
+
+    def tensors(self) -> list[Tensor]:
+        return []
+
+    def token_bytes(self) -> int:
+        return 1
+
+
+GOOD = torch.tensor([[1.0, 2.0], [1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+MEMORY = torch.OutOfMemoryError("no memory")
+
+
+def _tokenizer(kit: Kit) -> Tokenizer:
+    engine: TextEngine = kit.engine("bert-cls")
+    return engine._tokenizer
+
+
+@pytest.mark.parametrize(
+    ("packed", "attention"),
+    [
+        (GOOD, "packed"),
+        (GOOD + 1e-6, "packed"),
+        (GOOD + torch.tensor([[0.0], [1e-4], [0.0], [0.0]]), "padded"),
+        (GOOD * 1.01, "padded"),
+        (-GOOD, "padded"),
+        (GOOD.flip(0), "padded"),
+        (GOOD * float("nan"), "padded"),
+        (ValueError(), "padded"),
+    ],
+)
+def test_the_fastest_path_that_is_right_is_taken(kit: Kit, packed: Tensor | Exception, attention: str) -> None:
+    encoder = Scripted(GOOD, packed=packed, padded=GOOD)
+    vectors, notes = choose_attention(encoder, _tokenizer(kit), "float32")
+
+    assert encoder.attention == attention
+    assert (len(notes) == 0) == (attention == "packed")
+    assert np.abs(vectors - GOOD.numpy()).max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("dtype", "factor", "is_fine"), [("float32", 1.01, False), ("bfloat16", 1.01, True), ("bfloat16", 1.1, False)]
+)
+def test_tolerance_depends_on_the_dtype(kit: Kit, dtype: str, factor: float, is_fine: bool) -> None:
+    encoder = Scripted(GOOD, packed=GOOD * factor, padded=GOOD)
+    choose_attention(encoder, _tokenizer(kit), dtype)
+
+    assert (encoder.attention == "packed") == is_fine
+
+
+@pytest.mark.parametrize("encoder", [Scripted(MEMORY, padded=GOOD), Scripted(GOOD, packed=MEMORY, padded=GOOD)])  # type: ignore[arg-type]  # raised
+def test_a_device_without_memory_is_no_reason_to_fall_back(kit: Kit, encoder: Scripted) -> None:
+    with pytest.raises(OutOfMemory):
+        choose_attention(encoder, _tokenizer(kit), "float32")
+
+
+def test_a_forward_pass_that_fails_is_refused_without_telling_paths(kit: Kit) -> None:
+    encoder = Scripted(KeyError("/home/secret"), padded=GOOD)  # type: ignore[arg-type]  # raised
+
+    with pytest.raises(SelfCheckFailed, match=r"fails on plain text \(KeyError in the forward pass\)"):
+        choose_attention(encoder, _tokenizer(kit), "float32")
+
+
+def test_vectors_of_another_width_than_promised_are_refused(kit: Kit) -> None:
+    encoder = Scripted(torch.ones(4, 5), padded=GOOD)
+
+    with pytest.raises(SelfCheckFailed, match=r"5 wide, but config\.json says 2"):
+        choose_attention(encoder, _tokenizer(kit), "float32")
+
+
+def test_probes_have_two_lengths_and_two_of_one(kit: Kit) -> None:
+    one, again, two, long = probe_ids(_tokenizer(kit))
+
+    assert len(one) == len(two) < len(long)
+    assert one.tolist() == again.tolist() != two.tolist()
+    assert (one[0], one[-1]) == (two[0], two[-1])
+
+
+@pytest.mark.parametrize(
+    ("window", "length"), [(None, None), (8, None), (100, 116), (128, 144), (129, None), (4096, None)]
+)
+def test_the_longest_probe_reaches_beyond_a_window_that_is_not_too_large(
+    kit: Kit, window: int | None, length: int | None
+) -> None:
+    tokenizer = _tokenizer(kit)
+
+    assert len(probe_ids(tokenizer, window)[-1]) == (length or len(probe_ids(tokenizer)[-1]))
+
+
+def test_probes_stay_inside_a_short_model(kit: Kit) -> None:
+    assert max(len(ids) for ids in probe_ids(_tokenizer(kit).limited_to(5), 100)) == 5
+
+
+@pytest.mark.parametrize(
+    ("other", "expected"),
+    [(GOOD, 0.0), (-GOOD, 2.0), (GOOD * 2, 0.2), (torch.zeros(4, 2), 1.0)],
+)
+def test_the_distance_sees_direction_and_length(other: Tensor, expected: float) -> None:
+    assert distance(GOOD, other) == pytest.approx(expected)
+
+
+def test_two_zero_vectors_are_the_same() -> None:
+    assert distance(torch.zeros(1, 2), torch.zeros(1, 2)) == 0.0
+
+
+def test_the_distance_of_vectors_of_one_length_is_one_minus_the_cosine() -> None:
+    a, b = (
+        torch.nn.functional.normalize(torch.randn(1, 8, generator=torch.Generator().manual_seed(s)), dim=1)
+        for s in (1, 2)
+    )
+
+    assert distance(a, b) == pytest.approx(1 - float(torch.cosine_similarity(a, b)), abs=1e-6)
+
+
+def _with_weights(kit: Kit, tmp_path: Path, change: Callable[[Tensor], Tensor]) -> Path:
+    """A copy of a small BERT with one matrix changed."""
+    folder = Path(shutil.copytree(kit.recipe_folder("bert-cls"), tmp_path / "changed", dirs_exist_ok=True))
+    weights = load_file(folder / "model.safetensors")
+    change(weights["encoder.layer.0.output.dense.weight"])
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
