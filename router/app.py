@@ -1,0 +1,117 @@
+"""The composition root: builds the parts of one server and hands each what it needs. There is no module-level app."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
+
+from litestar import Controller, Litestar
+from litestar.config.cors import CORSConfig
+from litestar.datastructures import State
+from litestar.di import Provide
+
+from router.backend import Backend
+from router.controllers.admin import AdminController
+from router.controllers.cohere import CohereController
+from router.controllers.dashboard import DashboardController
+from router.controllers.docs import openapi_config
+from router.controllers.embeddings import EmbeddingsController, PathController
+from router.controllers.health import HealthController
+from router.controllers.metrics import MetricsController
+from router.controllers.models import ModelsController
+from router.controllers.ollama import OllamaController
+from router.controllers.tei import TeiController
+from router.errors import answer_error
+from router.key_watch import keys_watched, open_keyring
+from router.limit_store import open_store
+from router.limits import RATE_HEADERS, Limiter
+from router.meters import Meters
+from router.middleware import Edge
+from router.observers import open_observers
+from router.registry import Registry
+from router.reload import Reloader
+from router.settings import Settings
+from router.watch import watching
+from router.yard import Yard, provide_spec, provide_yard
+
+_CONTROLLERS = (
+    EmbeddingsController, ModelsController, AdminController, HealthController, MetricsController, DashboardController,
+)  # fmt: skip
+_SKINS: dict[str, type[Controller]] = {
+    "tei": TeiController,
+    "cohere": CohereController,
+    "ollama": OllamaController,
+    "path": PathController,
+}
+
+
+def create_app(
+    settings: Settings,
+    registry: Registry,
+    backend: Backend,
+    *,
+    wall_clock: Callable[[], float] = time.time,
+    limit_clock: Callable[[], float] | None = None,
+    watch_registry: bool = False,
+) -> Litestar:
+    """The server as an ASGI app. Its lifespan starts the backend, and at the end drains and closes it.
+
+    `limit_clock`: seconds, for the moving windows of limits. `watch_registry`: reload when the file changes that
+    `REGISTRY` names.
+
+    Raises:
+        KeysError, SettingsError: the keys file, the storage of limits or the traces cannot be used.
+    """
+    yard = Yard(settings, registry, backend, open_keyring(settings), int(wall_clock()))
+    reloader = Reloader(yard)
+    meters = Meters()
+    observers = open_observers(settings, meters)
+    limiter = Limiter(settings, open_store(settings, limit_clock))
+    skins = [_SKINS[name] for name in settings.skins]
+    return Edge(
+        route_handlers=[*_CONTROLLERS, *skins],
+        dependencies={
+            "yard": Provide(provide_yard, sync_to_thread=False),
+            "spec": Provide(provide_spec, sync_to_thread=False),
+            "reloader": Provide(lambda: reloader, sync_to_thread=False),
+        },
+        exception_handlers={Exception: answer_error},
+        lifespan=[
+            lambda _: aclosing(observers),
+            lambda _: aclosing(limiter.store),
+            lambda _: keys_watched(yard),
+            lambda _: watching(backend, meters),
+            _lifespan(yard, reloader if watch_registry else None),
+        ],
+        state=State({"yard": yard, "reloader": reloader, "limiter": limiter, "meters": meters, "observers": observers}),
+        request_max_body_size=settings.max_body_bytes,
+        cors_config=_cors(settings),
+        openapi_config=openapi_config(),
+        logging_config=None,
+    )
+
+
+def _lifespan(yard: Yard, reloader: Reloader | None) -> Callable[[Litestar], AbstractAsyncContextManager[None]]:
+    @asynccontextmanager
+    async def lifespan(_: Litestar) -> AsyncIterator[None]:
+        await yard.backend.start()
+        watch = asyncio.create_task(reloader.watch()) if reloader else None
+        try:
+            yield
+        finally:
+            if watch is not None:
+                watch.cancel()
+                with suppress(asyncio.CancelledError):
+                    await watch
+            await yard.close()
+
+    return lifespan
+
+
+def _cors(settings: Settings) -> CORSConfig | None:
+    if not settings.cors_origins:
+        return None
+    return CORSConfig(
+        allow_origins=list(settings.cors_origins),
+        expose_headers=["x-request-id", "server-timing", "x-embed-truncated", "retry-after-ms", *RATE_HEADERS],
+    )

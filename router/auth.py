@@ -1,0 +1,102 @@
+"""Who may come in: bearer keys, their scopes and their models. Knows no routes; a controller says what it needs.
+
+Keys are kept and compared as SHA-256 digests, each comparison in constant time and all of them always made.
+"""
+
+import hmac
+import time
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any
+
+from litestar.connection import ASGIConnection
+from litestar.exceptions import NotAuthorizedException, PermissionDeniedException
+from litestar.handlers import BaseRouteHandler
+
+from router.keys import ANONYMOUS, Key, Scope, digest_of
+from router.settings import Settings
+from router.visit import visit_of
+
+Connection = ASGIConnection[Any, Any, Any, Any]
+Guard = Callable[[Connection, BaseRouteHandler], Coroutine[Any, Any, None]]
+
+_NO_KEY = "This server needs a key: send the header 'Authorization: Bearer KEY'."
+_WRONG_KEY = "This key is not known here: check the header 'Authorization: Bearer KEY'."
+
+
+class Keyring:
+    """All keys of the server. `open_scopes` need none."""
+
+    def __init__(self, keys: Iterable[Key], open_scopes: Iterable[Scope] = ()) -> None:
+        self.keys = tuple(keys)
+        self._open_scopes = frozenset(open_scopes)
+
+    def admit(self, authorization: str | None, scope: Scope) -> Key:
+        """The key in this `Authorization` header, if it may do what `scope` covers; `ANONYMOUS` where none is needed.
+
+        Raises:
+            NotAuthorizedException: no key, or an unknown one.
+            PermissionDeniedException: a key without that scope.
+        """
+        scheme, _, secret = (authorization or "").partition(" ")
+        is_given = scheme.lower() == "bearer" and bool(secret.strip())
+        key = self._find(secret.strip()) if is_given else None
+        if key is not None and scope in key.scopes:
+            return key
+        if scope in self._open_scopes:
+            return ANONYMOUS
+        if key is None:
+            raise NotAuthorizedException(_WRONG_KEY if is_given else _NO_KEY)
+        raise PermissionDeniedException(
+            f"This key has the scope {', '.join(sorted(key.scopes))}; this route needs {scope}."
+        )
+
+    def _find(self, secret: str) -> Key | None:
+        digest = digest_of(secret)
+        matches = [key for key in self.keys if hmac.compare_digest(key.digest, digest)]
+        return matches[0] if matches else None
+
+
+def keyring_of(settings: Settings, filed: Iterable[Key] = ()) -> Keyring:
+    """The keys of the environment, and those of `KEYS_FILE`. There are five cases:
+
+    1. no key: everything is open (settings refuse to listen to the world this way unless told to).
+    2. `API_KEY` alone: it opens everything.
+    3. `API_KEY` and `ADMIN_API_KEY`: each opens its own side only.
+    4. `ADMIN_API_KEY` alone: it opens everything; where no key was needed before, embedding still needs none.
+    5. `KEYS_FILE`: its keys open what they say, those of the environment as above; nothing is open without a key,
+       even as long as the file holds none.
+    """
+    client, admin = settings.api_key, settings.admin_api_key
+    is_open = (settings.is_loopback or settings.allow_anonymous) and settings.keys_file is None  # (5)
+    keys, open_scopes = [*filed], list[Scope]()
+    if client and admin:  # (3)
+        keys += [Key.of("API_KEY", client, "embed"), Key.of("ADMIN_API_KEY", admin, "admin")]
+    elif client:  # (2)
+        keys.append(Key.of("API_KEY", client, "embed", "admin"))
+    elif admin:  # (4)
+        keys.append(Key.of("ADMIN_API_KEY", admin, "embed", "admin"))
+        open_scopes = ["embed"] if is_open else []
+    elif is_open:  # (1)
+        open_scopes = ["embed", "admin"]
+    return Keyring(keys, open_scopes)
+
+
+def requires(scope: Scope) -> Guard:
+    """A guard for controllers whose routes need `scope`. A coroutine, because Litestar runs others on a thread."""
+
+    async def guard(connection: Connection, _: BaseRouteHandler) -> None:
+        began_s = time.perf_counter()
+        keyring: Keyring = connection.app.state.yard.keyring
+        key = keyring.admit(connection.headers.get("authorization"), scope)
+        connection.scope["state"]["key"] = key
+        if not key.is_anonymous:
+            visit_of(connection).found_key(key.id)
+        visit_of(connection).stage("auth", began_s)
+
+    return guard
+
+
+def key_of(connection: Connection) -> Key:
+    """The key that the guard admitted."""
+    key: Key = connection.scope["state"]["key"]
+    return key

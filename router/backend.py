@@ -1,0 +1,202 @@
+"""`Backend`: what controllers know of everything below them. Where the hosts live is this module's secret."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import Protocol
+
+from engines.errors import LoadFailed, ModelNotFound, ModelTooLarge
+from engines.host import Host, suits
+from engines.records import EmbedCall, Embeddings, Event, HostSnapshot, ModelStatus, Plan
+from engines.spec import ModelSpec
+from engines.units import Budget
+from router.placement import rank
+from router.registry_changes import needs_new_generation
+
+_SIZE_S = 10.0
+"""A plan waits no longer for a hub; it then says that the size is not known."""
+
+_AWAY = ("absent", "cold", "failed")
+
+
+class Backend(Protocol):
+    """All hosts together. Every call names models by their `model_id`, never by an alias.
+
+    Errors are those of `engines/errors.py`, whatever lies between.
+    """
+
+    async def start(self) -> None:
+        """Open the hosts; afterwards calls are served. Preloads begin but are not waited for."""
+
+    async def embed(self, call: EmbedCall) -> Embeddings:
+        """Embed on the best host; waits for a cold model as long as the call allows."""
+
+    async def preload(self, model_id: str, *, pin: bool = False, wait: bool = True) -> ModelStatus:
+        """Load the model where it fits best; returns when it is ready, or at once when `wait` is false."""
+
+    async def evict(self, model_id: str, *, force: bool = False, timeout_s: float = 30.0) -> tuple[ModelStatus, ...]:
+        """Wait for running requests, then free the model on every host.
+
+        Raises:
+            ModelPinned: pinned, and not forced.
+            ModelInUse: requests were still running at the timeout.
+        """
+
+    async def plan(self, model_id: str) -> Plan:
+        """What loading the model would do, without doing it. May ask the hub for its size."""
+
+    async def reload(self, specs: Mapping[str, ModelSpec], budget: Budget | None = None) -> None:
+        """Serve these models from now on, in this much memory; only what changed is touched."""
+
+    def snapshots(self) -> tuple[HostSnapshot, ...]:
+        """The state of every host now; never blocks."""
+
+    def check(self) -> Mapping[str, str]:
+        """What is wrong with hosts whose device is down, by host id; their callers are told at once. Never blocks."""
+
+    def events(self, after: Mapping[str, int] | None = None) -> AsyncIterator[Event]:
+        """Events of all hosts as they happen; with `after` (host id → seq), the remembered ones since come first."""
+
+    async def aclose(self, *, grace_s: float = 30.0) -> None:
+        """Admit nothing new, finish what was admitted within the grace time, free everything."""
+
+
+class LocalBackend:
+    """One host per device, all in this process and on this event loop.
+
+    The hosts share one `Files`, so a model is fetched once for all of them.
+
+    A placement is on record as soon as it is chosen: the host's slot has the claim before this loop does anything else,
+    and `rank` reads slots.
+
+    Args:
+        hosts: at least one.
+        specs: the models to serve, as the hosts know them.
+        on_close: called when all hosts are closed, for what they shared.
+    """
+
+    def __init__(
+        self, hosts: Sequence[Host], specs: Mapping[str, ModelSpec], on_close: Callable[[], None] = lambda: None
+    ) -> None:
+        self._hosts = {host.config.host_id: host for host in hosts}
+        self._specs = dict(specs)
+        self._on_close = on_close
+
+    async def start(self) -> None:
+        await asyncio.gather(*(host.start() for host in self._hosts.values()))
+        await self._load_wanted(spec for spec in self._specs.values() if _is_wanted(spec))
+
+    async def embed(self, call: EmbedCall) -> Embeddings:
+        """On the host where it is ready, else on the best; a host that turns out too small passes the call on."""
+        hosts = self._suitable(call.model_id)
+        for host in hosts if len(hosts) == 1 else self._ranked(call.model_id, hosts):
+            try:
+                return await host.embed(call)
+            except ModelTooLarge as error:
+                too_large = error
+        raise too_large
+
+    async def preload(self, model_id: str, *, pin: bool = False, wait: bool = True) -> ModelStatus:
+        for host in self._ranked(model_id, self._suitable(model_id)):
+            try:
+                return await host.preload(model_id, pin=pin, wait=wait)
+            except ModelTooLarge as error:
+                too_large = error
+        raise too_large
+
+    async def evict(self, model_id: str, *, force: bool = False, timeout_s: float = 30.0) -> tuple[ModelStatus, ...]:
+        """Everywhere at once; all hosts are heard before one's refusal is raised."""
+        evictions = (host.evict(model_id, force=force, timeout_s=timeout_s) for host in self._suitable(model_id))
+        outcomes = await asyncio.gather(*evictions, return_exceptions=True)
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
+        return tuple(outcome for outcome in outcomes if isinstance(outcome, ModelStatus))
+
+    async def plan(self, model_id: str) -> Plan:
+        hosts = self._suitable(model_id)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.gather(*(host.size(model_id) for host in hosts)), _SIZE_S)
+        return self._ranked(model_id, hosts)[0].plan(model_id)
+
+    async def reload(self, specs: Mapping[str, ModelSpec], budget: Budget | None = None) -> None:
+        """A model that was wanted before, and left, is not loaded again because another one changed."""
+        before, self._specs = self._specs, dict(specs)
+        for host in self._hosts.values():
+            await host.reload(specs, budget)
+        await self._load_wanted(spec for spec in specs.values() if _is_newly_wanted(before.get(spec.model_id), spec))
+
+    def snapshots(self) -> tuple[HostSnapshot, ...]:
+        return tuple(host.snapshot() for host in self._hosts.values())
+
+    def check(self) -> Mapping[str, str]:
+        return {host_id: fault for host_id, host in self._hosts.items() if (fault := host.check())}
+
+    def events(self, after: Mapping[str, int] | None = None) -> AsyncIterator[Event]:
+        known = after or {}
+        return merged([host.events(known.get(host_id)) for host_id, host in self._hosts.items()])
+
+    async def aclose(self, *, grace_s: float = 30.0) -> None:
+        await asyncio.gather(*(host.aclose(grace_s=grace_s) for host in self._hosts.values()))
+        on_close, self._on_close = self._on_close, lambda: None
+        on_close()
+
+    # ---- choosing ----
+
+    def _suitable(self, model_id: str) -> list[Host]:
+        """Hosts on whose device the registry lets the model run; those that are down only when there is no other."""
+        spec = self._specs.get(model_id)
+        if spec is None:
+            raise ModelNotFound(f"no model {model_id!r} is served here; see the list of models")
+        hosts = [host for host in self._hosts.values() if suits(host.config.device, spec.device)]
+        if not hosts:
+            devices = ", ".join(host.config.device for host in self._hosts.values())
+            raise LoadFailed(
+                f"model {model_id!r} is for device {spec.device!r}, and this server has {devices}; "
+                "change its `device` in the registry, or DEVICE",
+                retry_after_s=300.0,
+                kind="no_device",
+            )
+        return [host for host in hosts if not host.fault] or hosts
+
+    def _ranked(self, model_id: str, hosts: Sequence[Host]) -> list[Host]:
+        """Best first. Two cases: 1. ready somewhere: the least busy of those; 2. `rank` decides."""
+        ready = [host for host in hosts if host.state(model_id) == "ready"]
+        if ready:
+            return ready if len(ready) == 1 else sorted(ready, key=lambda host: host.status(model_id).leases)  # (1)
+        need_bytes = max(host.plan(model_id).need_bytes for host in hosts)
+        ids = rank(model_id, need_bytes, [host.snapshot() for host in hosts])
+        return [self._hosts[host_id] for host_id in ids]  # (2)
+
+    async def _load_wanted(self, specs: Iterable[ModelSpec]) -> None:
+        """Those that no host has or expects, in the registry's order."""
+        for spec in specs:
+            hosts = [host for host in self._hosts.values() if host.state(spec.model_id) is not None]
+            if hosts and all(host.state(spec.model_id) in _AWAY for host in hosts):
+                await self._ranked(spec.model_id, hosts)[0].preload(spec.model_id, wait=False)
+
+
+def _is_wanted(spec: ModelSpec) -> bool:
+    return spec.pinned or spec.preload
+
+
+def _is_newly_wanted(old: ModelSpec | None, new: ModelSpec) -> bool:
+    """Wanted, and not so before, or not this engine."""
+    return _is_wanted(new) and (old is None or not _is_wanted(old) or needs_new_generation(old, new))
+
+
+async def merged(streams: Sequence[AsyncIterator[Event]]) -> AsyncIterator[Event]:
+    """Several streams as one, in the order of arrival; it ends when all have ended."""
+    upcoming = {asyncio.ensure_future(anext(stream)): stream for stream in streams}
+    try:
+        while upcoming:
+            done, _ = await asyncio.wait(upcoming, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                stream = upcoming.pop(task)
+                if not isinstance(task.exception(), StopAsyncIteration):
+                    yield task.result()
+                    upcoming[asyncio.ensure_future(anext(stream))] = stream
+    finally:
+        for task in upcoming:
+            task.cancel()
+        await asyncio.gather(*upcoming, return_exceptions=True)

@@ -1,0 +1,95 @@
+"""`POST /v1/embeddings`, and `/m/{model}/v1/embeddings` beside it: decode, embed, encode."""
+
+from typing import Any
+
+from litestar import Controller, MediaType, Request, Response, post
+from litestar.datastructures import ResponseHeader
+from litestar.di import NamedDependency
+from litestar.openapi import ResponseSpec
+from litestar.params import JSONBody
+from msgspec import structs
+
+from engines.spec import ModelSpec
+from router.auth import requires
+from router.decode import StrictRequest
+from router.embedding import embed
+from router.encode import encode_answer
+from router.limits import RATE_HEADERS, at_the_door
+from router.openapi import BEARER, EMBEDDING, failures
+from router.schema import EmbeddingRequest, EmbeddingResponse
+from router.yard import Yard
+
+HEADERS = (
+    ResponseHeader(
+        name="Server-Timing",
+        description="Where the time went: load, tokenize, queue, forward, in milliseconds.",
+        documentation_only=True,
+    ),
+    ResponseHeader(
+        name="x-embed-truncated",
+        description="Indexes of the inputs that were cut; absent when none was.",
+        documentation_only=True,
+    ),
+    *(ResponseHeader(name=name, description=words, documentation_only=True) for name, words in RATE_HEADERS.items()),
+)
+_RESPONSES = {
+    200: ResponseSpec(EmbeddingResponse, generate_examples=False, description="Vectors in input order")
+} | failures(*EMBEDDING)
+
+
+class EmbeddingsController(Controller):
+    """OpenAI's route."""
+
+    path = "/v1/embeddings"
+    tags = ("embeddings",)
+    guards = (requires("embed"),)
+    security = BEARER
+
+    @post(
+        status_code=200,
+        guards=(at_the_door,),
+        request_class=StrictRequest,
+        response_headers=HEADERS,
+        summary="Embed texts",
+        responses=_RESPONSES,
+    )
+    async def create_embeddings(
+        self, request: Request[Any, Any, Any], data: JSONBody[EmbeddingRequest], yard: NamedDependency[Yard]
+    ) -> Response[bytes]:
+        """A model that is not in memory is loaded first, and the request held as long."""
+        return await _answer(request, yard, data)
+
+
+class PathController(Controller):
+    """The same with the model in the path, so that any load balancer can keep a model on one server."""
+
+    path = "/m/{model_id:str}/v1/embeddings"
+    tags = ("skins",)
+    guards = (requires("embed"),)
+    security = BEARER
+
+    @post(
+        status_code=200,
+        guards=(at_the_door,),
+        request_class=StrictRequest,
+        response_headers=HEADERS,
+        summary="Embed texts with the model of the path",
+        responses=_RESPONSES,
+    )
+    async def create_embeddings_of_model(
+        self,
+        request: Request[Any, Any, Any],
+        data: JSONBody[EmbeddingRequest],
+        yard: NamedDependency[Yard],
+        spec: NamedDependency[ModelSpec],
+    ) -> Response[bytes]:
+        """The body's `model`, which OpenAI's clients always send, does not count here."""
+        return await _answer(request, yard, structs.replace(data, model=spec.model_id))
+
+
+async def _answer(request: Request[Any, Any, Any], yard: Yard, wanted: EmbeddingRequest) -> Response[bytes]:
+    answer = await embed(request, yard, wanted)
+    body = await encode_answer(
+        answer.embeddings, answer.model_id, wanted.encoding_format or "float", wanted.output_dtype or "float"
+    )
+    return Response(body, media_type=MediaType.JSON, headers=answer.headers)

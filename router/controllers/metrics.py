@@ -1,0 +1,54 @@
+"""`GET /metrics` for Prometheus: open where only this machine can ask, else for admins."""
+
+import asyncio
+import time
+from typing import Any
+
+from litestar import Controller, Request, Response, get
+from litestar.di import NamedDependency
+from litestar.handlers import BaseRouteHandler
+from litestar.openapi import ResponseSpec
+
+from router.auth import Connection, requires
+from router.limits import Limiter
+from router.meters import Meters
+from router.openapi import BEARER, GUARDED, failures
+from router.scrape import Reading, Scrape
+from router.version import embedyard_version
+from router.yard import Yard
+
+_TEXT = ResponseSpec(
+    str, media_type="text/plain", generate_examples=False, description="Prometheus' text format, or OpenMetrics"
+)
+_requires_admin = requires("admin")
+
+
+async def _local_or_admin(connection: Connection, handler: BaseRouteHandler) -> None:
+    yard: Yard = connection.app.state.yard
+    if not yard.settings.is_loopback:
+        await _requires_admin(connection, handler)
+
+
+class MetricsController(Controller):
+    """For Prometheus."""
+
+    tags = ("health",)
+    guards = (_local_or_admin,)
+    security = BEARER
+
+    @get("/metrics", responses={200: _TEXT} | failures(*GUARDED), summary="What was counted and measured")
+    async def metrics(self, request: Request[Any, Any, Any], yard: NamedDependency[Yard]) -> Response[bytes]:
+        """Open when the server listens on loopback, else for keys with the scope `admin`."""
+        meters: Meters = request.app.state.meters
+        limiter: Limiter = request.app.state.limiter
+        reading = Reading(
+            hosts=yard.backend.snapshots(),
+            faults=frozenset(yard.backend.check()),
+            is_ready=yard.is_ready,
+            version=embedyard_version(),
+            now_s=time.time(),
+            is_limit_storage_up=not limiter.store.is_down,
+        )
+        scrape = Scrape(meters, reading)
+        body, content_type = await asyncio.to_thread(scrape.text, request.headers.get("accept", ""))
+        return Response(body, media_type=content_type)

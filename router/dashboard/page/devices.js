@@ -1,0 +1,121 @@
+// Each device as a bar of its budget, to scale, and under it the residents in eviction order, for reading.
+
+import { now } from "./api.js";
+import { h, keyed, set, show, text } from "./dom.js";
+import { bytes, duration } from "./format.js";
+import { t } from "./words.js";
+
+const LEAVING = ["draining", "unloading"];
+const COMING = ["loading", "warming"];
+
+export function devicesPanel(store) {
+  const list = h("div", { class: "devices" });
+  const none = h("p", { class: "quiet" }, t("devices.none"));
+  const draw = keyed(list, (item) => item.device.host_id, () => deviceCard(store));
+  const node = h("section", { class: "panel devices-panel", "aria-labelledby": "devices-title" },
+    h("h2", { id: "devices-title" }, t("devices.title")), none, list);
+  let marked = [];
+  const update = () => {
+    show(none, store.devices.length === 0);
+    draw(store.devices.map((device) => ({ device, marked })));
+  };
+  return { node, update, mark: (victims) => { marked = victims; update(); } };
+}
+
+function deviceCard(store) {
+  const name = h("h3");
+  const used = h("span", { class: "strong" });
+  const rest = h("span", { class: "quiet" });
+  const bar = h("div", { class: "bar", role: "img" });
+  const blocks = keyed(bar, (block) => block.key, makeBlock);
+  const order = h("ol", { class: "order" });
+  const rows = keyed(order, (row) => row.key, makeRow);
+  const empty = h("p", { class: "quiet" }, t("devices.empty"));
+  const node = h("article", { class: "device" }, h("div", { class: "device-head" }, name, used, rest), bar, empty, order);
+
+  function update({ device, marked }) {
+    const residents = device.residents.map((id) => resident(store, device, id, marked));
+    const next = residents.find((each) => each.mayLeave);
+    if (next) next.isNext = true;
+    const taken = device.used_bytes + device.workspace_bytes;
+    text(name, device.device);
+    text(used, t("devices.used", { used: bytes(taken), budget: bytes(device.budget_bytes) }));
+    text(rest, [
+      t("devices.free", { free: bytes(device.free_bytes) }),
+      t("devices.total", { total: bytes(device.total_bytes) }),
+      ...(device.is_draining ? [t("devices.draining")] : []),
+    ].join(" · "));
+    const words = [...residents.map((each) => `${each.name} ${each.size}`),
+      `${t("devices.workspace")} ${bytes(device.workspace_bytes)}`, `${t("devices.freeRoom")} ${bytes(device.free_bytes)}`];
+    set(bar, "aria-label", t("devices.bar", { device: device.device, words: words.join(", ") }));
+    blocks([...residents.filter((each) => each.bytes), workspace(device)]);
+    bar.style.setProperty("--scale", Math.max(device.budget_bytes, taken));
+    show(empty, residents.length === 0);
+    show(order, residents.length > 0);
+    set(order, "aria-label", t("devices.order"));
+    rows(residents);
+  }
+  return { node, update };
+}
+
+function resident(store, device, id, marked) {
+  const slot = store.slot(id, device.host_id);
+  const size = slot?.weight_bytes ?? 0;
+  const idle = slot?.last_used_at ? now() - slot.last_used_at : null;
+  const isBusy = Boolean(slot?.leases || slot?.queue_items);
+  return {
+    key: id,
+    name: id,
+    bytes: size,
+    size: bytes(size),
+    state: slot?.state ?? "ready",
+    mayLeave: slot?.state === "ready" && !slot.pinned,
+    isPinned: Boolean(slot?.pinned),
+    isMarked: marked.includes(id),
+    note: isBusy ? t("devices.busy") : idle === null ? "" : t("devices.idle", { time: duration(idle) }),
+  };
+}
+
+function workspace(device) {
+  const size = device.workspace_bytes;
+  return { key: "\nworkspace", name: t("devices.workspace"), bytes: size, size: bytes(size), state: "workspace" };
+}
+
+function makeBlock() {
+  const label = h("span");
+  const node = h("div", {}, label);
+  const update = (block, index) => {
+    set(node, "class", `block ${look(block)}`);
+    set(node, "title", `${block.name}: ${block.size}`);
+    node.style.setProperty("--bytes", block.bytes);
+    node.style.setProperty("--tint", index % 3);
+    text(label, block.name);
+  };
+  return { node, update };
+}
+
+function makeRow() {
+  const swatch = h("i", { "aria-hidden": "true" });
+  const name = h("span", { class: "name" });
+  const tag = h("span", { class: "tag" });
+  const facts = h("span", { class: "quiet facts" });
+  const node = h("li", {}, swatch, name, tag, facts);
+  const update = (row, index) => {
+    set(swatch, "class", `swatch ${look(row)}`);
+    swatch.style.setProperty("--tint", index % 3);
+    text(name, row.name);
+    const words = row.isMarked ? "devices.would" : row.isNext ? "devices.next" : row.isPinned ? "devices.pinned"
+      : row.state === "ready" ? "" : `state.${row.state}`;
+    text(tag, words && t(words));
+    show(tag, Boolean(words));
+    text(facts, [row.size, row.note].filter(Boolean).join(" · "));
+  };
+  return { node, update };
+}
+
+function look(block) {
+  if (block.state === "workspace") return "workspace";
+  if (block.isMarked || LEAVING.includes(block.state)) return "leaving";
+  if (COMING.includes(block.state)) return "coming";
+  return block.isNext ? "next" : block.isPinned ? "pinned" : "stays";
+}

@@ -1,0 +1,34 @@
+// Numbers for people, in the language of the page.
+
+import { language, t } from "./words.js";
+
+const UNITS = ["B", "kB", "MB", "GB", "TB"]; // decimal, as in the server's own messages
+
+export function number(value, digits = 0) {
+  return value.toLocaleString(language(), { minimumFractionDigits: digits, maximumFractionDigits: digits });
+}
+
+export function bytes(value) {
+  let scaled = Math.max(0, value);
+  let unit = 0;
+  for (; scaled >= 999.5 && unit < UNITS.length - 1; unit++) scaled /= 1000;
+  return `${number(scaled, unit > 0 && scaled < 99.95 ? 1 : 0)} ${UNITS[unit]}`;
+}
+
+/** A duration with one unit: 0.4 s, 12 s, 4 min, 3 h, 2 d. */
+export function duration(seconds) {
+  if (seconds < 1) return `${number(Math.max(0, seconds), 1)} ${t("unit.s")}`;
+  if (seconds < 90) return `${number(seconds)} ${t("unit.s")}`;
+  if (seconds < 5400) return `${number(seconds / 60)} ${t("unit.min")}`;
+  if (seconds < 129600) return `${number(seconds / 3600)} ${t("unit.h")}`;
+  return `${number(seconds / 86400)} ${t("unit.d")}`;
+}
+
+export function milliseconds(seconds) {
+  const ms = seconds * 1000;
+  return seconds >= 10 ? duration(seconds) : `${number(ms, ms < 10 ? 1 : 0)} ms`;
+}
+
+export function clockTime(unixSeconds) {
+  return new Date(unixSeconds * 1000).toLocaleTimeString(language(), { hour12: false });
+}

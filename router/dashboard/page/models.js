@@ -1,0 +1,163 @@
+// Each model as a row: what it is doing, what it takes, and the three things an operator can do to it.
+
+import { now } from "./api.js";
+import { h, keyed, set, show, text } from "./dom.js";
+import { bytes, duration, milliseconds, number } from "./format.js";
+import { sparkline } from "./sparkline.js";
+import { keyOf } from "./store.js";
+import { trafficOf } from "./traffic.js";
+import { t } from "./words.js";
+
+const AWAY = ["absent", "cold", "failed"];
+const EVICTABLE = ["waiting_space", "loading", "warming", "ready"];
+const TIMED = ["waiting_space", "loading", "warming", "draining", "unloading"];
+const IN_MEMORY = ["ready", "draining"];
+
+export function modelsPanel(store, act) {
+  const count = h("span", { class: "quiet" });
+  const filter = h("input", { type: "search", "aria-label": t("models.filter"), placeholder: t("models.filter") });
+  const list = h("ul", { class: "models" });
+  const nothing = h("p", { class: "quiet" }, t("models.nothing"));
+  const draw = keyed(list, (model) => model.id, (model) => modelRow(store, model.id, act));
+  const heads = ["model", "dimensions", "memory", "load", "traffic", "used", "actions"];
+  const update = () => {
+    const models = store.models();
+    const wanted = models.filter((model) => model.id.toLowerCase().includes(filter.value.trim().toLowerCase()));
+    text(count, t("models.count", { ready: models.filter(isInMemory).length, all: models.length }));
+    show(nothing, wanted.length === 0 && models.length > 0);
+    draw(wanted);
+  };
+  filter.addEventListener("input", update);
+  const node = h("section", { class: "panel", "aria-labelledby": "models-title" },
+    h("div", { class: "panel-head" }, h("h2", { id: "models-title" }, t("models.title")), count, filter),
+    h("div", { class: "model heads", "aria-hidden": "true" }, heads.map((key) => h("span", {}, t(`col.${key}`)))),
+    list, nothing);
+  return { node, update };
+}
+
+function isInMemory(model) {
+  return model.slots.some((slot) => IN_MEMORY.includes(slot.state));
+}
+
+function modelRow(store, id, act) {
+  const name = h("h3", { id: `model-${id}` }, id);
+  const state = h("span", { class: "state" });
+  const pinned = h("span", { class: "tag" }, t("devices.pinned"));
+  const places = h("span", { class: "quiet small" });
+  const progress = progressLine(store, id);
+  const error = h("p", { class: "error" });
+  const cells = Object.fromEntries(["dimensions", "memory", "load", "used"].map((key) => [key, cell(key)]));
+  const traffic = trafficCell(id);
+  const buttons = Object.fromEntries(["preload", "evict", "pin"].map((verb) => [verb, button(verb, id, act)]));
+  const head = h("div", { class: "what" }, name,
+    h("div", { class: "states" }, state, pinned, places), progress.node, error);
+  const node = h("li", { class: "model", "aria-labelledby": `model-${id}`, "data-model": id }, head,
+    cells.dimensions.node, cells.memory.node, cells.load.node, traffic.node, cells.used.node,
+    h("div", { class: "actions" }, Object.values(buttons)));
+
+  function update({ slots, slot }) {
+    set(node, "data-state", slot.state);
+    text(state, t(`state.${slot.state}`));
+    const isPinned = slots.some((each) => each.pinned);
+    show(pinned, isPinned);
+    const hosts = slots.filter((each) => !AWAY.includes(each.state)).map((each) => each.device);
+    text(places, store.devices.length > 1 && hosts.length ? t("models.on", { device: hosts.join(", ") }) : "");
+    progress.update(slot);
+    const retry = slot.retry_at ? t("models.retry", { time: duration(slot.retry_at - now()) }) : "";
+    const shown = slot.state === "failed" && slot.last_error;
+    text(error, shown ? `${slot.last_error} (${retry})` : "");
+    show(error, Boolean(shown));
+    text(cells.dimensions.value, slot.info ? number(slot.info.dimensions) : "–");
+    text(cells.memory.value, memoryWords(slots, slot));
+    text(cells.load.value, loadWords(slots));
+    text(cells.used.value, usedWords(slots));
+    for (const each of Object.values(cells)) set(each.node, "data-empty", each.value.textContent === "–");
+    traffic.update();
+    buttons.preload.disabled = !AWAY.includes(slot.state);
+    buttons.evict.disabled = !slots.some((each) => EVICTABLE.includes(each.state));
+    buttons.pin.disabled = isPinned;
+  }
+  return { node, update };
+}
+
+function cell(key) {
+  const value = h("span", { class: "value" });
+  return { node: h("div", { class: `cell ${key}` }, h("span", { class: "label" }, t(`col.${key}`)), value), value };
+}
+
+function button(verb, id, act) {
+  const words = t(`do.${verb}`);
+  return h("button", { type: "button", "aria-label": t("do.for", { verb: words, model: id }), "data-do": verb,
+    onclick: () => act(verb, id) }, words);
+}
+
+function memoryWords(slots, slot) {
+  const held = slots.reduce((sum, each) => sum + each.weight_bytes, 0);
+  if (held) return bytes(held);
+  return slot.need_bytes ? t("models.needs", { bytes: bytes(slot.need_bytes) }) : "–";
+}
+
+function loadWords(slots) {
+  const sum = (field) => slots.reduce((total, slot) => total + slot[field], 0);
+  const [leases, queue, waiters] = [sum("leases"), sum("queue_items"), sum("waiters")];
+  const parts = [leases && t("models.leases", { leases }), queue && t("models.queue", { queue }),
+    waiters && t("models.waiters", { waiters })].filter(Boolean);
+  return parts.join(" · ") || (slots.some((slot) => slot.state === "ready") ? t("models.calm") : "–");
+}
+
+function usedWords(slots) {
+  const last = Math.max(...slots.map((slot) => slot.last_used_at ?? 0));
+  return last ? t("models.ago", { time: duration(now() - last) }) : t("models.never");
+}
+
+function trafficCell(id) {
+  const { node, value } = cell("traffic");
+  const line = sparkline();
+  const words = h("span", { class: "quiet small" });
+  value.append(line.node, words);
+  const update = () => {
+    const traffic = trafficOf(id);
+    const isBusy = traffic && traffic.rate > 0;
+    show(line.node, Boolean(isBusy));
+    set(node, "data-empty", !isBusy);
+    if (!isBusy) return text(words, traffic ? t("models.quiet") : "–");
+    line.update(traffic.points, t("models.spark", { rate: number(traffic.rate, 1) }));
+    const rate = t("models.rate", { rate: number(traffic.rate, traffic.rate < 10 ? 1 : 0) });
+    const known = traffic.p50 !== null;
+    const marks = known ? t("models.percentiles", { p50: milliseconds(traffic.p50), p95: milliseconds(traffic.p95) }) : "";
+    text(words, [rate, marks].filter(Boolean).join("\n"));
+  };
+  return { node, update };
+}
+
+/** Bytes of a download; seconds of a load, against those of the load before. */
+function progressLine(store, id) {
+  const bar = h("progress", { max: "1", "aria-label": t("models.progress", { model: id }) });
+  const words = h("span", { class: "quiet small" });
+  const node = h("div", { class: "progress" }, bar, words);
+  const update = (slot) => {
+    const isFetching = slot.state === "fetching";
+    show(node, isFetching || TIMED.includes(slot.state));
+    if (isFetching) fetching(slot);
+    else if (TIMED.includes(slot.state)) timed(slot);
+  };
+  const share = (value) => (value === null ? bar.removeAttribute("value") : set(bar, "value", Math.min(1, value).toFixed(3)));
+
+  function fetching(slot) {
+    const [done, total] = [slot.fetched_bytes, slot.fetch_total_bytes];
+    const rate = store.rates.get(keyOf(slot.id, slot.host_id))?.rate ?? 0;
+    share(total ? done / total : null);
+    const left = rate ? t("models.rateLeft", { speed: bytes(rate), left: duration((total - done) / rate) }) : "";
+    const so = total ? t("models.fetched", { done: bytes(done), total: bytes(total) }) : "";
+    text(words, [so, left].filter(Boolean).join(" · "));
+  }
+
+  function timed(slot) {
+    const seconds = store.secondsInState(slot);
+    const expected = slot.state === "loading" ? slot.load_s : null;
+    share(expected ? seconds / expected : null);
+    const time = duration(seconds);
+    text(words, expected ? t("models.elapsedOf", { time, expected: duration(expected) }) : t("models.elapsed", { time }));
+  }
+  return { node, update };
+}

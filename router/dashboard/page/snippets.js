@@ -1,0 +1,79 @@
+// The playground's call, to be copied. The key stands as a variable: a copied line must not carry it away.
+
+import { h, text } from "./dom.js";
+import { t } from "./words.js";
+
+const LANGUAGES = { curl, Python: python, JavaScript: javascript };
+
+function curl(url, body) {
+  const json = JSON.stringify(body).replaceAll("'", "'\\''");
+  return `curl ${url} \\\n  -H "Authorization: Bearer $API_KEY" \\\n  -H 'Content-Type: application/json' \\\n  -d '${json}'`;
+}
+
+/** OpenAI's own client; what it does not know goes into extra_body. JSON strings are Python strings. */
+function python(url, body) {
+  const { input_type: type, ...known } = body;
+  const lines = Object.entries(known).map(([name, value]) => `    ${name}=${JSON.stringify(value)},`);
+  if (type) lines.push(`    extra_body={"input_type": ${JSON.stringify(type)}},`);
+  const base = url.replace(/\/embeddings$/, "");
+  return `import os\nfrom openai import OpenAI\n\nclient = OpenAI(base_url="${base}", api_key=os.environ.get("API_KEY", "none"))\nanswer = client.embeddings.create(\n${lines.join("\n")}\n)\nprint(answer.data[0].embedding)`;
+}
+
+function javascript(url, body) {
+  return `const answer = await fetch("${url}", {\n  method: "POST",\n  headers: {\n    "Authorization": \`Bearer \${process.env.API_KEY}\`,\n    "Content-Type": "application/json",\n  },\n  body: JSON.stringify(${JSON.stringify(body, null, 2).replaceAll("\n", "\n  ")}),\n});\nconst { data } = await answer.json();\nconsole.log(data[0].embedding);`;
+}
+
+export function snippets() {
+  const code = h("pre", { id: "code", tabindex: "0", role: "tabpanel", "aria-labelledby": "tab-curl" });
+  const copy = h("button", { type: "button", class: "small" }, t("do.copy"));
+  let chosen = "curl";
+  let call = ["", {}];
+  const tabs = Object.keys(LANGUAGES).map((name) => h("button", {
+    type: "button", role: "tab", id: `tab-${name}`, "aria-controls": "code", onclick: () => choose(name),
+  }, name));
+  const bar = h("div", { role: "tablist", "aria-label": t("play.same"), class: "tabs" }, tabs);
+  bar.addEventListener("keydown", (event) => {
+    const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    if (!step) return;
+    const names = Object.keys(LANGUAGES);
+    choose(names[(names.indexOf(chosen) + step + names.length) % names.length]);
+    tabs.find((tab) => tab.id === `tab-${chosen}`).focus();
+  });
+  copy.addEventListener("click", async () => {
+    await copyText(code);
+    text(copy, t("do.copied"));
+    setTimeout(() => text(copy, t("do.copy")), 1500);
+  });
+
+  function choose(name) {
+    chosen = name;
+    draw();
+  }
+  function draw() {
+    for (const tab of tabs) {
+      const isChosen = tab.id === `tab-${chosen}`;
+      tab.setAttribute("aria-selected", isChosen);
+      tab.tabIndex = isChosen ? 0 : -1;
+    }
+    code.setAttribute("aria-labelledby", `tab-${chosen}`);
+    text(code, LANGUAGES[chosen](...call));
+  }
+  draw();
+  const node = h("div", { class: "snippets" }, h("h3", {}, t("play.same")), h("div", { class: "code-head" }, bar, copy), code);
+  const update = (path, body) => {
+    call = [location.origin + path, body];
+    draw();
+  };
+  return { node, update };
+}
+
+/** The clipboard API needs HTTPS or localhost; elsewhere the text is selected, and copied the old way. */
+async function copyText(node) {
+  if (navigator.clipboard) return navigator.clipboard.writeText(node.textContent).catch(() => select(node));
+  select(node);
+  document.execCommand("copy");
+}
+
+function select(node) {
+  getSelection().selectAllChildren(node);
+}

@@ -1,0 +1,25 @@
+// The Server-Timing header as a bar: where the time of one call went.
+
+import { h } from "./dom.js";
+import { milliseconds } from "./format.js";
+import { t } from "./words.js";
+
+/** `load;dur=0.0, tokenize;dur=0.4` → [["load", 0], ["tokenize", 0.0004]], in seconds. */
+export function parseTimings(header) {
+  return [...header.matchAll(/([\w-]+);dur=([\d.]+)/g)].map(([, name, ms]) => [name, Number(ms) / 1000]);
+}
+
+/** `seconds`: the whole call as the browser saw it; what the server does not account for is shown as the rest. */
+export function timingsBar(header, seconds) {
+  const parts = parseTimings(header);
+  const rest = Math.max(0, seconds - parts.reduce((sum, [, part]) => sum + part, 0));
+  const all = [...parts, ["rest", rest]];
+  const bar = h("div", { class: "timings", "aria-hidden": "true" }, all.map(([name, part]) => {
+    const block = h("div", { class: `time ${name}` });
+    block.style.flexGrow = part / Math.max(seconds, 1e-9);
+    return block;
+  }));
+  const list = h("dl", { class: "timing-list" }, all.map(([name, part]) =>
+    h("div", {}, h("dt", {}, h("i", { class: `swatch time ${name}`, "aria-hidden": "true" }), t(`time.${name}`)), h("dd", {}, milliseconds(part)))));
+  return h("div", {}, h("h3", {}, t("play.timings")), bar, list);
+}

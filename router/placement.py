@@ -1,0 +1,69 @@
+"""Which host should take a model: a pure function of snapshots, the same wherever the hosts live.
+
+A host that only waits for memory is not the model's home yet, but the bytes it has promised count: otherwise a herd of
+cold models over-commits one host while another stands empty.
+"""
+
+import hashlib
+from collections.abc import Iterable
+
+from engines.records import HostSnapshot, ModelStatus
+
+_RESIDENT = {"ready": 0, "warming": 1, "loading": 2}
+_EXPECTED = ("fetching", "waiting_space")
+
+Key = tuple[int, float, bool, int]
+
+
+def rank(model_id: str, need_bytes: int, snapshots: Iterable[HostSnapshot]) -> list[str]:
+    """Host ids, best first. `need_bytes`: what the model takes, 0 when unknown.
+
+    1. where it is resident, the readier first;
+    2. where it fits into free memory that nobody has claimed;
+    3. where others must leave, the longest idle first;
+    4. where it cannot be had now: too busy, too small, or draining.
+    Within each: a host that expects the model already, then rendezvous hashing.
+    """
+    keys = {host.host_id: _key(model_id, need_bytes, host) for host in snapshots}
+    return sorted(keys, key=lambda host_id: keys[host_id])
+
+
+def _key(model_id: str, need_bytes: int, host: HostSnapshot) -> Key:
+    status = next((status for status in host.models if status.model_id == model_id), None)
+    is_expected = status is not None and (status.state in _EXPECTED or status.waiters > 0)
+    tier, order = _tier(need_bytes, host, status, is_expected=is_expected)
+    return tier, order, not is_expected, -_weight(model_id, host.host_id)
+
+
+def _tier(need_bytes: int, host: HostSnapshot, status: ModelStatus | None, *, is_expected: bool) -> tuple[int, float]:
+    if host.is_draining or status is None or need_bytes > host.budget_bytes:
+        return 4, float(host.is_draining)
+    if status.state in _RESIDENT:
+        return 1, _RESIDENT[status.state]
+    claimed = host.claimed_bytes if not is_expected else max(0, host.claimed_bytes - need_bytes)
+    missing = need_bytes + claimed - host.free_bytes
+    if missing <= 0:
+        return 2, 0.0
+    used_at = _last_victim_used_at(host, missing)
+    return (3, used_at) if used_at is not None else (4, -1.0)
+
+
+def _last_victim_used_at(host: HostSnapshot, missing_bytes: int) -> float | None:
+    """When the most recently used of those that must leave was used; None when all that may leave are not enough.
+
+    Older claims take the first victims, for their bytes are part of `missing_bytes`.
+    """
+    statuses = {status.model_id: status for status in host.models}
+    for model_id in host.residents:
+        victim = statuses.get(model_id)
+        if victim is None or victim.pinned or victim.leases or victim.state != "ready":
+            continue
+        missing_bytes -= victim.weight_bytes
+        if missing_bytes <= 0:
+            return victim.last_used_at or 0.0
+    return None
+
+
+def _weight(model_id: str, host_id: str) -> int:
+    """Rendezvous hashing: hosts come and go, and only their own models move."""
+    return int.from_bytes(hashlib.blake2b(f"{model_id}\0{host_id}".encode(), digest_size=8).digest())

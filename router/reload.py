@@ -1,0 +1,102 @@
+"""The registry read again while the server runs: on demand, on SIGHUP, or because the file has changed.
+
+All or nothing: a file with mistakes changes nothing. What a change means for models in memory is the pool's business.
+"""
+
+import asyncio
+from pathlib import Path
+from typing import NamedTuple
+
+import structlog
+from msgspec import structs
+
+from engines.errors import EngineError
+from engines.units import Budget
+from router.registry import Registry, RegistryError, open_registry
+from router.registry_changes import Changes, diff
+from router.yard import Yard
+
+log = structlog.get_logger()
+
+LOOK_EVERY_S = 1.0
+"""Between two looks at the file; a stat costs microseconds, and needs nothing that every disk does not have."""
+
+
+class Stamp(NamedTuple):
+    """What a file's content cannot change without. The inode is for editors that put a new file in its place."""
+
+    mtime_ns: int
+    size_bytes: int
+    inode: int
+
+
+def look(path: Path) -> Stamp | None:
+    """The file now; None where there is none."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return Stamp(stat.st_mtime_ns, stat.st_size, stat.st_ino)
+
+
+class Reloader:
+    """Brings the yard's registry up to date. It alone replaces it."""
+
+    def __init__(self, yard: Yard) -> None:
+        self._yard = yard
+        self._settings = yard.settings
+        self._last: asyncio.Task[Changes] | None = None
+        self._read: Stamp | str | None = "nothing yet"
+
+    async def reload(self) -> Changes:
+        """Read the file now, and serve what it says; goes on when the caller leaves.
+
+        Reloads never overlap: one that is asked for meanwhile reads the file once more after this one.
+
+        Raises:
+            RegistryError: with every mistake; nothing has changed.
+            ShuttingDown: too late.
+        """
+        self._last = task = asyncio.create_task(self._after(self._last))
+        task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+        return await asyncio.shield(task)
+
+    async def reload_and_log(self) -> None:
+        """The same where nobody waits for an answer; what was wrong goes to the log."""
+        try:
+            await self.reload()
+        except RegistryError as error:
+            mistakes = [str(mistake) for mistake in error.mistakes]
+            log.error("registry.invalid", file=self._settings.registry.name, mistakes=mistakes)
+        except EngineError as error:
+            log.warning("registry.not_reloaded", reason=str(error))
+        except Exception:  # the watch goes on
+            log.exception("registry.not_reloaded")
+
+    async def watch(self, every_s: float = LOOK_EVERY_S) -> None:
+        """Reload whenever the file differs from what was read last. Runs until it is cancelled.
+
+        A file that is being written may be right and yet not whole, so it must have lain still since the last look.
+        """
+        seen: Stamp | None = None
+        while True:
+            await asyncio.sleep(every_s)
+            before, seen = seen, await asyncio.to_thread(look, self._settings.registry)
+            if seen == before and seen != self._read:
+                await self.reload_and_log()
+
+    async def _after(self, previous: asyncio.Task[Changes] | None) -> Changes:
+        if previous is not None:
+            await asyncio.wait({previous})
+        self._read = await asyncio.to_thread(look, self._settings.registry)
+        registry = await asyncio.to_thread(open_registry, self._settings)
+        changes = diff(self._yard.registry, registry)
+        if not changes.is_empty:
+            await self._yard.backend.reload(registry.models, self._new_budget(registry, changes))
+            self._yard.registry = registry
+            log.info("registry.reloaded", **structs.asdict(changes))
+        return changes
+
+    def _new_budget(self, registry: Registry, changes: Changes) -> Budget | None:
+        """`MEMORY_BUDGET` overrules the file."""
+        return registry.memory_budget if changes.is_budget_changed and self._settings.memory_budget is None else None

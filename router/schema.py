@@ -1,0 +1,213 @@
+"""The wire: what clients send and what they get. A leaf: it knows the engines' records and nothing of HTTP.
+
+The OpenAPI document is generated from these Structs, so a description here is a description there.
+"""
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+from engines.records import ModelStatus, State
+from engines.spec import Matryoshka, Truncate
+
+MAX_INPUTS = 2048
+
+EncodingFormat = Literal["float", "base64"]
+OutputDtype = Literal["float", "int8", "uint8", "binary", "ubinary"]
+Input = str | list[str | int | list[int]]
+"""msgspec admits one array type in a union, so `router/decode.py` checks that a request holds one kind only."""
+
+
+class EmbeddingRequest(Struct, frozen=True, kw_only=True):
+    """Texts (or token ids) to embed. Unknown fields are ignored, and null means: not given."""
+
+    input: Annotated[
+        Input,
+        Meta(
+            description=f"One text, 1 to {MAX_INPUTS} texts, the token ids of one text, or of 1 to {MAX_INPUTS} texts. "
+            "One kind a request; nothing in it may be empty.",
+            examples=["The cat sits outside", ["first text", "second text"], [101, 4937, 102]],
+        ),
+    ]
+    model: Annotated[
+        str | None,
+        Meta(description="A model id or alias of GET /v1/models; without one, the registry's default model."),
+    ] = None
+    encoding_format: Annotated[
+        EncodingFormat | None,
+        Meta(
+            description="`float` (default): JSON numbers. `base64`: little-endian bytes, float32 unless `output_dtype`."
+        ),
+    ] = None
+    dimensions: Annotated[
+        Annotated[int, Meta(ge=1)] | None,
+        Meta(description="Cut vectors to this width and normalise them again, where the model admits it."),
+    ] = None
+    user: Annotated[str | None, Meta(description="Accepted for compatibility; not used.")] = None
+    input_type: Annotated[
+        str | None,
+        Meta(
+            description="`query`, `document`, or any prompt name of the model: picks the prompt put in front. "
+            "Without it no prompt is added.",
+            examples=["query", "document"],
+        ),
+    ] = None
+    instruction: Annotated[
+        str | None, Meta(description="The task of an instruct model, put into its query template.")
+    ] = None
+    prompt: Annotated[
+        str | None, Meta(description="Put in front verbatim; excludes `input_type` and `instruction`.")
+    ] = None
+    truncate: Annotated[
+        Truncate | None,
+        Meta(
+            description="Which end of an input longer than the model reads is cut off (default `end`), or `error`. "
+            "The header x-embed-truncated names the inputs that were cut."
+        ),
+    ] = None
+    normalize: Annotated[
+        bool | None, Meta(description="false: the vector as the model's own modules leave it. Default true.")
+    ] = None
+    output_dtype: Annotated[
+        OutputDtype | None,
+        Meta(
+            description="Quantisation as sentence-transformers defines it. `int8` and `uint8` take their ranges from "
+            "the vectors of this request, so they need at least two inputs."
+        ),
+    ] = None
+    keep_alive: Annotated[
+        float | str | None,
+        Meta(
+            description="How long the model stays without work after this request: seconds, a duration, "
+            "0 (leave at once) or -1 (stay until memory is needed).",
+            examples=[300, "10m", 0, -1],
+        ),
+    ] = None
+
+
+class Embedding(Struct, frozen=True, kw_only=True):
+    """One vector: numbers, or base64 of its bytes."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class Usage(Struct, frozen=True, kw_only=True):
+    """Tokens run through the model, special tokens included."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingResponse(Struct, frozen=True, kw_only=True):
+    """The vectors in input order. `model` is the id of the model that computed them, also when an alias was asked."""
+
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: Usage
+
+
+class ErrorDetail(Struct, frozen=True, kw_only=True):
+    """What went wrong: `message` for people, `code` for programs, `param` names the request field."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorEnvelope(Struct, frozen=True, kw_only=True):
+    """Every failure, whatever its cause, looks like this."""
+
+    error: ErrorDetail
+
+
+class Model(Struct, frozen=True, kw_only=True):
+    """OpenAI's model object, and beside it what this server knows. Null: not known before the model was loaded."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+    state: State
+    source: str
+    aliases: tuple[str, ...]
+    dimensions: int | None = None
+    matryoshka: Matryoshka | None = None
+    max_tokens: int | None = None
+    prompts: dict[str, str] = {}
+    dtype: str = "auto"
+    device: str = "auto"
+    memory_bytes: int = 0
+    revision: str | None = None
+
+
+class ModelList(Struct, frozen=True, kw_only=True):
+    """The models that may be served, in memory or not."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class Slot(ModelStatus, frozen=True, kw_only=True):
+    """One model on one device. Times are Unix seconds; bytes are charged against the device's budget."""
+
+    id: str
+
+
+class SlotList(Struct, frozen=True, kw_only=True):
+    """Every slot of every device."""
+
+    object: Literal["list"] = "list"
+    data: list[Slot]
+
+
+class ModelSlots(Slot, frozen=True, kw_only=True):
+    """The slot nearest to serving, and under `slots` that model's slots on all devices."""
+
+    slots: list[Slot]
+
+
+class PreloadRequest(Struct, frozen=True, kw_only=True):
+    """`wait`: answer when the model is ready. `pin`: only an operator may evict it."""
+
+    wait: bool = True
+    pin: bool = False
+
+
+class EvictRequest(Struct, frozen=True, kw_only=True):
+    """`force`: also a pinned model. `timeout`: seconds to wait for running requests."""
+
+    force: bool = False
+    timeout: Annotated[float, Meta(ge=0, le=3600)] = 30.0
+
+
+class DeviceMemory(Struct, frozen=True, kw_only=True):
+    """One device. `used_bytes` is weights, `workspace_bytes` is reserved for the largest forward pass.
+
+    `residents` are model ids in eviction order, the next to leave first.
+    """
+
+    host_id: str
+    device: str
+    total_bytes: int
+    budget_bytes: int
+    used_bytes: int
+    workspace_bytes: int
+    free_bytes: int
+    residents: tuple[str, ...]
+    is_draining: bool
+
+
+class Memory(Struct, frozen=True, kw_only=True):
+    """All devices of this server."""
+
+    devices: list[DeviceMemory]
+
+
+class Status(Struct, frozen=True, kw_only=True):
+    """That the server is alive, or ready."""
+
+    status: Literal["ok", "ready"]

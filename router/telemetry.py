@@ -1,0 +1,74 @@
+"""Logs: how lines look and where they go. Every module logs through structlog; other libraries' logs join here.
+
+Tracebacks are plain: structlog's richer ones print local variables, and those hold texts and keys.
+"""
+
+import logging
+import sys
+from collections.abc import Callable
+
+import orjson
+import structlog
+from structlog.typing import Processor
+
+from router.visit import PROBES, Visit
+
+_log = structlog.get_logger()
+
+
+def configure_logging(log_format: str, log_level: str) -> None:
+    """Write to stderr: `json`, one object a line; `console`, for eyes; `auto`, by whether stderr is a terminal."""
+    as_json = log_format == "json" or (log_format == "auto" and not sys.stderr.isatty())
+    shared: list[Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        *([structlog.processors.format_exc_info] if as_json else []),
+    ]
+    renderer: Processor = (
+        structlog.processors.JSONRenderer(_to_json)
+        if as_json
+        else structlog.dev.ConsoleRenderer(
+            colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+        )
+    )
+    level = logging.getLevelNamesMapping()[log_level.upper()]
+    structlog.configure(
+        processors=[*shared, renderer],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+    _adopt_other_libraries(shared, renderer, max(level, logging.WARNING))
+
+
+def log_visit(visit: Visit) -> None:
+    """The one line of a request that has ended; the id of the request, the model and the key come by context."""
+    log = _log.warning if visit.status >= 500 else _log.debug if visit.route in PROBES else _log.info
+    more: dict[str, object] = {"code": visit.code} if visit.code != "ok" else {}
+    if visit.trace_id:
+        more["trace_id"] = visit.trace_id
+    if visit.answer is not None:
+        more |= {"inputs": len(visit.answer.token_counts), "tokens": sum(visit.answer.token_counts)}
+        more |= {f"{stage.name}_ms": _ms(stage.seconds) for stage in visit.stages}
+    log("request.done", method=visit.method, route=visit.route, status=visit.status, ms=_ms(visit.seconds), **more)
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1000, 1)
+
+
+def _to_json(event: object, *, default: Callable[[object], object]) -> str:
+    return orjson.dumps(event, default=default).decode()
+
+
+def _adopt_other_libraries(shared: list[Processor], renderer: Processor, level: int) -> None:
+    """Their warnings and errors only: what they tell at info level is not about requests or models."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
+            foreign_pre_chain=[structlog.stdlib.add_logger_name, *shared],
+        )
+    )
+    logging.basicConfig(level=level, handlers=[handler], force=True)

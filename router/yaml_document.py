@@ -1,0 +1,208 @@
+"""YAML text → plain values that remember their lines. Knows YAML, and nothing of models or keys.
+
+PyYAML alone forgets line numbers and lets the last of two equal keys win in silence; both would mislead here.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+from msgspec import Struct
+
+_QUOTED = re.compile(r"'[^']*'")
+_MAX_HARMLESS_CHARS = 24
+_COLLECTION_TAGS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
+
+KeyPath = tuple[str | int, ...]
+"""Where a value stands: `("models", 2, "pooling")`."""
+
+
+class Mistake(Struct, frozen=True):
+    """One thing wrong in the file: where, in which entry (its name, if known), and what to do."""
+
+    path: KeyPath
+    message: str
+    line: int | None = None
+    entry: str | None = None
+
+    def __str__(self) -> str:
+        place = show_path(self.path) + (f" ({self.entry})" if self.entry else "")
+        where = ", ".join(part for part in (f"line {self.line}" if self.line else "", place) if part)
+        return f"{where}: {self.message}" if where else self.message
+
+
+def show_path(path: KeyPath) -> str:
+    """`models[2].prompts.query`."""
+    shown = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
+    return shown.removeprefix(".")
+
+
+class FileError(Exception):
+    """A file cannot be used; `mistakes` holds every reason, in the order of the file."""
+
+    file: ClassVar[str] = "the file"
+
+    def __init__(self, mistakes: tuple[Mistake, ...]) -> None:
+        self.mistakes = mistakes
+        noun = "mistake" if len(mistakes) == 1 else "mistakes"
+        super().__init__("\n".join([f"{len(mistakes)} {noun} in {self.file}:", *(f"  {m}" for m in mistakes)]))
+
+
+class Document:
+    """The file's value, the lines of its keys, and the mistakes found so far.
+
+    One mistake a place: what is wrong in two ways is reported once, for the first reason found.
+
+    Args:
+        entries: where the list stands whose items people know by a name.
+        label: the key under which an item has its name.
+        is_secret: mistakes never repeat what the file holds, for it may be a secret in the wrong place.
+    """
+
+    def __init__(self, *, entries: KeyPath = ("models",), label: str = "name", is_secret: bool = False) -> None:
+        self.value: Any = None
+        self.is_secret = is_secret
+        self._entries = entries
+        self._label = label
+        self._lines: dict[KeyPath, int] = {}
+        self._mistakes: dict[KeyPath, tuple[str, int | None]] = {}
+
+    def add(self, path: KeyPath, message: str, *, line: int | None = None) -> None:
+        """Note a mistake; the line is that of the key, or of what should have held it."""
+        line = line or self.line(path)
+        if self.is_secret:
+            path = tuple("…" if isinstance(part, str) and len(part) > _MAX_HARMLESS_CHARS else part for part in path)
+        self._mistakes.setdefault(path, (message, line))
+
+    def quote(self, text: str) -> str:
+        """A text of the file as a message may repeat it."""
+        return "…" if self.is_secret else text
+
+    @property
+    def mistakes(self) -> tuple[Mistake, ...]:
+        """All mistakes in the order of the file."""
+        found = (Mistake(path, text, line, self._name(path)) for path, (text, line) in self._mistakes.items())
+        return tuple(sorted(found, key=lambda mistake: mistake.line or 0))
+
+    def line(self, path: KeyPath) -> int | None:
+        """The line of the place, or of the nearest thing around it."""
+        while path not in self._lines and path:
+            path = path[:-1]
+        return self._lines.get(path)
+
+    def keep(self, path: KeyPath, line: int) -> None:
+        """Remember where a key or list item stands; the first one wins."""
+        self._lines.setdefault(path, line)
+
+    def _name(self, path: KeyPath) -> str | None:
+        depth = len(self._entries)
+        if len(path) <= depth or path[:depth] != self._entries:
+            return None
+        try:
+            found = self.value
+            for part in path[: depth + 1]:
+                found = found[part]
+            name = found[self._label]
+        except (LookupError, TypeError):
+            return None
+        return name if isinstance(name, str) and not (self.is_secret and len(name) > _MAX_HARMLESS_CHARS) else None
+
+
+def read_text(path: Path, cure: str) -> str:
+    """A file's text; `cure` is what to do when there is no such file.
+
+    Raises:
+        ValueError: what keeps it from being read, with the file's name and not its path.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ValueError(f"there is no file {path.name}: {cure}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ValueError(f"{path.name} cannot be read: {reason}") from None
+
+
+def read_document(text: str, document: Document | None = None) -> Document:
+    """The value of a YAML text; syntax errors and repeated keys are mistakes of the document."""
+    document = document or Document()
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+    except yaml.YAMLError as error:
+        _add_syntax_error(document, error)
+    else:
+        document.value = _Reader(loader, document).read(node, ())
+    return document
+
+
+def _add_syntax_error(document: Document, error: yaml.YAMLError) -> None:
+    mark = error.problem_mark or error.context_mark if isinstance(error, yaml.MarkedYAMLError) else None
+    if isinstance(error, yaml.MarkedYAMLError) and mark:
+        problem = str(error.problem or error.context)
+        if document.is_secret:
+            problem = _QUOTED.sub("…", problem)
+        document.add((), f"not valid YAML at column {mark.column + 1}: {problem}", line=mark.line + 1)
+    else:  # a character that YAML forbids: PyYAML knows its position, not its line
+        document.add((), f"not valid YAML: {str(error).splitlines()[0]}")
+
+
+class _Reader:
+    """Nodes → values, one method a kind of node."""
+
+    def __init__(self, loader: yaml.SafeLoader, document: Document) -> None:
+        self._loader = loader
+        self._document = document
+        self._open: list[yaml.Node] = []
+
+    def read(self, node: yaml.Node | None, path: KeyPath) -> Any:
+        if node is None:
+            return None
+        if node in self._open:
+            self._document.add(path, "an anchor cannot contain itself", line=node.start_mark.line + 1)
+            return None
+        self._document.keep(path, node.start_mark.line + 1)
+        self._open.append(node)
+        try:
+            if isinstance(node, yaml.CollectionNode) and node.tag not in _COLLECTION_TAGS:
+                self._document.add(path, f"the tag {self._document.quote(node.tag)} is unknown: remove it")
+            if isinstance(node, yaml.MappingNode):
+                return dict(self._pairs(node, path))
+            if isinstance(node, yaml.SequenceNode):
+                return [self.read(item, (*path, index)) for index, item in enumerate(node.value)]
+            return self._scalar(node, path)
+        finally:
+            self._open.pop()
+
+    def _pairs(self, node: yaml.MappingNode, path: KeyPath) -> Iterator[tuple[str, Any]]:
+        seen: dict[str, int] = {}
+        for key_node, value_node in node.value:
+            line = key_node.start_mark.line + 1
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                self._document.add(
+                    (*path, "<<"), "merging is not supported: write the keys out, or use defaults", line=line
+                )
+                continue
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != "tag:yaml.org,2002:str":
+                shown = key_node.value if isinstance(key_node, yaml.ScalarNode) else "a list or mapping"
+                self._document.add((*path, str(shown)), "a key must be text: put it in quotes", line=line)
+                continue
+            key = key_node.value
+            if key in seen:
+                self._document.add((*path, key), f"written twice, first on line {seen[key]}: remove one", line=line)
+                continue
+            seen[key] = line
+            self._document.keep((*path, key), line)
+            yield key, self.read(value_node, (*path, key))
+
+    def _scalar(self, node: yaml.Node, path: KeyPath) -> Any:
+        try:
+            return self._loader.construct_object(node)
+        except (yaml.YAMLError, ValueError):
+            self._document.add(
+                path,
+                f"{self._document.quote(repr(node.value))} cannot be read: put it in quotes if it is meant as text",
+            )
+            return None

@@ -1,0 +1,30 @@
+"""One server for the clients of this folder: the real edge and a real host over real sockets; its engines are fakes."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from litestar import Litestar
+
+from engines.fake import fake_host
+from router.app import create_app
+from router.backend import LocalBackend
+from router.registry import read_registry
+from router.settings import Settings
+from tests.server import serving_in_thread
+
+KEY = "sk-contract"
+REGISTRY = Path(__file__).with_name("registry.yaml")
+
+
+def contract_app() -> Litestar:
+    """The server as an app, not started yet."""
+    registry = read_registry(REGISTRY)
+    backend = LocalBackend([fake_host(*registry.models.values())], registry.models)
+    return create_app(Settings(api_key=KEY, registry=REGISTRY), registry, backend)
+
+
+@pytest.fixture(scope="session")
+def url() -> Iterator[str]:
+    with serving_in_thread(contract_app()) as url:
+        yield url

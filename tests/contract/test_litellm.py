@@ -1,0 +1,35 @@
+"""LiteLLM, from an environment of its own: its pins would move openai, huggingface_hub and filelock of this one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engines.fake import fake_vector
+from tests.contract.conftest import KEY
+
+VERSION = "1.106.2"
+FOLDER = Path(sys.prefix) / "clients" / "litellm"
+PYTHON = FOLDER / "bin" / "python"
+SCRIPT = Path(__file__).with_name("litellm_client.py")
+INSTALL = (
+    f"python -m venv --without-pip {FOLDER.name} && pip --python {FOLDER.name}/bin/python install litellm=={VERSION}"
+)
+
+
+def test_litellm(url: str) -> None:
+    if not PYTHON.exists() or not list(FOLDER.glob("lib/python*/site-packages/litellm")):
+        pytest.skip(f"litellm is not installed; in .venv/clients: {INSTALL}")
+    environ = os.environ | {"BASE_URL": url, "API_KEY": KEY, "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+    done = subprocess.run([PYTHON, SCRIPT], env=environ, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout.splitlines()[-1])
+    expected = np.array([fake_vector("mini", text) for text in ("the first text", "another one")])
+
+    assert np.array_equal(np.array(seen["vectors"], np.float32), expected)
+    assert np.array_equal(np.array(seen["narrow"], np.float32), fake_vector("mini", "a b", 4))
+    assert (seen["tokens"], seen["refusal"]) == (9, 404)

@@ -1,0 +1,153 @@
+"""Requests before the work, tokens after it: what callers get in every window, and on the average."""
+
+import random
+
+import pytest
+
+from router.budgets import Balance, Limit, RequestBudget, TokenBudget
+from router.limit_store import LimitStore
+from router.moving_window import MovingWindows
+from tests.router.test_moving_window import FakeClock
+
+WINDOW_S = 60
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+def store(clock: FakeClock) -> LimitStore:
+    return LimitStore(MovingWindows(clock), clock)
+
+
+@pytest.fixture
+def tokens(store: LimitStore) -> TokenBudget:
+    return TokenBudget(store)
+
+
+def busiest(times: list[float]) -> int:
+    """The most moments that any window holds; its ends included."""
+    first, most = 0, 0
+    for last, time in enumerate(times):
+        while times[first] < time - WINDOW_S:
+            first += 1
+        most = max(most, last - first + 1)
+    return most
+
+
+async def test_requests_are_taken_until_none_is_left(store: LimitStore, clock: FakeClock) -> None:
+    requests, limit = RequestBudget(store), Limit(2, WINDOW_S)
+    first = await requests.take("key:web", limit)
+    clock.now += 10
+    second, refused = [await requests.take("key:web", limit) for _ in range(2)]
+    clock.now += refused[1].resets_in_s + 0.001
+
+    assert first == (True, Balance(2, 1, 60.0))
+    assert second == (True, Balance(2, 0, 50.0))
+    assert refused == (False, Balance(2, 0, 50.0))
+    assert (await requests.take("key:web", limit))[0]
+    assert (await requests.take("key:other", limit))[0]
+
+
+async def test_32_keys_that_ask_for_more_get_their_limit_and_nothing_else(store: LimitStore, clock: FakeClock) -> None:
+    requests = RequestBudget(store)
+    rng = random.Random(7)
+    limits = {f"key:{index}": Limit(10 + 9 * index, WINDOW_S) for index in range(32)}
+    admitted: dict[str, list[float]] = {name: [] for name in limits}
+    began = clock.now
+    while clock.now < began + 3 * WINDOW_S:
+        clock.now += 0.2
+        for name, limit in limits.items():
+            for _ in range(rng.randint(0, 2 + limit.amount // 80)):
+                if (await requests.take(name, limit))[0]:
+                    admitted[name].append(clock.now)
+
+    for name, limit in limits.items():
+        assert busiest(admitted[name]) == limit.amount
+        assert len(admitted[name]) >= 0.99 * 3 * limit.amount
+
+
+async def test_tokens_are_known_after_the_work_and_close_the_door(tokens: TokenBudget, clock: FakeClock) -> None:
+    limit = Limit(100, WINDOW_S)
+    before = await tokens.look("key:web", limit)
+    charged = await tokens.charge("key:web", limit, 60)
+    clock.now += 20
+    exactly = await tokens.charge("key:web", limit, 40)
+    refused = await tokens.look("key:web", limit)
+    clock.now += refused.resets_in_s + 0.001
+    again = await tokens.look("key:web", limit)
+
+    assert before == Balance(100, 100, 0.0)
+    assert charged == Balance(100, 40, 60.0)
+    assert exactly == refused == Balance(100, 0, 40.0)
+    assert again.left == 60
+
+
+async def test_what_is_too_much_is_paid_for_in_time(tokens: TokenBudget, clock: FakeClock) -> None:
+    limit = Limit(100, WINDOW_S)
+    charged = await tokens.charge("key:web", limit, 350)
+    clock.now += WINDOW_S + 1
+    still = await tokens.look("key:web", limit)
+    clock.now += still.resets_in_s + 0.001
+    again = await tokens.look("key:web", limit)
+
+    assert charged == Balance(100, 0, 3.5 * WINDOW_S)
+    assert still == Balance(100, 0, 2.5 * WINDOW_S - 1)
+    assert again == Balance(100, 100, 0.0)
+
+
+@pytest.mark.parametrize("amount", [100, 8192, 8193, 1_000_000, 60_000_000])
+async def test_large_budgets_are_counted_in_units_and_lose_nothing(tokens: TokenBudget, amount: int) -> None:
+    limit = Limit(amount, WINDOW_S)
+    rng = random.Random(amount)
+    used = 0
+    balance = await tokens.look("key:web", limit)
+    while balance.left:
+        cost = rng.randint(1, max(1, amount // 50))
+        balance = await tokens.charge("key:web", limit, cost)
+        used += cost
+        if balance.left:
+            assert balance.left == amount - used
+
+    assert 0.999 * amount <= used <= 1.02 * amount
+
+
+async def test_32_keys_get_their_tokens_on_the_average(tokens: TokenBudget, clock: FakeClock) -> None:
+    rng = random.Random(11)
+    limits = {f"key:{index}": Limit(1000 + 997 * index, WINDOW_S) for index in range(32)}
+    used = dict.fromkeys(limits, 0)
+    began = clock.now
+    windows = 8
+    while clock.now < began + windows * WINDOW_S:
+        clock.now += 0.5
+        for name, limit in limits.items():
+            if (await tokens.look(name, limit)).left:
+                cost = rng.randint(1, limit.amount // 10)
+                await tokens.charge(name, limit, cost)
+                used[name] += cost
+
+    for name, limit in limits.items():
+        assert 0.99 * windows <= used[name] / limit.amount <= windows + 1
+
+
+async def test_requests_side_by_side_cannot_multiply_a_budget(tokens: TokenBudget, clock: FakeClock) -> None:
+    limit, used = Limit(1000, WINDOW_S), 0
+    began = clock.now
+    while clock.now < began + 100 * WINDOW_S:
+        inside = 50 if (await tokens.look("key:web", limit)).left else 0
+        for _ in range(inside):
+            await tokens.charge("key:web", limit, 100)
+            used += 100
+        clock.now += 1
+
+    assert used <= 1000 * 100 + 50 * 100
+
+
+async def test_addresses_that_come_and_go_leave_nothing(store: LimitStore, clock: FakeClock) -> None:
+    tokens, limit = TokenBudget(store), Limit(10**6, WINDOW_S)
+    for index in range(25_000):
+        await tokens.charge(f"address:{index}", limit, 1)
+
+    assert len(tokens) <= 10_000

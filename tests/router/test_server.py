@@ -1,0 +1,180 @@
+"""How a server ends, over real sockets and with real signals: what every client sees."""
+
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import httpx
+import pytest
+from msgspec import Struct
+
+ROOT = Path(__file__).parent.parent.parent
+EMBED = "/v1/embeddings"
+BODY = {"input": "x"}
+
+
+class Process(Struct):
+    """A server of its own, where it listens, and its log: a file, because a full pipe would hold it up."""
+
+    popen: subprocess.Popen[str]
+    url: str
+    log: IO[str]
+
+    def tell(self, number: signal.Signals) -> None:
+        self.popen.send_signal(number)
+
+    def client(self) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=10)
+
+    def logged(self) -> list[str]:
+        """The events of its log, once it has ended."""
+        self.log.seek(0)
+        return [json.loads(line)["event"] for line in self.log]
+
+    def running(self, client: httpx.Client) -> float:
+        """Requests that are being embedded."""
+        return float(sum(slot["leases"] for slot in client.get("/admin/models").json()["data"]))
+
+    def wait_for_leases(self, number: int) -> None:
+        with self.client() as client:
+            while self.running(client) < number:
+                time.sleep(0.005)
+
+
+@contextmanager
+def process(*arguments: str) -> Iterator[Process]:
+    command = [sys.executable, "-m", "tests.router.serve_fake", *arguments]
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True) as child,
+    ):
+        try:
+            assert child.stdout is not None
+            yield Process(child, child.stdout.readline().strip(), log)
+        finally:
+            child.kill()
+
+
+class Client(threading.Thread):
+    """Sends one request after another until it is refused; writes down what it saw."""
+
+    def __init__(self, connections: httpx.Client) -> None:
+        super().__init__()
+        self._connections = connections
+        self.seen: list[str] = []
+
+    def run(self) -> None:
+        while not self.seen or self.seen[-1] == "200":
+            self.seen.append(self._ask())
+
+    def _ask(self) -> str:
+        try:
+            answer = self._connections.post(EMBED, json=BODY)
+        except httpx.ConnectError:
+            return "connection refused"
+        except httpx.HTTPError as error:
+            return type(error).__name__
+        return "200" if answer.status_code == 200 else f"{answer.status_code} {answer.json()['error']['code']}"
+
+
+def test_under_64_clients_every_admitted_request_is_answered() -> None:
+    with process("0.2", "10") as server, server.client() as connections:
+        clients = [Client(connections) for _ in range(64)]
+        for client in clients:
+            client.start()
+        server.wait_for_leases(64)
+        began_s = time.monotonic()
+        server.tell(signal.SIGTERM)
+        exit_code = server.popen.wait(15)
+        took_s = time.monotonic() - began_s
+        for client in clients:
+            client.join(15)
+        logged = Counter(server.logged())
+    last = Counter(client.seen[-1] for client in clients)
+    answered = sum(client.seen.count("200") for client in clients)
+
+    assert exit_code == 0
+    assert took_s < 10
+    assert last == {"503 shutting_down": 64}
+    assert answered >= 64
+    assert not {"server.forced_end", "pool.grace_over", "request.crashed"} & set(logged)
+
+
+def test_while_it_drains_it_says_so_to_everyone_and_serves_what_it_has() -> None:
+    with process("1.5", "10") as server, server.client() as client, ThreadPoolExecutor() as threads:
+        slow = threads.submit(httpx.post, server.url + EMBED, json=BODY, timeout=10)
+        server.wait_for_leases(1)
+        server.tell(signal.SIGTERM)
+        while client.get("/ready").status_code == 200:
+            time.sleep(0.005)
+        ready, health = client.get("/ready"), client.get("/health")
+        refused, preload = client.post(EMBED, json=BODY), client.post("/admin/models/mini/preload")
+        exit_code = server.popen.wait(10)
+
+    assert (ready.status_code, ready.json()["error"]["code"]) == (503, "shutting_down")
+    assert health.status_code == 200
+    for answer in (refused, preload):
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "shutting_down")
+        assert int(answer.headers["retry-after"]) >= 1
+        assert answer.headers["connection"] == "close"
+    assert slow.result().status_code == 200
+    assert exit_code == 0
+
+
+def test_what_is_not_done_at_the_end_of_the_grace_time_is_told_so() -> None:
+    with process("60", "0.3") as server, ThreadPoolExecutor() as threads:
+        stuck = threads.submit(httpx.post, server.url + EMBED, json=BODY, timeout=10)
+        server.wait_for_leases(1)
+        server.tell(signal.SIGTERM)
+        exit_code = server.popen.wait(10)
+        logged = server.logged()
+
+    assert (stuck.result().status_code, stuck.result().json()["error"]["code"]) == (503, "shutting_down")
+    assert exit_code == 0
+    assert "pool.grace_over" in logged
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_it_at_once(number: signal.Signals) -> None:
+    with process("60", "30") as server, ThreadPoolExecutor() as threads:
+        stuck = threads.submit(httpx.post, server.url + EMBED, json=BODY, timeout=10)
+        server.wait_for_leases(1)
+        server.tell(signal.SIGTERM)
+        with server.client() as client:
+            while client.get("/ready").status_code == 200:
+                time.sleep(0.005)
+        began_s = time.monotonic()
+        server.tell(number)
+        exit_code = server.popen.wait(5)
+        took_s = time.monotonic() - began_s
+
+    assert exit_code == -number
+    assert took_s < 1
+    assert isinstance(stuck.exception(), httpx.RemoteProtocolError)
+
+
+def test_a_device_that_hangs_fails_health_tells_its_callers_and_cannot_keep_the_process() -> None:
+    with process("60", "0", "hang") as server, server.client() as client:
+        before = client.get("/health")
+        answer = client.post(EMBED, json=BODY)
+        health = client.get("/health")
+        server.tell(signal.SIGTERM)
+        exit_code = server.popen.wait(10)
+        logged = server.logged()
+
+    assert before.status_code == 200
+    for told in (answer, health):
+        assert (told.status_code, told.json()["error"]["code"]) == (503, "device_down")
+        assert "has been running for 999 s" in told.json()["error"]["message"]
+    assert exit_code == 1
+    assert {"device.down", "server.forced_end"} <= set(logged)
