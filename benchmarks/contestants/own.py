@@ -1,0 +1,66 @@
+"""The offline engine as a worker: the host of `engines/machine.py` with its pool, lane and engine, as the server has it.
+
+`own.py FOLDER`. Imports `engines` from wherever PYTHONPATH says: `bench-diff` runs it on two trees.
+"""
+
+import asyncio
+import importlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import engines
+from engines.host import Host
+from engines.machine import Machine, MachineConfig
+from engines.records import EmbedCall
+from engines.spec import ModelSpec
+
+MODEL = "m"
+
+lines: Any = importlib.import_module("lines")  # a script: its own folder is on the path
+
+async def run(folder: str) -> None:
+    """Load, then answer until stdin ends."""
+    say = lines.open_answers()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    config = MachineConfig(devices=("cpu",), cores=cores, tokenizer_threads=cores)
+    machine = Machine(config, {MODEL: ModelSpec(model_id=MODEL, source=folder)})
+    (host,) = machine.hosts
+    await host.start()
+    status = await host.preload(MODEL)
+    assert status.info is not None, "a ready model knows what it is"
+    say({"ready": {
+        "engines": str(Path(engines.__file__).parent.parent),
+        "dimensions": status.info.dimensions, "attention": status.info.attention, "notes": status.info.notes,
+    }})  # fmt: skip
+    while line := await asyncio.to_thread(sys.stdin.readline):
+        say(await answer(host, json.loads(line)))
+    await host.aclose()
+    machine.close()
+
+
+async def answer(host: Host, question: dict[str, Any]) -> dict[str, Any]:
+    """`time`: the calls, so many at once (1 unless told); `vectors`: of some texts."""
+    if question["op"] == "vectors":
+        embeddings = await host.embed(_call(question["texts"]))
+        return {"vectors": embeddings.array().tolist()}
+    waiting = iter([_call(texts) for texts in question["calls"]])
+
+    async def client() -> None:
+        for call in waiting:
+            await host.embed(call)
+
+    started = time.perf_counter()
+    await asyncio.gather(*(client() for _ in range(question.get("concurrency", 1))))
+    return {"seconds": time.perf_counter() - started}
+
+
+def _call(texts: list[str]) -> EmbedCall:
+    return EmbedCall(model_id=MODEL, texts=tuple(texts))
+
+
+if __name__ == "__main__":
+    asyncio.run(run(sys.argv[1]))

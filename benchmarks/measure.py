@@ -1,0 +1,90 @@
+"""How things are compared here: interleaved rounds (A B A B …), medians, ratios of medians, and the spread of pairs.
+
+Knows nothing of models: a contestant is something that does given work and says how many seconds it took.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol
+
+from msgspec import Struct
+
+Run = Callable[[], float]
+"""Does the work once; what it returns is the sample: seconds, or texts a second."""
+
+SETTLE_S = 0.3
+"""Threads of torch, oneDNN and ONNX Runtime spin for a while after their work; the next contestant must not meet them."""
+
+
+class Contestant(Protocol):
+    """One program under test, warm."""
+
+    @property
+    def name(self) -> str:
+        """As tables show it."""
+
+    def seconds(self, calls: Sequence[Sequence[str]]) -> float:
+        """Embed all texts of all calls, one call after the other; the time that took."""
+
+
+class Ratio(Struct, frozen=True):
+    """How many times as fast as the base: the ratio of the medians, and the worst and best pair of one round."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def is_tie(self) -> bool:
+        """Whether the rounds disagree about who is faster."""
+        return self.low <= 1.0 <= self.high
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} ({self.low:.2f}–{self.high:.2f})"
+
+
+def interleave(
+    runs: Mapping[str, Run],
+    rounds: int,
+    *,
+    settle_s: float = SETTLE_S,
+    sleep: Callable[[float], None] = time.sleep,
+) -> dict[str, list[float]]:
+    """Every run once a round, one sample each; who begins changes from round to round, so that drift hits all alike."""
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds):
+        for name in _rotated(list(runs), number):
+            sleep(settle_s)
+            samples[name].append(runs[name]())
+    return samples
+
+
+def _rotated(names: list[str], by: int) -> Iterator[str]:
+    start = by % len(names) if names else 0
+    yield from names[start:]
+    yield from names[:start]
+
+
+def speedup(samples_s: Sequence[float], base_s: Sequence[float]) -> Ratio:
+    """Of seconds: how many times as fast as the base."""
+    pairs = [base / own for own, base in zip(samples_s, base_s, strict=True)]
+    return Ratio(statistics.median(base_s) / statistics.median(samples_s), min(pairs), max(pairs))
+
+
+def quotient(samples: Sequence[float], base: Sequence[float]) -> Ratio:
+    """Of rates (or of times where more is worse): how many times the base."""
+    return speedup(base, samples)
+
+
+def percentile(samples: Sequence[float], share: float) -> float:
+    """The smallest sample that at least `share` (0 to 1) of all do not exceed.
+
+    Raises:
+        ValueError: there are no samples.
+    """
+    if not samples:
+        raise ValueError("no samples, so no percentile")
+    ordered = sorted(samples)
+    rank = max(1, -(-len(ordered) * share // 1))
+    return ordered[min(len(ordered), int(rank)) - 1]
