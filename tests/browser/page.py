@@ -1,0 +1,129 @@
+"""The dashboard as a test sees it: a headless Chromium, and the words for what is on the page."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:  # else imported when a browser opens: without selenium these tests are skipped
+    from selenium import webdriver
+    from selenium.webdriver.remote.webelement import WebElement
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+PATIENCE_S = 20
+Seen = TypeVar("Seen")
+_FLAGS = (
+    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-dev-shm-usage",
+    "--disable-component-update", "--no-first-run", "--hide-scrollbars", "--force-prefers-reduced-motion",
+)  # fmt: skip
+
+
+def open_chromium(profile: Path, *, language: str = "en-US") -> "webdriver.Chrome":
+    """A browser with an empty profile that logs its console and its requests."""
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(CHROMIUM)
+    for flag in (*_FLAGS, f"--user-data-dir={profile}", f"--lang={language}"):
+        options.add_argument(flag)
+    options.add_experimental_option("prefs", {"intl.accept_languages": language})
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    return webdriver.Chrome(options=options, service=Service(str(DRIVER)))
+
+
+class Page:
+    """One tab. Whatever is asked for is waited for."""
+
+    def __init__(self, driver: "webdriver.Chrome", url: str) -> None:
+        self.driver, self.url = driver, url
+
+    def open(self, path: str = "/") -> None:
+        """A visit as if for the first time: no key, no language chosen."""
+        self.driver.get(self.url + "/health")
+        self.driver.execute_script("sessionStorage.clear(); localStorage.clear()")
+        self.take_log()
+        self.driver.get(self.url + path)
+
+    def sign_in(self, key: str) -> None:
+        self.find("#key").send_keys(key)
+        self.find(".door button").click()
+
+    def wait(self, condition: Callable[[], Seen]) -> Seen:
+        """The first true answer."""
+        from selenium.common.exceptions import NoSuchElementException, StaleElementReferenceException
+        from selenium.webdriver.support.wait import WebDriverWait
+
+        waiter = WebDriverWait(self.driver, PATIENCE_S, 0.05, [NoSuchElementException, StaleElementReferenceException])
+        return waiter.until(lambda _: condition())
+
+    def find(self, selector: str) -> "WebElement":
+        return self.wait(lambda: self.driver.find_element("css selector", selector))
+
+    def text(self, selector: str) -> str:
+        """Of everything that matches, joined; empty when nothing does."""
+        script = "return [...document.querySelectorAll(arguments[0])].map((node) => node.innerText).join('\\n')"
+        found: str = self.driver.execute_script(script, selector)
+        return found
+
+    def emulate(self, width: int, *, dark: bool = False) -> None:
+        """A screen so wide, in light or dark."""
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
+
+    # ---- models ----
+
+    def state(self, model_id: str) -> str:
+        return self.find(f'li[data-model="{model_id}"]').get_attribute("data-state") or ""
+
+    def wait_for_state(self, model_id: str, state: str) -> None:
+        self.wait(lambda: self.state(model_id) == state)
+
+    def ask(self, verb: str, model_id: str) -> str:
+        """Press a button of a model's row; returns the plan that is shown."""
+        self.wait(lambda: self.find(f'li[data-model="{model_id}"] [data-do={verb}]').is_enabled())
+        self.find(f'li[data-model="{model_id}"] [data-do={verb}]').click()
+        return self.find("dialog.plan").text
+
+    def confirm(self) -> None:
+        self.find("dialog.plan [data-do=confirm]").click()
+
+    def do(self, verb: str, model_id: str) -> None:
+        self.ask(verb, model_id)
+        self.confirm()
+
+    def record_states(self, model_id: str) -> None:
+        """From now on, remember every state and progress that the row shows."""
+        self.driver.execute_script(
+            """
+            const row = document.querySelector(`li[data-model="${arguments[0]}"]`);
+            window.seen = [];
+            const note = () => window.seen.push([row.dataset.state, row.querySelector(".progress").innerText]);
+            const all = {subtree: true, childList: true, attributes: true, characterData: true};
+            new MutationObserver(note).observe(row, all);
+            """,
+            model_id,
+        )
+
+    def recorded(self) -> list[tuple[str, str]]:
+        return [(state, words) for state, words in self.driver.execute_script("return window.seen")]
+
+    # ---- what the browser noticed ----
+
+    def take_log(self) -> list[str]:
+        """Console messages that are errors or warnings, since this was asked last."""
+        entries = self.driver.get_log("browser")  # type: ignore[no-untyped-call]  # selenium types it not
+        return [entry["message"] for entry in entries if entry["level"] in ("SEVERE", "WARNING")]
+
+    def requested_urls(self) -> set[str]:
+        """Every URL asked for since this was asked last."""
+        entries: list[Any] = self.driver.get_log("performance")  # type: ignore[no-untyped-call]  # as above
+        messages = [json.loads(entry["message"])["message"] for entry in entries]
+        return {
+            message["params"]["request"]["url"]
+            for message in messages
+            if message["method"] == "Network.requestWillBeSent"
+        }

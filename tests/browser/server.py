@@ -1,0 +1,31 @@
+"""A server process of these tests, which can be stopped and started again on the same port."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+KEY = "secret-of-the-tests"
+ROOT = Path(__file__).parent.parent.parent
+
+
+class YardProcess:
+    """`tests/browser/serve.py` as a process. `arguments` are its options."""
+
+    def __init__(self, *arguments: str) -> None:
+        self._arguments = arguments
+        self._process: subprocess.Popen[str] | None = None
+        self.url = ""
+
+    def start(self) -> None:
+        """Return when it listens; from the second time on, on the same port."""
+        port = self.url.rpartition(":")[2] or "0"
+        command = [sys.executable, "-W", "ignore", "-m", "tests.browser.serve", "--port", port, *self._arguments]
+        self._process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        assert self._process.stdout is not None
+        self.url = self._process.stdout.readline().strip()
+        assert self.url.startswith("http://"), "the server did not start"
+
+    def stop(self) -> None:
+        assert self._process is not None
+        self._process.terminate()
+        self._process.communicate(timeout=30)
