@@ -30,7 +30,7 @@ def peak(worker: Worker, shape: Shape, seconds: float = PEAK_S) -> float:
     return float(max(rates.values()))
 
 
-def measure(
+def measure(  # noqa: PLR0913  # who is measured, on what, and how often
     cases: Sequence[Case], shape: Shape, engine: Worker, gemm: Worker, rounds: int, *, settle_s: float, peak_s: float
 ) -> dict[str, dict[str, list[float]]]:
     """FLOP/s by case: of the engine, and of the bare products beside it."""
@@ -49,9 +49,11 @@ def measure(
     return samples
 
 
-def rows(cases: Sequence[Case], samples: Mapping[str, Mapping[str, Sequence[float]]], shape: Shape) -> list[tuple[str, ...]]:
+def rows(
+    cases: Sequence[Case], samples: Mapping[str, Mapping[str, Sequence[float]]], shape: Shape
+) -> list[tuple[str, ...]]:
     """Table rows: the arithmetic of a token, the engine's speed, the peak, and the share."""
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for case in cases:
         engine, ceiling = samples[case.name]["engine"], samples[case.name]["peak"]
         shares = [own / best for own, best in zip(engine, ceiling, strict=True)]

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -20,7 +21,7 @@ from benchmarks.folders import resolve
 from benchmarks.http_client import vectors
 from benchmarks.load import Outcome
 from benchmarks.machine import Watch, warn_if_busy
-from benchmarks.measure import SETTLE_S, interleave, percentile, quotient
+from benchmarks.measure import SETTLE_S, Run, interleave, percentile, quotient
 from benchmarks.peers import OURS
 from benchmarks.report import RESULTS, Report, publish
 from benchmarks.servers import Plan, Server, fastapi, infinity, own, serving, write_registry
@@ -79,14 +80,14 @@ def measure(
         outcomes[server.name].append(outcome)
         return outcome.texts_per_s
 
-    runs = {server.name: lambda server=server: sample(server) for server in servers}  # type: ignore[misc]  # a lambda's defaults have no annotation
-    for warm_up in runs.values():
-        warm_up()
-    samples = interleave(runs, rounds, settle_s=settle_s)
+    runs: dict[str, Run] = {server.name: partial(sample, server) for server in servers}
+    samples = interleave(runs, rounds, settle_s=settle_s, is_warm=False)
     return samples, {name: found[1:] for name, found in outcomes.items()}
 
 
-def row(case: Case, samples: Mapping[str, Sequence[float]], outcomes: Mapping[str, Sequence[Outcome]]) -> tuple[str, ...]:
+def row(
+    case: Case, samples: Mapping[str, Sequence[float]], outcomes: Mapping[str, Sequence[Outcome]]
+) -> tuple[str, ...]:
     """One line: speeds, our ratio to the best peer, p95 latencies, failures."""
     best = max((name for name in samples if name != OURS), key=lambda name: median(samples[name]), default=OURS)
     p95 = [f"{1000 * _latency(outcomes[name], 0.95):.0f}" for name in samples]
@@ -126,7 +127,14 @@ def run(
         title=f"Over HTTP beside the peers, {folder.name}, closed loops, base64",
         machine=machine,
         settings={"model": folder.name, "rounds": rounds, "seconds": seconds},
-        header=("load", *(f"{name}, texts/s" for name in names), "ours over the best", "the best", f"p95 ms, {' / '.join(names)}", "failed"),
+        header=(
+            "load",
+            *(f"{name}, texts/s" for name in names),
+            "ours over the best",
+            "the best",
+            f"p95 ms, {' / '.join(names)}",
+            "failed",
+        ),
         rows=[row(case, *found[str(case)]) for case in cases],
         samples={
             "texts_per_s": {name: samples for name, (samples, _) in found.items()},
@@ -136,7 +144,8 @@ def run(
         notes=(
             *notes,
             f"the client took at most {client:.2f} of the {machine.cores} cores that the servers have too",
-            f"largest difference of a component from {names[0]}: " + ", ".join(f"{n} {off:.0e}" for n, off in off_by.items()),
+            f"largest difference of a component from {names[0]}: "
+            + ", ".join(f"{n} {off:.0e}" for n, off in off_by.items()),
         ),
     )
 

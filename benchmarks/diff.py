@@ -33,7 +33,8 @@ def unpack(commit: str, folder: Path) -> str:
     Raises:
         ValueError: git knows no such commit.
     """
-    known = subprocess.run(["git", "rev-parse", "--short", f"{commit}^{{commit}}"], cwd=ROOT, capture_output=True, text=True, check=False)  # fmt: skip
+    ask = ["git", "rev-parse", "--short", f"{commit}^{{commit}}"]
+    known = subprocess.run(ask, cwd=ROOT, capture_output=True, text=True, check=False)
     if known.returncode:
         raise ValueError(f"git knows no commit {commit!r}: {known.stderr.strip()}")
     archive = subprocess.run(

@@ -78,7 +78,9 @@ def _latencies(name: str, samples: Sequence[float]) -> tuple[str, ...]:
     return (name, str(len(samples)), *(f"{1000 * percentile(samples, at):.1f}" for at in (0.5, 0.95, 0.99)))
 
 
-def run(folder: Path, workload: str, num_texts: int, rounds: int, *, per_s: float = PER_S, idle_s: float = IDLE_S) -> Report:
+def run(
+    folder: Path, workload: str, num_texts: int, rounds: int, *, per_s: float = PER_S, idle_s: float = IDLE_S
+) -> Report:
     """Measure a model folder."""
     watch = Watch()
     warn_if_busy(watch.machine)

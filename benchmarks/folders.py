@@ -77,7 +77,7 @@ def save_random(folder: Path, config: PretrainedConfig, kind: type[PreTrainedMod
 
 
 def dress(folder: Path, source: Path, config: dict[str, Any]) -> None:
-    """Everything around the weights: MiniLM's tokenizer and chain, reading `MAX_TOKENS`; `config` when it is another's."""
+    """All but the weights: MiniLM's tokenizer and chain, reading `MAX_TOKENS`; `config` when it is another's."""
     for file in _FILES:
         if file == "modules.json" or (file == "config.json" and config):
             continue
@@ -102,4 +102,3 @@ def minilm_package() -> Path:
     if spec is None or spec.origin is None:
         raise ValueError(f"the package {PACKAGE} with MiniLM is missing: pip install 'embedyard[demo]'")
     return Path(spec.origin).parent / "model"
-

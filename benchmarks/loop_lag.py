@@ -55,7 +55,7 @@ async def all_at_once(target: Target, kinds: Sequence[Kind], seconds: float) -> 
 
 
 def within(lags: Sequence[tuple[float, float]], start_s: float, end_s: float) -> list[float]:
-    """Lags of a stretch of time, as if the clock had not stood still: a stall of a second is late for every tick in it."""
+    """Lags of a stretch of time, as if the clock went on: a stall of a second is late for every tick in it."""
     return [late for woken_s, lag_s in lags if start_s <= woken_s <= end_s for late in _every_tick(lag_s)]
 
 

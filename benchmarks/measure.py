@@ -14,7 +14,7 @@ Run = Callable[[], float]
 """Does the work once; what it returns is the sample: seconds, or texts a second."""
 
 SETTLE_S = 0.3
-"""Threads of torch, oneDNN and ONNX Runtime spin for a while after their work; the next contestant must not meet them."""
+"""Threads of torch, oneDNN and ONNX Runtime spin for a while after their work; the next one must not meet them."""
 
 
 class Contestant(Protocol):
@@ -49,9 +49,15 @@ def interleave(
     rounds: int,
     *,
     settle_s: float = SETTLE_S,
+    is_warm: bool = True,
     sleep: Callable[[float], None] = time.sleep,
 ) -> dict[str, list[float]]:
-    """Every run once a round, one sample each; who begins changes from round to round, so that drift hits all alike."""
+    """Every run once a round, one sample each; who begins changes from round to round, so that drift hits all alike.
+
+    `is_warm`: false runs each once before, uncounted.
+    """
+    for warm_up in () if is_warm else runs.values():
+        warm_up()
     samples: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds):
         for name in _rotated(list(runs), number):

@@ -6,6 +6,7 @@ a server, eight at a time, round by round. The client runs on the same cores, an
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -14,7 +15,7 @@ from benchmarks.folders import resolve
 from benchmarks.http_client import Request, Target, encode
 from benchmarks.load import Outcome
 from benchmarks.machine import Watch, warn_if_busy
-from benchmarks.measure import SETTLE_S, interleave, quotient
+from benchmarks.measure import SETTLE_S, Run, interleave, quotient
 from benchmarks.peers import own_worker
 from benchmarks.report import RESULTS, Report, publish
 from benchmarks.serving import own_server
@@ -42,9 +43,7 @@ def offline(engine: Worker, calls: Sequence[Sequence[str]], clients: int) -> flo
     return sum(map(len, calls)) / seconds
 
 
-def run(
-    folder: Path, workload: str, texts: int, num_calls: int, rounds: int, *, settle_s: float = SETTLE_S
-) -> Report:
+def run(folder: Path, workload: str, texts: int, num_calls: int, rounds: int, *, settle_s: float = SETTLE_S) -> Report:
     """Measure a model folder."""
     watch = Watch()
     warn_if_busy(watch.machine)
@@ -59,10 +58,8 @@ def run(
             outcomes.append(over_http(target, requests, CLIENTS))
             return outcomes[-1].texts_per_s
 
-        runs = {"HTTP": http, "offline": lambda: offline(engine, calls, CLIENTS)}
-        for warm_up in runs.values():
-            warm_up()
-        samples = interleave(runs, rounds, settle_s=settle_s)
+        runs: dict[str, Run] = {"HTTP": http, "offline": partial(offline, engine, calls, CLIENTS)}
+        samples = interleave(runs, rounds, settle_s=settle_s, is_warm=False)
         machine = watch.machine
     client = median(outcome.client_cores for outcome in outcomes[1:])
     share = quotient(samples["HTTP"], samples["offline"])

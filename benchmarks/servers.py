@@ -118,7 +118,7 @@ def serving(plan: Plan, *, first: Callable[[Target], object] | None = None) -> I
         process = subprocess.Popen(
             plan.command(port),
             cwd=plan.folder,
-            env=_bare(state) | plan.variables,
+            env=_bare(state) | dict(plan.variables),
             stdout=log,
             stderr=subprocess.STDOUT,
         )

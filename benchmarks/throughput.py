@@ -5,6 +5,7 @@ Both embed the same texts in calls of the same size, each in a process of its ow
 
 import argparse
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,7 +15,7 @@ from msgspec import Struct
 from benchmarks import workloads
 from benchmarks.folders import MAX_TOKENS, resolve
 from benchmarks.machine import Watch, warn_if_busy
-from benchmarks.measure import SETTLE_S, Contestant, interleave, speedup
+from benchmarks.measure import SETTLE_S, Contestant, Run, interleave, speedup
 from benchmarks.peers import BASE, open_workers
 from benchmarks.report import RESULTS, Report, publish
 from benchmarks.workloads import Count, Workload
@@ -60,11 +61,11 @@ def measure(
     """Seconds by case and contestant, `rounds` of each. One uncounted round warms up every shape."""
     samples = {}
     for case in cases:
-        runs = {one.name: lambda one=one, calls=case.calls: one.seconds(calls) for one in contestants}  # type: ignore[misc]  # a lambda's defaults have no annotation
-        for warm_up in runs.values():
-            warm_up()
-        samples[case.name] = interleave(runs, rounds, settle_s=settle_s)
-        rates = [f"{name} {case.workload.num_tokens / median(times):,.0f}" for name, times in samples[case.name].items()]
+        runs: dict[str, Run] = {one.name: partial(one.seconds, case.calls) for one in contestants}
+        samples[case.name] = interleave(runs, rounds, settle_s=settle_s, is_warm=False)
+        rates = [
+            f"{name} {case.workload.num_tokens / median(times):,.0f}" for name, times in samples[case.name].items()
+        ]
         print(f"{case.name}: {', '.join(rates)} tokens/s", flush=True)
     return samples
 

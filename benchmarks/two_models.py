@@ -23,7 +23,13 @@ CLIENTS = 4
 
 
 def run(
-    folders: Sequence[Path], workload: str, seconds: float, rounds: int, *, texts: int = TEXTS, settle_s: float = SETTLE_S
+    folders: Sequence[Path],
+    workload: str,
+    seconds: float,
+    rounds: int,
+    *,
+    texts: int = TEXTS,
+    settle_s: float = SETTLE_S,
 ) -> Report:
     """Measure two model folders, perhaps the same one twice."""
     watch = Watch()
@@ -37,7 +43,11 @@ def run(
             answers[name].append(pair.ask(engines=list(engines), calls=calls, clients=CLIENTS, seconds=seconds))
             return float(sum(answers[name][-1]["texts_per_s"]))
 
-        runs = {"first": lambda: use("first", [0]), "second": lambda: use("second", [1]), "both": lambda: use("both", [0, 1])}
+        runs = {
+            "first": lambda: use("first", [0]),
+            "second": lambda: use("second", [1]),
+            "both": lambda: use("both", [0, 1]),
+        }
         interleave(runs, rounds, settle_s=settle_s)
         machine = watch.machine
     names = [folder.name for folder in folders]

@@ -1,5 +1,6 @@
-"""What many people run: FastAPI around sentence-transformers. `fastapi_app.py FOLDER PORT`, in the environment `fastapi`.
+"""What many people run: FastAPI around sentence-transformers.
 
+`fastapi_app.py FOLDER PORT`, in the environment `fastapi`.
 A plain function as the route, so that FastAPI runs it on its threads; default batch size; nothing else is tuned.
 """
 

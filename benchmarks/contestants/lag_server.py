@@ -28,8 +28,8 @@ class Clocked(router.server.DrainingServer):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._clock.cancel()
-        Path(os.environ["LAG_FILE"]).write_text(json.dumps(self._lags))
         await super().shutdown(sockets)
+        Path(os.environ["LAG_FILE"]).write_text(json.dumps(self._lags))  # noqa: ASYNC240  # nothing is served any more
 
     async def _tick(self) -> None:
         while True:

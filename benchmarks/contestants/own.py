@@ -1,4 +1,4 @@
-"""The offline engine as a worker: the host of `engines/machine.py` with its pool, lane and engine, as the server has it.
+"""The offline engine as a worker: the host of `engines/machine.py` with pool, lane and engine, as the server has it.
 
 `own.py FOLDER`. Imports `engines` from wherever PYTHONPATH says: `bench-diff` runs it on two trees.
 """
@@ -21,6 +21,7 @@ from engines.spec import ModelSpec
 MODEL = "m"
 
 lines: Any = importlib.import_module("lines")  # a script: its own folder is on the path
+
 
 async def run(folder: str) -> None:
     """Load, then answer until stdin ends."""

@@ -63,7 +63,9 @@ class TimedLane(Lane):
         return self._timed[id(source)].used_s
 
 
-async def use(lane: TimedLane, engines: Sequence[TextEngine], calls: Sequence[EmbedCall], clients: int, seconds: float) -> dict[str, Any]:
+async def use(
+    lane: TimedLane, engines: Sequence[TextEngine], calls: Sequence[EmbedCall], clients: int, seconds: float
+) -> dict[str, Any]:
     """So many clients for each engine, for so long: texts a second and seconds of the lane, by engine."""
     before = [lane.used_s(engine) for engine in engines]
     done = [0] * len(engines)

@@ -1,7 +1,7 @@
 """Other programs as workers, each run by the interpreter of its own environment (`benchmarks/peers.py`).
 
-`peer.py KIND FOLDER`, or `peer.py export-FORM FOLDER TARGET`. Every peer runs as its documentation starts it: default batch size, default threads. Libraries are imported where they are used,
-by name, because no environment has them all.
+`peer.py KIND FOLDER`, or `peer.py export-FORM FOLDER TARGET`. Every peer runs as its documentation starts it: default
+batch size, default threads. Libraries are imported where they are used, by name, because no environment has them all.
 """
 
 import asyncio

@@ -175,6 +175,7 @@ def test_one_log_line_a_request_without_texts_or_keys(served: Served) -> None:
     embed, model, health = own
 
     assert embed.pop("ms") >= 0
+    assert embed.pop("auth_ms") >= 0
     assert embed.pop("encode_ms") >= 0
     assert embed == {
         "event": "request.done", "log_level": "info", "request_id": "r-7", "method": "POST", "route": EMBED,

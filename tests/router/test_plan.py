@@ -46,6 +46,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub
         hub.add("org/lost", tmp_path / "remote")
         hub.fail("org/lost", not_found())
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"  # made of the endpoint at import
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
         yield hub
 
@@ -130,7 +132,10 @@ def server() -> Iterator[str]:
     config = HostConfig(host_id="cpu", budget=Budget(size_bytes=1100), workspace_bytes=100)
     host = Host(config, specs, FakeFiles(), FakeLoader(), fake_world())
     settings = Settings(admin_api_key="boss")
-    with capture_logs(), serving_in_thread(create_app(settings, Registry(models=specs), LocalBackend([host], specs))) as url:
+    with (
+        capture_logs(),
+        serving_in_thread(create_app(settings, Registry(models=specs), LocalBackend([host], specs))) as url,
+    ):
         yield url
 
 
