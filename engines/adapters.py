@@ -4,7 +4,9 @@ Everything else about an architecture is read from the model itself (`engines/en
 """
 
 import math
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
@@ -14,10 +16,21 @@ from engines.attention import packed_attention
 from engines.layout import Layout
 
 
-class PackedState:
-    """The layout of the row that runs now, for code that transformers calls without passing it on."""
+class PackedState(threading.local):
+    """The row that runs now on this thread, for code that transformers calls without passing it on."""
 
     layout: Layout | None = None
+    is_fused: bool = False
+
+    @contextmanager
+    def running(self, layout: Layout, *, is_fused: bool) -> Iterator[None]:
+        """Inside, a row of this layout runs. A pass that gives way to another has its own state back afterwards."""
+        before = self.layout, self.is_fused
+        self.layout, self.is_fused = layout, is_fused
+        try:
+            yield
+        finally:
+            self.layout, self.is_fused = before
 
 
 def adapt(model: nn.Module, state: PackedState) -> None:
@@ -68,9 +81,12 @@ def _share_bias(
         longest = state.layout.longest
         if not keep:
             return compute(*shrink(longest, *args), **kwargs)
-        if not kept or kept[0].shape[-1] < longest:
-            kept[:] = [compute(*shrink(longest, *args), **kwargs)]
-        return kept[0]
+        held = kept[:1]  # another thread may put another one there meanwhile
+        if held and held[0].shape[-1] >= longest:
+            return held[0]
+        made = compute(*shrink(longest, *args), **kwargs)
+        kept[:] = [made]
+        return made
 
     setattr(module, name, bias)
 

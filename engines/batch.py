@@ -1,24 +1,33 @@
-"""The queue of one model, and the pure rule that cuts the next batch from it.
+"""Requests and texts under way, and the pure rules that cut the next batch from them.
 
-Jobs are requests. The event loop admits and drops them, the lane's thread cuts: one lock guards the few lines in
-which both touch the queue.
+A request is a `Job`; it wants one vector for each of its inputs. A `Text` is one distinct input under way: whoever asks
+for it before its vector is there waits for the same one. Each text is some job's own, and leaves when that job's share
+of a batch takes it.
 """
 
 import asyncio
-import threading
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Container, Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
-from engines.errors import QueueFull
 from engines.records import Batch
 from engines.tokenize import Encoded, Ids
 
+_SMALL_SHARE = 0.25
+"""A job of at most this part of a batch is small: it does not wait for the batches of a bulk job."""
+
+_WORTH_SPLITTING = 64
+"""Tokens of the smallest part that is cut for a thread of its own: less gains nothing by company."""
+
+Key = tuple[bytes, int]
+"""What a vector depends on, within one engine: the ids, and how many of them are a prompt that pooling leaves out."""
+
 
 class Output(Struct, frozen=True):
-    """What a request wants of each vector; entries that want the same are finished together."""
+    """What a request wants of each vector; inputs that want the same are finished together."""
 
     dimensions: int
     normalized: bool
@@ -26,23 +35,27 @@ class Output(Struct, frozen=True):
 
 
 class Job:
-    """One request in the queue.
+    """One request.
 
     Attributes:
-        rows: float32 `[n, dimensions]`, filled by the lane's thread, row by row.
-        pending: indexes not yet cut, the longest text last.
+        keys: of each input.
+        rows: float32 `[n, dimensions]`, filled row by row by whoever has the vectors.
+        pending: its own texts that are not yet cut, the longest last.
+        wanted: all texts that it waits for, its own or not.
         left: rows still missing; the event loop counts it down.
         done: resolved with None when all rows are there, or with the error.
         started_at: when the first batch that holds one of its texts began.
-        batches: forward passes that its answer tells about; the lane's thread adds to it.
+        batches: forward passes that its answer tells about; the lane's threads add to it.
     """
 
     def __init__(self, encoded: Encoded, output: Output, loop: asyncio.AbstractEventLoop, now_s: float) -> None:
         self.ids = encoded.ids
-        self.prompt_tokens = encoded.prompt_tokens
+        self.keys: list[Key] = [(ids.tobytes(), encoded.prompt_tokens) for ids in encoded.ids]
         self.output = output
         self.rows: NDArray[np.float32] = np.empty((len(encoded.ids), output.dimensions), dtype=np.float32)
-        self.pending = sorted(range(len(encoded.ids)), key=lambda index: len(encoded.ids[index]))
+        self.pending: list[Text] = []
+        self.wanted: list[Text] = []
+        self.num_tokens = sum(len(ids) for ids in encoded.ids)
         self.left = len(encoded.ids)
         self.done: asyncio.Future[None] = loop.create_future()
         self.admitted_at = now_s
@@ -50,27 +63,26 @@ class Job:
         self.batches: list[Batch] = []
 
 
-class Entry(Struct, frozen=True):
-    """One text of one job."""
+@dataclass(frozen=True)
+class Want:
+    """One input of one job."""
 
     job: Job
     index: int
 
+
+@dataclass(eq=False)
+class Text:
+    """One distinct input under way, and all who want its vector; the first of them is whose share it is."""
+
+    ids: Ids
+    key: Key
+    wants: list[Want]
+
     @property
-    def ids(self) -> Ids:
-        """The text's tokens."""
-        return self.job.ids[self.index]
-
-
-def tell(batch: Batch, entries: Sequence[Entry], failed: Container[int]) -> None:
-    """Let one of the jobs that share a batch, and will be answered, tell about it: so it is counted once.
-
-    `failed`: jobs by `id` that will not.
-    """
-    jobs = (entry.job for entry in entries if id(entry.job) not in failed and not entry.job.done.done())
-    job = next(jobs, None)
-    if job is not None:
-        job.batches.append(batch)
+    def prompt_tokens(self) -> int:
+        """Leading tokens that pooling leaves out."""
+        return self.key[1]
 
 
 class Limit(Struct, frozen=True):
@@ -79,8 +91,32 @@ class Limit(Struct, frozen=True):
     max_tokens: int
     max_items: int
 
+    def is_small(self, job: Job) -> bool:
+        """Whether a job need not wait for bulk jobs."""
+        return job.num_tokens <= self.max_tokens * _SMALL_SHARE
 
-def cut(jobs: Sequence[Job], limit: Limit) -> list[Entry]:
+
+def tell(batch: Batch, texts: Sequence[Text], failed: Container[int]) -> None:
+    """Let one of the jobs that share a batch, and will be answered, tell about it: so it is counted once.
+
+    `failed`: jobs by `id` that will not.
+    """
+    jobs = (want.job for text in texts for want in text.wants)
+    job = next((job for job in jobs if id(job) not in failed and not job.done.done()), None)
+    if job is not None:
+        job.batches.append(batch)
+
+
+def split(limit: Limit, jobs: Iterable[Job], num_threads: int) -> Limit:
+    """Smaller batches where several threads have nothing else to do than what these jobs bring."""
+    if num_threads < 2:
+        return limit
+    tokens = sum(len(text.ids) for job in jobs for text in job.pending)
+    part = max(_WORTH_SPLITTING, -(-tokens // num_threads))
+    return Limit(min(limit.max_tokens, part), limit.max_items)
+
+
+def cut(jobs: Sequence[Job], limit: Limit) -> list[Text]:
     """Take the next batch out of the jobs' pending texts, sorted by length.
 
     Every waiting job gets an equal share of the tokens first, so that one text leaves with the next batch however
@@ -92,95 +128,23 @@ def cut(jobs: Sequence[Job], limit: Limit) -> list[Entry]:
     for allowance in (share, limit.max_tokens):
         for job in live:
             batch.take(job, allowance)
-    return sorted(batch.entries, key=lambda entry: len(entry.ids))
+    return sorted(batch.texts, key=lambda text: len(text.ids))
 
 
 class _Batch:
     def __init__(self, limit: Limit) -> None:
-        self.entries: list[Entry] = []
+        self.texts: list[Text] = []
         self._room_tokens = limit.max_tokens
         self._room_items = limit.max_items
 
     def take(self, job: Job, allowance: int) -> None:
         """The longest texts of a job first, so that the last batches of a large request are the easy ones."""
         while job.pending and self._room_items:
-            length = len(job.ids[job.pending[-1]])
+            length = len(job.pending[-1].ids)
             fits = length <= min(allowance, self._room_tokens)
-            if not fits and self.entries:
+            if not fits and self.texts:
                 return
-            self.entries.append(Entry(job, job.pending.pop()))
+            self.texts.append(job.pending.pop())
             self._room_items -= 1
             self._room_tokens -= length
             allowance -= length
-
-
-class Queue:
-    """Jobs waiting for one model, oldest first.
-
-    Args:
-        max_items: texts that may wait; a request that does not fit whole is refused whole.
-        batch_timeout_s: how long a batch that is not full may wait for company.
-        clock: seconds.
-    """
-
-    def __init__(self, max_items: int, batch_timeout_s: float, clock: Callable[[], float]) -> None:
-        self._max_items = max_items
-        self._batch_timeout_s = batch_timeout_s
-        self._clock = clock
-        self._jobs: list[Job] = []
-        self._lock = threading.Lock()
-
-    @property
-    def num_items(self) -> int:
-        """Texts waiting."""
-        with self._lock:
-            return sum(len(job.pending) for job in self._jobs)
-
-    def admit(self, job: Job) -> None:
-        """Take a request in, all of it or nothing. A request larger than the queue is let into an empty one.
-
-        Raises:
-            QueueFull: naming how many wait and how many may.
-        """
-        with self._lock:
-            waiting = sum(len(other.pending) for other in self._jobs)
-            if waiting and waiting + len(job.pending) > self._max_items:
-                raise QueueFull(
-                    f"{waiting} texts wait for this model and {len(job.pending)} more would pass the {self._max_items} "
-                    "that may (MAX_QUEUE_SIZE); send it again in a moment, or smaller",
-                )
-            self._jobs.append(job)
-
-    def drop(self, job: Job) -> None:
-        """Forget what of a job has not been cut: nobody waits for it."""
-        with self._lock:
-            job.pending.clear()
-            self._jobs = [other for other in self._jobs if other.pending]
-
-    def clear(self) -> list[Job]:
-        """Drop everything and hand it over."""
-        with self._lock:
-            jobs, self._jobs = self._jobs, []
-            return jobs
-
-    def due_in_s(self, limit: Limit) -> float | None:
-        """When a batch may be cut: 0 now, None when nothing waits."""
-        with self._lock:
-            if not self._jobs:
-                return None
-            oldest = self._jobs[0].admitted_at
-            if self._batch_timeout_s == 0 or self._is_full(limit):
-                return 0.0
-            return max(0.0, oldest + self._batch_timeout_s - self._clock())
-
-    def cut(self, limit: Limit) -> list[Entry]:
-        """The next batch; empty when nothing waits."""
-        with self._lock:
-            entries = cut(self._jobs, limit)
-            self._jobs = [job for job in self._jobs if job.pending]
-            return entries
-
-    def _is_full(self, limit: Limit) -> bool:
-        waiting = [index for job in self._jobs for index in job.pending]
-        tokens = sum(len(job.ids[index]) for job in self._jobs for index in job.pending)
-        return len(waiting) >= limit.max_items or tokens >= limit.max_tokens

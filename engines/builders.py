@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, PretrainedConfig
 
 from engines.adapters import Positions, drop_pooler, unused_weights
-from engines.encoder import Candidate, TransformerEncoder
+from engines.encoder import Candidate
 from engines.errors import BadModel, BrokenFiles, UnsupportedModel
 from engines.folder import Folder, read_json
 from engines.modules import build_chain
@@ -17,6 +17,7 @@ from engines.spec import ModelSpec
 from engines.static import build_static
 from engines.tokenize import Tokenizer
 from engines.tokenizer_files import Reader, read_tokenizer
+from engines.transformer import TransformerEncoder
 
 log = structlog.get_logger(__name__)
 

@@ -1,240 +1,247 @@
-"""The lane: the one thread on which the engines of a device take turns.
+"""The lane: the threads of one device, on which its engines take turns.
+
+A GPU has one thread. A CPU has one for each core, and each runs its own batch on its own core: nothing waits at a
+barrier for a core that is busy elsewhere. A thread whose neighbours have nothing to do uses their cores, too, for a
+batch that is large enough, until one of them finds work.
 
 Turns are fair in time, not in number: the engine that has used the least seconds goes next, and one that was idle
 starts level with the rest, so that it can neither hoard time nor be starved (start-time fair queuing: Goyal, Vin and
-Cheng 1996). Between two batches nothing crosses the event loop: the thread cuts the next one itself. A turn that lasts
-(the self-check of a large model) lets others go first in between.
+Cheng 1996). Between two batches nothing crosses the event loop: the threads cut the next one themselves. Between two
+layers of a batch a turn can give way (`Lane.give_way`): to engines that have had less time, and a bulk job's batch to
+the small requests for the same model.
 """
 
 import asyncio
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import structlog
 
-from engines.pulse import Pulse
+from engines.pulse import Pulse, worst
+from engines.turns import Account, Calls, Running, Seat, Source, Turn, post
+
+__all__ = ["Lane", "Source", "Turn", "post"]
 
 log = structlog.get_logger(__name__)
 
 _END_S = 2.0
 """A turn that hangs must not keep the process from ending."""
 
-Turn = Callable[[], None]
+_LOOK_S = 0.002
+"""A turn that lasts looks for others no more often: it is asked before every layer, and looking takes the lock."""
+
 Result = TypeVar("Result")
 
 
-class Source(Protocol):
-    """Whoever takes turns. Called on the lane's thread."""
-
-    def due_in_s(self) -> float | None:
-        """Seconds until there is work: 0 for now, None for none."""
-
-    def take(self) -> Turn | None:
-        """The work of one turn. It must deliver its own failures: a turn does not raise."""
-
-
-class _Account:
-    """One source and the seconds it has used."""
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
-        self.used_s = 0.0
-        self.is_idle = True
-
-
 class Lane:
-    """The thread of one device.
+    """The threads of one device.
 
     Args:
-        name: for the thread's name.
-        prepare: called once on the thread before its first turn (thread counts, device).
+        name: for the threads' names.
+        prepare: called once on each thread before its first turn.
         clock: seconds, for the fair shares.
+        num_threads: how many turns may run at once.
+        use_cores: called on a thread with the number of cores it may use from now on.
+        look_s: how often a turn that lasts looks for others, at the most.
     """
 
-    def __init__(
-        self, name: str, prepare: Callable[[], None] = lambda: None, clock: Callable[[], float] = time.monotonic
+    def __init__(  # one device, and the parts of the world that a test replaces
+        self,
+        name: str,
+        prepare: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        num_threads: int = 1,
+        use_cores: Callable[[int], None] = lambda cores: None,
+        look_s: float = _LOOK_S,
     ) -> None:
         self._clock = clock
-        self._accounts: list[_Account] = []
+        self._use_cores = use_cores
+        self._look_s = look_s
+        self._accounts: list[Account] = []
         self._level_s = 0.0
         self._is_closed = False
-        self._changed = threading.Condition()
-        self._turns: list[_Account] = []  # whose turn it is; before it, those who gave way to it
-        self._running_since: float | None = None
-        self._calls = _Calls()
+        self._lock = threading.Lock()
+        self._work = threading.Condition(self._lock)
+        self._ended = threading.Condition(self._lock)
+        self._num_free = 0
+        self._here = threading.local()
+        self._calls = Calls(num_threads)
         self.attach(self._calls)
-        self._thread = threading.Thread(target=self._run, args=(prepare,), name=f"lane-{name}", daemon=True)
-        self._thread.start()
+        self._seats = [Seat() for _ in range(num_threads)]
+        names = [f"lane-{name}"] if num_threads == 1 else [f"lane-{name}-{index}" for index in range(num_threads)]
+        self._threads = [
+            threading.Thread(target=self._run, args=(seat, prepare), name=own, daemon=True)
+            for seat, own in zip(self._seats, names, strict=True)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     @property
-    def running_for_s(self) -> float:
-        """How long the present turn has been running; 0 between turns."""
-        since = self._running_since
-        return 0.0 if since is None else self._clock() - since
+    def num_threads(self) -> int:
+        """How many turns may run at once."""
+        return len(self._seats)
 
     @property
     def is_alive(self) -> bool:
-        """Whether the thread still takes turns."""
-        return self._thread.is_alive()
+        """Whether every thread still takes turns."""
+        return all(thread.is_alive() for thread in self._threads)
 
     def pulse(self) -> Pulse:
-        """How it goes; a lane that was closed has not died."""
-        is_check = bool(self._turns) and self._turns[-1].source is self._calls  # the calls that last are loads
-        return Pulse(self.is_alive or self._is_closed, self.running_for_s, is_check)
+        """How it goes, by the turn nearest to its limit; a lane that was closed has not died."""
+        is_alive, now_s = self.is_alive or self._is_closed, self._clock()
+        return worst(Pulse(is_alive, seat.running_for_s(now_s), seat.is_at(self._calls)) for seat in self._seats)
 
     def attach(self, source: Source) -> None:
         """Let a source take turns."""
-        with self._changed:
-            self._accounts.append(_Account(source))
+        with self._lock:
+            self._accounts.append(Account(source))
 
     def detach(self, source: Source) -> None:
-        """Take a source's turns away; blocks until one that runs has ended, so that its memory can be freed."""
-        with self._changed:
+        """Take a source's turns away; blocks until those that run have ended, so that its memory can be freed."""
+        with self._lock:
             self._accounts = [account for account in self._accounts if account.source is not source]
-            self._changed.wait_for(lambda: all(account.source is not source for account in self._turns))
+            self._ended.wait_for(lambda: not any(seat.holds(source) for seat in self._seats))
+
+    def seconds_of(self, source: Source) -> float:
+        """Seconds of turns that have ended; 0 for a source that is not attached."""
+        with self._lock:
+            return sum(account.total_s for account in self._accounts if account.source is source)
 
     def wake(self) -> None:
-        """Say that a source may have work."""
-        with self._changed:
-            self._changed.notify_all()
+        """Say that a source may have work. One thread is woken; it wakes the next when there is more."""
+        with self._lock:
+            self._work.notify()
 
     def give_way(self) -> None:
-        """Called again and again by a turn that lasts, on the lane's thread: whoever has had less time goes first.
+        """Called before each layer by a turn that lasts, on its own thread: whoever has had less time goes first.
 
         Without effect outside a turn.
         """
-        if threading.current_thread() is not self._thread or not self._turns:
+        seat: Seat | None = getattr(self._here, "seat", None)
+        if seat is None or not seat.running:
             return
-        outer = self._turns[-1]
-        with self._changed:
-            self._charge(outer)
-        while (picked := self._due_before(outer)) is not None:
-            self._take(*picked)
-        self._running_since = self._clock()
+        if self._clock() - seat.looked_s >= self._look_s:
+            with self._lock:
+                seat.charge(self._clock())
+            while (picked := self._due_before(seat)) is not None:
+                self._take(seat, picked)
+            seat.looked_s = self._clock()
+        self._spread(seat)
+
+    def own_s(self) -> float:
+        """Seconds that the present turn has run, without what it gave to others; 0 outside a turn."""
+        seat: Seat | None = getattr(self._here, "seat", None)
+        if seat is None or not seat.running:
+            return 0.0
+        with self._lock:
+            seat.charge(self._clock())
+            return seat.running[-1].own_s
 
     async def call(self, function: Callable[[], Result]) -> Result:
         """Run a function on the lane as one turn and give back what it returns or raises.
 
         A cancelled call still runs to its end when it has begun.
         """
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[Result] = loop.create_future()
-        self._calls.add(lambda: _answer(loop, future, function))
+        future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        self._calls.add(function, future)
         self.wake()
         return await future
 
     def close(self) -> None:
-        """End the thread after the present turn, and wait for it, but not for ever."""
-        with self._changed:
+        """End the threads after their present turns, and wait for them, but not for ever."""
+        with self._lock:
             self._is_closed = True
-            self._changed.notify_all()
-        self._thread.join(_END_S)
+            self._work.notify_all()
+        for thread in self._threads:
+            thread.join(_END_S)
 
-    def _run(self, prepare: Callable[[], None]) -> None:
+    def _run(self, seat: Seat, prepare: Callable[[], None]) -> None:
+        self._here.seat = seat
         prepare()
-        while (picked := self._next_turn()) is not None:
-            self._take(*picked)
+        while (picked := self._next(seat)) is not None:
+            self._take(seat, picked)
 
-    def _take(self, account: _Account, turn: Turn) -> None:
-        self._running_since = self._clock()
+    def _take(self, seat: Seat, picked: Running) -> None:
+        """Run a turn that `_pick` has seated."""
+        seat.since_s = seat.looked_s = self._clock()
+        self._spread(seat)
         try:
-            turn()
+            picked.turn.run()
         except Exception:
             log.exception("lane.turn_raised")
-        with self._changed:
-            self._charge(account)
-            self._turns.pop()
-            self._running_since = None
-            self._changed.notify_all()
+        with self._lock:
+            seat.leave(self._clock())
+            self._ended.notify_all()
 
-    def _charge(self, account: _Account) -> None:
-        """What the present turn has taken since it began or was charged last."""
-        now_s = self._clock()
-        account.used_s += now_s - (now_s if self._running_since is None else self._running_since)
-        self._running_since = now_s
+    def _spread(self, seat: Seat) -> None:
+        """Use the cores of those who have nothing to do, in equal parts, where the turn is worth it."""
+        cores = 1
+        if seat.running and seat.running[-1].turn.is_wide:
+            num_free = self._num_free
+            cores += num_free // max(1, len(self._seats) - num_free)
+        if cores != seat.cores:
+            self._use_cores(cores)
+            seat.cores = cores
 
-    def _next_turn(self) -> tuple[_Account, Turn] | None:
+    def _next(self, seat: Seat) -> Running | None:
         """Wait for work; None when the lane closes."""
-        with self._changed:
+        with self._lock:
             while not self._is_closed:
-                wait_s = self._mark_idle()
-                picked = self._pick(self._accounts)
+                wait_s = self._look()
+                picked = self._pick(seat, self._accounts)
                 if picked is not None:
+                    self._pass_on()
                     return picked
-                self._changed.wait(wait_s)
+                self._num_free += 1
+                self._work.wait(wait_s)
+                self._num_free -= 1
             return None
 
-    def _due_before(self, outer: _Account) -> tuple[_Account, Turn] | None:
-        """The next turn of somebody who has had less time than one whose turn lasts."""
-        with self._changed:
+    def _pass_on(self) -> None:
+        """Wake another thread when there is work for it."""
+        if self._num_free and any(account.can_run and account.source.due_in_s() == 0 for account in self._accounts):
+            self._work.notify()
+
+    def _due_before(self, seat: Seat) -> Running | None:
+        """Whoever goes before a turn that lasts: 1. a source that has had less time; 2. small work of the same one."""
+        outer = seat.running[-1]
+        with self._lock:
             if self._is_closed:
                 return None
-            self._mark_idle()
-            return self._pick([account for account in self._accounts if account.used_s < outer.used_s])
+            self._look()
+            others = [account for account in self._accounts if account.used_s < outer.account.used_s]
+            return self._pick(seat, others) or self._pick_small(seat, outer)  # (1), (2)
 
-    def _pick(self, accounts: Sequence[_Account]) -> tuple[_Account, Turn] | None:
+    def _pick(self, seat: Seat, accounts: Sequence[Account]) -> Running | None:
         """Of those with work, the one who has used the least; from now on it is its turn."""
         for account in sorted(accounts, key=lambda account: account.used_s):
-            turn = None if account.is_idle or account in self._turns else account.source.take()
+            turn = None
+            if account.is_due and account.can_run and not seat.holds(account.source):
+                turn = account.source.take(self._num_free)
             if turn is not None:
                 self._level_s = max(self._level_s, account.used_s)
-                self._turns.append(account)
-                return account, turn
+                return seat.sit(Running(account, turn))
         return None
 
-    def _mark_idle(self) -> float | None:
+    def _pick_small(self, seat: Seat, outer: Running) -> Running | None:
+        """A long turn gives at most as much time as it takes, or a stream of small requests would stop it."""
+        if not outer.turn.is_long or outer.given_s > outer.own_s:
+            return None
+        turn = outer.account.source.take_small()
+        return seat.sit(Running(outer.account, turn, gives=outer)) if turn is not None else None
+
+    def _look(self) -> float | None:
         """Bring those who wake up level with the rest; seconds until the next is due, None when nobody will be."""
         soonest: float | None = None
         for account in self._accounts:
             due_in_s = account.source.due_in_s()
-            was_idle, account.is_idle = account.is_idle, due_in_s != 0
+            was_idle, account.is_due = account.is_idle, due_in_s == 0
+            account.is_idle = not account.is_due and not account.num_turns
             if was_idle and not account.is_idle:
                 account.used_s = max(account.used_s, self._level_s)
             if due_in_s is not None and due_in_s > 0:
                 soonest = due_in_s if soonest is None else min(soonest, due_in_s)
         return soonest
-
-
-class _Calls:
-    """Single functions that wait for a turn."""
-
-    def __init__(self) -> None:
-        self._waiting: list[Turn] = []
-
-    def add(self, turn: Turn) -> None:
-        self._waiting.append(turn)
-
-    def due_in_s(self) -> float | None:
-        return 0.0 if self._waiting else None
-
-    def take(self) -> Turn | None:
-        return self._waiting.pop(0) if self._waiting else None
-
-
-def _answer(loop: asyncio.AbstractEventLoop, future: asyncio.Future[Result], function: Callable[[], Result]) -> None:
-    try:
-        result = function()
-    except Exception as error:  # noqa: BLE001  # it is raised again where the call is awaited
-        post(loop, _set_error, future, error)
-    else:
-        post(loop, _set_result, future, result)
-
-
-def post(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: object) -> None:
-    """Hand a call to the event loop from the lane; a loop that has closed has nobody left to tell."""
-    try:
-        loop.call_soon_threadsafe(function, *args)
-    except RuntimeError:
-        log.info("lane.loop_closed")
-
-
-def _set_result(future: asyncio.Future[Result], result: Result) -> None:
-    if not future.done():
-        future.set_result(result)
-
-
-def _set_error(future: asyncio.Future[Result], error: Exception) -> None:
-    if not future.done():
-        future.set_exception(error)

@@ -12,33 +12,48 @@ from functools import partial
 
 from msgspec import Struct
 
-from engines.batch import Entry, Job, Limit, Output, Queue, tell
+from engines.batch import Job, Limit, Text, tell
+from engines.cache import VectorCache
 from engines.device import Lane, Turn, post
-from engines.encoder import Encoder
-from engines.errors import DimensionsNotSupported, EngineError, InvalidValue, ShuttingDown
-from engines.prompts import choose_frame
+from engines.encoder import Encoder, PathLeft
+from engines.errors import EngineError, ShuttingDown
+from engines.pace import Pace
+from engines.queue import Queue
+from engines.reading import encode_call, output_of
 from engines.records import EmbedCall, Embeddings, ModelInfo, Timings
 from engines.runner import Failures, Runner
 from engines.spec import ModelSpec
 from engines.tokenize import Encoded, Tokenizer
+from engines.tuning import Tuner
+
+_INLINE_CHARS = 1000
+"""Up to so many characters are tokenised on the event loop: it takes 0.3 ms at the most, and a hop to a thread and
+back costs as much beside busy cores."""
 
 
 class EngineLimits(Struct, frozen=True, kw_only=True):
-    """What an engine may take on. `target_dim`: width when a request names none and the model allows it."""
+    """What an engine may take on.
+
+    Args:
+        target_dim: width when a request names none and the model allows it.
+        wide_tokens: batches of at least so many tokens use the cores of threads that have nothing to do.
+    """
 
     batch: Limit
     max_queue_items: int = 8192
     batch_timeout_s: float = 0.0
     target_dim: int | None = None
+    wide_tokens: int = 1
 
 
 class Parts(Struct, frozen=True):
-    """What the loader made of a model folder."""
+    """What the loader made of a model folder. `tuner`: tries out the size of batches; None where that is settled."""
 
     encoder: Encoder
     tokenizer: Tokenizer
     spec: ModelSpec
     info: ModelInfo
+    tuner: Tuner | None = None
 
 
 class TextEngine:
@@ -66,13 +81,18 @@ class TextEngine:
         self.info = parts.info
         self.weight_bytes = weight_bytes
         self.workspace_bytes = 0
-        self._runner: Runner | None = Runner(parts.encoder)
+        self._cache = VectorCache(parts.spec.cache_bytes) if parts.spec.cache_bytes else None
+        self._queue = Queue(limits.max_queue_items, limits.batch_timeout_s, time.monotonic)
+        self._runner: Runner | None = Runner(
+            parts.encoder, self._queue.close, self._cache.keep if self._cache is not None else None
+        )
         self._tokenizer = parts.tokenizer
+        self._tuner = parts.tuner
+        self._batch = limits.batch
         self._spec = parts.spec
         self._lane = lane
         self._threads = threads
         self._limits = limits
-        self._queue = Queue(limits.max_queue_items, limits.batch_timeout_s, time.monotonic)
         self._check: Callable[[], tuple[ModelInfo, int]] | None = check
         self._release = release
 
@@ -91,88 +111,116 @@ class TextEngine:
     async def embed(self, call: EmbedCall) -> Embeddings:
         """See `Engine.embed`. Cancelling drops what has not been cut."""
         loop = asyncio.get_running_loop()
-        output = self._output(call)
+        output = output_of(call, self.info, normalize=self._spec.normalize, target_dim=self._limits.target_dim)
         begun = time.monotonic()
-        encoded = await loop.run_in_executor(self._threads, self._encode, call)
+        encode = partial(encode_call, call, self._tokenizer, self._spec, self.info.prompts)
+        is_short = not call.token_ids and sum(map(len, call.texts)) <= _INLINE_CHARS
+        encoded = encode() if is_short else await loop.run_in_executor(self._threads, encode)
         job = Job(encoded, output, loop, time.monotonic())
-        self._queue.admit(job)
+        known = self._cache.fill(job) if self._cache is not None else ()
+        missing = [index for index in range(len(job.ids)) if index not in known] if known else None
+        reused = self._queue.admit(job, missing)
         self._lane.wake()
         try:
-            await job.done
+            if job.left:
+                await job.done
         except asyncio.CancelledError:
             self._queue.drop(job)
             raise
-        return self._answer(job, encoded, begun)
+        return self._answer(job, encoded, begun, reused=reused, recalled=len(known))
 
     def close(self) -> None:
         """Free the model; blocks. Jobs still waiting are failed, so that nobody waits for ever."""
         self._lane.detach(self)
         for job in self._queue.clear():
-            post(
-                job.done.get_loop(), _fail, job, ShuttingDown("the model left while the request waited; send it again")
-            )
+            reason = ShuttingDown("the model left while the request waited; send it again")
+            post(job.done.get_loop(), self._fail, job, reason)
         self._runner = None
+        self._cache = None
+        self._tuner = None
         self._check = None
         self._release()
 
     # What the lane calls.
 
-    def due_in_s(self) -> float | None:
-        """See `engines.device.Source`."""
-        return self._queue.due_in_s(self._limit())
+    @property
+    def max_turns(self) -> int:
+        """See `engines.turns.Source`."""
+        return self._lane.num_threads if self._is_reentrant else 1
 
-    def take(self) -> Turn | None:
-        """See `engines.device.Source`."""
-        entries = self._queue.cut(self._limit())
-        return partial(self._turn, entries) if entries else None
+    def due_in_s(self) -> float | None:
+        """See `engines.turns.Source`. Trials come when nobody waits."""
+        due_in_s = self._queue.due_in_s(self._limit())
+        return 0.0 if due_in_s is None and self._tuner is not None and self._tuner.is_due else due_in_s
+
+    def take(self, num_free: int) -> Turn | None:
+        """See `engines.turns.Source`."""
+        limit = self._limit()
+        texts = self._queue.cut(limit, 1 + num_free if self._is_reentrant else 1)
+        if not texts:
+            return self._trial()
+        is_long = self._is_reentrant and any(not limit.is_small(want.job) for text in texts for want in text.wants[:1])
+        is_wide = sum(len(text.ids) for text in texts) >= self._limits.wide_tokens
+        return Turn(partial(self._turn, texts), is_long=is_long, is_wide=is_wide)
+
+    def take_small(self) -> Turn | None:
+        """See `engines.turns.Source`."""
+        texts = self._queue.cut_small(self._limit()) if self._is_reentrant else []
+        return Turn(partial(self._turn, texts)) if texts else None
+
+    def _trial(self) -> Turn | None:
+        if self._tuner is None or not self._tuner.is_due:
+            return None
+        self._tuner.begin()
+        return Turn(partial(self._tuner.run, self._adopt), is_long=True)
+
+    def _adopt(self, pace: Pace) -> None:
+        self._batch = Limit(pace.batch_tokens, self._limits.batch.max_items)
+
+    @property
+    def _is_reentrant(self) -> bool:
+        return self._runner is not None and self._runner.is_reentrant
 
     def _limit(self) -> Limit:
-        limit, known = self._limits.batch, self._runner.max_tokens if self._runner is not None else None
+        limit, known = self._batch, self._runner.max_tokens if self._runner is not None else None
         return limit if known is None else Limit(min(limit.max_tokens, known), limit.max_items)
 
-    def _turn(self, entries: list[Entry]) -> None:
+    def _turn(self, texts: list[Text]) -> None:
         """Run a batch and hand its outcome to the event loop."""
         assert self._runner is not None, "a closed engine takes no turns"
         started = time.monotonic()
-        for entry in entries:
-            if entry.job.started_at is None:
-                entry.job.started_at = started
-        bad = self._runner.run(entries)
-        tell(self._runner.measure(entries), entries, bad)
-        for loop in {entry.job.done.get_loop() for entry in entries}:
-            post(loop, _settle, [entry for entry in entries if entry.job.done.get_loop() is loop], bad)
+        for text in texts:
+            for want in text.wants:
+                if want.job.started_at is None:
+                    want.job.started_at = started
+        try:
+            bad = self._runner.run(texts)
+        except PathLeft:
+            self._queue.put_back(texts)
+            return
+        tell(self._runner.measure(texts), texts, bad)
+        jobs = [want.job for text in texts for want in text.wants]
+        for loop in {job.done.get_loop() for job in jobs}:
+            post(loop, self._settle, [job for job in jobs if job.done.get_loop() is loop], bad)
+
+    def _settle(self, jobs: Sequence[Job], bad: Failures) -> None:
+        """On the event loop: count rows down (a job stands here once for each), wake whoever has all of them."""
+        for job in jobs:
+            job.left -= 1
+            if id(job) in bad:
+                self._fail(job, bad[id(job)])
+            elif job.left == 0 and not job.done.done():
+                job.wanted = []  # it and its texts know each other: their memory need not wait for the collector
+                job.done.set_result(None)
+
+    def _fail(self, job: Job, error: EngineError) -> None:
+        self._queue.drop(job)
+        if not job.done.done():
+            job.done.set_exception(error)
 
     # What a request needs before and after.
 
-    def _encode(self, call: EmbedCall) -> Encoded:
-        truncate = call.truncate or self._spec.truncate or self._tokenizer.rules.truncate
-        if call.token_ids:
-            if call.input_type is not None or call.instruction is not None or call.prompt is not None:
-                raise InvalidValue("token ids are taken verbatim: no prompt can be put in front of them", param="input")
-            return self._tokenizer.take_ids(call.token_ids, truncate)
-        default = self._spec.default_prompt
-        frame = choose_frame(call, self.info.prompts, default, self._spec.instruction_template)
-        try:
-            return self._tokenizer.encode(call.texts, frame, truncate)
-        except UnicodeEncodeError as error:
-            raise InvalidValue(
-                "input holds a lone surrogate, which is no text in any encoding", param="input"
-            ) from error
-
-    def _output(self, call: EmbedCall) -> Output:
-        native, allowed = self.info.dimensions, self.info.matryoshka
-        width = call.dimensions
-        if width is None:
-            target = self._limits.target_dim
-            width = target if target is not None and target <= native and allowed.allows(target, native) else native
-        elif not allowed.allows(width, native):
-            raise DimensionsNotSupported(
-                f"dimensions is {width}, but {call.model_id} gives {allowed.describe(native)}", param="dimensions"
-            )
-        normalized = self._spec.normalize if call.normalize is None else call.normalize
-        return Output(width, normalized, allowed.layer_norm)
-
-    def _answer(self, job: Job, encoded: Encoded, begun: float) -> Embeddings:
+    def _answer(self, job: Job, encoded: Encoded, begun: float, *, reused: int, recalled: int) -> Embeddings:
         ended = time.monotonic()
         started = ended if job.started_at is None else job.started_at
         timings = Timings(
@@ -185,21 +233,6 @@ class TextEngine:
             truncated=encoded.truncated,
             timings=timings,
             batches=tuple(job.batches),
+            reused=reused,
+            recalled=recalled,
         )
-
-
-def _settle(entries: Sequence[Entry], bad: Failures) -> None:
-    """On the event loop: count rows down, wake whoever has all of them."""
-    for entry in entries:
-        job = entry.job
-        job.left -= 1
-        if id(job) in bad:
-            _fail(job, bad[id(job)])
-        elif job.left == 0 and not job.done.done():
-            job.done.set_result(None)
-
-
-def _fail(job: Job, error: EngineError) -> None:
-    job.pending.clear()
-    if not job.done.done():
-        job.done.set_exception(error)

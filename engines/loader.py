@@ -9,6 +9,7 @@ import gc
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import Executor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,21 +19,29 @@ from msgspec import Struct, structs
 from engines.batch import Limit
 from engines.builders import build
 from engines.device import Lane
-from engines.encoder import weight_bytes, workspace_bytes
+from engines.encoder import Candidate, weight_bytes, workspace_bytes
 from engines.engine import EngineLimits, Parts, TextEngine
 from engines.errors import OutOfMemory, UnsupportedModel
 from engines.folder import PLACEHOLDER_PROMPTS, read_folder
-from engines.pausing import pausing
+from engines.pace import CANDIDATES, Paces, Trials
 from engines.records import ModelFiles, ModelInfo, fingerprint
 from engines.selfcheck import Canaries, choose_attention
 from engines.spec import Matryoshka, ModelSpec
+from engines.tokenize import Tokenizer
+from engines.tuning import Tuner, device_name, finisher
 
 # Batches of this many tokens fit in a core's cache on CPU and fill a GPU.
-_BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
+_BATCH_TOKENS = {"cpu": 512, "cuda": 16384}
+
+_WIDE_TOKENS = 32
+"""A batch of fewer tokens gains nothing by a second core: what it waits for is the weights' way from memory."""
 
 
 class LoaderSettings(Struct, frozen=True, kw_only=True):
-    """What the server's settings say to engines; `None` means the device's default."""
+    """What the server's settings say to engines; `None` means the device's default.
+
+    `paces`: how large batches should be, where that is not set; None tries nothing out.
+    """
 
     max_batch_tokens: int | None = None
     max_batch_items: int = 512
@@ -40,6 +49,7 @@ class LoaderSettings(Struct, frozen=True, kw_only=True):
     batch_timeout_s: float = 0.0
     target_dim: int | None = None
     canary_folder: Path | None = None
+    paces: Paces | None = None
 
 
 class TorchLoader:
@@ -82,28 +92,58 @@ class TorchLoader:
             prompts=prompts,
             matryoshka=spec.matryoshka or Matryoshka(widths=folder.widths),
         )
-        parts = Parts(encoder, tokenizer, with_default_prompt(spec, folder.default_prompt, prompts), info)
+        settled = with_default_prompt(spec, folder.default_prompt, prompts)
         key = fingerprint([spec.model_id, files.revision, dtype, self._device.type, spec.pooling, spec.max_tokens])
 
         def check() -> tuple[ModelInfo, int]:
-            with pausing(encoder.layers(), self._lane.give_way):
-                vectors, notes = choose_attention(encoder, tokenizer, dtype)
+            encoder.pause = self._lane.give_way
+            vectors, notes = choose_attention(encoder, tokenizer, dtype)
+            if self._device.type != "cpu":
+                encoder.pause = lambda: None  # kernels that wait on the device cannot be overtaken
             self._canaries.compare(key, vectors, dtype)
             return structs.replace(info, attention=encoder.attention, notes=notes), workspace
 
-        limits = self._limits(spec, folder.truncate_dim)
-        workspace = workspace_bytes(encoder, limits.batch.max_tokens)
-        size = weight_bytes(encoder)
+        tokens, tuner = self._batch_tokens(spec, encoder, tokenizer, f"{files.revision} {dtype}")
+        limits = self._limits(tokens, folder.truncate_dim)
+        num_turns = self._lane.num_threads if encoder.is_reentrant else 1
+        largest = max(CANDIDATES[self._device.type]) if tuner is not None else tokens
+        workspace = num_turns * workspace_bytes(encoder, largest)
+        parts = Parts(encoder, tokenizer, settled, info, tuner)
+        # The cache is main memory, which is a CPU's budget and no GPU's.
+        size = weight_bytes(encoder) + (spec.cache_bytes if self._device.type == "cpu" else 0)
         return TextEngine(parts, self._lane, self._threads, limits, check, self._release, size)
 
-    def _limits(self, spec: ModelSpec, truncate_dim: int | None) -> EngineLimits:
+    def _batch_tokens(
+        self, spec: ModelSpec, encoder: Candidate, tokenizer: Tokenizer, weights: str
+    ) -> tuple[int, Tuner | None]:
+        """Tokens a batch, and who finds out better. Three cases: 1. somebody has set them; 2. they were found out
+        before, or nobody is to; 3. they will be found out."""
+        given, paces = spec.max_batch_tokens or self._settings.max_batch_tokens, self._settings.paces
+        if given is not None or paces is None:
+            return given or _BATCH_TOKENS[self._device.type], None  # (1), (2)
+        key = fingerprint([weights, device_name(self._device), self._lane.num_threads, torch.__version__])
+        pace = paces.get(key)
+        if pace is not None:
+            return pace.batch_tokens, None  # (2)
+        num_parts = encoder.num_layers if self._device.type == "cpu" else 1
+        tuner = Tuner(
+            encoder,
+            tokenizer,
+            Trials(CANDIDATES[self._device.type], num_parts),
+            own_s=self._lane.own_s,
+            finish=finisher(self._device),
+            keep=partial(paces.put, key),
+        )
+        return _BATCH_TOKENS[self._device.type], tuner  # (3)
+
+    def _limits(self, tokens: int, truncate_dim: int | None) -> EngineLimits:
         settings = self._settings
-        tokens = spec.max_batch_tokens or settings.max_batch_tokens or _BATCH_TOKENS[self._device.type]
         return EngineLimits(
             batch=Limit(tokens, settings.max_batch_items),
             max_queue_items=settings.max_queue_items,
             batch_timeout_s=settings.batch_timeout_s,
             target_dim=settings.target_dim or truncate_dim,
+            wide_tokens=_WIDE_TOKENS,
         )
 
     def _release(self) -> None:

@@ -3,8 +3,9 @@
 The composition root of this package; importing it imports torch, so the door (`engines/host.py`) does not.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,13 +18,14 @@ from engines.host import Host, HostConfig, real_world
 from engines.hub import ModelStore
 from engines.loader import LoaderSettings, TorchLoader
 from engines.measurements import Measurements
+from engines.pace import Paces
 from engines.slots import Rules
 from engines.spec import ModelSpec
 from engines.units import Budget
 
 __all__ = ["LoaderSettings", "Machine", "MachineConfig", "find_devices"]
 
-# Up to so many cores the forward pass takes them all; beyond, one is left to the event loop.
+# Up to so many cores the forward passes take them all; beyond, one is left to the event loop.
 _SHARED_CORES = 2
 
 
@@ -59,7 +61,9 @@ class Machine:
         self._store = ModelStore(config.hub)
         self._lanes: list[Lane] = []
         self._measurements = Measurements(folder / "measurements.json" if folder else None)
-        self._loader_settings = structs.replace(config.loader, canary_folder=folder / "canaries" if folder else None)
+        self._loader_settings = structs.replace(
+            config.loader, canary_folder=folder / "canaries" if folder else None, paces=Paces(folder)
+        )
         self.hosts = tuple(self._host(device, config, specs) for device in find_devices(config.devices))
 
     def close(self) -> None:
@@ -75,7 +79,7 @@ class Machine:
         return self._lanes
 
     def _host(self, device: str, config: MachineConfig, specs: Mapping[str, ModelSpec]) -> Host:
-        lane = Lane(device, _preparation(device, config.cores))
+        lane = open_lane(device, config.cores)
         self._lanes.append(lane)
         loader = TorchLoader(device, lane, self._threads, self._loader_settings)
         own = HostConfig(
@@ -106,13 +110,16 @@ def find_devices(wanted: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def _preparation(device: str, cores: int) -> Callable[[], None]:
-    """What the lane's thread does first: torch keeps its number of threads for each thread that calls it."""
+def open_lane(device: str, cores: int) -> Lane:
+    """The lane of a device; a CPU's has a thread for each core that the forward passes may take."""
+    if device != "cpu":
+        return Lane(device, partial(torch.cuda.set_device, torch.device(device)))
+    num_threads = cores if cores <= _SHARED_CORES else cores - 1
+    return Lane(device, _prepare_core, num_threads=num_threads, use_cores=torch.set_num_threads)
 
-    def prepare() -> None:
-        if device == "cpu":
-            torch.set_num_threads(cores if cores <= _SHARED_CORES else cores - 1)
-        else:
-            torch.cuda.set_device(torch.device(device))
 
-    return prepare
+def _prepare_core() -> None:
+    """torch keeps its number of threads for each thread that asks, but the first asking takes over the last number
+    that any of them has set: it comes before ours is."""
+    torch.get_num_threads()
+    torch.set_num_threads(1)

@@ -1,19 +1,15 @@
 """What models took when they were last loaded, kept on disk; and from it, or from their files, what they will take."""
 
-import os
 import threading
 from pathlib import Path
 
-import msgspec
-import structlog
 from msgspec import Struct
 
+from engines.kept import Kept
 from engines.protocols import Files
 from engines.records import ModelFiles
 from engines.slots import Need
 from engines.spec import ModelSpec
-
-log = structlog.get_logger(__name__)
 
 
 class Measurement(Struct, frozen=True, kw_only=True):
@@ -25,46 +21,24 @@ class Measurement(Struct, frozen=True, kw_only=True):
 
 
 class Measurements:
-    """One JSON file for all hosts of a machine. Several processes may write it: what it held is kept.
+    """One JSON file for all hosts of a machine (`Kept`).
 
     Args:
         path: the file; None keeps the measurements in memory only.
     """
 
     def __init__(self, path: Path | None = None) -> None:
-        self._path = path
         self._lock = threading.Lock()  # hosts share this object, each from threads of its own
-        self._known = self._read()
+        self._kept: Kept[Measurement] = Kept(path, dict[str, Measurement])
 
     def get(self, key: str) -> Measurement | None:
         with self._lock:
-            return self._known.get(key)
+            return self._kept.get(key)
 
     def put(self, key: str, measurement: Measurement) -> None:
-        """Blocks on the disk. A disk that cannot be written costs the next start an estimate, so it only warns."""
+        """Blocks on the disk."""
         with self._lock:
-            self._known = {**self._read(), **self._known, key: measurement}
-            if self._path is not None:
-                self._write(self._path)
-
-    def _read(self) -> dict[str, Measurement]:
-        if self._path is None or not self._path.exists():
-            return {}
-        try:
-            return msgspec.json.decode(self._path.read_bytes(), type=dict[str, Measurement])
-        except (OSError, msgspec.DecodeError) as error:
-            log.warning("measurements.ignored", file=self._path.name, error=str(error))
-            return {}
-
-    def _write(self, path: Path) -> None:
-        """Whole or not at all: a reader never sees half a file."""
-        part = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_bytes(msgspec.json.format(msgspec.json.encode(self._known, order="deterministic"), indent=1))
-            part.replace(path)
-        except OSError as error:
-            log.warning("measurements.not_written", file=path.name, error=str(error))
+            self._kept.put(key, measurement)
 
 
 class Estimates:

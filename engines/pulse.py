@@ -4,7 +4,7 @@ A forward pass cannot be interrupted: all that can be done about one that hangs 
 who come, and let a supervisor start the process anew.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from msgspec import Struct
 
@@ -13,22 +13,32 @@ _SELF_CHECK_FACTOR = 5.0
 
 
 class Pulse(Struct, frozen=True):
-    """A device's thread at one moment. `turn_s`: since when its present turn runs; `is_check`: that of a load."""
+    """A device's thread at one moment. `turn_s`: how long its turn has been running; `is_check`: one of a load."""
 
     is_alive: bool = True
     turn_s: float = 0.0
     is_check: bool = False
 
+    @property
+    def strain(self) -> float:
+        """Seconds of the present turn, in the measure of a forward pass."""
+        return self.turn_s / (_SELF_CHECK_FACTOR if self.is_check else 1.0)
+
 
 ReadPulse = Callable[[], Pulse]
+
+
+def worst(pulses: Iterable[Pulse]) -> Pulse:
+    """Of the threads of one device, the one nearest to its limit."""
+    return max(pulses, key=lambda pulse: (not pulse.is_alive, pulse.strain))
 
 
 def fault_of(device: str, pulse: Pulse, watchdog_s: float) -> str:
     """What is wrong with the device; empty when nothing is."""
     if not pulse.is_alive:
         return f"the thread of device {device} has died; restart the server"
-    limit_s = watchdog_s * (_SELF_CHECK_FACTOR if pulse.is_check else 1.0)
-    if pulse.turn_s > limit_s:
+    if pulse.strain > watchdog_s:
+        limit_s = watchdog_s * (_SELF_CHECK_FACTOR if pulse.is_check else 1.0)
         work = "a self-check" if pulse.is_check else "a forward pass"
         return (
             f"device {device} does not answer: {work} has been running for {pulse.turn_s:.0f} s, and {limit_s:g} s "

@@ -72,7 +72,8 @@ class Embeddings(Struct, frozen=True, kw_only=True):
 
     `vectors`: float32 little-endian, `num_items × dimensions`. `token_counts`: tokens run through the model for
     each input, special tokens included. `truncated`: indexes of the inputs that were cut. `batches`: forward passes
-    to be counted with this answer; one that several answers shared is told with the first of them only.
+    to be counted with this answer; one that several answers shared is told with the first of them only. `reused`:
+    inputs that were under way already, for another request or twice in this one; `recalled`: those found in the cache.
     """
 
     vectors: bytes
@@ -81,6 +82,8 @@ class Embeddings(Struct, frozen=True, kw_only=True):
     truncated: tuple[int, ...] = ()
     timings: Timings = Timings()
     batches: tuple[Batch, ...] = ()
+    reused: int = 0
+    recalled: int = 0
 
     def array(self) -> NDArray[np.float32]:
         """A read-only view of the vectors, shape `[num_items, dimensions]`."""

@@ -19,12 +19,14 @@ class LengthAwareRope:
 
     Attributes:
         limit: tokens up to which texts may share a batch, None for any.
+        remembers: whether a pass changes them, so that two must not run at once.
     """
 
     def __init__(self, model: nn.Module) -> None:
         found = [(module, _kinds(module)) for module in model.modules() if hasattr(module, "rope_type")]
         self._dynamic = [module for module, kinds in found if any("dynamic" in kind for kind in kinds)]
         aware = [module for module, kinds in found if any("dynamic" in kind or kind == "longrope" for kind in kinds)]
+        self.remembers = bool(aware)
         self.limit: int | None = min((limit for module in aware for limit in _limits(module)), default=None)
 
     def runs(self, lengths: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -1,13 +1,15 @@
-"""Runs one batch on the lane's thread: entries in, their jobs' rows filled. Knows no queue and no event loop."""
+"""Runs one batch on a thread of the lane: texts in, their jobs' rows filled. Knows no queue and no event loop."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import structlog
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from engines.batch import Entry
-from engines.encoder import Encoder
+from engines.batch import Key, Text
+from engines.encoder import Encoder, PathLeft
 from engines.errors import EngineError, EngineFailed, NonFiniteEmbedding, OutOfMemory
 from engines.layout import similar_lengths
 from engines.pooling import finish
@@ -22,77 +24,109 @@ Failures = dict[int, EngineError]
 class Runner:
     """The encoder of one engine, and what was learnt about the room on its device.
 
+    Args:
+        encoder: what runs.
+        close: called with texts whose vectors are there, before they are handed to those who want them.
+        keep: called with the vectors of finite texts, `[n, D]` float32, as the encoder gives them; None keeps nothing.
+
     Attributes:
         max_tokens: the largest batch that the device is known to hold, None as long as nothing failed.
     """
 
-    def __init__(self, encoder: Encoder) -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        close: Callable[[Sequence[Text]], None] = lambda texts: None,
+        keep: Callable[[Sequence[Key], NDArray[np.float32]], None] | None = None,
+    ) -> None:
         self._encoder = encoder
+        self._close = close
+        self._keep = keep
         self.max_tokens: int | None = None
 
-    def measure(self, entries: Sequence[Entry]) -> Batch:
+    @property
+    def is_reentrant(self) -> bool:
+        """Whether several threads may run batches at once."""
+        return self._encoder.is_reentrant
+
+    def measure(self, texts: Sequence[Text]) -> Batch:
         """What a batch, sorted by length, takes on this encoder."""
-        lengths = [len(entry.ids) for entry in entries]
+        lengths = [len(text.ids) for text in texts]
         tokens = computed = sum(lengths)
         if self._encoder.attention == "padded":
             computed = sum((end - start) * max(lengths[start:end]) for start, end in similar_lengths(lengths))
         return Batch(texts=len(lengths), tokens=tokens, computed_tokens=computed)
 
-    def run(self, entries: Sequence[Entry]) -> Failures:
-        """Write the rows of a batch. Never raises: a failed batch fails its own callers, and only them."""
+    def run(self, texts: Sequence[Text]) -> Failures:
+        """Write the rows of a batch. A failed batch fails its own callers, and only them.
+
+        Raises:
+            PathLeft: run the texts again; nobody has been told anything.
+        """
         try:
-            return self._run(entries)
+            return self._run(texts)
+        except PathLeft:
+            raise
         except EngineError as error:
-            return {id(entry.job): error for entry in entries}
+            return self._fail(texts, error)
         except Exception as error:
-            log.exception("engine.forward_failed", texts=len(entries))
+            log.exception("engine.forward_failed", texts=len(texts))
             failure = EngineFailed(
                 f"the model's forward pass failed ({type(error).__name__}); the server's log says more"
             )
             failure.__cause__ = error
-            return {id(entry.job): failure for entry in entries}
+            return self._fail(texts, failure)
 
-    def _run(self, entries: Sequence[Entry]) -> Failures:
+    def _run(self, texts: Sequence[Text]) -> Failures:
         try:
-            vectors = self._forward(entries)
+            vectors = self._forward(texts)
         except torch.OutOfMemoryError as error:
-            return self._run_halves(entries, error)
-        return _write(entries, vectors)
+            return self._run_halves(texts, error)
+        self._close(texts)
+        if self._keep is not None:
+            kept = torch.isfinite(vectors).all(dim=-1).tolist()
+            self._keep([text.key for text, good in zip(texts, kept, strict=True) if good], vectors[kept].cpu().numpy())
+        return _write(texts, vectors)
 
-    def _run_halves(self, entries: Sequence[Entry], cause: Exception) -> Failures:
+    def _fail(self, texts: Sequence[Text], error: EngineError) -> Failures:
+        self._close(texts)
+        return {id(want.job): error for text in texts for want in text.wants}
+
+    def _run_halves(self, texts: Sequence[Text], cause: Exception) -> Failures:
         """The device has no room for this batch: run it in two, and let smaller ones be cut from now on."""
-        tokens = sum(len(entry.ids) for entry in entries)
-        if len(entries) == 1:
+        tokens = sum(len(text.ids) for text in texts)
+        if len(texts) == 1:
             raise OutOfMemory(
                 f"the device has no memory to run one text of {tokens} tokens; try again later"
             ) from cause
         self.max_tokens = max(1, tokens // 2)
         log.warning("engine.batch_halved", tokens=tokens, max_batch_tokens=self.max_tokens)
-        half = len(entries) // 2
-        return {**self.run(entries[:half]), **self.run(entries[half:])}
+        half = len(texts) // 2
+        return {**self.run(texts[:half]), **self.run(texts[half:])}
 
-    def _forward(self, entries: Sequence[Entry]) -> Tensor:
-        prompts = [entry.job.prompt_tokens for entry in entries]
-        return self._encoder([entry.ids for entry in entries], prompts if any(prompts) else None)
+    def _forward(self, texts: Sequence[Text]) -> Tensor:
+        prompts = [text.prompt_tokens for text in texts]
+        return self._encoder([text.ids for text in texts], prompts if any(prompts) else None)
 
 
-def _write(entries: Sequence[Entry], vectors: Tensor) -> Failures:
+def _write(texts: Sequence[Text], vectors: Tensor) -> Failures:
     """Finish the vectors `[n, D]` as each job wants them, and put them into the jobs' rows."""
     bad: Failures = {}
-    for output in {entry.job.output for entry in entries}:
-        chosen = [row for row, entry in enumerate(entries) if entry.job.output == output]
+    wants = [(row, want) for row, text in enumerate(texts) for want in text.wants]
+    for output in {want.job.output for _, want in wants}:
+        chosen = [(row, want) for row, want in wants if want.job.output == output]
+        rows = [row for row, _ in chosen]
         finished = finish(
-            vectors if len(chosen) == len(entries) else vectors[chosen],
+            vectors if rows == list(range(len(texts))) else vectors[rows],
             dimensions=output.dimensions,
             normalized=output.normalized,
             pre_norm=output.pre_norm,
         )
         is_finite = torch.isfinite(finished).all(dim=-1).tolist()
-        for row, vector, good in zip(chosen, finished.cpu().numpy(), is_finite, strict=True):
-            entry = entries[row]
-            entry.job.rows[entry.index] = vector
+        for (_, want), vector, good in zip(chosen, finished.cpu().numpy(), is_finite, strict=True):
+            want.job.rows[want.index] = vector
             if not good:
-                bad[id(entry.job)] = _not_finite(entry.index)
+                bad[id(want.job)] = _not_finite(want.index)
     return bad
 
 

@@ -79,16 +79,16 @@ def _choose(encoder: Candidate, tokenizer: Tokenizer, dtype: str) -> tuple[NDArr
     expected = _reference(encoder, probes, dtype)
     *fast, last = encoder.paths()
     notes = encoder.notes
-    for attention in fast:
-        encoder.use(attention)
+    for path in fast:
+        encoder.use(path)
         try:
             return _checked(encoder, probes, expected, dtype), notes
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # noqa: BLE001  # architectures fail in their own ways; each means: not this path
-            following = encoder.paths()[encoder.paths().index(attention) + 1]
+            following = encoder.paths()[encoder.paths().index(path) + 1]
             notes = (*notes, f"{following}: {_reason(error)}")
-            log.warning("model.path_not_taken", path=attention, reason=str(error))
+            log.warning("model.path_not_taken", path=path, reason=str(error))
     encoder.use(last)
     return _checked(encoder, probes, expected, dtype), notes
 
@@ -127,14 +127,14 @@ def _checked(encoder: Candidate, probes: Sequence[Ids], expected: Tensor, dtype:
     far = distance(got, expected)
     if not far <= TOLERANCE[dtype]:
         raise SelfCheckFailed(
-            f"the {encoder.attention} path is {far:.1e} in cosine from the reference forward pass, more than the "
+            f"the {encoder.path} path is {far:.1e} in cosine from the reference forward pass, more than the "
             f"{TOLERANCE[dtype]:.0e} that {dtype} explains"
         )
     twice = [row for row, ids in enumerate(probes) if np.array_equal(ids, probes[0])]
     apart = distance(got[twice[0], None], got[twice[-1], None])
     if not apart <= _TWICE[dtype]:
         raise SelfCheckFailed(
-            f"on the {encoder.attention} path one text gets two vectors, {apart:.1e} apart: neighbours or chance show"
+            f"on the {encoder.path} path one text gets two vectors, {apart:.1e} apart: neighbours or chance show"
         )
     return got.cpu().numpy()
 

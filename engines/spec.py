@@ -65,3 +65,4 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
     description: str = ""
     license: str = ""
     token_encoding: Literal["cl100k_base"] | None = None
+    cache_bytes: int = 0

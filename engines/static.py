@@ -1,13 +1,13 @@
 """Models without a transformer: a table with a row for each token, and the mean of a text's rows (model2vec)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer as FastTokenizer
-from torch import Tensor, nn
+from torch import Tensor
 
-from engines.encoder import Attention
+from engines.encoder import Attention, Path
 from engines.errors import BrokenFiles
 from engines.folder import Folder
 from engines.layout import Layout
@@ -28,6 +28,9 @@ class StaticEncoder:
     """
 
     attention: Attention = "packed"
+    path: Path = "packed"
+    is_reentrant = True
+    num_layers = 1
     window: int | None = None
     notes: tuple[str, ...] = ()
 
@@ -36,6 +39,7 @@ class StaticEncoder:
         self._chain = chain
         self._device = device
         self.dimensions = chain.dimensions
+        self.pause: Callable[[], None] = lambda: None  # a table is looked up at once
 
     @torch.inference_mode()
     def __call__(self, texts: Sequence[Ids], prompt_tokens: Sequence[int] | None = None) -> Tensor:
@@ -49,7 +53,7 @@ class StaticEncoder:
         rows = [self([ids], None if prompt_tokens is None else [prompt_tokens[i]]) for i, ids in enumerate(texts)]
         return torch.cat(rows)
 
-    def paths(self) -> tuple[Attention, ...]:
+    def paths(self) -> tuple[Path, ...]:
         """See `Candidate`; there is one."""
         return ("packed",)
 
@@ -57,13 +61,9 @@ class StaticEncoder:
         """See `Candidate`."""
         return self(texts)
 
-    def use(self, attention: Attention) -> None:
+    def use(self, path: Path) -> None:
         """See `Candidate`; there is one."""
-        assert attention == "packed"
-
-    def layers(self) -> list[nn.Module]:
-        """See `Candidate`; a table is looked up at once."""
-        return []
+        assert path == "packed"
 
     def tensors(self) -> list[Tensor]:
         """See `Encoder`."""

@@ -77,6 +77,10 @@ class Meters:
         self.add(metrics.PROMPT_TOKENS, model, amount=sum(answer.token_counts))
         if answer.truncated:
             self.add(metrics.TRUNCATED, model, amount=len(answer.truncated))
+        if answer.reused:
+            self.add(metrics.REUSED, model, amount=answer.reused)
+        if answer.recalled:
+            self.add(metrics.CACHED, model, amount=answer.recalled)
         for batch in answer.batches:
             self._record_batch(model, batch)
 

@@ -16,7 +16,9 @@ from router.units import (
     BUDGET_PATTERN,
     DEVICE_PATTERN,
     KEEP_ALIVE_PATTERN,
+    SIZE_PATTERN,
     parse_budget,
+    parse_cache_bytes,
     parse_device,
     parse_keep_alive_s,
 )
@@ -35,6 +37,7 @@ Source = Annotated[str, _read_by(values.source, minLength=1)]
 Revision = Annotated[str, _read_by(values.revision, pattern=r"^\S+$")]
 Device = Annotated[str, _read_by(parse_device, pattern=DEVICE_PATTERN)]
 Duration = Annotated[int | float | str, _read_by(parse_keep_alive_s, pattern=KEEP_ALIVE_PATTERN)]
+CacheSize = Annotated[int | str, _read_by(parse_cache_bytes, pattern=SIZE_PATTERN)]
 MemoryBudget = Annotated[int | str, _read_by(parse_budget, pattern=BUDGET_PATTERN)]
 PromptName = Annotated[str, _read_by(values.prompt_name, minLength=1)]
 Prompt = Annotated[str, _read_by(values.prompt)]
@@ -70,6 +73,7 @@ class Defaults(Struct, forbid_unknown_fields=True, kw_only=True):
     keep_alive: Duration | UnsetType = UNSET
     pinned: bool | UnsetType = UNSET
     preload: bool | UnsetType = UNSET
+    cache: CacheSize | UnsetType = UNSET
 
 
 class Entry(Defaults, forbid_unknown_fields=True, kw_only=True):

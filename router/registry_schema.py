@@ -35,6 +35,8 @@ MEANINGS = {
     "-1 (never by idleness, the default).",
     "pinned": "Once loaded, the model never leaves to make room for others. Default: false.",
     "preload": "Load the model when the server starts, not at the first request. Default: false.",
+    "cache": "Memory for vectors that were computed before, so that the same text is not computed again: 256MiB. "
+    "Default: 0, none.",
     "pooling": "Overrules the model's own pooling. A list is concatenated in its order.",
     "prompts": "Prompt name (query, document, …) → text put in front of the input. Added to the model's own prompts, "
     "and stronger. Use double quotes: every space counts.",

@@ -6,7 +6,7 @@ from msgspec import UNSET, Struct, UnsetType, structs
 
 from engines.spec import Matryoshka, ModelSpec
 from router.registry_file import Defaults, Entry, MatryoshkaRule
-from router.units import parse_keep_alive_s
+from router.units import parse_cache_bytes, parse_keep_alive_s
 
 _POOLING_MODES = {"mean_sqrt_len": "mean_sqrt_len_tokens", "last_token": "lasttoken"}
 """The registry's own spellings of sentence-transformers' modes."""
@@ -19,6 +19,8 @@ def to_spec(entry: Entry, defaults: Defaults | UnsetType) -> ModelSpec:
     given["model_id"] = given.pop("name")
     if "keep_alive" in given:
         given["keep_alive_s"] = parse_keep_alive_s(given.pop("keep_alive"))
+    if "cache" in given:
+        given["cache_bytes"] = parse_cache_bytes(given.pop("cache"))
     if "pooling" in given:
         modes = [given["pooling"]] if isinstance(given["pooling"], str) else given["pooling"]
         given["pooling"] = tuple(_POOLING_MODES.get(mode, mode) for mode in modes)

@@ -14,12 +14,14 @@ DEVICE_PATTERN = r"^(auto|cpu|cuda(:[0-9]+)?)$"
 """One device, as `DEVICE` and a model's `device` spell it."""
 KEEP_ALIVE_PATTERN = r"^\s*(-1|[0-9]+(\.[0-9]+)?|([0-9]+(\.[0-9]+)?(ms|s|m|h|d))+)\s*$"
 BUDGET_PATTERN = r"^\s*[0-9]+(\.[0-9]+)?\s*(%|[kKmMgGtT]?[iI]?[bB]?)\s*$"
-"""The forms of keep-alives and budgets for JSON Schema, which knows no bounds of numbers inside a text."""
+SIZE_PATTERN = r"^\s*[0-9]+(\.[0-9]+)?\s*[kKmMgGtT]?[iI]?[bB]?\s*$"
+"""The forms of keep-alives, budgets and sizes for JSON Schema, which knows no bounds of numbers inside a text."""
 
 SIZE_ALLOWED = "a size such as 500MB, 20GiB or a whole number of bytes"
 DURATION_ALLOWED = "a duration such as 30s, 10m, 1h30m or a number of seconds"
 KEEP_ALIVE_ALLOWED = f"{DURATION_ALLOWED}, 0 (leave after each request) or -1 (stay until memory is needed)"
 BUDGET_ALLOWED = "a percentage such as 80%, or a size such as 20GiB"
+CACHE_ALLOWED = "a size such as 256MiB, with the unit and at least 1MiB, or 0 for none"
 
 _BYTES_OF: dict[str, int] = {"": 1, "b": 1} | {
     f"{prefix}{ending}": int(base**power)
@@ -32,6 +34,7 @@ _DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)", re.ASCII)
 _NUMBER = re.compile(r"\d+(?:\.\d+)?", re.ASCII)
 _DEVICE = re.compile(DEVICE_PATTERN, re.ASCII)
 _MIN_BUDGET_BYTES = 2**24
+_MIN_CACHE_BYTES = 2**20
 
 
 def parse_bytes(value: object) -> int:
@@ -41,6 +44,17 @@ def parse_bytes(value: object) -> int:
     if match is None or factor is None or isinstance(value, bool):
         raise ValueError(SIZE_ALLOWED)
     return round(float(match[1]) * factor) if "." in match[1] else int(match[1]) * factor
+
+
+def parse_cache_bytes(value: object) -> int:
+    """A size, or 0 for none. A cache needs its unit, too: `256` would be room for a quarter of a vector."""
+    try:
+        size_bytes = parse_bytes(value)
+    except ValueError:
+        raise ValueError(CACHE_ALLOWED) from None
+    if 0 < size_bytes < _MIN_CACHE_BYTES:
+        raise ValueError(CACHE_ALLOWED)
+    return size_bytes
 
 
 def parse_duration_s(value: object) -> float:

@@ -1,6 +1,6 @@
 """Two models on one lane as a worker: who gets how much of the device's time. `pair.py FOLDER FOLDER`.
 
-The engines are the loader's, the lane is the server's; a thin lane on top only looks at the clock.
+The engines are the loader's, the lane is the server's.
 """
 
 import asyncio
@@ -14,60 +14,21 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from engines.device import Lane, Source, Turn
+from engines.device import Lane
 from engines.engine import TextEngine
 from engines.loader import LoaderSettings, TorchLoader
+from engines.machine import open_lane
 from engines.records import EmbedCall, ModelFiles
 from engines.spec import ModelSpec
 
 lines: Any = importlib.import_module("lines")  # a script: its own folder is on the path
 
 
-class Timed:
-    """A source whose turns are timed."""
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
-        self.used_s = 0.0
-
-    def due_in_s(self) -> float | None:
-        return self.source.due_in_s()
-
-    def take(self) -> Turn | None:
-        turn = self.source.take()
-        return None if turn is None else lambda: self._run(turn)
-
-    def _run(self, turn: Turn) -> None:
-        started = time.perf_counter()
-        turn()
-        self.used_s += time.perf_counter() - started
-
-
-class TimedLane(Lane):
-    """The lane; it knows how many seconds the turns of each source took."""
-
-    def __init__(self, threads: int) -> None:
-        self._timed: dict[int, Timed] = {}
-        super().__init__("pair", lambda: torch.set_num_threads(threads))
-
-    def attach(self, source: Source) -> None:
-        super().attach(self._timed.setdefault(id(source), Timed(source)))
-
-    def detach(self, source: Source) -> None:
-        super().detach(self._timed.pop(id(source)))
-
-    def used_s(self, source: Source) -> float:
-        """Seconds of turns so far."""
-        return self._timed[id(source)].used_s
-
-
 async def use(
-    lane: TimedLane, engines: Sequence[TextEngine], calls: Sequence[EmbedCall], clients: int, seconds: float
+    lane: Lane, engines: Sequence[TextEngine], calls: Sequence[EmbedCall], clients: int, seconds: float
 ) -> dict[str, Any]:
     """So many clients for each engine, for so long: texts a second and seconds of the lane, by engine."""
-    before = [lane.used_s(engine) for engine in engines]
+    before = [lane.seconds_of(engine) for engine in engines]
     done = [0] * len(engines)
     started = time.perf_counter()
 
@@ -82,7 +43,7 @@ async def use(
     spent = time.perf_counter() - started
     return {
         "texts_per_s": [number / spent for number in done],
-        "lane_s": [lane.used_s(engine) - start for engine, start in zip(engines, before, strict=True)],
+        "lane_s": [lane.seconds_of(engine) - start for engine, start in zip(engines, before, strict=True)],
     }
 
 
@@ -90,7 +51,7 @@ async def run(folders: Sequence[str]) -> None:
     """Load both, then answer: `{"engines": [0, 1], "calls": …, "clients": …, "seconds": …}`."""
     say = lines.open_answers()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    lane, threads = TimedLane(cores), ThreadPoolExecutor(cores)
+    lane, threads = open_lane("cpu", cores), ThreadPoolExecutor(cores)
     loader = TorchLoader("cpu", lane, threads, LoaderSettings())
     engines = []
     for number, folder in enumerate(folders):

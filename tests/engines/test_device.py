@@ -1,4 +1,4 @@
-"""The lane: one thread, turns fair in time."""
+"""The lane: its threads, turns fair in time, and the cores that nobody else uses."""
 
 import asyncio
 import threading
@@ -8,25 +8,35 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from engines import device
-from engines.device import Lane
+from engines.device import Lane, Turn
 from engines.pulse import Pulse
 
 
 class Script:
-    """A source with a fixed number of turns; each turn runs `work`."""
+    """A source with a fixed number of turns; each turn runs `work`. `small` are turns that pass long ones."""
 
-    def __init__(self, turns: int, work: Callable[[], None]) -> None:
+    def __init__(
+        self, turns: int, work: Callable[[], None], *, max_turns: int = 1, is_long: bool = False, is_wide: bool = False
+    ) -> None:
         self.left = turns
         self.work = work
+        self.max_turns = max_turns
+        self.small: list[Callable[[], None]] = []
+        self.free: list[int] = []
+        self._is_long, self._is_wide = is_long, is_wide
 
     def due_in_s(self) -> float | None:
         return 0.0 if self.left else None
 
-    def take(self) -> Callable[[], None] | None:
+    def take(self, num_free: int) -> Turn | None:
         if not self.left:
             return None
         self.left -= 1
-        return self.work
+        self.free.append(num_free)
+        return Turn(self.work, self._is_long, self._is_wide)
+
+    def take_small(self) -> Turn | None:
+        return Turn(self.small.pop(0)) if self.small else None
 
 
 @pytest.fixture
@@ -84,7 +94,7 @@ class Diary:
 
     def read(self, *sources: Script) -> list[str]:
         """Let the sources take all their turns on a lane of this clock,"""
-        lane = Lane("diary", clock=lambda: self.now_s)
+        lane = self.open_lane()
         try:
             for source in sources:
                 lane.attach(source)
@@ -93,6 +103,10 @@ class Diary:
         finally:
             lane.close()
         return self.order
+
+    def open_lane(self) -> Lane:
+        """One thread, on this clock."""
+        return Lane("diary", clock=lambda: self.now_s, look_s=0.0)
 
 
 def test_the_engine_that_used_less_time_goes_next() -> None:
@@ -159,7 +173,7 @@ async def test_the_lane_says_how_long_its_turn_has_been_running(lane: Lane) -> N
         end = time.monotonic() + 0.01
         while time.monotonic() < end:
             pass
-        return lane.running_for_s
+        return lane.pulse().turn_s
 
     assert await lane.call(measure) >= 0.01
 
@@ -209,7 +223,7 @@ async def test_a_lane_that_cannot_prepare_its_thread_is_dead() -> None:
         raise RuntimeError("no such device")
 
     lane = Lane("test", fail)
-    await asyncio.to_thread(lane._thread.join)
+    await asyncio.to_thread(lane._threads[0].join)
 
     assert lane.pulse() == Pulse(is_alive=False)
 
@@ -228,7 +242,169 @@ async def test_a_turn_that_hangs_does_not_keep_the_lane_from_being_closed(monkey
     await asyncio.to_thread(begun.wait)
     lane.close()
 
-    assert lane._thread.is_alive()
+    (thread,) = lane._threads
+    assert thread.is_alive()
     gate.set()
-    lane._thread.join(5)
-    assert not lane._thread.is_alive()
+    thread.join(5)
+    assert not thread.is_alive()
+
+
+# ---- several threads ----
+
+
+class Gated:
+    """Work that says when it has begun, and waits until it may end."""
+
+    def __init__(self) -> None:
+        self.begun = threading.Semaphore(0)
+        self.gate = threading.Semaphore(0)
+
+    def __call__(self) -> None:
+        self.begun.release()
+        assert self.gate.acquire(timeout=10)
+
+    def wait(self, count: int = 1) -> None:
+        for _ in range(count):
+            assert self.begun.acquire(timeout=10)
+
+    def end(self, count: int = 1) -> None:
+        self.gate.release(count)
+
+
+@pytest.fixture
+def pair() -> Iterator[Lane]:
+    """A lane of two threads; the number of cores that each is told goes to `used_cores`."""
+    lane = Lane("pair", num_threads=2, look_s=0.0)
+    yield lane
+    lane.close()
+
+
+def test_two_turns_of_one_source_run_at_once_where_it_allows_that(pair: Lane) -> None:
+    work = Gated()
+    pair.attach(Script(2, work, max_turns=2))
+
+    pair.wake()
+    work.wait(2)
+    work.end(2)
+
+
+def test_a_source_that_allows_one_turn_gets_one_though_a_thread_is_free(pair: Lane) -> None:
+    work, other = Gated(), Gated()
+    alone = Script(2, work, max_turns=1)
+    pair.attach(alone)
+    pair.attach(Script(1, other))
+    pair.wake()
+    work.wait()
+    other.wait()
+
+    assert alone.left == 1
+    work.end(2)
+    other.end()
+    work.wait()
+    assert alone.left == 0
+
+
+def test_a_turn_is_told_how_many_threads_have_nothing_to_do(pair: Lane) -> None:
+    work = Gated()
+    source = Script(1, work, max_turns=2)
+    pair.attach(source)
+    pair.wake()
+    work.wait()
+    source.left = 1
+    pair.wake()
+    work.wait()
+    work.end(2)
+
+    assert source.free == [1, 0]
+
+
+def test_a_wide_turn_uses_the_cores_of_the_idle_until_they_find_work() -> None:
+    cores: dict[str, list[int]] = {}
+    lane = Lane(
+        "cores",
+        num_threads=2,
+        look_s=0.0,
+        use_cores=lambda number: cores.setdefault(threading.current_thread().name, []).append(number),
+    )
+    second, ended = Gated(), threading.Event()
+
+    def wide() -> None:
+        name = threading.current_thread().name
+        alone = list(cores[name])
+        lane.attach(Script(1, second))
+        lane.wake()
+        second.wait()
+        lane.give_way()
+        cores["seen"] = [*alone, -1, *cores[name]]
+        second.end()
+        ended.set()
+
+    lane.attach(Script(1, wide, is_wide=True))
+    lane.wake()
+    assert ended.wait(10)
+    lane.close()
+
+    assert cores["seen"] == [2, -1, 2, 1]
+
+
+def test_a_turn_that_is_not_wide_keeps_to_its_core() -> None:
+    cores: list[int] = []
+    lane = Lane("cores", num_threads=2, use_cores=cores.append)
+    ended = threading.Event()
+    lane.attach(Script(1, ended.set))
+    lane.wake()
+    assert ended.wait(10)
+    lane.close()
+
+    assert cores == [1]
+
+
+def test_detaching_waits_for_the_turns_of_all_threads(pair: Lane) -> None:
+    work = Gated()
+    source = Script(2, work, max_turns=2)
+    pair.attach(source)
+    pair.wake()
+    work.wait(2)
+    detaching = threading.Thread(target=pair.detach, args=(source,))
+    detaching.start()
+    work.end()
+    detaching.join(0.05)
+    assert detaching.is_alive()
+    work.end()
+    detaching.join(10)
+
+    assert not detaching.is_alive()
+
+
+def test_the_pulse_is_that_of_the_thread_nearest_to_its_limit() -> None:
+    now_s = 0.0
+    lane = Lane("pulse", clock=lambda: now_s, num_threads=2)
+    first, second = Gated(), Gated()
+    lane.attach(Script(1, first))
+    lane.wake()
+    first.wait()
+    now_s = 5.0
+    lane.attach(Script(1, second))
+    lane.wake()
+    second.wait()
+    now_s = 7.0
+
+    assert lane.pulse() == Pulse(turn_s=7.0)
+    first.end()
+    second.end()
+    lane.close()
+
+
+def test_a_source_whose_only_work_runs_is_not_idle_and_keeps_its_account() -> None:
+    """Else a closed loop, which has nothing waiting while its batch runs, would start level after each of them."""
+    diary = Diary(num_turns=5)
+    heavy, light = Script(1, lambda: None), Script(0, diary.turn("light", 1.0))
+
+    def run() -> None:
+        diary.turn("heavy", 4.0)()
+        heavy.left = 1 if diary.order.count("heavy") < 2 else 0
+        light.left = 3 if diary.order == ["heavy"] else light.left
+
+    heavy.work = run
+
+    assert diary.read(heavy, light) == ["heavy", "light", "light", "light", "heavy"]

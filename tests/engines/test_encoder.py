@@ -1,4 +1,4 @@
-"""The three ways to run a transformer, and what they cost."""
+"""The ways to run a transformer, and what they cost."""
 
 import pytest
 import torch
@@ -7,11 +7,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from engines.adapters import storage_bytes
-from engines.encoder import TransformerEncoder, weight_bytes, workspace_bytes
+from engines.encoder import weight_bytes, workspace_bytes
 from engines.layout import similar_lengths
 from engines.prompts import Frame
 from engines.selfcheck import distance
 from engines.tokenize import Ids
+from engines.transformer import TransformerEncoder
 from tests.corpus import mixed
 from tests.engines.kit import Kit
 from tests.models import RECIPES
@@ -36,10 +37,10 @@ def _ids(kit: Kit, name: str) -> list[Ids]:
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_all_ways_to_run_give_the_same(kit: Kit, name: str) -> None:
     encoder, ids = _encoder(kit, name), _ids(kit, name)
-    used, expected = encoder.attention, encoder.reference(ids)
+    used, expected = encoder.path, encoder.reference(ids)
 
-    assert encoder.attention == used
-    for path in encoder.paths() if used == "packed" else ("padded",):
+    assert encoder.path == used
+    for path in encoder.paths() if encoder.attention == "packed" else ("padded", "unpadded"):
         encoder.use(path)
         assert distance(encoder(ids), expected) < 1e-10
     encoder.use(used)

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engines.batch import Entry, Job, Limit, Output, tell
+from engines.batch import Job, Limit, Output, Text, Want, tell
 from engines.device import Lane
-from engines.encoder import Attention
+from engines.encoder import Attention, PathLeft
 from engines.engine import EngineLimits, Parts, TextEngine
 from engines.errors import (
     DimensionsNotSupported,
@@ -49,8 +49,10 @@ class ScriptedEncoder:
 
     attention: Attention = "packed"
     dimensions = WIDTH
+    is_reentrant = True
 
     def __init__(self) -> None:
+        self.pause: Callable[[], None] = lambda: None
         self.batches: list[list[int]] = []
         self.before: Callable[[Sequence[Ids]], None] = lambda texts: None
 
@@ -73,9 +75,9 @@ class ScriptedEncoder:
 class Bench:
     """An engine with everything around it."""
 
-    def __init__(self, limits: EngineLimits, spec: ModelSpec) -> None:
+    def __init__(self, limits: EngineLimits, spec: ModelSpec, num_threads: int = 1) -> None:
         self.encoder = ScriptedEncoder()
-        self.lane = Lane("test")
+        self.lane = Lane("test", num_threads=num_threads, look_s=0.0)
         self.threads = ThreadPoolExecutor(2)
         self.released = 0
         tokenizer = Tokenizer(Letters(), Rules(max_tokens=64, vocab_size=0x110000))
@@ -96,6 +98,23 @@ class Bench:
         call = EmbedCall(model_id="m", texts=texts, normalize=False, **options)  # type: ignore[arg-type]  # test options
         return (await self.engine.embed(call)).array()
 
+    async def hold_lane(self) -> Callable[[], Awaitable[object]]:
+        """Keep the lane busy until what this gives back is called."""
+        begun, gate = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            begun.set()
+            gate.wait()
+
+        held = asyncio.create_task(self.lane.call(hold))
+        await asyncio.to_thread(begun.wait)
+
+        def release() -> Awaitable[object]:
+            gate.set()
+            return held
+
+        return release
+
     async def until_queued(self, num_texts: int) -> None:
         while self.engine.queue_items < num_texts:  # noqa: ASYNC110  # the queue has no event to wait for
             await asyncio.sleep(0)
@@ -109,9 +128,16 @@ class Bench:
 def open_bench() -> Iterator[Callable[..., Bench]]:
     benches: list[Bench] = []
 
-    def make(*, batch: Limit = ROOMY, max_queue_items: int = 100, target_dim: int | None = None) -> Bench:
+    def make(
+        *,
+        batch: Limit = ROOMY,
+        max_queue_items: int = 100,
+        target_dim: int | None = None,
+        cache_bytes: int = 0,
+        num_threads: int = 1,
+    ) -> Bench:
         limits = EngineLimits(batch=batch, max_queue_items=max_queue_items, target_dim=target_dim)
-        benches.append(Bench(limits, ModelSpec(model_id="m", source="test")))
+        benches.append(Bench(limits, ModelSpec(model_id="m", source="test", cache_bytes=cache_bytes), num_threads))
         return benches[-1]
 
     yield make
@@ -164,12 +190,10 @@ async def test_warm_up_measures_and_the_answer_carries_counts_and_timings(open_b
 async def test_requests_that_want_different_widths_share_a_batch(open_bench: OpenBench) -> None:
     bench = open_bench()
     await bench.engine.warm_up()
-    gate = threading.Event()
-    held = asyncio.create_task(bench.lane.call(gate.wait))
+    release = await bench.hold_lane()
     requests = asyncio.gather(bench.embed("abc"), bench.embed("abcd", dimensions=2))
     await bench.until_queued(2)
-    gate.set()
-    await held
+    await release()
 
     full, short = await requests
 
@@ -267,30 +291,32 @@ async def test_every_batch_is_told_with_exactly_one_answer(open_bench: OpenBench
 
 
 async def test_a_batch_whose_first_job_fails_is_told_by_another() -> None:
-    entries = [make_entry(size) for size in (1, 2, 3)]
-    entries[1].job.done.cancel()
+    texts = [make_text(size) for size in (1, 2, 3)]
+    jobs = [text.wants[0].job for text in texts]
+    jobs[1].done.cancel()
     batch = Batch(texts=3, tokens=6, computed_tokens=6)
 
-    tell(batch, entries, {id(entries[0].job)})
+    tell(batch, texts, {id(jobs[0])})
 
-    assert [entry.job.batches for entry in entries] == [[], [], [batch]]
+    assert [job.batches for job in jobs] == [[], [], [batch]]
 
 
 async def test_padding_counts_as_computed() -> None:
     encoder = ScriptedEncoder()
-    entries = [make_entry(size) for size in (3, 4, 4, 100)]
+    texts = [make_text(size) for size in (3, 4, 4, 100)]
 
-    packed = Runner(encoder).measure(entries)
+    packed = Runner(encoder).measure(texts)
     encoder.attention = "padded"
-    padded = Runner(encoder).measure(entries)
+    padded = Runner(encoder).measure(texts)
 
     assert packed == Batch(texts=4, tokens=111, computed_tokens=111)
     assert padded == Batch(texts=4, tokens=111, computed_tokens=112)
 
 
-def make_entry(size: int) -> Entry:
+def make_text(size: int) -> Text:
     ids = np.ones(size, dtype=np.int64)
-    return Entry(Job(Encoded((ids,)), Output(WIDTH, False, False), asyncio.get_running_loop(), 0.0), 0)
+    job = Job(Encoded((ids,)), Output(WIDTH, False, False), asyncio.get_running_loop(), 0.0)
+    return Text(ids, job.keys[0], [Want(job, 0)])
 
 
 async def test_one_text_without_room_fails_alone(open_bench: OpenBench) -> None:
@@ -333,16 +359,14 @@ async def test_a_vector_that_is_not_finite_never_leaves(open_bench: OpenBench) -
 async def test_a_cancelled_request_costs_no_forward_pass(open_bench: OpenBench) -> None:
     bench = open_bench()
     await bench.engine.warm_up()
-    gate = threading.Event()
-    held = asyncio.create_task(bench.lane.call(gate.wait))
+    release = await bench.hold_lane()
     left = asyncio.create_task(bench.embed("nobody waits for this"))
     await bench.until_queued(1)
 
     left.cancel()
     with pytest.raises(asyncio.CancelledError):
         await left
-    gate.set()
-    await held
+    await release()
 
     assert bench.engine.queue_items == 0
     assert (await bench.embed("next")).tolist() == [expected("next")]
@@ -352,15 +376,13 @@ async def test_a_cancelled_request_costs_no_forward_pass(open_bench: OpenBench) 
 async def test_a_full_queue_refuses_the_whole_request(open_bench: OpenBench) -> None:
     bench = open_bench(max_queue_items=3)
     await bench.engine.warm_up()
-    gate = threading.Event()
-    held = asyncio.create_task(bench.lane.call(gate.wait))
+    release = await bench.hold_lane()
     waiting = asyncio.create_task(bench.embed("a", "b"))
     await bench.until_queued(1)
 
     with pytest.raises(QueueFull):
         await bench.embed("c", "d")
-    gate.set()
-    await held
+    await release()
 
     assert (await waiting).tolist() == [expected("a"), expected("b")]
 
@@ -368,15 +390,171 @@ async def test_a_full_queue_refuses_the_whole_request(open_bench: OpenBench) -> 
 async def test_closing_fails_who_still_waits_and_releases_the_memory(open_bench: OpenBench) -> None:
     bench = open_bench()
     await bench.engine.warm_up()
-    gate = threading.Event()
-    held = asyncio.create_task(bench.lane.call(gate.wait))
+    release = await bench.hold_lane()
     waiting = asyncio.create_task(bench.embed("a"))
     await bench.until_queued(1)
 
     await asyncio.to_thread(bench.engine.close)
     with pytest.raises(ShuttingDown):
         await waiting
-    gate.set()
-    await held
+    await release()
 
     assert bench.released == 1
+
+
+# ---- the same text for several ----
+
+
+async def test_requests_for_the_same_text_share_one_computation(open_bench: OpenBench) -> None:
+    bench = open_bench()
+    await bench.engine.warm_up()
+    release = await bench.hold_lane()
+    calls = [EmbedCall(model_id="m", texts=texts, normalize=False) for texts in (("same", "a", "same"), ("same",))]
+    waiting = asyncio.gather(*(bench.engine.embed(call) for call in calls))
+    await bench.until_queued(2)
+    await release()
+
+    answers = await waiting
+
+    assert bench.encoder.batches == [[1, 4]]
+    assert answers[0].array().tolist() == [expected("same"), expected("a"), expected("same")]
+    assert answers[1].array().tolist() == [expected("same")]
+    assert [answer.reused for answer in answers] == [1, 1]
+
+
+async def test_who_shares_a_text_is_served_when_its_owner_leaves(open_bench: OpenBench) -> None:
+    bench = open_bench()
+    await bench.engine.warm_up()
+    release = await bench.hold_lane()
+    owner, heir = (asyncio.create_task(bench.embed("same")) for _ in range(2))
+    await bench.until_queued(1)
+    await asyncio.sleep(0)
+    owner.cancel()
+    await release()
+
+    assert (await heir).tolist() == [expected("same")]
+
+
+async def test_who_shares_a_text_is_served_when_its_owner_fails(open_bench: OpenBench) -> None:
+    """The owner's first batch fails, and with it the whole request; the texts behind it are wanted by another."""
+    bench = open_bench(batch=Limit(4, 1))
+    await bench.engine.warm_up()
+
+    def poison(texts: Sequence[Ids]) -> None:
+        if any(ids[0] == ord("!") for ids in texts):
+            raise RuntimeError("a kernel failed")
+
+    bench.encoder.before = poison
+    release = await bench.hold_lane()
+    owner, heir = asyncio.create_task(bench.embed("!!!!", "same")), asyncio.create_task(bench.embed("same"))
+    await bench.until_queued(2)
+    await release()
+
+    with pytest.raises(EngineFailed):
+        await owner
+    assert (await heir).tolist() == [expected("same")]
+
+
+async def test_a_cached_vector_is_not_computed_again_in_any_width(open_bench: OpenBench) -> None:
+    bench = open_bench(cache_bytes=100_000)
+    await bench.engine.warm_up()
+    await bench.embed("abc", "de")
+    bench.encoder.batches.clear()
+
+    again = await bench.engine.embed(EmbedCall(model_id="m", texts=("de", "new", "abc"), normalize=False))
+    narrow = await bench.engine.embed(EmbedCall(model_id="m", texts=("abc",), normalize=False, dimensions=2))
+
+    assert bench.encoder.batches == [[3]]
+    assert again.array().tolist() == [expected("de"), expected("new"), expected("abc")]
+    assert narrow.array().tolist() == [expected("abc")[:2]]
+    assert (again.recalled, narrow.recalled, narrow.token_counts) == (2, 1, (3,))
+
+
+async def test_a_vector_that_is_not_finite_is_not_kept(open_bench: OpenBench) -> None:
+    bench = open_bench(cache_bytes=100_000)
+    await bench.engine.warm_up()
+    plain = bench.encoder.__class__.__call__
+    bench.encoder.__class__ = type(
+        "Overflowing", (ScriptedEncoder,), {"__call__": lambda self, *args: plain(self, *args) * float("inf")}
+    )
+    with pytest.raises(NonFiniteEmbedding):
+        await bench.embed("abc")
+    bench.encoder.__class__ = ScriptedEncoder
+
+    assert (await bench.embed("abc")).tolist() == [expected("abc")]
+
+
+# ---- several threads, and small requests beside bulk ones ----
+
+
+async def test_two_threads_share_a_large_request(open_bench: OpenBench) -> None:
+    bench = open_bench(num_threads=2)
+    await bench.engine.warm_up()
+    meeting = threading.Barrier(2)
+
+    def meet(texts: Sequence[Ids]) -> None:
+        meeting.wait(10)  # both halves run at once, or this breaks
+
+    bench.encoder.before = meet
+
+    vectors = await bench.embed(*(f"text{number:04}" for number in range(20)))
+
+    assert vectors.tolist() == [expected(f"text{number:04}") for number in range(20)]
+    assert [sum(batch) for batch in bench.encoder.batches] == [80, 80]
+
+
+async def test_an_encoder_that_remembers_runs_one_batch_at_a_time(open_bench: OpenBench) -> None:
+    bench = open_bench(num_threads=2, batch=Limit(32, 4))
+    bench.encoder.is_reentrant = False
+    await bench.engine.warm_up()
+    inside = threading.Lock()
+
+    def alone(texts: Sequence[Ids]) -> None:
+        assert inside.acquire(blocking=False), "two batches at once"
+        bench.encoder.pause()
+        inside.release()
+
+    bench.encoder.before = alone
+    texts = [f"text{number:04}" for number in range(40)]
+
+    assert (await bench.embed(*texts)).tolist() == [expected(text) for text in texts]
+
+
+async def test_a_small_request_passes_a_bulk_batch_between_its_layers(open_bench: OpenBench) -> None:
+    bench = open_bench(batch=Limit(64, 64))
+    await bench.engine.warm_up()
+    begun, gate = threading.Event(), threading.Event()
+    order: list[str] = []
+
+    def layers(texts: Sequence[Ids]) -> None:
+        order.append("begins" if len(texts) > 1 else "small")
+        if len(texts) > 1:
+            begun.set()
+            gate.wait(10)
+            bench.lane.give_way()
+            order.append("ends")
+
+    bench.encoder.before = layers
+    bulk = asyncio.create_task(bench.embed(*(f"text{number:04}" for number in range(8))))
+    await asyncio.to_thread(begun.wait)
+    small = asyncio.create_task(bench.embed("quick"))
+    await bench.until_queued(1)
+    gate.set()
+
+    assert (await small).tolist() == [expected("quick")]
+    assert (await bulk).tolist() == [expected(f"text{number:04}") for number in range(8)]
+    assert order == ["begins", "small", "ends"]
+
+
+async def test_texts_of_a_path_that_failed_are_run_again(open_bench: OpenBench) -> None:
+    bench = open_bench()
+    await bench.engine.warm_up()
+    failures = [PathLeft(), PathLeft()]
+
+    def fail(texts: Sequence[Ids]) -> None:
+        if failures:
+            raise failures.pop()
+
+    bench.encoder.before = fail
+
+    assert (await bench.embed("again", "and again")).tolist() == [expected("again"), expected("and again")]

@@ -5,12 +5,9 @@ import threading
 from typing import Any
 
 import pytest
-import torch
-from torch import nn
 
 from engines import loader
 from engines.device import Lane
-from engines.pausing import pausing
 from engines.selfcheck import choose_attention
 from tests.engines.kit import Kit
 from tests.engines.test_device import Diary, Script
@@ -20,7 +17,7 @@ def read(num_turns: int, other_turns: int, parts: int, part_s: float = 2.0) -> l
     """The order of a long turn's parts and of another source's turns of 1 s, which come up during the first part."""
     diary = Diary(num_turns)
     other = Script(0, diary.turn("other", 1.0))
-    lane = Lane("giving", clock=lambda: diary.now_s)
+    lane = diary.open_lane()
 
     def long_turn() -> None:
         for part in range(parts):
@@ -52,7 +49,7 @@ def test_time_given_to_others_is_not_charged_to_who_gave_it() -> None:
     """Parts of 2 s and 0.5 s, and 2 s given away: the other has used less at the end, and goes first."""
     diary = Diary(7)
     other = Script(0, diary.turn("other", 1.0))
-    lane = Lane("giving", clock=lambda: diary.now_s)
+    lane = diary.open_lane()
     long = Script(1, lambda: None)
 
     def long_turn() -> None:
@@ -87,7 +84,7 @@ def test_outside_a_turn_there_is_nobody_to_give_way() -> None:
 
 
 async def test_who_gave_way_cannot_be_detached_meanwhile() -> None:
-    lane = Lane("test")
+    lane = Lane("test", look_s=0.0)
     begun, gate = threading.Event(), threading.Event()
 
     def wait() -> None:
@@ -116,7 +113,7 @@ async def test_who_gave_way_cannot_be_detached_meanwhile() -> None:
 
 
 async def test_a_turn_that_is_given_way_to_may_fail() -> None:
-    lane = Lane("test")
+    lane = Lane("test", look_s=0.0)
 
     def fail() -> None:
         raise ValueError("a bug of the source")
@@ -134,19 +131,62 @@ async def test_a_turn_that_is_given_way_to_may_fail() -> None:
     lane.close()
 
 
-def test_pauses_come_before_each_layer_and_end_with_the_block() -> None:
-    stack = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
-    pauses: list[int] = []
+def read_small(num_turns: int, small: int, parts: int, *, is_long: bool = True) -> list[str]:
+    """The order of a turn's parts of 2 s and of small turns of 1 s of the same source, there from the first part on."""
+    diary = Diary(num_turns)
+    lane = diary.open_lane()
+    source = Script(1, lambda: None, is_long=is_long)
 
-    def run() -> None:
-        for layer in stack:
-            layer(torch.zeros(1, 2))
+    def long_turn() -> None:
+        for part in range(parts):
+            diary.turn("part", 2.0)()
+            if part == 0:
+                source.small = [diary.turn("small", 1.0)] * small
+            lane.give_way()
 
-    with pausing(stack, lambda: pauses.append(1)):
-        run()
-    run()
+    source.work = long_turn
+    try:
+        lane.attach(source)
+        lane.wake()
+        assert diary.done.wait(10)
+    finally:
+        lane.close()
+    return diary.order
 
-    assert len(pauses) == 3
+
+def test_small_work_of_the_same_source_passes_a_long_turn_between_its_parts() -> None:
+    assert read_small(4, small=2, parts=2) == ["part", "small", "small", "part"]
+
+
+def test_a_long_turn_gives_no_more_than_about_as_much_time_as_it_takes() -> None:
+    order = read_small(11, small=100, parts=4)
+
+    assert order[:11] == ["part", *["small"] * 3, "part", *["small"] * 2, "part", *["small"] * 2, "part"]
+
+
+def test_a_turn_that_is_not_long_is_not_passed_by_its_own_kind() -> None:
+    assert read_small(2, small=1, parts=2, is_long=False) == ["part", "part"]
+
+
+def test_a_turn_just_begun_is_not_asked_to_give_way() -> None:
+    """Looking takes the lock, and it is asked before each of perhaps a hundred layers."""
+    diary = Diary(2)
+    lane = Lane("busy", clock=lambda: diary.now_s, look_s=0.5)
+    other = Script(0, diary.turn("other", 1.0))
+
+    def turn() -> None:
+        other.left = 1
+        diary.now_s += 0.4
+        lane.give_way()
+        diary.turn("turn", 1.0)()
+
+    lane.attach(other)
+    lane.attach(Script(1, turn))
+    lane.wake()
+    assert diary.done.wait(10)
+    lane.close()
+
+    assert diary.order == ["turn", "other"]
 
 
 def test_a_real_self_check_lets_others_go_first_between_layers(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,4 +210,4 @@ def test_a_real_self_check_lets_others_go_first_between_layers(kit: Kit, monkeyp
         kit.lane.detach(other)
     asyncio.run(asyncio.to_thread(engine.close))
 
-    assert during[0] >= 4, "two layers, run through the reference and through the packed path"
+    assert during[0] >= 4, "two layers, run through the reference and through the fast path"

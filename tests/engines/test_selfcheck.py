@@ -13,14 +13,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AttentionInterface, ViTConfig, ViTModel
 
-from engines import adapters
+from engines import adapters, fused
 from engines.attention import PACKED, packed_attention
-from engines.encoder import Attention, TransformerEncoder
+from engines.encoder import Attention
+from engines.encoder import Path as Way
 from engines.engine import TextEngine
 from engines.errors import OutOfMemory, SelfCheckFailed, UnsupportedModel
 from engines.loader import LoaderSettings
 from engines.selfcheck import Canaries, choose_attention, distance, probe_ids
 from engines.tokenize import Ids, Tokenizer
+from engines.transformer import TransformerEncoder
 from tests.corpus import SENTENCES
 from tests.engines.kit import Kit, assert_same, embed, encode
 
@@ -28,9 +30,14 @@ TEXTS = list(SENTENCES)
 
 
 @pytest.fixture
-def packed_is() -> Iterator[Callable[[Callable[..., Any]], None]]:
+def packed_is(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[..., Any]], None]]:
     """Put another attention function in the place of ours."""
-    yield lambda function: AttentionInterface.register(PACKED, function)
+
+    def put(function: Callable[..., Any]) -> None:
+        AttentionInterface.register(PACKED, function)
+        monkeypatch.setattr(fused, "packed_attention", function)
+
+    yield put
     AttentionInterface.register(PACKED, packed_attention)
 
 
@@ -79,17 +86,17 @@ def test_a_packed_path_that_is_subtly_wrong_is_left(
     engine = kit.load(kit.recipe_folder(name))
 
     assert engine.info.attention == "padded"
-    assert "padded: the packed path is" in engine.info.notes[0]
+    assert engine.info.notes[-1].startswith("padded: the packed path is")
     assert_same(embed(engine, TEXTS), encode(kit.reference(name), TEXTS))
 
 
 def test_a_wrong_bias_of_mpnet_is_found(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        adapters,
-        "packed_attention",
-        lambda *args, **options: packed_attention(*args, **{**options, "position_bias": None}),
-    )
+    def unbiased(*args: Any, **options: Any) -> Any:
+        return packed_attention(*args, **{**options, "position_bias": None})
 
+    monkeypatch.setattr(fused, "packed_attention", unbiased)
+    assert kit.load(kit.recipe_folder("mpnet-mean")).info.attention == "packed", "the fused path only is wrong"
+    monkeypatch.setattr(adapters, "packed_attention", unbiased)
     assert kit.load(kit.recipe_folder("mpnet-mean")).info.attention == "padded"
 
 
@@ -108,7 +115,17 @@ def test_a_packed_path_that_fails_is_left_without_telling_paths(
 
     packed_is(fail)
 
-    assert kit.load(kit.recipe_folder("bert-cls")).info.notes == (note,)
+    assert kit.load(kit.recipe_folder("qwen3-last")).info.notes == (note,)
+
+
+def test_fused_layers_that_are_wrong_are_left_for_the_plain_ones(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "packed_attention", _hotter)
+    engine = kit.load(kit.recipe_folder("bert-cls"))
+
+    assert engine.info.attention == "packed"
+    (note,) = engine.info.notes
+    assert note.startswith("packed: the fused path is")
+    assert_same(embed(engine, TEXTS), encode(kit.reference("bert-cls"), TEXTS))
 
 
 def test_a_padded_path_that_is_wrong_is_left_for_batches_of_one_length(
@@ -120,7 +137,9 @@ def test_a_padded_path_that_is_wrong_is_left_for_batches_of_one_length(
     engine = kit.load(kit.recipe_folder("bert-cls"))
 
     assert engine.info.attention == "unpadded"
-    assert [note.split(" path is")[0] for note in engine.info.notes] == ["padded: the packed", "unpadded: the padded"]
+    assert [note.split(" path is")[0] for note in engine.info.notes] == [
+        "packed: the fused", "padded: the packed", "unpadded: the padded"
+    ]  # fmt: skip
     assert_same(embed(engine, TEXTS), encode(kit.reference("bert-cls"), TEXTS))
 
 
@@ -133,11 +152,10 @@ def test_when_every_path_is_wrong_the_model_is_refused(
         return right(self, texts) * (1.0 if self._model.config._attn_implementation == "eager" else 1.02)
 
     packed_is(_hotter)
-    monkeypatch.setattr(TransformerEncoder, "_batch", wrong)
-
-    with pytest.raises(SelfCheckFailed, match=r"the unpadded path is .* in cosine from the reference forward pass"):
+    message = r"the unpadded path is .* in cosine from the reference forward pass"
+    with monkeypatch.context() as patch, pytest.raises(SelfCheckFailed, match=message):
+        patch.setattr(TransformerEncoder, "_batch", wrong)
         kit.load(kit.recipe_folder("bert-cls"))
-    monkeypatch.undo()
     assert kit.load(kit.recipe_folder("bert-dense-identity")).info.attention == "padded"
 
 
@@ -266,14 +284,17 @@ class Scripted:
 
     def __init__(self, expected: Tensor, **paths: Tensor | Exception) -> None:
         self.dimensions = 2
-        self.attention: Attention = "padded"
+        self.path: Way = "padded"
+        self.pause: Callable[[], None] = lambda: None
+        self.is_reentrant = True
+        self.num_layers = 1
         self.window: int | None = None
         self.notes: tuple[str, ...] = ()
         self._expected = expected
         self._paths = paths
 
     def __call__(self, texts: Sequence[Ids], prompt_tokens: Sequence[int] | None = None) -> Tensor:
-        found = self._paths[self.attention]
+        found = self._paths[self.path]
         if isinstance(found, Exception):
             raise found
         return found
@@ -283,17 +304,18 @@ class Scripted:
             raise self._expected
         return self._expected
 
-    def paths(self) -> tuple[Attention, ...]:
+    @property
+    def attention(self) -> Attention:
+        return "packed" if self.path == "fused" else self.path
+
+    def paths(self) -> tuple[Way, ...]:
         return tuple(self._paths)  # type: ignore[arg-type]  # named as the paths are
 
     def together(self, texts: Sequence[Ids]) -> Tensor:
         return self(texts)
 
-    def layers(self) -> list[torch.nn.Module]:
-        return []
-
-    def use(self, attention: Attention) -> None:
-        self.attention = attention
+    def use(self, path: Way) -> None:
+        self.path = path
 
     def tensors(self) -> list[Tensor]:
         return []

@@ -22,6 +22,7 @@ ANSWER = Embeddings(
     vectors=b"", dimensions=8, token_counts=(3, 5), truncated=(1,),
     timings=Timings(load_s=2.0, tokenize_s=0.003, queue_s=0.02, forward_s=0.3),
     batches=(Batch(texts=2, tokens=8, computed_tokens=10), Batch(texts=40, tokens=300, computed_tokens=300)),
+    reused=1, recalled=2,
 )  # fmt: skip
 
 
@@ -171,6 +172,8 @@ def test_an_answer_is_measured_part_by_part() -> None:
     assert exposition("embedyard_inputs_total", model="mini") == 4
     assert exposition("embedyard_prompt_tokens_total", model="mini") == 16
     assert exposition("embedyard_truncated_inputs_total", model="mini") == 2
+    assert exposition("embedyard_reused_inputs_total", model="mini") == 2
+    assert exposition("embedyard_cached_inputs_total", model="mini") == 4
 
 
 def test_batches_are_measured_with_their_padding() -> None:

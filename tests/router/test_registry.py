@@ -83,6 +83,7 @@ def test_every_key_reaches_the_spec() -> None:
             keep_alive: 10m
             pinned: true
             preload: true
+            cache: 256MiB
             trust_remote_code: true
             max_batch_tokens: 16384
             description: Good
@@ -107,6 +108,7 @@ def test_every_key_reaches_the_spec() -> None:
             keep_alive_s=600.0,
             pinned=True,
             preload=True,
+            cache_bytes=256 * 2**20,
             trust_remote_code=True,
             max_batch_tokens=16384,
             description="Good",
@@ -237,6 +239,8 @@ def test_the_error_prints_as_one_readable_list() -> None:
         ("truncate: both", "models[0].truncate", "end, error, start"),
         ("keep_alive: true", "models[0].keep_alive", "or -1"),
         ("keep_alive: -5", "models[0].keep_alive", "or -1"),
+        ("cache: 256", "models[0].cache", "or 0 for none; got 256"),
+        ("cache: true", "models[0].cache", "such as 256MiB"),
         ("matryoshka: 256", "models[0].matryoshka", "a list of at least 1 or a mapping with min, widths, layer_norm"),
         ("matryoshka: []", "models[0].matryoshka", "a list of at least 1"),
         ("matryoshka: [256, 0]", "models[0].matryoshka[1]", "1 or more; got 0"),
@@ -322,7 +326,7 @@ def test_a_key_of_a_model_is_no_default() -> None:
     found = mistakes("version: 1\ndefaults: {trust_remote_code: true}\nmodels: []\n")
 
     assert len(found) == 1
-    assert found[0].startswith("line 2, defaults.trust_remote_code: unknown key; known keys: device, dtype, ")
+    assert found[0].startswith("line 2, defaults.trust_remote_code: unknown key; known keys: cache, device, dtype, ")
 
 
 def test_an_alias_may_not_hide_another_model() -> None:
@@ -548,6 +552,7 @@ DEFAULTS: dict[str, st.SearchStrategy[Any]] = {
     "keep_alive": st.integers(-1, 10**9) | st.floats(0, 1e9, allow_subnormal=False).map(lambda value: round(value, 3)),
     "pinned": st.booleans(),
     "preload": st.booleans(),
+    "cache": st.just(0) | st.integers(2**20, 2**40),
 }
 ENTRIES = DEFAULTS | {
     "prompts": st.dictionaries(PARTS, TEXTS, max_size=3),
@@ -583,6 +588,8 @@ def expected(entry: dict[str, Any]) -> ModelSpec:
     values = {key: value for key, value in entry.items() if key != "aliases"}
     values["model_id"] = values.pop("name")
     values["keep_alive_s"] = float(values.pop("keep_alive", NEVER_IDLE))
+    if "cache" in values:
+        values["cache_bytes"] = values.pop("cache")
     if "pooling" in values:
         values["pooling"] = (values["pooling"],) if isinstance(values["pooling"], str) else tuple(values["pooling"])
     if isinstance(values.get("matryoshka"), list):

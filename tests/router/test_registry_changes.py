@@ -30,6 +30,7 @@ OTHER: dict[str, Any] = {
     "preload": True,
     "trust_remote_code": True,
     "max_batch_tokens": 64,
+    "cache_bytes": 2**20,
     "description": "other",
     "license": "other",
     "token_encoding": "cl100k_base",

@@ -6,7 +6,14 @@ from hypothesis import strategies as st
 
 from engines.spec import NEVER_IDLE
 from engines.units import Budget
-from router.units import parse_budget, parse_bytes, parse_device, parse_duration_s, parse_keep_alive_s
+from router.units import (
+    parse_budget,
+    parse_bytes,
+    parse_cache_bytes,
+    parse_device,
+    parse_duration_s,
+    parse_keep_alive_s,
+)
 
 
 @pytest.mark.parametrize(
@@ -117,3 +124,14 @@ def test_devices_are_read() -> None:
 def test_other_devices_are_refused(written: object) -> None:
     with pytest.raises(ValueError, match="auto, cpu, cuda or cuda:N"):
         parse_device(written)
+
+
+@pytest.mark.parametrize(("written", "size_bytes"), [("256MiB", 2**28), (0, 0), (2**20, 2**20), ("1GB", 10**9)])
+def test_a_cache_is_a_size_or_nothing(written: object, size_bytes: int) -> None:
+    assert parse_cache_bytes(written) == size_bytes
+
+
+@pytest.mark.parametrize("written", [256, "1KiB", "many", True, -1, None])
+def test_a_cache_that_holds_nothing_of_use_is_refused(written: object) -> None:
+    with pytest.raises(ValueError, match="at least 1MiB, or 0"):
+        parse_cache_bytes(written)

@@ -1,0 +1,148 @@
+"""Post-norm encoder layers (BERT and its kin) in fewer steps: the same weights, and the same arithmetic to rounding.
+
+transformers' own layers cost, beside the arithmetic, a twentieth of a full batch and a quarter of a single short text:
+three products where one does, results copied into place, and much Python. Here query, key and value are one product,
+and sums are made in place. Which layers these are is read off their parts, not off a list of names: every part must be
+one that is known, or nothing is touched. As every path, this one serves only when `engines/selfcheck.py` finds the
+reference's vectors.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, layer_norm, linear
+from transformers.activations import GELUActivation
+
+from engines.adapters import PackedState
+from engines.attention import packed_attention
+from engines.layout import Layout
+
+
+@dataclass(frozen=True)
+class _Names:
+    """Where a family keeps the parts of a layer."""
+
+    attention: str
+    query: str
+    key: str
+    value: str
+    context: str
+    first_norm: str
+    up: str
+    activation: str
+    down: str
+    second_norm: str
+    gives_tuple: bool = False
+
+    @property
+    def parts(self) -> set[str]:
+        """Every part that computes something."""
+        return {
+            self.query, self.key, self.value, self.context, self.first_norm, self.up, self.activation, self.down,
+            self.second_norm,
+        }  # fmt: skip
+
+
+_BERT = _Names(
+    attention="attention.self", query="attention.self.query", key="attention.self.key", value="attention.self.value",
+    context="attention.output.dense", first_norm="attention.output.LayerNorm", up="intermediate.dense",
+    activation="intermediate.intermediate_act_fn", down="output.dense", second_norm="output.LayerNorm",
+)  # fmt: skip
+_MPNET = _Names(
+    attention="attention.attn", query="attention.attn.q", key="attention.attn.k", value="attention.attn.v",
+    context="attention.attn.o", first_norm="attention.LayerNorm", up="intermediate.dense",
+    activation="intermediate.intermediate_act_fn", down="output.dense", second_norm="output.LayerNorm",
+    gives_tuple=True,
+)  # fmt: skip
+_DISTILBERT = _Names(
+    attention="attention", query="attention.q_lin", key="attention.k_lin", value="attention.v_lin",
+    context="attention.out_lin", first_norm="sa_layer_norm", up="ffn.lin1", activation="ffn.activation",
+    down="ffn.lin2", second_norm="output_layer_norm",
+)  # fmt: skip
+
+
+def fuse(model: nn.Module, state: PackedState) -> bool:
+    """Teach the layers of `model` to run fused while `state` says so; false, and nothing is changed, for others."""
+    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    if len(stacks) != 1 or not len(stacks[0]):
+        return False
+    layers = list(stacks[0])
+    names = next((names for names in (_BERT, _MPNET, _DISTILBERT) if all(_is(layer, names) for layer in layers)), None)
+    if names is None:
+        return False
+    for layer in layers:
+        _teach(layer, names, state)
+    return True
+
+
+def _is(layer: nn.Module, names: _Names) -> bool:
+    """Whether the layer is made of these parts and no other, as an encoder has them."""
+    parts = {name: part for name, part in layer.named_modules() if not list(part.children())}
+    working = {name for name, part in parts.items() if not isinstance(part, nn.Dropout)}
+    if working != names.parts or getattr(layer, "is_decoder", False):
+        return False
+    linears = (names.query, names.key, names.value, names.context, names.up, names.down)
+    norms = (names.first_norm, names.second_norm)
+    return (
+        all(type(parts[name]) is nn.Linear and parts[name].bias is not None for name in linears)
+        and all(type(parts[name]) is nn.LayerNorm for name in norms)
+        and parts[names.query].weight.shape == parts[names.key].weight.shape == parts[names.value].weight.shape
+    )
+
+
+def _teach(layer: nn.Module, names: _Names, state: PackedState) -> None:
+    plain: Callable[..., Any] = layer.forward
+    fused = _Fused(layer, names)
+
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if state.layout is None or not state.is_fused:
+            return plain(hidden_states, *args, **kwargs)
+        bias = kwargs.get("position_bias", args[1] if names.gives_tuple and len(args) > 1 else None)
+        out = fused(hidden_states[0], state.layout, bias)[None]
+        return (out,) if names.gives_tuple else out
+
+    layer.forward = forward
+
+
+class _Fused:
+    """One layer on a packed row."""
+
+    def __init__(self, layer: nn.Module, names: _Names) -> None:
+        part: Callable[[str], Any] = layer.get_submodule
+        self._attention = part(names.attention)
+        projections = [part(name) for name in (names.query, names.key, names.value)]
+        self._weight, self._bias = (_join(projections, kind) for kind in ("weight", "bias"))
+        self._context, self._up, self._down = part(names.context), part(names.up), part(names.down)
+        self._first_norm, self._second_norm = part(names.first_norm), part(names.second_norm)
+        activation = part(names.activation)
+        is_exact = type(activation) is GELUActivation and activation.act is nn.functional.gelu
+        self._activate: Callable[[Tensor], Tensor] = gelu if is_exact else activation
+        heads = getattr(self._attention, "num_attention_heads", None) or self._attention.n_heads
+        self._head_shape = (3, int(heads), projections[0].out_features // int(heads))
+
+    def __call__(self, x: Tensor, layout: Layout, position_bias: Tensor | None) -> Tensor:
+        """`[T, H]` to `[T, H]`."""
+        joined = linear(x, self._weight, self._bias).view(-1, *self._head_shape)
+        query, key, value = joined.permute(1, 2, 0, 3)[:, None]  # each [1, heads, T, d]
+        context, _ = packed_attention(
+            self._attention, query, key, value, None,
+            packed_layout=layout, scaling=self._head_shape[2] ** -0.5, is_causal=False, position_bias=position_bias,
+        )  # fmt: skip
+        x = _norm(self._context(context[0].flatten(1)).add_(x), self._first_norm)
+        return _norm(self._down(self._activate(self._up(x))).add_(x), self._second_norm)
+
+
+def _join(linears: list[nn.Linear], name: str) -> Tensor:
+    """Their weights (or biases) as one tensor, of which each keeps its part: nothing is held twice."""
+    own = [getattr(linear, name) for linear in linears]
+    joined = torch.cat([tensor.detach() for tensor in own])
+    for tensor, part in zip(own, joined.chunk(len(own)), strict=True):
+        tensor.data = part
+    return joined
+
+
+def _norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    return layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)

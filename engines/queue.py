@@ -1,0 +1,160 @@
+"""The queue of one model. The event loop admits and drops jobs, the lane's threads cut batches: one lock guards both.
+
+The same input for the same model is computed once, however many ask for it before its vector is there. A text whose
+owner leaves passes to the next who wants it, so that nobody waits for somebody who has gone.
+"""
+
+import threading
+from bisect import insort
+from collections.abc import Callable, Iterable, Sequence
+
+from engines.batch import Job, Key, Limit, Text, Want, cut, split
+from engines.errors import QueueFull
+
+
+class Queue:
+    """Jobs waiting for one model, oldest first.
+
+    Args:
+        max_items: texts that may wait; a request that does not fit whole is refused whole.
+        batch_timeout_s: how long a batch that is not full may wait for company.
+        clock: seconds.
+    """
+
+    def __init__(self, max_items: int, batch_timeout_s: float, clock: Callable[[], float]) -> None:
+        self._max_items = max_items
+        self._batch_timeout_s = batch_timeout_s
+        self._clock = clock
+        self._jobs: list[Job] = []
+        self._under_way: dict[Key, Text] = {}
+        self._lock = threading.Lock()
+        self._was_small = False
+
+    @property
+    def num_items(self) -> int:
+        """Texts waiting."""
+        with self._lock:
+            return self._waiting()
+
+    def admit(self, job: Job, indexes: Sequence[int] | None = None) -> int:
+        """Take a request in, all of it or nothing. A request larger than the queue is let into an empty one.
+
+        Args:
+            job: the request.
+            indexes: the inputs that need a vector; None is all of them.
+
+        Returns:
+            How many of them were under way already, or stand in the request twice.
+
+        Raises:
+            QueueFull: naming how many wait and how many may.
+        """
+        wanted = range(len(job.ids)) if indexes is None else indexes
+        with self._lock:
+            waiting = self._waiting()
+            if waiting and waiting + len(wanted) > self._max_items:
+                raise QueueFull(
+                    f"{waiting} texts wait for this model and {len(wanted)} more would pass the {self._max_items} "
+                    "that may (MAX_QUEUE_SIZE); send it again in a moment, or smaller",
+                )
+            for index in wanted:
+                self._want(job, index)
+            job.pending.sort(key=_length)
+            if job.pending:
+                self._jobs.append(job)
+        return len(wanted) - len(job.pending)
+
+    def drop(self, job: Job) -> None:
+        """Forget a job that nobody waits for; what others want of it as well is theirs from now on."""
+        with self._lock:
+            for text in job.wanted:
+                text.wants = [want for want in text.wants if want.job is not job]
+            for text in job.pending:
+                self._bequeath(text)
+            job.pending, job.wanted = [], []
+            self._forget_done()
+
+    def clear(self) -> list[Job]:
+        """Drop everything and hand over whoever waits."""
+        with self._lock:
+            waiting = {id(want.job): want.job for text in self._under_way.values() for want in text.wants}
+            self._jobs, self._under_way = [], {}
+            return list(waiting.values())
+
+    def due_in_s(self, limit: Limit) -> float | None:
+        """When a batch may be cut: 0 now, None when nothing waits."""
+        with self._lock:
+            if not self._jobs:
+                return None
+            oldest = self._jobs[0].admitted_at
+            if self._batch_timeout_s == 0 or self._is_full(limit):
+                return 0.0
+            return max(0.0, oldest + self._batch_timeout_s - self._clock())
+
+    def cut(self, limit: Limit, num_threads: int = 1) -> list[Text]:
+        """The next batch, empty when nothing waits; `num_threads` could run one each.
+
+        Where small jobs wait beside bulk jobs, every other batch is theirs alone: it is short, and they have their
+        answer without the bulk's texts in it.
+        """
+        with self._lock:
+            small = [job for job in self._jobs if limit.is_small(job)]
+            self._was_small = not self._was_small and 0 < len(small) < len(self._jobs)
+            return self._cut(small if self._was_small else self._jobs, limit, num_threads)
+
+    def cut_small(self, limit: Limit) -> list[Text]:
+        """A batch of small jobs alone, empty when none waits."""
+        with self._lock:
+            return self._cut([job for job in self._jobs if limit.is_small(job)], limit, 1)
+
+    def put_back(self, texts: Iterable[Text]) -> None:
+        """Texts of a batch that could not be run wait again."""
+        with self._lock:
+            for text in texts:
+                self._bequeath(text)
+
+    def close(self, texts: Iterable[Text]) -> None:
+        """Who asks for these texts from now on comes too late for the vectors at hand; `wants` only shrink."""
+        with self._lock:
+            for text in texts:
+                if self._under_way.get(text.key) is text:
+                    del self._under_way[text.key]
+
+    def _cut(self, jobs: Sequence[Job], limit: Limit, num_threads: int) -> list[Text]:
+        texts = cut(jobs, split(limit, jobs, num_threads))
+        self._forget_done()
+        return texts
+
+    def _want(self, job: Job, index: int) -> None:
+        want, key = Want(job, index), job.keys[index]
+        text = self._under_way.get(key)
+        if text is None:
+            text = self._under_way[key] = Text(job.ids[index], key, [want])
+            job.pending.append(text)
+        else:
+            text.wants.append(want)
+        job.wanted.append(text)
+
+    def _bequeath(self, text: Text) -> None:
+        """A text that waits goes to the next who wants it; to nobody, it goes."""
+        if not text.wants:
+            self._under_way.pop(text.key, None)
+            return
+        heir = text.wants[0].job
+        insort(heir.pending, text, key=_length)
+        if heir not in self._jobs:
+            self._jobs.append(heir)
+
+    def _forget_done(self) -> None:
+        self._jobs = [job for job in self._jobs if job.pending]
+
+    def _waiting(self) -> int:
+        return sum(len(job.pending) for job in self._jobs)
+
+    def _is_full(self, limit: Limit) -> bool:
+        tokens = sum(len(text.ids) for job in self._jobs for text in job.pending)
+        return self._waiting() >= limit.max_items or tokens >= limit.max_tokens
+
+
+def _length(text: Text) -> int:
+    return len(text.ids)
