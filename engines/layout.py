@@ -2,9 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 # Of the tokens of a padded batch, padding may be this share before the batch is cut in two.
 PADDING_SHARE = 0.25
@@ -29,29 +33,39 @@ class Layout:
 
     Args:
         lengths: tokens of each text, sorted (either way), so that equal lengths are neighbours.
-        device: where `starts`, `ends`, `segments` and `offsets` live.
+        device: where the tensors live.
 
     Attributes:
         starts, ends: int64 `[n]`, first token of each text and the one behind its last.
         segments: int64 `[T]`, the text that each token belongs to.
         positions: int64 `[T]`, the place of each token inside its text, from 0.
-        offsets: int32 `[n + 1]`, as flash attention's `cu_seq_lens` wants it.
     """
 
     def __init__(self, lengths: list[int], device: torch.device) -> None:
         self.lengths = lengths
         self.num_tokens = sum(lengths)
         self.longest = max(lengths)
-        sizes = torch.tensor(lengths, dtype=torch.int64)
-        ends = sizes.cumsum(0)
-        segments = torch.repeat_interleave(torch.arange(len(lengths)), sizes, output_size=self.num_tokens)
+        sizes = np.array(lengths, dtype=np.int64)
+        ends = sizes.cumsum()
         starts = ends - sizes
-        self.starts = starts.to(device, non_blocking=True)
-        self.ends = ends.to(device, non_blocking=True)
-        self.segments = segments.to(device, non_blocking=True)
-        self.positions = (torch.arange(self.num_tokens) - starts[segments]).to(device, non_blocking=True)
-        self.offsets = torch.cat([starts[:1], ends]).to(device, torch.int32, non_blocking=True)
+        segments = np.repeat(np.arange(len(lengths)), sizes)
+        positions = np.arange(self.num_tokens) - starts[segments]
+        whole = to_device(np.concatenate([starts, ends, segments, positions]), device)  # one copy, not four
+        texts, tokens = len(lengths), self.num_tokens
+        self.starts, self.ends = whole[:texts], whole[texts : 2 * texts]
+        self.segments, self.positions = whole[2 * texts : -tokens], whole[-tokens:]
         self.groups = _groups(lengths)
+
+    @cached_property
+    def offsets(self) -> Tensor:
+        """int32 `[n + 1]`, as flash attention's `cu_seq_lens` wants it."""
+        return torch.cat([self.starts[:1], self.ends]).to(torch.int32)
+
+
+def to_device(array: NDArray[np.int64], device: torch.device) -> Tensor:
+    """A tensor of it there. On its way to a GPU it lies in pinned memory, so that nobody waits for the copy."""
+    tensor = torch.from_numpy(array)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _groups(lengths: list[int]) -> tuple[Group, ...]:

@@ -105,7 +105,8 @@ class TorchLoader:
 
         tokens, tuner = self._batch_tokens(spec, encoder, tokenizer, f"{files.revision} {dtype}")
         limits = self._limits(tokens, folder.truncate_dim)
-        num_turns = self._lane.num_threads if encoder.is_reentrant else 1
+        # On a GPU batches run one after the other, whatever was handed to it.
+        num_turns = self._lane.num_threads if encoder.is_reentrant and self._device.type == "cpu" else 1
         largest = max(CANDIDATES[self._device.type]) if tuner is not None else tokens
         workspace = num_turns * workspace_bytes(encoder, largest)
         parts = Parts(encoder, tokenizer, settled, info, tuner)

@@ -29,6 +29,9 @@ __all__ = ["LoaderSettings", "Machine", "MachineConfig", "find_devices"]
 _SHARED_CORES = 2
 
 
+_GPU_THREADS = 2
+
+
 class MachineConfig(Struct, frozen=True, kw_only=True):
     """What the server's settings say about this machine.
 
@@ -111,9 +114,12 @@ def find_devices(wanted: Sequence[str]) -> tuple[str, ...]:
 
 
 def open_lane(device: str, cores: int) -> Lane:
-    """The lane of a device; a CPU's has a thread for each core that the forward passes may take."""
+    """The lane of a device; a CPU's has a thread for each core that the forward passes may take.
+
+    A GPU's has two: while one waits for a batch, the other makes the next one ready and hands it to the device.
+    """
     if device != "cpu":
-        return Lane(device, partial(torch.cuda.set_device, torch.device(device)))
+        return Lane(device, partial(torch.cuda.set_device, torch.device(device)), num_threads=_GPU_THREADS)
     num_threads = cores if cores <= _SHARED_CORES else cores - 1
     return Lane(device, _prepare_core, num_threads=num_threads, use_cores=torch.set_num_threads)
 

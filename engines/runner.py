@@ -84,8 +84,9 @@ class Runner:
             return self._run_halves(texts, error)
         self._close(texts)
         if self._keep is not None:
-            kept = torch.isfinite(vectors).all(dim=-1).tolist()
-            self._keep([text.key for text, good in zip(texts, kept, strict=True) if good], vectors[kept].cpu().numpy())
+            rows = vectors.cpu().numpy()
+            good = np.isfinite(rows).all(axis=-1)
+            self._keep([text.key for text, is_good in zip(texts, good, strict=True) if is_good], rows[good])
         return _write(texts, vectors)
 
     def _fail(self, texts: Sequence[Text], error: EngineError) -> Failures:
@@ -122,8 +123,9 @@ def _write(texts: Sequence[Text], vectors: Tensor) -> Failures:
             normalized=output.normalized,
             pre_norm=output.pre_norm,
         )
-        is_finite = torch.isfinite(finished).all(dim=-1).tolist()
-        for (_, want), vector, good in zip(chosen, finished.cpu().numpy(), is_finite, strict=True):
+        host = finished.cpu().numpy()  # the one moment at which a GPU is waited for
+        is_finite = np.isfinite(host).all(axis=-1)
+        for (_, want), vector, good in zip(chosen, host, is_finite, strict=True):
             want.job.rows[want.index] = vector
             if not good:
                 bad[id(want.job)] = _not_finite(want.index)

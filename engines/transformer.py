@@ -20,7 +20,7 @@ from engines.adapters import PackedState, Positions, adapt, why_not_packed
 from engines.attention import PACKED
 from engines.encoder import Attention, Path, PathLeft
 from engines.fused import fuse
-from engines.layout import PADDING_SHARE, Layout, similar_lengths
+from engines.layout import PADDING_SHARE, Layout, similar_lengths, to_device
 from engines.modules import Chain
 from engines.rope import LengthAwareRope
 from engines.tokenize import Ids
@@ -189,7 +189,7 @@ class TransformerEncoder:
 
     def _packed(self, texts: Sequence[Ids], layout: Layout) -> Tensor:
         """One row through the transformer."""
-        row = self._to_device(np.concatenate(texts))
+        row = to_device(np.concatenate(texts), self._device)
         options: dict[str, Any] = {"packed_layout": layout}
         if self._takes_positions:
             options["position_ids"] = self._positions(row, layout)[None]
@@ -212,12 +212,9 @@ class TransformerEncoder:
         for row, text in enumerate(texts):
             ids[row, : len(text)] = text
             mask[row, : len(text)] = 1
-        held = self._to_device(mask)
-        return self._forward(self._to_device(ids), attention_mask=held)[held.bool()]
+        held = to_device(mask, self._device)
+        return self._forward(to_device(ids, self._device), attention_mask=held)[held.bool()]
 
     def _forward(self, input_ids: Tensor, **options: Any) -> Tensor:
         hidden: Tensor = self._model(input_ids=input_ids, **options).last_hidden_state
         return hidden
-
-    def _to_device(self, array: Any) -> Tensor:
-        return torch.from_numpy(array).to(self._device, non_blocking=True)
