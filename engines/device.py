@@ -95,9 +95,10 @@ class Lane:
         return worst(Pulse(is_alive, seat.running_for_s(now_s), seat.is_at(self._calls)) for seat in self._seats)
 
     def attach(self, source: Source) -> None:
-        """Let a source take turns."""
+        """Let a source take turns; it may have work already."""
         with self._lock:
             self._accounts.append(Account(source))
+            self._work.notify()
 
     def detach(self, source: Source) -> None:
         """Take a source's turns away; blocks until those that run have ended, so that its memory can be freed."""

@@ -101,6 +101,11 @@ class TextEngine:
         """Texts admitted and not yet run."""
         return self._queue.num_items
 
+    @property
+    def is_tuning(self) -> bool:
+        """Whether the size of its batches is still being tried out."""
+        return self._tuner is not None and not self._tuner.is_done
+
     async def warm_up(self) -> None:
         """Check and measure the model on the lane, then take turns there."""
         assert self._check is not None, "warm_up is called once"

@@ -22,6 +22,9 @@ class Tuner:
         own_s: seconds that the present turn has run, without what it gave to others.
         finish: waits until the device has done what it was told to.
         keep: called once, with what was found.
+
+    Attributes:
+        is_done: whether nothing is left to be tried.
     """
 
     def __init__(
@@ -41,12 +44,12 @@ class Tuner:
         self._finish = finish
         self._keep = keep
         self._is_running = False
-        self._is_done = False
+        self.is_done = False
 
     @property
     def is_due(self) -> bool:
         """Whether there is something to try, and nobody is trying."""
-        return not self._is_running and not self._is_done
+        return not self._is_running and not self.is_done
 
     def begin(self) -> None:
         """The next trial is about to run: one at a time."""
@@ -74,7 +77,7 @@ class Tuner:
         return self._own_s() - begun_s
 
     def _end(self, use: Callable[[Pace], None]) -> None:
-        self._is_done = True
+        self.is_done = True
         pace = self._trials.pace()
         if pace is not None:
             log.info("model.pace", batch_tokens=pace.batch_tokens, tokens_per_s=round(pace.tokens_per_s))

@@ -279,6 +279,14 @@ def pair() -> Iterator[Lane]:
     lane.close()
 
 
+def test_a_source_that_comes_with_work_needs_no_wake(pair: Lane) -> None:
+    work = Gated()
+    pair.attach(Script(1, work))
+
+    work.wait()
+    work.end()
+
+
 def test_two_turns_of_one_source_run_at_once_where_it_allows_that(pair: Lane) -> None:
     work = Gated()
     pair.attach(Script(2, work, max_turns=2))

@@ -1,0 +1,250 @@
+"""`python -m benchmarks.gpu`: parity, memory accounting and throughput on a GPU. `make gpu`.
+
+Parity: every family's small model in bfloat16 on the GPU against float32 on the CPU. Memory: what is charged for a
+model against what torch's allocator holds, in rest, at the largest batch, and after it has left. Throughput: beside
+sentence-transformers on the same device and dtype, interleaved. `--device cpu` runs the same on a CPU, in float32.
+"""
+
+import argparse
+import asyncio
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from msgspec import Struct
+from sentence_transformers import SentenceTransformer
+
+from benchmarks import workloads
+from benchmarks.folders import NAMES, resolve
+from benchmarks.machine import Watch, warn_if_busy
+from benchmarks.measure import Run, interleave, speedup
+from benchmarks.report import RESULTS, Report, publish
+from engines.engine import TextEngine
+from engines.loader import LoaderSettings, TorchLoader
+from engines.machine import open_lane
+from engines.pace import Paces
+from engines.records import EmbedCall, ModelFiles
+from engines.spec import ModelSpec
+from tests.corpus import mixed
+from tests.engines.kit import cosines
+from tests.models import RECIPES, quiet
+
+SMALLEST_COSINE = {"cuda": 0.999, "cpu": 0.999999}
+TEXTS_A_CALL = 512
+LONG_TEXTS = {"cuda": 256, "cpu": 4}
+"""Enough for the largest batch, and one more beside it."""
+
+
+class Rig:
+    """One device with a lane and a loader, as the server has them."""
+
+    def __init__(self, device: str) -> None:
+        cores = os.cpu_count() or 1
+        self.device = torch.device(device)
+        self.lane = open_lane(device, cores)
+        self.threads = ThreadPoolExecutor(cores)
+        self._loader = TorchLoader(device, self.lane, self.threads, LoaderSettings(paces=Paces(None)))
+        self._loop = asyncio.new_event_loop()
+
+    def load(self, folder: Path, **spec: Any) -> TextEngine:
+        """A warm engine, its batch size found."""
+        files = ModelFiles(path=str(folder), revision=folder.name, size_bytes=0)
+        engine = self._loader.load(ModelSpec(model_id="m", source=str(folder), **spec), files)
+        self._loop.run_until_complete(engine.warm_up())
+        while engine.is_tuning:
+            time.sleep(0.01)  # trials of batch sizes run by themselves
+        return engine
+
+    def embed(self, engine: TextEngine, texts: Sequence[str], **call: Any) -> Any:
+        """Vectors of one call."""
+        return self._loop.run_until_complete(engine.embed(EmbedCall(model_id="m", texts=tuple(texts), **call))).array()
+
+    def close(self) -> None:
+        """End the threads."""
+        self.lane.close()
+        self.threads.shutdown()
+        self._loop.close()
+
+    def allocated_bytes(self) -> int:
+        """What torch's allocator has given out on a GPU; 0 on a CPU, which has none."""
+        return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
+
+    def peak_bytes(self) -> int:
+        """The most since this was asked last."""
+        if self.device.type != "cuda":
+            return 0
+        peak = torch.cuda.max_memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return peak
+
+
+class Parity(Struct, frozen=True):
+    """One recipe on the device against float32 on the CPU."""
+
+    name: str
+    attention: str
+    cosine: float
+    notes: tuple[str, ...]
+
+
+def parity(rig: Rig, reference: Rig, names: Sequence[str], folder: Path) -> Iterator[Parity]:
+    """Each recipe, with texts of many lengths and languages."""
+    texts = mixed(40, seed=11)
+    for name in names:
+        with quiet():
+            RECIPES[name].build(folder / name)
+        spec = RECIPES[name].spec
+        plain = reference.load(folder / name, **{**spec, "dtype": "float32"})
+        engine = rig.load(folder / name, **spec)
+        cosine = float(cosines(rig.embed(engine, texts), reference.embed(plain, texts)).min())
+        yield Parity(name, engine.info.attention, cosine, engine.info.notes)
+        for one in (engine, plain):
+            one.close()
+
+
+def memory(rig: Rig, folder: Path) -> dict[str, int]:
+    """Bytes that one model is charged with, and bytes that it took."""
+    before = rig.allocated_bytes()
+    engine = rig.load(folder)
+    rest = rig.allocated_bytes() - before
+    texts = workloads.make("long", LONG_TEXTS[rig.device.type], workloads.counter(folder)).texts
+    rig.peak_bytes()
+    rig.embed(engine, texts)
+    peak = rig.peak_bytes() - before - rest
+    charged, reserved = engine.weight_bytes, engine.workspace_bytes
+    engine.close()
+    return {
+        "charged": charged, "allocated": rest, "reserved": reserved, "peak": peak,
+        "left": rig.allocated_bytes() - before,
+    }  # fmt: skip
+
+
+def throughput(rig: Rig, folder: Path, names: Sequence[str], rounds: int, texts_a_call: int) -> dict[str, Any]:
+    """Seconds of both programs by workload, in calls of so many texts."""
+    engine = rig.load(folder)
+    dtype = torch.float32 if rig.device.type == "cpu" else torch.bfloat16
+    with quiet():
+        peer = SentenceTransformer(str(folder), device=str(rig.device), model_kwargs={"dtype": dtype})
+    count, found = workloads.counter(folder), {}
+
+    def ours(texts: Sequence[str]) -> float:
+        started = time.perf_counter()
+        rig.embed(engine, texts)
+        return time.perf_counter() - started
+
+    def theirs(texts: Sequence[str]) -> float:
+        started = time.perf_counter()
+        peer.encode(list(texts), batch_size=128, show_progress_bar=False)
+        return time.perf_counter() - started
+
+    for name in names:
+        workload = workloads.make(name, texts_a_call, count)
+        runs: dict[str, Run] = {
+            "Embedyard": partial(ours, workload.texts),
+            "sentence-transformers": partial(theirs, workload.texts),
+        }
+        found[name] = {"tokens": workload.num_tokens, "seconds": interleave(runs, rounds, is_warm=False)}
+        print(" | ".join(throughput_row(folder.name, name, found[name])), flush=True)
+    engine.close()
+    return found
+
+
+def throughput_row(model: str, name: str, found: dict[str, Any]) -> tuple[str, ...]:
+    """One line of the table."""
+    seconds, tokens = found["seconds"], found["tokens"]
+    rates = [f"{tokens / median(seconds[program]):,.0f}" for program in ("Embedyard", "sentence-transformers")]
+    return (
+        "throughput",
+        f"{model}, {name}",
+        *rates,
+        str(speedup(seconds["Embedyard"], seconds["sentence-transformers"])),
+    )
+
+
+def run(
+    device: str,
+    recipes: Sequence[str],
+    models: Sequence[str],
+    names: Sequence[str],
+    rounds: int,
+    *,
+    texts_a_call: int = TEXTS_A_CALL,
+) -> Report:
+    """Everything, on one device."""
+    watch = Watch()
+    warn_if_busy(watch.machine)
+    rig, reference = Rig(device), Rig("cpu")
+    with tempfile.TemporaryDirectory() as draft:
+        same = list(parity(rig, reference, recipes, Path(draft)))
+    held = {model: memory(rig, resolve(model)) for model in models}
+    speed = {model: throughput(rig, resolve(model), names, rounds, texts_a_call) for model in models}
+    for one in (rig, reference):
+        one.close()
+    kind = rig.device.type
+    return Report(
+        name=f"gpu-{torch.cuda.get_device_name(rig.device).lower().replace(' ', '-')}"
+        if kind == "cuda"
+        else "gpu-on-cpu",
+        title=f"On {torch.cuda.get_device_name(rig.device) if kind == 'cuda' else 'the CPU'}",
+        machine=watch.machine,
+        settings={"device": device, "rounds": rounds, "texts a call": texts_a_call},
+        header=("what", "of", "Embedyard", "other", "ratio"),
+        rows=[
+            *(_parity_row(row, kind) for row in same),
+            *(row for model, found in held.items() for row in _memory_rows(model, found)),
+            *(throughput_row(model, name, found) for model, cases in speed.items() for name, found in cases.items()),
+        ],
+        samples={"parity": same, "memory": held, "throughput": speed},
+        notes=(
+            f"parity: worst cosine with float32 on the CPU, {SMALLEST_COSINE[kind]} at least",
+            "memory: bytes charged and bytes in torch's allocator; the workspace is an upper bound",
+            "throughput: real tokens a second; sentence-transformers in batches of 128, sorted by length",
+        ),
+    )
+
+
+def _parity_row(row: Parity, kind: str) -> tuple[str, ...]:
+    verdict = "ok" if row.cosine >= SMALLEST_COSINE[kind] else "TOO FAR"
+    return ("parity", row.name, row.attention, f"{row.cosine:.7f}", verdict)
+
+
+def _memory_rows(model: str, found: dict[str, int]) -> list[tuple[str, ...]]:
+    def row(what: str, charged: str, took: str) -> tuple[str, ...]:
+        share = f"{found[charged] / found[took]:.2f}" if found[took] else "–"
+        return ("memory", f"{model}, {what}", f"{found[charged]:,}", f"{found[took]:,}", share)
+
+    return [
+        row("weights", "charged", "allocated"),
+        row("workspace", "reserved", "peak"),
+        ("memory", f"{model}, after it left", "0", f"{found['left']:,}", "–"),
+    ]
+
+
+def main() -> None:
+    """Print the table; exit with 1 when a family is too far from its reference."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--recipes", nargs="*", default=list(RECIPES), choices=list(RECIPES), metavar="RECIPE")
+    parser.add_argument("--models", nargs="*", default=["bert-base", "xlmr-large", "qwen3-0.6b"], choices=NAMES)
+    parser.add_argument("--workloads", nargs="+", default=["short", "passages", "mixed", "long"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--texts", type=int, default=TEXTS_A_CALL, help="texts a call of the throughput")
+    parser.add_argument("--no-save", dest="results", action="store_const", const=None, default=RESULTS)
+    asked = parser.parse_args()
+    if asked.device.startswith("cuda") and not torch.cuda.is_available():
+        raise SystemExit("there is no GPU here that torch can use; --device cpu runs the same on the CPU")
+    report = run(asked.device, asked.recipes, asked.models, asked.workloads, asked.rounds, texts_a_call=asked.texts)
+    publish(report, asked.results)
+    if any(row[-1] == "TOO FAR" for row in report.rows):
+        raise SystemExit("a family is too far from float32 on the CPU")
+
+
+if __name__ == "__main__":
+    main()

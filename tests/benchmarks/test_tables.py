@@ -1,0 +1,124 @@
+"""What benchmarks conclude from their samples, without measuring anything."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import diff, gpu, throughput
+from benchmarks.flops import read_shape
+from benchmarks.machine import Machine
+from benchmarks.report import Report, save, table
+from benchmarks.throughput import Case, make_cases
+from benchmarks.workloads import Workload
+
+MACHINE = Machine(
+    cpu="test", cores=2, instructions=("avx2",), memory_bytes=1, system="Linux", python="3.11", packages={"torch": "2"},
+    commit="abc", started_at="now", load_at_start=0.1,
+)  # fmt: skip
+CASE = Case("short", Workload("short", ("a b", "c d"), (40, 60)), 2)
+
+
+def report(**changes: object) -> Report:
+    given = {
+        "name": "x", "title": "X", "machine": MACHINE, "settings": {"rounds": 2}, "header": ("a", "b"),
+        "rows": [("1", "2")], "samples": {},
+    }  # fmt: skip
+    return Report(**(given | changes))  # type: ignore[arg-type]  # a test's table of fields
+
+
+def test_a_table_is_markdown_whose_columns_stand_under_one_another() -> None:
+    assert table(("name", "x"), [("a", "1.0"), ("long name", "2")]) == "\n".join([
+        "| name      |   x |",
+        "| --------- | --: |",
+        "| a         | 1.0 |",
+        "| long name |   2 |",
+    ])  # fmt: skip
+
+
+def test_a_report_is_saved_with_machine_versions_and_every_sample(tmp_path: Path) -> None:
+    path = save(report(samples={"seconds": [1.0, 2.0]}), tmp_path)
+    kept = json.loads(path.read_text())
+
+    assert path.name == "x.json"
+    assert kept["machine"]["cpu"] == "test"
+    assert kept["samples"] == {"seconds": [1.0, 2.0]}
+
+
+def test_figures_of_a_busy_machine_say_so() -> None:
+    from msgspec import structs
+
+    assert "do not quote" not in MACHINE.describe()
+    assert "do not quote" in structs.replace(MACHINE, other_cores=0.9).describe()
+
+
+def test_a_row_of_throughput_has_the_bases_tokens_a_second_and_ratios() -> None:
+    samples = {"short": {"base": [2.0, 2.0], "own": [1.0, 1.0]}}
+
+    (row,) = throughput.rows([CASE], samples, ["own", "base"], "base")
+
+    assert row == ("short (1 × 2 texts, 100 tokens)", "50", "2.00 (2.00–2.00)")
+
+
+def test_cases_shrink_for_slow_models_but_not_to_nothing() -> None:
+    (case,) = make_cases(["long"], lambda text: 2 + len(text.split()), scale=0.001)
+
+    assert (len(case.workload.texts), case.texts_per_call) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("now", "before", "is_slower"),
+    [([1.2, 1.2], [1.0, 1.0], True), ([1.2, 0.9], [1.0, 1.0], False), ([1.02, 1.02], [1.0, 1.0], False)],
+)
+def test_slower_in_every_round_and_by_more_than_noise_is_a_regression(
+    now: list[float], before: list[float], is_slower: bool
+) -> None:
+    found = diff.regressions(report(samples={"before": "abc", "seconds": {"short": {diff.NOW: now, "abc": before}}}))
+
+    assert bool(found) == is_slower
+
+
+def test_a_commit_that_git_does_not_know_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="git knows no commit"):
+        diff.unpack("nonsense", tmp_path)
+
+
+def test_the_last_commits_engine_is_unpacked(tmp_path: Path) -> None:
+    diff.unpack("HEAD", tmp_path)
+
+    assert (tmp_path / "engines" / "host.py").exists()
+    assert not (tmp_path / "tests").exists()
+
+
+def test_the_arithmetic_of_a_model_is_that_of_its_config(tmp_path: Path) -> None:
+    config = {"hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536, "num_hidden_layers": 6}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shape = read_shape(tmp_path)
+
+    assert shape.linear_flops == 2 * 6 * (4 * 384 * 384 + 2 * 384 * 1536)
+    assert shape.flops([10, 20]) == shape.linear_flops * 30 + 4 * 6 * 384 * (100 + 400)
+
+
+def test_a_gated_layer_and_grouped_keys_are_counted(tmp_path: Path) -> None:
+    config = {
+        "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 128,
+        "num_hidden_layers": 1, "hidden_act": "silu",
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    assert sum(a * b for a, b in read_shape(tmp_path).linears) == 64 * 128 + 2 * 64 * 64 + 128 * 64 + 3 * 64 * 128
+
+
+def test_a_family_beyond_its_tolerance_is_said() -> None:
+    near, far = (gpu.Parity("bert", "packed", cosine, ()) for cosine in (0.9995, 0.99))
+
+    assert gpu._parity_row(near, "cuda")[-1] == "ok"
+    assert gpu._parity_row(near, "cpu")[-1] == gpu._parity_row(far, "cuda")[-1] == "TOO FAR"
+
+
+def test_memory_rows_compare_what_is_charged_with_what_was_taken() -> None:
+    found = {"charged": 200, "allocated": 100, "reserved": 50, "peak": 0, "left": 3}
+
+    assert [row[2:] for row in gpu._memory_rows("m", found)] == [
+        ("200", "100", "2.00"), ("50", "0", "–"), ("0", "3", "–"),
+    ]  # fmt: skip
