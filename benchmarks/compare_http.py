@@ -16,10 +16,8 @@ from statistics import median
 import numpy as np
 from msgspec import Struct
 
-from benchmarks import load, plot, workloads
+from benchmarks import plot, workloads
 from benchmarks.folders import resolve
-from benchmarks.http_client import vectors
-from benchmarks.load import Outcome
 from benchmarks.machine import Watch, warn_if_busy
 from benchmarks.measure import SETTLE_S, Run, interleave, percentile, quotient
 from benchmarks.peers import OURS
@@ -27,6 +25,9 @@ from benchmarks.report import RESULTS, Report, publish
 from benchmarks.servers import Plan, Server, fastapi, infinity, own, serving, write_registry
 from benchmarks.serving import make_requests
 from benchmarks.worker import WorkerFailed
+from router import load
+from router.load import Outcome
+from router.load.http_client import vectors
 
 SECONDS = 8.0
 

@@ -13,14 +13,15 @@ from statistics import median
 
 from msgspec import Struct
 
-from benchmarks import load, workloads
+from benchmarks import workloads
 from benchmarks.folders import resolve
-from benchmarks.http_client import Request, Target, encode
-from benchmarks.load import Outcome
 from benchmarks.machine import Watch, warn_if_busy
 from benchmarks.measure import percentile, quotient
 from benchmarks.report import RESULTS, Report, publish
 from benchmarks.serving import make_requests, own_server, summary
+from router import load
+from router.load import Outcome
+from router.load.http_client import Request, Target, encode
 
 BULK_TEXTS = 2048
 PER_S = 5.0

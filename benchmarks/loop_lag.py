@@ -14,16 +14,17 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from benchmarks import load, workloads
+from benchmarks import workloads
 from benchmarks.folders import resolve
-from benchmarks.http_client import Request, Target, encode
-from benchmarks.load import Outcome
 from benchmarks.machine import Watch, warn_if_busy
 from benchmarks.measure import percentile
 from benchmarks.report import RESULTS, Report, publish
 from benchmarks.servers import own, serving, write_registry
 from benchmarks.serving import make_requests
 from benchmarks.worker import CONTESTANTS
+from router import load
+from router.load import Outcome
+from router.load.http_client import Request, Target, encode
 
 MODEL = "minilm"
 TICK_S = 0.005

@@ -10,6 +10,8 @@ from typing import Protocol
 
 from msgspec import Struct
 
+from router.load.outcome import percentile as percentile  # beside the other ways to sum up samples
+
 Run = Callable[[], float]
 """Does the work once; what it returns is the sample: seconds, or texts a second."""
 
@@ -81,16 +83,3 @@ def speedup(samples_s: Sequence[float], base_s: Sequence[float]) -> Ratio:
 def quotient(samples: Sequence[float], base: Sequence[float]) -> Ratio:
     """Of rates (or of times where more is worse): how many times the base."""
     return speedup(base, samples)
-
-
-def percentile(samples: Sequence[float], share: float) -> float:
-    """The smallest sample that at least `share` (0 to 1) of all do not exceed.
-
-    Raises:
-        ValueError: there are no samples.
-    """
-    if not samples:
-        raise ValueError("no samples, so no percentile")
-    ordered = sorted(samples)
-    rank = max(1, -(-len(ordered) * share // 1))
-    return ordered[min(len(ordered), int(rank)) - 1]

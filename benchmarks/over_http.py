@@ -10,16 +10,17 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
-from benchmarks import load, workloads
+from benchmarks import workloads
 from benchmarks.folders import resolve
-from benchmarks.http_client import Request, Target, encode
-from benchmarks.load import Outcome
 from benchmarks.machine import Watch, warn_if_busy
 from benchmarks.measure import SETTLE_S, Run, interleave, quotient
 from benchmarks.peers import own_worker
 from benchmarks.report import RESULTS, Report, publish
 from benchmarks.serving import own_server
 from benchmarks.worker import Worker
+from router import load
+from router.load import Outcome
+from router.load.http_client import Request, Target, encode
 
 CLIENTS = 8
 TEXTS = 32

@@ -13,10 +13,10 @@ from typing import IO
 import psutil
 from msgspec import Struct
 
-from benchmarks.http_client import Target, vectors
 from benchmarks.machine import ROOT, core_seconds
 from benchmarks.peers import OURS, interpreter, is_installed, model_folder
 from benchmarks.worker import CONTESTANTS, OFFLINE, WorkerFailed
+from router.load.http_client import Target, vectors
 
 START_S = 300.0
 _LOG_LINES = 25

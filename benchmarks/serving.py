@@ -13,13 +13,14 @@ from typing import Any
 
 from msgspec import Struct
 
-from benchmarks import load, workloads
+from benchmarks import workloads
 from benchmarks.folders import resolve
-from benchmarks.http_client import Request, Target, encode
-from benchmarks.load import Outcome
 from benchmarks.machine import Watch, warn_if_busy
 from benchmarks.report import RESULTS, Report, publish
 from benchmarks.servers import own, serving, write_registry
+from router import load
+from router.load import Outcome
+from router.load.http_client import Request, Target, encode
 
 HEADER = (
     "load", "texts/s", "requests", "failed", "p50 ms", "p90 ms", "p95 ms", "p99 ms", "max ms", "client, cores",

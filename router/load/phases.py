@@ -1,4 +1,4 @@
-"""A light HTTP client that puts load on an embeddings server: closed (so many clients) or open (so many a second).
+"""Load on an embeddings server: closed (so many clients) or open (so many requests a second).
 
 Requests are encoded before the clock starts and answers are not decoded, so that the client takes little of the cores
 that it shares with the server; what it does take is in every outcome. Knows the API, but no particular server.
@@ -12,48 +12,10 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
-from msgspec import Struct, field
-
-from benchmarks.http_client import Connection, Request, Target
-from benchmarks.measure import percentile
+from router.load.http_client import Connection, Request, Target
+from router.load.outcome import Outcome, Sample
 
 Result = TypeVar("Result")
-
-
-class Sample(Struct, frozen=True):
-    """One request's life: when it was due, how long its answer took from then on, its texts, its status (0: none)."""
-
-    due_s: float
-    latency_s: float
-    num_texts: int
-    status: int
-
-
-class Outcome(Struct, frozen=True, kw_only=True):
-    """What a phase of load found. `client_cores`: cores this client kept busy; `samples` in the order of completion."""
-
-    wall_s: float
-    client_cores: float
-    samples: tuple[Sample, ...]
-    errors: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def texts_per_s(self) -> float:
-        """Of the requests that succeeded."""
-        return sum(sample.num_texts for sample in self.samples if sample.status == 200) / self.wall_s
-
-    @property
-    def num_failed(self) -> int:
-        """Requests without an answer of status 200."""
-        return sum(1 for sample in self.samples if sample.status != 200)
-
-    def latency_s(self, share: float) -> float:
-        """Percentile of the latencies of requests that succeeded.
-
-        Raises:
-            ValueError: none did.
-        """
-        return percentile([sample.latency_s for sample in self.samples if sample.status == 200], share)
 
 
 class Clients:
