@@ -11,15 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from msgspec import Struct
-
 from benchmarks import workloads
 from benchmarks.folders import resolve
 from benchmarks.machine import Watch, warn_if_busy
 from benchmarks.report import RESULTS, Report, publish
 from benchmarks.servers import own, serving, write_registry
 from router import load
-from router.load import Outcome
+from router.load import Outcome, Phase
 from router.load.http_client import Request, Target, encode
 
 HEADER = (
@@ -30,16 +28,6 @@ HEADER = (
 def num_requests(texts_per_request: int) -> int:
     """Different requests, sent again and again: so many that no two under way at once are the same."""
     return max(64, 512 // texts_per_request)
-
-
-class Phase(Struct, frozen=True):
-    """One load: closed with so many clients, or open with so many requests a second."""
-
-    clients: int = 0
-    per_s: float = 0.0
-
-    def __str__(self) -> str:
-        return f"{self.clients} clients" if self.clients else f"{self.per_s:g} requests/s"
 
 
 def make_requests(
@@ -53,10 +41,7 @@ def make_requests(
 
 def measure(target: Target, requests: Sequence[Request], phase: Phase, seconds: float) -> Outcome:
     """One phase."""
-    until = load.after_s(seconds)
-    if phase.clients:
-        return load.run(lambda: load.closed(target, requests, phase.clients, until=until))
-    return load.run(lambda: load.opened(target, requests, phase.per_s, until=until))
+    return load.run(lambda: load.send(target, requests, phase, until=load.after_s(seconds)))
 
 
 def row(name: str, outcome: Outcome) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ SUMMARIES = {
     "pull": "Download models ahead of time.",
     "plan": "Say what loading models would need, without loading them.",
     "keys": "Make API keys.",
-    "bench": "Measure a running server.",
+    "bench": "Measure a running server, this one or any other with OpenAI's API.",
     "doctor": "Look for what is wrong with this machine or setup.",
     "completion": "Print the completion script for a shell.",
 }

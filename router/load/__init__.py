@@ -4,7 +4,10 @@ The server itself never imports this, and this knows no server: `http_client` sp
 request leaves, `outcome` sums up.
 """
 
-from router.load.outcome import Outcome, Sample
-from router.load.phases import Clients, after, after_s, closed, opened, run
+from router.load.outcome import Outcome, Sample, percentile
+from router.load.phases import Clients, Phase, Until, Watch, after, after_s, closed, opened, run, send
 
-__all__ = ["Clients", "Outcome", "Sample", "after", "after_s", "closed", "opened", "run"]
+__all__ = [
+    "Clients", "Outcome", "Phase", "Sample", "Until", "Watch", "after", "after_s", "closed", "opened", "percentile",
+    "run", "send",
+]  # fmt: skip

@@ -1,6 +1,6 @@
 """The embeddings API as bytes on a socket: requests encoded beforehand, answers left as they come.
 
-One connection carries one request at a time. Knows HTTP/1.1 as far as answers of JSON need it, and no server.
+One connection carries one request at a time. Speaks HTTP/1.1 and no other, and knows no particular server.
 """
 
 import asyncio
@@ -11,22 +11,20 @@ from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
+import httptools
 import msgspec
 import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
-_END_OF_HEAD = b"\r\n\r\n"
-_END_OF_CHUNKS = b"0\r\n\r\n"
-_LENGTH = b"\r\ncontent-length:"
-
 
 class Target(Struct, frozen=True):
-    """An OpenAI-compatible server and one of its models."""
+    """An OpenAI-compatible server and one of its models. `timeout_s`: how long an answer may take."""
 
     url: str
     model: str
     api_key: str | None = None
+    timeout_s: float = 600.0
 
     @property
     def is_tls(self) -> bool:
@@ -63,7 +61,6 @@ class Answer(Struct, frozen=True):
 
     status: int
     body: bytes
-    headers: bytes
 
 
 def encode(target: Target, texts: Sequence[str], encoding_format: str = "base64", **fields: object) -> Request:
@@ -83,21 +80,50 @@ def vectors(target: Target, texts: Sequence[str], encoding_format: str = "base64
     Raises:
         OSError: the server cannot be reached, or its answer is not one.
     """
-    kind = http.client.HTTPSConnection if target.is_tls else http.client.HTTPConnection
-    connection = kind(*target.address, timeout=600)
-    try:
-        body = msgspec.json.encode({"model": target.model, "input": list(texts), "encoding_format": encoding_format})
-        connection.request("POST", target.path, body, target.headers)
-        answer = connection.getresponse()
-        content = answer.read()
-    finally:
-        connection.close()
-    if answer.status != 200:
-        raise OSError(f"{target.url} answered {answer.status}: {content[:500].decode(errors='replace')}")
-    items = sorted(json.loads(content)["data"], key=lambda item: item["index"])
+    body = msgspec.json.encode({"model": target.model, "input": list(texts), "encoding_format": encoding_format})
+    items = sorted(_exchange(target, "POST", target.path, body)["data"], key=lambda item: item["index"])
     if len(items) != len(texts):
         raise OSError(f"{target.url} answered {len(items)} vectors for {len(texts)} texts")
     return np.stack([_decode(item["embedding"]) for item in items])
+
+
+def models(target: Target) -> list[str]:
+    """What the server says it serves.
+
+    Raises:
+        OSError: it cannot be reached, or does not say.
+    """
+    answer = _exchange(target, "GET", target.path.replace("/embeddings", "/models"))
+    try:
+        return [str(model["id"]) for model in answer["data"]]
+    except (KeyError, TypeError):
+        raise OSError(f"{target.url} does not say which models it serves") from None
+
+
+def _exchange(target: Target, method: str, path: str, body: bytes | None = None) -> Any:
+    """One request on a connection of its own; the JSON of its answer."""
+    kind = http.client.HTTPSConnection if target.is_tls else http.client.HTTPConnection
+    connection = kind(*target.address, timeout=target.timeout_s)
+    try:
+        connection.request(method, path, body, target.headers)
+        answer = connection.getresponse()
+        content = answer.read()
+        if answer.status != 200:
+            raise OSError(f"{target.url} answered {answer.status}: {refusal(content)[1]}")
+        return json.loads(content)
+    except (http.client.HTTPException, ValueError) as error:
+        raise OSError(f"{target.url} answered nothing that can be read: {error}") from None
+    finally:
+        connection.close()
+
+
+def refusal(body: bytes) -> tuple[str, str]:
+    """Code and message of an answer that is a failure; of one that is not OpenAI's, its first words."""
+    try:
+        error = json.loads(body)["error"]
+        return str(error.get("code") or ""), str(error["message"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "", " ".join(body[:300].decode(errors="replace").split())
 
 
 def _decode(embedding: str | list[float]) -> NDArray[np.float32]:
@@ -111,11 +137,9 @@ class Connection(asyncio.Protocol):
 
     def __init__(self) -> None:
         self.is_open = False
-        self._buffer = bytearray()
-        self._body_at = 0
-        self._body_bytes: int | None = None
         self._waiting: asyncio.Future[Answer] | None = None
         self._transport: Any = None
+        self._begin()
 
     @classmethod
     async def open(cls, target: Target) -> "Connection":
@@ -132,7 +156,7 @@ class Connection(asyncio.Protocol):
         """Send and wait for the whole answer.
 
         Raises:
-            ConnectionError: the server closed the connection.
+            ConnectionError: the server closed the connection, or answered something that is not HTTP.
         """
         if not self.is_open:
             raise ConnectionResetError("the connection is closed")
@@ -142,43 +166,57 @@ class Connection(asyncio.Protocol):
 
     def close(self) -> None:
         """Hang up."""
+        self.is_open = False
         self._transport.close()
+
+    # ---- what the transport says ----
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
         self.is_open = True
 
     def data_received(self, data: bytes) -> None:
-        self._buffer += data
-        if not self._body_at and not self._read_head():
-            return
-        if self._body_bytes is None:
-            is_whole = self._buffer.endswith(_END_OF_CHUNKS)
-        else:
-            is_whole = len(self._buffer) >= self._body_at + self._body_bytes
-        if is_whole:
-            self._settle()
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            self._fail(f"the server does not speak HTTP/1.1: {error}")
+            self.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.is_open = False
-        if self._waiting is not None and not self._waiting.done():
-            self._waiting.set_exception(ConnectionResetError("the server closed the connection"))
+        if self._is_answering and not self._has_length and exc is None:
+            self._settle()
+        self._fail("the server closed the connection")
 
-    def _read_head(self) -> bool:
-        end = self._buffer.find(_END_OF_HEAD)
-        if end < 0:
-            return False
-        self._body_at = end + len(_END_OF_HEAD)
-        head = bytes(self._buffer[:end]).lower()
-        at = head.find(_LENGTH)
-        self._body_bytes = int(head[at + len(_LENGTH) :].split(b"\r\n", 1)[0]) if at >= 0 else None
-        if b"\r\nconnection: close" in head:
-            self.is_open = False
-        return True
+    # ---- what the parser says ----
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if name.lower() in (b"content-length", b"transfer-encoding"):
+            self._has_length = True
+
+    def on_headers_complete(self) -> None:
+        self._is_answering = self._parser.get_status_code() >= 200  # those below are notes before the answer
+
+    def on_body(self, body: bytes) -> None:
+        self._parts.append(body)
+
+    def on_message_complete(self) -> None:
+        if self._is_answering:
+            self._settle()
+
+    def _begin(self) -> None:
+        self._parser = httptools.HttpResponseParser(self)
+        self._parts: list[bytes] = []
+        self._is_answering = False
+        self._has_length = False
 
     def _settle(self) -> None:
-        head, body = bytes(self._buffer[: self._body_at]), bytes(self._buffer[self._body_at :])
-        self._buffer.clear()
-        self._body_at = 0
+        answer = Answer(self._parser.get_status_code(), b"".join(self._parts))
+        self.is_open = self.is_open and self._parser.should_keep_alive()
+        self._begin()
         if self._waiting is not None and not self._waiting.done():
-            self._waiting.set_result(Answer(int(head[9:12]), body, head))
+            self._waiting.set_result(answer)
+
+    def _fail(self, reason: str) -> None:
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_exception(ConnectionResetError(reason))

@@ -6,21 +6,30 @@ from msgspec import Struct, field
 
 
 class Sample(Struct, frozen=True):
-    """One request's life: when it was due, how long its answer took from then on, its texts, its status (0: none)."""
+    """One request's life: when it was due, how long its answer took from then on, its texts, its status (0: none).
+
+    `late_s`: of the latency, how long it took this client to begin: much of it, and the client is the bottleneck.
+    """
 
     due_s: float
     latency_s: float
     num_texts: int
     status: int
+    late_s: float = 0.0
 
 
 class Outcome(Struct, frozen=True, kw_only=True):
-    """What a phase of load found. `client_cores`: cores this client kept busy; `samples` in the order of completion."""
+    """What a phase of load found.
+
+    `client_cores`: cores this client kept busy; `samples` in the order of completion; `errors`: failures by kind, and
+    `messages`: what was said of the first one of each kind.
+    """
 
     wall_s: float
     client_cores: float
     samples: tuple[Sample, ...]
     errors: dict[str, int] = field(default_factory=dict)
+    messages: dict[str, str] = field(default_factory=dict)
 
     @property
     def texts_per_s(self) -> float:
