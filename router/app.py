@@ -31,6 +31,7 @@ from router.observers import open_observers
 from router.registry import Registry
 from router.reload import Reloader
 from router.settings import Settings
+from router.traffic import Traffic
 from router.watch import watching
 from router.yard import Yard, provide_spec, provide_yard
 
@@ -64,9 +65,10 @@ def create_app(
     """
     yard = Yard(settings, registry, backend, open_keyring(settings), int(wall_clock()))
     reloader = Reloader(yard)
-    meters = Meters()
-    observers = open_observers(settings, meters)
+    meters, traffic = Meters(), Traffic()
+    observers = open_observers(settings, meters, traffic)
     limiter = Limiter(settings, open_store(settings, limit_clock))
+    parts = {"yard": yard, "reloader": reloader, "limiter": limiter, "meters": meters, "traffic": traffic}
     skins = [_SKINS[name] for name in settings.skins]
     return Edge(
         route_handlers=[*_CONTROLLERS, *skins],
@@ -83,7 +85,7 @@ def create_app(
             lambda _: watching(backend, meters),
             _lifespan(yard, reloader if watch_registry else None),
         ],
-        state=State({"yard": yard, "reloader": reloader, "limiter": limiter, "meters": meters, "observers": observers}),
+        state=State(parts | {"observers": observers}),
         request_max_body_size=settings.max_body_bytes,
         cors_config=_cors(settings),
         openapi_config=openapi_config(),

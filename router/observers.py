@@ -1,4 +1,4 @@
-"""Who hears of every request: the metrics, the log, and the traces where they are on. Each is told once, at its end."""
+"""Who hears of every request: metrics, traffic, log, and traces where they are on. Each is told once, at its end."""
 
 import asyncio
 from typing import Protocol
@@ -6,6 +6,7 @@ from typing import Protocol
 from router.meters import Meters
 from router.settings import Settings, SettingsError
 from router.telemetry import log_visit
+from router.traffic import Traffic
 from router.version import embedyard_version
 from router.visit import Visit
 
@@ -25,26 +26,27 @@ class Recorder(Protocol):
         """Send what is left; may block for some seconds."""
 
 
-def open_observers(settings: Settings, meters: Meters) -> "Observers":
+def open_observers(settings: Settings, meters: Meters, traffic: Traffic) -> "Observers":
     """Traces are on when the settings name a collector.
 
     Raises:
         SettingsError: they do, but OpenTelemetry is not installed.
     """
     if settings.otlp_endpoint is None:
-        return Observers(meters)
+        return Observers(meters, traffic)
     try:
         from router.traces import open_traces
     except ImportError as error:
         raise SettingsError((_NOT_INSTALLED,)) from error
-    return Observers(meters, open_traces(settings.otlp_endpoint, embedyard_version()))
+    return Observers(meters, traffic, open_traces(settings.otlp_endpoint, embedyard_version()))
 
 
 class Observers:
     """All of them together."""
 
-    def __init__(self, meters: Meters, traces: Recorder | None = None) -> None:
+    def __init__(self, meters: Meters, traffic: Traffic, traces: Recorder | None = None) -> None:
         self._meters = meters
+        self._traffic = traffic
         self._traces = traces
 
     async def aclose(self) -> None:
@@ -63,3 +65,4 @@ class Observers:
             self._traces.record(visit)
         log_visit(visit)
         self._meters.record(visit)
+        self._traffic.record(visit)

@@ -37,6 +37,7 @@ EMBEDDING = (
 _WIRE = (
     schema.EmbeddingRequest, schema.EmbeddingResponse, schema.ErrorEnvelope, schema.Model, schema.ModelList,
     schema.Slot, schema.SlotList, schema.ModelSlots, schema.PreloadRequest, schema.EvictRequest, schema.Memory,
+    schema.LastMinute, schema.ModelTraffic,
     schema.Status, Plan, Changes, *skin_schema.WIRE,
 )  # fmt: skip
 _TEXT = {"type": "string", "minLength": 1}

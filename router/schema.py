@@ -201,6 +201,25 @@ class DeviceMemory(Struct, frozen=True, kw_only=True):
     is_draining: bool
 
 
+class ModelTraffic(Struct, frozen=True, kw_only=True):
+    """One model's last minute. `texts_per_s_by_step`: the steps that are over, oldest first."""
+
+    id: str
+    texts_per_s: float
+    tokens_per_s: float
+    texts_per_s_by_step: tuple[float, ...]
+    p50_s: float
+    p95_s: float
+
+
+class LastMinute(Struct, frozen=True, kw_only=True):
+    """Models that answered within it; a step has `step_s` seconds."""
+
+    object: Literal["list"] = "list"
+    step_s: float
+    data: list[ModelTraffic]
+
+
 class Memory(Struct, frozen=True, kw_only=True):
     """All devices of this server."""
 

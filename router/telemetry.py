@@ -11,7 +11,7 @@ import orjson
 import structlog
 from structlog.typing import Processor
 
-from router.visit import PROBES, Visit
+from router.visit import GLANCES, Visit
 
 _log = structlog.get_logger()
 
@@ -44,7 +44,7 @@ def configure_logging(log_format: str, log_level: str) -> None:
 
 def log_visit(visit: Visit) -> None:
     """The one line of a request that has ended; the id of the request, the model and the key come by context."""
-    log = _log.warning if visit.status >= 500 else _log.debug if visit.route in PROBES else _log.info
+    log = _log.warning if visit.status >= 500 else _log.debug if visit.route in GLANCES else _log.info
     more: dict[str, object] = {"code": visit.code} if visit.code != "ok" else {}
     if visit.trace_id:
         more["trace_id"] = visit.trace_id

@@ -18,6 +18,8 @@ from structlog.contextvars import bind_contextvars, clear_contextvars
 from engines.records import Embeddings
 
 PROBES = frozenset({"/health", "/ready", "/metrics"})
+GLANCES = PROBES | {"/admin/models", "/admin/memory", "/admin/traffic", "/dashboard/{name}", "/docs/assets/{name}"}
+"""What a page that stays open, or a probe, asks for again and again; the log tells of it at level debug only."""
 CLIENT_LEFT = 499
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._:+=/-]{1,128}", re.ASCII)

@@ -22,7 +22,17 @@ from router.middleware import while_client_stays
 from router.openapi import BEARER, BODY, GUARDED, LOADING, failures
 from router.registry_changes import Changes
 from router.reload import Reloader
-from router.schema import DeviceMemory, EvictRequest, Memory, ModelSlots, PreloadRequest, SlotList
+from router.schema import (
+    DeviceMemory,
+    EvictRequest,
+    LastMinute,
+    Memory,
+    ModelSlots,
+    ModelTraffic,
+    PreloadRequest,
+    SlotList,
+)
+from router.traffic import STEP_S, Traffic
 from router.yard import Yard, provide_any_spec
 
 _EVENT_STREAM = ResponseSpec(
@@ -99,6 +109,13 @@ class AdminController(Controller):
     async def memory(self, yard: NamedDependency[Yard]) -> Memory:
         """Each device's bytes, and its residents in eviction order."""
         return Memory(devices=[_device(host) for host in yard.backend.snapshots()])
+
+    @get("/traffic", responses=failures(*GUARDED), summary="The last minute")
+    async def last_minute(self, request: Request[Any, Any, Any]) -> LastMinute:
+        """Texts, tokens and latencies of the models that answered within it."""
+        traffic: Traffic = request.app.state.traffic
+        found = traffic.last_minute().items()
+        return LastMinute(step_s=STEP_S, data=[ModelTraffic(id=name, **structs.asdict(each)) for name, each in found])
 
     @get("/plan", responses=failures(*GUARDED, "invalid_value", "model_not_found"), summary="Plan a load")
     async def plan(self, yard: NamedDependency[Yard], model: FromQuery[str | None] = None) -> Plan:

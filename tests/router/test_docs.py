@@ -48,6 +48,7 @@ GOOD_CALLS: list[tuple[str, str, str, Any, int]] = [
     ("post", "/admin/models/{model_id}/preload", "/admin/models/mini/preload", {"wait": 1}, 400),
     ("post", "/admin/models/{model_id}/evict", "/admin/models/BAAI/bge-m3/evict", {"force": True}, 200),
     ("get", "/admin/memory", "/admin/memory", None, 200),
+    ("get", "/admin/traffic", "/admin/traffic", None, 200),
     ("get", "/admin/plan", "/admin/plan?model=mini", None, 200),
     ("get", "/admin/plan", "/admin/plan?model=nothing", None, 404),
     ("get", "/health", "/health", None, 200),
