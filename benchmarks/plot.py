@@ -1,4 +1,4 @@
-"""Plots for the README, as SVG. matplotlib is of the `bench` and `test` groups: without it there are tables and no plots."""
+"""Plots for the README, as SVG. matplotlib is of the group `bench`: without it there are tables and no plots."""
 
 import importlib
 import importlib.util

@@ -119,11 +119,33 @@ class Page:
         return [entry["message"] for entry in entries if entry["level"] in ("SEVERE", "WARNING")]
 
     def requested_urls(self) -> set[str]:
-        """Every URL asked for since this was asked last."""
+        """Every URL asked for since the network was looked at last."""
+        sent = (params for method, params in self._network() if method == "Network.requestWillBeSent")
+        return {params["request"]["url"] for params in sent}
+
+    def received_bytes(self) -> int:
+        """What came over the wire since the network was looked at last, heads included."""
+        whole = (params for method, params in self._network() if method == "Network.loadingFinished")
+        return sum(int(params["encodedDataLength"]) for params in whole)
+
+    def _network(self) -> list[tuple[str, Any]]:
         entries: list[Any] = self.driver.get_log("performance")  # type: ignore[no-untyped-call]  # as above
         messages = [json.loads(entry["message"])["message"] for entry in entries]
-        return {
-            message["params"]["request"]["url"]
-            for message in messages
-            if message["method"] == "Network.requestWillBeSent"
-        }
+        return [(message["method"], message["params"]) for message in messages]
+
+    # ---- the keyboard ----
+
+    def press(self, *keys: str) -> None:
+        """Into whatever has the focus."""
+        from selenium.webdriver.common.action_chains import ActionChains
+
+        chain = ActionChains(self.driver)
+        for key in keys:
+            chain.send_keys(key)
+        chain.perform()
+
+    def focused(self) -> str:
+        """What a screen reader would say of what has the focus: its label, or its text."""
+        script = "const e = document.activeElement; return e.getAttribute('aria-label') || e.innerText || e.id"
+        found: str = self.driver.execute_script(script)
+        return found

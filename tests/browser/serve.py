@@ -1,6 +1,6 @@
-"""A process for the browser: the edge of `embedyard serve`, a GPU that is a fake, and with `--real` MiniLM on the CPU.
+"""A process for the browser: the edge of `embedyard serve`, GPUs that are fakes, and with `--real` MiniLM on the CPU.
 
-The fake GPU downloads and loads at speeds that can be watched, so that the page has something to show.
+Fake GPUs download and load at speeds that can be watched, to give the page something to show. One model never loads.
 """
 
 import sys
@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from engines.clock import LoopTime
+from engines.errors import UnsupportedModel
 from engines.fake import FakeFiles, FakeLoader, FakeMemory
 from engines.host import Host, HostConfig, World
 from engines.measurements import Measurements
@@ -42,8 +43,13 @@ MEGABYTES = {
     "gte-multilingual-base": 610,
     "nomic-embed-text-v1.5": 540,
     "snowflake-arctic-embed-l-v2.0": 1140,
+    "jina-embeddings-v3": 1150,
 }
-NOT_ON_DISK = "gte-multilingual-base"
+NOT_ON_DISK, BROKEN = "gte-multilingual-base", "jina-embeddings-v3"
+REASON = UnsupportedModel(
+    "config.json names code of the model's own repository, which stays off; read it, then set "
+    "`trust_remote_code: true` and a 40-hex `revision` in the registry"
+)
 GIGABYTE = 10**9
 
 
@@ -63,25 +69,32 @@ class SlowFiles(FakeFiles):
         return super().fetch(spec, lambda done, total: on_progress(total_bytes, total_bytes))
 
 
-def fake_gpu(specs: dict[str, ModelSpec], download_s: float, load_s: float) -> Host:
-    """A host with 12 GB and 10 GB of budget, whose time is real."""
+def fake_gpus(count: int, specs: dict[str, ModelSpec], download_s: float, load_s: float) -> list[Host]:
+    """Hosts with 12 GB and 10 GB of budget each, one disk and one load lock, whose time is real."""
+    weight_bytes = {model_id: size * 10**6 for model_id, size in MEGABYTES.items()}
+    files, lock = SlowFiles(weight_bytes, download_s), threading.Lock()
+    return [_fake_gpu(f"cuda:{number}", specs, files, lock, load_s) for number in range(count)]
+
+
+def _fake_gpu(device: str, specs: dict[str, ModelSpec], files: FakeFiles, lock: threading.Lock, load_s: float) -> Host:
     weight_bytes = {model_id: size * 10**6 for model_id, size in MEGABYTES.items()}
     config = HostConfig(
-        host_id="cuda:0", device="cuda:0", budget=Budget(size_bytes=10 * GIGABYTE), workspace_bytes=GIGABYTE,
+        host_id=device, device=device, budget=Budget(size_bytes=10 * GIGABYTE), workspace_bytes=GIGABYTE,
         rules=Rules(min_residency_s=0.0, residency_loads=0.0),
     )  # fmt: skip
     loader = FakeLoader(
         weight_bytes=weight_bytes,
         workspace_bytes=dict.fromkeys(weight_bytes, GIGABYTE),
+        failures={BROKEN: [REASON] * 100},
         pause=lambda model_id: time.sleep(load_s),
     )
     world = World(
         time=LoopTime(),
-        workers=Threads("fake", load_lock=threading.Lock()),
+        workers=Threads(device, load_lock=lock),
         memory=FakeMemory(12 * GIGABYTE),
         measurements=Measurements(),
     )
-    return Host(config, specs, SlowFiles(weight_bytes, download_s), loader, world)
+    return Host(config, specs, files, loader, world)
 
 
 def real_cpu(specs: dict[str, ModelSpec]) -> Any:
@@ -95,9 +108,10 @@ def real_cpu(specs: dict[str, ModelSpec]) -> Any:
 @click.option("--port", default=0)
 @click.option("--key", default=None)
 @click.option("--real", is_flag=True, help="MiniLM too.")
+@click.option("--gpus", default=1)
 @click.option("--download", "download_s", default=1.0)
 @click.option("--load", "load_s", default=0.6)
-def main(port: int, key: str | None, *, real: bool, download_s: float, load_s: float) -> None:
+def main(port: int, key: str | None, *, real: bool, gpus: int, download_s: float, load_s: float) -> None:
     """Serve until SIGTERM; the first line printed is the address."""
     configure_logging("json", "warning")
     specs = {model_id: ModelSpec(model_id=model_id, source=f"fake/{model_id}", device="cuda") for model_id in MEGABYTES}
@@ -105,7 +119,7 @@ def main(port: int, key: str | None, *, real: bool, download_s: float, load_s: f
     if real:
         specs, default = {MINI.model_id: MINI, **specs}, MINI.model_id
     machine = real_cpu(specs) if real else None
-    hosts = [*(machine.hosts if machine else ()), fake_gpu(specs, download_s, load_s)]
+    hosts = [*(machine.hosts if machine else ()), *fake_gpus(gpus, specs, download_s, load_s)]
     backend = LocalBackend(hosts, specs, machine.close if machine else lambda: None)
     settings = Settings(api_key=key, grace_seconds=2.0, registry=Path("none.yaml"))
     app = create_app(settings, Registry(models=specs, default_model=default), backend)

@@ -4,6 +4,8 @@ const dress = () => document.documentElement.classList.toggle("dark-mode", dark.
 dark.addEventListener("change", dress);
 dress();
 
+const KEY = "embedyard.key"; // where the dashboard keeps it for this tab
+
 // validatorUrl null: Swagger UI would otherwise send the document to a validator on the internet.
 window.ui = SwaggerUIBundle({
   url: "/docs/openapi.json",
@@ -13,4 +15,8 @@ window.ui = SwaggerUIBundle({
   validatorUrl: null,
   presets: [SwaggerUIBundle.presets.apis],
   layout: "BaseLayout",
+  onComplete() {
+    const key = sessionStorage.getItem(KEY);
+    if (key) window.ui.preauthorizeApiKey("BearerToken", key);
+  },
 });

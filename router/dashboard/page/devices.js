@@ -30,15 +30,19 @@ function deviceCard(store) {
   const blocks = keyed(bar, (block) => block.key, makeBlock);
   const order = h("ol", { class: "order" });
   const rows = keyed(order, (row) => row.key, makeRow);
-  const empty = h("p", { class: "quiet" }, t("devices.empty"));
-  const node = h("article", { class: "device" }, h("div", { class: "device-head" }, name, used, rest), bar, empty, order);
+  const reserved = h("span", { class: "quiet facts" });
+  const legend = h("div", { class: "legend" }, order,
+    h("p", { class: "reserved" }, h("i", { class: "swatch workspace", "aria-hidden": "true" }), t("devices.workspace"), reserved));
+  const empty = h("p", { class: "quiet small" }, t("devices.empty"));
+  const node = h("article", { class: "device" }, h("div", { class: "device-head" }, name, used, rest), bar, empty, legend);
 
   function update({ device, marked }) {
     const residents = device.residents.map((id) => resident(store, device, id, marked));
     const next = residents.find((each) => each.mayLeave);
     if (next) next.isNext = true;
     const taken = device.used_bytes + device.workspace_bytes;
-    text(name, device.device);
+    const title = store.deviceName(device.host_id);
+    text(name, title);
     text(used, t("devices.used", { used: bytes(taken), budget: bytes(device.budget_bytes) }));
     text(rest, [
       t("devices.free", { free: bytes(device.free_bytes) }),
@@ -47,11 +51,12 @@ function deviceCard(store) {
     ].join(" · "));
     const words = [...residents.map((each) => `${each.name} ${each.size}`),
       `${t("devices.workspace")} ${bytes(device.workspace_bytes)}`, `${t("devices.freeRoom")} ${bytes(device.free_bytes)}`];
-    set(bar, "aria-label", t("devices.bar", { device: device.device, words: words.join(", ") }));
-    blocks([...residents.filter((each) => each.bytes), workspace(device)]);
+    set(bar, "aria-label", t("devices.bar", { device: title, words: words.join(", ") }));
+    blocks([...residents, workspace(device)].filter((each) => each.bytes));
     bar.style.setProperty("--scale", Math.max(device.budget_bytes, taken));
     show(empty, residents.length === 0);
-    show(order, residents.length > 0);
+    show(legend, residents.length > 0);
+    text(reserved, bytes(device.workspace_bytes));
     set(order, "aria-label", t("devices.order"));
     rows(residents);
   }

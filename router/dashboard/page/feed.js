@@ -1,7 +1,7 @@
 // The events, in words. Steps that only lead from one worth telling to the next are left out.
 
 import { h, show, text } from "./dom.js";
-import { bytes, clockTime, duration } from "./format.js";
+import { bytes, causeWords, clockTime, duration } from "./format.js";
 import { t } from "./words.js";
 
 const SHOWN = 60;
@@ -41,7 +41,7 @@ export function sentence(entry) {
     return t("feed.ready", { model, bytes: bytes(entry.measured_bytes), time: duration(entry.seconds) });
   }
   if (entry.target === "unloading" && entry.reason) return farewell(entry);
-  if (entry.target === "failed") return t("feed.failed", { model, cause: entry.cause });
+  if (entry.target === "failed") return t("feed.failed", { model, cause: causeWords(entry.cause) });
   if (step === "fetching cold") return t("feed.fetched", { model });
   return ["loading", "fetching", "retired"].includes(entry.target) ? t(`feed.${entry.target}`, { model }) : null;
 }

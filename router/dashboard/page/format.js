@@ -24,9 +24,21 @@ export function duration(seconds) {
   return `${number(seconds / 86400)} ${t("unit.d")}`;
 }
 
-export function milliseconds(seconds) {
+/** A rate, with two digits that count. */
+export function perSecondWords(value) {
+  return number(value, value < 0.1 ? 2 : value < 10 ? 1 : 0);
+}
+
+/** The server's words of a failure without the name that they begin with for programs: `unsupported_model: …`. */
+export function causeWords(cause) {
+  return cause.replace(/^[a-z_]+: /, "");
+}
+
+/** A latency, with two digits that count. */
+export function latency(seconds) {
   const ms = seconds * 1000;
-  return seconds >= 10 ? duration(seconds) : `${number(ms, ms < 10 ? 1 : 0)} ms`;
+  if (seconds < 1) return `${number(ms, ms < 10 ? 1 : 0)} ms`;
+  return seconds < 10 ? `${number(seconds, 1)} ${t("unit.s")}` : duration(seconds);
 }
 
 export function clockTime(unixSeconds) {

@@ -97,6 +97,7 @@ function changeLanguage() {
   switchLanguage();
   if (store) openYard();
   else openDoor();
+  tools.querySelector("[lang]").focus(); // it was made anew, in the other language
 }
 
 // Durations grow while nothing happens: quickly while something is on its way, else with each poll.

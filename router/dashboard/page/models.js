@@ -2,10 +2,10 @@
 
 import { now } from "./api.js";
 import { h, keyed, set, show, text } from "./dom.js";
-import { bytes, duration, milliseconds, number } from "./format.js";
+import { bytes, causeWords, duration, latency, number, perSecondWords } from "./format.js";
 import { sparkline } from "./sparkline.js";
 import { keyOf } from "./store.js";
-import { trafficOf } from "./traffic.js";
+import { minuteOf } from "./traffic.js";
 import { t } from "./words.js";
 
 const AWAY = ["absent", "cold", "failed"];
@@ -46,12 +46,13 @@ function modelRow(store, id, act) {
   const places = h("span", { class: "quiet small" });
   const progress = progressLine(store, id);
   const error = h("p", { class: "error" });
+  const notes = h("p", { class: "quiet small" });
   const cells = Object.fromEntries(["dimensions", "memory", "load", "used"].map((key) => [key, cell(key)]));
   const traffic = trafficCell(id);
   const buttons = Object.fromEntries(["preload", "evict", "pin"].map((verb) => [verb, button(verb, id, act)]));
   const head = h("div", { class: "what" }, name,
-    h("div", { class: "states" }, state, pinned, places), progress.node, error);
-  const node = h("li", { class: "model", "aria-labelledby": `model-${id}`, "data-model": id }, head,
+    h("div", { class: "states" }, state, pinned, places), progress.node, notes);
+  const node = h("li", { class: "model", "aria-labelledby": `model-${id}`, "data-model": id }, head, error,
     cells.dimensions.node, cells.memory.node, cells.load.node, traffic.node, cells.used.node,
     h("div", { class: "actions" }, Object.values(buttons)));
 
@@ -60,18 +61,20 @@ function modelRow(store, id, act) {
     text(state, t(`state.${slot.state}`));
     const isPinned = slots.some((each) => each.pinned);
     show(pinned, isPinned);
-    const hosts = slots.filter((each) => !AWAY.includes(each.state)).map((each) => each.device);
+    const hosts = slots.filter((each) => !AWAY.includes(each.state)).map((each) => store.deviceName(each.host_id));
     text(places, store.devices.length > 1 && hosts.length ? t("models.on", { device: hosts.join(", ") }) : "");
+    text(notes, slot.info?.notes.join("; "));
+    show(notes, Boolean(slot.info?.notes.length));
     progress.update(slot);
     const retry = slot.retry_at ? t("models.retry", { time: duration(slot.retry_at - now()) }) : "";
     const shown = slot.state === "failed" && slot.last_error;
-    text(error, shown ? `${slot.last_error} (${retry})` : "");
+    text(error, shown ? [causeWords(slot.last_error), retry].filter(Boolean).join(" – ") : "");
     show(error, Boolean(shown));
-    text(cells.dimensions.value, slot.info ? number(slot.info.dimensions) : "–");
+    text(cells.dimensions.value, widthWords(slot.info));
     text(cells.memory.value, memoryWords(slots, slot));
     text(cells.load.value, loadWords(slots));
     text(cells.used.value, usedWords(slots));
-    for (const each of Object.values(cells)) set(each.node, "data-empty", each.value.textContent === "–");
+    for (const each of Object.values(cells)) set(each.node, "data-empty", ["–", t("models.calm")].includes(each.value.textContent));
     traffic.update();
     buttons.preload.disabled = !AWAY.includes(slot.state);
     buttons.evict.disabled = !slots.some((each) => EVICTABLE.includes(each.state));
@@ -89,6 +92,14 @@ function button(verb, id, act) {
   const words = t(`do.${verb}`);
   return h("button", { type: "button", "aria-label": t("do.for", { verb: words, model: id }), "data-do": verb,
     onclick: () => act(verb, id) }, words);
+}
+
+/** The full width, and those below it that may be asked for. */
+function widthWords(info) {
+  if (!info) return "–";
+  const { widths, minimum } = info.matryoshka;
+  const below = minimum ? t("models.from", { width: number(minimum) }) : widths.filter((width) => width < info.dimensions).map((width) => number(width)).join(", ");
+  return [number(info.dimensions), below].filter(Boolean).join("\n");
 }
 
 function memoryWords(slots, slot) {
@@ -113,19 +124,19 @@ function usedWords(slots) {
 function trafficCell(id) {
   const { node, value } = cell("traffic");
   const line = sparkline();
-  const words = h("span", { class: "quiet small" });
-  value.append(line.node, words);
+  const rate = h("span", { class: "rate" });
+  const marks = h("span", { class: "quiet small marks" });
+  value.append(line.node, rate, marks);
   const update = () => {
-    const traffic = trafficOf(id);
-    const isBusy = traffic && traffic.rate > 0;
-    show(line.node, Boolean(isBusy));
-    set(node, "data-empty", !isBusy);
-    if (!isBusy) return text(words, traffic ? t("models.quiet") : "–");
-    line.update(traffic.points, t("models.spark", { rate: number(traffic.rate, 1) }));
-    const rate = t("models.rate", { rate: number(traffic.rate, traffic.rate < 10 ? 1 : 0) });
-    const known = traffic.p50 !== null;
-    const marks = known ? t("models.percentiles", { p50: milliseconds(traffic.p50), p95: milliseconds(traffic.p95) }) : "";
-    text(words, [rate, marks].filter(Boolean).join("\n"));
+    const minute = minuteOf(id);
+    show(line.node, Boolean(minute));
+    show(marks, Boolean(minute));
+    set(node, "data-empty", !minute);
+    if (!minute) return text(rate, "–");
+    const perSecond = perSecondWords(minute.texts_per_s);
+    line.update(minute.texts_per_s_by_step, t("models.spark", { rate: perSecond }));
+    text(rate, t("models.rate", { rate: perSecond }));
+    text(marks, t("models.percentiles", { p50: latency(minute.p50_s), p95: latency(minute.p95_s) }));
   };
   return { node, update };
 }

@@ -19,7 +19,7 @@ export function planner(store, mark, tell) {
     try {
       const plan = verb === "evict" ? null : await get(`/admin/plan?model=${encodeURIComponent(modelId)}`);
       mark(verb === "evict" ? [modelId] : plan.evict);
-      const lines = verb === "evict" ? evictWords(model) : planWords(store, verb, plan);
+      const lines = verb === "evict" ? evictWords(store, model) : planWords(store, verb, plan);
       if (await confirmed(verb, modelId, lines, !plan || plan.fits)) await DEEDS[verb](model);
       tell("");
     } catch (error) {
@@ -36,7 +36,7 @@ function planWords(store, verb, plan) {
   if (!plan.fits) lines.push(t("plan.never", { reason: plan.reason }));
   if (IN_MEMORY.includes(plan.state)) lines.push(t("plan.ready"));
   else if (plan.fits) {
-    const host = store.devices.find((device) => device.host_id === plan.host_id)?.device ?? plan.host_id;
+    const host = store.deviceName(plan.host_id);
     const [need, free] = [bytes(plan.need_bytes), bytes(plan.free_bytes)];
     lines.push(plan.need_bytes ? t("plan.needs", { need, free, host }) : t("plan.unknown"));
     if (plan.state === "absent") lines.push(t("plan.download"));
@@ -53,10 +53,10 @@ function victimWords(slot, id) {
   return [id, bytes(slot?.weight_bytes ?? 0), idle].filter(Boolean).join(" · ");
 }
 
-function evictWords(model) {
+function evictWords(store, model) {
   const held = model.slots.filter((slot) => IN_MEMORY.includes(slot.state));
   const leases = held.reduce((sum, slot) => sum + slot.leases, 0);
-  const lines = held.map((slot) => t("plan.frees", { bytes: bytes(slot.weight_bytes), host: slot.device }));
+  const lines = held.map((slot) => t("plan.frees", { bytes: bytes(slot.weight_bytes), host: store.deviceName(slot.host_id) }));
   if (!held.length) lines.push(t("plan.drops"));
   if (leases) lines.push(t("plan.running", { leases }));
   if (held.some((slot) => slot.pinned)) lines.push(t("plan.unpins"));

@@ -2,7 +2,7 @@
 
 import { get, post, setEmbedKey } from "./api.js";
 import { h, set, show, text } from "./dom.js";
-import { milliseconds, number } from "./format.js";
+import { latency, number } from "./format.js";
 import { heatMap, vectorList } from "./results.js";
 import { snippets } from "./snippets.js";
 import { timingsBar } from "./timings.js";
@@ -10,10 +10,12 @@ import { t } from "./words.js";
 
 const PATH = "/v1/embeddings";
 
+let draft = null; // what was written outlives a change of language
+
 export function playground(store) {
   const form = fields();
   const refusal = h("p", { class: "error", role: "alert" });
-  const result = h("div", { class: "result", "aria-live": "polite" });
+  const result = h("div", { class: "result", "aria-live": "polite" }, h("p", { class: "quiet nothing" }, t("play.empty")));
   const code = snippets();
   const node = h("section", { class: "panel", "aria-labelledby": "play-title" },
     h("h2", { id: "play-title" }, t("play.title")),
@@ -78,7 +80,8 @@ function fromSlots(store, modelId) {
 
 function fields() {
   const texts = h("textarea", { id: "play-texts", rows: "6", spellcheck: "false" });
-  texts.value = t("play.example");
+  texts.value = draft ?? t("play.example");
+  texts.addEventListener("input", () => (draft = texts.value));
   const model = h("select", { id: "play-model" });
   const type = h("select", { id: "play-type" });
   const widths = h("datalist", { id: "play-widths" });
@@ -141,7 +144,7 @@ function options(select, pairs, chosen) {
 
 function outcome(request, { data, headers, seconds }) {
   const vectors = data.data.map((item) => item.embedding);
-  const facts = { count: number(vectors.length), width: number(vectors[0].length), tokens: number(data.usage.prompt_tokens), time: milliseconds(seconds) };
+  const facts = { count: number(vectors.length), width: number(vectors[0].length), tokens: number(data.usage.prompt_tokens), time: latency(seconds) };
   const cut = headers.get("x-embed-truncated");
   return [
     h("p", { class: "strong" }, t("play.summary", facts)),

@@ -2,11 +2,12 @@
 
 import { get, now } from "./api.js";
 import { follow } from "./stream.js";
-import { forgetTraffic, pollTraffic } from "./traffic.js";
+import { pollTraffic } from "./traffic.js";
 
 const POLL_MS = 5000; // leases and queues change without events
 const SETTLE_MS = 120; // one reading for a burst of events
 const MAX_FEED = 200;
+const AWAY = ["absent", "cold"];
 const ACTIVE = ["fetching", "waiting_space", "loading", "warming", "draining", "unloading"];
 
 export class Store {
@@ -36,7 +37,6 @@ export class Store {
     this.poll = setInterval(() => this.tick(), POLL_MS);
     this.onVisible = () => document.hidden || this.tick();
     document.addEventListener("visibilitychange", this.onVisible);
-    this.tick();
   }
 
   stop() {
@@ -46,11 +46,18 @@ export class Store {
     document.removeEventListener("visibilitychange", this.onVisible);
   }
 
-  /** The rows of the page: one a model, its slots on all devices together, the one nearest to serving first. */
+  /** The rows of the page: one a model, its slots on all devices together, and the one that says most of it. */
   models() {
     const byId = new Map();
     for (const slot of this.slots) byId.set(slot.id, [...(byId.get(slot.id) ?? []), slot]);
-    return [...byId.entries()].map(([id, slots]) => ({ id, slots, slot: slots[0] }));
+    return [...byId.entries()].map(([id, slots]) => ({ id, slots, slot: telling(slots) }));
+  }
+
+  /** A device by the name that people know; where two hosts have devices of one name, by the host's. */
+  deviceName(hostId) {
+    const device = this.devices.find((each) => each.host_id === hostId)?.device;
+    const isAlone = this.devices.filter((each) => each.device === device).length === 1;
+    return device && isAlone ? device : hostId;
   }
 
   slot(modelId, hostId) {
@@ -68,7 +75,7 @@ export class Store {
 
   async tick() {
     if (document.hidden || !this.connection.live) return;
-    await Promise.all([this.refresh().catch(() => {}), pollTraffic()]);
+    await Promise.all([this.refresh(), pollTraffic()]).catch(() => {}); // the stream notices a server that is gone
     this.onChange();
   }
 
@@ -87,9 +94,8 @@ export class Store {
     this.connection = { live: true, retryAt: null };
     if (this.wasLive) this.note({ kind: "note", words: "feed.back", time_s: now() });
     this.wasLive = true;
-    forgetTraffic(); // a new server counts from 0
-    this.settle();
     this.onChange();
+    this.tick();
   }
 
   waiting(seconds) {
@@ -101,9 +107,11 @@ export class Store {
   apply(event) {
     const key = keyOf(event.model_id, event.host_id);
     const slot = this.slot(event.model_id, event.host_id);
-    if (event.kind === "progress") this.applyProgress(key, slot, event);
-    else this.applyStep(key, slot, event);
-    this.settle();
+    if (event.kind === "progress") this.applyProgress(key, slot, event); // nothing else has changed
+    else {
+      this.applyStep(key, slot, event);
+      this.settle();
+    }
     this.onChange();
   }
 
@@ -137,6 +145,11 @@ export class Store {
     clearTimeout(this.settling);
     this.settling = setTimeout(() => this.refresh().catch(() => {}), SETTLE_MS);
   }
+}
+
+/** The server lists the slot nearest to serving first; but a failure must not hide behind a device that never tried. */
+function telling(slots) {
+  return AWAY.includes(slots[0].state) ? slots.find((slot) => slot.state === "failed") ?? slots[0] : slots[0];
 }
 
 export function keyOf(modelId, hostId) {

@@ -1,7 +1,7 @@
 // The Server-Timing header as a bar: where the time of one call went.
 
 import { h } from "./dom.js";
-import { milliseconds } from "./format.js";
+import { latency } from "./format.js";
 import { t } from "./words.js";
 
 /** `load;dur=0.0, tokenize;dur=0.4` → [["load", 0], ["tokenize", 0.0004]], in seconds. */
@@ -20,6 +20,6 @@ export function timingsBar(header, seconds) {
     return block;
   }));
   const list = h("dl", { class: "timing-list" }, all.map(([name, part]) =>
-    h("div", {}, h("dt", {}, h("i", { class: `swatch time ${name}`, "aria-hidden": "true" }), t(`time.${name}`)), h("dd", {}, milliseconds(part)))));
+    h("div", {}, h("dt", {}, h("i", { class: `swatch time ${name}`, "aria-hidden": "true" }), t(`time.${name}`)), h("dd", {}, latency(part)))));
   return h("div", {}, h("h3", {}, t("play.timings")), bar, list);
 }
