@@ -32,6 +32,7 @@ Examples:
   embedyard check                    is registry.yaml right? are the settings?
   embedyard serve                    serve it on http://127.0.0.1:6008
   embedyard models                   what is in the registry
+  embedyard doctor                   what is wrong, and what to do
   embedyard COMMAND --help           more about one command
 
 Settings come from the environment and from .env; .env.example lists them all.

@@ -1,12 +1,12 @@
 """`embedyard doctor`: what is installed, what is here, and what to do where something is wrong."""
 
-import sys
 from collections.abc import Sequence
 
 import click
 import msgspec
 
 from router.diagnosis import Finding, examine
+from router.terminal import is_terminal
 
 FAILED = 1
 """The exit code when serving would not work."""
@@ -32,17 +32,13 @@ def command(*, as_json: bool) -> None:
     findings = tuple(examine())
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(findings), indent=2))
-    elif _is_terminal():
+    elif is_terminal():
         _print_table(findings)
     else:
         for finding in findings:
             click.echo("\t".join(_cells(finding)))
     if any(finding.verdict == "fail" for finding in findings):
         raise SystemExit(FAILED)
-
-
-def _is_terminal() -> bool:
-    return sys.stdout.isatty()
 
 
 def _cells(finding: Finding) -> tuple[str, ...]:

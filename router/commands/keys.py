@@ -1,6 +1,5 @@
 """`embedyard keys`: make, list and revoke the keys of `KEYS_FILE`. A key itself is shown once, when it is made."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -12,7 +11,9 @@ from msgspec import structs
 from router.keys import Key, Scope, digest_of, new_secret
 from router.keys_edit import EditError, edit_file, entry_text, with_key, without_key
 from router.keys_file import KeysError, read_id, read_keys, read_pattern
+from router.known_names import key_ids
 from router.settings import SettingsError, load_settings
+from router.terminal import print_rows
 
 MISTAKES = 2
 """The exit code when something must be put right."""
@@ -49,7 +50,10 @@ Examples:
 """
 )
 def command() -> None:
-    """Make, list and revoke the keys of KEYS_FILE, which holds their hashes only."""
+    """Make, list and revoke the keys of KEYS_FILE, which holds their hashes only.
+
+    Exit code 0, or 2: the file or the command must be put right.
+    """
 
 
 @command.command("create")
@@ -107,15 +111,12 @@ def show(file: Path | None, *, as_json: bool) -> None:
         _fail(str(error))
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode([_record(key) for key in keys]), indent=2))
-    elif sys.stdout.isatty():
-        _print_table(keys)
     else:
-        for key in keys:
-            click.echo("\t".join(_cells(key)))
+        print_rows(COLUMNS, [_cells(key) for key in keys])
 
 
 @command.command("revoke")
-@click.argument("key_id", metavar="NAME")
+@click.argument("key_id", metavar="NAME", shell_complete=key_ids)
 @_FILE
 def revoke(key_id: str, file: Path | None) -> None:
     """Take the key NAME out of the file: it opens nothing any more. Its running requests are finished."""
@@ -160,16 +161,6 @@ def _cells(key: Key) -> tuple[str, ...]:
     limits = (key.requests_per_minute, key.tokens_per_minute, key.max_concurrent)
     shown = ("" if limit is None else str(limit) for limit in limits)
     return key.id, ", ".join(sorted(key.scopes)), ", ".join(key.models), *shown
-
-
-def _print_table(keys: tuple[Key, ...]) -> None:
-    from rich.console import Console  # only for a terminal: it costs more than the rest of the command
-    from rich.table import Table
-
-    table = Table(*COLUMNS, box=None, pad_edge=False, header_style="bold")
-    for key in keys:
-        table.add_row(*_cells(key))
-    Console().print(table)
 
 
 def _fail(message: str) -> NoReturn:

@@ -39,6 +39,7 @@ def command(url: str | None, registry: Path | None, *, as_json: bool) -> None:
     """Show the models of the registry: state, size on disk, size in memory, dimensions, licence.
 
     Memory is what a model took when it was last loaded here; after a ~ it is an estimate from its files, weights alone.
+    Exit code 0, or 2: the registry, the settings or the address must be put right.
     """
     try:
         settings = load_settings(flags={"REGISTRY": str(registry)} if registry else {})
@@ -52,7 +53,7 @@ def command(url: str | None, registry: Path | None, *, as_json: bool) -> None:
         click.echo(msgspec.json.format(msgspec.json.encode([row.record(found) for row in rows]), indent=2))
     else:
         bold = [index for index, row in enumerate(rows) if row.spec.model_id == found.default_model]
-        print_rows(COLUMNS, [row.cells() for row in rows], bold=bold)
+        print_rows(COLUMNS, [row.cells() for row in rows], bold=bold, crop=("license", "source", "description"))
 
 
 def _slots(url: str, settings: Settings) -> dict[str, Slot]:

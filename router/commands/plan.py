@@ -11,6 +11,7 @@ from engines.errors import InvalidValue, ModelNotFound
 from engines.records import Plan
 from engines.spec import ModelSpec
 from engines.units import format_bytes
+from router.known_names import model_names
 from router.registry import Registry, RegistryError, open_registry
 from router.remote import RemoteError, get
 from router.settings import Settings, SettingsError, load_settings
@@ -35,7 +36,7 @@ Examples:
   embedyard plan bge-m3 --url http://127.0.0.1:6008    a running server, as it is now
 """
 )
-@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...", shell_complete=model_names)
 @click.option("--url", help="Ask the server that runs there.")
 @click.option("--registry", type=click.Path(path_type=Path), help="Another file than REGISTRY names.")
 @click.option("--json", "as_json", is_flag=True, help="A JSON list of plans.")

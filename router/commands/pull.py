@@ -1,6 +1,5 @@
 """`embedyard pull`: bring models to disk before anyone asks for them, and bring branches up to date."""
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,8 +10,10 @@ import click
 from engines.errors import BadModel, HubUnreachable, ModelNotFound, OfflineMode
 from engines.spec import ModelSpec
 from engines.units import format_bytes
+from router.known_names import model_names
 from router.registry import Registry, RegistryError, read_registry, with_model_path
 from router.settings import Settings, SettingsError, load_settings
+from router.terminal import is_terminal
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -48,7 +49,7 @@ Examples:
   embedyard pull --all && embedyard serve
 """
 )
-@click.argument("models", nargs=-1, metavar="[MODEL]...")
+@click.argument("models", nargs=-1, metavar="[MODEL]...", shell_complete=model_names)
 @click.option("--all", "wants_all", is_flag=True, help="Every model of the registry.")
 @click.option("--registry", type=click.Path(path_type=Path), help="Another file than REGISTRY names.")
 def command(models: tuple[str, ...], *, wants_all: bool, registry: Path | None) -> None:
@@ -115,7 +116,7 @@ def _ok(spec: ModelSpec, files: "ModelFiles") -> str:
 
 @contextmanager
 def _reporting() -> Iterator[Report]:
-    if not _is_terminal():
+    if not is_terminal():
         yield Lines()
         return
     from rich.console import Console  # only for a terminal: it costs more than the rest of the command
@@ -126,10 +127,6 @@ def _reporting() -> Iterator[Report]:
     )  # fmt: skip
     with Progress(*columns, console=Console(force_terminal=True), transient=True) as progress:
         yield Bars(progress)
-
-
-def _is_terminal() -> bool:
-    return sys.stdout.isatty()
 
 
 class Lines:

@@ -31,7 +31,10 @@ Examples:
 @click.option("--host", help="Where to listen, instead of HOST.")
 @click.option("--port", help="On which port, instead of PORT; 0 takes a free one.")
 def command(registry: Path | None, host: str | None, port: str | None) -> None:
-    """Serve the models of the registry until SIGTERM or Ctrl+C, then finish what was begun."""
+    """Serve the models of the registry until SIGTERM or Ctrl+C, then finish what was begun.
+
+    Exit code 0 after such an end; 2: the registry, the settings or the address must be put right.
+    """
     given = {"REGISTRY": registry and str(registry), "HOST": host, "PORT": port}
     try:
         settings = load_settings(flags={name: text for name, text in given.items() if text})

@@ -15,8 +15,8 @@ from tests.browser.server import ROOT, YardProcess
 
 FOLDER = ROOT / "docs" / "screenshots"
 SHOTS = {"light": (1600, False), "dark": (1600, True), "phone": (390, False)}
-TRAFFIC_S = 36.0
-"""Seven readings of the metrics: enough for a line."""
+TRAFFIC_S = 62.0
+"""A whole minute, so that its line is full."""
 
 
 @contextmanager

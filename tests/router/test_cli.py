@@ -4,6 +4,7 @@ import importlib
 import json
 import pkgutil
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +85,34 @@ def test_check_lists_all_five_mistakes_and_exits_2(registry: Path) -> None:
     ]
 
 
+def test_check_as_json_tells_each_mistake_with_its_place(registry: Path) -> None:
+    good = run("check", "--json")
+    registry.write_text(FIVE_MISTAKES)
+    bad = run("check", "--json", str(registry))
+    found = json.loads(bad.stdout)
+
+    assert (good.exit_code, json.loads(good.stdout)) == (0, {"models": ["bge-m3", "e5", "q"], "mistakes": []})
+    assert (bad.exit_code, bad.stderr, found["models"]) == (2, "", [])
+    assert [(each["file"], each["line"], each["key"], each["entry"]) for each in found["mistakes"]] == [
+        (str(registry), 2, "default_model", None),
+        (str(registry), 6, "models[0].poling", "bge-m3"),
+        (str(registry), 7, "models[0].keep_alive", "bge-m3"),
+        (str(registry), 8, "models[1].name", "bge-m3"),
+        (str(registry), 9, "models[1].source", "bge-m3"),
+    ]
+
+
+@pytest.mark.parametrize("variable", ["PORT", "KEYS_FILE"])
+def test_check_as_json_tells_of_settings_and_keys_too(registry: Path, variable: str) -> None:
+    (registry.parent / "70000").write_text("- {id: web}\n")
+    result = run("check", "--json", env={variable: "70000"})
+    (mistake,) = json.loads(result.stdout)["mistakes"]
+
+    assert result.exit_code == 2
+    assert mistake["file"] == {"PORT": None, "KEYS_FILE": "70000"}[variable]
+    assert mistake["message"]
+
+
 def test_check_without_a_file_checks_the_settings_too(registry: Path) -> None:
     (registry.parent / ".env").write_text("PORT=99999\n")
 
@@ -126,6 +155,34 @@ def test_models_is_a_table_on_a_terminal(registry: Path, monkeypatch: pytest.Mon
     assert lines[0].index("source") == lines[1].index("BAAI/bge-m3")
 
 
+@pytest.mark.parametrize(
+    ("width", "last", "is_whole"), [(58, "dimensions", True), (62, "license", True), (90, "description", False)]
+)
+def test_on_a_narrow_terminal_a_row_stays_one_line(
+    registry: Path, monkeypatch: pytest.MonkeyPatch, width: int, last: str, *, is_whole: bool
+) -> None:
+    registry.write_text(GOOD.replace("Many\\nlanguages", "Many languages, and some more words " * 3))
+    monkeypatch.setattr(terminal, "is_terminal", lambda: True)
+    lines = run("models", env={"COLUMNS": str(width)}).stdout.splitlines()
+
+    assert len(lines) == 4
+    assert lines[0].split()[-1] == last
+    assert max(map(len, lines)) <= width
+    assert ("…" not in lines[1]) == is_whole
+
+
+def test_models_of_the_shipped_registry_asks_nobody(registry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("the list of models went to the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    result = run("models", "--registry", str(ROOT / "registry.yaml"))
+
+    assert result.exit_code == 0, result.stderr
+    assert len(result.stdout.splitlines()) == 16
+
+
 def test_models_as_json_holds_every_field(registry: Path) -> None:
     found = json.loads(run("models", "--json").stdout)
 
@@ -166,12 +223,14 @@ def test_every_command_has_a_line_in_the_help_and_an_example() -> None:
         assert isinstance(command, click.Command)
 
 
-@pytest.mark.parametrize("name", ["check", "models"])
-def test_help_of_a_command_has_examples(name: str) -> None:
+@pytest.mark.parametrize("name", sorted(SUMMARIES))
+def test_help_of_a_command_has_examples_and_tells_its_exit_codes(name: str) -> None:
     result = run(name, "--help")
+    text, _, examples = result.stdout.partition("Examples:")
 
     assert result.exit_code == 0
-    assert f"  embedyard {name}" in result.stdout.partition("Examples:")[2]
+    assert len(re.findall(rf"^ +(?:[A-Z_]+=\S+ )?embedyard {name}", examples, re.MULTILINE)) >= 2
+    assert "xit code" in text or name == "completion"
 
 
 def test_an_unknown_command_exits_2() -> None:

@@ -41,6 +41,36 @@ def test_an_unknown_shell_exits_2_and_names_the_known_ones() -> None:
     assert "'bash', 'zsh', 'fish'" in result.stderr
 
 
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "registry.yaml").write_text(
+        "version: 1\nmodels:\n  - {name: bge-m3, source: BAAI/bge-m3, aliases: [big]}\n  - {name: e5, source: o/e5}\n"
+    )
+    (tmp_path / "other.yaml").write_text("version: 1\nmodels:\n  - {name: only, source: o/only}\n")
+    (tmp_path / "keys.yaml").write_text(f"- {{id: web, sha256: '{'0' * 64}'}}\n- {{id: lab, sha256: '{'1' * 64}'}}\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("args", "begun", "expected"),
+    [
+        (["pull"], "", {"bge-m3", "big", "e5"}),
+        (["pull", "e5"], "b", {"bge-m3", "big"}),
+        (["plan", "--registry", "other.yaml"], "", {"only"}),
+        (["plan", "--registry", "none.yaml"], "", set()),
+        (["keys", "revoke", "--file", "keys.yaml"], "w", {"web"}),
+        (["keys", "revoke"], "", set()),
+    ],
+)
+def test_names_are_offered_and_what_cannot_be_read_offers_none(
+    folder: Path, args: list[str], begun: str, expected: set[str]
+) -> None:
+    completer = ShellComplete(cli, {}, "embedyard", "_EMBEDYARD_COMPLETE")
+
+    assert {item.value for item in completer.get_completions(args, begun)} == expected
+
+
 def test_commands_and_options_are_offered() -> None:
     completer = ShellComplete(cli, {}, "embedyard", "_EMBEDYARD_COMPLETE")
     offered = {item.value for item in completer.get_completions([], "")}

@@ -84,7 +84,7 @@ def test_json_holds_what_the_lines_hold() -> None:
 
 
 def test_a_terminal_gets_a_table_with_the_cures(setup: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_is_terminal", lambda: True)
+    monkeypatch.setattr(doctor, "is_terminal", lambda: True)
     monkeypatch.setenv("COLUMNS", "200")
     (setup / "registry.yaml").write_text("version: 1\nmodels: [{name: [bold]a, source: o/a}]\n")
     result = run()

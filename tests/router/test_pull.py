@@ -173,7 +173,7 @@ def test_a_long_download_says_in_a_pipe_how_far_it_is(hub: LoopbackHub, tmp_path
 
 
 def test_a_terminal_shows_bars_and_keeps_the_outcomes(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pull, "_is_terminal", lambda: True)
+    monkeypatch.setattr(pull, "is_terminal", lambda: True)
     hub.fail("org/two", loopback.gated(), file="model.safetensors")
 
     result = run("--all")
