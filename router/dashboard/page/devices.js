@@ -28,7 +28,7 @@ function deviceCard(store) {
   const rest = h("span", { class: "quiet" });
   const bar = h("div", { class: "bar", role: "img" });
   const blocks = keyed(bar, (block) => block.key, makeBlock);
-  const order = h("ol", { class: "order" });
+  const order = h("ol", { class: "order", role: "list" }); // said, because its style makes some browsers forget it
   const rows = keyed(order, (row) => row.key, makeRow);
   const reserved = h("span", { class: "quiet facts" });
   const legend = h("div", { class: "legend" }, order,
