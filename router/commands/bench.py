@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 FAILED = 1
 MISTAKES = 2
-"""Exit codes: a bound was exceeded; nothing could be measured."""
+INTERRUPTED = 130
+"""Exit codes: a bound was exceeded; nothing could be measured; Ctrl+C ended it early."""
 
 _DEFAULT_RATE = 10.0
 
@@ -113,7 +114,7 @@ def command(**options: Any) -> None:
 
     Latency counts from the moment a request was due, so that a server that stalls cannot hide it. A first request
     brings the model into memory and is not counted. Exit code 0: every load stayed within bounds; 1: one did not; 2:
-    nothing could be measured.
+    nothing could be measured; 130: Ctrl+C ended it early, and the report tells of what was measured until then.
     """
     asked = Asked(**options)
     from router.load import run
@@ -131,6 +132,8 @@ def command(**options: Any) -> None:
     _explain(report.phases)
     if not asked.no_report:
         _save(report, asked.report)
+    if not report.is_whole:
+        raise SystemExit(INTERRUPTED)
     if not all(map(asked.is_met_by, report.phases)):
         raise SystemExit(FAILED)
 
@@ -157,7 +160,7 @@ async def _measured(asked: Asked) -> "Report":
     requests = [encode(target, call, asked.encoding_format, **asked.fields) for call in texts]
     started_at, dimensions = now(), await first(target, requests[0])
     with _screen(asked, target, dimensions) as screen:
-        phases = await measure(Job(target, requests, asked.phases, asked.seconds), screen)
+        phases, is_whole = await measure(Job(target, requests, asked.phases, asked.seconds), screen)
     return Report(
         url=asked.url,
         model=target.model,
@@ -166,6 +169,7 @@ async def _measured(asked: Asked) -> "Report":
         words=None if asked.file else asked.words,
         started_at=started_at,
         embedyard=embedyard_version(),
+        is_whole=is_whole,
         phases=phases,
     )
 

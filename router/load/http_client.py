@@ -68,8 +68,8 @@ def encode(target: Target, texts: Sequence[str], encoding_format: str = "base64"
     body = msgspec.json.encode(
         {"model": target.model, "input": list(texts), "encoding_format": encoding_format, **fields}
     )
-    host, port = target.address
-    headers = {"Host": f"{host}:{port}", **target.headers, "Content-Length": str(len(body))}
+    host = urlsplit(target.url).netloc  # as it stands there: without the port where it is the usual one
+    headers = {"Host": host, **target.headers, "Content-Length": str(len(body))}
     lines = [f"POST {target.path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
     return Request("\r\n".join(lines).encode() + body, len(texts))
 

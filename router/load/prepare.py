@@ -41,6 +41,8 @@ def with_model(target: Target) -> Target:
     parts = urlsplit(target.url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise CannotMeasure(f"{target.url} is not the address of a server: http://127.0.0.1:6008 would be one")
+    if "@" in parts.netloc:
+        raise CannotMeasure("a key goes into --api-key, not into the address, which stands in the report")
     if target.model:
         return target
     try:

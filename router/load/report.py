@@ -48,7 +48,9 @@ class Measured(Struct, frozen=True, kw_only=True):
 
 
 class Report(Struct, frozen=True, kw_only=True):
-    """A whole run. `dimensions`: of the vectors that came; `words` None: the texts came from a file.
+    """A run. `dimensions`: of the vectors that came; `words` None: the texts came from a file.
+
+    `is_whole`: false when Ctrl+C ended it early.
 
     `embedyard`: the version that measured, which need not be that of the server.
     """
@@ -60,6 +62,7 @@ class Report(Struct, frozen=True, kw_only=True):
     words: int | None
     started_at: str
     embedyard: str
+    is_whole: bool
     phases: list[Measured]
 
 

@@ -36,8 +36,11 @@ class Screen(Protocol):
     def end(self, measured: Measured) -> None: ...
 
 
-async def measure(job: Job, screen: Screen) -> list[Measured]:
-    """All phases. Ctrl+C ends the one that runs and leaves the others out; what is under way is still waited for."""
+async def measure(job: Job, screen: Screen) -> tuple[list[Measured], bool]:
+    """All phases, and whether they are whole.
+
+    Ctrl+C ends the one that runs and leaves the others out; what is under way is still waited for.
+    """
     found: list[Measured] = []
     with _interruptible() as stopping:
         for phase in job.phases:
@@ -45,7 +48,7 @@ async def measure(job: Job, screen: Screen) -> list[Measured]:
             found.append(measured)
             if stopping.is_set():
                 break
-    return found
+    return found, not stopping.is_set()
 
 
 @contextmanager

@@ -303,7 +303,7 @@ def test_several_devices_stand_side_by_side_each_with_its_own(open_page: Page) -
     assert f"frees 8.0 GB on {homes[1].rpartition('on ')[2]}" in plan
 
 
-def test_a_failure_is_told_with_its_cure_even_where_another_device_has_not_tried(open_page: Page) -> None:
+def test_a_failure_is_told_with_its_cure_even_where_another_device_has_not_tried(open_page: Page, axe: str) -> None:
     open_page.do("preload", BROKEN)
     open_page.wait_for_state(BROKEN, "failed")
     open_page.wait(lambda: f"{BROKEN} failed: config.json names code" in open_page.text(".feed"))
@@ -313,6 +313,9 @@ def test_a_failure_is_told_with_its_cure_even_where_another_device_has_not_tried
     assert "set `trust_remote_code: true`" in told
     assert re.search(r"next try in \d+ s; Preload tries at once", told)
     assert open_page.find(f'[data-model="{BROKEN}"] [data-do=preload]').is_enabled()
+    for dark in (False, True):
+        open_page.emulate(1280, dark=dark)
+        assert serious_issues(open_page, axe) == []
 
 
 def test_an_open_server_asks_for_no_key_and_its_page_survives_a_restart(

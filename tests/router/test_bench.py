@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,8 +15,9 @@ from click.testing import CliRunner, Result
 
 from engines.errors import QueueFull
 from router.cli import cli
+from router.load import Phase
 from router.load.report import Measured, Report
-from router.load.screen import COLUMNS
+from router.load.screen import COLUMNS, Lines
 from router.settings import VARIABLES
 from tests.router.conftest import Served
 
@@ -136,6 +139,7 @@ def test_what_cannot_be_measured_exits_2_with_the_reason(served: Served, args: t
     [
         ("http://127.0.0.1:9", "cannot be reached (Connection refused): is the server running?"),
         ("localhost:6008", "is not the address of a server"),
+        ("http://me:secret@127.0.0.1:9", "a key goes into --api-key"),
     ],
 )
 def test_no_server_exits_2(url: str, message: str) -> None:
@@ -143,6 +147,21 @@ def test_no_server_exits_2(url: str, message: str) -> None:
 
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+def test_control_c_leaves_a_report_and_says_so(
+    served: Served, own_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def press(self: Lines, phase: Phase) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Lines, "begin", press)
+    result = bench(served.url, "--rate", "100", "--seconds", "60")
+    kept = json.loads((own_folder / "embedyard-bench.json").read_text())
+
+    assert result.exit_code == 130
+    assert kept["is_whole"] is False
+    assert kept["phases"][0]["seconds"] < 10
 
 
 def test_an_empty_file_and_a_folder_that_is_none_exit_2(served: Served, own_folder: Path) -> None:

@@ -25,12 +25,20 @@ def test_the_url_may_end_in_v1_or_before_it(url: str, path: str) -> None:
     assert Target(url, "m").path == path
 
 
+@pytest.mark.parametrize(
+    ("url", "host"),
+    [("https://api.example.org/v1", b"api.example.org"), ("http://[::1]:6008", b"[::1]:6008")],
+)
+def test_the_host_is_named_as_the_address_names_it(url: str, host: bytes) -> None:
+    assert b"\r\nHost: " + host + b"\r\n" in encode(Target(url, "m"), ["text"]).data
+
+
 def test_the_key_goes_into_every_request() -> None:
     request = encode(Target("http://host:81", "m", "secret"), ["text"], dimensions=64)
 
     head, _, body = request.data.partition(b"\r\n\r\n")
     assert b"Authorization: Bearer secret" in head
-    assert b"Host: host:81" in head
+    assert b"Host: host:81\r\n" in head
     assert body == b'{"model":"m","input":["text"],"encoding_format":"base64","dimensions":64}'
 
 

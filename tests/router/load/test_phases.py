@@ -37,13 +37,14 @@ class Gate:
 async def test_an_open_load_does_not_wait_for_a_server_that_stalls_and_counts_the_stall() -> None:
     gate = Gate(needed=20)
     async with wire(gate) as (_, target):
-        outcome = await opened(target, [request(target)], 400.0, until=after(20))
+        outcome = await opened(target, [request(target)], 100.0, until=after(20))
     latencies_s = {sample.due_s: sample.latency_s for sample in outcome.samples}
     first_s, last_s = min(latencies_s), max(latencies_s)
 
     assert gate.most == 20
     assert outcome.num_failed == 0
-    assert latencies_s[first_s] == pytest.approx(latencies_s[last_s] + last_s - first_s, abs=0.02)
+    assert latencies_s[first_s] == pytest.approx(latencies_s[last_s] + last_s - first_s, abs=0.05)
+    assert last_s - first_s > 0.1
 
 
 async def test_an_open_load_is_the_same_every_time() -> None:
@@ -97,17 +98,17 @@ async def test_nobody_at_the_address_is_a_failure_too() -> None:
 
 
 async def test_an_answer_that_comes_too_late_is_not_taken_for_the_next_one() -> None:
-    answers = iter([0.3, 0.0, 0.0])
+    answers = iter([1.5, 0.0, 0.0])
 
     async def slow_at_first(writer: asyncio.StreamWriter) -> None:
         await asyncio.sleep(next(answers))
         writer.write(response())
 
-    async with wire(slow_at_first, timeout_s=0.1) as (server, target):
+    async with wire(slow_at_first, timeout_s=0.5) as (server, target):
         outcome = await closed(target, [request(target)], 1, until=after(3))
 
     assert [sample.status for sample in outcome.samples] == [0, 200, 200]
-    assert outcome.messages == {"timed out": "no answer within 0.1 s"}
+    assert outcome.messages == {"timed out": "no answer within 0.5 s"}
     assert server.num_connections == 2
 
 

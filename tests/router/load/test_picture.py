@@ -31,7 +31,7 @@ def measured(per_s: float, *, texts: Sequence[int], failed: Sequence[int]) -> Me
 def report(*phases: Measured) -> Report:
     return Report(
         url="http://127.0.0.1:6008", model="m3e-base", dimensions=768, texts_per_request=1, words=12,
-        started_at="2026-11-25T12:00:00Z", embedyard="0.1.0", phases=list(phases),
+        started_at="2026-11-25T12:00:00Z", embedyard="0.1.0", is_whole=True, phases=list(phases),
     )  # fmt: skip
 
 
