@@ -96,20 +96,23 @@ class Page:
         self.confirm()
 
     def record_states(self, model_id: str) -> None:
-        """From now on, remember every state and progress that the row shows."""
+        """From now on, remember every state and progress that the row shows, and how far it sticks out."""
         self.driver.execute_script(
             """
             const row = document.querySelector(`li[data-model="${arguments[0]}"]`);
             window.seen = [];
-            const note = () => window.seen.push([row.dataset.state, row.querySelector(".progress").innerText]);
+            const note = () => window.seen.push([
+                row.dataset.state, row.querySelector(".progress").innerText,
+                document.documentElement.scrollWidth - innerWidth,
+            ]);
             const all = {subtree: true, childList: true, attributes: true, characterData: true};
             new MutationObserver(note).observe(row, all);
             """,
             model_id,
         )
 
-    def recorded(self) -> list[tuple[str, str]]:
-        return [(state, words) for state, words in self.driver.execute_script("return window.seen")]
+    def recorded(self) -> list[tuple[str, str, int]]:
+        return [(state, words, out) for state, words, out in self.driver.execute_script("return window.seen")]
 
     # ---- what the browser noticed ----
 

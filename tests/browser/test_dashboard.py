@@ -37,7 +37,8 @@ def test_the_key_is_kept_for_the_session_and_forgotten_at_its_end(yard: Page) ->
     assert yard.driver.execute_script("return sessionStorage.length") == 0
 
 
-def test_a_cold_model_is_downloaded_loaded_and_evicted_from_the_page(yard: Page) -> None:
+def test_a_cold_model_is_downloaded_loaded_and_evicted_from_a_phone(yard: Page) -> None:
+    yard.emulate(360)
     assert yard.state(DOWNLOADED) == "absent"
     assert "not on disk" in yard.text(f'[data-model="{DOWNLOADED}"] .state')
     plan = yard.ask("preload", DOWNLOADED)
@@ -54,10 +55,11 @@ def test_a_cold_model_is_downloaded_loaded_and_evicted_from_the_page(yard: Page)
     yard.wait(lambda: DOWNLOADED not in yard.text(".order"))
 
     assert "Its files are downloaded first." in plan
-    assert list(dict.fromkeys(state for state, _ in seen))[-1] == "ready"
-    assert {"fetching", "loading"} <= {state for state, _ in seen}
-    assert any(re.search(r"\d+ MB of 610 MB", words) for state, words in seen if state == "fetching")
-    assert any(re.search(r"\d s so far", words) for state, words in seen if state == "loading")
+    assert list(dict.fromkeys(state for state, _, _ in seen))[-1] == "ready"
+    assert {"fetching", "loading"} <= {state for state, _, _ in seen}
+    assert any(re.search(r"\d+ MB of 610 MB", words) for state, words, _ in seen if state == "fetching")
+    assert any(re.search(r"\d s so far", words) for state, words, _ in seen if state == "loading")
+    assert max(out for _, _, out in seen) <= 0
     assert "610 MB" in memory
     assert "frees 610 MB on cuda:0" in farewell
 
