@@ -4,11 +4,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import click
 from msgspec import Struct
 
 from router.settings import SettingsError, load_settings
+from router.settings_values import is_loopback
 from router.terminal import is_terminal
 from router.version import embedyard_version
 
@@ -85,7 +87,7 @@ Examples:
 )
 @click.argument("url", metavar="URL")
 @click.option("--model", help="As the server calls it. Default: the first that it lists.")
-@click.option("--api-key", metavar="KEY", help="Default: API_KEY, from the environment or .env.")
+@click.option("--api-key", metavar="KEY", help="Default: API_KEY of this setup, for servers on this machine.")
 @click.option("--rate", "rates", type=click.FloatRange(0, min_open=True), multiple=True, metavar="N",
               help="Requests a second, at random moments, whether or not the server keeps up. Again for another load. "
                    "Default: 10.")  # fmt: skip
@@ -148,13 +150,18 @@ def _allow_many_connections() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
+def _own_key(url: str) -> str | None:
+    """This setup's key, for a server on this machine; somebody else's would only learn it."""
+    return load_settings().api_key if is_loopback(urlsplit(url).hostname or "") else None
+
+
 async def _measured(asked: Asked) -> "Report":
     from router.load.http_client import Target, encode
     from router.load.prepare import calls, first, with_model
     from router.load.report import Report, now
     from router.load.session import Job, measure
 
-    target = Target(asked.url, asked.model or "", asked.api_key or load_settings().api_key, asked.timeout)
+    target = Target(asked.url, asked.model or "", asked.api_key or _own_key(asked.url), asked.timeout)
     target = with_model(target)
     texts = calls(asked.texts, asked.words, asked.file)
     requests = [encode(target, call, asked.encoding_format, **asked.fields) for call in texts]

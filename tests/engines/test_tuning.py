@@ -68,7 +68,7 @@ def test_a_model_finds_its_pace_in_idle_time_and_knows_it_the_next_time(kit: Kit
     paces = Noticing(tmp_path)
     settings = LoaderSettings(paces=paces)
     engine = kit.load(kit.recipe_folder("bert-cls"), settings=settings)
-    assert found.wait(30)
+    assert found.wait(100)
     expected = embed(kit.engine("bert-cls"), ["a text", "another"])
     assert_same(embed(engine, ["a text", "another"]), expected)
     again = kit.load(kit.recipe_folder("bert-cls"), settings=LoaderSettings(paces=Paces(tmp_path)))

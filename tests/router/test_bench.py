@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 
 from engines.errors import QueueFull
 from router.cli import cli
+from router.commands.bench import _own_key
 from router.load import Phase
 from router.load.report import Measured, Report
 from router.load.screen import COLUMNS, Lines
@@ -194,3 +195,15 @@ print("heavy:", *sorted(heavy))
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
 
     assert done.stdout.splitlines()[-1] == "heavy:"
+
+
+@pytest.mark.parametrize(
+    ("url", "key"),
+    [("http://127.0.0.1:6008", "own"), ("http://localhost/v1", "own"), ("https://api.example.com", None)],
+)
+def test_the_key_of_this_setup_is_not_sent_to_other_machines(
+    own_folder: Path, monkeypatch: pytest.MonkeyPatch, url: str, key: str | None
+) -> None:
+    monkeypatch.setenv("API_KEY", "own")
+
+    assert _own_key(url) == key
