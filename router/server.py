@@ -15,6 +15,7 @@ import structlog
 import uvicorn
 from litestar import Litestar
 
+from router.connection import PatientProtocol
 from router.hangup import Hangups
 from router.reload import Reloader
 from router.yard import Yard
@@ -123,7 +124,7 @@ def run_until_told_to_stop(app: Litestar, listener: socket.socket, announce: Cal
     hangups = Hangups()
     config = uvicorn.Config(
         app,
-        http="httptools",
+        http=PatientProtocol,
         loop="auto",  # uvloop, except on Windows
         ws="none",
         lifespan="on",

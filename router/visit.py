@@ -22,6 +22,14 @@ GLANCES = PROBES | {"/admin/models", "/admin/memory", "/admin/traffic", "/dashbo
 """What a page that stays open, or a probe, asks for again and again; the log tells of it at level debug only."""
 CLIENT_LEFT = 499
 
+_GUARDS = {
+    b"x-content-type-options": b"nosniff",
+    b"content-security-policy": b"default-src 'none'; frame-ancestors 'none'",
+    b"referrer-policy": b"no-referrer",
+    b"cache-control": b"no-store",
+}
+"""Headers on every answer that does not bring its own: a browser shall not run, frame, guess at or keep our JSON."""
+
 _SANE_ID = re.compile(r"[A-Za-z0-9._:+=/-]{1,128}", re.ASCII)
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}", re.ASCII)
 
@@ -90,7 +98,10 @@ class Visit:
             own = {"x-request-id": self.request_id} | self.headers
             if self._is_last():
                 own["connection"] = "close"
-            message["headers"] = [*message["headers"], *((name.encode(), text.encode()) for name, text in own.items())]
+            given = {name for name, _ in message["headers"]}
+            guards = [guard for guard in _GUARDS.items() if guard[0] not in given]
+            own_bytes = [(name.encode(), text.encode()) for name, text in own.items()]
+            message["headers"] = [*message["headers"], *guards, *own_bytes]
         await self._send(message)
 
     def found_model(self, model_id: str) -> None:
