@@ -26,8 +26,9 @@ GUARDS = {
 }
 BODY = {"input": "a"}
 HOSTILE = (
-    "../../etc/passwd", "..%2f..%2fetc%2fpasswd", "%2e%2e/%2e%2e/etc/passwd", "%00", "mini%00", "mini%0d%0aset-cookie:%20a=b",
-    "%ff%fe", "mini%2f..%2f..", "a" * 5000, "{{7*7}}", "%3Cscript%3Ealert(1)%3C%2Fscript%3E", "C:%5Cwindows", "file:%2f%2f%2fetc",
+    "../../etc/passwd", "..%2f..%2fetc%2fpasswd", "%2e%2e/%2e%2e/etc/passwd", "mini%2f..%2f..", "file:%2f%2f%2fetc",
+    "%00", "mini%00", "%ff%fe", "mini%0d%0aset-cookie:%20a=b", "%3Cscript%3Ealert(1)%3C%2Fscript%3E", "{{7*7}}",
+    "a" * 5000, "C:%5Cwindows",
 )  # fmt: skip
 """Model ids that would reach a file, a header or a page, if ids ever reached one."""
 ROUTES = ("/v1/models/{}", "/admin/models/{}", "/m/{}/v1/embeddings", "/admin/models/{}/preload", "/dashboard/{}")
