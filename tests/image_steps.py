@@ -129,7 +129,7 @@ class Image:
 
 
 def ignored(file: Path) -> Callable[[Path], bool]:
-    """Whether .dockerignore leaves a file of the checkout out: the last pattern that fits it, or a folder above, says."""
+    """Whether .dockerignore leaves a file of the checkout out: the last pattern says that fits it or a folder above."""
     patterns = [line.strip() for line in file.read_text().splitlines() if line.strip() and line[0] != "#"]
 
     def is_ignored(path: Path) -> bool:

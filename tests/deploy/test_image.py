@@ -1,0 +1,113 @@
+"""The Dockerfile and the compose file, as the tools that read them read them; `make image-steps` builds the image."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from router.settings import VARIABLES
+from tests.deploy.proxies import DEPLOY
+from tests.image_steps import ignored, read_steps
+
+ROOT = DEPLOY.parent
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+STEPS = read_steps(DOCKERFILE)
+TOOLS = Path(sys.executable).parent
+
+
+def compose(*words: str, folder: Path = ROOT) -> dict[str, Any]:
+    """The file as Docker Compose understands it: checked against its schema, merged, with its variables filled in."""
+    done = subprocess.run(
+        [TOOLS / "docker-compose", "--file", ROOT / "docker-compose.yml", "--project-directory", folder, *words,
+         "config", "--format", "json"],
+        capture_output=True, text=True, timeout=60, check=False, env={"PATH": "/usr/bin:/bin", "HOME": str(folder)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_the_dockerfile_has_nothing_that_its_linter_would_change() -> None:
+    done = subprocess.run([TOOLS / "hadolint", ROOT / "Dockerfile"], capture_output=True, text=True, check=False)
+
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_the_image_is_what_the_last_stage_says_and_no_more() -> None:
+    last = STEPS[max(at for at, step in enumerate(STEPS) if step.instruction == "FROM") :]
+    values = {step.instruction: step.value for step in last}
+    env = next(step.value for step in last if step.instruction == "ENV")
+
+    assert values["USER"] == "10001:10001"
+    assert values["VOLUME"] == "/models"
+    assert json.loads(values["ENTRYPOINT"]) == ["embedyard"]
+    assert json.loads(values["CMD"]) == ["serve"]
+    assert "/health" in values["HEALTHCHECK"]
+    assert [step.value for step in last if step.instruction == "COPY"] == [
+        "--from=build /opt/embedyard /opt/embedyard",
+        "registry.yaml ./",
+    ]
+    assert not re.search(r"apt-get|pip|gcc", " ".join(step.value for step in last if step.instruction == "RUN"))
+    for name in re.findall(r"\b([A-Z_]+)=", env):
+        assert name in {v.name for v in VARIABLES} | {"PATH", "HOME", "HF_HOME", "PYTHONDONTWRITEBYTECODE"}
+
+
+def test_both_kinds_of_wheels_can_be_had_and_no_other() -> None:
+    install = next(step.value for step in STEPS if "torch" in step.value and step.instruction == "RUN")
+
+    for kind, status in (("cpu", 0), ("cuda", 0), ("rocm", 1)):
+        script = f'COMPUTE={kind}; python() {{ echo "$@"; }}; set -eu; {install}'
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+        assert done.returncode == status
+        assert ("--index-url https://" in done.stdout) == (status == 0)
+
+
+def test_the_context_holds_what_is_copied_and_nothing_secret() -> None:
+    is_ignored = ignored(ROOT / ".dockerignore")
+    copied = [word for step in STEPS if step.instruction == "COPY" and "--from" not in step.value
+              for word in step.value.split()[:-1]]  # fmt: skip
+
+    assert copied
+    assert [name for name in copied if is_ignored(ROOT / name)] == []
+    assert not is_ignored(ROOT / "router/dashboard/page/index.html")
+    for name in (".env", "keys.yaml", ".git", ".venv", "tests", "benchmarks", "router/__pycache__"):
+        assert is_ignored(ROOT / name), name
+
+
+@pytest.mark.parametrize("profile", ["cpu", "gpu"])
+def test_compose_serves_behind_a_door_that_is_shut(profile: str, tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("PORT=7000\nHOST=127.0.0.1\nAPI_KEY=hunter2\n")
+    (server,) = compose("--profile", profile, folder=tmp_path)["services"].values()
+    (port,) = server["ports"]
+
+    assert (port["host_ip"], port["published"], port["target"]) == ("127.0.0.1", "7000", 6008)
+    assert server["environment"]["API_KEY"] == "hunter2"
+    assert (server["environment"]["HOST"], server["environment"]["PORT"]) == ("0.0.0.0", "6008")
+    assert server["build"]["args"]["COMPUTE"] == {"cpu": "cpu", "gpu": "cuda"}[profile]
+    assert (server["read_only"], server["cap_drop"]) == (True, ["ALL"])
+    assert server["restart"] == "always"
+    assert server["stop_grace_period"] == "50s"
+    assert ("deploy" in server) == (profile == "gpu")
+
+
+def test_compose_needs_no_env_file_and_redis_comes_only_when_asked_for(tmp_path: Path) -> None:
+    assert compose("--profile", "cpu", folder=tmp_path)["services"].keys() == {"cpu"}
+    assert compose("--profile", "cpu", "--profile", "redis", folder=tmp_path)["services"].keys() == {"cpu", "redis"}
+    assert compose(folder=tmp_path).get("services", {}) == {}
+
+
+def test_a_server_is_stopped_no_sooner_than_it_may_drain() -> None:
+    """Grace, and the 15 s that router/server.py adds for threads and last bytes."""
+    compose_s = 50
+    kubernetes = (DEPLOY / "kubernetes/base/deployment.yaml").read_text()
+    kubernetes_s = int(re.findall(r"terminationGracePeriodSeconds: (\d+)", kubernetes)[0])
+    first_s = int(re.findall(r"sleep: \{seconds: (\d+)\}", kubernetes)[0])
+    systemd_s = int(re.findall(r"TimeoutStopSec=(\d+)", (DEPLOY / "systemd/embedyard.service").read_text())[0])
+
+    assert compose_s >= 45
+    assert kubernetes_s >= 45 + first_s
+    assert systemd_s >= 45
