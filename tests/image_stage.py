@@ -45,7 +45,7 @@ class Stage:
     def start(self, words: Sequence[str], more: Mapping[str, str]) -> subprocess.Popen[bytes]:
         """Start a command inside. Whoever is not root may gain nothing, as with `no-new-privileges`."""
         passed = {name: text for name, text in os.environ.items() if name.startswith(_PASSED_ON)}
-        env = [f"{name}={text}" for name, text in (passed | self.env | more).items()]
+        env = [f"{name}={text}" for name, text in {**passed, **self.env, **more}.items()]
         as_user: list[str] = []
         if self.user:
             uid, _, gid = self.user.partition(":")

@@ -27,11 +27,11 @@ def serve_live(registry: Path, **environ: str) -> Iterator[LiveServer]:
     """Serve a registry until the block ends, then stop as SIGTERM does.
 
     Args:
-        environ: settings of this server; those of the test run are not inherited.
+        environ: settings of this server; those of the test run are not inherited. Without PORT it takes a free one.
     """
     with tempfile.TemporaryDirectory() as folder, (Path(folder) / "log").open("w+") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "router", "serve", "--registry", str(registry), "--port", "0"],
+            [sys.executable, "-m", "router", "serve", "--registry", str(registry), "--port", environ.get("PORT", "0")],
             env=_environment(folder) | environ,
             stdout=subprocess.PIPE,
             stderr=log,

