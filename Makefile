@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
 .PHONY: help install install-test install-bench serve test check format bench bench-http bench-peers bench-diff gpu browser \
-        screenshots clean
+        screenshots image image-steps sbom soak clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -41,11 +41,12 @@ serve: install  ## serve registry.yaml on 127.0.0.1:6008
 test: install-test  ## the whole test suite
 	@$(BIN)/python -m pytest
 
-check: install-test  ## format, lint, types, import contracts
+check: install-test  ## format, lint, types, import contracts, known vulnerabilities
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m tests.supply_chain audit
 
 format: install-test  ## put the code into shape
 	$(BIN)/ruff format .
@@ -79,3 +80,15 @@ bench-diff: install-bench  ## is the working tree slower than the last commit?
 
 gpu: install-bench  ## parity, memory accounting and speed on a GPU
 	@$(BIN)/python -W ignore -m benchmarks.gpu
+
+image:  ## the Docker image; COMPUTE=cuda for GPUs
+	docker build --tag embedyard$(if $(COMPUTE),:$(COMPUTE)) $(if $(COMPUTE),--build-arg COMPUTE=$(COMPUTE)) .
+
+image-steps: install-test  ## the same steps without Docker, in a clean root, up to a first vector (needs root)
+	@$(BIN)/python -m tests.image_steps $(if $(TORCH_INDEX),--build-arg TORCH_INDEX=$(TORCH_INDEX))
+
+sbom: install-test  ## dist/sbom.cdx.json: everything that is shipped, with versions and licences
+	@$(BIN)/python -m tests.supply_chain sbom dist/sbom.cdx.json
+
+soak: install-test  ## twenty minutes of everything at once; SECONDS=60 for less
+	@$(BIN)/python -m benchmarks.soak $(if $(SECONDS),--seconds $(SECONDS))
