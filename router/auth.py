@@ -12,6 +12,7 @@ from litestar.connection import ASGIConnection
 from litestar.exceptions import NotAuthorizedException, PermissionDeniedException
 from litestar.handlers import BaseRouteHandler
 
+from router.foreign import why_foreign
 from router.keys import ANONYMOUS, Key, Scope, digest_of
 from router.settings import Settings
 from router.visit import visit_of
@@ -86,14 +87,24 @@ def requires(scope: Scope) -> Guard:
 
     async def guard(connection: Connection, _: BaseRouteHandler) -> None:
         began_s = time.perf_counter()
-        keyring: Keyring = connection.app.state.yard.keyring
+        yard = connection.app.state.yard
+        keyring: Keyring = yard.keyring
         key = keyring.admit(connection.headers.get("authorization"), scope)
         connection.scope["state"]["key"] = key
-        if not key.is_anonymous:
+        if key.is_anonymous:
+            _refuse_foreign_pages(connection, yard.settings)
+        else:
             visit_of(connection).found_key(key.id)
         visit_of(connection).stage("auth", began_s)
 
     return guard
+
+
+def _refuse_foreign_pages(connection: Connection, settings: Settings) -> None:
+    headers = connection.headers
+    why = why_foreign(settings, headers.get("host", ""), headers.get("origin", ""))
+    if why:
+        raise PermissionDeniedException(why)
 
 
 def key_of(connection: Connection) -> Key:

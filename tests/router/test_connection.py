@@ -21,8 +21,9 @@ from tests.router.scripted import ScriptedBackend
 from tests.server import QuietServer
 
 BODY = b'{"input": "a", "model": "mini"}'
-HEAD = b"POST /v1/embeddings HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n" % len(
-    BODY
+HEAD = (
+    b"POST /v1/embeddings HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: %d\r\n"
+    % len(BODY)
 )
 
 

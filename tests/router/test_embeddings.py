@@ -264,7 +264,7 @@ async def eventually(condition: Callable[[], bool]) -> None:
 def send_raw(url: str, body: bytes, length: int) -> socket.socket:
     """A connection on which a request was sent, and nothing read."""
     address = urlsplit(url)
-    head = f"POST {EMBED} HTTP/1.1\r\nHost: test\r\nContent-Length: {length}\r\n\r\n"
+    head = f"POST {EMBED} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n"
     connection = socket.create_connection((str(address.hostname), int(address.port or 0)))
     connection.sendall(head.encode() + body)
     return connection

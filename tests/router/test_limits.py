@@ -161,7 +161,7 @@ def test_a_failed_request_costs_no_tokens(three: Limited) -> None:
 def open_request(url: str, head: str) -> socket.socket:
     address = urlsplit(url)
     connection = socket.create_connection((str(address.hostname), int(address.port or 0)), timeout=5)
-    connection.sendall(f"POST {EMBED} HTTP/1.1\r\nHost: test\r\n{head}\r\n\r\n".encode())
+    connection.sendall(f"POST {EMBED} HTTP/1.1\r\nHost: localhost\r\n{head}\r\n\r\n".encode())
     return connection
 
 
