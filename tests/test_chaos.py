@@ -327,3 +327,30 @@ async def test_a_forward_pass_that_hangs_is_told_to_everyone_and_fails_health_un
     assert ready.status_code == 503
     for name, answer in zip(NAMES, again, strict=True):
         truths[name].check([0], answer.json()["data"])
+
+
+# ---- the hub ----
+
+
+async def test_a_hub_that_is_away_is_the_trouble_of_models_that_are_not_here_yet(
+    truths: dict[str, Truth], tmp_path: Path
+) -> None:
+    """Nobody listens where the hub was; a model that is in memory, and one whose files are here, do not notice."""
+    with LoopbackHub() as hub:
+        for name in NAMES:
+            hub.add(f"org/{name}", truths[name].folder)
+        specs = {name: specs_of({name: truths[name]}, source=f"org/{name}")[name] for name in NAMES}
+        specs |= {"absent": specs_of({NAMES[0]: truths[NAMES[0]]}, source="org/absent", model_id="absent")[NAMES[0]]}
+        config = hub_config(hub, tmp_path, timeout_s=0.4, attempts=2)
+        async with real_yard(specs, hub=config) as first:
+            assert [(await first.embed(name)).status_code for name in NAMES] == [200, 200]
+    async with real_yard(specs, hub=config) as yard:
+        absent = await yard.embed("absent")
+        here = [await yard.embed(name, truths[name].texts[:2]) for name in NAMES]
+        ready = await yard.client.get("/ready")
+
+    assert (absent.status_code, absent.json()["error"]["code"]) == (503, "model_load_failed")
+    assert "cannot be reached" in absent.json()["error"]["message"]
+    assert ready.status_code == 200
+    for name, answer in zip(NAMES, here, strict=True):
+        truths[name].check([0, 1], answer.json()["data"])

@@ -10,8 +10,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 
+from router import metrics
+from router.cli import cli
 from router.errors import TABLE
 from router.registry import parse_registry
 from router.settings import VARIABLES
@@ -99,6 +102,33 @@ def test_every_error_code_stands_in_the_readme() -> None:
     codes = {row.code for row in TABLE.values()} - {"client_closed_request"}
 
     assert sorted(code for code in codes if f"`{code}`" not in README) == []
+
+
+def test_every_command_stands_in_the_readme() -> None:
+    names = cli.list_commands(click.Context(cli))
+
+    assert "serve" in names
+    assert [name for name in names if f"embedyard {name}" not in README] == []
+
+
+NAMED = sorted(set(re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", README)))
+
+
+@pytest.mark.parametrize(("file", "name"), NAMED, ids=[name for _, name in NAMED])
+def test_a_test_that_the_readme_names_is_there(file: str, name: str) -> None:
+    assert re.search(rf"^(async )?def {name}\(", (ROOT / file).read_text(), re.MULTILINE)
+
+
+def test_the_chinese_readme_names_the_same_tests_and_settings() -> None:
+    named = sorted(set(re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", CHINESE)))
+
+    assert len(NAMED) > 15
+    assert named == NAMED
+    assert [variable.name for variable in VARIABLES if f"`{variable.name}`" not in CHINESE] == []
+    assert (
+        sorted(row.code for row in TABLE.values() if f"`{row.code}`" in README and f"`{row.code}`" not in CHINESE) == []
+    )
+    assert [metric.name for metric in metrics.ALL if f"`{metric.name}`" not in CHINESE] == []
 
 
 @pytest.mark.parametrize("language", ["console", "python", "text"])
