@@ -88,7 +88,7 @@ def visit(collector: Collector, backend: ScriptedBackend, *requests: httpx.Reque
 
 
 def embed(**headers: str) -> httpx.Request:
-    return httpx.Request("POST", f"http://any{EMBED}", json={"input": ["abc", "de"], "model": "mini"}, headers=headers)
+    return httpx.Request("POST", f"http://localhost{EMBED}", json={"input": ["abc", "de"], "model": "mini"}, headers=headers)
 
 
 def attributes(span: Span) -> dict[str, object]:
@@ -151,7 +151,7 @@ def test_a_failure_is_an_error_of_the_span(collector: Collector, backend: Script
 
 
 def test_probes_leave_no_trace(collector: Collector, backend: ScriptedBackend) -> None:
-    visit(collector, backend, httpx.Request("GET", "http://any/health"), embed())
+    visit(collector, backend, httpx.Request("GET", "http://localhost/health"), embed())
 
     assert not any("/health" in name for name in collector.spans())
 
