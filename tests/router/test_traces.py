@@ -88,7 +88,9 @@ def visit(collector: Collector, backend: ScriptedBackend, *requests: httpx.Reque
 
 
 def embed(**headers: str) -> httpx.Request:
-    return httpx.Request("POST", f"http://localhost{EMBED}", json={"input": ["abc", "de"], "model": "mini"}, headers=headers)
+    return httpx.Request(
+        "POST", f"http://localhost{EMBED}", json={"input": ["abc", "de"], "model": "mini"}, headers=headers
+    )
 
 
 def attributes(span: Span) -> dict[str, object]:
