@@ -78,7 +78,7 @@ class Crowd:
             one.result()
 
     def _ask(self, rng: random.Random) -> None:
-        with httpx.Client(base_url=self._url, timeout=30) as client:
+        with httpx.Client(base_url=self._url, timeout=100) as client:
             while not self._over.is_set():
                 name = rng.choice(list(self._truths))
                 at = rng.randrange(len(self._truths[name].texts))
