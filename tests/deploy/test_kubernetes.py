@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ KINDS = {"base": BASE, "gpu": BASE, "monitored": BASE | {"HorizontalPodAutoscale
 needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="there is no kubectl, which has kustomize")
 
 
+@cache
 def built(name: str) -> list[dict[str, Any]]:
     done = subprocess.run(
         ["kubectl", "kustomize", FOLDER / name], capture_output=True, text=True, timeout=60, check=False
