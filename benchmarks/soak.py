@@ -21,13 +21,14 @@ import msgspec
 import psutil
 from msgspec import Struct, structs
 
-from benchmarks import load, workloads
+from benchmarks import workloads
 from benchmarks.folders import resolve
-from benchmarks.http_client import Request, Target, encode
-from benchmarks.load import Outcome
 from benchmarks.machine import Watch, warn_if_busy
 from benchmarks.report import RESULTS, Report, publish
 from benchmarks.servers import Server, own, serving, write_registry
+from router import load
+from router.load import Outcome
+from router.load.http_client import Request, Target, encode
 
 HOME, VISITORS = ("one", "two"), ("three", "four")
 MODELS = HOME + VISITORS
