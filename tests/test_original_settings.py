@@ -81,7 +81,8 @@ async def test_api_key_model_path_device_and_target_dim(folder: Path) -> None:
 async def test_max_batch_size_and_max_queue_size(folder: Path) -> None:
     async with served({"MAX_BATCH_SIZE": "2", "MAX_QUEUE_SIZE": "6"}, folder) as client:
         answer = await embed(client, *"abcde")
-        crowd = await asyncio.gather(*(embed(client, *"abcde") for _ in range(20)))
+        crowds = [[f"{number} {letter} " + "word " * 200 for letter in "abcde"] for number in range(40)]
+        crowd = await asyncio.gather(*(embed(client, *texts) for texts in crowds))
         count = Exposition((await client.get("/metrics")).text)
     largest = count("embedyard_batch_texts_bucket", le="2.0", model="my-model")
     batches = count("embedyard_batch_texts_count", model="my-model")
