@@ -118,28 +118,29 @@ class Admission:
         self._make_room(NOTHING, None, self.state.budget_bytes, is_overdue=is_overdue)
 
     def _serve_claims(self) -> None:
-        """Oldest first. Four cases:
+        """Oldest first. Five cases:
 
         1. a claim that can never fit beside the pinned models is refused, whatever its place;
         2. while a model loads, nobody else starts: its true size is not known yet;
-        3. the oldest claim makes room for itself;
-        4. a younger one passes when it fits now and delays no older one.
+        3. a claim that other processes keep out, whoever of ours left, waits for them, and nobody waits for it;
+        4. the oldest of the rest makes room for itself;
+        5. a younger one passes when it fits now and delays no older one.
         """
+        immovable, limit = self._immovable(), self.state.limit_bytes()
         for slot in self.state.claims():
-            if never_fits(slot.need or NOTHING, self._immovable(), self.state.budget_bytes):
+            if never_fits(slot.need or NOTHING, immovable, self.state.budget_bytes):
                 self._refuse(slot)  # (1)
-        claims = self.state.claims()
+        claims = [slot for slot in self.state.claims() if missing_bytes(immovable, self.need(slot), limit) == 0]  # (3)
         if not claims or self.state.in_state("loading", "warming"):  # (2)
             return
         head = claims[0]
-        limit = self.state.limit_bytes()
         is_overdue = self.state.now_s >= head.claimed_at_s + self.state.rules.patience_s
         if self._make_room(self.need(head), head, limit, is_overdue=is_overdue):
-            self._admit(head)  # (3)
+            self._admit(head)  # (4)
             return
         passing = next((slot for at, slot in enumerate(claims) if at and self._may_pass(slot, claims[:at])), None)
         if passing is not None:
-            self._admit(passing)  # (4)
+            self._admit(passing)  # (5)
 
     def _make_room(self, need: Need, claimant: Slot | None, limit: int, *, is_overdue: bool) -> bool:
         """Whether `need` fits now; if not, sees to it that it will. Five cases:
@@ -159,6 +160,9 @@ class Admission:
         victims = choose_victims(staying, self._candidates(even_leased=False), need, limit)  # (3)
         if victims is None and is_overdue:
             victims = choose_victims(staying, self._candidates(even_leased=True), need, limit)  # (4)
+        if victims and claimant is not None and self.state.now_s >= self.state.ceiling_until_s:
+            self._read()  # others may have taken the device meanwhile, and then these would leave in vain
+            return False
         missing = missing_bytes(staying, need, limit)
         for victim in victims or ():  # (5)
             self._evict(victim, claimant, need, missing)
@@ -192,9 +196,7 @@ class Admission:
     def _admit(self, slot: Slot) -> None:
         """The device is read before each load: other processes use it too. The answer comes back as an event."""
         if not self.is_fresh:
-            if not self._is_reading:
-                self._is_reading = True
-                self.state.effects.append(ReadMemory())
+            self._read()
             return
         if slot.files is None:
             raise RuntimeError(f"bug: {slot.model_id} waits for space without files")
@@ -202,6 +204,12 @@ class Admission:
         self.state.move(slot, "loading", f"{format_bytes(need.total_bytes)} admitted")
         slot.charge, slot.load_began_at_s = need, self.state.now_s
         self.state.start(slot, StartLoad(slot.slot_id, slot.spec, slot.files, need))
+
+    def _read(self) -> None:
+        """Have the device read, once for everyone who wants to know."""
+        if not self._is_reading:
+            self._is_reading = True
+            self.state.effects.append(ReadMemory())
 
     def _refuse(self, slot: Slot) -> None:
         """Waiting would not help; an operator's word would."""

@@ -180,8 +180,11 @@ class PoolCore:
             slot.leaving_cause = EVICTED  # (5)
 
     def _undo_evict(self, slot: Slot) -> None:
-        """The last operator gave up: what still drains for them alone serves again."""
+        """The last operator gave up: what still drains for them alone serves again, unless the host shuts down."""
         if slot.evictors or slot.leaving_cause != EVICTED:
+            return
+        if self.state.is_draining:
+            slot.leaving_cause = SHUTDOWN
             return
         slot.leaving_cause = None
         if slot.state == "draining":

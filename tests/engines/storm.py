@@ -200,6 +200,7 @@ class Storm:
         require(not self.evictors, f"an operator waits for ever: {self.core!r}")
         for view in self.views.values():
             require(view.state in ("absent", "cold", "ready", "failed"), f"{view.model_id} is stuck in {view.state}")
+            require(not self.is_draining or view.state != "ready", f"{view.model_id} outlives the shutdown")
         for slot in self.core.state.slots.values():
             require(slot.claim is None, f"{slot.model_id} still claims memory: a load was lost")
 
@@ -348,12 +349,18 @@ class Storm:
         view.charge = effect.need
         require(self.used() <= self.limit, f"loading {view.model_id} takes {self.used()} of {self.limit} bytes")
         mine = self.since.pop(effect.slot_id)
-        older = [slot_id for slot_id, claim in self.since.items() if claim < mine]
+        older = [slot_id for slot_id, claim in self.since.items() if claim < mine and self._can_be_had(slot_id)]
         if older:
             first_s = min(self.core.state.slots[slot_id].claimed_at_s for slot_id in older)
             stay = [v.charge for v in self.views.values() if v.charge and v.load_began_at_s >= first_s]
             needs = [self.core.admission.need(self.core.state.slots[slot_id]) for slot_id in older]
             require(together([*stay, *needs]) <= self.limit, f"{view.model_id} takes memory that an older claim needs")
+
+    def _can_be_had(self, slot_id: int) -> bool:
+        """Whether a claim would fit if all left that may; others who use the device can keep it out for long."""
+        slots = self.core.state.slots
+        pinned = [v.charge for at, v in self.views.items() if v.charge and v.state == "ready" and slots[at].is_pinned]
+        return together([*pinned, self.core.admission.need(slots[slot_id])]) <= self.limit
 
     def _check(self) -> None:
         state = self.core.state
@@ -377,6 +384,8 @@ class Storm:
         stay = [v.charge for v in self.views.values() if v.charge and v.state not in ("draining", "unloading")]
         need = self.core.admission.need(self.core.state.current[claimant])
         require(together([*stay, need]) <= self.limit, f"{slot_id} left for {claimant}, which still does not fit")
+        is_known = self.now_s < self.read_at_s + RULES.reading_s
+        require(is_known, f"{slot_id} left for {claimant}, and nobody had looked whether that is enough")
 
     # ---- small things ----
 
@@ -433,12 +442,19 @@ def random_truth(random: Random) -> dict[str, Need]:
 
 
 def random_storm(seed: int, make: Callable[..., PoolCore] = PoolCore, num_steps: int = 60) -> Storm:
-    """Anything that may happen, in any order, then rest."""
+    """Anything that may happen, in any order, then rest. Every other host shuts down in the middle, or at the end."""
     random = Random(seed)
     specs = random_specs(random)
     storm = Storm(specs, random_truth(random), make)
-    for _ in range(num_steps):
+    shuts_down_at = random.choice((None, None, num_steps, random.randrange(num_steps)))
+    for at in range(num_steps):
+        if at == shuts_down_at:
+            storm.drain()
         random_step(storm, random)
+    if shuts_down_at == num_steps:
+        storm.drain()
+    for evictor in [evictor for evictor in storm.evictors if random.random() < 0.5]:
+        storm.cancel(evictor)
     storm.settle()
     return storm
 
@@ -459,7 +475,8 @@ def random_step(storm: Storm, random: Random) -> None:
     elif roll < 0.88:
         storm.advance(random.choice((0.01, 0.3, 2.0, 6.0, 40.0)))
     elif roll < 0.94:
-        storm.cancel(random.choice([*storm.waiting, *storm.leases, *storm.evictors, 0]))
+        few = storm.evictors if random.random() < 0.5 else []  # operators are rare, and give up as others do
+        storm.cancel(random.choice(few or [*storm.waiting, *storm.leases, *storm.evictors, 0]))
     else:
         operator_step(storm, random, random.choice(models))
 
@@ -473,10 +490,8 @@ def operator_step(storm: Storm, random: Random, model_id: str) -> None:
         storm.evict(model_id, force=random.random() < 0.5)
     elif roll < 0.8:
         storm.reload(random_specs(random))
-    elif roll < 0.97:
+    else:
         storm.stray(random.choice(list(storm.views)))
-    elif not storm.is_draining:
-        storm.drain()
 
 
 def a_folder() -> ModelFiles:

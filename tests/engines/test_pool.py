@@ -213,6 +213,7 @@ def test_a_busy_model_drains_for_an_overdue_claim_and_new_requests_wait_their_tu
     waiting = pool.acquire("b")
     pool.finish_all()
     pool.advance(5)
+    pool.finish_all()
 
     late = pool.acquire("a")
 
@@ -266,6 +267,7 @@ def test_a_slow_load_earns_a_longer_residency() -> None:
     pool.advance(59)
     assert pool.state("a") == "ready"
     pool.advance(1)
+    pool.finish(0)
 
     assert pool.state("a") == "unloading"
 
@@ -297,6 +299,7 @@ def test_bytes_are_credited_only_when_the_unload_is_done() -> None:
     pool = Pool(a=600, b=600)
     pool.rest("a")
     pool.acquire("b")
+    pool.finish(0)
     pool.finish(0)
     assert pool.state("a") == "unloading"
 
@@ -433,6 +436,44 @@ def test_others_using_the_device_keep_a_model_out_until_they_leave() -> None:
     pool.advance(1)
     pool.finish_all()
 
+    assert waiter_id in pool.leases
+
+
+def test_a_claim_that_others_keep_out_does_not_hold_up_those_that_fit() -> None:
+    """Another process has most of the device: the oldest claim cannot be had, whoever leaves, and waits for its end."""
+    pool = Pool(a=800, b=100)
+    large = pool.acquire("a")
+    pool.finish(0)
+    pool.finish(0, ceiling=300)
+    small = pool.acquire("b")
+    pool.finish(0)
+
+    for _ in range(3):
+        pool.advance(1)
+        while pool.work:
+            pool.finish(0, ceiling=300)
+
+    assert small in pool.leases
+    assert (pool.state("a"), large in pool.waiting) == ("waiting_space", True)
+    pool.release(small)
+    pool.settle()
+    assert pool.count(StartLoad) == 2
+
+
+def test_nobody_leaves_for_a_claim_that_others_keep_out() -> None:
+    pool = Pool(a=300, b=800)
+    pool.rest("a")
+    waiter_id = pool.acquire("b")
+    for _ in range(3):
+        pool.advance(1)
+        while pool.work:
+            pool.finish(0, ceiling=600)
+    assert pool.state("a") == "ready"
+
+    pool.advance(1)
+    pool.finish_all()
+
+    assert pool.state("a") == "cold"
     assert waiter_id in pool.leases
 
 
@@ -754,6 +795,25 @@ def test_an_operator_who_gives_up_leaves_the_model_serving() -> None:
 
     assert pool.state("a") == "ready"
     assert waiter_id in pool.leases
+
+
+@pytest.mark.parametrize("is_shutdown_first", [True, False])
+@pytest.mark.parametrize("is_ready", [True, False])
+def test_an_operator_who_gives_up_during_the_shutdown_does_not_hold_it(is_shutdown_first: bool, is_ready: bool) -> None:
+    pool = Pool(a=100)
+    pool.acquire("a")
+    for _ in range(4 if is_ready else 3):
+        pool.finish(0)
+    if is_shutdown_first:
+        pool.drain()
+    evictor = pool.evict("a")
+    if not is_shutdown_first:
+        pool.drain()
+
+    pool.cancel(evictor)
+    pool.settle()
+
+    assert pool.state("a") == "cold"
 
 
 def test_a_pinned_model_leaves_only_when_forced() -> None:

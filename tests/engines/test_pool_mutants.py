@@ -9,7 +9,7 @@ from engines.errors import ModelLoading
 from engines.eviction import can_be_victim, victim_order
 from engines.pool import PoolCore
 from engines.pool_effects import Fail, StartLoad
-from engines.pool_events import Acquire, Cancel
+from engines.pool_events import Acquire, BudgetChanged, Cancel
 from engines.pool_moments import moments
 from engines.pool_outcomes import Outcomes
 from engines.pool_state import PoolState
@@ -181,6 +181,29 @@ def the_reading_of_the_device_is_ignored(patch: Patch) -> None:
     patch.setattr(PoolState, "limit_bytes", lambda self: self.budget_bytes)
 
 
+def victims_leave_on_an_old_reading(patch: Patch) -> None:
+    """Nobody looks at the device before models leave for a claim."""
+    changed = PoolCore._budget_changed
+
+    def mutant(self: PoolCore, event: BudgetChanged) -> None:
+        changed(self, event)
+        self.state.ceiling_until_s += 1e6
+
+    patch.setattr(PoolCore, "_budget_changed", mutant)
+
+
+def a_shutdown_is_undone_by_an_operator_who_gives_up(patch: Patch) -> None:
+    """What drained for an eviction serves again, although the host shuts down."""
+    undo = PoolCore._undo_evict
+
+    def mutant(self: PoolCore, slot: Slot) -> None:
+        was, self.state.is_draining = self.state.is_draining, False
+        undo(self, slot)
+        self.state.is_draining = was
+
+    patch.setattr(PoolCore, "_undo_evict", mutant)
+
+
 def the_largest_workspace_is_not_reserved(patch: Patch) -> None:
     """Weights fill the budget to the brim."""
 
@@ -207,6 +230,8 @@ MUTANTS: tuple[Callable[[Patch], None], ...] = (
     both_outcomes_for_an_impatient_waiter,
     a_deficit_is_forgotten,
     the_reading_of_the_device_is_ignored,
+    victims_leave_on_an_old_reading,
+    a_shutdown_is_undone_by_an_operator_who_gives_up,
     the_largest_workspace_is_not_reserved,
 )
 

@@ -67,6 +67,12 @@ class PoolMachine(RuleBasedStateMachine):
     def reload(self, seed: int) -> None:
         self.storm.reload(random_specs(Random(seed)))
 
+    @precondition(lambda self: not self.storm.is_draining)
+    @rule(is_time=st.integers(0, 9))
+    def shut_down(self, is_time: int) -> None:
+        if is_time == 0:  # rarely, or little else would be tried
+            self.storm.drain()
+
     def teardown(self) -> None:
         if hasattr(self, "storm"):
             self.storm.settle()
