@@ -27,6 +27,7 @@ def is_same_engine(old: ModelSpec, new: ModelSpec) -> bool:
         description=old.description,
         license=old.license,
         token_encoding=old.token_encoding,
+        calibration=old.calibration,
     )
 
 

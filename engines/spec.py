@@ -37,6 +37,20 @@ class Matryoshka(Struct, frozen=True, kw_only=True):
         return ", ".join(map(str, sorted({*self.widths, native})))
 
 
+class Calibration(Struct, frozen=True, kw_only=True):
+    """The range of each component of a model's vectors, over texts like those to come: what int8 codes divide evenly.
+
+    One number a component of the full width, or one number in all that stands for each of them at any width.
+    """
+
+    lowest: tuple[float, ...]
+    highest: tuple[float, ...]
+
+    def covers(self, width: int) -> bool:
+        """Whether it says what vectors of `width` components need."""
+        return {len(self.lowest), len(self.highest)} <= {1, width}
+
+
 class ModelSpec(Struct, frozen=True, kw_only=True):
     """One model of the registry, defaults applied. `None` means: what the model's own files say.
 
@@ -66,3 +80,4 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
     license: str = ""
     token_encoding: Literal["cl100k_base"] | None = None
     cache_bytes: int = 0
+    calibration: Calibration | None = None

@@ -11,10 +11,12 @@ from msgspec import Struct, structs
 
 from engines.errors import InvalidRequest
 from engines.records import Embeddings
+from engines.spec import Calibration
 from router.access import resolve
 from router.decode import embed_call
 from router.limits import ticket_of
 from router.middleware import while_client_stays
+from router.quantize import check_ranges
 from router.schema import EmbeddingRequest
 from router.token_encoding import decode_token_ids
 from router.visit import visit_of
@@ -24,10 +26,11 @@ log = structlog.get_logger()
 
 
 class Answer(Struct, frozen=True):
-    """The vectors, and the id of the model that computed them, also when an alias was asked."""
+    """The vectors, the id of the model that computed them, also when an alias was asked, and its calibration."""
 
     model_id: str
     embeddings: Embeddings
+    calibration: Calibration | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -52,6 +55,7 @@ async def embed(request: Request[Any, Any, Any], yard: Yard, wanted: EmbeddingRe
     """
     spec = resolve(request, yard.registry, wanted.model)
     call = embed_call(wanted, spec.model_id, load_timeout_s=yard.settings.load_timeout_s)
+    check_ranges(spec, (wanted.output_dtype,), call.num_items, wanted.normalize)
     if call.token_ids and spec.token_encoding is not None:
         texts = await decode_token_ids(spec.token_encoding, call.token_ids)
         call = structs.replace(call, texts=texts, token_ids=())
@@ -62,7 +66,7 @@ async def embed(request: Request[Any, Any, Any], yard: Yard, wanted: EmbeddingRe
     await ticket_of(request).charge(sum(embeddings.token_counts))
     if embeddings.truncated:
         log.warning("inputs.truncated", inputs=call.num_items, truncated=len(embeddings.truncated))
-    return Answer(spec.model_id, embeddings)
+    return Answer(spec.model_id, embeddings, spec.calibration)
 
 
 @contextmanager

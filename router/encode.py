@@ -10,13 +10,12 @@ from collections.abc import Iterator
 import msgspec
 import numpy as np
 import orjson
-from numpy.typing import NDArray
+from msgspec import Struct
 
-from engines.errors import InvalidValue
 from engines.records import Embeddings
+from engines.spec import Calibration
+from router.quantize import Matrix, quantize
 from router.schema import EncodingFormat, OutputDtype, Usage
-
-Matrix = NDArray[np.float32] | NDArray[np.int8] | NDArray[np.uint8]
 
 _PIECE_COMPONENTS = 2**15
 """One encoder call: about 1.2 ms as numbers, 0.2 ms as base64."""
@@ -25,78 +24,58 @@ _INLINE_COMPONENTS: dict[EncodingFormat, int] = {"float": 2**15, "base64": 2**18
 2,048 × 1,024 numbers would stop it for 140 ms."""
 
 
-async def encode_answer(embeddings: Embeddings, model_id: str, encoding: EncodingFormat, dtype: OutputDtype) -> bytes:
+class Form(Struct, frozen=True, kw_only=True):
+    """How vectors are written. `calibration`: the ranges of int8 and uint8; None: those of the vectors themselves."""
+
+    encoding: EncodingFormat = "float"
+    dtype: OutputDtype = "float"
+    calibration: Calibration | None = None
+
+
+FLOATS = Form()
+
+
+async def encode_answer(embeddings: Embeddings, model_id: str, form: Form) -> bytes:
     """The JSON body of `POST /v1/embeddings`.
 
     Raises:
-        InvalidValue: int8 or uint8 for a single vector.
+        InvalidValue: the calibration is of another width.
     """
-    matrix = embeddings.array()
-    if matrix.size <= _INLINE_COMPONENTS[encoding]:
-        return _encode(embeddings, model_id, encoding, dtype)
-    return await asyncio.to_thread(_encode, embeddings, model_id, encoding, dtype)
+    if embeddings.array().size <= _INLINE_COMPONENTS[form.encoding]:
+        return _encode(embeddings, model_id, form)
+    return await asyncio.to_thread(_encode, embeddings, model_id, form)
 
 
-def _encode(embeddings: Embeddings, model_id: str, encoding: EncodingFormat, dtype: OutputDtype) -> bytes:
-    matrix = quantize(embeddings.array(), dtype)
+def _encode(embeddings: Embeddings, model_id: str, form: Form) -> bytes:
+    matrix = quantize(embeddings.array(), form.dtype, form.calibration)
     tokens = sum(embeddings.token_counts)
     tail = msgspec.json.encode({"model": model_id, "usage": Usage(prompt_tokens=tokens, total_tokens=tokens)})
     parts = [b'{"object":"list","data":[']
-    for piece in _numbers(matrix) if encoding == "float" else _base64(matrix):
+    for piece in _numbers(matrix) if form.encoding == "float" else _base64(matrix):
         parts += piece[1:-1], b","
     parts[-1] = b"],"
     return b"".join([*parts, tail[1:]])
 
 
-async def encode_rows(
-    embeddings: Embeddings, dtype: OutputDtype = "float", encoding: EncodingFormat = "float"
-) -> bytes:
+async def encode_rows(embeddings: Embeddings, form: Form = FLOATS) -> bytes:
     """The vectors as a JSON array: of arrays of numbers, or of base64 strings.
 
     Raises:
-        InvalidValue: int8 or uint8 for a single vector.
+        InvalidValue: the calibration is of another width.
     """
-    if embeddings.array().size <= _INLINE_COMPONENTS[encoding]:
-        return _encode_rows(embeddings, dtype, encoding)
-    return await asyncio.to_thread(_encode_rows, embeddings, dtype, encoding)
+    if embeddings.array().size <= _INLINE_COMPONENTS[form.encoding]:
+        return _encode_rows(embeddings, form)
+    return await asyncio.to_thread(_encode_rows, embeddings, form)
 
 
-def _encode_rows(embeddings: Embeddings, dtype: OutputDtype, encoding: EncodingFormat) -> bytes:
-    matrix = quantize(embeddings.array(), dtype)
+def _encode_rows(embeddings: Embeddings, form: Form) -> bytes:
+    matrix = quantize(embeddings.array(), form.dtype, form.calibration)
     pieces = (matrix[piece.start : piece.stop] for piece in _pieces(matrix))
-    if encoding == "float":
+    if form.encoding == "float":
         parts = [orjson.dumps(piece, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1] for piece in pieces]
     else:
         parts = [msgspec.json.encode([row.tobytes() for row in piece])[1:-1] for piece in pieces]
     return b"[" + b",".join(parts) + b"]"
-
-
-def quantize(vectors: NDArray[np.float32], dtype: OutputDtype) -> Matrix:
-    """`vectors`, `[n, width]`, as sentence-transformers' `quantize_embeddings` has it, with the batch's own ranges.
-
-    int8, uint8: each component's range over the batch is cut into 256 steps. binary, ubinary: one bit a component
-    (is it positive), eight to a byte, the last byte filled with zeros: `[n, ceil(width / 8)]`.
-
-    Raises:
-        InvalidValue: int8 or uint8 for a single vector, whose ranges would be points.
-    """
-    if dtype == "float":
-        return vectors
-    if dtype in ("binary", "ubinary"):
-        bits = np.packbits(vectors > 0, axis=-1)
-        signed: NDArray[np.int8] = np.bitwise_xor(bits, 0x80).view(np.int8)
-        return bits if dtype == "ubinary" else signed
-    if len(vectors) < 2:
-        raise InvalidValue(
-            f"output_dtype {dtype} takes its ranges from the vectors of the request: 1 input was sent, at least 2 are "
-            "needed; ask for binary or ubinary, or quantise float vectors with ranges of your own",
-            param="output_dtype",
-        )
-    starts = vectors.min(axis=0)
-    steps = (vectors.max(axis=0) - starts) / 255
-    steps[steps == 0] = 1
-    codes: NDArray[np.float32] = np.clip(np.floor((vectors - starts) / steps), 0, 255)
-    return codes.astype(np.uint8) if dtype == "uint8" else (codes - 128).astype(np.int8)
 
 
 def _pieces(matrix: Matrix) -> Iterator[range]:

@@ -44,6 +44,7 @@ Prompt = Annotated[str, _read_by(values.prompt)]
 Template = Annotated[str, _read_by(values.template)]
 Count = Annotated[int, Meta(ge=1)]
 Widths = Annotated[list[Count], Meta(min_length=1)]
+Bounds = int | float | Annotated[list[int | float], Meta(min_length=1)]
 Poolings = Annotated[list[PoolingName], Meta(min_length=1)]
 
 
@@ -59,6 +60,13 @@ class MatryoshkaRule(Struct, forbid_unknown_fields=True, kw_only=True):
     min: Count | UnsetType = UNSET
     widths: Widths | UnsetType = UNSET
     layer_norm: bool | UnsetType = UNSET
+
+
+class CalibrationRule(Struct, forbid_unknown_fields=True, kw_only=True):
+    """The range of each component of the vectors."""
+
+    lowest: Bounds
+    highest: Bounds
 
 
 class Defaults(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -92,6 +100,7 @@ class Entry(Defaults, forbid_unknown_fields=True, kw_only=True):
     description: str | UnsetType = UNSET
     license: str | UnsetType = UNSET
     token_encoding: Literal["cl100k_base"] | UnsetType = UNSET
+    calibration: CalibrationRule | UnsetType = UNSET
 
 
 class RegistryFile(Struct, forbid_unknown_fields=True, kw_only=True):

@@ -5,11 +5,15 @@ right kind and pass over the rest.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from operator import gt
 from typing import Any
 
 from router.registry_values import is_commit, is_hub_id
 from router.yaml_document import Document, KeyPath
 from router.yaml_shape import nearest
+
+_LARGEST = 1e30
+"""No component of a vector is so large, and float32 ends not far above."""
 
 Rule = Callable[[Document, Mapping[str, Any], KeyPath], None]
 
@@ -95,9 +99,30 @@ def _matryoshka_is_one_of_two(document: Document, entry: Mapping[str, Any], path
         document.add((*path, "matryoshka"), "needs either min (every width from there) or widths (a list)")
 
 
+def _calibration_is_a_range(document: Document, entry: Mapping[str, Any], path: KeyPath) -> None:
+    rule = entry.get("calibration")
+    lowest, highest = (_bounds(rule.get(key)) if isinstance(rule, dict) else None for key in ("lowest", "highest"))
+    if lowest is None or highest is None:
+        return
+    path, width = (*path, "calibration"), max(len(lowest), len(highest))
+    if not all(abs(number) < _LARGEST for number in (*lowest, *highest)):
+        document.add(path, "needs numbers that are components of vectors: finite, and not huge")
+    elif not {len(lowest), len(highest)} <= {1, width}:
+        document.add(path, f"lowest has {len(lowest)} numbers and highest {len(highest)}: both need one a component")
+    elif any(map(gt, lowest * (width // len(lowest)), highest * (width // len(highest)))):
+        document.add(path, "lowest must not be above highest in any component")
+
+
+def _bounds(value: object) -> list[Any] | None:
+    """The numbers of one side; None where something else stands there, of which the shape tells."""
+    values: list[Any] = value if isinstance(value, list) else [value]
+    return values if values and all(type(number) in (int, float) for number in values) else None
+
+
 _ENTRY_RULES: tuple[Rule, ...] = (
     _remote_code_is_pinned,
     _revision_is_of_the_hub,
     _default_prompt_exists,
     _matryoshka_is_one_of_two,
+    _calibration_is_a_range,
 )

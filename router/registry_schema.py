@@ -47,6 +47,10 @@ MEANINGS = {
     "min": "Every width from here to the full one is allowed.",
     "widths": "These widths are allowed besides the full one.",
     "layer_norm": "A layer norm over the full width comes before the cut (nomic-embed-text-v1.5). Default: false.",
+    "calibration": "Ranges of the vectors' components, so that output_dtype int8 and uint8 mean the same in every "
+    "request, also of one text. `embedyard calibrate` prints them. Left out: each request's own ranges.",
+    "lowest": "The smallest value of each component: a list as long as a vector, or one number for all of them.",
+    "highest": "The largest value of each component: a list as long as a vector, or one number for all of them.",
     "description": "One line that helps to choose: languages, width, size, context.",
     "license": "SPDX name, or the vendor's.",
     "token_encoding": "Token ids in requests are of this encoding, not the model's own, and are decoded by tiktoken "

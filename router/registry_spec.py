@@ -4,8 +4,8 @@ from typing import Any
 
 from msgspec import UNSET, Struct, UnsetType, structs
 
-from engines.spec import Matryoshka, ModelSpec
-from router.registry_file import Defaults, Entry, MatryoshkaRule
+from engines.spec import Calibration, Matryoshka, ModelSpec
+from router.registry_file import Bounds, CalibrationRule, Defaults, Entry, MatryoshkaRule
 from router.units import parse_cache_bytes, parse_keep_alive_s
 
 _POOLING_MODES = {"mean_sqrt_len": "mean_sqrt_len_tokens", "last_token": "lasttoken"}
@@ -26,6 +26,8 @@ def to_spec(entry: Entry, defaults: Defaults | UnsetType) -> ModelSpec:
         given["pooling"] = tuple(_POOLING_MODES.get(mode, mode) for mode in modes)
     if "matryoshka" in given:
         given["matryoshka"] = _to_matryoshka(given["matryoshka"])
+    if "calibration" in given:
+        given["calibration"] = _to_calibration(given["calibration"])
     return ModelSpec(**given)
 
 
@@ -33,6 +35,14 @@ def _to_matryoshka(rule: list[int] | MatryoshkaRule) -> Matryoshka:
     if isinstance(rule, list):
         return Matryoshka(widths=tuple(rule))
     return Matryoshka(widths=tuple(rule.widths or ()), minimum=rule.min or None, layer_norm=rule.layer_norm or False)
+
+
+def _to_calibration(rule: CalibrationRule) -> Calibration:
+    return Calibration(lowest=_numbers(rule.lowest), highest=_numbers(rule.highest))
+
+
+def _numbers(bounds: Bounds) -> tuple[float, ...]:
+    return tuple(map(float, bounds)) if isinstance(bounds, list) else (float(bounds),)
 
 
 def _given(struct: Struct) -> dict[str, Any]:

@@ -72,7 +72,8 @@ class EmbeddingRequest(Struct, frozen=True, kw_only=True):
         OutputDtype | None,
         Meta(
             description="Quantisation as sentence-transformers defines it. `int8` and `uint8` take their ranges from "
-            "the vectors of this request, so they need at least two inputs."
+            "the model's calibration in the registry; without one from the vectors of this request, of which there "
+            "must be two at least."
         ),
     ] = None
     keep_alive: Annotated[

@@ -78,7 +78,10 @@ class CohereRequest(Struct, frozen=True, kw_only=True):
     ] = None
     embedding_types: Annotated[
         list[CohereType] | None,
-        Meta(description="`float` by default. `int8` and `uint8` need at least two texts; `base64` is of float32."),
+        Meta(
+            description="`float` by default; `base64` is of float32. `int8` and `uint8` need a calibrated model, or at "
+            "least two texts."
+        ),
     ] = None
     truncate: Annotated[
         Literal["NONE", "START", "END"] | None,

@@ -117,6 +117,8 @@ def _wanted(kind: mi.Type) -> str:
             return " or ".join(map(_wanted, kind.types))
         case mi.IntType():
             return "a whole number" if kind.ge is None else f"a whole number, {kind.ge} or more"
+        case mi.FloatType():
+            return "a number"
         case mi.ListType():
             return "a list" if kind.min_length is None else f"a list of at least {kind.min_length}"
         case mi.StructType():

@@ -13,7 +13,7 @@ from engines.spec import ModelSpec
 from router.auth import requires
 from router.decode import StrictRequest
 from router.embedding import embed
-from router.encode import encode_answer
+from router.encode import Form, encode_answer
 from router.limits import RATE_HEADERS, at_the_door
 from router.openapi import BEARER, EMBEDDING, failures
 from router.schema import EmbeddingRequest, EmbeddingResponse
@@ -89,7 +89,10 @@ class PathController(Controller):
 
 async def _answer(request: Request[Any, Any, Any], yard: Yard, wanted: EmbeddingRequest) -> Response[bytes]:
     answer = await embed(request, yard, wanted)
-    body = await encode_answer(
-        answer.embeddings, answer.model_id, wanted.encoding_format or "float", wanted.output_dtype or "float"
+    form = Form(
+        encoding=wanted.encoding_format or "float",
+        dtype=wanted.output_dtype or "float",
+        calibration=answer.calibration,
     )
+    body = await encode_answer(answer.embeddings, answer.model_id, form)
     return Response(body, media_type=MediaType.JSON, headers=answer.headers)

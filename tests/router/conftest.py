@@ -7,17 +7,21 @@ import pytest
 from litestar import Litestar
 from msgspec import Struct
 
-from engines.spec import Matryoshka, ModelSpec
+from engines.spec import Calibration, Matryoshka, ModelSpec
 from router.app import create_app
 from router.registry import Registry
 from router.settings import Settings
-from tests.router.scripted import ScriptedBackend
+from tests.router.scripted import WIDTH, ScriptedBackend
 from tests.server import serving_in_thread
 
 REGISTRY = Registry(
     models={
         "mini": ModelSpec(model_id="mini", source="org/mini", matryoshka=Matryoshka(widths=(4,))),
-        "BAAI/bge-m3": ModelSpec(model_id="BAAI/bge-m3", source="/secret/place/bge-m3"),
+        "BAAI/bge-m3": ModelSpec(
+            model_id="BAAI/bge-m3",
+            source="/secret/place/bge-m3",
+            calibration=Calibration(lowest=(-0.5,) * WIDTH, highest=(0.5,)),
+        ),
         "cold": ModelSpec(model_id="cold", source="org/cold", prompts={"query": "q: "}, max_tokens=77, revision="v1"),
     },
     aliases={"text-embedding-3-small": "mini", "org/deep/alias": "BAAI/bge-m3"},

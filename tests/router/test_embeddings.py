@@ -19,6 +19,7 @@ from structlog.testing import capture_logs
 from engines import errors as engine
 from tests.router.conftest import Served
 from tests.router.scripted import WIDTH, ScriptedBackend, vector
+from tests.router.test_errors import assert_envelope
 from tests.server import serving
 
 EMBED = "/v1/embeddings"
@@ -138,6 +139,36 @@ def test_quantised_vectors_are_whole_numbers_or_their_bytes(served: Served, dtyp
         assert len(number["embedding"]) == width
         assert all(type(component) is int for component in number["embedding"])
         assert np.frombuffer(base64.b64decode(code["embedding"]), kind).tolist() == number["embedding"]
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8"])
+def test_codes_of_a_calibrated_model_mean_the_same_in_every_request(served: Served, dtype: str) -> None:
+    body = {"model": "BAAI/bge-m3", "output_dtype": dtype}
+    alone = served.client.post(EMBED, json=body | {"input": "two"}).json()["data"]
+    among = served.client.post(EMBED, json=body | {"input": ["one", "two", "three"]}).json()["data"]
+    own_ranges = served.client.post(EMBED, json=body | {"model": "mini", "input": ["one", "two"]}).json()["data"]
+
+    assert alone[0]["embedding"] == among[1]["embedding"] != own_ranges[1]["embedding"]
+    zero = 0 if dtype == "int8" else 128
+    assert [code >= zero for code in alone[0]["embedding"]] == [component >= 0 for component in vector("two")]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words", "is_work_done"),
+    [
+        ({"normalize": False}, "vectors with normalize true", False),
+        ({"dimensions": 4}, "calibrated for vectors of 8 components, and these have 4", True),
+    ],
+)
+def test_a_calibration_is_of_one_kind_of_vectors(
+    served: Served, fields: dict[str, object], words: str, is_work_done: bool
+) -> None:
+    body = {"model": "BAAI/bge-m3", "input": ["a", "b"], "output_dtype": "int8", **fields}
+    answer = served.client.post(EMBED, json=body)
+
+    assert_envelope(answer, 400, "invalid_value", "output_dtype")
+    assert words in answer.json()["error"]["message"]
+    assert bool(served.backend.calls) == is_work_done
 
 
 def test_headers_say_where_the_time_went_and_what_was_cut(served: Served) -> None:

@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 
 from engines.errors import InvalidValue
 from engines.records import Embeddings
-from router.encode import encode_answer, quantize
+from engines.spec import Calibration, ModelSpec
+from router.encode import Form, encode_answer
+from router.quantize import check_ranges, quantize
 from router.schema import EncodingFormat, OutputDtype
 
 DTYPES: tuple[OutputDtype, ...] = ("int8", "uint8", "binary", "ubinary")
@@ -41,7 +43,7 @@ def embeddings(vectors: NDArray[np.float32]) -> Embeddings:
 
 
 def answer(vectors: NDArray[np.float32], encoding: EncodingFormat, dtype: OutputDtype = "float") -> dict[str, Any]:
-    body = asyncio.run(encode_answer(embeddings(vectors), 'a "model"', encoding, dtype))
+    body = asyncio.run(encode_answer(embeddings(vectors), 'a "model"', Form(encoding=encoding, dtype=dtype)))
     found: dict[str, Any] = json.loads(body)
     return found
 
@@ -98,14 +100,63 @@ def test_quantisation_is_that_of_sentence_transformers(
     assert np.array_equal(found, expected)
 
 
+SPEC = ModelSpec(model_id="m", source="o/m")
+CALIBRATED = ModelSpec(model_id="m", source="o/m", calibration=Calibration(lowest=(-0.5,), highest=(0.5,)))
+
+
 @pytest.mark.parametrize("dtype", ["int8", "uint8"])
 def test_one_vector_has_no_ranges(reference: Callable[..., Any], dtype: OutputDtype) -> None:
     with pytest.raises(InvalidValue, match="1 input was sent, at least 2") as caught:
-        quantize(matrix(1, 8), dtype)
+        check_ranges(SPEC, ("float", dtype), 1, None)
     with pytest.raises(ValueError, match="single embedding"):
         reference(matrix(1, 8), precision=dtype)
 
     assert caught.value.param == "output_dtype"
+
+
+def test_ranges_are_asked_for_only_where_they_are_needed() -> None:
+    for spec, dtypes, num_items in (
+        (SPEC, ("float", "binary", None), 1),
+        (SPEC, ("int8",), 2),
+        (CALIBRATED, ("int8",), 1),
+    ):
+        check_ranges(spec, dtypes, num_items, None)
+    check_ranges(CALIBRATED, ("int8",), 1, True)
+    with pytest.raises(InvalidValue, match="is of vectors with normalize true"):
+        check_ranges(CALIBRATED, ("int8",), 2, False)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8"])
+@pytest.mark.parametrize("rows", [1, 50])
+def test_calibrated_codes_are_those_of_sentence_transformers_ranges(
+    reference: Callable[..., Any], dtype: OutputDtype, rows: int
+) -> None:
+    vectors, ranges = matrix(rows, 64), np.stack([np.full(64, -0.2), np.linspace(0.1, 0.3, 64)]).astype(np.float32)
+    ranges[:, 3] = 0.1  # a component that never changed
+    calibration = Calibration(lowest=tuple(map(float, ranges[0])), highest=tuple(map(float, ranges[1])))
+
+    found = quantize(vectors, dtype, calibration)
+
+    assert np.array_equal(found, reference(vectors, precision=dtype, ranges=ranges))
+    assert (vectors > ranges[1]).any(), "what lies outside gets the code of the nearest end"
+
+
+def test_one_number_is_the_range_of_every_component_at_any_width(reference: Callable[..., Any]) -> None:
+    calibration = Calibration(lowest=(-0.5,), highest=(0.25,))
+    for width in (8, 31):
+        ranges = np.array([[-0.5] * width, [0.25] * width], np.float32)
+
+        found = quantize(matrix(3, width), "int8", calibration)
+
+        assert np.array_equal(found, reference(matrix(3, width), precision="int8", ranges=ranges))
+
+
+def test_a_calibration_of_another_width_is_refused_with_both_numbers() -> None:
+    calibration = Calibration(lowest=(-0.5,), highest=(0.5,) * 8)
+
+    with pytest.raises(InvalidValue, match="for vectors of 8 components, and these have 4: leave dimensions out"):
+        quantize(matrix(3, 4), "uint8", calibration)
+    assert quantize(matrix(3, 4), "ubinary", calibration).shape == (3, 1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -124,7 +175,7 @@ def test_base64_and_numbers_hold_the_same_codes(dtype: OutputDtype, rows: int) -
 
 async def test_the_loop_goes_on_while_a_large_answer_is_written() -> None:
     large = embeddings(matrix(2048, 512))
-    task = asyncio.create_task(encode_answer(large, "m", "float", "float"))
+    task = asyncio.create_task(encode_answer(large, "m", Form()))
     turns = 0
     while not task.done():
         await asyncio.sleep(0)

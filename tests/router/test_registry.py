@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engines.errors import InvalidValue, ModelNotFound
-from engines.spec import NEVER_IDLE, Matryoshka, ModelSpec
+from engines.spec import NEVER_IDLE, Calibration, Matryoshka, ModelSpec
 from engines.units import Budget
 from router.registry import DEFAULT_BUDGET, Registry, RegistryError, parse_registry, read_registry, with_model_path
 from router.registry_schema import registry_schema
@@ -88,6 +88,7 @@ def test_every_key_reaches_the_spec() -> None:
             max_batch_tokens: 16384
             description: Good
             license: MIT
+            calibration: {{lowest: -0.5, highest: [0.25, 1]}}
     """)
 
     assert registry.models == {
@@ -113,6 +114,7 @@ def test_every_key_reaches_the_spec() -> None:
             max_batch_tokens=16384,
             description="Good",
             license="MIT",
+            calibration=Calibration(lowest=(-0.5,), highest=(0.25, 1.0)),
         )
     }
     assert registry.aliases == {"m": "org/m", "other/name": "org/m"}
@@ -264,6 +266,23 @@ def test_the_error_prints_as_one_readable_list() -> None:
         ("aliases: [x, x]", "models[0].aliases[1]", "already an alias of this model"),
         ("aliases: [m]", "models[0].aliases[0]", "already the name of this model"),
         ("description: 2024-01-01", "models[0].description", "text in quotes; got 2024-01-01"),
+        ("calibration: {lowest: -1}", "models[0].calibration.highest", "missing"),
+        (
+            "calibration: {lowest: -1, highest: a lot}",
+            "models[0].calibration.highest",
+            "a number or a list of at least",
+        ),
+        ("calibration: {lowest: [], highest: 1}", "models[0].calibration.lowest", "a list of at least 1"),
+        ("calibration: {lowest: [0, '1'], highest: 1}", "models[0].calibration.lowest[1]", "a number; got '1'"),
+        (
+            "calibration: {lowest: [0, 0], highest: [1, 1, 1]}",
+            "models[0].calibration",
+            "lowest has 2 numbers and highest 3",
+        ),
+        ("calibration: {lowest: [0, 2], highest: 1}", "models[0].calibration", "not be above highest"),
+        ("calibration: {lowest: 1, highest: [1, 0.5]}", "models[0].calibration", "not be above highest"),
+        ("calibration: {lowest: -.inf, highest: 1}", "models[0].calibration", "finite"),
+        ("calibration: {lowest: .nan, highest: 1}", "models[0].calibration", "finite"),
         ("trust_remote_code: true", "models[0].trust_remote_code", "40 hexadecimal digits"),
         ("trust_remote_code: true, revision: main", "models[0].revision", "40 hexadecimal digits"),
         (f"trust_remote_code: true, revision: {COMMIT[:39]}", "models[0].revision", "40 hexadecimal digits"),
@@ -564,6 +583,10 @@ ENTRIES = DEFAULTS | {
     "description": TEXTS,
     "license": TEXTS,
     "token_encoding": st.just("cl100k_base"),
+    "calibration": st.lists(st.integers(-9, 0) | st.floats(-1, 0), min_size=1, max_size=3).map(
+        lambda lowest: {"lowest": lowest, "highest": [1.5] * len(lowest)}
+    )
+    | st.just({"lowest": -1, "highest": [0, 0.5]}),
 }
 
 
@@ -599,6 +622,9 @@ def expected(entry: dict[str, Any]) -> ModelSpec:
         values["matryoshka"] = Matryoshka(
             widths=tuple(rule.get("widths", ())), minimum=rule.get("min"), layer_norm=rule.get("layer_norm", False)
         )
+    if "calibration" in values:
+        sides = {key: side if isinstance(side, list) else [side] for key, side in values["calibration"].items()}
+        values["calibration"] = Calibration(**{key: tuple(map(float, side)) for key, side in sides.items()})
     return ModelSpec(**values)
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import structs
 
-from engines.spec import Matryoshka, ModelSpec
+from engines.spec import Calibration, Matryoshka, ModelSpec
 from engines.units import Budget
 from router.registry import Registry
 from router.registry_changes import IN_PLACE, Changes, diff
@@ -34,6 +34,7 @@ OTHER: dict[str, Any] = {
     "description": "other",
     "license": "other",
     "token_encoding": "cl100k_base",
+    "calibration": Calibration(lowest=(-1.0,), highest=(1.0,)),
 }
 """Another value for every field, so that a new field cannot be forgotten."""
 
@@ -53,7 +54,9 @@ def test_equal_registries_differ_in_nothing() -> None:
     assert diff(registry(SPEC), registry(SPEC)).is_empty
 
 
-@pytest.mark.parametrize("name", ["keep_alive_s", "pinned", "preload", "description", "license", "token_encoding"])
+@pytest.mark.parametrize(
+    "name", ["keep_alive_s", "pinned", "preload", "description", "license", "token_encoding", "calibration"]
+)
 def test_what_an_engine_never_sees_changes_in_place(name: str) -> None:
     changed = structs.replace(SPEC, **{name: OTHER[name]})
 

@@ -12,7 +12,7 @@ import yaml
 from engines.spec import Matryoshka
 from engines.units import Budget
 from router.registry import read_registry
-from router.registry_file import Defaults, Entry, MatryoshkaRule, MemorySection, RegistryFile
+from router.registry_file import CalibrationRule, Defaults, Entry, MatryoshkaRule, MemorySection, RegistryFile
 from router.registry_schema import MEANINGS, SCHEMA_FILE, schema_text
 from router.registry_values import is_commit
 from router.settings import VARIABLES, Settings, read_settings
@@ -201,7 +201,7 @@ def test_the_schema_marks_mistakes_in_editors(entry: dict[str, object]) -> None:
 
 
 def test_every_key_is_explained_in_the_schema() -> None:
-    structs = (RegistryFile, MemorySection, MatryoshkaRule, Defaults, Entry)
+    structs = (RegistryFile, MemorySection, MatryoshkaRule, CalibrationRule, Defaults, Entry)
 
     assert {field for struct in structs for field in struct.__struct_fields__} == MEANINGS.keys()
 

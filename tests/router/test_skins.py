@@ -146,6 +146,18 @@ def test_a_skin_names_the_field_as_its_clients_do(served: Served, skin: str, tex
     assert served.backend.calls == []
 
 
+def test_cohere_takes_one_text_of_a_calibrated_model(served: Served) -> None:
+    fields = {"model": "BAAI/bge-m3", "embedding_types": ["int8", "uint8", "float"]}
+    answer = ask(served, "cohere", ["one"], **fields)
+    found = answer.json()["embeddings"]
+
+    assert answer.status_code == 200
+    assert found["float"] == ROWS[:1]
+    assert (np.array(found["int8"]) + 128).tolist() == found["uint8"]
+    refused = ask(served, "cohere", ["one"], output_dimension=4, **fields)
+    assert_envelope(refused, 400, "invalid_value", "embedding_types")
+
+
 @pytest.mark.parametrize(
     ("skin", "fields", "status", "code", "param"),
     [
