@@ -39,6 +39,8 @@ def build(folder: Folder, spec: ModelSpec, device: torch.device) -> Built:
     Raises:
         BadModel: the folder is broken, or cannot be served exactly.
     """
+    if spec.trust_remote_code:
+        log.warning("model.remote_code_trusted", model=spec.model_id, source=spec.source, revision=spec.revision)
     kind = "Transformer" if folder.modules is None else folder.modules[0].kind
     if kind == "StaticEmbedding":
         return build_static(folder, spec, device)

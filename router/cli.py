@@ -19,6 +19,7 @@ SUMMARIES = {
     "models": "Show the models of the registry.",
     "pull": "Download models ahead of time.",
     "plan": "Say what loading models would need, without loading them.",
+    "calibrate": "Print a model's ranges for int8 vectors.",
     "keys": "Make API keys.",
     "bench": "Measure a running server, this one or any other with OpenAI's API.",
     "doctor": "Look for what is wrong with this machine or setup.",

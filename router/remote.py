@@ -26,15 +26,16 @@ class RemoteError(Exception):
         self.status = status
 
 
-def get(url: str, path: str, kind: type[Answer], key: str | None = None) -> Answer:
-    """The JSON behind `path` of the server at `url`, as `kind`.
+def get(url: str, path: str, kind: type[Answer], key: str | None = None, *, body: object = None) -> Answer:
+    """The JSON behind `path` of the server at `url`, as `kind`; with a `body`, what the server answers to that.
 
     Raises:
         RemoteError: no server, no leave, or an answer that is not Embedyard's.
     """
     headers = {"Authorization": f"Bearer {key}"} if key else {}
+    content = None if body is None else msgspec.json.encode(body)
     try:
-        request = urllib.request.Request(url.rstrip("/") + path, headers=headers)
+        request = urllib.request.Request(url.rstrip("/") + path, content, headers)
         with _opener(url).open(request, timeout=_PATIENCE_S) as answer:
             return msgspec.json.decode(answer.read(), type=kind)
     except urllib.error.HTTPError as error:

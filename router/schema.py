@@ -143,6 +143,7 @@ class Model(Struct, frozen=True, kw_only=True):
     device: str = "auto"
     memory_bytes: int = 0
     revision: str | None = None
+    trust_remote_code: bool = False
 
 
 class ModelList(Struct, frozen=True, kw_only=True):

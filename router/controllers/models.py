@@ -92,6 +92,7 @@ def _model(yard: Yard, spec: ModelSpec, slots: Sequence[Slot]) -> Model:
         device=nearest.device,
         memory_bytes=sum(slot.weight_bytes + slot.workspace_bytes for slot in slots),
         revision=nearest.revision or spec.revision,
+        trust_remote_code=spec.trust_remote_code,
     )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from structlog.testing import capture_logs
 from transformers import BartConfig, BertModel
 
 from engines.errors import BrokenFiles, UnsupportedModel
@@ -230,3 +231,39 @@ def test_a_model_that_is_not_for_text_is_refused(kit: Kit, folder: Path) -> None
     (folder / "modules.json").write_text(json.dumps(lines))
 
     assert "begins with a 'CLIPModel' module" in str(refusal(kit, folder))
+
+
+OWN_CODE = """\
+import torch
+from transformers import BertConfig, BertModel
+
+
+class OwnConfig(BertConfig):
+    model_type = "own"
+
+
+class OwnModel(BertModel):
+    config_class = OwnConfig
+
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        out.last_hidden_state = torch.tanh(out.last_hidden_state)
+        return out
+"""
+
+
+def test_trusted_code_of_the_repository_runs_is_as_exact_and_is_told(
+    kit: Kit, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder.parent / "code"))
+    (folder / "own.py").write_text(OWN_CODE)
+    auto = {"AutoConfig": "own.OwnConfig", "AutoModel": "own.OwnModel"}
+    edit_json(folder / "config.json", model_type="own", architectures=["OwnModel"], auto_map=auto)
+    with capture_logs() as lines:
+        engine = kit.load(folder, trust_remote_code=True, revision="f" * 40)
+    plain = embed(kit.engine("bert-cls"), TEXTS)
+    wanted = encode(reference(folder, trust_remote_code=True), TEXTS)
+
+    assert_same(embed(engine, TEXTS), wanted)
+    assert np.abs(wanted - plain).max() > 1e-2, "the repository's code makes a difference"
+    assert [line["event"] for line in lines if "trusted" in line["event"]] == ["model.remote_code_trusted"]
