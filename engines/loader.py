@@ -97,7 +97,7 @@ class TorchLoader:
 
         def check() -> tuple[ModelInfo, int]:
             encoder.pause = self._lane.give_way
-            vectors, notes = choose_attention(encoder, tokenizer, dtype)
+            vectors, notes = choose_attention(encoder, tokenizer, dtype, self._canaries.known(key))
             if self._device.type != "cpu":
                 encoder.pause = lambda: None  # kernels that wait on the device cannot be overtaken
             self._canaries.compare(key, vectors, dtype)

@@ -290,6 +290,7 @@ class Scripted:
         self.num_layers = 1
         self.window: int | None = None
         self.notes: tuple[str, ...] = ()
+        self.num_references = 0
         self._expected = expected
         self._paths = paths
 
@@ -300,6 +301,7 @@ class Scripted:
         return found
 
     def reference(self, texts: Sequence[Ids], prompt_tokens: Sequence[int] | None = None) -> Tensor:
+        self.num_references += 1
         if isinstance(self._expected, Exception):
             raise self._expected
         return self._expected
@@ -365,6 +367,29 @@ def test_tolerance_depends_on_the_dtype(kit: Kit, dtype: str, factor: float, is_
     assert (encoder.attention == "packed") == is_fine
 
 
+@pytest.mark.parametrize(
+    ("known", "packed", "attention", "num_references"),
+    [
+        (GOOD, GOOD, "packed", 0),
+        (GOOD, GOOD * 1.01, "padded", 0),
+        (GOOD, ValueError(), "padded", 0),
+        (GOOD * 1.01, GOOD, "packed", 1),
+        (GOOD * float("nan"), GOOD, "packed", 1),
+        (GOOD[:2], GOOD, "packed", 1),
+        (None, GOOD, "packed", 1),
+    ],
+    ids=["the canary", "padded gives it", "packed fails", "another canary", "no numbers", "of another shape", "none"],
+)
+def test_a_path_that_gives_the_canary_again_needs_no_reference(
+    kit: Kit, known: Tensor | None, packed: Tensor | Exception, attention: str, num_references: int
+) -> None:
+    encoder = Scripted(GOOD, packed=packed, padded=GOOD)
+    vectors, _ = choose_attention(encoder, _tokenizer(kit), "float32", None if known is None else known.numpy())
+
+    assert (encoder.attention, encoder.num_references) == (attention, num_references)
+    assert np.abs(vectors - GOOD.numpy()).max() < 1e-5
+
+
 @pytest.mark.parametrize("encoder", [Scripted(MEMORY, padded=GOOD), Scripted(GOOD, packed=MEMORY, padded=GOOD)])  # type: ignore[arg-type]  # raised
 def test_a_device_without_memory_is_no_reason_to_fall_back(kit: Kit, encoder: Scripted) -> None:
     with pytest.raises(OutOfMemory):
@@ -394,7 +419,7 @@ def test_probes_have_two_lengths_and_two_of_one(kit: Kit) -> None:
 
 
 @pytest.mark.parametrize(
-    ("window", "length"), [(None, None), (8, None), (100, 116), (128, 144), (129, None), (4096, None)]
+    ("window", "length"), [(None, None), (8, 24), (100, 116), (128, 144), (129, None), (4096, None)]
 )
 def test_the_longest_probe_reaches_beyond_a_window_that_is_not_too_large(
     kit: Kit, window: int | None, length: int | None
