@@ -115,7 +115,7 @@ class Tokenizer:
             InvalidTokenId: an id is not of this model.
             ContextLengthExceeded, InvalidValue: as `encode`.
         """
-        taken = [np.asarray(row, dtype=np.int64) for row in rows]
+        taken = [self._as_ids(index, row) for index, row in enumerate(rows)]
         self._check(taken, is_verbatim=True)
         long = tuple(index for index, row in enumerate(taken) if len(row) > self.max_tokens)
         if long and truncate == "error":
@@ -186,12 +186,22 @@ class Tokenizer:
     def _check_ids(self, index: int, row: Ids) -> None:
         bad = row[(row < 0) | (row >= self.rules.vocab_size)]
         if len(bad):
-            raise InvalidTokenId(
-                f"input[{index}] holds token id {bad[0]}, but this model's ids are 0 to {self.rules.vocab_size - 1}; "
-                "they must come from its own tokenizer. LangChain sends OpenAI's ids unless it is made with "
-                "check_embedding_ctx_length=False",
-                param="input",
-            )
+            raise self._not_an_id(index, int(bad[0]))
+
+    def _as_ids(self, index: int, row: Sequence[int]) -> Ids:
+        try:
+            return np.asarray(row, dtype=np.int64)
+        except OverflowError:
+            bad = next(number for number in row if not 0 <= number < self.rules.vocab_size)
+            raise self._not_an_id(index, bad) from None
+
+    def _not_an_id(self, index: int, bad: int) -> InvalidTokenId:
+        return InvalidTokenId(
+            f"input[{index}] holds token id {bad}, but this model's ids are 0 to {self.rules.vocab_size - 1}; "
+            "they must come from its own tokenizer. LangChain sends OpenAI's ids unless it is made with "
+            "check_embedding_ctx_length=False",
+            param="input",
+        )
 
     def _count_prompt(self, frame: Frame) -> int:
         """Tokens of the prompt alone, as sentence-transformers counts them: a last special token is not its own."""

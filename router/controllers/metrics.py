@@ -51,4 +51,6 @@ class MetricsController(Controller):
         )
         scrape = Scrape(meters, reading)
         body, content_type = await asyncio.to_thread(scrape.text, request.headers.get("accept", ""))
+        if content_type.startswith("text/"):
+            content_type = content_type.removesuffix("; charset=utf-8")  # Litestar adds its own
         return Response(body, media_type=content_type)

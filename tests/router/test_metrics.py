@@ -139,7 +139,8 @@ def test_only_admins_read_it_from_elsewhere(keyed: Served) -> None:
 def test_prometheus_may_ask_for_openmetrics(served: Served) -> None:
     answer = served.client.get("/metrics", headers={"accept": "application/openmetrics-text; version=1.0.0"})
 
-    assert answer.headers["content-type"].startswith("application/openmetrics-text")
+    assert answer.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0; ")
+    assert served.client.get("/metrics").headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
     assert answer.text.endswith("# EOF\n")
 
 
