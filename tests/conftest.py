@@ -1,8 +1,13 @@
-"""For every test: the log stays off the screen, where it would take more time than many a request."""
+"""For every test: the log stays off the screen, and libraries out of the collector's sight; both would cost minutes."""
 
+import gc
 from typing import Any, NoReturn
 
 import structlog
+from hypothesis import settings
+
+settings.register_profile("suite", deadline=None)  # how long an example takes depends on who else uses the machine
+settings.load_profile("suite")
 
 
 def _drop(*_: Any) -> NoReturn:
@@ -10,3 +15,9 @@ def _drop(*_: Any) -> NoReturn:
 
 
 structlog.configure(processors=[_drop], logger_factory=structlog.ReturnLoggerFactory())
+
+
+def pytest_collection_finish() -> None:
+    """As `embedyard serve` does before it serves: every unload of a model ends with a full collection."""
+    gc.collect()
+    gc.freeze()

@@ -9,6 +9,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import openai
+import psutil
 import pytest
 import yaml
 from numpy.typing import NDArray
@@ -112,6 +113,19 @@ async def test_operators_preload_and_evict(client: httpx.AsyncClient) -> None:
     assert (loaded.status_code, evicted.status_code) == (200, 200)
     assert model in json.dumps(resident)
     assert model not in json.dumps(gone)
+
+
+async def test_the_server_does_not_grow_by_loading_and_evicting(yard: Yard, client: httpx.AsyncClient) -> None:
+    """Thirty models of 6.6 MB would be 200 MB; `python -m benchmarks.cycles` loads 200 larger ones."""
+    process = psutil.Process(yard.server.process.pid)
+    rss = []
+    for _ in range(40):
+        assert await yard.ask(client, SMALL[2], [0, 1]) >= 0.999999
+        evicted = await client.post(f"/admin/models/{SMALL[2]}/evict")
+        assert evicted.status_code == 200
+        rss.append(process.memory_info().rss)
+
+    assert max(rss[10:]) < 1.05 * rss[9]
 
 
 @pytest.fixture(scope="module")

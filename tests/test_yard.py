@@ -3,37 +3,23 @@
 import asyncio
 import itertools
 import random
-import time
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
-import psutil
 import pytest
 from structlog.testing import capture_logs
 
 from engines.records import Event
 from engines.slots import Rules
 from engines.workers import LOAD_LOCK
+from tests.crowd import ask, crowd, unexplained
 from tests.hub import Hold, LoopbackHub
-from tests.yard import (
-    EIGHT,
-    RealYard,
-    Sampler,
-    Truth,
-    build_truths,
-    following,
-    hub_config,
-    measure,
-    real_yard,
-    specs_of,
-    zipf,
-)
+from tests.yard import EIGHT, Truth, build_truths, following, hub_config, measure, real_yard, specs_of
 
-CLIENTS = 64
-SECONDS = 12.0
-TURNS_S = 5.0
+SECONDS = 8.0
+"""A minute in earnest: `python -m benchmarks.crowd`."""
+NUM_TURNS = 4
 RESIDENCY_S = 0.5
 
 
@@ -47,62 +33,18 @@ def state(tmp_path: Path) -> Path:
     return tmp_path / "state"
 
 
-async def ask(yard: RealYard, truth: Truth, name: str, rng: random.Random) -> None:
-    """One request for some of the model's texts; its answer is right."""
-    indexes = rng.sample(range(len(truth.texts)), rng.randint(1, 3))
-    answer = await yard.embed(name, [truth.texts[index] for index in indexes])
-    assert answer.status_code == 200, answer.text
-    truth.check(indexes, answer.json()["data"])
-
-
-async def client(yard: RealYard, truths: dict[str, Truth], seed: int, until_s: float) -> Counter[str]:
-    """Asks, without a pause, until it is time; returns how often it asked whom."""
-    rng, draw, asked = random.Random(seed), zipf(list(truths), seed), Counter[str]()
-    while time.monotonic() < until_s:
-        name = draw()
-        await ask(yard, truths[name], name, rng)
-        asked[name] += 1
-    return asked
-
-
-def unexplained(events: Sequence[Event]) -> list[Event]:
-    """Evictions that do not say for whom, or whose claimant did not load next."""
-    found = []
-    for at, event in enumerate(events):
-        if (event.source, event.target) != ("ready", "draining"):
-            continue
-        next_load = next((later.model_id for later in events[at:] if later.target == "loading"), event.claimant)
-        is_explained = event.claimant is not None and event.claimant in event.cause and "are missing" in event.cause
-        if not is_explained or next_load != event.claimant:
-            found.append(event)
-    return found
-
-
 async def test_eight_models_share_room_for_three(truths: dict[str, Truth], state: Path) -> None:
-    specs = specs_of(truths)
-    sizes = await measure(specs, state)
-    weights = sorted((size[0] for size in sizes.values()), reverse=True)
-    budget = sum(weights[:3]) + max(size[1] for size in sizes.values())
-    async with real_yard(specs, budget_bytes=budget, state=state) as yard, following(yard) as events:
-        sampler = Sampler(yard.host)
-        watch = asyncio.create_task(sampler.run())
-        rss_before, until_s = psutil.Process().memory_info().rss, time.monotonic() + SECONDS
-        asked = sum(await asyncio.gather(*(client(yard, truths, seed, until_s) for seed in range(CLIENTS))), Counter())
-        rss_after = psutil.Process().memory_info().rss
-        watch.cancel()
-        slots = await yard.slots()
-        steps = [event for event in events if event.kind == "state"]
-    taken = [(event.source, event.target) for event in steps]
+    found = await crowd(truths, state, SECONDS)
 
-    assert asked.keys() == set(EIGHT)
-    assert sampler.overdrafts == []
-    assert sampler.num_samples > 100
-    assert sampler.most_bytes > budget * 0.6
-    assert unexplained(steps) == []
-    assert taken.count(("draining", "unloading")) == sum(slot["evictions"] for slot in slots.values()) >= 5
-    assert taken.count(("warming", "ready")) == sum(slot["loads"] for slot in slots.values())
-    assert {(slot["leases"], slot["waiters"]) for slot in slots.values()} == {(0, 0)}
-    assert rss_after - rss_before < 300e6
+    assert found.asked.keys() == set(EIGHT)
+    assert found.sampler.overdrafts == []
+    assert found.sampler.num_samples > 100
+    assert found.sampler.most_bytes > found.budget_bytes * 0.6
+    assert unexplained(found.steps) == []
+    assert found.count("draining", "unloading") == sum(slot["evictions"] for slot in found.slots.values()) >= 5
+    assert found.count("warming", "ready") == sum(slot["loads"] for slot in found.slots.values())
+    assert {(slot["leases"], slot["waiters"]) for slot in found.slots.values()} == {(0, 0)}
+    assert found.rss_growth_bytes < 300e6
 
 
 async def test_a_cold_model_is_fetched_and_loaded_once_for_twenty(truths: dict[str, Truth], tmp_path: Path) -> None:
@@ -170,20 +112,30 @@ async def test_two_models_that_cannot_both_fit_take_turns(truths: dict[str, Trut
     sizes = await measure(specs, state)
     budget = max(sum(size) for size in sizes.values()) + 1000
     rules = Rules(min_residency_s=RESIDENCY_S, residency_loads=0.0, patience_s=0.2)
-    until_s = time.monotonic() + TURNS_S
+    asked = Counter[str]()
+    is_seen = asyncio.Event()
+
+    async def keep_asking(name: str, seed: int) -> None:
+        rng = random.Random(seed)
+        while not is_seen.is_set():
+            await ask(yard, pair[name], name, rng)
+            asked[name] += 1
+            if len(turns_of(events)) >= NUM_TURNS and min(asked[name] for name in pair) >= 10:
+                is_seen.set()
+
     with capture_logs() as logged:
         async with real_yard(specs, budget_bytes=budget, state=state, rules=rules) as yard, following(yard) as events:
-            asked = await asyncio.gather(
-                *(client(yard, {name: pair[name]}, seed, until_s) for seed in range(6) for name in pair)
-            )
-    turns = [event for event in events if event.target == "draining" and event.claimant]
+            await asyncio.gather(*(keep_asking(name, seed) for seed in range(6) for name in pair))
+    turns = turns_of(events)
     gaps = [later.time_s - earlier.time_s for earlier, later in itertools.pairwise(turns)]
     thrash = [line for line in logged if line["event"] == "model.thrash"]
-    progress = sum(asked, Counter())
 
-    assert min(progress[name] for name in pair) >= 10
-    assert len(turns) >= 2
     assert min(gaps) >= RESIDENCY_S
     assert thrash
     assert all(line["missing"] > 0 for line in thrash)
     assert all("so the two take turns" in event.cause for event in turns[2:])
+
+
+def turns_of(events: list[Event]) -> list[Event]:
+    """Evictions for the other model."""
+    return [event for event in events if event.target == "draining" and event.claimant]

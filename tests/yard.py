@@ -1,10 +1,9 @@
 """A whole server over real hosts in this process: small real models, real sockets, and what their vectors must be."""
 
 import asyncio
-import gc
 import random
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -108,17 +107,6 @@ class RealYard(Struct):
             await asyncio.sleep(0.005)
 
 
-@contextmanager
-def frozen() -> Iterator[None]:
-    """As `embedyard serve` does before it serves: collecting garbage stays cheap, though libraries are many."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-
-
 @asynccontextmanager
 async def real_yard(
     specs: Mapping[str, ModelSpec],
@@ -138,9 +126,8 @@ async def real_yard(
     backend = LocalBackend(machine.hosts, specs, machine.close)
     app = create_app(settings or Settings(grace_seconds=5.0), Registry(models=dict(specs)), backend)
     limits = httpx.Limits(max_connections=None)
-    with frozen():
-        async with serving(app) as url, httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
-            yield RealYard(client, url, machine.hosts[0], specs)
+    async with serving(app) as url, httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
+        yield RealYard(client, url, machine.hosts[0], specs)
 
 
 def hub_config(hub: LoopbackHub, cache: Path, **more: Any) -> HubConfig:

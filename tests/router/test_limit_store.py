@@ -153,8 +153,9 @@ def redis(tmp_path: Path) -> Iterator[RedisServer]:
 
 
 @pytest.fixture
-async def shared(redis: RedisServer) -> AsyncIterator[list[LimitStore]]:
-    """Three servers with one Redis."""
+async def shared(redis: RedisServer, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[list[LimitStore]]:
+    """Three servers with one Redis, which a busy machine may keep waiting."""
+    monkeypatch.setattr(limit_store, "DEADLINE_S", 20.0)
     stores = [open_store(Settings(rate_limit_storage=redis.uri)) for _ in range(3)]
     yield stores
     for store in stores:

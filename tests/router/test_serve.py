@@ -147,7 +147,7 @@ def test_a_signal_drains_and_ends_with_zero(process: subprocess.Popen[str], numb
             process.send_signal(number)
             rest = list(lines)
         answers = slow.result(), stuck.result()
-        exit_code = process.wait(10)
+        exit_code = process.wait(60)
     num_frozen = int(process.stdout.read())
     logged = [json.loads(line) for line in process.stderr.read().splitlines()]
 
