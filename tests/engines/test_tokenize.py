@@ -1,6 +1,7 @@
 """Texts to ids: cuts at both ends, ids taken verbatim, and huge texts that cost no more than what is kept of them."""
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,18 @@ class Letters:
         assert not add_special_tokens
         self.handed += [len(text) for text in input]
         return [Encoding([ord(letter) for letter in text]) for text in input]
+
+
+class Calls(Letters):
+    """Remembers how many characters came with each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[int] = []
+
+    def encode_batch_fast(self, input: Sequence[str], *, add_special_tokens: bool) -> list[Encoding]:
+        self.calls.append(sum(map(len, input)))
+        return super().encode_batch_fast(input, add_special_tokens=add_special_tokens)
 
 
 class Counted:
@@ -139,6 +152,26 @@ def test_too_many_ids_are_cut_and_keep_the_special_ones_that_they_have(
 
     assert letters(encoded)[0] == wanted
     assert encoded.truncated == (0,)
+
+
+@given(lengths=st.lists(st.integers(0, 30), max_size=40))
+def test_a_huge_request_is_handed_over_in_pieces_and_nothing_is_lost(lengths: list[int]) -> None:
+    backend = Calls()
+    texts = ["abcdefghij"[index % 10] * length for index, length in enumerate(lengths)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenize, "_PIECE_CHARS", 40)
+        encoded = tokenizer(backend, max_tokens=100).encode(texts, BARE, "end")
+
+    assert letters(encoded) == [f"<{text}>" for text in texts]
+    assert max(backend.calls, default=0) <= 40
+    assert all(one + next_one > 40 for one, next_one in pairwise(backend.calls)), "no piece is smaller than need be"
+
+
+def test_a_usual_request_is_one_call() -> None:
+    backend = Calls()
+    tokenizer(backend).encode(["a" * 500] * 1000, BARE, "end")
+
+    assert len(backend.calls) == 1
 
 
 def test_too_many_ids_may_be_an_error() -> None:
