@@ -85,8 +85,15 @@ def read_folder(root: Path) -> Folder:
 
 def _read_prompts(own: Json) -> dict[str, str]:
     """Prompts by name. sentence-transformers writes an empty `query` and `document` for models that have neither; left
-    in, they would hide prompts of the same family with other names (`search_query`, `passage`)."""
-    prompts = {name: text or "" for name, text in (own.get("prompts") or {}).items()}
+    in, they would hide prompts of the same family with other names (`search_query`, `passage`).
+
+    Raises:
+        BrokenFiles: they are no texts by name.
+    """
+    given = own.get("prompts") or {}
+    if not isinstance(given, dict) or not all(isinstance(text, str | None) for text in given.values()):
+        raise BrokenFiles(f"{_OWN} has `prompts` that are no texts by name; fetch the model again", file=_OWN)
+    prompts = {name: text or "" for name, text in given.items()}
     return {name: text for name, text in prompts.items() if text or name not in PLACEHOLDER_PROMPTS}
 
 

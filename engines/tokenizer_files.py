@@ -141,6 +141,12 @@ def max_tokens(folder: Folder, spec: ModelSpec, reader: Reader, tokenizer_limit:
     """
     limit = reader.position_limit
     stated = spec.max_tokens or _options(folder).get("model_max_length") or folder.transformer.get("max_seq_length")
+    if stated is not None and (isinstance(stated, bool) or not isinstance(stated, int)):
+        raise BrokenFiles(
+            f"the longest input is {stated!r} in sentence_bert_config.json, which is no whole number: fetch the model "
+            "again, or set `max_tokens` in the registry",
+            file="sentence_bert_config.json",
+        )
     if stated is None:
         positions = getattr(reader.config, "max_position_embeddings", None) or _NO_LIMIT
         stated = min(tokenizer_limit, positions if positions > 0 else _NO_LIMIT)

@@ -140,6 +140,17 @@ def test_a_tokenizer_that_cuts_at_the_start_does_so_by_default(kit: Kit, tmp_pat
     assert_same(embed(kit.load(tmp_path, truncate="end"), TEXTS), embed(engine, TEXTS, truncate="end"))
 
 
+def test_padding_on_the_left_moves_no_text(kit: Kit, tmp_path: Path) -> None:
+    """sentence-transformers counts BERT's positions from where the padding begins, so neighbours show in a vector."""
+    _bert(tmp_path, max_length=64)
+    edit_json(tmp_path / "tokenizer_config.json", padding_side="left")
+    model = reference(tmp_path)
+    alone = np.concatenate([encode(model, [one]) for one in TEXTS])
+
+    assert_same(embed(kit.load(tmp_path), TEXTS), alone)
+    assert np.abs(encode(model, TEXTS) - alone).max() > 1e-2, "the recipe would not show a difference"
+
+
 def test_the_limit_that_a_folder_gives_its_tokenizer_counts_more_than_others(kit: Kit, tmp_path: Path) -> None:
     _bert(tmp_path, max_length=64)
     edit_json(tmp_path / "sentence_bert_config.json", processor_kwargs={"model_max_length": 20})

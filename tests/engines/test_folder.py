@@ -104,6 +104,16 @@ def test_what_is_no_dense_embedder_is_refused(tmp_path: Path, kind: str) -> None
         read_folder(tmp_path)
 
 
+@pytest.mark.parametrize("prompts", [["query: "], "query: ", {"query": 5}, {"query": ["q"]}])
+def test_prompts_that_are_no_texts_are_named(tmp_path: Path, prompts: object) -> None:
+    (tmp_path / "config_sentence_transformers.json").write_text(json.dumps({"prompts": prompts}))
+
+    with pytest.raises(
+        BrokenFiles, match=r"config_sentence_transformers\.json has `prompts` that are no texts by name"
+    ):
+        read_folder(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("config", "says"),
     [

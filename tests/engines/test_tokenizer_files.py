@@ -157,6 +157,16 @@ def test_a_limit_without_room_for_text_is_refused(kit: Kit) -> None:
     assert kit.load(kit.recipe_folder("bert-cls"), max_tokens=3).info.max_tokens == 3
 
 
+@pytest.mark.parametrize("stated", ["128", 12.5, True])
+def test_a_limit_that_is_no_number_is_named(kit: Kit, tmp_path: Path, stated: object) -> None:
+    folder = _copy(kit, "bert-cls", tmp_path)
+    edit_json(folder / "sentence_bert_config.json", max_seq_length=stated)
+    error = refusal(kit, folder)
+
+    assert isinstance(error, BrokenFiles)
+    assert f"the longest input is {stated!r} in sentence_bert_config.json" in str(error)
+
+
 def test_lower_case_is_not_done_twice(kit: Kit, tmp_path: Path) -> None:
     """sentence-transformers leaves a normaliser alone that already lowers; in another order letters could differ."""
     folder = _copy(kit, "bert-lower-case", tmp_path)
