@@ -409,7 +409,7 @@ def test_a_stalled_download_is_given_up_and_resumed_later(server: LoopbackHub, o
     server.fail(REPO, loopback.Hold(after_bytes=2_200_000), file=BIG, times=1)
     server.fail(REPO, loopback.Hold(after_bytes=0), file=BIG)
     server.fail(REPO, loopback.Hold(after_bytes=2_200_000), file=BIG, times=1)
-    hub = open_hub(timeout_s=0.2)
+    hub = open_hub(timeout_s=0.5)
     download = Downloading(hub, tmp_path)
 
     with pytest.raises(HubUnreachable, match=f"sent nothing of org/model/{BIG}"):
