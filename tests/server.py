@@ -26,7 +26,7 @@ def _server(app: Litestar) -> QuietServer:
     return QuietServer(
         uvicorn.Config(
             app, host="127.0.0.1", port=0, http="httptools", loop="asyncio", lifespan="on", ws="none", log_config=None,
-            access_log=False, timeout_graceful_shutdown=5,
+            access_log=False, timeout_keep_alive=75, timeout_graceful_shutdown=5,
         )
     )  # fmt: skip
 
