@@ -33,7 +33,7 @@ from tests.hub import LoopbackHub
 from tests.live import serve_live
 from tests.models import WIDTH, bert_config, save, transformer
 from tests.server import serving
-from tests.yard import EMBED, RealYard, Truth, build_truths, frozen, hub_config, real_yard, specs_of, truth_of
+from tests.yard import EMBED, RealYard, Truth, build_truths, hub_config, real_yard, specs_of, truth_of
 
 NAMES = ("bert-cls", "mpnet-mean")
 READY_WITHIN_S = 15.0
@@ -294,30 +294,29 @@ async def test_a_forward_pass_that_hangs_is_told_to_everyone_and_fails_health_un
     registry = Registry(models=specs)
     settings = Settings(watchdog_seconds=1.0, grace_seconds=2.0, device=("cpu",), state_dir=tmp_path)
     backend = open_local_backend(settings, registry)
-    with frozen():
-        async with (
-            serving(create_app(settings, registry, backend)) as url,
-            httpx.AsyncClient(base_url=url, timeout=20) as client,
-        ):
+    async with (
+        serving(create_app(settings, registry, backend)) as url,
+        httpx.AsyncClient(base_url=url, timeout=20) as client,
+    ):
 
-            async def ask(name: str) -> httpx.Response:
-                return await client.post(EMBED, json={"model": name, "input": truths[name].texts[0]})
+        async def ask(name: str) -> httpx.Response:
+            return await client.post(EMBED, json={"model": name, "input": truths[name].texts[0]})
 
-            warm = [await ask(name) for name in NAMES]
-            monkeypatch.setattr(Runner, "_forward", hang)
-            stuck = asyncio.create_task(ask(NAMES[0]))
-            await asyncio.to_thread(hangs.wait, 10)
-            begun_s = time.monotonic()
-            neighbour = asyncio.create_task(ask(NAMES[1]))
-            told = [await stuck, await neighbour]
-            took_s = time.monotonic() - begun_s
-            late = await ask(NAMES[0])
-            health, ready = await client.get("/health"), await client.get("/ready")
-            monkeypatch.undo()
-            release.set()
-            while (await client.get("/health")).status_code != 200:  # noqa: ASYNC110 - as a supervisor does
-                await asyncio.sleep(0.02)
-            again = [await ask(name) for name in NAMES]
+        warm = [await ask(name) for name in NAMES]
+        monkeypatch.setattr(Runner, "_forward", hang)
+        stuck = asyncio.create_task(ask(NAMES[0]))
+        await asyncio.to_thread(hangs.wait, 10)
+        begun_s = time.monotonic()
+        neighbour = asyncio.create_task(ask(NAMES[1]))
+        told = [await stuck, await neighbour]
+        took_s = time.monotonic() - begun_s
+        late = await ask(NAMES[0])
+        health, ready = await client.get("/health"), await client.get("/ready")
+        monkeypatch.undo()
+        release.set()
+        while (await client.get("/health")).status_code != 200:  # noqa: ASYNC110 - as a supervisor does
+            await asyncio.sleep(0.02)
+        again = [await ask(name) for name in NAMES]
 
     assert [answer.status_code for answer in warm] == [200, 200]
     for answer in (*told, late, health):

@@ -20,7 +20,7 @@ from router.settings import Settings, read_settings
 from tests.models import RECIPES, quiet
 from tests.router.exposition import Exposition
 from tests.server import serving
-from tests.yard import EMBED, frozen
+from tests.yard import EMBED
 
 ORIGINAL = {
     "API_KEY", "PORT", "MODEL_PATH", "DEVICE", "TARGET_DIM", "MAX_CONCURRENT_REQUESTS", "MAX_BATCH_SIZE",
@@ -46,9 +46,8 @@ async def served(environ: Mapping[str, str], folder: Path) -> AsyncIterator[http
     settings = read_settings({**always, "MODEL_PATH": str(folder), "DEVICE": "cpu", **environ})
     known = open_registry(settings)
     app = create_app(settings, known, open_local_backend(settings, known))
-    with frozen():
-        async with serving(app) as url, httpx.AsyncClient(base_url=url, timeout=30) as client:
-            yield client
+    async with serving(app) as url, httpx.AsyncClient(base_url=url, timeout=30) as client:
+        yield client
 
 
 async def embed(client: httpx.AsyncClient, *texts: str, **more: Any) -> httpx.Response:
