@@ -8,6 +8,7 @@ EngineError
 │   ├── PromptNotFound
 │   └── InvalidTokenId
 ├── ModelNotFound                         no such model on this host
+├── HostNotFound                          no such host
 ├── Busy (retry_after_s)                  the caller may ask again
 │   └── QueueFull
 ├── Unavailable (retry_after_s)           the server cannot now
@@ -15,6 +16,7 @@ EngineError
 │   ├── LoadFailed (kind)                 the model failed to load and is quarantined
 │   ├── ShuttingDown
 │   ├── DeviceDown                        its thread died, or a forward pass hangs
+│   ├── HostLost                          its process or node ended under the request
 │   └── OutOfMemory
 ├── ModelTooLarge                         no device could ever hold it
 ├── Conflict
@@ -80,6 +82,10 @@ class ModelNotFound(EngineError):
     """No model of that id is known here."""
 
 
+class HostNotFound(EngineError):
+    """No host of that id is known here."""
+
+
 class Busy(EngineError):
     """Refused now, welcome later."""
 
@@ -121,6 +127,10 @@ class ShuttingDown(Unavailable):
 
 class DeviceDown(Unavailable):
     """The device does not answer any more; the server must be restarted."""
+
+
+class HostLost(Unavailable):
+    """The process or the node that had the request ended before it was answered."""
 
 
 class OutOfMemory(Unavailable):

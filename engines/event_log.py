@@ -23,6 +23,12 @@ class EventLog:
         self._is_closed = False
         self.last_seq = 0
 
+    async def arrived(self, after: int) -> bool:
+        """Wait for an event after that `seq`; False when there will be none."""
+        while self.last_seq <= after and not self._is_closed:
+            await self._arrival.wait()
+        return self.last_seq > after
+
     def record(self, effect: Emit, time_s: float) -> None:
         """Number it, remember it, wake the followers; nobody is waited for."""
         self.last_seq += 1
@@ -60,6 +66,10 @@ class EventLog:
         """
         seen = self.last_seq if after is None else after if after <= self.last_seq else 0
         return self._follow(seen)
+
+    def since(self, after: int) -> list[Event]:
+        """The remembered events after that `seq`, for those who come and look instead of following."""
+        return self._since(after if after <= self.last_seq else 0)
 
     async def _follow(self, seen: int) -> AsyncIterator[Event]:
         while True:

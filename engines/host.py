@@ -132,5 +132,13 @@ class Host:
         """Events from this call on; with `after`, the remembered ones since that `seq` first."""
         return self._pool.log.follow(after)
 
+    def events_since(self, after: int) -> tuple[Event, ...]:
+        """The remembered events after that `seq`, now."""
+        return tuple(self._pool.log.since(after))
+
+    async def event_arrived(self, after: int) -> bool:
+        """Wait for an event after that `seq`; False when there will be none."""
+        return await self._pool.log.arrived(after)
+
     def _own(self, specs: Mapping[str, ModelSpec]) -> dict[str, ModelSpec]:
         return {model_id: spec for model_id, spec in specs.items() if suits(self.config.device, spec.device)}

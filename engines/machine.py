@@ -3,7 +3,7 @@
 The composition root of this package; importing it imports torch, so the door (`engines/host.py`) does not.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,9 @@ from engines.host import Host, HostConfig, real_world
 from engines.hub import ModelStore
 from engines.loader import LoaderSettings, TorchLoader
 from engines.measurements import Measurements
+from engines.noted import Notebook, NotedLane, NotedLoader
 from engines.pace import Paces
+from engines.protocols import Loader
 from engines.slots import Rules
 from engines.spec import ModelSpec
 from engines.units import Budget
@@ -36,7 +38,8 @@ class MachineConfig(Struct, frozen=True, kw_only=True):
     """What the server's settings say about this machine.
 
     `devices`: `auto`, `cpu`, `cuda`, `cuda:N`, several of them; `cores`: those that this process may use.
-    `hub`: None is what huggingface_hub reads from the environment.
+    `hub`: None is what huggingface_hub reads from the environment. `host_id`: of the only host, where a device's
+    name is not enough. `note`: see `engines/noted.py`; None where nobody would read it.
     """
 
     devices: tuple[str, ...] = ("auto",)
@@ -48,6 +51,8 @@ class MachineConfig(Struct, frozen=True, kw_only=True):
     loader: LoaderSettings = LoaderSettings()
     rules: Rules = Rules()
     hub: HubConfig | None = None
+    host_id: str | None = None
+    note: Callable[[str], None] | None = None
 
 
 class Machine:
@@ -82,14 +87,25 @@ class Machine:
         return self._lanes
 
     def _host(self, device: str, config: MachineConfig, specs: Mapping[str, ModelSpec]) -> Host:
-        lane = open_lane(device, config.cores)
+        lane, loader = self._lane_and_loader(device, config)
         self._lanes.append(lane)
-        loader = TorchLoader(device, lane, self._threads, self._loader_settings)
         own = HostConfig(
-            host_id=device, device=device, budget=config.budget, watchdog_s=config.watchdog_s, rules=config.rules
+            host_id=config.host_id or device,
+            device=device,
+            budget=config.budget,
+            watchdog_s=config.watchdog_s,
+            rules=config.rules,
         )
         world = structs.replace(real_world(own, self._measurements), pulse=lane.pulse)
         return Host(own, specs, self._store, loader, world)
+
+    def _lane_and_loader(self, device: str, config: MachineConfig) -> tuple[Lane, Loader]:
+        lane = open_lane(device, config.cores, Lane if config.note is None else NotedLane)
+        loader = TorchLoader(device, lane, self._threads, self._loader_settings)
+        if config.note is None or not isinstance(lane, NotedLane):
+            return lane, loader
+        lane.notebook = Notebook(config.note)
+        return lane, NotedLoader(loader, lane)
 
 
 def find_devices(wanted: Sequence[str]) -> tuple[str, ...]:
@@ -113,15 +129,15 @@ def find_devices(wanted: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def open_lane(device: str, cores: int) -> Lane:
+def open_lane(device: str, cores: int, kind: type[Lane] = Lane) -> Lane:
     """The lane of a device; a CPU's has a thread for each core that the forward passes may take.
 
     A GPU's has two: while one waits for a batch, the other makes the next one ready and hands it to the device.
     """
     if device != "cpu":
-        return Lane(device, partial(torch.cuda.set_device, torch.device(device)), num_threads=_GPU_THREADS)
+        return kind(device, partial(torch.cuda.set_device, torch.device(device)), num_threads=_GPU_THREADS)
     num_threads = cores if cores <= _SHARED_CORES else cores - 1
-    return Lane(device, _prepare_core, num_threads=num_threads, use_cores=torch.set_num_threads)
+    return kind(device, _prepare_core, num_threads=num_threads, use_cores=torch.set_num_threads)
 
 
 def _prepare_core() -> None:

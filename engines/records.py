@@ -155,7 +155,8 @@ class HostSnapshot(Struct, frozen=True, kw_only=True):
 
     `used_bytes` is the sum of all charged weights (loading and unloading ones too), `workspace_bytes` the largest
     workspace: engines of a device take turns, so their workspaces do not add up. `claimed_bytes`: weights of models
-    that wait for memory here and are not charged yet.
+    that wait for memory here and are not charged yet. `restarts`: how often the process that it lives in has died
+    and was started anew.
     """
 
     host_id: str
@@ -169,6 +170,7 @@ class HostSnapshot(Struct, frozen=True, kw_only=True):
     models: tuple[ModelStatus, ...]
     is_draining: bool = False
     claimed_bytes: int = 0
+    restarts: int = 0
 
 
 class Event(Struct, frozen=True, kw_only=True):

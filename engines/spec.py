@@ -54,6 +54,8 @@ class Calibration(Struct, frozen=True, kw_only=True):
 class ModelSpec(Struct, frozen=True, kw_only=True):
     """One model of the registry, defaults applied. `None` means: what the model's own files say.
 
+    `replicas`: on how many hosts at the most a busy model may be at the same time.
+
     `source` is a hub id, a local folder (absolute, or starting with `./` or `../` or `~`),
     or `package:NAME/SUB/FOLDER` for files inside an installed Python package.
     """
@@ -74,6 +76,7 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
     keep_alive_s: float = NEVER_IDLE
     pinned: bool = False
     preload: bool = False
+    replicas: int = 1
     trust_remote_code: bool = False
     max_batch_tokens: int | None = None
     description: str = ""

@@ -3,20 +3,18 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import Protocol
+from typing import NoReturn, Protocol
 
-from engines.errors import LoadFailed, ModelNotFound, ModelTooLarge
-from engines.host import Host, suits
+from engines.errors import HostNotFound, InvalidValue, ModelNotFound, ModelTooLarge
+from engines.host import Host
 from engines.records import EmbedCall, Embeddings, Event, HostSnapshot, ModelStatus, Plan
 from engines.spec import ModelSpec
 from engines.units import Budget
-from router.placement import rank
+from router.placement import AWAY, further, places, rank
 from router.registry_changes import needs_new_generation
 
-_SIZE_S = 10.0
+SIZE_S = 10.0
 """A plan waits no longer for a hub; it then says that the size is not known."""
-
-_AWAY = ("absent", "cold", "failed")
 
 
 class Backend(Protocol):
@@ -31,8 +29,14 @@ class Backend(Protocol):
     async def embed(self, call: EmbedCall) -> Embeddings:
         """Embed on the best host; waits for a cold model as long as the call allows."""
 
-    async def preload(self, model_id: str, *, pin: bool = False, wait: bool = True) -> ModelStatus:
-        """Load the model where it fits best; returns when it is ready, or at once when `wait` is false."""
+    async def preload(
+        self, model_id: str, *, pin: bool = False, wait: bool = True, host_id: str | None = None
+    ) -> ModelStatus:
+        """Load the model where it fits best, or on one host; returns when it is ready, at once when `wait` is false.
+
+        Raises:
+            HostNotFound: there is no such host.
+        """
 
     async def evict(self, model_id: str, *, force: bool = False, timeout_s: float = 30.0) -> tuple[ModelStatus, ...]:
         """Wait for running requests, then free the model on every host.
@@ -47,6 +51,16 @@ class Backend(Protocol):
 
     async def reload(self, specs: Mapping[str, ModelSpec], budget: Budget | None = None) -> None:
         """Serve these models from now on, in this much memory; only what changed is touched."""
+
+    async def recycle(self, host_id: str) -> None:
+        """Drain the host, end what it runs in, start it anew, and bring back what was ready there.
+
+        Returns when the host takes work again; its models may still be on their way.
+
+        Raises:
+            HostNotFound: there is no such host.
+            InvalidValue: hosts of this backend cannot be started anew.
+        """
 
     def snapshots(self) -> tuple[HostSnapshot, ...]:
         """The state of every host now; never blocks."""
@@ -84,11 +98,13 @@ class LocalBackend:
 
     async def start(self) -> None:
         await asyncio.gather(*(host.start() for host in self._hosts.values()))
-        await self._load_wanted(spec for spec in self._specs.values() if _is_wanted(spec))
+        await self._load_wanted(spec for spec in self._specs.values() if is_wanted(spec))
 
     async def embed(self, call: EmbedCall) -> Embeddings:
         """On the host where it is ready, else on the best; a host that turns out too small passes the call on."""
         hosts = self._suitable(call.model_id)
+        if self._specs[call.model_id].replicas > 1:
+            await self._spread(call.model_id, hosts)
         for host in hosts if len(hosts) == 1 else self._ranked(call.model_id, hosts):
             try:
                 return await host.embed(call)
@@ -96,8 +112,10 @@ class LocalBackend:
                 too_large = error
         raise too_large
 
-    async def preload(self, model_id: str, *, pin: bool = False, wait: bool = True) -> ModelStatus:
-        for host in self._ranked(model_id, self._suitable(model_id)):
+    async def preload(
+        self, model_id: str, *, pin: bool = False, wait: bool = True, host_id: str | None = None
+    ) -> ModelStatus:
+        for host in self._ranked(model_id, self._suitable(model_id, host_id)):
             try:
                 return await host.preload(model_id, pin=pin, wait=wait)
             except ModelTooLarge as error:
@@ -116,7 +134,7 @@ class LocalBackend:
     async def plan(self, model_id: str) -> Plan:
         hosts = self._suitable(model_id)
         with suppress(TimeoutError):
-            await asyncio.wait_for(asyncio.gather(*(host.size(model_id) for host in hosts)), _SIZE_S)
+            await asyncio.wait_for(asyncio.gather(*(host.size(model_id) for host in hosts)), SIZE_S)
         return self._ranked(model_id, hosts)[0].plan(model_id)
 
     async def reload(self, specs: Mapping[str, ModelSpec], budget: Budget | None = None) -> None:
@@ -124,7 +142,16 @@ class LocalBackend:
         before, self._specs = self._specs, dict(specs)
         for host in self._hosts.values():
             await host.reload(specs, budget)
-        await self._load_wanted(spec for spec in specs.values() if _is_newly_wanted(before.get(spec.model_id), spec))
+        await self._load_wanted(spec for spec in specs.values() if is_newly_wanted(before.get(spec.model_id), spec))
+
+    async def recycle(self, host_id: str) -> None:
+        """Never possible: who ends the process ends the server."""
+        if host_id not in self._hosts:
+            no_host(host_id, self._hosts)
+        raise InvalidValue(
+            f"host {host_id!r} runs in the server's own process, so it cannot be started anew alone: restart the "
+            "server, or serve with BACKEND=process"
+        )
 
     def snapshots(self) -> tuple[HostSnapshot, ...]:
         return tuple(host.snapshot() for host in self._hosts.values())
@@ -143,20 +170,15 @@ class LocalBackend:
 
     # ---- choosing ----
 
-    def _suitable(self, model_id: str) -> list[Host]:
+    def _suitable(self, model_id: str, host_id: str | None = None) -> list[Host]:
         """Hosts on whose device the registry lets the model run; those that are down only when there is no other."""
         spec = self._specs.get(model_id)
         if spec is None:
-            raise ModelNotFound(f"no model {model_id!r} is served here; see the list of models")
-        hosts = [host for host in self._hosts.values() if suits(host.config.device, spec.device)]
-        if not hosts:
-            devices = ", ".join(host.config.device for host in self._hosts.values())
-            raise LoadFailed(
-                f"model {model_id!r} is for device {spec.device!r}, and this server has {devices}; "
-                "change its `device` in the registry, or DEVICE",
-                retry_after_s=300.0,
-                kind="no_device",
-            )
+            no_model(model_id)
+        if host_id is not None and host_id not in self._hosts:
+            no_host(host_id, self._hosts)
+        devices = {name: host.config.device for name, host in self._hosts.items() if host_id in (None, name)}
+        hosts = [self._hosts[name] for name in places(spec, devices)]
         return [host for host in hosts if not host.fault] or hosts
 
     def _ranked(self, model_id: str, hosts: Sequence[Host]) -> list[Host]:
@@ -168,21 +190,42 @@ class LocalBackend:
         ids = rank(model_id, need_bytes, [host.snapshot() for host in hosts])
         return [self._hosts[host_id] for host_id in ids]  # (2)
 
+    async def _spread(self, model_id: str, hosts: Sequence[Host]) -> None:
+        """One more copy begins to load when all that are ready are busy; nobody waits for it."""
+        ready = [host for host in hosts if host.state(model_id) == "ready"]
+        if ready and all(host.status(model_id).leases for host in ready):
+            need_bytes = max(host.plan(model_id).need_bytes for host in hosts)
+            snapshots = [host.snapshot() for host in hosts]
+            host_id = further(self._specs[model_id], need_bytes, snapshots)
+            if host_id is not None:
+                await self._hosts[host_id].preload(model_id, wait=False)
+
     async def _load_wanted(self, specs: Iterable[ModelSpec]) -> None:
         """Those that no host has or expects, in the registry's order."""
         for spec in specs:
             hosts = [host for host in self._hosts.values() if host.state(spec.model_id) is not None]
-            if hosts and all(host.state(spec.model_id) in _AWAY for host in hosts):
+            if hosts and all(host.state(spec.model_id) in AWAY for host in hosts):
                 await self._ranked(spec.model_id, hosts)[0].preload(spec.model_id, wait=False)
 
 
-def _is_wanted(spec: ModelSpec) -> bool:
+def no_model(model_id: str) -> NoReturn:
+    """Refuse a model that no registry names."""
+    raise ModelNotFound(f"no model {model_id!r} is served here; see the list of models")
+
+
+def no_host(host_id: str, known: Iterable[str]) -> NoReturn:
+    """Refuse a host that is not there."""
+    raise HostNotFound(f"no host is called {host_id!r}; this server has {', '.join(known) or 'none now'}")
+
+
+def is_wanted(spec: ModelSpec) -> bool:
+    """Whether the model is to be in memory unasked."""
     return spec.pinned or spec.preload
 
 
-def _is_newly_wanted(old: ModelSpec | None, new: ModelSpec) -> bool:
+def is_newly_wanted(old: ModelSpec | None, new: ModelSpec) -> bool:
     """Wanted, and not so before, or not this engine."""
-    return _is_wanted(new) and (old is None or not _is_wanted(old) or needs_new_generation(old, new))
+    return is_wanted(new) and (old is None or not is_wanted(old) or needs_new_generation(old, new))
 
 
 async def merged(streams: Sequence[AsyncIterator[Event]]) -> AsyncIterator[Event]:

@@ -1,6 +1,7 @@
 """Settings and registry → hosts in this process. Importing it is cheap; opening imports torch."""
 
 from router.backend import LocalBackend
+from router.hosting import machine_config
 from router.registry import Registry
 from router.settings import Settings, usable_cores
 
@@ -11,22 +12,8 @@ def open_local_backend(settings: Settings, registry: Registry) -> LocalBackend:
     Raises:
         InvalidValue: a device is asked for that is not here.
     """
-    from engines.machine import LoaderSettings, Machine, MachineConfig  # late: torch takes seconds to import
+    from engines.machine import Machine  # late: torch takes seconds to import
 
-    config = MachineConfig(
-        devices=settings.device,
-        budget=settings.memory_budget or registry.memory_budget,
-        cores=usable_cores(),
-        tokenizer_threads=settings.thread_pool_size,
-        state_folder=settings.state_dir,
-        watchdog_s=settings.watchdog_seconds,
-        loader=LoaderSettings(
-            max_batch_tokens=settings.max_batch_tokens,
-            max_batch_items=settings.max_batch_size,
-            max_queue_items=settings.max_queue_size,
-            batch_timeout_s=settings.batch_timeout_s,
-            target_dim=settings.target_dim,
-        ),
-    )
-    machine = Machine(config, registry.models)
+    budget = settings.memory_budget or registry.memory_budget
+    machine = Machine(machine_config(settings, budget, settings.device, usable_cores()), registry.models)
     return LocalBackend(machine.hosts, registry.models, machine.close)

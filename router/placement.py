@@ -5,14 +5,37 @@ cold models over-commits one host while another stands empty.
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
+from engines.errors import LoadFailed
+from engines.host import suits
 from engines.records import HostSnapshot, ModelStatus
+from engines.spec import ModelSpec
 
+AWAY = ("absent", "cold", "failed")
+"""States of a model that a host neither has nor expects."""
 _RESIDENT = {"ready": 0, "warming": 1, "loading": 2}
 _EXPECTED = ("fetching", "waiting_space")
 
+_FITS = 2
 Key = tuple[int, float, bool, int]
+
+
+def places(spec: ModelSpec, devices: Mapping[str, str]) -> list[str]:
+    """The hosts (id → device) on whose device the registry lets the model run.
+
+    Raises:
+        LoadFailed: there is none.
+    """
+    found = [host_id for host_id, device in devices.items() if suits(device, spec.device)]
+    if not found:
+        raise LoadFailed(
+            f"model {spec.model_id!r} is for device {spec.device!r}, and this server has "
+            f"{', '.join(dict.fromkeys(devices.values()))}; change its `device` in the registry, or DEVICE",
+            retry_after_s=300.0,
+            kind="no_device",
+        )
+    return found
 
 
 def rank(model_id: str, need_bytes: int, snapshots: Iterable[HostSnapshot]) -> list[str]:
@@ -26,6 +49,23 @@ def rank(model_id: str, need_bytes: int, snapshots: Iterable[HostSnapshot]) -> l
     """
     keys = {host.host_id: _key(model_id, need_bytes, host) for host in snapshots}
     return sorted(keys, key=lambda host_id: keys[host_id])
+
+
+def further(spec: ModelSpec, need_bytes: int, snapshots: Sequence[HostSnapshot]) -> str | None:
+    """Where one more copy of a busy model may go, as `replicas` in the registry allows; None when it may not.
+
+    A copy takes free memory only: it would be no gain if another model had to leave for it, and come back.
+    """
+    having = [host for host in snapshots if _state(spec.model_id, host) not in AWAY]
+    if len(having) >= spec.replicas:
+        return None
+    rest = {host.host_id: _key(spec.model_id, need_bytes, host) for host in snapshots if host not in having}
+    best = min(rest, key=lambda host_id: rest[host_id], default=None)
+    return best if best is not None and rest[best][0] == _FITS else None
+
+
+def _state(model_id: str, host: HostSnapshot) -> str:
+    return next((status.state for status in host.models if status.model_id == model_id), "absent")
 
 
 def _key(model_id: str, need_bytes: int, host: HostSnapshot) -> Key:
@@ -43,7 +83,7 @@ def _tier(need_bytes: int, host: HostSnapshot, status: ModelStatus | None, *, is
     claimed = host.claimed_bytes if not is_expected else max(0, host.claimed_bytes - need_bytes)
     missing = need_bytes + claimed - host.free_bytes
     if missing <= 0:
-        return 2, 0.0
+        return _FITS, 0.0
     used_at = _last_victim_used_at(host, missing)
     return (3, used_at) if used_at is not None else (4, -1.0)
 

@@ -37,11 +37,15 @@ class RegistryError(FileError):
 
 
 class Registry(Struct, frozen=True, kw_only=True):
-    """Which models may be served. `models` is keyed by `model_id`; `aliases` lead to one of these keys."""
+    """Which models may be served. `models` is keyed by `model_id`; `aliases` lead to one of these keys.
+
+    `backend`: where they run; None when the file does not say.
+    """
 
     version: int = 1
     default_model: str | None = None
     memory_budget: Budget = DEFAULT_BUDGET
+    backend: str | None = None
     models: dict[str, ModelSpec] = {}
     aliases: dict[str, str] = {}
 
@@ -179,6 +183,7 @@ def _to_registry(file: RegistryFile) -> Registry:
         version=file.version,
         default_model=aliases.get(default, default) if default else None,
         memory_budget=parse_budget(file.memory.budget) if file.memory else DEFAULT_BUDGET,
+        backend=file.backend or None,
         models=models,
         aliases=aliases,
     )

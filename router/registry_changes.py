@@ -5,7 +5,9 @@ from msgspec import Struct, structs
 from engines.spec import ModelSpec
 from router.registry import Registry
 
-IN_PLACE = frozenset({"keep_alive_s", "pinned", "preload", "description", "license", "token_encoding", "calibration"})
+IN_PLACE = frozenset(
+    {"keep_alive_s", "pinned", "preload", "replicas", "description", "license", "token_encoding", "calibration"}
+)
 """The fields of a `ModelSpec` that a running engine never sees. Every other one shapes its vectors or its memory
 (`max_batch_tokens` too: the workspace was measured for it), so a change of it needs a new generation."""
 

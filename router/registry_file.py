@@ -27,6 +27,8 @@ PoolingName = Literal[
     "cls", "mean", "max", "mean_sqrt_len", "weightedmean", "last_token", "mean_sqrt_len_tokens", "lasttoken"
 ]
 
+BackendName = Literal["local", "process", "ray"]
+
 
 def _read_by(parse: Callable[[object], object], **schema: object) -> Meta:
     return Meta(extra={"parse": parse}, extra_json_schema=schema)
@@ -82,6 +84,7 @@ class Defaults(Struct, forbid_unknown_fields=True, kw_only=True):
     pinned: bool | UnsetType = UNSET
     preload: bool | UnsetType = UNSET
     cache: CacheSize | UnsetType = UNSET
+    replicas: Count | UnsetType = UNSET
 
 
 class Entry(Defaults, forbid_unknown_fields=True, kw_only=True):
@@ -110,4 +113,5 @@ class RegistryFile(Struct, forbid_unknown_fields=True, kw_only=True):
     models: list[Entry]
     default_model: Name | UnsetType = UNSET
     memory: MemorySection | UnsetType = UNSET
+    backend: BackendName | UnsetType = UNSET
     defaults: Defaults | UnsetType = UNSET

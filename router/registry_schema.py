@@ -18,6 +18,9 @@ MEANINGS = {
     "models": "The models that may be served.",
     "default_model": "The model of requests that name none: a name or an alias. Left out, `model` is obligatory.",
     "memory": "How much memory models may take.",
+    "backend": "Where the models run: local (in the server's own process), process (one worker process a device), ray "
+    "(hosts on a Ray cluster). Left out: process where there is more than one GPU, else local. BACKEND in the "
+    "environment overrides it.",
     "defaults": "Values for every model that does not say otherwise.",
     "budget": "Part of each device's memory for models: 80% or 20GiB. MEMORY_BUDGET in the environment overrides it.",
     "name": "What clients send as `model`. Slashes are fine, spaces are not.",
@@ -37,6 +40,7 @@ MEANINGS = {
     "preload": "Load the model when the server starts, not at the first request. Default: false.",
     "cache": "Memory for vectors that were computed before, so that the same text is not computed again: 256MiB. "
     "Default: 0, none.",
+    "replicas": "On how many devices at the most the model may be at once when one is too busy for it. Default: 1.",
     "pooling": "Overrules the model's own pooling. A list is concatenated in its order.",
     "prompts": "Prompt name (query, document, …) → text put in front of the input. Added to the model's own prompts, "
     "and stronger. Use double quotes: every space counts.",

@@ -35,7 +35,8 @@ def usable_cores() -> int:
 class Settings(Struct, frozen=True, kw_only=True):
     """The server's settings, named after their variables; `_s` is added where a time lacks its unit.
 
-    `None` means off, or: decided elsewhere (`max_batch_tokens` by the device, `memory_budget` by the registry).
+    `None` means off, or: decided elsewhere (`max_batch_tokens` by the device, `memory_budget` and `backend` by the
+    registry).
     """
 
     host: str = "127.0.0.1"
@@ -47,6 +48,8 @@ class Settings(Struct, frozen=True, kw_only=True):
     allow_anonymous: bool = False
     model_path: str | None = None
     device: tuple[str, ...] = ("auto",)
+    backend: str | None = None
+    cpu_hosts: int = 1
     memory_budget: Budget | None = None
     target_dim: int | None = None
     max_concurrent_requests: int = 1024
@@ -108,6 +111,8 @@ VARIABLES = (
     Variable.of("ALLOW_ANONYMOUS", values.boolean),
     Variable.of("MODEL_PATH", str),
     Variable.of("DEVICE", values.devices),
+    Variable.of("BACKEND", values.one_of("local", "process", "ray")),
+    Variable.of("CPU_HOSTS", values.integer(1, 256)),
     Variable.of("MEMORY_BUDGET", parse_budget),
     Variable.of("TARGET_DIM", values.integer(1)),
     Variable.of("MAX_CONCURRENT_REQUESTS", values.integer(1)),

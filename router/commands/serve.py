@@ -69,12 +69,12 @@ def _listener(settings: Settings) -> socket.socket:
 def _serve(settings: Settings, registry: Registry, listener: socket.socket) -> None:
     # Late: these bring torch and the server, and mistakes above should be told at once.
     from router.app import create_app
-    from router.local import open_local_backend
+    from router.backends import open_backend
     from router.server import run_until_told_to_stop
     from router.telemetry import configure_logging
 
     configure_logging(settings.log_format, settings.log_level)
-    backend = open_local_backend(settings, registry)
+    backend = open_backend(settings, registry)
     port = listener.getsockname()[1]
 
     def announce() -> None:

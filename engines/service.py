@@ -1,0 +1,84 @@
+"""A host as it is spoken to from another process: messages of `engines/wire.py` in, replies out. Knows no transport."""
+
+import asyncio
+from contextlib import suppress
+
+from engines.failures import failure_of
+from engines.host import Host
+from engines.records import ModelStatus
+from engines.wire import (
+    Cancel,
+    Drain,
+    Embed,
+    Evict,
+    Foresee,
+    Look,
+    Outcome,
+    Preload,
+    Reload,
+    Reply,
+    Request,
+    Seen,
+    Vectors,
+)
+
+
+class HostService:
+    """One host and the age of the registry that it serves.
+
+    Args:
+        host: started by whoever made it.
+        stamp: of the registry that the host was made with.
+    """
+
+    def __init__(self, host: Host, stamp: float = 0.0) -> None:
+        self.host = host
+        self._stamp = stamp
+
+    async def answer(self, request: Request) -> Reply:
+        """What the host says; errors are replies, too. Cancelling cancels what the host does for it."""
+        try:
+            if isinstance(request, Embed):
+                return Vectors(embeddings=await self.host.embed(request.call))
+            return await self._command(request)
+        except Exception as error:  # noqa: BLE001  # it crosses, and is raised again where the answer is awaited
+            return failure_of(error)
+
+    def look(self, after: int = 0) -> Seen:
+        """The host now, and its events since `after`."""
+        fault = self.host.check()
+        return Seen(snapshot=self.host.snapshot(), events=self.host.events_since(after), fault=fault, stamp=self._stamp)
+
+    async def _command(self, request: Request) -> Reply:
+        match request:
+            case Preload():
+                status = await self.host.preload(request.model_id, pin=request.pin, wait=request.wait)
+                return self._outcome(status)
+            case Evict():
+                status = await self.host.evict(request.model_id, force=request.force, timeout_s=request.timeout_s)
+                return self._outcome(status)
+            case Foresee():
+                return await self._foresee(request)
+            case Reload():
+                await self._reload(request)
+            case Look():
+                return self.look(request.after)
+            case Drain():
+                await self.host.aclose(grace_s=request.grace_s)
+            case Embed() | Cancel():
+                raise AssertionError(f"{request} is not a command")
+        return self._outcome()
+
+    async def _foresee(self, request: Foresee) -> Reply:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self.host.size(request.model_id), request.size_s)
+        return Outcome(snapshot=self.host.snapshot(), plan=self.host.plan(request.model_id))
+
+    async def _reload(self, request: Reload) -> None:
+        """Several routers may bring registries, and late ones must not undo newer ones."""
+        if request.stamp > self._stamp:
+            self._stamp = request.stamp
+            await self.host.reload(request.specs, request.budget)
+
+    def _outcome(self, status: ModelStatus | None = None) -> Outcome:
+        return Outcome(snapshot=self.host.snapshot(), status=status)

@@ -1,0 +1,121 @@
+"""What runs in a worker process: one host, and the worker's end of the socket. It ends when its parent hangs up.
+
+Started by `forkserver`, so torch is imported already and no thread and no CUDA context has been taken over.
+"""
+
+import asyncio
+import ctypes
+import os
+import signal
+import socket
+from contextlib import suppress
+from typing import cast
+
+import structlog
+import uvloop
+
+from engines.errors import EngineError
+from engines.failures import Failure, failure_of
+from engines.service import HostService
+from engines.wire import Cancel, Cutter, Frame, Reply, Request, Seen, decode_request, encode_reply, pack
+from router.hosting import Birth
+from router.telemetry import configure_logging
+
+Box = ctypes.Array[ctypes.c_char]
+
+HEARTBEAT_S = 0.5
+"""A worker that has nothing to tell says so."""
+_FAREWELL_S = 10.0
+
+
+class Channel(asyncio.Protocol):
+    """Requests in, replies out; each is a task of its own."""
+
+    def __init__(self) -> None:
+        self._service: HostService | None = None
+        self._cutter = Cutter()
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._transport: asyncio.Transport | None = None
+        self.ended = asyncio.Event()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's has no such parent
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.ended.set()
+
+    def data_received(self, data: bytes) -> None:
+        for frame in self._cutter.feed(data):
+            self._take(frame)
+
+    async def serve(self, service: HostService) -> None:
+        """Answer, and tell what happens as it happens, until the parent hangs up."""
+        self._service = service
+        telling = asyncio.ensure_future(self._tell(service))
+        await self.ended.wait()
+        telling.cancel()
+
+    def tell(self, reply: Seen | Failure) -> None:
+        """Say something that nobody asked for."""
+        self._write(0, reply)
+
+    async def _tell(self, service: HostService) -> None:
+        after, is_open = 0, True
+        while is_open:
+            seen = service.look(after)
+            self.tell(seen)
+            after = seen.events[-1].seq if seen.events else after
+            with suppress(TimeoutError):
+                is_open = await asyncio.wait_for(service.host.event_arrived(after), HEARTBEAT_S)
+
+    def _take(self, frame: Frame) -> None:
+        request = decode_request(frame.head)
+        if isinstance(request, Cancel):
+            task = self._tasks.get(request.number)
+            if task is not None:
+                task.cancel()
+            return
+        assert self._service is not None, "the parent asks nothing before it has heard that the host is ready"
+        work = self._answer(frame.number, self._service, request)
+        self._tasks[frame.number] = asyncio.get_running_loop().create_task(work)
+
+    async def _answer(self, number: int, service: HostService, request: Request) -> None:
+        try:
+            self._write(number, await service.answer(request))
+        finally:
+            del self._tasks[number]
+
+    def _write(self, number: int, reply: Reply) -> None:
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.writelines(pack(Frame(number, *encode_reply(reply))))
+
+
+def run_child(sock: socket.socket, birth: Birth, box: Box) -> None:
+    """The worker's `main`.
+
+    Args:
+        sock: its end.
+        box: shared with the parent: what the host is running, for the case that it dies of it.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # a terminal or a supervisor tells the whole group; the parent decides
+    configure_logging(birth.settings.log_format, birth.settings.log_level)
+    structlog.contextvars.bind_contextvars(host=birth.host_id)
+    uvloop.run(_main(sock, birth, box))
+    os._exit(0)  # threads that hang on a device must not keep the process
+
+
+async def _main(sock: socket.socket, birth: Birth, box: Box) -> None:
+    _, channel = await asyncio.get_running_loop().create_unix_connection(Channel, sock=sock)
+
+    def note(model_id: str) -> None:
+        box.value = model_id.encode()[: len(box) - 1]
+
+    try:
+        host = birth.open(birth, note)
+        await host.start()
+    except EngineError as error:
+        channel.tell(failure_of(error))
+        await asyncio.wait_for(channel.ended.wait(), _FAREWELL_S)
+    else:
+        await channel.serve(HostService(host, birth.stamp))

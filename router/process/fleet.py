@@ -1,0 +1,216 @@
+"""`ProcessFleet`: all workers together. Which of them gets a call, and what the death of one means."""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+
+import structlog
+from msgspec import structs
+
+from engines.errors import EngineError
+from engines.records import Embeddings, Event, HostSnapshot, ModelStatus
+from engines.spec import ModelSpec
+from engines.units import Budget
+from engines.wire import Embed, Outcome, Preload, Reload, Reply, Request, Seen, Vectors
+from router.event_feed import EventFeed
+from router.fleet import Ticket
+from router.hosting import Birth, share
+from router.ledger import Ledger
+from router.placement import AWAY
+from router.process.charges import Charges
+from router.process.worker import Death, Ears, Worker
+from router.registry_changes import needs_new_generation
+
+log = structlog.get_logger()
+
+
+class ProcessFleet:
+    """See `Fleet`.
+
+    Args:
+        births: one for each host.
+        parts: how many of them share one device's memory.
+        grace_s: how long a host that is recycled may finish what it has.
+    """
+
+    def __init__(self, births: Sequence[Birth], parts: int, grace_s: float) -> None:
+        self.ledger = Ledger()
+        self.feed = EventFeed()
+        self._charges = Charges(time.monotonic)
+        self._parts = parts
+        self._grace_s = grace_s
+        self._stamp = 0.0
+        self._specs: Mapping[str, ModelSpec] = {}
+        self._bases: dict[str, int] = {}
+        self._restarts: Counter[str] = Counter()
+        self._on_change: Callable[[], None] = lambda: None
+        self._workers = {birth.host_id: Worker(birth, self._ears(birth.host_id)) for birth in births}
+
+    @property
+    def workers(self) -> Mapping[str, Worker]:
+        """By host id."""
+        return self._workers
+
+    async def open(self, specs: Mapping[str, ModelSpec], on_change: Callable[[], None]) -> None:
+        self._specs = specs
+        self._on_change = on_change
+        try:
+            await asyncio.gather(*(worker.start() for worker in self._workers.values()))
+        except BaseException:
+            for worker in self._workers.values():
+                worker.kill()
+            raise
+
+    async def send(self, ticket: Ticket) -> Embeddings:
+        host_id = ticket.host_id = self.ledger.ranked(ticket.spec, ticket.avoid)[0]
+        with self.ledger.sent(host_id, ticket.spec.model_id):
+            reply = await self._workers[host_id].ask(Embed(call=ticket.call))
+        assert isinstance(reply, Vectors), "a call is answered with vectors"
+        return reply.embeddings
+
+    async def ask(self, host_id: str, request: Request) -> Reply:
+        reply = await self._workers[host_id].ask(request)
+        if isinstance(reply, Outcome):
+            self.ledger.note(structs.replace(reply.snapshot, restarts=self._restarts[host_id]))
+        return reply
+
+    async def reload(self, specs: Mapping[str, ModelSpec], budget: Budget | None) -> None:
+        self._stamp += 1.0
+        for model_id, spec in specs.items():
+            old = self._specs.get(model_id)
+            if old is not None and needs_new_generation(old, spec):
+                self._charges.acquit(model_id)
+        self._specs = specs
+        own = share(budget, self._parts) if budget is not None else None
+        for worker in self._workers.values():
+            changes = {"specs": specs, "stamp": self._stamp} | ({"budget": own} if own is not None else {})
+            worker.birth = structs.replace(worker.birth, **changes)
+        request = Reload(specs=specs, budget=own, stamp=self._stamp)
+        await asyncio.gather(*(self._tell(host_id, request) for host_id in self._workers))
+
+    async def recycle(self, host_id: str) -> None:
+        before = self.ledger.snapshot(host_id)
+        self.ledger.close(host_id)
+        await self._workers[host_id].renew(self._grace_s)
+        for status in hot(before):
+            await self._tell(host_id, Preload(model_id=status.model_id, pin=status.pinned, wait=False))
+
+    def faults(self) -> Mapping[str, str]:
+        for worker in self._workers.values():
+            worker.check()
+        return {host_id: worker.fault for host_id, worker in self._workers.items() if worker.fault}
+
+    def snapshots(self) -> tuple[HostSnapshot, ...]:
+        return tuple(self._with_quarantine(snapshot) for snapshot in self.ledger.snapshots())
+
+    def quarantine(self, model_id: str) -> None:
+        self._charges.check(model_id)
+
+    async def aclose(self, grace_s: float) -> None:
+        await asyncio.gather(*(worker.aclose(grace_s) for worker in self._workers.values()))
+
+    # ---- what workers tell ----
+
+    def _ears(self, host_id: str) -> Ears:
+        return Ears(partial(self._seen, host_id), partial(self._ended, host_id), partial(self._back, host_id))
+
+    def _seen(self, host_id: str, seen: Seen) -> None:
+        """Numbers go on from one life to the next, so that followers miss nothing."""
+        self.ledger.note(structs.replace(seen.snapshot, restarts=self._restarts[host_id]))
+        base = self._bases.get(host_id, 0)
+        for event in seen.events:
+            self.feed.add(structs.replace(event, seq=base + event.seq))
+
+    def _ended(self, host_id: str, death: Death | None) -> None:
+        """Three cases: 1. as wished;  2. it had noted what it ran;  3. not: all that had calls or loads there."""
+        snapshot = self.ledger.snapshot(host_id)
+        if death is None:
+            cause = f"host {host_id} is started anew"  # (1)
+        else:
+            cause = f"the worker process of host {host_id} died ({death.signal})"
+            self._restarts[host_id] += 1
+            self._charges.charge([death.running] if death.running else self._suspects(host_id, snapshot))  # (2), (3)
+        self._empty(host_id, cause)
+
+    def _with_quarantine(self, snapshot: HostSnapshot) -> HostSnapshot:
+        """Models that no host is asked for now are shown as failed."""
+        kept_out = {model_id: left_s for model_id in self._specs if (left_s := self._charges.left_s(model_id))}
+        if not kept_out:
+            return snapshot
+        models = tuple(
+            structs.replace(
+                status,
+                state="failed",
+                last_error=self._charges.words(status.model_id),
+                retry_at=time.time() + kept_out[status.model_id],
+            )
+            if status.model_id in kept_out
+            else status
+            for status in snapshot.models
+        )
+        return structs.replace(snapshot, models=models)
+
+    def _suspects(self, host_id: str, snapshot: HostSnapshot | None) -> set[str]:
+        models = snapshot.models if snapshot is not None else ()
+        loading = {status.model_id for status in models if status.state in ("loading", "warming")}
+        return loading | set(self.ledger.running(host_id))
+
+    def _back(self, host_id: str) -> None:
+        log.info("worker.back", host=host_id)
+        self._on_change()
+
+    def _empty(self, host_id: str, cause: str) -> None:
+        """Nothing is in memory there any more, and nothing can be had there for the moment."""
+        snapshot = self.ledger.snapshot(host_id)
+        if snapshot is not None:
+            for status in snapshot.models:
+                if status.state not in AWAY:
+                    self.feed.add(_loss(status, self.feed.last_seq(host_id) + 1, cause))
+            self.ledger.note(emptied(snapshot))
+        self._bases[host_id] = self.feed.last_seq(host_id)
+
+    async def _tell(self, host_id: str, request: Request) -> None:
+        """A worker that is between two lives learns it at its next birth, or has nothing to be told any more."""
+        with suppress(EngineError):
+            await self.ask(host_id, request)
+
+
+def hot(snapshot: HostSnapshot | None) -> list[ModelStatus]:
+    """What was ready on a host, the most recently used first."""
+    ready = [status for status in snapshot.models if status.state == "ready"] if snapshot is not None else []
+    return sorted(ready, key=lambda status: -(status.last_used_at or 0.0))
+
+
+def emptied(snapshot: HostSnapshot) -> HostSnapshot:
+    """The host with nothing in memory, closed to calls."""
+    gone = dict.fromkeys(("weight_bytes", "workspace_bytes", "leases", "waiters", "queue_items"), 0)
+    models = tuple(
+        status if status.state in AWAY else structs.replace(status, state="cold", info=None, **gone)
+        for status in snapshot.models
+    )
+    return structs.replace(
+        snapshot,
+        used_bytes=0,
+        workspace_bytes=0,
+        claimed_bytes=0,
+        free_bytes=snapshot.budget_bytes,
+        residents=(),
+        models=models,
+        is_draining=True,
+    )
+
+
+def _loss(status: ModelStatus, seq: int, cause: str) -> Event:
+    return Event(
+        seq=seq,
+        time_s=time.time(),
+        host_id=status.host_id,
+        model_id=status.model_id,
+        kind="state",
+        source=status.state,
+        target="cold",
+        cause=cause,
+    )
