@@ -37,8 +37,13 @@ class Fleet(Protocol):
     Errors are those of `engines/errors.py`; `HostLost` says that a host ended before it had answered.
     """
 
-    ledger: Ledger
-    feed: EventFeed
+    @property
+    def ledger(self) -> Ledger:
+        """What is known of them."""
+
+    @property
+    def feed(self) -> EventFeed:
+        """What has happened there."""
 
     async def open(self, specs: Mapping[str, ModelSpec], on_change: Callable[[], None]) -> None:
         """Reach the hosts; `on_change` is called when one has come that was not there, or is back."""

@@ -57,13 +57,21 @@ class Ledger:
     @contextmanager
     def sent(self, host_id: str, model_id: str) -> Iterator[None]:
         """A call to the host about the model runs inside the block."""
-        self._running[host_id, model_id] += 1
+        self.begin(host_id, model_id)
         try:
             yield
         finally:
-            self._running[host_id, model_id] -= 1
-            if not self._running[host_id, model_id]:
-                del self._running[host_id, model_id]
+            self.end(host_id, model_id)
+
+    def begin(self, host_id: str, model_id: str) -> None:
+        """A call begins; `end` must follow."""
+        self._running[host_id, model_id] += 1
+
+    def end(self, host_id: str, model_id: str) -> None:
+        """A call that had begun has ended."""
+        self._running[host_id, model_id] -= 1
+        if not self._running[host_id, model_id]:
+            del self._running[host_id, model_id]
 
     # ---- choosing ----
 
@@ -88,11 +96,11 @@ class Ledger:
             return ready if len(ready) == 1 else sorted(ready, key=lambda host: self._load(host, spec.model_id))  # (1)
         return rank(spec.model_id, self._need_bytes(spec.model_id, hosts), self._expected(hosts))  # (2)
 
-    def further(self, spec: ModelSpec) -> str | None:
-        """A host for one more copy, when all that have the model ready are busy with it."""
+    def further(self, spec: ModelSpec, calls: int) -> str | None:
+        """A host for one more copy, when so many calls keep all busy that have the model ready."""
         hosts = self.open_hosts(spec)
         ready = [host_id for host_id in hosts if self._state(host_id, spec.model_id) == "ready"]
-        if not ready or not all(self._running[host_id, spec.model_id] for host_id in ready):
+        if not ready or calls < len(ready):
             return None
         return further(spec, self._need_bytes(spec.model_id, hosts), self._expected(hosts))
 

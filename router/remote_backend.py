@@ -5,6 +5,7 @@ one when it is back; who loses a second host is told so.
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 
@@ -34,6 +35,7 @@ class RemoteBackend:
         self._specs = dict(specs)
         self._changed = asyncio.Event()
         self._calls: set[asyncio.Timeout] = set()
+        self._by_model: Counter[str] = Counter()
         self._idle = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_closing = False
@@ -45,7 +47,7 @@ class RemoteBackend:
     async def embed(self, call: EmbedCall) -> Embeddings:
         spec = self._spec(call.model_id)
         ticket = Ticket(call, spec)
-        async with self._admitted():
+        async with self._admitted(call.model_id):
             if spec.replicas > 1:
                 self._spread(spec)
             while True:
@@ -66,7 +68,7 @@ class RemoteBackend:
             devices = self._ledger.devices()
             places(spec, {host_id: devices[host_id]})
             ticket.avoid = set(devices) - {host_id}
-        async with self._admitted():
+        async with self._admitted(model_id):
             while True:
                 self._fleet.quarantine(model_id)
                 await self._until_open(ticket, _REOPEN_S)
@@ -127,12 +129,13 @@ class RemoteBackend:
     # ---- one call ----
 
     @asynccontextmanager
-    async def _admitted(self) -> AsyncIterator[None]:
+    async def _admitted(self, model_id: str) -> AsyncIterator[None]:
         """Inside, a call is waited for at the end, and interrupted when the end does not wait any longer."""
         if self._is_closing:
             raise ShuttingDown("the server is shutting down; send the request to another one", retry_after_s=5.0)
         running = asyncio.timeout(None)
         self._calls.add(running)
+        self._by_model[model_id] += 1
         self._idle.clear()
         try:
             async with running:
@@ -143,6 +146,7 @@ class RemoteBackend:
             raise ShuttingDown("the server shut down before the request was done; send it again") from None
         finally:
             self._calls.discard(running)
+            self._by_model[model_id] -= 1
             if not self._calls:
                 self._idle.set()
 
@@ -185,7 +189,7 @@ class RemoteBackend:
 
     def _spread(self, spec: ModelSpec) -> None:
         """One more copy of a busy model begins to load; nobody waits for it."""
-        host_id = self._ledger.further(spec)
+        host_id = self._ledger.further(spec, self._by_model[spec.model_id] - 1)
         if host_id is not None:
             self._spawn(self._copy(host_id, spec.model_id))
 

@@ -23,6 +23,7 @@ from router.placement import AWAY
 from router.process.charges import Charges
 from router.process.worker import Death, Ears, Worker
 from router.registry_changes import needs_new_generation
+from router.residents import emptied, hot
 
 log = structlog.get_logger()
 
@@ -176,31 +177,6 @@ class ProcessFleet:
         """A worker that is between two lives learns it at its next birth, or has nothing to be told any more."""
         with suppress(EngineError):
             await self.ask(host_id, request)
-
-
-def hot(snapshot: HostSnapshot | None) -> list[ModelStatus]:
-    """What was ready on a host, the most recently used first."""
-    ready = [status for status in snapshot.models if status.state == "ready"] if snapshot is not None else []
-    return sorted(ready, key=lambda status: -(status.last_used_at or 0.0))
-
-
-def emptied(snapshot: HostSnapshot) -> HostSnapshot:
-    """The host with nothing in memory, closed to calls."""
-    gone = dict.fromkeys(("weight_bytes", "workspace_bytes", "leases", "waiters", "queue_items"), 0)
-    models = tuple(
-        status if status.state in AWAY else structs.replace(status, state="cold", info=None, **gone)
-        for status in snapshot.models
-    )
-    return structs.replace(
-        snapshot,
-        used_bytes=0,
-        workspace_bytes=0,
-        claimed_bytes=0,
-        free_bytes=snapshot.budget_bytes,
-        residents=(),
-        models=models,
-        is_draining=True,
-    )
 
 
 def _loss(status: ModelStatus, seq: int, cause: str) -> Event:

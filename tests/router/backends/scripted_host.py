@@ -35,7 +35,7 @@ def script_of(spec: ModelSpec) -> dict[str, str]:
 
 
 def scripted(model_id: str, **script: object) -> ModelSpec:
-    """A spec with its script; fields of `ModelSpec` go there. Another script is another source: sizes are remembered."""
+    """A spec with its script; fields of `ModelSpec` go there. Sizes are remembered, so each script is a source."""
     fields = {name: value for name, value in script.items() if name in ModelSpec.__struct_fields__}
     words = " ".join(f"{name}={value}" for name, value in script.items() if name not in fields)
     return ModelSpec(**{"model_id": model_id, "source": f"fake/{model_id} {words}", "description": words, **fields})  # type: ignore[arg-type]  # a test's own fields

@@ -1,0 +1,99 @@
+"""What this process knows of the replicas, and which calls are on their way to them.
+
+Serve makes the request router by itself and pickles its class by value, so nothing can be handed to it: both it and the
+fleet find the board here. All of it lives on one event loop, because `RAY_SERVE_THROUGHPUT_OPTIMIZED` keeps Serve's
+router on the loop of its caller.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import msgspec
+
+from engines.errors import LoadFailed
+from engines.records import HostSnapshot
+from router.fleet import Ticket
+from router.ledger import Ledger
+
+
+class Errand:
+    """One request to a replica. `to`: which one; None when the best for the ticket's model is to be chosen."""
+
+    def __init__(self, *, ticket: Ticket | None = None, to: str | None = None) -> None:
+        self.ticket = ticket
+        self.to = to
+
+
+class Board:
+    """The replicas as Serve's controller and the hosts themselves tell of them.
+
+    Attributes:
+        running: ids of the replicas that run, as Serve says.
+        on_change: called when a host is heard of for the first time.
+    """
+
+    def __init__(self) -> None:
+        self.ledger = Ledger()
+        self.running: frozenset[str] = frozenset()
+        self.on_change: Callable[[], None] = lambda: None
+        self._errands: dict[str, Errand] = {}
+        self._last_errand = 0
+
+    # ---- the fleet's side ----
+
+    def begin(self, errand: Errand) -> str:
+        """Put an errand on the board; the name that its request carries."""
+        self._last_errand += 1
+        name = str(self._last_errand)
+        self._errands[name] = errand
+        return name
+
+    def end(self, name: str) -> None:
+        """The request has its answer, or nobody waits for it any more."""
+        errand = self._errands.pop(name)
+        if errand.ticket is not None and errand.to is not None:
+            self.ledger.end(errand.to, errand.ticket.spec.model_id)
+
+    def note(self, snapshot: HostSnapshot) -> None:
+        """What a host that runs is like now."""
+        is_new = self.ledger.snapshot(snapshot.host_id) is None
+        if snapshot.host_id in self.running:
+            self.ledger.note(snapshot)
+            if is_new:
+                self.on_change()
+
+    # ---- the request router's side ----
+
+    def see(self, stats: Mapping[str, Mapping[str, Any]]) -> None:
+        """These replicas run now; what they say of themselves counts until they are asked directly."""
+        known = self.ledger.devices().keys()
+        self.running = frozenset(stats)
+        for host_id in known - self.running:
+            self.ledger.forget(host_id)
+        for host_id in self.running - known:
+            if "snapshot" in stats[host_id]:
+                self.note(msgspec.convert(stats[host_id]["snapshot"], HostSnapshot))
+
+    def choose(self, name: str, model_id: str, running: Collection[str]) -> str | None:
+        """The replica for a request; None when none can take it now.
+
+        A placement counts from here on: a herd on cold models must not find every host as empty as the first did.
+        """
+        errand = self._errands.get(name)
+        if errand is None or errand.ticket is None:
+            return errand.to if errand is not None and errand.to in running else None
+        ticket = errand.ticket
+        if errand.to is not None:
+            self.ledger.end(errand.to, model_id)  # chosen before, and refused
+            errand.to = None
+        try:
+            hosts = [host_id for host_id in self.ledger.ranked(ticket.spec, ticket.avoid) if host_id in running]
+        except LoadFailed:
+            return None
+        if hosts:
+            errand.to = ticket.host_id = hosts[0]
+            self.ledger.begin(hosts[0], model_id)
+        return errand.to
+
+
+BOARD = Board()

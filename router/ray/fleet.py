@@ -1,0 +1,220 @@
+"""`RayFleet`: the way to hosts on a Ray cluster. The router process keeps nothing: any number of them may run.
+
+A host is asked twice a second how it is; the answer brings its events, its snapshot, and the age of its registry: a
+host that serves an older one than this router, because it has just been started, is brought up to date then.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+
+import structlog
+from ray.exceptions import RayError
+from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from engines.errors import EngineError, HostLost, QueueFull
+from engines.failures import Failure, error_of
+from engines.records import Embeddings, HostSnapshot
+from engines.spec import ModelSpec
+from engines.units import Budget
+from engines.wire import (
+    Embed,
+    Look,
+    Outcome,
+    Preload,
+    Reload,
+    Reply,
+    Request,
+    Seen,
+    Vectors,
+    decode_reply,
+    encode_request,
+)
+from router.event_feed import EventFeed
+from router.fleet import Ticket
+from router.ledger import Ledger
+from router.ray.board import Board, Errand
+from router.residents import hot
+
+log = structlog.get_logger()
+
+LOOK_EVERY_S = 0.5
+_LOOK_S = 2.0
+_SILENT_LOOKS = 3
+_REPLACED_S = 120.0
+_FIRST_S = 10.0
+"""How long Serve may take to name the replicas; hosts that come later are heard of, too."""
+
+
+class RayFleet:
+    """See `Fleet`.
+
+    Args:
+        handle: of the deployment.
+        board: that of this process, which Serve's router reads, too.
+        stamp: the age of the registry now (Unix seconds); the newest wins.
+        patience_s: how long a call may run beside the wait for its model. Ray itself waits for ever.
+        grace_s: how long a host that is recycled may finish what it has.
+    """
+
+    def __init__(
+        self,
+        handle: DeploymentHandle,
+        board: Board,
+        stamp: Callable[[], float],
+        *,
+        patience_s: float = 180.0,
+        grace_s: float = 30.0,
+        look_every_s: float = LOOK_EVERY_S,
+    ) -> None:
+        self.feed = EventFeed()
+        self._handle = handle
+        self._board = board
+        self._stamp = stamp
+        self._patience_s = patience_s
+        self._grace_s = grace_s
+        self._look_every_s = look_every_s
+        self._reload: Reload | None = None
+        self._faults: dict[str, str] = {}
+        self._silences: dict[str, int] = {}
+        self._looking: asyncio.Task[None] | None = None
+
+    @property
+    def ledger(self) -> Ledger:
+        """Of this process; Serve's router writes to it, too."""
+        return self._board.ledger
+
+    async def open(self, specs: Mapping[str, ModelSpec], on_change: Callable[[], None]) -> None:
+        self._reload = Reload(specs=specs, stamp=self._stamp())
+        self._board.on_change = on_change
+        if not self._handle.is_initialized:
+            self._handle._init()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_FIRST_S):
+                while not self._board.running:  # noqa: ASYNC110 - Serve tells when it is there
+                    await asyncio.sleep(0.05)
+        await self._look_at_all()
+        self._looking = asyncio.create_task(self._look_on())
+
+    async def send(self, ticket: Ticket) -> Embeddings:
+        limit_s = ticket.call.load_timeout_s + self._patience_s
+        reply = await self._request(Errand(ticket=ticket), Embed(call=ticket.call), limit_s)
+        assert isinstance(reply, Vectors), "a call is answered with vectors"
+        return reply.embeddings
+
+    async def ask(self, host_id: str, request: Request) -> Reply:
+        reply = await self._request(Errand(to=host_id), request, None)
+        if isinstance(reply, Outcome):
+            self._board.note(reply.snapshot)
+        return reply
+
+    async def reload(self, specs: Mapping[str, ModelSpec], budget: Budget | None) -> None:
+        self._reload = Reload(specs=specs, budget=budget, stamp=self._stamp())
+        await asyncio.gather(*(self._bring_registry(host_id, self._reload) for host_id in self.ledger.devices()))
+
+    async def recycle(self, host_id: str) -> None:
+        """Serve puts another replica in its place, with another id."""
+        before = self.ledger.snapshot(host_id)
+        others = set(self.ledger.devices())
+        self.ledger.close(host_id)
+        name = self._board.begin(Errand(to=host_id))
+        try:
+            await self._handle.options(method_name="leave", session_id=name).remote(self._grace_s)
+        except (RayError, RayServeException):
+            log.info("host.left", host=host_id)  # it ends before it can answer
+        finally:
+            self._board.end(name)
+        async with asyncio.timeout(_REPLACED_S):
+            while not (fresh := set(self.ledger.devices()) - others):  # noqa: ASYNC110 - Serve tells when it is there
+                await asyncio.sleep(LOOK_EVERY_S)
+        for status in hot(before):
+            with suppress(EngineError):
+                await self.ask(fresh.copy().pop(), Preload(model_id=status.model_id, pin=status.pinned, wait=False))
+
+    def snapshots(self) -> tuple[HostSnapshot, ...]:
+        return self.ledger.snapshots()
+
+    def faults(self) -> Mapping[str, str]:
+        known = self.ledger.devices()
+        return {host_id: fault for host_id, fault in self._faults.items() if fault and host_id in known}
+
+    def quarantine(self, model_id: str) -> None:
+        """Nothing: which model a lost replica was running is not known here; Serve starts another replica."""
+
+    async def aclose(self, grace_s: float) -> None:
+        """The hosts go on: they belong to the cluster."""
+        if self._looking is not None:
+            self._looking.cancel()
+            await asyncio.gather(self._looking, return_exceptions=True)
+
+    # ---- one request ----
+
+    async def _request(self, errand: Errand, request: Request, limit_s: float | None) -> Reply:
+        """Send it where the errand says. When its caller leaves it is cancelled where it runs: Ray does not by itself.
+
+        Raises:
+            EngineError: as the host raised it.
+            HostLost: the replica or its node ended first, or did not answer in time.
+        """
+        model_id = errand.ticket.spec.model_id if errand.ticket is not None else ""
+        name = self._board.begin(errand)
+        handle = self._handle.options(method_name="ask", session_id=name, multiplexed_model_id=model_id)
+        response = handle.remote(encode_request(request))
+        try:
+            async with asyncio.timeout(limit_s):
+                head, body = await response
+        except TimeoutError:
+            response.cancel()
+            raise HostLost(f"host {errand.to} did not answer within {limit_s:g} s; ask again") from None
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+        except BackPressureError as error:
+            raise QueueFull("the hosts have all the requests that they take; send it again in a moment") from error
+        except Exception as error:  # hosts answer with their errors, so what is raised is the way's
+            log.warning("host.lost", host=errand.to, reason=type(error).__name__)
+            raise HostLost(f"host {errand.to} ended before it answered; ask again") from error
+        finally:
+            self._board.end(name)
+        reply = decode_reply(head, body)
+        if isinstance(reply, Failure):
+            raise error_of(reply)
+        return reply
+
+    # ---- looking ----
+
+    async def _look_on(self) -> None:
+        while True:
+            await asyncio.sleep(self._look_every_s)
+            await self._look_at_all()
+
+    async def _look_at_all(self) -> None:
+        await asyncio.gather(*(self._look_at(host_id) for host_id in self._board.running))
+
+    async def _look_at(self, host_id: str) -> None:
+        """A host that does not answer gets no calls until it does; that it is gone, Serve will say."""
+        try:
+            request = Look(after=self.feed.last_seq(host_id))
+            reply = await self._request(Errand(to=host_id), request, _LOOK_S)
+        except EngineError:
+            self._silences[host_id] = self._silences.get(host_id, 0) + 1
+            if self._silences[host_id] >= _SILENT_LOOKS:
+                self.ledger.close(host_id)
+            return
+        self._silences[host_id] = 0
+        if isinstance(reply, Seen):
+            self._hear(host_id, reply)
+            await self._bring_registry(host_id, self._reload, reply.stamp)
+
+    def _hear(self, host_id: str, seen: Seen) -> None:
+        self._board.note(seen.snapshot)
+        self._faults[host_id] = seen.fault
+        for event in seen.events:
+            if event.seq > self.feed.last_seq(host_id):
+                self.feed.add(event)
+
+    async def _bring_registry(self, host_id: str, request: Reload | None, known: float = 0.0) -> None:
+        if request is not None and request.stamp > known:
+            with suppress(EngineError):
+                await self.ask(host_id, request)

@@ -1,0 +1,164 @@
+"""`BACKEND=ray` does what every backend does, on a real cluster of three nodes on this machine.
+
+Run by `test_ray.py` in a process of its own: Ray does not leave a process as it found it.
+"""
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+import pytest_asyncio
+
+from router.app import create_app
+from router.backend import Backend
+from router.hosting import Birth
+from router.ray.board import BOARD
+from router.ray.deploy import Plan, connect, deploy, from_environment, stamp_of
+from router.ray.fleet import RayFleet
+from router.ray.names import APP, DEPLOYMENT
+from router.registry import Registry
+from router.remote_backend import RemoteBackend
+from router.settings import Settings
+from tests.router.backends.clients import crowd
+from tests.router.backends.conformance import BUDGET, HOSTS, Conformance, Opened, homes, known, serving, until
+from tests.router.backends.scripted_host import open_scripted_host, scripted
+from tests.server import serving as serving_app
+
+import ray  # isort: skip
+from ray import serve  # isort: skip
+from ray.cluster_utils import Cluster  # isort: skip
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+STORE_BYTES = 100_000_000
+BIRTH = Birth(
+    host_id="",
+    device="cpu",
+    cores=1,
+    specs={},
+    budget=BUDGET,
+    settings=Settings(grace_seconds=5.0, log_level="error"),
+    open=open_scripted_host,
+)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """Two hosts on the head, the third on a node of its own."""
+    head = {"num_cpus": HOSTS - 1, "object_store_memory": STORE_BYTES, "include_dashboard": False}
+    made = Cluster(initialize_head=True, head_node_args=head)
+    made.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
+    connect(made.address)
+    deploy(BIRTH, Plan(hosts=HOSTS, cpus=1.0))
+    yield made
+    ray.shutdown()
+    made.shutdown()
+
+
+@asynccontextmanager
+async def routed() -> AsyncIterator[RemoteBackend]:
+    handle = serve.get_deployment_handle(DEPLOYMENT, APP)
+    backend = RemoteBackend(RayFleet(handle, BOARD, time.time, grace_s=2.0, look_every_s=0.1), {})
+    await backend.start()
+    yield backend
+    await backend.aclose(grace_s=0)
+
+
+@pytest.fixture
+def opened() -> Opened:
+    return routed
+
+
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def backend(cluster: Cluster) -> AsyncIterator[Backend]:
+    async with routed() as backend:
+        await until(backend, lambda hosts: len(hosts) == HOSTS)
+        yield backend
+
+
+class TestRay(Conformance):
+    async def test_a_replica_that_is_killed_is_replaced_and_no_request_is_lost(self, backend: Backend) -> None:
+        models = [scripted(f"m{index}", embed_s=0.005) for index in range(6)]
+        async with serving(backend, *models):
+            before = {host.host_id for host in backend.snapshots()}
+            async with crowd(backend, *(spec.model_id for spec in models)) as clients:
+                await clients.until(20)
+                os.kill(replica_pids()[0], signal.SIGKILL)
+                await clients.until(20)
+                after = await until(backend, lambda hosts: len({host.host_id for host in hosts} - before) == 1)
+                await clients.until(20)
+            hosts = await until(backend, lambda hosts: len(homes(hosts)) == 6)
+
+        assert clients.wrong == []
+        assert len(after) == len(hosts) == HOSTS
+        assert all(known(host) == 6 for host in hosts), "the registry has reached the new one, too"
+
+    async def test_a_node_that_is_lost_loses_no_request(self, cluster: Cluster, backend: Backend) -> None:
+        models = [scripted(f"m{index}", embed_s=0.005) for index in range(6)]
+        async with serving(backend, *models), crowd(backend, *(spec.model_id for spec in models)) as clients:
+            await clients.until(20)
+            await asyncio.to_thread(cluster.remove_node, cluster.worker_nodes.copy().pop(), allow_graceful=False)
+            await until(backend, lambda hosts: sum(not host.is_draining for host in hosts) == HOSTS - 1)
+            await clients.until(20)
+            cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
+            await until(backend, lambda hosts: sum(not host.is_draining for host in hosts) == HOSTS)
+
+        assert clients.wrong == []
+
+    async def test_a_recycled_host_is_replaced_and_its_models_come_back(self, backend: Backend) -> None:
+        async with serving(backend, scripted("a")):
+            home = (await backend.preload("a", pin=True)).host_id
+            await backend.recycle(home)
+            hosts = await until(backend, lambda hosts: "a" in homes(hosts))
+
+        assert home not in {host.host_id for host in hosts}
+        assert len(hosts) == HOSTS
+
+    async def test_the_metrics_of_all_hosts_are_those_of_the_server(self, cluster: Cluster, backend: Backend) -> None:
+        spec = scripted("a")
+        async with serving(backend, spec):
+            fleet = RayFleet(serve.get_deployment_handle(DEPLOYMENT, APP), BOARD, lambda: 0.0, look_every_s=0.1)
+            registry = Registry(models={"a": spec}, default_model="a")
+            app = create_app(Settings(), registry, RemoteBackend(fleet, registry.models))
+            async with serving_app(app) as url, httpx.AsyncClient(base_url=url) as client:
+                answer = await client.post("/v1/embeddings", json={"input": ["one", "two"]})
+                metrics = (await client.get("/metrics")).text
+                memory = (await client.get("/admin/memory")).json()
+
+        assert [len(entry["embedding"]) for entry in answer.json()["data"]] == [16, 16]
+        named = {line.split('host="')[1].split('"')[0] for line in metrics.splitlines() if "_budget_bytes{" in line}
+        assert named == {host.host_id for host in backend.snapshots()} == {d["host_id"] for d in memory["devices"]}
+
+
+def replica_pids() -> list[int]:
+    """Of the processes that the hosts live in; Ray writes into their titles what they are."""
+    return [process.pid for process in psutil.process_iter(["cmdline"]) if is_replica(process.info["cmdline"])]
+
+
+def is_replica(cmdline: list[str] | None) -> bool:
+    return any(f"ServeReplica:{APP}:{DEPLOYMENT}" in word for word in cmdline or ())
+
+
+async def test_the_same_deployment_can_be_made_from_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = tmp_path / "registry.yaml"
+    registry.write_text("version: 1\nmodels: [{name: a, source: org/a}]\n")
+    monkeypatch.setenv("REGISTRY", str(registry))
+    monkeypatch.setenv("MAX_CONCURRENT_REQUESTS", "100")
+
+    made = from_environment({"hosts": "3", "gpus": "1", "cpus": "4"})
+
+    deployment = made._bound_deployment
+    assert deployment.num_replicas == 3
+    assert deployment.ray_actor_options["num_gpus"] == 1
+    assert deployment.max_ongoing_requests > 100
+    assert stamp_of(registry) == registry.stat().st_mtime
+    assert stamp_of(tmp_path / "nowhere") == 0.0

@@ -1,0 +1,56 @@
+"""`BACKEND=ray` does what every backend does: the suite of `ray_suite.py`, in a process and on a cluster of its own."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("ray", reason="pip install 'embedyard[ray]'")
+ROOT = Path(__file__).parents[3]
+SUITE = Path(__file__).with_name("ray_suite.py")
+
+
+@pytest.mark.timeout(240)
+def test_the_conformance_suite_is_green_on_a_cluster() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "--show-capture=no", "-o", "timeout=90", str(SUITE)]
+    quiet = ["-o", "filterwarnings=default"]  # Ray warns of itself when it is imported
+    environ = os.environ | {"PYTHONPATH": str(ROOT), "RAY_DEDUP_LOGS": "1"}
+
+    done = subprocess.run([*command, *quiet], cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
+
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-4000:]
+    assert passed is not None
+    assert int(passed[1]) > 30
+
+
+def test_a_server_that_does_not_use_ray_imports_nothing_of_it() -> None:
+    code = (
+        "import sys; from router.registry import Registry; from router.settings import Settings;"
+        "from router.backends import open_backend; from router.app import create_app;"
+        "backend = open_backend(Settings(device=('cpu',)), Registry());"
+        "create_app(Settings(), Registry(), backend);"
+        "found = [name for name in sys.modules if name.partition('.')[0] == 'ray' or name.startswith('router.ray')];"
+        "print(type(backend).__name__, found)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+
+    assert done.stdout.split(maxsplit=1) == ["LocalBackend", "[]\n"]
+
+
+@pytest.mark.parametrize("command", [["ray", "deploy"], ["serve", "--port", "0"]])
+def test_without_a_cluster_the_commands_say_what_to_do(command: list[str], tmp_path: Path) -> None:
+    environ = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    environ |= {"BACKEND": "ray", "RAY_TMPDIR": str(tmp_path), "RAY_ADDRESS": "127.0.0.1:1"}
+    environ["RAY_gcs_rpc_server_connect_timeout_s"] = "1"
+
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "router", *command],
+        cwd=ROOT, env=environ, capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+
+    assert done.returncode == 2
+    assert "no Ray cluster answers at" in done.stderr
