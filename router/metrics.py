@@ -97,6 +97,7 @@ WORKING_SET_BYTES = _gauge(
     "working_set_bytes", "host", "What the models used within 10 minutes would take together; above the budget: thrash"
 )
 DEVICE_UP = _gauge("device_up", "host", "0 when the device's thread has died or a forward pass hangs")
+HOST_RESTARTS = _gauge("host_restarts", "host", "How often the host's worker process has died and was started anew")
 READY = _gauge("ready", "", "1 while new work is taken, 0 while the server drains")
 LIMIT_STORAGE_UP = _gauge("limit_storage_up", "", "0 while the storage of rate limits does not answer")
 BUILD_INFO = _gauge("build_info", "version", "Always 1")
@@ -106,7 +107,7 @@ ALL: tuple[Metric, ...] = tuple(value for value in vars().values() if isinstance
 
 READ_AT_SCRAPE = frozenset({
     MODEL_STATE, QUEUE_DEPTH, LEASES, WAITERS, MODEL_BYTES, RESIDENTS, USED_BYTES, WORKSPACE_BYTES, FREE_BYTES,
-    BUDGET_BYTES, DEVICE_BYTES, WORKING_SET_BYTES, DEVICE_UP, READY, LIMIT_STORAGE_UP,
+    BUDGET_BYTES, DEVICE_BYTES, WORKING_SET_BYTES, DEVICE_UP, HOST_RESTARTS, READY, LIMIT_STORAGE_UP,
     BUILD_INFO,
 })  # fmt: skip
 """Those that no value is kept of between two scrapes."""

@@ -24,7 +24,10 @@ GUARDED = ("invalid_api_key", "insufficient_scope")
 """Codes of every route that needs a key."""
 BODY = ("invalid_json", "invalid_value", "body_too_large")
 """Codes of every route that reads a body."""
-LOADING = ("model_too_large", "model_loading", "model_load_failed", "out_of_memory", "shutting_down", "device_down")
+LOADING = (
+    "model_too_large", "model_loading", "model_load_failed", "out_of_memory", "shutting_down", "device_down",
+    "host_lost",
+)  # fmt: skip
 """Codes of every route that may load a model."""
 
 EMBEDDING = (

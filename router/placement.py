@@ -56,7 +56,7 @@ def further(spec: ModelSpec, need_bytes: int, snapshots: Sequence[HostSnapshot])
 
     A copy takes free memory only: it would be no gain if another model had to leave for it, and come back.
     """
-    having = [host for host in snapshots if _state(spec.model_id, host) not in AWAY]
+    having = [host for host in snapshots if _has_or_expects(spec.model_id, host)]
     if len(having) >= spec.replicas:
         return None
     rest = {host.host_id: _key(spec.model_id, need_bytes, host) for host in snapshots if host not in having}
@@ -64,8 +64,9 @@ def further(spec: ModelSpec, need_bytes: int, snapshots: Sequence[HostSnapshot])
     return best if best is not None and rest[best][0] == _FITS else None
 
 
-def _state(model_id: str, host: HostSnapshot) -> str:
-    return next((status.state for status in host.models if status.model_id == model_id), "absent")
+def _has_or_expects(model_id: str, host: HostSnapshot) -> bool:
+    status = next((status for status in host.models if status.model_id == model_id), None)
+    return status is not None and (status.state not in AWAY or status.waiters > 0)
 
 
 def _key(model_id: str, need_bytes: int, host: HostSnapshot) -> Key:

@@ -173,10 +173,11 @@ class ModelSlots(Slot, frozen=True, kw_only=True):
 
 
 class PreloadRequest(Struct, frozen=True, kw_only=True):
-    """`wait`: answer when the model is ready. `pin`: only an operator may evict it."""
+    """`wait`: answer when the model is ready. `pin`: only an operator may evict it. `host`: there and nowhere else."""
 
     wait: bool = True
     pin: bool = False
+    host: Annotated[str | None, Meta(description="A `host_id` of GET /admin/memory.")] = None
 
 
 class EvictRequest(Struct, frozen=True, kw_only=True):

@@ -69,6 +69,7 @@ def _of_host(host: HostSnapshot, now_s: float) -> Iterator[tuple[Metric, tuple[s
         (metrics.BUDGET_BYTES, host.budget_bytes),
         (metrics.DEVICE_BYTES, host.total_bytes),
         (metrics.WORKING_SET_BYTES, working_set_bytes(host, now_s)),
+        (metrics.HOST_RESTARTS, host.restarts),
     ):
         yield metric, (host.host_id,), float(value)
 

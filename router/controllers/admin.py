@@ -2,11 +2,12 @@
 
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
+from urllib.parse import unquote
 
 from litestar import Controller, Request, Response, get, post
 from litestar.di import NamedDependency, Provide
 from litestar.openapi import ResponseSpec
-from litestar.params import FromQuery, HeaderParameter, JSONBody
+from litestar.params import FromPath, FromQuery, HeaderParameter, JSONBody
 from litestar.response import ServerSentEvent
 from litestar.response.sse import ServerSentEventMessage
 from msgspec import structs
@@ -67,7 +68,7 @@ class AdminController(Controller):
         status_code=200,
         request_class=StrictRequest,
         responses={202: ResponseSpec(ModelSlots, generate_examples=False, description="On its way; not waited for")}
-        | failures(*GUARDED, *BODY, *LOADING, "model_not_found"),
+        | failures(*GUARDED, *BODY, *LOADING, "model_not_found", "not_found"),
         summary="Load a model",
     )
     async def preload(
@@ -77,7 +78,7 @@ class AdminController(Controller):
         spec: NamedDependency[ModelSpec],
         data: JSONBody[PreloadRequest | None] = None,
     ) -> Response[ModelSlots]:
-        """It is loaded where it fits best. The load goes on when the client does not wait, or leaves.
+        """It is loaded where it fits best, or on the host that is named; also when the client does not wait, or leaves.
 
         With `Accept: text/event-stream` the answer is a stream at once: this model's events as in /admin/events, then
         one event `done` with its slots, or one `error` with the error's envelope.
@@ -86,7 +87,7 @@ class AdminController(Controller):
         if wants_stream(request):
             return ServerSentEvent(_preload_stream(request, yard, spec, wanted))  # type: ignore[return-value]  # a Response of another body
         async with while_client_stays(request):
-            status = await yard.backend.preload(spec.model_id, pin=wanted.pin, wait=wanted.wait)
+            status = await yard.backend.preload(spec.model_id, pin=wanted.pin, wait=wanted.wait, host_id=wanted.host)
         is_done = wanted.wait or status.state == "ready"
         return Response(_model_slots(yard, spec), status_code=200 if is_done else 202)
 
@@ -104,6 +105,19 @@ class AdminController(Controller):
         wanted = data or EvictRequest()
         await yard.backend.evict(spec.model_id, force=wanted.force, timeout_s=wanted.timeout)
         return _model_slots(yard, spec)
+
+    @post(
+        "/hosts/{host_id:str}/recycle",
+        status_code=200,
+        responses=failures(*GUARDED, "invalid_value", "not_found", "host_lost"),
+        summary="Start a host anew",
+    )
+    async def recycle(self, yard: NamedDependency[Yard], host_id: FromPath[str]) -> Memory:
+        """Its requests finish, its process ends, another one takes its place and loads what was ready: the sure cure
+        for a leak. Other hosts serve on. Answers with all devices when the new one takes work.
+        """
+        await yard.backend.recycle(unquote(host_id))
+        return Memory(devices=[_device(host) for host in yard.backend.snapshots()])
 
     @get("/memory", responses=failures(*GUARDED), summary="Memory of the devices")
     async def memory(self, yard: NamedDependency[Yard]) -> Memory:
@@ -150,7 +164,7 @@ def _preload_stream(
                 yield event
 
     async def preload() -> ModelSlots:
-        await yard.backend.preload(spec.model_id, pin=wanted.pin, wait=True)
+        await yard.backend.preload(spec.model_id, pin=wanted.pin, wait=True, host_id=wanted.host)
         return _model_slots(yard, spec)
 
     return preload_messages(request, own_events(), preload)

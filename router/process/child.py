@@ -102,7 +102,6 @@ def run_child(sock: socket.socket, birth: Birth, box: Box) -> None:
     configure_logging(birth.settings.log_format, birth.settings.log_level)
     structlog.contextvars.bind_contextvars(host=birth.host_id)
     uvloop.run(_main(sock, birth, box))
-    os._exit(0)  # threads that hang on a device must not keep the process
 
 
 async def _main(sock: socket.socket, birth: Birth, box: Box) -> None:
@@ -119,3 +118,4 @@ async def _main(sock: socket.socket, birth: Birth, box: Box) -> None:
         await asyncio.wait_for(channel.ended.wait(), _FAREWELL_S)
     else:
         await channel.serve(HostService(host, birth.stamp))
+    os._exit(0)  # at once: threads that hang on a device must not keep the process

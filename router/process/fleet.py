@@ -21,7 +21,7 @@ from router.hosting import Birth, share
 from router.ledger import Ledger
 from router.placement import AWAY
 from router.process.charges import Charges
-from router.process.worker import Death, Ears, Worker
+from router.process.worker import Ears, Worker
 from router.registry_changes import needs_new_generation
 from router.residents import emptied, hot
 
@@ -58,12 +58,12 @@ class ProcessFleet:
     async def open(self, specs: Mapping[str, ModelSpec], on_change: Callable[[], None]) -> None:
         self._specs = specs
         self._on_change = on_change
-        try:
-            await asyncio.gather(*(worker.start() for worker in self._workers.values()))
-        except BaseException:
-            for worker in self._workers.values():
-                worker.kill()
-            raise
+        starts = (worker.start() for worker in self._workers.values())
+        outcomes = await asyncio.gather(*starts, return_exceptions=True)
+        errors = [outcome for outcome in outcomes if outcome is not None]
+        if errors:
+            await self.aclose(0.0)
+            raise errors[0]
 
     async def send(self, ticket: Ticket) -> Embeddings:
         host_id = ticket.host_id = self.ledger.ranked(ticket.spec, ticket.avoid)[0]
@@ -116,7 +116,12 @@ class ProcessFleet:
     # ---- what workers tell ----
 
     def _ears(self, host_id: str) -> Ears:
-        return Ears(partial(self._seen, host_id), partial(self._ended, host_id), partial(self._back, host_id))
+        return Ears(
+            seen=partial(self._seen, host_id),
+            died=partial(self._died, host_id),
+            ended=partial(self._ended, host_id),
+            back=partial(self._back, host_id),
+        )
 
     def _seen(self, host_id: str, seen: Seen) -> None:
         """Numbers go on from one life to the next, so that followers miss nothing."""
@@ -124,17 +129,6 @@ class ProcessFleet:
         base = self._bases.get(host_id, 0)
         for event in seen.events:
             self.feed.add(structs.replace(event, seq=base + event.seq))
-
-    def _ended(self, host_id: str, death: Death | None) -> None:
-        """Three cases: 1. as wished;  2. it had noted what it ran;  3. not: all that had calls or loads there."""
-        snapshot = self.ledger.snapshot(host_id)
-        if death is None:
-            cause = f"host {host_id} is started anew"  # (1)
-        else:
-            cause = f"the worker process of host {host_id} died ({death.signal})"
-            self._restarts[host_id] += 1
-            self._charges.charge([death.running] if death.running else self._suspects(host_id, snapshot))  # (2), (3)
-        self._empty(host_id, cause)
 
     def _with_quarantine(self, snapshot: HostSnapshot) -> HostSnapshot:
         """Models that no host is asked for now are shown as failed."""
@@ -154,10 +148,23 @@ class ProcessFleet:
         )
         return structs.replace(snapshot, models=models)
 
-    def _suspects(self, host_id: str, snapshot: HostSnapshot | None) -> set[str]:
+    def _died(self, host_id: str, running: str) -> None:
+        """Two cases: 1. it had noted what it ran;  2. it had not: all that had calls or loads there."""
+        self._restarts[host_id] += 1
+        self._charges.charge([running] if running else self._suspects(host_id))
+        snapshot = self.ledger.snapshot(host_id)
+        if snapshot is not None:
+            self.ledger.note(structs.replace(snapshot, is_draining=True, restarts=self._restarts[host_id]))
+
+    def _suspects(self, host_id: str) -> set[str]:
+        snapshot = self.ledger.snapshot(host_id)
         models = snapshot.models if snapshot is not None else ()
         loading = {status.model_id for status in models if status.state in ("loading", "warming")}
         return loading | set(self.ledger.running(host_id))
+
+    def _ended(self, host_id: str, death: str) -> None:
+        died = f"the worker process of host {host_id} died ({death})"
+        self._empty(host_id, died if death else f"host {host_id} is started anew")
 
     def _back(self, host_id: str) -> None:
         log.info("worker.back", host=host_id)

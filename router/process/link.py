@@ -19,11 +19,13 @@ class Link(asyncio.Protocol):
     Args:
         name: for messages.
         on_seen: called with every word after the first.
+        on_end: called when the socket is closed, before those who wait for answers are told.
     """
 
-    def __init__(self, name: str, on_seen: Callable[[Seen], None]) -> None:
+    def __init__(self, name: str, on_seen: Callable[[Seen], None], on_end: Callable[[], None]) -> None:
         self._name = name
         self._on_seen = on_seen
+        self._on_end = on_end
         self._cutter = Cutter()
         self._waiting: dict[int, asyncio.Future[Reply]] = {}
         self._last_number = 0
@@ -40,6 +42,7 @@ class Link(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.ended.set()
+        self._on_end()
         for future in self._waiting.values():
             if not future.done():
                 future.set_exception(self._lost())

@@ -32,18 +32,16 @@ _MAX_SILENCE_S = 60.0
 PRELOADED = ("engines.machine", "router.process.child")
 
 
-class Death(Struct, frozen=True):
-    """How a worker ended that nobody had asked to. `running`: the model that it was running, empty when unknown."""
-
-    signal: str
-    running: str
-
-
 class Ears(Struct, frozen=True):
-    """Who hears of a worker: `seen` every word, `ended` the end of a life (None: as wished), `back` the next one."""
+    """Who hears of a worker.
+
+    `seen`: every word. `died`: it answers no more, unasked; with the model that it had noted to be running, or nothing.
+    `ended`: the process is gone, and by what; empty when it was told to. `back`: its next life has begun.
+    """
 
     seen: Callable[[Seen], None]
-    ended: Callable[[Death | None], None]
+    died: Callable[[str], None]
+    ended: Callable[[str], None]
     back: Callable[[], None]
 
 
@@ -106,6 +104,7 @@ class Worker:
 
     async def aclose(self, grace_s: float) -> None:
         """Drain and end, for good."""
+        self._is_wanted_dead = True
         if self._keeper is not None:
             self._keeper.cancel()
             await asyncio.gather(self._keeper, return_exceptions=True)
@@ -140,7 +139,9 @@ class Worker:
         with theirs:
             await asyncio.to_thread(self._process.start)
         loop = asyncio.get_running_loop()
-        _, self._link = await loop.create_unix_connection(lambda: Link(self.birth.host_id, self._hear), sock=ours)
+        _, self._link = await loop.create_unix_connection(
+            lambda: Link(self.birth.host_id, self._hear, self._hang_up), sock=ours
+        )
         try:
             self._hear(await asyncio.wait_for(self._link.hello, _HELLO_S))
         except (EngineError, TimeoutError):
@@ -156,14 +157,19 @@ class Worker:
             log.error("worker.fault", host=self.birth.host_id, fault=seen.fault)
             self.kill()
 
+    def _hang_up(self) -> None:
+        """Heard before those who wait are told: they must not be sent here again, nor a model that kills to others."""
+        if self._up.is_set() and not self._is_wanted_dead and self._box is not None:
+            self._ears.died(self._box.value.decode(errors="ignore"))
+        self._up.clear()
+
     async def _keep(self) -> None:
         """Wait for the end of each life, and begin the next."""
         while self._link is not None:
             await self._link.ended.wait()
-            self._up.clear()
             was_wanted, self._is_wanted_dead = self._is_wanted_dead, False
             await self._bury()
-            self._ears.ended(None if was_wanted else self._death())
+            self._ears.ended("" if was_wanted else self._cause_of_death())
             await self._revive()
             self._ears.back()
             reborn, self._reborn = self._reborn, []
@@ -171,14 +177,11 @@ class Worker:
                 if not future.done():
                     future.set_result(None)
 
-    def _death(self) -> Death:
+    def _cause_of_death(self) -> str:
         code = self._process.exitcode if self._process is not None else None
-        death = Death(
-            signal=f"signal {-code}" if code is not None and code < 0 else f"exit code {code}",
-            running=self._box.value.decode(errors="ignore") if self._box is not None else "",
-        )
-        log.error("worker.died", host=self.birth.host_id, ended_by=death.signal, running=death.running)
-        return death
+        cause = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+        log.error("worker.died", host=self.birth.host_id, ended_by=cause)
+        return cause
 
     async def _revive(self) -> None:
         """Fork until it works, with pauses that grow; meanwhile the fault says what is wrong."""

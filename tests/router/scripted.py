@@ -59,8 +59,10 @@ class ScriptedBackend:
             timings=Timings(load_s=0.5, tokenize_s=0.0012, queue_s=0.0, forward_s=0.0305),
         )
 
-    async def preload(self, model_id: str, *, pin: bool = False, wait: bool = True) -> ModelStatus:
-        self.commands.append(("preload", model_id, pin, wait))
+    async def preload(
+        self, model_id: str, *, pin: bool = False, wait: bool = True, host_id: str | None = None
+    ) -> ModelStatus:
+        self.commands.append(("preload", model_id, pin, wait, *([host_id] if host_id else [])))
         await self._obey(model_id)
         return self._status(model_id) if wait else ModelStatus(
             model_id=model_id, state="loading", host_id="cpu", device="cpu", source="s"
@@ -70,6 +72,10 @@ class ScriptedBackend:
         self.commands.append(("evict", model_id, force, timeout_s))
         await self._obey(model_id)
         return ()
+
+    async def recycle(self, host_id: str) -> None:
+        self.commands.append(("recycle", host_id))
+        await self._obey(host_id)
 
     async def plan(self, model_id: str) -> Plan:
         return Plan(model_id=model_id, host_id="cpu", state="cold", fits=True, need_bytes=10, free_bytes=20)

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 from litestar import Litestar
 
+from engines.errors import HostNotFound
 from engines.records import Event
 from router.controllers.events import event_messages, parse_last_event_id
 from router.yard import Yard
@@ -50,6 +51,7 @@ def test_one_model_shows_its_nearest_slot_and_all_of_them(served: Served) -> Non
         ("BAAI/bge-m3/preload", {"pin": True}, ("preload", "BAAI/bge-m3", True, True), 200),
         ("BAAI%2Fbge-m3/preload", {"wait": False}, ("preload", "BAAI/bge-m3", False, False), 202),
         ("org/deep/alias/preload", None, ("preload", "BAAI/bge-m3", False, True), 200),
+        ("mini/preload", {"host": "cuda:1"}, ("preload", "mini", False, True, "cuda:1"), 200),
         ("mini/evict", None, ("evict", "mini", False, 30.0), 200),
         ("BAAI/bge-m3/evict", {"force": True, "timeout": 0.5}, ("evict", "BAAI/bge-m3", True, 0.5), 200),
     ],
@@ -66,6 +68,23 @@ def test_a_command_reaches_the_backend(
     assert answer.status_code == status
     assert answer.json()["id"] == command[1]
     assert served.backend.commands == [command]
+
+
+def test_a_host_is_recycled(served: Served) -> None:
+    answer = served.client.post("/admin/hosts/cuda:1/recycle")
+
+    assert answer.status_code == 200
+    assert [device["host_id"] for device in answer.json()["devices"]] == ["cpu"]
+    assert served.backend.commands == [("recycle", "cuda:1")]
+
+
+def test_a_host_that_is_not_there_is_not_found(served: Served) -> None:
+    served.backend.failures["nobody"] = HostNotFound("no host is called 'nobody'; this server has cpu")
+
+    answer = served.client.post("/admin/hosts/nobody/recycle")
+
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
+    assert "this server has cpu" in answer.json()["error"]["message"]
 
 
 def test_memory_is_told_for_each_device(served: Served) -> None:

@@ -31,6 +31,7 @@ class Crowd:
                 answer = await self._backend.embed(EmbedCall(model_id=model, texts=(text,), load_timeout_s=30.0))
             except Exception as error:  # noqa: BLE001  # whatever it is, it is not an answer
                 self.wrong.append(f"{model}: {type(error).__name__}: {error}")
+                await asyncio.sleep(0.01)
                 continue
             if not (answer.array()[0] == fake_vector(model, text)).all():
                 self.wrong.append(f"{model}: not the vector of {text!r}")

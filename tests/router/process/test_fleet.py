@@ -1,0 +1,239 @@
+"""Worker processes that die: who is told, who is not, and what comes back."""
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import psutil
+import pytest
+from msgspec import structs
+
+from engines.errors import HostLost, InvalidValue, LoadFailed
+from engines.records import Event
+from engines.spec import ModelSpec
+from router.backend import Backend
+from router.process.fleet import ProcessFleet
+from router.process.opening import find_devices_elsewhere
+from router.process.worker import prepare_forkserver
+from router.remote_backend import RemoteBackend
+from tests.router.backends.clients import crowd
+from tests.router.backends.conformance import call, homes, loads, serving, until
+from tests.router.backends.scripted_host import open_broken_host, scripted
+from tests.router.backends.test_local import births
+
+prepare_forkserver(("router.process.child", "tests.router.backends.scripted_host"))
+
+
+class Yard:
+    """A backend, and the processes behind it."""
+
+    def __init__(self, hosts: int, *specs: ModelSpec) -> None:
+        models = {spec.model_id: spec for spec in specs}
+        self.fleet = ProcessFleet([structs.replace(b, specs=models) for b in births()[:hosts]], 1, grace_s=5.0)
+        self.backend = RemoteBackend(self.fleet, models)
+
+    def pids(self) -> dict[str, int]:
+        return {host_id: worker.pid or 0 for host_id, worker in self.fleet.workers.items()}
+
+    def kill(self, host_id: str) -> None:
+        os.kill(self.pids()[host_id], signal.SIGKILL)
+
+    async def restarted(self, host_id: str, times: int) -> None:
+        def is_so(hosts: object) -> bool:
+            return any(
+                host.host_id == host_id and host.restarts == times and not host.is_draining
+                for host in self.backend.snapshots()
+            )
+
+        await until(self.backend, is_so)
+
+
+@asynccontextmanager
+async def yard(*specs: ModelSpec, hosts: int = 2) -> AsyncIterator[Yard]:
+    made = Yard(hosts, *specs)
+    await made.backend.start()
+    try:
+        yield made
+    finally:
+        await made.backend.aclose(grace_s=0)
+
+
+async def test_no_request_is_lost_when_one_of_two_hosts_is_killed_under_64_clients() -> None:
+    models = [scripted(f"m{index}", embed_s=0.005) for index in range(4)]
+    async with yard(*models) as here:
+        async with crowd(here.backend, *(spec.model_id for spec in models)) as clients:
+            await clients.until(30)
+            home = homes(here.backend.snapshots())["m0"][0]
+            here.kill(home)
+            await clients.until(30)
+            await here.restarted(home, 1)
+            await clients.until(30)
+        hosts = await until(here.backend, lambda hosts: len(homes(hosts)) == 4)
+
+    assert clients.wrong == []
+    assert loads(hosts)["m0"] >= 1, "loaded again, on demand"
+
+
+async def test_the_only_host_comes_back_and_then_answers_what_it_had() -> None:
+    async with yard(scripted("a", embed_s=0.1), hosts=1) as here:
+        await here.backend.preload("a")
+        asked = [asyncio.create_task(here.backend.embed(call("a", str(index)))) for index in range(5)]
+        await asyncio.sleep(0.03)
+        here.kill("cpu:0")
+        answers = await asyncio.gather(*asked)
+
+    assert [len(answer.token_counts) for answer in answers] == [1] * 5
+
+
+async def test_models_that_must_be_in_memory_come_back_unasked() -> None:
+    async with yard(scripted("a", pinned=True), hosts=1) as here:
+        await until(here.backend, lambda hosts: "a" in homes(hosts))
+        here.kill("cpu:0")
+        await here.restarted("cpu:0", 1)
+        await until(here.backend, lambda hosts: "a" in homes(hosts))
+
+
+async def test_a_death_is_told_as_events_and_their_numbers_go_on() -> None:
+    async with yard(scripted("a"), hosts=1) as here:
+        stream = here.backend.events()
+        await here.backend.preload("a")
+        here.kill("cpu:0")
+        await here.restarted("cpu:0", 1)
+        await here.backend.preload("a")
+        seen: list[Event] = []
+        async with asyncio.timeout(10):
+            while [event.target for event in seen].count("ready") < 2:
+                seen.append(await anext(stream))
+
+    lost = next(event for event in seen if "died (signal 9)" in event.cause)
+    assert (lost.source, lost.target, lost.model_id) == ("ready", "cold", "a")
+    numbers = [event.seq for event in seen]
+    assert numbers == sorted(set(numbers))
+
+
+@pytest.mark.parametrize("noted", [{}, {"noted": 1}])
+async def test_a_request_that_kills_its_hosts_is_not_sent_a_third_time_and_its_model_is_kept_out(
+    noted: dict[str, int],
+) -> None:
+    async with yard(scripted("bad", **noted), scripted("good")) as here:
+        with pytest.raises(HostLost):
+            await here.backend.embed(call("bad", "die"))
+        deaths = sum(host.restarts for host in here.backend.snapshots())
+        with pytest.raises(LoadFailed, match="was running when its host's process died") as caught:
+            await here.backend.embed(call("bad", "die"))
+        hosts = here.backend.snapshots()
+        shown = {status.state for host in hosts for status in host.models if status.model_id == "bad"}
+        answer = await here.backend.embed(call("good"))
+        with pytest.raises(LoadFailed):
+            await here.backend.preload("bad")
+        await here.backend.reload({"bad": scripted("bad", embed_s=0.001), "good": scripted("good")})
+        mended = await here.backend.embed(call("bad"))
+
+    assert deaths == 2
+    assert (caught.value.kind, 500 < caught.value.retry_after_s <= 600) == ("kills_host", True)
+    assert shown == {"failed"}
+    assert len(answer.token_counts) == len(mended.token_counts) == 1
+
+
+async def test_a_model_that_kills_its_host_while_it_loads_is_kept_out() -> None:
+    async with yard(scripted("bad", dies_loading=1)) as here:
+        for _ in range(2):
+            with pytest.raises((HostLost, LoadFailed)) as caught:
+                await here.backend.embed(call("bad"))
+
+    assert isinstance(caught.value, LoadFailed)
+
+
+async def test_an_innocent_model_on_the_same_host_is_not_charged_when_the_other_was_noted() -> None:
+    async with yard(scripted("bad", noted=1), scripted("good", embed_s=0.3), hosts=1) as here:
+        await here.backend.preload("good")
+        asked = [asyncio.create_task(here.backend.embed(call("good"))) for _ in range(3)]
+        for _ in range(2):
+            with pytest.raises((HostLost, LoadFailed)):
+                await here.backend.embed(call("bad", "die"))
+        told = await asyncio.gather(*asked, return_exceptions=True)
+        after = await here.backend.embed(call("good"))
+
+    assert all(not isinstance(error, LoadFailed) for error in told)
+    assert len(after.token_counts) == 1
+
+
+async def test_a_host_that_cannot_be_made_ends_the_start_and_leaves_no_process() -> None:
+    fleet = ProcessFleet([structs.replace(birth, open=open_broken_host) for birth in births()[:2]], 1, 5.0)
+    with pytest.raises(InvalidValue, match="is not here"):
+        await RemoteBackend(fleet, {}).start()
+
+    assert [pid for pid in (worker.pid for worker in fleet.workers.values()) if pid and is_running(pid)] == []
+
+
+async def test_a_host_that_cannot_be_started_again_is_a_fault_and_the_other_serves_on() -> None:
+    async with yard(scripted("a")) as here:
+        worker = here.fleet.workers["cpu:0"]
+        worker.birth = structs.replace(worker.birth, open=open_broken_host)
+        here.kill("cpu:0")
+        async with asyncio.timeout(10):
+            while not here.backend.check():  # noqa: ASYNC110 - a fault is looked for, as the server does
+                await asyncio.sleep(0.02)
+        fault = here.backend.check()["cpu:0"]
+        answer = await here.backend.embed(call("a"))
+
+    assert "cannot be started: cpu:0 is not here" in fault
+    assert len(answer.token_counts) == 1
+
+
+async def test_signals_to_the_whole_group_do_not_end_a_worker_before_its_parent_says_so() -> None:
+    async with yard(scripted("a"), hosts=1) as here:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(here.pids()["cpu:0"], number)
+        answer = await here.backend.embed(call("a"))
+        pid = here.pids()["cpu:0"]
+
+    assert len(answer.token_counts) == 1
+    assert not is_running(pid)
+
+
+async def test_a_worker_that_hangs_is_killed_and_its_calls_go_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("router.process.worker._MAX_SILENCE_S", 0.5)
+    async with yard(scripted("a"), hosts=2) as here:
+        home = (await here.backend.preload("a")).host_id
+        os.kill(here.pids()[home], signal.SIGSTOP)
+        asked = asyncio.create_task(here.backend.embed(call("a")))
+        async with asyncio.timeout(10):
+            while not asked.done():
+                here.backend.check()
+                await asyncio.sleep(0.05)
+
+    assert len((await asked).token_counts) == 1
+
+
+async def test_workers_end_when_their_parent_hangs_up() -> None:
+    here = Yard(1)
+    await here.backend.start()
+    pid = here.pids()["cpu:0"]
+    worker = here.fleet.workers["cpu:0"]
+    await worker.aclose(grace_s=0)
+    await here.backend.aclose(grace_s=0)
+
+    assert not is_running(pid)
+
+
+async def test_a_new_budget_is_shared_by_the_hosts_of_one_device() -> None:
+    fleet = ProcessFleet(births()[:2], 2, grace_s=1.0)
+    backend: Backend = RemoteBackend(fleet, {})
+    await backend.start()
+    async with serving(backend, scripted("a")):
+        hosts = await until(backend, lambda hosts: {host.budget_bytes for host in hosts} == {2250})
+    await backend.aclose(grace_s=0)
+
+    assert len(hosts) == 2
+
+
+def test_devices_are_looked_for_in_another_process() -> None:
+    with pytest.raises(InvalidValue, match="cuda:99"):
+        find_devices_elsewhere(("cuda:99",))
+
+
+def is_running(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
