@@ -22,6 +22,7 @@ SUMMARIES = {
     "calibrate": "Print a model's ranges for int8 vectors.",
     "keys": "Make API keys.",
     "bench": "Measure a running server, this one or any other with OpenAI's API.",
+    "ray": "Put hosts on a Ray cluster.",
     "doctor": "Look for what is wrong with this machine or setup.",
     "completion": "Print the completion script for a shell.",
 }

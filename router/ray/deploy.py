@@ -5,7 +5,7 @@ from pathlib import Path
 
 import ray
 from msgspec import Struct
-from ray import serve
+from ray import serve as serve
 from ray.serve.config import RequestRouterConfig
 
 from engines.errors import InvalidValue

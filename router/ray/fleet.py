@@ -89,7 +89,7 @@ class RayFleet:
         self._reload = Reload(specs=specs, stamp=self._stamp())
         self._board.on_change = on_change
         if not self._handle.is_initialized:
-            self._handle._init()
+            self._handle._init(_run_router_in_separate_loop=False)  # the board lives on this loop
         with suppress(TimeoutError):
             async with asyncio.timeout(_FIRST_S):
                 while not self._board.running:  # noqa: ASYNC110 - Serve tells when it is there

@@ -27,7 +27,12 @@ def test_the_turn_of_an_engine_is_noted_while_it_runs() -> None:
     seen: list[list[str]] = []
     done = threading.Event()
     lane = NotedLane("test", lambda: None, notes.append)
-    source = Once(lambda: (seen.append(list(notes)), done.set())[1])
+
+    def turn() -> None:
+        seen.append(list(notes))
+        done.set()
+
+    source = Once(turn)
     lane.names[source] = "a"
 
     lane.attach(source)

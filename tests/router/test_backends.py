@@ -10,7 +10,7 @@ from router.backend import LocalBackend
 from router.backends import cores_each, may_have_gpus, open_backend
 from router.hosting import share
 from router.registry import Registry, parse_registry
-from router.settings import Settings, read_settings, usable_cores
+from router.settings import Settings, usable_cores
 
 CPU = ("cpu",)
 
@@ -56,9 +56,3 @@ def test_hosts_share_cores_and_memory() -> None:
     assert (cores_each(1), cores_each(10_000)) == (usable_cores(), 1)
     assert share(Budget(fraction=0.8), 2) == Budget(fraction=0.4)
     assert share(Budget(size_bytes=1001), 2) == Budget(size_bytes=500)
-
-
-def test_the_settings_say_which_and_how_many() -> None:
-    settings = read_settings({"BACKEND": "Process", "CPU_HOSTS": "3"})
-
-    assert (settings.backend, settings.cpu_hosts) == ("process", 3)

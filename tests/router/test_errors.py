@@ -24,7 +24,7 @@ CODES = {
     413: {"body_too_large"},
     429: {"rate_limit_exceeded", "queue_full", "too_many_requests"},
     500: {"internal_error", "non_finite_embedding", "model_too_large"},
-    503: {"model_loading", "model_load_failed", "shutting_down", "out_of_memory", "device_down"},
+    503: {"model_loading", "model_load_failed", "shutting_down", "out_of_memory", "device_down", "host_lost"},
 }  # fmt: skip
 """The contract's codes by status."""
 TYPES = {

@@ -1,5 +1,7 @@
 """Who gets which model, from snapshots that are older than what was sent since."""
 
+from typing import Any
+
 import pytest
 
 from engines.errors import LoadFailed
@@ -10,13 +12,13 @@ from router.ledger import Ledger
 SPEC = ModelSpec(model_id="a", source="a")
 
 
-def status(model_id: str, host_id: str, state: State = "cold", **more: int) -> ModelStatus:
+def status(model_id: str, host_id: str, state: State = "cold", **more: Any) -> ModelStatus:
     return ModelStatus(
         model_id=model_id, state=state, host_id=host_id, device="cpu", source="s", need_bytes=1000, **more
     )  # fmt: skip
 
 
-def host(host_id: str, *models: ModelStatus, free: int = 1500, used: int = 0, **more: bool) -> HostSnapshot:
+def host(host_id: str, *models: ModelStatus, free: int = 1500, used: int = 0, **more: Any) -> HostSnapshot:
     return HostSnapshot(
         host_id=host_id, device="cpu", total_bytes=9000, budget_bytes=5000, used_bytes=used, workspace_bytes=0,
         free_bytes=free, residents=(), models=models, **more,

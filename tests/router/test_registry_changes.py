@@ -28,6 +28,7 @@ OTHER: dict[str, Any] = {
     "keep_alive_s": 5.0,
     "pinned": True,
     "preload": True,
+    "replicas": 2,
     "trust_remote_code": True,
     "max_batch_tokens": 64,
     "cache_bytes": 2**20,
@@ -55,7 +56,8 @@ def test_equal_registries_differ_in_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["keep_alive_s", "pinned", "preload", "description", "license", "token_encoding", "calibration"]
+    "name",
+    ["keep_alive_s", "pinned", "preload", "replicas", "description", "license", "token_encoding", "calibration"],
 )
 def test_what_an_engine_never_sees_changes_in_place(name: str) -> None:
     changed = structs.replace(SPEC, **{name: OTHER[name]})

@@ -19,6 +19,8 @@ CONTRACT = {
     "KEYS_FILE": "keys.yaml",
     "MODEL_PATH": "BAAI/bge-m3",
     "DEVICE": "cuda:0, cuda:1",
+    "BACKEND": "Process",
+    "CPU_HOSTS": "3",
     "MEMORY_BUDGET": "20GiB",
     "TARGET_DIM": "256",
     "MAX_CONCURRENT_REQUESTS": "7",
@@ -64,6 +66,8 @@ def test_every_variable_is_read() -> None:
         keys_file=Path("keys.yaml"),
         model_path="BAAI/bge-m3",
         device=("cuda:0", "cuda:1"),
+        backend="process",
+        cpu_hosts=3,
         memory_budget=Budget(size_bytes=20 * 2**30),
         target_dim=256,
         max_concurrent_requests=7,
@@ -286,4 +290,4 @@ def test_no_other_module_of_the_router_reads_the_environment() -> None:
         if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv", "putenv")
     }
 
-    assert readers == {"router/settings.py"}
+    assert readers == {"router/settings.py", "router/ray/environment.py"}, "the second sets what Ray reads, and no more"

@@ -47,9 +47,7 @@ def workers(server: LiveServer) -> list[psutil.Process]:
 
 def is_worker(process: psutil.Process) -> bool:
     parent = process.parent()
-    return (
-        "forkserver" in " ".join(process.cmdline()) and parent is not None and "forkserver" in "".join(parent.cmdline())
-    )
+    return parent is not None and all("forkserver" in " ".join(one.cmdline()) for one in (process, parent))
 
 
 def test_each_worker_is_a_host_with_its_share_of_the_memory(server: LiveServer, client: httpx.Client) -> None:

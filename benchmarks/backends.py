@@ -1,0 +1,256 @@
+"""`python -m benchmarks.backends`: the same load on hosts in the server's process, in worker processes, and on Ray.
+
+Two hosts each for `process` and `ray`, and a model that may be on both; `local` has one with all cores. The Ray
+cluster is one node on this machine, started for the measurement and ended after it. `--lag` measures another thing: how
+late the router's event loop is while a host loads a large model.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+from msgspec import Struct
+
+from benchmarks import load, workloads
+from benchmarks.folders import resolve
+from benchmarks.http_client import Request, Target, encode
+from benchmarks.machine import ROOT, Watch, warn_if_busy
+from benchmarks.measure import percentile
+from benchmarks.report import RESULTS, Report, publish
+from benchmarks.servers import Plan, Server, own, serving, write_registry
+from benchmarks.worker import CONTESTANTS
+from router.ray.environment import VARIABLES
+
+MODEL = "m"
+NAMES = ("local", "process", "ray")
+HOSTS = 2
+CLIENTS = (1, 32)
+RAY_PORT = 26379
+
+
+class Found(Struct, frozen=True, kw_only=True):
+    """One backend. Seconds, bytes; `start_s`: from the command to the first answer; `cold_s`: a request that loads."""
+
+    start_s: float
+    cold_s: float
+    memory_bytes: int
+    texts_per_s: dict[int, float]
+    latencies_s: dict[int, tuple[float, float]]
+    failed: int
+    call: dict[str, float]
+
+
+def variables(name: str) -> dict[str, str]:
+    """The settings of a backend."""
+    ray = {"RAY_ADDRESS": f"127.0.0.1:{RAY_PORT}", "PYTHONWARNINGS": "ignore"} if name == "ray" else {}
+    return {"BACKEND": name, "CPU_HOSTS": str(HOSTS), "MEMORY_BUDGET": "3GiB", **ray}
+
+
+def registry_of(folder: Path, path: Path) -> Path:
+    """The model, on both hosts when it is busy."""
+    write_registry(path, {MODEL: folder})
+    path.write_text(path.read_text() + f"    replicas: {HOSTS}\n")
+    return path
+
+
+@contextmanager
+def around(name: str, registry: Path, *, deploys: bool = True) -> Iterator[list[int]]:
+    """What must run beside the server: for Ray a cluster, with the hosts deployed. Gives the ids of its processes."""
+    if name != "ray":
+        yield []
+        return
+    environ = os.environ | VARIABLES | variables("ray") | {"REGISTRY": str(registry), "PYTHONPATH": str(ROOT)}
+    program = str(Path(sys.executable).with_name("ray"))
+    start = [program, "start", "--head", "--port", str(RAY_PORT), "--num-cpus", "2", "--include-dashboard", "false"]
+    head = subprocess.Popen([*start, "--block", "--disable-usage-stats"], env=environ, stdout=subprocess.DEVNULL)
+    try:
+        deploy = [sys.executable, "-W", "ignore", "-m", "router", "ray", "deploy", "--hosts", str(HOSTS), "--cpus", "1"]
+        _until_ok(deploy if deploys else [program, "status", "--address", f"127.0.0.1:{RAY_PORT}"], environ)
+        yield [head.pid]
+    finally:
+        head.terminate()
+        head.wait(60)
+
+
+def _until_ok(command: Sequence[str], environ: dict[str, str]) -> None:
+    """Run until it succeeds: a cluster takes some seconds to answer."""
+    for _ in range(30):
+        done = subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            return
+        time.sleep(1.0)
+    raise RuntimeError(done.stderr[-2000:])
+
+
+def measure(name: str, folder: Path, seconds: float, num_calls: int) -> Found:
+    """One backend under every number of clients."""
+    call = call_cost(name, num_calls)
+    with tempfile.TemporaryDirectory() as draft:
+        registry = registry_of(folder, Path(draft) / "registry.yaml")
+        began_s = time.perf_counter()
+        with around(name, registry) as beside, serving(own(registry, MODEL, **variables(name))) as server:
+            start_s = time.perf_counter() - began_s
+            requests = make_requests(server.target, folder)
+            under_load(server.target, requests, 8, 3.0)  # the second copy comes
+            outcomes = {clients: under_load(server.target, requests, clients, seconds) for clients in CLIENTS}
+            memory = memory_bytes([server.pid, *beside])
+            cold_s = cold(server)
+    return Found(
+        start_s=start_s,
+        cold_s=cold_s,
+        memory_bytes=memory,
+        texts_per_s={clients: outcome.texts_per_s for clients, outcome in outcomes.items()},
+        latencies_s={c: (outcome.latency_s(0.5), outcome.latency_s(0.95)) for c, outcome in outcomes.items()},
+        failed=sum(outcome.num_failed for outcome in outcomes.values()),
+        call=call,
+    )
+
+
+def under_load(target: Target, requests: Sequence[Request], clients: int, seconds: float) -> load.Outcome:
+    """So many clients for so long."""
+    return load.run(lambda: load.closed(target, requests, clients, until=load.after_s(seconds)))
+
+
+def call_cost(name: str, num_calls: int) -> dict[str, float]:
+    """See `contestants/call_cost.py`."""
+    command = [sys.executable, "-W", "ignore", str(CONTESTANTS / "call_cost.py"), name, str(num_calls)]
+    with around_calls(name) as environ:
+        done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=True)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@contextmanager
+def around_calls(name: str) -> Iterator[dict[str, str]]:
+    """A cluster without hosts, for the script to deploy its own."""
+    environ = os.environ | variables(name) | {"PYTHONPATH": str(ROOT)}
+    if name != "ray":
+        yield environ
+        return
+    with tempfile.TemporaryDirectory() as draft:
+        registry = Path(draft) / "registry.yaml"
+        registry.write_text("version: 1\nmodels: []\n")
+        with around(name, registry, deploys=False):
+            yield environ
+
+
+def make_requests(target: Target, folder: Path) -> list[Request]:
+    """Eight short texts a request."""
+    texts = workloads.make("short", 512, workloads.counter(folder)).texts
+    return [encode(target, texts[at : at + 8]) for at in range(0, 512, 8)]
+
+
+def memory_bytes(pids: Sequence[int]) -> int:
+    """What these processes and their descendants take together; shared pages count once."""
+    found = {one for pid in pids for one in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True))}
+    return sum(process.memory_full_info().pss for process in found)
+
+
+def cold(server: Server) -> float:
+    """Evict the model, and ask for it: seconds to the answer."""
+    host, port = server.target.address
+    subprocess.run(
+        ["curl", "-sf", "-X", "POST", f"http://{host}:{port}/admin/models/{MODEL}/evict"],
+        check=True, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    one = [encode(server.target, ["How long does this take?"])]
+    return load.run(lambda: load.closed(server.target, one, 1, until=load.after(1))).latency_s(0.5)
+
+
+def run(folder: Path, names: Sequence[str], seconds: float, num_calls: int) -> Report:
+    """All backends, one after the other."""
+    watch = Watch()
+    warn_if_busy(watch.machine)
+    found = {name: measure(name, folder, seconds, num_calls) for name in names}
+    return Report(
+        name="backends",
+        title=f"The same load on three backends, {folder.name}, requests of 8 short texts",
+        machine=watch.machine,
+        settings={"model": folder.name, "seconds": seconds, "hosts": HOSTS, "calls": num_calls},
+        header=(
+            "backend", "texts/s, 1 client", "p50, p95 ms", "texts/s, 32 clients", "p50, p95 ms", "memory MB", "start s",
+            "cold request s", "a call, 1 text ms", "256 texts ms",
+        ),
+        rows=[_row(name, one) for name, one in found.items()],
+        samples={name: one for name, one in found.items()},  # noqa: C416 - of its own type for the encoder
+        notes=("a call: to a scripted host that answers at once, without HTTP; the difference to local is the cost",),
+    )  # fmt: skip
+
+
+def _row(name: str, found: Found) -> tuple[str, ...]:
+    phases: list[str] = []
+    for clients in CLIENTS:
+        p50, p95 = found.latencies_s[clients]
+        phases += [f"{found.texts_per_s[clients]:,.0f}", f"{1000 * p50:.1f}, {1000 * p95:.1f}"]
+    return (
+        name, *phases, f"{found.memory_bytes / 1e6:,.0f}", f"{found.start_s:.1f}", f"{found.cold_s:.2f}",
+        f"{1000 * found.call['one_text_s']:.2f}", f"{1000 * found.call['many_texts_s']:.2f}",
+    )  # fmt: skip
+
+
+def run_lag(folder: Path, names: Sequence[str], rounds: int) -> Report:
+    """Load and evict a large model again and again, and see how late the router's loop is meanwhile."""
+    watch = Watch()
+    warn_if_busy(watch.machine)
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    lags = {name: _lags(name, folder, rounds) for name in names}
+    shares = (0.5, 0.99, 0.999, 1.0)
+    return Report(
+        name="backends-lag",
+        title=f"Event-loop lag of the router while a host loads {size / 1e9:.2f} GB",
+        machine=watch.machine,
+        settings={"model": folder.name, "rounds": rounds},
+        header=("backend", "samples", "p50 ms", "p99 ms", "p99.9 ms", "max ms"),
+        rows=[
+            (name, str(len(found)), *(f"{1000 * percentile(found, share):.1f}" for share in shares))
+            for name, found in lags.items()
+        ],
+        samples=dict(lags),
+    )
+
+
+def _lags(name: str, folder: Path, rounds: int) -> list[float]:
+    with tempfile.TemporaryDirectory() as draft:
+        file = Path(draft) / "lags.json"
+        registry = write_registry(Path(draft) / "registry.yaml", {MODEL: folder}, preload=False)
+        more = variables(name) | {"LAG_FILE": str(file), "MEMORY_BUDGET": "12GiB", "CPU_HOSTS": "1"}
+        plan: Plan = own(registry, MODEL, script=[str(CONTESTANTS / "lag_server.py")], **more)
+        with serving(plan) as server:
+            marks = []
+            for _ in range(rounds):
+                began_s = time.monotonic()
+                cold(server)
+                marks.append((began_s, time.monotonic()))
+        woken: list[tuple[float, float]] = json.loads(file.read_text())
+    return [lag_s for at_s, lag_s in woken if any(begin <= at_s <= end for begin, end in marks)]
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.backends", description=__doc__)
+    parser.add_argument("--model", default="minilm")
+    parser.add_argument("--backends", default=",".join(NAMES))
+    parser.add_argument("--seconds", type=float, default=15.0, help="of load, for each number of clients")
+    parser.add_argument("--calls", type=int, default=1000)
+    parser.add_argument("--lag", action="store_true", help="the lag of the router's loop while a model is loaded")
+    parser.add_argument("--rounds", type=int, default=5, help="with --lag")
+    parser.add_argument("--no-save", dest="results", action="store_const", const=None, default=RESULTS)
+    asked = parser.parse_args()
+    names = asked.backends.split(",")
+    folder = resolve(asked.model)
+    publish(
+        run_lag(folder, names, asked.rounds) if asked.lag else run(folder, names, asked.seconds, asked.calls),
+        asked.results,
+    )
+
+
+if __name__ == "__main__":
+    main()

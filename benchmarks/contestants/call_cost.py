@@ -1,0 +1,84 @@
+"""What one call costs beside the model: the median seconds of calls to scripted hosts that answer at once.
+
+`python benchmarks/contestants/call_cost.py BACKEND NUM_CALLS` prints one JSON object. For `ray`, `RAY_ADDRESS` names a
+cluster with room for two hosts.
+"""
+
+import asyncio
+import json
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from statistics import median
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from engines.records import EmbedCall
+from engines.units import Budget
+from router.backend import Backend, LocalBackend
+from router.hosting import Birth
+from router.settings import Settings
+from tests.router.backends.scripted_host import open_scripted_host, scripted
+
+SPEC = scripted("a", max_tokens=100_000)
+HOSTS = 2
+
+
+def births() -> list[Birth]:
+    return [
+        Birth(
+            host_id=f"cpu:{index}", device="cpu", cores=1, specs={"a": SPEC}, budget=Budget(size_bytes=10**6),
+            settings=Settings(log_level="error"), open=open_scripted_host,
+        )
+        for index in range(HOSTS)
+    ]  # fmt: skip
+
+
+def make(name: str) -> Backend:
+    """A backend before two scripted hosts."""
+    if name == "local":
+        return LocalBackend([birth.open(birth, lambda _: None) for birth in births()], {"a": SPEC})
+    from router.remote_backend import RemoteBackend
+
+    if name == "process":
+        from router.process.fleet import ProcessFleet
+
+        return RemoteBackend(ProcessFleet(births(), 1, grace_s=1.0), {"a": SPEC})
+    from router.ray.board import BOARD
+    from router.ray.deploy import Plan, connect, deploy, serve
+    from router.ray.fleet import RayFleet
+    from router.ray.names import APP, DEPLOYMENT
+
+    connect(None)
+    deploy(births()[0], Plan(hosts=HOSTS, cpus=0.5))
+    fleet = RayFleet(serve.get_deployment_handle(DEPLOYMENT, APP), BOARD, lambda: 0.0)
+    return RemoteBackend(fleet, {"a": SPEC})
+
+
+@asynccontextmanager
+async def opened(name: str) -> AsyncIterator[Backend]:
+    backend = make(name)
+    await backend.start()
+    yield backend
+    await backend.aclose(grace_s=0)
+
+
+async def measure(name: str, num_calls: int) -> dict[str, float]:
+    """Median seconds of single calls one after the other: one short text, and 256 of them."""
+    async with opened(name) as backend:
+        found = {}
+        for label, texts in (("one_text_s", ("x",)), ("many_texts_s", ("x",) * 256)):
+            call = EmbedCall(model_id="a", texts=texts)
+            samples = []
+            for _ in range(num_calls):
+                began_s = time.perf_counter()
+                await backend.embed(call)
+                samples.append(time.perf_counter() - began_s)
+            found[label] = median(samples[len(samples) // 10 :])
+    return found
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(asyncio.run(measure(sys.argv[1], int(sys.argv[2])))) + "\n")
