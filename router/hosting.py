@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from engines.machine import MachineConfig
 
 Note = Callable[[str], None]
-"""Told which model a host is about to run, and the empty string when it has: the last word of a process that dies."""
+"""Told which models a host runs from now on, one a line: the last word of a process that dies of one of them."""
 
 
 class Birth(Struct, frozen=True, kw_only=True):

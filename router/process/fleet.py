@@ -151,7 +151,7 @@ class ProcessFleet:
     def _died(self, host_id: str, running: str) -> None:
         """Two cases: 1. it had noted what it ran;  2. it had not: all that had calls or loads there."""
         self._restarts[host_id] += 1
-        self._charges.charge([running] if running else self._suspects(host_id))
+        self._charges.charge(running.splitlines() or self._suspects(host_id))
         snapshot = self.ledger.snapshot(host_id)
         if snapshot is not None:
             self.ledger.note(structs.replace(snapshot, is_draining=True, restarts=self._restarts[host_id]))

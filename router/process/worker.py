@@ -35,7 +35,7 @@ PRELOADED = ("engines.machine", "router.process.child")
 class Ears(Struct, frozen=True):
     """Who hears of a worker.
 
-    `seen`: every word. `died`: it answers no more, unasked; with the model that it had noted to be running, or nothing.
+    `seen`: every word. `died`: it answers no more, unasked; with the models that it had noted to run, one a line.
     `ended`: the process is gone, and by what; empty when it was told to. `back`: its next life has begun.
     """
 
