@@ -1,6 +1,7 @@
 """Settings and registry → `BACKEND=process`. Nothing here imports torch or touches a device: children do."""
 
 import multiprocessing
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 
 from engines.errors import EngineError, InvalidValue
@@ -13,6 +14,8 @@ from router.registry import Registry
 from router.remote_backend import RemoteBackend
 from router.settings import Settings
 
+Answer = Connection
+
 
 def open_process_backend(settings: Settings, registry: Registry, devices: tuple[str, ...]) -> RemoteBackend:
     """One worker a GPU; on a CPU `CPU_HOSTS` of them, which share its cores and its memory."""
@@ -22,7 +25,18 @@ def open_process_backend(settings: Settings, registry: Registry, devices: tuple[
     return RemoteBackend(ProcessFleet(births, parts, settings.grace_seconds), registry.models)
 
 
-def find_devices_elsewhere(wanted: tuple[str, ...]) -> tuple[str, ...]:
+def _report_devices(answer: Answer, wanted: tuple[str, ...]) -> None:
+    from engines.machine import find_devices  # late: in the child alone
+
+    try:
+        answer.send(find_devices(wanted))
+    except EngineError as error:
+        answer.send(failure_of(error))
+
+
+def find_devices_elsewhere(
+    wanted: tuple[str, ...], report: Callable[[Answer, tuple[str, ...]], None] = _report_devices
+) -> tuple[str, ...]:
     """As `engines.machine.find_devices`, asked in a child: this process must not touch CUDA before it forks.
 
     Raises:
@@ -31,7 +45,7 @@ def find_devices_elsewhere(wanted: tuple[str, ...]) -> tuple[str, ...]:
     prepare_forkserver()
     context = multiprocessing.get_context("forkserver")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_report_devices, args=(theirs, wanted))
+    process = context.Process(target=report, args=(theirs, wanted))
     with theirs:
         process.start()
     try:
@@ -44,15 +58,6 @@ def find_devices_elsewhere(wanted: tuple[str, ...]) -> tuple[str, ...]:
     if not isinstance(found, tuple):
         raise error_of(found)
     return found
-
-
-def _report_devices(answer: "Connection[object, object]", wanted: tuple[str, ...]) -> None:
-    from engines.machine import find_devices  # late: in the child alone
-
-    try:
-        answer.send(find_devices(wanted))
-    except EngineError as error:
-        answer.send(failure_of(error))
 
 
 def _births(device: str, settings: Settings, registry: Registry, num_devices: int) -> list[Birth]:

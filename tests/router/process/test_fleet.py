@@ -11,11 +11,12 @@ import pytest
 from msgspec import structs
 
 from engines.errors import HostLost, InvalidValue, LoadFailed
+from engines.failures import failure_of
 from engines.records import Event
 from engines.spec import ModelSpec
 from router.backend import Backend
 from router.process.fleet import ProcessFleet
-from router.process.opening import find_devices_elsewhere
+from router.process.opening import Answer, find_devices_elsewhere
 from router.process.worker import prepare_forkserver
 from router.remote_backend import RemoteBackend
 from tests.router.backends.clients import crowd
@@ -230,9 +231,24 @@ async def test_a_new_budget_is_shared_by_the_hosts_of_one_device() -> None:
     assert len(hosts) == 2
 
 
+def report_two(answer: Answer, wanted: tuple[str, ...]) -> None:
+    answer.send(("cuda:0", "cuda:1"))
+
+
+def report_none(answer: Answer, wanted: tuple[str, ...]) -> None:
+    answer.send(failure_of(InvalidValue(f"DEVICE names {wanted[0]}, but this machine has 0 CUDA devices")))
+
+
+def report_nothing(answer: Answer, wanted: tuple[str, ...]) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_devices_are_looked_for_in_another_process() -> None:
-    with pytest.raises(InvalidValue, match="cuda:99"):
-        find_devices_elsewhere(("cuda:99",))
+    assert find_devices_elsewhere(("auto",), report_two) == ("cuda:0", "cuda:1")
+    with pytest.raises(InvalidValue, match="DEVICE names cuda:99, but this machine has 0"):
+        find_devices_elsewhere(("cuda:99",), report_none)
+    with pytest.raises(InvalidValue, match="the process that looked has died"):
+        find_devices_elsewhere(("auto",), report_nothing)
 
 
 def is_running(pid: int) -> bool:
