@@ -19,14 +19,15 @@ from pathlib import Path
 import psutil
 from msgspec import Struct
 
-from benchmarks import load, workloads
+from benchmarks import workloads
 from benchmarks.folders import resolve
-from benchmarks.http_client import Request, Target, encode
 from benchmarks.machine import ROOT, Watch, warn_if_busy
 from benchmarks.measure import percentile
 from benchmarks.report import RESULTS, Report, publish
 from benchmarks.servers import Plan, Server, own, serving, write_registry
 from benchmarks.worker import CONTESTANTS
+from router import load
+from router.load.http_client import Request, Target, encode
 from router.ray.environment import VARIABLES
 
 MODEL = "m"
