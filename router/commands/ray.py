@@ -24,7 +24,10 @@ Examples:
 """,
 )
 def command() -> None:
-    """Put hosts on a Ray cluster (pip install 'embedyard[ray]')."""
+    """Put hosts on a Ray cluster (pip install 'embedyard[ray]').
+
+    Exit code 0: done; 2: something must be put right first, and the message says what.
+    """
 
 
 @command.command()

@@ -6,9 +6,11 @@ its own, where a fresh interpreter takes 6 s and 268 MB. The server process impo
 
 import asyncio
 import ctypes
+import itertools
 import multiprocessing
 import socket
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing.context import ForkServerProcess
 
 import structlog
@@ -68,6 +70,7 @@ class Worker:
         self._keeper: asyncio.Task[None] | None = None
         self._is_wanted_dead = False
         self._up = asyncio.Event()
+        self._closing = asyncio.Event()
         self._heard_at_s = 0.0
         self._reborn: list[asyncio.Future[None]] = []
 
@@ -104,13 +107,13 @@ class Worker:
 
     async def aclose(self, grace_s: float) -> None:
         """Drain and end, for good."""
+        self._closing.set()
         self._is_wanted_dead = True
-        if self._keeper is not None:
-            self._keeper.cancel()
-            await asyncio.gather(self._keeper, return_exceptions=True)
         await self._drain(grace_s)
         if self._link is not None:
             self._link.close()
+        if self._keeper is not None:
+            await self._keeper
         await self._bury()
 
     def kill(self) -> None:
@@ -135,9 +138,14 @@ class Worker:
         context = multiprocessing.get_context("forkserver")
         ours, theirs = socket.socketpair()
         self._box = context.RawArray(ctypes.c_char, _BOX_BYTES)
-        self._process = context.Process(target=run_child, args=(theirs, self.birth, self._box), daemon=True)
-        with theirs:
-            await asyncio.to_thread(self._process.start)
+        process = context.Process(target=run_child, args=(theirs, self.birth, self._box), daemon=True)
+        try:
+            with theirs:
+                await asyncio.to_thread(process.start)
+        except OSError:
+            ours.close()
+            raise
+        self._process = process
         loop = asyncio.get_running_loop()
         _, self._link = await loop.create_unix_connection(
             lambda: Link(self.birth.host_id, self._hear, self._hang_up), sock=ours
@@ -164,18 +172,26 @@ class Worker:
         self._up.clear()
 
     async def _keep(self) -> None:
-        """Wait for the end of each life, and begin the next."""
+        """Wait for the end of each life, and begin the next; a life that begins while all shall end, ends at once."""
         while self._link is not None:
             await self._link.ended.wait()
-            was_wanted, self._is_wanted_dead = self._is_wanted_dead, False
+            was_wanted, self._is_wanted_dead = self._is_wanted_dead, self._closing.is_set()
             await self._bury()
             self._ears.ended("" if was_wanted else self._cause_of_death())
-            await self._revive()
+            if not await self._revive():
+                break
             self._ears.back()
-            reborn, self._reborn = self._reborn, []
-            for future in reborn:
-                if not future.done():
-                    future.set_result(None)
+            self._settle_reborn(None)
+            if self._closing.is_set():
+                self._link.close()
+        self._settle_reborn(HostLost(f"the server ended before host {self.birth.host_id} was back"))
+
+    def _settle_reborn(self, error: EngineError | None) -> None:
+        """Tell those who wait for the next life."""
+        reborn, self._reborn = self._reborn, []
+        for future in reborn:
+            if not future.done():
+                future.set_result(None) if error is None else future.set_exception(error)
 
     def _cause_of_death(self) -> str:
         code = self._process.exitcode if self._process is not None else None
@@ -183,10 +199,13 @@ class Worker:
         log.error("worker.died", host=self.birth.host_id, ended_by=cause)
         return cause
 
-    async def _revive(self) -> None:
-        """Fork until it works, with pauses that grow; meanwhile the fault says what is wrong."""
-        for attempt in range(1_000_000):
-            await asyncio.sleep(_BACKOFF_S[min(attempt, len(_BACKOFF_S) - 1)])
+    async def _revive(self) -> bool:
+        """Fork until it works, with pauses that grow; meanwhile the fault says what is wrong. False: it shall end."""
+        for attempt in itertools.count():
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._closing.wait(), _BACKOFF_S[min(attempt, len(_BACKOFF_S) - 1)])
+            if self._closing.is_set():
+                break
             try:
                 await self._fork()
             except (EngineError, TimeoutError, OSError) as error:
@@ -194,7 +213,8 @@ class Worker:
                 log.error("worker.not_started", host=self.birth.host_id, reason=str(error))
             else:
                 self.fault = ""
-                return
+                return True
+        return False
 
     async def _drain(self, grace_s: float) -> None:
         if self._link is None or self._link.ended.is_set():
