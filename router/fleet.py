@@ -3,13 +3,17 @@
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from engines.errors import ModelTooLarge
+from engines.errors import HostLost, ModelTooLarge
 from engines.records import EmbedCall, Embeddings, HostSnapshot
 from engines.spec import ModelSpec
 from engines.units import Budget
 from engines.wire import Reply, Request
 from router.event_feed import EventFeed
 from router.ledger import Ledger
+
+
+class NotSent(HostLost):
+    """No host was open when the call was to be sent, so nothing was lost; it may be sent when one is."""
 
 
 class Ticket:

@@ -17,7 +17,7 @@ from engines.spec import ModelSpec
 from engines.units import Budget
 from engines.wire import Evict, Foresee, Outcome, Preload, Request
 from router.backend import SIZE_S, is_newly_wanted, is_wanted, no_host, no_model
-from router.fleet import Fleet, Ticket
+from router.fleet import Fleet, NotSent, Ticket
 from router.placement import places
 
 log = structlog.get_logger()
@@ -151,9 +151,10 @@ class RemoteBackend:
                 self._idle.set()
 
     def _go_on(self, ticket: Ticket, error: ModelTooLarge | HostLost | ShuttingDown) -> None:
-        """Make the ticket ready for its next host, or raise. Three cases:
+        """Make the ticket ready for its next host, or raise. Four cases:
 
-        1. too large for that host: others are left;  2. that host drains: nothing was done there;  3. it was lost.
+        1. too large for that host: others are left;  2. that host drains: nothing was done there;
+        3. no host was open any more;  4. the host was lost.
         """
         if isinstance(error, ModelTooLarge):
             ticket.refusal = error
@@ -162,10 +163,10 @@ class RemoteBackend:
             if self._is_closing:
                 raise error
             self._ledger.close(ticket.host_id or "")  # (2)
-        else:
+        elif not isinstance(error, NotSent):  # (3)
             if ticket.was_lost:
                 raise error
-            ticket.was_lost = True  # (3)
+            ticket.was_lost = True  # (4)
             log.warning("call.sent_again", model=ticket.spec.model_id, host=ticket.host_id)
 
     async def _until_open(self, ticket: Ticket, patience_s: float) -> None:

@@ -5,6 +5,7 @@ fleet find the board here. All of it lives on one event loop, because `RAY_SERVE
 router on the loop of its caller.
 """
 
+import asyncio
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -17,11 +18,22 @@ from router.ledger import Ledger
 
 
 class Errand:
-    """One request to a replica. `to`: which one; None when the best for the ticket's model is to be chosen."""
+    """One request to a replica. `to`: which one; None when the best for the ticket's model is to be chosen.
+
+    `limit`: of the wait for its answer. `is_sent`: false when it was given up because no replica could take it.
+    """
 
     def __init__(self, *, ticket: Ticket | None = None, to: str | None = None) -> None:
         self.ticket = ticket
         self.to = to
+        self.limit: asyncio.Timeout | None = None
+        self.is_sent = True
+
+    def give_up(self) -> None:
+        """End the wait: Serve would look for a replica until there is one, and keep others from being routed."""
+        if self.is_sent and self.limit is not None:
+            self.limit.reschedule(asyncio.get_running_loop().time())
+        self.is_sent = False
 
 
 class Board:
@@ -74,15 +86,22 @@ class Board:
             if "snapshot" in stats[host_id]:
                 self.note(msgspec.convert(stats[host_id]["snapshot"], HostSnapshot))
 
-    def choose(self, name: str, model_id: str, running: Collection[str]) -> str | None:
-        """The replica for a request; None when none can take it now.
+    def choose(self, name: str, running: Collection[str]) -> str | None:
+        """The replica for a request; None when none can take it now, and then the request is given up.
 
         A placement counts from here on: a herd on cold models must not find every host as empty as the first did.
         """
         errand = self._errands.get(name)
-        if errand is None or errand.ticket is None:
-            return errand.to if errand is not None and errand.to in running else None
-        ticket = errand.ticket
+        if errand is None:
+            return None  # its caller has left
+        chosen = self._best(errand, errand.ticket, running) if errand.ticket is not None else errand.to
+        if chosen not in running:
+            errand.give_up()
+            return None
+        return chosen
+
+    def _best(self, errand: Errand, ticket: Ticket, running: Collection[str]) -> str | None:
+        model_id = ticket.spec.model_id
         if errand.to is not None:
             self.ledger.end(errand.to, model_id)  # chosen before, and refused
             errand.to = None

@@ -35,6 +35,7 @@ from router.event_feed import EventFeed
 from router.fleet import Ticket
 from router.ledger import Ledger
 from router.ray.board import Board, Errand
+from router.ray.patience import is_cancelled_by_caller, limit_of, no_answer
 from router.residents import hot
 
 log = structlog.get_logger()
@@ -104,7 +105,7 @@ class RayFleet:
         return reply.embeddings
 
     async def ask(self, host_id: str, request: Request) -> Reply:
-        reply = await self._request(Errand(to=host_id), request, None)
+        reply = await self._request(Errand(to=host_id), request, limit_of(request))
         if isinstance(reply, Outcome):
             self._board.note(reply.snapshot)
         return reply
@@ -150,7 +151,7 @@ class RayFleet:
 
     # ---- one request ----
 
-    async def _request(self, errand: Errand, request: Request, limit_s: float | None) -> Reply:
+    async def _request(self, errand: Errand, request: Request, limit_s: float) -> Reply:
         """Send it where the errand says. When its caller leaves it is cancelled where it runs: Ray does not by itself.
 
         Raises:
@@ -162,14 +163,16 @@ class RayFleet:
         handle = self._handle.options(method_name="ask", session_id=name, multiplexed_model_id=model_id)
         response = handle.remote(encode_request(request))
         try:
-            async with asyncio.timeout(limit_s):
+            async with asyncio.timeout(limit_s) as errand.limit:
                 head, body = await response
         except TimeoutError:
             response.cancel()
-            raise HostLost(f"host {errand.to} did not answer within {limit_s:g} s; ask again") from None
+            raise await no_answer(errand, limit_s) from None
         except asyncio.CancelledError:
             response.cancel()
-            raise
+            if is_cancelled_by_caller():
+                raise
+            raise HostLost(f"host {errand.to} ended before it answered; ask again") from None
         except BackPressureError as error:
             raise QueueFull("the hosts have all the requests that they take; send it again in a moment") from error
         except Exception as error:  # hosts answer with their errors, so what is raised is the way's
@@ -187,7 +190,10 @@ class RayFleet:
     async def _look_on(self) -> None:
         while True:
             await asyncio.sleep(self._look_every_s)
-            await self._look_at_all()
+            try:
+                await self._look_at_all()
+            except Exception:  # whatever it is, the next look may go well
+                log.exception("hosts.not_seen")
 
     async def _look_at_all(self) -> None:
         await asyncio.gather(*(self._look_at(host_id) for host_id in self._board.running))

@@ -11,6 +11,11 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 class YardRouter(RequestRouter):  # type: ignore[misc]  # Ray is not typed for mypy here
     """One replica for each request, and no second choice: another host would load the model once more."""
 
+    @property
+    def max_num_routing_tasks(self) -> int:
+        """Serve allows two a replica: requests for a host that was lost would hold up those for all others."""
+        return 4096
+
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Called by Serve whenever replicas come, go, or tell what they have in memory."""
         from router.ray.board import BOARD
@@ -27,8 +32,7 @@ class YardRouter(RequestRouter):  # type: ignore[misc]  # Ray is not typed for m
         if pending_request is None:
             return []
         running = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
-        metadata = pending_request.metadata
-        chosen = BOARD.choose(metadata.session_id, metadata.multiplexed_model_id, running.keys())
+        chosen = BOARD.choose(pending_request.metadata.session_id, running.keys())
         pending_request.routing_context.should_backoff = True  # nothing changes before the next look at the hosts
         return [[running[chosen]]] if chosen is not None else []
 
