@@ -111,7 +111,8 @@ class RayFleet:
         return reply
 
     async def reload(self, specs: Mapping[str, ModelSpec], budget: Budget | None) -> None:
-        self._reload = Reload(specs=specs, budget=budget, stamp=self._stamp())
+        kept = self._reload.budget if self._reload is not None else None  # hosts that come later need it, too
+        self._reload = Reload(specs=specs, budget=budget or kept, stamp=self._stamp())
         await asyncio.gather(*(self._bring_registry(host_id, self._reload) for host_id in self.ledger.devices()))
 
     async def recycle(self, host_id: str) -> None:

@@ -28,7 +28,7 @@ class Crowd:
         while not self._is_over:
             model, text, turn = self._models[(number + turn) % len(self._models)], f"{number} {turn}", turn + 1
             try:
-                answer = await self._backend.embed(EmbedCall(model_id=model, texts=(text,), load_timeout_s=30.0))
+                answer = await self._backend.embed(EmbedCall(model_id=model, texts=(text,), load_timeout_s=60.0))
             except Exception as error:  # noqa: BLE001  # whatever it is, it is not an answer
                 self.wrong.append(f"{model}: {type(error).__name__}: {error}")
                 await asyncio.sleep(0.01)
@@ -40,7 +40,7 @@ class Crowd:
     async def until(self, more: int) -> None:
         """So many more answers for each model."""
         wanted = {model: self.answered[model] + more for model in self._models}
-        async with asyncio.timeout(40):
+        async with asyncio.timeout(90):
             while any(self.answered[model] < count for model, count in wanted.items()):  # noqa: ASYNC110 - a count
                 await asyncio.sleep(0.02)
 

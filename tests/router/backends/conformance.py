@@ -61,9 +61,11 @@ def known(host: HostSnapshot) -> int:
     return sum(status.state != "absent" for status in host.models)
 
 
-async def until(backend: Backend, is_so: Callable[[tuple[HostSnapshot, ...]], bool]) -> tuple[HostSnapshot, ...]:
+async def until(
+    backend: Backend, is_so: Callable[[tuple[HostSnapshot, ...]], bool], within_s: float = 30.0
+) -> tuple[HostSnapshot, ...]:
     """The snapshots as soon as they are so; hosts elsewhere tell within a second."""
-    async with asyncio.timeout(15.0):
+    async with asyncio.timeout(within_s):
         while not is_so(hosts := backend.snapshots()):  # noqa: ASYNC110 - snapshots come from elsewhere, without an event
             await asyncio.sleep(0.02)
     return hosts

@@ -1,21 +1,22 @@
 """`BACKEND=ray` does what every backend does, on a real cluster of three nodes on this machine.
 
-Run by `test_ray.py` in a process of its own: Ray does not leave a process as it found it.
+Run by `test_ray.py` in a process of its own, because Ray does not leave a process as it found it; by hand:
+
+    python -m pytest -o asyncio_mode=strict -o filterwarnings=default tests/router/backends/ray_suite.py
 """
 
-import asyncio
 import os
 import signal
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
-import pytest_asyncio
 
+from engines.records import HostSnapshot
 from router.app import create_app
 from router.backend import Backend
 from router.hosting import Birth
@@ -29,14 +30,15 @@ from router.settings import Settings
 from tests.router.backends.clients import crowd
 from tests.router.backends.conformance import BUDGET, HOSTS, Conformance, Opened, homes, known, serving, until
 from tests.router.backends.scripted_host import open_scripted_host, scripted
+from tests.router.backends.thread_loop import LOOP
 from tests.server import serving as serving_app
 
 import ray  # isort: skip
 from ray import serve  # isort: skip
 from ray.cluster_utils import Cluster  # isort: skip
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
-
+REPLACED_S = 90.0
+"""Seconds on a quiet machine; much longer where others use the cores."""
 STORE_BYTES = 100_000_000
 BIRTH = Birth(
     host_id="",
@@ -76,23 +78,27 @@ def opened() -> Opened:
     return routed
 
 
-@pytest_asyncio.fixture(loop_scope="module", scope="module")
-async def backend(cluster: Cluster) -> AsyncIterator[Backend]:
-    async with routed() as backend:
-        await until(backend, lambda hosts: len(hosts) == HOSTS)
-        yield backend
+@pytest.fixture(scope="module")
+def backend(cluster: Cluster) -> Iterator[Backend]:
+    stack = AsyncExitStack()
+    backend = LOOP.run(stack.enter_async_context(routed()))
+    LOOP.run(until(backend, lambda hosts: len(hosts) == HOSTS))
+    yield backend
+    LOOP.run(stack.aclose())
 
 
 class TestRay(Conformance):
     async def test_a_replica_that_is_killed_is_replaced_and_no_request_is_lost(self, backend: Backend) -> None:
         models = [scripted(f"m{index}", embed_s=0.005) for index in range(6)]
         async with serving(backend, *models):
-            before = {host.host_id for host in backend.snapshots()}
+            before = ids(backend.snapshots())
             async with crowd(backend, *(spec.model_id for spec in models)) as clients:
                 await clients.until(20)
                 os.kill(replica_pids()[0], signal.SIGKILL)
                 await clients.until(20)
-                after = await until(backend, lambda hosts: len({host.host_id for host in hosts} - before) == 1)
+                after = await until(
+                    backend, lambda hosts: len({host.host_id for host in hosts} - before) == 1, REPLACED_S
+                )
                 await clients.until(20)
             hosts = await until(backend, lambda hosts: len(homes(hosts)) == 6)
 
@@ -100,15 +106,19 @@ class TestRay(Conformance):
         assert len(after) == len(hosts) == HOSTS
         assert all(known(host) == 6 for host in hosts), "the registry has reached the new one, too"
 
-    async def test_a_node_that_is_lost_loses_no_request(self, cluster: Cluster, backend: Backend) -> None:
+    def test_a_node_that_is_lost_loses_no_request(self, cluster: Cluster, backend: Backend) -> None:
+        """Not a coroutine, because nodes are started from the main thread."""
         models = [scripted(f"m{index}", embed_s=0.005) for index in range(6)]
-        async with serving(backend, *models), crowd(backend, *(spec.model_id for spec in models)) as clients:
-            await clients.until(20)
-            await asyncio.to_thread(cluster.remove_node, cluster.worker_nodes.copy().pop(), allow_graceful=False)
-            await until(backend, lambda hosts: sum(not host.is_draining for host in hosts) == HOSTS - 1)
-            await clients.until(20)
-            cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
-            await until(backend, lambda hosts: sum(not host.is_draining for host in hosts) == HOSTS)
+        stack = AsyncExitStack()
+        LOOP.run(stack.enter_async_context(serving(backend, *models)))
+        clients = LOOP.run(stack.enter_async_context(crowd(backend, *(spec.model_id for spec in models))))
+        LOOP.run(clients.until(20))
+        cluster.remove_node(cluster.worker_nodes.copy().pop(), allow_graceful=False)
+        LOOP.run(until(backend, lambda hosts: num_open(hosts) == HOSTS - 1, REPLACED_S))
+        LOOP.run(clients.until(20))
+        cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
+        LOOP.run(until(backend, lambda hosts: num_open(hosts) == HOSTS, REPLACED_S))
+        LOOP.run(stack.aclose())
 
         assert clients.wrong == []
 
@@ -118,7 +128,7 @@ class TestRay(Conformance):
             await backend.recycle(home)
             hosts = await until(backend, lambda hosts: "a" in homes(hosts))
 
-        assert home not in {host.host_id for host in hosts}
+        assert home not in ids(hosts)
         assert len(hosts) == HOSTS
 
     async def test_the_metrics_of_all_hosts_are_those_of_the_server(self, cluster: Cluster, backend: Backend) -> None:
@@ -134,7 +144,16 @@ class TestRay(Conformance):
 
         assert [len(entry["embedding"]) for entry in answer.json()["data"]] == [16, 16]
         named = {line.split('host="')[1].split('"')[0] for line in metrics.splitlines() if "_budget_bytes{" in line}
-        assert named == {host.host_id for host in backend.snapshots()} == {d["host_id"] for d in memory["devices"]}
+        assert named == ids(backend.snapshots()) == {d["host_id"] for d in memory["devices"]}
+
+
+def ids(hosts: tuple[HostSnapshot, ...]) -> set[str]:
+    return {host.host_id for host in hosts}
+
+
+def num_open(hosts: tuple[HostSnapshot, ...]) -> int:
+    """Hosts that take calls."""
+    return sum(not host.is_draining for host in hosts)
 
 
 def replica_pids() -> list[int]:
