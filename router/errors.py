@@ -32,7 +32,7 @@ from router.visit import visit_of
 log = structlog.get_logger()
 
 _MAX_MESSAGE_CHARS = 1000
-_MAX_LIST_CHARS = 20_000
+_MAX_LIST_CHARS = 40_000
 """For the mistakes of a registry: an operator wants all of them."""
 
 

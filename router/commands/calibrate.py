@@ -44,6 +44,8 @@ def command(model: str, texts: Path, url: str, dimensions: int | None, input_typ
     """Print the `calibration` of MODEL for the registry: ranges for `output_dtype` int8 and uint8.
 
     TEXTS holds one text a line, a few hundred at least, like those that will be embedded. A running server embeds them.
+
+    Exit code 0, or 2: the texts, the model or the address must be put right.
     """
     try:
         lines = _read(texts)

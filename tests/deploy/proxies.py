@@ -58,8 +58,8 @@ def caddy(folder: Path, nodes: Sequence[str]) -> Iterator[Proxy]:
     """Debian's, without TLS: its certificates come from the internet."""
     port = free_port()
     put_in = {f"{NAME} {{": f"http://127.0.0.1:{port} {{", **dict(zip(NODES, nodes, strict=True))}
-    options = "{\n\tadmin off\n\tauto_https off\n}\n"
-    (folder / "Caddyfile").write_text(options + filled(DEPLOY / "caddy" / "Caddyfile", put_in))
+    put_in |= {"\tgrace_period 10s": "\tgrace_period 1s\n\tadmin off\n\tauto_https off"}
+    (folder / "Caddyfile").write_text(filled(DEPLOY / "caddy" / "Caddyfile", put_in))
     command = ["caddy", "run", "--config", str(folder / "Caddyfile"), "--adapter", "caddyfile"]
     with running(command, folder, port):
         url = f"http://127.0.0.1:{port}"
