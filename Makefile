@@ -1,7 +1,7 @@
 # Two commands on a fresh machine: `make serve` and `make test`. The rest is for those who work on the house.
 .DEFAULT_GOAL := help
 PYTHON ?= python3
-JOBS ?= 2
+JOBS ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
 LITELLM := $(VENV)/clients/litellm
@@ -46,8 +46,8 @@ install-bench: $(VENV)/.installed-bench
 serve: install  ## serve registry.yaml on 127.0.0.1:6008
 	@$(BIN)/embedyard serve
 
-test: install-test  ## the whole test suite, on JOBS cores
-	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+test: install-test  ## the whole test suite, in JOBS processes
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 check: install-test  ## format, lint, types, import contracts, known vulnerabilities
 	$(BIN)/ruff format --check .

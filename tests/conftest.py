@@ -3,11 +3,18 @@
 import gc
 from typing import Any, NoReturn
 
+import pytest
 import structlog
 from hypothesis import settings
 
 settings.register_profile("suite", deadline=None)  # how long an example takes depends on who else uses the machine
 settings.load_profile("suite")
+
+_LONGEST = (
+    "test_ray", "test_first_vector", "test_dashboard", "test_hub_faults", "test_chaos", "test_soak", "test_yard",
+    "test_parity", "test_minilm", "test_leaving", "test_readme", "test_pool_storms",
+)  # fmt: skip
+"""Files that take twenty seconds or more: a worker that finds one of them at the end works on while the others rest."""
 
 
 def _drop(*_: Any) -> NoReturn:
@@ -15,6 +22,12 @@ def _drop(*_: Any) -> NoReturn:
 
 
 structlog.configure(processors=[_drop], logger_factory=structlog.ReturnLoggerFactory())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first."""
+    rank = {name: place for place, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
 def pytest_collection_finish() -> None:

@@ -100,11 +100,12 @@ class TestRay(Conformance):
                     backend, lambda hosts: len({host.host_id for host in hosts} - before) == 1, REPLACED_S
                 )
                 await clients.until(20)
-            hosts = await until(backend, lambda hosts: len(homes(hosts)) == 6)
+            hosts = await until(
+                backend, lambda hosts: len(homes(hosts)) == 6 and all(known(host) == 6 for host in hosts), REPLACED_S
+            )  # the registry reaches the new one, too
 
         assert clients.wrong == []
         assert len(after) == len(hosts) == HOSTS
-        assert all(known(host) == 6 for host in hosts), "the registry has reached the new one, too"
 
     def test_a_node_that_is_lost_loses_no_request(self, cluster: Cluster, backend: Backend) -> None:
         """Not a coroutine, because nodes are started from the main thread."""
