@@ -87,8 +87,7 @@ def run(
 def draw(report: Report, path: Path) -> None:
     """Bars: each program's ratio to the base, ours first."""
     samples = report.samples["seconds"]
-    programs = list(report.samples["off_by"])
-    programs.sort(key=lambda name: (name != OURS, programs.index(name)))
+    programs = sorted(report.samples["off_by"], key=lambda name: name != OURS)
     series = {
         name: [speedup(samples[case][name], samples[case][BASE.name]).value for case in samples] for name in programs
     }

@@ -17,7 +17,7 @@ PACKAGES = ("embedyard", "torch", "transformers", "tokenizers", "sentence-transf
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_tile")
 
 BUSY_SHARE = 0.25
-"""A machine whose load is above this share of its cores before a measurement is too busy for a figure to be trusted."""
+"""A machine of whose cores others use more than this share is too busy for a figure to be trusted."""
 
 
 class Machine(Struct, frozen=True, kw_only=True):
@@ -42,8 +42,8 @@ class Machine(Struct, frozen=True, kw_only=True):
 
     @property
     def is_quiet(self) -> bool:
-        """Whether nobody else had noticeable use of the cores."""
-        return max(self.load_at_start, self.other_cores) <= BUSY_SHARE * self.cores
+        """Whether nobody else had noticeable use of the cores, as measured: a load average knows of what is over, too."""
+        return self.other_cores <= BUSY_SHARE * self.cores
 
     def describe(self) -> str:
         """Two or three lines for people."""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import diff, gpu, throughput
+from benchmarks import compare, diff, gpu, throughput
 from benchmarks.flops import read_shape
 from benchmarks.machine import Machine
 from benchmarks.report import Report, save, table
@@ -122,3 +122,21 @@ def test_memory_rows_compare_what_is_charged_with_what_was_taken() -> None:
     assert [row[2:] for row in gpu._memory_rows("m", found)] == [
         ("200", "100", "2.00"), ("50", "0", "–"), ("0", "3", "–"),
     ]  # fmt: skip
+
+
+def test_the_picture_of_a_comparison_has_every_program_and_ours_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+    monkeypatch.setattr(compare.plot, "bars", lambda *given: drawn.append(given))
+    names = (compare.BASE.name, "another", compare.OURS)
+    seconds = {name: [float(place)] for place, name in enumerate(names, 1)}
+
+    compare.draw(
+        report(samples={"seconds": {"short": seconds}, "off_by": dict.fromkeys(names, 0.0)}), tmp_path / "x.svg"
+    )
+
+    assert [(groups, series) for _, _, groups, series in drawn] == [
+        (["short"], {compare.OURS: [pytest.approx(1 / 3)], compare.BASE.name: [1.0], "another": [0.5]})
+    ]
+    assert next(iter(drawn[0][3])) == compare.OURS
