@@ -42,7 +42,7 @@ class Machine(Struct, frozen=True, kw_only=True):
 
     @property
     def is_quiet(self) -> bool:
-        """Whether nobody else had noticeable use of the cores, as measured: a load average knows of what is over, too."""
+        """Whether nobody else had noticeable use of the cores, as measured: a load average knows of the past, too."""
         return self.other_cores <= BUSY_SHARE * self.cores
 
     def describe(self) -> str:
