@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import compare, diff, gpu, throughput
+from benchmarks import compare, diff, gpu, plot, throughput
 from benchmarks.flops import read_shape
 from benchmarks.machine import Machine
+from benchmarks.peers import BASE, OURS
 from benchmarks.report import Report, save, table
 from benchmarks.throughput import Case, make_cases
 from benchmarks.workloads import Workload
@@ -128,8 +129,8 @@ def test_the_picture_of_a_comparison_has_every_program_and_ours_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn = []
-    monkeypatch.setattr(compare.plot, "bars", lambda *given: drawn.append(given))
-    names = (compare.BASE.name, "another", compare.OURS)
+    monkeypatch.setattr(plot, "bars", lambda *given: drawn.append(given))
+    names = (BASE.name, "another", OURS)
     seconds = {name: [float(place)] for place, name in enumerate(names, 1)}
 
     compare.draw(
@@ -137,6 +138,6 @@ def test_the_picture_of_a_comparison_has_every_program_and_ours_first(
     )
 
     assert [(groups, series) for _, _, groups, series in drawn] == [
-        (["short"], {compare.OURS: [pytest.approx(1 / 3)], compare.BASE.name: [1.0], "another": [0.5]})
+        (["short"], {OURS: [pytest.approx(1 / 3)], BASE.name: [1.0], "another": [0.5]})
     ]
-    assert next(iter(drawn[0][3])) == compare.OURS
+    assert next(iter(drawn[0][3])) == OURS
