@@ -55,7 +55,7 @@ class Probe:
         body = json.dumps({"model": READY, "input": TEXT}).encode()
         head = (
             "POST /v1/embeddings HTTP/1.1",
-            "Host: x",
+            "Host: 127.0.0.1",
             "Content-Type: application/json",
             f"Content-Length: {len(body)}",
         )
@@ -117,7 +117,7 @@ async def load(port: int, model: str) -> Load:
     """Preload a model and follow it until it is ready."""
     start_s = time.perf_counter()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    head = (f"POST /admin/models/{model}/preload HTTP/1.1", "Host: x", "Accept: text/event-stream", "Content-Length: 0")
+    head = (f"POST /admin/models/{model}/preload HTTP/1.1", "Host: 127.0.0.1", "Accept: text/event-stream", "Content-Length: 0")
     writer.write("\r\n".join((*head, "", "")).encode())
     states: list[tuple[str, float]] = []
     name = ""
@@ -168,7 +168,7 @@ async def measure(port: int, rounds: int, rate: float, quiet_s: float) -> tuple[
 async def evict(port: int, model: str) -> None:
     """Free a model."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(f"POST /admin/models/{model}/evict HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n".encode())
+    writer.write(f"POST /admin/models/{model}/evict HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 0\r\n\r\n".encode())
     head = await reader.readuntil(b"\r\n\r\n")
     writer.close()
     if b" 200 " not in head:
