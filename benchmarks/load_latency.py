@@ -117,7 +117,12 @@ async def load(port: int, model: str) -> Load:
     """Preload a model and follow it until it is ready."""
     start_s = time.perf_counter()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    head = (f"POST /admin/models/{model}/preload HTTP/1.1", "Host: 127.0.0.1", "Accept: text/event-stream", "Content-Length: 0")
+    head = (
+        f"POST /admin/models/{model}/preload HTTP/1.1",
+        "Host: 127.0.0.1",
+        "Accept: text/event-stream",
+        "Content-Length: 0",
+    )
     writer.write("\r\n".join((*head, "", "")).encode())
     states: list[tuple[str, float]] = []
     name = ""
