@@ -6,29 +6,13 @@ pinned or preloaded model is loaded when the backend asks for it: of several hos
 
 from collections.abc import Mapping
 
-import msgspec
-
 from engines.errors import ModelNotFound
 from engines.pool_state import PoolState
 from engines.slots import Slot
-from engines.spec import ModelSpec
+from engines.spec import ModelSpec, is_same_engine
 
 REMOVED = "removed from the registry"
 CHANGED = "changed in the registry"
-
-
-def is_same_engine(old: ModelSpec, new: ModelSpec) -> bool:
-    """Whether an engine built for `old` serves `new`: they differ in the pool's wishes and in words only."""
-    return old == msgspec.structs.replace(
-        new,
-        keep_alive_s=old.keep_alive_s,
-        pinned=old.pinned,
-        preload=old.preload,
-        description=old.description,
-        license=old.license,
-        token_encoding=old.token_encoding,
-        calibration=old.calibration,
-    )
 
 
 def reload(state: PoolState, specs: Mapping[str, ModelSpec]) -> None:

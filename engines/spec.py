@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 Truncate = Literal["end", "start", "error"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -84,3 +84,15 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
     token_encoding: Literal["cl100k_base"] | None = None
     cache_bytes: int = 0
     calibration: Calibration | None = None
+
+
+IN_PLACE = frozenset(
+    {"keep_alive_s", "pinned", "preload", "replicas", "description", "license", "token_encoding", "calibration"}
+)
+"""The fields of a `ModelSpec` that a running engine never sees. Every other one shapes its vectors or its memory
+(`max_batch_tokens` too: the workspace was measured for it), so a change of it needs a new generation."""
+
+
+def is_same_engine(old: ModelSpec, new: ModelSpec) -> bool:
+    """Whether an engine built for `old` serves `new`: they differ in the pool's wishes and in words only."""
+    return old == structs.replace(new, **{name: getattr(old, name) for name in IN_PLACE})

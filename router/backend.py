@@ -5,13 +5,12 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import NoReturn, Protocol
 
-from engines.errors import HostNotFound, InvalidValue, ModelNotFound, ModelTooLarge
+from engines.errors import EngineError, HostNotFound, InvalidValue, ModelNotFound, ModelTooLarge
 from engines.host import Host
 from engines.records import EmbedCall, Embeddings, Event, HostSnapshot, ModelStatus, Plan
-from engines.spec import ModelSpec
+from engines.spec import ModelSpec, is_same_engine
 from engines.units import Budget
 from router.placement import AWAY, further, places, rank
-from router.registry_changes import needs_new_generation
 
 SIZE_S = 10.0
 """A plan waits no longer for a hub; it then says that the size is not known."""
@@ -198,7 +197,8 @@ class LocalBackend:
             snapshots = [host.snapshot() for host in hosts]
             host_id = further(self._specs[model_id], need_bytes, snapshots)
             if host_id is not None:
-                await self._hosts[host_id].preload(model_id, wait=False)
+                with suppress(EngineError):  # the model is ready elsewhere
+                    await self._hosts[host_id].preload(model_id, wait=False)
 
     async def _load_wanted(self, specs: Iterable[ModelSpec]) -> None:
         """Those that no host has or expects, in the registry's order."""
@@ -225,7 +225,7 @@ def is_wanted(spec: ModelSpec) -> bool:
 
 def is_newly_wanted(old: ModelSpec | None, new: ModelSpec) -> bool:
     """Wanted, and not so before, or not this engine."""
-    return is_wanted(new) and (old is None or not is_wanted(old) or needs_new_generation(old, new))
+    return is_wanted(new) and (old is None or not is_wanted(old) or not is_same_engine(old, new))
 
 
 async def merged(streams: Sequence[AsyncIterator[Event]]) -> AsyncIterator[Event]:

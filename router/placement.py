@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from engines.errors import LoadFailed
 from engines.host import suits
-from engines.records import HostSnapshot, ModelStatus
+from engines.records import HostSnapshot, ModelStatus, State
 from engines.spec import ModelSpec
 
 AWAY = ("absent", "cold", "failed")
@@ -54,23 +54,37 @@ def rank(model_id: str, need_bytes: int, snapshots: Iterable[HostSnapshot]) -> l
 def further(spec: ModelSpec, need_bytes: int, snapshots: Sequence[HostSnapshot]) -> str | None:
     """Where one more copy of a busy model may go, as `replicas` in the registry allows; None when it may not.
 
-    A copy takes free memory only: it would be no gain if another model had to leave for it, and come back.
+    A copy takes free memory only: it would be no gain if another model had to leave for it, and come back. Where the
+    model failed to load its quarantine holds: a preload, as an operator's, would end it, with every busy request.
     """
     having = [host for host in snapshots if _has_or_expects(spec.model_id, host)]
     if len(having) >= spec.replicas:
         return None
-    rest = {host.host_id: _key(spec.model_id, need_bytes, host) for host in snapshots if host not in having}
+    rest = {
+        host.host_id: _key(spec.model_id, need_bytes, host)
+        for host in snapshots
+        if host not in having and not host.is_draining and _state(spec.model_id, host) != "failed"
+    }
     best = min(rest, key=lambda host_id: rest[host_id], default=None)
     return best if best is not None and rest[best][0] == _FITS else None
 
 
 def _has_or_expects(model_id: str, host: HostSnapshot) -> bool:
-    status = next((status for status in host.models if status.model_id == model_id), None)
+    status = _status(model_id, host)
     return status is not None and (status.state not in AWAY or status.waiters > 0)
 
 
+def _state(model_id: str, host: HostSnapshot) -> State | None:
+    status = _status(model_id, host)
+    return status.state if status is not None else None
+
+
+def _status(model_id: str, host: HostSnapshot) -> ModelStatus | None:
+    return next((status for status in host.models if status.model_id == model_id), None)
+
+
 def _key(model_id: str, need_bytes: int, host: HostSnapshot) -> Key:
-    status = next((status for status in host.models if status.model_id == model_id), None)
+    status = _status(model_id, host)
     is_expected = status is not None and (status.state in _EXPECTED or status.waiters > 0)
     tier, order = _tier(need_bytes, host, status, is_expected=is_expected)
     return tier, order, not is_expected, -_weight(model_id, host.host_id)

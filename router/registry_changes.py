@@ -1,15 +1,9 @@
 """What differs between two registries, in the terms of a reload: pure, and ignorant of what is in memory."""
 
-from msgspec import Struct, structs
+from msgspec import Struct
 
-from engines.spec import ModelSpec
+from engines.spec import is_same_engine
 from router.registry import Registry
-
-IN_PLACE = frozenset(
-    {"keep_alive_s", "pinned", "preload", "replicas", "description", "license", "token_encoding", "calibration"}
-)
-"""The fields of a `ModelSpec` that a running engine never sees. Every other one shapes its vectors or its memory
-(`max_batch_tokens` too: the workspace was measured for it), so a change of it needs a new generation."""
 
 
 class Changes(Struct, frozen=True, kw_only=True):
@@ -18,7 +12,7 @@ class Changes(Struct, frozen=True, kw_only=True):
     added: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
     updated: tuple[str, ...] = ()
-    """Changed in place: aliases, or fields of `IN_PLACE`."""
+    """Changed in place: aliases, or fields of `engines.spec.IN_PLACE`."""
     replaced: tuple[str, ...] = ()
     """Need a new generation: the engine must be loaded again."""
     is_default_changed: bool = False
@@ -33,7 +27,7 @@ class Changes(Struct, frozen=True, kw_only=True):
 def diff(old: Registry, new: Registry) -> Changes:
     """What leads from `old` to `new`."""
     kept = [model_id for model_id in new.models if model_id in old.models]
-    replaced = {model_id for model_id in kept if needs_new_generation(old.models[model_id], new.models[model_id])}
+    replaced = {model_id for model_id in kept if not is_same_engine(old.models[model_id], new.models[model_id])}
     return Changes(
         added=tuple(model_id for model_id in new.models if model_id not in old.models),
         removed=tuple(model_id for model_id in old.models if model_id not in new.models),
@@ -42,12 +36,6 @@ def diff(old: Registry, new: Registry) -> Changes:
         is_default_changed=old.default_model != new.default_model,
         is_budget_changed=old.memory_budget != new.memory_budget,
     )
-
-
-def needs_new_generation(old: ModelSpec, new: ModelSpec) -> bool:
-    """Whether an engine built for `old` cannot serve `new`."""
-    before, after = structs.asdict(old), structs.asdict(new)
-    return any(before[name] != after[name] for name in before.keys() - IN_PLACE)
 
 
 def _differs(model_id: str, old: Registry, new: Registry) -> bool:

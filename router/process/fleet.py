@@ -12,7 +12,7 @@ from msgspec import structs
 
 from engines.errors import EngineError
 from engines.records import Embeddings, Event, HostSnapshot, ModelStatus
-from engines.spec import ModelSpec
+from engines.spec import ModelSpec, is_same_engine
 from engines.units import Budget
 from engines.wire import Embed, Outcome, Preload, Reload, Reply, Request, Seen, Vectors
 from router.event_feed import EventFeed
@@ -22,7 +22,6 @@ from router.ledger import Ledger
 from router.placement import AWAY
 from router.process.charges import Charges
 from router.process.worker import Ears, Worker
-from router.registry_changes import needs_new_generation
 from router.residents import emptied, hot
 
 log = structlog.get_logger()
@@ -82,7 +81,7 @@ class ProcessFleet:
         self._stamp += 1.0
         for model_id, spec in specs.items():
             old = self._specs.get(model_id)
-            if old is not None and needs_new_generation(old, spec):
+            if old is not None and not is_same_engine(old, spec):
                 self._charges.acquit(model_id)
         self._specs = specs
         own = share(budget, self._parts) if budget is not None else None

@@ -726,6 +726,17 @@ def test_wishes_change_in_place() -> None:
     assert pool.count(StartLoad) == 1
 
 
+def test_more_copies_of_a_model_change_in_place() -> None:
+    pool = Pool(a=100)
+    pool.rest("a")
+
+    pool.reload({"a": ModelSpec(model_id="a", source="fake/a", replicas=2)})
+    pool.finish_all()
+
+    assert pool.state("a") == "ready"
+    assert pool.count(StartLoad) == 1
+
+
 def test_a_changed_revision_is_a_new_generation_and_waiters_move_on_with_it() -> None:
     pool = Pool(a=100)
     lease = pool.load("a")

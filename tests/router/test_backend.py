@@ -10,7 +10,7 @@ from engines.errors import LoadFailed, ModelNotFound, ModelPinned, ModelTooLarge
 from engines.fake import FakeFiles, FakeLoader, InlineWorkers, fake_specs, fake_vector, fake_world
 from engines.fake_world import let_run
 from engines.host import Host, HostConfig, World
-from engines.records import EmbedCall, Event
+from engines.records import EmbedCall, Event, ModelStatus
 from engines.spec import ModelSpec
 from engines.units import Budget
 from router.backend import Backend, LocalBackend
@@ -122,6 +122,33 @@ async def test_a_model_that_is_ready_twice_is_answered_by_the_less_busy_host() -
 
         gate.set()
         await asyncio.gather(*requests)
+
+
+async def test_a_copy_that_cannot_be_had_costs_no_request_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    specs = {"a": ModelSpec(model_id="a", source="fake/a", replicas=2)}
+    async with fleet(specs, cuda_0=5000, cuda_1=5000) as here:
+        gate = asyncio.Event()
+
+        async def wait(seconds: float) -> None:
+            if seconds > 0:
+                await gate.wait()
+
+        async def refuse(model_id: str, **asked: bool) -> ModelStatus:
+            refused.append(model_id)
+            raise ModelTooLarge("no room for a copy")
+
+        refused: list[str] = []
+        for loader in here.loaders.values():
+            loader.embed_s, loader.sleep = 1.0, wait
+        await here.hosts["cuda:0"].preload("a")
+        monkeypatch.setattr(here.hosts["cuda:1"], "preload", refuse)
+        requests = [asyncio.create_task(here.backend.embed(call("a"))) for _ in range(2)]
+        await let_run()
+        gate.set()
+        answers = await asyncio.gather(*requests)
+
+    assert refused, "a copy was wanted"
+    assert [len(answer.token_counts) for answer in answers] == [1, 1]
 
 
 async def test_a_model_stays_on_the_devices_that_its_entry_names() -> None:

@@ -5,7 +5,8 @@ from collections import Counter
 import msgspec
 
 from engines.records import HostSnapshot, ModelStatus, State
-from router.placement import rank
+from engines.spec import ModelSpec
+from router.placement import further, rank
 
 
 def model(
@@ -137,3 +138,12 @@ def test_the_order_of_the_snapshots_does_not_matter() -> None:
     hosts = [host("a"), host("b", claimed=60), host("c", model("x", "ready", weight_bytes=90, used_at=5))]
 
     assert rank("m", 50, hosts) == rank("m", 50, hosts[::-1])
+
+
+def test_a_copy_goes_where_there_is_room_but_not_where_the_model_failed_or_the_host_drains() -> None:
+    spec = ModelSpec(model_id="m", source="x", replicas=2)
+    home = host("a", model("m", "ready", weight_bytes=40))
+
+    assert further(spec, 40, [home, host("b")]) == "b"
+    assert further(spec, 40, [home, host("b", model("m", "failed"))]) is None
+    assert further(spec, 40, [home, host("b", draining=True)]) is None

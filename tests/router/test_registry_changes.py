@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import structs
 
-from engines.spec import Calibration, Matryoshka, ModelSpec
+from engines.spec import IN_PLACE, Calibration, Matryoshka, ModelSpec
 from engines.units import Budget
 from router.registry import Registry
-from router.registry_changes import IN_PLACE, Changes, diff
+from router.registry_changes import Changes, diff
 
 OTHER: dict[str, Any] = {
     "source": "o/other",
