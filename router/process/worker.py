@@ -28,6 +28,8 @@ _BOX_BYTES = 512
 _HELLO_S = 120.0
 _END_S = 5.0
 _BACKOFF_S = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
+_NOT_FORKED = (OSError, EOFError)
+"""The fork server has died, too, or cannot fork; it is started anew at the next attempt."""
 _MAX_SILENCE_S = 60.0
 """Far longer than any load holds a worker's interpreter: one that is silent for so long hangs."""
 
@@ -95,13 +97,19 @@ class Worker:
         return await self._link.ask(request)
 
     async def renew(self, grace_s: float) -> None:
-        """Drain, end, fork anew; returns when the host is ready again."""
+        """Drain, end, fork anew; returns when the host is ready again.
+
+        Raises:
+            HostLost: the server ends.
+        """
+        if self._keeper is None or self._keeper.done():
+            raise self._not_back()
         reborn = asyncio.get_running_loop().create_future()
         self._reborn.append(reborn)
         life = self._link
-        self._is_wanted_dead = True
-        await self._drain(grace_s)
-        if life is not None:
+        if life is not None and not life.ended.is_set():  # else its next life has begun to come, and shall last
+            self._is_wanted_dead = True
+            await self._drain(grace_s)
             life.close()
         await reborn
 
@@ -142,7 +150,7 @@ class Worker:
         try:
             with theirs:
                 await asyncio.to_thread(process.start)
-        except OSError:
+        except _NOT_FORKED:
             ours.close()
             raise
         self._process = process
@@ -184,7 +192,10 @@ class Worker:
             self._settle_reborn(None)
             if self._closing.is_set():
                 self._link.close()
-        self._settle_reborn(HostLost(f"the server ended before host {self.birth.host_id} was back"))
+        self._settle_reborn(self._not_back())
+
+    def _not_back(self) -> HostLost:
+        return HostLost(f"the server ended before host {self.birth.host_id} was back")
 
     def _settle_reborn(self, error: EngineError | None) -> None:
         """Tell those who wait for the next life."""
@@ -208,7 +219,7 @@ class Worker:
                 break
             try:
                 await self._fork()
-            except (EngineError, TimeoutError, OSError) as error:
+            except (EngineError, TimeoutError, *_NOT_FORKED) as error:
                 self.fault = f"the worker process of host {self.birth.host_id} cannot be started: {error}"
                 log.error("worker.not_started", host=self.birth.host_id, reason=str(error))
             else:

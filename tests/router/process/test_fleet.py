@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from multiprocessing.context import ForkServerProcess
 
 import psutil
 import pytest
@@ -182,6 +183,43 @@ async def test_a_host_that_cannot_be_started_again_is_a_fault_and_the_other_serv
 
     assert "cannot be started: cpu:0 is not here" in fault
     assert len(answer.token_counts) == 1
+
+
+async def test_a_fork_server_that_dies_at_the_wrong_moment_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("router.process.worker._BACKOFF_S", (0.0,))
+    start, failures = ForkServerProcess.start, [EOFError("unexpected EOF"), ConnectionRefusedError()]
+
+    def fail_first(process: ForkServerProcess) -> None:
+        if failures:
+            raise failures.pop(0)
+        start(process)
+
+    async with yard(scripted("a"), hosts=1) as here:
+        monkeypatch.setattr(ForkServerProcess, "start", fail_first)
+        here.kill("cpu:0")
+        await here.restarted("cpu:0", 1)
+        answer = await here.backend.embed(call("a"))
+
+    assert (failures, len(answer.token_counts)) == ([], 1)
+
+
+async def test_a_host_that_is_recycled_between_two_lives_counts_its_next_death(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("router.process.worker._BACKOFF_S", (0.3,))
+    async with yard(scripted("a"), hosts=1) as here:
+        here.kill("cpu:0")
+        async with asyncio.timeout(10):
+            while not here.backend.snapshots()[0].restarts:  # noqa: ASYNC110 - a snapshot comes without an event
+                await asyncio.sleep(0.01)
+        await here.backend.recycle("cpu:0")
+        here.kill("cpu:0")
+        await here.restarted("cpu:0", 2)
+
+
+async def test_a_host_is_not_recycled_when_the_server_has_ended() -> None:
+    async with yard(scripted("a"), hosts=1) as here:
+        worker = here.fleet.workers["cpu:0"]
+    with pytest.raises(HostLost, match="the server ended"):
+        await asyncio.wait_for(worker.renew(0.0), 5.0)
 
 
 async def test_signals_to_the_whole_group_do_not_end_a_worker_before_its_parent_says_so() -> None:
