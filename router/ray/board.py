@@ -41,7 +41,7 @@ class Board:
 
     Attributes:
         running: ids of the replicas that run, as Serve says.
-        on_change: called when a host is heard of for the first time.
+        on_change: called when a host takes calls that did not before: it is new, or it is back.
     """
 
     def __init__(self) -> None:
@@ -68,10 +68,10 @@ class Board:
 
     def note(self, snapshot: HostSnapshot) -> None:
         """What a host that runs is like now."""
-        is_new = self.ledger.snapshot(snapshot.host_id) is None
+        before = self.ledger.snapshot(snapshot.host_id)
         if snapshot.host_id in self.running:
             self.ledger.note(snapshot)
-            if is_new:
+            if before is None or (before.is_draining and not snapshot.is_draining):
                 self.on_change()
 
     # ---- the request router's side ----

@@ -5,7 +5,7 @@ host that serves an older one than this router, because it has just been started
 """
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from contextlib import suppress
 
 import structlog
@@ -122,17 +122,26 @@ class RayFleet:
         self.ledger.close(host_id)
         name = self._board.begin(Errand(to=host_id))
         try:
-            await self._handle.options(method_name="leave", session_id=name).remote(self._grace_s)
-        except (RayError, RayServeException):
-            log.info("host.left", host=host_id)  # it ends before it can answer
+            async with asyncio.timeout(self._grace_s + _REPLACED_S):
+                await self._handle.options(method_name="leave", session_id=name).remote(self._grace_s)
+        except (RayError, RayServeException, TimeoutError):
+            log.info("host.left", host=host_id)  # it ends before it can answer, or is cut off: Serve knows of it then
         finally:
             self._board.end(name)
-        async with asyncio.timeout(_REPLACED_S):
-            while not (fresh := set(self.ledger.devices()) - others):  # noqa: ASYNC110 - Serve tells when it is there
-                await asyncio.sleep(LOOK_EVERY_S)
+        fresh = await self._replacement(others)
         for status in hot(before):
             with suppress(EngineError):
-                await self.ask(fresh.copy().pop(), Preload(model_id=status.model_id, pin=status.pinned, wait=False))
+                await self.ask(fresh, Preload(model_id=status.model_id, pin=status.pinned, wait=False))
+
+    async def _replacement(self, others: Container[str]) -> str:
+        """A host that is none of these, as soon as there is one."""
+        try:
+            async with asyncio.timeout(_REPLACED_S):
+                while not (fresh := [one for one in self.ledger.devices() if one not in others]):  # noqa: ASYNC110 - Serve tells when it is there
+                    await asyncio.sleep(LOOK_EVERY_S)
+        except TimeoutError:
+            raise HostLost(f"the cluster has put no other host in its place within {_REPLACED_S:g} s") from None
+        return fresh[0]
 
     def snapshots(self) -> tuple[HostSnapshot, ...]:
         return self.ledger.snapshots()
