@@ -8,7 +8,7 @@ import structlog
 from engines.errors import InvalidValue
 from router.backend import Backend
 from router.registry import Registry
-from router.settings import Settings, usable_cores
+from router.settings import Settings
 
 log = structlog.get_logger()
 
@@ -40,11 +40,6 @@ def may_have_gpus(wanted: tuple[str, ...], dev: Path = _DEV) -> bool:
     if wanted == ("auto",):
         return sum(re.fullmatch(r"nvidia\d+", path.name) is not None for path in dev.glob("nvidia*")) > 1
     return len(wanted) > 1
-
-
-def cores_each(hosts: int) -> int:
-    """The share of this process's cores for each of so many hosts."""
-    return max(1, usable_cores() // hosts)
 
 
 def _open_ray(settings: Settings, registry: Registry) -> Backend:

@@ -8,7 +8,7 @@ from msgspec import Struct, structs
 from engines.host import Host
 from engines.spec import ModelSpec
 from engines.units import Budget
-from router.settings import Settings
+from router.settings import Settings, usable_cores
 
 if TYPE_CHECKING:
     from engines.machine import MachineConfig
@@ -73,3 +73,8 @@ def share(budget: Budget, parts: int) -> Budget:
     if budget.size_bytes is not None:
         return Budget(size_bytes=budget.size_bytes // parts)
     return Budget(fraction=(budget.fraction or 0.0) / parts)
+
+
+def cores_each(hosts: int) -> int:
+    """The share of this process's cores for each of so many hosts."""
+    return max(1, usable_cores() // hosts)

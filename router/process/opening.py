@@ -6,8 +6,7 @@ from multiprocessing.connection import Connection
 
 from engines.errors import EngineError, InvalidValue
 from engines.failures import error_of, failure_of
-from router.backends import cores_each
-from router.hosting import Birth, open_real_host, share
+from router.hosting import Birth, cores_each, open_real_host, share
 from router.process.fleet import ProcessFleet
 from router.process.worker import prepare_forkserver
 from router.registry import Registry

@@ -7,8 +7,8 @@ import pytest
 from engines.errors import InvalidValue
 from engines.units import Budget
 from router.backend import LocalBackend
-from router.backends import cores_each, may_have_gpus, open_backend
-from router.hosting import share
+from router.backends import may_have_gpus, open_backend
+from router.hosting import cores_each, share
 from router.registry import Registry, parse_registry
 from router.settings import Settings, usable_cores
 
