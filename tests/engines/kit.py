@@ -23,10 +23,9 @@ Vectors = NDArray[np.float32]
 class Kit:
     """One lane, its threads and a loader; and every recipe's folder, engine and reference, made once."""
 
-    def __init__(self, folder: Path, device: str = "cpu") -> None:
+    def __init__(self, folder: Path) -> None:
         torch.set_num_threads(1)  # small models gain nothing from more, and lose much beside busy neighbours
         self.folder = folder
-        self.device = device
         self.lane = Lane("kit")
         self.threads = ThreadPoolExecutor(2)
         self._engines: dict[str, TextEngine] = {}
@@ -61,7 +60,7 @@ class Kit:
         self, folder: Path, *, settings: LoaderSettings | None = None, revision: str = "r1", **spec: Any
     ) -> TextEngine:
         """Load a folder and warm it up, as a host does."""
-        loader = TorchLoader(self.device, self.lane, self.threads, settings or LoaderSettings())
+        loader = TorchLoader("cpu", self.lane, self.threads, settings or LoaderSettings())
         files = ModelFiles(path=str(folder), revision=revision, size_bytes=0)
         engine = loader.load(ModelSpec(**{"model_id": "m", "source": str(folder), **spec}), files)
         asyncio.run(engine.warm_up())
