@@ -56,7 +56,7 @@ def cluster() -> Iterator[Cluster]:
     """Two hosts on the head, the third on a node of its own."""
     head = {"num_cpus": HOSTS - 1, "object_store_memory": STORE_BYTES, "include_dashboard": False}
     made = Cluster(initialize_head=True, head_node_args=head)
-    made.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
+    add_node(made)
     connect(made.address)
     deploy(BIRTH, Plan(hosts=HOSTS, cpus=1.0))
     yield made
@@ -117,7 +117,7 @@ class TestRay(Conformance):
         cluster.remove_node(cluster.worker_nodes.copy().pop(), allow_graceful=False)
         LOOP.run(until(backend, lambda hosts: num_open(hosts) == HOSTS - 1, REPLACED_S))
         LOOP.run(clients.until(20))
-        cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
+        add_node(cluster)
         LOOP.run(until(backend, lambda hosts: num_open(hosts) == HOSTS, REPLACED_S))
         LOOP.run(stack.aclose())
 
@@ -146,6 +146,18 @@ class TestRay(Conformance):
         assert [len(entry["embedding"]) for entry in answer.json()["data"]] == [16, 16]
         named = {line.split('host="')[1].split('"')[0] for line in metrics.splitlines() if "_budget_bytes{" in line}
         assert named == ids(backend.snapshots()) == {d["host_id"] for d in memory["devices"]}
+
+
+def add_node(cluster: Cluster, attempts: int = 3) -> None:
+    """Ray gives a node half a minute to start, which is not enough beside neighbours that use all cores."""
+    for attempt in range(1, attempts + 1):
+        try:
+            cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
+        except Exception as error:
+            if "timed out during startup" not in str(error) or attempt == attempts:
+                raise
+        else:
+            return
 
 
 def ids(hosts: tuple[HostSnapshot, ...]) -> set[str]:
