@@ -191,7 +191,15 @@ class Admission:
             return False
         since_s = min(other.claimed_at_s for other in older)
         stayers = [other for other in self.state.charged() if other.is_pinned or other.load_began_at_s >= since_s]
-        return may_pass(need, [self.need(other) for other in older], stayers, self.state.limit_bytes())
+        if not may_pass(need, [self.need(other) for other in older], stayers, self.state.limit_bytes()):
+            return False
+        return not self._takes_promised_room(need, self.need(older[0]))
+
+    def _takes_promised_room(self, need: Need, head: Need) -> bool:
+        """Whether models are leaving so that the oldest claim fits, and it would not fit any more."""
+        staying, limit = without_leaving(self.state.charged()), self.state.limit_bytes()
+        is_on_its_way = missing_bytes(staying, head, limit) == 0
+        return is_on_its_way and not may_pass(need, [head], staying, limit)
 
     def _admit(self, slot: Slot) -> None:
         """The device is read before each load: other processes use it too. The answer comes back as an event."""

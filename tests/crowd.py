@@ -59,14 +59,18 @@ async def client(yard: RealYard, truths: Mapping[str, Truth], seed: int, until_s
 
 
 def unexplained(events: Sequence[Event]) -> list[Event]:
-    """Evictions that do not say for whom, or whose claimant did not load next."""
+    """Evictions that do not say for whom, or whose claimant did not load before they came back themselves.
+
+    Another may load in between: one that fits beside the claimant passes it while busy models drain.
+    """
     found = []
     for at, event in enumerate(events):
         if (event.source, event.target) != ("ready", "draining"):
             continue
-        next_load = next((later.model_id for later in events[at:] if later.target == "loading"), event.claimant)
+        both = {event.claimant, event.model_id}
+        first = next((e.model_id for e in events[at:] if e.target == "loading" and e.model_id in both), event.claimant)
         is_explained = event.claimant is not None and event.claimant in event.cause and "are missing" in event.cause
-        if not is_explained or next_load != event.claimant:
+        if not is_explained or first != event.claimant:
             found.append(event)
     return found
 

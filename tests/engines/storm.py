@@ -355,6 +355,15 @@ class Storm:
             stay = [v.charge for v in self.views.values() if v.charge and v.load_began_at_s >= first_s]
             needs = [self.core.admission.need(self.core.state.slots[slot_id]) for slot_id in older]
             require(together([*stay, *needs]) <= self.limit, f"{view.model_id} takes memory that an older claim needs")
+            self._check_promise(view, min(older, key=lambda slot_id: self.since[slot_id]))
+
+    def _check_promise(self, view: View, head: int) -> None:
+        """What leaves so that the oldest claim fits does not leave for a younger one."""
+        stay = [v.charge for v in self.views.values() if v.charge and v.state not in ("draining", "unloading")]
+        before = [charge for charge in stay if charge is not view.charge]
+        need = self.core.admission.need(self.core.state.slots[head])
+        if together([*before, need]) <= self.limit:
+            require(together([*stay, need]) <= self.limit, f"{view.model_id} takes room that others leave for {head}")
 
     def _can_be_had(self, slot_id: int) -> bool:
         """Whether a claim would fit if all left that may; others who use the device can keep it out for long."""

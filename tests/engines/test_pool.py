@@ -194,6 +194,25 @@ def test_a_younger_claim_passes_when_it_delays_nobody() -> None:
     assert pool.state("large") == "waiting_space"
 
 
+def test_the_room_that_a_busy_model_leaves_for_a_claim_is_not_taken_by_a_younger_one() -> None:
+    pool = Pool(a=300, b=400, large=500, small=150)
+    lease = pool.load("a")
+    pool.load("b")
+    pool.acquire("large")
+    pool.finish_all()
+    pool.advance(5)
+    pool.finish_all()
+    assert (pool.state("a"), pool.state("b")) == ("draining", "ready")
+
+    pool.acquire("small")
+    pool.finish_all()
+    pool.release(lease)
+    pool.finish_all()
+
+    assert (pool.state("large"), pool.state("small")) == ("ready", "waiting_space")
+    assert pool.state("b") == "ready"
+
+
 def test_small_claims_that_pass_one_by_one_do_not_starve_the_large_one() -> None:
     pool = Pool(a=600, large=700, one=150, two=150)
     pool.load("a")
