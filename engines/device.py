@@ -141,6 +141,14 @@ class Lane:
             seat.charge(self._clock())
             return seat.running[-1].own_s
 
+    def let_pass(self, timeout_s: float) -> None:
+        """Blocks while a short turn runs, but no longer than that: for other work that can wait, on another thread.
+
+        Long turns are not waited for: whoever wants what they compute waits for more than one of them.
+        """
+        with self._lock:
+            self._ended.wait_for(lambda: not any(seat.is_short for seat in self._seats), timeout_s)
+
     async def call(self, function: Callable[[], Result]) -> Result:
         """Run a function on the lane as one turn and give back what it returns or raises.
 

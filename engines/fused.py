@@ -18,6 +18,7 @@ from transformers.activations import GELUActivation
 
 from engines.adapters import PackedState
 from engines.attention import packed_attention
+from engines.breaks import end_part
 from engines.layout import Layout
 
 
@@ -75,6 +76,7 @@ def fuse(model: nn.Module, state: PackedState) -> bool:
         return False
     for layer in layers:
         _teach(layer, names, state)
+        end_part()
     return True
 
 

@@ -6,6 +6,7 @@ is why `LOAD_LOCK` exists and why nothing else in this process may call `from_pr
 
 import ctypes
 import gc
+import os
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import Executor
@@ -17,6 +18,7 @@ import transformers
 from msgspec import Struct, structs
 
 from engines.batch import Limit
+from engines.breaks import Breaks, with_breaks
 from engines.builders import build
 from engines.device import Lane
 from engines.encoder import Candidate, weight_bytes, workspace_bytes
@@ -68,13 +70,15 @@ class TorchLoader:
         self._threads = threads
         self._settings = settings
         self._canaries = Canaries(settings.canary_folder)
+        if self._device.type == "cpu":  # threads that read weights beside each other take cores from who is served
+            os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
         transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # untyped upstream
         transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # untyped upstream
 
     def load(self, spec: ModelSpec, files: ModelFiles) -> TextEngine:
         """Build the engine; see `Loader.load`."""
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), with_breaks(Breaks(self._lane.let_pass)):
                 warnings.simplefilter("ignore")
                 return self._load(spec, files)
         except torch.OutOfMemoryError as error:

@@ -116,6 +116,11 @@ class Seat:
         # A slice, because the thread of this seat may end the turn meanwhile.
         return any(running.account.source is source for running in self.running[-1:])
 
+    @property
+    def is_short(self) -> bool:
+        """Whether a turn runs that is not long."""
+        return any(not running.turn.is_long for running in self.running[-1:])
+
     def running_for_s(self, now_s: float) -> float:
         """How long the present turn, or the present part of one, has been running; 0 between turns."""
         since_s = self.since_s

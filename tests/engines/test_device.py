@@ -416,3 +416,35 @@ def test_a_source_whose_only_work_runs_is_not_idle_and_keeps_its_account() -> No
     heavy.work = run
 
     assert diary.read(heavy, light) == ["heavy", "light", "light", "light", "heavy"]
+
+
+@pytest.mark.parametrize("is_long", [False, True], ids=["short", "long"])
+def test_other_work_lets_a_short_turn_pass_and_does_not_wait_for_a_long_one(lane: Lane, is_long: bool) -> None:
+    runs, may_end = threading.Event(), threading.Event()
+
+    def work() -> None:
+        runs.set()
+        may_end.wait(10)
+
+    lane.attach(Script(1, work, is_long=is_long))
+    lane.wake()
+    runs.wait(10)
+    passed = threading.Event()
+    other = threading.Thread(target=lambda: (lane.let_pass(10), passed.set()))
+    other.start()
+
+    assert passed.wait(10 if is_long else 0.05) is is_long
+    may_end.set()
+    assert passed.wait(10)
+    other.join()
+
+
+def test_other_work_waits_no_longer_than_it_may(lane: Lane) -> None:
+    runs, may_end = threading.Event(), threading.Event()
+    lane.attach(Script(1, lambda: (runs.set(), may_end.wait(10))[0]))
+    lane.wake()
+    runs.wait(10)
+
+    lane.let_pass(0.001)
+
+    may_end.set()

@@ -6,7 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
+from engines import breaks
 from engines.device import Lane
 from engines.errors import UnsupportedModel
 from engines.loader import LoaderSettings, TorchLoader, with_default_prompt
@@ -51,6 +53,22 @@ async def test_a_closed_engine_leaves_nothing_behind(load: TorchLoader) -> None:
     gc.collect()
 
     assert encoder() is None
+
+
+async def test_a_load_looks_between_its_parts_whether_somebody_is_served(
+    load: TorchLoader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+    monkeypatch.setattr(load._lane, "let_pass", asked.append)
+    monkeypatch.setattr(breaks, "_LOOK_S", 0.0)
+
+    engine = await asyncio.to_thread(load.load, ModelSpec(model_id="m", source="package:m"), MINILM)
+    num_asked = len(asked)
+    torch.nn.Sequential(torch.nn.Linear(1, 1))
+
+    assert num_asked > 100
+    assert len(asked) == num_asked
+    engine.close()
 
 
 async def test_the_default_prompt_of_the_registry_goes_in_front(load: TorchLoader) -> None:
