@@ -107,6 +107,17 @@ def tell(batch: Batch, texts: Sequence[Text], failed: Container[int]) -> None:
         job.batches.append(batch)
 
 
+def is_worth_splitting(jobs: Iterable[Job]) -> bool:
+    """Whether these jobs' texts are worth a thread of their own."""
+    tokens = 0
+    for job in jobs:
+        for text in job.pending:
+            tokens += len(text.ids)
+            if tokens >= _WORTH_SPLITTING:
+                return True
+    return False
+
+
 def split(limit: Limit, jobs: Iterable[Job], num_threads: int) -> Limit:
     """Smaller batches where several threads have nothing else to do than what these jobs bring."""
     if num_threads < 2:

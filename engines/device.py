@@ -2,7 +2,7 @@
 
 A GPU has two: while one waits for a batch, the other makes the next one ready. A CPU has one for each core, and each
 runs its own batch on its own core: nothing waits at a barrier for a core that is busy elsewhere. A thread whose
-neighbours have nothing to do uses their cores, too, for a batch that is large enough, until one of them finds work.
+neighbours have nothing to do uses their cores, too, until one of them finds work.
 
 Turns are fair in time, not in number: the engine that has used the least seconds goes next, and one that was idle
 starts level with the rest, so that it can neither hoard time nor be starved (start-time fair queuing: Goyal, Vin and

@@ -36,14 +36,12 @@ class EngineLimits(Struct, frozen=True, kw_only=True):
 
     Args:
         target_dim: width when a request names none and the model allows it.
-        wide_tokens: batches of at least so many tokens use the cores of threads that have nothing to do.
     """
 
     batch: Limit
     max_queue_items: int = 8192
     batch_timeout_s: float = 0.0
     target_dim: int | None = None
-    wide_tokens: int = 1
 
 
 class Parts(Struct, frozen=True):
@@ -150,8 +148,9 @@ class TextEngine:
 
     @property
     def max_turns(self) -> int:
-        """See `engines.turns.Source`."""
-        return self._lane.num_threads if self._is_reentrant else 1
+        """See `engines.turns.Source`. A few texts wait for the batch that runs, which has every core meanwhile: a second
+        small batch beside it would read all weights once more, and leave nobody to share the next one with."""
+        return self._lane.num_threads if self._is_reentrant and self._queue.is_worth_splitting else 1
 
     def due_in_s(self) -> float | None:
         """See `engines.turns.Source`. Trials come when nobody waits."""
@@ -165,8 +164,7 @@ class TextEngine:
         if not texts:
             return self._trial()
         is_long = self._is_reentrant and any(not limit.is_small(want.job) for text in texts for want in text.wants[:1])
-        is_wide = sum(len(text.ids) for text in texts) >= self._limits.wide_tokens
-        return Turn(partial(self._turn, texts), is_long=is_long, is_wide=is_wide)
+        return Turn(partial(self._turn, texts), is_long=is_long, is_wide=True)
 
     def take_small(self) -> Turn | None:
         """See `engines.turns.Source`."""

@@ -35,9 +35,6 @@ from engines.tuning import Tuner, device_name, finisher
 # Batches of this many tokens fit in a core's cache on CPU and fill a GPU.
 _BATCH_TOKENS = {"cpu": 512, "cuda": 16384}
 
-_WIDE_TOKENS = 32
-"""A batch of fewer tokens gains nothing by a second core: what it waits for is the weights' way from memory."""
-
 
 class LoaderSettings(Struct, frozen=True, kw_only=True):
     """What the server's settings say to engines; `None` means the device's default.
@@ -148,7 +145,6 @@ class TorchLoader:
             max_queue_items=settings.max_queue_items,
             batch_timeout_s=settings.batch_timeout_s,
             target_dim=settings.target_dim or truncate_dim,
-            wide_tokens=_WIDE_TOKENS,
         )
 
     def _release(self) -> None:

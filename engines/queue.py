@@ -8,7 +8,7 @@ import threading
 from bisect import insort
 from collections.abc import Callable, Iterable, Sequence
 
-from engines.batch import Job, Key, Limit, Text, Want, cut, split
+from engines.batch import Job, Key, Limit, Text, Want, cut, is_worth_splitting, split
 from engines.errors import QueueFull
 
 
@@ -35,6 +35,12 @@ class Queue:
         """Texts waiting."""
         with self._lock:
             return self._waiting()
+
+    @property
+    def is_worth_splitting(self) -> bool:
+        """Whether what waits is enough for a batch beside one that runs."""
+        with self._lock:
+            return is_worth_splitting(self._jobs)
 
     def admit(self, job: Job, indexes: Sequence[int] | None = None) -> int:
         """Take a request in, all of it or nothing. A request larger than the queue is let into an empty one.

@@ -19,7 +19,7 @@ class Turn:
 
     Args:
         is_long: part of a bulk job, in the course of which small work of the same source may go first.
-        is_wide: large enough to use the cores of threads that have nothing to do.
+        is_wide: it uses the cores of threads that have nothing to do.
     """
 
     run: Callable[[], None]

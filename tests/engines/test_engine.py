@@ -503,6 +503,29 @@ async def test_two_threads_share_a_large_request(open_bench: OpenBench) -> None:
     assert [sum(batch) for batch in bench.encoder.batches] == [80, 80]
 
 
+@pytest.mark.parametrize("num_tokens", [12, 64])
+async def test_a_few_texts_wait_for_the_batch_that_runs_and_many_do_not(open_bench: OpenBench, num_tokens: int) -> None:
+    bench = open_bench(num_threads=2)
+    await bench.engine.warm_up()
+    runs, second, may_end = threading.Event(), threading.Event(), threading.Event()
+
+    def hold(texts: Sequence[Ids]) -> None:
+        (second if runs.is_set() else runs).set()
+        may_end.wait(10)
+
+    bench.encoder.before = hold
+    first = asyncio.create_task(bench.embed("text"))
+    await asyncio.to_thread(runs.wait, 10)
+    others = [asyncio.create_task(bench.embed(f"{number:04}")) for number in range(num_tokens // 4)]
+
+    is_beside = await asyncio.to_thread(second.wait, 10 if num_tokens == 64 else 0.05)
+
+    assert is_beside is (num_tokens == 64)
+    may_end.set()
+    await asyncio.gather(first, *others)
+    assert sum(map(len, bench.encoder.batches[1:])) == len(others)
+
+
 async def test_an_encoder_that_remembers_runs_one_batch_at_a_time(open_bench: OpenBench) -> None:
     bench = open_bench(num_threads=2, batch=Limit(32, 4))
     bench.encoder.is_reentrant = False

@@ -65,6 +65,18 @@ def test_a_request_larger_than_the_queue_is_let_into_an_empty_one(loop: asyncio.
     assert queue.num_items == 50
 
 
+def test_texts_that_wait_together_are_worth_a_thread_of_their_own_or_not(
+    loop: asyncio.AbstractEventLoop, queue: Queue
+) -> None:
+    assert not queue.is_worth_splitting
+
+    queue.admit(job(loop, "a" * 30, "b" * 30))
+    assert not queue.is_worth_splitting
+
+    queue.admit(job(loop, "cccc"))
+    assert queue.is_worth_splitting
+
+
 def test_a_dropped_job_costs_no_batch(loop: asyncio.AbstractEventLoop, queue: Queue) -> None:
     left, stays = job(loop, "one", "two"), job(loop, "three")
     queue.admit(left)
