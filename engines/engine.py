@@ -148,8 +148,9 @@ class TextEngine:
 
     @property
     def max_turns(self) -> int:
-        """See `engines.turns.Source`. A few texts wait for the batch that runs, which has every core meanwhile: a second
-        small batch beside it would read all weights once more, and leave nobody to share the next one with."""
+        """See `engines.turns.Source`. A few texts wait for the batch that runs and has every core meanwhile: a second
+        small batch beside it would read all weights once more, and leave nobody to share the next one with.
+        """
         return self._lane.num_threads if self._is_reentrant and self._queue.is_worth_splitting else 1
 
     def due_in_s(self) -> float | None:
