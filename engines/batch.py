@@ -2,7 +2,7 @@
 
 A request is a `Job`; it wants one vector for each of its inputs. A `Text` is one distinct input under way: whoever asks
 for it before its vector is there waits for the same one. Each text is some job's own, and leaves when that job's share
-of a batch takes it.
+of a batch takes it: the smallest job's, so that nobody waits for a bulk job because both ask for the same.
 """
 
 import asyncio
@@ -73,11 +73,15 @@ class Want:
 
 @dataclass(eq=False)
 class Text:
-    """One distinct input under way, and all who want its vector; the first of them is whose share it is."""
+    """One distinct input under way, and all who want its vector.
+
+    `owner`: who has it among its `pending`, and whose share of a batch takes it; None once one has.
+    """
 
     ids: Ids
     key: Key
     wants: list[Want]
+    owner: Job | None = None
 
     @property
     def prompt_tokens(self) -> int:
@@ -155,7 +159,9 @@ class _Batch:
             fits = length <= min(allowance, self._room_tokens)
             if not fits and self.texts:
                 return
-            self.texts.append(job.pending.pop())
+            text = job.pending.pop()
+            text.owner = None
+            self.texts.append(text)
             self._room_items -= 1
             self._room_tokens -= length
             allowance -= length

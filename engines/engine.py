@@ -164,7 +164,7 @@ class TextEngine:
         texts = self._queue.cut(limit, 1 + num_free if self._is_reentrant else 1)
         if not texts:
             return self._trial()
-        is_long = self._is_reentrant and any(not limit.is_small(want.job) for text in texts for want in text.wants[:1])
+        is_long = self._is_reentrant and not all(any(limit.is_small(w.job) for w in text.wants) for text in texts)
         return Turn(partial(self._turn, texts), is_long=is_long, is_wide=True)
 
     def take_small(self) -> Turn | None:

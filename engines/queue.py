@@ -1,11 +1,12 @@
 """The queue of one model. The event loop admits and drops jobs, the lane's threads cut batches: one lock guards both.
 
 The same input for the same model is computed once, however many ask for it before its vector is there. A text whose
-owner leaves passes to the next who wants it, so that nobody waits for somebody who has gone.
+owner leaves passes to another who wants it, so that nobody waits for somebody who has gone; and one that waits in a
+bulk job passes to a smaller job that asks for it too.
 """
 
 import threading
-from bisect import insort
+from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Sequence
 
 from engines.batch import Job, Key, Limit, Text, Want, cut, is_worth_splitting, split
@@ -63,12 +64,12 @@ class Queue:
                     f"{waiting} texts wait for this model and {len(wanted)} more would pass the {self._max_items} "
                     "that may (MAX_QUEUE_SIZE); send it again in a moment, or smaller",
                 )
-            for index in wanted:
-                self._want(job, index)
+            num_new = sum(self._want(job, index) for index in wanted)
             job.pending.sort(key=_length)
             if job.pending:
                 self._jobs.append(job)
-        return len(wanted) - len(job.pending)
+            self._forget_done()
+        return len(wanted) - num_new
 
     def drop(self, job: Job) -> None:
         """Forget a job that nobody waits for; what others want of it as well is theirs from now on."""
@@ -131,22 +132,29 @@ class Queue:
         self._forget_done()
         return texts
 
-    def _want(self, job: Job, index: int) -> None:
+    def _want(self, job: Job, index: int) -> bool:
+        """Whether this is the first who asks for the text. One that waits in a larger job becomes the smaller one's."""
         want, key = Want(job, index), job.keys[index]
         text = self._under_way.get(key)
+        is_first = text is None
         if text is None:
-            text = self._under_way[key] = Text(job.ids[index], key, [want])
+            text = self._under_way[key] = Text(job.ids[index], key, [want], owner=job)
             job.pending.append(text)
         else:
             text.wants.append(want)
+            if text.owner is not None and job.num_tokens < text.owner.num_tokens:
+                _remove(text.owner.pending, text)
+                text.owner = job
+                job.pending.append(text)
         job.wanted.append(text)
+        return is_first
 
     def _bequeath(self, text: Text) -> None:
-        """A text that waits goes to the next who wants it; to nobody, it goes."""
+        """A text that waits goes to the smallest of those who want it; to nobody, it goes."""
         if not text.wants:
             self._under_way.pop(text.key, None)
             return
-        heir = text.wants[0].job
+        text.owner = heir = min((want.job for want in text.wants), key=_size)
         insort(heir.pending, text, key=_length)
         if heir not in self._jobs:
             self._jobs.append(heir)
@@ -164,3 +172,15 @@ class Queue:
 
 def _length(text: Text) -> int:
     return len(text.ids)
+
+
+def _size(job: Job) -> int:
+    return job.num_tokens
+
+
+def _remove(pending: list[Text], text: Text) -> None:
+    """Take a text out of a list that is sorted by length, and may be long."""
+    at = bisect_left(pending, _length(text), key=_length)
+    while pending[at] is not text:
+        at += 1
+    del pending[at]

@@ -214,6 +214,47 @@ def test_a_text_whose_owner_leaves_passes_to_the_next_who_wants_it(
     assert [wanted_by(text) for text in queue.cut(LIMIT)] == [[(heir, 0)]]
 
 
+@pytest.mark.parametrize("is_small_first", [False, True], ids=["bulk first", "small first"])
+def test_a_text_that_a_bulk_job_wants_too_leaves_with_the_small_job(
+    loop: asyncio.AbstractEventLoop, queue: Queue, is_small_first: bool
+) -> None:
+    bulk, small = job(loop, *(f"{number:09}" for number in range(40))), job(loop, f"{7:09}")
+    reused = [queue.admit(each) for each in ((small, bulk) if is_small_first else (bulk, small))]
+
+    (first,) = queue.cut(LIMIT)
+
+    assert reused == [0, 1]
+    assert sorted(wanted_by(first), key=lambda want: want[1]) == [(small, 0), (bulk, 7)]
+    left = [word for _ in range(4) for word in words(queue.cut(LIMIT))]
+    assert sorted(left) == sorted(f"{number:09}" for number in range(40) if number != 7)
+
+
+def test_when_the_small_job_leaves_its_text_goes_back_to_the_bulk(
+    loop: asyncio.AbstractEventLoop, queue: Queue
+) -> None:
+    bulk, small = job(loop, "same", "more"), job(loop, "same")
+    queue.admit(bulk)
+    queue.admit(small)
+
+    queue.drop(small)
+
+    assert sorted(words(queue.cut(LIMIT))) == ["more", "same"]
+
+
+def test_a_job_whose_every_text_went_to_smaller_ones_waits_for_them(
+    loop: asyncio.AbstractEventLoop, queue: Queue
+) -> None:
+    large, one, two = job(loop, "one", "two"), job(loop, "one"), job(loop, "two")
+    for each in (large, one, two):
+        queue.admit(each)
+
+    texts = queue.cut(LIMIT)
+
+    assert sorted(words(texts)) == ["one", "two"]
+    assert all(len(text.wants) == 2 for text in texts)
+    assert queue.due_in_s(LIMIT) is None
+
+
 def test_who_leaves_takes_nothing_from_a_text_that_runs(loop: asyncio.AbstractEventLoop, queue: Queue) -> None:
     owner, other = job(loop, "same"), job(loop, "same")
     queue.admit(owner)
@@ -269,6 +310,9 @@ class Storm:
         """One of them."""
         steps = [self.come, self.come, self.cut, self.finish_one, self.put_back_one, self.leave]
         self.chance.choice(steps)()
+        for each in self.jobs:
+            assert all(text.owner is each for text in each.pending)
+            assert all(each.num_tokens == min(w.job.num_tokens for w in text.wants) for text in each.pending)
 
     def come(self) -> None:
         self.jobs.append(job(self.loop, *(self.chance.choice("abcdefgh") for _ in range(self.chance.randint(1, 5)))))
