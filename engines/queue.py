@@ -10,6 +10,7 @@ from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Sequence
 
 from engines.batch import Job, Key, Limit, Text, Want, cut, is_worth_splitting, split
+from engines.company import Company
 from engines.errors import QueueFull
 
 
@@ -30,6 +31,7 @@ class Queue:
         self._under_way: dict[Key, Text] = {}
         self._lock = threading.Lock()
         self._was_small = False
+        self._company = Company()
 
     @property
     def num_items(self) -> int:
@@ -69,6 +71,7 @@ class Queue:
             if job.pending:
                 self._jobs.append(job)
             self._forget_done()
+            self._company.come()
         return len(wanted) - num_new
 
     def drop(self, job: Job) -> None:
@@ -93,10 +96,12 @@ class Queue:
         with self._lock:
             if not self._jobs:
                 return None
-            oldest = self._jobs[0].admitted_at
-            if self._batch_timeout_s == 0 or self._is_full(limit):
+            now_s = self._clock()
+            if self._batch_timeout_s == 0:
+                return self._company.wait_s(self._tokens(), now_s)
+            if self._is_full(limit):
                 return 0.0
-            return max(0.0, oldest + self._batch_timeout_s - self._clock())
+            return max(0.0, self._jobs[0].admitted_at + self._batch_timeout_s - now_s)
 
     def cut(self, limit: Limit, num_threads: int = 1) -> list[Text]:
         """The next batch, empty when nothing waits; `num_threads` could run one each.
@@ -119,6 +124,11 @@ class Queue:
         with self._lock:
             for text in texts:
                 self._bequeath(text)
+
+    def answered(self, num_jobs: int, took_s: float) -> None:
+        """A batch has ended, and so many jobs with it: see `Company`."""
+        with self._lock:
+            self._company.leave(num_jobs, took_s, self._clock())
 
     def close(self, texts: Iterable[Text]) -> None:
         """Who asks for these texts from now on comes too late for the vectors at hand; `wants` only shrink."""
@@ -166,8 +176,10 @@ class Queue:
         return sum(len(job.pending) for job in self._jobs)
 
     def _is_full(self, limit: Limit) -> bool:
-        tokens = sum(len(text.ids) for job in self._jobs for text in job.pending)
-        return self._waiting() >= limit.max_items or tokens >= limit.max_tokens
+        return self._waiting() >= limit.max_items or self._tokens() >= limit.max_tokens
+
+    def _tokens(self) -> int:
+        return sum(len(text.ids) for job in self._jobs for text in job.pending)
 
 
 def _length(text: Text) -> int:

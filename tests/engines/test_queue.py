@@ -99,6 +99,22 @@ def test_without_a_batch_timeout_work_is_due_at_once(loop: asyncio.AbstractEvent
     assert queue.due_in_s(LIMIT) == 0.0
 
 
+def test_a_small_batch_waits_for_those_who_were_answered_just_now(loop: asyncio.AbstractEventLoop) -> None:
+    now = 10.0
+    queue = Queue(100, 0.0, lambda: now)
+    queue.admit(job(loop, "one"))
+    queue.admit(job(loop, "two"))
+    queue.cut(LIMIT)
+    queue.admit(job(loop, "waits"))
+    queue.answered(2, 0.1)
+    assert queue.due_in_s(LIMIT) == pytest.approx(0.035)
+
+    queue.admit(job(loop, "one again"))
+    assert queue.due_in_s(LIMIT) == pytest.approx(0.035)
+    queue.admit(job(loop, "two again"))
+    assert queue.due_in_s(LIMIT) == 0.0
+
+
 def test_a_batch_that_is_not_full_waits_for_company_no_longer_than_the_timeout(
     loop: asyncio.AbstractEventLoop,
 ) -> None:
