@@ -1,8 +1,8 @@
 """The lane: the threads of one device, on which its engines take turns.
 
 A GPU has two: while one waits for a batch, the other makes the next one ready. A CPU has one for each core, and each
-runs its own batch on its own core: nothing waits at a barrier for a core that is busy elsewhere. A thread whose
-neighbours have nothing to do uses their cores, too, until one of them finds work.
+runs its own batch on its own core: nothing waits at a barrier for a core that is busy elsewhere. A thread uses the
+cores of neighbours that have nothing to do, too, until one of them finds work.
 
 Turns are fair in time, not in number: the engine that has used the least seconds goes next, and one that was idle
 starts level with the rest, so that it can neither hoard time nor be starved (start-time fair queuing: Goyal, Vin and
@@ -117,10 +117,7 @@ class Lane:
             self._work.notify()
 
     def give_way(self) -> None:
-        """Called before each layer by a turn that lasts, on its own thread: whoever has had less time goes first.
-
-        Without effect outside a turn.
-        """
+        """Before each layer of a turn, on its thread: whoever has had less time goes first. Nothing outside a turn."""
         seat: Seat | None = getattr(self._here, "seat", None)
         if seat is None or not seat.running:
             return
@@ -142,10 +139,7 @@ class Lane:
             return seat.running[-1].own_s
 
     def let_pass(self, timeout_s: float) -> None:
-        """Blocks while a short turn runs, but no longer than that: for other work that can wait, on another thread.
-
-        Long turns are not waited for: whoever wants what they compute waits for more than one of them.
-        """
+        """Blocks while a short turn runs, and no longer than that; who wants a long one waits for more anyway."""
         with self._lock:
             self._ended.wait_for(lambda: not any(seat.is_short for seat in self._seats), timeout_s)
 

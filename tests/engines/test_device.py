@@ -430,7 +430,12 @@ def test_other_work_lets_a_short_turn_pass_and_does_not_wait_for_a_long_one(lane
     lane.wake()
     runs.wait(10)
     passed = threading.Event()
-    other = threading.Thread(target=lambda: (lane.let_pass(10), passed.set()))
+
+    def wait() -> None:
+        lane.let_pass(10)
+        passed.set()
+
+    other = threading.Thread(target=wait)
     other.start()
 
     assert passed.wait(10 if is_long else 0.05) is is_long
@@ -441,7 +446,12 @@ def test_other_work_lets_a_short_turn_pass_and_does_not_wait_for_a_long_one(lane
 
 def test_other_work_waits_no_longer_than_it_may(lane: Lane) -> None:
     runs, may_end = threading.Event(), threading.Event()
-    lane.attach(Script(1, lambda: (runs.set(), may_end.wait(10))[0]))
+
+    def work() -> None:
+        runs.set()
+        may_end.wait(10)
+
+    lane.attach(Script(1, work))
     lane.wake()
     runs.wait(10)
 
