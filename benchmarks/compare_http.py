@@ -119,7 +119,10 @@ def run(
         chosen = [plan for plan in plans(folder, Path(draft)) if wanted is None or plan.name in wanted]
         with open_servers(chosen) as (servers, notes):
             off_by = _off_by(servers, folder)
-            found = {str(case): measure(case, servers, folder, rounds, seconds, settle_s=settle_s) for case in cases}
+            found = {}
+            for case in cases:
+                print(f"measuring {case} …", file=sys.stderr, flush=True)
+                found[str(case)] = measure(case, servers, folder, rounds, seconds, settle_s=settle_s)
             machine = watch.machine
     names = [server.name for server in servers]
     client = max(outcome.client_cores for _, found_by in found.values() for one in found_by.values() for outcome in one)
