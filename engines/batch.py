@@ -8,6 +8,7 @@ of a batch takes it: the smallest job's, so that nobody waits for a bulk job bec
 import asyncio
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 from msgspec import Struct
@@ -111,24 +112,30 @@ def tell(batch: Batch, texts: Sequence[Text], failed: Container[int]) -> None:
         job.batches.append(batch)
 
 
+def count_tokens(jobs: Iterable[Job], enough: int) -> int:
+    """Tokens of these jobs' texts that wait. Counting stops at `enough`: thousands of texts may wait, and it is asked
+    before every layer.
+    """
+    tokens = 0
+    for text in chain.from_iterable(job.pending for job in jobs):
+        tokens += len(text.ids)
+        if tokens >= enough:
+            break
+    return tokens
+
+
 def is_worth_splitting(jobs: Iterable[Job]) -> bool:
     """Whether these jobs' texts are worth a thread of their own."""
-    tokens = 0
-    for job in jobs:
-        for text in job.pending:
-            tokens += len(text.ids)
-            if tokens >= _WORTH_SPLITTING:
-                return True
-    return False
+    return count_tokens(jobs, _WORTH_SPLITTING) >= _WORTH_SPLITTING
 
 
 def split(limit: Limit, jobs: Iterable[Job], num_threads: int) -> Limit:
-    """Smaller batches where several threads have nothing else to do than what these jobs bring."""
-    if num_threads < 2:
+    """Smaller batches where several threads have nothing else to do than what these jobs bring, and it is enough."""
+    tokens = count_tokens(jobs, num_threads * limit.max_tokens)
+    num_parts = min(num_threads, tokens // _WORTH_SPLITTING)
+    if num_parts < 2:
         return limit
-    tokens = sum(len(text.ids) for job in jobs for text in job.pending)
-    part = max(_WORTH_SPLITTING, -(-tokens // num_threads))
-    return Limit(min(limit.max_tokens, part), limit.max_items)
+    return Limit(min(limit.max_tokens, -(-tokens // num_parts)), limit.max_items)
 
 
 def cut(jobs: Sequence[Job], limit: Limit) -> list[Text]:

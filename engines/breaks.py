@@ -1,9 +1,9 @@
 """A load stands back while somebody is served: between two of its parts it waits for the turns that run.
 
-Building a model is half a second of Python, and beside it each of the hundred steps of a forward pass waits for the
-interpreter's lock: a small text then takes three times as long. Between two modules that it makes, and two tensors
-that it puts in place, the load looks whether a short turn runs, and lets it end first. That can cost it `_CREDIT_S`,
-and beyond it as much time again as it works itself: under load that never ends a model still comes.
+Building a model is Python, and beside it every step of a forward pass waits for the interpreter's lock
+(`benchmarks/load_latency.py` measures it). Between two modules that it makes, and two tensors that it puts in place,
+the load looks whether a short turn runs, and lets it end first. That can cost it `_CREDIT_S`, and beyond it as much
+time again as it works itself: under load that never ends a model still comes.
 """
 
 import threading

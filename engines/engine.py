@@ -204,7 +204,7 @@ class TextEngine:
             return
         tell(self._runner.measure(texts), texts, bad)
         jobs = [want.job for text in texts for want in text.wants]
-        self._queue.answered(sum(not job.pending for job in set(jobs)), time.monotonic() - started)
+        self._queue.answered(sum(not job.pending for job in set(jobs)), self._lane.own_s())
         for loop in {job.done.get_loop() for job in jobs}:
             post(loop, self._settle, [job for job in jobs if job.done.get_loop() is loop], bad)
 

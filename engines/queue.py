@@ -6,11 +6,11 @@ bulk job passes to a smaller job that asks for it too.
 """
 
 import threading
-from bisect import bisect_left, insort
+from bisect import insort
 from collections.abc import Callable, Iterable, Sequence
 
-from engines.batch import Job, Key, Limit, Text, Want, cut, is_worth_splitting, split
-from engines.company import Company
+from engines.batch import Job, Key, Limit, Text, Want, count_tokens, cut, is_worth_splitting, split
+from engines.company import ENOUGH_TOKENS, Company
 from engines.errors import QueueFull
 
 
@@ -66,10 +66,12 @@ class Queue:
                     f"{waiting} texts wait for this model and {len(wanted)} more would pass the {self._max_items} "
                     "that may (MAX_QUEUE_SIZE); send it again in a moment, or smaller",
                 )
-            num_new = sum(self._want(job, index) for index in wanted)
+            for index in wanted:
+                self._want(job, index)
+            num_new = len(job.pending)
+            self._take_over(job)
             job.pending.sort(key=_length)
-            if job.pending:
-                self._jobs.append(job)
+            self._jobs.append(job)
             self._forget_done()
             self._company.come()
         return len(wanted) - num_new
@@ -97,10 +99,10 @@ class Queue:
             if not self._jobs:
                 return None
             now_s = self._clock()
-            if self._batch_timeout_s == 0:
-                return self._company.wait_s(self._tokens(), now_s)
             if self._is_full(limit):
                 return 0.0
+            if self._batch_timeout_s == 0:
+                return self._company.wait_s(count_tokens(self._jobs, ENOUGH_TOKENS), now_s)
             return max(0.0, self._jobs[0].admitted_at + self._batch_timeout_s - now_s)
 
     def cut(self, limit: Limit, num_threads: int = 1) -> list[Text]:
@@ -142,22 +144,26 @@ class Queue:
         self._forget_done()
         return texts
 
-    def _want(self, job: Job, index: int) -> bool:
-        """Whether this is the first who asks for the text. One that waits in a larger job becomes the smaller one's."""
+    def _want(self, job: Job, index: int) -> None:
         want, key = Want(job, index), job.keys[index]
         text = self._under_way.get(key)
-        is_first = text is None
         if text is None:
             text = self._under_way[key] = Text(job.ids[index], key, [want], owner=job)
             job.pending.append(text)
         else:
             text.wants.append(want)
-            if text.owner is not None and job.num_tokens < text.owner.num_tokens:
-                _remove(text.owner.pending, text)
-                text.owner = job
-                job.pending.append(text)
         job.wanted.append(text)
-        return is_first
+
+    def _take_over(self, job: Job) -> None:
+        """What it wants and waits in larger jobs becomes its own: one pass over each of them, however many texts."""
+        taken: dict[Text, Job] = {
+            text: text.owner for text in job.wanted if text.owner is not None and text.owner.num_tokens > job.num_tokens
+        }
+        for text in taken:
+            text.owner = job
+        for owner in set(taken.values()):
+            owner.pending = [text for text in owner.pending if text.owner is owner]
+        job.pending += taken
 
     def _bequeath(self, text: Text) -> None:
         """A text that waits goes to the smallest of those who want it; to nobody, it goes."""
@@ -176,10 +182,8 @@ class Queue:
         return sum(len(job.pending) for job in self._jobs)
 
     def _is_full(self, limit: Limit) -> bool:
-        return self._waiting() >= limit.max_items or self._tokens() >= limit.max_tokens
-
-    def _tokens(self) -> int:
-        return sum(len(text.ids) for job in self._jobs for text in job.pending)
+        tokens = count_tokens(self._jobs, limit.max_tokens)
+        return tokens >= limit.max_tokens or self._waiting() >= limit.max_items
 
 
 def _length(text: Text) -> int:
@@ -188,11 +192,3 @@ def _length(text: Text) -> int:
 
 def _size(job: Job) -> int:
     return job.num_tokens
-
-
-def _remove(pending: list[Text], text: Text) -> None:
-    """Take a text out of a list that is sorted by length, and may be long."""
-    at = bisect_left(pending, _length(text), key=_length)
-    while pending[at] is not text:
-        at += 1
-    del pending[at]

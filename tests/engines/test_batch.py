@@ -107,8 +107,10 @@ def test_work_for_several_threads_is_split_into_equal_parts(loop: asyncio.Abstra
     assert split(Limit(150, 64), [request], 2) == Limit(150, 64)
 
 
-def test_little_work_is_not_split(loop: asyncio.AbstractEventLoop) -> None:
-    assert split(Limit(512, 64), [job(loop, 20, 20)], 2) == Limit(64, 64)
+def test_work_that_is_not_enough_for_two_threads_stays_together(loop: asyncio.AbstractEventLoop) -> None:
+    assert split(Limit(512, 64), [job(loop, *[12] * 8)], 2) == Limit(512, 64)
+    assert split(Limit(512, 64), [job(loop, *[16] * 8)], 2) == Limit(64, 64)
+    assert split(Limit(512, 64), [job(loop, *[16] * 12)], 4) == Limit(64, 64)
 
 
 def test_a_job_is_small_up_to_a_quarter_of_a_batch(loop: asyncio.AbstractEventLoop) -> None:

@@ -115,6 +115,16 @@ def test_a_small_batch_waits_for_those_who_were_answered_just_now(loop: asyncio.
     assert queue.due_in_s(LIMIT) == 0.0
 
 
+def test_a_full_batch_waits_for_nobody_who_was_answered_just_now(loop: asyncio.AbstractEventLoop) -> None:
+    queue = Queue(100, 0.0, lambda: 10.0)
+    queue.admit(job(loop, "one"))
+    queue.cut(LIMIT)
+    queue.admit(job(loop, "x" * 100))
+    queue.answered(9, 0.1)
+
+    assert queue.due_in_s(LIMIT) == 0.0
+
+
 def test_a_batch_that_is_not_full_waits_for_company_no_longer_than_the_timeout(
     loop: asyncio.AbstractEventLoop,
 ) -> None:
