@@ -21,16 +21,22 @@ class PackedState(threading.local):
 
     layout: Layout | None = None
     is_fused: bool = False
+    takes_few: bool = True
 
     @contextmanager
-    def running(self, layout: Layout, *, is_fused: bool) -> Iterator[None]:
-        """Inside, a row of this layout runs. A pass that gives way to another has its own state back afterwards."""
-        before = self.layout, self.is_fused
-        self.layout, self.is_fused = layout, is_fused
+    def running(self, layout: Layout, *, is_fused: bool, takes_few: bool = True) -> Iterator[None]:
+        """Inside, a row of this layout runs. A pass that gives way to another has its own state back afterwards.
+
+        Args:
+            is_fused: through the layers of `engines/fused.py`.
+            takes_few: they may run a row of few tokens in a form of its own.
+        """
+        before = self.layout, self.is_fused, self.takes_few
+        self.layout, self.is_fused, self.takes_few = layout, is_fused, takes_few
         try:
             yield
         finally:
-            self.layout, self.is_fused = before
+            self.layout, self.is_fused, self.takes_few = before
 
 
 def adapt(model: nn.Module, state: PackedState) -> None:

@@ -70,7 +70,7 @@ class Candidate(Encoder, Protocol):
         """The paths worth trying, the fastest first; the last is the one that must be right."""
 
     def together(self, texts: Sequence[Ids]) -> Tensor:
-        """As a call, with as much company for each text as the path allows."""
+        """As a call, with as much company for each text as the path allows, and as texts in large batches run."""
 
     def use(self, path: Path) -> None:
         """Run this way from now on; nothing may run meanwhile."""

@@ -1,7 +1,7 @@
 """The check that every engine passes before it serves: its fast path must give what the plain forward pass gives.
 
-A handful of fixed texts runs twice: together through the path that will serve, and by length through the reference
-attention. Beyond tolerance the engine falls back to padded batches; still beyond, it refuses
+A handful of fixed texts runs twice: together (and one of them alone) through the path that will serve, and by length
+through the reference attention. Beyond tolerance the engine falls back to padded batches; still beyond, it refuses
 to serve. The first good vectors of a (revision, dtype, device kind) are kept as its canary, and every later load
 must give them again: a broken file or library update is found before a client finds it. A load whose fast path gives
 its canary again is as sure as the one that left it, and spares the reference, which takes most of the check's time.
@@ -140,7 +140,9 @@ def _reason(error: Exception) -> str:
 
 def _checked(encoder: Candidate, probes: Sequence[Ids], truth: _Truth) -> NDArray[np.float32]:
     got, dtype = encoder.together(probes), truth.dtype
-    far = distance(got, truth.vectors.to(got.device))
+    expected = truth.vectors.to(got.device)
+    alone = encoder(probes[:1])  # few tokens may take another form
+    far = distance(torch.cat([got, alone]), torch.cat([expected, expected[:1]]))
     if not far <= TOLERANCE[dtype]:
         raise SelfCheckFailed(
             f"the {encoder.path} path is {far:.1e} in cosine from {truth.source}, more than the "

@@ -51,6 +51,7 @@ class TransformerEncoder:
         self._own_attention = "sdpa" if model._supports_sdpa else "eager"
         self._is_mpnet = model.config.model_type == "mpnet"
         self._padding_share = PADDING_SHARE
+        self._takes_few = True
         self.notes = why_not_packed(model)
         adapt(model, self._state)
         self._can_fuse = not self.notes and fuse(model, self._state)
@@ -88,11 +89,11 @@ class TransformerEncoder:
     def together(self, texts: Sequence[Ids]) -> Tensor:
         """See `Candidate`: padded batches are not cut by length, however much padding that takes."""
         layout = self._layout(texts)
-        self._padding_share = 1.0
+        self._padding_share, self._takes_few = 1.0, False
         try:
             return self._chain(self._hidden(texts, layout), layout)
         finally:
-            self._padding_share = PADDING_SHARE
+            self._padding_share, self._takes_few = PADDING_SHARE, True
 
     @torch.inference_mode()
     def reference(self, texts: Sequence[Ids], prompt_tokens: Sequence[int] | None = None) -> Tensor:
@@ -193,7 +194,7 @@ class TransformerEncoder:
         options: dict[str, Any] = {"packed_layout": layout}
         if self._takes_positions:
             options["position_ids"] = self._positions(row, layout)[None]
-        with self._state.running(layout, is_fused=self.path == "fused"):
+        with self._state.running(layout, is_fused=self.path == "fused", takes_few=self._takes_few):
             return self._forward(row[None], attention_mask=None, **options)[0]
 
     def _padded(self, texts: Sequence[Ids], layout: Layout) -> Tensor:

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from engines.adapters import PackedState, storage_bytes
+from engines.attention import PACKED
 from engines.fused import fuse
 from engines.layout import Layout
 
@@ -87,6 +88,29 @@ def test_weights_are_held_once() -> None:
     fuse(model, PackedState())
 
     assert storage_bytes(list(model.parameters())) == before
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5, 16, 95, 96, 97])
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_any_number_of_tokens_on_any_number_of_threads_has_the_plain_vectors(num_tokens: int, num_threads: int) -> None:
+    model, state = bert(), PackedState()
+    ids, lengths = torch.arange(num_tokens)[None], [num_tokens // 3, num_tokens - num_tokens // 3]
+    layout = Layout([length for length in lengths if length], torch.device("cpu"))
+    parts = torch.split(ids[0], layout.lengths)
+    usual = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        with torch.inference_mode():
+            expected = torch.cat([model(input_ids=part[None]).last_hidden_state[0] for part in parts])
+            fuse(model, state)
+            model.set_attn_implementation(PACKED)
+            positions = layout.positions[None]
+            with state.running(layout, is_fused=True):
+                fused = model(input_ids=ids, position_ids=positions, packed_layout=layout).last_hidden_state[0]
+    finally:
+        torch.set_num_threads(usual)
+
+    assert torch.allclose(fused, expected, atol=1e-6)
 
 
 def test_outside_a_fused_row_the_layers_do_what_they_always_did() -> None:

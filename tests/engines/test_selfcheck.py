@@ -128,6 +128,19 @@ def test_fused_layers_that_are_wrong_are_left_for_the_plain_ones(kit: Kit, monke
     assert_same(embed(engine, TEXTS), encode(kit.reference("bert-cls"), TEXTS))
 
 
+@pytest.mark.parametrize("form", ["few", "many"])
+def test_fused_layers_are_checked_in_their_form_for_few_tokens_and_for_many(
+    kit: Kit, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    right = getattr(fused._Fused, form)
+    monkeypatch.setattr(fused, "_are_few", lambda x: len(x) <= 96)
+    assert kit.load(kit.recipe_folder("bert-cls")).info.notes == ()
+    monkeypatch.setattr(fused._Fused, form, lambda self, *args: right(self, *args) * 1.01)
+
+    (note,) = kit.load(kit.recipe_folder("bert-cls")).info.notes
+    assert note.startswith("packed: the fused path is")
+
+
 def test_a_padded_path_that_is_wrong_is_left_for_batches_of_one_length(
     kit: Kit, packed_is: Callable[[Callable[..., Any]], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -298,7 +311,7 @@ class Scripted:
         found = self._paths[self.path]
         if isinstance(found, Exception):
             raise found
-        return found
+        return found[: len(texts)]
 
     def reference(self, texts: Sequence[Ids], prompt_tokens: Sequence[int] | None = None) -> Tensor:
         self.num_references += 1
