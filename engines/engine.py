@@ -6,7 +6,7 @@ pool of threads. What crosses between them is a `Job`, whose fields say who writ
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from functools import partial
 
@@ -206,10 +206,13 @@ class TextEngine:
         jobs = [want.job for text in texts for want in text.wants]
         self._queue.answered(sum(not job.pending for job in set(jobs)), self._lane.own_s())
         for loop in {job.done.get_loop() for job in jobs}:
-            post(loop, self._settle, [job for job in jobs if job.done.get_loop() is loop], bad)
+            post(loop, self._settle, iter([job for job in jobs if job.done.get_loop() is loop]), bad)
 
-    def _settle(self, jobs: Sequence[Job], bad: Failures) -> None:
-        """On the event loop: count rows down (a job stands here once for each), wake whoever has all of them."""
+    def _settle(self, jobs: Iterator[Job], bad: Failures) -> None:
+        """On the event loop: count rows down (a job stands here once for each), wake whoever has all of them.
+
+        One in each round of the loop: each goes on for about a millisecond, and others wait for a round to end.
+        """
         for job in jobs:
             job.left -= 1
             if id(job) in bad:
@@ -217,6 +220,8 @@ class TextEngine:
             elif job.left == 0 and not job.done.done():
                 job.wanted = []  # it and its texts know each other: their memory need not wait for the collector
                 job.done.set_result(None)
+                job.done.get_loop().call_soon(self._settle, jobs, bad)
+                break
 
     def _fail(self, job: Job, error: EngineError) -> None:
         self._queue.drop(job)

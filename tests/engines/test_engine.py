@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -276,6 +277,23 @@ async def test_a_batch_without_room_runs_in_halves_and_smaller_ones_are_cut_from
 
     assert first.tolist() == second.tolist() == [expected(text) for text in texts]
     assert max(sum(batch) for batch in bench.encoder.batches) <= 16
+
+
+async def test_a_batch_that_answers_many_does_not_keep_the_event_loop_from_others(open_bench: OpenBench) -> None:
+    bench = open_bench()
+    await bench.engine.warm_up()
+    release = await bench.hold_lane()
+    requests = [asyncio.create_task(bench.embed(f"{index:02}")) for index in range(21)]
+    await bench.until_queued(21)
+
+    held, num_done = release(), [0]
+    while num_done[-1] < 21:
+        await asyncio.sleep(0)
+        num_done.append(sum(request.done() for request in requests))
+    await held
+
+    assert bench.encoder.batches == [[2] * 21]
+    assert max(after - before for before, after in pairwise(num_done)) == 1
 
 
 async def test_every_batch_is_told_with_exactly_one_answer(open_bench: OpenBench) -> None:
