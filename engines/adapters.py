@@ -8,12 +8,15 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from engines.attention import packed_attention
 from engines.layout import Layout
+
+Form = Literal["few", "many"]
+"""How fused layers run a row: as one of few tokens, or of many."""
 
 
 class PackedState(threading.local):
@@ -21,22 +24,22 @@ class PackedState(threading.local):
 
     layout: Layout | None = None
     is_fused: bool = False
-    takes_few: bool = True
+    form: Form | None = None
 
     @contextmanager
-    def running(self, layout: Layout, *, is_fused: bool, takes_few: bool = True) -> Iterator[None]:
+    def running(self, layout: Layout, *, is_fused: bool, form: Form | None = None) -> Iterator[None]:
         """Inside, a row of this layout runs. A pass that gives way to another has its own state back afterwards.
 
         Args:
             is_fused: through the layers of `engines/fused.py`.
-            takes_few: they may run a row of few tokens in a form of its own.
+            form: in which they run it; None is whichever suits.
         """
-        before = self.layout, self.is_fused, self.takes_few
-        self.layout, self.is_fused, self.takes_few = layout, is_fused, takes_few
+        before = self.layout, self.is_fused, self.form
+        self.layout, self.is_fused, self.form = layout, is_fused, form
         try:
             yield
         finally:
-            self.layout, self.is_fused, self.takes_few = before
+            self.layout, self.is_fused, self.form = before
 
 
 def adapt(model: nn.Module, state: PackedState) -> None:

@@ -9,7 +9,7 @@ took, and not where nobody does come back in that time.
 _SHARE = 0.35
 """Of the seconds that a batch took, the next may wait so much."""
 
-ENOUGH_TOKENS = 128
+_ENOUGH_TOKENS = 128
 """A batch of so many loses nothing without company."""
 
 _PASSES = 16
@@ -38,7 +38,7 @@ class Company:
 
     def wait_s(self, num_tokens: int, now_s: float) -> float:
         """Seconds for which `num_tokens` that wait should go on waiting; 0 when they need not."""
-        if self._num_back >= self._num_expected or num_tokens >= ENOUGH_TOKENS:
+        if self._num_back >= self._num_expected or num_tokens >= _ENOUGH_TOKENS:
             return 0.0
         if now_s < self._until_s:
             return self._until_s - now_s

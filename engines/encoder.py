@@ -72,6 +72,9 @@ class Candidate(Encoder, Protocol):
     def together(self, texts: Sequence[Ids]) -> Tensor:
         """As a call, with as much company for each text as the path allows, and as texts in large batches run."""
 
+    def alone(self, text: Ids) -> Tensor:
+        """As a call with this text only, `[1, dimensions]`, in the form that few tokens may take."""
+
     def use(self, path: Path) -> None:
         """Run this way from now on; nothing may run meanwhile."""
 

@@ -211,7 +211,8 @@ class TextEngine:
     def _settle(self, jobs: Iterator[Job], bad: Failures) -> None:
         """On the event loop: count rows down (a job stands here once for each), wake whoever has all of them.
 
-        One in each round of the loop: each goes on for about a millisecond, and others wait for a round to end.
+        One in each round of the loop: each has its answer written and often brings its next request, and everybody else
+        waits for a round to end.
         """
         for job in jobs:
             job.left -= 1

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, linear, pad
 from transformers.activations import GELUActivation
 
-from engines.adapters import PackedState
+from engines.adapters import Form, PackedState
 from engines.attention import packed_attention
 from engines.breaks import end_part
 from engines.layout import Layout
 
 _FEW_ROWS = 96
 """Up to so many tokens several threads share a product better with the weights as its left factor: they divide those
-among them, and not what is multiplied with them. A pass of 12 to 48 tokens on two threads is a seventh shorter."""
+among them, and not what is multiplied with them."""
 
 _ROWS_AT_ONCE = 16
 """Rows that the kernels of such products take at once: 12 cost more than 16."""
@@ -110,7 +110,7 @@ def _teach(layer: nn.Module, names: _Names, state: PackedState) -> None:
         if state.layout is None or not state.is_fused:
             return plain(hidden_states, *args, **kwargs)
         bias = kwargs.get("position_bias", args[1] if names.gives_tuple and len(args) > 1 else None)
-        run = fused.few if state.takes_few and _are_few(hidden_states[0]) else fused.many
+        run = fused.few if _are_few(hidden_states[0], state.form) else fused.many
         out = run(hidden_states[0], state.layout, bias)[None]
         return (out,) if names.gives_tuple else out
 
@@ -160,8 +160,9 @@ class _Fused:
         return context[0].flatten(1)
 
 
-def _are_few(x: Tensor) -> bool:
-    return len(x) <= _FEW_ROWS and x.device.type == "cpu" and torch.get_num_threads() > 1
+def _are_few(x: Tensor, form: Form | None) -> bool:
+    is_wanted = torch.get_num_threads() > 1 if form is None else form == "few"
+    return is_wanted and len(x) <= _FEW_ROWS and x.device.type == "cpu"
 
 
 def _left_product(part: nn.Linear, columns: Tensor) -> Tensor:

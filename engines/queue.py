@@ -10,7 +10,7 @@ from bisect import insort
 from collections.abc import Callable, Iterable, Sequence
 
 from engines.batch import Job, Key, Limit, Text, Want, count_tokens, cut, is_worth_splitting, split
-from engines.company import ENOUGH_TOKENS, Company
+from engines.company import Company
 from engines.errors import QueueFull
 
 
@@ -98,11 +98,11 @@ class Queue:
         with self._lock:
             if not self._jobs:
                 return None
-            now_s = self._clock()
-            if self._is_full(limit):
+            now_s, tokens = self._clock(), count_tokens(self._jobs, limit.max_tokens)
+            if tokens >= limit.max_tokens or self._waiting() >= limit.max_items:
                 return 0.0
             if self._batch_timeout_s == 0:
-                return self._company.wait_s(count_tokens(self._jobs, ENOUGH_TOKENS), now_s)
+                return self._company.wait_s(tokens, now_s)
             return max(0.0, self._jobs[0].admitted_at + self._batch_timeout_s - now_s)
 
     def cut(self, limit: Limit, num_threads: int = 1) -> list[Text]:
@@ -180,10 +180,6 @@ class Queue:
 
     def _waiting(self) -> int:
         return sum(len(job.pending) for job in self._jobs)
-
-    def _is_full(self, limit: Limit) -> bool:
-        tokens = count_tokens(self._jobs, limit.max_tokens)
-        return tokens >= limit.max_tokens or self._waiting() >= limit.max_items
 
 
 def _length(text: Text) -> int:

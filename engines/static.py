@@ -61,6 +61,10 @@ class StaticEncoder:
         """See `Candidate`."""
         return self(texts)
 
+    def alone(self, text: Ids) -> Tensor:
+        """See `Candidate`."""
+        return self([text])
+
     def use(self, path: Path) -> None:
         """See `Candidate`; there is one."""
         assert path == "packed"

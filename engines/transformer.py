@@ -16,7 +16,7 @@ import structlog
 import torch
 from torch import Tensor, nn
 
-from engines.adapters import PackedState, Positions, adapt, why_not_packed
+from engines.adapters import Form, PackedState, Positions, adapt, why_not_packed
 from engines.attention import PACKED
 from engines.encoder import Attention, Path, PathLeft
 from engines.fused import fuse
@@ -51,7 +51,7 @@ class TransformerEncoder:
         self._own_attention = "sdpa" if model._supports_sdpa else "eager"
         self._is_mpnet = model.config.model_type == "mpnet"
         self._padding_share = PADDING_SHARE
-        self._takes_few = True
+        self._form: Form | None = None
         self.notes = why_not_packed(model)
         adapt(model, self._state)
         self._can_fuse = not self.notes and fuse(model, self._state)
@@ -88,12 +88,12 @@ class TransformerEncoder:
     @torch.inference_mode()
     def together(self, texts: Sequence[Ids]) -> Tensor:
         """See `Candidate`: padded batches are not cut by length, however much padding that takes."""
-        layout = self._layout(texts)
-        self._padding_share, self._takes_few = 1.0, False
-        try:
-            return self._chain(self._hidden(texts, layout), layout)
-        finally:
-            self._padding_share, self._takes_few = PADDING_SHARE, True
+        return self._as_asked(texts, "many")
+
+    @torch.inference_mode()
+    def alone(self, text: Ids) -> Tensor:
+        """See `Candidate`."""
+        return self._as_asked([text], "few")
 
     @torch.inference_mode()
     def reference(self, texts: Sequence[Ids], prompt_tokens: Sequence[int] | None = None) -> Tensor:
@@ -134,6 +134,15 @@ class TransformerEncoder:
         config = self._model.config.get_text_config()
         inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
         return int((8 * config.hidden_size + 3 * inner) * self._model.dtype.itemsize)
+
+    def _as_asked(self, texts: Sequence[Ids], form: Form) -> Tensor:
+        """Vectors by the path in use, which is not left when it fails."""
+        layout = self._layout(texts)
+        self._padding_share, self._form = 1.0, form
+        try:
+            return self._chain(self._hidden(texts, layout), layout)
+        finally:
+            self._padding_share, self._form = PADDING_SHARE, None
 
     def _switch(self, implementation: str) -> None:
         if self._model._can_set_attn_implementation():
@@ -194,7 +203,7 @@ class TransformerEncoder:
         options: dict[str, Any] = {"packed_layout": layout}
         if self._takes_positions:
             options["position_ids"] = self._positions(row, layout)[None]
-        with self._state.running(layout, is_fused=self.path == "fused", takes_few=self._takes_few):
+        with self._state.running(layout, is_fused=self.path == "fused", form=self._form):
             return self._forward(row[None], attention_mask=None, **options)[0]
 
     def _padded(self, texts: Sequence[Ids], layout: Layout) -> Tensor:

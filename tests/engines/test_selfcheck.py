@@ -128,17 +128,31 @@ def test_fused_layers_that_are_wrong_are_left_for_the_plain_ones(kit: Kit, monke
     assert_same(embed(engine, TEXTS), encode(kit.reference("bert-cls"), TEXTS))
 
 
+@pytest.mark.parametrize("name", ["bert-cls", "mpnet-mean"])
 @pytest.mark.parametrize("form", ["few", "many"])
 def test_fused_layers_are_checked_in_their_form_for_few_tokens_and_for_many(
-    kit: Kit, monkeypatch: pytest.MonkeyPatch, form: str
+    kit: Kit, monkeypatch: pytest.MonkeyPatch, form: str, name: str
 ) -> None:
+    """On any number of threads, for that changes while a model serves."""
     right = getattr(fused._Fused, form)
-    monkeypatch.setattr(fused, "_are_few", lambda x: len(x) <= 96)
-    assert kit.load(kit.recipe_folder("bert-cls")).info.notes == ()
+    assert kit.load(kit.recipe_folder(name)).info.notes == ()
     monkeypatch.setattr(fused._Fused, form, lambda self, *args: right(self, *args) * 1.01)
 
-    (note,) = kit.load(kit.recipe_folder("bert-cls")).info.notes
+    (note,) = kit.load(kit.recipe_folder(name)).info.notes
     assert note.startswith("packed: the fused path is")
+
+
+def test_a_form_for_few_tokens_that_fails_costs_the_fused_path_and_no_other(
+    kit: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Tensor:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(fused._Fused, "few", fail)
+    engine = kit.load(kit.recipe_folder("bert-cls"))
+
+    assert engine.info.notes == ("packed: RuntimeError in the forward pass",)
+    assert engine.info.attention == "packed"
 
 
 def test_a_padded_path_that_is_wrong_is_left_for_batches_of_one_length(
@@ -328,6 +342,9 @@ class Scripted:
 
     def together(self, texts: Sequence[Ids]) -> Tensor:
         return self(texts)
+
+    def alone(self, text: Ids) -> Tensor:
+        return self([text])
 
     def use(self, path: Way) -> None:
         self.path = path
