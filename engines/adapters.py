@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from engines.attention import packed_attention
 from engines.layout import Layout
 
-Form = Literal["few", "many"]
-"""How fused layers run a row: as one of few tokens, or of many."""
+Form = Literal["few", "many", "prepacked"]
+"""How fused layers run a row: as one of few tokens, as one of many, or with prepacked weights."""
 
 
 class PackedState(threading.local):

@@ -9,7 +9,7 @@ from engines.adapters import storage_bytes
 from engines.tokenize import Ids
 
 Attention = Literal["packed", "padded", "unpadded"]
-Path = Literal["fused", "packed", "padded", "unpadded"]
+Path = Literal["prepacked", "fused", "packed", "padded", "unpadded"]
 
 
 class PathLeft(Exception):
@@ -73,7 +73,10 @@ class Candidate(Encoder, Protocol):
         """As a call, with as much company for each text as the path allows, and as texts in large batches run."""
 
     def alone(self, text: Ids) -> Tensor:
-        """As a call with this text only, `[1, dimensions]`, in the form that few tokens may take."""
+        """As a call with this text only, in each form that few tokens may take: `[forms, dimensions]`."""
+
+    def copied_bytes(self) -> int:
+        """Bytes of weights that the fastest path holds in addition to `tensors`."""
 
     def use(self, path: Path) -> None:
         """Run this way from now on; nothing may run meanwhile."""

@@ -112,7 +112,7 @@ class TorchLoader:
         workspace = num_turns * workspace_bytes(encoder, largest)
         parts = Parts(encoder, tokenizer, settled, info, tuner)
         # The cache is main memory, which is a CPU's budget and no GPU's.
-        size = weight_bytes(encoder) + (spec.cache_bytes if self._device.type == "cpu" else 0)
+        size = weight_bytes(encoder) + encoder.copied_bytes() + (spec.cache_bytes if self._device.type == "cpu" else 0)
         return TextEngine(parts, self._lane, self._threads, limits, check, self._release, size)
 
     def _batch_tokens(

@@ -96,8 +96,8 @@ def _fastest(encoder: Candidate, probes: Sequence[Ids], truth: _Truth) -> tuple[
     *fast, last = encoder.paths()
     notes = encoder.notes
     for path in fast:
-        encoder.use(path)
         try:
+            encoder.use(path)
             return _checked(encoder, probes, truth), notes
         except torch.OutOfMemoryError:
             raise
@@ -142,7 +142,7 @@ def _checked(encoder: Candidate, probes: Sequence[Ids], truth: _Truth) -> NDArra
     got, dtype = encoder.together(probes), truth.dtype
     expected = truth.vectors.to(got.device)
     alone = encoder.alone(probes[0])
-    far = distance(torch.cat([got, alone]), torch.cat([expected, expected[:1]]))
+    far = distance(torch.cat([got, alone]), torch.cat([expected, expected[:1].expand(len(alone), -1)]))
     if not far <= TOLERANCE[dtype]:
         raise SelfCheckFailed(
             f"the {encoder.path} path is {far:.1e} in cosine from {truth.source}, more than the "

@@ -65,6 +65,10 @@ class StaticEncoder:
         """See `Candidate`."""
         return self([text])
 
+    def copied_bytes(self) -> int:
+        """See `Candidate`."""
+        return 0
+
     def use(self, path: Path) -> None:
         """See `Candidate`; there is one."""
         assert path == "packed"

@@ -1,8 +1,9 @@
 """Token ids to vectors with one model on one device: the transformer, and the chain of modules behind it.
 
-Knows five ways to run the transformer: `packed` (one row, no padding), `fused` (the same, its layers in fewer steps),
-`padded` (batches of similar lengths), `unpadded` (batches of one length), and the reference (one length, plain
-attention) against which `engines/selfcheck.py` holds the others.
+Knows six ways to run the transformer: `packed` (one row, no padding), `fused` (the same, its layers in fewer steps),
+`prepacked` (the same, with a second copy of the weights for few tokens), `padded` (batches of similar lengths),
+`unpadded` (batches of one length), and the reference (one length, plain attention) against which
+`engines/selfcheck.py` holds the others.
 """
 
 import inspect
@@ -18,14 +19,20 @@ from torch import Tensor, nn
 
 from engines.adapters import Form, PackedState, Positions, adapt, why_not_packed
 from engines.attention import PACKED
+from engines.breaks import end_part
 from engines.encoder import Attention, Path, PathLeft
-from engines.fused import fuse
+from engines.fused import copied_bytes, fuse
 from engines.layout import PADDING_SHARE, Layout, similar_lengths, to_device
 from engines.modules import Chain
 from engines.rope import LengthAwareRope
 from engines.tokenize import Ids
 
 log = structlog.get_logger(__name__)
+
+_FUSED: tuple[Path, ...] = ("prepacked", "fused")
+
+_ATTENTION: dict[Path, Attention] = {"padded": "padded", "unpadded": "unpadded"}
+"""How texts share a pass on paths that have padding or could have it."""
 
 Run = Callable[[Sequence[Ids], Layout], Tensor]
 """One forward pass of texts, sorted by length: their hidden states `[T, H]`."""
@@ -54,7 +61,7 @@ class TransformerEncoder:
         self._form: Form | None = None
         self.notes = why_not_packed(model)
         adapt(model, self._state)
-        self._can_fuse = not self.notes and fuse(model, self._state)
+        self._fused = [] if self.notes else fuse(model, self._state)
         self.window: int | None = getattr(model.config.get_text_config(), "sliding_window", None)
         self.dimensions = chain.dimensions
         self.path: Path = "padded"
@@ -70,7 +77,7 @@ class TransformerEncoder:
     @property
     def attention(self) -> Attention:
         """See `Encoder`."""
-        return "packed" if self.path == "fused" else self.path
+        return _ATTENTION.get(self.path, "packed")
 
     @property
     def is_reentrant(self) -> bool:
@@ -93,7 +100,8 @@ class TransformerEncoder:
     @torch.inference_mode()
     def alone(self, text: Ids) -> Tensor:
         """See `Candidate`."""
-        return self._as_asked([text], "few")
+        forms: tuple[Form, ...] = ("few", "prepacked") if self.path == "prepacked" else ("few",)
+        return torch.cat([self._as_asked([text], form) for form in forms])
 
     @torch.inference_mode()
     def reference(self, texts: Sequence[Ids], prompt_tokens: Sequence[int] | None = None) -> Tensor:
@@ -109,14 +117,18 @@ class TransformerEncoder:
     def use(self, path: Path) -> None:
         """See `Candidate`."""
         self.path = path
-        self._switch(PACKED if path in ("fused", "packed") else self._own_attention)
+        self._switch(self._own_attention if path in _ATTENTION else PACKED)
+        for layer in self._fused:
+            layer.prepack() if path == "prepacked" else layer.unpack()
+            end_part()
 
     def paths(self) -> tuple[Path, ...]:
         """See `Candidate`. Whether a path is right, `engines/selfcheck.py` finds out."""
         if self.notes:
             return ("padded", "unpadded")
         plain: tuple[Path, ...] = ("packed", "padded", "unpadded")
-        return ("fused", *plain) if self._can_fuse else plain
+        fused = _FUSED if self.copied_bytes() else _FUSED[1:]
+        return (*fused, *plain) if self._fused else plain
 
     def layers(self) -> list[nn.Module]:
         """What repeats, one after the other: between two of them a pass can pause."""
@@ -126,6 +138,10 @@ class TransformerEncoder:
         """See `Encoder`."""
         model: nn.Module = self._model
         return [*model.parameters(), *model.buffers(), *self._chain.weights]
+
+    def copied_bytes(self) -> int:
+        """See `Candidate`."""
+        return copied_bytes(self._fused)
 
     def token_bytes(self) -> int:
         """See `Encoder`: eight copies of the residual stream (its own, norm, query, key, value, context, output, sum)
@@ -171,10 +187,8 @@ class TransformerEncoder:
 
     def _hidden(self, texts: Sequence[Ids], layout: Layout) -> Tensor:
         """Hidden states `[T, H]` by the path in use."""
-        paths: dict[Path, Run] = {
-            "fused": self._packed, "packed": self._packed, "padded": self._padded, "unpadded": self._unpadded,
-        }  # fmt: skip
-        return self._in_runs(paths[self.path], texts, layout)
+        others: dict[Path, Run] = {"padded": self._padded, "unpadded": self._unpadded}
+        return self._in_runs(others.get(self.path, self._packed), texts, layout)
 
     def _hidden_or_left(self, texts: Sequence[Ids], layout: Layout) -> Tensor:
         """The same; a path that fails where its check did not is left for good, for the plainest one."""
@@ -203,7 +217,7 @@ class TransformerEncoder:
         options: dict[str, Any] = {"packed_layout": layout}
         if self._takes_positions:
             options["position_ids"] = self._positions(row, layout)[None]
-        with self._state.running(layout, is_fused=self.path == "fused", form=self._form):
+        with self._state.running(layout, is_fused=self.path in _FUSED, form=self._form):
             return self._forward(row[None], attention_mask=None, **options)[0]
 
     def _padded(self, texts: Sequence[Ids], layout: Layout) -> Tensor:

@@ -18,9 +18,10 @@ from transformers import (
     NomicBertModel,
 )
 
+from engines import fused
 from engines.adapters import PackedState, storage_bytes
 from engines.attention import PACKED
-from engines.fused import fuse
+from engines.fused import copied_bytes, fuse
 from engines.layout import Layout
 
 SHAPE: dict[str, Any] = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
@@ -92,8 +93,12 @@ def test_weights_are_held_once() -> None:
 
 @pytest.mark.parametrize("num_tokens", [1, 5, 16, 95, 96, 97])
 @pytest.mark.parametrize("num_threads", [1, 2])
-def test_any_number_of_tokens_on_any_number_of_threads_has_the_plain_vectors(num_tokens: int, num_threads: int) -> None:
-    model, state = bert(), PackedState()
+@pytest.mark.parametrize("is_prepacked", [False, True])
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_any_number_of_tokens_on_any_number_of_threads_has_the_plain_vectors(
+    num_tokens: int, num_threads: int, is_prepacked: bool, activation: str
+) -> None:
+    model, state = bert(hidden_act=activation), PackedState()
     ids, lengths = torch.arange(num_tokens)[None], [num_tokens // 3, num_tokens - num_tokens // 3]
     layout = Layout([length for length in lengths if length], torch.device("cpu"))
     parts = torch.split(ids[0], layout.lengths)
@@ -102,15 +107,16 @@ def test_any_number_of_tokens_on_any_number_of_threads_has_the_plain_vectors(num
     try:
         with torch.inference_mode():
             expected = torch.cat([model(input_ids=part[None]).last_hidden_state[0] for part in parts])
-            fuse(model, state)
+            for layer in fuse(model, state) if is_prepacked else ():
+                layer.prepack()
             model.set_attn_implementation(PACKED)
             positions = layout.positions[None]
             with state.running(layout, is_fused=True):
-                fused = model(input_ids=ids, position_ids=positions, packed_layout=layout).last_hidden_state[0]
+                found = model(input_ids=ids, position_ids=positions, packed_layout=layout).last_hidden_state[0]
     finally:
         torch.set_num_threads(usual)
 
-    assert torch.allclose(fused, expected, atol=1e-6)
+    assert torch.allclose(found, expected, atol=1e-6)
 
 
 def test_outside_a_fused_row_the_layers_do_what_they_always_did() -> None:
@@ -135,3 +141,58 @@ def test_a_row_that_gives_way_to_another_has_its_own_state_back() -> None:
             assert (state.layout, state.is_fused) == (second, False)
         assert (state.layout, state.is_fused) == (first, True)
     assert (state.layout, state.is_fused) == (None, False)
+
+
+@pytest.mark.parametrize(
+    ("is_prepacked", "num_threads", "num_tokens", "form"),
+    [
+        (False, 1, 12, "many"),
+        (False, 2, 96, "few"),
+        (False, 2, 97, "many"),
+        (True, 1, 512, "prepacked"),
+        (True, 2, 32, "prepacked"),
+        (True, 2, 33, "few"),
+        (True, 2, 97, "many"),
+    ],
+)
+def test_the_form_is_the_fastest_for_so_many_tokens_and_threads(
+    is_prepacked: bool, num_threads: int, num_tokens: int, form: str
+) -> None:
+    layer, _ = fuse(bert(), PackedState())
+    if is_prepacked:
+        layer.prepack()
+    usual = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        assert layer.best_form(torch.zeros(num_tokens, 48)) == form
+    finally:
+        torch.set_num_threads(usual)
+
+
+def test_a_prepacked_layer_says_how_many_bytes_it_takes_in_addition() -> None:
+    assert copied_bytes(fuse(bert(), PackedState())) == 2 * 4 * (4 * 48 * 48 + 2 * 48 * 96)
+
+
+@pytest.mark.parametrize(
+    "model", [bert(hidden_act="gelu_new"), bert().to(torch.bfloat16)], ids=["another activation", "another dtype"]
+)
+def test_layers_that_cannot_be_prepacked_take_no_more(model: Any) -> None:
+    assert copied_bytes(fuse(model, PackedState())) == 0
+
+
+def test_layers_too_large_for_a_second_copy_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = fuse(bert(), PackedState())
+    monkeypatch.setattr(fused, "LARGEST_COPY", copied_bytes(layers) - 1)
+
+    assert copied_bytes(layers) == 0
+
+
+def test_a_layer_is_prepacked_once_and_unpacked_for_good() -> None:
+    layer, _ = fuse(bert(), PackedState())
+    layer.prepack()
+    made = layer._prepacked
+    layer.prepack()
+    assert layer._prepacked is made
+
+    layer.unpack()
+    assert layer._prepacked is None

@@ -34,7 +34,8 @@ async def test_the_embedded_model_loads_packed_and_says_what_it_is(load: TorchLo
     await engine.warm_up()
 
     assert (engine.info.dimensions, engine.info.max_tokens, engine.info.attention) == (384, 256, "packed")
-    assert 90_000_000 < engine.weight_bytes < 91_000_000
+    copied_bytes = 6 * 4 * (4 * 384 * 384 + 2 * 384 * 1536)
+    assert 90_000_000 < engine.weight_bytes - copied_bytes < 91_000_000
     assert engine.workspace_bytes > 0
     engine.close()
 

@@ -19,6 +19,7 @@ from engines.encoder import Attention
 from engines.encoder import Path as Way
 from engines.engine import TextEngine
 from engines.errors import OutOfMemory, SelfCheckFailed, UnsupportedModel
+from engines.fused import FusedLayer
 from engines.loader import LoaderSettings
 from engines.selfcheck import Canaries, choose_attention, distance, probe_ids
 from engines.tokenize import Ids, Tokenizer
@@ -123,36 +124,49 @@ def test_fused_layers_that_are_wrong_are_left_for_the_plain_ones(kit: Kit, monke
     engine = kit.load(kit.recipe_folder("bert-cls"))
 
     assert engine.info.attention == "packed"
-    (note,) = engine.info.notes
-    assert note.startswith("packed: the fused path is")
+    assert [note.split(" path is")[0] for note in engine.info.notes] == ["fused: the prepacked", "packed: the fused"]
     assert_same(embed(engine, TEXTS), encode(kit.reference("bert-cls"), TEXTS))
 
 
 @pytest.mark.parametrize("name", ["bert-cls", "mpnet-mean"])
-@pytest.mark.parametrize("form", ["few", "many"])
-def test_fused_layers_are_checked_in_their_form_for_few_tokens_and_for_many(
-    kit: Kit, monkeypatch: pytest.MonkeyPatch, form: str, name: str
+@pytest.mark.parametrize(("form", "left"), [("few", ["prepacked", "fused"]), ("many", ["prepacked", "fused"]),
+                                            ("prepacked", ["prepacked"])])  # fmt: skip
+def test_fused_layers_are_checked_in_every_form(
+    kit: Kit, monkeypatch: pytest.MonkeyPatch, form: str, left: list[str], name: str
 ) -> None:
     """On any number of threads, for that changes while a model serves."""
-    right = getattr(fused._Fused, form)
+    right = getattr(FusedLayer, form)
     assert kit.load(kit.recipe_folder(name)).info.notes == ()
-    monkeypatch.setattr(fused._Fused, form, lambda self, *args: right(self, *args) * 1.01)
+    monkeypatch.setattr(FusedLayer, form, lambda self, *args: right(self, *args) * 1.01)
 
-    (note,) = kit.load(kit.recipe_folder(name)).info.notes
-    assert note.startswith("packed: the fused path is")
+    notes = kit.load(kit.recipe_folder(name)).info.notes
+    assert [note.split("the ")[1].split(" path")[0] for note in notes] == left
 
 
-def test_a_form_for_few_tokens_that_fails_costs_the_fused_path_and_no_other(
+def test_a_form_for_few_tokens_that_fails_costs_the_fused_paths_and_no_other(
     kit: Kit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any) -> Tensor:
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr(fused._Fused, "few", fail)
+    monkeypatch.setattr(FusedLayer, "few", fail)
     engine = kit.load(kit.recipe_folder("bert-cls"))
 
-    assert engine.info.notes == ("packed: RuntimeError in the forward pass",)
+    assert engine.info.notes == tuple(f"{path}: RuntimeError in the forward pass" for path in ("fused", "packed"))
     assert engine.info.attention == "packed"
+
+
+def test_weights_that_cannot_be_prepacked_cost_that_path_and_no_other(
+    kit: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setattr(fused, "Block", fail)
+    engine = kit.load(kit.recipe_folder("bert-cls"))
+
+    assert engine.info.notes == ("fused: RuntimeError in the forward pass",)
+    assert_same(embed(engine, TEXTS), encode(kit.reference("bert-cls"), TEXTS))
 
 
 def test_a_padded_path_that_is_wrong_is_left_for_batches_of_one_length(
@@ -165,7 +179,7 @@ def test_a_padded_path_that_is_wrong_is_left_for_batches_of_one_length(
 
     assert engine.info.attention == "unpadded"
     assert [note.split(" path is")[0] for note in engine.info.notes] == [
-        "packed: the fused", "padded: the packed", "unpadded: the padded"
+        "fused: the prepacked", "packed: the fused", "padded: the packed", "unpadded: the padded"
     ]  # fmt: skip
     assert_same(embed(engine, TEXTS), encode(kit.reference("bert-cls"), TEXTS))
 
@@ -335,7 +349,7 @@ class Scripted:
 
     @property
     def attention(self) -> Attention:
-        return "packed" if self.path == "fused" else self.path
+        return self.path if self.path in ("padded", "unpadded") else "packed"
 
     def paths(self) -> tuple[Way, ...]:
         return tuple(self._paths)  # type: ignore[arg-type]  # named as the paths are
@@ -345,6 +359,9 @@ class Scripted:
 
     def alone(self, text: Ids) -> Tensor:
         return self([text])
+
+    def copied_bytes(self) -> int:
+        return 0
 
     def use(self, path: Way) -> None:
         self.path = path
