@@ -129,16 +129,19 @@ class Positions:
 
     Attributes:
         limit: how many tokens the learned table has room for; None where positions are computed.
+        filler: a token that takes no place, however often it stands in a row.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._padding: int | None = None
         self.limit: int | None = None
+        self.filler = 0
         for module in model.modules():
             table = getattr(module, "position_embeddings", None)
             if isinstance(table, nn.Embedding):
                 padding = getattr(module, "padding_idx", None)
                 self._padding = padding if isinstance(padding, int) else None
+                self.filler = self._padding or 0
                 self.limit = table.num_embeddings - (0 if self._padding is None else self._padding + 1)
                 return
 

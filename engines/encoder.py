@@ -1,7 +1,7 @@
 """What an engine runs: token ids to vectors with one model on one device. Protocols, and what an encoder weighs."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -9,7 +9,24 @@ from engines.adapters import storage_bytes
 from engines.tokenize import Ids
 
 Attention = Literal["packed", "padded", "unpadded"]
-Path = Literal["fused", "packed", "padded", "unpadded"]
+Path = Literal["graphed", "fused", "packed", "padded", "unpadded"]
+
+
+_ATTENTION: dict[Path, Attention] = {
+    "graphed": "packed", "fused": "packed", "packed": "packed", "padded": "padded", "unpadded": "unpadded",
+}  # fmt: skip
+
+
+def attention_of(path: Path) -> Attention:
+    """How texts share a pass on a path."""
+    return _ATTENTION[path]
+
+
+class Size(NamedTuple):
+    """How many tokens a row of a fixed size holds, and of how many texts at the most."""
+
+    tokens: int
+    texts: int
 
 
 class PathLeft(Exception):
@@ -65,6 +82,16 @@ class Candidate(Encoder, Protocol):
     num_layers: int
     window: int | None
     notes: tuple[str, ...]
+
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """On the path in use, the sizes whose rows run in a form of their own; none where there is one for all."""
+
+    def sized(self, texts: Sequence[Ids], size: Size) -> Tensor:
+        """As a call that runs in a row of this size, which has room for the texts."""
+
+    def fixed_bytes(self) -> int:
+        """Device memory that the rows of fixed sizes keep, an upper estimate."""
 
     def paths(self) -> tuple[Path, ...]:
         """The paths worth trying, the fastest first; the last is the one that must be right."""

@@ -62,7 +62,7 @@ class TextEngine:
         lane: where its batches run.
         threads: where its texts are tokenised.
         limits: bounds of queue and batch.
-        check: runs on the lane during warm-up; returns what the model turned out to be, and its workspace in bytes.
+        check: runs on the lane during warm-up; returns what the model turned out to be, and bytes: weights, workspace.
         release: frees the device's memory after the last reference has gone.
     """
 
@@ -72,7 +72,7 @@ class TextEngine:
         lane: Lane,
         threads: Executor,
         limits: EngineLimits,
-        check: Callable[[], tuple[ModelInfo, int]],
+        check: Callable[[], tuple[ModelInfo, int, int]],
         release: Callable[[], None],
         weight_bytes: int,
     ) -> None:
@@ -91,7 +91,7 @@ class TextEngine:
         self._lane = lane
         self._threads = threads
         self._limits = limits
-        self._check: Callable[[], tuple[ModelInfo, int]] | None = check
+        self._check: Callable[[], tuple[ModelInfo, int, int]] | None = check
         self._release = release
 
     @property
@@ -107,7 +107,7 @@ class TextEngine:
     async def warm_up(self) -> None:
         """Check and measure the model on the lane, then take turns there."""
         assert self._check is not None, "warm_up is called once"
-        self.info, self.workspace_bytes = await self._lane.call(self._check)
+        self.info, self.weight_bytes, self.workspace_bytes = await self._lane.call(self._check)
         self._check = None
         self._lane.attach(self)
 

@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer as FastTokenizer
 from torch import Tensor
 
-from engines.encoder import Attention, Path
+from engines.encoder import Attention, Path, Size
 from engines.errors import BrokenFiles
 from engines.folder import Folder
 from engines.layout import Layout
@@ -33,6 +33,7 @@ class StaticEncoder:
     num_layers = 1
     window: int | None = None
     notes: tuple[str, ...] = ()
+    sizes: tuple[Size, ...] = ()
 
     def __init__(self, table: Tensor, chain: Chain, device: torch.device) -> None:
         self._table = table
@@ -64,6 +65,14 @@ class StaticEncoder:
     def alone(self, text: Ids) -> Tensor:
         """See `Candidate`."""
         return self([text])
+
+    def sized(self, texts: Sequence[Ids], size: Size) -> Tensor:
+        """See `Candidate`; there are no sizes."""
+        return self(texts)
+
+    def fixed_bytes(self) -> int:
+        """See `Candidate`; there are no sizes."""
+        return 0
 
     def use(self, path: Path) -> None:
         """See `Candidate`; there is one."""

@@ -87,7 +87,7 @@ class Bench:
             self.lane,
             self.threads,
             limits,
-            lambda: (INFO, 7),
+            lambda: (INFO, 100, 7),
             self.release,
             100,
         )
