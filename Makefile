@@ -86,7 +86,7 @@ bench-peers: install-bench  ## make the peers' environments under .bench (5 GB)
 bench-diff: install-bench  ## is the working tree slower than the last commit?
 	@$(BIN)/python -W ignore -m benchmarks.diff
 
-gpu: install-bench  ## parity, memory accounting and speed on a GPU
+gpu: install-bench  ## parity, memory accounting, speed and latency on a GPU
 	@$(BIN)/python -W ignore -m benchmarks.gpu
 
 image:  ## the Docker image; COMPUTE=cuda for GPUs

@@ -1,8 +1,9 @@
-"""`python -m benchmarks.gpu`: parity, memory accounting and throughput on a GPU. `make gpu`.
+"""`python -m benchmarks.gpu`: parity, memory accounting, throughput and latency on a GPU. `make gpu`.
 
 Parity: every family's small model in bfloat16 on the GPU against float32 on the CPU. Memory: what is charged for a
 model against what torch's allocator holds, in rest, at the largest batch, and after it has left. Throughput: beside
-sentence-transformers on the same device and dtype, interleaved. `--device cpu` runs the same on a CPU, in float32.
+sentence-transformers on the same device and dtype, interleaved. Latency: calls of a few texts, with recorded passes,
+without, and beside the same. `--device cpu` runs the same on a CPU, in float32, where nothing is recorded.
 """
 
 import argparse
@@ -17,12 +18,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from msgspec import Struct
 from sentence_transformers import SentenceTransformer
 
 from benchmarks import workloads
 from benchmarks.folders import NAMES, resolve
+from benchmarks.latency import ORDINARY, OURS, PEER, Embed, forget_graphs, has_graphs, latency, latency_rows
 from benchmarks.machine import Watch, warn_if_busy
 from benchmarks.measure import Run, interleave, speedup
 from benchmarks.report import RESULTS, Report, publish
@@ -95,7 +98,7 @@ class Parity(Struct, frozen=True):
 
 
 def parity(rig: Rig, reference: Rig, names: Sequence[str], folder: Path) -> Iterator[Parity]:
-    """Each recipe, with texts of many lengths and languages."""
+    """Each recipe, with texts of many lengths and languages, all together and some by themselves."""
     texts = mixed(40, seed=11)
     for name in names:
         with quiet():
@@ -103,7 +106,9 @@ def parity(rig: Rig, reference: Rig, names: Sequence[str], folder: Path) -> Iter
         spec = RECIPES[name].spec
         plain = reference.load(folder / name, **{**spec, "dtype": "float32"})
         engine = rig.load(folder / name, **spec)
-        cosine = float(cosines(rig.embed(engine, texts), reference.embed(plain, texts)).min())
+        wanted = reference.embed(plain, texts)
+        alone = [cosines(rig.embed(engine, [text]), row[None]) for text, row in zip(texts[:8], wanted, strict=False)]
+        cosine = float(np.concatenate([cosines(rig.embed(engine, texts), wanted), *alone]).min())
         yield Parity(name, engine.info.attention, cosine, engine.info.notes)
         for one in (engine, plain):
             one.close()
@@ -128,10 +133,7 @@ def memory(rig: Rig, folder: Path) -> dict[str, int]:
 
 def throughput(rig: Rig, folder: Path, names: Sequence[str], rounds: int, texts_a_call: int) -> dict[str, Any]:
     """Seconds of both programs by workload, in calls of so many texts."""
-    engine = rig.load(folder)
-    dtype = torch.float32 if rig.device.type == "cpu" else torch.bfloat16
-    with quiet():
-        peer = SentenceTransformer(str(folder), device=str(rig.device), model_kwargs={"dtype": dtype})
+    engine, peer = rig.load(folder), _peer(rig, folder)
     count, found = workloads.counter(folder), {}
 
     def ours(texts: Sequence[str]) -> float:
@@ -153,6 +155,29 @@ def throughput(rig: Rig, folder: Path, names: Sequence[str], rounds: int, texts_
         found[name] = {"tokens": workload.num_tokens, "seconds": interleave(runs, rounds, is_warm=False)}
         print(" | ".join(throughput_row(folder.name, name, found[name])), flush=True)
     engine.close()
+    return found
+
+
+def _peer(rig: Rig, folder: Path) -> SentenceTransformer:
+    dtype = torch.float32 if rig.device.type == "cpu" else torch.bfloat16
+    with quiet():
+        return SentenceTransformer(str(folder), device=str(rig.device), model_kwargs={"dtype": dtype})
+
+
+def small_calls(rig: Rig, folder: Path, rounds: int) -> dict[str, dict[str, Any]]:
+    """Seconds of calls with a few texts, by program."""
+    engines = {OURS: rig.load(folder)}
+    if has_graphs(engines[OURS]):
+        engines[ORDINARY] = rig.load(folder)
+        forget_graphs(engines[ORDINARY])
+    peer = _peer(rig, folder)
+    programs: dict[str, Embed] = {name: partial(rig.embed, engine) for name, engine in engines.items()}
+    programs[PEER] = lambda texts: peer.encode(list(texts), show_progress_bar=False)
+    found = latency(programs, workloads.counter(folder), rounds)
+    for row in latency_rows(folder.name, found):
+        print(" | ".join(row), flush=True)
+    for engine in engines.values():
+        engine.close()
     return found
 
 
@@ -185,6 +210,7 @@ def run(
         same = list(parity(rig, reference, recipes, Path(draft)))
     held = {model: memory(rig, resolve(model)) for model in models}
     speed = {model: throughput(rig, resolve(model), names, rounds, texts_a_call) for model in models}
+    quick = {model: small_calls(rig, resolve(model), rounds) for model in models}
     for one in (rig, reference):
         one.close()
     kind = rig.device.type
@@ -200,12 +226,14 @@ def run(
             *(_parity_row(row, kind) for row in same),
             *(row for model, found in held.items() for row in _memory_rows(model, found)),
             *(throughput_row(model, name, found) for model, cases in speed.items() for name, found in cases.items()),
+            *(row for model, found in quick.items() for row in latency_rows(model, found)),
         ],
-        samples={"parity": same, "memory": held, "throughput": speed},
+        samples={"parity": same, "memory": held, "throughput": speed, "latency": quick},
         notes=(
             f"parity: worst cosine with float32 on the CPU, {SMALLEST_COSINE[kind]} at least",
             "memory: bytes charged and bytes in torch's allocator; the workspace is an upper bound",
             "throughput: real tokens a second; sentence-transformers in batches of 128, sorted by length",
+            "latency: medians of one call after the other, tokenising and the way back to the host included",
         ),
     )
 

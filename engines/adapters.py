@@ -64,6 +64,19 @@ def why_not_packed(model: Any) -> tuple[str, ...]:
     return ()
 
 
+def switch_attention(model: Any, implementation: str) -> None:
+    """Have the model attend by a function that transformers knows under this name, if it can."""
+    if model._can_set_attn_implementation():
+        model.set_attn_implementation(implementation)
+    elif model.config.model_type == "mpnet":  # only decides whether a mask is made
+        model.config._attn_implementation = implementation
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """What repeats, one after the other: between two of them a pass can pause."""
+    return [layer for stack in model.modules() if isinstance(stack, nn.ModuleList) for layer in stack]
+
+
 def _mpnet_length(longest: int, hidden: Tensor) -> tuple[Any, ...]:
     return (hidden.new_empty(1, longest, 1),)
 
@@ -129,16 +142,19 @@ class Positions:
 
     Attributes:
         limit: how many tokens the learned table has room for; None where positions are computed.
+        filler: a token that takes no place, however often it stands in a row.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._padding: int | None = None
         self.limit: int | None = None
+        self.filler = 0
         for module in model.modules():
             table = getattr(module, "position_embeddings", None)
             if isinstance(table, nn.Embedding):
                 padding = getattr(module, "padding_idx", None)
                 self._padding = padding if isinstance(padding, int) else None
+                self.filler = self._padding or 0
                 self.limit = table.num_embeddings - (0 if self._padding is None else self._padding + 1)
                 return
 

@@ -4,8 +4,10 @@ A packed row is `[1, T]`: the texts of a batch, sorted by length, one behind the
 activations see real tokens only. Attention is the one operation in which tokens meet, and it runs once per distinct
 length: texts of equal length lie side by side, so a view `[n, heads, length, head_dim]` of the row is a plain batch.
 
-`packed_attention` is registered with transformers under the name `PACKED`. Whether an architecture can take it is
-not decided by a list: `engines/selfcheck.py` compares with the reference forward when the model loads.
+`packed_attention` is registered with transformers under the name `PACKED`, and no function that makes masks: so none is
+made, and nobody looks into the position ids to see what it should hide, for which the host would wait for a GPU.
+Whether an architecture can take it is not decided by a list: `engines/selfcheck.py` compares with the reference forward
+when the model loads.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
 from engines.layout import Group, Layout
 
@@ -31,6 +32,8 @@ PACKED = "embedyard_packed"
 # then grows with its length, not with the square of it.
 _BLOCK = 128
 _WHOLE = 2 * _BLOCK
+
+_VARLEN = {("cuda", torch.float16), ("cuda", torch.bfloat16)}
 
 
 def packed_attention(  # noqa: PLR0913  # the signature is transformers'
@@ -51,7 +54,7 @@ def packed_attention(  # noqa: PLR0913  # the signature is transformers'
 
     Args:
         query: `[1, heads, T, d]`; `key`, `value`: `[1, kv_heads, T, d]`.
-        attention_mask: always None (`no_mask` is registered beside this function).
+        attention_mask: always None, as no mask is registered beside this function.
         sliding_window: exclusive bound: tokens `i`, `j` meet only if `|i - j| < sliding_window`.
         position_bias: `[1, heads, ≥ L, ≥ L]`, a function of `i - j` only, so its corner serves every text.
 
@@ -63,7 +66,7 @@ def packed_attention(  # noqa: PLR0913  # the signature is transformers'
     """
     _refuse(attention_mask, unused)
     causal = _is_causal(module, is_causal)
-    if query.is_cuda and position_bias is None and _has_varlen(query.dtype):
+    if position_bias is None and has_varlen(query.device, query.dtype):
         window = _flash_window(sliding_window, causal)
         return _varlen(query, key, value, packed_layout, scaling, window), None
     attend = partial(_attend, causal=causal, window=sliding_window, position_bias=position_bias, scaling=scaling)
@@ -158,8 +161,9 @@ def _biased(bias: Tensor, causal: bool, window: int | None) -> Tensor:
     return bias.masked_fill(hidden, float("-inf"))
 
 
-def _has_varlen(dtype: torch.dtype) -> bool:
-    return varlen_attn is not None and dtype in (torch.float16, torch.bfloat16)
+def has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether one kernel does the attention of a whole row, unless there is a position bias."""
+    return varlen_attn is not None and (device.type, dtype) in _VARLEN
 
 
 def _flash_window(sliding_window: int | None, causal: bool) -> tuple[int, int]:
@@ -181,9 +185,4 @@ def _varlen(
     return out[None]
 
 
-def no_mask(*args: Any, **kwargs: Any) -> None:
-    """The mask of a packed row: none, for `packed_attention` knows the texts from the layout."""
-
-
 AttentionInterface.register(PACKED, packed_attention)
-AttentionMaskInterface.register(PACKED, no_mask)

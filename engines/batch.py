@@ -20,8 +20,8 @@ from engines.tokenize import Encoded, Ids
 _SMALL_SHARE = 0.25
 """A job of at most this part of a batch is small: it does not wait for the batches of a bulk job."""
 
-_WORTH_SPLITTING = 64
-"""Tokens of the smallest part that is cut for a thread of its own: less gains nothing by company."""
+PART_TOKENS = 64
+"""Tokens of the smallest part that is cut for a thread of its own, where few tokens cost nearly as much as these."""
 
 Key = tuple[bytes, int]
 """What a vector depends on, within one engine: the ids, and how many of them are a prompt that pooling leaves out."""
@@ -91,10 +91,15 @@ class Text:
 
 
 class Limit(Struct, frozen=True):
-    """Bounds of one batch. A single text longer than `max_tokens` still runs, alone."""
+    """Bounds of one batch. A single text longer than `max_tokens` still runs, alone.
+
+    Args:
+        part_tokens: of the smallest part that is cut for a thread of its own.
+    """
 
     max_tokens: int
     max_items: int
+    part_tokens: int = PART_TOKENS
 
     def is_small(self, job: Job) -> bool:
         """Whether a job need not wait for bulk jobs."""
@@ -124,15 +129,15 @@ def count_tokens(jobs: Iterable[Job], enough: int) -> int:
     return tokens
 
 
-def is_worth_splitting(jobs: Iterable[Job]) -> bool:
+def is_worth_splitting(limit: Limit, jobs: Iterable[Job]) -> bool:
     """Whether these jobs' texts are worth a thread of their own."""
-    return count_tokens(jobs, _WORTH_SPLITTING) >= _WORTH_SPLITTING
+    return count_tokens(jobs, limit.part_tokens) >= limit.part_tokens
 
 
 def split(limit: Limit, jobs: Iterable[Job], num_threads: int) -> Limit:
     """Smaller batches where several threads have nothing else to do than what these jobs bring, and it is enough."""
     tokens = count_tokens(jobs, num_threads * limit.max_tokens)
-    num_parts = min(num_threads, tokens // _WORTH_SPLITTING)
+    num_parts = min(num_threads, tokens // limit.part_tokens)
     if num_parts < 2:
         return limit
     return Limit(min(limit.max_tokens, -(-tokens // num_parts)), limit.max_items)

@@ -13,6 +13,7 @@ from engines.encoder import Candidate
 from engines.errors import BadModel, BrokenFiles, UnsupportedModel
 from engines.folder import Folder, read_json
 from engines.modules import build_chain
+from engines.recorder import recorder_for
 from engines.spec import ModelSpec
 from engines.static import build_static
 from engines.tokenize import Tokenizer
@@ -70,7 +71,8 @@ def _build_transformer(folder: Folder, spec: ModelSpec, device: torch.device) ->
         counts_prompt=chain.excludes_prompt,
     )
     tokenizer = read_tokenizer(folder, spec, reader)
-    return TransformerEncoder(model, chain, device), tokenizer, str(dtype).removeprefix("torch.")
+    encoder = TransformerEncoder(model, chain, device, recorder_for(device))
+    return encoder, tokenizer, str(dtype).removeprefix("torch.")
 
 
 def choose_dtype(spec: ModelSpec, config: PretrainedConfig, device: torch.device) -> torch.dtype:

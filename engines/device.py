@@ -166,6 +166,7 @@ class Lane:
         prepare()
         while (picked := self._next(seat)) is not None:
             self._take(seat, picked)
+            del picked  # it may hold a model, which must be free to leave while this thread waits
 
     def _take(self, seat: Seat, picked: Running) -> None:
         """Run a turn that `_pick` has seated."""
@@ -221,9 +222,8 @@ class Lane:
     def _pick(self, seat: Seat, accounts: Sequence[Account]) -> Running | None:
         """Of those with work, the one who has used the least; from now on it is its turn."""
         for account in sorted(accounts, key=lambda account: account.used_s):
-            turn = None
-            if account.is_due and account.can_run and not seat.holds(account.source):
-                turn = account.source.take(self._num_free)
+            can_run = account.is_due and account.can_run and not seat.holds(account.source)
+            turn = account.source.take(self._num_free) if can_run else None
             if turn is not None:
                 self._level_s = max(self._level_s, account.used_s)
                 return seat.sit(Running(account, turn))

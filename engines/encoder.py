@@ -1,7 +1,7 @@
 """What an engine runs: token ids to vectors with one model on one device. Protocols, and what an encoder weighs."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -9,7 +9,19 @@ from engines.adapters import storage_bytes
 from engines.tokenize import Ids
 
 Attention = Literal["packed", "padded", "unpadded"]
-Path = Literal["prepacked", "fused", "packed", "padded", "unpadded"]
+Path = Literal["graphed", "prepacked", "fused", "packed", "padded", "unpadded"]
+
+
+def attention_of(path: Path) -> Attention:
+    """How texts share a pass on a path."""
+    return path if path in ("padded", "unpadded") else "packed"
+
+
+class Size(NamedTuple):
+    """How many tokens a row of a fixed size holds, and of how many texts at the most."""
+
+    tokens: int
+    texts: int
 
 
 class PathLeft(Exception):
@@ -20,11 +32,13 @@ class Encoder(Protocol):
     """What an engine runs. Texts come sorted by length, and vectors leave in the same order.
 
     Attributes:
+        part_tokens: of the smallest pass that is worth a thread of its own.
         pause: called before each layer; it may run other texts through this very encoder, if it is `is_reentrant`.
     """
 
     dimensions: int
     pause: Callable[[], None]
+    part_tokens: int
 
     @property
     def attention(self) -> Attention:
@@ -66,6 +80,16 @@ class Candidate(Encoder, Protocol):
     window: int | None
     notes: tuple[str, ...]
 
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """On the path in use, the sizes whose rows run in a form of their own; none where there is one for all."""
+
+    def sized(self, texts: Sequence[Ids], size: Size) -> Tensor:
+        """As a call that runs in a row of this size, which has room for the texts."""
+
+    def extra_bytes(self) -> int:
+        """Bytes that the path in use keeps in addition to `tensors`, an upper estimate."""
+
     def paths(self) -> tuple[Path, ...]:
         """The paths worth trying, the fastest first; the last is the one that must be right."""
 
@@ -74,9 +98,6 @@ class Candidate(Encoder, Protocol):
 
     def alone(self, text: Ids) -> Tensor:
         """As a call with this text only, in each form that few tokens may take: `[forms, dimensions]`."""
-
-    def copied_bytes(self) -> int:
-        """Bytes of weights that the fastest path holds in addition to `tensors`."""
 
     def use(self, path: Path) -> None:
         """Run this way from now on; nothing may run meanwhile."""

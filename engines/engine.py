@@ -62,7 +62,7 @@ class TextEngine:
         lane: where its batches run.
         threads: where its texts are tokenised.
         limits: bounds of queue and batch.
-        check: runs on the lane during warm-up; returns what the model turned out to be, and its workspace in bytes.
+        check: runs on the lane during warm-up; returns what the model turned out to be, and bytes: weights, workspace.
         release: frees the device's memory after the last reference has gone.
     """
 
@@ -72,7 +72,7 @@ class TextEngine:
         lane: Lane,
         threads: Executor,
         limits: EngineLimits,
-        check: Callable[[], tuple[ModelInfo, int]],
+        check: Callable[[], tuple[ModelInfo, int, int]],
         release: Callable[[], None],
         weight_bytes: int,
     ) -> None:
@@ -91,7 +91,7 @@ class TextEngine:
         self._lane = lane
         self._threads = threads
         self._limits = limits
-        self._check: Callable[[], tuple[ModelInfo, int]] | None = check
+        self._check: Callable[[], tuple[ModelInfo, int, int]] | None = check
         self._release = release
 
     @property
@@ -107,7 +107,7 @@ class TextEngine:
     async def warm_up(self) -> None:
         """Check and measure the model on the lane, then take turns there."""
         assert self._check is not None, "warm_up is called once"
-        self.info, self.workspace_bytes = await self._lane.call(self._check)
+        self.info, self.weight_bytes, self.workspace_bytes = await self._lane.call(self._check)
         self._check = None
         self._lane.attach(self)
 
@@ -149,9 +149,10 @@ class TextEngine:
     @property
     def max_turns(self) -> int:
         """See `engines.turns.Source`. A few texts wait for the batch that runs and has every core meanwhile: a second
-        small batch beside it would read all weights once more, and leave nobody to share the next one with.
+        small batch beside it would read all weights once more, and leave nobody to share the next one with. How few
+        those are, the encoder knows (`part_tokens`).
         """
-        return self._lane.num_threads if self._is_reentrant and self._queue.is_worth_splitting else 1
+        return self._lane.num_threads if self._is_reentrant and self._queue.is_worth_splitting(self._limit()) else 1
 
     def due_in_s(self) -> float | None:
         """See `engines.turns.Source`. Trials come when nobody waits."""
@@ -186,8 +187,7 @@ class TextEngine:
         return self._runner is not None and self._runner.is_reentrant
 
     def _limit(self) -> Limit:
-        limit, known = self._batch, self._runner.max_tokens if self._runner is not None else None
-        return limit if known is None else Limit(min(limit.max_tokens, known), limit.max_items)
+        return self._batch if self._runner is None else self._runner.bound(self._batch)
 
     def _turn(self, texts: list[Text]) -> None:
         """Run a batch and hand its outcome to the event loop."""

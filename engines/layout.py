@@ -54,7 +54,16 @@ class Layout:
         texts, tokens = len(lengths), self.num_tokens
         self.starts, self.ends = whole[:texts], whole[texts : 2 * texts]
         self.segments, self.positions = whole[2 * texts : -tokens], whole[-tokens:]
-        self.groups = _groups(lengths)
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """The texts of each length, which lie side by side."""
+        groups, start = [], 0
+        for length, run in groupby(self.lengths):
+            group = Group(start, sum(1 for _ in run), length)
+            groups.append(group)
+            start = group.end
+        return tuple(groups)
 
     @cached_property
     def offsets(self) -> Tensor:
@@ -68,13 +77,20 @@ def to_device(array: NDArray[np.int64], device: torch.device) -> Tensor:
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
-def _groups(lengths: list[int]) -> tuple[Group, ...]:
-    groups, start = [], 0
-    for length, run in groupby(lengths):
-        group = Group(start, sum(1 for _ in run), length)
-        groups.append(group)
-        start = group.end
-    return tuple(groups)
+def copy_to(tensor: Tensor, array: NDArray[np.int64]) -> None:
+    """Overwrite a tensor of the same shape, without waiting for the copy either."""
+    source = torch.from_numpy(array)
+    tensor.copy_(source if tensor.device.type == "cpu" else source.pin_memory(), non_blocking=True)
+
+
+def padded(texts: Sequence[NDArray[np.int64]], filler: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Ids `[n, L]` of texts as a padded batch, and 1 where a token is a text's."""
+    shape = len(texts), max(len(ids) for ids in texts)
+    ids, mask = np.full(shape, filler, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    for row, text in enumerate(texts):
+        ids[row, : len(text)] = text
+        mask[row, : len(text)] = 1
+    return ids, mask
 
 
 def similar_lengths(lengths: Sequence[int], padding_share: float = PADDING_SHARE) -> Iterator[tuple[int, int]]:

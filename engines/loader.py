@@ -26,6 +26,7 @@ from engines.engine import EngineLimits, Parts, TextEngine
 from engines.errors import OutOfMemory, UnsupportedModel
 from engines.folder import PLACEHOLDER_PROMPTS, read_folder
 from engines.pace import CANDIDATES, Paces, Trials
+from engines.recorder import CAPTURING
 from engines.records import ModelFiles, ModelInfo, fingerprint
 from engines.selfcheck import Canaries, choose_attention
 from engines.spec import Matryoshka, ModelSpec
@@ -96,13 +97,14 @@ class TorchLoader:
         settled = with_default_prompt(spec, folder.default_prompt, prompts)
         key = fingerprint([spec.model_id, files.revision, dtype, self._device.type, spec.pooling, spec.max_tokens])
 
-        def check() -> tuple[ModelInfo, int]:
+        def check() -> tuple[ModelInfo, int, int]:
             encoder.pause = self._lane.give_way
             vectors, notes = choose_attention(encoder, tokenizer, dtype, self._canaries.known(key))
             if self._device.type != "cpu":
                 encoder.pause = lambda: None  # kernels that wait on the device cannot be overtaken
             self._canaries.compare(key, vectors, dtype)
-            return structs.replace(info, attention=encoder.attention, notes=notes), workspace
+            found = structs.replace(info, attention=encoder.attention, notes=notes)
+            return found, size + encoder.extra_bytes(), workspace
 
         tokens, tuner = self._batch_tokens(spec, encoder, tokenizer, f"{files.revision} {dtype}")
         limits = self._limits(tokens, folder.truncate_dim)
@@ -112,7 +114,7 @@ class TorchLoader:
         workspace = num_turns * workspace_bytes(encoder, largest)
         parts = Parts(encoder, tokenizer, settled, info, tuner)
         # The cache is main memory, which is a CPU's budget and no GPU's.
-        size = weight_bytes(encoder) + encoder.copied_bytes() + (spec.cache_bytes if self._device.type == "cpu" else 0)
+        size = weight_bytes(encoder) + (spec.cache_bytes if self._device.type == "cpu" else 0)
         return TextEngine(parts, self._lane, self._threads, limits, check, self._release, size)
 
     def _batch_tokens(
@@ -151,7 +153,8 @@ class TorchLoader:
         """Give freed memory back: Python's cycles, torch's cache, and the C library's arenas."""
         gc.collect()
         if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+            with CAPTURING:
+                torch.cuda.empty_cache()
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)

@@ -6,11 +6,13 @@ of 6.2), on a packed row instead of a padded batch.
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import layer_norm, normalize
 
-from engines.layout import Layout
+from engines.layout import Layout, to_device
 from engines.spec import PoolingMode
 
 
@@ -38,14 +40,20 @@ class _Texts:
         self.starts = layout.starts
         self.sizes = layout.ends - layout.starts
         if prompt_tokens is not None and any(prompt_tokens):
-            self._leave_out(torch.tensor(prompt_tokens, device=hidden.device))
+            self._leave_out(np.array(prompt_tokens, dtype=np.int64))
 
-    def _leave_out(self, prompt_tokens: Tensor) -> None:
+    def _leave_out(self, prompt: NDArray[np.int64]) -> None:
         # A prompt that swallows the whole text leaves the first token, as sentence-transformers' argmax of an
         # empty mask does for `cls`; its mean is then zero over 1e-9.
+        prompt_tokens = to_device(prompt, self.hidden.device)
         fits = self.sizes > prompt_tokens
         self.starts = self.starts + torch.where(fits, prompt_tokens, 0)
-        kept = self.layout.positions >= prompt_tokens[self.layout.segments]
+        # Counted here: a mask on a GPU would have the host wait for how many it leaves.
+        ends = np.cumsum(self.layout.lengths)
+        begins = ends - self.layout.lengths + prompt
+        kept = to_device(
+            np.concatenate([np.arange(*span) for span in zip(begins, ends, strict=True)]), self.hidden.device
+        )
         self.tokens = self.hidden[kept]
         self.segments = self.layout.segments[kept]
         self.positions = self.layout.positions[kept]
@@ -53,7 +61,7 @@ class _Texts:
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum of `[tokens, k]` over each text, `[n, k]`."""
-        zeros = values.new_zeros(len(self.layout.lengths), values.shape[-1])
+        zeros = values.new_zeros(len(self.layout.starts), values.shape[-1])
         return zeros.index_add_(0, self.segments, values)
 
     def counts(self) -> Tensor:
@@ -83,7 +91,7 @@ def _weighted_mean(texts: _Texts) -> Tensor:
 
 def _max(texts: _Texts) -> Tensor:
     index = texts.segments[:, None].expand_as(texts.tokens)
-    lowest = texts.hidden.new_full((len(texts.layout.lengths), texts.hidden.shape[-1]), float("-inf"))
+    lowest = texts.hidden.new_full((len(texts.layout.starts), texts.hidden.shape[-1]), float("-inf"))
     return lowest.scatter_reduce_(0, index, texts.tokens, reduce="amax")
 
 

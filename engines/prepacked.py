@@ -17,6 +17,9 @@ from torch import Tensor
 LARGEST_COPY = 96 * 2**20
 """Bytes of layers of which a second copy is a good bargain: twelve layers 384 wide, not twelve that are 768 wide."""
 
+FEWEST_TOKENS = 12
+"""Of a pass that is worth a core of its own: few texts cost about what they would in a larger batch."""
+
 _OPSET, _FORMAT = 17, 8
 """Versions of ONNX that every version of the runtime in use knows."""
 

@@ -39,11 +39,10 @@ class Queue:
         with self._lock:
             return self._waiting()
 
-    @property
-    def is_worth_splitting(self) -> bool:
+    def is_worth_splitting(self, limit: Limit) -> bool:
         """Whether what waits is enough for a batch beside one that runs."""
         with self._lock:
-            return is_worth_splitting(self._jobs)
+            return is_worth_splitting(limit, self._jobs)
 
     def admit(self, job: Job, indexes: Sequence[int] | None = None) -> int:
         """Take a request in, all of it or nothing. A request larger than the queue is let into an empty one.

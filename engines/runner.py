@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engines.batch import Key, Text
+from engines.batch import Key, Limit, Text
 from engines.encoder import Encoder, PathLeft
 from engines.errors import EngineError, EngineFailed, NonFiniteEmbedding, OutOfMemory
 from engines.layout import similar_lengths
@@ -48,6 +48,11 @@ class Runner:
     def is_reentrant(self) -> bool:
         """Whether several threads may run batches at once."""
         return self._encoder.is_reentrant
+
+    def bound(self, limit: Limit) -> Limit:
+        """The same limit as far as this encoder and its device go."""
+        most = limit.max_tokens if self.max_tokens is None else min(limit.max_tokens, self.max_tokens)
+        return Limit(most, limit.max_items, self._encoder.part_tokens)
 
     def measure(self, texts: Sequence[Text]) -> Batch:
         """What a batch, sorted by length, takes on this encoder."""

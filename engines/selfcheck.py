@@ -10,6 +10,7 @@ its canary again is as sure as the one that left it, and spares the reference, w
 import json
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engines.encoder import Candidate
+from engines.encoder import Candidate, Size
 from engines.errors import EngineError, OutOfMemory, SelfCheckFailed
 from engines.prompts import Frame
 from engines.records import fingerprint
@@ -142,12 +143,12 @@ def _checked(encoder: Candidate, probes: Sequence[Ids], truth: _Truth) -> NDArra
     got, dtype = encoder.together(probes), truth.dtype
     expected = truth.vectors.to(got.device)
     alone = encoder.alone(probes[0])
-    far = distance(torch.cat([got, alone]), torch.cat([expected, expected[:1].expand(len(alone), -1)]))
-    if not far <= TOLERANCE[dtype]:
-        raise SelfCheckFailed(
-            f"the {encoder.path} path is {far:.1e} in cosine from {truth.source}, more than the "
-            f"{TOLERANCE[dtype]:.0e} that {dtype} explains"
-        )
+    same = expected[:1].expand(len(alone), -1)
+    _compare(f"the {encoder.path} path", torch.cat([got, alone]), torch.cat([expected, same]), truth)
+    for size in encoder.sizes:
+        rows = _filling(size, probes)
+        what = f"the {encoder.path} path, in a row of {size.tokens} tokens,"
+        _compare(what, encoder.sized([probes[row] for row in rows], size), expected[rows], truth)
     twice = [row for row, ids in enumerate(probes) if np.array_equal(ids, probes[0])]
     apart = distance(got[twice[0], None], got[twice[-1], None])
     if not apart <= _TWICE[dtype]:
@@ -155,6 +156,28 @@ def _checked(encoder: Candidate, probes: Sequence[Ids], truth: _Truth) -> NDArra
             f"on the {encoder.path} path one text gets two vectors, {apart:.1e} apart: neighbours or chance show"
         )
     return got.cpu().numpy()
+
+
+def _compare(what: str, got: Tensor, expected: Tensor, truth: _Truth) -> None:
+    far, dtype = distance(got, expected), truth.dtype
+    if not far <= TOLERANCE[dtype]:
+        raise SelfCheckFailed(
+            f"{what} is {far:.1e} in cosine from {truth.source}, more than the {TOLERANCE[dtype]:.0e} that {dtype} "
+            "explains"
+        )
+
+
+def _filling(size: Size, probes: Sequence[Ids]) -> list[int]:
+    """Which probes, over and over, make the fullest row of that size; sorted, as the probes are."""
+    rows: list[int] = []
+    left = size.tokens
+    for row in cycle(reversed(range(len(probes)))):
+        if len(rows) == size.texts or left < len(probes[0]):
+            return sorted(rows)
+        if len(probes[row]) <= left:
+            rows.append(row)
+            left -= len(probes[row])
+    raise AssertionError("a cycle has no end")
 
 
 def distance(a: Tensor, b: Tensor) -> float:

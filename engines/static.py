@@ -7,7 +7,8 @@ import torch
 from tokenizers import Tokenizer as FastTokenizer
 from torch import Tensor
 
-from engines.encoder import Attention, Path
+from engines.batch import PART_TOKENS
+from engines.encoder import Attention, Path, Size
 from engines.errors import BrokenFiles
 from engines.folder import Folder
 from engines.layout import Layout
@@ -30,9 +31,11 @@ class StaticEncoder:
     attention: Attention = "packed"
     path: Path = "packed"
     is_reentrant = True
+    part_tokens = PART_TOKENS
     num_layers = 1
     window: int | None = None
     notes: tuple[str, ...] = ()
+    sizes: tuple[Size, ...] = ()
 
     def __init__(self, table: Tensor, chain: Chain, device: torch.device) -> None:
         self._table = table
@@ -65,8 +68,12 @@ class StaticEncoder:
         """See `Candidate`."""
         return self([text])
 
-    def copied_bytes(self) -> int:
-        """See `Candidate`."""
+    def sized(self, texts: Sequence[Ids], size: Size) -> Tensor:
+        """See `Candidate`; there are no sizes."""
+        return self(texts)
+
+    def extra_bytes(self) -> int:
+        """See `Candidate`; there are none."""
         return 0
 
     def use(self, path: Path) -> None:

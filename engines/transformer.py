@@ -1,15 +1,13 @@
 """Token ids to vectors with one model on one device: the transformer, and the chain of modules behind it.
 
-Knows six ways to run the transformer: `packed` (one row, no padding), `fused` (the same, its layers in fewer steps),
-`prepacked` (the same, with a second copy of the weights for few tokens), `padded` (batches of similar lengths),
-`unpadded` (batches of one length), and the reference (one length, plain attention) against which
-`engines/selfcheck.py` holds the others.
+Knows seven ways to run the transformer: `packed` (one row, no padding), `fused` (the same, its layers in fewer steps),
+`graphed` (either of them, but short rows as recorded passes of a fixed size), `prepacked` (fused, with a second copy of
+the weights for few tokens), `padded` (batches of similar lengths), `unpadded` (batches of one length), and the
+reference (one length, plain attention) against which `engines/selfcheck.py` holds the others.
 """
 
 import inspect
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,22 +15,22 @@ import structlog
 import torch
 from torch import Tensor, nn
 
-from engines.adapters import Form, PackedState, Positions, adapt, why_not_packed
-from engines.attention import PACKED
+from engines.adapters import Form, PackedState, Positions, adapt, layers_of, switch_attention, why_not_packed
+from engines.attention import PACKED, has_varlen
+from engines.batch import PART_TOKENS
 from engines.breaks import end_part
-from engines.encoder import Attention, Path, PathLeft
+from engines.encoder import Attention, Path, PathLeft, Size, attention_of
 from engines.fused import copied_bytes, fuse
-from engines.layout import PADDING_SHARE, Layout, similar_lengths, to_device
+from engines.graphs import FixedLayout, Graphs, kept_bytes
+from engines.layout import PADDING_SHARE, Layout, padded, similar_lengths, to_device
+from engines.leaving import Passes
 from engines.modules import Chain
+from engines.prepacked import FEWEST_TOKENS
+from engines.recorder import Recorder
 from engines.rope import LengthAwareRope
 from engines.tokenize import Ids
 
 log = structlog.get_logger(__name__)
-
-_FUSED: tuple[Path, ...] = ("prepacked", "fused")
-
-_ATTENTION: dict[Path, Attention] = {"padded": "padded", "unpadded": "unpadded"}
-"""How texts share a pass on paths that have padding or could have it."""
 
 Run = Callable[[Sequence[Ids], Layout], Tensor]
 """One forward pass of texts, sorted by length: their hidden states `[T, H]`."""
@@ -45,9 +43,10 @@ class TransformerEncoder:
         model: in eval mode, on the device.
         chain: the modules behind it.
         device: where both live.
+        recorder: records passes there; None where that is not possible.
     """
 
-    def __init__(self, model: Any, chain: Chain, device: torch.device) -> None:
+    def __init__(self, model: Any, chain: Chain, device: torch.device, recorder: Recorder | None = None) -> None:
         self._model = model
         self._chain = chain
         self._device = device
@@ -56,20 +55,21 @@ class TransformerEncoder:
         self._positions = Positions(model)
         self._rope = LengthAwareRope(model)
         self._own_attention = "sdpa" if model._supports_sdpa else "eager"
-        self._is_mpnet = model.config.model_type == "mpnet"
         self._padding_share = PADDING_SHARE
         self._form: Form | None = None
         self.notes = why_not_packed(model)
         adapt(model, self._state)
         self._fused = [] if self.notes else fuse(model, self._state)
+        can_record = has_varlen(device, model.dtype) and not self._rope.remembers
+        self._recorder = recorder if can_record else None
+        self._graphs: Graphs | None = None
         self.window: int | None = getattr(model.config.get_text_config(), "sliding_window", None)
         self.dimensions = chain.dimensions
         self.path: Path = "padded"
+        self.part_tokens = PART_TOKENS
         self.pause: Callable[[], None] = lambda: None
-        self._lock = threading.Lock()
-        self._num_inside = 0
-        self._is_leaving = False
-        layers = self.layers()
+        self._passes = Passes(leave=lambda: self.use("unpadded"))
+        layers = layers_of(model)
         self.num_layers = len(layers)
         for layer in layers:
             layer.register_forward_pre_hook(lambda *_: self.pause())
@@ -77,18 +77,22 @@ class TransformerEncoder:
     @property
     def attention(self) -> Attention:
         """See `Encoder`."""
-        return _ATTENTION.get(self.path, "packed")
+        return attention_of(self.path)
 
     @property
     def is_reentrant(self) -> bool:
         """See `Encoder`. Not where the model itself keeps something from one pass to the next."""
-        return not self._is_leaving and not self._rope.remembers
+        return not self._passes.is_leaving and not self._rope.remembers
 
     @torch.inference_mode()
     def __call__(self, texts: Sequence[Ids], prompt_tokens: Sequence[int] | None = None) -> Tensor:
         """See `Encoder`."""
+        graphs = self._graphs if prompt_tokens is None else None
+        size = graphs.fitting(texts) if graphs is not None else None
+        if graphs is not None and size is not None:
+            return graphs(texts, size)
         layout = self._layout(texts)
-        with self._inside():
+        with self._passes.inside():
             hidden = self._hidden_or_left(texts, layout)
         return self._chain(hidden, layout, prompt_tokens)
 
@@ -104,20 +108,32 @@ class TransformerEncoder:
         return torch.cat([self._as_asked([text], form) for form in forms])
 
     @torch.inference_mode()
+    def sized(self, texts: Sequence[Ids], size: Size) -> Tensor:
+        """See `Candidate`."""
+        assert self._graphs is not None, "it has a size"
+        return self._graphs(texts, size)
+
+    @torch.inference_mode()
     def reference(self, texts: Sequence[Ids], prompt_tokens: Sequence[int] | None = None) -> Tensor:
         """See `Encoder`. It changes how the model runs, so that nothing else may run meanwhile."""
         used = self.path
-        self._switch("eager")
+        switch_attention(self._model, "eager")
         try:
             hidden = self._in_runs(self._unpadded, texts, self._layout(texts))
         finally:
             self.use(used)
         return self._chain(hidden, self._layout(texts), prompt_tokens)
 
+    @torch.inference_mode()
     def use(self, path: Path) -> None:
-        """See `Candidate`."""
+        """See `Candidate`. Passes are recorded once, and forgotten with their path."""
         self.path = path
-        self._switch(self._own_attention if path in _ATTENTION else PACKED)
+        self.part_tokens = FEWEST_TOKENS if path == "prepacked" else PART_TOKENS
+        switch_attention(self._model, PACKED if self.attention == "packed" else self._own_attention)
+        if path != "graphed":
+            self._graphs = None
+        elif self._graphs is None:
+            self._graphs = self._recorded()
         for layer in self._fused:
             layer.prepack() if path == "prepacked" else layer.unpack()
             end_part()
@@ -126,22 +142,25 @@ class TransformerEncoder:
         """See `Candidate`. Whether a path is right, `engines/selfcheck.py` finds out."""
         if self.notes:
             return ("padded", "unpadded")
-        plain: tuple[Path, ...] = ("packed", "padded", "unpadded")
-        fused = _FUSED if self.copied_bytes() else _FUSED[1:]
-        return (*fused, *plain) if self._fused else plain
+        copied = copied_bytes(self._fused)
+        fast: dict[Path, object] = {"graphed": self._recorder, "prepacked": copied, "fused": self._fused}
+        return (*(path for path, can in fast.items() if can), "packed", "padded", "unpadded")
 
-    def layers(self) -> list[nn.Module]:
-        """What repeats, one after the other: between two of them a pass can pause."""
-        return [layer for stack in self._model.modules() if isinstance(stack, nn.ModuleList) for layer in stack]
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """See `Candidate`."""
+        return self._graphs.sizes if self._graphs is not None else ()
+
+    def extra_bytes(self) -> int:
+        """See `Candidate`."""
+        if self._graphs is not None:
+            return kept_bytes(self._graphs.kept_tokens, self.token_bytes())
+        return copied_bytes(self._fused) if self.path == "prepacked" else 0
 
     def tensors(self) -> list[Tensor]:
         """See `Encoder`."""
         model: nn.Module = self._model
         return [*model.parameters(), *model.buffers(), *self._chain.weights]
-
-    def copied_bytes(self) -> int:
-        """See `Candidate`."""
-        return copied_bytes(self._fused)
 
     def token_bytes(self) -> int:
         """See `Encoder`: eight copies of the residual stream (its own, norm, query, key, value, context, output, sum)
@@ -151,7 +170,19 @@ class TransformerEncoder:
         inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
         return int((8 * config.hidden_size + 3 * inner) * self._model.dtype.itemsize)
 
-    def _as_asked(self, texts: Sequence[Ids], form: Form) -> Tensor:
+    def _recorded(self) -> Graphs:
+        assert self._recorder is not None, "paths() offers what can be done"
+        before, self.pause = self.pause, lambda: None  # what ran in a pause would be recorded too
+        try:
+            return Graphs(self._fixed, self._as_asked, self._positions.filler, self._device, self._recorder)
+        finally:
+            self.pause = before
+
+    def _fixed(self, layout: FixedLayout) -> Tensor:
+        """Vectors of a row of a fixed size, and of its places without a text."""
+        return self._chain(self._row(layout.ids, layout), layout)
+
+    def _as_asked(self, texts: Sequence[Ids], form: Form | None = None) -> Tensor:
         """Vectors by the path in use, which is not left when it fails."""
         layout = self._layout(texts)
         self._padding_share, self._form = 1.0, form
@@ -160,35 +191,13 @@ class TransformerEncoder:
         finally:
             self._padding_share, self._form = PADDING_SHARE, None
 
-    def _switch(self, implementation: str) -> None:
-        if self._model._can_set_attn_implementation():
-            self._model.set_attn_implementation(implementation)
-        elif self._is_mpnet:  # only decides whether a mask is made
-            self._model.config._attn_implementation = implementation
-
     def _layout(self, texts: Sequence[Ids]) -> Layout:
         return Layout([len(ids) for ids in texts], self._device)
 
-    @contextmanager
-    def _inside(self) -> Iterator[None]:
-        """A pass runs. Whoever is alone after a path has failed leaves it; the others are to come again."""
-        with self._lock:
-            if self._is_leaving and self._num_inside:
-                raise PathLeft
-            if self._is_leaving:
-                self.use("unpadded")
-                self._is_leaving = False
-            self._num_inside += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._num_inside -= 1
-
     def _hidden(self, texts: Sequence[Ids], layout: Layout) -> Tensor:
         """Hidden states `[T, H]` by the path in use."""
-        others: dict[Path, Run] = {"padded": self._padded, "unpadded": self._unpadded}
-        return self._in_runs(others.get(self.path, self._packed), texts, layout)
+        ways: dict[Attention, Run] = {"packed": self._packed, "padded": self._padded, "unpadded": self._unpadded}
+        return self._in_runs(ways[self.attention], texts, layout)
 
     def _hidden_or_left(self, texts: Sequence[Ids], layout: Layout) -> Tensor:
         """The same; a path that fails where its check did not is left for good, for the plainest one."""
@@ -200,7 +209,7 @@ class TransformerEncoder:
             if self.path == "unpadded":
                 raise
             log.warning("model.path_left", path=self.path, tokens=layout.num_tokens, exc_info=True)
-            self._is_leaving = True
+            self._passes.give_up()
             raise PathLeft from error
 
     def _in_runs(self, run: Run, texts: Sequence[Ids], layout: Layout) -> Tensor:
@@ -213,11 +222,14 @@ class TransformerEncoder:
 
     def _packed(self, texts: Sequence[Ids], layout: Layout) -> Tensor:
         """One row through the transformer."""
-        row = to_device(np.concatenate(texts), self._device)
+        return self._row(to_device(np.concatenate(texts), self._device), layout)
+
+    def _row(self, row: Tensor, layout: Layout) -> Tensor:
+        """Hidden states of a packed row of ids `[T]`."""
         options: dict[str, Any] = {"packed_layout": layout}
         if self._takes_positions:
             options["position_ids"] = self._positions(row, layout)[None]
-        with self._state.running(layout, is_fused=self.path in _FUSED, form=self._form):
+        with self._state.running(layout, is_fused=bool(self._fused) and self.path != "packed", form=self._form):
             return self._forward(row[None], attention_mask=None, **options)[0]
 
     def _padded(self, texts: Sequence[Ids], layout: Layout) -> Tensor:
@@ -230,14 +242,8 @@ class TransformerEncoder:
         return torch.cat([self._batch(texts[start:end]) for start, end in similar_lengths(layout.lengths, 0.0)])
 
     def _batch(self, texts: Sequence[Ids]) -> Tensor:
-        longest = max(len(ids) for ids in texts)
-        ids = np.full((len(texts), longest), self._model.config.pad_token_id or 0, dtype=np.int64)
-        mask = np.zeros((len(texts), longest), dtype=np.int64)
-        for row, text in enumerate(texts):
-            ids[row, : len(text)] = text
-            mask[row, : len(text)] = 1
-        held = to_device(mask, self._device)
-        return self._forward(to_device(ids, self._device), attention_mask=held)[held.bool()]
+        ids, mask = (to_device(rows, self._device) for rows in padded(texts, self._model.config.pad_token_id or 0))
+        return self._forward(ids, attention_mask=mask)[mask.bool()]
 
     def _forward(self, input_ids: Tensor, **options: Any) -> Tensor:
         hidden: Tensor = self._model(input_ids=input_ids, **options).last_hidden_state

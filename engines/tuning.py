@@ -86,8 +86,12 @@ class Tuner:
 
 
 def finisher(device: torch.device) -> Callable[[], None]:
-    """What waits for a device: a CPU has done its work when a call returns."""
-    return (lambda: None) if device.type == "cpu" else (lambda: torch.cuda.synchronize(device))
+    """What waits for a device: a CPU has done its work when a call returns.
+
+    For what this thread's stream was given, that is: to wait for the whole device is an error while another thread
+    records a graph there.
+    """
+    return (lambda: None) if device.type == "cpu" else (lambda: torch.cuda.current_stream(device).synchronize())
 
 
 def device_name(device: torch.device) -> str:

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from engines import attention
-from engines.attention import band, no_mask, packed_attention
+from engines.attention import band, has_varlen, packed_attention
 from engines.layout import Layout
+from tests.engines.stand_ins import varlen
 
 CPU = torch.device("cpu")
 HEADS, WIDTH = 4, 8
@@ -166,10 +167,6 @@ def test_what_changes_the_scores_in_other_ways_is_not_left_out_in_silence(
         packed_attention(Layer(True), states(4), states(4), states(4), mask, packed_layout=Layout([4], CPU), **options)
 
 
-def test_the_mask_of_a_packed_row_is_none() -> None:
-    assert no_mask(1, device="cpu") is None  # type: ignore[func-returns-value]  # that is what is tested
-
-
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("window", [1, 2, 7])
 def test_a_band_says_who_meets_whom_and_does_not_grow_with_texts(causal: bool, window: int) -> None:
@@ -191,8 +188,22 @@ def test_flash_attention_counts_its_window_inclusively(
 
 
 @pytest.mark.parametrize(("dtype", "has"), [(torch.bfloat16, True), (torch.float16, True), (torch.float32, False)])
-def test_only_half_precision_has_the_kernel_for_cuda(dtype: torch.dtype, has: bool) -> None:
-    assert attention._has_varlen(dtype) == (has and hasattr(torch.nn.attention, "varlen"))
+def test_only_half_precision_on_cuda_has_the_kernel(dtype: torch.dtype, has: bool) -> None:
+    assert has_varlen(torch.device("cuda:1"), dtype) == (has and hasattr(torch.nn.attention, "varlen"))
+    assert not has_varlen(CPU, dtype)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("window", [None, 1, 2, 5, 12, 100])
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_kernels_arguments_mean_the_same_as_attention_by_length(
+    monkeypatch: pytest.MonkeyPatch, causal: bool, window: int | None, kv_heads: int
+) -> None:
+    monkeypatch.setattr(attention, "varlen_attn", varlen)
+    monkeypatch.setattr(attention, "_VARLEN", {("cpu", torch.float32)})
+    got, wanted = packed(MIXED, kv_heads=kv_heads, is_causal=causal, sliding_window=window, scaling=0.4)
+
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-6)
 
 
 def test_on_cuda_the_whole_row_goes_to_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,6 +111,7 @@ def test_work_that_is_not_enough_for_two_threads_stays_together(loop: asyncio.Ab
     assert split(Limit(512, 64), [job(loop, *[12] * 8)], 2) == Limit(512, 64)
     assert split(Limit(512, 64), [job(loop, *[16] * 8)], 2) == Limit(64, 64)
     assert split(Limit(512, 64), [job(loop, *[16] * 12)], 4) == Limit(64, 64)
+    assert split(Limit(512, 64, part_tokens=12), [job(loop, 12, 12)], 2) == Limit(12, 64)
 
 
 def test_a_job_is_small_up_to_a_quarter_of_a_batch(loop: asyncio.AbstractEventLoop) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -60,6 +61,22 @@ async def test_what_a_call_raises_is_raised_where_it_is_awaited(lane: Lane) -> N
         await lane.call(fail)
 
     assert await lane.call(lambda: 1) == 1
+
+
+async def test_a_thread_that_waits_holds_nothing_of_its_last_turn(lane: Lane) -> None:
+    """A model whose check was the last turn must be free to leave."""
+
+    class Model:
+        def check(self) -> None:
+            pass
+
+    model, is_gone = Model(), threading.Event()
+    weakref.finalize(model, is_gone.set)
+
+    await lane.call(model.check)
+    del model
+
+    assert await asyncio.to_thread(is_gone.wait, 5)
 
 
 async def test_a_turn_that_raises_does_not_end_the_lane(lane: Lane) -> None:

@@ -10,6 +10,7 @@ from engines.adapters import storage_bytes
 from engines.encoder import weight_bytes, workspace_bytes
 from engines.layout import similar_lengths
 from engines.prompts import Frame
+from engines.recorder import Unwatched
 from engines.selfcheck import distance
 from engines.tokenize import Ids
 from engines.transformer import TransformerEncoder
@@ -44,6 +45,23 @@ def test_all_ways_to_run_give_the_same(kit: Kit, name: str) -> None:
         encoder.use(path)
         assert distance(encoder(ids), expected) < 1e-10
     encoder.use(used)
+
+
+@pytest.mark.parametrize("name", [name for name in TRANSFORMERS if RECIPES[name].attention == "packed"])
+def test_a_packed_pass_never_has_the_host_wait_for_the_device(kit: Kit, name: str) -> None:
+    encoder, ids = _encoder(kit, name), _ids(kit, name)
+
+    with Unwatched():
+        encoder(ids)
+        encoder(ids, [2] * len(ids))
+
+
+def test_a_padded_pass_does(kit: Kit) -> None:
+    """transformers looks whether a mask hides anything, and padding is dropped by a mask."""
+    encoder, ids = _encoder(kit, "deberta-v2-mean"), _ids(kit, "deberta-v2-mean")
+
+    with Unwatched(), pytest.raises(NotImplementedError, match="looks at what a tensor holds"):
+        encoder.together(ids)
 
 
 @given(lengths=st.lists(st.integers(1, 500), min_size=1, max_size=60).map(sorted))

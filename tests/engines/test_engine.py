@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engines.batch import Job, Limit, Output, Text, Want, tell
+from engines.batch import PART_TOKENS, Job, Limit, Output, Text, Want, tell
 from engines.device import Lane
 from engines.encoder import Attention, PathLeft
 from engines.engine import EngineLimits, Parts, TextEngine
@@ -51,6 +51,7 @@ class ScriptedEncoder:
     attention: Attention = "packed"
     dimensions = WIDTH
     is_reentrant = True
+    part_tokens = PART_TOKENS
 
     def __init__(self) -> None:
         self.pause: Callable[[], None] = lambda: None
@@ -87,7 +88,7 @@ class Bench:
             self.lane,
             self.threads,
             limits,
-            lambda: (INFO, 7),
+            lambda: (INFO, 100, 7),
             self.release,
             100,
         )

@@ -68,13 +68,14 @@ def test_a_request_larger_than_the_queue_is_let_into_an_empty_one(loop: asyncio.
 def test_texts_that_wait_together_are_worth_a_thread_of_their_own_or_not(
     loop: asyncio.AbstractEventLoop, queue: Queue
 ) -> None:
-    assert not queue.is_worth_splitting
+    assert not queue.is_worth_splitting(LIMIT)
 
     queue.admit(job(loop, "a" * 30, "b" * 30))
-    assert not queue.is_worth_splitting
+    assert not queue.is_worth_splitting(LIMIT)
+    assert queue.is_worth_splitting(Limit(100, 64, part_tokens=60))
 
     queue.admit(job(loop, "cccc"))
-    assert queue.is_worth_splitting
+    assert queue.is_worth_splitting(LIMIT)
 
 
 def test_a_dropped_job_costs_no_batch(loop: asyncio.AbstractEventLoop, queue: Queue) -> None:

@@ -15,13 +15,14 @@ from transformers import AttentionInterface, ViTConfig, ViTModel
 
 from engines import adapters, fused
 from engines.attention import PACKED, packed_attention
-from engines.encoder import Attention
+from engines.batch import PART_TOKENS
+from engines.encoder import Attention, Size, attention_of
 from engines.encoder import Path as Way
 from engines.engine import TextEngine
 from engines.errors import OutOfMemory, SelfCheckFailed, UnsupportedModel
 from engines.fused import FusedLayer
 from engines.loader import LoaderSettings
-from engines.selfcheck import Canaries, choose_attention, distance, probe_ids
+from engines.selfcheck import Canaries, _filling, choose_attention, distance, probe_ids
 from engines.tokenize import Ids, Tokenizer
 from engines.transformer import TransformerEncoder
 from tests.corpus import SENTENCES
@@ -328,10 +329,12 @@ class Scripted:
         self.path: Way = "padded"
         self.pause: Callable[[], None] = lambda: None
         self.is_reentrant = True
+        self.part_tokens = PART_TOKENS
         self.num_layers = 1
         self.window: int | None = None
         self.notes: tuple[str, ...] = ()
         self.num_references = 0
+        self.sizes: tuple[Size, ...] = ()
         self._expected = expected
         self._paths = paths
 
@@ -349,7 +352,7 @@ class Scripted:
 
     @property
     def attention(self) -> Attention:
-        return self.path if self.path in ("padded", "unpadded") else "packed"
+        return attention_of(self.path)
 
     def paths(self) -> tuple[Way, ...]:
         return tuple(self._paths)  # type: ignore[arg-type]  # named as the paths are
@@ -360,7 +363,10 @@ class Scripted:
     def alone(self, text: Ids) -> Tensor:
         return self([text])
 
-    def copied_bytes(self) -> int:
+    def sized(self, texts: Sequence[Ids], size: Size) -> Tensor:
+        return self(texts)
+
+    def extra_bytes(self) -> int:
         return 0
 
     def use(self, path: Way) -> None:
@@ -474,6 +480,68 @@ def test_the_longest_probe_reaches_beyond_a_window_that_is_not_too_large(
     tokenizer = _tokenizer(kit)
 
     assert len(probe_ids(tokenizer, window)[-1]) == (length or len(probe_ids(tokenizer)[-1]))
+
+
+@pytest.mark.parametrize(
+    ("size", "rows"),
+    [
+        (Size(4, 9), [1, 2]),
+        (Size(7, 9), [2, 3]),
+        (Size(9, 9), [1, 2, 3]),
+        (Size(11, 9), [0, 1, 2, 3]),
+        (Size(22, 9), [0, 0, 1, 1, 2, 2, 3, 3]),
+        (Size(24, 9), [0, 0, 1, 1, 2, 2, 2, 3, 3]),
+        (Size(1000, 9), [0, 0, 1, 1, 2, 2, 3, 3, 3]),
+    ],
+)
+def test_a_row_of_a_fixed_size_is_checked_with_as_many_probes_as_it_takes(size: Size, rows: list[int]) -> None:
+    probes = [np.arange(length) for length in (2, 2, 2, 5)]
+
+    assert _filling(size, probes) == rows
+
+
+def test_each_size_must_be_right(kit: Kit) -> None:
+    encoder = Sized(GOOD, graphed=GOOD, packed=GOOD)
+    encoder.sizes = (Size(64, 32), Size(128, 64))
+    vectors, notes = choose_attention(encoder, _tokenizer(kit), "float32")
+    assert (encoder.path, notes) == ("graphed", ())
+    assert np.abs(vectors - GOOD.numpy()).max() == 0
+    encoder.wrong = encoder.sizes[1]
+
+    _, (note,) = choose_attention(encoder, _tokenizer(kit), "float32")
+
+    assert encoder.path == "packed"
+    assert note.startswith("packed: the graphed path, in a row of 128 tokens, is")
+
+
+def test_a_path_that_cannot_be_taken_up_is_left(kit: Kit) -> None:
+    encoder = Sized(GOOD, graphed=GOOD, packed=GOOD)
+    encoder.refused = "graphed"
+
+    assert choose_attention(encoder, _tokenizer(kit), "float32")[1] == ("packed: ValueError in the forward pass",)
+
+
+class Sized(Scripted):
+    """An encoder that has rows of fixed sizes on its graphed path, of which one may be wrong."""
+
+    wrong: Size | None = None
+    refused: Way | None = None
+
+    def use(self, path: Way) -> None:
+        super().use(path)
+        if path == self.refused:
+            raise ValueError
+        if path != "graphed":
+            self.sizes = ()
+
+    def sized(self, texts: Sequence[Ids], size: Size) -> Tensor:
+        """Whoever is short is the first, whoever is long the last."""
+        longest = max(len(ids) for ids in texts)
+        lines = [GOOD[3] if len(ids) == longest else self._line_of(ids, texts) for ids in texts]
+        return torch.stack(lines) * (1.01 if size == self.wrong else 1.0)
+
+    def _line_of(self, ids: Ids, texts: Sequence[Ids]) -> Tensor:
+        return GOOD[0] if np.array_equal(ids, texts[0]) else GOOD[2]
 
 
 def test_probes_stay_inside_a_short_model(kit: Kit) -> None:
