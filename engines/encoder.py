@@ -33,12 +33,14 @@ class Encoder(Protocol):
 
     Attributes:
         part_tokens: of the smallest pass that is worth a thread of its own.
+        narrow_tokens: tokens, times threads, up to which one thread alone is faster than all together.
         pause: called before each layer; it may run other texts through this very encoder, if it is `is_reentrant`.
     """
 
     dimensions: int
     pause: Callable[[], None]
     part_tokens: int
+    narrow_tokens: int
 
     @property
     def attention(self) -> Attention:

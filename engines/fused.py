@@ -29,10 +29,6 @@ among them, and not what is multiplied with them."""
 _ROWS_AT_ONCE = 16
 """Rows that the kernels of such products take at once: 12 cost more than 16."""
 
-_PREPACKED_ROWS = 64
-"""Tokens, times threads, up to which one thread with prepacked weights is faster than all threads without: measured on
-two, where it is 1.5 times as fast at 12 tokens, and as fast at 32."""
-
 
 @dataclass(frozen=True)
 class _Names:
@@ -179,10 +175,9 @@ class FusedLayer:
 
     def best_form(self, x: Tensor) -> Form:
         """How a row of so many tokens is fastest on the threads that this one may use."""
-        num_rows, num_threads = len(x), torch.get_num_threads()
-        if self._prepacked is not None and (num_threads == 1 or num_rows * num_threads <= _PREPACKED_ROWS):
-            return "prepacked"
-        return "few" if num_threads > 1 and num_rows <= _FEW_ROWS and x.device.type == "cpu" else "many"
+        if torch.get_num_threads() == 1:
+            return "prepacked" if self._prepacked is not None else "many"
+        return "few" if len(x) <= _FEW_ROWS and x.device.type == "cpu" else "many"
 
     def in_form(self, form: Form) -> Callable[[Tensor, Layout, Tensor | None], Tensor]:
         """What runs it so."""

@@ -32,6 +32,7 @@ class StaticEncoder:
     path: Path = "packed"
     is_reentrant = True
     part_tokens = PART_TOKENS
+    narrow_tokens = 0
     num_layers = 1
     window: int | None = None
     notes: tuple[str, ...] = ()

@@ -25,7 +25,7 @@ from engines.graphs import FixedLayout, Graphs, kept_bytes
 from engines.layout import PADDING_SHARE, Layout, padded, similar_lengths, to_device
 from engines.leaving import Passes
 from engines.modules import Chain
-from engines.prepacked import FEWEST_TOKENS
+from engines.prepacked import PREPACKED
 from engines.recorder import Recorder
 from engines.rope import LengthAwareRope
 from engines.tokenize import Ids
@@ -66,7 +66,7 @@ class TransformerEncoder:
         self.window: int | None = getattr(model.config.get_text_config(), "sliding_window", None)
         self.dimensions = chain.dimensions
         self.path: Path = "padded"
-        self.part_tokens = PART_TOKENS
+        self.part_tokens, self.narrow_tokens = PART_TOKENS, 0
         self.pause: Callable[[], None] = lambda: None
         self._passes = Passes(leave=lambda: self.use("unpadded"))
         layers = layers_of(model)
@@ -128,7 +128,7 @@ class TransformerEncoder:
     def use(self, path: Path) -> None:
         """See `Candidate`. Passes are recorded once, and forgotten with their path."""
         self.path = path
-        self.part_tokens = FEWEST_TOKENS if path == "prepacked" else PART_TOKENS
+        self.part_tokens, self.narrow_tokens = PREPACKED if path == "prepacked" else (PART_TOKENS, 0)
         switch_attention(self._model, PACKED if self.attention == "packed" else self._own_attention)
         if path != "graphed":
             self._graphs = None

@@ -150,8 +150,7 @@ def test_a_row_that_gives_way_to_another_has_its_own_state_back() -> None:
         (False, 2, 96, "few"),
         (False, 2, 97, "many"),
         (True, 1, 512, "prepacked"),
-        (True, 2, 32, "prepacked"),
-        (True, 2, 33, "few"),
+        (True, 2, 96, "few"),
         (True, 2, 97, "many"),
     ],
 )
