@@ -75,8 +75,10 @@ class Candidate(Encoder, Protocol):
         num_layers: between so many parts of about equal length a pass pauses.
         window: tokens that sliding attention reaches, None without it.
         notes: why a faster path is not worth trying.
+        largest_copy: bytes of weights that a path may hold twice.
     """
 
+    largest_copy: int
     path: Path
     num_layers: int
     window: int | None

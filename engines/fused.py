@@ -20,7 +20,7 @@ from engines.adapters import Form, PackedState
 from engines.attention import packed_attention
 from engines.breaks import end_part
 from engines.layout import Layout
-from engines.prepacked import LARGEST_COPY, Block, Projection
+from engines.prepacked import Block, Projection
 
 _FEW_ROWS = 96
 """Up to so many tokens several threads share a product better with the weights as its left factor: they divide those
@@ -120,10 +120,10 @@ def _teach(layer: nn.Module, names: _Names, state: PackedState) -> "FusedLayer":
     return fused
 
 
-def copied_bytes(layers: "list[FusedLayer]") -> int:
-    """Bytes that the layers take in addition once they are prepacked; 0 where they should not or cannot be."""
+def copied_bytes(layers: "list[FusedLayer]", largest: int) -> int:
+    """Bytes that the layers take in addition once they are prepacked; 0 where they cannot be or it is too much."""
     size = sum(layer.copied_bytes for layer in layers)
-    return size if size <= LARGEST_COPY and all(layer.can_be_prepacked for layer in layers) else 0
+    return size if size <= largest and all(layer.can_be_prepacked for layer in layers) else 0
 
 
 class FusedLayer:

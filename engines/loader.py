@@ -26,6 +26,7 @@ from engines.engine import EngineLimits, Parts, TextEngine
 from engines.errors import OutOfMemory, UnsupportedModel
 from engines.folder import PLACEHOLDER_PROMPTS, read_folder
 from engines.pace import CANDIDATES, Paces, Trials
+from engines.prepacked import LARGEST_COPY
 from engines.recorder import CAPTURING
 from engines.records import ModelFiles, ModelInfo, fingerprint
 from engines.selfcheck import Canaries, choose_attention
@@ -40,6 +41,7 @@ _BATCH_TOKENS = {"cpu": 512, "cuda": 16384}
 class LoaderSettings(Struct, frozen=True, kw_only=True):
     """What the server's settings say to engines; `None` means the device's default.
 
+    `largest_copy`: bytes of weights that a model may hold twice where that is faster.
     `paces`: how large batches should be, where that is not set; None tries nothing out.
     """
 
@@ -49,6 +51,7 @@ class LoaderSettings(Struct, frozen=True, kw_only=True):
     batch_timeout_s: float = 0.0
     target_dim: int | None = None
     canary_folder: Path | None = None
+    largest_copy: int = LARGEST_COPY
     paces: Paces | None = None
 
 
@@ -85,6 +88,7 @@ class TorchLoader:
     def _load(self, spec: ModelSpec, files: ModelFiles) -> TextEngine:
         folder = read_folder(Path(files.path))
         encoder, tokenizer, dtype = build(folder, spec, self._device)
+        encoder.largest_copy = self._settings.largest_copy
         prompts = {**folder.prompts, **spec.prompts}
         info = ModelInfo(
             dimensions=encoder.dimensions,

@@ -18,8 +18,10 @@ from engines.host import Host, HostConfig, real_world
 from engines.hub import ModelStore
 from engines.loader import LoaderSettings, TorchLoader
 from engines.measurements import Measurements
+from engines.memory import device_memory
 from engines.noted import Notebook, NotedLane, NotedLoader
 from engines.pace import Paces
+from engines.prepacked import COPY_SHARE, LARGEST_COPY
 from engines.protocols import Loader
 from engines.slots import Rules
 from engines.spec import ModelSpec
@@ -101,7 +103,9 @@ class Machine:
 
     def _lane_and_loader(self, device: str, config: MachineConfig) -> tuple[Lane, Loader]:
         lane = open_lane(device, config.cores, Lane if config.note is None else NotedLane)
-        loader = TorchLoader(device, lane, self._threads, self._loader_settings)
+        room = config.budget.of(device_memory(device).read().total_bytes) // COPY_SHARE
+        settings = structs.replace(self._loader_settings, largest_copy=min(LARGEST_COPY, room))
+        loader = TorchLoader(device, lane, self._threads, settings)
         if config.note is None or not isinstance(lane, NotedLane):
             return lane, loader
         lane.notebook = Notebook(config.note)

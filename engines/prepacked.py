@@ -17,6 +17,9 @@ from torch import Tensor
 LARGEST_COPY = 96 * 2**20
 """Bytes of layers of which a second copy is a good bargain: twelve layers 384 wide, not twelve that are 768 wide."""
 
+COPY_SHARE = 16
+"""The part of a device's budget that a copy may take: where memory is short, it is for models."""
+
 PREPACKED = 12, 64
 """`part_tokens` and `narrow_tokens` of an encoder: few texts cost about what they would in a larger batch; and one
 thread with prepacked weights is faster than two without up to about 32 tokens, at 12 it takes two thirds of the time.

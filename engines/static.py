@@ -33,6 +33,7 @@ class StaticEncoder:
     is_reentrant = True
     part_tokens = PART_TOKENS
     narrow_tokens = 0
+    largest_copy = 0
     num_layers = 1
     window: int | None = None
     notes: tuple[str, ...] = ()

@@ -25,7 +25,7 @@ from engines.graphs import FixedLayout, Graphs, kept_bytes
 from engines.layout import PADDING_SHARE, Layout, padded, similar_lengths, to_device
 from engines.leaving import Passes
 from engines.modules import Chain
-from engines.prepacked import PREPACKED
+from engines.prepacked import LARGEST_COPY, PREPACKED
 from engines.recorder import Recorder
 from engines.rope import LengthAwareRope
 from engines.tokenize import Ids
@@ -48,8 +48,7 @@ class TransformerEncoder:
 
     def __init__(self, model: Any, chain: Chain, device: torch.device, recorder: Recorder | None = None) -> None:
         self._model = model
-        self._chain = chain
-        self._device = device
+        self._chain, self._device = chain, device
         self._state = PackedState()
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self._positions = Positions(model)
@@ -67,6 +66,7 @@ class TransformerEncoder:
         self.dimensions = chain.dimensions
         self.path: Path = "padded"
         self.part_tokens, self.narrow_tokens = PART_TOKENS, 0
+        self.largest_copy = LARGEST_COPY
         self.pause: Callable[[], None] = lambda: None
         self._passes = Passes(leave=lambda: self.use("unpadded"))
         layers = layers_of(model)
@@ -142,7 +142,7 @@ class TransformerEncoder:
         """See `Candidate`. Whether a path is right, `engines/selfcheck.py` finds out."""
         if self.notes:
             return ("padded", "unpadded")
-        copied = copied_bytes(self._fused)
+        copied = copied_bytes(self._fused, self.largest_copy)
         fast: dict[Path, object] = {"graphed": self._recorder, "prepacked": copied, "fused": self._fused}
         return (*(path for path, can in fast.items() if can), "packed", "padded", "unpadded")
 
@@ -155,7 +155,7 @@ class TransformerEncoder:
         """See `Candidate`."""
         if self._graphs is not None:
             return kept_bytes(self._graphs.kept_tokens, self.token_bytes())
-        return copied_bytes(self._fused) if self.path == "prepacked" else 0
+        return copied_bytes(self._fused, self.largest_copy) if self.path == "prepacked" else 0
 
     def tensors(self) -> list[Tensor]:
         """See `Encoder`."""

@@ -18,11 +18,11 @@ from transformers import (
     NomicBertModel,
 )
 
-from engines import fused
 from engines.adapters import PackedState, storage_bytes
 from engines.attention import PACKED
 from engines.fused import copied_bytes, fuse
 from engines.layout import Layout
+from engines.prepacked import LARGEST_COPY
 
 SHAPE: dict[str, Any] = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
 BERT: dict[str, Any] = {"vocab_size": 100, **SHAPE}
@@ -169,21 +169,22 @@ def test_the_form_is_the_fastest_for_so_many_tokens_and_threads(
 
 
 def test_a_prepacked_layer_says_how_many_bytes_it_takes_in_addition() -> None:
-    assert copied_bytes(fuse(bert(), PackedState())) == 2 * 4 * (4 * 48 * 48 + 2 * 48 * 96)
+    assert copied_bytes(fuse(bert(), PackedState()), LARGEST_COPY) == 2 * 4 * (4 * 48 * 48 + 2 * 48 * 96)
 
 
 @pytest.mark.parametrize(
     "model", [bert(hidden_act="gelu_new"), bert().to(torch.bfloat16)], ids=["another activation", "another dtype"]
 )
 def test_layers_that_cannot_be_prepacked_take_no_more(model: Any) -> None:
-    assert copied_bytes(fuse(model, PackedState())) == 0
+    assert copied_bytes(fuse(model, PackedState()), LARGEST_COPY) == 0
 
 
-def test_layers_too_large_for_a_second_copy_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_too_large_for_a_second_copy_have_none() -> None:
     layers = fuse(bert(), PackedState())
-    monkeypatch.setattr(fused, "LARGEST_COPY", copied_bytes(layers) - 1)
+    size = copied_bytes(layers, LARGEST_COPY)
 
-    assert copied_bytes(layers) == 0
+    assert copied_bytes(layers, size) == size
+    assert copied_bytes(layers, size - 1) == 0
 
 
 def test_a_layer_is_prepacked_once_and_unpacked_for_good() -> None:

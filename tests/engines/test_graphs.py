@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from benchmarks.latency import encoder_of, forget_graphs, has_graphs
-from engines import attention, builders, fused, graphs
+from engines import attention, builders, graphs, transformer
 from engines.encoder import Size, weight_bytes
 from engines.errors import OutOfMemory
 from engines.graphs import SIZES, FixedLayout
@@ -41,7 +41,9 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> TapeRecorder:
     monkeypatch.setattr(attention, "_VARLEN", {("cpu", torch.float32)})
     monkeypatch.setattr(builders, "recorder_for", lambda device: recorder)
     monkeypatch.setattr(graphs, "SIZES", FEW_SIZES)
-    monkeypatch.setattr(fused, "LARGEST_COPY", 0)  # a second copy of the weights is for CPUs
+    monkeypatch.setattr(
+        transformer, "copied_bytes", lambda layers, largest: 0
+    )  # a second copy of the weights is for CPUs
     return recorder
 
 

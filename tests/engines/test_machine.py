@@ -39,3 +39,18 @@ async def test_a_machine_embeds_with_real_weights_and_leaves_no_thread_behind() 
     assert answer.array().shape == (2, 384)
     assert resident == ("m",)
     assert [thread.name for thread in set(threading.enumerate()) - before if not thread.daemon] == []
+
+
+@pytest.mark.parametrize(("budget_bytes", "has_copy"), [(500_000_000, False), (2_000_000_000, True)])
+async def test_weights_are_held_twice_only_where_memory_is_not_short(budget_bytes: int, has_copy: bool) -> None:
+    machine = Machine(MachineConfig(devices=("cpu",), budget=Budget(size_bytes=budget_bytes), cores=1), SPECS)
+    (host,) = machine.hosts
+    await host.start()
+
+    await host.embed(EmbedCall(model_id="m", texts=("one",)))
+    used_bytes = host.snapshot().used_bytes
+    await host.aclose()
+    machine.close()
+
+    assert (used_bytes > 130_000_000) == has_copy
+    assert used_bytes > 90_000_000

@@ -329,7 +329,7 @@ class Scripted:
         self.path: Way = "padded"
         self.pause: Callable[[], None] = lambda: None
         self.is_reentrant = True
-        self.part_tokens, self.narrow_tokens = PART_TOKENS, 0
+        self.part_tokens, self.narrow_tokens, self.largest_copy = PART_TOKENS, 0, 0
         self.num_layers = 1
         self.window: int | None = None
         self.notes: tuple[str, ...] = ()
