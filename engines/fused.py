@@ -177,11 +177,12 @@ class FusedLayer:
         """How a row of so many tokens is fastest on the threads that this one may use."""
         if torch.get_num_threads() == 1:
             return "prepacked" if self._prepacked is not None else "many"
-        return "few" if len(x) <= _FEW_ROWS and x.device.type == "cpu" else "many"
+        return "few" if len(x) <= _FEW_ROWS else "many"
 
     def in_form(self, form: Form) -> Callable[[Tensor, Layout, Tensor | None], Tensor]:
-        """What runs it so."""
-        return {"many": self.many, "few": self.few, "prepacked": self.prepacked}[form]
+        """What runs it so. Few tokens are nothing of their own on a GPU, whose threads are not the CPU's."""
+        few = self.few if self._weight.device.type == "cpu" else self.many
+        return {"many": self.many, "few": few, "prepacked": self.prepacked}[form]
 
     def many(self, x: Tensor, layout: Layout, position_bias: Tensor | None) -> Tensor:
         """`[T, H]` to `[T, H]`."""

@@ -103,8 +103,10 @@ class Machine:
 
     def _lane_and_loader(self, device: str, config: MachineConfig) -> tuple[Lane, Loader]:
         lane = open_lane(device, config.cores, Lane if config.note is None else NotedLane)
-        room = config.budget.of(device_memory(device).read().total_bytes) // COPY_SHARE
-        settings = structs.replace(self._loader_settings, largest_copy=min(LARGEST_COPY, room))
+        settings = self._loader_settings
+        if device == "cpu":  # elsewhere nothing is held twice, and to read a GPU's memory takes a context
+            room = config.budget.of(device_memory(device).read().total_bytes) // COPY_SHARE
+            settings = structs.replace(settings, largest_copy=min(LARGEST_COPY, room))
         loader = TorchLoader(device, lane, self._threads, settings)
         if config.note is None or not isinstance(lane, NotedLane):
             return lane, loader
