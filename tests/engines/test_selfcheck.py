@@ -144,29 +144,22 @@ def test_fused_layers_are_checked_in_every_form(
     assert [note.split("the ")[1].split(" path")[0] for note in notes] == left
 
 
-def test_a_form_for_few_tokens_that_fails_costs_the_fused_paths_and_no_other(
-    kit: Kit, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("room", "part", "next_paths"), [(FusedLayer, "few", ("fused", "packed")), (fused, "Block", ("fused",))]
+)
+def test_a_part_that_fails_costs_the_paths_that_need_it_and_no_other(
+    kit: Kit, monkeypatch: pytest.MonkeyPatch, room: object, part: str, next_paths: tuple[str, ...]
 ) -> None:
-    def fail(*_: Any) -> Tensor:
+    """The form for few tokens, on both fused paths; and the copy of the weights, on one."""
+
+    def fail(*_: Any) -> Any:
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr(FusedLayer, "few", fail)
+    monkeypatch.setattr(room, part, fail)
     engine = kit.load(kit.recipe_folder("bert-cls"))
 
-    assert engine.info.notes == tuple(f"{path}: RuntimeError in the forward pass" for path in ("fused", "packed"))
+    assert engine.info.notes == tuple(f"{path}: RuntimeError in the forward pass" for path in next_paths)
     assert engine.info.attention == "packed"
-
-
-def test_weights_that_cannot_be_prepacked_cost_that_path_and_no_other(
-    kit: Kit, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: Any) -> Any:
-        raise RuntimeError("no such operator")
-
-    monkeypatch.setattr(fused, "Block", fail)
-    engine = kit.load(kit.recipe_folder("bert-cls"))
-
-    assert engine.info.notes == ("fused: RuntimeError in the forward pass",)
     assert_same(embed(engine, TEXTS), encode(kit.reference("bert-cls"), TEXTS))
 
 
