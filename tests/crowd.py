@@ -81,7 +81,7 @@ async def crowd(truths: Mapping[str, Truth], state: Path, seconds: float) -> Cro
     Raises:
         AssertionError: an answer was no 200, or not the vectors of sentence-transformers.
     """
-    specs = specs_of(truths)
+    specs = specs_of(truths, max_batch_tokens=512)  # or they would need less once trials have found smaller batches
     sizes = await measure(specs, state)
     weights = sorted((size[0] for size in sizes.values()), reverse=True)
     budget = sum(weights[:ROOM_FOR]) + max(size[1] for size in sizes.values())

@@ -127,7 +127,7 @@ class TestRay(Conformance):
         async with serving(backend, scripted("a")):
             home = (await backend.preload("a", pin=True)).host_id
             await backend.recycle(home)
-            hosts = await until(backend, lambda hosts: "a" in homes(hosts))
+            hosts = await until(backend, lambda hosts: "a" in homes(hosts), REPLACED_S)
 
         assert home not in ids(hosts)
         assert len(hosts) == HOSTS
