@@ -33,14 +33,12 @@ class Encoder(Protocol):
 
     Attributes:
         part_tokens: of the smallest pass that is worth a thread of its own.
-        narrow_tokens: tokens, times threads, up to which one thread alone is faster than all together.
         pause: called before each layer; it may run other texts through this very encoder, if it is `is_reentrant`.
     """
 
     dimensions: int
     pause: Callable[[], None]
     part_tokens: int
-    narrow_tokens: int
 
     @property
     def attention(self) -> Attention:
@@ -75,10 +73,12 @@ class Candidate(Encoder, Protocol):
         num_layers: between so many parts of about equal length a pass pauses.
         window: tokens that sliding attention reaches, None without it.
         notes: why a faster path is not worth trying.
-        largest_copy: bytes of weights that a path may hold twice.
+        largest_copy: bytes that a path may hold in second copies of weights.
+        num_threads: that may run one pass together.
     """
 
     largest_copy: int
+    num_threads: int
     path: Path
     num_layers: int
     window: int | None
@@ -98,7 +98,8 @@ class Candidate(Encoder, Protocol):
         """The paths worth trying, the fastest first; the last is the one that must be right."""
 
     def together(self, texts: Sequence[Ids]) -> Tensor:
-        """As a call, with as much company for each text as the path allows, and as texts in large batches run."""
+        """As a call, with as much company for each text as the path allows, in each form that texts in company
+        may take: `[forms, n, dimensions]`."""
 
     def alone(self, text: Ids) -> Tensor:
         """As a call with this text only, in each form that few tokens may take: `[forms, dimensions]`."""

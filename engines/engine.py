@@ -166,8 +166,7 @@ class TextEngine:
         if not texts:
             return self._trial()
         is_long = self._is_reentrant and not all(any(limit.is_small(w.job) for w in text.wants) for text in texts)
-        is_narrow = self._runner is not None and self._runner.is_narrow(texts, self._lane.num_threads)
-        return Turn(partial(self._turn, texts), is_long=is_long, is_wide=not is_narrow)
+        return Turn(partial(self._turn, texts), is_long=is_long, is_wide=True)
 
     def take_small(self) -> Turn | None:
         """See `engines.turns.Source`."""

@@ -7,8 +7,7 @@ one that is known, or nothing is touched. As every path, this one serves only wh
 reference's vectors.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +18,10 @@ from transformers.activations import GELUActivation
 from engines.adapters import Form, PackedState
 from engines.attention import packed_attention
 from engines.breaks import end_part
+from engines.cores import usable
 from engines.layout import Layout
-from engines.prepacked import Block, Projection
+from engines.post_norm import MPNET, Names, names_of
+from engines.prepacked import LAYERS_AT_ONCE, MOST_THREADS, PrepackedLayers, Shape, suits
 
 _FEW_ROWS = 96
 """Up to so many tokens several threads share a product better with the weights as its left factor: they divide those
@@ -30,56 +31,13 @@ _ROWS_AT_ONCE = 16
 """Rows that the kernels of such products take at once: 12 cost more than 16."""
 
 
-@dataclass(frozen=True)
-class _Names:
-    """Where a family keeps the parts of a layer."""
-
-    attention: str
-    query: str
-    key: str
-    value: str
-    context: str
-    first_norm: str
-    up: str
-    activation: str
-    down: str
-    second_norm: str
-    gives_tuple: bool = False
-
-    @property
-    def parts(self) -> set[str]:
-        """Every part that computes something."""
-        return {
-            self.query, self.key, self.value, self.context, self.first_norm, self.up, self.activation, self.down,
-            self.second_norm,
-        }  # fmt: skip
-
-
-_BERT = _Names(
-    attention="attention.self", query="attention.self.query", key="attention.self.key", value="attention.self.value",
-    context="attention.output.dense", first_norm="attention.output.LayerNorm", up="intermediate.dense",
-    activation="intermediate.intermediate_act_fn", down="output.dense", second_norm="output.LayerNorm",
-)  # fmt: skip
-_MPNET = _Names(
-    attention="attention.attn", query="attention.attn.q", key="attention.attn.k", value="attention.attn.v",
-    context="attention.attn.o", first_norm="attention.LayerNorm", up="intermediate.dense",
-    activation="intermediate.intermediate_act_fn", down="output.dense", second_norm="output.LayerNorm",
-    gives_tuple=True,
-)  # fmt: skip
-_DISTILBERT = _Names(
-    attention="attention", query="attention.q_lin", key="attention.k_lin", value="attention.v_lin",
-    context="attention.out_lin", first_norm="sa_layer_norm", up="ffn.lin1", activation="ffn.activation",
-    down="ffn.lin2", second_norm="output_layer_norm",
-)  # fmt: skip
-
-
 def fuse(model: nn.Module, state: PackedState) -> "list[FusedLayer]":
     """Teach the layers of `model` to run fused while `state` says so; none, and nothing is changed, for others."""
     stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     if len(stacks) != 1 or not len(stacks[0]):
         return []
     layers = list(stacks[0])
-    names = next((names for names in (_BERT, _MPNET, _DISTILBERT) if all(_is(layer, names) for layer in layers)), None)
+    names = names_of(layers)
     if names is None:
         return []
     fused = []
@@ -89,47 +47,50 @@ def fuse(model: nn.Module, state: PackedState) -> "list[FusedLayer]":
     return fused
 
 
-def _is(layer: nn.Module, names: _Names) -> bool:
-    """Whether the layer is made of these parts and no other, as an encoder has them."""
-    parts = {name: part for name, part in layer.named_modules() if not list(part.children())}
-    working = {name for name, part in parts.items() if not isinstance(part, nn.Dropout)}
-    if working != names.parts or getattr(layer, "is_decoder", False):
-        return False
-    linears = (names.query, names.key, names.value, names.context, names.up, names.down)
-    norms = (names.first_norm, names.second_norm)
-    return (
-        all(type(parts[name]) is nn.Linear and parts[name].bias is not None for name in linears)
-        and all(type(parts[name]) is nn.LayerNorm for name in norms)
-        and parts[names.query].weight.shape == parts[names.key].weight.shape == parts[names.value].weight.shape
-    )
-
-
-def _teach(layer: nn.Module, names: _Names, state: PackedState) -> "FusedLayer":
+def _teach(layer: nn.Module, names: Names, state: PackedState) -> "FusedLayer":
     plain: Callable[..., Any] = layer.forward
     fused = FusedLayer(layer, names)
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if state.layout is None or not state.is_fused:
             return plain(hidden_states, *args, **kwargs)
-        bias = kwargs.get("position_bias", args[1] if names.gives_tuple and len(args) > 1 else None)
-        run = fused.in_form(state.form or fused.best_form(hidden_states[0]))
-        out = run(hidden_states[0], state.layout, bias)[None]
+        out = hidden_states
+        if state.num_ahead:
+            state.num_ahead -= 1
+        else:
+            bias = kwargs.get("position_bias", args[1] if names.gives_tuple and len(args) > 1 else None)
+            form = state.form or fused.best_form(state.layout)
+            out = fused(hidden_states[0], state.layout, bias, form)[None]
+            state.num_ahead = fused.num_ahead(form)
         return (out,) if names.gives_tuple else out
 
     layer.forward = forward
     return fused
 
 
-def copied_bytes(layers: "list[FusedLayer]", largest: int) -> int:
-    """Bytes that the layers take in addition once they are prepacked; 0 where they cannot be or it is too much."""
-    size = sum(layer.copied_bytes for layer in layers)
+def prepack(layers: "list[FusedLayer]", num_threads: int) -> None:
+    """Let so many threads run them with prepacked weights, several layers at once; 0 frees the copies."""
+    for start in range(0, len(layers), LAYERS_AT_ONCE):
+        first, *following = layers[start : start + LAYERS_AT_ONCE]
+        if num_threads == 0:
+            first.unpack()
+        elif not first.is_prepacked:
+            first.prepack(following, num_threads)
+        end_part()
+
+
+def copied_bytes(layers: "list[FusedLayer]", largest: int, num_threads: int) -> int:
+    """Bytes that the layers take in addition once they are prepacked for `num_threads`; 0 where they cannot be or it
+    is too much.
+    """
+    size = sum(layer.product_bytes for layer in layers) * (2 if num_threads > 1 else 1)
     return size if size <= largest and all(layer.can_be_prepacked for layer in layers) else 0
 
 
 class FusedLayer:
     """One layer on a packed row."""
 
-    def __init__(self, layer: nn.Module, names: _Names) -> None:
+    def __init__(self, layer: nn.Module, names: Names) -> None:
         part: Callable[[str], Any] = layer.get_submodule
         self._attention = part(names.attention)
         projections = [part(name) for name in (names.query, names.key, names.value)]
@@ -140,7 +101,8 @@ class FusedLayer:
         is_exact = type(activation) is GELUActivation and activation.act is nn.functional.gelu
         self._activate: Callable[[Tensor], Tensor] = gelu if is_exact else activation
         self._operator = "Gelu" if is_exact else "Relu" if type(activation) is nn.ReLU else None
-        self._prepacked: tuple[Projection, Block] | None = None
+        self._prepacked: dict[Form, PrepackedLayers] = {}
+        self._is_plain = names is not MPNET
         heads = getattr(self._attention, "num_attention_heads", None) or self._attention.n_heads
         self._head_shape = (3, int(heads), projections[0].out_features // int(heads))
 
@@ -148,41 +110,62 @@ class FusedLayer:
     def can_be_prepacked(self) -> bool:
         """Whether `engines/prepacked.py` knows such layers."""
         weight = self._weight
-        return self._operator is not None and weight.device.type == "cpu" and weight.dtype == torch.float32
+        is_plain = self._is_plain and self._operator is not None
+        return is_plain and weight.device.type == "cpu" and weight.dtype == torch.float32
 
     @property
-    def copied_bytes(self) -> int:
+    def is_prepacked(self) -> bool:
+        """Whether it has copies."""
+        return bool(self._prepacked)
+
+    @property
+    def product_bytes(self) -> int:
         """Bytes of the weights of its products."""
         weights = (self._weight, self._context.weight, self._up.weight, self._down.weight)
         return sum(weight.numel() * weight.itemsize for weight in weights)
 
-    def prepack(self) -> None:
-        """Make the copy for the form `prepacked`, if there is none."""
-        if self._prepacked is not None:
-            return
-        assert self._operator is not None, "can_be_prepacked has been asked"
-        parts = {
-            "wc": self._context.weight, "bc": self._context.bias, "wu": self._up.weight, "bu": self._up.bias,
-            "wd": self._down.weight, "bd": self._down.bias, "g1": self._first_norm.weight, "e1": self._first_norm.bias,
-            "g2": self._second_norm.weight, "e2": self._second_norm.bias,
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """Its weights, as `engines/prepacked.py` names them."""
+        return {
+            "wq": self._weight, "bq": self._bias, "wc": self._context.weight, "bc": self._context.bias,
+            "wu": self._up.weight, "bu": self._up.bias, "wd": self._down.weight, "bd": self._down.bias,
+            "g1": self._first_norm.weight, "e1": self._first_norm.bias, "g2": self._second_norm.weight,
+            "e2": self._second_norm.bias,
         }  # fmt: skip
-        eps = self._first_norm.eps, self._second_norm.eps
-        self._prepacked = Projection(self._weight, self._bias), Block(parts, self._operator, eps)
+
+    def prepack(self, following: "Sequence[FusedLayer]", num_threads: int) -> None:
+        """Make the copies for the forms `prepacked` and `shared`, in which it does the work of those that follow."""
+        assert self._operator is not None, "can_be_prepacked has been asked"
+        _, heads, width = self._head_shape
+        shape = Shape(heads, width, self._operator, (self._first_norm.eps, self._second_norm.eps))
+        layers = [self.parts, *(layer.parts for layer in following)]
+        self._prepacked = {"prepacked": PrepackedLayers(layers, shape, 1)}
+        if num_threads > 1:
+            self._prepacked["shared"] = PrepackedLayers(layers, shape, min(num_threads, MOST_THREADS))
 
     def unpack(self) -> None:
-        """Free the copy."""
-        self._prepacked = None
+        """Free the copies."""
+        self._prepacked = {}
 
-    def best_form(self, x: Tensor) -> Form:
-        """How a row of so many tokens is fastest on the threads that this one may use."""
-        if torch.get_num_threads() == 1:
-            return "prepacked" if self._prepacked is not None else "many"
-        return "few" if len(x) <= _FEW_ROWS else "many"
+    def best_form(self, layout: Layout) -> Form:
+        """How a row of these texts is fastest on the threads that this one may use."""
+        num_threads = usable()
+        if self._prepacked and suits(layout):
+            shared = self._prepacked.get("shared")
+            return "shared" if shared is not None and shared.num_threads <= num_threads else "prepacked"
+        return "few" if num_threads > 1 and layout.num_tokens <= _FEW_ROWS else "many"
 
-    def in_form(self, form: Form) -> Callable[[Tensor, Layout, Tensor | None], Tensor]:
-        """What runs it so. Few tokens are nothing of their own on a GPU, whose threads are not the CPU's."""
-        few = self.few if self._weight.device.type == "cpu" else self.many
-        return {"many": self.many, "few": few, "prepacked": self.prepacked}[form]
+    def num_ahead(self, form: Form) -> int:
+        """How many of the layers that follow have nothing left to do, when this one has run in a form."""
+        return self._prepacked[form].num_layers - 1 if form in self._prepacked else 0
+
+    def __call__(self, x: Tensor, layout: Layout, position_bias: Tensor | None, form: Form) -> Tensor:
+        """`[T, H]` to `[T, H]`. Few tokens are nothing of their own on a GPU, whose threads are not the CPU's."""
+        if form in self._prepacked:
+            return self._prepacked[form](x, layout)
+        run = self.few if form == "few" and x.device.type == "cpu" else self.many
+        return run(x, layout, position_bias)
 
     def many(self, x: Tensor, layout: Layout, position_bias: Tensor | None) -> Tensor:
         """`[T, H]` to `[T, H]`."""
@@ -200,12 +183,6 @@ class FusedLayer:
         x = _norm(x + _left_product(self._context, context.T).T, self._first_norm)
         inner = self._activate(_left_product(self._up, x.T))
         return _norm(x + _left_product(self._down, inner).T, self._second_norm)[:num_rows]
-
-    def prepacked(self, x: Tensor, layout: Layout, position_bias: Tensor | None) -> Tensor:
-        """The same on one thread, with weights in the order in which they are read."""
-        assert self._prepacked is not None, "only the path of that name takes this form"
-        project, finish = self._prepacked
-        return finish(self._attend(project(x), layout, position_bias), x)
 
     def _attend(self, joined: Tensor, layout: Layout, position_bias: Tensor | None) -> Tensor:
         """Queries, keys and values `[T, 3 × H]` to what they find, `[T, H]`."""

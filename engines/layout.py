@@ -66,6 +66,16 @@ class Layout:
         return tuple(groups)
 
     @cached_property
+    def places(self) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int64]]:
+        """How a row is spread to a padded batch, and back: for each place `[n, L]` the token of the row that stands
+        there (padding repeats the first one), of each text its tokens `[n]`, and of each token its place `[T]`.
+        """
+        sizes = np.array(self.lengths, dtype=np.int64)
+        starts, place = (sizes.cumsum() - sizes)[:, None], np.arange(self.longest)
+        is_token = place < sizes[:, None]
+        return np.where(is_token, starts + place, starts), sizes.astype(np.int32), np.flatnonzero(is_token)
+
+    @cached_property
     def offsets(self) -> Tensor:
         """int32 `[n + 1]`, as flash attention's `cu_seq_lens` wants it."""
         return torch.cat([self.starts[:1], self.ends]).to(torch.int32)

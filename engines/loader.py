@@ -41,7 +41,7 @@ _BATCH_TOKENS = {"cpu": 512, "cuda": 16384}
 class LoaderSettings(Struct, frozen=True, kw_only=True):
     """What the server's settings say to engines; `None` means the device's default.
 
-    `largest_copy`: bytes of weights that a model may hold twice where that is faster.
+    `largest_copy`: bytes of second copies of weights that a model may hold where that is faster.
     `paces`: how large batches should be, where that is not set; None tries nothing out.
     """
 
@@ -88,7 +88,7 @@ class TorchLoader:
     def _load(self, spec: ModelSpec, files: ModelFiles) -> TextEngine:
         folder = read_folder(Path(files.path))
         encoder, tokenizer, dtype = build(folder, spec, self._device)
-        encoder.largest_copy = self._settings.largest_copy
+        encoder.largest_copy, encoder.num_threads = self._settings.largest_copy, self._lane.num_threads
         prompts = {**folder.prompts, **spec.prompts}
         info = ModelInfo(
             dimensions=encoder.dimensions,

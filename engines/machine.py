@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from msgspec import Struct, structs
 
+from engines import cores
 from engines.device import Lane
 from engines.download import HubConfig
 from engines.errors import InvalidValue
@@ -135,19 +136,12 @@ def find_devices(wanted: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def open_lane(device: str, cores: int, kind: type[Lane] = Lane) -> Lane:
+def open_lane(device: str, num_cores: int, kind: type[Lane] = Lane) -> Lane:
     """The lane of a device; a CPU's has a thread for each core that the forward passes may take.
 
     A GPU's has two: while one waits for a batch, the other makes the next one ready and hands it to the device.
     """
     if device != "cpu":
         return kind(device, partial(torch.cuda.set_device, torch.device(device)), num_threads=_GPU_THREADS)
-    num_threads = cores if cores <= _SHARED_CORES else cores - 1
-    return kind(device, _prepare_core, num_threads=num_threads, use_cores=torch.set_num_threads)
-
-
-def _prepare_core() -> None:
-    """torch keeps its number of threads for each thread that asks, but the first asking takes over the last number
-    that any of them has set: it comes before ours is."""
-    torch.get_num_threads()
-    torch.set_num_threads(1)
+    num_threads = num_cores if num_cores <= _SHARED_CORES else num_cores - 1
+    return kind(device, cores.prepare, num_threads=num_threads, use_cores=cores.use)

@@ -1,29 +1,47 @@
-"""Products of few tokens through ONNX Runtime, which holds a second copy of the weights in the order it reads them.
+"""Whole layers through ONNX Runtime, which holds second copies of the weights in the order in which it reads them.
 
 A product of few rows is bound by reading the weights. torch's library puts them in order anew in every call; here that
-happens once, when the model loads. On one core, single short texts take 0.6 of the time, and large batches a little
-less than before. The copy is paid for: models above `LARGEST_COPY` have none.
+happens once, when the model loads. A layer is one call besides, where torch and Python take thirty, and threads share
+a product of a dozen rows well, which torch's do not. The copies are paid for: models above `LARGEST_COPY` have
+none.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import onnxruntime
-import torch
+from msgspec import Struct
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper
-from torch import Tensor
+from torch import Tensor, from_numpy
 
-LARGEST_COPY = 96 * 2**20
-"""Bytes of layers of which a second copy is a good bargain: twelve layers 384 wide, not twelve that are 768 wide."""
+from engines.layout import Layout
+
+LARGEST_COPY = 192 * 2**20
+"""Bytes of copies that are a good bargain: two of twelve layers 384 wide, not of twelve that are 768 wide."""
 
 COPY_SHARE = 16
-"""The part of a device's budget that a copy may take: where memory is short, it is for models."""
+"""The part of a device's budget that the copies may take: where memory is short, it is for models."""
 
-PREPACKED = 12, 64
-"""`part_tokens` and `narrow_tokens` of an encoder: few texts cost about what they would in a larger batch; and one
-thread with prepacked weights is faster than two without up to about 32 tokens, at 12 it takes two thirds of the time.
-"""
+MOST_THREADS = 4
+"""Threads that share a layer, at the most: a product of a dozen rows has no work for more."""
+
+PART_TOKENS = 1
+"""Of the smallest part that is worth a thread of its own: any text."""
+
+LAYERS_AT_ONCE = 3
+"""Layers of one call: a thread that returns to Python waits for the interpreter's lock, which the event loop has; and
+only between two calls a pass gives way to others."""
+
+_MOST_TOKENS = 256
+"""Of a row: with more, one call would keep others waiting for too long, and torch is as fast."""
+
+_LONGEST = 128
+"""Tokens of a text: attention here is that of padded batches, and keeps the scores of all pairs."""
+
+_PLACES = 1.5
+"""Times the tokens: so many places may a padded batch have."""
 
 _OPSET, _FORMAT = 17, 8
 """Versions of ONNX that every version of the runtime in use knows."""
@@ -33,51 +51,108 @@ _RUNTIME = "com.microsoft"
 
 onnxruntime.set_default_logger_severity(3)
 
+
 Weights = dict[str, Tensor]
 
 
-class Projection:
-    """`x @ weight.T + bias`.
+class Shape(Struct, frozen=True):
+    """Of a post-norm layer.
 
     Args:
-        weight: float32 `[out, in]`, on the CPU; neither it nor `bias` `[out]` may ever change or go.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
-        nodes = [_product("x", "y", "")]
-        self._session = _session(nodes, ("x",), {"w": weight, "b": bias})
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """`[T, in]` to `[T, out]`."""
-        return _run(self._session, {"x": x})
-
-
-class Block:
-    """What follows attention in a post-norm layer: its projection, the sum and the norm, then the same around the two
-    products with the activation between.
-
-    Args:
-        parts: float32 weights on the CPU that neither change nor go: `wc`, `bc` (context), `wu`, `bu` (up), `wd`, `bd`
-            (down), `g1`, `e1`, `g2`, `e2` (scale and shift of the norms).
         activation: the operator: `Gelu` or `Relu`.
         eps: of the norms, one after the other.
     """
 
-    def __init__(self, parts: Weights, activation: str, eps: tuple[float, float]) -> None:
-        domain = _RUNTIME if activation == "Gelu" else ""
-        nodes = [
-            _product("context", "found", "c"),
-            _sum_and_norm("found", "x", "inner", "1", eps[0]),
-            _product("inner", "wide", "u"),
-            helper.make_node(activation, ["wide"], ["active"], domain=domain),
-            _product("active", "out", "d"),
-            _sum_and_norm("out", "inner", "y", "2", eps[1]),
-        ]
-        self._session = _session(nodes, ("context", "x"), parts)
+    heads: int
+    width: int
+    activation: str
+    eps: tuple[float, float]
 
-    def __call__(self, context: Tensor, x: Tensor) -> Tensor:
-        """What attention found and what went into the layer, `[T, H]` each, to what leaves the layer, `[T, H]`."""
-        return _run(self._session, {"context": context, "x": x})
+
+def suits(layout: Layout) -> bool:
+    """Whether the texts of a row are few, short, and alike in length."""
+    are_alike = layout.longest * len(layout.lengths) <= _PLACES * layout.num_tokens
+    return layout.num_tokens <= _MOST_TOKENS and layout.longest <= _LONGEST and are_alike
+
+
+class PrepackedLayers:
+    """Post-norm layers of one shape, one after the other.
+
+    Args:
+        layers: of each, its float32 weights on the CPU, which neither change nor go, in torch's shapes: `wq`, `bq`
+            (query, key and value as one), `wc`, `bc` (context), `wu`, `bu` (up), `wd`, `bd` (down), `g1`, `e1`, `g2`,
+            `e2` (scale and shift of the norms).
+        num_threads: the caller's, and others of its own.
+    """
+
+    def __init__(self, layers: Sequence[Weights], shape: Shape, num_threads: int) -> None:
+        self.num_layers, self.num_threads = len(layers), num_threads
+        weights = {f"{name}{index}": weight for index, parts in enumerate(layers) for name, weight in parts.items()}
+        self._session = _session(weights, _model(weights, shape, len(layers)), num_threads)
+
+    def __call__(self, x: Tensor, layout: Layout) -> Tensor:
+        """A packed row `[T, H]` to what leaves the last layer, `[T, H]`."""
+        spread, lengths, picked = layout.places
+        given = {"x0": x.numpy(), "spread": spread, "lengths": lengths, "picked": picked}
+        result: NDArray[np.float32] = self._session.run(None, given)[0]
+        return from_numpy(result)
+
+
+def _session(weights: Weights, model: ModelProto, num_threads: int) -> onnxruntime.InferenceSession:
+    """The weights stay where they are; the copy in order is the session's own."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = num_threads, 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # others need the cores between two calls
+    options.enable_cpu_mem_arena = False  # it would keep the most that each session has ever needed
+    values = [onnxruntime.OrtValue.ortvalue_from_numpy(weight.detach().numpy()) for weight in weights.values()]
+    options.add_external_initializers(list(weights), values)
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def _model(weights: Weights, shape: Shape, num_layers: int) -> ModelProto:
+    width = shape.heads * shape.width
+    inputs = [
+        helper.make_tensor_value_info("x0", TensorProto.FLOAT, ["T", width]),
+        helper.make_tensor_value_info("spread", TensorProto.INT64, ["texts", "longest"]),
+        helper.make_tensor_value_info("lengths", TensorProto.INT32, ["texts"]),
+        helper.make_tensor_value_info("picked", TensorProto.INT64, ["T"]),
+    ]
+    output = helper.make_tensor_value_info(f"x{num_layers}", TensorProto.FLOAT, ["T", width])
+    nodes = [node for index in range(num_layers) for node in (*_attention(shape, index), *_block(shape, index))]
+    constants = [*_elsewhere(weights), helper.make_tensor("flat", TensorProto.INT64, [2], [-1, width])]
+    graph = helper.make_graph(nodes, "layers", inputs, [output], constants)
+    opsets = [helper.make_opsetid("", _OPSET), helper.make_opsetid(_RUNTIME, 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=_FORMAT)
+
+
+def _attention(shape: Shape, index: int) -> list[NodeProto]:
+    """`x` to `context`: queries, keys and values are spread to a padded batch, and what they find is gathered."""
+    options: dict[str, Any] = {"num_heads": shape.heads, "scale": shape.width**-0.5, "domain": _RUNTIME}
+    joined, place, found, flat = (f"{name}{index}" for name in ("joined", "place", "found", "flat"))
+    parts = [f"{name}{index}" for name in ("query", "key", "value")]
+    return [
+        _product(f"x{index}", joined, f"q{index}"),
+        helper.make_node("Gather", [joined, "spread"], [place]),
+        helper.make_node("Split", [place], parts, axis=-1),
+        helper.make_node("MultiHeadAttention", [*parts, "", "lengths"], [found], **options),
+        helper.make_node("Reshape", [found, "flat"], [flat]),
+        helper.make_node("Gather", [flat, "picked"], [f"context{index}"]),
+    ]
+
+
+def _block(shape: Shape, index: int) -> list[NodeProto]:
+    """`x` and `context` to the next layer's `x`: projection, sum and norm, then the same around two products and the
+    activation."""
+    domain = _RUNTIME if shape.activation == "Gelu" else ""
+    attended, inner, wide, active, out = (f"{n}{index}" for n in ("attended", "inner", "wide", "active", "out"))
+    return [
+        _product(f"context{index}", attended, f"c{index}"),
+        _sum_and_norm(attended, f"x{index}", inner, f"1{index}", shape.eps[0]),
+        _product(inner, wide, f"u{index}"),
+        helper.make_node(shape.activation, [wide], [active], domain=domain),
+        _product(active, out, f"d{index}"),
+        _sum_and_norm(out, inner, f"x{index + 1}", f"2{index}", shape.eps[1]),
+    ]
 
 
 def _product(source: str, target: str, part: str) -> NodeProto:
@@ -87,26 +162,6 @@ def _product(source: str, target: str, part: str) -> NodeProto:
 def _sum_and_norm(a: str, b: str, target: str, part: str, eps: float) -> NodeProto:
     inputs = [a, b, f"g{part}", f"e{part}"]
     return helper.make_node("SkipLayerNormalization", inputs, [target], domain=_RUNTIME, epsilon=eps)
-
-
-def _session(nodes: list[NodeProto], inputs: tuple[str, ...], weights: Weights) -> onnxruntime.InferenceSession:
-    """One thread, the caller's. The weights stay where they are; the copy in order is the session's own."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.enable_cpu_mem_arena = False  # it would keep the most that each session has ever needed
-    values = [onnxruntime.OrtValue.ortvalue_from_numpy(weight.detach().numpy()) for weight in weights.values()]
-    options.add_external_initializers(list(weights), values)
-    model = _model(nodes, inputs, weights).SerializeToString()
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-
-
-def _model(nodes: list[NodeProto], inputs: tuple[str, ...], weights: Weights) -> ModelProto:
-    def rows(name: str) -> Any:
-        return helper.make_tensor_value_info(name, TensorProto.FLOAT, ["T", None])
-
-    graph = helper.make_graph(nodes, "part", [rows(name) for name in inputs], [rows("y")], _elsewhere(weights))
-    opsets = [helper.make_opsetid("", _OPSET), helper.make_opsetid(_RUNTIME, 1)]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=_FORMAT)
 
 
 def _elsewhere(weights: Weights) -> list[TensorProto]:
@@ -121,9 +176,3 @@ def _elsewhere(weights: Weights) -> list[TensorProto]:
         )
         for name, weight in weights.items()
     ]
-
-
-def _run(session: onnxruntime.InferenceSession, given: Weights) -> Tensor:
-    arrays: dict[str, NDArray[np.float32]] = {name: rows.numpy() for name, rows in given.items()}
-    result: NDArray[np.float32] = session.run(["y"], arrays)[0]
-    return torch.from_numpy(result)

@@ -54,10 +54,6 @@ class Runner:
         most = limit.max_tokens if self.max_tokens is None else min(limit.max_tokens, self.max_tokens)
         return Limit(most, limit.max_items, self._encoder.part_tokens)
 
-    def is_narrow(self, texts: Sequence[Text], num_threads: int) -> bool:
-        """Whether one thread alone is faster with these texts than `num_threads` together."""
-        return sum(len(text.ids) for text in texts) * num_threads <= self._encoder.narrow_tokens
-
     def measure(self, texts: Sequence[Text]) -> Batch:
         """What a batch, sorted by length, takes on this encoder."""
         lengths = [len(text.ids) for text in texts]

@@ -140,11 +140,12 @@ def _reason(error: Exception) -> str:
 
 
 def _checked(encoder: Candidate, probes: Sequence[Ids], truth: _Truth) -> NDArray[np.float32]:
-    got, dtype = encoder.together(probes), truth.dtype
-    expected = truth.vectors.to(got.device)
+    forms, dtype = encoder.together(probes), truth.dtype
+    got, expected = forms[0], truth.vectors.to(forms.device)
     alone = encoder.alone(probes[0])
     same = expected[:1].expand(len(alone), -1)
-    _compare(f"the {encoder.path} path", torch.cat([got, alone]), torch.cat([expected, same]), truth)
+    all_forms = torch.cat([forms.flatten(0, 1), alone])
+    _compare(f"the {encoder.path} path", all_forms, torch.cat([expected.repeat(len(forms), 1), same]), truth)
     for size in encoder.sizes:
         rows = _filling(size, probes)
         what = f"the {encoder.path} path, in a row of {size.tokens} tokens,"

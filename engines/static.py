@@ -32,8 +32,7 @@ class StaticEncoder:
     path: Path = "packed"
     is_reentrant = True
     part_tokens = PART_TOKENS
-    narrow_tokens = 0
-    largest_copy = 0
+    largest_copy, num_threads = 0, 1
     num_layers = 1
     window: int | None = None
     notes: tuple[str, ...] = ()
@@ -64,7 +63,7 @@ class StaticEncoder:
 
     def together(self, texts: Sequence[Ids]) -> Tensor:
         """See `Candidate`."""
-        return self(texts)
+        return self(texts)[None]
 
     def alone(self, text: Ids) -> Tensor:
         """See `Candidate`."""

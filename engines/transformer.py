@@ -15,17 +15,17 @@ import structlog
 import torch
 from torch import Tensor, nn
 
+from engines import prepacked
 from engines.adapters import Form, PackedState, Positions, adapt, layers_of, switch_attention, why_not_packed
 from engines.attention import PACKED, has_varlen
 from engines.batch import PART_TOKENS
-from engines.breaks import end_part
+from engines.cores import left_to_others
 from engines.encoder import Attention, Path, PathLeft, Size, attention_of
-from engines.fused import copied_bytes, fuse
+from engines.fused import copied_bytes, fuse, prepack
 from engines.graphs import FixedLayout, Graphs, kept_bytes
 from engines.layout import PADDING_SHARE, Layout, padded, similar_lengths, to_device
 from engines.leaving import Passes
 from engines.modules import Chain
-from engines.prepacked import LARGEST_COPY, PREPACKED
 from engines.recorder import Recorder
 from engines.rope import LengthAwareRope
 from engines.tokenize import Ids
@@ -65,8 +65,7 @@ class TransformerEncoder:
         self.window: int | None = getattr(model.config.get_text_config(), "sliding_window", None)
         self.dimensions = chain.dimensions
         self.path: Path = "padded"
-        self.part_tokens, self.narrow_tokens = PART_TOKENS, 0
-        self.largest_copy = LARGEST_COPY
+        self.part_tokens, self.num_threads, self.largest_copy = PART_TOKENS, 1, prepacked.LARGEST_COPY
         self.pause: Callable[[], None] = lambda: None
         self._passes = Passes(leave=lambda: self.use("unpadded"))
         layers = layers_of(model)
@@ -92,19 +91,19 @@ class TransformerEncoder:
         if graphs is not None and size is not None:
             return graphs(texts, size)
         layout = self._layout(texts)
-        with self._passes.inside():
-            hidden = self._hidden_or_left(texts, layout)
-        return self._chain(hidden, layout, prompt_tokens)
+        with left_to_others(self.path == "prepacked" and prepacked.suits(layout)), self._passes.inside():
+            return self._chain(self._hidden_or_left(texts, layout), layout, prompt_tokens)
 
     @torch.inference_mode()
     def together(self, texts: Sequence[Ids]) -> Tensor:
         """See `Candidate`: padded batches are not cut by length, however much padding that takes."""
-        return self._as_asked(texts, "many")
+        forms: tuple[Form, ...] = ("many", "prepacked") if self.path == "prepacked" else ("many",)
+        return torch.stack([self._as_asked(texts, form) for form in forms])
 
     @torch.inference_mode()
     def alone(self, text: Ids) -> Tensor:
         """See `Candidate`."""
-        forms: tuple[Form, ...] = ("few", "prepacked") if self.path == "prepacked" else ("few",)
+        forms: tuple[Form, ...] = ("few", "shared") if self.path == "prepacked" else ("few",)
         return torch.cat([self._as_asked([text], form) for form in forms])
 
     @torch.inference_mode()
@@ -128,21 +127,19 @@ class TransformerEncoder:
     def use(self, path: Path) -> None:
         """See `Candidate`. Passes are recorded once, and forgotten with their path."""
         self.path = path
-        self.part_tokens, self.narrow_tokens = PREPACKED if path == "prepacked" else (PART_TOKENS, 0)
+        self.part_tokens = prepacked.PART_TOKENS if path == "prepacked" else PART_TOKENS
         switch_attention(self._model, PACKED if self.attention == "packed" else self._own_attention)
         if path != "graphed":
             self._graphs = None
         elif self._graphs is None:
             self._graphs = self._recorded()
-        for layer in self._fused:
-            layer.prepack() if path == "prepacked" else layer.unpack()
-            end_part()
+        prepack(self._fused, self.num_threads if path == "prepacked" else 0)
 
     def paths(self) -> tuple[Path, ...]:
         """See `Candidate`. Whether a path is right, `engines/selfcheck.py` finds out."""
         if self.notes:
             return ("padded", "unpadded")
-        copied = copied_bytes(self._fused, self.largest_copy)
+        copied = self._copied_bytes()
         fast: dict[Path, object] = {"graphed": self._recorder, "prepacked": copied, "fused": self._fused}
         return (*(path for path, can in fast.items() if can), "packed", "padded", "unpadded")
 
@@ -155,7 +152,7 @@ class TransformerEncoder:
         """See `Candidate`."""
         if self._graphs is not None:
             return kept_bytes(self._graphs.kept_tokens, self.token_bytes())
-        return copied_bytes(self._fused, self.largest_copy) if self.path == "prepacked" else 0
+        return self._copied_bytes() if self.path == "prepacked" else 0
 
     def tensors(self) -> list[Tensor]:
         """See `Encoder`."""
@@ -169,6 +166,9 @@ class TransformerEncoder:
         config = self._model.config.get_text_config()
         inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
         return int((8 * config.hidden_size + 3 * inner) * self._model.dtype.itemsize)
+
+    def _copied_bytes(self) -> int:
+        return copied_bytes(self._fused, self.largest_copy, self.num_threads)
 
     def _recorded(self) -> Graphs:
         assert self._recorder is not None, "paths() offers what can be done"

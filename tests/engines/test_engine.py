@@ -52,7 +52,6 @@ class ScriptedEncoder:
     dimensions = WIDTH
     is_reentrant = True
     part_tokens = PART_TOKENS
-    narrow_tokens = 0
 
     def __init__(self) -> None:
         self.pause: Callable[[], None] = lambda: None
@@ -544,23 +543,6 @@ async def test_a_few_texts_wait_for_the_batch_that_runs_and_many_do_not(open_ben
     may_end.set()
     await asyncio.gather(first, *others)
     assert sum(map(len, bench.encoder.batches[1:])) == len(others)
-
-
-@pytest.mark.parametrize(("texts", "is_wide"), [(("four", "more"), False), (("four", "more", "x"), True)])
-async def test_a_few_texts_leave_the_other_core_alone_where_that_is_faster(
-    open_bench: OpenBench, texts: tuple[str, ...], is_wide: bool
-) -> None:
-    bench = open_bench(num_threads=2)
-    bench.encoder.narrow_tokens = 16
-    waiting = asyncio.create_task(bench.embed(*texts))
-    await asyncio.sleep(0)
-
-    turn = bench.engine.take(1)
-
-    assert turn is not None
-    assert turn.is_wide == is_wide
-    turn.run()
-    await waiting
 
 
 async def test_an_encoder_that_remembers_runs_one_batch_at_a_time(open_bench: OpenBench) -> None:

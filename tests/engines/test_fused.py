@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertModel,
@@ -20,7 +20,7 @@ from transformers import (
 
 from engines.adapters import PackedState, storage_bytes
 from engines.attention import PACKED
-from engines.fused import copied_bytes, fuse
+from engines.fused import copied_bytes, fuse, prepack
 from engines.layout import Layout
 from engines.prepacked import LARGEST_COPY
 
@@ -107,8 +107,8 @@ def test_any_number_of_tokens_on_any_number_of_threads_has_the_plain_vectors(
     try:
         with torch.inference_mode():
             expected = torch.cat([model(input_ids=part[None]).last_hidden_state[0] for part in parts])
-            for layer in fuse(model, state) if is_prepacked else ():
-                layer.prepack()
+            layers = fuse(model, state)
+            prepack(layers, num_threads if is_prepacked else 0)
             model.set_attn_implementation(PACKED)
             positions = layout.positions[None]
             with state.running(layout, is_fused=True):
@@ -149,50 +149,102 @@ def test_a_row_that_gives_way_to_another_has_its_own_state_back() -> None:
         (False, 1, 12, "many"),
         (False, 2, 96, "few"),
         (False, 2, 97, "many"),
-        (True, 1, 512, "prepacked"),
-        (True, 2, 96, "few"),
-        (True, 2, 97, "many"),
+        (True, 1, 128, "prepacked"),
+        (True, 2, 12, "shared"),
+        (True, 2, 128, "shared"),
+        (True, 3, 12, "shared"),
+        (True, 1, 129, "many"),
+        (True, 2, 129, "many"),
     ],
 )
 def test_the_form_is_the_fastest_for_so_many_tokens_and_threads(
     is_prepacked: bool, num_threads: int, num_tokens: int, form: str
 ) -> None:
-    layer, _ = fuse(bert(), PackedState())
-    if is_prepacked:
-        layer.prepack()
+    layers = fuse(bert(), PackedState())
+    prepack(layers, 2 if is_prepacked else 0)
     usual = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
-        assert layer.best_form(torch.zeros(num_tokens, 48)) == form
+        assert layers[0].best_form(Layout([num_tokens], torch.device("cpu"))) == form
     finally:
         torch.set_num_threads(usual)
 
 
-def test_a_prepacked_layer_says_how_many_bytes_it_takes_in_addition() -> None:
-    assert copied_bytes(fuse(bert(), PackedState()), LARGEST_COPY) == 2 * 4 * (4 * 48 * 48 + 2 * 48 * 96)
+@pytest.mark.parametrize(("num_threads", "num_copies"), [(1, 1), (2, 2), (8, 2)])
+def test_prepacked_layers_say_how_many_bytes_they_take_in_addition(num_threads: int, num_copies: int) -> None:
+    size = copied_bytes(fuse(bert(), PackedState()), LARGEST_COPY, num_threads)
+
+    assert size == num_copies * 2 * 4 * (4 * 48 * 48 + 2 * 48 * 96)
 
 
 @pytest.mark.parametrize(
     "model", [bert(hidden_act="gelu_new"), bert().to(torch.bfloat16)], ids=["another activation", "another dtype"]
 )
 def test_layers_that_cannot_be_prepacked_take_no_more(model: Any) -> None:
-    assert copied_bytes(fuse(model, PackedState()), LARGEST_COPY) == 0
+    assert copied_bytes(fuse(model, PackedState()), LARGEST_COPY, 1) == 0
 
 
 def test_layers_too_large_for_a_second_copy_have_none() -> None:
     layers = fuse(bert(), PackedState())
-    size = copied_bytes(layers, LARGEST_COPY)
+    size = copied_bytes(layers, LARGEST_COPY, 1)
 
-    assert copied_bytes(layers, size) == size
-    assert copied_bytes(layers, size - 1) == 0
+    assert copied_bytes(layers, size, 1) == size
+    assert copied_bytes(layers, size - 1, 1) == 0
+    assert copied_bytes(layers, size, 2) == 0, "one copy on one thread, two where several may share"
 
 
-def test_a_layer_is_prepacked_once_and_unpacked_for_good() -> None:
-    layer, _ = fuse(bert(), PackedState())
-    layer.prepack()
-    made = layer._prepacked
-    layer.prepack()
-    assert layer._prepacked is made
+@pytest.mark.parametrize("num_layers", [1, 3, 4, 7])
+def test_layers_are_prepacked_several_at_once(num_layers: int) -> None:
+    model, state = bert(num_hidden_layers=num_layers), PackedState()
+    ids, layout = torch.arange(5)[None], Layout([5], torch.device("cpu"))
+    with torch.inference_mode():
+        expected = model(input_ids=ids).last_hidden_state
+        layers = fuse(model, state)
+        prepack(layers, 1)
+        model.set_attn_implementation(PACKED)
+        with state.running(layout, is_fused=True, form="prepacked"):
+            found = model(input_ids=ids, position_ids=layout.positions[None], packed_layout=layout).last_hidden_state
 
-    layer.unpack()
-    assert layer._prepacked is None
+    assert [layer.is_prepacked for layer in layers] == [index % 3 == 0 for index in range(num_layers)]
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_a_row_that_another_overtakes_goes_on_where_it_was() -> None:
+    """Between two layers of which the first has done the work of both."""
+    model, state = bert(num_hidden_layers=3), PackedState()
+    layouts = Layout([5], torch.device("cpu")), Layout([2], torch.device("cpu"))
+
+    def run(layout: Layout) -> Tensor:
+        ids = torch.arange(layout.num_tokens)[None]
+        with torch.inference_mode(), state.running(layout, is_fused=True):
+            out = model(input_ids=ids, position_ids=layout.positions[None], packed_layout=layout)
+            hidden: Tensor = out.last_hidden_state
+            return hidden
+
+    prepack(fuse(model, state), 1)
+    model.set_attn_implementation(PACKED)
+    expected = [run(layout) for layout in layouts]
+    overtaking: list[Tensor] = []
+
+    def overtake(*_: Any) -> None:
+        if state.layout is layouts[0]:
+            overtaking.append(run(layouts[1]))
+
+    for layer in model.encoder.layer:
+        layer.register_forward_pre_hook(overtake)
+    found = run(layouts[0])
+
+    assert len(overtaking) == 3
+    assert torch.equal(found, expected[0])
+    assert all(torch.equal(rows, expected[1]) for rows in overtaking)
+
+
+def test_layers_are_prepacked_once_and_unpacked_for_good() -> None:
+    layers = fuse(bert(), PackedState())
+    prepack(layers, 1)
+    made = layers[0]._prepacked
+    prepack(layers, 1)
+    assert layers[0]._prepacked is made
+
+    prepack(layers, 0)
+    assert not any(layer.is_prepacked for layer in layers)

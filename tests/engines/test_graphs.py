@@ -41,9 +41,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> TapeRecorder:
     monkeypatch.setattr(attention, "_VARLEN", {("cpu", torch.float32)})
     monkeypatch.setattr(builders, "recorder_for", lambda device: recorder)
     monkeypatch.setattr(graphs, "SIZES", FEW_SIZES)
-    monkeypatch.setattr(
-        transformer, "copied_bytes", lambda layers, largest: 0
-    )  # a second copy of the weights is for CPUs
+    monkeypatch.setattr(transformer, "copied_bytes", lambda *_: 0)  # second copies of weights are for CPUs
     return recorder
 
 

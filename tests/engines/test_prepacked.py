@@ -1,82 +1,124 @@
-"""Prepacked products are torch's own, on any thread, and on weights that are held where they were."""
+"""Prepacked layers are torch's own, on any number of threads, and on weights that are held where they were."""
 
+import itertools
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, layer_norm, linear, relu
+from torch.nn.functional import gelu, layer_norm, linear, relu, scaled_dot_product_attention
 
-from engines.prepacked import Block, Projection
+from engines.layout import Layout
+from engines.prepacked import PrepackedLayers, Shape, suits
 
-HIDDEN, INNER = 24, 40
+HEADS, WIDTH, INNER = 3, 8, 40
+HIDDEN = HEADS * WIDTH
 EPS = (1e-12, 1e-5)
 
+Parts = dict[str, Tensor]
 
-def _parts() -> dict[str, Tensor]:
-    torch.manual_seed(5)
+
+def _parts(seed: int = 5) -> Parts:
+    torch.manual_seed(seed)
     shapes: dict[str, tuple[int, ...]] = {
-        "wc": (HIDDEN, HIDDEN), "bc": (HIDDEN,), "wu": (INNER, HIDDEN), "bu": (INNER,), "wd": (HIDDEN, INNER),
-        "bd": (HIDDEN,), "g1": (HIDDEN,), "e1": (HIDDEN,), "g2": (HIDDEN,), "e2": (HIDDEN,),
+        "wq": (3 * HIDDEN, HIDDEN), "bq": (3 * HIDDEN,), "wc": (HIDDEN, HIDDEN), "bc": (HIDDEN,),
+        "wu": (INNER, HIDDEN), "bu": (INNER,), "wd": (HIDDEN, INNER), "bd": (HIDDEN,),
+        "g1": (HIDDEN,), "e1": (HIDDEN,), "g2": (HIDDEN,), "e2": (HIDDEN,),
     }  # fmt: skip
-    return {name: torch.randn(shape) for name, shape in shapes.items()}
+    return {name: torch.randn(shape) / 3 for name, shape in shapes.items()}
 
 
-def _plain(parts: dict[str, Tensor], activate: Any, context: Tensor, x: Tensor) -> Tensor:
-    inner = linear(context, parts["wc"], parts["bc"]) + x
+def _shape(activation: str = "Gelu") -> Shape:
+    return Shape(HEADS, WIDTH, activation, EPS)
+
+
+def _layout(*lengths: int) -> Layout:
+    return Layout(list(lengths), torch.device("cpu"))
+
+
+def _plain(parts: Parts, activate: Callable[[Tensor], Tensor], x: Tensor, layout: Layout) -> Tensor:
+    """The layer as the paper has it, one text after the other."""
+    found = []
+    for text in torch.split(linear(x, parts["wq"], parts["bq"]), layout.lengths):
+        query, key, value = text.view(-1, 3, HEADS, WIDTH).permute(1, 2, 0, 3)
+        found.append(scaled_dot_product_attention(query, key, value).transpose(0, 1).flatten(1))
+    inner = linear(torch.cat(found), parts["wc"], parts["bc"]) + x
     inner = layer_norm(inner, (HIDDEN,), parts["g1"], parts["e1"], EPS[0])
     out = linear(activate(linear(inner, parts["wu"], parts["bu"])), parts["wd"], parts["bd"]) + inner
     return layer_norm(out, (HIDDEN,), parts["g2"], parts["e2"], EPS[1])
 
 
-@pytest.mark.parametrize("num_rows", [1, 7, 200])
-def test_a_projection_is_the_linear_layer(num_rows: int) -> None:
-    parts, x = _parts(), torch.randn(num_rows, HIDDEN)
-
-    found = Projection(parts["wu"], parts["bu"])(x)
-
-    assert torch.allclose(found, linear(x, parts["wu"], parts["bu"]), atol=1e-5)
-
-
 @pytest.mark.parametrize(("operator", "activate"), [("Gelu", gelu), ("Relu", relu)])
-@pytest.mark.parametrize("num_rows", [1, 7, 200])
-def test_a_block_is_the_rest_of_the_layer(operator: str, activate: Any, num_rows: int) -> None:
-    parts, context, x = _parts(), torch.randn(num_rows, HIDDEN), torch.randn(num_rows, HIDDEN)
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("lengths", [(1,), (7,), (1, 2, 7), (7, 2, 1), (40, 40), (100, 120)])
+def test_a_layer_is_what_torch_makes_of_it(
+    operator: str, activate: Callable[[Tensor], Tensor], num_threads: int, lengths: tuple[int, ...]
+) -> None:
+    parts, layout, x = _parts(), _layout(*lengths), torch.randn(sum(lengths), HIDDEN)
 
-    found = Block(parts, operator, EPS)(context, x)
+    found = PrepackedLayers([parts], _shape(operator), num_threads)(x, layout)
 
-    assert torch.allclose(found, _plain(parts, activate, context, x), atol=1e-5)
+    assert torch.allclose(found, _plain(parts, activate, x, layout), atol=1e-5)
+
+
+def test_layers_run_one_after_the_other() -> None:
+    layers, layout, x = [_parts(seed) for seed in range(3)], _layout(2, 5), torch.randn(7, HIDDEN)
+    expected = x
+    for parts in layers:
+        expected = _plain(parts, gelu, expected, layout)
+
+    found = PrepackedLayers(layers, _shape(), 1)(x, layout)
+
+    assert torch.allclose(found, expected, atol=1e-5)
 
 
 def test_the_activation_is_the_exact_one() -> None:
     """`tanh`'s approximation, which runtimes like to put in its place, is off by 1e-4."""
     parts = _parts()
     parts["wd"] = torch.cat([torch.eye(HIDDEN), torch.zeros(HIDDEN, INNER - HIDDEN)], dim=1)
-    context, x = torch.randn(500, HIDDEN), torch.randn(500, HIDDEN)
-    found = Block(parts, "Gelu", EPS)(context, x)
+    layout, x = _layout(100, 100), torch.randn(200, HIDDEN)
+    found = PrepackedLayers([parts], _shape(), 1)(x, layout)
 
     def off(approximate: str) -> float:
-        expected = _plain(parts, lambda rows: gelu(rows, approximate=approximate), context, x)
+        expected = _plain(parts, lambda rows: gelu(rows, approximate=approximate), x, layout)
         return float((found - expected).abs().max())
 
     assert off("none") < 1e-5 < 1e-4 < off("tanh")
 
 
-def test_threads_share_a_block() -> None:
-    block, rows = Block(_parts(), "Gelu", EPS), [torch.randn(3, HIDDEN) for _ in range(40)]
-    alone = [block(row, row) for row in rows]
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_threads_share_layers(num_threads: int) -> None:
+    layers, layout = PrepackedLayers([_parts()], _shape(), num_threads), _layout(3)
+    rows = [torch.randn(3, HIDDEN) for _ in range(40)]
+    alone = [layers(row, layout) for row in rows]
 
     with ThreadPoolExecutor(4) as threads:
-        beside = list(threads.map(lambda row: block(row, row), rows))
+        beside = list(threads.map(layers, rows, itertools.repeat(layout)))
 
     assert all(torch.equal(a, b) for a, b in zip(alone, beside, strict=True))
 
 
 def test_what_was_given_back_is_not_written_again() -> None:
-    projection = Projection(*(_parts()[name] for name in ("wu", "bu")))
-    first = projection(torch.ones(2, HIDDEN))
+    layers = PrepackedLayers([_parts()], _shape(), 1)
+    first = layers(torch.ones(2, HIDDEN), _layout(2))
     kept = first.clone()
-    projection(torch.zeros(2, HIDDEN))
+    layers(torch.zeros(2, HIDDEN), _layout(2))
 
     assert torch.equal(first, kept)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "is_suited"),
+    [
+        ((128,), True),
+        ((129,), False),
+        ((128, 128), True),
+        ((85, 86, 86), False),
+        ((10, 30), True),
+        ((9, 30), False),
+    ],
+    ids=["a long text", "too long a text", "many tokens", "too many tokens", "some padding", "too much padding"],
+)
+def test_few_short_texts_of_like_length_are_suited(lengths: tuple[int, ...], is_suited: bool) -> None:
+    assert suits(_layout(*lengths)) is is_suited

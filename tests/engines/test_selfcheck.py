@@ -16,12 +16,15 @@ from transformers import AttentionInterface, ViTConfig, ViTModel
 from engines import adapters, fused
 from engines.attention import PACKED, packed_attention
 from engines.batch import PART_TOKENS
+from engines.device import Lane
 from engines.encoder import Attention, Size, attention_of
 from engines.encoder import Path as Way
 from engines.engine import TextEngine
 from engines.errors import OutOfMemory, SelfCheckFailed, UnsupportedModel
 from engines.fused import FusedLayer
+from engines.layout import Layout
 from engines.loader import LoaderSettings
+from engines.prepacked import PrepackedLayers
 from engines.selfcheck import Canaries, _filling, choose_attention, distance, probe_ids
 from engines.tokenize import Ids, Tokenizer
 from engines.transformer import TransformerEncoder
@@ -129,9 +132,8 @@ def test_fused_layers_that_are_wrong_are_left_for_the_plain_ones(kit: Kit, monke
     assert_same(embed(engine, TEXTS), encode(kit.reference("bert-cls"), TEXTS))
 
 
-@pytest.mark.parametrize("name", ["bert-cls", "mpnet-mean"])
-@pytest.mark.parametrize(("form", "left"), [("few", ["prepacked", "fused"]), ("many", ["prepacked", "fused"]),
-                                            ("prepacked", ["prepacked"])])  # fmt: skip
+@pytest.mark.parametrize("form", ["few", "many"])
+@pytest.mark.parametrize(("name", "left"), [("bert-cls", ["prepacked", "fused"]), ("mpnet-mean", ["fused"])])
 def test_fused_layers_are_checked_in_every_form(
     kit: Kit, monkeypatch: pytest.MonkeyPatch, form: str, left: list[str], name: str
 ) -> None:
@@ -140,12 +142,41 @@ def test_fused_layers_are_checked_in_every_form(
     assert kit.load(kit.recipe_folder(name)).info.notes == ()
     monkeypatch.setattr(FusedLayer, form, lambda self, *args: right(self, *args) * 1.01)
 
-    notes = kit.load(kit.recipe_folder(name)).info.notes
-    assert [note.split("the ")[1].split(" path")[0] for note in notes] == left
+    assert _left(kit.load(kit.recipe_folder(name))) == left
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_prepacked_layers_are_checked_alone_and_shared(
+    kit: Kit, monkeypatch: pytest.MonkeyPatch, num_threads: int
+) -> None:
+    right = PrepackedLayers.__call__
+
+    def wrong(self: PrepackedLayers, x: Tensor, layout: Layout) -> Tensor:
+        return right(self, x, layout) * (1.01 if self.num_threads == num_threads else 1.0)
+
+    monkeypatch.setattr(Lane, "num_threads", 2)
+    assert kit.load(kit.recipe_folder("bert-cls")).info.notes == ()
+    monkeypatch.setattr(PrepackedLayers, "__call__", wrong)
+
+    assert _left(kit.load(kit.recipe_folder("bert-cls"))) == ["prepacked"]
+
+
+def test_company_is_checked_on_prepacked_layers_too(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There, texts of several lengths are padded to one, and attention must not see the padding."""
+    right = PrepackedLayers.__call__
+
+    def unmasked(self: PrepackedLayers, x: Tensor, layout: Layout) -> Tensor:
+        spread, lengths, picked = layout.places
+        layout.__dict__["places"] = spread, np.full_like(lengths, lengths.max()), picked
+        return right(self, x, layout)
+
+    monkeypatch.setattr(PrepackedLayers, "__call__", unmasked)
+
+    assert _left(kit.load(kit.recipe_folder("bert-cls"))) == ["prepacked"]
 
 
 @pytest.mark.parametrize(
-    ("room", "part", "next_paths"), [(FusedLayer, "few", ("fused", "packed")), (fused, "Block", ("fused",))]
+    ("room", "part", "next_paths"), [(FusedLayer, "few", ("fused", "packed")), (fused, "PrepackedLayers", ("fused",))]
 )
 def test_a_part_that_fails_costs_the_paths_that_need_it_and_no_other(
     kit: Kit, monkeypatch: pytest.MonkeyPatch, room: object, part: str, next_paths: tuple[str, ...]
@@ -311,6 +342,11 @@ def test_a_model_serves_where_its_canary_cannot_be_kept(tmp_path: Path) -> None:
     Canaries(tmp_path / "file").compare("key", np.ones((3, 4), dtype=np.float32), "float32")
 
 
+def _left(engine: TextEngine) -> list[str]:
+    """The paths that were not taken because they are wrong."""
+    return [note.split("the ")[1].split(" path")[0] for note in engine.info.notes]
+
+
 # The probes, the measure, and encoders that are scripted.
 
 
@@ -322,7 +358,7 @@ class Scripted:
         self.path: Way = "padded"
         self.pause: Callable[[], None] = lambda: None
         self.is_reentrant = True
-        self.part_tokens, self.narrow_tokens, self.largest_copy = PART_TOKENS, 0, 0
+        self.part_tokens, self.num_threads, self.largest_copy = PART_TOKENS, 1, 0
         self.num_layers = 1
         self.window: int | None = None
         self.notes: tuple[str, ...] = ()
@@ -351,7 +387,7 @@ class Scripted:
         return tuple(self._paths)  # type: ignore[arg-type]  # named as the paths are
 
     def together(self, texts: Sequence[Ids]) -> Tensor:
-        return self(texts)
+        return self(texts)[None]
 
     def alone(self, text: Ids) -> Tensor:
         return self([text])
