@@ -7,7 +7,7 @@ one that is known, or nothing is touched. As every path, this one serves only wh
 reference's vectors.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from engines.breaks import end_part
 from engines.cores import usable
 from engines.layout import Layout
 from engines.post_norm import MPNET, Names, names_of
-from engines.prepacked import LAYERS_AT_ONCE, MOST_THREADS, PrepackedLayers, Shape, suits
+from engines.prepacked import MOST_THREADS, PrepackedLayers, Shape, layers_at_once, suits
 
 _FEW_ROWS = 96
 """Up to so many tokens several threads share a product better with the weights as its left factor: they divide those
@@ -60,8 +60,8 @@ def _teach(layer: nn.Module, names: Names, state: PackedState) -> "FusedLayer":
         else:
             bias = kwargs.get("position_bias", args[1] if names.gives_tuple and len(args) > 1 else None)
             form = state.form or fused.best_form(state.layout)
-            out = fused(hidden_states[0], state.layout, bias, form)[None]
-            state.num_ahead = fused.num_ahead(form)
+            rows, num_layers = fused(hidden_states[0], state.layout, bias, form)
+            out, state.num_ahead = rows[None], num_layers - 1
         return (out,) if names.gives_tuple else out
 
     layer.forward = forward
@@ -69,14 +69,25 @@ def _teach(layer: nn.Module, names: Names, state: PackedState) -> "FusedLayer":
 
 
 def prepack(layers: "list[FusedLayer]", num_threads: int) -> None:
-    """Let so many threads run them with prepacked weights, several layers at once; 0 frees the copies."""
-    for start in range(0, len(layers), LAYERS_AT_ONCE):
-        first, *following = layers[start : start + LAYERS_AT_ONCE]
-        if num_threads == 0:
-            first.unpack()
-        elif not first.is_prepacked:
-            first.prepack(following, num_threads)
-        end_part()
+    """Let so many threads run them with prepacked weights; 0 frees the copies."""
+    if not num_threads:
+        copies: Copies = {}
+    elif not layers[0].copies:
+        copies = _copies([layer.parts for layer in layers], layers[0].shape, num_threads)
+    else:
+        return
+    for index, layer in enumerate(layers):
+        layer.index, layer.copies = index, copies
+
+
+def _copies(parts: list[dict[str, Tensor]], shape: Shape, num_threads: int) -> "Copies":
+    forms: dict[Form, int] = {"prepacked": 1, "shared": min(num_threads, MOST_THREADS)}
+    copies: Copies = {}
+    for form, threads in forms.items():
+        if threads > 1 or not copies:
+            copies[form] = PrepackedLayers(parts, shape, threads)
+            end_part()
+    return copies
 
 
 def copied_bytes(layers: "list[FusedLayer]", largest: int, num_threads: int) -> int:
@@ -87,8 +98,17 @@ def copied_bytes(layers: "list[FusedLayer]", largest: int, num_threads: int) -> 
     return size if size <= largest and all(layer.can_be_prepacked for layer in layers) else 0
 
 
+Copies = dict[Form, PrepackedLayers]
+"""All layers of a model with prepacked weights, by the form that takes them."""
+
+
 class FusedLayer:
-    """One layer on a packed row."""
+    """One layer on a packed row.
+
+    Attributes:
+        index: among the layers of the copies.
+        copies: none where the weights are not prepacked.
+    """
 
     def __init__(self, layer: nn.Module, names: Names) -> None:
         part: Callable[[str], Any] = layer.get_submodule
@@ -101,7 +121,8 @@ class FusedLayer:
         is_exact = type(activation) is GELUActivation and activation.act is nn.functional.gelu
         self._activate: Callable[[Tensor], Tensor] = gelu if is_exact else activation
         self._operator = "Gelu" if is_exact else "Relu" if type(activation) is nn.ReLU else None
-        self._prepacked: dict[Form, PrepackedLayers] = {}
+        self.index = 0
+        self.copies: Copies = {}
         self._is_plain = names is not MPNET
         heads = getattr(self._attention, "num_attention_heads", None) or self._attention.n_heads
         self._head_shape = (3, int(heads), projections[0].out_features // int(heads))
@@ -112,11 +133,6 @@ class FusedLayer:
         weight = self._weight
         is_plain = self._is_plain and self._operator is not None
         return is_plain and weight.device.type == "cpu" and weight.dtype == torch.float32
-
-    @property
-    def is_prepacked(self) -> bool:
-        """Whether it has copies."""
-        return bool(self._prepacked)
 
     @property
     def product_bytes(self) -> int:
@@ -134,38 +150,32 @@ class FusedLayer:
             "e2": self._second_norm.bias,
         }  # fmt: skip
 
-    def prepack(self, following: "Sequence[FusedLayer]", num_threads: int) -> None:
-        """Make the copies for the forms `prepacked` and `shared`, in which it does the work of those that follow."""
+    @property
+    def shape(self) -> Shape:
+        """What `engines/prepacked.py` wants to know besides."""
         assert self._operator is not None, "can_be_prepacked has been asked"
         _, heads, width = self._head_shape
-        shape = Shape(heads, width, self._operator, (self._first_norm.eps, self._second_norm.eps))
-        layers = [self.parts, *(layer.parts for layer in following)]
-        self._prepacked = {"prepacked": PrepackedLayers(layers, shape, 1)}
-        if num_threads > 1:
-            self._prepacked["shared"] = PrepackedLayers(layers, shape, min(num_threads, MOST_THREADS))
-
-    def unpack(self) -> None:
-        """Free the copies."""
-        self._prepacked = {}
+        return Shape(heads, width, self._operator, (self._first_norm.eps, self._second_norm.eps))
 
     def best_form(self, layout: Layout) -> Form:
         """How a row of these texts is fastest on the threads that this one may use."""
         num_threads = usable()
-        if self._prepacked and suits(layout):
-            shared = self._prepacked.get("shared")
+        if self.copies and suits(layout):
+            shared = self.copies.get("shared")
             return "shared" if shared is not None and shared.num_threads <= num_threads else "prepacked"
         return "few" if num_threads > 1 and layout.num_tokens <= _FEW_ROWS else "many"
 
-    def num_ahead(self, form: Form) -> int:
-        """How many of the layers that follow have nothing left to do, when this one has run in a form."""
-        return self._prepacked[form].num_layers - 1 if form in self._prepacked else 0
+    def __call__(self, x: Tensor, layout: Layout, position_bias: Tensor | None, form: Form) -> tuple[Tensor, int]:
+        """`[T, H]` to `[T, H]`, and how many layers that was: from copies, this one and some that follow.
 
-    def __call__(self, x: Tensor, layout: Layout, position_bias: Tensor | None, form: Form) -> Tensor:
-        """`[T, H]` to `[T, H]`. Few tokens are nothing of their own on a GPU, whose threads are not the CPU's."""
-        if form in self._prepacked:
-            return self._prepacked[form](x, layout)
+        Few tokens are nothing of their own on a GPU, whose threads are not the CPU's.
+        """
+        if form in self.copies:
+            copies = self.copies[form]
+            last = min(self.index + layers_at_once(layout), copies.num_layers) - 1
+            return copies(x, layout, self.index, last), last - self.index + 1
         run = self.few if form == "few" and x.device.type == "cpu" else self.many
-        return run(x, layout, position_bias)
+        return run(x, layout, position_bias), 1
 
     def many(self, x: Tensor, layout: Layout, position_bias: Tensor | None) -> Tensor:
         """`[T, H]` to `[T, H]`."""

@@ -1,9 +1,9 @@
 """Whole layers through ONNX Runtime, which holds second copies of the weights in the order in which it reads them.
 
 A product of few rows is bound by reading the weights. torch's library puts them in order anew in every call; here that
-happens once, when the model loads. A layer is one call besides, where torch and Python take thirty, and threads share
-a product of a dozen rows well, which torch's do not. The copies are paid for: models above `LARGEST_COPY` have
-none.
+happens once, when the model loads. All layers are one call besides, where torch and Python take thirty each, and
+threads share a product of a dozen rows well, which torch's do not. The copies are paid for: models above `LARGEST_COPY`
+have none.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime
 from msgspec import Struct
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, TensorProto, helper
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 from torch import Tensor, from_numpy
 
 from engines.layout import Layout
@@ -30,14 +30,11 @@ MOST_THREADS = 4
 PART_TOKENS = 1
 """Of the smallest part that is worth a thread of its own: any text."""
 
-LAYERS_AT_ONCE = 3
-"""Layers of one call: a thread that returns to Python waits for the interpreter's lock, which the event loop has; and
-only between two calls a pass gives way to others."""
+_TOKEN_LAYERS = 768
+"""Tokens × layers of one call. A thread that returns to Python waits for the interpreter's lock, which the event loop
+has; but only between two calls a pass gives way to others."""
 
-_MOST_TOKENS = 256
-"""Of a row: with more, one call would keep others waiting for too long, and torch is as fast."""
-
-_LONGEST = 128
+_LONGEST = 192
 """Tokens of a text: attention here is that of padded batches, and keeps the scores of all pairs."""
 
 _PLACES = 1.5
@@ -48,6 +45,11 @@ _OPSET, _FORMAT = 17, 8
 
 _RUNTIME = "com.microsoft"
 """The domain of operators that only the runtime has: https://onnxruntime.ai/docs/reference/operators/ContribOperators"""
+
+_COMMON = {"", "spread", "lengths", "picked", "flat"}
+"""What all layers take; every other name of a node is that of one layer."""
+
+_SWITCH = np.array(False), np.array(True)
 
 onnxruntime.set_default_logger_severity(3)
 
@@ -70,9 +72,14 @@ class Shape(Struct, frozen=True):
 
 
 def suits(layout: Layout) -> bool:
-    """Whether the texts of a row are few, short, and alike in length."""
+    """Whether the texts of a row are short, and alike in length."""
     are_alike = layout.longest * len(layout.lengths) <= _PLACES * layout.num_tokens
-    return layout.num_tokens <= _MOST_TOKENS and layout.longest <= _LONGEST and are_alike
+    return layout.longest <= _LONGEST and are_alike
+
+
+def layers_at_once(layout: Layout) -> int:
+    """How many layers of a row should be one call."""
+    return max(1, _TOKEN_LAYERS // layout.num_tokens)
 
 
 class PrepackedLayers:
@@ -90,11 +97,12 @@ class PrepackedLayers:
         weights = {f"{name}{index}": weight for index, parts in enumerate(layers) for name, weight in parts.items()}
         self._session = _session(weights, _model(weights, shape, len(layers)), num_threads)
 
-    def __call__(self, x: Tensor, layout: Layout) -> Tensor:
-        """A packed row `[T, H]` to what leaves the last layer, `[T, H]`."""
+    def __call__(self, x: Tensor, layout: Layout, first: int, last: int) -> Tensor:
+        """A packed row `[T, H]` to what leaves the layer `last`, `[T, H]`, when it goes into the layer `first`."""
         spread, lengths, picked = layout.places
         given = {"x0": x.numpy(), "spread": spread, "lengths": lengths, "picked": picked}
-        result: NDArray[np.float32] = self._session.run(None, given)[0]
+        switches = {f"runs{index}": _SWITCH[first <= index <= last] for index in range(self.num_layers)}
+        result: NDArray[np.float32] = self._session.run(None, given | switches)[0]
         return from_numpy(result)
 
 
@@ -111,48 +119,66 @@ def _session(weights: Weights, model: ModelProto, num_threads: int) -> onnxrunti
 
 def _model(weights: Weights, shape: Shape, num_layers: int) -> ModelProto:
     width = shape.heads * shape.width
+    switches = [f"runs{index}" for index in range(num_layers)]
     inputs = [
-        helper.make_tensor_value_info("x0", TensorProto.FLOAT, ["T", width]),
-        helper.make_tensor_value_info("spread", TensorProto.INT64, ["texts", "longest"]),
-        helper.make_tensor_value_info("lengths", TensorProto.INT32, ["texts"]),
-        helper.make_tensor_value_info("picked", TensorProto.INT64, ["T"]),
+        _value("x0", TensorProto.FLOAT, "T", width),
+        _value("spread", TensorProto.INT64, "texts", "longest"),
+        _value("lengths", TensorProto.INT32, "texts"),
+        _value("picked", TensorProto.INT64, "T"),
+        *(_value(name, TensorProto.BOOL) for name in switches),
     ]
-    output = helper.make_tensor_value_info(f"x{num_layers}", TensorProto.FLOAT, ["T", width])
-    nodes = [node for index in range(num_layers) for node in (*_attention(shape, index), *_block(shape, index))]
+    output = _value(f"x{num_layers}", TensorProto.FLOAT, "T", width)
+    nodes = [_layer(shape, index, switch) for index, switch in enumerate(switches)]
     constants = [*_elsewhere(weights), helper.make_tensor("flat", TensorProto.INT64, [2], [-1, width])]
     graph = helper.make_graph(nodes, "layers", inputs, [output], constants)
     opsets = [helper.make_opsetid("", _OPSET), helper.make_opsetid(_RUNTIME, 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=_FORMAT)
 
 
-def _attention(shape: Shape, index: int) -> list[NodeProto]:
+def _layer(shape: Shape, index: int, switch: str) -> NodeProto:
+    """`x` to the next layer's `x`; the same `x` where the switch is off, so that any layers can be one call."""
+    names = {"x": f"x{index}", "y": f"y{index}", "same": f"same{index}"}
+    nodes = [*_attention(shape), *_block(shape)]
+    for node in nodes:
+        for ends in (node.input, node.output):
+            ends[:] = [names.get(name, name if name in _COMMON else f"{name}{index}") for name in ends]
+    whole = [_value(names[end], TensorProto.FLOAT, "T", shape.heads * shape.width) for end in ("y", "same")]
+    skip = [helper.make_node("Identity", [names["x"]], [names["same"]])]
+    return helper.make_node(
+        "If", [switch], [f"x{index + 1}"],
+        then_branch=helper.make_graph(nodes, f"layer{index}", [], whole[:1]),
+        else_branch=helper.make_graph(skip, f"skip{index}", [], whole[1:]),
+    )  # fmt: skip
+
+
+def _attention(shape: Shape) -> list[NodeProto]:
     """`x` to `context`: queries, keys and values are spread to a padded batch, and what they find is gathered."""
     options: dict[str, Any] = {"num_heads": shape.heads, "scale": shape.width**-0.5, "domain": _RUNTIME}
-    joined, place, found, flat = (f"{name}{index}" for name in ("joined", "place", "found", "flat"))
-    parts = [f"{name}{index}" for name in ("query", "key", "value")]
     return [
-        _product(f"x{index}", joined, f"q{index}"),
-        helper.make_node("Gather", [joined, "spread"], [place]),
-        helper.make_node("Split", [place], parts, axis=-1),
-        helper.make_node("MultiHeadAttention", [*parts, "", "lengths"], [found], **options),
-        helper.make_node("Reshape", [found, "flat"], [flat]),
-        helper.make_node("Gather", [flat, "picked"], [f"context{index}"]),
+        _product("x", "joined", "q"),
+        helper.make_node("Gather", ["joined", "spread"], ["padded"]),
+        helper.make_node("Split", ["padded"], ["query", "key", "value"], axis=-1),
+        helper.make_node("MultiHeadAttention", ["query", "key", "value", "", "lengths"], ["found"], **options),
+        helper.make_node("Reshape", ["found", "flat"], ["places"]),
+        helper.make_node("Gather", ["places", "picked"], ["context"]),
     ]
 
 
-def _block(shape: Shape, index: int) -> list[NodeProto]:
-    """`x` and `context` to the next layer's `x`: projection, sum and norm, then the same around two products and the
-    activation."""
+def _block(shape: Shape) -> list[NodeProto]:
+    """`x` and `context` to `y`: projection, sum and norm, then the same around two products and the activation."""
     domain = _RUNTIME if shape.activation == "Gelu" else ""
-    attended, inner, wide, active, out = (f"{n}{index}" for n in ("attended", "inner", "wide", "active", "out"))
     return [
-        _product(f"context{index}", attended, f"c{index}"),
-        _sum_and_norm(attended, f"x{index}", inner, f"1{index}", shape.eps[0]),
-        _product(inner, wide, f"u{index}"),
-        helper.make_node(shape.activation, [wide], [active], domain=domain),
-        _product(active, out, f"d{index}"),
-        _sum_and_norm(out, inner, f"x{index + 1}", f"2{index}", shape.eps[1]),
+        _product("context", "attended", "c"),
+        _sum_and_norm("attended", "x", "inner", "1", shape.eps[0]),
+        _product("inner", "wide", "u"),
+        helper.make_node(shape.activation, ["wide"], ["active"], domain=domain),
+        _product("active", "out", "d"),
+        _sum_and_norm("out", "inner", "y", "2", shape.eps[1]),
     ]
+
+
+def _value(name: str, kind: int, *sizes: str | int) -> ValueInfoProto:
+    return helper.make_tensor_value_info(name, kind, sizes)
 
 
 def _product(source: str, target: str, part: str) -> NodeProto:

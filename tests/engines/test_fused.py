@@ -22,7 +22,7 @@ from engines.adapters import PackedState, storage_bytes
 from engines.attention import PACKED
 from engines.fused import copied_bytes, fuse, prepack
 from engines.layout import Layout
-from engines.prepacked import LARGEST_COPY
+from engines.prepacked import LARGEST_COPY, PrepackedLayers
 
 SHAPE: dict[str, Any] = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
 BERT: dict[str, Any] = {"vocab_size": 100, **SHAPE}
@@ -149,12 +149,12 @@ def test_a_row_that_gives_way_to_another_has_its_own_state_back() -> None:
         (False, 1, 12, "many"),
         (False, 2, 96, "few"),
         (False, 2, 97, "many"),
-        (True, 1, 128, "prepacked"),
+        (True, 1, 192, "prepacked"),
+        (True, 2, 192, "shared"),
         (True, 2, 12, "shared"),
-        (True, 2, 128, "shared"),
         (True, 3, 12, "shared"),
-        (True, 1, 129, "many"),
-        (True, 2, 129, "many"),
+        (True, 1, 193, "many"),
+        (True, 2, 193, "many"),
     ],
 )
 def test_the_form_is_the_fastest_for_so_many_tokens_and_threads(
@@ -193,20 +193,32 @@ def test_layers_too_large_for_a_second_copy_have_none() -> None:
     assert copied_bytes(layers, size, 2) == 0, "one copy on one thread, two where several may share"
 
 
-@pytest.mark.parametrize("num_layers", [1, 3, 4, 7])
-def test_layers_are_prepacked_several_at_once(num_layers: int) -> None:
-    model, state = bert(num_hidden_layers=num_layers), PackedState()
-    ids, layout = torch.arange(5)[None], Layout([5], torch.device("cpu"))
+@pytest.mark.parametrize(
+    ("num_tokens", "calls"), [(5, [(0, 6)]), (192, [(0, 3), (4, 6)]), (800, [(n, n) for n in range(7)])]
+)
+def test_prepacked_layers_run_several_at_once(
+    monkeypatch: pytest.MonkeyPatch, num_tokens: int, calls: list[tuple[int, int]]
+) -> None:
+    model, state = bert(num_hidden_layers=7), PackedState()
+    ids, lengths = torch.arange(num_tokens)[None] % 100, [min(num_tokens, 100)] * (num_tokens // 100) or [num_tokens]
+    lengths += [num_tokens - sum(lengths)] if sum(lengths) < num_tokens else []
+    layout, asked, right = Layout(lengths, torch.device("cpu")), [], PrepackedLayers.__call__
+
+    def note(self: PrepackedLayers, x: Tensor, layout: Layout, first: int, last: int) -> Tensor:
+        asked.append((first, last))
+        return right(self, x, layout, first, last)
+
+    monkeypatch.setattr(PrepackedLayers, "__call__", note)
     with torch.inference_mode():
-        expected = model(input_ids=ids).last_hidden_state
-        layers = fuse(model, state)
-        prepack(layers, 1)
+        parts = torch.split(ids[0], layout.lengths)
+        expected = torch.cat([model(input_ids=part[None]).last_hidden_state[0] for part in parts])
+        prepack(fuse(model, state), 1)
         model.set_attn_implementation(PACKED)
         with state.running(layout, is_fused=True, form="prepacked"):
-            found = model(input_ids=ids, position_ids=layout.positions[None], packed_layout=layout).last_hidden_state
+            out = model(input_ids=ids, position_ids=layout.positions[None], packed_layout=layout)
 
-    assert [layer.is_prepacked for layer in layers] == [index % 3 == 0 for index in range(num_layers)]
-    assert torch.allclose(found, expected, atol=1e-6)
+    assert asked == calls
+    assert torch.allclose(out.last_hidden_state[0], expected, atol=1e-6)
 
 
 def test_a_row_that_another_overtakes_goes_on_where_it_was() -> None:
@@ -241,10 +253,19 @@ def test_a_row_that_another_overtakes_goes_on_where_it_was() -> None:
 
 def test_layers_are_prepacked_once_and_unpacked_for_good() -> None:
     layers = fuse(bert(), PackedState())
-    prepack(layers, 1)
-    made = layers[0]._prepacked
-    prepack(layers, 1)
-    assert layers[0]._prepacked is made
+    prepack(layers, 2)
+    made = layers[0].copies
+    prepack(layers, 2)
+
+    assert made.keys() == {"prepacked", "shared"}
+    assert all(layer.copies is made for layer in layers)
 
     prepack(layers, 0)
-    assert not any(layer.is_prepacked for layer in layers)
+    assert not any(layer.copies for layer in layers)
+
+
+def test_on_one_thread_there_is_one_copy() -> None:
+    layers = fuse(bert(), PackedState())
+    prepack(layers, 1)
+
+    assert layers[0].copies.keys() == {"prepacked"}

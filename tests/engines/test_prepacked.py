@@ -1,6 +1,5 @@
 """Prepacked layers are torch's own, on any number of threads, and on weights that are held where they were."""
 
-import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, linear, relu, scaled_dot_product_attention
 
 from engines.layout import Layout
-from engines.prepacked import PrepackedLayers, Shape, suits
+from engines.prepacked import PrepackedLayers, Shape, layers_at_once, suits
 
 HEADS, WIDTH, INNER = 3, 8, 40
 HIDDEN = HEADS * WIDTH
@@ -57,18 +56,19 @@ def test_a_layer_is_what_torch_makes_of_it(
 ) -> None:
     parts, layout, x = _parts(), _layout(*lengths), torch.randn(sum(lengths), HIDDEN)
 
-    found = PrepackedLayers([parts], _shape(operator), num_threads)(x, layout)
+    found = PrepackedLayers([parts], _shape(operator), num_threads)(x, layout, 0, 0)
 
     assert torch.allclose(found, _plain(parts, activate, x, layout), atol=1e-5)
 
 
-def test_layers_run_one_after_the_other() -> None:
+@pytest.mark.parametrize(("first", "last"), [(0, 2), (0, 0), (1, 1), (2, 2), (0, 1), (1, 2)])
+def test_any_layers_run_one_after_the_other_and_no_others(first: int, last: int) -> None:
     layers, layout, x = [_parts(seed) for seed in range(3)], _layout(2, 5), torch.randn(7, HIDDEN)
     expected = x
-    for parts in layers:
+    for parts in layers[first : last + 1]:
         expected = _plain(parts, gelu, expected, layout)
 
-    found = PrepackedLayers(layers, _shape(), 1)(x, layout)
+    found = PrepackedLayers(layers, _shape(), 1)(x, layout, first, last)
 
     assert torch.allclose(found, expected, atol=1e-5)
 
@@ -78,7 +78,7 @@ def test_the_activation_is_the_exact_one() -> None:
     parts = _parts()
     parts["wd"] = torch.cat([torch.eye(HIDDEN), torch.zeros(HIDDEN, INNER - HIDDEN)], dim=1)
     layout, x = _layout(100, 100), torch.randn(200, HIDDEN)
-    found = PrepackedLayers([parts], _shape(), 1)(x, layout)
+    found = PrepackedLayers([parts], _shape(), 1)(x, layout, 0, 0)
 
     def off(approximate: str) -> float:
         expected = _plain(parts, lambda rows: gelu(rows, approximate=approximate), x, layout)
@@ -91,19 +91,19 @@ def test_the_activation_is_the_exact_one() -> None:
 def test_threads_share_layers(num_threads: int) -> None:
     layers, layout = PrepackedLayers([_parts()], _shape(), num_threads), _layout(3)
     rows = [torch.randn(3, HIDDEN) for _ in range(40)]
-    alone = [layers(row, layout) for row in rows]
+    alone = [layers(row, layout, 0, 0) for row in rows]
 
     with ThreadPoolExecutor(4) as threads:
-        beside = list(threads.map(layers, rows, itertools.repeat(layout)))
+        beside = list(threads.map(lambda row: layers(row, layout, 0, 0), rows))
 
     assert all(torch.equal(a, b) for a, b in zip(alone, beside, strict=True))
 
 
 def test_what_was_given_back_is_not_written_again() -> None:
     layers = PrepackedLayers([_parts()], _shape(), 1)
-    first = layers(torch.ones(2, HIDDEN), _layout(2))
+    first = layers(torch.ones(2, HIDDEN), _layout(2), 0, 0)
     kept = first.clone()
-    layers(torch.zeros(2, HIDDEN), _layout(2))
+    layers(torch.zeros(2, HIDDEN), _layout(2), 0, 0)
 
     assert torch.equal(first, kept)
 
@@ -111,14 +111,19 @@ def test_what_was_given_back_is_not_written_again() -> None:
 @pytest.mark.parametrize(
     ("lengths", "is_suited"),
     [
-        ((128,), True),
-        ((129,), False),
-        ((128, 128), True),
-        ((85, 86, 86), False),
+        ((192,), True),
+        ((193,), False),
+        ((192,) * 10, True),
         ((10, 30), True),
         ((9, 30), False),
     ],
-    ids=["a long text", "too long a text", "many tokens", "too many tokens", "some padding", "too much padding"],
+    ids=["a long text", "too long a text", "many tokens", "some padding", "too much padding"],
 )
-def test_few_short_texts_of_like_length_are_suited(lengths: tuple[int, ...], is_suited: bool) -> None:
+def test_short_texts_of_like_length_are_suited(lengths: tuple[int, ...], is_suited: bool) -> None:
     assert suits(_layout(*lengths)) is is_suited
+
+
+@pytest.mark.parametrize(("num_tokens", "num_layers"), [(12, 64), (128, 6), (129, 5), (256, 3), (400, 1), (1024, 1)])
+def test_the_more_tokens_the_fewer_layers_are_one_call(num_tokens: int, num_layers: int) -> None:
+    """Between two calls others are let pass."""
+    assert layers_at_once(_layout(num_tokens)) == num_layers

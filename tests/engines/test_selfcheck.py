@@ -151,8 +151,8 @@ def test_prepacked_layers_are_checked_alone_and_shared(
 ) -> None:
     right = PrepackedLayers.__call__
 
-    def wrong(self: PrepackedLayers, x: Tensor, layout: Layout) -> Tensor:
-        return right(self, x, layout) * (1.01 if self.num_threads == num_threads else 1.0)
+    def wrong(self: PrepackedLayers, *args: Any) -> Tensor:
+        return right(self, *args) * (1.01 if self.num_threads == num_threads else 1.0)
 
     monkeypatch.setattr(Lane, "num_threads", 2)
     assert kit.load(kit.recipe_folder("bert-cls")).info.notes == ()
@@ -165,10 +165,10 @@ def test_company_is_checked_on_prepacked_layers_too(kit: Kit, monkeypatch: pytes
     """There, texts of several lengths are padded to one, and attention must not see the padding."""
     right = PrepackedLayers.__call__
 
-    def unmasked(self: PrepackedLayers, x: Tensor, layout: Layout) -> Tensor:
+    def unmasked(self: PrepackedLayers, x: Tensor, layout: Layout, *layers: int) -> Tensor:
         spread, lengths, picked = layout.places
         layout.__dict__["places"] = spread, np.full_like(lengths, lengths.max()), picked
-        return right(self, x, layout)
+        return right(self, x, layout, *layers)
 
     monkeypatch.setattr(PrepackedLayers, "__call__", unmasked)
 
@@ -247,7 +247,7 @@ def test_a_path_that_fails_later_is_left_and_the_batch_runs_on(
         return packed_attention(*args, **options)
 
     packed_is(narrow)
-    engine = kit.load(kit.recipe_folder("bert-cls"))
+    engine = kit.load(kit.recipe_folder("bert-cls"), settings=LoaderSettings(largest_copy=0))
     wanted = encode(kit.reference("bert-cls"), TEXTS)
 
     assert engine.info.attention == "packed"
