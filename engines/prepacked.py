@@ -30,7 +30,7 @@ MOST_THREADS = 4
 PART_TOKENS = 1
 """Of the smallest part that is worth a thread of its own: any text."""
 
-_TOKEN_LAYERS = 768
+_TOKEN_LAYERS = 512
 """Tokens × layers of one call. A thread that returns to Python waits for the interpreter's lock, which the event loop
 has; but only between two calls a pass gives way to others."""
 

@@ -194,7 +194,7 @@ def test_layers_too_large_for_a_second_copy_have_none() -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "calls"), [(5, [(0, 6)]), (192, [(0, 3), (4, 6)]), (800, [(n, n) for n in range(7)])]
+    ("num_tokens", "calls"), [(5, [(0, 6)]), (192, [(0, 1), (2, 3), (4, 5), (6, 6)]), (800, [(n, n) for n in range(7)])]
 )
 def test_prepacked_layers_run_several_at_once(
     monkeypatch: pytest.MonkeyPatch, num_tokens: int, calls: list[tuple[int, int]]
