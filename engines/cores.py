@@ -37,7 +37,7 @@ def usable() -> int:
 @contextmanager
 def left_to_others(is_so: bool = True) -> Iterator[None]:
     """Inside, if so, torch takes one: its threads wait busily for more work, on cores that another library uses."""
-    if not is_so or _HERE.is_left or usable() == 1:
+    if not is_so or _HERE.is_left:
         yield
         return
     before, _HERE.num, _HERE.is_left = _HERE.num, usable(), True

@@ -23,6 +23,9 @@ from engines.layout import Layout
 from engines.post_norm import MPNET, Names, names_of
 from engines.prepacked import MOST_THREADS, PrepackedLayers, Shape, layers_at_once, suits
 
+Copies = dict[Form, PrepackedLayers]
+"""All layers of a model with prepacked weights, by the form that takes them."""
+
 _FEW_ROWS = 96
 """Up to so many tokens several threads share a product better with the weights as its left factor: they divide those
 among them, and not what is multiplied with them."""
@@ -41,15 +44,15 @@ def fuse(model: nn.Module, state: PackedState) -> "list[FusedLayer]":
     if names is None:
         return []
     fused = []
-    for layer in layers:
-        fused.append(_teach(layer, names, state))
+    for index, layer in enumerate(layers):
+        fused.append(_teach(layer, names, index, state))
         end_part()
     return fused
 
 
-def _teach(layer: nn.Module, names: Names, state: PackedState) -> "FusedLayer":
+def _teach(layer: nn.Module, names: Names, index: int, state: PackedState) -> "FusedLayer":
     plain: Callable[..., Any] = layer.forward
-    fused = FusedLayer(layer, names)
+    fused = FusedLayer(layer, names, index)
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if state.layout is None or not state.is_fused:
@@ -70,23 +73,21 @@ def _teach(layer: nn.Module, names: Names, state: PackedState) -> "FusedLayer":
 
 def prepack(layers: "list[FusedLayer]", num_threads: int) -> None:
     """Let so many threads run them with prepacked weights; 0 frees the copies."""
-    if not num_threads:
-        copies: Copies = {}
-    elif not layers[0].copies:
-        copies = _copies([layer.parts for layer in layers], layers[0].shape, num_threads)
-    else:
+    if num_threads and layers[0].copies:
         return
-    for index, layer in enumerate(layers):
-        layer.index, layer.copies = index, copies
+    copies = _copies(layers, num_threads) if num_threads else {}
+    for layer in layers:
+        layer.copies = copies
 
 
-def _copies(parts: list[dict[str, Tensor]], shape: Shape, num_threads: int) -> "Copies":
-    forms: dict[Form, int] = {"prepacked": 1, "shared": min(num_threads, MOST_THREADS)}
-    copies: Copies = {}
+def _copies(layers: "list[FusedLayer]", num_threads: int) -> Copies:
+    forms: dict[Form, int] = {"prepacked": 1}
+    if num_threads > 1:
+        forms["shared"] = min(num_threads, MOST_THREADS)
+    parts, copies = [layer.parts for layer in layers], Copies()
     for form, threads in forms.items():
-        if threads > 1 or not copies:
-            copies[form] = PrepackedLayers(parts, shape, threads)
-            end_part()
+        copies[form] = PrepackedLayers(parts, layers[0].shape, threads)
+        end_part()
     return copies
 
 
@@ -98,19 +99,17 @@ def copied_bytes(layers: "list[FusedLayer]", largest: int, num_threads: int) -> 
     return size if size <= largest and all(layer.can_be_prepacked for layer in layers) else 0
 
 
-Copies = dict[Form, PrepackedLayers]
-"""All layers of a model with prepacked weights, by the form that takes them."""
-
-
 class FusedLayer:
     """One layer on a packed row.
 
+    Args:
+        index: its place in the model.
+
     Attributes:
-        index: among the layers of the copies.
         copies: none where the weights are not prepacked.
     """
 
-    def __init__(self, layer: nn.Module, names: Names) -> None:
+    def __init__(self, layer: nn.Module, names: Names, index: int) -> None:
         part: Callable[[str], Any] = layer.get_submodule
         self._attention = part(names.attention)
         projections = [part(name) for name in (names.query, names.key, names.value)]
@@ -120,10 +119,12 @@ class FusedLayer:
         activation = part(names.activation)
         is_exact = type(activation) is GELUActivation and activation.act is nn.functional.gelu
         self._activate: Callable[[Tensor], Tensor] = gelu if is_exact else activation
-        self._operator = "Gelu" if is_exact else "Relu" if type(activation) is nn.ReLU else None
-        self.index = 0
+        operator = "Gelu" if is_exact else "Relu" if type(activation) is nn.ReLU else None
+        self._operator = (
+            None if names is MPNET else operator
+        )  # MPNet's attention has a bias, for which there is no form
+        self._index = index
         self.copies: Copies = {}
-        self._is_plain = names is not MPNET
         heads = getattr(self._attention, "num_attention_heads", None) or self._attention.n_heads
         self._head_shape = (3, int(heads), projections[0].out_features // int(heads))
 
@@ -131,8 +132,7 @@ class FusedLayer:
     def can_be_prepacked(self) -> bool:
         """Whether `engines/prepacked.py` knows such layers."""
         weight = self._weight
-        is_plain = self._is_plain and self._operator is not None
-        return is_plain and weight.device.type == "cpu" and weight.dtype == torch.float32
+        return self._operator is not None and weight.device.type == "cpu" and weight.dtype == torch.float32
 
     @property
     def product_bytes(self) -> int:
@@ -172,8 +172,8 @@ class FusedLayer:
         """
         if form in self.copies:
             copies = self.copies[form]
-            last = min(self.index + layers_at_once(layout), copies.num_layers) - 1
-            return copies(x, layout, self.index, last), last - self.index + 1
+            last = min(self._index + layers_at_once(layout), copies.num_layers) - 1
+            return copies(x, layout, self._index, last), last - self._index + 1
         run = self.few if form == "few" and x.device.type == "cpu" else self.many
         return run(x, layout, position_bias), 1
 

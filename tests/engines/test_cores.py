@@ -52,13 +52,14 @@ def test_cores_are_left_to_others_and_taken_back() -> None:
     on_a_thread(work)
 
 
-def test_what_changes_meanwhile_is_known_afterwards() -> None:
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_what_changes_meanwhile_is_known_and_torch_takes_it_afterwards(before: int, after: int) -> None:
     def work() -> None:
-        cores.use(2)
+        cores.use(before)
         with cores.left_to_others():
-            cores.use(1)
-            assert cores.usable() == 1
-        assert (cores.usable(), torch.get_num_threads()) == (1, 1)
+            cores.use(after)
+            assert (cores.usable(), torch.get_num_threads()) == (after, 1)
+        assert (cores.usable(), torch.get_num_threads()) == (after, after)
 
     on_a_thread(work)
 
