@@ -1,6 +1,7 @@
 """Whose requests are counted together, what limits they have, and how many of them are inside the server now."""
 
 from collections import Counter
+from functools import lru_cache
 from ipaddress import IPv6Address, ip_address
 
 from msgspec import Struct
@@ -43,6 +44,7 @@ def _limit(per_minute: int | None, of_server: int | None, window_s: int) -> Limi
     return None if of_server is None else Limit(of_server, window_s)
 
 
+@lru_cache(maxsize=1024)
 def _subscriber(address: str) -> str:
     try:
         found = ip_address(address)

@@ -19,7 +19,7 @@ _SHARES = (0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 _RATIOS = (0.25, 0.5, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.25, 1.5, 2.0, 4.0)
 
 
-class Metric(Struct, frozen=True):
+class Metric(Struct, frozen=True, cache_hash=True):
     """One metric. `buckets` are the upper bounds of a histogram, in the unit that its name ends with."""
 
     name: str

@@ -5,6 +5,7 @@ Every reader raises `ValueError` whose text says what is allowed, and never repe
 
 import re
 from collections.abc import Callable
+from functools import lru_cache
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -18,6 +19,7 @@ _ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^\s/,]+", re.ASCII)
 _STORAGE = re.compile(r"async\+[a-z0-9+.-]+://\S*", re.ASCII)
 
 
+@lru_cache(maxsize=64)  # asked for every request; few, because clients choose what they send as a host
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach `host`. A name other than `localhost` counts as reachable from outside."""
     try:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
-from litestar import Controller, MediaType, Request, Response, post
+from litestar import Controller, MediaType, Request, Response
 from litestar.di import NamedDependency
 from litestar.openapi import ResponseSpec
 from litestar.params import JSONBody
@@ -16,7 +16,7 @@ from router.controllers.embeddings import HEADERS
 from router.decode import StrictRequest
 from router.embedding import Answer, embed, spelt
 from router.encode import Form, encode_rows
-from router.limits import at_the_door
+from router.limits import TextsHandler, at_the_door
 from router.openapi import BEARER, EMBEDDING, failures
 from router.quantize import is_scalar
 from router.schema import EmbeddingRequest
@@ -34,8 +34,9 @@ class CohereController(Controller):
     guards = (requires("embed"),)
     security = BEARER
 
-    @post(
+    @TextsHandler(
         "/v2/embed",
+        http_method="POST",
         status_code=200,
         guards=(at_the_door,),
         request_class=StrictRequest,

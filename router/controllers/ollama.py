@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
-from litestar import Controller, MediaType, Request, Response, get, post
+from litestar import Controller, MediaType, Request, Response, get
 from litestar.di import NamedDependency
 from litestar.openapi import ResponseSpec
 from litestar.params import JSONBody
@@ -17,7 +17,7 @@ from router.controllers.models import visible_slots
 from router.decode import StrictRequest
 from router.embedding import embed
 from router.encode import encode_rows
-from router.limits import at_the_door
+from router.limits import TextsHandler, at_the_door
 from router.openapi import BEARER, EMBEDDING, GUARDED, failures
 from router.registry import Registry
 from router.schema import EmbeddingRequest, Slot
@@ -44,8 +44,9 @@ class OllamaController(Controller):
     guards = (requires("embed"),)
     security = BEARER
 
-    @post(
+    @TextsHandler(
         "/embed",
+        http_method="POST",
         status_code=200,
         guards=(at_the_door,),
         request_class=StrictRequest,

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from litestar import Controller, MediaType, Request, Response, get, post
+from litestar import Controller, MediaType, Request, Response, get
 from litestar.di import NamedDependency
 from litestar.openapi import ResponseSpec
 from litestar.params import JSONBody
@@ -15,7 +15,7 @@ from router.controllers.models import slots_by_model
 from router.decode import StrictRequest
 from router.embedding import embed, spelt
 from router.encode import encode_rows
-from router.limits import at_the_door
+from router.limits import TextsHandler, at_the_door
 from router.openapi import BEARER, EMBEDDING, GUARDED, failures
 from router.schema import MAX_INPUTS, EmbeddingRequest
 from router.skin_schema import TeiEmbeddingType, TeiInfo, TeiModelType, TeiRequest
@@ -30,8 +30,9 @@ class TeiController(Controller):
     guards = (requires("embed"),)
     security = BEARER
 
-    @post(
+    @TextsHandler(
         "/embed",
+        http_method="POST",
         status_code=200,
         guards=(at_the_door,),
         request_class=StrictRequest,

@@ -1,16 +1,13 @@
 """`embedyard bench` against a running server: what it prints, what it writes, and how it exits."""
 
 import json
-import logging
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import structlog
 from click.testing import CliRunner, Result
 
 from engines.errors import QueueFull
@@ -32,14 +29,6 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for variable in VARIABLES:
         monkeypatch.delenv(variable.name, raising=False)
     return tmp_path
-
-
-@pytest.fixture(autouse=True)
-def quiet_server() -> Iterator[None]:
-    """It shares this process, and its log would go to the output that is looked at here."""
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
-    yield
-    structlog.reset_defaults()
 
 
 def bench(url: str, *args: str) -> Result:
