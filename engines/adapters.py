@@ -16,8 +16,8 @@ from engines.attention import packed_attention
 from engines.layout import Layout
 
 Form = Literal["few", "many", "prepacked", "shared"]
-"""How fused layers run a row: as one of few tokens, as one of many, or with prepacked weights, on one thread or shared
-by several."""
+"""How a row runs: through fused layers as one of few tokens or as one of many, or from prepacked weights, on one thread
+or shared by several."""
 
 
 class PackedState(threading.local):
@@ -26,8 +26,6 @@ class PackedState(threading.local):
     layout: Layout | None = None
     is_fused: bool = False
     form: Form | None = None
-    num_ahead: int = 0
-    """Layers that come next and have nothing left to do."""
 
     @contextmanager
     def running(self, layout: Layout, *, is_fused: bool, form: Form | None = None) -> Iterator[None]:
@@ -37,12 +35,12 @@ class PackedState(threading.local):
             is_fused: through the layers of `engines/fused.py`.
             form: in which they run it; None is whichever suits.
         """
-        before = self.layout, self.is_fused, self.form, self.num_ahead
-        self.layout, self.is_fused, self.form, self.num_ahead = layout, is_fused, form, 0
+        before = self.layout, self.is_fused, self.form
+        self.layout, self.is_fused, self.form = layout, is_fused, form
         try:
             yield
         finally:
-            self.layout, self.is_fused, self.form, self.num_ahead = before
+            self.layout, self.is_fused, self.form = before
 
 
 def adapt(model: nn.Module, state: PackedState) -> None:

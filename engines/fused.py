@@ -21,10 +21,6 @@ from engines.breaks import end_part
 from engines.cores import usable
 from engines.layout import Layout
 from engines.post_norm import MPNET, Names, names_of
-from engines.prepacked import MOST_THREADS, PrepackedLayers, Shape, layers_at_once, suits
-
-Copies = dict[Form, PrepackedLayers]
-"""All layers of a model with prepacked weights, by the form that takes them."""
 
 _FEW_ROWS = 96
 """Up to so many tokens several threads share a product better with the weights as its left factor: they divide those
@@ -44,72 +40,41 @@ def fuse(model: nn.Module, state: PackedState) -> "list[FusedLayer]":
     if names is None:
         return []
     fused = []
-    for index, layer in enumerate(layers):
-        fused.append(_teach(layer, names, index, state))
+    for layer in layers:
+        fused.append(_teach(layer, names, state))
         end_part()
     return fused
 
 
-def _teach(layer: nn.Module, names: Names, index: int, state: PackedState) -> "FusedLayer":
+def _teach(layer: nn.Module, names: Names, state: PackedState) -> "FusedLayer":
     plain: Callable[..., Any] = layer.forward
-    fused = FusedLayer(layer, names, index)
+    fused = FusedLayer(layer, names)
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if state.layout is None or not state.is_fused:
             return plain(hidden_states, *args, **kwargs)
-        out = hidden_states
-        if state.num_ahead:
-            state.num_ahead -= 1
-        else:
-            bias = kwargs.get("position_bias", args[1] if names.gives_tuple and len(args) > 1 else None)
-            form = state.form or fused.best_form(state.layout)
-            rows, num_layers = fused(hidden_states[0], state.layout, bias, form)
-            out, state.num_ahead = rows[None], num_layers - 1
+        bias = kwargs.get("position_bias", args[1] if names.gives_tuple and len(args) > 1 else None)
+        out = fused(hidden_states[0], state.layout, bias, state.form or best_form(state.layout))[None]
         return (out,) if names.gives_tuple else out
 
     layer.forward = forward
     return fused
 
 
-def prepack(layers: "list[FusedLayer]", num_threads: int) -> None:
-    """Let so many threads run them with prepacked weights; 0 frees the copies."""
-    if num_threads and layers[0].copies:
-        return
-    copies = _copies(layers, num_threads) if num_threads else {}
-    for layer in layers:
-        layer.copies = copies
-
-
-def _copies(layers: "list[FusedLayer]", num_threads: int) -> Copies:
-    forms: dict[Form, int] = {"prepacked": 1}
-    if num_threads > 1:
-        forms["shared"] = min(num_threads, MOST_THREADS)
-    parts, copies = [layer.parts for layer in layers], Copies()
-    for form, threads in forms.items():
-        copies[form] = PrepackedLayers(parts, layers[0].shape, threads)
-        end_part()
-    return copies
-
-
-def copied_bytes(layers: "list[FusedLayer]", largest: int, num_threads: int) -> int:
-    """Bytes that the layers take in addition once they are prepacked for `num_threads`; 0 where they cannot be or it
-    is too much.
-    """
-    size = sum(layer.product_bytes for layer in layers) * (2 if num_threads > 1 else 1)
-    return size if size <= largest and all(layer.can_be_prepacked for layer in layers) else 0
+def best_form(layout: Layout) -> Form:
+    """How a row of these texts is fastest on the threads that this one may use."""
+    return "few" if usable() > 1 and layout.num_tokens <= _FEW_ROWS else "many"
 
 
 class FusedLayer:
     """One layer on a packed row.
 
-    Args:
-        index: its place in the model.
-
     Attributes:
-        copies: none where the weights are not prepacked.
+        heads, head_width: of its attention.
+        operator: its activation, as `engines/onnx_graph.py` names it; empty where it has no name for it.
     """
 
-    def __init__(self, layer: nn.Module, names: Names, index: int) -> None:
+    def __init__(self, layer: nn.Module, names: Names) -> None:
         part: Callable[[str], Any] = layer.get_submodule
         self._attention = part(names.attention)
         projections = [part(name) for name in (names.query, names.key, names.value)]
@@ -119,20 +84,17 @@ class FusedLayer:
         activation = part(names.activation)
         is_exact = type(activation) is GELUActivation and activation.act is nn.functional.gelu
         self._activate: Callable[[Tensor], Tensor] = gelu if is_exact else activation
-        operator = "Gelu" if is_exact else "Relu" if type(activation) is nn.ReLU else None
-        self._operator = (
-            None if names is MPNET else operator
-        )  # MPNet's attention has a bias, for which there is no form
-        self._index = index
-        self.copies: Copies = {}
-        heads = getattr(self._attention, "num_attention_heads", None) or self._attention.n_heads
-        self._head_shape = (3, int(heads), projections[0].out_features // int(heads))
+        self.operator = "Gelu" if is_exact else "Relu" if type(activation) is nn.ReLU else ""
+        self._has_bias = names is MPNET
+        self.heads = int(getattr(self._attention, "num_attention_heads", None) or self._attention.n_heads)
+        self.head_width: int = projections[0].out_features // self.heads
 
     @property
     def can_be_prepacked(self) -> bool:
-        """Whether `engines/prepacked.py` knows such layers."""
+        """Whether `engines/prepacked.py` knows such layers: not those whose attention has a bias."""
         weight = self._weight
-        return self._operator is not None and weight.device.type == "cpu" and weight.dtype == torch.float32
+        is_known = bool(self.operator) and not self._has_bias
+        return is_known and weight.device.type == "cpu" and weight.dtype == torch.float32
 
     @property
     def product_bytes(self) -> int:
@@ -142,7 +104,7 @@ class FusedLayer:
 
     @property
     def parts(self) -> dict[str, Tensor]:
-        """Its weights, as `engines/prepacked.py` names them."""
+        """Its weights, as `engines/onnx_graph.py` names them."""
         return {
             "wq": self._weight, "bq": self._bias, "wc": self._context.weight, "bc": self._context.bias,
             "wu": self._up.weight, "bu": self._up.bias, "wd": self._down.weight, "bd": self._down.bias,
@@ -151,31 +113,14 @@ class FusedLayer:
         }  # fmt: skip
 
     @property
-    def shape(self) -> Shape:
-        """What `engines/prepacked.py` wants to know besides."""
-        assert self._operator is not None, "can_be_prepacked has been asked"
-        _, heads, width = self._head_shape
-        return Shape(heads, width, self._operator, (self._first_norm.eps, self._second_norm.eps))
+    def eps(self) -> tuple[float, float]:
+        """Of its norms."""
+        return self._first_norm.eps, self._second_norm.eps
 
-    def best_form(self, layout: Layout) -> Form:
-        """How a row of these texts is fastest on the threads that this one may use."""
-        num_threads = usable()
-        if self.copies and suits(layout):
-            shared = self.copies.get("shared")
-            return "shared" if shared is not None and shared.num_threads <= num_threads else "prepacked"
-        return "few" if num_threads > 1 and layout.num_tokens <= _FEW_ROWS else "many"
-
-    def __call__(self, x: Tensor, layout: Layout, position_bias: Tensor | None, form: Form) -> tuple[Tensor, int]:
-        """`[T, H]` to `[T, H]`, and how many layers that was: from copies, this one and some that follow.
-
-        Few tokens are nothing of their own on a GPU, whose threads are not the CPU's.
-        """
-        if form in self.copies:
-            copies = self.copies[form]
-            last = min(self._index + layers_at_once(layout), copies.num_layers) - 1
-            return copies(x, layout, self._index, last), last - self._index + 1
+    def __call__(self, x: Tensor, layout: Layout, position_bias: Tensor | None, form: Form) -> Tensor:
+        """`[T, H]` to `[T, H]`. Few tokens are nothing of their own on a GPU, whose threads are not the CPU's."""
         run = self.few if form == "few" and x.device.type == "cpu" else self.many
-        return run(x, layout, position_bias), 1
+        return run(x, layout, position_bias)
 
     def many(self, x: Tensor, layout: Layout, position_bias: Tensor | None) -> Tensor:
         """`[T, H]` to `[T, H]`."""
@@ -196,10 +141,12 @@ class FusedLayer:
 
     def _attend(self, joined: Tensor, layout: Layout, position_bias: Tensor | None) -> Tensor:
         """Queries, keys and values `[T, 3 × H]` to what they find, `[T, H]`."""
-        query, key, value = joined.view(-1, *self._head_shape).permute(1, 2, 0, 3)[:, None]  # each [1, heads, T, d]
+        query, key, value = joined.view(-1, 3, self.heads, self.head_width).permute(1, 2, 0, 3)[
+            :, None
+        ]  # each [1, heads, T, d]
         context, _ = packed_attention(
             self._attention, query, key, value, None,
-            packed_layout=layout, scaling=self._head_shape[2] ** -0.5, is_causal=False, position_bias=position_bias,
+            packed_layout=layout, scaling=self.head_width**-0.5, is_causal=False, position_bias=position_bias,
         )  # fmt: skip
         return context[0].flatten(1)
 

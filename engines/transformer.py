@@ -13,15 +13,16 @@ from typing import Any
 import numpy as np
 import structlog
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from engines import prepacked
 from engines.adapters import Form, PackedState, Positions, adapt, layers_of, switch_attention, why_not_packed
 from engines.attention import PACKED, has_varlen
 from engines.batch import PART_TOKENS
+from engines.copies import Copies
 from engines.cores import left_to_others
 from engines.encoder import Attention, Path, PathLeft, Size, attention_of
-from engines.fused import copied_bytes, fuse, prepack
+from engines.fused import fuse
 from engines.graphs import FixedLayout, Graphs, kept_bytes
 from engines.layout import PADDING_SHARE, Layout, padded, similar_lengths, to_device
 from engines.leaving import Passes
@@ -59,6 +60,7 @@ class TransformerEncoder:
         self.notes = why_not_packed(model)
         adapt(model, self._state)
         self._fused = [] if self.notes else fuse(model, self._state)
+        self._copies = Copies(model, self._fused)
         can_record = has_varlen(device, model.dtype) and not self._rope.remembers
         self._recorder = recorder if can_record else None
         self._graphs: Graphs | None = None
@@ -68,8 +70,7 @@ class TransformerEncoder:
         self.part_tokens, self.num_threads, self.largest_copy = PART_TOKENS, 1, prepacked.LARGEST_COPY
         self.pause: Callable[[], None] = lambda: None
         self._passes = Passes(leave=lambda: self.use("unpadded"))
-        layers = layers_of(model)
-        self.num_layers = len(layers)
+        self.num_layers = len(layers := layers_of(model))
         for layer in layers:
             layer.register_forward_pre_hook(lambda *_: self.pause())
 
@@ -87,8 +88,7 @@ class TransformerEncoder:
     def __call__(self, texts: Sequence[Ids], prompt_tokens: Sequence[int] | None = None) -> Tensor:
         """See `Encoder`."""
         graphs = self._graphs if prompt_tokens is None else None
-        size = graphs.fitting(texts) if graphs is not None else None
-        if graphs is not None and size is not None:
+        if graphs is not None and (size := graphs.fitting(texts)) is not None:
             return graphs(texts, size)
         layout = self._layout(texts)
         with left_to_others(self.path == "prepacked" and prepacked.suits(layout)), self._passes.inside():
@@ -133,7 +133,7 @@ class TransformerEncoder:
             self._graphs = None
         elif self._graphs is None:
             self._graphs = self._recorded()
-        prepack(self._fused, self.num_threads if path == "prepacked" else 0)
+        self._copies.make(self.num_threads if path == "prepacked" else 0)
 
     def paths(self) -> tuple[Path, ...]:
         """See `Candidate`. Whether a path is right, `engines/selfcheck.py` finds out."""
@@ -156,8 +156,7 @@ class TransformerEncoder:
 
     def tensors(self) -> list[Tensor]:
         """See `Encoder`."""
-        model: nn.Module = self._model
-        return [*model.parameters(), *model.buffers(), *self._chain.weights]
+        return [*self._model.parameters(), *self._model.buffers(), *self._chain.weights]
 
     def token_bytes(self) -> int:
         """See `Encoder`: eight copies of the residual stream (its own, norm, query, key, value, context, output, sum)
@@ -168,7 +167,7 @@ class TransformerEncoder:
         return int((8 * config.hidden_size + 3 * inner) * self._model.dtype.itemsize)
 
     def _copied_bytes(self) -> int:
-        return copied_bytes(self._fused, self.largest_copy, self.num_threads)
+        return self._copies.size_bytes(self.largest_copy, self.num_threads)
 
     def _recorded(self) -> Graphs:
         assert self._recorder is not None, "paths() offers what can be done"
@@ -226,11 +225,12 @@ class TransformerEncoder:
 
     def _row(self, row: Tensor, layout: Layout) -> Tensor:
         """Hidden states of a packed row of ids `[T]`."""
-        options: dict[str, Any] = {"packed_layout": layout}
-        if self._takes_positions:
-            options["position_ids"] = self._positions(row, layout)[None]
+        positions = self._positions(row, layout)
+        if (copy := self._copies.for_row(layout, self._form)) is not None:
+            return copy(row, positions, layout, self.pause)
+        options: dict[str, Any] = {"position_ids": positions[None]} if self._takes_positions else {}
         with self._state.running(layout, is_fused=bool(self._fused) and self.path != "packed", form=self._form):
-            return self._forward(row[None], attention_mask=None, **options)[0]
+            return self._forward(row[None], attention_mask=None, packed_layout=layout, **options)[0]
 
     def _padded(self, texts: Sequence[Ids], layout: Layout) -> Tensor:
         """Batches of similar lengths through the transformer; the padding is dropped again."""

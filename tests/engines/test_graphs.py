@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from benchmarks.latency import encoder_of, forget_graphs, has_graphs
-from engines import attention, builders, graphs, transformer
+from engines import attention, builders, graphs
+from engines.copies import Copies
 from engines.encoder import Size, weight_bytes
 from engines.errors import OutOfMemory
 from engines.graphs import SIZES, FixedLayout
@@ -41,7 +42,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> TapeRecorder:
     monkeypatch.setattr(attention, "_VARLEN", {("cpu", torch.float32)})
     monkeypatch.setattr(builders, "recorder_for", lambda device: recorder)
     monkeypatch.setattr(graphs, "SIZES", FEW_SIZES)
-    monkeypatch.setattr(transformer, "copied_bytes", lambda *_: 0)  # second copies of weights are for CPUs
+    monkeypatch.setattr(Copies, "size_bytes", lambda *_: 0)  # second copies of weights are for CPUs
     return recorder
 
 

@@ -1,4 +1,4 @@
-"""Prepacked layers are torch's own, on any number of threads, and on weights that are held where they were."""
+"""A prepacked encoder is torch's, on any number of threads, and on weights that are held where they were."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, linear, relu, scaled_dot_product_attention
 
+from engines import prepacked
 from engines.layout import Layout
-from engines.prepacked import PrepackedLayers, Shape, layers_at_once, suits
+from engines.onnx_graph import Shape
+from engines.prepacked import PrepackedEncoder, layers_at_once, suits
 
 HEADS, WIDTH, INNER = 3, 8, 40
 HIDDEN = HEADS * WIDTH
-EPS = (1e-12, 1e-5)
+EPS = (1e-6, 1e-12, 1e-5)
+NUM_WORDS, NUM_PLACES = 30, 130
 
 Parts = dict[str, Tensor]
 
@@ -36,6 +39,33 @@ def _layout(*lengths: int) -> Layout:
     return Layout(list(lengths), torch.device("cpu"))
 
 
+def _tables() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(7)
+    return torch.randn(NUM_WORDS, HIDDEN), torch.randn(NUM_PLACES, HIDDEN)
+
+
+def _encoder(
+    layers: list[Parts], activation: str = "Gelu", num_threads: int = 1, kind: Tensor | None = None
+) -> PrepackedEncoder:
+    weights = {f"{name}{index}": weight for index, parts in enumerate(layers) for name, weight in parts.items()}
+    before = {"g0": torch.ones(HIDDEN), "e0": torch.zeros(HIDDEN)} | ({} if kind is None else {"kind": kind})
+    return PrepackedEncoder(_tables(), before | weights, _shape(activation), len(layers), num_threads)
+
+
+def _run(encoder: PrepackedEncoder, layout: Layout, ids: Tensor | None = None) -> Tensor:
+    return encoder(_ids(layout) if ids is None else ids, layout.positions, layout, lambda: None)
+
+
+def _ids(layout: Layout) -> Tensor:
+    return torch.arange(layout.num_tokens) % NUM_WORDS
+
+
+def _embedded(layout: Layout, kind: Tensor | None = None) -> Tensor:
+    words, places = _tables()
+    total = words[_ids(layout)] + places[layout.positions] + (0.0 if kind is None else kind)
+    return layer_norm(total, (HIDDEN,), eps=EPS[0])
+
+
 def _plain(parts: Parts, activate: Callable[[Tensor], Tensor], x: Tensor, layout: Layout) -> Tensor:
     """The layer as the paper has it, one text after the other."""
     found = []
@@ -43,9 +73,9 @@ def _plain(parts: Parts, activate: Callable[[Tensor], Tensor], x: Tensor, layout
         query, key, value = text.view(-1, 3, HEADS, WIDTH).permute(1, 2, 0, 3)
         found.append(scaled_dot_product_attention(query, key, value).transpose(0, 1).flatten(1))
     inner = linear(torch.cat(found), parts["wc"], parts["bc"]) + x
-    inner = layer_norm(inner, (HIDDEN,), parts["g1"], parts["e1"], EPS[0])
+    inner = layer_norm(inner, (HIDDEN,), parts["g1"], parts["e1"], EPS[1])
     out = linear(activate(linear(inner, parts["wu"], parts["bu"])), parts["wd"], parts["bd"]) + inner
-    return layer_norm(out, (HIDDEN,), parts["g2"], parts["e2"], EPS[1])
+    return layer_norm(out, (HIDDEN,), parts["g2"], parts["e2"], EPS[2])
 
 
 @pytest.mark.parametrize(("operator", "activate"), [("Gelu", gelu), ("Relu", relu)])
@@ -54,56 +84,65 @@ def _plain(parts: Parts, activate: Callable[[Tensor], Tensor], x: Tensor, layout
 def test_a_layer_is_what_torch_makes_of_it(
     operator: str, activate: Callable[[Tensor], Tensor], num_threads: int, lengths: tuple[int, ...]
 ) -> None:
-    parts, layout, x = _parts(), _layout(*lengths), torch.randn(sum(lengths), HIDDEN)
+    parts, layout = _parts(), _layout(*lengths)
 
-    found = PrepackedLayers([parts], _shape(operator), num_threads)(x, layout, 0, 0)
+    found = _run(_encoder([parts], operator, num_threads), layout)
 
-    assert torch.allclose(found, _plain(parts, activate, x, layout), atol=1e-5)
+    assert torch.allclose(found, _plain(parts, activate, _embedded(layout), layout), atol=1e-5)
 
 
-@pytest.mark.parametrize(("first", "last"), [(0, 2), (0, 0), (1, 1), (2, 2), (0, 1), (1, 2)])
-def test_any_layers_run_one_after_the_other_and_no_others(first: int, last: int) -> None:
-    layers, layout, x = [_parts(seed) for seed in range(3)], _layout(2, 5), torch.randn(7, HIDDEN)
-    expected = x
-    for parts in layers[first : last + 1]:
+def test_the_kind_of_tokens_is_added_to_each_embedding() -> None:
+    parts, layout, kind = _parts(), _layout(2, 5), torch.randn(HIDDEN)
+
+    found = _run(_encoder([parts], kind=kind), layout)
+
+    assert torch.allclose(found, _plain(parts, gelu, _embedded(layout, kind), layout), atol=1e-5)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 4])
+def test_layers_run_one_after_the_other_however_many_are_one_call(
+    monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    monkeypatch.setattr(prepacked, "_TOKEN_LAYERS", 7 * at_once)
+    layers, layout = [_parts(seed) for seed in range(3)], _layout(2, 5)
+    expected = _embedded(layout)
+    for parts in layers:
         expected = _plain(parts, gelu, expected, layout)
 
-    found = PrepackedLayers(layers, _shape(), 1)(x, layout, first, last)
-
-    assert torch.allclose(found, expected, atol=1e-5)
+    assert torch.allclose(_run(_encoder(layers), layout), expected, atol=1e-5)
 
 
 def test_the_activation_is_the_exact_one() -> None:
     """`tanh`'s approximation, which runtimes like to put in its place, is off by 1e-4."""
     parts = _parts()
     parts["wd"] = torch.cat([torch.eye(HIDDEN), torch.zeros(HIDDEN, INNER - HIDDEN)], dim=1)
-    layout, x = _layout(100, 100), torch.randn(200, HIDDEN)
-    found = PrepackedLayers([parts], _shape(), 1)(x, layout, 0, 0)
+    layout = _layout(100, 100)
+    found = _run(_encoder([parts]), layout)
 
     def off(approximate: str) -> float:
-        expected = _plain(parts, lambda rows: gelu(rows, approximate=approximate), x, layout)
+        expected = _plain(parts, lambda rows: gelu(rows, approximate=approximate), _embedded(layout), layout)
         return float((found - expected).abs().max())
 
     assert off("none") < 1e-5 < 1e-4 < off("tanh")
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])
-def test_threads_share_layers(num_threads: int) -> None:
-    layers, layout = PrepackedLayers([_parts()], _shape(), num_threads), _layout(3)
-    rows = [torch.randn(3, HIDDEN) for _ in range(40)]
-    alone = [layers(row, layout, 0, 0) for row in rows]
+def test_threads_share_an_encoder(num_threads: int) -> None:
+    encoder, layout = _encoder([_parts()], num_threads=num_threads), _layout(3)
+    rows = [torch.randint(NUM_WORDS, (3,)) for _ in range(40)]
+    alone = [_run(encoder, layout, row) for row in rows]
 
     with ThreadPoolExecutor(4) as threads:
-        beside = list(threads.map(lambda row: layers(row, layout, 0, 0), rows))
+        beside = list(threads.map(lambda row: _run(encoder, layout, row), rows))
 
     assert all(torch.equal(a, b) for a, b in zip(alone, beside, strict=True))
 
 
 def test_what_was_given_back_is_not_written_again() -> None:
-    layers = PrepackedLayers([_parts()], _shape(), 1)
-    first = layers(torch.ones(2, HIDDEN), _layout(2), 0, 0)
+    encoder, layout = _encoder([_parts()]), _layout(2)
+    first = _run(encoder, layout, torch.tensor([1, 2]))
     kept = first.clone()
-    layers(torch.zeros(2, HIDDEN), _layout(2), 0, 0)
+    _run(encoder, layout, torch.tensor([3, 4]))
 
     assert torch.equal(first, kept)
 

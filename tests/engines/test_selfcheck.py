@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AttentionInterface, ViTConfig, ViTModel
 
-from engines import adapters, fused
+from engines import adapters, copies, fused
 from engines.attention import PACKED, packed_attention
 from engines.batch import PART_TOKENS
 from engines.device import Lane
@@ -24,7 +24,7 @@ from engines.errors import OutOfMemory, SelfCheckFailed, UnsupportedModel
 from engines.fused import FusedLayer
 from engines.layout import Layout
 from engines.loader import LoaderSettings
-from engines.prepacked import PrepackedLayers
+from engines.prepacked import PrepackedEncoder
 from engines.selfcheck import Canaries, _filling, choose_attention, distance, probe_ids
 from engines.tokenize import Ids, Tokenizer
 from engines.transformer import TransformerEncoder
@@ -149,34 +149,34 @@ def test_fused_layers_are_checked_in_every_form(
 def test_prepacked_layers_are_checked_alone_and_shared(
     kit: Kit, monkeypatch: pytest.MonkeyPatch, num_threads: int
 ) -> None:
-    right = PrepackedLayers.__call__
+    right = PrepackedEncoder.__call__
 
-    def wrong(self: PrepackedLayers, *args: Any) -> Tensor:
+    def wrong(self: PrepackedEncoder, *args: Any) -> Tensor:
         return right(self, *args) * (1.01 if self.num_threads == num_threads else 1.0)
 
     monkeypatch.setattr(Lane, "num_threads", 2)
     assert kit.load(kit.recipe_folder("bert-cls")).info.notes == ()
-    monkeypatch.setattr(PrepackedLayers, "__call__", wrong)
+    monkeypatch.setattr(PrepackedEncoder, "__call__", wrong)
 
     assert _left(kit.load(kit.recipe_folder("bert-cls"))) == ["prepacked"]
 
 
 def test_company_is_checked_on_prepacked_layers_too(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
     """There, texts of several lengths are padded to one, and attention must not see the padding."""
-    right = PrepackedLayers.__call__
+    right = PrepackedEncoder.__call__
 
-    def unmasked(self: PrepackedLayers, x: Tensor, layout: Layout, *layers: int) -> Tensor:
+    def unmasked(self: PrepackedEncoder, ids: Tensor, positions: Tensor, layout: Layout, *args: Any) -> Tensor:
         spread, lengths, picked = layout.places
         layout.__dict__["places"] = spread, np.full_like(lengths, lengths.max()), picked
-        return right(self, x, layout, *layers)
+        return right(self, ids, positions, layout, *args)
 
-    monkeypatch.setattr(PrepackedLayers, "__call__", unmasked)
+    monkeypatch.setattr(PrepackedEncoder, "__call__", unmasked)
 
     assert _left(kit.load(kit.recipe_folder("bert-cls"))) == ["prepacked"]
 
 
 @pytest.mark.parametrize(
-    ("room", "part", "next_paths"), [(FusedLayer, "few", ("fused", "packed")), (fused, "PrepackedLayers", ("fused",))]
+    ("room", "part", "next_paths"), [(FusedLayer, "few", ("fused", "packed")), (copies, "PrepackedEncoder", ("fused",))]
 )
 def test_a_part_that_fails_costs_the_paths_that_need_it_and_no_other(
     kit: Kit, monkeypatch: pytest.MonkeyPatch, room: object, part: str, next_paths: tuple[str, ...]

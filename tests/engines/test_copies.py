@@ -1,0 +1,207 @@
+"""Copies of the weights: which models have them, how large they are, and that a pass from them is the model's own."""
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    DistilBertConfig,
+    DistilBertModel,
+    ElectraConfig,
+    ElectraModel,
+    MPNetConfig,
+    MPNetModel,
+    RobertaConfig,
+    RobertaModel,
+)
+
+from engines import prepacked
+from engines.adapters import PackedState, Positions, drop_pooler
+from engines.copies import Copies
+from engines.fused import fuse
+from engines.layout import Layout
+from engines.prepacked import LARGEST_COPY, PrepackedEncoder
+from tests.engines.test_fused import BERT, bert, build
+
+CPU = torch.device("cpu")
+
+
+def copies_of(model: Any, num_threads: int = 0) -> Copies:
+    drop_pooler(model)
+    copies = Copies(model, fuse(model, PackedState()))
+    copies.make(num_threads)
+    return copies
+
+
+def encoder_for(copies: Copies, *lengths: int) -> PrepackedEncoder | None:
+    return copies.for_row(Layout([*lengths], CPU), None)
+
+
+def run(copies: Copies, model: Any, lengths: list[int], pause: Any = lambda: None) -> Tensor:
+    """Hidden states of texts of those lengths."""
+    layout = Layout(lengths, CPU)
+    row = torch.arange(layout.num_tokens) % 90 + 5
+    encoder = copies.for_row(layout, "prepacked")
+    assert encoder is not None
+    return encoder(row, Positions(model)(row, layout), layout, pause)
+
+
+def plain(model: Any, lengths: list[int]) -> Tensor:
+    """The same, each text through the model itself."""
+    row = torch.arange(sum(lengths)) % 90 + 5
+    with torch.inference_mode():
+        return torch.cat([model(input_ids=text[None]).last_hidden_state[0] for text in torch.split(row, lengths)])
+
+
+MODELS = {
+    "bert": lambda: bert(),
+    "bert-relu": lambda: bert(hidden_act="relu"),
+    "roberta": lambda: build(RobertaModel, RobertaConfig(**BERT)),
+    "distilbert": lambda: build(
+        DistilBertModel, DistilBertConfig(vocab_size=100, dim=48, n_layers=2, n_heads=4, hidden_dim=96)
+    ),
+    "electra of one width": lambda: build(ElectraModel, ElectraConfig(**BERT, embedding_size=48)),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("lengths", [[7], [1, 2, 7]])
+def test_a_pass_from_copies_is_the_models_own(name: str, lengths: list[int]) -> None:
+    model = MODELS[name]()
+    expected = plain(model, lengths)
+
+    assert torch.allclose(run(copies_of(model, 1), model, lengths), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("num_threads", "usable", "num_tokens", "has_copy", "threads"),
+    [
+        (1, 1, 192, True, 1),
+        (2, 1, 192, True, 1),
+        (2, 2, 192, True, 2),
+        (2, 3, 12, True, 2),
+        (2, 2, 193, False, 0),
+        (0, 2, 12, False, 0),
+    ],
+)
+def test_short_texts_take_the_copy_for_so_many_threads(
+    num_threads: int, usable: int, num_tokens: int, has_copy: bool, threads: int
+) -> None:
+    usual = torch.get_num_threads()
+    torch.set_num_threads(usable)
+    try:
+        encoder = encoder_for(copies_of(bert(), num_threads), num_tokens)
+    finally:
+        torch.set_num_threads(usual)
+
+    assert (encoder is not None) is has_copy
+    assert encoder is None or encoder.num_threads == threads
+
+
+@pytest.mark.parametrize(("num_threads", "num_copies"), [(1, 1), (2, 2), (8, 2)])
+def test_copies_say_how_many_bytes_they_take(num_threads: int, num_copies: int) -> None:
+    size = copies_of(bert()).size_bytes(LARGEST_COPY, num_threads)
+
+    assert size == num_copies * 2 * 4 * (4 * 48 * 48 + 2 * 48 * 96)
+
+
+def with_more_in_it() -> Any:
+    model = bert()
+    model.rotate = nn.Linear(48, 48)
+    return model
+
+
+def with_more_in_its_embeddings() -> Any:
+    model = bert()
+    model.embeddings.rotate = nn.Linear(48, 48)
+    return model
+
+
+def with_more_behind_its_layers() -> Any:
+    model = bert()
+    model.encoder.norm = nn.LayerNorm(48)
+    return model
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: bert(hidden_act="gelu_new"),
+        lambda: bert().to(torch.bfloat16),
+        lambda: build(MPNetModel, MPNetConfig(**BERT)),
+        lambda: build(ElectraModel, ElectraConfig(**BERT, embedding_size=24)),
+        with_more_in_it,
+        with_more_in_its_embeddings,
+        with_more_behind_its_layers,
+    ],
+    ids=[
+        "another activation", "another dtype", "a bias in its attention", "narrow embeddings", "a part of its own",
+        "embeddings of its own", "a norm behind the layers",
+    ],
+)  # fmt: skip
+def test_what_such_a_pass_would_leave_out_has_no_copies(make: Any) -> None:
+    assert copies_of(make()).size_bytes(LARGEST_COPY, 1) == 0
+
+
+def test_layers_too_large_for_a_second_copy_have_none() -> None:
+    copies = copies_of(bert())
+    size = copies.size_bytes(LARGEST_COPY, 1)
+
+    assert copies.size_bytes(size, 1) == size
+    assert copies.size_bytes(size - 1, 1) == 0
+    assert copies.size_bytes(size, 2) == 0, "one copy on one thread, two where several may share"
+
+
+def test_copies_are_made_once_and_go_for_good() -> None:
+    copies = copies_of(bert(), 2)
+    made = [copies.for_row(Layout([5], CPU), form) for form in ("prepacked", "shared")]
+    copies.make(2)
+
+    assert all(made)
+    assert [copies.for_row(Layout([5], CPU), form) for form in ("prepacked", "shared")] == made
+
+    copies.make(0)
+    assert [copies.for_row(Layout([5], CPU), form) for form in ("prepacked", "shared")] == [None, None]
+
+
+def test_on_one_thread_there_is_one_copy() -> None:
+    assert copies_of(bert(), 1).for_row(Layout([5], CPU), "shared") is None
+
+
+def test_tables_of_embeddings_are_not_copied() -> None:
+    """They are most of a small model, and a row of them is all that a token reads."""
+    model = bert()
+    encoder = encoder_for(copies_of(model, 1), 5)
+
+    assert encoder is not None
+    words = model.embeddings.word_embeddings.weight.detach().numpy()
+    assert any(np.shares_memory(table, words) for table in encoder.tables.values())
+
+
+@pytest.mark.parametrize(("num_tokens", "num_calls"), [(5, 1), (192, 4), (400, 7)])
+def test_a_pass_pauses_before_each_of_its_calls(num_tokens: int, num_calls: int) -> None:
+    model, pauses = bert(num_hidden_layers=7), []
+    lengths = [num_tokens] if num_tokens <= 192 else [100] * (num_tokens // 100)
+    expected = plain(model, lengths)
+
+    found = run(copies_of(model, 1), model, lengths, lambda: pauses.append(1))
+
+    assert len(pauses) == num_calls
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_a_pass_that_another_overtakes_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepacked, "_TOKEN_LAYERS", 5)
+    model = bert(num_hidden_layers=3)
+    copies = copies_of(model, 1)
+    expected = [run(copies, model, lengths) for lengths in ([5], [2])]
+    overtaking: list[Tensor] = []
+
+    found = run(copies, model, [5], lambda: overtaking.append(run(copies, model, [2])))
+
+    assert len(overtaking) == 3
+    assert torch.equal(found, expected[0])
+    assert all(torch.equal(a, b) for a, b in pairwise([expected[1], *overtaking]))
