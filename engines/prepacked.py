@@ -32,7 +32,7 @@ _TOKEN_LAYERS = 512
 """Tokens × layers of one call. A thread that returns to Python waits for the interpreter's lock, which the event loop
 has; but only between two calls a pass gives way to others."""
 
-_LONGEST = 192
+_LONGEST = 256
 """Tokens of a text: attention here is that of padded batches, and keeps the scores of all pairs."""
 
 _PLACES = 1.5

@@ -79,11 +79,11 @@ def test_a_pass_from_copies_is_the_models_own(name: str, lengths: list[int]) -> 
 @pytest.mark.parametrize(
     ("num_threads", "usable", "num_tokens", "has_copy", "threads"),
     [
-        (1, 1, 192, True, 1),
-        (2, 1, 192, True, 1),
-        (2, 2, 192, True, 2),
+        (1, 1, 256, True, 1),
+        (2, 1, 256, True, 1),
+        (2, 2, 256, True, 2),
         (2, 3, 12, True, 2),
-        (2, 2, 193, False, 0),
+        (2, 2, 257, False, 0),
         (0, 2, 12, False, 0),
     ],
 )

@@ -150,9 +150,9 @@ def test_what_was_given_back_is_not_written_again() -> None:
 @pytest.mark.parametrize(
     ("lengths", "is_suited"),
     [
-        ((192,), True),
-        ((193,), False),
-        ((192,) * 10, True),
+        ((256,), True),
+        ((257,), False),
+        ((256,) * 10, True),
         ((10, 30), True),
         ((9, 30), False),
     ],
