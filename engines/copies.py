@@ -6,10 +6,12 @@ its parts, as `engines/fused.py` does; as every path, this one serves only when 
 reference's vectors.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, from_numpy, nn
 
 from engines.adapters import Form
 from engines.breaks import end_part
@@ -17,10 +19,13 @@ from engines.cores import usable
 from engines.fused import FusedLayer
 from engines.layout import Layout
 from engines.onnx_graph import Shape
-from engines.prepacked import MOST_THREADS, PrepackedEncoder, suits
+from engines.prepacked import MOST_THREADS, PrepackedEncoder, inputs_of, layers_at_once, suits
 
 _MODELS = ({"embeddings", "encoder"}, {"embeddings", "transformer"})
 """What a model is made of, as BERT and as DistilBERT call it."""
+
+_OWN = "transformers.models."
+"""Where the library's own models are; code that comes with a model may do more than its parts tell."""
 
 _TABLES = ("word_embeddings", "position_embeddings")
 _KINDS, _NORM = "token_type_embeddings", "LayerNorm"
@@ -60,15 +65,29 @@ class Copies:
             self._encoders[form] = self._encoder(threads)
             end_part()
 
-    def for_row(self, layout: Layout, form: Form | None) -> PrepackedEncoder | None:
-        """What runs a row, in this form or the one that suits it on the threads that this one may use; None where
-        nothing here does."""
-        if not self._encoders:
-            return None
-        if form is None and suits(layout):
-            shared = self._encoders.get("shared")
-            form = "shared" if shared is not None and shared.num_threads <= usable() else "prepacked"
-        return None if form is None else self._encoders.get(form)
+    def suit(self, layout: Layout, form: Form | None) -> bool:
+        """Whether a pass of a row can be run from copies in this form; None: whether it is faster in one of them."""
+        return form in self._encoders or (form is None and bool(self._encoders) and suits(layout))
+
+    def __call__(
+        self, ids: Tensor, positions: Tensor, layout: Layout, form: Form | None, pause: Callable[[], None]
+    ) -> Tensor:
+        """A pass: a packed row, ids and positions `[T]`, to hidden states `[T, H]`.
+
+        Args:
+            form: None is, for each call, the one that suits the cores that this thread may use by then.
+            pause: called before each of the calls that the pass is made of.
+        """
+        row, at_once = inputs_of(ids, positions, layout), layers_at_once(layout)
+        hidden: NDArray[np.float32] | None = None
+        for first in range(0, len(self._layers), at_once):
+            pause()
+            hidden = self._encoders[form or self._best_form()](row, hidden, range(first, first + at_once))
+        return from_numpy(hidden)
+
+    def _best_form(self) -> Form:
+        shared = self._encoders.get("shared")
+        return "shared" if shared is not None and shared.num_threads <= usable() else "prepacked"
 
     def _encoder(self, num_threads: int) -> PrepackedEncoder:
         words, places = (self._embeddings[name].weight for name in _TABLES)
@@ -92,7 +111,7 @@ def _parts_of_embeddings(model: nn.Module) -> dict[str, Any]:
     """The parts of the model's embeddings that work; none where that is more than tables and their sum's norm, or
     where more than embeddings and layers works in the model."""
     parts = {name: part for name, part in model.named_children() if name != "pooler"}  # `drop_pooler` has seen to it
-    if set(parts) not in _MODELS:
+    if set(parts) not in _MODELS or not type(model).__module__.startswith(_OWN):
         return {}
     stacks = [type(child) for name, part in parts.items() if name != "embeddings" for child in part.children()]
     working: dict[str, Any] = {

@@ -66,7 +66,7 @@ class Lane:
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
         self._ended = threading.Condition(self._lock)
-        self._num_free = 0
+        self._num_free = self._num_called = 0
         self._here = threading.local()
         self._calls = Calls(num_threads)
         self.attach(self._calls)
@@ -182,10 +182,9 @@ class Lane:
 
     def _spread(self, seat: Seat) -> None:
         """Use the cores of those who have nothing to do, in equal parts, where the turn is worth it."""
-        cores = 1
-        if seat.running and seat.running[-1].turn.is_wide:
-            num_free = self._num_free
-            cores += num_free // max(1, len(self._seats) - num_free)
+        is_wide = bool(seat.running) and seat.running[-1].turn.is_wide
+        num_free = max(0, self._num_free - self._num_called) if is_wide else 0  # whoever is called has work at once
+        cores = 1 + num_free // max(1, len(self._seats) - num_free)
         if cores != seat.cores:
             self._use_cores(cores)
             seat.cores = cores
@@ -201,12 +200,13 @@ class Lane:
                     return picked
                 self._num_free += 1
                 self._work.wait(wait_s)
-                self._num_free -= 1
+                self._num_free, self._num_called = self._num_free - 1, max(0, self._num_called - 1)
             return None
 
     def _pass_on(self) -> None:
         """Wake another thread when there is work for it."""
         if self._num_free and any(account.can_run and account.source.due_in_s() == 0 for account in self._accounts):
+            self._num_called += 1
             self._work.notify()
 
     def _due_before(self, seat: Seat) -> Running | None:

@@ -6,12 +6,12 @@ and threads share a product of a dozen rows well, which torch's do not. The copi
 `LARGEST_COPY` have none.
 """
 
-from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
-from torch import Tensor, from_numpy
+from torch import Tensor
 
 from engines.layout import Layout
 from engines.onnx_graph import SLOW_JOINS, Shape, Weights, encoder_graph
@@ -40,6 +40,9 @@ _PLACES = 1.5
 
 _SWITCH = np.array(False), np.array(True)
 
+Inputs = dict[str, NDArray[Any]]
+"""Of a session, by name."""
+
 onnxruntime.set_default_logger_severity(3)
 
 
@@ -52,6 +55,13 @@ def suits(layout: Layout) -> bool:
 def layers_at_once(layout: Layout) -> int:
     """How many layers of a row should be one call."""
     return max(1, _TOKEN_LAYERS // layout.num_tokens)
+
+
+def inputs_of(ids: Tensor, positions: Tensor, layout: Layout) -> Inputs:
+    """What all calls of a pass are handed. `ids`, `positions`: of a packed row, `[T]`."""
+    spread, lengths, picked = layout.places
+    row = {"ids": ids.numpy(), "positions": positions.numpy()}
+    return row | {"spread": spread, "lengths": lengths, "picked": picked}
 
 
 class PrepackedEncoder:
@@ -70,36 +80,17 @@ class PrepackedEncoder:
         self, tables: tuple[Tensor, Tensor], weights: Weights, shape: Shape, num_layers: int, num_threads: int
     ) -> None:
         self.num_threads = num_threads
-        self._num_layers = num_layers
         words, places = (table.detach().numpy() for table in tables)
         self.tables = {"words": words, "places": places}
+        self._switches = [f"runs{index}" for index in range(num_layers)]
         self._nothing = np.empty((0, shape.heads * shape.width), np.float32)
         self._session = _session(weights, shape, num_layers, num_threads)
 
-    def __call__(self, ids: Tensor, positions: Tensor, layout: Layout, pause: Callable[[], None]) -> Tensor:
-        """A packed row, ids and positions `[T]`, to hidden states `[T, H]`.
-
-        Args:
-            pause: called before each of the calls that the pass is made of.
-        """
-        spread, lengths, picked = layout.places
-        row = {
-            "ids": ids.numpy(),
-            "positions": positions.numpy(),
-            "spread": spread,
-            "lengths": lengths,
-            "picked": picked,
-        }
-        num_layers, hidden = layers_at_once(layout), self._nothing
-        for first in range(0, self._num_layers, num_layers):
-            pause()
-            chosen = range(first, first + num_layers)
-            switches = {f"runs{index}": _SWITCH[index in chosen] for index in range(self._num_layers)}
-            hidden = self._run(self.tables | row | switches | {"x": hidden, "begins": _SWITCH[first == 0]})
-        return from_numpy(hidden)
-
-    def _run(self, given: dict[str, NDArray[np.generic]]) -> NDArray[np.float32]:
-        found: NDArray[np.float32] = self._session.run(None, given)[0]
+    def __call__(self, row: Inputs, hidden: NDArray[np.float32] | None, layers: range) -> NDArray[np.float32]:
+        """The hidden states of a row, `[T, H]`, that leave these layers; None goes into the first of all."""
+        switches = {name: _SWITCH[index in layers] for index, name in enumerate(self._switches)}
+        so_far = {"x": self._nothing if hidden is None else hidden, "begins": _SWITCH[hidden is None]}
+        found: NDArray[np.float32] = self._session.run(None, self.tables | row | switches | so_far)[0]
         return found
 
 

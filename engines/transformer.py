@@ -226,8 +226,8 @@ class TransformerEncoder:
     def _row(self, row: Tensor, layout: Layout) -> Tensor:
         """Hidden states of a packed row of ids `[T]`."""
         positions = self._positions(row, layout)
-        if (copy := self._copies.for_row(layout, self._form)) is not None:
-            return copy(row, positions, layout, self.pause)
+        if self._copies.suit(layout, self._form):
+            return self._copies(row, positions, layout, self._form, self.pause)
         options: dict[str, Any] = {"position_ids": positions[None]} if self._takes_positions else {}
         with self._state.running(layout, is_fused=bool(self._fused) and self.path != "packed", form=self._form):
             return self._forward(row[None], attention_mask=None, packed_layout=layout, **options)[0]

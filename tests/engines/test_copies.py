@@ -1,5 +1,7 @@
 """Copies of the weights: which models have them, how large they are, and that a pass from them is the model's own."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -8,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
+    BertConfig,
+    BertModel,
     DistilBertConfig,
     DistilBertModel,
     ElectraConfig,
@@ -19,7 +23,7 @@ from transformers import (
 )
 
 from engines import prepacked
-from engines.adapters import PackedState, Positions, drop_pooler
+from engines.adapters import Form, PackedState, Positions, drop_pooler
 from engines.copies import Copies
 from engines.fused import fuse
 from engines.layout import Layout
@@ -36,17 +40,38 @@ def copies_of(model: Any, num_threads: int = 0) -> Copies:
     return copies
 
 
-def encoder_for(copies: Copies, *lengths: int) -> PrepackedEncoder | None:
-    return copies.for_row(Layout([*lengths], CPU), None)
-
-
-def run(copies: Copies, model: Any, lengths: list[int], pause: Any = lambda: None) -> Tensor:
+def run(
+    copies: Copies, model: Any, lengths: list[int], pause: Any = lambda: None, form: Form | None = "prepacked"
+) -> Tensor:
     """Hidden states of texts of those lengths."""
     layout = Layout(lengths, CPU)
     row = torch.arange(layout.num_tokens) % 90 + 5
-    encoder = copies.for_row(layout, "prepacked")
-    assert encoder is not None
-    return encoder(row, Positions(model)(row, layout), layout, pause)
+    assert copies.suit(layout, form)
+    return copies(row, Positions(model)(row, layout), layout, form, pause)
+
+
+@contextmanager
+def usable_cores(num: int) -> Iterator[None]:
+    usual = torch.get_num_threads()
+    torch.set_num_threads(num)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(usual)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many threads share each call of a pass."""
+    calls: list[int] = []
+    right = PrepackedEncoder.__call__
+
+    def note(self: PrepackedEncoder, *args: Any) -> Any:
+        calls.append(self.num_threads)
+        return right(self, *args)
+
+    monkeypatch.setattr(PrepackedEncoder, "__call__", note)
+    return calls
 
 
 def plain(model: Any, lengths: list[int]) -> Tensor:
@@ -76,29 +101,32 @@ def test_a_pass_from_copies_is_the_models_own(name: str, lengths: list[int]) -> 
     assert torch.allclose(run(copies_of(model, 1), model, lengths), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("num_threads", "usable", "num_tokens", "has_copy", "threads"),
-    [
-        (1, 1, 256, True, 1),
-        (2, 1, 256, True, 1),
-        (2, 2, 256, True, 2),
-        (2, 3, 12, True, 2),
-        (2, 2, 257, False, 0),
-        (0, 2, 12, False, 0),
-    ],
-)
-def test_short_texts_take_the_copy_for_so_many_threads(
-    num_threads: int, usable: int, num_tokens: int, has_copy: bool, threads: int
-) -> None:
-    usual = torch.get_num_threads()
-    torch.set_num_threads(usable)
-    try:
-        encoder = encoder_for(copies_of(bert(), num_threads), num_tokens)
-    finally:
-        torch.set_num_threads(usual)
+@pytest.mark.parametrize(("num_tokens", "num_threads", "is_suited"), [(256, 1, True), (257, 1, False), (12, 0, False)])
+def test_copies_suit_short_texts(num_tokens: int, num_threads: int, is_suited: bool) -> None:
+    assert copies_of(bert(), num_threads).suit(Layout([num_tokens], CPU), None) is is_suited
 
-    assert (encoder is not None) is has_copy
-    assert encoder is None or encoder.num_threads == threads
+
+@pytest.mark.parametrize(("num_threads", "usable", "expected"), [(1, 1, 1), (2, 1, 1), (2, 2, 2), (2, 3, 2), (1, 2, 1)])
+def test_a_call_takes_the_copy_for_so_many_threads(
+    asked: list[int], num_threads: int, usable: int, expected: int
+) -> None:
+    model = bert()
+    with usable_cores(usable):
+        run(copies_of(model, num_threads), model, [5], form=None)
+
+    assert asked == [expected]
+
+
+def test_cores_that_come_and_go_during_a_pass_are_used(asked: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A neighbour finds work, and the next call has this thread's own core."""
+    monkeypatch.setattr(prepacked, "_TOKEN_LAYERS", 5)
+    model, cores = bert(num_hidden_layers=3), iter([2, 1, 2])
+    expected = plain(model, [5])
+    with usable_cores(1):
+        found = run(copies_of(model, 2), model, [5], lambda: torch.set_num_threads(next(cores)), form=None)
+
+    assert asked == [2, 1, 2]
+    assert torch.allclose(found, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(("num_threads", "num_copies"), [(1, 1), (2, 2), (8, 2)])
@@ -106,6 +134,12 @@ def test_copies_say_how_many_bytes_they_take(num_threads: int, num_copies: int) 
     size = copies_of(bert()).size_bytes(LARGEST_COPY, num_threads)
 
     assert size == num_copies * 2 * 4 * (4 * 48 * 48 + 2 * 48 * 96)
+
+
+def with_code_of_its_own() -> Any:
+    """What it does besides, nobody knows."""
+    kind = type("BertModel", (BertModel,), {"__module__": "transformers_modules.somebody"})
+    return build(kind, BertConfig(**BERT))
 
 
 def with_more_in_it() -> Any:
@@ -133,12 +167,14 @@ def with_more_behind_its_layers() -> Any:
         lambda: bert().to(torch.bfloat16),
         lambda: build(MPNetModel, MPNetConfig(**BERT)),
         lambda: build(ElectraModel, ElectraConfig(**BERT, embedding_size=24)),
+        with_code_of_its_own,
         with_more_in_it,
         with_more_in_its_embeddings,
         with_more_behind_its_layers,
     ],
     ids=[
-        "another activation", "another dtype", "a bias in its attention", "narrow embeddings", "a part of its own",
+        "another activation", "another dtype", "a bias in its attention", "narrow embeddings", "code of its own",
+        "a part of its own",
         "embeddings of its own", "a norm behind the layers",
     ],
 )  # fmt: skip
@@ -155,30 +191,37 @@ def test_layers_too_large_for_a_second_copy_have_none() -> None:
     assert copies.size_bytes(size, 2) == 0, "one copy on one thread, two where several may share"
 
 
-def test_copies_are_made_once_and_go_for_good() -> None:
-    copies = copies_of(bert(), 2)
-    made = [copies.for_row(Layout([5], CPU), form) for form in ("prepacked", "shared")]
+def test_copies_are_made_once_and_go_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    copies, layout = copies_of(bert(), 2), Layout([5], CPU)
+    monkeypatch.setattr(PrepackedEncoder, "__init__", lambda *_: pytest.fail("made again"))
     copies.make(2)
 
-    assert all(made)
-    assert [copies.for_row(Layout([5], CPU), form) for form in ("prepacked", "shared")] == made
+    assert copies.suit(layout, "prepacked")
+    assert copies.suit(layout, "shared")
 
     copies.make(0)
-    assert [copies.for_row(Layout([5], CPU), form) for form in ("prepacked", "shared")] == [None, None]
+    assert not copies.suit(layout, "prepacked")
+    assert not copies.suit(layout, "shared")
 
 
 def test_on_one_thread_there_is_one_copy() -> None:
-    assert copies_of(bert(), 1).for_row(Layout([5], CPU), "shared") is None
+    assert not copies_of(bert(), 1).suit(Layout([5], CPU), "shared")
 
 
-def test_tables_of_embeddings_are_not_copied() -> None:
+def test_tables_of_embeddings_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are most of a small model, and a row of them is all that a token reads."""
-    model = bert()
-    encoder = encoder_for(copies_of(model, 1), 5)
+    model, tables = bert(), list[np.ndarray[Any, Any]]()
+    right = PrepackedEncoder.__call__
 
-    assert encoder is not None
+    def note(self: PrepackedEncoder, *args: Any) -> Any:
+        tables.extend(self.tables.values())
+        return right(self, *args)
+
+    monkeypatch.setattr(PrepackedEncoder, "__call__", note)
+    run(copies_of(model, 1), model, [5])
+
     words = model.embeddings.word_embeddings.weight.detach().numpy()
-    assert any(np.shares_memory(table, words) for table in encoder.tables.values())
+    assert any(np.shares_memory(table, words) for table in tables)
 
 
 @pytest.mark.parametrize(("num_tokens", "num_calls"), [(5, 1), (192, 4), (400, 7)])

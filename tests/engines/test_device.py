@@ -372,6 +372,21 @@ def test_a_wide_turn_uses_the_cores_of_the_idle_until_they_find_work() -> None:
     assert cores["seen"] == [2, -1, 2, 1]
 
 
+def test_a_wide_turn_leaves_a_thread_that_is_called_its_core() -> None:
+    """It has work at once, and would meet the neighbour on its core for the first layers."""
+    cores: list[int] = []
+    lane = Lane("cores", num_threads=2, use_cores=cores.append)
+    while lane._num_free < 2:
+        time.sleep(0.001)
+    work = Gated()
+    lane.attach(Script(2, work, max_turns=2, is_wide=True))
+    work.wait(2)
+    work.end(2)
+    lane.close()
+
+    assert cores[:2] == [1, 1]
+
+
 def test_a_turn_that_is_not_wide_keeps_to_its_core() -> None:
     cores: list[int] = []
     lane = Lane("cores", num_threads=2, use_cores=cores.append)

@@ -22,9 +22,8 @@ from engines.encoder import Path as Way
 from engines.engine import TextEngine
 from engines.errors import OutOfMemory, SelfCheckFailed, UnsupportedModel
 from engines.fused import FusedLayer
-from engines.layout import Layout
 from engines.loader import LoaderSettings
-from engines.prepacked import PrepackedEncoder
+from engines.prepacked import Inputs, PrepackedEncoder
 from engines.selfcheck import Canaries, _filling, choose_attention, distance, probe_ids
 from engines.tokenize import Ids, Tokenizer
 from engines.transformer import TransformerEncoder
@@ -151,8 +150,8 @@ def test_prepacked_layers_are_checked_alone_and_shared(
 ) -> None:
     right = PrepackedEncoder.__call__
 
-    def wrong(self: PrepackedEncoder, *args: Any) -> Tensor:
-        return right(self, *args) * (1.01 if self.num_threads == num_threads else 1.0)
+    def wrong(self: PrepackedEncoder, *args: Any) -> Any:
+        return right(self, *args) * np.float32(1.01 if self.num_threads == num_threads else 1.0)
 
     monkeypatch.setattr(Lane, "num_threads", 2)
     assert kit.load(kit.recipe_folder("bert-cls")).info.notes == ()
@@ -165,10 +164,9 @@ def test_company_is_checked_on_prepacked_layers_too(kit: Kit, monkeypatch: pytes
     """There, texts of several lengths are padded to one, and attention must not see the padding."""
     right = PrepackedEncoder.__call__
 
-    def unmasked(self: PrepackedEncoder, ids: Tensor, positions: Tensor, layout: Layout, *args: Any) -> Tensor:
-        spread, lengths, picked = layout.places
-        layout.__dict__["places"] = spread, np.full_like(lengths, lengths.max()), picked
-        return right(self, ids, positions, layout, *args)
+    def unmasked(self: PrepackedEncoder, row: Inputs, *args: Any) -> Any:
+        lengths = np.full_like(row["lengths"], row["lengths"].max())
+        return right(self, row | {"lengths": lengths}, *args)
 
     monkeypatch.setattr(PrepackedEncoder, "__call__", unmasked)
 
