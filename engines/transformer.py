@@ -1,9 +1,9 @@
 """Token ids to vectors with one model on one device: the transformer, and the chain of modules behind it.
 
 Knows seven ways to run the transformer: `packed` (one row, no padding), `fused` (the same, its layers in fewer steps),
-`graphed` (either of them, but short rows as recorded passes of a fixed size), `prepacked` (fused, with copies of the
-weights for short texts), `padded` (batches of similar lengths), `unpadded` (batches of one length), and the
-reference (one length, plain attention) against which `engines/selfcheck.py` holds the others.
+`graphed` (either of them, but short rows as recorded passes of a fixed size), `prepacked` (fused, but short texts past
+the model's own code, from copies of the weights), `padded` (batches of similar lengths), `unpadded` (batches of one
+length), and the reference (one length, plain attention) against which `engines/selfcheck.py` holds the others.
 """
 
 import inspect
