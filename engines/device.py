@@ -7,8 +7,7 @@ cores of neighbours that have nothing to do, too, until one of them finds work.
 Turns are fair in time, not in number: the engine that has used the least seconds goes next, and one that was idle
 starts level with the rest, so that it can neither hoard time nor be starved (start-time fair queuing: Goyal, Vin and
 Cheng 1996). Between two batches nothing crosses the event loop: the threads cut the next one themselves. Between two
-layers of a batch a turn can give way (`Lane.give_way`): to engines that have had less time, and a bulk job's batch to
-the small requests for the same model.
+layers a turn can give way (`Lane.give_way`): to engines that had less time, a bulk job also to its model's small ones.
 """
 
 import asyncio
@@ -181,9 +180,9 @@ class Lane:
             self._ended.notify_all()
 
     def _spread(self, seat: Seat) -> None:
-        """Use the cores of those who have nothing to do, in equal parts, where the turn is worth it."""
-        is_wide = bool(seat.running) and seat.running[-1].turn.is_wide
-        num_free = max(0, self._num_free - self._num_called) if is_wide else 0  # whoever is called has work at once
+        """Use the cores of those who have no work, and are not called to any, in equal parts, where it is worth it."""
+        is_wide = seat.running and seat.running[-1].turn.is_wide
+        num_free = max(0, self._num_free - self._num_called) if is_wide else 0
         cores = 1 + num_free // max(1, len(self._seats) - num_free)
         if cores != seat.cores:
             self._use_cores(cores)
@@ -204,8 +203,9 @@ class Lane:
             return None
 
     def _pass_on(self) -> None:
-        """Wake another thread when there is work for it."""
-        if self._num_free and any(account.can_run and account.source.due_in_s() == 0 for account in self._accounts):
+        """Wake another thread when there is work for it, unless all are called already."""
+        is_due = (account.can_run and account.source.due_in_s() == 0 for account in self._accounts)
+        if self._num_free > self._num_called and any(is_due):
             self._num_called += 1
             self._work.notify()
 

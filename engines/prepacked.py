@@ -76,7 +76,7 @@ class PrepackedEncoder:
         tables: where they were, for a session would copy them; each call is handed them.
     """
 
-    def __init__(  # one model, and who runs it
+    def __init__(
         self, tables: tuple[Tensor, Tensor], weights: Weights, shape: Shape, num_layers: int, num_threads: int
     ) -> None:
         self.num_threads = num_threads

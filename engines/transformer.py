@@ -91,7 +91,7 @@ class TransformerEncoder:
         if graphs is not None and (size := graphs.fitting(texts)) is not None:
             return graphs(texts, size)
         layout = self._layout(texts)
-        with left_to_others(self.path == "prepacked" and prepacked.suits(layout)), self._passes.inside():
+        with left_to_others(self._copies.suit(layout, None)), self._passes.inside():
             return self._chain(self._hidden_or_left(texts, layout), layout, prompt_tokens)
 
     @torch.inference_mode()

@@ -387,6 +387,38 @@ def test_a_wide_turn_leaves_a_thread_that_is_called_its_core() -> None:
     assert cores[:2] == [1, 1]
 
 
+def test_whoever_was_called_twice_is_idle_again_after_its_turn() -> None:
+    """A short turn may end, and call again, before the neighbour is awake; its core must not count as busy for good."""
+    cores, seen = dict[str, int](), list[int]()
+    lane = Lane(
+        "cores",
+        num_threads=2,
+        look_s=0.0,
+        use_cores=lambda number: cores.update({threading.current_thread().name: number}),
+    )
+    short, ended = Script(0, lambda: None), threading.Event()
+
+    def wide() -> None:
+        short.left = 1
+        with lane._lock:
+            lane._pass_on()
+            lane._pass_on()
+        while short.left or not lane._num_free:
+            time.sleep(0.001)
+        lane.give_way()
+        seen.append(cores[threading.current_thread().name])
+        ended.set()
+
+    lane.attach(short)
+    while lane._num_free < 2:
+        time.sleep(0.001)
+    lane.attach(Script(1, wide, is_wide=True))
+    assert ended.wait(10)
+    lane.close()
+
+    assert seen == [2]
+
+
 def test_a_turn_that_is_not_wide_keeps_to_its_core() -> None:
     cores: list[int] = []
     lane = Lane("cores", num_threads=2, use_cores=cores.append)
