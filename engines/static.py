@@ -16,6 +16,7 @@ from engines.module_weights import ModuleWeights, read_module_weights
 from engines.modules import Chain, build_chain
 from engines.spec import ModelSpec
 from engines.tokenize import Ids, Rules, Tokenizer
+from engines.vocabulary import check_size, check_vocabulary
 
 _NO_LIMIT_TOKENS = 1_000_000
 
@@ -100,6 +101,7 @@ def build_static(folder: Folder, spec: ModelSpec, device: torch.device) -> tuple
     weights = read_module_weights(folder.root, folder.modules[0])
     table = _fold(weights).to(device, torch.float32)
     backend = _read_backend(folder, folder.modules[0].file("tokenizer.json"))
+    check_vocabulary(backend, table.shape[0])
     cut = backend.truncation or {}
     backend.no_truncation()
     backend.no_padding()
@@ -130,8 +132,11 @@ def _fold(weights: ModuleWeights) -> Tensor:
 
 
 def _read_backend(folder: Folder, name: str) -> FastTokenizer:
+    path = folder.root / name
+    if path.exists():
+        check_size(path, name)
     try:
-        return FastTokenizer.from_file(str(folder.root / name))
+        return FastTokenizer.from_file(str(path))
     # tokenizers raises a bare Exception for a file that it cannot read.
     except Exception as error:
         raise BrokenFiles(f"{name} is missing or corrupt; fetch the model again", file=name) from error

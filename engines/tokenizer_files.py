@@ -15,6 +15,7 @@ from engines.folder import Folder, read_json
 from engines.prompts import Frame
 from engines.spec import ModelSpec, PoolingMode
 from engines.tokenize import Rules, Tokenizer
+from engines.vocabulary import check_tokenizer_files, check_vocabulary
 
 log = structlog.get_logger(__name__)
 
@@ -45,14 +46,17 @@ def read_tokenizer(folder: Folder, spec: ModelSpec, reader: Reader) -> Tokenizer
 
     Raises:
         BrokenFiles: the tokenizer's files are missing or corrupt.
-        UnsupportedModel: it does more than put fixed special tokens around a text, or lost those that it should put.
+        UnsupportedModel: it is another model's, does more than put fixed special tokens around a text, or lost those
+            that it should put.
     """
+    check_tokenizer_files(folder.weights)
     owner = _load(folder, spec)
     backend: FastTokenizer | None = getattr(owner, "backend_tokenizer", None)
     if backend is None:
         raise UnsupportedModel(f"{type(owner).__name__} has no fast form; add a tokenizer.json to the model folder")
     if folder.transformer.get("do_lower_case"):
         _lower_case(backend)
+    check_vocabulary(backend, reader.vocab_size)
     prefix, suffix = _special_ids(owner, backend)
     highest = max(owner.added_tokens_decoder, default=0)
     rules = Rules(
