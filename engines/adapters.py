@@ -73,6 +73,12 @@ def switch_attention(model: Any, implementation: str) -> None:
         model.config._attn_implementation = implementation
 
 
+def padding_id(model: Any) -> int:
+    """The token that fills padded batches; configs of models that also see or hear leave it to their text half."""
+    ids = (getattr(config, "pad_token_id", None) for config in (model.config, model.config.get_text_config()))
+    return next((token for token in ids if isinstance(token, int)), 0)
+
+
 def layers_of(model: nn.Module) -> list[nn.Module]:
     """What repeats, one after the other: between two of them a pass can pause."""
     return [layer for stack in model.modules() if isinstance(stack, nn.ModuleList) for layer in stack]

@@ -65,7 +65,7 @@ def packed_attention(  # noqa: PLR0913  # the signature is transformers'
         NotImplementedError: the model asks for something that changes the scores and that we do not do.
     """
     _refuse(attention_mask, unused)
-    causal = _is_causal(module, is_causal)
+    causal = resolve_causal(module, is_causal)
     if position_bias is None and has_varlen(query.device, query.dtype):
         window = _flash_window(sliding_window, causal)
         return _varlen(query, key, value, packed_layout, scaling, window), None
@@ -85,7 +85,7 @@ def _refuse(attention_mask: Tensor | None, options: Mapping[str, Any]) -> None:
             raise NotImplementedError(f"its attention has {what}, for which there is no packed form")
 
 
-def _is_causal(module: torch.nn.Module, asked: bool | None) -> bool:
+def resolve_causal(module: torch.nn.Module, asked: bool | None) -> bool:
     """The call's word, else the layer's; a config may take causality back (`is_causal: false` of Qwen2 embedders)."""
     if asked is not None:
         return asked

@@ -13,6 +13,7 @@ from engines.encoder import Candidate
 from engines.errors import BadModel, BrokenFiles, UnsupportedModel
 from engines.folder import Folder, read_json
 from engines.modules import build_chain
+from engines.observed import observe
 from engines.recorder import recorder_for
 from engines.spec import ModelSpec
 from engines.static import build_static
@@ -59,19 +60,22 @@ def _build_transformer(folder: Folder, spec: ModelSpec, device: torch.device) ->
         )
     config = _read_config(folder, spec)
     dtype = choose_dtype(spec, config, device)
-    chain = build_chain(folder, config.get_text_config().hidden_size, device, spec.pooling)
     model = _read_model(folder, spec, config, dtype).to(device).eval()
     drop_pooler(model)
     _check_pooling_is_known(folder, spec, model)
+    vocab_size = _vocab_size(model)
+    seen = observe(model, vocab_size, device)
+    chain = build_chain(folder, seen.width or _stated_width(config), device, spec.pooling)
     reader = Reader(
         config,
-        vocab_size=_vocab_size(model),
-        position_limit=Positions(model).limit,
+        vocab_size=vocab_size,
+        position_limit=min(filter(None, (seen.position_limit, Positions(model).limit)), default=None),
         pooling=chain.pooling,
         counts_prompt=chain.excludes_prompt,
     )
     tokenizer = read_tokenizer(folder, spec, reader)
-    encoder = TransformerEncoder(model, chain, device, recorder_for(device))
+    against_packing = seen.why_not_packed(tokenizer.max_tokens)
+    encoder = TransformerEncoder(model, chain, device, recorder_for(device), notes=against_packing)
     return encoder, tokenizer, str(dtype).removeprefix("torch.")
 
 
@@ -87,6 +91,21 @@ def choose_dtype(spec: ModelSpec, config: PretrainedConfig, device: torch.device
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     dtype: torch.dtype = getattr(torch, spec.dtype)
     return dtype
+
+
+def _stated_width(config: PretrainedConfig) -> int:
+    """Of the hidden states of a model whose forward pass fails: the self-check is to say how.
+
+    Raises:
+        UnsupportedModel: it is not stated either.
+    """
+    width = getattr(config.get_text_config(), "hidden_size", None)
+    if not isinstance(width, int):
+        raise UnsupportedModel(
+            f"config.json describes a {config.model_type}, whose forward pass gives no hidden states for text; only "
+            "text models can be served"
+        )
+    return width
 
 
 def _vocab_size(model: Any) -> int:

@@ -16,7 +16,16 @@ import torch
 from torch import Tensor
 
 from engines import prepacked
-from engines.adapters import Form, PackedState, Positions, adapt, layers_of, switch_attention, why_not_packed
+from engines.adapters import (
+    Form,
+    PackedState,
+    Positions,
+    adapt,
+    layers_of,
+    padding_id,
+    switch_attention,
+    why_not_packed,
+)
 from engines.attention import PACKED, has_varlen
 from engines.batch import PART_TOKENS
 from engines.copies import Copies
@@ -45,19 +54,29 @@ class TransformerEncoder:
         chain: the modules behind it.
         device: where both live.
         recorder: records passes there; None where that is not possible.
+        notes: what else speaks against packing.
     """
 
-    def __init__(self, model: Any, chain: Chain, device: torch.device, recorder: Recorder | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        chain: Chain,
+        device: torch.device,
+        recorder: Recorder | None = None,
+        *,
+        notes: tuple[str, ...] = (),
+    ) -> None:
         self._model = model
         self._chain, self._device = chain, device
         self._state = PackedState()
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self._positions = Positions(model)
+        self._filler = padding_id(model)
         self._rope = LengthAwareRope(model)
         self._own_attention = "sdpa" if model._supports_sdpa else "eager"
         self._padding_share = PADDING_SHARE
         self._form: Form | None = None
-        self.notes = why_not_packed(model)
+        self.notes = why_not_packed(model) or notes
         adapt(model, self._state)
         self._fused = [] if self.notes else fuse(model, self._state)
         self._copies = Copies(model, self._fused)
@@ -163,8 +182,9 @@ class TransformerEncoder:
         and three of the widest inner layer (gate, up, activation); one layer's are freed before the next one's come.
         """
         config = self._model.config.get_text_config()
-        inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-        return int((8 * config.hidden_size + 3 * inner) * self._model.dtype.itemsize)
+        width = getattr(config, "hidden_size", None) or self.dimensions
+        inner = getattr(config, "intermediate_size", None) or 4 * width
+        return int((8 * width + 3 * inner) * self._model.dtype.itemsize)
 
     def _copied_bytes(self) -> int:
         return self._copies.size_bytes(self.largest_copy, self.num_threads)
@@ -242,7 +262,7 @@ class TransformerEncoder:
         return torch.cat([self._batch(texts[start:end]) for start, end in similar_lengths(layout.lengths, 0.0)])
 
     def _batch(self, texts: Sequence[Ids]) -> Tensor:
-        ids, mask = (to_device(rows, self._device) for rows in padded(texts, self._model.config.pad_token_id or 0))
+        ids, mask = (to_device(rows, self._device) for rows in padded(texts, self._filler))
         return self._forward(ids, attention_mask=mask)[mask.bool()]
 
     def _forward(self, input_ids: Tensor, **options: Any) -> Tensor:

@@ -1,5 +1,6 @@
 """How wide a model's vectors are, read from its JSON files: for lists of models that nobody has loaded."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from engines.errors import BadModel
@@ -10,6 +11,12 @@ from engines.weights import read_header, read_range
 
 _HIDDEN = ("hidden_size", "d_model", "dim", "n_embd", "emb_dim")
 """What architectures call the width of their hidden states."""
+
+_POOLED = ("embedding_dimension", "word_embedding_dimension")
+"""What sentence-transformers calls the width of what it pools, now and before."""
+
+_PROJECTING = ("embedding_gemma2_text",)
+"""Architectures whose hidden states leave through a projection, `embedding_dim` wide."""
 
 _STATIC_TABLES = ("embedding.weight", "embeddings")
 
@@ -27,7 +34,8 @@ def _width(root: Path, spec: ModelSpec) -> int:
     first, *behind = folder.modules or (ModuleRef("Transformer", ""),)
     if first.kind == "StaticEmbedding":
         return _table_width(root, first)
-    width = _hidden_width(require_json(folder.weights, "config.json"))
+    config = require_json(folder.weights, "config.json")
+    width = _pooled_width(root, behind) or _hidden_width(config)
     if not behind:
         return width * len(spec.pooling or ("mean",))
     for module in behind:
@@ -47,7 +55,17 @@ def _after(module: ModuleRef, width: int, root: Path, spec: ModelSpec) -> int:
 def _hidden_width(config: Json) -> int:
     """Models that also see or hear keep the figures of their text half apart."""
     text = config.get("text_config") or config
-    return int(next(text[key] for key in _HIDDEN if key in text))
+    projected = text.get("embedding_dim") if text.get("model_type") in _PROJECTING else None
+    return int(projected or next(text[key] for key in _HIDDEN if key in text))
+
+
+def _pooled_width(root: Path, behind: Sequence[ModuleRef]) -> int | None:
+    """What the Pooling module says that it gets, where it comes first: models may project what they give."""
+    if not behind or behind[0].kind != "Pooling":
+        return None
+    config = require_json(root, behind[0].file("config.json"))
+    width = next((config[key] for key in _POOLED if key in config), None)
+    return width if isinstance(width, int) and width > 0 else None
 
 
 def _table_width(root: Path, module: ModuleRef) -> int:
