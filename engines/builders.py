@@ -14,6 +14,7 @@ from engines.errors import BadModel, BrokenFiles, UnsupportedModel
 from engines.folder import Folder, read_json
 from engines.modules import build_chain
 from engines.observed import observe
+from engines.proportions import check_counts, check_proportions
 from engines.recorder import recorder_for
 from engines.spec import ModelSpec
 from engines.static import build_static
@@ -143,6 +144,7 @@ def _check_pooling_is_known(folder: Folder, spec: ModelSpec, model: Any) -> None
 
 
 def _read_config(folder: Folder, spec: ModelSpec) -> PretrainedConfig:
+    check_counts(read_json(folder.weights, "config.json") or {})
     options = dict(folder.transformer.get("config_kwargs") or folder.transformer.get("config_args") or {})
     options.pop("trust_remote_code", None)
     try:
@@ -164,6 +166,8 @@ def _read_config(folder: Folder, spec: ModelSpec) -> PretrainedConfig:
 def _read_model(folder: Folder, spec: ModelSpec, config: PretrainedConfig, dtype: torch.dtype) -> Any:
     """The transformer with all of its weights from the files: one that is made up would be a wrong vector."""
     family = AutoModelForTextEncoding if config.model_type in _ENCODER_HALF else AutoModel
+    shards = _listed_shards(folder.weights)
+    check_proportions(family, config, folder.weights, shards, trust_remote_code=spec.trust_remote_code)
     try:
         model, report = family.from_pretrained(
             folder.weights, config=config, dtype=dtype, trust_remote_code=spec.trust_remote_code,

@@ -22,6 +22,9 @@ _TRANSFORMER_CONFIGS = tuple(
     for family in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
 
+_MAX_JSON_BYTES = 32 * 2**20
+"""An index of the weights of a model of 100,000 tensors has 10 MB."""
+
 
 class ModuleRef(Struct, frozen=True):
     """One line of `modules.json`: the class's last path component, and the subfolder of its files ('' is the root)."""
@@ -118,16 +121,25 @@ def read_json(root: Path, name: str) -> Json | None:
         BrokenFiles: the file is no JSON object.
     """
     try:
+        _check_size(root / name, name)
         content = json.loads((root / name).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise BrokenFiles(
             f"{name} cannot be read: {error.__class__.__name__}; fetch the model again", file=name
         ) from error
     if not isinstance(content, dict):
         raise BrokenFiles(f"{name} holds no JSON object; fetch the model again", file=name)
     return content
+
+
+def _check_size(path: Path, name: str) -> None:
+    size_bytes = path.stat().st_size
+    if size_bytes > _MAX_JSON_BYTES:
+        raise BrokenFiles(
+            f"{name} has {size_bytes} bytes, and a config may have {_MAX_JSON_BYTES}; fetch the model again", file=name
+        )
 
 
 def require_json(root: Path, name: str) -> Json:
@@ -146,11 +158,12 @@ def _read_modules(root: Path) -> tuple[ModuleRef, ...] | None:
     """In the order of the file, as sentence-transformers runs them; `idx` is for people."""
     name = "modules.json"
     try:
+        _check_size(root / name, name)
         lines = json.loads((root / name).read_text(encoding="utf-8"))
         refs = tuple(_module_ref(line["type"], line["path"]) for line in lines)
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise BrokenFiles(
             f"{name} is no list of modules ({type(error).__name__}); fetch the model again", file=name
         ) from error

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, linear, normalize
 
-from engines.errors import UnsupportedModel
+from engines.errors import BrokenFiles, UnsupportedModel
 from engines.folder import Folder, ModuleRef, read_json, require_json
 from engines.layout import Layout
 from engines.module_configs import Json, pooling_of
@@ -140,7 +140,10 @@ def _add_dense(chain: Chain, root: Path, ref: ModuleRef, device: torch.device) -
     config = require_json(root, ref.file("config.json"))
     source = config.get("module_input_name") or SENTENCE
     wide = _width_before(chain, ref, source)
-    narrow = int(config.get("out_features", 0))
+    narrow = config.get("out_features")
+    if type(narrow) is not int or narrow < 1:
+        file = ref.file("config.json")
+        raise BrokenFiles(f"{file} says out_features = {narrow!r}, which is no width; fetch the model again", file=file)
     if config.get("in_features") != wide:
         raise UnsupportedModel(
             f"{ref.file('config.json')} takes vectors {config.get('in_features')} wide, but gets {wide}; is `pooling` "

@@ -99,8 +99,8 @@ def build_static(folder: Folder, spec: ModelSpec, device: torch.device) -> tuple
     """
     assert folder.modules is not None, "the caller has read modules.json"
     weights = read_module_weights(folder.root, folder.modules[0])
-    table = _fold(weights).to(device, torch.float32)
     backend = _read_backend(folder, folder.modules[0].file("tokenizer.json"))
+    table = _fold(weights, 2 * backend.get_vocab_size()).to(device, torch.float32)
     check_vocabulary(backend, table.shape[0])
     cut = backend.truncation or {}
     backend.no_truncation()
@@ -116,19 +116,35 @@ def build_static(folder: Folder, spec: ModelSpec, device: torch.device) -> tuple
     return StaticEncoder(table, chain, device), Tokenizer(backend, rules), "float32"
 
 
-def _fold(weights: ModuleWeights) -> Tensor:
+def _fold(weights: ModuleWeights, most_rows: int) -> Tensor:
     """One row a token id: sentence-transformers' own `embedding.weight`, or model2vec's `embeddings`, which several
-    ids may share by a `mapping` and which `weights` may scale."""
+    ids may share by a `mapping` and which `weights` may scale.
+
+    Raises:
+        BrokenFiles: the mapping is not one of at most `most_rows` ids to rows of the table, and would unfold to more
+            than the memory holds.
+    """
     table = weights.take_any("embedding.weight")
     if table is None:
         table = weights.take_raw("embeddings")
         mapping, scale = weights.take_any("mapping"), weights.take_any("weights")
         if mapping is not None:
+            _check_mapping(mapping, len(table), most_rows, weights.file)
             table = table[mapping.long()]
         if scale is not None:
             table = table.float() * scale[:, None]
     weights.finish()
     return table
+
+
+def _check_mapping(mapping: Tensor, num_rows: int, most: int, file: str) -> None:
+    is_fine = mapping.ndim == 1 and 0 < len(mapping) <= most and mapping.min() >= 0 and mapping.max() < num_rows
+    if not is_fine:
+        raise BrokenFiles(
+            f"'mapping' in {file} has {mapping.numel()} entries for a table of {num_rows} rows, which do not fit each "
+            "other or the tokenizer; fetch the model again",
+            file=file,
+        )
 
 
 def _read_backend(folder: Folder, name: str) -> FastTokenizer:

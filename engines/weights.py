@@ -139,7 +139,7 @@ def _tensors(file: str, header: bytes) -> tuple[Tensor, ...]:
     try:
         entries = msgspec.json.decode(header)
         return tuple(_tensor(name, entry) for name, entry in entries.items() if name != "__metadata__")
-    except (msgspec.DecodeError, msgspec.ValidationError, AttributeError, KeyError, TypeError, ValueError):
+    except (msgspec.DecodeError, AttributeError, KeyError, TypeError, ValueError, RecursionError):
         raise _broken(file, "its header is not a safetensors header") from None
 
 
