@@ -41,7 +41,7 @@ _WINDOWS = re.compile(r"^(?!max_|num_).*(window|local_attention|chunk_size|block
 """Keys of a config whose number may be how far a layer sees: neither `max_window_layers` nor `sliding_window_pattern`.
 """
 
-NOT_UNDERSTOOD = "padded: its layers hide tokens (windows or chunks) in a way that packed attention does not follow"
+NOT_UNDERSTOOD = "padded: its layers hide tokens (by windows, chunks or direction) that packed attention would show"
 
 BOUNDED_ROWS = "padded: it takes a row of several texts for one that is too long"
 
