@@ -7,6 +7,7 @@ from math import ceil
 from typing import cast
 
 from litestar.handlers import BaseRouteHandler, HTTPRouteHandler
+from litestar.types import HTTPReceiveMessage, Receive
 
 from router.auth import Connection, Guard, key_of
 from router.budgets import Balance, Limit, RequestBudget, TokenBudget
@@ -35,14 +36,15 @@ class Limiter:
     def __init__(self, settings: Settings, store: LimitStore) -> None:
         self.settings = settings
         self.store = store
-        self.door = Door(settings.max_concurrent_requests)
+        self.door = Door(settings.max_concurrent_requests, settings.max_body_bytes)
         self.requests = RequestBudget(store)
         self.tokens = TokenBudget(store)
         self.fails_open = settings.rate_limit_on_error == "open"
 
 
 class Ticket:
-    """One request's way past the limits: `enter`, `charge` when its tokens are known, and in any case `leave`.
+    """One request's way past the limits: `enter`, its body through `receiving`, `charge` when its tokens are known, and
+    in any case `leave`.
 
     Args:
         headers: of the answer, to be filled with what is left.
@@ -52,16 +54,17 @@ class Ticket:
         self._limiter = limiter
         self._caller = caller
         self._headers = headers
-        self._is_inside = False
+        self._is_admitted = self._is_inside = False
+        self._body_bytes = 0
 
     async def enter(self) -> None:
-        """Let the request in.
+        """Let the caller send the request's body.
 
         Raises:
             TooManyRequests, RateLimitExceeded.
         """
-        self._limiter.door.enter(self._caller)
-        self._is_inside = True
+        self._limiter.door.admit(self._caller)
+        self._is_admitted = True
         try:
             await self._check_tokens()
             await self._take_request()
@@ -70,6 +73,28 @@ class Ticket:
                 raise RateLimitExceeded(
                     "The storage of the limits does not answer, and without it no request is let in: try again"
                 ) from None
+
+    def receiving(self, receive: Receive) -> Receive:
+        """Count what comes of the body; once it is whole, the request takes its place.
+
+        What is returned raises TooManyRequests where there is no room.
+        """
+
+        async def receive_some() -> HTTPReceiveMessage:
+            message = cast(HTTPReceiveMessage, await receive())
+            if self._is_inside or message["type"] != "http.request":
+                return message
+            door = self._limiter.door
+            if message["more_body"]:
+                door.receive(self._caller, len(message["body"]))
+                self._body_bytes += len(message["body"])
+            else:
+                self._forget_body()
+                door.enter()
+                self._is_inside = True
+            return message
+
+        return cast(Receive, receive_some)
 
     async def charge(self, tokens: int) -> None:
         """Count the tokens that the request took; a storage that is down forgets them."""
@@ -84,9 +109,19 @@ class Ticket:
 
     def leave(self) -> None:
         """Make room for another request; called again, it does nothing."""
+        door = self._limiter.door
+        self._forget_body()
         if self._is_inside:
             self._is_inside = False
-            self._limiter.door.leave(self._caller)
+            door.leave()
+        if self._is_admitted:
+            self._is_admitted = False
+            door.dismiss(self._caller)
+
+    def _forget_body(self) -> None:
+        if self._body_bytes:
+            self._limiter.door.received(self._caller, self._body_bytes)
+            self._body_bytes = 0
 
     async def _check_tokens(self) -> None:
         caller = self._caller
@@ -156,6 +191,7 @@ async def at_the_door(connection: Connection, _: BaseRouteHandler) -> None:
     visit.at_end(ticket.leave)
     connection.scope["state"]["ticket"] = ticket
     await ticket.enter()
+    connection.receive = ticket.receiving(connection.receive)
 
 
 def ticket_of(connection: Connection) -> Ticket:

@@ -8,6 +8,8 @@ from contextlib import asynccontextmanager, contextmanager
 import uvicorn
 from litestar import Litestar
 
+from router.connection import PatientProtocol
+
 
 class QuietServer(uvicorn.Server):
     """uvicorn that leaves the signals of the test process alone."""
@@ -25,8 +27,8 @@ class QuietServer(uvicorn.Server):
 def _server(app: Litestar) -> QuietServer:
     return QuietServer(
         uvicorn.Config(
-            app, host="127.0.0.1", port=0, http="httptools", loop="asyncio", lifespan="on", ws="none", log_config=None,
-            access_log=False, timeout_keep_alive=75, timeout_graceful_shutdown=5,
+            app, host="127.0.0.1", port=0, http=PatientProtocol, loop="asyncio", lifespan="on", ws="none",
+            log_config=None, access_log=False, timeout_keep_alive=75, timeout_graceful_shutdown=5,
         )
     )  # fmt: skip
 
