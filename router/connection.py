@@ -38,6 +38,8 @@ _LOOKS = 4
 """So many times within `WRITE_S` it is looked whether anything has flowed."""
 PIECE_BYTES = 64 * 1024
 """Of an answer that is handed over at once."""
+SMALL_BYTES = 16 * 1024
+"""An answer that ends as soon as it is handed over: to wait for it takes 5 µs, and less than this much is unread."""
 MAX_UNSENT_BYTES = 128 * 1024
 """What the kernel takes of an answer before the network does. Its own bound is 4 MB a connection: memory that no
 permit covers, and, because the kernel asks for more only when a third of it has left, a minute without a sign of
@@ -55,8 +57,8 @@ class PatientProtocol(HttpToolsProtocol):
     """Closes connections whose client does not get on, and hands over answers no faster than they are read.
 
     The transport keeps nothing that the kernel does not take at once without pausing the protocol, so `write_paused`
-    means that the client has not read all of what was written. An app's last `send` returns when that is over: what the
-    app holds for a request, its place and permit among it, it holds until the answer has left.
+    means that the client has not read all of what was written. An app's last `send` of a large answer returns when
+    that is over: what the app holds for a request, its place and permit among it, it holds until the answer has left.
     """
 
     _timer: asyncio.TimerHandle | None = None
@@ -167,7 +169,7 @@ class PatientProtocol(HttpToolsProtocol):
 
     async def _send(self, send: "ASGISendCallable", message: "ASGISendEvent") -> None:
         """Hand an answer over in pieces, each when the one before has left, and end it when the last has."""
-        if message["type"] != "http.response.body" or not message["body"]:
+        if message["type"] != "http.response.body" or len(message["body"]) <= SMALL_BYTES:
             await send(message)
             return
         body, is_last = message["body"], not message.get("more_body", False)

@@ -14,6 +14,7 @@ from router.errors import describe
 
 EVENT_STREAM = "text/event-stream"
 
+_MAX_EVENTS = 1024
 _LAST_EVENTS_S = 0.1
 """How long the stream waits for events that were on their way when the preload ended."""
 
@@ -35,11 +36,11 @@ async def preload_messages(
     A client that leaves ends the waiting, and not the load.
     """
     loop = asyncio.get_running_loop()
-    queue: asyncio.Queue[Event | None] = asyncio.Queue()
+    queue: asyncio.Queue[Event | None] = asyncio.Queue(_MAX_EVENTS)
     follower = loop.create_task(_follow(events, queue))
     await asyncio.sleep(0)  # lets `events` subscribe before anything happens
     loading = loop.create_task(preload())
-    loading.add_done_callback(lambda _: loop.call_later(_LAST_EVENTS_S, queue.put_nowait, None))
+    loading.add_done_callback(lambda _: loop.call_later(_LAST_EVENTS_S, _put, queue, None))
     try:
         yield ServerSentEventMessage(data=None, comment="open")
         while True:
@@ -60,7 +61,14 @@ async def preload_messages(
 
 async def _follow(events: AsyncIterator[Event], queue: asyncio.Queue[Event | None]) -> None:
     async for event in events:
-        queue.put_nowait(event)
+        _put(queue, event)
+
+
+def _put(queue: asyncio.Queue[Event | None], event: Event | None) -> None:
+    """A client that reads slowly loses the oldest events, as on `/admin/events`."""
+    if queue.full():
+        queue.get_nowait()
+    queue.put_nowait(event)
 
 
 def _ending(request: Request[Any, Any, Any], loading: asyncio.Task[msgspec.Struct]) -> ServerSentEventMessage:

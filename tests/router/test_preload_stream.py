@@ -131,6 +131,28 @@ async def test_a_slow_load_keeps_its_stream_alive(app: Litestar, backend: Script
     assert comments == ["open", "still here", "still here"]
 
 
+async def test_a_client_that_reads_slowly_loses_events_and_sees_the_end(app: Litestar) -> None:
+    are_all_out = asyncio.Event()
+
+    async def chatter() -> AsyncIterator[Event]:
+        for seq in range(1, 5001):
+            yield Event(seq=seq, time_s=0, host_id="", model_id="", kind="state", source="cold", target="cold")
+        are_all_out.set()
+
+    async def preload() -> Status:
+        await are_all_out.wait()
+        return Status(status="ok")
+
+    request: Request[Any, Any, Any] = Request({"type": "http", "headers": [], "app": app})  # type: ignore[arg-type]  # as much of a scope as is read
+    stream = preload_messages(request, chatter(), preload)
+    await anext(stream)
+    await are_all_out.wait()
+    names = [message.event async for message in stream]
+
+    assert names[-1] == "done"
+    assert 1 < len(names) <= 1025
+
+
 async def silence() -> AsyncIterator[Event]:
     await asyncio.Event().wait()
     yield Event(seq=1, time_s=0, host_id="", model_id="", kind="state", source="cold", target="cold")
