@@ -10,10 +10,12 @@ import socket
 from collections.abc import Awaitable
 from functools import partial
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import msgspec
 import structlog
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from uvicorn.server import ServerState
 
 from router.schema import ErrorDetail, ErrorEnvelope
 
@@ -33,9 +35,11 @@ MIN_BODY_BYTES_PER_S = 8 * 1024
 WRITE_S = 60.0
 """How long nothing of an answer may flow while some of it waits for the client to read."""
 LAST_WRITE_S = 5.0
-"""The same while the server shuts down."""
+"""The same while the server shuts down, or more than `MAX_UNREAD_BYTES` of its answers wait: those who read are not
+asked to be faster, and those who do not read go first."""
+MAX_UNREAD_BYTES = 512 * 2**20
 _LOOKS = 4
-"""So many times within `WRITE_S` it is looked whether anything has flowed."""
+"""So many times within the shorter wait it is looked whether anything has flowed."""
 PIECE_BYTES = 64 * 1024
 """Of an answer that is handed over at once."""
 SMALL_BYTES = 16 * 1024
@@ -53,6 +57,15 @@ MAX_DISCARDED_BYTES = 64 * 2**20
 """What is read, and thrown away, of a body whose request has been answered."""
 
 
+class Unread:
+    """What is held of the large answers of one server that have not left yet."""
+
+    num_bytes = 0
+
+
+_UNREAD = WeakKeyDictionary[ServerState, Unread]()
+
+
 class PatientProtocol(HttpToolsProtocol):
     """Closes connections whose client does not get on, and hands over answers no faster than they are read.
 
@@ -63,10 +76,11 @@ class PatientProtocol(HttpToolsProtocol):
 
     _timer: asyncio.TimerHandle | None = None
     _write_timer: asyncio.TimerHandle | None = None
-    _write_s: float | None = None
+    _is_leaving = False
     _unsent_bytes = 0
     _flowed_s = 0.0
     _app: "ASGI3Application"
+    _unread: Unread
     _running: RequestResponseCycle | None = None
     _is_ending = False
     _in_head = True
@@ -80,6 +94,7 @@ class PatientProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=0)
         _limit_unsent(transport)
+        self._unread = _UNREAD.setdefault(self.server_state, Unread())
         self._app = self.app
         self.app = self._serve
         self._wait(HEAD_S)
@@ -145,10 +160,7 @@ class PatientProtocol(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         super().shutdown()
-        self._write_s = LAST_WRITE_S
-        if self._write_timer is not None:
-            self._stop_writing()
-            self._watch_writing()
+        self._is_leaving = True
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -173,12 +185,16 @@ class PatientProtocol(HttpToolsProtocol):
             await send(message)
             return
         body, is_last = message["body"], not message.get("more_body", False)
-        for start in range(0, len(body), PIECE_BYTES):
-            piece = body[start : start + PIECE_BYTES]
-            await send({"type": "http.response.body", "body": piece, "more_body": True})
-        if is_last:
-            await self.flow.drain()
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        self._unread.num_bytes += len(body)
+        try:
+            for start in range(0, len(body), PIECE_BYTES):
+                piece = body[start : start + PIECE_BYTES]
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+            if is_last:
+                await self.flow.drain()
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            self._unread.num_bytes -= len(body)
 
     def send_400_response(self, msg: str) -> None:
         """What cannot be read is told so in the contract's envelope, too."""
@@ -247,14 +263,16 @@ class PatientProtocol(HttpToolsProtocol):
             self._timer = None
 
     def _watch_writing(self) -> None:
-        wait_s = self._write_s or WRITE_S
-        self._write_timer = self.loop.call_later(wait_s / _LOOKS, self._look_at_writing, wait_s)
+        wait_s = min(WRITE_S, LAST_WRITE_S) / _LOOKS
+        self._write_timer = self.loop.call_later(wait_s, self._look_at_writing)
 
-    def _look_at_writing(self, wait_s: float) -> None:
+    def _look_at_writing(self) -> None:
         """While the protocol is paused nobody writes, so what waits gets fewer when the client reads, and only then."""
         unsent_bytes, now_s = self.transport.get_write_buffer_size(), self.loop.time()
         if unsent_bytes < self._unsent_bytes:
             self._unsent_bytes, self._flowed_s = unsent_bytes, now_s
+        is_hurried = self._is_leaving or self._unread.num_bytes > MAX_UNREAD_BYTES
+        wait_s = LAST_WRITE_S if is_hurried else WRITE_S
         if now_s - self._flowed_s < wait_s:
             self._watch_writing()
             return

@@ -165,10 +165,10 @@ class Answering:
 class Connected:
     """One connection to an app."""
 
-    def __init__(self, app: Answering, room: int) -> None:
+    def __init__(self, app: Answering, room: int, state: ServerState) -> None:
         config = uvicorn.Config(app, http=PatientProtocol, lifespan="off", log_config=None, timeout_keep_alive=75)
         config.load()
-        self.loop, self.transport, self.state = FakeLoop(), FakeTransport(room), ServerState()
+        self.loop, self.transport, self.state = FakeLoop(), FakeTransport(room), state
         loop: Any = self.loop
         self.protocol = PatientProtocol(config, self.state, {}, loop)
         self.transport.protocol = self.protocol
@@ -188,8 +188,8 @@ class Connected:
 async def connect() -> AsyncIterator[Callable[..., Connected]]:
     made: list[Connected] = []
 
-    def connect(app: Answering, room: int = 10**9) -> Connected:
-        made.append(Connected(app, room))
+    def connect(app: Answering, room: int = 10**9, state: ServerState | None = None) -> Connected:
+        made.append(Connected(app, room, state or ServerState()))
         return made[-1]
 
     yield connect
@@ -340,6 +340,29 @@ async def test_a_shutdown_waits_less_for_those_who_do_not_read(connect: Connect)
     await client.loop.advance(0.5 * LAST_WRITE_S)
 
     assert (early, client.transport.was_aborted) == (False, True)
+
+
+async def test_who_does_not_read_goes_first_when_much_is_unread(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "MAX_UNREAD_BYTES", 2 * LARGE)
+    state = ServerState()
+    reading, idle, few = (connect(Answering(), room=0, state=state) for _ in range(3))
+    for client in (reading, idle):
+        await client.send(GET)
+        await client.read(CREDITS)
+    await idle.loop.advance(2 * LAST_WRITE_S)
+    while_few_are = idle.transport.was_aborted
+    await few.send(GET)
+    await few.read(CREDITS)
+    for _ in range(int(LAST_WRITE_S) + 2):
+        await reading.read(1000)
+        await reading.loop.advance(1)
+        await idle.loop.advance(1)
+    await few.loop.advance(2 * LAST_WRITE_S)
+
+    assert (while_few_are, idle.transport.was_aborted) == (False, True)
+    assert (reading.transport.was_aborted, few.transport.was_aborted) == (False, False)
 
 
 async def test_a_body_that_trickles_is_waited_for_so_long_and_not_longer(connect: Connect) -> None:
