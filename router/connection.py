@@ -35,8 +35,8 @@ MIN_BODY_BYTES_PER_S = 8 * 1024
 WRITE_S = 60.0
 """How long nothing of an answer may flow while some of it waits for the client to read."""
 LAST_WRITE_S = 5.0
-"""The same while the server shuts down, or more than `MAX_UNREAD_BYTES` of its answers wait: those who read are not
-asked to be faster, and those who do not read go first."""
+"""The same while the server shuts down, more than `MAX_UNREAD_BYTES` of its answers wait, or no connection is free:
+those who read are not asked to be faster, and those who do not read go first."""
 MAX_UNREAD_BYTES = 512 * 2**20
 _LOOKS = 4
 """So many times within the shorter wait it is looked whether anything has flowed."""
@@ -55,6 +55,26 @@ MAX_PIPELINED = 64
 4,000 of them, and 12 MB of memory."""
 MAX_DISCARDED_BYTES = 64 * 2**20
 """What is read, and thrown away, of a body whose request has been answered."""
+
+
+_MOST = 8192
+_OWN_FILES = 256
+"""Files that models, workers and logs need: a load fails that may open none."""
+
+
+def most_connections() -> int:
+    """As many as the process may have open files, less its own; and no more than can be looked through in 2 ms."""
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return _MOST
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _MOST if limit == resource.RLIM_INFINITY else min(_MOST, max(limit // 2, limit - _OWN_FILES))
+
+
+MAX_CONNECTIONS = most_connections()
+"""Beyond it the connections that have been idle longest make room, a part of them at a time: they have to be sought."""
+_ROOM = 16
 
 
 class Unread:
@@ -77,6 +97,7 @@ class PatientProtocol(HttpToolsProtocol):
     _timer: asyncio.TimerHandle | None = None
     _write_timer: asyncio.TimerHandle | None = None
     _is_leaving = False
+    _idle_since_s = 0.0
     _unsent_bytes = 0
     _flowed_s = 0.0
     _app: "ASGI3Application"
@@ -97,7 +118,10 @@ class PatientProtocol(HttpToolsProtocol):
         self._unread = _UNREAD.setdefault(self.server_state, Unread())
         self._app = self.app
         self.app = self._serve
+        self._idle_since_s = self.loop.time()
         self._wait(HEAD_S)
+        if len(self.connections) > MAX_CONNECTIONS:
+            self._make_room()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop()
@@ -174,6 +198,7 @@ class PatientProtocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         if self.pipeline:
             self._running = self.pipeline[-1][0]
+        self._idle_since_s = self.loop.time()
         super().on_response_complete()
 
     def _serve(self, scope: "ASGIScope", receive: "ASGIReceiveCallable", send: "ASGISendCallable") -> Awaitable[None]:
@@ -243,6 +268,18 @@ class PatientProtocol(HttpToolsProtocol):
         else:
             last.keep_alive = False
 
+    def _make_room(self) -> None:
+        """Close idle connections, or, when every other has a request, this one."""
+        found = [one for one in self.connections if isinstance(one, PatientProtocol) and not one.transport.is_closing()]
+        if len(found) <= MAX_CONNECTIONS:
+            return  # the others are on their way out
+        idle = [one for one in found if one is not self and one._is_idle()]
+        idle.sort(key=lambda one: one._idle_since_s)
+        for one in idle[: max(1, MAX_CONNECTIONS // _ROOM)]:
+            one.transport.abort()
+        if not idle:
+            self.transport.abort()
+
     def _wait(self, seconds: float) -> None:
         self._stop()
         self._timer = self.loop.call_later(seconds, self._give_up, seconds)
@@ -271,8 +308,8 @@ class PatientProtocol(HttpToolsProtocol):
         unsent_bytes, now_s = self.transport.get_write_buffer_size(), self.loop.time()
         if unsent_bytes < self._unsent_bytes:
             self._unsent_bytes, self._flowed_s = unsent_bytes, now_s
-        is_hurried = self._is_leaving or self._unread.num_bytes > MAX_UNREAD_BYTES
-        wait_s = LAST_WRITE_S if is_hurried else WRITE_S
+        is_full = self._unread.num_bytes > MAX_UNREAD_BYTES or len(self.connections) >= MAX_CONNECTIONS
+        wait_s = LAST_WRITE_S if is_full or self._is_leaving else WRITE_S
         if now_s - self._flowed_s < wait_s:
             self._watch_writing()
             return
