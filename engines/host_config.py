@@ -22,6 +22,7 @@ class HostConfig(Struct, frozen=True, kw_only=True):
         device: `cpu` or `cuda:N`.
         workspace_bytes: the guess for a model that never ran here.
         measurements: the file that remembers what models took; None forgets at the end.
+        conditions: settings on which the measured bytes depend, in any words; compared, and never read.
         watchdog_s: how long a forward pass may run before the device counts as down.
     """
 
@@ -33,6 +34,7 @@ class HostConfig(Struct, frozen=True, kw_only=True):
     max_events: int = 2048
     num_fetchers: int = 4
     measurements: Path | None = None
+    conditions: str = ""
     watchdog_s: float = 120.0
 
 

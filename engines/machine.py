@@ -90,29 +90,40 @@ class Machine:
         return self._lanes
 
     def _host(self, device: str, config: MachineConfig, specs: Mapping[str, ModelSpec]) -> Host:
-        lane, loader = self._lane_and_loader(device, config)
+        lane, loader, conditions = self._lane_and_loader(device, config)
         self._lanes.append(lane)
         own = HostConfig(
             host_id=config.host_id or device,
             device=device,
             budget=config.budget,
+            conditions=conditions,
             watchdog_s=config.watchdog_s,
             rules=config.rules,
         )
         world = structs.replace(real_world(own, self._measurements), pulse=lane.pulse)
         return Host(own, specs, self._store, loader, world)
 
-    def _lane_and_loader(self, device: str, config: MachineConfig) -> tuple[Lane, Loader]:
+    def _lane_and_loader(self, device: str, config: MachineConfig) -> tuple[Lane, Loader, str]:
+        """Also says what the bytes of a model depend on here (`HostConfig.conditions`)."""
         lane = open_lane(device, config.cores, Lane if config.note is None else NotedLane)
         settings = self._loader_settings
         if device == "cpu":  # elsewhere nothing is held twice, and to read a GPU's memory takes a context
             room = config.budget.of(device_memory(device).read().total_bytes) // COPY_SHARE
             settings = structs.replace(settings, largest_copy=min(LARGEST_COPY, room))
         loader = TorchLoader(device, lane, self._threads, settings)
+        conditions = conditions_of(settings, lane.num_threads)
         if config.note is None or not isinstance(lane, NotedLane):
-            return lane, loader
+            return lane, loader, conditions
         lane.notebook = Notebook(config.note)
-        return lane, NotedLoader(loader, lane)
+        return lane, NotedLoader(loader, lane), conditions
+
+
+def conditions_of(settings: LoaderSettings, num_threads: int) -> str:
+    """The settings on which the measured bytes of a model depend: as many batches as threads are in work at once, each
+    of at most so many tokens, and a budget decides how large second copies of weights may be.
+    """
+    tokens = settings.max_batch_tokens or "default"
+    return f"threads={num_threads} tokens={tokens} copies={settings.largest_copy}"
 
 
 def find_devices(wanted: Sequence[str]) -> tuple[str, ...]:

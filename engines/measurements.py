@@ -42,42 +42,64 @@ class Measurements:
 
 
 class Estimates:
-    """What a model will take on one device. Blocks, sometimes on the network: call it on a thread."""
+    """What a model will take on one device. Blocks, sometimes on the network: call it on a thread.
 
-    def __init__(self, files: Files, measurements: Measurements, device: str, workspace_bytes: int) -> None:
-        """`workspace_bytes`: the guess for a model that never ran here."""
+    Args:
+        workspace_bytes: the guess for a model that never ran here.
+        conditions: what the bytes depend on beside the model and the device (`HostConfig.conditions`).
+    """
+
+    def __init__(
+        self, files: Files, measurements: Measurements, device: str, workspace_bytes: int, conditions: str = ""
+    ) -> None:
         self._files = files
         self._measurements = measurements
         self._device = device
         self._workspace_bytes = workspace_bytes
+        self._conditions = conditions
 
     def estimate(self, spec: ModelSpec, files: ModelFiles | None) -> Need | None:
-        """Four cases:
+        """What is remembered is a guess, for settings and software change: only the headers can refuse a model.
 
-        1. measured before;  2. the headers tell the weights;
-        3. only the size on disk is known: a guess;  4. nothing is known.
+        1. measured before under these very settings;  2. the headers tell the weights;
+        3. measured under other settings, or only the size on disk is known;  4. nothing is known.
         """
-        measured = self._measurements.get(self._key(spec, files)) if files else None
-        if measured is not None:
-            return Need(
-                weight_bytes=measured.weight_bytes,
-                workspace_bytes=measured.workspace_bytes,
-                weights_known=True,
-                workspace_known=True,
-                load_s=measured.load_s,
-            )  # (1)
+        same, other = self._remembered(spec, files) if files else (None, None)
         weight_bytes = self._files.weight_bytes(spec, self._device)
+        if same is not None:
+            return Need(
+                weight_bytes=same.weight_bytes,
+                workspace_bytes=same.workspace_bytes,
+                least_weight_bytes=min(weight_bytes or 0, same.weight_bytes),
+                load_s=same.load_s,
+            )  # (1)
+        workspace_bytes = other.workspace_bytes if other is not None else self._workspace_bytes
+        load_s = other.load_s if other is not None else None
         if weight_bytes is not None:
-            return Need(weight_bytes=weight_bytes, workspace_bytes=self._workspace_bytes, weights_known=True)  # (2)
+            return Need(
+                weight_bytes=weight_bytes, workspace_bytes=workspace_bytes, weights_known=True, load_s=load_s
+            )  # (2)
         if files is not None:
-            return Need(weight_bytes=files.size_bytes, workspace_bytes=self._workspace_bytes)  # (3)
+            size_bytes = other.weight_bytes if other is not None else files.size_bytes
+            return Need(weight_bytes=size_bytes, workspace_bytes=workspace_bytes, load_s=load_s)  # (3)
         return None  # (4)
 
     def remember(self, spec: ModelSpec, files: ModelFiles, measurement: Measurement) -> None:
         """Next time it is known."""
-        self._measurements.put(self._key(spec, files), measurement)
+        for key in self._keys(spec, files):
+            self._measurements.put(key, measurement)
 
-    def _key(self, spec: ModelSpec, files: ModelFiles) -> str:
-        """What the bytes depend on: the weights, their type, the kind of device, and the largest batch."""
+    def _remembered(self, spec: ModelSpec, files: ModelFiles) -> tuple[Measurement | None, Measurement | None]:
+        """What it took under these settings, and what it took last under any."""
+        exact, plain = self._keys(spec, files)
+        return self._measurements.get(exact), self._measurements.get(plain)
+
+    def _keys(self, spec: ModelSpec, files: ModelFiles) -> tuple[str, str]:
+        """Under these settings, and under any: the weights, their type, the kind of device, and the largest batch.
+
+        A vector cache counts as weights where it is in the device's memory.
+        """
         kind = self._device.partition(":")[0]
-        return f"{files.revision} {spec.dtype} {kind} {spec.max_batch_tokens or 'default'}"
+        plain = f"{files.revision} {spec.dtype} {kind} {spec.max_batch_tokens or 'default'}"
+        cache_bytes = spec.cache_bytes if kind == "cpu" else 0
+        return f"{plain} cache={cache_bytes} {self._conditions}".rstrip(), plain

@@ -45,7 +45,7 @@ class Pool:
         self._world = world
         self._core = PoolCore(specs, budget_bytes=0, rules=config.rules, jitter=world.jitter)
         self._state = self._core.state
-        estimates = Estimates(files, world.measurements, config.device, config.workspace_bytes)
+        estimates = Estimates(files, world.measurements, config.device, config.workspace_bytes, config.conditions)
         self._work = OutsideWork(files, loader, estimates, world.workers, self._report)
         self._scout = Scout(self._work, self.step, self._spawn)
         self._view = Viewpoint(config.host_id, config.device, self._to_unix_s)

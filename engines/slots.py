@@ -48,10 +48,14 @@ class Rules(Struct, frozen=True, kw_only=True):
 
 
 class Need(Struct, frozen=True, kw_only=True):
-    """Bytes that a model takes. What is not `known` is a guess: enough to plan with, not to refuse a model for."""
+    """Bytes that a model takes. What is not `known` is a guess: enough to plan with, not to refuse a model for.
+
+    `least_weight_bytes`: where the weights are a guess, what they take at least for certain.
+    """
 
     weight_bytes: int = 0
     workspace_bytes: int = 0
+    least_weight_bytes: int = 0
     weights_known: bool = False
     workspace_known: bool = False
     load_s: float | None = None
@@ -64,7 +68,7 @@ class Need(Struct, frozen=True, kw_only=True):
     def known(self) -> "Need":
         """Only what is certain."""
         return Need(
-            weight_bytes=self.weight_bytes if self.weights_known else 0,
+            weight_bytes=self.weight_bytes if self.weights_known else self.least_weight_bytes,
             workspace_bytes=self.workspace_bytes if self.workspace_known else 0,
         )
 
@@ -78,7 +82,7 @@ class Need(Struct, frozen=True, kw_only=True):
 
     def clipped(self, room_bytes: int) -> "Need":
         """Guesses cut down to the room there can ever be, so that a guess alone never keeps a model out."""
-        weights = self.weight_bytes if self.weights_known else max(0, min(self.weight_bytes, room_bytes))
+        weights = max(self.known().weight_bytes, min(self.weight_bytes, room_bytes))
         rest = max(0, room_bytes - weights)
         workspace = self.workspace_bytes if self.workspace_known else min(self.workspace_bytes, rest)
         return msgspec.structs.replace(self, weight_bytes=weights, workspace_bytes=workspace)

@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from engines.errors import ModelNotFound, ModelTooLarge
-from engines.fake import FakeFiles, FakeLoader, FakeTime, fake_host, fake_specs, fake_vector, fake_world
+from engines.fake import WIDTH, FakeFiles, FakeLoader, FakeTime, fake_host, fake_specs, fake_vector, fake_world
 from engines.fake_world import FakeMemory, let_run
 from engines.host import Host, HostConfig, World, suits
 from engines.measurements import Measurements
@@ -143,6 +143,28 @@ async def test_what_a_model_took_is_remembered() -> None:
 
     assert second.plan("a").need_bytes == 5600
     assert second.plan("a").seconds is not None
+
+
+async def test_a_remembered_size_over_the_budget_is_tried_and_only_a_fresh_measurement_refuses() -> None:
+    world = fake_world()
+    first = fake_host("a", loader=FakeLoader(weight_bytes={"a": 5000}), world=world)
+    await first.start()
+    await first.embed(call("a"))
+    await let_run()
+    smaller = FakeLoader(weight_bytes={"a": 1200})
+    fits = fake_host("a", loader=smaller, world=world, budget_bytes=1500)
+    still_large = FakeLoader(weight_bytes={"a": 5000})
+    does_not = fake_host("a", loader=still_large, world=world, budget_bytes=1500)
+    await fits.start()
+    await does_not.start()
+
+    assert fits.plan("a").fits
+    assert (await fits.embed(call("a"))).dimensions == WIDTH
+    for _ in range(2):
+        with pytest.raises(ModelTooLarge, match=r"needs 5\.1 kB and the memory budget is 1\.5 kB"):
+            await does_not.embed(call("a"))
+
+    assert (smaller.loads["a"], still_large.loads["a"]) == (1, 1)
 
 
 async def test_events_are_numbered_and_can_be_caught_up_with() -> None:

@@ -1,6 +1,7 @@
 """The real hosts of this machine."""
 
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -54,3 +55,17 @@ async def test_weights_are_held_twice_only_where_memory_is_not_short(budget_byte
 
     assert (used_bytes > 130_000_000) == has_copy
     assert used_bytes > 90_000_000
+
+
+async def test_a_model_that_was_measured_under_a_larger_budget_is_served_under_a_small_one(tmp_path: Path) -> None:
+    for budget_bytes in (2_000_000_000, 150 * 2**20):
+        budget = Budget(size_bytes=budget_bytes)
+        machine = Machine(MachineConfig(devices=("cpu",), budget=budget, cores=1, state_folder=tmp_path), SPECS)
+        (host,) = machine.hosts
+        await host.start()
+
+        answer = await host.embed(EmbedCall(model_id="m", texts=("one",)))
+        await host.aclose()
+        machine.close()
+
+        assert answer.dimensions == 384

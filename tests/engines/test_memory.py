@@ -159,8 +159,10 @@ def test_devices_by_name() -> None:
 # ---- measurements ---------------------------------------------------------------------------------------------------
 
 
-def estimates(measurements: Measurements, files: FakeFiles | None = None, device: str = "cpu") -> Estimates:
-    return Estimates(files or FakeFiles(), measurements, device, workspace_bytes=99)
+def estimates(
+    measurements: Measurements, files: FakeFiles | None = None, device: str = "cpu", conditions: str = ""
+) -> Estimates:
+    return Estimates(files or FakeFiles(), measurements, device, 99, conditions)
 
 
 def test_a_measurement_outlives_the_process(tmp_path: Path) -> None:
@@ -171,7 +173,6 @@ def test_a_measurement_outlives_the_process(tmp_path: Path) -> None:
 
     assert need is not None
     assert (need.weight_bytes, need.workspace_bytes, need.load_s) == (10, 2, 0.5)
-    assert need.weights_known and need.workspace_known
     assert [file.name for file in path.parent.iterdir()] == ["measurements.json"]
 
 
@@ -194,6 +195,37 @@ def test_another_revision_dtype_batch_or_kind_of_device_is_another_measurement(
 
     assert need is not None
     assert (need.weight_bytes, need.workspace_bytes, need.workspace_known) == (1000, 99, False)
+
+
+def test_what_is_remembered_can_never_refuse_a_model_but_its_headers_can() -> None:
+    measurements = Measurements()
+    large = Measurement(weight_bytes=5000, workspace_bytes=600, load_s=1.0)
+    estimates(measurements).remember(SPEC, FILES, large)
+
+    need = estimates(measurements).estimate(SPEC, FILES)
+    without_headers = estimates(measurements, FakeFiles(weight_bytes={"a": None})).estimate(SPEC, FILES)
+
+    assert need is not None and without_headers is not None
+    assert (need.total_bytes, need.known().total_bytes) == (5600, 1000)
+    assert (without_headers.total_bytes, without_headers.known().total_bytes) == (5600, 0)
+    assert need.clipped(1200).total_bytes == 1200
+    assert need.clipped(300).weight_bytes == 1000
+
+
+@pytest.mark.parametrize(
+    ("spec", "conditions"),
+    [(SPEC, "threads=2"), (ModelSpec(model_id="a", source="x", cache_bytes=10**9), "threads=1")],
+)
+def test_under_other_settings_weights_are_those_of_the_headers_and_the_rest_is_a_better_guess(
+    spec: ModelSpec, conditions: str
+) -> None:
+    measurements = Measurements()
+    estimates(measurements, conditions="threads=1").remember(SPEC, FILES, TOOK)
+
+    need = estimates(measurements, conditions=conditions).estimate(spec, FILES)
+
+    assert need is not None
+    assert (need.weight_bytes, need.workspace_bytes, need.workspace_known, need.load_s) == (1000, 2, False, 0.5)
 
 
 def test_devices_of_a_kind_share_what_was_measured() -> None:
