@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from engines.errors import ModelNotFound
 from engines.pool_state import PoolState
+from engines.pool_words import EVICTED
 from engines.slots import Slot
 from engines.spec import ModelSpec, is_same_engine
 
@@ -35,7 +36,10 @@ def _remove(state: PoolState, slot: Slot) -> None:
 
 
 def _replace(state: PoolState, old: Slot, spec: ModelSpec) -> None:
-    """Waiters move on with their place in the queue; the new generation loads unasked where the old one was in use."""
+    """Waiters move on with their place in the queue; the new generation loads unasked where the old one was in use,
+    unless an operator wants that away."""
+    if old.leaving_cause == EVICTED:
+        state.forget_wishes(old)
     new = state.add_slot(spec)
     new.operator_pin, new.is_wanted = old.operator_pin, old.is_wanted
     new.loads, new.evictions, new.claim = old.loads, old.evictions, old.claim

@@ -27,7 +27,15 @@ from engines.pool_effects import Effect, Fail
 from engines.pool_events import Acquire, BudgetChanged, Cancel, Drain, Evict, PoolEvent, Preload, Release, Reload, Tick
 from engines.pool_outcomes import Outcomes
 from engines.pool_state import PoolState
-from engines.pool_words import EVICTED, SHUTDOWN, load_error, not_found, shutting_down, too_large
+from engines.pool_words import (
+    EVICTED,
+    SHUTDOWN,
+    load_error,
+    not_found,
+    preloaded_meanwhile,
+    shutting_down,
+    too_large,
+)
 from engines.slots import Rules, Slot, Waiter
 from engines.spec import ModelSpec
 
@@ -136,48 +144,53 @@ class PoolCore:
         return bool(slot.leases) or not self.admission.matters(slot)
 
     def _preload(self, event: Preload) -> None:
-        """Four cases:
+        """Five cases:
 
         1. no such model, shutting down or never to fit: nothing (a waiter beside it gets the error);
-        2. ready;  3. quarantined: an operator's word ends that;  4. on its way or leaving: its claim stands.
+        2. ready;  3. an operator's eviction has not gone through yet: the later word counts;
+        4. quarantined: an operator's word ends that;  5. on its way or leaving: its claim stands.
         """
         slot = self.state.current.get(event.model_id)
         if slot is None or self.state.is_draining or self.state.is_too_large(slot.need):
             return  # (1)
         slot.operator_pin = slot.operator_pin or event.is_pin
+        if slot.leaving_cause == EVICTED and slot.state != "unloading":
+            self.state.fail_evictors(slot, lambda: preloaded_meanwhile(slot))
+            self._stay(slot, "preloaded: the eviction was given up")  # (3)
         if slot.state == "ready":
             return  # (2)
         if slot.state == "failed":
-            end_quarantine(self.state, slot, "preload")  # (3)
+            end_quarantine(self.state, slot, "preload")  # (4)
         slot.is_wanted = True
-        self.state.make_claim(slot)  # (4)
+        self.state.make_claim(slot)  # (5)
 
     def _evict(self, event: Evict) -> None:
-        """Five cases:
+        """Six cases:
 
         1. no such model;  2. pinned, and not forced;
         3. not in memory and not getting there: done, and a claim that nobody waits for is dropped;
-        4. ready: drains;  5. on its way: drains once its waiters are granted; leaving already: told then.
+        4. ready: drains;  5. on its way: drains once its waiters are granted;
+        6. leaving already: told then, and it does not come back for anybody but waiters.
         """
         slot = self.state.current.get(event.model_id)
         if slot is None:
             self.state.effects.append(Fail(event.waiter_id, not_found(event.model_id)))  # (1)
             return
-        if slot.is_pinned and not event.is_forced:
+        if slot.is_pinned and not event.is_forced and slot.leaving_cause != EVICTED:
             message = f"model {event.model_id!r} is pinned; evict it with force"
             self.state.effects.append(Fail(event.waiter_id, ModelPinned(message)))  # (2)
             return
-        slot.operator_pin, slot.is_wanted = False, False
         slot.evictors.add(event.waiter_id)
         self.state.holders[event.waiter_id] = slot
         if slot.state in ("absent", "fetching", "cold", "waiting_space", "failed"):
-            if not slot.waiters:
-                self.state.drop_claim(slot, EVICTED)
+            self.state.forget_wishes(slot)
             self.state.tell_evictors(slot)  # (3)
         elif slot.state == "ready":
             self.state.drain(slot, EVICTED)  # (4)
         elif slot.state in ("loading", "warming"):
             slot.leaving_cause = EVICTED  # (5)
+        elif slot.leaving_cause != EVICTED:
+            self.state.forget_wishes(slot)  # (6)
 
     def _undo_evict(self, slot: Slot) -> None:
         """The last operator gave up: what still drains for them alone serves again, unless the host shuts down."""
@@ -186,11 +199,16 @@ class PoolCore:
         if self.state.is_draining:
             slot.leaving_cause = SHUTDOWN
             return
+        if slot.state != "unloading":
+            self._stay(slot, "still in use: the eviction was given up")
+
+    def _stay(self, slot: Slot, cause: str) -> None:
+        """An eviction under way is off."""
         slot.leaving_cause = None
         if slot.state == "draining":
-            self.state.move(slot, "ready", "still in use: the eviction was given up")
+            self.state.move(slot, "ready", cause)
             self.state.grant_all(slot)
-            slot.claim = None
+            slot.claim, slot.is_wanted = None, False
 
     def _reload(self, event: Reload) -> None:
         if not self.state.is_draining:

@@ -22,7 +22,7 @@ from engines.pool_events import (
     WarmFailed,
 )
 from engines.pool_state import PoolState
-from engines.pool_words import load_error, too_large
+from engines.pool_words import EVICTED, load_error, too_large
 from engines.slots import Failure, Need, Slot
 
 
@@ -143,9 +143,10 @@ class Outcomes:
 
     def _load_failed(self, event: LoadFailed) -> None:
         slot = self.state.finish(event.slot_id, "load")
-        self.state.tell_evictors(slot)
         if not slot.is_retired:
+            self._end_eviction(slot)
             slot.leaving_cause = None
+        self.state.tell_evictors(slot)
         self._after_failure(slot, event.failure)
 
     def _warmed(self, event: Warmed) -> None:
@@ -191,12 +192,19 @@ class Outcomes:
         if slot.is_retired:
             self.state.retire(slot)  # (1)
             return
+        if failure is not None:
+            self._end_eviction(slot)
         slot.leaving_cause = slot.leaving_for = None
         self.state.tell_evictors(slot)
         if failure is not None:
             self._after_failure(slot, failure)  # (2)
         else:
             self.state.move(slot, "cold", "its memory is free")  # (3)
+
+    def _end_eviction(self, slot: Slot) -> None:
+        """A failed load is not tried again for those who wanted the model before an operator wanted it away."""
+        if slot.leaving_cause == EVICTED:
+            self.state.forget_wishes(slot)
 
     # ---- failures ----
 

@@ -11,7 +11,6 @@ import structlog
 from msgspec import structs
 
 from engines.clock import Timer
-from engines.errors import ModelInUse
 from engines.event_log import EventLog
 from engines.host_config import HostConfig, World
 from engines.measurements import Estimates, Measurement
@@ -20,7 +19,7 @@ from engines.pool_callers import Callers, Lease
 from engines.pool_effects import ArmTimer, Done, Effect, Emit, Fail, Grant, ReadMemory
 from engines.pool_events import Acquire, BudgetChanged, Cancel, Drain, Evict, PoolEvent, Preload, Reload, Tick, Warmed
 from engines.pool_status import Viewpoint
-from engines.pool_words import not_found, shut_down, shutting_down
+from engines.pool_words import EVICTED, evicted_meanwhile, not_evicted, not_found, shut_down, shutting_down
 from engines.pool_work import OutsideWork
 from engines.protocols import Files, Loader
 from engines.records import EmbedCall, HostSnapshot, ModelStatus, Plan, State
@@ -85,22 +84,30 @@ class Pool:
         return Lease(self.step, self._callers, acquire)
 
     async def preload(self, model_id: str, *, pin: bool, wait: bool) -> ModelStatus:
-        """Load without a request."""
+        """Load without a request.
+
+        Raises:
+            ModelInUse: an eviction came between; also what `lease` raises.
+        """
         if self._state.is_draining:
             raise shutting_down()
-        slot = self._slot(model_id)
+        self._slot(model_id)
         self.step(Preload(model_id, pin))
         if wait:
             async with self.lease(EmbedCall(model_id=model_id, load_timeout_s=float("inf"))):
                 pass
-        return self.status(slot.model_id)
+            slot = self._slot(model_id)
+            is_kept = slot.state == "ready" and slot.is_pinned
+            if slot.leaving_cause == EVICTED or (pin and not is_kept):
+                raise evicted_meanwhile(slot)
+        return self.status(model_id)
 
     async def evict(self, model_id: str, *, force: bool, timeout_s: float) -> ModelStatus:
         """Free the model after its requests; gives up at the time-out, and then it serves on."""
         waiter_id, future = self._callers.admit()
         self.step(Evict(waiter_id, model_id, force))
         at_s = self._world.time.now_s() + timeout_s
-        timer = self._world.time.call_at(at_s, partial(self._give_up_eviction, waiter_id, model_id, timeout_s))
+        timer = self._world.time.call_at(at_s, partial(self._give_up_eviction, waiter_id, timeout_s))
         try:
             await future
         finally:
@@ -240,7 +247,7 @@ class Pool:
             return False
         return True
 
-    def _give_up_eviction(self, waiter_id: int, model_id: str, timeout_s: float) -> None:
-        leases = self.status(model_id).leases if model_id in self._state.current else 0
-        message = f"{leases} requests still run on model {model_id!r} after {timeout_s:g} s; it stays; try again later"
-        self._callers.answer(waiter_id, ModelInUse(message))
+    def _give_up_eviction(self, waiter_id: int, timeout_s: float) -> None:
+        slot = self._state.holders.get(waiter_id)
+        if slot is not None:
+            self._callers.answer(waiter_id, not_evicted(slot, timeout_s))

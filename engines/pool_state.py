@@ -22,6 +22,7 @@ from engines.pool_effects import (
     StartWarm,
 )
 from engines.pool_facts import facts_of
+from engines.pool_words import EVICTED
 from engines.records import State
 from engines.slots import CHARGED, EDGES, NOTHING, Need, Rules, Slot, Waiter, Work
 from engines.spec import ModelSpec
@@ -145,6 +146,8 @@ class PoolState:
         if slot.state == "draining" and not slot.leases:
             slot.evictions += 1
             slot.evicted_for = slot.leaving_for
+            if slot.leaving_cause == EVICTED:
+                slot.operator_pin = False  # not before: an eviction that is given up leaves the pin
             self.unload(slot, slot.leaving_cause or "")
 
     def unload(self, slot: Slot, cause: str) -> None:
@@ -164,6 +167,12 @@ class PoolState:
         slot.claim, slot.is_wanted = None, False
         if slot.state == "waiting_space":
             self.move(slot, "cold", cause)
+
+    def forget_wishes(self, slot: Slot) -> None:
+        """An operator wants the model away: it comes back for those who wait, and for nobody else."""
+        slot.operator_pin = slot.is_wanted = False
+        if not slot.waiters:
+            self.drop_claim(slot, EVICTED)
 
     def add_waiter(self, slot: Slot, waiter: Waiter) -> None:
         slot.waiters[waiter.waiter_id] = waiter
@@ -203,4 +212,11 @@ class PoolState:
         for waiter_id in slot.evictors:
             del self.holders[waiter_id]
             self.effects.append(Done(waiter_id))
+        slot.evictors = set()
+
+    def fail_evictors(self, slot: Slot, make_error: Callable[[], EngineError]) -> None:
+        """Their eviction will not be."""
+        for waiter_id in slot.evictors:
+            del self.holders[waiter_id]
+            self.effects.append(Fail(waiter_id, make_error()))
         slot.evictors = set()

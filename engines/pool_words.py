@@ -3,6 +3,7 @@
 from engines.errors import (
     EngineError,
     LoadFailed,
+    ModelInUse,
     ModelLoading,
     ModelNotFound,
     ModelTooLarge,
@@ -59,6 +60,29 @@ def still_loading(slot: Slot) -> ModelLoading:
     return ModelLoading(
         f"model {slot.model_id!r} is still {doing} and was not ready in time; it goes on, ask again", retry_after_s=2.0
     )
+
+
+def not_evicted(slot: Slot, timeout_s: float) -> ModelInUse:
+    """Why an eviction had not gone through at its time-out. Two cases: 1. it leaves; 2. it stays."""
+    if slot.state == "unloading":
+        return ModelInUse(
+            f"model {slot.model_id!r} leaves, but its memory is not free after {timeout_s:g} s; look again"
+        )
+    if slot.state in ("loading", "warming"):
+        reason = f"model {slot.model_id!r} is still {slot.state} after {timeout_s:g} s, and a load cannot be stopped"
+    else:
+        reason = f"{len(slot.leases)} requests still run on model {slot.model_id!r} after {timeout_s:g} s"
+    return ModelInUse(f"{reason}; it stays; try again later")
+
+
+def preloaded_meanwhile(slot: Slot) -> ModelInUse:
+    """What an operator hears whose eviction a later preload has overtaken."""
+    return ModelInUse(f"model {slot.model_id!r} was preloaded while its eviction waited; it stays")
+
+
+def evicted_meanwhile(slot: Slot) -> ModelInUse:
+    """What an operator hears whose preload an eviction has overtaken."""
+    return ModelInUse(f"model {slot.model_id!r} was evicted before its preload was answered; preload it again")
 
 
 def kept_out(slot: Slot, pinned_bytes: int, budget_bytes: int) -> str:

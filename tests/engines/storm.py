@@ -54,7 +54,8 @@ from engines.spec import ModelSpec
 
 BUDGET = 1000
 RULES = Rules()
-FAIR_END = frozenset({"evicted by an operator", "the host shuts down"})
+EVICTED = "evicted by an operator"
+FAIR_END = frozenset({EVICTED, "the host shuts down"})
 PINNED_END = FAIR_END | {"removed from the registry", "changed in the registry"}
 
 
@@ -106,6 +107,9 @@ class Storm:
         self.waiting: dict[int, str] = {}
         self.leases: dict[int, int] = {}
         self.evictors: list[int] = []
+        self.unopposed: dict[int, tuple[int, str]] = {}
+        self.evicted: set[str] = set()
+        self.last_word: dict[str, str] = {}
         self.since: dict[int, int] = {}
         self.is_draining = False
         self._next_id = 0
@@ -117,6 +121,7 @@ class Storm:
     def acquire(self, model_id: str, keep_alive_s: float | None = None, patience_s: float = NEVER) -> int:
         waiter_id = self._new_id()
         self.waiting[waiter_id] = model_id
+        self._want(model_id)
         is_ready = any(view.model_id == model_id and view.state == "ready" for view in self.views.values())
         effects = self.step(Acquire(waiter_id, model_id, keep_alive_s, self.now_s + patience_s))
         if is_ready and not self.is_draining:
@@ -139,13 +144,26 @@ class Storm:
         self.step(Release(waiter_id))
 
     def preload(self, model_id: str, *, pin: bool = False) -> None:
+        self._want(model_id)
+        slot = self.core.state.current.get(model_id)
+        if slot is not None and not self.is_draining and not self.core.state.is_too_large(slot.need):
+            self.last_word[model_id] = "preload"
         self.step(Preload(model_id, pin))
 
     def evict(self, model_id: str, *, force: bool = False) -> int:
         waiter_id = self._new_id()
         self.evictors.append(waiter_id)
+        slot = self.core.state.current.get(model_id)
+        if slot is not None and model_id not in self.waiting.values():
+            self.unopposed[waiter_id] = (slot.slot_id, model_id)
+        self.last_word[model_id] = "evict"
         self.step(Evict(waiter_id, model_id, force))
         return waiter_id
+
+    def _want(self, model_id: str) -> None:
+        """Somebody asks for the model after those who wanted it away."""
+        self.evicted.discard(model_id)
+        self.unopposed = {at: known for at, known in self.unopposed.items() if known[1] != model_id}
 
     def reload(self, specs: Mapping[str, ModelSpec]) -> None:
         self.specs = dict(specs)
@@ -304,6 +322,9 @@ class Storm:
         if effect.cause not in PINNED_END:
             slot = self.core.state.slots[effect.slot_id]
             require(not (slot.spec.pinned or slot.operator_pin), f"{view.model_id} is pinned and left: {effect.cause}")
+        if effect.cause == EVICTED:
+            is_last = self.last_word.get(view.model_id) == "evict"
+            require(is_last, f"{view.model_id} leaves for an operator, and was preloaded since")
         if effect.claimant is None:
             return
         mature_s = view.ready_at_s + max(RULES.min_residency_s, RULES.residency_loads * view.load_s)
@@ -321,6 +342,10 @@ class Storm:
     def _on_answer(self, effect: Fail | Done) -> None:
         if effect.waiter_id in self.evictors:
             self.evictors.remove(effect.waiter_id)
+            slot_id, model_id = self.unopposed.pop(effect.waiter_id, (-1, ""))
+            current = self.core.state.current.get(model_id)
+            if isinstance(effect, Done) and current is not None and current.slot_id == slot_id:
+                self.evicted.add(model_id)
             return
         require(effect.waiter_id in self.waiting, f"waiter {effect.waiter_id} gets a second outcome, or had gone")
         del self.waiting[effect.waiter_id]
@@ -345,6 +370,7 @@ class Storm:
         same = [v for v in self.views.values() if v.model_id == view.model_id and v.state in ("loading", "warming")]
         in_work = [w for w in self.work if isinstance(w, StartLoad) and w.spec.model_id == view.model_id]
         require(len(same) == 1 and not in_work, f"{view.model_id} is loaded twice at once")
+        require(view.model_id not in self.evicted, f"{view.model_id} was evicted, and comes back for nobody")
         require(view.charge is None, f"{view.model_id} is loaded while its last memory is not free")
         view.charge = effect.need
         require(self.used() <= self.limit, f"loading {view.model_id} takes {self.used()} of {self.limit} bytes")

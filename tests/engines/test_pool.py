@@ -6,6 +6,7 @@ import pytest
 
 from engines.errors import (
     LoadFailed,
+    ModelInUse,
     ModelLoading,
     ModelNotFound,
     ModelPinned,
@@ -869,6 +870,93 @@ def test_evicting_a_model_on_its_way_serves_its_waiters_first() -> None:
 
     assert waiter_id in pool.leases
     assert pool.state("a") == "draining"
+
+
+@pytest.mark.parametrize("num_done", [2, 3], ids=["loading", "warming"])
+def test_a_preload_after_an_eviction_that_has_not_gone_through_keeps_the_model(num_done: int) -> None:
+    pool = Pool(a=100)
+    pool.preload("a")
+    for _ in range(num_done):
+        pool.finish(0)
+    evictor = pool.evict("a")
+
+    pool.preload("a", pin=True)
+    pool.finish_all()
+
+    assert "was preloaded while its eviction waited; it stays" in str(pool.error(evictor))
+    assert (pool.state("a"), pool.core.state.current["a"].is_pinned) == ("ready", True)
+
+
+def test_a_preload_keeps_a_model_that_drains_for_an_eviction() -> None:
+    pool = Pool(a=100)
+    lease = pool.load("a")
+    evictor = pool.evict("a")
+    waiter_id = pool.acquire("a")
+
+    pool.preload("a", pin=True)
+
+    assert isinstance(pool.error(evictor), ModelInUse)
+    assert (pool.state("a"), pool.core.state.current["a"].is_pinned) == ("ready", True)
+    assert {lease, waiter_id} == set(pool.leases)
+
+
+def test_a_forced_eviction_that_is_given_up_leaves_the_pin() -> None:
+    pool = Pool(a=100)
+    pool.preload("a", pin=True)
+    pool.finish_all()
+    pool.acquire("a")
+
+    pool.cancel(pool.evict("a", force=True))
+
+    assert (pool.state("a"), pool.core.state.current["a"].is_pinned) == ("ready", True)
+
+
+def test_a_load_that_fails_after_an_eviction_is_not_tried_again_for_nobody() -> None:
+    pool = Pool(a=100)
+    pool.preload("a", pin=True)
+    pool.finish(0)
+    pool.finish(0)
+    evictor = pool.evict("a", force=True)
+    pool.finish(0, "out_of_memory")
+
+    pool.finish_all()
+    pool.advance(DAY_S)
+    pool.finish_all()
+
+    assert evictor not in pool.evictors
+    assert pool.count(StartLoad) == 1
+    assert not pool.core.state.current["a"].is_pinned
+
+
+def test_an_eviction_of_a_model_that_leaves_already_takes_back_the_preload_before_it() -> None:
+    pool = Pool({"a": ModelSpec(model_id="a", source="x", keep_alive_s=1.0)}, a=100)
+    pool.rest("a")
+    pool.advance(2)
+    assert pool.state("a") == "unloading"
+    pool.preload("a", pin=True)
+
+    pool.evict("a", force=True)
+    pool.finish_all()
+
+    assert (pool.state("a"), pool.count(StartLoad)) == ("cold", 1)
+
+
+@pytest.mark.parametrize("num_done", [2, 4], ids=["loading", "draining"])
+def test_a_changed_registry_does_not_bring_back_what_an_operator_wants_away(num_done: int) -> None:
+    pool = Pool(a=100)
+    pool.preload("a", pin=True)
+    lease = pool.acquire("a")
+    for _ in range(num_done):
+        pool.finish(0)
+    pool.evict("a", force=True)
+    if num_done == 2:
+        pool.cancel(lease)
+
+    pool.reload({"a": ModelSpec(model_id="a", source="fake/a", revision="v2")})
+    pool.settle()
+
+    assert (pool.state("a"), pool.count(StartLoad)) == ("absent", 1)
+    assert not pool.core.state.current["a"].is_pinned
 
 
 def test_a_caller_whose_patience_ends_is_told_and_the_load_goes_on() -> None:

@@ -204,6 +204,16 @@ def a_shutdown_is_undone_by_an_operator_who_gives_up(patch: Patch) -> None:
     patch.setattr(PoolCore, "_undo_evict", mutant)
 
 
+def an_eviction_outlives_a_later_preload(patch: Patch) -> None:
+    """A model that was preloaded while its eviction waited leaves all the same."""
+    patch.setattr(PoolCore, "_stay", lambda self, slot, cause: None)
+
+
+def an_evicted_model_comes_back_unasked(patch: Patch) -> None:
+    """What was wanted before an operator wanted it away is still wanted."""
+    patch.setattr(PoolState, "forget_wishes", lambda self, slot: None)
+
+
 def the_largest_workspace_is_not_reserved(patch: Patch) -> None:
     """Weights fill the budget to the brim."""
 
@@ -232,6 +242,8 @@ MUTANTS: tuple[Callable[[Patch], None], ...] = (
     the_reading_of_the_device_is_ignored,
     victims_leave_on_an_old_reading,
     a_shutdown_is_undone_by_an_operator_who_gives_up,
+    an_eviction_outlives_a_later_preload,
+    an_evicted_model_comes_back_unasked,
     the_largest_workspace_is_not_reserved,
 )
 

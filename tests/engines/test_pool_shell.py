@@ -21,7 +21,7 @@ from engines.errors import (
 from engines.fake import FakeFiles, FakeLoader, FakeTime, InlineWorkers, fake_host, fake_vector, fake_world
 from engines.fake_world import FakeMemory, let_run
 from engines.host import Host, World
-from engines.records import EmbedCall, Embeddings, State
+from engines.records import EmbedCall, Embeddings, ModelStatus, State
 from engines.spec import ModelSpec
 
 
@@ -424,6 +424,57 @@ async def test_preload_waits_until_ready_or_not_at_all() -> None:
         assert here.host.status("b").state == "ready"
         with pytest.raises(ModelNotFound):
             await here.host.preload("nobody", wait=False)
+
+
+async def begin_load(here: Yard, model_id: str) -> asyncio.Task[ModelStatus]:
+    """A preload that waits, and a load that is under way until "load" is released."""
+    here.workers.hold("load")
+    asked = asyncio.create_task(here.host.preload(model_id))
+    await let_run()
+    here.workers.release("load")  # the device is read
+    here.workers.hold("load")
+    await here.until(model_id, "loading")
+    return asked
+
+
+async def test_a_preload_after_an_eviction_is_answered_with_a_model_that_is_ready_and_pinned() -> None:
+    async with yard("a") as here:
+        first = await begin_load(here, "a")
+        evicting = asyncio.create_task(here.host.evict("a"))
+        await let_run()
+        pinning = asyncio.create_task(here.host.preload("a", pin=True))
+        await let_run()
+        here.workers.release("load")
+        pinned = await pinning
+
+        with pytest.raises(ModelInUse, match="'a' was preloaded while its eviction waited; it stays"):
+            await evicting
+        assert (pinned.state, pinned.pinned, here.host.status("a").state) == ("ready", True, "ready")
+        assert (await first).state == "ready"
+
+
+async def test_a_preload_that_a_later_eviction_has_overtaken_is_told_so() -> None:
+    async with yard("a") as here:
+        preloading = await begin_load(here, "a")
+        evicting = asyncio.create_task(here.host.evict("a"))
+        await let_run()
+        here.workers.release("load")
+
+        with pytest.raises(ModelInUse, match="'a' was evicted before its preload was answered; preload it again"):
+            await preloading
+        assert (await evicting).state == "cold"
+
+
+async def test_an_eviction_that_waits_for_a_load_says_so() -> None:
+    async with yard("a") as here:
+        preloading = await begin_load(here, "a")
+        evicting = asyncio.create_task(here.host.evict("a", timeout_s=5))
+        await here.time.advance(6)
+
+        with pytest.raises(ModelInUse, match="'a' is still loading after 5 s, and a load cannot be stopped; it stays"):
+            await evicting
+        here.workers.release("load")
+        assert (await preloading).state == "ready"
 
 
 async def test_shutdown_finishes_what_runs_and_refuses_what_comes() -> None:
