@@ -18,7 +18,7 @@ from engines.eviction import (
 from engines.pool_effects import ArmTimer, ReadMemory, StartLoad, StartLocate
 from engines.pool_moments import is_idle_evictable, moments
 from engines.pool_state import PoolState
-from engines.pool_words import IDLE, kept_out, makes_room, still_loading
+from engines.pool_words import IDLE, held_by_others, kept_out, makes_room, still_loading
 from engines.slots import CHARGED, NOTHING, Need, Slot
 from engines.units import format_bytes
 
@@ -122,15 +122,20 @@ class Admission:
 
         1. a claim that can never fit beside the pinned models is refused, whatever its place;
         2. while a model loads, nobody else starts: its true size is not known yet;
-        3. a claim that other processes keep out, whoever of ours left, waits for them, and nobody waits for it;
+        3. a claim that other processes keep out, whoever of ours left, waits for them, and nobody waits for it; of
+           its waiters those that another host could take are sent there;
         4. the oldest of the rest makes room for itself;
         5. a younger one passes when it fits now and delays no older one.
         """
         immovable, limit = self._immovable(), self.state.limit_bytes()
+        claims = []
         for slot in self.state.claims():
             if never_fits(slot.need or NOTHING, immovable, self.state.budget_bytes):
                 self._refuse(slot)  # (1)
-        claims = [slot for slot in self.state.claims() if missing_bytes(immovable, self.need(slot), limit) == 0]  # (3)
+            elif missing_bytes(immovable, self.need(slot), limit) > 0:
+                self._send_on(slot, limit)  # (3)
+            else:
+                claims.append(slot)
         if not claims or self.state.in_state("loading", "warming"):  # (2)
             return
         head = claims[0]
@@ -222,8 +227,17 @@ class Admission:
     def _refuse(self, slot: Slot) -> None:
         """Waiting would not help; an operator's word would."""
         message = kept_out(slot, total_bytes(charges(self._immovable())), self.state.budget_bytes)
-        self.state.fail_waiters(slot, lambda: OutOfMemory(message))
+        self.state.fail_waiters(slot, lambda: OutOfMemory(message, stage="load"))
         self.state.drop_claim(slot, message)
+
+    def _send_on(self, slot: Slot, limit_bytes: int) -> None:
+        """A claim whose last waiter moves on is dropped: it would only keep others from this host later."""
+        moving = [waiter_id for waiter_id, waiter in slot.waiters.items() if waiter.may_move]
+        message = held_by_others(slot, self.need(slot), limit_bytes)
+        for waiter_id in moving:
+            self.state.fail(slot, waiter_id, OutOfMemory(message, stage="load"))
+        if moving and not slot.waiters and not slot.is_wanted:
+            self.state.drop_claim(slot, message)
 
     # ---- timer ----
 

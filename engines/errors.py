@@ -134,7 +134,11 @@ class HostLost(Unavailable):
 
 
 class OutOfMemory(Unavailable):
-    """The device ran out of memory, while loading or while running a single text."""
+    """The device ran out of memory. `stage`: `load`, no memory for the model on this host; `run`, for a single text."""
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0, stage: str = "run") -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.stage = stage
 
 
 class ModelTooLarge(EngineError):

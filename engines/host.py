@@ -68,9 +68,14 @@ class Host:
             answer = await engine.embed(call)
         return msgspec.structs.replace(answer, timings=msgspec.structs.replace(answer.timings, load_s=load_s))
 
-    async def preload(self, model_id: str, *, pin: bool = False, wait: bool = True) -> ModelStatus:
-        """Load the model; returns when it is ready, or at once when `wait` is false."""
-        return await self._pool.preload(model_id, pin=pin, wait=wait)
+    async def preload(
+        self, model_id: str, *, pin: bool = False, wait: bool = True, may_move: bool = False
+    ) -> ModelStatus:
+        """Load the model; returns when it is ready, or at once when `wait` is false.
+
+        With `may_move` another host is asked where it cannot be had here, so nothing of the wish stays then.
+        """
+        return await self._pool.preload(model_id, pin=pin, wait=wait, may_move=may_move)
 
     async def evict(self, model_id: str, *, force: bool = False, timeout_s: float = 30.0) -> ModelStatus:
         """Wait for the running requests, then free the model.

@@ -94,7 +94,7 @@ class PoolCore:
         6. it waits, and the model has a claim from now on.
         """
         slot = self.state.current.get(event.model_id)
-        waiter = Waiter(event.waiter_id, event.keep_alive_s, event.deadline_s)
+        waiter = Waiter(event.waiter_id, event.keep_alive_s, event.deadline_s, event.may_move)
         if self.state.is_draining:
             self.state.effects.append(Fail(event.waiter_id, shutting_down()))  # (1)
             return True
@@ -153,7 +153,7 @@ class PoolCore:
         slot = self.state.current.get(event.model_id)
         if slot is None or self.state.is_draining or self.state.is_too_large(slot.need):
             return  # (1)
-        slot.operator_pin = slot.operator_pin or event.is_pin
+        slot.operator_pin = slot.operator_pin or (event.is_pin and not event.is_tentative)
         if slot.leaving_cause == EVICTED and slot.state != "unloading":
             self.state.fail_evictors(slot, lambda: preloaded_meanwhile(slot))
             self._stay(slot, "preloaded: the eviction was given up")  # (3)
@@ -161,7 +161,7 @@ class PoolCore:
             return  # (2)
         if slot.state == "failed":
             end_quarantine(self.state, slot, "preload")  # (4)
-        slot.is_wanted = True
+        slot.is_wanted = slot.is_wanted or not event.is_tentative
         self.state.make_claim(slot)  # (5)
 
     def _evict(self, event: Evict) -> None:

@@ -24,6 +24,7 @@ class Acquire(Struct, frozen=True):
     model_id: str
     keep_alive_s: float | None = None
     deadline_s: float = NEVER
+    may_move: bool = False
 
 
 class Cancel(Struct, frozen=True):
@@ -39,10 +40,14 @@ class Release(Struct, frozen=True):
 
 
 class Preload(Struct, frozen=True):
-    """Load without a request; an operator's word, so it also ends a quarantine."""
+    """Load without a request; an operator's word, so it also ends a quarantine.
+
+    `is_tentative`: where the load fails, another host is asked, so the model is neither pinned nor tried again here.
+    """
 
     model_id: str
     is_pin: bool = False
+    is_tentative: bool = False
 
 
 class Evict(Struct, frozen=True):

@@ -79,12 +79,12 @@ class Pool:
         deadline_s = self._world.time.now_s() + call.load_timeout_s
 
         def acquire(waiter_id: int) -> Acquire:
-            return Acquire(waiter_id, call.model_id, call.keep_alive_s, deadline_s)
+            return Acquire(waiter_id, call.model_id, call.keep_alive_s, deadline_s, call.may_move)
 
         return Lease(self.step, self._callers, acquire)
 
-    async def preload(self, model_id: str, *, pin: bool, wait: bool) -> ModelStatus:
-        """Load without a request.
+    async def preload(self, model_id: str, *, pin: bool, wait: bool, may_move: bool = False) -> ModelStatus:
+        """Load without a request; with `may_move`, another host is asked where it fails here.
 
         Raises:
             ModelInUse: an eviction came between; also what `lease` raises.
@@ -92,10 +92,13 @@ class Pool:
         if self._state.is_draining:
             raise shutting_down()
         self._slot(model_id)
-        self.step(Preload(model_id, pin))
+        is_tentative = may_move and wait
+        self.step(Preload(model_id, pin, is_tentative))
         if wait:
-            async with self.lease(EmbedCall(model_id=model_id, load_timeout_s=float("inf"))):
-                pass
+            call = EmbedCall(model_id=model_id, load_timeout_s=float("inf"), may_move=is_tentative)
+            async with self.lease(call):
+                if is_tentative and self.state_of(model_id) == "ready":
+                    self.step(Preload(model_id, pin))
             slot = self._slot(model_id)
             is_kept = slot.state == "ready" and slot.is_pinned
             if slot.leaving_cause == EVICTED or (pin and not is_kept):
@@ -154,7 +157,7 @@ class Pool:
         return self._view.status(slot, self._work.engines.get(slot.slot_id))
 
     def snapshot(self) -> HostSnapshot:
-        return self._view.snapshot(self._state, self._total_bytes, self._work.engines)
+        return self._view.snapshot(self._state, self._world.time.now_s(), self._total_bytes, self._work.engines)
 
     def plan(self, model_id: str) -> Plan:
         return self._view.plan(self._state, self._slot(model_id))

@@ -11,6 +11,9 @@ from engines.records import HostSnapshot, ModelStatus, Plan
 from engines.slots import CHARGED, LEAVING, NOTHING, Slot
 from engines.units import format_bytes
 
+_CEILING_S = 60.0
+"""So long a reading of the device tells placement to look elsewhere first; then it is worth another look."""
+
 
 class Viewpoint:
     """Where the slots are, and how the pool's clock reads on the wall."""
@@ -50,7 +53,9 @@ class Viewpoint:
             need_workspace_bytes=slot.need.workspace_bytes if slot.need else 0,
         )
 
-    def snapshot(self, state: PoolState, total_bytes_of_device: int, engines: dict[int, Engine]) -> HostSnapshot:
+    def snapshot(
+        self, state: PoolState, now_s: float, total_bytes_of_device: int, engines: dict[int, Engine]
+    ) -> HostSnapshot:
         """The device now. An old generation on its way out is charged, but only the current one is listed."""
         charged = state.charged()
         used = sum(slot.charge.weight_bytes for slot in charged)
@@ -64,6 +69,7 @@ class Viewpoint:
             workspace_bytes=workspace,
             free_bytes=max(0, state.budget_bytes - used - workspace),
             claimed_bytes=claimed_bytes(state),
+            ceiling_bytes=state.ceiling_bytes if now_s < state.ceiling_until_s + _CEILING_S else None,
             residents=residents(charged),
             models=tuple(self.status(slot, engines.get(slot.slot_id)) for slot in state.current.values()),
             is_draining=state.is_draining,

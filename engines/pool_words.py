@@ -35,7 +35,7 @@ def load_error(slot: Slot, failure: Failure, now_s: float) -> EngineError:
     message = f"model {slot.model_id!r} failed to load ({failure.kind}): {failure.message}; "
     message += f"next attempt in {wait_s:.0f} s at the earliest"
     if failure.is_oom:
-        return OutOfMemory(message, retry_after_s=wait_s)
+        return OutOfMemory(message, retry_after_s=wait_s, stage="load")
     return LoadFailed(message, retry_after_s=wait_s, kind=failure.kind)
 
 
@@ -90,6 +90,14 @@ def kept_out(slot: Slot, pinned_bytes: int, budget_bytes: int) -> str:
     return (
         f"model {slot.model_id!r} needs {format_bytes(known_bytes(slot.need))}, but pinned models hold "
         f"{format_bytes(pinned_bytes)} of the budget of {format_bytes(budget_bytes)}; unpin one or raise the budget"
+    )
+
+
+def held_by_others(slot: Slot, need: Need, limit_bytes: int) -> str:
+    """Why a claim cannot be had now, whichever of our models left."""
+    return (
+        f"model {slot.model_id!r} needs {format_bytes(need.total_bytes)}, and other processes leave "
+        f"{format_bytes(limit_bytes)} of this device's memory; end them, or ask again later"
     )
 
 

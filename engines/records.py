@@ -26,6 +26,8 @@ class EmbedCall(Struct, frozen=True, kw_only=True):
     `None` means the model's own default. `input_type`, `instruction` and `prompt` choose the prompt as
     `engines/tokenize.py` documents; `token_ids` are taken verbatim. `load_timeout_s` is how long the call waits
     for a cold model; `keep_alive_s` overrides the model's idle time from this request on (0: leave after it).
+    `may_move`: another host could take the call, so it is refused rather than made to wait for memory that other
+    processes hold.
     """
 
     model_id: str
@@ -39,6 +41,7 @@ class EmbedCall(Struct, frozen=True, kw_only=True):
     normalize: bool | None = None
     keep_alive_s: float | None = None
     load_timeout_s: float = 300.0
+    may_move: bool = False
 
     @property
     def num_items(self) -> int:
@@ -155,8 +158,9 @@ class HostSnapshot(Struct, frozen=True, kw_only=True):
 
     `used_bytes` is the sum of all charged weights (loading and unloading ones too), `workspace_bytes` the largest
     workspace: engines of a device take turns, so their workspaces do not add up. `claimed_bytes`: weights of models
-    that wait for memory here and are not charged yet. `restarts`: how often the process that it lives in has died
-    and was started anew.
+    that wait for memory here and are not charged yet. `ceiling_bytes`: what this process could have of the device at
+    most, others using it too, where it was read of late; None where it was not. `restarts`: how often the process that
+    it lives in has died and was started anew.
     """
 
     host_id: str
@@ -170,6 +174,7 @@ class HostSnapshot(Struct, frozen=True, kw_only=True):
     models: tuple[ModelStatus, ...]
     is_draining: bool = False
     claimed_bytes: int = 0
+    ceiling_bytes: int | None = None
     restarts: int = 0
 
 

@@ -52,7 +52,9 @@ class HostService:
     async def _command(self, request: Request) -> Reply:
         match request:
             case Preload():
-                status = await self.host.preload(request.model_id, pin=request.pin, wait=request.wait)
+                status = await self.host.preload(
+                    request.model_id, pin=request.pin, wait=request.wait, may_move=request.may_move
+                )
                 return self._outcome(status)
             case Evict():
                 status = await self.host.evict(request.model_id, force=request.force, timeout_s=request.timeout_s)

@@ -113,11 +113,15 @@ class Failure(Struct, frozen=True, kw_only=True):
 
 
 class Waiter(Struct, frozen=True):
-    """A request without a lease yet. `deadline_s` is when its patience ends, on the pool's clock."""
+    """A request without a lease yet. `deadline_s` is when its patience ends, on the pool's clock.
+
+    `may_move`: another host could take it.
+    """
 
     waiter_id: int
     keep_alive_s: float | None
     deadline_s: float
+    may_move: bool = False
 
 
 class Slot(Struct, eq=False, kw_only=True):

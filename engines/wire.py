@@ -32,6 +32,7 @@ class Preload(Struct, frozen=True, kw_only=True, tag=True):
     model_id: str
     pin: bool = False
     wait: bool = True
+    may_move: bool = False
 
 
 class Evict(Struct, frozen=True, kw_only=True, tag=True):

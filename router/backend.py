@@ -1,16 +1,20 @@
 """`Backend`: what controllers know of everything below them. Where the hosts live is this module's secret."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import NoReturn, Protocol
+from typing import NoReturn, Protocol, TypeVar
 
-from engines.errors import EngineError, HostNotFound, InvalidValue, ModelNotFound, ModelTooLarge
+from msgspec import structs
+
+from engines.errors import EngineError, HostNotFound, InvalidValue, ModelNotFound
 from engines.host import Host
 from engines.records import EmbedCall, Embeddings, Event, HostSnapshot, ModelStatus, Plan
 from engines.spec import ModelSpec, is_same_engine
 from engines.units import Budget
-from router.placement import AWAY, further, places, rank
+from router.placement import AWAY, further, most_hopeful, moves_on, places, rank
+
+Answer = TypeVar("Answer")
 
 SIZE_S = 10.0
 """A plan waits no longer for a hub; it then says that the size is not known."""
@@ -100,26 +104,28 @@ class LocalBackend:
         await self._load_wanted(spec for spec in self._specs.values() if is_wanted(spec))
 
     async def embed(self, call: EmbedCall) -> Embeddings:
-        """On the host where it is ready, else on the best; a host that turns out too small passes the call on."""
+        """On the host where it is ready, else on the best; a host that cannot have it passes the call on."""
         hosts = self._suitable(call.model_id)
         if self._specs[call.model_id].replicas > 1:
             await self._spread(call.model_id, hosts)
-        for host in hosts if len(hosts) == 1 else self._ranked(call.model_id, hosts):
-            try:
-                return await host.embed(call)
-            except ModelTooLarge as error:
-                too_large = error
-        raise too_large
+        if len(hosts) == 1:
+            return await hosts[0].embed(call)
+        loop = asyncio.get_running_loop()
+        until_s = loop.time() + call.load_timeout_s
+
+        async def embed(host: Host, may_move: bool) -> Embeddings:
+            left_s = max(0.0, until_s - loop.time())
+            return await host.embed(structs.replace(call, load_timeout_s=left_s, may_move=may_move))
+
+        return await self._at_the_first_that_can(call.model_id, hosts, embed)
 
     async def preload(
         self, model_id: str, *, pin: bool = False, wait: bool = True, host_id: str | None = None
     ) -> ModelStatus:
-        for host in self._ranked(model_id, self._suitable(model_id, host_id)):
-            try:
-                return await host.preload(model_id, pin=pin, wait=wait)
-            except ModelTooLarge as error:
-                too_large = error
-        raise too_large
+        async def preload(host: Host, may_move: bool) -> ModelStatus:
+            return await host.preload(model_id, pin=pin, wait=wait, may_move=may_move)
+
+        return await self._at_the_first_that_can(model_id, self._suitable(model_id, host_id), preload)
 
     async def evict(self, model_id: str, *, force: bool = False, timeout_s: float = 30.0) -> tuple[ModelStatus, ...]:
         """Everywhere at once; all hosts are heard before one's refusal is raised."""
@@ -179,6 +185,27 @@ class LocalBackend:
         devices = {name: host.config.device for name, host in self._hosts.items() if host_id in (None, name)}
         hosts = [self._hosts[name] for name in places(spec, devices)]
         return [host for host in hosts if not host.fault] or hosts
+
+    async def _at_the_first_that_can(
+        self, model_id: str, hosts: Sequence[Host], ask: Callable[[Host, bool], Awaitable[Answer]]
+    ) -> Answer:
+        """Ask the best host, and the next one where that cannot have the model; nobody is told before all have failed.
+
+        They are ranked anew each time, for much may have happened during a load that failed.
+        """
+        left = list(hosts)
+        refusal: EngineError | None = None
+        while left:
+            host = self._ranked(model_id, left)[0]
+            left.remove(host)
+            try:
+                return await ask(host, bool(left))
+            except EngineError as error:
+                if not moves_on(error):
+                    raise
+                refusal = most_hopeful(refusal, error)
+        assert refusal is not None, "there is at least one host"
+        raise refusal
 
     def _ranked(self, model_id: str, hosts: Sequence[Host]) -> list[Host]:
         """Best first. Two cases: 1. ready somewhere: the least busy of those; 2. `rank` decides."""

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from engines.errors import HostLost, ModelTooLarge
+from engines.errors import EngineError, HostLost
 from engines.records import EmbedCall, Embeddings, HostSnapshot
 from engines.spec import ModelSpec
 from engines.units import Budget
@@ -22,7 +22,7 @@ class Ticket:
     Attributes:
         avoid: hosts that it must not go to (again).
         host_id: where it went last.
-        refusal: why the last host in `avoid` would not have it.
+        refusal: why the hosts in `avoid` could not have it: of their reasons the most hopeful.
         was_lost: whether a host was lost under it.
     """
 
@@ -31,7 +31,7 @@ class Ticket:
         self.spec = spec
         self.avoid: set[str] = set()
         self.host_id: str | None = None
-        self.refusal: ModelTooLarge | None = None
+        self.refusal: EngineError | None = None
         self.was_lost = False
 
 

@@ -7,7 +7,7 @@ cold models over-commits one host while another stands empty.
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 
-from engines.errors import LoadFailed
+from engines.errors import EngineError, LoadFailed, ModelTooLarge, OutOfMemory, Unavailable
 from engines.host import suits
 from engines.records import HostSnapshot, ModelStatus, State
 from engines.spec import ModelSpec
@@ -17,7 +17,12 @@ AWAY = ("absent", "cold", "failed")
 _RESIDENT = {"ready": 0, "warming": 1, "loading": 2}
 _EXPECTED = ("fetching", "waiting_space")
 
+_OF_THE_HOST = frozenset({"load", "out_of_memory", "self_check_failed", "load_hangs"})
+"""Kinds of failed loads that may be the host's fault; others are the files' or the hub's, the same everywhere."""
+
 _FITS = 2
+_FAILED = 4
+_NOT_NOW = 5
 Key = tuple[int, float, bool, int]
 
 
@@ -38,13 +43,30 @@ def places(spec: ModelSpec, devices: Mapping[str, str]) -> list[str]:
     return found
 
 
+def moves_on(error: EngineError) -> bool:
+    """Whether another host may have the model that this one could not."""
+    if isinstance(error, LoadFailed):
+        return error.kind in _OF_THE_HOST
+    return isinstance(error, ModelTooLarge) or (isinstance(error, OutOfMemory) and error.stage == "load")
+
+
+def most_hopeful(one: EngineError | None, other: EngineError) -> EngineError:
+    """Of what two hosts said, what the caller is told: rather that it may ask again, and rather soon."""
+    return other if one is None or _wait_s(other) < _wait_s(one) else one
+
+
+def _wait_s(error: EngineError) -> float:
+    return error.retry_after_s if isinstance(error, Unavailable) else float("inf")
+
+
 def rank(model_id: str, need_bytes: int, snapshots: Iterable[HostSnapshot]) -> list[str]:
     """Host ids, best first. `need_bytes`: what the model takes, 0 when unknown.
 
     1. where it is resident, the readier first;
     2. where it fits into free memory that nobody has claimed;
     3. where others must leave, the longest idle first;
-    4. where it cannot be had now: too busy, too small, or draining.
+    4. where it failed to load and has not been tried since;
+    5. where it cannot be had now: too busy, too small, held by other processes, or draining.
     Within each: a host that expects the model already, then rendezvous hashing.
     """
     keys = {host.host_id: _key(model_id, need_bytes, host) for host in snapshots}
@@ -92,15 +114,24 @@ def _key(model_id: str, need_bytes: int, host: HostSnapshot) -> Key:
 
 def _tier(need_bytes: int, host: HostSnapshot, status: ModelStatus | None, *, is_expected: bool) -> tuple[int, float]:
     if host.is_draining or status is None or need_bytes > host.budget_bytes:
-        return 4, float(host.is_draining)
+        return _NOT_NOW, float(host.is_draining)
     if status.state in _RESIDENT:
         return 1, _RESIDENT[status.state]
     claimed = host.claimed_bytes if not is_expected else max(0, host.claimed_bytes - need_bytes)
-    missing = need_bytes + claimed - host.free_bytes
-    if missing <= 0:
-        return _FITS, 0.0
-    used_at = _last_victim_used_at(host, missing)
-    return (3, used_at) if used_at is not None else (4, -1.0)
+    missing = need_bytes + claimed - _free_bytes(host)
+    used_at = _last_victim_used_at(host, missing) if missing > 0 else 0.0
+    if used_at is None:
+        return _NOT_NOW, -1.0
+    if status.state == "failed":
+        return _FAILED, used_at
+    return (3, used_at) if missing > 0 else (_FITS, 0.0)
+
+
+def _free_bytes(host: HostSnapshot) -> int:
+    """What of the budget neither our models nor other processes hold."""
+    if host.ceiling_bytes is None:
+        return host.free_bytes
+    return min(host.free_bytes, host.ceiling_bytes - host.used_bytes - host.workspace_bytes)
 
 
 def _last_victim_used_at(host: HostSnapshot, missing_bytes: int) -> float | None:

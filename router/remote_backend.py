@@ -10,15 +10,16 @@ from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 
 import structlog
+from msgspec import structs
 
-from engines.errors import EngineError, HostLost, ModelTooLarge, ShuttingDown
+from engines.errors import EngineError, HostLost, ShuttingDown
 from engines.records import EmbedCall, Embeddings, Event, HostSnapshot, ModelStatus, Plan
 from engines.spec import ModelSpec
 from engines.units import Budget
 from engines.wire import Evict, Foresee, Outcome, Preload, Request
 from router.backend import SIZE_S, is_newly_wanted, is_wanted, no_host, no_model
 from router.fleet import Fleet, NotSent, Ticket
-from router.placement import places
+from router.placement import most_hopeful, moves_on, places
 
 log = structlog.get_logger()
 
@@ -47,16 +48,22 @@ class RemoteBackend:
     async def embed(self, call: EmbedCall) -> Embeddings:
         spec = self._spec(call.model_id)
         ticket = Ticket(call, spec)
+        loop = asyncio.get_running_loop()
+        until_s = loop.time() + call.load_timeout_s
         async with self._admitted(call.model_id):
             if spec.replicas > 1:
                 self._spread(spec)
             while True:
                 self._fleet.quarantine(call.model_id)
-                await self._until_open(ticket, call.load_timeout_s)
+                num_open = await self._until_open(ticket, ticket.call.load_timeout_s)
+                if (num_open > 1) != ticket.call.may_move:
+                    ticket.call = structs.replace(ticket.call, may_move=num_open > 1)
                 try:
                     return await self._fleet.send(ticket)
-                except (ModelTooLarge, HostLost, ShuttingDown) as error:
+                except EngineError as error:
                     self._go_on(ticket, error)
+                left_s = max(0.0, until_s - loop.time())
+                ticket.call = structs.replace(ticket.call, load_timeout_s=left_s)
 
     async def preload(
         self, model_id: str, *, pin: bool = False, wait: bool = True, host_id: str | None = None
@@ -71,11 +78,12 @@ class RemoteBackend:
         async with self._admitted(model_id):
             while True:
                 self._fleet.quarantine(model_id)
-                await self._until_open(ticket, _REOPEN_S)
+                may_move = await self._until_open(ticket, _REOPEN_S) > 1
                 ticket.host_id = self._ledger.ranked(spec, ticket.avoid)[0]
                 try:
-                    return await self._preload(ticket.host_id, Preload(model_id=model_id, pin=pin, wait=wait))
-                except (ModelTooLarge, HostLost, ShuttingDown) as error:
+                    request = Preload(model_id=model_id, pin=pin, wait=wait, may_move=may_move)
+                    return await self._preload(ticket.host_id, request)
+                except EngineError as error:
                     self._go_on(ticket, error)
 
     async def evict(self, model_id: str, *, force: bool = False, timeout_s: float = 30.0) -> tuple[ModelStatus, ...]:
@@ -150,43 +158,44 @@ class RemoteBackend:
             if not self._calls:
                 self._idle.set()
 
-    def _go_on(self, ticket: Ticket, error: ModelTooLarge | HostLost | ShuttingDown) -> None:
-        """Make the ticket ready for its next host, or raise. Four cases:
+    def _go_on(self, ticket: Ticket, error: EngineError) -> None:
+        """Make the ticket ready for its next host, or raise. Five cases:
 
-        1. too large for that host: others are left;  2. that host drains: nothing was done there;
-        3. no host was open any more;  4. the host was lost.
+        1. that host could not have the model: others are left;  2. that host drains: nothing was done there;
+        3. no host was open any more;  4. the host was lost;  5. another host would say the same.
         """
-        if isinstance(error, ModelTooLarge):
-            ticket.refusal = error
+        if moves_on(error):
+            ticket.refusal = most_hopeful(ticket.refusal, error)
             ticket.avoid.add(ticket.host_id or "")  # (1)
         elif isinstance(error, ShuttingDown):
             if self._is_closing:
                 raise error
             self._ledger.close(ticket.host_id or "")  # (2)
         elif not isinstance(error, NotSent):  # (3)
-            if ticket.was_lost:
+            if ticket.was_lost or not isinstance(error, HostLost):  # (5)
                 raise error
             ticket.was_lost = True  # (4)
             log.warning("call.sent_again", model=ticket.spec.model_id, host=ticket.host_id)
 
-    async def _until_open(self, ticket: Ticket, patience_s: float) -> None:
-        """Wait until a host takes the call.
+    async def _until_open(self, ticket: Ticket, patience_s: float) -> int:
+        """Wait until a host takes the call; how many do.
 
         Raises:
-            ModelTooLarge: all that could have refused.
+            ModelTooLarge, LoadFailed, OutOfMemory: all that could have refused.
             HostLost: none was back in time.
         """
-        if self._ledger.open_hosts(ticket.spec, ticket.avoid):
-            return
+        if num_open := len(self._ledger.open_hosts(ticket.spec, ticket.avoid)):
+            return num_open
         if ticket.refusal is not None:
             raise ticket.refusal
         try:
             async with asyncio.timeout(patience_s):
-                while not self._ledger.open_hosts(ticket.spec, ticket.avoid):
+                while not (num_open := len(self._ledger.open_hosts(ticket.spec, ticket.avoid))):
                     await self._changed.wait()
         except TimeoutError:
             message = f"no host for model {ticket.spec.model_id!r} was up within {patience_s:g} s; ask again"
             raise HostLost(message, retry_after_s=2.0) from None
+        return num_open
 
     def _spread(self, spec: ModelSpec) -> None:
         """One more copy of a busy model begins to load; nobody waits for it."""

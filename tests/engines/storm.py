@@ -105,6 +105,7 @@ class Storm:
         self.work: list[Effect] = []
         self.views: dict[int, View] = {}
         self.waiting: dict[int, str] = {}
+        self.movers: set[int] = set()
         self.leases: dict[int, int] = {}
         self.evictors: list[int] = []
         self.unopposed: dict[int, tuple[int, str]] = {}
@@ -118,12 +119,16 @@ class Storm:
 
     # ---- what may happen ----
 
-    def acquire(self, model_id: str, keep_alive_s: float | None = None, patience_s: float = NEVER) -> int:
+    def acquire(
+        self, model_id: str, keep_alive_s: float | None = None, patience_s: float = NEVER, *, may_move: bool = False
+    ) -> int:
         waiter_id = self._new_id()
         self.waiting[waiter_id] = model_id
         self._want(model_id)
         is_ready = any(view.model_id == model_id and view.state == "ready" for view in self.views.values())
-        effects = self.step(Acquire(waiter_id, model_id, keep_alive_s, self.now_s + patience_s))
+        if may_move:
+            self.movers.add(waiter_id)
+        effects = self.step(Acquire(waiter_id, model_id, keep_alive_s, self.now_s + patience_s, may_move))
         if is_ready and not self.is_draining:
             granted = any(isinstance(effect, Grant) and effect.waiter_id == waiter_id for effect in effects)
             require(granted, f"{model_id} was ready, and a request for it had to wait")
@@ -143,12 +148,12 @@ class Storm:
         self.views[self.leases.pop(waiter_id)].leases -= 1
         self.step(Release(waiter_id))
 
-    def preload(self, model_id: str, *, pin: bool = False) -> None:
+    def preload(self, model_id: str, *, pin: bool = False, is_tentative: bool = False) -> None:
         self._want(model_id)
         slot = self.core.state.current.get(model_id)
         if slot is not None and not self.is_draining and not self.core.state.is_too_large(slot.need):
             self.last_word[model_id] = "preload"
-        self.step(Preload(model_id, pin))
+        self.step(Preload(model_id, pin, is_tentative))
 
     def evict(self, model_id: str, *, force: bool = False) -> int:
         waiter_id = self._new_id()
@@ -235,7 +240,7 @@ class Storm:
             return Discarded(slot_id, fate != "kept")
         if isinstance(work, StartLocate):
             return self._located(work, fate)
-        if fate not in ("ok", "low"):
+        if fate not in ("ok", "low", "high"):
             return self._failed(work, Failure(kind=fate, message="scripted"))
         if isinstance(work, StartFetch):
             return Fetched(slot_id, a_folder(), self._told(work.spec.model_id, fate))
@@ -246,7 +251,7 @@ class Storm:
 
     def _located(self, work: StartLocate, fate: str) -> PoolEvent:
         told = self._told(work.spec.model_id, fate)
-        if fate in ("ok", "low"):
+        if fate in ("ok", "low", "high"):
             return Located(work.slot_id, a_folder(), told)
         if fate in ("absent", "unknown"):
             return Located(work.slot_id, None, told if fate == "absent" else None)
@@ -260,6 +265,9 @@ class Storm:
     def _told(self, model_id: str, fate: str) -> Need:
         """The estimate: exact weights and a guessed workspace, or all too low."""
         truth = self.truth[model_id]
+        if fate == "high":  # remembered from other settings, beside headers that say less
+            least = truth.weight_bytes * 2 // 3
+            return Need(weight_bytes=truth.weight_bytes * 2, workspace_bytes=90, least_weight_bytes=least)
         if fate == "low":
             return Need(weight_bytes=truth.weight_bytes * 2 // 3, workspace_bytes=20, weights_known=True)
         return Need(weight_bytes=truth.weight_bytes, workspace_bytes=60, weights_known=True)
@@ -411,6 +419,9 @@ class Storm:
         if self.used() <= self.budget:
             self.excused = 0
         require(self.used() <= max(self.budget, self.excused), f"{self.used()} of {self.budget} bytes")
+        for slot in state.claims():
+            stuck = self.movers.intersection(slot.waiters)
+            require(not stuck or self._can_be_had(slot.slot_id), f"{stuck} wait where others hold the memory")
         for slot_id, claimant in self._departures:
             self._check_departure(slot_id, claimant)
         self._departures = []
@@ -439,8 +450,8 @@ class Storm:
         return self._next_id
 
 
-LOCATE = ("ok",) * 6 + ("absent",) * 4 + ("unknown", "low", "access_denied", "hub_unreachable")
-FETCH = ("ok",) * 6 + ("low", "broken_files", "hub_unreachable")
+LOCATE = ("ok",) * 6 + ("absent",) * 4 + ("unknown", "low", "high", "access_denied", "hub_unreachable")
+FETCH = ("ok",) * 6 + ("low", "high", "broken_files", "hub_unreachable")
 LOAD = ("ok",) * 8 + ("out_of_memory", "broken_files", "bad_model")
 WARM = ("ok",) * 8 + ("out_of_memory", "self_check_failed")
 FATES: dict[type, tuple[str, ...]] = {
@@ -506,7 +517,8 @@ def random_step(storm: Storm, random: Random) -> None:
         storm.release(random.choice(list(storm.leases)))
     elif roll < 0.72:
         patience_s = random.choice((NEVER, NEVER, NEVER, 0.5, 20.0))
-        storm.acquire(random.choice(models), random.choice((None, None, None, 0.0, 2.0, -1.0)), patience_s)
+        keep_alive_s = random.choice((None, None, None, 0.0, 2.0, -1.0))
+        storm.acquire(random.choice(models), keep_alive_s, patience_s, may_move=random.random() < 0.3)
     elif roll < 0.88:
         storm.advance(random.choice((0.01, 0.3, 2.0, 6.0, 40.0)))
     elif roll < 0.94:
@@ -519,8 +531,11 @@ def random_step(storm: Storm, random: Random) -> None:
 def operator_step(storm: Storm, random: Random, model_id: str) -> None:
     """What people and stray reports do."""
     roll = random.random()
+    going = [storm.core.state.holders[evictor].model_id for evictor in storm.evictors]
     if roll < 0.3:
-        storm.preload(model_id, pin=random.random() < 0.3)
+        if going and random.random() < 0.7:  # operators contradict each other
+            model_id = random.choice(going)
+        storm.preload(model_id, pin=random.random() < 0.3, is_tentative=random.random() < 0.3)
     elif roll < 0.7:
         storm.evict(model_id, force=random.random() < 0.5)
     elif roll < 0.8:

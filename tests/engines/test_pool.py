@@ -17,7 +17,7 @@ from engines.errors import (
 from engines.fake import fake_specs
 from engines.pool import PoolCore
 from engines.pool_effects import Discard, Effect, Emit, Fail, Grant, StartFetch, StartLoad, StartLocate, StartUnload
-from engines.pool_events import FetchProgress, Located, Release, Warmed
+from engines.pool_events import FetchProgress, Located, Preload, Release, Warmed
 from engines.records import State
 from engines.slots import Need
 from engines.spec import ModelSpec
@@ -457,6 +457,45 @@ def test_others_using_the_device_keep_a_model_out_until_they_leave() -> None:
     pool.finish_all()
 
     assert waiter_id in pool.leases
+
+
+def test_a_request_that_another_host_could_take_does_not_wait_for_memory_that_others_hold() -> None:
+    pool = Pool(a=600)
+    moving = pool.acquire("a", may_move=True)
+    pool.finish(0)
+    pool.finish(0, ceiling=300)
+
+    error = pool.error(moving)
+    assert isinstance(error, OutOfMemory)
+    assert (error.stage, pool.state("a")) == ("load", "cold")
+    assert "needs 660 B, and other processes leave 300 B of this device's memory" in str(error)
+    pool.advance(DAY_S)
+    assert pool.work == []
+
+
+def test_those_who_cannot_go_elsewhere_wait_on_for_memory_that_others_hold() -> None:
+    pool = Pool(a=600)
+    moving, staying = pool.acquire("a", may_move=True), pool.acquire("a")
+    pool.finish(0)
+    pool.finish(0, ceiling=300)
+    assert (pool.state("a"), moving in pool.waiting) == ("waiting_space", False)
+
+    pool.advance(1)
+    pool.finish_all()
+
+    assert staying in pool.leases
+
+
+def test_a_tentative_preload_that_fails_leaves_no_wish_and_no_pin() -> None:
+    pool = Pool(a=100)
+    pool.step(Preload("a", is_pin=True, is_tentative=True))
+    pool.finish(0)
+    pool.finish(0)
+    pool.finish(0, "bad_model")
+
+    pool.advance(DAY_S)
+
+    assert (pool.state("a"), pool.work, pool.core.state.current["a"].is_pinned) == ("failed", [], False)
 
 
 def test_a_claim_that_others_keep_out_does_not_hold_up_those_that_fit() -> None:

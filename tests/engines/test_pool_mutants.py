@@ -204,6 +204,11 @@ def a_shutdown_is_undone_by_an_operator_who_gives_up(patch: Patch) -> None:
     patch.setattr(PoolCore, "_undo_evict", mutant)
 
 
+def nobody_is_sent_to_another_host(patch: Patch) -> None:
+    """Who could go elsewhere waits for memory that other processes hold."""
+    patch.setattr(admission.Admission, "_send_on", lambda self, slot, limit_bytes: None)
+
+
 def an_eviction_outlives_a_later_preload(patch: Patch) -> None:
     """A model that was preloaded while its eviction waited leaves all the same."""
     patch.setattr(PoolCore, "_stay", lambda self, slot, cause: None)
@@ -242,6 +247,7 @@ MUTANTS: tuple[Callable[[Patch], None], ...] = (
     the_reading_of_the_device_is_ignored,
     victims_leave_on_an_old_reading,
     a_shutdown_is_undone_by_an_operator_who_gives_up,
+    nobody_is_sent_to_another_host,
     an_eviction_outlives_a_later_preload,
     an_evicted_model_comes_back_unasked,
     the_largest_workspace_is_not_reserved,

@@ -31,7 +31,8 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(data=st.data(), keep_alive_s=st.sampled_from((None, 0.0, -1.0)), patience_s=st.sampled_from((NEVER, 3.0)))
     def acquire(self, data: st.DataObject, keep_alive_s: float | None, patience_s: float) -> None:
-        self.storm.acquire(data.draw(st.sampled_from(sorted(self.storm.specs))), keep_alive_s, patience_s)
+        model_id, may_move = data.draw(st.sampled_from(sorted(self.storm.specs))), data.draw(st.booleans())
+        self.storm.acquire(model_id, keep_alive_s, patience_s, may_move=may_move)
 
     @precondition(lambda self: self.storm.work)
     @rule(data=st.data(), ceiling=st.sampled_from(CEILINGS))
@@ -55,9 +56,9 @@ class PoolMachine(RuleBasedStateMachine):
     def wait(self, seconds: float) -> None:
         self.storm.advance(seconds)
 
-    @rule(data=st.data(), pin=st.booleans())
-    def preload(self, data: st.DataObject, pin: bool) -> None:
-        self.storm.preload(data.draw(st.sampled_from(sorted(self.storm.specs))), pin=pin)
+    @rule(data=st.data(), pin=st.booleans(), is_tentative=st.booleans())
+    def preload(self, data: st.DataObject, pin: bool, is_tentative: bool) -> None:
+        self.storm.preload(data.draw(st.sampled_from(sorted(self.storm.specs))), pin=pin, is_tentative=is_tentative)
 
     @rule(data=st.data(), force=st.booleans())
     def evict(self, data: st.DataObject, force: bool) -> None:

@@ -6,8 +6,18 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from engines.errors import LoadFailed, ModelNotFound, ModelPinned, ModelTooLarge, ShuttingDown
-from engines.fake import FakeFiles, FakeLoader, InlineWorkers, fake_specs, fake_vector, fake_world
+from engines.errors import (
+    HubUnreachable,
+    LoadFailed,
+    ModelNotFound,
+    ModelPinned,
+    ModelTooLarge,
+    OutOfMemory,
+    SelfCheckFailed,
+    ShuttingDown,
+)
+from engines.fake import FakeFiles, FakeLoader, FakeMemory, InlineWorkers, fake_specs, fake_vector, fake_world
+from engines.fake_engine import Attempts
 from engines.fake_world import let_run
 from engines.host import Host, HostConfig, World
 from engines.records import EmbedCall, Event, ModelStatus
@@ -194,6 +204,88 @@ async def test_a_model_too_large_for_every_device_is_refused() -> None:
             await here.backend.preload("a")
 
         assert files.fetches["a"] == 0
+
+
+async def first_choice(here: Fleet, model_id: str) -> str:
+    """The device where a cold model would go."""
+    return (await here.backend.plan(model_id)).host_id
+
+
+def break_loads(here: Fleet, device: str, model_id: str, error: Exception) -> None:
+    """Every load of the model on that device fails."""
+    here.loaders[device]._loads = Attempts({model_id: [error] * 99})
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("CUDA error"), OutOfMemory("full"), SelfCheckFailed("wrong vectors"), MemoryError()]
+)
+async def test_a_load_that_fails_on_one_device_is_tried_on_another_before_anybody_is_told(error: Exception) -> None:
+    async with fleet(fake_specs("a"), cuda_0=5000, cuda_1=5000) as here:
+        sick = await first_choice(here, "a")
+        break_loads(here, sick, "a", error)
+
+        answers = await asyncio.gather(*(here.backend.embed(call("a", str(index))) for index in range(5)))
+        loads = here.loaders[sick].loads["a"]
+        again = await here.backend.embed(call("a"))
+
+        assert all((answer.array()[0] == fake_vector("a", str(index))).all() for index, answer in enumerate(answers))
+        assert len(again.token_counts) == 1
+        assert here.hosts[sick].status("a").state == "failed"
+        assert here.loaders[sick].loads["a"] == loads, "a sick device was tried again while another has the model"
+
+
+async def test_a_cold_model_that_failed_somewhere_goes_elsewhere_at_once() -> None:
+    async with fleet(fake_specs("a"), cuda_0=5000, cuda_1=5000) as here:
+        sick = await first_choice(here, "a")
+        break_loads(here, sick, "a", RuntimeError("CUDA error"))
+        await here.backend.embed(call("a"))
+        await here.backend.evict("a")
+
+        assert await first_choice(here, "a") != sick
+
+
+async def test_when_no_device_can_load_it_the_caller_hears_when_to_ask_again() -> None:
+    async with fleet(fake_specs("a"), cuda_0=5000, cuda_1=5000, cuda_2=900) as here:
+        for device in ("cuda:0", "cuda:1"):
+            break_loads(here, device, "a", RuntimeError("CUDA error"))
+        with pytest.raises(LoadFailed, match=r"'a' failed to load \(load\)"):
+            await here.backend.embed(call("a"))
+
+        assert here.loads("a")[:2] == [1, 1]
+
+
+async def test_what_every_device_would_say_alike_is_said_after_the_first() -> None:
+    files = FakeFiles(on_disk=(), failures={"a": [HubUnreachable("no hub")] * 9})
+    async with fleet(fake_specs("a"), files, cuda_0=5000, cuda_1=5000) as here:
+        with pytest.raises(LoadFailed, match="hub_unreachable"):
+            await here.backend.embed(call("a"))
+
+        assert files.fetches["a"] == 1
+
+
+async def test_a_device_whose_memory_other_processes_hold_passes_the_call_on() -> None:
+    async with fleet(fake_specs("a", "b"), cuda_0=5000, cuda_1=5000) as here:
+        taken = await first_choice(here, "a")
+        memory = here.worlds[taken].memory
+        assert isinstance(memory, FakeMemory)
+        memory.ceiling_bytes = 300
+
+        answer = await asyncio.wait_for(here.backend.embed(call("a")), 5)
+
+        assert (answer.array()[0] == fake_vector("a", "x")).all()
+        assert here.loaders[taken].loads["a"] == 0
+        assert await first_choice(here, "b") != taken
+
+
+async def test_a_preload_goes_on_to_another_device_and_is_pinned_where_it_is_ready() -> None:
+    async with fleet(fake_specs("a"), cuda_0=5000, cuda_1=5000) as here:
+        sick = await first_choice(here, "a")
+        break_loads(here, sick, "a", RuntimeError("CUDA error"))
+
+        status = await here.backend.preload("a", pin=True)
+
+        assert (status.host_id != sick, status.state, status.pinned) == (True, "ready", True)
+        assert not here.hosts[sick].status("a").pinned
 
 
 async def test_pinned_and_preloaded_models_are_loaded_once_each_at_the_start() -> None:

@@ -3,10 +3,12 @@
 from collections import Counter
 
 import msgspec
+import pytest
 
+from engines.errors import EngineError, LoadFailed, ModelLoading, ModelTooLarge, OutOfMemory
 from engines.records import HostSnapshot, ModelStatus, State
 from engines.spec import ModelSpec
-from router.placement import further, rank
+from router.placement import further, most_hopeful, moves_on, rank
 
 
 def model(
@@ -27,7 +29,12 @@ def model(
 
 
 def host(
-    host_id: str, *models: ModelStatus, budget: int = 100, claimed: int = 0, draining: bool = False
+    host_id: str,
+    *models: ModelStatus,
+    budget: int = 100,
+    claimed: int = 0,
+    ceiling: int | None = None,
+    draining: bool = False,
 ) -> HostSnapshot:
     """Every host may serve `m`, unless it is given otherwise; residents leave in the order they are listed."""
     used = sum(status.weight_bytes for status in models)
@@ -44,6 +51,7 @@ def host(
         models=listed,
         is_draining=draining,
         claimed_bytes=claimed,
+        ceiling_bytes=ceiling,
     )
 
 
@@ -117,6 +125,55 @@ def test_a_host_too_small_draining_or_for_another_device_comes_last() -> None:
 
     assert rank("m", 50, [small, draining, foreign, full])[0] == "full"
     assert rank("m", 50, [small, draining, foreign, full])[-1] == "draining"
+
+
+def test_where_it_failed_to_load_comes_after_every_host_that_could_have_it() -> None:
+    failed = host("failed", model("m", "failed"))
+    full = host("full", model("a", "ready", weight_bytes=90, used_at=1))
+    busy = host("busy", model("a", "ready", weight_bytes=90, leases=1))
+
+    assert rank("m", 50, [failed, busy, full]) == ["full", "failed", "busy"]
+
+
+def test_memory_that_other_processes_hold_is_not_free() -> None:
+    held = host("held", ceiling=40)
+    shared = host("shared", model("a", "ready", weight_bytes=40, used_at=1), ceiling=80)
+
+    assert rank("m", 50, [held, host("free")]) == ["free", "held"]
+    assert rank("m", 50, [held, shared]) == ["shared", "held"]
+    assert further(ModelSpec(model_id="m", source="x", replicas=2), 50, [held, ready_at("home")]) is None
+
+
+def ready_at(host_id: str) -> HostSnapshot:
+    return host(host_id, model("m", "ready", weight_bytes=50))
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ModelTooLarge("x"), True),
+        (LoadFailed("x"), True),
+        (LoadFailed("x", kind="self_check_failed"), True),
+        (OutOfMemory("x", stage="load"), True),
+        (OutOfMemory("x"), False),
+        (LoadFailed("x", kind="hub_unreachable"), False),
+        (LoadFailed("x", kind="broken_files"), False),
+        (LoadFailed("x", kind="unsupported_model"), False),
+        (LoadFailed("x", kind="no_device"), False),
+        (ModelLoading("x"), False),
+    ],
+)
+def test_what_may_be_the_hosts_fault_is_tried_on_another(error: EngineError, expected: bool) -> None:
+    assert moves_on(error) is expected
+
+
+def test_the_caller_is_told_what_may_pass_soonest() -> None:
+    never, late, soon = ModelTooLarge("x"), LoadFailed("x", retry_after_s=300), OutOfMemory("x", retry_after_s=10)
+
+    assert most_hopeful(None, never) is never
+    assert most_hopeful(never, late) is late
+    assert most_hopeful(late, soon) is most_hopeful(soon, late) is soon
+    assert most_hopeful(late, never) is late
 
 
 def test_among_equals_models_spread_and_a_lost_host_moves_only_its_own() -> None:

@@ -8,6 +8,7 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
 
 import pytest
 
@@ -164,6 +165,18 @@ class Conformance:
 
         assert isinstance(raised, LoadFailed)
         assert (raised.kind, 0 < raised.retry_after_s <= 10) == ("broken_files", True)
+
+    async def test_a_load_that_fails_is_tried_on_another_host_before_anybody_is_told(
+        self, backend: Backend, tmp_path: Path
+    ) -> None:
+        spec = scripted("a", load_error="ValueError", once=tmp_path / "failed", bytes=BUDGET_BYTES - 1000)
+        async with serving(backend, spec):
+            answers = await asyncio.gather(*(backend.embed(call("a", f"{index}")) for index in range(3)))
+            hosts = await until(backend, lambda hosts: len(homes(hosts)) == 1)
+
+        assert all((answer.array()[0] == fake_vector("a", f"{index}")).all() for index, answer in enumerate(answers))
+        assert (tmp_path / "failed").exists()
+        assert loads(hosts) == {"a": 1}
 
     async def test_a_model_too_large_for_every_host_is_refused(self, backend: Backend) -> None:
         async with serving(backend, scripted("a", bytes=BUDGET_BYTES + 1)):

@@ -2,7 +2,8 @@
 
     ModelSpec(model_id="a", source="a", description="load_s=0.2 embed_s=0.1 bytes=3000 max_items=4")
 
-`load_error`, `embed_error`: the name of an error that loads or calls raise. A text `die` kills the process, `wait`
+`load_error`, `embed_error`: the name of an error that loads or calls raise; with `once=FILE`, only the first of all
+loads raises it, and makes the file. A text `die` kills the process, `wait`
 waits for half a minute. Importable by worker processes and by Ray's workers.
 """
 
@@ -10,6 +11,7 @@ import asyncio
 import os
 import signal
 import time
+from pathlib import Path
 
 from msgspec import structs
 
@@ -86,7 +88,11 @@ class ScriptedLoader:
         if "dies_loading" in script:
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(float(script.get("load_s", 0.0)))
-        raise_scripted(script.get("load_error"))
+        once = Path(script["once"]) if "once" in script else None
+        if once is None or not once.exists():
+            if once is not None:
+                once.touch()
+            raise_scripted(script.get("load_error"))
         return ScriptedEngine(spec, self._note)
 
 
