@@ -91,7 +91,7 @@ class FakeMemory:
 class InlineWorkers:
     """Work runs on the event loop, a turn after it was asked for (`engines.workers.Workers`).
 
-    Work of a kind (`look`, `fetch`, `load`) can be held, so that a test decides when it ends.
+    Work of a kind (`look`, `ask`, `fetch`, `load`) can be held, so that a test decides when it ends.
     """
 
     def __init__(self) -> None:
@@ -115,6 +115,9 @@ class InlineWorkers:
 
     async def look(self, work: Callable[[], Result]) -> Result:
         return await self._run("look", work)
+
+    async def ask(self, work: Callable[[], Result]) -> Result:
+        return await self._run("ask", work)
 
     async def fetch(self, work: Callable[[], Result]) -> Result:
         return await self._run("fetch", work)

@@ -5,13 +5,14 @@ Owns the kinds of source and the rule that a process fetches a model once, howev
 """
 
 import shutil
+import time
 from pathlib import Path
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # as in engines/download.py
 
 from engines.download import Hub, HubConfig
-from engines.errors import BadModel, SourceNotFound
+from engines.errors import BadModel, HubUnreachable, SourceNotFound
 from engines.flight import Flights
 from engines.hub_cache import Manifest, RepoCache, is_commit
 from engines.hub_errors import not_a_source
@@ -24,6 +25,9 @@ from engines.spec import ModelSpec
 from engines.weights import WeightCount, target_dtype
 
 _MAIN = "main"
+
+_SILENCE_S = 5.0
+"""A fetch that follows a question within so long does not wait once more for a hub that had no answer."""
 
 
 def free_disk_bytes(path: str) -> int:
@@ -47,6 +51,7 @@ class ModelStore:
         self._flights = Flights()
         self._unwritten: dict[Path, Manifest] = {}
         self._counts: dict[tuple[str, str | None], WeightCount] = {}
+        self._silences: dict[tuple[str, str | None], tuple[float, str]] = {}
 
     def locate(self, spec: ModelSpec) -> ModelFiles | None:
         """The model's files when they are whole on disk, without touching the network; None when they are not."""
@@ -74,7 +79,8 @@ class ModelStore:
             located = None if refresh and not is_commit(spec.revision or _MAIN) else repository.locate()
             if located is None:
                 key = (spec.source, spec.revision, spec.trust_remote_code)
-                flight = self._flights.join(key, lambda tally: repository.fetch(tally, self._free_bytes))
+                silence = self._silence(spec)
+                flight = self._flights.join(key, lambda tally: repository.fetch(tally, self._free_bytes, silence))
                 return flight.wait(on_progress)
             files = located
         on_progress(files.size_bytes, files.size_bytes)
@@ -95,12 +101,20 @@ class ModelStore:
         """
         try:
             return self._count(spec).bytes_in(target_dtype(spec.dtype, device))
+        except HubUnreachable as error:
+            self._silences[spec.source, spec.revision] = time.monotonic(), str(error)
+            return None
         except (BadModel, OSError):
             return None
 
     def close(self) -> None:
         """Let running downloads end with `ShuttingDown`; what they brought is gone on with at the next start."""
         self._hub.close()
+
+    def _silence(self, spec: ModelSpec) -> str:
+        """What was said of the hub when it was asked for the size a moment ago, and had no answer; told once."""
+        since_s, message = self._silences.pop((spec.source, spec.revision), (0.0, ""))
+        return message if time.monotonic() < since_s + _SILENCE_S else ""
 
     def _count(self, spec: ModelSpec) -> WeightCount:
         """Counts that cost requests are kept until the files are here; those of local files are read anew."""

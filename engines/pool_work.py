@@ -11,6 +11,7 @@ from typing import Any
 import structlog
 
 from engines.errors import BadModel, BrokenFiles, EngineError, OutOfMemory, ShuttingDown
+from engines.local_folder import is_local
 from engines.measurements import Estimates, Measurement
 from engines.memory import DeviceMemory
 from engines.pool_effects import (
@@ -40,7 +41,7 @@ from engines.pool_events import (
 )
 from engines.protocols import Engine, Files, Loader
 from engines.records import ModelFiles
-from engines.slots import Failure
+from engines.slots import Failure, Need
 from engines.spec import ModelSpec
 from engines.units import Budget
 from engines.workers import Workers
@@ -102,7 +103,7 @@ class OutsideWork:
 
     async def size(self, slot_id: int, spec: ModelSpec) -> Sized | None:
         """How much will it take? Asks the hub where the files are not here; None when nobody knows."""
-        need = await self._workers.look(partial(self._estimates.estimate, spec, None))
+        need = await self._ask_size(spec)
         return Sized(slot_id, need) if need else None
 
     def close(self) -> None:
@@ -112,14 +113,22 @@ class OutsideWork:
     # ---- files ----
 
     async def _locate(self, effect: StartLocate) -> PoolEvent:
-        def locate() -> Located:
+        def locate() -> tuple[ModelFiles | None, Need | None]:
             files = self._files.locate(effect.spec)
-            return Located(effect.slot_id, files, self._estimates.estimate(effect.spec, files))
+            return files, self._estimates.estimate(effect.spec, files) if files else None
 
         try:
-            return await self._workers.look(locate)
+            files, need = await self._workers.look(locate)
+            if files is None:
+                need = await self._ask_size(effect.spec)
         except Exception as error:  # noqa: BLE001  # becomes the waiters' answer
             return FetchFailed(effect.slot_id, failure_of(error, effect.spec))
+        return Located(effect.slot_id, files, need)
+
+    async def _ask_size(self, spec: ModelSpec) -> Need | None:
+        """The size of a model whose files are not here."""
+        on_thread = self._workers.look if is_local(spec.source) else self._workers.ask
+        return await on_thread(partial(self._estimates.estimate, spec, None))
 
     async def _fetch(self, effect: StartFetch) -> PoolEvent:
         def fetch() -> Fetched:
@@ -128,8 +137,9 @@ class OutsideWork:
             assert need is not None, "files that are here have a size"
             return Fetched(effect.slot_id, files, need)
 
+        on_thread = self._workers.look if is_local(effect.spec.source) else self._workers.fetch
         try:
-            return await self._workers.fetch(fetch)
+            return await on_thread(fetch)
         except Exception as error:  # noqa: BLE001  # becomes the waiters' answer
             return FetchFailed(effect.slot_id, failure_of(error, effect.spec))
 

@@ -41,15 +41,18 @@ class Repository:
             return None
         return self._model_files(manifest)
 
-    def fetch(self, tally: Tally, free_bytes: FreeBytes) -> ModelFiles:
+    def fetch(self, tally: Tally, free_bytes: FreeBytes, silence: str = "") -> ModelFiles:
         """Bring what is missing. What other tools brought is used when its hashes are right.
 
         Where the hub cannot be asked and nothing is whole yet, other tools' snapshot is taken if surely complete.
+        `silence`: it had no answer a moment ago, and this is why; it is not asked again.
 
         Raises:
             SourceError, BrokenFiles, UnsupportedModel, ShuttingDown.
         """
         try:
+            if silence:
+                raise HubUnreachable(silence)
             listing = self._hub.listing(self._repo_id, self._cache.revision)
         except (HubUnreachable, OfflineMode):
             adopted = self._adopt(tally) if self.locate() is None else None

@@ -6,6 +6,7 @@ import sys
 import threading
 
 import pytest
+from msgspec import structs
 
 from engines.errors import ModelNotFound, ModelTooLarge
 from engines.fake import WIDTH, FakeFiles, FakeLoader, FakeTime, fake_host, fake_specs, fake_vector, fake_world
@@ -285,6 +286,43 @@ async def test_two_hosts_with_real_threads_load_one_at_a_time_in_the_whole_proce
     for host in hosts:
         await host.aclose()
     assert not LOAD_LOCK.locked()
+
+
+class SilentHub(FakeFiles):
+    """What is not on disk is asked for, and the hub does not answer before the test ends."""
+
+    def __init__(self, on_disk: tuple[str, ...]) -> None:
+        super().__init__(on_disk=on_disk)
+        self.gate = threading.Event()
+
+    def weight_bytes(self, spec: ModelSpec, device: str) -> int | None:
+        if spec.model_id not in self.on_disk and not spec.source.startswith("/"):
+            assert self.gate.wait(10)
+        return super().weight_bytes(spec, device)
+
+    def fetch(self, spec: ModelSpec, on_progress: Progress) -> ModelFiles:
+        assert spec.source.startswith("/") or self.gate.wait(10)
+        return super().fetch(spec, on_progress)
+
+
+async def test_a_silent_hub_holds_up_neither_models_on_disk_nor_local_folders() -> None:
+    files = SilentHub(on_disk=("here",))
+    away = [f"away-{index}" for index in range(8)]
+    world = structs.replace(fake_world(), workers=Threads("host"))
+    folder = ModelSpec(model_id="folder", source="/models/folder")
+    host = fake_host(*away, "here", folder, files=files, world=world)
+    await host.start()
+    waiting = [asyncio.create_task(host.embed(call(model_id))) for model_id in away]
+    await let_run()
+    try:
+        async with asyncio.timeout(5):
+            answers = [await host.embed(call(model_id)) for model_id in ("here", "folder")]
+    finally:
+        files.gate.set()
+
+    assert [len(answer.token_counts) for answer in answers] == [1, 1]
+    await asyncio.gather(*waiting)
+    await host.aclose()
 
 
 async def test_the_loop_turns_while_a_thread_loads() -> None:

@@ -993,6 +993,23 @@ def test_what_cannot_be_counted_is_unknown_and_asked_again(
     assert store.weight_bytes(spec(), "cpu") == 1000 * 4 + 16 * 8
 
 
+def test_a_fetch_does_not_wait_again_for_a_hub_that_was_silent_a_moment_ago(
+    server: LoopbackHub, store: ModelStore, tmp_path: Path
+) -> None:
+    spec = ModelSpec(model_id="m", source=REPO)
+    server.add(REPO, sentence_model(tmp_path / "model"))
+    server.fail(REPO, loopback.server_error(503), file=LISTING)
+    assert store.weight_bytes(spec, "cpu") is None
+    num_asked = len(server.requests)
+
+    with pytest.raises(HubUnreachable, match="answered 503"):
+        store.fetch(spec, lambda done, total: None)
+    assert len(server.requests) == num_asked
+
+    server.heal()
+    assert store.fetch(spec, lambda done, total: None).size_bytes > 0
+
+
 def test_importing_the_store_brings_neither_torch_nor_transformers() -> None:
     code = "import sys, engines.hub; print([m for m in ('torch', 'transformers', 'safetensors') if m in sys.modules])"
 
