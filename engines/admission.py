@@ -3,6 +3,8 @@
 `assign` walks everything and starts what can start, so that no event handler needs to know whom it unblocked.
 """
 
+from functools import partial
+
 from engines.errors import OutOfMemory
 from engines.eviction import (
     can_be_victim,
@@ -18,7 +20,7 @@ from engines.eviction import (
 from engines.pool_effects import ArmTimer, ReadMemory, StartLoad, StartLocate
 from engines.pool_moments import is_idle_evictable, moments
 from engines.pool_state import PoolState
-from engines.pool_words import IDLE, held_by_others, kept_out, makes_room, still_loading
+from engines.pool_words import IDLE, held_by_others, kept_out, load_hangs, makes_room, still_loading
 from engines.slots import CHARGED, NOTHING, Need, Slot
 from engines.units import format_bytes
 
@@ -51,14 +53,20 @@ class Admission:
         return is_idle_evictable(slot) and (self._armed_at_s is None or self._armed_at_s > slot.idle_at_s)
 
     def assign(self) -> None:
-        """Let time and room have their effect: the order below is the order of precedence."""
+        """Let time and room have their effect: the order below is the order of precedence.
+
+        While nothing can be loaded or freed, nobody leaves: who is in memory serves on.
+        """
         self._end_patience()
+        self._end_hopeless_waits()
         self._end_quarantines()
-        self._evict_idle()
+        if not self.state.blocked:
+            self._evict_idle()
         self._start_fetches()
         self._queue_for_space()
-        self._pay_deficit()
-        self._serve_claims()
+        if not self.state.blocked:
+            self._pay_deficit()
+            self._serve_claims()
         self._arm_timer()
         self._is_contested = bool(self.state.claims()) or self._deficit_since_s is not None
         self.is_fresh = False
@@ -68,6 +76,12 @@ class Admission:
     def _end_patience(self) -> None:
         for slot, waiter_id in self.state.expired():
             self.state.fail(slot, waiter_id, still_loading(slot))
+
+    def _end_hopeless_waits(self) -> None:
+        """While nothing can be loaded, only what warms up can be waited for: its load is over."""
+        for slot in self.state.slots.values() if self.state.blocked else ():
+            if slot.state != "warming":
+                self.state.fail_waiters(slot, partial(load_hangs, slot, self.state.blocked))
 
     def _end_quarantines(self) -> None:
         """A failed model that was asked to reside is tried again unasked; others wait for the next request."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from engines.memory import Reading
+from engines.workers import Task
 
 Result = TypeVar("Result")
 
@@ -92,9 +93,15 @@ class InlineWorkers:
     """Work runs on the event loop, a turn after it was asked for (`engines.workers.Workers`).
 
     Work of a kind (`look`, `ask`, `fetch`, `load`) can be held, so that a test decides when it ends.
+
+    Attributes:
+        hangs: set it to what is said to hang.
+        tasks: what was to be done on the loader's thread.
     """
 
     def __init__(self) -> None:
+        self.hangs = ""
+        self.tasks: list[Task] = []
         self._held: set[str] = set()
         self._gates: dict[str, list[asyncio.Future[None]]] = defaultdict(list)
 
@@ -122,8 +129,12 @@ class InlineWorkers:
     async def fetch(self, work: Callable[[], Result]) -> Result:
         return await self._run("fetch", work)
 
-    async def load(self, work: Callable[[], Result]) -> Result:
+    async def load(self, work: Callable[[], Result], task: Task) -> Result:
+        self.tasks.append(task)
         return await self._run("load", work)
+
+    def hung(self) -> str:
+        return self.hangs
 
     async def _run(self, kind: str, work: Callable[[], Result]) -> Result:
         await asyncio.sleep(0)

@@ -121,9 +121,10 @@ class Host:
         return self._pool.snapshot()
 
     def check(self) -> str:
-        """Look whether the device still answers; what is wrong with it, empty when nothing is.
+        """Look whether the device still answers, and loads end; what is wrong, empty when nothing is.
 
-        Calls that wait on a device that is down are told at once: to be called every second or so.
+        Calls that wait for what will not come are told at once: to be called every second or so. While a load hangs,
+        models that are in memory serve on.
         """
         fault = fault_of(self.config.device, self._pulse(), self.config.watchdog_s)
         if fault and not self.fault:
@@ -131,7 +132,10 @@ class Host:
         if fault:
             self._pool.interrupt(lambda: DeviceDown(fault))
         self.fault = fault
-        return fault
+        hung = self._pool.check()
+        if fault or not hung:
+            return fault
+        return f"nothing can be loaded on host {self.config.host_id}: {hung} (WATCHDOG_SECONDS); restart the server"
 
     def events(self, after: int | None = None) -> AsyncIterator[Event]:
         """Events from this call on; with `after`, the remembered ones since that `seq` first."""

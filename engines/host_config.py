@@ -23,7 +23,8 @@ class HostConfig(Struct, frozen=True, kw_only=True):
         workspace_bytes: the guess for a model that never ran here.
         measurements: the file that remembers what models took; None forgets at the end.
         conditions: settings on which the measured bytes depend, in any words; compared, and never read.
-        watchdog_s: how long a forward pass may run before the device counts as down.
+        watchdog_s: how long a forward pass may run before the device counts as down; a load, and all else that its
+            thread does, has `hang_s`, and more for its bytes.
     """
 
     host_id: str
@@ -36,6 +37,11 @@ class HostConfig(Struct, frozen=True, kw_only=True):
     measurements: Path | None = None
     conditions: str = ""
     watchdog_s: float = 120.0
+
+    @property
+    def hang_s(self) -> float:
+        """As long as the self-check of a load may take (`engines/pulse.py`)."""
+        return 5.0 * self.watchdog_s
 
 
 class World(Struct, frozen=True, kw_only=True):

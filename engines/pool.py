@@ -19,24 +19,39 @@ carries the effects out. Deciding who gets memory is `engines/admission.py`, cha
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from engines.admission import Admission, end_quarantine
-from engines.errors import ModelPinned
+from engines.errors import EngineError, ModelPinned
 from engines.generations import reload
-from engines.pool_effects import Effect, Fail
-from engines.pool_events import Acquire, BudgetChanged, Cancel, Drain, Evict, PoolEvent, Preload, Release, Reload, Tick
+from engines.pool_effects import Effect, Emit, Fail
+from engines.pool_events import (
+    Acquire,
+    Blocked,
+    BudgetChanged,
+    Cancel,
+    Drain,
+    Evict,
+    PoolEvent,
+    Preload,
+    Release,
+    Reload,
+    Tick,
+)
 from engines.pool_outcomes import Outcomes
 from engines.pool_state import PoolState
 from engines.pool_words import (
     EVICTED,
     SHUTDOWN,
+    cannot_be_freed,
     load_error,
+    load_hangs,
     not_found,
     preloaded_meanwhile,
     shutting_down,
     too_large,
 )
-from engines.slots import Rules, Slot, Waiter
+from engines.slots import CHARGED, Rules, Slot, Waiter
 from engines.spec import ModelSpec
 
 
@@ -64,6 +79,7 @@ class PoolCore:
             Drain: self._drain,
             Tick: self._tick,
             BudgetChanged: self._budget_changed,
+            Blocked: self._blocked,
             **Outcomes(self.state, jitter).handlers,
         }
 
@@ -86,12 +102,12 @@ class PoolCore:
     # ---- what callers ask ----
 
     def _acquire(self, event: Acquire) -> bool:
-        """Six cases:
+        """Five cases:
 
         1. the host drains;             2. no such model;
         3. ready: granted in this step, whatever else goes on;
-        4. quarantined: the cause;      5. known never to fit;
-        6. it waits, and the model has a claim from now on.
+        4. it cannot be had: the cause;
+        5. it waits, and the model has a claim from now on.
         """
         slot = self.state.current.get(event.model_id)
         waiter = Waiter(event.waiter_id, event.keep_alive_s, event.deadline_s, event.may_move)
@@ -104,17 +120,28 @@ class PoolCore:
         if slot.state == "ready":
             self.state.grant(slot, waiter)  # (3)
             return True
-        if slot.state == "failed" and self.state.now_s < slot.retry_at_s and slot.failure:
-            self.state.effects.append(Fail(event.waiter_id, load_error(slot, slot.failure, self.state.now_s)))  # (4)
-            return True
-        if self.state.is_too_large(slot.need):
-            self.state.effects.append(Fail(event.waiter_id, too_large(slot, self.state.budget_bytes)))  # (5)
+        error = self._why_not(slot)
+        if error is not None:
+            self.state.effects.append(Fail(event.waiter_id, error))  # (4)
             return True
         if slot.state == "failed":
             end_quarantine(self.state, slot, "asked for again")
-        self.state.add_waiter(slot, waiter)  # (6)
+        self.state.add_waiter(slot, waiter)  # (5)
         self.state.make_claim(slot)
         return False
+
+    def _why_not(self, slot: Slot) -> EngineError | None:
+        """Why a model that is not ready cannot be waited for. Four cases:
+
+        1. quarantined;  2. nothing can be loaded, and its load is not over;  3. known never to fit;  4. it can.
+        """
+        if slot.state == "failed" and self.state.now_s < slot.retry_at_s and slot.failure:
+            return load_error(slot, slot.failure, self.state.now_s)  # (1)
+        if self.state.blocked and slot.state != "warming":
+            return load_hangs(slot, self.state.blocked)  # (2)
+        if self.state.is_too_large(slot.need):
+            return too_large(slot, self.state.budget_bytes)  # (3)
+        return None  # (4)
 
     def _cancel(self, event: Cancel) -> bool:
         """Four cases: 1. answered with an error 2. a waiter 3. a lease, perhaps of this very tick 4. an evictor."""
@@ -165,32 +192,37 @@ class PoolCore:
         self.state.make_claim(slot)  # (5)
 
     def _evict(self, event: Evict) -> None:
-        """Six cases:
+        """Seven cases:
 
-        1. no such model;  2. pinned, and not forced;
-        3. not in memory and not getting there: done, and a claim that nobody waits for is dropped;
-        4. ready: drains;  5. on its way: drains once its waiters are granted;
-        6. leaving already: told then, and it does not come back for anybody but waiters.
+        1. no such model;  2. pinned, and not forced;  3. nothing can be freed;
+        4. not in memory and not getting there: done, and a claim that nobody waits for is dropped;
+        5. ready: drains;  6. on its way: drains once its waiters are granted;
+        7. leaving already: told then, and it does not come back for anybody but waiters.
         """
         slot = self.state.current.get(event.model_id)
         if slot is None:
             self.state.effects.append(Fail(event.waiter_id, not_found(event.model_id)))  # (1)
             return
-        if slot.is_pinned and not event.is_forced and slot.leaving_cause != EVICTED:
+        is_evicted = slot.leaving_cause == EVICTED and slot.state != "unloading"  # else a preload may have come since
+        if slot.is_pinned and not event.is_forced and not is_evicted:
             message = f"model {event.model_id!r} is pinned; evict it with force"
             self.state.effects.append(Fail(event.waiter_id, ModelPinned(message)))  # (2)
+            return
+        if self.state.blocked and slot.state in CHARGED:
+            error = cannot_be_freed(slot, self.state.blocked)
+            self.state.effects.append(Fail(event.waiter_id, error))  # (3)
             return
         slot.evictors.add(event.waiter_id)
         self.state.holders[event.waiter_id] = slot
         if slot.state in ("absent", "fetching", "cold", "waiting_space", "failed"):
             self.state.forget_wishes(slot)
-            self.state.tell_evictors(slot)  # (3)
+            self.state.tell_evictors(slot)  # (4)
         elif slot.state == "ready":
-            self.state.drain(slot, EVICTED)  # (4)
+            self.state.drain(slot, EVICTED)  # (5)
         elif slot.state in ("loading", "warming"):
-            slot.leaving_cause = EVICTED  # (5)
-        elif slot.leaving_cause != EVICTED:
-            self.state.forget_wishes(slot)  # (6)
+            slot.leaving_cause = EVICTED  # (6)
+        elif not is_evicted:
+            self.state.forget_wishes(slot)  # (7)
 
     def _undo_evict(self, slot: Slot) -> None:
         """The last operator gave up: what still drains for them alone serves again, unless the host shuts down."""
@@ -204,11 +236,26 @@ class PoolCore:
 
     def _stay(self, slot: Slot, cause: str) -> None:
         """An eviction under way is off."""
-        slot.leaving_cause = None
+        slot.leaving_cause = slot.leaving_for = None
         if slot.state == "draining":
             self.state.move(slot, "ready", cause)
             self.state.grant_all(slot)
             slot.claim, slot.is_wanted = None, False
+
+    def _blocked(self, event: Blocked) -> None:
+        """Nothing can be loaded or freed from now on, or it can again. Two cases for each model:
+
+        1. its own work hangs, perhaps: that is an event;  2. it was to be freed, and cannot be: it serves on.
+        """
+        self.state.blocked = event.reason
+        for slot in list(self.state.slots.values()) if event.reason else ():
+            if slot.work in ("load", "unload"):
+                self.state.effects.append(
+                    Emit(slot.slot_id, slot.model_id, "state", slot.state, slot.state, event.reason)
+                )  # (1)
+            self.state.fail_evictors(slot, partial(cannot_be_freed, slot, event.reason))
+            if not slot.is_retired and not self.state.is_draining:
+                self._stay(slot, f"cannot be freed: {event.reason}")  # (2)
 
     def _reload(self, event: Reload) -> None:
         if not self.state.is_draining:

@@ -135,6 +135,12 @@ class BudgetChanged(Struct, frozen=True):
     ceiling_bytes: int | None = None
 
 
+class Blocked(Struct, frozen=True):
+    """Nothing can be loaded or freed here: why, in words; empty when that is over."""
+
+    reason: str
+
+
 class Loaded(Struct, frozen=True):
     """The engine exists."""
 
@@ -172,5 +178,5 @@ class Unloaded(Struct, frozen=True):
 PoolEvent = (
     Acquire | Cancel | Release | Preload | Evict | Reload | Drain | Tick
     | Found | Sized | Located | Fetched | FetchFailed | FetchProgress | Discarded | BudgetChanged
-    | Loaded | LoadFailed | Warmed | WarmFailed | Unloaded
+    | Blocked | Loaded | LoadFailed | Warmed | WarmFailed | Unloaded
 )  # fmt: skip

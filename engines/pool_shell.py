@@ -17,9 +17,21 @@ from engines.measurements import Estimates, Measurement
 from engines.pool import PoolCore
 from engines.pool_callers import Callers, Lease
 from engines.pool_effects import ArmTimer, Done, Effect, Emit, Fail, Grant, ReadMemory
-from engines.pool_events import Acquire, BudgetChanged, Cancel, Drain, Evict, PoolEvent, Preload, Reload, Tick, Warmed
+from engines.pool_events import (
+    Acquire,
+    Blocked,
+    BudgetChanged,
+    Cancel,
+    Drain,
+    Evict,
+    PoolEvent,
+    Preload,
+    Reload,
+    Tick,
+    Warmed,
+)
 from engines.pool_status import Viewpoint
-from engines.pool_words import EVICTED, evicted_meanwhile, not_evicted, not_found, shut_down, shutting_down
+from engines.pool_words import EVICTED, evicted_meanwhile, load_hangs, not_evicted, not_found, shut_down, shutting_down
 from engines.pool_work import OutsideWork
 from engines.protocols import Files, Loader
 from engines.records import EmbedCall, HostSnapshot, ModelStatus, Plan, State
@@ -45,7 +57,7 @@ class Pool:
         self._core = PoolCore(specs, budget_bytes=0, rules=config.rules, jitter=world.jitter)
         self._state = self._core.state
         estimates = Estimates(files, world.measurements, config.device, config.workspace_bytes, config.conditions)
-        self._work = OutsideWork(files, loader, estimates, world.workers, self._report)
+        self._work = OutsideWork(files, loader, estimates, world.workers, self._report, config.hang_s)
         self._scout = Scout(self._work, self.step, self._spawn)
         self._view = Viewpoint(config.host_id, config.device, self._to_unix_s)
         self._callers = Callers()
@@ -91,7 +103,9 @@ class Pool:
         """
         if self._state.is_draining:
             raise shutting_down()
-        self._slot(model_id)
+        slot = self._slot(model_id)
+        if self._state.blocked and slot.state not in ("ready", "warming"):
+            raise load_hangs(slot, self._state.blocked)
         is_tentative = may_move and wait
         self.step(Preload(model_id, pin, is_tentative))
         if wait:
@@ -148,13 +162,24 @@ class Pool:
 
     # ---- looking ----
 
+    def check(self) -> str:
+        """Whether loads end. To be called every second or so; says why not, and tells those who wait for one."""
+        hung = self._world.workers.hung()
+        if hung != self._state.blocked:
+            if hung:
+                log.error("load.hangs", host=self._config.host_id, hangs=hung)
+            else:
+                log.warning("load.ended_late", host=self._config.host_id, hung=self._state.blocked)
+            self.step(Blocked(hung))
+        return hung
+
     def state_of(self, model_id: str) -> State | None:
         slot = self._state.current.get(model_id)
         return slot.state if slot is not None else None
 
     def status(self, model_id: str) -> ModelStatus:
         slot = self._slot(model_id)
-        return self._view.status(slot, self._work.engines.get(slot.slot_id))
+        return self._view.status(slot, self._work.engines.get(slot.slot_id), self._state.blocked)
 
     def snapshot(self) -> HostSnapshot:
         return self._view.snapshot(self._state, self._world.time.now_s(), self._total_bytes, self._work.engines)

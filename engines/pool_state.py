@@ -42,6 +42,7 @@ class PoolState:
         self.ceiling_bytes: int | None = None
         self.ceiling_until_s = 0.0
         self.is_draining = False
+        self.blocked = ""
         self.now_s = 0.0
         self.slots: dict[int, Slot] = {}
         self.current: dict[str, Slot] = {}

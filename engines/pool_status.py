@@ -23,9 +23,12 @@ class Viewpoint:
         self.device = device
         self.to_unix_s = to_unix_s
 
-    def status(self, slot: Slot, engine: Engine | None) -> ModelStatus:
-        """One slot; `engine` when it has one."""
+    def status(self, slot: Slot, engine: Engine | None, blocked: str = "") -> ModelStatus:
+        """One slot; `engine` when it has one. `blocked`: why nothing can be loaded or freed."""
         is_failed = slot.state == "failed"
+        last_error = f"{slot.failure.kind}: {slot.failure.message}" if slot.failure else None
+        if blocked and slot.work in ("load", "unload"):
+            last_error = f"load_hangs: {blocked}"
         return ModelStatus(
             model_id=slot.model_id,
             state=slot.state,
@@ -47,7 +50,7 @@ class Viewpoint:
             evictions=slot.evictions,
             fetched_bytes=slot.fetched_bytes,
             fetch_total_bytes=slot.fetch_total_bytes,
-            last_error=f"{slot.failure.kind}: {slot.failure.message}" if slot.failure else None,
+            last_error=last_error,
             retry_at=self.to_unix_s(slot.retry_at_s) if is_failed else None,
             need_bytes=slot.need.weight_bytes if slot.need else 0,
             need_workspace_bytes=slot.need.workspace_bytes if slot.need else 0,
@@ -71,7 +74,10 @@ class Viewpoint:
             claimed_bytes=claimed_bytes(state),
             ceiling_bytes=state.ceiling_bytes if now_s < state.ceiling_until_s + _CEILING_S else None,
             residents=residents(charged),
-            models=tuple(self.status(slot, engines.get(slot.slot_id)) for slot in state.current.values()),
+            models=tuple(
+                self.status(slot, engines.get(slot.slot_id), state.blocked) for slot in state.current.values()
+            ),
+            stuck=state.blocked,
             is_draining=state.is_draining,
         )
 

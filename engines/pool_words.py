@@ -62,6 +62,24 @@ def still_loading(slot: Slot) -> ModelLoading:
     )
 
 
+def load_hangs(slot: Slot, blocked: str) -> LoadFailed:
+    """What callers hear while nothing can be loaded."""
+    return LoadFailed(
+        f"model {slot.model_id!r} cannot be loaded: {blocked}, and nothing else can be loaded before it ends; if it "
+        "does not, restart the server (BACKEND=process restarts its workers by itself)",
+        retry_after_s=30.0,
+        kind="load_hangs",
+    )
+
+
+def cannot_be_freed(slot: Slot, blocked: str) -> ModelInUse:
+    """What an operator hears while nothing can be freed."""
+    return ModelInUse(
+        f"model {slot.model_id!r} cannot be freed: {blocked}, and it cannot be stopped; restart the server, or ask "
+        "again when it has ended"
+    )
+
+
 def not_evicted(slot: Slot, timeout_s: float) -> ModelInUse:
     """Why an eviction had not gone through at its time-out. Two cases: 1. it leaves; 2. it stays."""
     if slot.state == "unloading":

@@ -44,19 +44,29 @@ from engines.records import ModelFiles
 from engines.slots import Failure, Need
 from engines.spec import ModelSpec
 from engines.units import Budget
-from engines.workers import Workers
+from engines.workers import Task, Workers
 
 log = structlog.get_logger(__name__)
 
 PROGRESS_S = 0.2
 """Download progress is reported at most this often for each model."""
 
+_SLOWEST_BYTES_PER_S = 20e6
+_SLOWER = 10.0
+"""A load may read so slowly, and take so many times as long as the last one did."""
+
 
 class OutsideWork:
     """Everything the pool's machine cannot do itself, on one device. `report` is for progress, from any thread."""
 
     def __init__(
-        self, files: Files, loader: Loader, estimates: Estimates, workers: Workers, report: Callable[[PoolEvent], None]
+        self,
+        files: Files,
+        loader: Loader,
+        estimates: Estimates,
+        workers: Workers,
+        report: Callable[[PoolEvent], None],
+        hang_s: float = 600.0,
     ) -> None:
         self.engines: dict[int, Engine] = {}
         self._files = files
@@ -64,6 +74,7 @@ class OutsideWork:
         self._estimates = estimates
         self._workers = workers
         self._report = report
+        self._hang_s = hang_s
         self._is_closed = False
         self._doers: dict[type, Callable[[Any], Awaitable[PoolEvent]]] = {
             StartLocate: self._locate,
@@ -81,7 +92,7 @@ class OutsideWork:
     async def read(self, memory: DeviceMemory, budget: Budget, last_bytes: int) -> BudgetChanged:
         """A device that cannot be read keeps its last budget."""
         try:
-            reading = await self._workers.load(memory.read)
+            reading = await self._workers.load(memory.read, Task("reading the memory", self._hang_s))
         except Exception:  # a driver's hiccup must not stop the queue for memory
             log.exception("memory.unreadable")
             return BudgetChanged(last_bytes)
@@ -174,7 +185,8 @@ class OutsideWork:
 
     async def _load(self, effect: StartLoad) -> PoolEvent:
         try:
-            engine = await self._workers.load(partial(self._loader.load, effect.spec, effect.files))
+            task = Task(f"the load of model {effect.spec.model_id!r}", load_limit_s(effect.need, self._hang_s))
+            engine = await self._workers.load(partial(self._loader.load, effect.spec, effect.files), task)
         except Exception as error:  # noqa: BLE001  # becomes the waiters' answer
             return LoadFailed(effect.slot_id, failure_of(error, effect.spec))
         self.engines[effect.slot_id] = engine
@@ -191,7 +203,8 @@ class OutsideWork:
     async def _unload(self, effect: StartUnload) -> PoolEvent:
         """An engine that cannot be closed is given up: its memory is lost, and the next reading will show it."""
         try:
-            await self._workers.load(self.engines.pop(effect.slot_id).close)
+            close = self.engines.pop(effect.slot_id).close
+            await self._workers.load(close, Task("freeing a model", self._hang_s))
         except Exception:  # the slot must not stay unloading for ever
             log.exception("model.not_closed", slot=effect.slot_id)
         return Unloaded(effect.slot_id)
@@ -199,6 +212,11 @@ class OutsideWork:
     async def remember(self, spec: ModelSpec, files: ModelFiles, measurement: Measurement) -> None:
         """For the next start."""
         await self._workers.look(partial(self._estimates.remember, spec, files, measurement))
+
+
+def load_limit_s(need: Need, hang_s: float) -> float:
+    """How long a load may take before it counts as hanging: generous, for a slow disk is no reason to give up."""
+    return hang_s + need.weight_bytes / _SLOWEST_BYTES_PER_S + _SLOWER * (need.load_s or 0.0)
 
 
 def failure_of(error: Exception, spec: ModelSpec | None) -> Failure:

@@ -159,8 +159,9 @@ class HostSnapshot(Struct, frozen=True, kw_only=True):
     `used_bytes` is the sum of all charged weights (loading and unloading ones too), `workspace_bytes` the largest
     workspace: engines of a device take turns, so their workspaces do not add up. `claimed_bytes`: weights of models
     that wait for memory here and are not charged yet. `ceiling_bytes`: what this process could have of the device at
-    most, others using it too, where it was read of late; None where it was not. `restarts`: how often the process that
-    it lives in has died and was started anew.
+    most, others using it too, where it was read of late; None where it was not. `stuck`: why nothing can be loaded or
+    freed there, because a load does not end; empty when it can. `restarts`: how often the process that it lives in has
+    died and was started anew.
     """
 
     host_id: str
@@ -175,6 +176,7 @@ class HostSnapshot(Struct, frozen=True, kw_only=True):
     is_draining: bool = False
     claimed_bytes: int = 0
     ceiling_bytes: int | None = None
+    stuck: str = ""
     restarts: int = 0
 
 

@@ -2,13 +2,60 @@
 
 import asyncio
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from typing import Protocol, TypeVar
+
+from msgspec import Struct
 
 Result = TypeVar("Result")
 
-LOAD_LOCK = threading.Lock()
+
+class Task(Struct, frozen=True):
+    """What a loader's thread is to do, in words, and for how long it may be at it before it counts as hanging."""
+
+    name: str
+    limit_s: float
+
+
+class LoadLock:
+    """A lock that knows what it is held for. A thread cannot be stopped, so all that can be done is to say so.
+
+    Args:
+        clock: seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._lock = threading.Lock()
+        self._clock = clock
+        self._holder: tuple[Task, float] | None = None
+
+    @contextmanager
+    def held(self, task: Task) -> Iterator[None]:
+        """Inside, the task runs, and no other."""
+        with self._lock:
+            self._holder = (task, self._clock())
+            try:
+                yield
+            finally:
+                self._holder = None
+
+    def locked(self) -> bool:
+        """Whether a task runs."""
+        return self._lock.locked()
+
+    def hung(self) -> str:
+        """The task that has been running for longer than it may; empty when none has. From any thread."""
+        holder = self._holder
+        if holder is None or self._clock() - holder[1] <= holder[0].limit_s:
+            return ""
+        return f"{holder[0].name} has been running for more than {holder[0].limit_s:.0f} s"
+
+
+LOAD_LOCK = LoadLock()
 """One load at a time in a process, whatever the host: of 100 loads on four threads 88 failed and 4 were silently wrong.
 
 Unloads take it too, so that none of them blurs what a load measures.
@@ -30,8 +77,11 @@ class Workers(Protocol):
     async def fetch(self, work: Callable[[], Result]) -> Result:
         """A download, beside others."""
 
-    async def load(self, work: Callable[[], Result]) -> Result:
-        """Run after the loads, unloads and readings asked for before."""
+    async def load(self, work: Callable[[], Result], task: Task) -> Result:
+        """Run after the loads, unloads and readings asked for before, of whatever host of this process."""
+
+    def hung(self) -> str:
+        """What keeps every load of this process waiting, because it does not end; empty when nothing does."""
 
     def close(self) -> None:
         """Take no more work; what runs is not waited for."""
@@ -40,7 +90,8 @@ class Workers(Protocol):
 class Threads:
     """Real threads, started when first needed."""
 
-    def __init__(self, name: str, num_fetchers: int = 4, load_lock: threading.Lock = LOAD_LOCK) -> None:
+    def __init__(self, name: str, num_fetchers: int = 4, load_lock: LoadLock = LOAD_LOCK) -> None:
+        self._name = name
         self._lookers = ThreadPoolExecutor(4, thread_name_prefix=f"look-{name}")
         self._askers = ThreadPoolExecutor(_NUM_ASKERS, thread_name_prefix=f"ask-{name}")
         self._fetchers = ThreadPoolExecutor(num_fetchers, thread_name_prefix=f"fetch-{name}")
@@ -56,11 +107,15 @@ class Threads:
     async def fetch(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._fetchers, work)
 
-    async def load(self, work: Callable[[], Result]) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._loader, self._locked, work)
+    async def load(self, work: Callable[[], Result], task: Task) -> Result:
+        named = Task(f"{task.name} on {self._name}", task.limit_s)
+        return await asyncio.get_running_loop().run_in_executor(self._loader, partial(self._locked, work, named))
 
-    def _locked(self, work: Callable[[], Result]) -> Result:
-        with self._load_lock:
+    def hung(self) -> str:
+        return self._load_lock.hung()
+
+    def _locked(self, work: Callable[[], Result], task: Task) -> Result:
+        with self._load_lock.held(task):
             return work()
 
     def close(self) -> None:

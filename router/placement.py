@@ -113,7 +113,8 @@ def _key(model_id: str, need_bytes: int, host: HostSnapshot) -> Key:
 
 
 def _tier(need_bytes: int, host: HostSnapshot, status: ModelStatus | None, *, is_expected: bool) -> tuple[int, float]:
-    if host.is_draining or status is None or need_bytes > host.budget_bytes:
+    is_stuck = bool(host.stuck) and status is not None and status.state not in ("ready", "warming")
+    if host.is_draining or status is None or is_stuck or need_bytes > host.budget_bytes:
         return _NOT_NOW, float(host.is_draining)
     if status.state in _RESIDENT:
         return 1, _RESIDENT[status.state]

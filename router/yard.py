@@ -56,8 +56,10 @@ class Yard:
         return any(not host.is_draining and host.host_id not in faults for host in self.backend.snapshots())
 
     def check_ready(self) -> None:
-        """Raise ShuttingDown when no host takes new work."""
+        """Raise when no host takes new work: DeviceDown with the reason where one is down, else ShuttingDown."""
         if not self.is_ready:
+            if not self.draining.is_set():
+                self.check_health()
             raise ShuttingDown("The server takes no new work: it is shutting down")
 
     def check_health(self) -> None:

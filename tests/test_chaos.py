@@ -20,9 +20,12 @@ import yaml
 from sentence_transformers.sentence_transformer.modules import Pooling
 from structlog.testing import capture_logs
 
+from engines.loader import TorchLoader
 from engines.part_file import PartFile
+from engines.records import ModelFiles
 from engines.runner import Runner
 from engines.slots import Rules
+from engines.spec import ModelSpec
 from router.app import create_app
 from router.local import open_local_backend
 from router.registry import Registry
@@ -326,6 +329,56 @@ async def test_a_forward_pass_that_hangs_is_told_to_everyone_and_fails_health_un
     assert ready.status_code == 503
     for name, answer in zip(NAMES, again, strict=True):
         truths[name].check([0], answer.json()["data"])
+
+
+async def test_a_load_that_hangs_is_told_to_everyone_and_fails_health_while_the_rest_is_served(
+    truths: dict[str, Truth], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A real loader, really stuck. The limit is a second here, ten minutes and more unless it is set."""
+    load, hangs, release = TorchLoader._load, threading.Event(), threading.Event()
+
+    def hang(loader: TorchLoader, spec: ModelSpec, files: ModelFiles) -> object:
+        hangs.set()
+        release.wait(30)
+        return load(loader, spec, files)
+
+    registry = Registry(models=specs_of(truths))
+    settings = Settings(watchdog_seconds=0.2, grace_seconds=2.0, device=("cpu",), state_dir=tmp_path)
+    backend = open_local_backend(settings, registry)
+    warm, cold = NAMES[:2]
+    async with (
+        serving(create_app(settings, registry, backend)) as url,
+        httpx.AsyncClient(base_url=url, timeout=20) as client,
+    ):
+
+        async def ask(name: str) -> httpx.Response:
+            return await client.post(EMBED, json={"model": name, "input": truths[name].texts[0]})
+
+        before = await ask(warm)
+        monkeypatch.setattr(TorchLoader, "_load", hang)
+        waiting = asyncio.create_task(ask(cold))
+        assert await asyncio.to_thread(hangs.wait, 10)
+        told = [await waiting, await ask(cold)]
+        served, health, ready = await ask(warm), await client.get("/health"), await client.get("/ready")
+        evict = await client.post(f"/admin/models/{warm}/evict")
+        slot = (await client.get(f"/admin/models/{cold}")).json()
+        release.set()
+        while (await client.get("/health")).status_code != 200:  # noqa: ASYNC110 - as a supervisor does
+            await asyncio.sleep(0.02)
+        after = await ask(cold)
+
+    for answer in told:
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "model_load_failed")
+        assert f"the load of model '{cold}' on cpu has been running for more than" in answer.json()["error"]["message"]
+    for answer in (health, ready):
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "device_down")
+        assert "nothing can be loaded on host cpu" in answer.json()["error"]["message"]
+    assert (evict.status_code, evict.json()["error"]["code"]) == (409, "model_in_use")
+    assert "cannot be freed" in evict.json()["error"]["message"]
+    assert (slot["state"], slot["last_error"].partition(":")[0]) == ("loading", "load_hangs")
+    truths[warm].check([0], before.json()["data"])
+    truths[warm].check([0], served.json()["data"])
+    truths[cold].check([0], after.json()["data"])
 
 
 # ---- the hub ----

@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 
 from engines.records import Event
 from engines.slots import Rules
-from engines.workers import LOAD_LOCK
+from engines.workers import LOAD_LOCK, Task
 from tests.crowd import ask, crowd, unexplained
 from tests.hub import Hold, LoopbackHub
 from tests.yard import EIGHT, Truth, build_truths, following, hub_config, measure, real_yard, specs_of
@@ -88,7 +88,7 @@ async def test_of_a_hundred_waiters_sixty_leave_and_no_lease_is_lost(truths: dic
     name = "bert-cls"
     rng = random.Random(3)
     async with real_yard(specs_of({name: truths[name]})) as yard:
-        with LOAD_LOCK:
+        with LOAD_LOCK.held(Task("a test", 60.0)):
             tasks = [asyncio.create_task(ask(yard, truths[name], name, random.Random(seed))) for seed in range(100)]
             await asyncio.sleep(0)
             leavers = rng.sample(tasks, 60)

@@ -19,8 +19,8 @@ class HealthController(Controller):
         yard.check_health()
         return Status(status="ok")
 
-    @get("/ready", responses=failures("shutting_down"), summary="Does it take work?")
+    @get("/ready", responses=failures("shutting_down", "device_down"), summary="Does it take work?")
     async def ready(self, yard: NamedDependency[Yard]) -> Status:
-        """200 when new work is taken, 503 while the server drains."""
+        """200 when new work is taken, 503 while the server drains, or when no device can do any."""
         yard.check_ready()
         return Status(status="ready")

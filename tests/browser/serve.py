@@ -4,7 +4,6 @@ Fake GPUs download and load at speeds that can be watched, to give the page some
 """
 
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from engines.records import ModelFiles
 from engines.slots import Rules
 from engines.spec import Matryoshka, ModelSpec
 from engines.units import Budget
-from engines.workers import Threads
+from engines.workers import LoadLock, Threads
 from router.app import create_app
 from router.backend import LocalBackend
 from router.registry import Registry
@@ -72,11 +71,11 @@ class SlowFiles(FakeFiles):
 def fake_gpus(count: int, specs: dict[str, ModelSpec], download_s: float, load_s: float) -> list[Host]:
     """Hosts with 12 GB and 10 GB of budget each, one disk and one load lock, whose time is real."""
     weight_bytes = {model_id: size * 10**6 for model_id, size in MEGABYTES.items()}
-    files, lock = SlowFiles(weight_bytes, download_s), threading.Lock()
+    files, lock = SlowFiles(weight_bytes, download_s), LoadLock()
     return [_fake_gpu(f"cuda:{number}", specs, files, lock, load_s) for number in range(count)]
 
 
-def _fake_gpu(device: str, specs: dict[str, ModelSpec], files: FakeFiles, lock: threading.Lock, load_s: float) -> Host:
+def _fake_gpu(device: str, specs: dict[str, ModelSpec], files: FakeFiles, lock: LoadLock, load_s: float) -> Host:
     weight_bytes = {model_id: size * 10**6 for model_id, size in MEGABYTES.items()}
     config = HostConfig(
         host_id=device, device=device, budget=Budget(size_bytes=10 * GIGABYTE), workspace_bytes=GIGABYTE,

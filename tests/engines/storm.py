@@ -27,6 +27,7 @@ from engines.pool_effects import (
 from engines.pool_events import (
     NEVER,
     Acquire,
+    Blocked,
     BudgetChanged,
     Cancel,
     Discarded,
@@ -113,6 +114,7 @@ class Storm:
         self.last_word: dict[str, str] = {}
         self.since: dict[int, int] = {}
         self.is_draining = False
+        self.blocked = ""
         self._next_id = 0
         self._departures: list[tuple[int, str]] = []
         self._sync_views()
@@ -180,6 +182,15 @@ class Storm:
         self.step(FetchProgress(slot_id, 1, 2))
         self.step(Found(slot_id, a_folder(), self._told(view.model_id, "ok")))
 
+    def block(self, reason: str) -> None:
+        """A load of this process hangs, here or on another host; or no longer."""
+        self.blocked = reason
+        self.step(Blocked(reason))
+
+    def can_end(self, work: Effect) -> bool:
+        """While one load hangs, no other work of its kind ends."""
+        return not (self.blocked and isinstance(work, StartLoad | StartUnload | ReadMemory))
+
     def drain(self) -> None:
         self.is_draining = True
         self.step(Drain())
@@ -208,6 +219,8 @@ class Storm:
 
     def settle(self) -> None:
         """Outside work ends well, every lease is given back, timers ring: then nobody may be left waiting."""
+        if self.blocked:
+            self.block("")
         for _ in range(3000):
             if self.work:
                 self.finish(0)
@@ -294,7 +307,8 @@ class Storm:
 
     def _apply(self, effect: Effect) -> None:
         if isinstance(effect, Emit):
-            self._on_emit(effect)
+            if effect.source != effect.target:  # else it only says something
+                self._on_emit(effect)
         elif isinstance(effect, Grant):
             self._on_grant(effect)
         elif isinstance(effect, Fail | Done):
@@ -306,8 +320,6 @@ class Storm:
             self._on_work(effect)
 
     def _on_emit(self, effect: Emit) -> None:
-        if effect.kind == "progress":
-            return
         view = self.views[effect.slot_id]
         require(effect.source == view.state, f"{view.model_id} was {view.state}, the event says {effect.source}")
         require(effect.target in EDGES[effect.source], f"{effect.source} → {effect.target} is not drawn")
@@ -327,6 +339,8 @@ class Storm:
 
     def _on_departure(self, effect: Emit, view: View) -> None:
         """Pinned models go only by an operator's word, young ones not for a claim, nobody for a claim in vain."""
+        may_leave = not self.blocked or effect.cause in PINNED_END - {EVICTED}
+        require(may_leave, f"{view.model_id} leaves, and its memory cannot be freed: {effect.cause}")
         if effect.cause not in PINNED_END:
             slot = self.core.state.slots[effect.slot_id]
             require(not (slot.spec.pinned or slot.operator_pin), f"{view.model_id} is pinned and left: {effect.cause}")
@@ -379,6 +393,7 @@ class Storm:
         in_work = [w for w in self.work if isinstance(w, StartLoad) and w.spec.model_id == view.model_id]
         require(len(same) == 1 and not in_work, f"{view.model_id} is loaded twice at once")
         require(view.model_id not in self.evicted, f"{view.model_id} was evicted, and comes back for nobody")
+        require(not self.blocked, f"{view.model_id} is to be loaded while loads hang")
         require(view.charge is None, f"{view.model_id} is loaded while its last memory is not free")
         view.charge = effect.need
         require(self.used() <= self.limit, f"loading {view.model_id} takes {self.used()} of {self.limit} bytes")
@@ -407,6 +422,9 @@ class Storm:
 
     def _check(self) -> None:
         state = self.core.state
+        for slot in state.slots.values() if self.blocked else ():
+            require(not slot.waiters or slot.state == "warming", f"somebody waits for {slot.model_id} while loads hang")
+            require(not slot.evictors, f"an operator waits for {slot.model_id}, which cannot be freed")
         for slot_id, view in self.views.items():
             slot = state.slots[slot_id]
             require(view.state == slot.state, f"{view.model_id}: events say {view.state}, the slot {slot.state}")
@@ -509,8 +527,12 @@ def random_step(storm: Storm, random: Random) -> None:
     """Callers, outside work and time; `operator_step` is rare."""
     models = [*storm.specs, "nobody"] if random.random() < 0.05 else list(storm.specs)
     roll = random.random()
-    if storm.work and roll < 0.4:
+    if roll < 0.02 or (storm.blocked and roll < 0.1):
+        storm.block("" if storm.blocked else "the load of model 'x' has been running for more than 600 s")
+    elif storm.work and roll < 0.4:
         index = random.randrange(len(storm.work))
+        if not storm.can_end(storm.work[index]):
+            return
         fates = FATES.get(type(storm.work[index]), ("ok",))
         storm.finish(index, random.choice(fates), random.choice(CEILINGS))
     elif storm.leases and roll < 0.5:

@@ -742,6 +742,89 @@ def test_constant_load_on_two_models_swaps_at_most_once_in_a_minimum_residency()
     assert 2 <= swaps <= (pool.now_s - started_s) / 5
 
 
+# ---- loads that hang ---------------------------------------------------------------------------------------------
+
+HANGS = "the load of model 'a' has been running for more than 600 s"
+
+
+def test_while_a_load_hangs_everybody_who_waits_for_one_is_told_and_the_rest_is_served() -> None:
+    pool = Pool(a=100, b=100, warm=100, here=100)
+    pool.rest("here")
+    warm = pool.acquire("warm")
+    for _ in range(3):
+        pool.finish(0)
+    waiters = [pool.acquire("a")]
+    pool.finish(1)
+    waiters.append(pool.acquire("b"))
+
+    pool.block(HANGS)
+    late, served = pool.acquire("b"), pool.acquire("here")
+    pool.finish(0)
+
+    for waiter_id in (*waiters, late):
+        error = pool.error(waiter_id)
+        assert isinstance(error, LoadFailed)
+        assert (error.kind, HANGS in str(error), "restart the server" in str(error)) == ("load_hangs", True, True)
+    assert {warm, served} <= set(pool.leases)
+
+
+def test_a_load_that_ends_after_all_ends_as_it_would_have() -> None:
+    pool = Pool(a=100)
+    pool.acquire("a")
+    pool.finish(0)
+    pool.finish(0)
+    pool.block(HANGS)
+    pool.finish(0)
+    pool.block("")
+
+    waiter_id = pool.acquire("a")
+    pool.finish_all()
+
+    assert waiter_id in pool.leases
+    assert pool.count(StartLoad) == 1
+
+
+def test_an_operator_who_wants_a_model_away_while_nothing_can_be_freed_hears_why() -> None:
+    pool = Pool(a=100, here=100)
+    pool.load("here")
+    pool.acquire("a")
+    pool.finish(0)
+    pool.finish(0)
+    before = [pool.evict("a"), pool.evict("here")]
+
+    pool.block(HANGS)
+    after = [pool.evict("a"), pool.evict("here")]
+
+    for evictor in (*before, *after):
+        assert isinstance(pool.error(evictor), ModelInUse)
+        assert f"cannot be freed: {HANGS}, and it cannot be stopped" in str(pool.error(evictor))
+    assert pool.state("here") == "ready"
+
+
+def test_nobody_leaves_by_idleness_while_nothing_can_be_freed() -> None:
+    pool = Pool({"a": ModelSpec(model_id="a", source="x", keep_alive_s=30)}, a=100)
+    pool.release(pool.load("a"))
+    pool.block(HANGS)
+    pool.advance(60)
+    assert pool.state("a") == "ready"
+
+    pool.block("")
+
+    assert pool.state("a") == "unloading"
+
+
+def test_a_load_that_hangs_is_an_event_of_its_model() -> None:
+    pool = Pool(a=100, b=100)
+    pool.acquire("a")
+    pool.finish(0)
+    pool.finish(0)
+
+    pool.block(HANGS)
+
+    assert pool.causes("a")[-1] == HANGS
+    assert HANGS not in pool.causes("b")
+
+
 # ---- rules 11 and 12: shutdown and reload ------------------------------------------------------------------------
 
 

@@ -204,6 +204,23 @@ def a_shutdown_is_undone_by_an_operator_who_gives_up(patch: Patch) -> None:
     patch.setattr(PoolCore, "_undo_evict", mutant)
 
 
+def a_load_that_hangs_is_told_to_nobody(patch: Patch) -> None:
+    """Who waits for a load waits for one that will not end."""
+    patch.setattr(admission.Admission, "_end_hopeless_waits", lambda self: None)
+
+
+def models_leave_while_nothing_can_be_freed(patch: Patch) -> None:
+    """An idle model that serves is given up for memory that will not come back."""
+    assign = admission.Admission.assign
+
+    def mutant(self: admission.Admission) -> None:
+        was, self.state.blocked = self.state.blocked, ""
+        assign(self)
+        self.state.blocked = was
+
+    patch.setattr(admission.Admission, "assign", mutant)
+
+
 def nobody_is_sent_to_another_host(patch: Patch) -> None:
     """Who could go elsewhere waits for memory that other processes hold."""
     patch.setattr(admission.Admission, "_send_on", lambda self, slot, limit_bytes: None)
@@ -247,6 +264,8 @@ MUTANTS: tuple[Callable[[Patch], None], ...] = (
     the_reading_of_the_device_is_ignored,
     victims_leave_on_an_old_reading,
     a_shutdown_is_undone_by_an_operator_who_gives_up,
+    a_load_that_hangs_is_told_to_nobody,
+    models_leave_while_nothing_can_be_freed,
     nobody_is_sent_to_another_host,
     an_eviction_outlives_a_later_preload,
     an_evicted_model_comes_back_unasked,

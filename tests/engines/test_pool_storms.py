@@ -34,12 +34,17 @@ class PoolMachine(RuleBasedStateMachine):
         model_id, may_move = data.draw(st.sampled_from(sorted(self.storm.specs))), data.draw(st.booleans())
         self.storm.acquire(model_id, keep_alive_s, patience_s, may_move=may_move)
 
-    @precondition(lambda self: self.storm.work)
+    @precondition(lambda self: any(map(self.storm.can_end, self.storm.work)))
     @rule(data=st.data(), ceiling=st.sampled_from(CEILINGS))
     def end_outside_work(self, data: st.DataObject, ceiling: int | None) -> None:
-        index = data.draw(st.integers(0, len(self.storm.work) - 1))
+        index = data.draw(st.sampled_from([at for at, work in enumerate(self.storm.work) if self.storm.can_end(work)]))
         fate = data.draw(st.sampled_from(FATES.get(type(self.storm.work[index]), ("ok",))))
         self.storm.finish(index, fate, ceiling)
+
+    @rule(is_time=st.integers(0, 9))
+    def loads_hang_or_end_after_all(self, is_time: int) -> None:
+        if self.storm.blocked or is_time == 0:
+            self.storm.block("" if self.storm.blocked else "a load hangs")
 
     @precondition(lambda self: self.storm.leases)
     @rule(data=st.data())

@@ -144,6 +144,15 @@ def test_memory_that_other_processes_hold_is_not_free() -> None:
     assert further(ModelSpec(model_id="m", source="x", replicas=2), 50, [held, ready_at("home")]) is None
 
 
+def test_a_host_where_a_load_hangs_serves_what_it_has_and_gets_nothing_else() -> None:
+    stuck = msgspec.structs.replace(host("stuck"), stuck="a load hangs")
+    full = host("full", model("a", "ready", weight_bytes=90, used_at=1))
+    having = msgspec.structs.replace(ready_at("having"), stuck="a load hangs")
+
+    assert rank("m", 50, [stuck, full]) == ["full", "stuck"]
+    assert rank("m", 50, [full, having]) == ["having", "full"]
+
+
 def ready_at(host_id: str) -> HostSnapshot:
     return host(host_id, model("m", "ready", weight_bytes=50))
 

@@ -2,9 +2,9 @@
 
     ModelSpec(model_id="a", source="a", description="load_s=0.2 embed_s=0.1 bytes=3000 max_items=4")
 
-`load_error`, `embed_error`: the name of an error that loads or calls raise; with `once=FILE`, only the first of all
-loads raises it, and makes the file. A text `die` kills the process, `wait`
-waits for half a minute. Importable by worker processes and by Ray's workers.
+`load_error`, `embed_error`: the name of an error that loads or calls raise; `hang_s`: for how long loads hang; with
+`once=FILE`, only the first of all loads does, and makes the file. A text `die` kills the process, `wait` waits for half
+a minute. Importable by worker processes and by Ray's workers.
 """
 
 import asyncio
@@ -92,6 +92,7 @@ class ScriptedLoader:
         if once is None or not once.exists():
             if once is not None:
                 once.touch()
+            time.sleep(float(script.get("hang_s", 0.0)))
             raise_scripted(script.get("load_error"))
         return ScriptedEngine(spec, self._note)
 
@@ -111,7 +112,12 @@ def raise_scripted(name: str | None) -> None:
 def open_scripted_host(birth: Birth, note: Note) -> Host:
     """See `Birth.open`."""
     config = HostConfig(
-        host_id=birth.host_id, device=birth.device, budget=birth.budget, workspace_bytes=WORKSPACE_BYTES, rules=RULES
+        host_id=birth.host_id,
+        device=birth.device,
+        budget=birth.budget,
+        workspace_bytes=WORKSPACE_BYTES,
+        rules=RULES,
+        watchdog_s=birth.settings.watchdog_seconds,
     )
     world = World(
         time=LoopTime(),

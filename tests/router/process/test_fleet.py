@@ -6,6 +6,7 @@ import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from multiprocessing.context import ForkServerProcess
+from pathlib import Path
 
 import psutil
 import pytest
@@ -245,6 +246,23 @@ async def test_a_worker_that_hangs_is_killed_and_its_calls_go_elsewhere(monkeypa
                 await asyncio.sleep(0.05)
 
     assert len((await asked).token_counts) == 1
+
+
+async def test_a_worker_whose_load_hangs_is_started_anew_and_its_calls_go_elsewhere(tmp_path: Path) -> None:
+    spec = scripted("a", hang_s=60, once=tmp_path / "hung")
+    quick = [
+        structs.replace(birth, settings=structs.replace(birth.settings, watchdog_seconds=0.1)) for birth in births()[:2]
+    ]
+    backend = RemoteBackend(ProcessFleet(quick, 1, grace_s=5.0), {})
+    await backend.start()
+    await backend.reload({"a": spec})
+
+    answer = await asyncio.wait_for(backend.embed(call("a")), 30)
+    hosts = await until(backend, lambda hosts: sum(host.restarts for host in hosts) == 1)
+    await backend.aclose(grace_s=0)
+
+    assert len(answer.token_counts) == 1
+    assert homes(hosts)["a"] != [host.host_id for host in hosts if host.restarts]
 
 
 async def test_workers_end_when_their_parent_hangs_up() -> None:
