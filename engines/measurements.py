@@ -61,28 +61,21 @@ class Estimates:
     def estimate(self, spec: ModelSpec, files: ModelFiles | None) -> Need | None:
         """What is remembered is a guess, for settings and software change: only the headers can refuse a model.
 
-        1. measured before under these very settings;  2. the headers tell the weights;
-        3. measured under other settings, or only the size on disk is known;  4. nothing is known.
+        1. measured before under these very settings;  2. measured under others: no less than the headers tell;
+        3. the headers tell the weights;  4. only the size on disk is known: a guess;  5. nothing is known.
         """
         same, other = self._remembered(spec, files) if files else (None, None)
         weight_bytes = self._files.weight_bytes(spec, self._device)
         if same is not None:
-            return Need(
-                weight_bytes=same.weight_bytes,
-                workspace_bytes=same.workspace_bytes,
-                least_weight_bytes=min(weight_bytes or 0, same.weight_bytes),
-                load_s=same.load_s,
-            )  # (1)
-        workspace_bytes = other.workspace_bytes if other is not None else self._workspace_bytes
-        load_s = other.load_s if other is not None else None
+            return _guess(same, same.weight_bytes, min(weight_bytes or 0, same.weight_bytes))  # (1)
+        if other is not None:
+            least_bytes = weight_bytes or 0
+            return _guess(other, max(least_bytes, other.weight_bytes), least_bytes)  # (2)
         if weight_bytes is not None:
-            return Need(
-                weight_bytes=weight_bytes, workspace_bytes=workspace_bytes, weights_known=True, load_s=load_s
-            )  # (2)
+            return Need(weight_bytes=weight_bytes, workspace_bytes=self._workspace_bytes, weights_known=True)  # (3)
         if files is not None:
-            size_bytes = other.weight_bytes if other is not None else files.size_bytes
-            return Need(weight_bytes=size_bytes, workspace_bytes=workspace_bytes, load_s=load_s)  # (3)
-        return None  # (4)
+            return Need(weight_bytes=files.size_bytes, workspace_bytes=self._workspace_bytes)  # (4)
+        return None  # (5)
 
     def remember(self, spec: ModelSpec, files: ModelFiles, measurement: Measurement) -> None:
         """Next time it is known."""
@@ -101,5 +94,16 @@ class Estimates:
         """
         kind = self._device.partition(":")[0]
         plain = f"{files.revision} {spec.dtype} {kind} {spec.max_batch_tokens or 'default'}"
-        cache_bytes = spec.cache_bytes if kind == "cpu" else 0
-        return f"{plain} cache={cache_bytes} {self._conditions}".rstrip(), plain
+        if kind == "cpu" and spec.cache_bytes:
+            plain += f" cache={spec.cache_bytes}"
+        return f"{plain} {self._conditions}".rstrip(), plain
+
+
+def _guess(measured: Measurement, weight_bytes: int, least_weight_bytes: int) -> Need:
+    """What it took last is what it will take, but for the weights."""
+    return Need(
+        weight_bytes=weight_bytes,
+        workspace_bytes=measured.workspace_bytes,
+        least_weight_bytes=least_weight_bytes,
+        load_s=measured.load_s,
+    )
