@@ -23,6 +23,9 @@ _FOLDED = (
     ("/m/", ("/v1/embeddings",)),
 )
 """Where a path holds a model id, and what may follow it."""
+_MAX_PATH_CHARS = 2048
+"""Litestar keeps the last 1,024 paths with what they lead to, and a client may choose 64 KiB for each. No path of this
+server is as long as this, so what is cut is unknown."""
 _PATIENCE_S = 0.25
 """Warm requests are done by then, and do not pay for a task that watches their client (65 µs)."""
 
@@ -40,7 +43,7 @@ class Edge(Litestar):
             await super().__call__(scope, receive, send)
             return
         http = cast(HTTPScope, scope)
-        http["path"] = fold_model_id(http["path"])
+        http["path"] = fold_model_id(http["path"][:_MAX_PATH_CHARS])
         visit = Visit(http, cast(Send, send), is_last=self.state.yard.draining.is_set)
         observers: Observers = self.state.observers
         observers.begin(visit)

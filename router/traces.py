@@ -18,6 +18,9 @@ from opentelemetry.util.types import AttributeValue
 from router.visit import PROBES, Visit, header
 
 _SERVICE = "embedyard"
+_MAX_CONTEXT_CHARS = 512
+"""Of `traceparent` and of `tracestate`; W3C asks for no more. OpenTelemetry splits the latter by a pattern that takes
+the square of its length on a run of spaces: 2.7 s for 64 KiB."""
 _FLUSH_S = 5.0
 """How long the end of the server waits for a collector that does not answer."""
 
@@ -44,7 +47,8 @@ class Traces:
         """A visit that has ended; from now on it knows the id of its trace. Probes leave none."""
         if visit.route in PROBES:
             return
-        carrier = {name: header(visit.scope, name.encode()) for name in ("traceparent", "tracestate")}
+        given = {name: header(visit.scope, name.encode()) for name in ("traceparent", "tracestate")}
+        carrier = {name: text for name, text in given.items() if len(text) <= _MAX_CONTEXT_CHARS}
         span = self._tracer.start_span(
             f"{visit.method} {visit.route}".rstrip(),
             context=self._propagator.extract(carrier),

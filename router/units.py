@@ -4,7 +4,6 @@ Every parser raises `ValueError` whose text says what is allowed; it never repea
 caller knows whether the value may be shown.
 """
 
-import math
 import re
 
 from engines.spec import NEVER_IDLE
@@ -28,8 +27,13 @@ _BYTES_OF: dict[str, int] = {"": 1, "b": 1} | {
     for power, prefix in enumerate("kmgt", start=1)
     for ending, base in (("b", 1000), ("ib", 1024))
 }
+_MAX_CHARS = 64
+"""Of any quantity. Clients send some of them, and nothing that they send may be matched at any length."""
+_MAX_DURATION_S = 1e9
+"""31 years stand for all that is longer: event loops raise on timers of more than some 10¹⁰ to 10¹⁶ seconds."""
 _SECONDS_OF = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE | re.ASCII)
+_DURATION = re.compile(r"(?:\d+(?:\.\d+)?(?:ms|s|m|h|d))+", re.ASCII)
 _DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)", re.ASCII)
 _NUMBER = re.compile(r"\d+(?:\.\d+)?", re.ASCII)
 _DEVICE = re.compile(DEVICE_PATTERN, re.ASCII)
@@ -39,7 +43,7 @@ _MIN_CACHE_BYTES = 2**20
 
 def parse_bytes(value: object) -> int:
     """`500MB` (powers of 1000), `20GiB` (powers of 1024) or a number of bytes; the case of the unit is free."""
-    match = _SIZE.fullmatch(str(value).strip()) if isinstance(value, str | int) else None
+    match = _SIZE.fullmatch(_text(value)) if isinstance(value, str | int) else None
     factor = _BYTES_OF.get(match[2].lower()) if match else None
     if match is None or factor is None or isinstance(value, bool):
         raise ValueError(SIZE_ALLOWED)
@@ -61,21 +65,19 @@ def parse_duration_s(value: object) -> float:
     """Seconds of `10m`, `1h30m`, `45`, `1.5`. Zero is a duration; negative ones are not."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ValueError(DURATION_ALLOWED)
-    text = str(value).strip()
+    text = _text(value)
     if _NUMBER.fullmatch(text):
         seconds = float(text)
-    elif text and not _DURATION_PART.sub("", text):
+    elif _DURATION.fullmatch(text):
         seconds = sum(float(number) * _SECONDS_OF[unit] for number, unit in _DURATION_PART.findall(text))
     else:
         raise ValueError(DURATION_ALLOWED)
-    if not math.isfinite(seconds):
-        raise ValueError(DURATION_ALLOWED)
-    return seconds
+    return min(seconds, _MAX_DURATION_S)
 
 
 def parse_keep_alive_s(value: object) -> float:
     """A duration, or -1 for "never leaves by idleness" (`NEVER_IDLE`)."""
-    if not isinstance(value, bool) and str(value).strip() in ("-1", "-1.0"):
+    if not isinstance(value, bool) and _text(value) in ("-1", "-1.0"):
         return NEVER_IDLE
     try:
         return parse_duration_s(value)
@@ -85,7 +87,7 @@ def parse_keep_alive_s(value: object) -> float:
 
 def parse_budget(value: object) -> Budget:
     """`80%` (more than 0, at most 100) or a size. A size needs its unit: `20` would be twenty bytes."""
-    text = value.strip() if isinstance(value, str) else ""
+    text = _text(value) if isinstance(value, str) else ""
     if text.endswith("%") and _NUMBER.fullmatch(text[:-1].strip()):
         percentage = float(text[:-1])
         if 0 < percentage <= 100:
@@ -98,6 +100,15 @@ def parse_budget(value: object) -> Budget:
     if size_bytes < _MIN_BUDGET_BYTES:
         raise ValueError(f"{BUDGET_ALLOWED}, with the unit and at least 16MiB")
     return Budget(size_bytes=size_bytes)
+
+
+def _text(value: object) -> str:
+    """A quantity as it is written; empty, which is none, where it is too long to be one."""
+    try:
+        text = value if isinstance(value, str) else str(value)
+    except ValueError:  # a whole number of more than 4,300 digits
+        return ""
+    return text.strip() if len(text) <= _MAX_CHARS else ""
 
 
 def parse_device(value: object) -> str:

@@ -3,6 +3,7 @@
 import json
 import socket
 from collections.abc import Iterator
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -16,6 +17,7 @@ from router.settings import Settings
 from tests.router.conftest import REGISTRY, Served, serve
 from tests.router.scripted import ScriptedBackend
 from tests.router.test_server import process
+from tests.server import serving_in_thread
 
 SECRET = "ey-hunter-secret"
 GUARDS = {
@@ -95,6 +97,26 @@ def raw(url: str, request_line: str, body: str) -> tuple[int, str, str]:
             received += piece
     head, _, content = received.partition(b"\r\n\r\n")
     return int(head.split()[1]), head.decode().lower(), content.decode()
+
+
+def test_no_path_is_remembered_at_any_length() -> None:
+    """Litestar keeps 1,024 paths, so that 64 KiB for each, and its percent-encoding, would be 200 MB."""
+    paths: list[str] = []
+    app = create_app(Settings(), REGISTRY, ScriptedBackend("mini"))
+    route = app.asgi_router.handle_routing
+
+    def handle_routing(path: str, method: Any) -> Any:
+        paths.append(path)
+        return route(path=path, method=method)
+
+    app.asgi_router.handle_routing = handle_routing  # type: ignore[assignment]  # a spy
+    with serving_in_thread(app) as url:
+        answers = [
+            httpx.get(f"{url}{path}") for path in ("/v1/models/" + "%C3%A9" * 9000, "/dashboard/" + "a" * 60_000)
+        ]
+
+    assert [answer.status_code for answer in answers] == [404, 404]
+    assert max(map(len, paths)) < 2**14
 
 
 def test_the_server_itself_refuses_a_head_without_end_and_what_is_no_http() -> None:

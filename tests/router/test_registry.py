@@ -1,5 +1,7 @@
 """`registry.yaml`: what it becomes, every mistake at once, and how names are resolved."""
 
+import difflib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from engines.errors import InvalidValue, ModelNotFound
 from engines.spec import NEVER_IDLE, Calibration, Matryoshka, ModelSpec
 from engines.units import Budget
+from router import registry as registry_module
 from router.registry import DEFAULT_BUDGET, Registry, RegistryError, parse_registry, read_registry, with_model_path
 from router.registry_schema import registry_schema
 from router.settings import Settings
@@ -671,3 +674,19 @@ def test_junk_in_any_key_is_read_or_refused_but_never_crashes(file: dict[str, An
 def test_any_text_is_read_or_refused(text: str) -> None:
     with pytest.raises(RegistryError):
         parse_registry(text)
+
+
+def test_an_unknown_name_is_compared_with_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[str] = []
+
+    def get_close_matches(word: str, known: Iterable[str], n: int) -> list[str]:
+        compared.extend(known)
+        return difflib.get_close_matches(word, compared, n)
+
+    monkeypatch.setattr(registry_module, "get_close_matches", get_close_matches)
+    names = [f"org{number}/{'abc' * (number % 9)}-model-{number}" for number in range(1000)]
+    many = Registry(models={name: ModelSpec(model_id=name, source=name) for name in names})
+
+    with pytest.raises(ModelNotFound, match="did you mean org777/abcabcabc-model-777"):
+        many.resolve("ORG777/abcabcabc-modell-777")
+    assert len(compared) <= 16

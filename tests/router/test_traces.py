@@ -122,6 +122,18 @@ def test_a_request_leaves_a_span_with_its_parts_in_the_callers_trace(
     assert spans["queue"].start_time_unix_nano == pytest.approx(spans["tokenize"].end_time_unix_nano, abs=2e3)
 
 
+def test_a_context_longer_than_any_is_not_read(collector: Collector, backend: ScriptedBackend) -> None:
+    """OpenTelemetry's pattern takes the square of its length: 64 KiB of spaces stopped the server for seconds."""
+    parent = f"00-{TRACE_ID}-{PARENT_ID}-01"
+    long = ",".join(f"{key}={'1' * 200}" for key in "abc")
+    models = httpx.Request("GET", "http://localhost/v1/models", headers={"traceparent": parent, "tracestate": long})
+    visit(collector, backend, embed(traceparent=parent, tracestate="a=1"), models)
+    spans = collector.spans()
+
+    assert [spans[name].trace_state for name in (f"POST {EMBED}", "GET /v1/models")] == ["a=1", ""]
+    assert spans["GET /v1/models"].trace_id.hex() == TRACE_ID
+
+
 def test_a_request_without_a_context_begins_a_trace_and_its_log_line_names_it(
     collector: Collector, backend: ScriptedBackend
 ) -> None:

@@ -1,5 +1,7 @@
 """Quantities as people write them, and what is refused."""
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -135,3 +137,18 @@ def test_a_cache_is_a_size_or_nothing(written: object, size_bytes: int) -> None:
 def test_a_cache_that_holds_nothing_of_use_is_refused(written: object) -> None:
     with pytest.raises(ValueError, match="at least 1MiB, or 0"):
         parse_cache_bytes(written)
+
+
+@pytest.mark.parametrize("parse", [parse_duration_s, parse_keep_alive_s, parse_bytes, parse_budget, parse_cache_bytes])
+@pytest.mark.parametrize(
+    "written",
+    ["1" * 6000 + "x", "1" * 65, "1s" * 40, " " * 65 + "1", 10**5000],
+    ids=["no unit", "digits", "parts", "spaces", "a number"],
+)
+def test_no_quantity_is_longer_than_people_write(parse: Callable[[object], object], written: object) -> None:
+    with pytest.raises(ValueError, match="such as"):
+        parse(written)
+
+
+def test_a_duration_beyond_what_timers_take_is_as_good_as_for_ever() -> None:
+    assert parse_duration_s("9" * 60) == parse_duration_s("99999999999999d") == 1e9
