@@ -44,7 +44,9 @@ _WIRE = (
     schema.Status, Plan, Changes, *skin_schema.WIRE,
 )  # fmt: skip
 _TEXT = {"type": "string", "minLength": 1}
-_IDS = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
+_IDS = {
+    "type": "array", "minItems": 1, "maxItems": schema.MAX_IDS_OF_TEXT, "items": {"type": "integer", "minimum": 0},
+}  # fmt: skip
 _MANY = {"type": "array", "minItems": 1, "maxItems": schema.MAX_INPUTS}
 _INPUT_FORMS = [_TEXT, _MANY | {"items": _TEXT}, _IDS, _MANY | {"items": _IDS}]
 _REQUEST_EXAMPLE = {"model": "all-MiniLM-L6-v2", "input": ["The cat sits outside", "A man is playing guitar"]}

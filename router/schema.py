@@ -11,10 +11,22 @@ from engines.records import ModelStatus, State
 from engines.spec import Matryoshka, Truncate
 
 MAX_INPUTS = 2048
+MAX_IDS_OF_TEXT = 2**20
+"""Token ids of one text: no model reads more."""
+MAX_IDS = 2**23
+"""Token ids of one request: LangChain's largest, 1,000 texts of 8,191 ids, is smaller."""
+MAX_NAME_CHARS = 1024
+"""Of whatever a request names or is called by: models, prompts, hosts, users."""
+MAX_QUANTITY_CHARS = 64
 
 EncodingFormat = Literal["float", "base64"]
 OutputDtype = Literal["float", "int8", "uint8", "binary", "ubinary"]
-Input = str | list[str | int | list[int]]
+TokenId = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+"""Whether a number is an id of the model is the engine's to say; more than 64 bits do not travel to one."""
+Name = Annotated[str, Meta(max_length=MAX_NAME_CHARS)]
+KeepAlive = float | Annotated[str, Meta(max_length=MAX_QUANTITY_CHARS)]
+Width = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+Input = str | list[str | TokenId | tuple[TokenId, ...]]
 """msgspec admits one array type in a union, so `router/decode.py` checks that a request holds one kind only."""
 
 
@@ -30,7 +42,7 @@ class EmbeddingRequest(Struct, frozen=True, kw_only=True):
         ),
     ]
     model: Annotated[
-        str | None,
+        Name | None,
         Meta(description="A model id or alias of GET /v1/models; without one, the registry's default model."),
     ] = None
     encoding_format: Annotated[
@@ -40,12 +52,12 @@ class EmbeddingRequest(Struct, frozen=True, kw_only=True):
         ),
     ] = None
     dimensions: Annotated[
-        Annotated[int, Meta(ge=1)] | None,
+        Width | None,
         Meta(description="Cut vectors to this width and normalise them again, where the model admits it."),
     ] = None
-    user: Annotated[str | None, Meta(description="Accepted for compatibility; not used.")] = None
+    user: Annotated[Name | None, Meta(description="Accepted for compatibility; not used.")] = None
     input_type: Annotated[
-        str | None,
+        Name | None,
         Meta(
             description="`query`, `document`, or any prompt name of the model: picks the prompt put in front. "
             "Without it no prompt is added.",
@@ -77,7 +89,7 @@ class EmbeddingRequest(Struct, frozen=True, kw_only=True):
         ),
     ] = None
     keep_alive: Annotated[
-        float | str | None,
+        KeepAlive | None,
         Meta(
             description="How long the model stays without work after this request: seconds, a duration, "
             "0 (leave at once) or -1 (stay until memory is needed).",
@@ -177,7 +189,7 @@ class PreloadRequest(Struct, frozen=True, kw_only=True):
 
     wait: bool = True
     pin: bool = False
-    host: Annotated[str | None, Meta(description="A `host_id` of GET /admin/memory.")] = None
+    host: Annotated[Name | None, Meta(description="A `host_id` of GET /admin/memory.")] = None
 
 
 class EvictRequest(Struct, frozen=True, kw_only=True):

@@ -7,14 +7,15 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct, field
 
-from router.schema import MAX_INPUTS
+from router.schema import MAX_INPUTS, KeepAlive, Name, Width
 
 _TEXTS = f"1 to {MAX_INPUTS} texts; none of them empty."
 _TEXT_SCHEMA = {"type": "string", "minLength": 1}
 _TEXTS_SCHEMA = {"type": "array", "minItems": 1, "maxItems": MAX_INPUTS, "items": _TEXT_SCHEMA}
 _FORMS_SCHEMA = {"anyOf": [_TEXT_SCHEMA, _TEXTS_SCHEMA]}
 """For the document alone: decoding leaves these bounds to `router/decode.py`, which has a code for each."""
-_Width = Annotated[int, Meta(ge=1)]
+_MAX_TYPES = 16
+"""Of vectors in one answer; there are six, and a client may repeat itself."""
 CohereType = Literal["float", "int8", "uint8", "binary", "ubinary", "base64"]
 
 
@@ -25,7 +26,7 @@ class TeiRequest(Struct, frozen=True, kw_only=True):
         str | list[str],
         Meta(description=f"One text, or {_TEXTS}", extra_json_schema=_FORMS_SCHEMA, examples=["a text"]),
     ]
-    model: Annotated[str | None, Meta(description="Our addition: a model other than the default.")] = None
+    model: Annotated[Name | None, Meta(description="Our addition: a model other than the default.")] = None
     normalize: bool | None = None
     truncate: Annotated[
         bool | None,
@@ -35,8 +36,8 @@ class TeiRequest(Struct, frozen=True, kw_only=True):
         Literal["left", "right", "Left", "Right"] | None,
         Meta(description="The end that is cut off; `right` by default."),
     ] = None
-    prompt_name: Annotated[str | None, Meta(description="A prompt of the model, put in front.")] = None
-    dimensions: _Width | None = None
+    prompt_name: Annotated[Name | None, Meta(description="A prompt of the model, put in front.")] = None
+    dimensions: Width | None = None
 
 
 class TeiEmbeddingType(Struct, frozen=True, kw_only=True):
@@ -71,13 +72,13 @@ class CohereRequest(Struct, frozen=True, kw_only=True):
     """Cohere's API, version 2: texts only, no images."""
 
     texts: Annotated[list[str], Meta(description=_TEXTS, extra_json_schema=_TEXTS_SCHEMA)]
-    model: str
+    model: Name
     input_type: Annotated[
-        str | None,
+        Name | None,
         Meta(description="Picks the prompt put in front.", examples=["search_query", "search_document"]),
     ] = None
     embedding_types: Annotated[
-        list[CohereType] | None,
+        Annotated[list[CohereType], Meta(max_length=_MAX_TYPES)] | None,
         Meta(
             description="`float` by default; `base64` is of float32. `int8` and `uint8` need a calibrated model, or at "
             "least two texts."
@@ -87,7 +88,7 @@ class CohereRequest(Struct, frozen=True, kw_only=True):
         Literal["NONE", "START", "END"] | None,
         Meta(description="`NONE`: an input longer than the model reads is refused."),
     ] = None
-    output_dimension: _Width | None = None
+    output_dimension: Width | None = None
 
 
 class CohereEmbeddings(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -133,16 +134,16 @@ class CohereResponse(Struct, frozen=True, kw_only=True):
 class OllamaRequest(Struct, frozen=True, kw_only=True):
     """Ollama: `model` may end in `:latest`, as its clients write it."""
 
-    model: str
+    model: Name
     input: Annotated[str | list[str], Meta(description=f"One text, or {_TEXTS}", extra_json_schema=_FORMS_SCHEMA)]
     truncate: Annotated[
         bool | None,
         Meta(description="false: an input longer than the model reads is refused. Null: as the model has it."),
     ] = None
     keep_alive: Annotated[
-        float | str | None, Meta(description="Seconds, a duration, 0 or any negative number.", examples=["5m", -1])
+        KeepAlive | None, Meta(description="Seconds, a duration, 0 or any negative number.", examples=["5m", -1])
     ] = None
-    dimensions: _Width | None = None
+    dimensions: Width | None = None
 
 
 class OllamaResponse(Struct, frozen=True, kw_only=True):

@@ -1,5 +1,6 @@
 """Cohere's `POST /v2/embed`, over the same core."""
 
+import asyncio
 import uuid
 from collections.abc import Sequence
 from typing import Any
@@ -23,6 +24,8 @@ from router.schema import EmbeddingRequest
 from router.skin_schema import CohereMeta, CohereRequest, CohereResponse, CohereType, CohereUnits, CohereVersion
 from router.yard import Yard
 
+_INLINE_CHARS = 2**16
+"""Texts of more characters are sent back by a thread: 58 MiB would stop the event loop for 0.1 s."""
 _BASE64 = Form(encoding="base64")
 _TRUNCATE: dict[str | None, Truncate] = {"NONE": "error", "START": "start", "END": "end"}
 
@@ -68,6 +71,10 @@ def _in_our_words(data: CohereRequest, kinds: Sequence[CohereType]) -> Embedding
     )
 
 
+def _is_large(data: CohereRequest) -> bool:
+    return sum(map(len, data.texts)) > _INLINE_CHARS
+
+
 async def _encode(data: CohereRequest, kinds: list[CohereType], answer: Answer) -> bytes:
     parts = []
     for kind in kinds:
@@ -76,4 +83,5 @@ async def _encode(data: CohereRequest, kinds: list[CohereType], answer: Answer) 
         parts.append(b'"' + kind.encode() + b'":' + rows)
     meta = CohereMeta(api_version=CohereVersion(), billed_units=CohereUnits(input_tokens=answer.num_tokens))
     head = {"id": str(uuid.uuid4()), "response_type": "embeddings_by_type", "texts": data.texts, "meta": meta}
-    return msgspec.json.encode(head)[:-1] + b',"embeddings":{' + b",".join(parts) + b"}}"
+    encoded_head = await asyncio.to_thread(msgspec.json.encode, head) if _is_large(data) else msgspec.json.encode(head)
+    return encoded_head[:-1] + b',"embeddings":{' + b",".join(parts) + b"}}"
