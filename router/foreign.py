@@ -36,7 +36,11 @@ def why_foreign(settings: Settings, host: str, origin: str) -> str:
 
 def _is_own(origin: str, host: str) -> bool:
     """A proxy may have taken the port away from `host`."""
-    return urlsplit(origin).netloc == host or (_has_no_port(host) and _hostname(origin) == _hostname(f"//{host}"))
+    try:
+        netloc = urlsplit(origin).netloc
+    except ValueError:  # http://[
+        return False
+    return netloc == host or (_has_no_port(host) and _hostname(origin) == _hostname(f"//{host}"))
 
 
 def _has_no_port(host: str) -> bool:

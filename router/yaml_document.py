@@ -5,6 +5,7 @@ PyYAML alone forgets line numbers and lets the last of two equal keys win in sil
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,7 +13,13 @@ import yaml
 from msgspec import Struct
 
 _QUOTED = re.compile(r"'[^']*'")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _MAX_HARMLESS_CHARS = 24
+_MAX_SHOWN_CHARS = 60
+_MAX_DEPTH = 32
+"""Of mappings and lists in each other; a registry has five. PyYAML composes by recursion, and 500 are too many."""
+_MAX_REPEATED = 100_000
+"""Values that a file may hold more than once by its aliases: nine lists of nine aliases each are a billion."""
 _COLLECTION_TAGS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 
 KeyPath = tuple[str | int, ...]
@@ -129,13 +136,31 @@ def read_document(text: str, document: Document | None = None) -> Document:
     """The value of a YAML text; syntax errors and repeated keys are mistakes of the document."""
     document = document or Document()
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _Loader(text)
         node = loader.get_single_node()
+        document.value = _Reader(loader, document).read(node, ())
     except yaml.YAMLError as error:
         _add_syntax_error(document, error)
-    else:
-        document.value = _Reader(loader, document).read(node, ())
     return document
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML, and no deeper than `_MAX_DEPTH`."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self._depth += 1
+        if self._depth > _MAX_DEPTH:
+            problem = f"lists and mappings are nested more than {_MAX_DEPTH} deep"
+            event = self.peek_event()  # type: ignore[no-untyped-call]  # the parser's methods have no types
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
 
 
 def _add_syntax_error(document: Document, error: yaml.YAMLError) -> None:
@@ -156,6 +181,8 @@ class _Reader:
         self._loader = loader
         self._document = document
         self._open: list[yaml.Node] = []
+        self._seen: set[yaml.Node] = set()
+        self._num_repeated = 0
 
     def read(self, node: yaml.Node | None, path: KeyPath) -> Any:
         if node is None:
@@ -163,6 +190,7 @@ class _Reader:
         if node in self._open:
             self._document.add(path, "an anchor cannot contain itself", line=node.start_mark.line + 1)
             return None
+        self._count(node)
         self._document.keep(path, node.start_mark.line + 1)
         self._open.append(node)
         try:
@@ -175,6 +203,13 @@ class _Reader:
             return self._scalar(node, path)
         finally:
             self._open.pop()
+
+    def _count(self, node: yaml.Node) -> None:
+        self._num_repeated += node in self._seen
+        self._seen.add(node)
+        if self._num_repeated > _MAX_REPEATED:
+            problem = f"aliases (*name) repeat more than {_MAX_REPEATED} values; write them out"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
 
     def _pairs(self, node: yaml.MappingNode, path: KeyPath) -> Iterator[tuple[str, Any]]:
         seen: dict[str, int] = {}
@@ -198,11 +233,20 @@ class _Reader:
             yield key, self.read(value_node, (*path, key))
 
     def _scalar(self, node: yaml.Node, path: KeyPath) -> Any:
-        try:
-            return self._loader.construct_object(node)
-        except (yaml.YAMLError, ValueError):
-            self._document.add(
-                path,
-                f"{self._document.quote(repr(node.value))} cannot be read: put it in quotes if it is meant as text",
-            )
-            return None
+        with suppress(yaml.YAMLError, ValueError):
+            value = self._loader.construct_object(node)
+            if _is_sane(value):
+                return value
+        shown = repr(node.value if len(node.value) <= _MAX_SHOWN_CHARS else f"{node.value[:_MAX_SHOWN_CHARS]}...")
+        self._document.add(
+            path, f"{self._document.quote(shown)} cannot be read: put it in quotes if it is meant as text"
+        )
+        return None
+
+
+def _is_sane(value: object) -> bool:
+    """No number of more than 64 bits, which no setting needs and Python may refuse to print; no half of a surrogate
+    pair, which no model reads and no message carries."""
+    if isinstance(value, int):
+        return value.bit_length() <= 64
+    return not (isinstance(value, str) and _SURROGATE.search(value))

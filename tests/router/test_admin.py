@@ -196,7 +196,17 @@ async def test_a_stream_ends_with_its_events() -> None:
 
 @pytest.mark.parametrize(
     ("text", "seen"),
-    [("", {}), ("cpu=7", {"cpu": 7}), ("cuda%3A1=2&cpu=x&=&junk", {"cuda:1": 2}), ("cpu=-1", {}), ("42", {})],
+    [
+        ("", {}),
+        ("cpu=7", {"cpu": 7}),
+        ("cuda%3A1=2&cpu=x&=&junk", {"cuda:1": 2}),
+        ("cpu=-1", {}),
+        ("42", {}),
+        ("cpu=" + "9" * 5000, {}),
+        ("cpu=" + "9" * 19 + "&cuda=" + "9" * 18, {"cuda": 10**18 - 1}),
+        ("&".join(f"host{number}=1" for number in range(5000)), {}),
+    ],
+    ids=lambda given: str(given)[:24],
 )
 def test_an_odd_last_event_id_is_read_as_far_as_possible(text: str, seen: dict[str, int]) -> None:
     assert parse_last_event_id(text) == seen

@@ -45,6 +45,9 @@ def test_own_pages_and_programs_are_welcome(settings: Settings, host: str, origi
         (OPEN, "127.0.0.1:6008", "https://evil.example", "CORS_ORIGINS"),
         (OPEN, "127.0.0.1:6008", "http://127.0.0.1:8888", "CORS_ORIGINS"),
         (OPEN, "127.0.0.1:6008", "null", "API_KEY"),
+        (OPEN, "127.0.0.1:6008", "http://[", "CORS_ORIGINS"),
+        (OPEN, "127.0.0.1", "http://[::1", "CORS_ORIGINS"),
+        (OPEN, "127.0.0.1", "http://\u2100.example", "CORS_ORIGINS"),
         (EVERYONE, "yard.example.com", "https://evil.example", "CORS_ORIGINS"),
         (Settings(cors_origins=("https://a.example",)), "127.0.0.1", "https://b.example", "CORS_ORIGINS"),
     ],
@@ -68,6 +71,15 @@ def test_a_page_can_neither_move_models_nor_embed(served: Served) -> None:
         assert (answer.status_code, answer.json()["error"]["type"]) == (403, "permission_error")
     assert served.backend.commands == []
     assert served.backend.calls == []
+
+
+@pytest.mark.parametrize(
+    "origin", ["http://[", "http://[::1", "http://]", "http://a]:b[", "://", "\xff", "http://\xbd"]
+)
+def test_an_origin_that_is_no_address_is_foreign(served: Served, origin: str) -> None:
+    answer = served.client.get("/v1/models", headers={b"origin": origin.encode("latin-1")})
+
+    assert (answer.status_code, answer.json()["error"]["type"]) == (403, "permission_error")
 
 
 def test_the_page_of_the_server_itself_can(served: Served) -> None:
