@@ -131,6 +131,9 @@ def run_until_told_to_stop(app: Litestar, listener: socket.socket, announce: Cal
         log_config=None,
         access_log=False,
         server_header=False,
+        # uvicorn believes X-Forwarded-For of every loopback client unless told not to.
+        proxy_headers=bool(yard.settings.forwarded_allow_ips),
+        forwarded_allow_ips=list(yard.settings.forwarded_allow_ips),
         timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=math.ceil(yard.settings.grace_seconds) + _AFTER_GRACE_S,
     )

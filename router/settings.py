@@ -72,6 +72,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     state_dir: Path = field(default_factory=lambda: Path(_STATE_DIR).expanduser())
     max_body_bytes: int = 64 * 2**20
     cors_origins: tuple[str, ...] = ()
+    forwarded_allow_ips: tuple[str, ...] = ()
     skins: tuple[str, ...] = values.SKINS
 
     @property
@@ -135,6 +136,7 @@ VARIABLES = (
     Variable.of("STATE_DIR", values.path, default=_STATE_DIR),
     Variable.of("MAX_BODY_BYTES", values.size_bytes),
     Variable.of("CORS_ORIGINS", values.origins),
+    Variable.of("FORWARDED_ALLOW_IPS", values.networks),
     Variable.of("SKINS", values.skins),
 )
 

@@ -6,7 +6,7 @@ Every reader raises `ValueError` whose text says what is allowed, and never repe
 import re
 from collections.abc import Callable
 from functools import lru_cache
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 
 from router.units import SIZE_ALLOWED, parse_bytes, parse_device, parse_duration_s
@@ -158,6 +158,15 @@ def origins(text: str) -> tuple[str, ...]:
     if not all(_ORIGIN.fullmatch(origin) for origin in found):
         raise ValueError("* or a comma list of origins such as https://app.example.com")
     return found
+
+
+def networks(text: str) -> tuple[str, ...]:
+    """Addresses and networks of proxies. `*` would let every client choose its address."""
+    found = tuple(part.strip() for part in text.split(","))
+    try:
+        return tuple(str(ip_network(network)) if "/" in network else str(ip_address(network)) for network in found)
+    except ValueError:
+        raise ValueError("a comma list of addresses and networks of proxies, such as 127.0.0.1,10.0.0.0/8") from None
 
 
 def skins(text: str) -> tuple[str, ...]:

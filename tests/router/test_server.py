@@ -18,6 +18,8 @@ import httpx
 import pytest
 from msgspec import Struct
 
+from tests.live import serve_live
+
 ROOT = Path(__file__).parent.parent.parent
 EMBED = "/v1/embeddings"
 BODY = {"input": "x"}
@@ -178,3 +180,25 @@ def test_a_device_that_hangs_fails_health_tells_its_callers_and_cannot_keep_the_
         assert "has been running for 999 s" in told.json()["error"]["message"]
     assert exit_code == 1
     assert {"device.down", "server.forced_end"} <= set(logged)
+
+
+@pytest.mark.parametrize(
+    ("settings", "statuses"),
+    [({}, [404, 429, 429]), ({"FORWARDED_ALLOW_IPS": "127.0.0.1"}, [404, 404, 429])],
+    ids=["nobody is trusted", "the proxy is trusted"],
+)
+def test_only_a_trusted_proxy_says_who_calls(tmp_path: Path, settings: dict[str, str], statuses: list[int]) -> None:
+    """uvicorn alone believes everyone on loopback, and whoever chose another address for each request had no limit."""
+    registry = tmp_path / "registry.yaml"
+    registry.write_text("version: 1\nmodels:\n- {name: mini, source: org/mini}\n")
+    with serve_live(registry, RATE_LIMIT_REQUESTS="1", **settings) as server:
+        answers = [
+            httpx.post(
+                f"{server.url}/v1/embeddings",
+                json={"input": "a", "model": "none"},
+                headers={"x-forwarded-for": forwarded},
+            )
+            for forwarded in ("203.0.113.7", "198.51.100.1, 203.0.113.8", "203.0.113.8")
+        ]
+
+    assert [answer.status_code for answer in answers] == statuses

@@ -44,6 +44,7 @@ CONTRACT = {
     "STATE_DIR": "/var/lib/embedyard",
     "MAX_BODY_BYTES": "1MiB",
     "CORS_ORIGINS": "https://a.example, http://localhost:3000/",
+    "FORWARDED_ALLOW_IPS": "127.0.0.1, 10.0.0.0/8, fd00::/8",
     "SKINS": "Ollama, tei",
 }
 
@@ -91,6 +92,7 @@ def test_every_variable_is_read() -> None:
         state_dir=Path("/var/lib/embedyard"),
         max_body_bytes=2**20,
         cors_origins=("https://a.example", "http://localhost:3000"),
+        forwarded_allow_ips=("127.0.0.1", "10.0.0.0/8", "fd00::/8"),
         skins=("tei", "ollama"),
     )
 
@@ -167,6 +169,10 @@ def test_all_mistakes_come_at_once_and_each_names_its_variable(tmp_path: Path) -
         ("MAX_BODY_BYTES", "0"),
         ("HOST", "http://0.0.0.0"),
         ("HOST", "localhost:6008"),
+        ("FORWARDED_ALLOW_IPS", "*"),
+        ("FORWARDED_ALLOW_IPS", "proxy.example.com"),
+        ("FORWARDED_ALLOW_IPS", "10.0.0.1/8"),
+        ("FORWARDED_ALLOW_IPS", "127.0.0.1,"),
         ("CORS_ORIGINS", "example.com"),
         ("SKINS", "openai"),
         ("SKINS", "none, tei"),
