@@ -100,11 +100,20 @@ def requires(scope: Scope) -> Guard:
     return guard
 
 
+def is_foreign(connection: Connection, settings: Settings) -> bool:
+    """Whether a request comes from a web page that is not this server's."""
+    return bool(_why_foreign(connection, settings))
+
+
 def _refuse_foreign_pages(connection: Connection, settings: Settings) -> None:
-    headers = connection.headers
-    why = why_foreign(settings, headers.get("host", ""), headers.get("origin", ""))
+    why = _why_foreign(connection, settings)
     if why:
         raise PermissionDeniedException(why)
+
+
+def _why_foreign(connection: Connection, settings: Settings) -> str:
+    headers = connection.headers
+    return why_foreign(settings, headers.get("host", ""), headers.get("origin", ""))
 
 
 def key_of(connection: Connection) -> Key:

@@ -1,4 +1,5 @@
-"""What happens around every request, before Litestar's router and after its answer: visits, folded ids, left clients.
+"""What happens around every request, before Litestar's router and after its answer: visits, folded ids, left clients,
+HEAD, refused preflights.
 
 Litestar's own middleware runs behind its router, so it sees neither unknown routes nor the path as it came.
 """
@@ -11,11 +12,22 @@ from urllib.parse import quote
 
 from litestar import Litestar, Request
 from litestar.enums import ScopeType
-from litestar.types import HTTPScope, LifeSpanReceive, LifeSpanScope, LifeSpanSend, Receive, Scope, Send
+from litestar.exceptions import ClientException
+from litestar.types import (
+    HTTPDisconnectEvent,
+    HTTPScope,
+    LifeSpanReceive,
+    LifeSpanScope,
+    LifeSpanSend,
+    Message,
+    Receive,
+    Scope,
+    Send,
+)
 
-from router.errors import ClientLeft
+from router.errors import ClientLeft, answer_error
 from router.observers import Observers
-from router.visit import Visit
+from router.visit import Visit, header
 
 _FOLDED = (
     ("/v1/models/", ()),
@@ -43,15 +55,55 @@ class Edge(Litestar):
             await super().__call__(scope, receive, send)
             return
         http = cast(HTTPScope, scope)
+        is_head = http["method"] == "HEAD"
+        if is_head:
+            http = {**http, "method": "GET"}
         http["path"] = fold_model_id(http["path"][:_MAX_PATH_CHARS])
         visit = Visit(http, cast(Send, send), is_last=self.state.yard.draining.is_set)
         observers: Observers = self.state.observers
         observers.begin(visit)
+        asked, answer = _without_body(visit.send) if is_head else (cast(Receive, receive), visit.send)
         try:
-            await super().__call__(http, receive, visit.send)
+            if not await self._refuse_preflight(http, asked, answer):
+                await super().__call__(http, asked, answer)
         finally:
+            if is_head:
+                http["method"] = "HEAD"
             visit.end()
             observers.end(visit)
+
+    async def _refuse_preflight(self, scope: HTTPScope, receive: Receive, send: Send) -> bool:
+        """Answer a browser that asks for a page of an origin that may not call; Litestar would, in plain text."""
+        if scope["method"] != "OPTIONS" or self.cors_config is None:
+            return False
+        origin = header(scope, b"origin")
+        if not origin or self.cors_config.is_origin_allowed(origin):
+            return False
+        request = Request[Any, Any, Any](scope, receive, send)
+        refusal = ClientException(
+            f"Pages of {origin[:100]!r} may not call this server: CORS_ORIGINS names those that may"
+        )
+        await answer_error(request, refusal).to_asgi_response(app=None, request=request)(scope, receive, send)
+        return True
+
+
+def _without_body(send: Send) -> tuple[Receive, Send]:
+    """For HEAD: what GET would answer, and of that the head. After it the client counts as one that has left, which
+    ends streams of events."""
+    is_over = asyncio.Event()
+
+    async def receive() -> HTTPDisconnectEvent:
+        await is_over.wait()
+        return {"type": "http.disconnect"}
+
+    async def send_head(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            await send(message)
+        elif not is_over.is_set():
+            is_over.set()
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    return receive, send_head
 
 
 def fold_model_id(path: str) -> str:

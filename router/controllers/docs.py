@@ -25,7 +25,8 @@ _ASSETS = {
 }
 _PAGE = "docs/index.html"
 _ONLY_OURS = (
-    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; connect-src 'self'"
+    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 _DESCRIPTION = (
     "Embeddings of many models behind OpenAI's API. Every failure has the same envelope and every answer carries "

@@ -9,7 +9,7 @@ from litestar.di import NamedDependency
 from litestar.handlers import BaseRouteHandler
 from litestar.openapi import ResponseSpec
 
-from router.auth import Connection, requires
+from router.auth import Connection, is_foreign, requires
 from router.limits import Limiter
 from router.meters import Meters
 from router.openapi import BEARER, GUARDED, failures
@@ -24,8 +24,9 @@ _requires_admin = requires("admin")
 
 
 async def _local_or_admin(connection: Connection, handler: BaseRouteHandler) -> None:
+    """On loopback it is open to programs of this machine, and to no page in a browser there."""
     yard: Yard = connection.app.state.yard
-    if not yard.settings.is_loopback:
+    if not yard.settings.is_loopback or is_foreign(connection, yard.settings):
         await _requires_admin(connection, handler)
 
 

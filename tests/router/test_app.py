@@ -38,6 +38,9 @@ async def test_browsers_of_named_origins_may_call() -> None:
     assert (answer.status_code, refused.status_code) == (200, 401)
     assert refused.headers["access-control-allow-origin"] == ORIGIN
     assert "access-control-allow-origin" not in stranger.headers
+    assert (stranger.status_code, stranger.json()["error"]["code"]) == (400, "invalid_value")
+    assert "https://else.example" in stranger.json()["error"]["message"]
+    assert "x-request-id" in stranger.headers
 
 
 @pytest.mark.parametrize("path", ["/v1/embeddings", "/admin/memory"])

@@ -82,6 +82,20 @@ def test_an_origin_that_is_no_address_is_foreign(served: Served, origin: str) ->
     assert (answer.status_code, answer.json()["error"]["type"]) == (403, "permission_error")
 
 
+@pytest.mark.parametrize(
+    "headers", [{"origin": "https://evil.example"}, {"host": "evil.example"}, {"origin": "http://["}]
+)
+def test_a_page_reads_no_metrics(served: Served, keyed: Served, headers: dict[str, str]) -> None:
+    """They are open to programs of the server's own machine, keys or not."""
+    refused = served.client.get("/metrics", headers=headers)
+    without_key = keyed.client.get("/metrics", headers=headers)
+    with_key = keyed.client.get("/metrics", headers=headers | {"authorization": "Bearer k"})
+
+    assert (refused.status_code, refused.json()["error"]["type"]) == (403, "permission_error")
+    assert [without_key.status_code, with_key.status_code] == [401, 200]
+    assert [server.client.get("/metrics").status_code for server in (served, keyed)] == [200, 200]
+
+
 def test_the_page_of_the_server_itself_can(served: Served) -> None:
     answer = served.client.post(EVICT, json={}, headers={"origin": served.url})
 

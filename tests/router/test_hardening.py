@@ -67,6 +67,7 @@ def test_a_page_may_load_only_what_this_server_sends(keyed: Served, path: str) -
     assert len(policies) == 1
     assert "default-src 'none'" in policies[0] or "default-src 'self'" in policies[0]
     assert "unsafe-eval" not in policies[0]
+    assert "frame-ancestors 'none'" in policies[0]
     assert "http" not in policies[0]
 
 
