@@ -35,7 +35,10 @@ class Scrape:
 
     def text(self, accept: str) -> tuple[bytes, str]:
         """The body and its content type, in the format that suits the `Accept` header."""
-        encode, content_type = choose_encoder(accept)
+        try:
+            encode, content_type = choose_encoder(accept)
+        except (TypeError, ValueError):  # prometheus-client compares versions that are none
+            encode, content_type = choose_encoder("")
         return encode(self), content_type
 
     def collect(self) -> Iterator[Family]:

@@ -144,6 +144,15 @@ def test_prometheus_may_ask_for_openmetrics(served: Served) -> None:
     assert answer.text.endswith("# EOF\n")
 
 
+@pytest.mark.parametrize("kind", ["application/openmetrics-text", "text/plain"])
+@pytest.mark.parametrize("version", ["x", "9" * 5000, "1.0.0-rc", "..", "1.x.0", ""], ids=lambda version: version[:8])
+def test_an_odd_version_gets_some_format(served: Served, kind: str, version: str) -> None:
+    answer = served.client.get("/metrics", headers={"accept": f"{kind}; version={version}; escaping=odd"})
+
+    assert answer.status_code == 200
+    assert "embedyard_requests" in answer.text
+
+
 def visit(status: int, answer: Embeddings | None = ANSWER) -> Visit:
     async def send(message: object) -> None:
         raise NotImplementedError
