@@ -18,6 +18,7 @@ MAX_IDS = 2**23
 MAX_NAME_CHARS = 1024
 """Of whatever a request names or is called by: models, prompts, hosts, users."""
 MAX_QUANTITY_CHARS = 64
+MAX_WIDTH = 2**31 - 1
 
 EncodingFormat = Literal["float", "base64"]
 OutputDtype = Literal["float", "int8", "uint8", "binary", "ubinary"]
@@ -25,7 +26,7 @@ TokenId = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 """Whether a number is an id of the model is the engine's to say; more than 64 bits do not travel to one."""
 Name = Annotated[str, Meta(max_length=MAX_NAME_CHARS)]
 KeepAlive = float | Annotated[str, Meta(max_length=MAX_QUANTITY_CHARS)]
-Width = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+Width = Annotated[int, Meta(ge=1, le=MAX_WIDTH)]
 Input = str | list[str | TokenId | tuple[TokenId, ...]]
 """msgspec admits one array type in a union, so `router/decode.py` checks that a request holds one kind only."""
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from litestar import Litestar
 
-from engines.errors import InvalidRequest, InvalidTokenId, InvalidValue
+from engines.errors import DimensionsNotSupported, InvalidRequest, InvalidTokenId, InvalidValue
 from router import decode
 from router.decode import decode_body, embed_call
 from router.errors import InvalidJson, TooManyInputs
@@ -132,9 +132,10 @@ def _around(limit: int) -> tuple[int, int]:
     ],
 )
 def test_no_field_is_longer_than_what_it_names(wanted: type[Any], body: dict[str, Any], param: str) -> None:
-    with pytest.raises(InvalidValue) as found:
+    with pytest.raises((InvalidValue, DimensionsNotSupported)) as found:
         decode_body(json.dumps(body).encode(), wanted)
     assert found.value.param == param
+    assert isinstance(found.value, DimensionsNotSupported) == (param == "dimensions")
 
 
 @pytest.mark.parametrize(
@@ -162,6 +163,25 @@ def test_what_a_client_quotes_is_not_taken_for_a_place() -> None:
     with pytest.raises(InvalidValue) as found:
         decode_body(b'{"input": "a", "truncate": "x - at `$.model`"}', EmbeddingRequest)
     assert found.value.param == "truncate"
+
+
+@pytest.mark.parametrize("body", [{"input": "a"}, {"input": 5}], ids=["taken", "refused"])
+async def test_a_body_is_gone_when_it_is_decoded(app: Litestar, monkeypatch: pytest.MonkeyPatch, body: object) -> None:
+    """Requests hold themselves in circles, so what a request keeps stays until the garbage collector comes by."""
+    requests: list[decode.StrictRequest] = []
+    taken = decode.StrictRequest.body
+
+    async def spy(self: decode.StrictRequest) -> bytes:
+        requests.append(self)
+        return await taken(self)
+
+    monkeypatch.setattr(decode.StrictRequest, "body", spy)
+    async with serving(app) as url, httpx.AsyncClient(base_url=url) as client:
+        await client.post("/v1/embeddings", json=body)
+
+    assert requests
+    assert [each._body for each in requests] == [each._connection_state.body for each in requests]
+    assert {each._body for each in requests} == {b""}
 
 
 async def test_the_loop_only_decodes_what_is_small(app: Litestar, monkeypatch: pytest.MonkeyPatch) -> None:
