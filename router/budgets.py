@@ -1,12 +1,13 @@
-"""Requests and tokens that one caller may have in a window: requests are taken before the work, tokens after it.
+"""Requests and tokens that one caller may have in a window.
 
-Tokens are known only when the work is done, so a request may take more than is left. What is too much is paid for
-in time: the caller is refused until its average is back at the limit.
+How many tokens a request takes is known when its work is done, so an estimate is reserved before, and exchanged for
+what was used. What an estimate fell short of is a debt: it counts like any use, but for one window longer, and is one
+window's tokens at most. All of it is kept in the storage: it outlives a restart, and several servers count together.
 """
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
-from router.limit_store import Bucket, LimitStore, Room
+from router.limit_store import Bucket, Counter, LimitStore, Room
 
 _MAX_UNITS = 8192
 """Storages of the `limits` package keep one entry for every unit of a cost. Large token budgets are counted in units
@@ -48,14 +49,20 @@ class RequestBudget:
         return is_taken, Balance(limit.amount, room.left, room.grows_in_s)
 
 
-class Account(Struct):
-    """What this process alone remembers of a caller's tokens, beside the storage.
+class Reservation(Struct, frozen=True):
+    """Tokens set aside for one running request. It lapses by itself after one to two windows, should its server die.
 
-    `loose_tokens`: used, and not yet a whole unit. `pays_until`: when the average is back at the limit.
+    `slice`: the window's number, in whose counter it stands.
     """
 
-    loose_tokens: int = 0
-    pays_until: float = 0.0
+    name: str
+    limit: Limit
+    tokens: int
+    slice: int
+
+    @property
+    def counter(self) -> Counter:
+        return _counter(self.name, self.limit, self.slice)
 
 
 class TokenBudget:
@@ -63,19 +70,54 @@ class TokenBudget:
 
     def __init__(self, store: LimitStore) -> None:
         self._store = store
-        self._accounts: dict[str, Account] = {}
+        self._loose: dict[str, int] = {}
+        """Tokens by caller that were used and are not yet a whole unit; the one thing that this process alone knows."""
 
     def __len__(self) -> int:
-        return len(self._accounts)
+        return len(self._loose)
 
     async def look(self, name: str, limit: Limit) -> Balance:
-        """What is left. Whoever has nothing left has again something after `resets_in_s`.
+        """What is left, requests that still run left aside. Who has nothing left has something after `resets_in_s`.
 
         Raises:
             StoreDown.
         """
-        bucket, unit = _in_units(name, limit)
-        return self._balance(name, limit, unit, await self._store.room(bucket))
+        account = _Account(name, limit)
+        used, owed = await self._store.rooms(account.used, account.owed)
+        return account.balance(used, owed, self._loose.get(name, 0))
+
+    async def reserve(self, name: str, limit: Limit, tokens: int) -> tuple[Reservation | None, Balance]:
+        """Set tokens aside, if there are so many; and what is left for this request and later ones.
+
+        Reserved first and checked then: of requests side by side each sees those before it, on whichever server.
+
+        Raises:
+            StoreDown.
+        """
+        number = int(self._store.clock() // limit.window_s)
+        reservation = Reservation(name, limit, tokens, number)
+        others = await self._store.add(reservation.counter, tokens) - tokens
+        is_kept = False
+        try:
+            others += max(0, await self._store.count(_counter(name, limit, number - 1)))
+            balance = await self.look(name, limit)
+            balance = structs.replace(balance, left=max(0, balance.left - max(0, others)))
+            loose = self._loose.get(name, 0)  # left aside, or a request of all that a window admits would never fit
+            is_kept = bool(balance.left) and tokens <= balance.left + loose
+        finally:
+            if not is_kept:
+                await self.release(reservation)
+        return reservation if is_kept else None, balance
+
+    async def release(self, reservation: Reservation) -> int:
+        """Give back what was set aside; the tokens that other requests of its window have set aside.
+
+        Raises:
+            StoreDown: it will lapse.
+        """
+        if self._store.clock() >= (reservation.slice + 2) * reservation.limit.window_s:
+            return 0  # its counter is gone, and would come back below 0
+        return max(0, await self._store.add(reservation.counter, -reservation.tokens))
 
     async def charge(self, name: str, limit: Limit, tokens: int) -> Balance:
         """Take tokens that were used, also more than are left; and what is left then.
@@ -83,44 +125,69 @@ class TokenBudget:
         Raises:
             StoreDown: nothing was taken.
         """
-        bucket, unit = _in_units(name, limit)
-        account = self._account(name)
-        units, account.loose_tokens = divmod(account.loose_tokens + tokens, unit)
-        room, excess = await self._take(bucket, units)
-        if excess:
-            begin = max(account.pays_until, self._store.clock() + room.grows_in_s)
-            account.pays_until = begin + excess / bucket.amount * limit.window_s
-        return self._balance(name, limit, unit, room)
+        account = _Account(name, limit)
+        units, loose = divmod(self._loose.pop(name, 0) + tokens, account.unit)
+        self._note_loose(name, loose)
+        if units and not await self._store.hit(account.used, units):
+            excess = await self._take(account.used, units)
+            await self._take(account.owed, excess)  # what does not fit is forgiven
+        return account.balance(*await self._store.rooms(account.used, account.owed), loose)
 
-    async def _take(self, bucket: Bucket, units: int) -> tuple[Room, int]:
-        """Take what there is of so many units; what is left in the bucket then, and how many could not be taken."""
-        room = await self._store.room(bucket)
+    async def settle(self, reservation: Reservation, tokens: int) -> Balance:
+        """Exchange a reservation for what was used; taken before it is given back, so that nobody slips between.
+
+        Raises:
+            StoreDown.
+        """
+        balance = await self.charge(reservation.name, reservation.limit, tokens)
+        others = await self.release(reservation)
+        return structs.replace(balance, left=max(0, balance.left - others))
+
+    async def _take(self, bucket: Bucket, units: int) -> int:
+        """Take what there is of so many units; how many could not be taken."""
         for _ in range(_MAX_TRIES):  # another server may be faster between a look and a hit
-            taken = min(units, room.left)
+            taken = min(units, (await self._store.room(bucket)).left)
             if not taken or await self._store.hit(bucket, taken):
-                grows_in_s = room.grows_in_s if room.left < bucket.amount else float(bucket.window_s)
-                return Room(room.left - taken, grows_in_s), units - taken
-            room = await self._store.room(bucket)
-        return room, units
+                return units - taken
+        return units
 
-    def _balance(self, name: str, limit: Limit, unit: int, room: Room) -> Balance:
-        account = self._accounts.get(name, Account())
-        debt_s = account.pays_until - self._store.clock()
-        if debt_s > 0.0:
-            return Balance(limit.amount, 0, max(debt_s, 0.0 if room.left else room.grows_in_s))
-        if not room.left:
-            return Balance(limit.amount, 0, room.grows_in_s)
-        used = (limit.amount // unit - room.left) * unit + account.loose_tokens
-        return Balance(limit.amount, limit.amount - used, room.grows_in_s)
-
-    def _account(self, name: str) -> Account:
-        if len(self._accounts) >= _MAX_ACCOUNTS:  # addresses come and go
-            now = self._store.clock()
-            self._accounts = {name: account for name, account in self._accounts.items() if account.pays_until > now}
-        return self._accounts.setdefault(name, Account())
+    def _note_loose(self, name: str, tokens: int) -> None:
+        if tokens:
+            self._loose[name] = tokens
+        if len(self._loose) > _MAX_ACCOUNTS:  # addresses come and go; one of them is forgiven less than a unit
+            del self._loose[next(iter(self._loose))]
 
 
-def _in_units(name: str, limit: Limit) -> tuple[Bucket, int]:
-    """The bucket, and how many tokens are one of its units. Rounded down: never more than the limit."""
-    unit = -(-limit.amount // _MAX_UNITS)
-    return Bucket(f"tokens/{name}/{unit}", limit.amount // unit, limit.window_s), unit
+class _Account:
+    """The two buckets of a caller. Both count in units of several tokens where a limit is large.
+
+    Attributes:
+        used: what was used within one window.
+        owed: what was used beyond the limit, within two: it counts in the window in which it was used, which is full
+            anyway, and in the next.
+    """
+
+    def __init__(self, name: str, limit: Limit) -> None:
+        self._limit = limit
+        self.unit = -(-limit.amount // _MAX_UNITS)
+        self._units = limit.amount // self.unit  # rounded down: never more than the limit
+        self.used = Bucket(f"tokens/{name}/{self.unit}", self._units, limit.window_s)
+        self.owed = Bucket(f"debt/{name}/{self.unit}", self._units, 2 * limit.window_s)
+
+    def balance(self, used: Room, owed: Room, loose_tokens: int) -> Balance:
+        """What the rooms of both leave. Three cases: 1. the debt alone fills a window. 2. something was used in this
+        one. 3. there is a debt, or nothing.
+        """
+        amount = self._limit.amount
+        if not owed.left:
+            return Balance(amount, 0, owed.grows_in_s)  # (1)
+        resets_in_s = used.grows_in_s if used.left < self._units else owed.grows_in_s  # (2), (3)
+        taken = 2 * self._units - used.left - owed.left
+        if taken >= self._units:
+            return Balance(amount, 0, resets_in_s)
+        return Balance(amount, max(0, amount - taken * self.unit - loose_tokens), resets_in_s)
+
+
+def _counter(name: str, limit: Limit, number: int) -> Counter:
+    """Of what is reserved in the window of that number; it lives until the end of the next."""
+    return Counter(f"reserved/{name}/{limit.window_s}/{number}", 2 * limit.window_s + 1)

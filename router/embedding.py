@@ -1,5 +1,6 @@
 """From what a client wants to the engines' answer: the one path that OpenAI's route and every skin share."""
 
+import asyncio
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,12 +10,13 @@ import structlog
 from litestar import Request
 from msgspec import Struct, structs
 
-from engines.errors import InvalidRequest
-from engines.records import Embeddings
-from engines.spec import Calibration
+from engines.errors import EngineFailed, InvalidRequest, NonFiniteEmbedding
+from engines.records import EmbedCall, Embeddings, ModelStatus
+from engines.spec import Calibration, ModelSpec
 from router.access import resolve
 from router.decode import embed_call
-from router.limits import ticket_of
+from router.errors import ClientLeft
+from router.limits import estimate_tokens, ticket_of
 from router.middleware import while_client_stays
 from router.quantize import check_ranges
 from router.schema import EmbeddingRequest
@@ -23,6 +25,9 @@ from router.visit import visit_of
 from router.yard import Yard
 
 log = structlog.get_logger()
+
+_SHORT = 256
+"""Characters, or ids, of inputs that every model reads whole: what a model reads need not be looked up for them."""
 
 
 class Answer(Struct, frozen=True):
@@ -60,13 +65,61 @@ async def embed(request: Request[Any, Any, Any], yard: Yard, wanted: EmbeddingRe
         texts = await decode_token_ids(spec.token_encoding, call.token_ids)
         call = structs.replace(call, texts=texts, token_ids=())
     began_s = time.perf_counter()
-    async with while_client_stays(request):
-        embeddings = await yard.backend.embed(call)
+    run = _run_counted if ticket_of(request).counts_tokens else _run
+    embeddings = await run(request, yard, spec, call)
     visit_of(request).embedded(embeddings, began_s)
-    await ticket_of(request).charge(sum(embeddings.token_counts))
     if embeddings.truncated:
         log.warning("inputs.truncated", inputs=call.num_items, truncated=len(embeddings.truncated))
     return Answer(spec.model_id, embeddings, spec.calibration)
+
+
+async def _run(request: Request[Any, Any, Any], yard: Yard, spec: ModelSpec, call: EmbedCall) -> Embeddings:
+    async with while_client_stays(request):
+        return await yard.backend.embed(call)
+
+
+async def _run_counted(request: Request[Any, Any, Any], yard: Yard, spec: ModelSpec, call: EmbedCall) -> Embeddings:
+    """The same where the caller's tokens are limited. Four cases:
+
+    1. answered: the tokens that the model read are charged, whatever becomes of the answer.
+    2. the client left: as many as were reserved, because nobody tells how far its work had come; none as long as the
+       model was not in memory.
+    3. the forward pass failed: as many as were reserved, or a text that makes it fail would compute for nothing.
+    4. refused, or failed before it ran: none.
+    """
+    ticket = ticket_of(request)
+    longest = _longest(yard, spec, call)
+    await ticket.reserve(estimate_tokens(call, longest), is_certain=longest is not None)
+    used = 0
+    try:
+        embeddings = await _run(request, yard, spec, call)
+        used = sum(embeddings.token_counts)  # (1)
+        return embeddings
+    except (ClientLeft, asyncio.CancelledError):
+        used = ticket.reserved_tokens if _is_ready(yard, spec.model_id) else 0  # (2)
+        raise
+    except (EngineFailed, NonFiniteEmbedding):
+        used = ticket.reserved_tokens  # (3)
+        raise
+    finally:
+        await ticket.settle(used)
+
+
+def _longest(yard: Yard, spec: ModelSpec, call: EmbedCall) -> int | None:
+    """Tokens that the model reads of one input; None where an input is long and the model has never been in memory."""
+    if spec.max_tokens is not None:
+        return spec.max_tokens
+    if max(map(len, call.texts or call.token_ids)) <= _SHORT:
+        return _SHORT
+    return next((status.info.max_tokens for status in _statuses(yard, spec.model_id) if status.info is not None), None)
+
+
+def _is_ready(yard: Yard, model_id: str) -> bool:
+    return any(status.state == "ready" for status in _statuses(yard, model_id))
+
+
+def _statuses(yard: Yard, model_id: str) -> Iterator[ModelStatus]:
+    return (status for host in yard.backend.snapshots() for status in host.models if status.model_id == model_id)
 
 
 @contextmanager

@@ -56,6 +56,10 @@ class RateLimitExceeded(engine.Busy):
     """The caller has used up its requests or tokens of this window."""
 
 
+class RequestExceedsLimit(engine.EngineError):
+    """One request has more tokens than a whole window admits; no waiting helps."""
+
+
 class TooManyRequests(engine.Busy):
     """The caller, or the whole server, has as many requests running as it may have."""
 
@@ -100,6 +104,7 @@ TABLE: dict[type[Exception], Row] = {
     engine.HostNotFound: _invalid("not_found", 404),
     ModelNotAllowed: Row(403, "permission_error", "model_not_allowed"),
     RateLimitExceeded: Row(429, "rate_limit_error", "rate_limit_exceeded"),
+    RequestExceedsLimit: Row(429, "rate_limit_error", "rate_limit_exceeded", should_retry=False),
     TooManyRequests: Row(429, "rate_limit_error", "too_many_requests"),
     engine.QueueFull: Row(429, "rate_limit_error", "queue_full"),
     engine.ModelLoading: _server(503, "model_loading"),

@@ -7,6 +7,8 @@ import asyncio
 import re
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from functools import lru_cache
 from typing import Any, NoReturn, TypeVar
 
 import structlog
@@ -24,8 +26,9 @@ log = structlog.get_logger()
 
 T = TypeVar("T")
 
-DEADLINE_S = 2.0
-"""Longer than any healthy storage takes, also when this server is busy; shorter than clients wait."""
+DEADLINE_S = 1.0
+"""Longer than any healthy storage takes, also when this server is busy; shorter than clients wait. Whoever meets an
+outage first waits so long, once: afterwards every call fails at once until a probe has been answered."""
 PROBE_EVERY_S = 1.0
 _MAX_CONNECTIONS = 16
 """A call takes a fraction of a millisecond: a herd of requests had better wait its turn than open a herd of these."""
@@ -45,11 +48,21 @@ class Bucket(Struct, frozen=True):
     window_s: int
 
 
+class Counter(Struct, frozen=True):
+    """A number that goes up and down, and is forgotten so many seconds after it was 0."""
+
+    name: str
+    expires_in_s: int
+
+
 class Room(Struct, frozen=True):
     """What a bucket has left, and in how many seconds its oldest hit will have left it; 0 when it is untouched."""
 
     left: int
     grows_in_s: float
+
+
+_PROBE = Bucket("probe", 1, 1)
 
 
 class _Item(RateLimitItemPerSecond):
@@ -60,9 +73,9 @@ class _Item(RateLimitItemPerSecond):
 
 
 class LimitStore:
-    """Moving windows in a storage of the `limits` package.
+    """Moving windows and counters in a storage of the `limits` package.
 
-    While the storage is down, one call a second tries it; the others fail at once.
+    While the storage is down, a task of its own probes it once a second; calls fail at once.
 
     Attributes:
         clock: seconds, as the storage counts them.
@@ -70,11 +83,14 @@ class LimitStore:
         is_down: whether it is down now.
     """
 
-    def __init__(self, storage: Storage, clock: Callable[[], float]) -> None:
+    def __init__(self, storage: Storage, clock: Callable[[], float], *, is_own_memory: bool = False) -> None:
+        """`is_own_memory`: the storage needs no deadline, which takes as long as all else that is done here."""
         self._storage = storage
+        self._is_own_memory = is_own_memory
         self._limiter = MovingWindowRateLimiter(storage)
         self.clock = clock
-        self._probe_at = 0.0
+        self._probe: asyncio.Task[None] | None = None
+        self._is_closed = False
         self.num_outages = 0
         self.is_down = False
 
@@ -92,43 +108,95 @@ class LimitStore:
         Raises:
             StoreDown.
         """
-        stats = await self._ask(lambda: self._limiter.get_window_stats(_item(bucket), bucket.name))
-        if stats.remaining >= bucket.amount:
-            return Room(bucket.amount, 0.0)
-        return Room(max(0, stats.remaining), min(max(0.0, stats.reset_time - self.clock()), float(bucket.window_s)))
+        return await self._ask(lambda: self._room(bucket))
+
+    async def rooms(self, first: Bucket, second: Bucket) -> tuple[Room, Room]:
+        """The same of two, within one deadline.
+
+        Raises:
+            StoreDown.
+        """
+
+        async def ask() -> tuple[Room, Room]:
+            return await self._room(first), await self._room(second)
+
+        return await self._ask(ask)
+
+    async def add(self, counter: Counter, amount: int) -> int:
+        """Add to a counter, or take from it where `amount` is negative; what it is then.
+
+        Raises:
+            StoreDown.
+        """
+        return await self._ask(lambda: self._storage.incr(_key(counter), counter.expires_in_s, amount))
+
+    async def count(self, counter: Counter) -> int:
+        """What a counter is.
+
+        Raises:
+            StoreDown.
+        """
+        return await self._ask(lambda: self._storage.get(_key(counter)))
 
     async def aclose(self) -> None:
-        """Hang up; the package itself has no word for it."""
+        """Stop probing and hang up; for the latter the package itself has no word."""
+        self._is_closed = True
+        if self._probe is not None:
+            self._probe.cancel()
+            await asyncio.wait([self._probe])
         bridge = getattr(self._storage, "bridge", None)
         if bridge is not None:
             await bridge.get_connection().aclose(close_connection_pool=True)
 
+    async def _room(self, bucket: Bucket) -> Room:
+        stats = await self._limiter.get_window_stats(_item(bucket), bucket.name)
+        if stats.remaining >= bucket.amount:
+            return Room(bucket.amount, 0.0)
+        return Room(max(0, stats.remaining), min(max(0.0, stats.reset_time - self.clock()), float(bucket.window_s)))
+
     async def _ask(self, ask: Callable[[], Awaitable[T]]) -> T:
-        now = time.monotonic()
-        if self.is_down and now < self._probe_at:
+        if self._is_own_memory:
+            return await ask()
+        if self.is_down:
             raise StoreDown
-        self._probe_at = now + PROBE_EVERY_S
         try:
             async with asyncio.timeout(DEADLINE_S):
-                answer = await ask()
+                return await ask()
         except Exception as error:  # noqa: BLE001 - each storage has errors of its own, and none may fail a request
             self._note_failure(error)
             raise StoreDown from None
-        if self.is_down:
-            self.is_down = False
-            log.warning("limits.storage_up")
-        return answer
 
     def _note_failure(self, error: Exception) -> None:
         """Once an outage. The error's text stays out of the log: it may hold the address, and with it a password."""
-        if not self.is_down:
-            self.is_down = True
-            self.num_outages += 1
-            log.error("limits.storage_down", reason=type(error).__name__)
+        if self.is_down or self._is_closed:
+            return
+        self.is_down = True
+        self.num_outages += 1
+        log.error("limits.storage_down", reason=type(error).__name__)
+        self._probe = asyncio.create_task(self._probe_until_up())
+
+    async def _probe_until_up(self) -> None:
+        """Write as requests do: a Redis that is full, or a replica, answers a ping and refuses every hit."""
+        while self.is_down:
+            await asyncio.sleep(PROBE_EVERY_S)
+            with suppress(Exception):
+                async with asyncio.timeout(DEADLINE_S):
+                    await self._limiter.hit(_item(_PROBE), _PROBE.name)
+                self.is_down = False
+        log.warning("limits.storage_up")
+
+
+def _key(counter: Counter) -> str:
+    return f"{_NAMESPACE}/{counter.name}"
 
 
 def _item(bucket: Bucket) -> RateLimitItem:
-    return _Item(bucket.amount, bucket.window_s, namespace=_NAMESPACE)
+    return _item_of(bucket.amount, bucket.window_s)
+
+
+@lru_cache(maxsize=1024)
+def _item_of(amount: int, window_s: int) -> RateLimitItem:
+    return _Item(amount, window_s, namespace=_NAMESPACE)
 
 
 def open_store(settings: Settings, clock: Callable[[], float] | None = None) -> LimitStore:
@@ -140,7 +208,7 @@ def open_store(settings: Settings, clock: Callable[[], float] | None = None) -> 
     uri = settings.rate_limit_storage
     if uri.startswith("async+memory:"):
         clock = clock or time.monotonic
-        return LimitStore(MovingWindows(clock), clock)
+        return LimitStore(MovingWindows(clock), clock, is_own_memory=True)
     try:
         storage = storage_from_string(uri, **_options(uri))
         if not isinstance(storage, Storage):

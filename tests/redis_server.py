@@ -1,6 +1,7 @@
 """A real Redis on a free port of this machine, for as long as a test needs it; it can be killed and started again."""
 
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -34,6 +35,11 @@ class RedisServer:
         while not self._answers():
             assert self._process.poll() is None
             time.sleep(0.01)
+
+    def pause(self) -> None:
+        """It takes connections and answers nothing, as a host whose disk hangs."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
 
     def stop(self) -> None:
         if self._process is not None:

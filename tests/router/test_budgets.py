@@ -1,10 +1,11 @@
-"""Requests before the work, tokens after it: what callers get in every window, and on the average."""
+"""Requests and tokens: what callers get in every window, side by side, and on the average."""
 
+import asyncio
 import random
 
 import pytest
 
-from router.budgets import Balance, Limit, RequestBudget, TokenBudget
+from router.budgets import Balance, Limit, RequestBudget, Reservation, TokenBudget
 from router.limit_store import LimitStore
 from router.moving_window import MovingWindows
 from tests.router.test_moving_window import FakeClock
@@ -85,17 +86,108 @@ async def test_tokens_are_known_after_the_work_and_close_the_door(tokens: TokenB
     assert again.left == 60
 
 
-async def test_what_is_too_much_is_paid_for_in_time(tokens: TokenBudget, clock: FakeClock) -> None:
+async def test_what_is_too_much_is_paid_for_in_the_next_window(tokens: TokenBudget, clock: FakeClock) -> None:
     limit = Limit(100, WINDOW_S)
-    charged = await tokens.charge("key:web", limit, 350)
+    charged = await tokens.charge("key:web", limit, 150)
+    clock.now += WINDOW_S + 1
+    half = await tokens.look("key:web", limit)
+    clock.now += half.resets_in_s + 0.001
+    again = await tokens.look("key:web", limit)
+
+    assert charged == Balance(100, 0, 60.0)
+    assert half == Balance(100, 50, 59.0)
+    assert again == Balance(100, 100, 0.0)
+
+
+async def test_a_debt_is_one_window_at_most(tokens: TokenBudget, clock: FakeClock) -> None:
+    limit = Limit(100, WINDOW_S)
+    charged = await tokens.charge("key:web", limit, 100_000)
     clock.now += WINDOW_S + 1
     still = await tokens.look("key:web", limit)
     clock.now += still.resets_in_s + 0.001
     again = await tokens.look("key:web", limit)
 
-    assert charged == Balance(100, 0, 3.5 * WINDOW_S)
-    assert still == Balance(100, 0, 2.5 * WINDOW_S - 1)
+    assert charged == Balance(100, 0, 120.0)
+    assert still == Balance(100, 0, 59.0)
     assert again == Balance(100, 100, 0.0)
+
+
+async def test_a_debt_outlives_the_server_and_counts_for_all_of_them(store: LimitStore) -> None:
+    limit = Limit(100, WINDOW_S)
+    await TokenBudget(store).charge("key:web", limit, 170)
+
+    assert await TokenBudget(store).charge("key:web", limit, 10) == Balance(100, 0, 60.0)
+    assert (await TokenBudget(store).look("key:other", limit)).left == 100
+
+
+async def test_requests_at_once_get_what_is_there_and_not_more(store: LimitStore) -> None:
+    one, two, limit = TokenBudget(store), TokenBudget(store), Limit(100, WINDOW_S)
+    asked = await asyncio.gather(*(server.reserve("key:web", limit, 30) for server in (one, two) * 6))
+    reserved = [reservation for reservation, _ in asked if reservation]
+    refused = await two.reserve("key:web", limit, 30)
+    settled = [await two.settle(reservation, 10) for reservation in reserved]
+
+    assert len(reserved) == 3
+    assert refused == (None, Balance(100, 10, 0.0))
+    assert [balance.left for balance in settled] == [30, 50, 70]
+
+
+async def test_what_was_reserved_for_nothing_is_there_again(tokens: TokenBudget) -> None:
+    limit = Limit(100, WINDOW_S)
+    reservation, balance = await tokens.reserve("key:web", limit, 100)
+    assert reservation is not None
+    await tokens.release(reservation)
+
+    assert balance == Balance(100, 100, 0.0)
+    assert (await tokens.reserve("key:web", limit, 100))[0] is not None
+
+
+@pytest.mark.parametrize("amount", [100, 1_000_000])
+async def test_a_request_of_a_whole_window_finds_room_in_an_empty_one(
+    tokens: TokenBudget, clock: FakeClock, amount: int
+) -> None:
+    limit = Limit(amount, WINDOW_S)
+    await tokens.charge("key:web", limit, 1)
+    clock.now += WINDOW_S + 1
+
+    assert (await tokens.reserve("key:web", limit, amount))[0] is not None
+
+
+async def test_a_reservation_lapses_when_its_server_died(tokens: TokenBudget, clock: FakeClock) -> None:
+    limit = Limit(100, WINDOW_S)
+    lost, _ = await tokens.reserve("key:web", limit, 100)
+    assert lost is not None
+    clock.now += WINDOW_S
+    held = await tokens.reserve("key:web", limit, 1)
+    clock.now += WINDOW_S
+    lapsed, _ = await tokens.reserve("key:web", limit, 60)
+    await tokens.release(lost)
+
+    assert held[0] is None
+    assert lapsed is not None
+    assert (await tokens.reserve("key:web", limit, 41))[0] is None, "what came back too late would count twice"
+
+
+async def test_whatever_is_reserved_and_settled_no_window_holds_more(store: LimitStore, clock: FakeClock) -> None:
+    """Three servers, requests of any length, and estimates that are never too low."""
+    servers, limit, rng = [TokenBudget(store) for _ in range(3)], Limit(1000, WINDOW_S), random.Random(3)
+    running: list[tuple[float, Reservation]] = []
+    charged: list[tuple[float, int]] = []
+    for _ in range(4000):
+        clock.now += rng.random()
+        server = rng.choice(servers)
+        reservation, _ = await server.reserve("key:web", limit, rng.randint(1, 300))
+        if reservation is not None:
+            running.append((clock.now + rng.choice((0.1, 2.0, 20.0)), reservation))
+        for ends_at, ending in [one for one in running if one[0] <= clock.now]:
+            running.remove((ends_at, ending))
+            used = rng.choice((0, ending.tokens // 2, ending.tokens))
+            await server.settle(ending, used)
+            charged.append((clock.now, used))
+        recent = sum(used for at, used in charged if at >= clock.now - WINDOW_S)
+        assert recent + sum(one.tokens for _, one in running) <= limit.amount
+
+    assert sum(used for _, used in charged) > 0.4 * limit.amount * (clock.now - 1000.0) / WINDOW_S
 
 
 @pytest.mark.parametrize("amount", [100, 8192, 8193, 1_000_000, 60_000_000])
@@ -132,17 +224,22 @@ async def test_32_keys_get_their_tokens_on_the_average(tokens: TokenBudget, cloc
         assert 0.99 * windows <= used[name] / limit.amount <= windows + 1
 
 
-async def test_requests_side_by_side_cannot_multiply_a_budget(tokens: TokenBudget, clock: FakeClock) -> None:
+@pytest.mark.parametrize(("estimate", "windows_worth"), [(100, 1.0), (25, 2.0)])
+async def test_requests_side_by_side_cannot_multiply_a_budget(
+    tokens: TokenBudget, clock: FakeClock, estimate: int, windows_worth: float
+) -> None:
+    """Where estimates are a quarter of what is used, the debt of one window is what it costs."""
     limit, used = Limit(1000, WINDOW_S), 0
     began = clock.now
     while clock.now < began + 100 * WINDOW_S:
-        inside = 50 if (await tokens.look("key:web", limit)).left else 0
-        for _ in range(inside):
-            await tokens.charge("key:web", limit, 100)
-            used += 100
+        asked = [await tokens.reserve("key:web", limit, estimate) for _ in range(50)]
+        for reservation, _ in asked:
+            if reservation is not None:
+                await tokens.settle(reservation, 100)
+                used += 100
         clock.now += 1
 
-    assert used <= 1000 * 100 + 50 * 100
+    assert used <= 1000 * 100 * windows_worth + 50 * 100
 
 
 async def test_addresses_that_come_and_go_leave_nothing(store: LimitStore, clock: FakeClock) -> None:

@@ -8,13 +8,19 @@ import pytest
 from structlog.testing import capture_logs
 
 from router import limit_store
-from router.limit_store import Bucket, LimitStore, Room, StoreDown, open_store
+from router.budgets import Limit, TokenBudget
+from router.limit_store import Bucket, Counter, LimitStore, Room, StoreDown, open_store
 from router.moving_window import MovingWindows
 from router.settings import Settings, SettingsError
 from tests.redis_server import RedisServer, needs_redis
 from tests.router.test_moving_window import FakeClock
 
 TEN = Bucket("requests/key:web", 10, 60)
+
+
+async def until_up(store: LimitStore) -> None:
+    while store.is_down:  # noqa: ASYNC110  # the store has no event to wait for
+        await asyncio.sleep(0)
 
 
 class FaultyWindows(MovingWindows):
@@ -86,6 +92,7 @@ async def test_an_outage_is_logged_once_and_so_is_its_end(
                 await store.hit(TEN)
         down = store.is_down
         faulty.fault = None
+        await until_up(store)
         await store.hit(TEN)
         await store.hit(TEN)
         faulty.fault = RuntimeError("again")
@@ -111,15 +118,52 @@ async def test_while_it_is_down_few_calls_try_the_storage(store: LimitStore, fau
     assert faulty.calls <= 2
 
 
-async def test_a_storage_that_hangs_is_down(
+async def test_a_storage_that_hangs_is_down_and_keeps_nobody_else_waiting(
     store: LimitStore, faulty: FaultyWindows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(limit_store, "DEADLINE_S", 0.01)
+    monkeypatch.setattr(limit_store, "PROBE_EVERY_S", 0.0)
     faulty.hangs = True
     with pytest.raises(StoreDown):
         await store.hit(TEN)
+    monkeypatch.setattr(limit_store, "DEADLINE_S", 1000.0)
+    while faulty.calls < 2:  # noqa: ASYNC110  # until a probe hangs too, for longer than this test may take
+        await asyncio.sleep(0)
+    for _ in range(20):
+        with pytest.raises(StoreDown):
+            await store.hit(TEN)
 
     assert store.is_down
+    assert faulty.calls == 2
+    await store.aclose()
+
+
+async def test_closing_ends_the_probes(
+    store: LimitStore, faulty: FaultyWindows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limit_store, "PROBE_EVERY_S", 0.0)
+    faulty.fault = ConnectionError()
+    before = asyncio.all_tasks()
+    with pytest.raises(StoreDown):
+        await store.hit(TEN)
+    during = asyncio.all_tasks() - before
+    await store.aclose()
+
+    assert len(during) == 1
+    assert asyncio.all_tasks() == before
+
+
+async def test_a_storage_that_comes_back_is_found_without_any_request(
+    store: LimitStore, faulty: FaultyWindows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limit_store, "PROBE_EVERY_S", 0.0)
+    faulty.fault = ConnectionError()
+    with pytest.raises(StoreDown):
+        await store.hit(TEN)
+    faulty.fault = None
+    await until_up(store)
+
+    assert await store.hit(TEN)
 
 
 @pytest.mark.parametrize(
@@ -190,6 +234,31 @@ async def test_redis_counts_like_memory(shared: list[LimitStore]) -> None:
 
 
 @needs_redis
+async def test_redis_counts_up_and_down_like_memory(shared: list[LimitStore]) -> None:
+    counter = Counter("reserved/key:web", 1)
+    changed = [await shared[0].add(counter, 5), await shared[1].add(counter, 7), await shared[2].add(counter, -10)]
+    found = await shared[0].count(counter), await shared[1].count(Counter("reserved/nobody", 1))
+    await asyncio.sleep(1.1)
+
+    assert (changed, found) == ([5, 12, 2], (2, 0))
+    assert await shared[2].count(counter) == 0
+
+
+@needs_redis
+async def test_servers_share_reservations_and_debts_through_redis(shared: list[LimitStore]) -> None:
+    limit, servers = Limit(100, 60), [TokenBudget(store) for store in shared]
+    asked = await asyncio.gather(*(server.reserve("key:web", limit, 20) for server in servers * 4))
+    reserved = [reservation for reservation, _ in asked if reservation is not None]
+    for reservation in reserved:
+        await servers[0].settle(reservation, 30)
+    restarted = await TokenBudget(shared[2]).look("key:web", limit)
+    debt = await shared[1].room(Bucket("debt/key:web/1", 100, 120))
+
+    assert len(reserved) == 5
+    assert (restarted.left, debt.left) == (0, 50)
+
+
+@needs_redis
 async def test_redis_may_go_and_come_back(
     shared: list[LimitStore], redis: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,6 +271,7 @@ async def test_redis_may_go_and_come_back(
             with pytest.raises(StoreDown):
                 await store.hit(TEN)
         await asyncio.to_thread(redis.start)
+        await until_up(store)
         after = await asyncio.gather(*(store.hit(TEN) for _ in range(20)))
 
     assert all(before)

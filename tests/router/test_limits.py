@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -15,12 +16,23 @@ import openai
 import pytest
 from structlog.testing import capture_logs
 
-from engines.errors import InvalidValue
+from engines.errors import (
+    EngineFailed,
+    InvalidValue,
+    ModelLoading,
+    NonFiniteEmbedding,
+    OutOfMemory,
+    QueueFull,
+    ShuttingDown,
+)
+from engines.records import EmbedCall
+from router import limit_store
 from router.app import create_app
 from router.budgets import Limit
 from router.callers import Caller, caller_of
 from router.keys import ANONYMOUS, Key
-from router.limits import RATE_HEADERS, Limiter, duration
+from router.limit_store import PROBE_EVERY_S
+from router.limits import RATE_HEADERS, Limiter, duration, estimate_tokens
 from router.settings import Settings
 from tests.redis_server import RedisServer, needs_redis
 from tests.router.conftest import REGISTRY
@@ -130,32 +142,157 @@ def test_requests_with_mistakes_count_too(three: Limited) -> None:
     assert told(answers[0], "requests") == ("3", "2", "1m0s")
 
 
-def test_a_budget_of_tokens_may_be_overdrawn_once_and_is_paid_for_in_time(three: Limited) -> None:
+def test_what_an_estimate_fell_short_of_is_paid_for_in_the_next_window(three: Limited) -> None:
     large = three.embed(input="x" * 150)
     refused = three.embed()
-    three.clock.now += 60.5
-    still = three.embed()
-    three.clock.now += int(still.headers["retry-after-ms"]) / 1000
+    three.clock.now += int(refused.headers["retry-after-ms"]) / 1000
     admitted = three.embed()
 
     assert large.status_code == 200
-    assert told(large, "tokens") == ("100", "0", "1m30s")
+    assert told(large, "tokens") == ("100", "0", "1m0s")
     assert refused.status_code == 429
-    assert refused.json()["error"]["message"] == (
-        "This address has used its 100 tokens in 60 s: try again in 1m30.001s"
-    )
-    assert refused.headers["retry-after"] == "91"
-    assert (still.status_code, still.headers["retry-after-ms"]) == (429, "29501")
-    assert told(admitted, "tokens")[:2] == ("100", "99")
+    assert refused.json()["error"]["message"] == ("This address has used its 100 tokens in 60 s: try again in 1m0.001s")
+    assert refused.headers["retry-after"] == "61"
+    assert told(admitted, "tokens")[:2] == ("100", "49")
 
 
-def test_a_failed_request_costs_no_tokens(three: Limited) -> None:
-    three.backend.failures["mini"] = InvalidValue("x")
-    failed = three.embed(input="x" * 50)
+@pytest.mark.parametrize(
+    "failure", [InvalidValue("x"), QueueFull("x"), ModelLoading("x"), ShuttingDown("x"), OutOfMemory("x")]
+)
+def test_a_request_that_fails_before_it_runs_costs_no_tokens(three: Limited, failure: Exception) -> None:
+    three.backend.failures["mini"] = failure
+    failed = three.embed(input="x" * 360)
     three.backend.failures.clear()
 
-    assert failed.status_code == 400
+    assert failed.status_code != 200
+    assert told(failed, "tokens")[:2] == ("100", "100")
     assert told(three.embed(), "tokens")[:2] == ("100", "99")
+
+
+@pytest.mark.parametrize("failure", [EngineFailed("x"), NonFiniteEmbedding("x", index=0)])
+def test_a_forward_pass_that_fails_costs_what_was_reserved(three: Limited, failure: Exception) -> None:
+    three.backend.failures["mini"] = failure
+    failed = three.embed(input=[[1] * 30, [2] * 20])
+    three.backend.failures.clear()
+
+    assert failed.status_code == 500
+    assert told(three.embed(), "tokens")[:2] == ("100", "49")
+
+
+async def test_requests_at_once_cannot_take_more_than_a_window_admits() -> None:
+    backend, clock = ScriptedBackend("mini"), FakeClock()
+    gate = backend.gates["mini"] = asyncio.Event()
+    app = create_app(Settings(rate_limit_tokens=100), REGISTRY, backend, limit_clock=clock)
+    async with serving(app) as url, httpx.AsyncClient(base_url=url, timeout=30) as client:
+        body = {"input": [7] * 30}
+        asked = [asyncio.create_task(client.post(EMBED, json=body)) for _ in range(12)]
+        refused, _ = await asyncio.wait(asked[:], timeout=20, return_when=asyncio.FIRST_COMPLETED)
+        first = next(iter(refused)).result()
+        while sum(one.done() for one in asked) < 9:  # noqa: ASYNC110  # the three that are in wait at the gate
+            await asyncio.sleep(0.002)
+        gate.set()
+        answers = await asyncio.gather(*asked)
+        last = await client.post(EMBED, json={"input": "a"})
+    used = sum(answer.json()["usage"]["total_tokens"] for answer in answers if answer.status_code == 200)
+
+    assert Counter(answer.status_code for answer in answers) == {200: 3, 429: 9}
+    assert used == 90
+    assert first.json()["error"]["message"] == (
+        "This request has about 30 tokens, and this address has 10 left of its 100 in 60 s, running requests counted: "
+        "try again in 1.001s"
+    )
+    assert (first.headers["retry-after"], first.headers["retry-after-ms"]) == ("2", "1001")
+    assert told(first, "tokens")[:2] == ("100", "10")
+    assert told(last, "tokens") == ("100", "9", "1m0s")
+
+
+def test_a_request_larger_than_a_window_is_refused_for_good(three: Limited) -> None:
+    refused = three.embed(input=[7] * 101)
+    with (
+        openai.OpenAI(base_url=f"{three.url}/v1", api_key="any") as patient,
+        pytest.raises(openai.RateLimitError) as caught,
+    ):
+        patient.embeddings.create(model="mini", input="word " * 100)
+
+    assert refused.status_code == 429
+    assert refused.json()["error"] == {
+        "message": "This request has about 101 tokens, and this address may use 100 in 60 s: send fewer or shorter "
+        "inputs a request",
+        "type": "rate_limit_error",
+        "param": None,
+        "code": "rate_limit_exceeded",
+    }
+    assert refused.headers["x-should-retry"] == "false"
+    assert "retry-after" not in refused.headers
+    assert told(refused, "requests")[1] == "2"
+    assert caught.value.response.headers["x-ratelimit-remaining-requests"] == "1", "it did not try again"
+    assert three.backend.calls == []
+
+
+async def test_a_long_text_counts_as_much_as_the_model_reads() -> None:
+    backend = ScriptedBackend("mini")
+    gate = backend.gates["mini"] = asyncio.Event()
+    app = create_app(Settings(rate_limit_tokens=1000), REGISTRY, backend, limit_clock=FakeClock())
+    async with serving(app) as url, httpx.AsyncClient(base_url=url, timeout=30) as client:
+        long = {"input": "word " * 5000}  # the model reads 512 tokens
+        running = asyncio.create_task(client.post(EMBED, json=long))
+        while not backend.calls:  # noqa: ASYNC110  # a scripted backend has no event for it
+            await asyncio.sleep(0.002)
+        second = await client.post(EMBED, json={"input": [7] * 489})
+        gate.set()
+        await running
+
+    assert second.status_code == 429
+    assert "has 488 left of its 1000" in second.json()["error"]["message"]
+
+
+def test_a_model_that_was_never_in_memory_may_take_a_window_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    with limited(Settings(rate_limit_tokens=1000)) as server:
+        monkeypatch.setattr(server.backend, "snapshots", tuple)
+        alone = server.embed(input="word " * 5000)
+        after = server.embed()
+
+    assert (alone.status_code, after.status_code) == (200, 429)
+
+
+def leave_while_running(server: Limited, body: dict[str, object]) -> None:
+    """Send a request, hang up while its model works on it, and wait until the server has noticed."""
+    text = json.dumps({"model": "cold", **body})
+    with open_request(server.url, f"Content-Length: {len(text)}\r\n\r\n{text}"):
+        wait_for(server, 1)
+    while inside(server):
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize(("is_ready", "left"), [(True, 39), (False, 99)])
+def test_a_client_that_leaves_pays_for_what_may_have_run(
+    monkeypatch: pytest.MonkeyPatch, is_ready: bool, left: int
+) -> None:
+    with limited(Settings(rate_limit_tokens=100)) as server:
+        server.backend.gates["cold"] = asyncio.Event()
+        server.backend.models += ("cold",) * is_ready
+        leave_while_running(server, {"input": [7] * 60})
+
+        assert server.backend.cancelled == ["cold"]
+        assert told(server.embed(), "tokens")[:2] == ("100", str(left))
+
+
+@pytest.mark.parametrize(
+    ("call", "longest", "tokens"),
+    [
+        ({"texts": ("a" * 400,)}, None, 102),
+        ({"texts": ("a" * 400, "b")}, 64, 67),
+        ({"texts": ("学" * 400,)}, None, 302),
+        ({"texts": ("é" + "a" * 399,)}, None, 103),
+        ({"texts": ("\ud800" * 8,)}, None, 8),
+        ({"texts": ("a" * 40,) * 3, "prompt": "p" * 400}, None, 336),
+        ({"texts": ("a" * 40,) * 3, "instruction": "p" * 400}, None, 336),
+        ({"token_ids": ((1, 2, 3), (4,))}, None, 4),
+        ({"token_ids": ((1, 2, 3), (4,))}, 2, 3),
+    ],
+)
+def test_tokens_are_estimated_from_bytes(call: dict[str, Any], longest: int | None, tokens: int) -> None:
+    assert estimate_tokens(EmbedCall(model_id="m", **call), longest) == tokens
 
 
 def open_request(url: str, head: str) -> socket.socket:
@@ -377,6 +514,29 @@ def test_a_storage_that_is_down_does_not_matter_to_those_without_limits(tmp_path
     uri = f"async+redis://127.0.0.1:{free_port()}"
     with limited(Settings(keys_file=keys, rate_limit_storage=uri, rate_limit_on_error="closed")) as server:
         assert (server.embed("web").status_code, server.embed("free").status_code) == (429, 200)
+
+
+@needs_redis
+def test_a_redis_that_hangs_keeps_one_request_waiting_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    redis = RedisServer(tmp_path)
+    redis.start()
+    try:
+        settings = Settings(rate_limit_requests=1000, rate_limit_tokens=100_000, rate_limit_storage=redis.uri)
+        with limited(settings) as server:
+            before = server.embed()
+            redis.pause()
+            first = server.embed()
+            monkeypatch.setattr(limit_store, "DEADLINE_S", 1000.0)  # who asks Redis from now on does not come back
+            until_s, statuses = time.monotonic() + 2 * PROBE_EVERY_S, set()
+            while time.monotonic() < until_s:
+                statuses.add(server.embed().status_code)
+    finally:
+        redis.stop()
+
+    assert "x-ratelimit-limit-tokens" in before.headers
+    assert (first.status_code, statuses) == (200, {200})
 
 
 @needs_redis

@@ -81,6 +81,27 @@ async def test_keys_that_nobody_uses_are_forgotten(windows: MovingWindows, clock
     assert len(windows) == 1
 
 
+async def test_a_counter_goes_up_and_down_and_is_forgotten(windows: MovingWindows, clock: FakeClock) -> None:
+    up = [await windows.incr("a", 60, 5), await windows.incr("a", 60, 7)]
+    clock.now += 59
+    down = [await windows.incr("a", 60, -12), await windows.incr("a", 60, 3)]
+    clock.now += 59
+    kept = await windows.get("a"), await windows.get("b")
+    clock.now += 2
+
+    assert (up, down, kept) == ([5, 12], [0, 3], (3, 0))
+    assert await windows.get("a") == 0
+    assert await windows.incr("a", 60, -2) == -2
+
+
+async def test_counters_that_nobody_uses_are_forgotten(windows: MovingWindows, clock: FakeClock) -> None:
+    for index in range(1000):
+        await windows.incr(f"address:{index}", WINDOW_S)
+        clock.now += 0.5
+
+    assert len(windows) < 400
+
+
 async def test_what_is_cleared_begins_anew(windows: MovingWindows) -> None:
     for key in ("a", "b", "c"):
         await windows.acquire_entry(key, 1, WINDOW_S)
