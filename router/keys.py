@@ -17,7 +17,8 @@ _RANDOM_BYTES = 32
 class Key(Struct, frozen=True, kw_only=True):
     """A key as the server keeps it. `None` for a limit: what the server's settings say.
 
-    `models` are patterns of model names: `*` stands for any characters, slashes too.
+    `models` are patterns of model names: `*` stands for any characters, slashes too. `keep_alive`: whether its requests
+    may say how long a model stays in memory; None: as `Keyring.may_keep_alive` decides.
     """
 
     id: str
@@ -27,6 +28,7 @@ class Key(Struct, frozen=True, kw_only=True):
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
     max_concurrent: int | None = None
+    keep_alive: bool | None = None
 
     @classmethod
     def of(cls, key_id: str, secret: str, *scopes: Scope) -> "Key":

@@ -33,6 +33,8 @@ def entry_text(key: Key) -> str:
     ]
     limits = ("requests_per_minute", "tokens_per_minute", "max_concurrent")
     lines += [f"  {name}: {getattr(key, name)}" for name in limits if getattr(key, name) is not None]
+    if key.keep_alive is not None:
+        lines.append(f"  keep_alive: {str(key.keep_alive).lower()}")
     return "\n".join(lines) + "\n"
 
 

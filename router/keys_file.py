@@ -67,6 +67,7 @@ class KeyEntry(Struct, forbid_unknown_fields=True, kw_only=True):
     requests_per_minute: Count | UnsetType = UNSET
     tokens_per_minute: Count | UnsetType = UNSET
     max_concurrent: Count | UnsetType = UNSET
+    keep_alive: bool | UnsetType = UNSET
 
     def to_key(self) -> Key:
         """Left out: the scope `embed`, every model, the server's limits."""

@@ -63,6 +63,11 @@ def command() -> None:
 @click.option("--requests-per-minute", type=click.IntRange(1), help="Default: what the server's settings say.")
 @click.option("--tokens-per-minute", type=click.IntRange(1), help="Default: what the server's settings say.")
 @click.option("--max-concurrent", type=click.IntRange(1), help="Requests at once. Default: no limit of its own.")
+@click.option(
+    "--keep-alive/--no-keep-alive",
+    default=None,
+    help="Whether its requests may say how long a model stays. Default: with the scope admin, or as the only key.",
+)
 @click.option("--print", "is_printed", is_flag=True, help="Show the entry instead of writing it.")
 @_FILE
 def create(  # noqa: PLR0913 - one argument an option
@@ -74,6 +79,7 @@ def create(  # noqa: PLR0913 - one argument an option
     max_concurrent: int | None,
     file: Path | None,
     *,
+    keep_alive: bool | None,
     is_printed: bool,
 ) -> None:
     """Make the key NAME: print it, and put its hash into the file.
@@ -89,6 +95,7 @@ def create(  # noqa: PLR0913 - one argument an option
         requests_per_minute=requests_per_minute,
         tokens_per_minute=tokens_per_minute,
         max_concurrent=max_concurrent,
+        keep_alive=keep_alive,
     )
     path = None if is_printed else _path(file)
     if path is None:

@@ -75,7 +75,8 @@ def test_a_key_is_printed_once_and_its_hash_is_written(path: Path) -> None:
 
 def test_every_option_is_written(path: Path) -> None:
     result = run(
-        "create", "ops", "--scope", "admin", "--scope", "embed", "--tokens-per-minute", "9", "--max-concurrent", "3"
+        "create", "ops", "--scope", "admin", "--scope", "embed", "--tokens-per-minute", "9", "--max-concurrent", "3",
+        "--no-keep-alive",
     )  # fmt: skip
 
     assert result.exit_code == 0
@@ -86,6 +87,7 @@ def test_every_option_is_written(path: Path) -> None:
             scopes=frozenset(("admin", "embed")),
             tokens_per_minute=9,
             max_concurrent=3,
+            keep_alive=False,
         ),
     )
 

@@ -19,6 +19,7 @@ FULL = f"""
   requests_per_minute: 60
   tokens_per_minute: 100000
   max_concurrent: 8
+  keep_alive: false
 - id: ops-2.b_c
   sha256: {OTHER.upper()}
 """
@@ -41,6 +42,7 @@ def test_a_file_of_keys_is_read_in_its_order() -> None:
         requests_per_minute=60,
         tokens_per_minute=100_000,
         max_concurrent=8,
+        keep_alive=False,
     )
     assert ops == Key(id="ops-2.b_c", digest=sha256(b"ey-ops").digest(), scopes=frozenset(("embed",)))
 
