@@ -23,8 +23,32 @@ _SMALL_SHARE = 0.25
 PART_TOKENS = 64
 """Tokens of the smallest part that is cut for a thread of its own, where few tokens cost nearly as much as these."""
 
-Key = tuple[bytes, int]
-"""What a vector depends on, within one engine: the ids, and how many of them are a prompt that pooling leaves out."""
+Key = tuple[bytes, int, str]
+"""What a vector depends on, within one engine: the ids, and how many of them are a prompt that pooling leaves out; and
+who may know that it is there (`Origin.circle`)."""
+
+
+class Origin(Struct, frozen=True):
+    """Whom a request is for.
+
+    Vectors that are there already are had sooner, and so tell whoever guesses a text that somebody has asked for it.
+    They are therefore reused within a circle of callers only: one, or all of them where the registry says so.
+
+    Args:
+        caller: empty where nobody is told apart.
+        is_open: whether callers share their vectors.
+    """
+
+    caller: str = ""
+    is_open: bool = False
+
+    @property
+    def circle(self) -> str:
+        """What the keys of its texts hold."""
+        return "" if self.is_open else self.caller
+
+
+NOBODY = Origin()
 
 
 class Output(Struct, frozen=True):
@@ -39,6 +63,7 @@ class Job:
     """One request.
 
     Attributes:
+        caller: whom it is for; empty where nobody is told apart.
         keys: of each input.
         rows: float32 `[n, dimensions]`, filled row by row by whoever has the vectors.
         pending: its own texts that are not yet cut, the longest last.
@@ -49,9 +74,17 @@ class Job:
         batches: forward passes that its answer tells about; the lane's threads add to it.
     """
 
-    def __init__(self, encoded: Encoded, output: Output, loop: asyncio.AbstractEventLoop, now_s: float) -> None:
+    def __init__(
+        self,
+        encoded: Encoded,
+        output: Output,
+        loop: asyncio.AbstractEventLoop,
+        now_s: float,
+        origin: Origin = NOBODY,
+    ) -> None:
         self.ids = encoded.ids
-        self.keys: list[Key] = [(ids.tobytes(), encoded.prompt_tokens) for ids in encoded.ids]
+        self.caller = origin.caller
+        self.keys: list[Key] = [(ids.tobytes(), encoded.prompt_tokens, origin.circle) for ids in encoded.ids]
         self.output = output
         self.rows: NDArray[np.float32] = np.empty((len(encoded.ids), output.dimensions), dtype=np.float32)
         self.pending: list[Text] = []

@@ -12,7 +12,7 @@ from functools import partial
 
 from msgspec import Struct
 
-from engines.batch import Job, Limit, Text, tell
+from engines.batch import Job, Limit, Origin, Text, tell
 from engines.cache import VectorCache
 from engines.device import Lane, Turn, post
 from engines.encoder import Encoder, PathLeft
@@ -119,7 +119,8 @@ class TextEngine:
         encode = partial(encode_call, call, self._tokenizer, self._spec, self.info.prompts)
         is_short = not call.token_ids and sum(map(len, call.texts)) <= _INLINE_CHARS
         encoded = encode() if is_short else await loop.run_in_executor(self._threads, encode)
-        job = Job(encoded, output, loop, time.monotonic())
+        origin = Origin(call.caller, self._spec.cache_shared)
+        job = Job(encoded, output, loop, time.monotonic(), origin)
         known = self._cache.fill(job) if self._cache is not None else ()
         missing = [index for index in range(len(job.ids)) if index not in known] if known else None
         reused = self._queue.admit(job, missing)

@@ -1,6 +1,7 @@
 """The queue of one model. The event loop admits and drops jobs, the lane's threads cut batches: one lock guards both.
 
-The same input for the same model is computed once, however many ask for it before its vector is there. A text whose
+The same input for the same model is computed once, however many ask for it before its vector is there: within one
+caller's requests where callers are told apart, because who has it sooner learns that another has asked. A text whose
 owner leaves passes to another who wants it, so that nobody waits for somebody who has gone; and one that waits in a
 bulk job passes to a smaller job that asks for it too.
 """
@@ -12,6 +13,40 @@ from collections.abc import Callable, Iterable, Sequence
 from engines.batch import Job, Key, Limit, Text, Want, count_tokens, cut, is_worth_splitting, split
 from engines.company import Company
 from engines.errors import QueueFull
+
+_MIN_WAIT_S = 0.1
+_MAX_WAIT_S = 300.0
+"""Bounds of what a client that is refused is told to wait."""
+_ENOUGH_TEXTS = 64
+"""A few texts say nothing about the pace of full batches."""
+_MEMORY_S = 30.0
+
+
+class Throughput:
+    """Texts a second that leave a queue as long as some are in it. Knows no clock: the caller has one."""
+
+    def __init__(self) -> None:
+        self._begun_s = 0.0
+        self._num_done = 0.0
+        self._per_s = 0.0
+
+    def begin(self, now_s: float) -> None:
+        """Texts come after a time without any."""
+        self._begun_s, self._num_done = now_s, 0.0
+
+    def end(self, num_texts: int, now_s: float) -> None:
+        """So many have left. What is older than a minute hardly counts: texts become longer or shorter."""
+        self._num_done += num_texts
+        busy_s = now_s - self._begun_s
+        if busy_s > 0 and (self._num_done >= _ENOUGH_TEXTS or not self._per_s):
+            self._per_s = self._num_done / busy_s
+        if busy_s > 2 * _MEMORY_S:
+            self._begun_s, self._num_done = now_s - _MEMORY_S, self._per_s * _MEMORY_S
+
+    def wait_s(self, num_texts: int, now_s: float) -> float:
+        """How long so many take; where nothing was measured yet, as long as they have taken already."""
+        wait_s = num_texts / self._per_s if self._per_s else max(1.0, now_s - self._begun_s)
+        return min(max(wait_s, _MIN_WAIT_S), _MAX_WAIT_S)
 
 
 class Queue:
@@ -32,6 +67,7 @@ class Queue:
         self._lock = threading.Lock()
         self._was_small = False
         self._company = Company()
+        self._throughput = Throughput()
 
     @property
     def num_items(self) -> int:
@@ -47,6 +83,10 @@ class Queue:
     def admit(self, job: Job, indexes: Sequence[int] | None = None) -> int:
         """Take a request in, all of it or nothing. A request larger than the queue is let into an empty one.
 
+        A caller who has texts waiting may add to them as long as no less room is free than they take: alone it fills
+        half of the queue, two a third each, and there is always room for one more. (The dynamic thresholds by which
+        switches share a buffer; Choudhury and Hahne, 1998.)
+
         Args:
             job: the request.
             indexes: the inputs that need a vector; None is all of them.
@@ -55,16 +95,13 @@ class Queue:
             How many of them were under way already, or stand in the request twice.
 
         Raises:
-            QueueFull: naming how many wait and how many may.
+            QueueFull: naming how many wait and how many may, and when they will be done.
         """
         wanted = range(len(job.ids)) if indexes is None else indexes
         with self._lock:
-            waiting = self._waiting()
-            if waiting and waiting + len(wanted) > self._max_items:
-                raise QueueFull(
-                    f"{waiting} texts wait for this model and {len(wanted)} more would pass the {self._max_items} "
-                    "that may (MAX_QUEUE_SIZE); send it again in a moment, or smaller",
-                )
+            self._check_room(job.caller, len(wanted))
+            if not self._under_way:
+                self._throughput.begin(self._clock())
             for index in wanted:
                 self._want(job, index)
             num_new = len(job.pending)
@@ -131,17 +168,40 @@ class Queue:
         with self._lock:
             self._company.leave(num_jobs, took_s, self._clock())
 
-    def close(self, texts: Iterable[Text]) -> None:
+    def close(self, texts: Sequence[Text]) -> None:
         """Who asks for these texts from now on comes too late for the vectors at hand; `wants` only shrink."""
         with self._lock:
             for text in texts:
                 if self._under_way.get(text.key) is text:
                     del self._under_way[text.key]
+            self._throughput.end(len(texts), self._clock())
 
     def _cut(self, jobs: Sequence[Job], limit: Limit, num_threads: int) -> list[Text]:
         texts = cut(jobs, split(limit, jobs, num_threads))
         self._forget_done()
         return texts
+
+    def _check_room(self, caller: str, num_texts: int) -> None:
+        waiting = self._waiting()
+        if not waiting:
+            return
+        refusal = ""
+        if waiting + num_texts > self._max_items:
+            refusal = (
+                f"{waiting} texts wait for this model and {num_texts} more would pass the {self._max_items} that may "
+                "(MAX_QUEUE_SIZE)"
+            )
+        elif caller:
+            own = sum(len(job.pending) for job in self._jobs if job.caller == caller)
+            share = (self._max_items - (waiting - own)) // 2
+            if own and own + num_texts > share:
+                refusal = (
+                    f"{own} of your texts wait for this model and {num_texts} more would pass the {share} that you may "
+                    f"have there now, of {self._max_items} for all (MAX_QUEUE_SIZE)"
+                )
+        if refusal:
+            wait_s = self._throughput.wait_s(waiting, self._clock())
+            raise QueueFull(f"{refusal}; send it again in {wait_s:.3g} s, or smaller", retry_after_s=wait_s)
 
     def _want(self, job: Job, index: int) -> None:
         want, key = Want(job, index), job.keys[index]

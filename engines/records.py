@@ -28,6 +28,8 @@ class EmbedCall(Struct, frozen=True, kw_only=True):
     for a cold model; `keep_alive_s` overrides the model's idle time from this request on (0: leave after it).
     `may_move`: another host could take the call, so it is refused rather than made to wait for memory that other
     processes hold.
+    `caller` tells those apart who share the server: none fills a queue alone, none learns what another has asked. Empty
+    where there is nobody else.
     """
 
     model_id: str
@@ -42,6 +44,7 @@ class EmbedCall(Struct, frozen=True, kw_only=True):
     keep_alive_s: float | None = None
     load_timeout_s: float = 300.0
     may_move: bool = False
+    caller: str = ""
 
     @property
     def num_items(self) -> int:

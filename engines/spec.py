@@ -83,6 +83,7 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
     license: str = ""
     token_encoding: Literal["cl100k_base"] | None = None
     cache_bytes: int = 0
+    cache_shared: bool = False
     calibration: Calibration | None = None
 
 

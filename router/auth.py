@@ -30,6 +30,8 @@ class Keyring:
     def __init__(self, keys: Iterable[Key], open_scopes: Iterable[Scope] = ()) -> None:
         self.keys = tuple(keys)
         self._open_scopes = frozenset(open_scopes)
+        num_callers = sum("embed" in key.scopes for key in self.keys) + ("embed" in self._open_scopes)
+        self._is_shared = num_callers > 1
 
     def admit(self, authorization: str | None, scope: Scope) -> Key:
         """The key in this `Authorization` header, if it may do what `scope` covers; `ANONYMOUS` where none is needed.
@@ -50,6 +52,22 @@ class Keyring:
         raise PermissionDeniedException(
             f"This key has the scope {', '.join(sorted(key.scopes))}; this route needs {scope}."
         )
+
+    def caller_of(self, key: Key) -> str:
+        """The name by which engines tell this key's requests from those of others; empty where there are no others."""
+        return key.id if self._is_shared else ""
+
+    def may_keep_alive(self, key: Key) -> bool:
+        """Whether requests with this key may say `keep_alive`, which evicts a model, or holds memory, for everybody.
+
+        Three cases: 1. the key says so itself. 2. who embeds without a key may where everything is open. 3. any other
+        may where it has no neighbours, or is an operator's.
+        """
+        if key.keep_alive is not None:
+            return key.keep_alive  # (1)
+        if key.is_anonymous:
+            return "admin" in self._open_scopes  # (2)
+        return not self._is_shared or "admin" in key.scopes  # (3)
 
     def _find(self, secret: str) -> Key | None:
         digest = digest_of(secret)

@@ -8,12 +8,14 @@ from typing import Any
 
 import structlog
 from litestar import Request
+from litestar.exceptions import PermissionDeniedException
 from msgspec import Struct, structs
 
 from engines.errors import EngineFailed, InvalidRequest, NonFiniteEmbedding
 from engines.records import EmbedCall, Embeddings, ModelStatus
 from engines.spec import Calibration, ModelSpec
 from router.access import resolve
+from router.auth import key_of
 from router.decode import embed_call
 from router.errors import ClientLeft
 from router.limits import estimate_tokens, ticket_of
@@ -26,6 +28,11 @@ from router.yard import Yard
 
 log = structlog.get_logger()
 
+_KEEP_ALIVE = (
+    "This key may not set keep_alive, which moves a model that others use: leave it out, or give the key "
+    "`keep_alive: true` in KEYS_FILE"
+)
+"""Refused rather than left aside: who asked for it would rely on it."""
 _SHORT = 256
 """Characters, or ids, of inputs that every model reads whole: what a model reads need not be looked up for them."""
 
@@ -60,6 +67,11 @@ async def embed(request: Request[Any, Any, Any], yard: Yard, wanted: EmbeddingRe
     """
     spec = resolve(request, yard.registry, wanted.model)
     call = embed_call(wanted, spec.model_id, load_timeout_s=yard.settings.load_timeout_s)
+    caller = yard.keyring.caller_of(key_of(request))
+    if caller:
+        call = structs.replace(call, caller=caller)
+    if call.keep_alive_s is not None and not yard.keyring.may_keep_alive(key_of(request)):
+        raise PermissionDeniedException(_KEEP_ALIVE)
     check_ranges(spec, (wanted.output_dtype,), call.num_items, wanted.normalize)
     if call.token_ids and spec.token_encoding is not None:
         texts = await decode_token_ids(spec.token_encoding, call.token_ids)

@@ -84,6 +84,7 @@ class Defaults(Struct, forbid_unknown_fields=True, kw_only=True):
     pinned: bool | UnsetType = UNSET
     preload: bool | UnsetType = UNSET
     cache: CacheSize | UnsetType = UNSET
+    cache_shared: bool | UnsetType = UNSET
     replicas: Count | UnsetType = UNSET
 
 

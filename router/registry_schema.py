@@ -40,6 +40,8 @@ MEANINGS = {
     "preload": "Load the model when the server starts, not at the first request. Default: false.",
     "cache": "Memory for vectors that were computed before, so that the same text is not computed again: 256MiB. "
     "Default: 0, none.",
+    "cache_shared": "Whether a key is given vectors that were computed for another: faster where keys send the same "
+    "texts, but how fast an answer comes then tells whether somebody has asked for a text. Default: false.",
     "replicas": "On how many devices at the most the model may be at once when one is too busy for it. Default: 1.",
     "pooling": "Overrules the model's own pooling. A list is concatenated in its order.",
     "prompts": "Prompt name (query, document, …) → text put in front of the input. Added to the model's own prompts, "

@@ -136,10 +136,12 @@ def open_bench() -> Iterator[Callable[..., Bench]]:
         max_queue_items: int = 100,
         target_dim: int | None = None,
         cache_bytes: int = 0,
+        cache_shared: bool = False,
         num_threads: int = 1,
     ) -> Bench:
         limits = EngineLimits(batch=batch, max_queue_items=max_queue_items, target_dim=target_dim)
-        benches.append(Bench(limits, ModelSpec(model_id="m", source="test", cache_bytes=cache_bytes), num_threads))
+        spec = ModelSpec(model_id="m", source="test", cache_bytes=cache_bytes, cache_shared=cache_shared)
+        benches.append(Bench(limits, spec, num_threads))
         return benches[-1]
 
     yield make
@@ -487,6 +489,35 @@ async def test_a_cached_vector_is_not_computed_again_in_any_width(open_bench: Op
     assert again.array().tolist() == [expected("de"), expected("new"), expected("abc")]
     assert narrow.array().tolist() == [expected("abc")[:2]]
     assert (again.recalled, narrow.recalled, narrow.token_counts) == (2, 1, (3,))
+
+
+@pytest.mark.parametrize(("is_shared", "recalled"), [(False, (0, 0, 1)), (True, (0, 1, 1))])
+async def test_a_cache_tells_a_caller_nothing_of_another_unless_it_is_shared(
+    open_bench: OpenBench, is_shared: bool, recalled: tuple[int, ...]
+) -> None:
+    bench = open_bench(cache_bytes=100_000, cache_shared=is_shared)
+    await bench.engine.warm_up()
+    calls = [EmbedCall(model_id="m", texts=("abc",), normalize=False, caller=caller) for caller in ("a", "b", "a")]
+    answers = [await bench.engine.embed(call) for call in calls]
+
+    assert tuple(answer.recalled for answer in answers) == recalled
+    assert [answer.array().tolist() for answer in answers] == [[expected("abc")]] * 3
+
+
+async def test_one_caller_leaves_room_in_the_queue(open_bench: OpenBench) -> None:
+    bench = open_bench(max_queue_items=8)
+    await bench.engine.warm_up()
+    release = await bench.hold_lane()
+    waiting = [asyncio.create_task(bench.embed(first, last, caller="one")) for first, last in ("ab", "cd")]
+    await bench.until_queued(3)
+    with pytest.raises(QueueFull) as caught:
+        await bench.embed("e", "f", caller="one")
+    waiting.append(asyncio.create_task(bench.embed("g", "h", caller="two")))
+    await bench.until_queued(5)
+    await release()
+
+    assert [len(await answer) for answer in waiting] == [2, 2, 2]
+    assert caught.value.retry_after_s == 1.0
 
 
 async def test_a_vector_that_is_not_finite_is_not_kept(open_bench: OpenBench) -> None:

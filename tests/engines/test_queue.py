@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engines.batch import Job, Limit, Output, Text
+from engines.batch import Job, Limit, Origin, Output, Text
 from engines.errors import QueueFull
-from engines.queue import Queue
+from engines.queue import Queue, Throughput
 from engines.tokenize import Encoded
 
 LIMIT = Limit(max_tokens=100, max_items=64)
@@ -30,10 +30,16 @@ def queue() -> Queue:
     return Queue(1000, 0.0, lambda: 0.0)
 
 
-def job(loop: asyncio.AbstractEventLoop, *texts: str, at_s: float = 0.0, prompt_tokens: int = 0) -> Job:
+def job(
+    loop: asyncio.AbstractEventLoop,
+    *texts: str,
+    at_s: float = 0.0,
+    prompt_tokens: int = 0,
+    origin: Origin = Origin(),  # noqa: B008  # frozen
+) -> Job:
     """A request; every letter is a token."""
     ids = tuple(np.array([ord(letter) for letter in text]) for text in texts)
-    return Job(Encoded(ids, prompt_tokens=prompt_tokens), Output(4, True, False), loop, at_s)
+    return Job(Encoded(ids, prompt_tokens=prompt_tokens), Output(4, True, False), loop, at_s, origin)
 
 
 def words(texts: Sequence[Text]) -> list[str]:
@@ -63,6 +69,94 @@ def test_a_request_larger_than_the_queue_is_let_into_an_empty_one(loop: asyncio.
     queue.admit(job(loop, *(str(number) for number in range(50))))
 
     assert queue.num_items == 50
+
+
+def fill(queue: Queue, loop: asyncio.AbstractEventLoop, caller: str) -> int:
+    """How many texts a caller gets into the queue, four a request."""
+    for number in range(100):
+        try:
+            queue.admit(job(loop, *(f"{caller}{number}{letter}" for letter in "abcd"), origin=Origin(caller)))
+        except QueueFull:
+            return 4 * number
+    raise AssertionError("the queue took everything")
+
+
+def test_no_caller_fills_the_queue_and_whoever_comes_later_finds_room(loop: asyncio.AbstractEventLoop) -> None:
+    queue = Queue(100, 0.0, lambda: 0.0)
+
+    assert [fill(queue, loop, caller) for caller in ("one", "two", "three", "four")] == [48, 24, 12, 8]
+    with pytest.raises(QueueFull, match=r"48 of your texts wait .* 1 more would pass the 28 that you may .* of 100 "):
+        queue.admit(job(loop, "z", origin=Origin("one")))
+    queue.admit(job(loop, *"abcdefgh", origin=Origin("five")))
+
+
+def test_who_is_alone_or_not_told_apart_has_the_whole_queue(loop: asyncio.AbstractEventLoop) -> None:
+    assert fill(Queue(100, 0.0, lambda: 0.0), loop, "") == 100
+    queue = Queue(10, 0.0, lambda: 0.0)
+    queue.admit(job(loop, *"abcdefghij", origin=Origin("one")))
+
+    assert queue.num_items == 10, "a caller's first request needs no share"
+
+
+def test_who_is_refused_is_told_how_long_the_texts_before_it_take(loop: asyncio.AbstractEventLoop) -> None:
+    now = 0.0
+    queue = Queue(1000, 0.0, lambda: now)
+    queue.admit(job(loop, *(f"{number}" for number in range(1000))))
+
+    def told_s() -> float:
+        with pytest.raises(QueueFull) as caught:
+            queue.admit(job(loop, *(f"more {number}" for number in range(1000))))
+        return caught.value.retry_after_s
+
+    at_once = told_s()
+    now = 20.0
+    unmeasured = told_s()
+    queue.close(queue.cut(Limit(10_000, 100)))
+    measured = told_s()
+    now = 21.0
+    queue.close(queue.cut(Limit(10_000, 320)))
+    faster = told_s()
+
+    assert (at_once, unmeasured) == (1.0, 20.0)
+    assert measured == 900 / (100 / 20)
+    assert faster == pytest.approx(580 / (420 / 21))
+
+
+def test_a_wait_is_bounded_and_forgets_what_is_long_past() -> None:
+    throughput = Throughput()
+    throughput.begin(0.0)
+    throughput.end(100, 100.0)  # one a second
+    slow_s = throughput.wait_s(8192, 100.0), throughput.wait_s(60, 100.0)
+    for second in range(101, 400):
+        throughput.end(1000, float(second))
+
+    assert slow_s == (300.0, 60.0)
+    assert throughput.wait_s(8192, 400.0) == pytest.approx(8.192, rel=0.05)
+    assert throughput.wait_s(1, 400.0) == 0.1
+
+
+def test_few_texts_after_a_pause_do_not_pass_for_the_pace_of_full_batches() -> None:
+    throughput = Throughput()
+    throughput.begin(0.0)
+    throughput.end(512, 1.0)
+    throughput.begin(100.0)
+    throughput.end(1, 100.1)
+
+    assert throughput.wait_s(5120, 100.1) == 10.0
+
+
+def test_callers_do_not_share_what_is_under_way(loop: asyncio.AbstractEventLoop, queue: Queue) -> None:
+    """An answer that comes sooner would tell one that another has asked for the same."""
+    one, again, two = (job(loop, "same", origin=Origin(caller)) for caller in ("one", "one", "two"))
+
+    assert [queue.admit(each) for each in (one, again, two)] == [0, 1, 0]
+    assert [wanted_by(text) for text in queue.cut(LIMIT)] == [[(one, 0), (again, 0)], [(two, 0)]]
+
+
+def test_callers_share_where_the_registry_says_so(loop: asyncio.AbstractEventLoop, queue: Queue) -> None:
+    one, two = (job(loop, "same", origin=Origin(caller, is_open=True)) for caller in ("one", "two"))
+
+    assert [queue.admit(each) for each in (one, two)] == [0, 1]
 
 
 def test_texts_that_wait_together_are_worth_a_thread_of_their_own_or_not(

@@ -53,6 +53,7 @@ VECTORS = Embeddings(
     [
         Embed(call=EmbedCall(model_id="a", texts=("ü\0", "x"), keep_alive_s=0, load_timeout_s=float("inf"))),
         Embed(call=EmbedCall(model_id="a", token_ids=((1, 2), (3,)), normalize=False, truncate="start")),
+        Embed(call=EmbedCall(model_id="a", texts=("x",), caller="web")),
         Preload(model_id="a", pin=True, wait=False),
         Evict(model_id="a", force=True, timeout_s=0.5),
         Foresee(model_id="a", size_s=1.0),

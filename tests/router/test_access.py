@@ -6,6 +6,7 @@ from pathlib import Path
 
 import openai
 import pytest
+from msgspec import structs
 from structlog.contextvars import merge_contextvars
 from structlog.testing import capture_logs
 
@@ -221,6 +222,66 @@ def test_a_model_is_allowed_by_any_of_its_names() -> None:
     with pytest.raises(ModelNotFound) as caught:
         REGISTRY.resolve("minj", lambda model_id: model_id != "mini")
     assert "did you mean" not in str(caught.value)
+
+
+# ---- what one key does to another ----
+
+EVICT_NOW = {"input": "a", "keep_alive": 0}
+
+
+def test_calls_say_whose_they_are_where_keys_share_a_server(tmp_path: Path) -> None:
+    path = write_keys(tmp_path / "keys.yaml", {"web": {}, "lab": {}})
+    with limited(Settings(keys_file=path)) as server:
+        for key_id in ("web", "lab"):
+            server.embed(key_id)
+            server.client.post("/api/embed", json={"input": "a", "model": "mini"}, headers=bearer(key_id))
+
+        assert [call.caller for call in server.backend.calls] == ["web", "web", "lab", "lab"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "key_id"),
+    [(Settings(), None), (Settings(api_key=secret_of("env"), admin_api_key=secret_of("ops")), "env")],
+)
+def test_who_has_no_neighbours_has_everything(settings: Settings, key_id: str | None) -> None:
+    with limited(settings) as server:
+        assert server.embed(key_id, keep_alive=0).status_code == 200
+        assert [(call.caller, call.keep_alive_s) for call in server.backend.calls] == [("", 0.0)]
+
+
+@pytest.mark.parametrize("path", [EMBED, "/m/mini/v1/embeddings", "/api/embed"])
+def test_one_of_several_keys_may_not_move_a_model_that_others_use(tmp_path: Path, path: str) -> None:
+    keys: dict[str, dict[str, object]] = {
+        "web": {}, "ops": {"scopes": ["embed", "admin"]}, "lab": {"keep_alive": True},
+    }  # fmt: skip
+    keys_file = write_keys(tmp_path / "keys.yaml", keys)
+    with limited(Settings(keys_file=keys_file)) as server:
+        body = {**EVICT_NOW, "model": "mini"}
+        refused = server.client.post(path, json=body, headers=bearer("web"))
+        allowed = [server.client.post(path, json=body, headers=bearer(key_id)) for key_id in ("ops", "lab")]
+        without = server.client.post(path, json={"input": "a", "model": "mini"}, headers=bearer("web"))
+
+    assert refused.status_code == 403
+    assert refused.json()["error"]["code"] == "insufficient_scope"
+    assert "may not set keep_alive" in refused.json()["error"]["message"]
+    assert [answer.status_code for answer in (*allowed, without)] == [200, 200, 200]
+    assert [call.keep_alive_s for call in server.backend.calls] == [0.0, 0.0, None]
+
+
+@pytest.mark.parametrize(
+    ("keyring", "key", "may"),
+    [
+        (Keyring([], ["embed", "admin"]), ANONYMOUS, True),
+        (Keyring([Key.of("ADMIN_API_KEY", "s", "embed", "admin")], ["embed"]), ANONYMOUS, False),
+        (Keyring([Key.of("a", "s", "embed")]), Key.of("a", "s", "embed"), True),
+        (Keyring([Key.of("a", "s", "embed"), Key.of("b", "t", "admin")]), Key.of("a", "s", "embed"), True),
+        (Keyring([Key.of("a", "s", "embed"), Key.of("b", "t", "embed")]), Key.of("a", "s", "embed"), False),
+        (Keyring([]), structs.replace(Key.of("a", "s", "embed"), keep_alive=False), False),
+        (Keyring([], ["embed"]), structs.replace(ANONYMOUS, keep_alive=True), True),
+    ],
+)
+def test_who_may_say_how_long_a_model_stays(keyring: Keyring, key: Key, may: bool) -> None:
+    assert keyring.may_keep_alive(key) is may
 
 
 def test_no_key_ever_shows(keyed: Limited) -> None:

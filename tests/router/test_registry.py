@@ -87,6 +87,7 @@ def test_every_key_reaches_the_spec() -> None:
             pinned: true
             preload: true
             cache: 256MiB
+            cache_shared: true
             trust_remote_code: true
             max_batch_tokens: 16384
             description: Good
@@ -113,6 +114,7 @@ def test_every_key_reaches_the_spec() -> None:
             pinned=True,
             preload=True,
             cache_bytes=256 * 2**20,
+            cache_shared=True,
             trust_remote_code=True,
             max_batch_tokens=16384,
             description="Good",
@@ -348,7 +350,9 @@ def test_a_key_of_a_model_is_no_default() -> None:
     found = mistakes("version: 1\ndefaults: {trust_remote_code: true}\nmodels: []\n")
 
     assert len(found) == 1
-    assert found[0].startswith("line 2, defaults.trust_remote_code: unknown key; known keys: cache, device, dtype, ")
+    assert found[0].startswith(
+        "line 2, defaults.trust_remote_code: unknown key; known keys: cache, cache_shared, device, dtype, "
+    )
 
 
 def test_an_alias_may_not_hide_another_model() -> None:
@@ -574,6 +578,7 @@ DEFAULTS: dict[str, st.SearchStrategy[Any]] = {
     "keep_alive": st.integers(-1, 10**9) | st.floats(0, 1e9, allow_subnormal=False).map(lambda value: round(value, 3)),
     "pinned": st.booleans(),
     "preload": st.booleans(),
+    "cache_shared": st.booleans(),
     "cache": st.just(0) | st.integers(2**20, 2**40),
 }
 ENTRIES = DEFAULTS | {

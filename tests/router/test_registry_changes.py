@@ -32,6 +32,7 @@ OTHER: dict[str, Any] = {
     "trust_remote_code": True,
     "max_batch_tokens": 64,
     "cache_bytes": 2**20,
+    "cache_shared": True,
     "description": "other",
     "license": "other",
     "token_encoding": "cl100k_base",
