@@ -12,7 +12,6 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -35,6 +34,7 @@ from engines.machine import open_lane
 from engines.pace import Paces
 from engines.records import EmbedCall, ModelFiles
 from engines.spec import ModelSpec
+from engines.tokenizer_threads import TokenizerThreads
 from tests.corpus import mixed
 from tests.engines.kit import cosines
 from tests.models import RECIPES, quiet
@@ -52,7 +52,7 @@ class Rig:
         cores = os.cpu_count() or 1
         self.device = torch.device(device)
         self.lane = open_lane(device, cores)
-        self.threads = ThreadPoolExecutor(cores)
+        self.threads = TokenizerThreads(cores)
         self._loader = TorchLoader(device, self.lane, self.threads, LoaderSettings(paces=Paces(None)))
         self._loop = asyncio.new_event_loop()
 
@@ -72,7 +72,7 @@ class Rig:
     def close(self) -> None:
         """End the threads."""
         self.lane.close()
-        self.threads.shutdown()
+        self.threads.close()
         self._loop.close()
 
     def allocated_bytes(self) -> int:

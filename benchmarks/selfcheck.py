@@ -8,7 +8,7 @@ import argparse
 import asyncio
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -23,6 +23,7 @@ from engines.device import Lane
 from engines.loader import LoaderSettings, TorchLoader
 from engines.records import ModelFiles
 from engines.spec import ModelSpec
+from engines.tokenizer_threads import TokenizerThreads
 
 SHARE_LIMIT = 0.2
 
@@ -55,7 +56,7 @@ def run(model: str, rounds: int, cores: int) -> Report:
     watch, folder = Watch(), resolve(model)
     warn_if_busy(watch.machine)
     lane = Lane("bench", lambda: torch.set_num_threads(cores))
-    with TemporaryDirectory() as state, ThreadPoolExecutor(cores) as threads:
+    with TemporaryDirectory() as state, closing(TokenizerThreads(cores)) as threads:
         loader = TorchLoader("cpu", lane, threads, LoaderSettings(canary_folder=Path(state)))
         first, *rest = [measure(loader, folder) for _ in range(rounds + 1)]
     lane.close()

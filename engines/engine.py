@@ -7,28 +7,33 @@ pool of threads. What crosses between them is a `Job`, whose fields say who writ
 import asyncio
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor
+from contextlib import nullcontext
 from functools import partial
 
 from msgspec import Struct
 
-from engines.batch import Job, Limit, Origin, Text, tell
+from engines.batch import Job, Limit, Origin, Output, Text, tell
 from engines.cache import VectorCache
 from engines.device import Lane, Turn, post
 from engines.encoder import Encoder, PathLeft
 from engines.errors import EngineError, ShuttingDown
 from engines.pace import Pace
 from engines.queue import Queue
-from engines.reading import encode_call, output_of
+from engines.reading import output_of, read_call
 from engines.records import EmbedCall, Embeddings, ModelInfo, Timings
 from engines.runner import Failures, Runner
 from engines.spec import ModelSpec
-from engines.tokenize import Encoded, Tokenizer
+from engines.tokenize import Encoded, IdReading, TextReading, Tokenizer
+from engines.tokenizer_threads import TokenizerThreads
 from engines.tuning import Tuner
 
 _INLINE_CHARS = 1000
-"""Up to so many characters are tokenised on the event loop: it takes 0.3 ms at the most, and a hop to a thread and
-back costs as much beside busy cores."""
+_INLINE_TEXTS = 16
+"""Up to so many characters, prompts included, in so many texts are tokenised on the event loop: it takes 0.3 ms at the
+most, and a hop to a thread and back costs as much beside busy cores."""
+
+_HEAVY_CHARS = 1 << 20
+"""A request of more leaves memory behind that is worth giving back."""
 
 
 class EngineLimits(Struct, frozen=True, kw_only=True):
@@ -70,7 +75,7 @@ class TextEngine:
         self,
         parts: Parts,
         lane: Lane,
-        threads: Executor,
+        threads: TokenizerThreads,
         limits: EngineLimits,
         check: Callable[[], tuple[ModelInfo, int, int]],
         release: Callable[[], None],
@@ -113,13 +118,15 @@ class TextEngine:
 
     async def embed(self, call: EmbedCall) -> Embeddings:
         """See `Engine.embed`. Cancelling drops what has not been cut."""
-        loop = asyncio.get_running_loop()
         output = output_of(call, self.info, normalize=self._spec.normalize, target_dim=self._limits.target_dim)
+        reading = read_call(call, self._tokenizer, self._spec, self.info.prompts)
+        with self._threads.heavy() if reading.num_chars > _HEAVY_CHARS else nullcontext():
+            return await self._embed(reading, output, Origin(call.caller, self._spec.cache_shared))
+
+    async def _embed(self, reading: TextReading | IdReading, output: Output, origin: Origin) -> Embeddings:
+        loop = asyncio.get_running_loop()
         begun = time.monotonic()
-        encode = partial(encode_call, call, self._tokenizer, self._spec, self.info.prompts)
-        is_short = not call.token_ids and sum(map(len, call.texts)) <= _INLINE_CHARS
-        encoded = encode() if is_short else await loop.run_in_executor(self._threads, encode)
-        origin = Origin(call.caller, self._spec.cache_shared)
+        encoded = reading.now() if _is_inline(reading) else await self._threads.run(reading)
         job = Job(encoded, output, loop, time.monotonic(), origin)
         known = self._cache.fill(job) if self._cache is not None else ()
         missing = [index for index in range(len(job.ids)) if index not in known] if known else None
@@ -248,3 +255,9 @@ class TextEngine:
             reused=reused,
             recalled=recalled,
         )
+
+
+def _is_inline(reading: TextReading | IdReading) -> bool:
+    return (
+        isinstance(reading, TextReading) and reading.num_chars <= _INLINE_CHARS and len(reading.rows) <= _INLINE_TEXTS
+    )

@@ -9,7 +9,6 @@ import gc
 import os
 import warnings
 from collections.abc import Mapping
-from concurrent.futures import Executor
 from functools import partial
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from engines.records import ModelFiles, ModelInfo, fingerprint
 from engines.selfcheck import Canaries, choose_attention
 from engines.spec import Matryoshka, ModelSpec
 from engines.tokenize import Tokenizer
+from engines.tokenizer_threads import TokenizerThreads
 from engines.tuning import Tuner, device_name, finisher
 
 # Batches of this many tokens fit in a core's cache on CPU and fill a GPU.
@@ -65,7 +65,7 @@ class TorchLoader:
         settings: their limits.
     """
 
-    def __init__(self, device: str, lane: Lane, threads: Executor, settings: LoaderSettings) -> None:
+    def __init__(self, device: str, lane: Lane, threads: TokenizerThreads, settings: LoaderSettings) -> None:
         self._device = torch.device(device)
         self._lane = lane
         self._threads = threads

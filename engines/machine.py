@@ -4,7 +4,6 @@ The composition root of this package; importing it imports torch, so the door (`
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from engines.prepacked import COPY_SHARE, LARGEST_COPY
 from engines.protocols import Loader
 from engines.slots import Rules
 from engines.spec import ModelSpec
+from engines.tokenizer_threads import TokenizerThreads
 from engines.units import Budget
 
 __all__ = ["LoaderSettings", "Machine", "MachineConfig", "find_devices"]
@@ -68,7 +68,7 @@ class Machine:
 
     def __init__(self, config: MachineConfig, specs: Mapping[str, ModelSpec]) -> None:
         folder = config.state_folder
-        self._threads = ThreadPoolExecutor(config.tokenizer_threads, thread_name_prefix="tokenize")
+        self._threads = TokenizerThreads(config.tokenizer_threads)
         self._store = ModelStore(config.hub)
         self._lanes: list[Lane] = []
         self._measurements = Measurements(folder / "measurements.json" if folder else None)
@@ -82,7 +82,7 @@ class Machine:
         self._store.close()
         for lane in self._lanes:
             lane.close()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._threads.close()
 
     @property
     def lanes(self) -> Sequence[Lane]:

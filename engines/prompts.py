@@ -28,6 +28,27 @@ class Frame(Struct, frozen=True):
         """The text inside its frame."""
         return f"{self.before}{text}{self.behind}"
 
+    @property
+    def num_chars(self) -> int:
+        """What it adds to each text."""
+        return len(self.before) + len(self.behind)
+
+    def head(self, text: str, size: int) -> str:
+        """The first `size` characters of the framed text, without joining the rest."""
+        for_text = max(size - len(self.before), 0)
+        for_behind = max(for_text - len(text), 0)
+        return f"{self.before[:size]}{text[:for_text]}{self.behind[:for_behind]}"
+
+    def tail(self, text: str, size: int) -> str:
+        """The last `size` characters of the framed text, without joining the rest."""
+        for_text = max(size - len(self.behind), 0)
+        for_before = max(for_text - len(text), 0)
+        return f"{_last(self.before, for_before)}{_last(text, for_text)}{_last(self.behind, size)}"
+
+
+def _last(text: str, size: int) -> str:
+    return text[max(len(text) - size, 0) :]
+
 
 def choose_frame(
     call: EmbedCall, prompts: Mapping[str, str], default_prompt: str | None, instruction_template: str | None

@@ -112,6 +112,7 @@ def build_static(folder: Folder, spec: ModelSpec, device: torch.device) -> tuple
         has_foreign_ids=backend.get_vocab_size() > table.shape[0],
         truncate="start" if cut.get("direction") == "left" else "end",
         takes_empty=True,
+        max_word_chars=getattr(backend.model, "max_input_chars_per_word", 0),
     )
     return StaticEncoder(table, chain, device), Tokenizer(backend, rules), "float32"
 

@@ -67,6 +67,7 @@ def read_tokenizer(folder: Folder, spec: ModelSpec, reader: Reader) -> Tokenizer
         has_foreign_ids=max(backend.get_vocab_size(), highest + 1) > reader.vocab_size,
         truncate="start" if owner.truncation_side == "left" else "end",
         counts_prompt=reader.counts_prompt,
+        max_word_chars=getattr(backend.model, "max_input_chars_per_word", 0),
     )
     backend.no_padding()
     _check_truncation(Tokenizer(backend, rules), owner, backend)

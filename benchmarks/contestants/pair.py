@@ -10,7 +10,6 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from engines.loader import LoaderSettings, TorchLoader
 from engines.machine import open_lane
 from engines.records import EmbedCall, ModelFiles
 from engines.spec import ModelSpec
+from engines.tokenizer_threads import TokenizerThreads
 
 lines: Any = importlib.import_module("lines")  # a script: its own folder is on the path
 
@@ -51,7 +51,7 @@ async def run(folders: Sequence[str]) -> None:
     """Load both, then answer: `{"engines": [0, 1], "calls": …, "clients": …, "seconds": …}`."""
     say = lines.open_answers()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    lane, threads = open_lane("cpu", cores), ThreadPoolExecutor(cores)
+    lane, threads = open_lane("cpu", cores), TokenizerThreads(cores)
     loader = TorchLoader("cpu", lane, threads, LoaderSettings())
     engines = []
     for number, folder in enumerate(folders):
@@ -67,7 +67,7 @@ async def run(folders: Sequence[str]) -> None:
     for engine in engines:
         await asyncio.to_thread(engine.close)
     lane.close()
-    threads.shutdown()
+    threads.close()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """What tests of real models share: loading as the server does, and the measures of likeness."""
 
 import asyncio
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from engines.engine import TextEngine
 from engines.loader import LoaderSettings, TorchLoader
 from engines.records import EmbedCall, Embeddings, ModelFiles
 from engines.spec import ModelSpec
+from engines.tokenizer_threads import TokenizerThreads
 from tests.models import RECIPES, quiet, reference
 
 Vectors = NDArray[np.float32]
@@ -27,14 +27,14 @@ class Kit:
         torch.set_num_threads(1)  # small models gain nothing from more, and lose much beside busy neighbours
         self.folder = folder
         self.lane = Lane("kit")
-        self.threads = ThreadPoolExecutor(2)
+        self.threads = TokenizerThreads(2)
         self._engines: dict[str, TextEngine] = {}
         self._references: dict[str, SentenceTransformer] = {}
 
     def close(self) -> None:
         """End the threads."""
         self.lane.close()
-        self.threads.shutdown()
+        self.threads.close()
 
     def recipe_folder(self, name: str) -> Path:
         """The folder of a recipe; not to be changed."""

@@ -231,3 +231,26 @@ def test_a_token_that_the_model_has_no_row_for_is_the_texts_fault_and_nobody_els
 def _bert(folder: Path, max_length: int) -> None:
     tokenizer = vocabularies.bert()
     save(folder, transformer(bert_config(tokenizer)), tokenizer, [Pooling(WIDTH, "mean")], max_length=max_length)
+
+
+@pytest.mark.parametrize("num_words", [90, 5000])
+def test_a_prompt_that_is_left_out_is_cut_as_sentence_transformers_cuts_it(kit: Kit, num_words: int) -> None:
+    """Of a longer prompt than the model reads, and its text, only the end token is left."""
+    engine, model = kit.engine("bert-instructor"), kit.reference("bert-instructor")
+    prompt = "represent " * num_words
+    got = embed(engine, TEXTS, prompt=prompt)
+
+    assert got.any(axis=-1).all()
+    assert_same(got, encode(model, TEXTS, prompt=prompt))
+
+
+def test_a_text_of_which_its_prompt_leaves_nothing_is_refused(kit: Kit, tmp_path: Path) -> None:
+    tokenizer = vocabularies.qwen(with_specials=False)
+    config = LlamaConfig(vocab_size=len(tokenizer), **SHAPE)
+    pooling = Pooling(WIDTH, "mean", include_prompt=False)
+    save(tmp_path, transformer(config), tokenizer, [pooling], max_length=16)
+    engine = kit.load(tmp_path)
+
+    assert embed(engine, ["a text"], prompt="a prompt: ").any()
+    with pytest.raises(InvalidValue, match=r"input\[0\] has 16 tokens, and the first 16 are its prompt"):
+        embed(engine, ["a text"], prompt="a long prompt " * 20)

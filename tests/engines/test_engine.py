@@ -3,13 +3,13 @@
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from msgspec import structs
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -30,6 +30,7 @@ from engines.records import Batch, EmbedCall, ModelInfo
 from engines.runner import Runner
 from engines.spec import Matryoshka, ModelSpec
 from engines.tokenize import Encoded, Ids, Rules, Tokenizer
+from engines.tokenizer_threads import TokenizerThreads
 
 WIDTH = 4
 ROOMY = Limit(256, 64)
@@ -77,18 +78,25 @@ class ScriptedEncoder:
 class Bench:
     """An engine with everything around it."""
 
-    def __init__(self, limits: EngineLimits, spec: ModelSpec, num_threads: int = 1) -> None:
+    def __init__(
+        self,
+        limits: EngineLimits,
+        spec: ModelSpec,
+        num_threads: int = 1,
+        backend: Letters | None = None,
+        info: ModelInfo = INFO,
+    ) -> None:
         self.encoder = ScriptedEncoder()
         self.lane = Lane("test", num_threads=num_threads, look_s=0.0)
-        self.threads = ThreadPoolExecutor(2)
+        self.threads = TokenizerThreads(2)
         self.released = 0
-        tokenizer = Tokenizer(Letters(), Rules(max_tokens=64, vocab_size=0x110000))
+        tokenizer = Tokenizer(backend or Letters(), Rules(max_tokens=64, vocab_size=0x110000))
         self.engine = TextEngine(
-            Parts(self.encoder, tokenizer, spec, INFO),
+            Parts(self.encoder, tokenizer, spec, info),
             self.lane,
             self.threads,
             limits,
-            lambda: (INFO, 100, 7),
+            lambda: (info, 100, 7),
             self.release,
             100,
         )
@@ -123,14 +131,14 @@ class Bench:
 
     def close(self) -> None:
         self.lane.close()
-        self.threads.shutdown()
+        self.threads.close()
 
 
 @pytest.fixture
 def open_bench() -> Iterator[Callable[..., Bench]]:
     benches: list[Bench] = []
 
-    def make(
+    def make(  # noqa: PLR0913  # each test names the one or two that it is about
         *,
         batch: Limit = ROOMY,
         max_queue_items: int = 100,
@@ -138,10 +146,16 @@ def open_bench() -> Iterator[Callable[..., Bench]]:
         cache_bytes: int = 0,
         cache_shared: bool = False,
         num_threads: int = 1,
+        backend: Letters | None = None,
+        info: ModelInfo = INFO,
+        instruction_template: str | None = None,
     ) -> Bench:
         limits = EngineLimits(batch=batch, max_queue_items=max_queue_items, target_dim=target_dim)
-        spec = ModelSpec(model_id="m", source="test", cache_bytes=cache_bytes, cache_shared=cache_shared)
-        benches.append(Bench(limits, spec, num_threads))
+        spec = ModelSpec(
+            model_id="m", source="test", cache_bytes=cache_bytes, cache_shared=cache_shared,
+            instruction_template=instruction_template,
+        )  # fmt: skip
+        benches.append(Bench(limits, spec, num_threads, backend, info))
         return benches[-1]
 
     yield make
@@ -631,3 +645,50 @@ async def test_texts_of_a_path_that_failed_are_run_again(open_bench: OpenBench) 
     bench.encoder.before = fail
 
     assert (await bench.embed("again", "and again")).tolist() == [expected("again"), expected("and again")]
+
+
+# Prompts, which every text carries.
+
+
+class Whereabouts(Letters):
+    """Remembers on which threads it was called."""
+
+    def __init__(self) -> None:
+        self.threads: list[threading.Thread] = []
+
+    def encode_batch_fast(self, input: Sequence[str], *, add_special_tokens: bool) -> Sequence[SimpleNamespace]:
+        self.threads.append(threading.current_thread())
+        return super().encode_batch_fast(input, add_special_tokens=add_special_tokens)
+
+
+@pytest.mark.parametrize(
+    ("num_texts", "prompt", "is_inline"),
+    [(10, None, True), (10, "p" * 10, True), (10, "p" * 200, False), (1, "p" * 5000, False), (200, None, False)],
+)
+async def test_prompts_count_for_what_is_tokenised_on_the_event_loop(
+    open_bench: OpenBench, num_texts: int, prompt: str | None, is_inline: bool
+) -> None:
+    backend = Whereabouts()
+    bench = open_bench(backend=backend, max_queue_items=1000)
+    await bench.engine.warm_up()
+
+    await bench.embed(*(f"text {number}" for number in range(num_texts)), prompt=prompt)
+
+    assert {thread is threading.main_thread() for thread in backend.threads} == {is_inline}
+
+
+@pytest.mark.parametrize("field", ["prompt", "instruction", "input_type"])
+async def test_what_prompts_add_to_a_request_has_a_bound(open_bench: OpenBench, field: str) -> None:
+    long = "p" * 600_000
+    bench = open_bench(
+        info=structs.replace(INFO, prompts={"query": long}), instruction_template="{task}: {text}", max_queue_items=1000
+    )
+    await bench.engine.warm_up()
+    given = {"input_type": "query"} if field == "input_type" else {field: long}
+    number = 600_002 if field == "instruction" else 600_000
+    first = 600_000
+
+    with pytest.raises(InvalidValue, match=rf"{field} puts ({first}|{number}) characters around each of 100") as caught:
+        await bench.embed(*["a"] * 100, **given)
+    assert caught.value.param == field
+    assert (await bench.embed("a", "a", **given)).shape == (2, WIDTH)

