@@ -25,7 +25,7 @@ def read_call(
     if call.token_ids:
         if call.input_type is not None or call.instruction is not None or call.prompt is not None:
             raise InvalidValue("token ids are taken verbatim: no prompt can be put in front of them", param="input")
-        return tokenizer.read_ids(call.token_ids, truncate, must_be_framed=False)
+        return tokenizer.read_ids(call.token_ids, truncate, must_be_framed=not spec.unframed_token_ids)
     if call.instruction is not None:
         _check_frame(call, len(call.instruction))
     frame = choose_frame(call, prompts, spec.default_prompt, spec.instruction_template)

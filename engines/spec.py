@@ -82,6 +82,7 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
     description: str = ""
     license: str = ""
     token_encoding: Literal["cl100k_base"] | None = None
+    unframed_token_ids: bool = False
     cache_bytes: int = 0
     cache_shared: bool = False
     calibration: Calibration | None = None

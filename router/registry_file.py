@@ -104,6 +104,7 @@ class Entry(Defaults, forbid_unknown_fields=True, kw_only=True):
     description: str | UnsetType = UNSET
     license: str | UnsetType = UNSET
     token_encoding: Literal["cl100k_base"] | UnsetType = UNSET
+    unframed_token_ids: bool | UnsetType = UNSET
     calibration: CalibrationRule | UnsetType = UNSET
 
 

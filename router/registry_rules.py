@@ -113,6 +113,14 @@ def _calibration_is_a_range(document: Document, entry: Mapping[str, Any], path: 
         document.add(path, "lowest must not be above highest in any component")
 
 
+def _token_ids_mean_one_thing(document: Document, entry: Mapping[str, Any], path: KeyPath) -> None:
+    if entry.get("unframed_token_ids") is True and "token_encoding" in entry:
+        document.add(
+            (*path, "unframed_token_ids"),
+            "excludes token_encoding, which turns token ids into texts: remove one of them",
+        )
+
+
 def _bounds(value: object) -> list[Any] | None:
     """The numbers of one side; None where something else stands there, of which the shape tells."""
     values: list[Any] = value if isinstance(value, list) else [value]
@@ -125,4 +133,5 @@ _ENTRY_RULES: tuple[Rule, ...] = (
     _default_prompt_exists,
     _matryoshka_is_one_of_two,
     _calibration_is_a_range,
+    _token_ids_mean_one_thing,
 )

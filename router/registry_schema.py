@@ -61,6 +61,8 @@ MEANINGS = {
     "license": "SPDX name, or the vendor's.",
     "token_encoding": "Token ids in requests are of this encoding, not the model's own, and are decoded by tiktoken "
     "when that is installed. LangChain's OpenAI client sends cl100k_base.",
+    "unframed_token_ids": "Token ids in requests may come without the special tokens that the model's tokenizer puts "
+    "around a text ([CLS] … [SEP]). Default: false, they are refused, because they may be another tokenizer's.",
 }
 
 

@@ -233,6 +233,16 @@ def _bert(folder: Path, max_length: int) -> None:
     save(folder, transformer(bert_config(tokenizer)), tokenizer, [Pooling(WIDTH, "mean")], max_length=max_length)
 
 
+def test_ids_without_the_models_special_tokens_are_refused_unless_the_registry_means_them(kit: Kit) -> None:
+    """Ids of OpenAI's tokenizer are ids of this one too, where they are small enough: of other texts."""
+    with pytest.raises(InvalidTokenId, match="check_embedding_ctx_length=False"):
+        answer(kit.engine("bert-cls"), token_ids=((5, 6, 7),))
+    meant = kit.load(kit.recipe_folder("bert-cls"), unframed_token_ids=True)
+
+    assert answer(meant, token_ids=((5, 6, 7),)).token_counts == (3,)
+    assert answer(kit.engine("static"), token_ids=((5, 6, 7),)).token_counts == (3,)
+
+
 @pytest.mark.parametrize("num_words", [90, 5000])
 def test_a_prompt_that_is_left_out_is_cut_as_sentence_transformers_cuts_it(kit: Kit, num_words: int) -> None:
     """Of a longer prompt than the model reads, and its text, only the end token is left."""

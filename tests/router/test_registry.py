@@ -321,6 +321,16 @@ def test_a_source_of_no_known_kind_is_refused(source: object) -> None:
     assert "package:NAME/SUB/FOLDER" in found[0]
 
 
+def test_token_ids_are_decoded_or_taken_as_they_come() -> None:
+    entry = "name: m, source: o/m, token_encoding: cl100k_base"
+    found = mistakes(f"{{version: 1, models: [{{{entry}, unframed_token_ids: true}}]}}")
+
+    assert found == [
+        "line 1, models[0].unframed_token_ids (m): excludes token_encoding, which turns token ids into texts: remove "
+        "one of them"
+    ]
+
+
 @pytest.mark.parametrize("source", ["./m3", "package:p/m"])
 def test_only_the_hub_has_revisions(source: str) -> None:
     found = mistakes(f"{{version: 1, models: [{{name: m, source: '{source}', revision: main}}]}}")
@@ -591,6 +601,7 @@ ENTRIES = DEFAULTS | {
     "description": TEXTS,
     "license": TEXTS,
     "token_encoding": st.just("cl100k_base"),
+    "unframed_token_ids": st.just(False),
     "calibration": st.lists(st.integers(-9, 0) | st.floats(-1, 0), min_size=1, max_size=3).map(
         lambda lowest: {"lowest": lowest, "highest": [1.5] * len(lowest)}
     )

@@ -36,6 +36,7 @@ OTHER: dict[str, Any] = {
     "description": "other",
     "license": "other",
     "token_encoding": "cl100k_base",
+    "unframed_token_ids": True,
     "calibration": Calibration(lowest=(-1.0,), highest=(1.0,)),
 }
 """Another value for every field, so that a new field cannot be forgotten."""
