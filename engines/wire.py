@@ -71,7 +71,7 @@ class Drain(Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Cancel(Struct, frozen=True, kw_only=True, tag=True):
-    """Nobody waits for the request of that number any more; not answered, and the request neither."""
+    """Nobody waits for the request of that number any more; not answered, and the request by `Cancelled`."""
 
     number: int
 
@@ -99,8 +99,12 @@ class Seen(Struct, frozen=True, kw_only=True, tag=True):
     stamp: float = 0.0
 
 
+class Cancelled(Struct, frozen=True, kw_only=True, tag=True):
+    """The request was cancelled, and nothing of it is left."""
+
+
 Request = Embed | Preload | Evict | Foresee | Reload | Look | Drain | Cancel
-Reply = Vectors | Outcome | Seen | Failure
+Reply = Vectors | Outcome | Seen | Failure | Cancelled
 
 _encoder = msgspec.msgpack.Encoder()
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)

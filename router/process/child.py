@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 from contextlib import suppress
+from functools import partial
 from typing import cast
 
 import structlog
@@ -17,7 +18,7 @@ import uvloop
 from engines.errors import EngineError
 from engines.failures import Failure, failure_of
 from engines.service import HostService
-from engines.wire import Cancel, Cutter, Frame, Reply, Request, Seen, decode_request, encode_reply, pack
+from engines.wire import Cancel, Cancelled, Cutter, Frame, Reply, Request, Seen, decode_request, encode_reply, pack
 from router.hosting import Birth
 from router.telemetry import configure_logging
 
@@ -36,10 +37,23 @@ class Channel(asyncio.Protocol):
         self._cutter = Cutter()
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._transport: asyncio.Transport | None = None
+        self._writable = asyncio.Event()
         self.ended = asyncio.Event()
+
+    @property
+    def num_tasks(self) -> int:
+        """Requests that have not ended."""
+        return len(self._tasks)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's has no such parent
+        self._writable.set()
+
+    def pause_writing(self) -> None:
+        self._writable.clear()
+
+    def resume_writing(self) -> None:
+        self._writable.set()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.ended.set()
@@ -62,6 +76,7 @@ class Channel(asyncio.Protocol):
     async def _tell(self, service: HostService) -> None:
         after, is_open = 0, True
         while is_open:
+            await self._writable.wait()  # a parent that does not read for hours shall not fill this process
             seen = service.look(after)
             self.tell(seen)
             after = seen.events[-1].seq if seen.events else after
@@ -76,14 +91,20 @@ class Channel(asyncio.Protocol):
                 task.cancel()
             return
         assert self._service is not None, "the parent asks nothing before it has heard that the host is ready"
-        work = self._answer(frame.number, self._service, request)
-        self._tasks[frame.number] = asyncio.get_running_loop().create_task(work)
+        task = asyncio.get_running_loop().create_task(self._answer(frame.number, self._service, request))
+        self._tasks[frame.number] = task
+        task.add_done_callback(partial(self._end, frame.number))
 
     async def _answer(self, number: int, service: HostService, request: Request) -> None:
-        try:
-            self._write(number, await service.answer(request))
-        finally:
-            del self._tasks[number]
+        self._write(number, await service.answer(request))
+
+    def _end(self, number: int, task: asyncio.Task[None]) -> None:
+        """Not in the task itself: one that is cancelled before it begins runs none of its code."""
+        del self._tasks[number]
+        if task.cancelled():
+            self._write(number, Cancelled())
+        elif (error := task.exception()) is not None:
+            self._write(number, failure_of(error if isinstance(error, Exception) else RuntimeError(repr(error))))
 
     def _write(self, number: int, reply: Reply) -> None:
         if self._transport is not None and not self._transport.is_closing():

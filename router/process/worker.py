@@ -21,6 +21,7 @@ from engines.wire import Drain, Reply, Request, Seen
 from router.hosting import Birth
 from router.process.child import HEARTBEAT_S, Box, run_child
 from router.process.link import Link
+from router.process.outbox import Outbox
 
 log = structlog.get_logger()
 
@@ -28,6 +29,8 @@ _BOX_BYTES = 512
 _HELLO_S = 120.0
 _END_S = 5.0
 _BACKOFF_S = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
+_MORE_CALLS = 16
+"""Beyond the calls that the server lets in: room for abandoned ones that end in a moment."""
 _NOT_FORKED = (OSError, EOFError)
 """The fork server has died, too, or cannot fork; it is started anew at the next attempt."""
 _MAX_SILENCE_S = 60.0
@@ -155,8 +158,9 @@ class Worker:
             raise
         self._process = process
         loop = asyncio.get_running_loop()
+        outbox = Outbox(self.birth.settings.max_concurrent_requests + _MORE_CALLS)
         _, self._link = await loop.create_unix_connection(
-            lambda: Link(self.birth.host_id, self._hear, self._hang_up), sock=ours
+            lambda: Link(self.birth.host_id, outbox, self._sign_of_life, self._hear, self._hang_up), sock=ours
         )
         try:
             self._hear(await asyncio.wait_for(self._link.hello, _HELLO_S))
@@ -166,8 +170,10 @@ class Worker:
             raise
         self._up.set()
 
-    def _hear(self, seen: Seen) -> None:
+    def _sign_of_life(self) -> None:
         self._heard_at_s = asyncio.get_running_loop().time()
+
+    def _hear(self, seen: Seen) -> None:
         self._ears.seen(seen)
         if seen.fault:
             log.error("worker.fault", host=self.birth.host_id, fault=seen.fault)

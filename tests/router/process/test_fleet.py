@@ -265,6 +265,26 @@ async def test_a_worker_whose_load_hangs_is_started_anew_and_its_calls_go_elsewh
     assert homes(hosts)["a"] != [host.host_id for host in hosts if host.restarts]
 
 
+async def test_what_is_abandoned_while_a_worker_is_stopped_fills_no_memory() -> None:
+    text = "x" * 2**20
+    async with yard(scripted("a", embed_s=0.01), hosts=1) as here:
+        await here.backend.preload("a")
+        os.kill(here.pids()["cpu:0"], signal.SIGSTOP)
+        before = psutil.Process().memory_info().rss
+        for _ in range(20):
+            asked = [asyncio.create_task(here.backend.embed(call("a", text))) for _ in range(10)]
+            await asyncio.sleep(0.02)
+            for task in asked:
+                task.cancel()
+            await asyncio.gather(*asked, return_exceptions=True)
+        grown = psutil.Process().memory_info().rss - before
+        os.kill(here.pids()["cpu:0"], signal.SIGCONT)
+        answer = await here.backend.embed(call("a"))
+
+    assert len(answer.token_counts) == 1
+    assert grown < 30 * 2**20
+
+
 async def test_workers_end_when_their_parent_hangs_up() -> None:
     here = Yard(1)
     await here.backend.start()
