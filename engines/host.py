@@ -15,7 +15,7 @@ from engines.errors import DeviceDown
 from engines.host_config import HostConfig, World, real_world, suits
 from engines.pool_shell import Pool
 from engines.protocols import Files, Loader
-from engines.pulse import fault_of
+from engines.pulse import Awake, fault_of
 from engines.records import EmbedCall, Embeddings, Event, HostSnapshot, ModelStatus, Plan, State
 from engines.spec import ModelSpec
 from engines.units import Budget
@@ -44,6 +44,7 @@ class Host:
         world = world or real_world(config)
         self._time = world.time
         self._pulse = world.pulse
+        self._awake = Awake()
         self.fault = ""
         self._pool = Pool(config, self._own(specs), files, loader, world)
 
@@ -126,7 +127,8 @@ class Host:
         Calls that wait for what will not come are told at once: to be called every second or so. While a load hangs,
         models that are in memory serve on.
         """
-        fault = fault_of(self.config.device, self._pulse(), self.config.watchdog_s)
+        pulse = self._pulse().seen_for(self._awake.look(self._time.now_s()))
+        fault = fault_of(self.config.device, pulse, self.config.watchdog_s)
         if fault and not self.fault:
             log.error("device.down", host=self.config.host_id, fault=fault)
         if fault:

@@ -4,9 +4,10 @@ A forward pass cannot be interrupted: all that can be done about one that hangs 
 who come, and let a supervisor start the process anew.
 """
 
+import math
 from collections.abc import Callable, Iterable
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 _SELF_CHECK_FACTOR = 5.0
 """A load's self-check runs the model text by text, and on a CPU a large one takes its time."""
@@ -24,8 +25,34 @@ class Pulse(Struct, frozen=True):
         """Seconds of the present turn, in the measure of a forward pass."""
         return self.turn_s / (_SELF_CHECK_FACTOR if self.is_check else 1.0)
 
+    def seen_for(self, awake_s: float) -> "Pulse":
+        """The same where only so many seconds of the turn count."""
+        return self if self.turn_s <= awake_s else structs.replace(self, turn_s=awake_s)
+
 
 ReadPulse = Callable[[], Pulse]
+
+MAX_GAP_S = 10.0
+"""Between two looks, which are a second apart as a rule."""
+
+
+class Awake:
+    """How long this process has run without standing still: SIGSTOP, Ctrl-Z, `docker pause`, a blocked event loop.
+
+    Clocks go on meanwhile, and what others did or said is not known before the next look. So nothing may be judged by
+    seconds from before the last gap.
+    """
+
+    def __init__(self) -> None:
+        self._looked_s = math.inf
+        self._since_s = -math.inf
+
+    def look(self, now_s: float) -> float:
+        """Seconds since the last gap between two looks; infinity when there was none."""
+        if now_s - self._looked_s > MAX_GAP_S:
+            self._since_s = now_s
+        self._looked_s = now_s
+        return now_s - self._since_s
 
 
 def worst(pulses: Iterable[Pulse]) -> Pulse:

@@ -121,8 +121,9 @@ class RemoteBackend:
         return self._fleet.feed.follow(after)
 
     async def aclose(self, *, grace_s: float = 30.0) -> None:
-        """What has not ended by then is told so."""
+        """What has not ended by then is told so; the hosts have what is left of the same grace time."""
         self._is_closing = True
+        until_s = asyncio.get_running_loop().time() + grace_s
         if self._calls:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._idle.wait(), grace_s)
@@ -131,7 +132,7 @@ class RemoteBackend:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._fleet.aclose(grace_s)
+        await self._fleet.aclose(max(0.0, until_s - asyncio.get_running_loop().time()))
         self._fleet.feed.close()
 
     # ---- one call ----

@@ -5,11 +5,14 @@ Started by `forkserver`, so torch is imported already and no thread and no CUDA 
 
 import asyncio
 import ctypes
+import multiprocessing
 import os
 import signal
 import socket
+import sys
 from contextlib import suppress
 from functools import partial
+from multiprocessing.connection import wait
 from typing import cast
 
 import structlog
@@ -111,6 +114,26 @@ class Channel(asyncio.Protocol):
             self._transport.writelines(pack(Frame(number, *encode_reply(reply))))
 
 
+def die_with_parent() -> None:
+    """Let the kernel kill this process when the server is gone, even while it hangs, or is stopped. Linux only.
+
+    Elsewhere, and where the kernel refuses, it ends by itself when its socket is closed, as soon as its loop runs. Not
+    PR_SET_PDEATHSIG: the parent by descent is the fork server, and that signal comes when a *thread* of it ends.
+    """
+    parent = multiprocessing.parent_process()
+    if sys.platform != "linux" or parent is None:
+        return
+    import fcntl  # late: not on Windows
+
+    end = parent.sentinel  # a pipe with nothing to read but its end
+    with suppress(OSError):
+        fcntl.fcntl(end, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(end, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(end, fcntl.F_SETFL, fcntl.fcntl(end, fcntl.F_GETFL) | os.O_ASYNC)
+    if wait([end], timeout=0):
+        os._exit(0)  # it had gone before
+
+
 def run_child(sock: socket.socket, birth: Birth, box: Box) -> None:
     """The worker's `main`.
 
@@ -118,6 +141,7 @@ def run_child(sock: socket.socket, birth: Birth, box: Box) -> None:
         sock: its end.
         box: shared with the parent: what the host is running, for the case that it dies of it.
     """
+    die_with_parent()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # a terminal or a supervisor tells the whole group; the parent decides
     configure_logging(birth.settings.log_format, birth.settings.log_level)

@@ -5,6 +5,7 @@ its own, where a fresh interpreter takes 6 s and 268 MB. The server process impo
 """
 
 import asyncio
+import atexit
 import ctypes
 import itertools
 import multiprocessing
@@ -17,6 +18,7 @@ import structlog
 from msgspec import Struct
 
 from engines.errors import EngineError, HostLost
+from engines.pulse import Awake
 from engines.wire import Drain, Reply, Request, Seen
 from router.hosting import Birth
 from router.process.child import HEARTBEAT_S, Box, run_child
@@ -35,6 +37,17 @@ _NOT_FORKED = (OSError, EOFError)
 """The fork server has died, too, or cannot fork; it is started anew at the next attempt."""
 _MAX_SILENCE_S = 60.0
 """Far longer than any load holds a worker's interpreter: one that is silent for so long hangs."""
+
+_living: set[ForkServerProcess] = set()
+
+
+@atexit.register
+def kill_workers() -> None:
+    """Nobody drains them any more. multiprocessing, whose turn is next, would wait for them, and for ever for one that
+    hangs. On Linux the kernel does it for servers that do not come to this (`child.die_with_parent`)."""
+    for process in _living:
+        process.kill()
+
 
 PRELOADED = ("engines.machine", "router.process.child")
 
@@ -77,6 +90,7 @@ class Worker:
         self._up = asyncio.Event()
         self._closing = asyncio.Event()
         self._heard_at_s = 0.0
+        self._awake = Awake()
         self._reborn: list[asyncio.Future[None]] = []
 
     @property
@@ -132,15 +146,17 @@ class Worker:
         if self._process is not None:
             self._process.kill()
 
-    def silent_for_s(self) -> float:
-        """Since its last word."""
-        return asyncio.get_running_loop().time() - self._heard_at_s if self._up.is_set() else 0.0
-
     def check(self) -> None:
-        """Kill it when it has been silent for so long that it must hang; its calls go to others then."""
-        if self.silent_for_s() > _MAX_SILENCE_S + HEARTBEAT_S:
-            log.error("worker.hangs", host=self.birth.host_id, silent_s=self.silent_for_s())
-            self._heard_at_s = asyncio.get_running_loop().time()
+        """Kill it when it has been silent for so long that it must hang; its calls go to others then.
+
+        Called every second or so. What it said while this process stood still was not heard yet, so it has said nothing
+        only since this process runs again.
+        """
+        now_s = asyncio.get_running_loop().time()
+        silent_s = min(now_s - self._heard_at_s, self._awake.look(now_s))
+        if self._up.is_set() and silent_s > _MAX_SILENCE_S + HEARTBEAT_S:
+            log.error("worker.hangs", host=self.birth.host_id, silent_s=round(silent_s, 1))
+            self._heard_at_s = now_s
             self.kill()
 
     # ---- one life ----
@@ -157,11 +173,14 @@ class Worker:
             ours.close()
             raise
         self._process = process
+        _living.add(process)
         loop = asyncio.get_running_loop()
         outbox = Outbox(self.birth.settings.max_concurrent_requests + _MORE_CALLS)
         _, self._link = await loop.create_unix_connection(
             lambda: Link(self.birth.host_id, outbox, self._sign_of_life, self._hear, self._hang_up), sock=ours
         )
+        if self._closing.is_set():
+            self._link.close()
         try:
             self._hear(await asyncio.wait_for(self._link.hello, _HELLO_S))
         except (EngineError, TimeoutError):
@@ -234,12 +253,14 @@ class Worker:
         return False
 
     async def _drain(self, grace_s: float) -> None:
+        """A worker that does not answer in time hangs, and is not waited for any longer."""
         if self._link is None or self._link.ended.is_set():
             return
         try:
             await asyncio.wait_for(self._link.ask(Drain(grace_s=grace_s)), grace_s + _END_S)
         except (EngineError, TimeoutError) as error:
-            log.warning("worker.not_drained", host=self.birth.host_id, reason=str(error))
+            log.warning("worker.not_drained", host=self.birth.host_id, reason=str(error) or "no answer")
+            self.kill()
 
     async def _bury(self) -> None:
         """The process is gone afterwards, by itself or not."""
@@ -250,3 +271,4 @@ class Worker:
         if process.is_alive():
             process.kill()
             await asyncio.to_thread(process.join, _END_S)
+        _living.discard(process)

@@ -1,6 +1,7 @@
 """A device that does not answer: what is said of it, and what becomes of those who wait."""
 
 import asyncio
+import math
 
 import pytest
 from msgspec import structs
@@ -9,7 +10,7 @@ from engines.errors import DeviceDown
 from engines.fake import FakeLoader, FakeTime, fake_host, fake_vector, fake_world
 from engines.fake_world import let_run
 from engines.host import Host
-from engines.pulse import Pulse, fault_of
+from engines.pulse import Awake, Pulse, fault_of
 from engines.records import EmbedCall
 
 CALL = EmbedCall(model_id="a", texts=("x",))
@@ -104,3 +105,30 @@ async def test_a_caller_that_is_cancelled_as_well_is_cancelled() -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert device.host.status("a").leases == 0
+
+
+def test_a_process_that_looks_every_second_has_never_stood_still() -> None:
+    awake = Awake()
+
+    assert [awake.look(now_s) for now_s in (1000.0, 1001.0, 1010.5)] == [math.inf] * 3
+
+
+def test_after_a_pause_only_the_seconds_since_count() -> None:
+    awake = Awake()
+    seen = [awake.look(now_s) for now_s in (0.0, 1.0, 500.0, 501.0, 509.0)]
+
+    assert seen == [math.inf, math.inf, 0.0, 1.0, 9.0]
+
+
+async def test_a_pass_that_a_pause_of_the_process_made_long_is_no_fault_and_one_that_hangs_on_is() -> None:
+    device = Device()
+    await device.host.start()
+    faults = []
+    for seconds, turn_s in ((1, 1.0), (300, 301.0), *((1, 301.0 + more) for more in range(1, 125))):
+        await device.time.advance(seconds)
+        device.pulse = Pulse(turn_s=turn_s)
+        faults.append(device.host.check())
+
+    assert faults[:3] == ["", "", ""], "the process was stopped for 300 s"
+    assert "has been running for 121 s" in faults[122]
+    assert [bool(fault) for fault in faults].index(True) == 122

@@ -3,6 +3,9 @@
 import asyncio
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from multiprocessing.context import ForkServerProcess
@@ -12,7 +15,7 @@ import psutil
 import pytest
 from msgspec import structs
 
-from engines.errors import HostLost, InvalidValue, LoadFailed
+from engines.errors import HostLost, InvalidValue, LoadFailed, ShuttingDown
 from engines.failures import failure_of
 from engines.records import Event
 from engines.spec import ModelSpec
@@ -26,6 +29,7 @@ from tests.router.backends.conformance import call, homes, loads, serving, until
 from tests.router.backends.scripted_host import open_broken_host, scripted
 from tests.router.backends.test_local import births
 
+ROOT = Path(__file__).parents[3]
 prepare_forkserver(("router.process.child", "tests.router.backends.scripted_host"))
 
 
@@ -263,6 +267,67 @@ async def test_a_worker_whose_load_hangs_is_started_anew_and_its_calls_go_elsewh
 
     assert len(answer.token_counts) == 1
     assert homes(hosts)["a"] != [host.host_id for host in hosts if host.restarts]
+
+
+async def test_a_worker_is_not_killed_for_the_silence_of_a_server_that_stood_still(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As after Ctrl-Z and `fg`: the look comes before what the worker said meanwhile is read."""
+    monkeypatch.setattr("router.process.worker._MAX_SILENCE_S", 0.2)
+    monkeypatch.setattr("engines.pulse.MAX_GAP_S", 0.5)
+    async with yard(scripted("a"), hosts=1) as here:
+        before = here.pids()
+        here.backend.check()
+        time.sleep(1.0)  # noqa: ASYNC251  # the server stands still
+        here.backend.check()
+        answer = await here.backend.embed(call("a"))
+        after = here.pids()
+
+    assert len(answer.token_counts) == 1
+    assert before == after
+
+
+async def test_a_worker_that_hangs_does_not_outlive_a_server_that_ends_and_costs_one_grace_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("router.process.worker._END_S", 0.5)
+    here = Yard(1, scripted("a"))
+    await here.backend.start()
+    await here.backend.preload("a")
+    pid = here.pids()["cpu:0"]
+    os.kill(pid, signal.SIGSTOP)
+    asked = asyncio.create_task(here.backend.embed(call("a", "x" * 2**21)))
+    await asyncio.sleep(0.05)
+    began_s = time.monotonic()
+    await here.backend.aclose(grace_s=3.0)
+    took_s = time.monotonic() - began_s
+
+    assert not is_running(pid)
+    assert isinstance((await asyncio.gather(asked, return_exceptions=True))[0], ShuttingDown)
+    assert took_s < 5.5, "the calls had the grace time, and the worker not another one"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel does it")
+@pytest.mark.parametrize("end", ["SIGKILL", "exit"])
+def test_no_process_outlives_the_server_even_one_that_is_stopped(end: str) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.router.process.orphans"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with process:
+        worker = int(process.stdout.readline())
+        family = psutil.Process(process.pid).children(recursive=True)
+        os.kill(worker, signal.SIGSTOP)
+        if end == "SIGKILL":
+            process.kill()
+        process.stdin.close()
+        _, alive = psutil.wait_procs([psutil.Process(process.pid), *family], timeout=15)
+        for left in alive:
+            left.kill()
+
+    assert worker in {child.pid for child in family}
+    assert alive == []
 
 
 async def test_what_is_abandoned_while_a_worker_is_stopped_fills_no_memory() -> None:
