@@ -12,6 +12,7 @@ from engines.wire import (
     Embed,
     Evict,
     Foresee,
+    Generation,
     Look,
     Outcome,
     Preload,
@@ -24,16 +25,16 @@ from engines.wire import (
 
 
 class HostService:
-    """One host and the age of the registry that it serves.
+    """One host and the generation of the registry that it serves.
 
     Args:
         host: started by whoever made it.
-        stamp: of the registry that the host was made with.
+        generation: of the registry that the host was made with.
     """
 
-    def __init__(self, host: Host, stamp: float = 0.0) -> None:
+    def __init__(self, host: Host, generation: Generation = Generation()) -> None:  # noqa: B008  # frozen
         self.host = host
-        self._stamp = stamp
+        self._generation = generation
 
     async def answer(self, request: Request) -> Reply:
         """What the host says; errors are replies, too. Cancelling cancels what the host does for it."""
@@ -46,8 +47,12 @@ class HostService:
 
     def look(self, after: int = 0) -> Seen:
         """The host now, and its events since `after`."""
-        fault = self.host.check()
-        return Seen(snapshot=self.host.snapshot(), events=self.host.events_since(after), fault=fault, stamp=self._stamp)
+        return Seen(
+            fault=self.host.check(),
+            snapshot=self.host.snapshot(),
+            events=self.host.events_since(after),
+            generation=self._generation,
+        )
 
     async def _command(self, request: Request) -> Reply:
         match request:
@@ -78,9 +83,9 @@ class HostService:
 
     async def _reload(self, request: Reload) -> None:
         """Several routers may bring registries, and late ones must not undo newer ones."""
-        if request.stamp > self._stamp:
-            self._stamp = request.stamp
+        if request.generation > self._generation:
             await self.host.reload(request.specs, request.budget)
+            self._generation = request.generation
 
     def _outcome(self, status: ModelStatus | None = None) -> Outcome:
         return Outcome(snapshot=self.host.snapshot(), status=status)

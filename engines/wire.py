@@ -50,12 +50,19 @@ class Foresee(Struct, frozen=True, kw_only=True, tag=True):
     size_s: float
 
 
+class Generation(Struct, frozen=True, order=True, array_like=True):
+    """Which registry: `counter` grows with every reload, `digest` is of the content. Higher ones replace lower ones."""
+
+    counter: int = 0
+    digest: str = ""
+
+
 class Reload(Struct, frozen=True, kw_only=True, tag=True):
-    """`Host.reload`, where `stamp` (Unix seconds) is newer than the last; answered by `Outcome`."""
+    """`Host.reload`, where `generation` is higher than the host's; answered by `Outcome`."""
 
     specs: Mapping[str, ModelSpec]
     budget: Budget | None = None
-    stamp: float = 0.0
+    generation: Generation = Generation()
 
 
 class Look(Struct, frozen=True, kw_only=True, tag=True):
@@ -91,12 +98,12 @@ class Outcome(Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Seen(Struct, frozen=True, kw_only=True, tag=True):
-    """A look at a host. `stamp`: the age of the registry that it serves, as `Reload` brought it."""
+    """A look at a host. `generation`: of the registry that it serves."""
 
     snapshot: HostSnapshot
     events: tuple[Event, ...] = ()
     fault: str = ""
-    stamp: float = 0.0
+    generation: Generation = Generation()
 
 
 class Cancelled(Struct, frozen=True, kw_only=True, tag=True):

@@ -8,6 +8,7 @@ from msgspec import Struct, structs
 from engines.host import Host
 from engines.spec import ModelSpec
 from engines.units import Budget
+from engines.wire import Generation
 from router.settings import Settings, usable_cores
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ Note = Callable[[str], None]
 class Birth(Struct, frozen=True, kw_only=True):
     """All that a process or a replica is told to make its one host.
 
-    `device`: `auto` takes the first there is. `cores`: its share of the machine's. `stamp`: the registry's age.
+    `device`: `auto` takes the first there is. `cores`: its share of the machine's. `generation`: of `specs`.
     `open`: makes the host, not started; a test gives its own.
     """
 
@@ -31,7 +32,7 @@ class Birth(Struct, frozen=True, kw_only=True):
     budget: Budget
     settings: Settings
     open: Callable[["Birth", Note], Host]
-    stamp: float = 0.0
+    generation: Generation = Generation()
 
 
 def machine_config(settings: Settings, budget: Budget, devices: tuple[str, ...], cores: int) -> "MachineConfig":

@@ -91,9 +91,9 @@ class Reloader:
         self._read = await asyncio.to_thread(look, self._settings.registry)
         registry = await asyncio.to_thread(open_registry, self._settings)
         changes = diff(self._yard.registry, registry)
+        await self._yard.backend.reload(registry.models, self._new_budget(registry, changes))
+        self._yard.registry = registry
         if not changes.is_empty:
-            await self._yard.backend.reload(registry.models, self._new_budget(registry, changes))
-            self._yard.registry = registry
             log.info("registry.reloaded", **structs.asdict(changes))
         return changes
 

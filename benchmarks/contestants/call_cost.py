@@ -53,7 +53,7 @@ def make(name: str) -> Backend:
 
     connect(None)
     deploy(births()[0], Plan(hosts=HOSTS, cpus=0.5))
-    fleet = RayFleet(serve.get_deployment_handle(DEPLOYMENT, APP), BOARD, lambda: 0.0)
+    fleet = RayFleet(serve.get_deployment_handle(DEPLOYMENT, APP), BOARD)
     return RemoteBackend(fleet, {"a": SPEC})
 
 

@@ -162,5 +162,5 @@ async def _main(sock: socket.socket, birth: Birth, box: Box) -> None:
         channel.tell(failure_of(error))
         await asyncio.wait_for(channel.ended.wait(), _FAREWELL_S)
     else:
-        await channel.serve(HostService(host, birth.stamp))
+        await channel.serve(HostService(host, birth.generation))
     os._exit(0)  # at once: threads that hang on a device must not keep the process

@@ -14,9 +14,10 @@ from engines.errors import EngineError
 from engines.records import Embeddings, Event, HostSnapshot, ModelStatus
 from engines.spec import ModelSpec, is_same_engine
 from engines.units import Budget
-from engines.wire import Embed, Outcome, Preload, Reload, Reply, Request, Seen, Vectors
+from engines.wire import Embed, Outcome, Preload, Reply, Request, Seen, Vectors
 from router.event_feed import EventFeed
 from router.fleet import Ticket
+from router.generation import DesiredRegistry
 from router.hosting import Birth, share
 from router.ledger import Ledger
 from router.placement import AWAY
@@ -42,7 +43,7 @@ class ProcessFleet:
         self._charges = Charges(time.monotonic)
         self._parts = parts
         self._grace_s = grace_s
-        self._stamp = 0.0
+        self._desired = DesiredRegistry({})
         self._specs: Mapping[str, ModelSpec] = {}
         self._bases: dict[str, int] = {}
         self._restarts: Counter[str] = Counter()
@@ -56,7 +57,10 @@ class ProcessFleet:
 
     async def open(self, specs: Mapping[str, ModelSpec], on_change: Callable[[], None]) -> None:
         self._specs = specs
+        self._desired = DesiredRegistry(specs)
         self._on_change = on_change
+        for worker in self._workers.values():
+            worker.birth = structs.replace(worker.birth, specs=specs, generation=self._desired.generation)
         starts = (worker.start() for worker in self._workers.values())
         outcomes = await asyncio.gather(*starts, return_exceptions=True)
         errors = [outcome for outcome in outcomes if outcome is not None]
@@ -78,18 +82,17 @@ class ProcessFleet:
         return reply
 
     async def reload(self, specs: Mapping[str, ModelSpec], budget: Budget | None) -> None:
-        self._stamp += 1.0
         for model_id, spec in specs.items():
             old = self._specs.get(model_id)
             if old is not None and not is_same_engine(old, spec):
                 self._charges.acquit(model_id)
         self._specs = specs
-        own = share(budget, self._parts) if budget is not None else None
+        self._desired.change(specs, share(budget, self._parts) if budget is not None else None)
+        message = self._desired.message
         for worker in self._workers.values():
-            changes = {"specs": specs, "stamp": self._stamp} | ({"budget": own} if own is not None else {})
-            worker.birth = structs.replace(worker.birth, **changes)
-        request = Reload(specs=specs, budget=own, stamp=self._stamp)
-        await asyncio.gather(*(self._tell(host_id, request) for host_id in self._workers))
+            told = structs.replace(worker.birth, specs=specs, generation=message.generation)
+            worker.birth = structs.replace(told, budget=message.budget or told.budget)
+        await asyncio.gather(*(self._tell(host_id, message) for host_id in self._workers))
 
     async def recycle(self, host_id: str) -> None:
         before = self.ledger.snapshot(host_id)

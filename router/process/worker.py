@@ -19,7 +19,7 @@ from msgspec import Struct
 
 from engines.errors import EngineError, HostLost
 from engines.pulse import Awake
-from engines.wire import Drain, Reply, Request, Seen
+from engines.wire import Drain, Look, Reload, Reply, Request, Seen
 from router.hosting import Birth
 from router.process.child import HEARTBEAT_S, Box, run_child
 from router.process.link import Link
@@ -182,12 +182,23 @@ class Worker:
         if self._closing.is_set():
             self._link.close()
         try:
-            self._hear(await asyncio.wait_for(self._link.hello, _HELLO_S))
+            self._hear(await asyncio.wait_for(self._greet(self._link), _HELLO_S))
         except (EngineError, TimeoutError):
             self._link.close()
             await self._bury()
             raise
         self._up.set()
+
+    async def _greet(self, link: Link) -> Seen:
+        """Wait for the first word, and tell of a registry that was read since the worker was forked."""
+        seen = await link.hello
+        while seen.generation < self.birth.generation:
+            birth = self.birth
+            await link.ask(Reload(specs=birth.specs, budget=birth.budget, generation=birth.generation))
+            reply = await link.ask(Look())
+            assert isinstance(reply, Seen), "a look is answered with what is seen"
+            seen = reply
+        return seen
 
     def _sign_of_life(self) -> None:
         self._heard_at_s = asyncio.get_running_loop().time()

@@ -1,7 +1,6 @@
 """Puts the hosts on a cluster, as one Serve deployment with a replica for each device."""
 
 import socket
-from pathlib import Path
 
 import ray
 from msgspec import Struct
@@ -9,6 +8,7 @@ from ray import serve as serve
 from ray.serve.config import RequestRouterConfig
 
 from engines.errors import InvalidValue
+from router.generation import first_generation
 from router.hosting import Birth, open_real_host
 from router.ray.environment import named_address
 from router.ray.names import APP, DEPLOYMENT, HEALTH_PERIOD_S, STATS_PERIOD_S
@@ -106,16 +106,8 @@ def birth_of(settings: Settings, registry: Registry, plan: Plan) -> Birth:
         budget=settings.memory_budget or registry.memory_budget,
         settings=settings,
         open=open_real_host,
-        stamp=stamp_of(settings.registry),
+        generation=first_generation(registry.models),
     )
-
-
-def stamp_of(path: Path) -> float:
-    """The age of a registry, by which hosts tell a newer one: Unix seconds; 0 where there is no file."""
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return 0.0
 
 
 def from_environment(args: dict[str, str]) -> serve.Application:

@@ -1,7 +1,7 @@
 """`RayFleet`: the way to hosts on a Ray cluster. The router process keeps nothing: any number of them may run.
 
-A host is asked twice a second how it is; the answer brings its events, its snapshot, and the age of its registry: a
-host that serves an older one than this router, because it has just been started, is brought up to date then.
+A host is asked twice a second how it is; the answer brings its events, its snapshot, and the generation of its
+registry: a host that serves an older one than this router, because it has just been started, is told then.
 """
 
 import asyncio
@@ -20,10 +20,10 @@ from engines.spec import ModelSpec
 from engines.units import Budget
 from engines.wire import (
     Embed,
+    Generation,
     Look,
     Outcome,
     Preload,
-    Reload,
     Reply,
     Request,
     Seen,
@@ -33,6 +33,7 @@ from engines.wire import (
 )
 from router.event_feed import EventFeed
 from router.fleet import Ticket
+from router.generation import DesiredRegistry
 from router.ledger import Ledger
 from router.ray.board import Board, Errand
 from router.ray.patience import is_cancelled_by_caller, limit_of, no_answer
@@ -54,7 +55,6 @@ class RayFleet:
     Args:
         handle: of the deployment.
         board: that of this process, which Serve's router reads, too.
-        stamp: the age of the registry now (Unix seconds); the newest wins.
         patience_s: how long a call may run beside the wait for its model. Ray itself waits for ever.
         grace_s: how long a host that is recycled may finish what it has.
     """
@@ -63,7 +63,6 @@ class RayFleet:
         self,
         handle: DeploymentHandle,
         board: Board,
-        stamp: Callable[[], float],
         *,
         patience_s: float = 180.0,
         grace_s: float = 30.0,
@@ -72,11 +71,10 @@ class RayFleet:
         self.feed = EventFeed()
         self._handle = handle
         self._board = board
-        self._stamp = stamp
         self._patience_s = patience_s
         self._grace_s = grace_s
         self._look_every_s = look_every_s
-        self._reload: Reload | None = None
+        self._desired = DesiredRegistry({})
         self._faults: dict[str, str] = {}
         self._silences: dict[str, int] = {}
         self._looking: asyncio.Task[None] | None = None
@@ -87,7 +85,7 @@ class RayFleet:
         return self._board.ledger
 
     async def open(self, specs: Mapping[str, ModelSpec], on_change: Callable[[], None]) -> None:
-        self._reload = Reload(specs=specs, stamp=self._stamp())
+        self._desired = DesiredRegistry(specs)
         self._board.on_change = on_change
         if not self._handle.is_initialized:
             self._handle._init(_run_router_in_separate_loop=False)  # the board lives on this loop
@@ -111,9 +109,9 @@ class RayFleet:
         return reply
 
     async def reload(self, specs: Mapping[str, ModelSpec], budget: Budget | None) -> None:
-        kept = self._reload.budget if self._reload is not None else None  # hosts that come later need it, too
-        self._reload = Reload(specs=specs, budget=budget or kept, stamp=self._stamp())
-        await asyncio.gather(*(self._bring_registry(host_id, self._reload) for host_id in self.ledger.devices()))
+        await self._look_at_all()  # another router may have told them something just now
+        self._desired.change(specs, budget)
+        await asyncio.gather(*(self._tell_registry(host_id) for host_id in self.ledger.devices()))
 
     async def recycle(self, host_id: str) -> None:
         """Serve puts another replica in its place, with another id."""
@@ -206,9 +204,15 @@ class RayFleet:
                 log.exception("hosts.not_seen")
 
     async def _look_at_all(self) -> None:
-        await asyncio.gather(*(self._look_at(host_id) for host_id in self._board.running))
+        """Only when all have said what they serve it is known what is new to them."""
+        asked = list(self._board.running)
+        shown = await asyncio.gather(*(self._look_at(host_id) for host_id in asked))
+        self._desired.settle([generation for generation in shown if generation is not None])
+        pairs = zip(asked, shown, strict=True)
+        lacking = [host for host, generation in pairs if generation and self._desired.is_lacking(generation)]
+        await asyncio.gather(*(self._tell_registry(host_id) for host_id in lacking))
 
-    async def _look_at(self, host_id: str) -> None:
+    async def _look_at(self, host_id: str) -> Generation | None:
         """A host that does not answer gets no calls until it does; that it is gone, Serve will say."""
         try:
             request = Look(after=self.feed.last_seq(host_id))
@@ -217,20 +221,20 @@ class RayFleet:
             self._silences[host_id] = self._silences.get(host_id, 0) + 1
             if self._silences[host_id] >= _SILENT_LOOKS:
                 self.ledger.close(host_id)
-            return
+            return None
         self._silences[host_id] = 0
-        if isinstance(reply, Seen):
-            self._hear(host_id, reply)
-            await self._bring_registry(host_id, self._reload, reply.stamp)
+        assert isinstance(reply, Seen), "a look is answered with what is seen"
+        self._hear(host_id, reply)
+        return reply.generation
 
     def _hear(self, host_id: str, seen: Seen) -> None:
         self._board.note(seen.snapshot)
         self._faults[host_id] = seen.fault
+        self._desired.hear(seen.generation)
         for event in seen.events:
             if event.seq > self.feed.last_seq(host_id):
                 self.feed.add(event)
 
-    async def _bring_registry(self, host_id: str, request: Reload | None, known: float = 0.0) -> None:
-        if request is not None and request.stamp > known:
-            with suppress(EngineError):
-                await self.ask(host_id, request)
+    async def _tell_registry(self, host_id: str) -> None:
+        with suppress(EngineError):  # the next look shows that it was not told
+            await self.ask(host_id, self._desired.message)

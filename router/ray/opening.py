@@ -5,7 +5,7 @@ from ray.serve.exceptions import RayServeException
 
 from engines.errors import InvalidValue
 from router.ray.board import BOARD
-from router.ray.deploy import connect, stamp_of
+from router.ray.deploy import connect
 from router.ray.fleet import RayFleet
 from router.ray.names import APP, DEPLOYMENT
 from router.registry import Registry
@@ -30,7 +30,6 @@ def open_ray_backend(settings: Settings, registry: Registry) -> RemoteBackend:
     fleet = RayFleet(
         handle,
         BOARD,
-        lambda: stamp_of(settings.registry),
         patience_s=settings.watchdog_seconds + settings.grace_seconds,
         grace_s=settings.grace_seconds,
     )

@@ -26,7 +26,7 @@ class HostReplica:
         structlog.contextvars.bind_contextvars(host=host_id)
         self._host = birth.open(structs.replace(birth, host_id=host_id), lambda _: None)
         await self._host.start()
-        self._service = HostService(self._host, birth.stamp)
+        self._service = HostService(self._host, birth.generation)
 
     async def ask(self, head: bytes) -> tuple[bytes, bytes]:
         """One request of `engines/wire.py`; errors are answers, too, so nothing is ever raised into Ray."""

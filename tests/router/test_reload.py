@@ -207,6 +207,19 @@ async def test_the_budget_of_the_environment_stands(tmp_path: Path) -> None:
     assert backend.commands == [("reload", "a", "b", "d"), ("reload", "a", "b", "d", Budget(size_bytes=64 * 2**20))]
 
 
+async def test_a_reload_of_an_unchanged_file_reaches_the_hosts_all_the_same(tmp_path: Path) -> None:
+    """A host that serves something else for whatever reason is mended by it."""
+    backend = ScriptedBackend()
+    file = tmp_path / "registry.yaml"
+    file.write_text(OLD)
+    settings = Settings(registry=file)
+    reloader = Reloader(Yard(settings, read_registry(file), backend, keyring_of(settings), 0))
+    changes = await reloader.reload()
+
+    assert changes.is_empty
+    assert backend.commands == [("reload", "a", "b", "c")]
+
+
 async def test_reloads_never_overlap_and_outlive_who_asked(tmp_path: Path) -> None:
     file = tmp_path / "registry.yaml"
     file.write_text(OLD)

@@ -7,7 +7,6 @@ Run by `test_ray.py` in a process of its own, because Ray does not leave a proce
 
 import os
 import signal
-import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -19,16 +18,17 @@ import pytest
 from engines.records import HostSnapshot
 from router.app import create_app
 from router.backend import Backend
+from router.generation import first_generation
 from router.hosting import Birth
 from router.ray.board import BOARD
-from router.ray.deploy import Plan, connect, deploy, from_environment, stamp_of
+from router.ray.deploy import Plan, connect, deploy, from_environment
 from router.ray.fleet import RayFleet
 from router.ray.names import APP, DEPLOYMENT
 from router.registry import Registry
 from router.remote_backend import RemoteBackend
 from router.settings import Settings
 from tests.router.backends.clients import crowd
-from tests.router.backends.conformance import BUDGET, HOSTS, Conformance, Opened, homes, known, serving, until
+from tests.router.backends.conformance import BUDGET, HOSTS, Conformance, Opened, call, homes, known, serving, until
 from tests.router.backends.scripted_host import open_scripted_host, scripted
 from tests.router.backends.thread_loop import LOOP
 from tests.server import serving as serving_app
@@ -67,7 +67,7 @@ def cluster() -> Iterator[Cluster]:
 @asynccontextmanager
 async def routed() -> AsyncIterator[RemoteBackend]:
     handle = serve.get_deployment_handle(DEPLOYMENT, APP)
-    backend = RemoteBackend(RayFleet(handle, BOARD, time.time, grace_s=2.0, look_every_s=0.1), {})
+    backend = RemoteBackend(RayFleet(handle, BOARD, grace_s=2.0, look_every_s=0.1), {})
     await backend.start()
     yield backend
     await backend.aclose(grace_s=0)
@@ -132,10 +132,24 @@ class TestRay(Conformance):
         assert home not in ids(hosts)
         assert len(hosts) == HOSTS
 
+    async def test_what_was_read_last_holds_whichever_router_read_it_and_however_old_its_file_is(
+        self, cluster: Cluster, backend: Backend
+    ) -> None:
+        async with serving(backend, scripted("new")):
+            handle = serve.get_deployment_handle(DEPLOYMENT, APP)
+            specs = {"old": scripted("old")}
+            other = RemoteBackend(RayFleet(handle, BOARD, look_every_s=0.1), specs)
+            await other.start()
+            rolled_back = await until(other, lambda hosts: all(served(host) == ["old"] for host in hosts))
+            answer = await other.embed(call("old"))
+            await other.aclose(grace_s=0)
+
+        assert (len(rolled_back), len(answer.token_counts)) == (HOSTS, 1)
+
     async def test_the_metrics_of_all_hosts_are_those_of_the_server(self, cluster: Cluster, backend: Backend) -> None:
         spec = scripted("a")
         async with serving(backend, spec):
-            fleet = RayFleet(serve.get_deployment_handle(DEPLOYMENT, APP), BOARD, lambda: 0.0, look_every_s=0.1)
+            fleet = RayFleet(serve.get_deployment_handle(DEPLOYMENT, APP), BOARD, look_every_s=0.1)
             registry = Registry(models={"a": spec}, default_model="a")
             app = create_app(Settings(), registry, RemoteBackend(fleet, registry.models))
             async with serving_app(app) as url, httpx.AsyncClient(base_url=url) as client:
@@ -158,6 +172,10 @@ def add_node(cluster: Cluster, attempts: int = 3) -> None:
                 raise
         else:
             return
+
+
+def served(host: HostSnapshot) -> list[str]:
+    return [status.model_id for status in host.models]
 
 
 def ids(hosts: tuple[HostSnapshot, ...]) -> set[str]:
@@ -192,5 +210,5 @@ async def test_the_same_deployment_can_be_made_from_the_environment(
     assert deployment.num_replicas == 3
     assert deployment.ray_actor_options["num_gpus"] == 1
     assert deployment.max_ongoing_requests > 100
-    assert stamp_of(registry) == registry.stat().st_mtime
-    assert stamp_of(tmp_path / "nowhere") == 0.0
+    (birth,) = deployment.init_args
+    assert birth.generation == first_generation(birth.specs)

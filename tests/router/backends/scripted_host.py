@@ -129,6 +129,12 @@ def open_scripted_host(birth: Birth, note: Note) -> Host:
     return Host(config, birth.specs, ScriptedFiles(), ScriptedLoader(note), world)
 
 
+def open_slow_host(birth: Birth, note: Note) -> Host:
+    """A host that takes a while to be made."""
+    time.sleep(0.5)
+    return open_scripted_host(birth, note)
+
+
 def open_broken_host(birth: Birth, note: Note) -> Host:
     """A host that cannot be made."""
     raise errors.InvalidValue(f"{birth.host_id} is not here")

@@ -19,6 +19,7 @@ from engines.errors import HostLost, InvalidValue, LoadFailed, ShuttingDown
 from engines.failures import failure_of
 from engines.records import Event
 from engines.spec import ModelSpec
+from engines.units import Budget
 from router.backend import Backend
 from router.process.fleet import ProcessFleet
 from router.process.opening import Answer, find_devices_elsewhere
@@ -26,7 +27,7 @@ from router.process.worker import prepare_forkserver
 from router.remote_backend import RemoteBackend
 from tests.router.backends.clients import crowd
 from tests.router.backends.conformance import call, homes, loads, serving, until
-from tests.router.backends.scripted_host import open_broken_host, scripted
+from tests.router.backends.scripted_host import open_broken_host, open_slow_host, scripted
 from tests.router.backends.test_local import births
 
 ROOT = Path(__file__).parents[3]
@@ -206,6 +207,22 @@ async def test_a_fork_server_that_dies_at_the_wrong_moment_is_tried_again(monkey
         answer = await here.backend.embed(call("a"))
 
     assert (failures, len(answer.token_counts)) == ([], 1)
+
+
+async def test_a_registry_that_is_read_while_a_worker_starts_reaches_it() -> None:
+    async with yard(scripted("old"), hosts=1) as here:
+        worker, pid = here.fleet.workers["cpu:0"], here.pids()["cpu:0"]
+        worker.birth = structs.replace(worker.birth, open=open_slow_host)
+        here.kill("cpu:0")
+        async with asyncio.timeout(10):
+            while worker.pid in (pid, None):  # noqa: ASYNC110 - it is forked on a thread
+                await asyncio.sleep(0.01)
+        await here.backend.reload({"new": scripted("new")}, Budget(size_bytes=3000))
+        answer = await here.backend.embed(call("new"))
+        (host,) = here.backend.snapshots()
+
+    assert len(answer.token_counts) == 1
+    assert ([status.model_id for status in host.models], host.budget_bytes) == (["new"], 3000)
 
 
 async def test_a_host_that_is_recycled_between_two_lives_counts_its_next_death(monkeypatch: pytest.MonkeyPatch) -> None:
