@@ -21,11 +21,17 @@ Write = Callable[[str], None]
 
 
 class Notebook:
-    """The models that run now. Threads may share it."""
+    """The models that run now. Threads may share it.
+
+    The last line is the one to suspect when the process dies: the model that has run least often so far, of two alike
+    the one that began later. A model that has run a thousand batches and lived is not the cause as likely as one that
+    loads, or runs its first.
+    """
 
     def __init__(self, write: Write) -> None:
         self._write = write
         self._running: Counter[str] = Counter()
+        self._begun: Counter[str] = Counter()
         self._lock = threading.Lock()
 
     @contextmanager
@@ -40,7 +46,11 @@ class Notebook:
     def _note(self, model_id: str, change: int) -> None:
         with self._lock:
             self._running[model_id] += change
-            self._write("\n".join(name for name, count in self._running.items() if count))
+            if change > 0:
+                self._begun[model_id] += 1
+            if not self._running[model_id]:
+                del self._running[model_id]  # the order is that in which they began
+            self._write("\n".join(sorted(self._running, key=lambda name: -self._begun[name])))
 
 
 class NotedLane(Lane):

@@ -1,10 +1,13 @@
 """Which models were running when worker processes died. Three deaths within ten minutes, and the model is quarantined.
 
-A model that kills its host would otherwise take all others down with it, again and again. Pure but for the clock.
+A model that kills its host would otherwise take all others down with it, again and again. A death has one cause, so of
+those that ran at once only the one is quarantined that ran in most of the deaths. Pure but for the clock.
 """
 
-from collections import deque
+from collections import Counter
 from collections.abc import Callable, Iterable
+
+from msgspec import Struct
 
 from engines.errors import LoadFailed
 
@@ -14,8 +17,15 @@ KIND = "kills_host"
 """The kind of `LoadFailed` in metrics and in the answer's message."""
 
 
+class _Death(Struct, frozen=True):
+    """When, and which models were running, the most suspect last."""
+
+    at_s: float
+    models: tuple[str, ...]
+
+
 class Charges:
-    """Deaths by model.
+    """Deaths, and what follows from them.
 
     Args:
         now_s: monotonic seconds.
@@ -23,23 +33,35 @@ class Charges:
 
     def __init__(self, now_s: Callable[[], float]) -> None:
         self._now_s = now_s
-        self._deaths: dict[str, deque[float]] = {}
+        self._deaths: list[_Death] = []
+        self._until_s: dict[str, float] = {}
 
     def charge(self, model_ids: Iterable[str]) -> None:
-        """A worker died while these were running."""
-        for model_id in model_ids:
-            self._deaths.setdefault(model_id, deque(maxlen=MAX_DEATHS)).append(self._now_s())
+        """A worker died while these were running, the most suspect last."""
+        models = tuple(dict.fromkeys(model_ids))
+        if not models:
+            return
+        now_s = self._now_s()
+        self._deaths = [death for death in self._deaths if death.at_s > now_s - WINDOW_S]
+        self._deaths.append(_Death(now_s, models))
+        counts = Counter(model_id for death in self._deaths for model_id in death.models)
+        suspect = max(enumerate(models), key=lambda pair: (counts[pair[1]], pair[0]))[1]
+        if counts[suspect] >= MAX_DEATHS:
+            own = [death for death in self._deaths if suspect in death.models]
+            self._until_s[suspect] = own[-MAX_DEATHS].at_s + WINDOW_S
+            self._deaths = [death for death in self._deaths if suspect not in death.models]  # nobody else's any more
 
     def acquit(self, model_id: str) -> None:
         """The model is another one now: its source, revision or settings have changed."""
-        self._deaths.pop(model_id, None)
+        self._until_s.pop(model_id, None)
+        left = (
+            _Death(death.at_s, tuple(other for other in death.models if other != model_id)) for death in self._deaths
+        )
+        self._deaths = [death for death in left if death.models]
 
     def left_s(self, model_id: str) -> float:
         """How long the model stays quarantined; 0 when it is not."""
-        deaths = self._deaths.get(model_id)
-        if deaths is None or len(deaths) < MAX_DEATHS:
-            return 0.0
-        return max(0.0, deaths[0] + WINDOW_S - self._now_s())
+        return max(0.0, self._until_s.get(model_id, 0.0) - self._now_s()) if model_id in self._until_s else 0.0
 
     def check(self, model_id: str) -> None:
         """Let the model pass, or not.

@@ -149,11 +149,16 @@ def run_child(sock: socket.socket, birth: Birth, box: Box) -> None:
     uvloop.run(_main(sock, birth, box))
 
 
+def clipped(lines: bytes, size: int) -> bytes:
+    """The last lines that fit, whole: half a name would be another model's."""
+    return lines if len(lines) <= size else lines[-size - 1 :].partition(b"\n")[2]
+
+
 async def _main(sock: socket.socket, birth: Birth, box: Box) -> None:
     _, channel = await asyncio.get_running_loop().create_unix_connection(Channel, sock=sock)
 
-    def note(model_id: str) -> None:
-        box.value = model_id.encode()[: len(box) - 1]
+    def note(models: str) -> None:
+        box.value = clipped(models.encode(), len(box) - 1)
 
     try:
         host = birth.open(birth, note)

@@ -151,18 +151,20 @@ class ProcessFleet:
         return structs.replace(snapshot, models=models)
 
     def _died(self, host_id: str, running: str) -> None:
-        """Two cases: 1. it had noted what it ran;  2. it had not: all that had calls or loads there."""
+        """Three cases: 1. it had noted what it ran;  2. not, and one model had calls or loads there;  3. several had:
+        they waited, or were loaded, and nobody is charged."""
         self._restarts[host_id] += 1
-        self._charges.charge(running.splitlines() or self._suspects(host_id))
+        suspects = running.splitlines() or self._suspects(host_id)
+        self._charges.charge(suspects if running or len(suspects) == 1 else ())
         snapshot = self.ledger.snapshot(host_id)
         if snapshot is not None:
             self.ledger.note(structs.replace(snapshot, is_draining=True, restarts=self._restarts[host_id]))
 
-    def _suspects(self, host_id: str) -> set[str]:
+    def _suspects(self, host_id: str) -> list[str]:
         snapshot = self.ledger.snapshot(host_id)
         models = snapshot.models if snapshot is not None else ()
         loading = {status.model_id for status in models if status.state in ("loading", "warming")}
-        return loading | set(self.ledger.running(host_id))
+        return list(loading | set(self.ledger.running(host_id)))
 
     def _ended(self, host_id: str, death: str) -> None:
         died = f"the worker process of host {host_id} died ({death})"

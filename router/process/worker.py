@@ -27,7 +27,7 @@ from router.process.outbox import Outbox
 
 log = structlog.get_logger()
 
-_BOX_BYTES = 512
+_BOX_BYTES = 4096
 _HELLO_S = 120.0
 _END_S = 5.0
 _BACKOFF_S = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)

@@ -61,6 +61,18 @@ def test_models_that_run_at_once_are_noted_together() -> None:
     assert notes == ["a", "a\nb", "a\nb", "a\nb", "a", ""]
 
 
+def test_the_model_that_has_run_least_often_is_noted_last() -> None:
+    notes: list[str] = []
+    notebook = Notebook(notes.append)
+    for model_id in ("loads", "hot", "hot", "hot"):
+        with notebook.noted(model_id):
+            pass
+    with notebook.noted("loads"), notebook.noted("hot"):
+        during = notes[-1]
+
+    assert during == "hot\nloads"
+
+
 def test_a_load_is_noted_while_it_runs_and_its_engine_is_named_to_the_lane() -> None:
     notes: list[str] = []
     during: list[list[str]] = []

@@ -1,6 +1,7 @@
 """Log lines: one form for all libraries, and no variables in tracebacks."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -65,3 +66,38 @@ def test_a_console_line_is_for_eyes() -> None:
 
 def test_a_level_silences_what_is_below_it() -> None:
     assert [json.loads(line)["event"] for line in run("json", "error")] == ["request.crashed"]
+
+
+CHATTER = """
+import logging, structlog
+from router.telemetry import configure_logging
+
+configure_logging("json", "info")
+log, other = structlog.get_logger(), logging.getLogger("other")
+input()
+for number in range(1000):
+    log.info("line", number=number, text="ü" * 100)
+    other.warning("line %d", number)
+"""
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_lines_of_several_processes_are_not_glued_together(unbuffered: str) -> None:
+    reading, writing = os.pipe()
+    environ = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    talkers = [
+        subprocess.Popen([sys.executable, "-c", CHATTER], cwd=ROOT, env=environ, stdin=subprocess.PIPE, stderr=writing)
+        for _ in range(3)
+    ]
+    os.close(writing)
+    for talker in talkers:
+        assert talker.stdin is not None
+        talker.stdin.write(b"go\n")
+        talker.stdin.close()
+    with os.fdopen(reading, "rb") as pipe:
+        lines = pipe.read().splitlines()
+    for talker in talkers:
+        talker.wait(20)
+
+    assert len(lines) == 3 * 2000
+    assert all(json.loads(line)["event"].startswith("line") for line in lines)

@@ -53,3 +53,45 @@ def test_a_quarantine_ends_by_itself_and_when_the_model_is_another_one() -> None
     assert charges.left_s("b") == 600.0
     clock.now += 600
     charges.check("b")
+
+
+def test_a_model_that_ran_beside_the_one_that_kills_is_not_quarantined_with_it() -> None:
+    charges = Charges(Clock())
+    for _ in range(3):
+        charges.charge(["busy", "bad"])
+
+    charges.check("busy")
+    with pytest.raises(LoadFailed):
+        charges.check("bad")
+
+
+def test_a_death_is_charged_once() -> None:
+    charges = Charges(Clock())
+    for _ in range(3):
+        charges.charge(["busy", "bad"])
+    for _ in range(2):
+        charges.charge(["busy"])
+
+    charges.check("busy")
+    charges.charge(["busy"])
+    with pytest.raises(LoadFailed):
+        charges.check("busy")
+
+
+def test_of_changing_company_the_one_that_was_always_there_is_the_cause() -> None:
+    charges = Charges(Clock())
+    for other in ("x", "y", "z"):
+        charges.charge(["bad", other])
+
+    for other in ("x", "y", "z"):
+        charges.check(other)
+    with pytest.raises(LoadFailed):
+        charges.check("bad")
+
+
+def test_a_death_of_which_nothing_is_known_is_nobodys() -> None:
+    charges = Charges(Clock())
+    for _ in range(3):
+        charges.charge([])
+
+    charges.check("any")

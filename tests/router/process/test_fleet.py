@@ -21,6 +21,7 @@ from engines.records import Event
 from engines.spec import ModelSpec
 from engines.units import Budget
 from router.backend import Backend
+from router.process.child import clipped
 from router.process.fleet import ProcessFleet
 from router.process.opening import Answer, find_devices_elsewhere
 from router.process.worker import prepare_forkserver
@@ -166,6 +167,31 @@ async def test_an_innocent_model_on_the_same_host_is_not_charged_when_the_other_
 
     assert all(not isinstance(error, LoadFailed) for error in told)
     assert len(after.token_counts) == 1
+
+
+async def test_models_that_only_waited_when_a_host_died_are_not_quarantined() -> None:
+    async with yard(scripted("a"), scripted("b"), hosts=1) as here:
+        for times in range(1, 4):
+            asked = [asyncio.create_task(here.backend.embed(call(model, "wait"))) for model in "ab"]
+            await until(
+                here.backend,
+                lambda hosts: [status.leases for status in hosts[0].models] == [1, 1] and not hosts[0].is_draining,
+            )
+            here.kill("cpu:0")
+            await here.restarted("cpu:0", times)
+            for task in asked:
+                task.cancel()
+            await asyncio.gather(*asked, return_exceptions=True)
+        answers = [await here.backend.embed(call(model)) for model in "ab"]
+
+    assert [len(answer.token_counts) for answer in answers] == [1, 1]
+
+
+def test_a_note_that_is_too_long_loses_whole_names_from_its_beginning() -> None:
+    assert clipped(b"org/one\norg/two", 15) == b"org/one\norg/two"
+    assert clipped(b"org/one\norg/two", 14) == b"org/two"
+    assert clipped(b"org/one\norg/two", 7) == b"org/two"
+    assert clipped(b"org/one\norg/two", 6) == b""
 
 
 async def test_a_host_that_cannot_be_made_ends_the_start_and_leaves_no_process() -> None:
