@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, Pretra
 
 from engines.adapters import Positions, drop_pooler, unused_weights
 from engines.encoder import Candidate
-from engines.errors import BadModel, BrokenFiles, UnsupportedModel
+from engines.errors import BadModel, BrokenFiles, UnsupportedModel, is_out_of_memory
 from engines.folder import Folder, read_json
 from engines.modules import build_chain
 from engines.observed import observe
@@ -175,7 +175,7 @@ def _read_model(folder: Folder, spec: ModelSpec, config: PretrainedConfig, dtype
         )  # fmt: skip
     # A corrupt pickle raises whatever its bytes happen to mean.
     except Exception as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_out_of_memory(error):  # a file that is whole must not be fetched again for it
             raise
         raise _refusal(error, _broken_file(folder.weights)) from error
     missing = set(report["missing_keys"])

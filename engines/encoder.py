@@ -33,6 +33,7 @@ class Encoder(Protocol):
 
     Attributes:
         part_tokens: of the smallest pass that is worth a thread of its own.
+        fallback: why the path that was chosen at load is not in use now; empty while it is.
         pause: called before each layer; it may run other texts through this very encoder, if it is `is_reentrant`.
     """
 
@@ -43,6 +44,14 @@ class Encoder(Protocol):
     @property
     def attention(self) -> Attention:
         """How texts share a pass."""
+
+    @property
+    def path(self) -> Path:
+        """The one in use."""
+
+    @property
+    def fallback(self) -> str:
+        """Why the path that was chosen at load is not in use now; empty while it is."""
 
     @property
     def is_reentrant(self) -> bool:
@@ -75,6 +84,7 @@ class Candidate(Encoder, Protocol):
         notes: why a faster path is not worth trying.
         largest_copy: bytes that a path may hold in second copies of weights.
         num_threads: that may run one pass together.
+        recheck: called before a path that failed is used again; raises where its vectors are not right.
     """
 
     largest_copy: int
@@ -83,6 +93,7 @@ class Candidate(Encoder, Protocol):
     num_layers: int
     window: int | None
     notes: tuple[str, ...]
+    recheck: "Recheck"
 
     @property
     def sizes(self) -> tuple[Size, ...]:
@@ -106,6 +117,9 @@ class Candidate(Encoder, Protocol):
 
     def use(self, path: Path) -> None:
         """Run this way from now on; nothing may run meanwhile."""
+
+
+Recheck = Callable[[Candidate], None]
 
 
 def weight_bytes(encoder: Encoder) -> int:

@@ -81,7 +81,7 @@ class TextEngine:
         release: Callable[[], None],
         weight_bytes: int,
     ) -> None:
-        self.info = parts.info
+        self._info = parts.info
         self.weight_bytes = weight_bytes
         self.workspace_bytes = 0
         self._cache = VectorCache(parts.spec.cache_bytes) if parts.spec.cache_bytes else None
@@ -100,6 +100,12 @@ class TextEngine:
         self._release = release
 
     @property
+    def info(self) -> ModelInfo:
+        """What the model is, with the path that it takes now."""
+        runner = self._runner
+        return self._info if runner is None else runner.described(self._info)
+
+    @property
     def queue_items(self) -> int:
         """Texts admitted and not yet run."""
         return self._queue.num_items
@@ -112,14 +118,14 @@ class TextEngine:
     async def warm_up(self) -> None:
         """Check and measure the model on the lane, then take turns there."""
         assert self._check is not None, "warm_up is called once"
-        self.info, self.weight_bytes, self.workspace_bytes = await self._lane.call(self._check)
+        self._info, self.weight_bytes, self.workspace_bytes = await self._lane.call(self._check)
         self._check = None
         self._lane.attach(self)
 
     async def embed(self, call: EmbedCall) -> Embeddings:
         """See `Engine.embed`. Cancelling drops what has not been cut."""
-        output = output_of(call, self.info, normalize=self._spec.normalize, target_dim=self._limits.target_dim)
-        reading = read_call(call, self._tokenizer, self._spec, self.info.prompts)
+        output = output_of(call, self._info, normalize=self._spec.normalize, target_dim=self._limits.target_dim)
+        reading = read_call(call, self._tokenizer, self._spec, self._info.prompts)
         with self._threads.heavy() if reading.num_chars > _HEAVY_CHARS else nullcontext():
             return await self._embed(reading, output, Origin(call.caller, self._spec.cache_shared))
 

@@ -36,7 +36,16 @@ EngineError
         └── DiskFull
 """
 
+import errno
+import re
 from typing import ClassVar
+
+_NO_MEMORY = re.compile(
+    r"out of memory|can'?t allocate memory|cannot allocate memory|not enough memory|failed to allocate|bad_alloc"
+    r"|bad allocation|_STATUS_ALLOC_FAILED|cudaErrorMemoryAllocation",
+    re.IGNORECASE,
+)
+"""How allocators of torch (CPU and CUDA), cuBLAS, cuDNN, ONNX Runtime and the C library say that there is no room."""
 
 
 class EngineError(Exception):
@@ -231,3 +240,16 @@ class DiskFull(SourceError):
     """The disk has no room for the model."""
 
     kind = "disk_full"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator refused, whichever it was. Known by words where its errors have no class of their own:
+    `RuntimeError: DefaultCPUAllocator: can't allocate memory`, ONNX Runtime's `Failed to allocate memory`."""
+    if isinstance(error, MemoryError | OutOfMemory):
+        return True
+    if isinstance(error, EngineError):
+        return False
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    is_torchs = any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
+    return is_torchs or _NO_MEMORY.search(str(error)) is not None

@@ -22,13 +22,13 @@ from engines.builders import build
 from engines.device import Lane
 from engines.encoder import Candidate, weight_bytes, workspace_bytes
 from engines.engine import EngineLimits, Parts, TextEngine
-from engines.errors import OutOfMemory, UnsupportedModel
+from engines.errors import OutOfMemory, UnsupportedModel, is_out_of_memory
 from engines.folder import PLACEHOLDER_PROMPTS, read_folder
 from engines.pace import CANDIDATES, Paces, Trials
 from engines.prepacked import LARGEST_COPY
 from engines.recorder import CAPTURING
 from engines.records import ModelFiles, ModelInfo, fingerprint
-from engines.selfcheck import Canaries, choose_attention
+from engines.selfcheck import Canaries, check_again, choose_attention
 from engines.spec import Matryoshka, ModelSpec
 from engines.tokenize import Tokenizer
 from engines.tokenizer_threads import TokenizerThreads
@@ -82,7 +82,9 @@ class TorchLoader:
             with warnings.catch_warnings(), with_breaks(Breaks(self._lane.let_pass)):
                 warnings.simplefilter("ignore")
                 return self._load(spec, files)
-        except torch.OutOfMemoryError as error:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             raise OutOfMemory(f"{self._device} has no memory left to load {spec.model_id}") from error
 
     def _load(self, spec: ModelSpec, files: ModelFiles) -> TextEngine:
@@ -95,6 +97,7 @@ class TorchLoader:
             max_tokens=tokenizer.max_tokens,
             dtype=dtype,
             attention=encoder.attention,
+            path=encoder.path,
             prompts=prompts,
             matryoshka=spec.matryoshka or Matryoshka(widths=folder.widths),
         )
@@ -107,7 +110,8 @@ class TorchLoader:
             if self._device.type != "cpu":
                 encoder.pause = lambda: None  # kernels that wait on the device cannot be overtaken
             self._canaries.compare(key, vectors, dtype)
-            found = structs.replace(info, attention=encoder.attention, notes=notes)
+            encoder.recheck = partial(check_again, tokenizer=tokenizer, dtype=dtype, vectors=vectors)
+            found = structs.replace(info, attention=encoder.attention, path=encoder.path, notes=notes)
             return found, size + encoder.extra_bytes(), workspace
 
         tokens, tuner = self._batch_tokens(spec, encoder, tokenizer, f"{files.revision} {dtype}")

@@ -10,7 +10,7 @@ from typing import Any
 
 import structlog
 
-from engines.errors import BadModel, BrokenFiles, EngineError, OutOfMemory, ShuttingDown
+from engines.errors import BadModel, BrokenFiles, EngineError, OutOfMemory, ShuttingDown, is_out_of_memory
 from engines.local_folder import is_local
 from engines.measurements import Estimates, Measurement
 from engines.memory import DeviceMemory
@@ -227,6 +227,8 @@ def failure_of(error: Exception, spec: ModelSpec | None) -> Failure:
         return Failure(kind=error.kind, message=str(error))
     if isinstance(error, OutOfMemory | MemoryError):
         return Failure(kind="out_of_memory", message=str(error) or "the device ran out of memory")
+    if is_out_of_memory(error):  # by its words, which may hold what no client should see
+        return Failure(kind="out_of_memory", message="the device ran out of memory")
     if isinstance(error, EngineError):
         return Failure(kind="load", message=str(error))
     log.error("model.load_raised", model=spec and spec.model_id, exc_info=error)

@@ -111,13 +111,17 @@ class ModelFiles(Struct, frozen=True, kw_only=True):
 class ModelInfo(Struct, frozen=True, kw_only=True):
     """What a loaded engine knows of itself.
 
-    `attention`: `packed` (no padding), `padded`, or `unpadded` (one length a batch). `notes`: what fell back and why.
+    `attention`: `packed` (no padding), `padded`, or `unpadded` (one length a batch). `path`: the forward path in use
+    (`engines/transformer.py` lists them). `is_fallback`: the path that was chosen at load failed, and the slowest one
+    is in use until that is tried again. `notes`: what fell back and why.
     """
 
     dimensions: int
     max_tokens: int
     dtype: str
     attention: str
+    path: str = ""
+    is_fallback: bool = False
     prompts: dict[str, str] = {}
     matryoshka: Matryoshka = Matryoshka()
     notes: tuple[str, ...] = ()

@@ -1,24 +1,66 @@
 """Runs one batch on a thread of the lane: texts in, their jobs' rows filled. Knows no queue and no event loop."""
 
+import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import structlog
-import torch
+from msgspec import structs
 from numpy.typing import NDArray
 from torch import Tensor
 
 from engines.batch import Key, Limit, Text
 from engines.encoder import Encoder, PathLeft
-from engines.errors import EngineError, EngineFailed, NonFiniteEmbedding, OutOfMemory
+from engines.errors import EngineError, EngineFailed, NonFiniteEmbedding, OutOfMemory, is_out_of_memory
 from engines.layout import similar_lengths
 from engines.pooling import finish
-from engines.records import Batch
+from engines.protocols import Clock
+from engines.records import Batch, ModelInfo
 
 log = structlog.get_logger(__name__)
 
 Failures = dict[int, EngineError]
 """Errors by `id(job)`: a job that is not here got its rows."""
+
+
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 30.0, 1800.0
+"""A limit that an out-of-memory has set is doubled after the first wait; one that it sets again soon lasts longer."""
+
+
+class Room:
+    """The largest batch that a device is known to hold: halved when its memory does not suffice, grown back with time.
+
+    Args:
+        clock: seconds.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._max_tokens: int | None = None
+        self._wait_s = _FIRST_WAIT_S
+        self._changed_at_s = -_LONGEST_WAIT_S
+        self._grown_at_s = -_LONGEST_WAIT_S
+
+    def within(self, max_tokens: int) -> int:
+        """So many tokens, or fewer where the device does not hold them now."""
+        if self._max_tokens is None:
+            return max_tokens
+        if self._clock() - self._changed_at_s >= self._wait_s:
+            self._changed_at_s = self._grown_at_s = self._clock()
+            self._max_tokens *= 2
+        if self._max_tokens >= max_tokens:
+            self._max_tokens = None
+            return max_tokens
+        return self._max_tokens
+
+    def halve(self, tokens: int) -> int:
+        """A batch of so many tokens did not fit; returns the new limit."""
+        now_s = self._clock()
+        is_soon = now_s - self._grown_at_s < self._wait_s  # it has just been tried whether there is more room again
+        self._wait_s = min(2 * self._wait_s, _LONGEST_WAIT_S) if is_soon else _FIRST_WAIT_S
+        self._changed_at_s, self._grown_at_s = now_s, -_LONGEST_WAIT_S
+        self._max_tokens = max(1, tokens // 2)
+        return self._max_tokens
 
 
 class Runner:
@@ -28,9 +70,7 @@ class Runner:
         encoder: what runs.
         close: called with texts whose vectors are there, before they are handed to those who want them.
         keep: called with the vectors of finite texts, `[n, D]` float32, as the encoder gives them; None keeps nothing.
-
-    Attributes:
-        max_tokens: the largest batch that the device is known to hold, None as long as nothing failed.
+        clock: seconds.
     """
 
     def __init__(
@@ -38,11 +78,12 @@ class Runner:
         encoder: Encoder,
         close: Callable[[Sequence[Text]], None] = lambda texts: None,
         keep: Callable[[Sequence[Key], NDArray[np.float32]], None] | None = None,
+        clock: Clock = time.monotonic,
     ) -> None:
         self._encoder = encoder
         self._close = close
         self._keep = keep
-        self.max_tokens: int | None = None
+        self._room = Room(clock)
 
     @property
     def is_reentrant(self) -> bool:
@@ -51,8 +92,16 @@ class Runner:
 
     def bound(self, limit: Limit) -> Limit:
         """The same limit as far as this encoder and its device go."""
-        most = limit.max_tokens if self.max_tokens is None else min(limit.max_tokens, self.max_tokens)
-        return Limit(most, limit.max_items, self._encoder.part_tokens)
+        return Limit(self._room.within(limit.max_tokens), limit.max_items, self._encoder.part_tokens)
+
+    def described(self, info: ModelInfo) -> ModelInfo:
+        """What the model is, with the path that it takes now."""
+        path, fallback = self._encoder.path, self._encoder.fallback
+        if path == info.path and not fallback:
+            return info
+        notes = (*info.notes, fallback) if fallback else info.notes
+        attention = self._encoder.attention
+        return structs.replace(info, attention=attention, path=path, is_fallback=bool(fallback), notes=notes)
 
     def measure(self, texts: Sequence[Text]) -> Batch:
         """What a batch, sorted by length, takes on this encoder."""
@@ -75,18 +124,15 @@ class Runner:
         except EngineError as error:
             return self._fail(texts, error)
         except Exception as error:
+            # Not as its cause: the error holds the frames of the pass, thus its tensors, until the caller is answered.
             log.exception("engine.forward_failed", texts=len(texts))
-            failure = EngineFailed(
-                f"the model's forward pass failed ({type(error).__name__}); the server's log says more"
-            )
-            failure.__cause__ = error
-            return self._fail(texts, failure)
+            message = f"the model's forward pass failed ({type(error).__name__}); the server's log says more"
+        return self._fail(texts, EngineFailed(message))
 
     def _run(self, texts: Sequence[Text]) -> Failures:
-        try:
-            vectors = self._forward(texts)
-        except torch.OutOfMemoryError as error:
-            return self._run_halves(texts, error)
+        vectors = self._forward_if_room(texts)
+        if vectors is None:
+            return self._run_halves(texts)
         self._close(texts)
         if self._keep is not None:
             rows = vectors.cpu().numpy()
@@ -98,17 +144,25 @@ class Runner:
         self._close(texts)
         return {id(want.job): error for text in texts for want in text.wants}
 
-    def _run_halves(self, texts: Sequence[Text], cause: Exception) -> Failures:
-        """The device has no room for this batch: run it in two, and let smaller ones be cut from now on."""
+    def _run_halves(self, texts: Sequence[Text]) -> Failures:
+        """The device has no room for this batch: run it in two, and let smaller ones be cut for a while."""
         tokens = sum(len(text.ids) for text in texts)
         if len(texts) == 1:
-            raise OutOfMemory(
-                f"the device has no memory to run one text of {tokens} tokens; try again later"
-            ) from cause
-        self.max_tokens = max(1, tokens // 2)
-        log.warning("engine.batch_halved", tokens=tokens, max_batch_tokens=self.max_tokens)
+            raise OutOfMemory(f"the device has no memory to run one text of {tokens} tokens; try again later")
+        log.warning("engine.batch_halved", tokens=tokens, max_batch_tokens=self._room.halve(tokens))
         half = len(texts) // 2
         return {**self.run(texts[:half]), **self.run(texts[half:])}
+
+    def _forward_if_room(self, texts: Sequence[Text]) -> Tensor | None:
+        """The vectors, or None where memory did not suffice. It returns before anything else is tried: as long as the
+        error is handled, its traceback holds the frames of the pass, and they the tensors that fill the memory."""
+        try:
+            return self._forward(texts)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            log.warning("engine.no_room", texts=len(texts), reason=type(error).__name__)
+            return None
 
     def _forward(self, texts: Sequence[Text]) -> Tensor:
         prompts = [text.prompt_tokens for text in texts]

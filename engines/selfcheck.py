@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engines.encoder import Candidate, Size
-from engines.errors import EngineError, OutOfMemory, SelfCheckFailed
+from engines.errors import EngineError, OutOfMemory, SelfCheckFailed, is_out_of_memory
 from engines.prompts import Frame
 from engines.records import fingerprint
 from engines.tokenize import Ids, Tokenizer
@@ -81,8 +81,20 @@ def choose_attention(
             with suppress(SelfCheckFailed):
                 return _fastest(encoder, probes, _Truth("its canary", torch.from_numpy(known), dtype))
         return _fastest(encoder, probes, _reference(encoder, probes, dtype))
-    except torch.OutOfMemoryError as error:
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         raise OutOfMemory("the device has no memory to run the first texts; other models or a batch fill it") from error
+
+
+def check_again(encoder: Candidate, tokenizer: Tokenizer, dtype: str, vectors: NDArray[np.float32]) -> None:
+    """Hold the path in use against the vectors of the check at load.
+
+    Raises:
+        SelfCheckFailed: it does not give them.
+    """
+    truth = _Truth("what the check at load found", torch.from_numpy(vectors), dtype)
+    _checked(encoder, probe_ids(tokenizer, encoder.window), truth)
 
 
 class _Truth(NamedTuple):
@@ -100,9 +112,9 @@ def _fastest(encoder: Candidate, probes: Sequence[Ids], truth: _Truth) -> tuple[
         try:
             encoder.use(path)
             return _checked(encoder, probes, truth), notes
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # noqa: BLE001  # architectures fail in their own ways; each means: not this path
+        except Exception as error:  # architectures fail in their own ways; each means: not this path
+            if is_out_of_memory(error):
+                raise
             following = encoder.paths()[encoder.paths().index(path) + 1]
             notes = (*notes, f"{following}: {_reason(error)}")
             log.warning("model.path_not_taken", path=path, reason=str(error))
@@ -113,9 +125,9 @@ def _fastest(encoder: Candidate, probes: Sequence[Ids], truth: _Truth) -> tuple[
 def _reference(encoder: Candidate, probes: Sequence[Ids], dtype: str) -> _Truth:
     try:
         expected = encoder.reference(probes)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise SelfCheckFailed(
             f"the model's forward pass fails on plain text ({_reason(error)}); config.json may describe a model that "
             "is not for text, or that the installed transformers does not run"

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from torch import Tensor
 
 from engines.batch import PART_TOKENS
-from engines.encoder import Attention, Path, Size
+from engines.encoder import Attention, Path, Recheck, Size
 from engines.errors import BrokenFiles
 from engines.folder import Folder
 from engines.layout import Layout
@@ -31,6 +31,7 @@ class StaticEncoder:
 
     attention: Attention = "packed"
     path: Path = "packed"
+    fallback = ""
     is_reentrant = True
     part_tokens = PART_TOKENS
     largest_copy, num_threads = 0, 1
@@ -45,6 +46,7 @@ class StaticEncoder:
         self._device = device
         self.dimensions = chain.dimensions
         self.pause: Callable[[], None] = lambda: None  # a table is looked up at once
+        self.recheck: Recheck = lambda encoder: None  # there is one path
 
     @torch.inference_mode()
     def __call__(self, texts: Sequence[Ids], prompt_tokens: Sequence[int] | None = None) -> Tensor:

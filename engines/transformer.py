@@ -30,7 +30,8 @@ from engines.attention import PACKED, has_varlen
 from engines.batch import PART_TOKENS
 from engines.copies import Copies
 from engines.cores import left_to_others
-from engines.encoder import Attention, Path, PathLeft, Size, attention_of
+from engines.encoder import Attention, Candidate, Path, PathLeft, Recheck, Size, attention_of
+from engines.errors import is_out_of_memory
 from engines.fused import fuse
 from engines.graphs import FixedLayout, Graphs, kept_bytes
 from engines.layout import PADDING_SHARE, Layout, padded, similar_lengths, to_device
@@ -88,7 +89,10 @@ class TransformerEncoder:
         self.path: Path = "padded"
         self.part_tokens, self.num_threads, self.largest_copy = PART_TOKENS, 1, prepacked.LARGEST_COPY
         self.pause: Callable[[], None] = lambda: None
-        self._passes = Passes(leave=lambda: self.use("unpadded"))
+        self.recheck: Recheck = _never_checked
+        self._chosen: Path = "padded"
+        self._failure = ""
+        self._passes = Passes(self._leave, self._resume)
         self.num_layers = len(layers := layers_of(model))
         for layer in layers:
             layer.register_forward_pre_hook(lambda *_: self.pause())
@@ -101,7 +105,15 @@ class TransformerEncoder:
     @property
     def is_reentrant(self) -> bool:
         """See `Encoder`. Not where the model itself keeps something from one pass to the next."""
-        return not self._passes.is_leaving and not self._rope.remembers
+        return not self._passes.is_alone and not self._rope.remembers
+
+    @property
+    def fallback(self) -> str:
+        """See `Encoder`."""
+        if not self._passes.is_left:
+            return ""
+        wait_s = self._passes.retry_in_s
+        return f"unpadded: {self._failure} on the {self._chosen} path, which is tried again in {wait_s:.0f} s"
 
     @torch.inference_mode()
     def __call__(self, texts: Sequence[Ids], prompt_tokens: Sequence[int] | None = None) -> Tensor:
@@ -219,17 +231,34 @@ class TransformerEncoder:
         return self._in_runs(ways[self.attention], texts, layout)
 
     def _hidden_or_left(self, texts: Sequence[Ids], layout: Layout) -> Tensor:
-        """The same; a path that fails where its check did not is left for good, for the plainest one."""
+        """The same; a path that fails where its check did not is left for the plainest one, and tried again later."""
         try:
             return self._hidden(texts, layout)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             if self.path == "unpadded":
+                self._passes.acquit()
                 raise
             log.warning("model.path_left", path=self.path, tokens=layout.num_tokens, exc_info=True)
+            self._chosen, self._failure = self.path, type(error).__name__
             self._passes.give_up()
             raise PathLeft from error
+
+    def _leave(self) -> None:
+        self.use("unpadded")
+
+    def _resume(self) -> bool:
+        """Back to the path that was left, if its vectors are right: whatever made it fail may have spoilt it."""
+        try:
+            self.use(self._chosen)
+            self.recheck(self)
+        except Exception as error:  # noqa: BLE001  # whatever it is, the plainest path serves on
+            log.warning("model.path_not_resumed", path=self._chosen, reason=str(error))
+            self.use("unpadded")
+            return False
+        log.info("model.path_resumed", path=self._chosen)
+        return True
 
     def _in_runs(self, run: Run, texts: Sequence[Ids], layout: Layout) -> Tensor:
         """Hidden states `[T, H]`, in several passes where texts must not share one."""
@@ -268,3 +297,7 @@ class TransformerEncoder:
     def _forward(self, input_ids: Tensor, **options: Any) -> Tensor:
         hidden: Tensor = self._model(input_ids=input_ids, **options).last_hidden_state
         return hidden
+
+
+def _never_checked(encoder: Candidate) -> None:
+    raise NotImplementedError("a path that was not checked at load has nothing to be compared with")

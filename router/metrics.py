@@ -86,6 +86,9 @@ MODEL_STATE = _gauge("model_state", "model host state", "1 for the state that th
 QUEUE_DEPTH = _gauge("queue_depth", "model host", "Texts admitted and not yet run")
 LEASES = _gauge("leases", "model host", "Requests running on the model")
 WAITERS = _gauge("waiters", "model host", "Requests waiting for the model to be loaded")
+FALLBACK = _gauge(
+    "model_fallback", "model host", "1 while the model runs on its slowest path because a faster one failed; it returns"
+)
 MODEL_BYTES = _gauge("model_bytes", "model host", "Weights charged to the budget for the model")
 RESIDENTS = _gauge("resident_models", "host", "Models in memory, or on their way in or out")
 USED_BYTES = _gauge("used_bytes", "host", "Weights charged to the budget")
@@ -106,8 +109,8 @@ LOOP_LAG_SECONDS = _histogram("event_loop_lag_seconds", "", "How late the event 
 ALL: tuple[Metric, ...] = tuple(value for value in vars().values() if isinstance(value, Metric))
 
 READ_AT_SCRAPE = frozenset({
-    MODEL_STATE, QUEUE_DEPTH, LEASES, WAITERS, MODEL_BYTES, RESIDENTS, USED_BYTES, WORKSPACE_BYTES, FREE_BYTES,
-    BUDGET_BYTES, DEVICE_BYTES, WORKING_SET_BYTES, DEVICE_UP, HOST_RESTARTS, READY, LIMIT_STORAGE_UP,
+    MODEL_STATE, QUEUE_DEPTH, LEASES, WAITERS, FALLBACK, MODEL_BYTES, RESIDENTS, USED_BYTES, WORKSPACE_BYTES,
+    FREE_BYTES, BUDGET_BYTES, DEVICE_BYTES, WORKING_SET_BYTES, DEVICE_UP, HOST_RESTARTS, READY, LIMIT_STORAGE_UP,
     BUILD_INFO,
 })  # fmt: skip
 """Those that no value is kept of between two scrapes."""

@@ -83,6 +83,7 @@ def _of_model(model: ModelStatus) -> Iterator[tuple[Metric, tuple[str, ...], flo
     yield metrics.QUEUE_DEPTH, labels, float(model.queue_items)
     yield metrics.LEASES, labels, float(model.leases)
     yield metrics.WAITERS, labels, float(model.waiters)
+    yield metrics.FALLBACK, labels, float(model.info is not None and model.info.is_fallback)
     yield metrics.MODEL_BYTES, labels, float(model.weight_bytes)
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from structlog.testing import capture_logs
-from transformers import BartConfig, BertModel
+from transformers import AutoModel, BartConfig, BertModel
 
-from engines.errors import BrokenFiles, UnsupportedModel
+from engines.errors import BrokenFiles, OutOfMemory, UnsupportedModel
 from tests import vocabularies
 from tests.corpus import SENTENCES
 from tests.engines.kit import Kit, assert_same, embed, encode
@@ -51,6 +51,19 @@ def _shard(folder: Path) -> list[Path]:
     BertModel.from_pretrained(folder).save_pretrained(folder, max_shard_size="60KB")
     (folder / WEIGHTS).unlink(missing_ok=True)
     return sorted(folder.glob("model-*.safetensors"))
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_file_that_memory_does_not_suffice_for_is_not_broken(
+    kit: Kit, folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def load(*args: Any, **options: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(AutoModel, "from_pretrained", load)
+
+    with pytest.raises(OutOfMemory):
+        kit.load(folder)
 
 
 def test_a_truncated_weight_file_is_named(kit: Kit, folder: Path) -> None:

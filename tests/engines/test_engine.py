@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engines.batch import PART_TOKENS, Job, Limit, Output, Text, Want, tell
 from engines.device import Lane
-from engines.encoder import Attention, PathLeft
+from engines.encoder import Attention, Path, PathLeft
 from engines.engine import EngineLimits, Parts, TextEngine
 from engines.errors import (
     DimensionsNotSupported,
@@ -50,6 +50,8 @@ class ScriptedEncoder:
     """Vectors from the ids alone: `[first, last, sum, length]`; `before` runs first and may raise."""
 
     attention: Attention = "packed"
+    path: Path = "packed"
+    fallback = ""
     dimensions = WIDTH
     is_reentrant = True
     part_tokens = PART_TOKENS

@@ -301,7 +301,9 @@ async def test_a_failed_warm_up_frees_the_engine_and_is_told() -> None:
         assert here.host.snapshot().used_bytes == 0
 
 
-@pytest.mark.parametrize("error", [OutOfMemory("no"), MemoryError()])
+@pytest.mark.parametrize(
+    "error", [OutOfMemory("no"), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
 async def test_out_of_memory_evicts_and_tries_once_more(error: Exception) -> None:
     async with yard("a", "b", budget_bytes=2300, loader=FakeLoader(failures={"b": [error]})) as here:
         await here.host.embed(call("a"))

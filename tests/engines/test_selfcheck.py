@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +14,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AttentionInterface, ViTConfig, ViTModel
 
-from engines import adapters, copies, fused
+from engines import adapters, copies, fused, transformer
 from engines.attention import PACKED, packed_attention
 from engines.batch import PART_TOKENS
 from engines.device import Lane
-from engines.encoder import Attention, Size, attention_of
+from engines.encoder import Attention, Recheck, Size, attention_of
 from engines.encoder import Path as Way
 from engines.engine import TextEngine
 from engines.errors import OutOfMemory, SelfCheckFailed, UnsupportedModel
 from engines.fused import FusedLayer
+from engines.leaving import FIRST_WAIT_S, LONGEST_WAIT_S, Passes
 from engines.loader import LoaderSettings
 from engines.prepacked import Inputs, PrepackedEncoder
 from engines.selfcheck import Canaries, _filling, choose_attention, distance, probe_ids
 from engines.tokenize import Ids, Tokenizer
 from engines.transformer import TransformerEncoder
 from tests.corpus import SENTENCES
+from tests.engines.hand_clock import HandClock
 from tests.engines.kit import Kit, assert_same, embed, encode
 
 TEXTS = list(SENTENCES)
@@ -255,6 +258,93 @@ def test_a_path_that_fails_later_is_left_and_the_batch_runs_on(
     assert_same(embed(engine, TEXTS), wanted)
 
 
+class Passing:
+    """Packed attention that fails when told to, and is wrong when told to."""
+
+    def __init__(self) -> None:
+        self.failures: list[Exception] = []
+        self.factor = 1.0
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        if self.failures:
+            raise self.failures.pop()
+        out, weights = packed_attention(*args, **options)
+        return out * self.factor, weights
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> HandClock:
+    """The clock of the models that a test loads."""
+    time = HandClock()
+    monkeypatch.setattr(transformer, "Passes", partial(Passes, clock=time))
+    return time
+
+
+@pytest.fixture
+def passing(packed_is: Callable[[Callable[..., Any]], None]) -> Passing:
+    attention = Passing()
+    packed_is(attention)
+    return attention
+
+
+def _load_packed(kit: Kit) -> TextEngine:
+    return kit.load(kit.recipe_folder("bert-cls"), settings=LoaderSettings(largest_copy=0))
+
+
+def test_after_one_passing_error_the_fast_path_comes_back(kit: Kit, clock: HandClock, passing: Passing) -> None:
+    engine = _load_packed(kit)
+    chosen = engine.info
+    wanted = encode(kit.reference("bert-cls"), TEXTS)
+
+    passing.failures.append(ValueError("a passing error"))
+    assert_same(embed(engine, TEXTS), wanted)
+    left = engine.info
+    clock.advance(FIRST_WAIT_S + 1)
+    assert_same(embed(engine, TEXTS), wanted)
+
+    assert (left.attention, left.path, left.is_fallback) == ("unpadded", "unpadded", True)
+    assert left.notes == (f"unpadded: ValueError on the {chosen.path} path, which is tried again in 30 s",)
+    assert engine.info == chosen
+    assert not chosen.is_fallback
+
+
+def test_a_path_whose_vectors_have_become_wrong_does_not_come_back(
+    kit: Kit, clock: HandClock, passing: Passing
+) -> None:
+    engine = _load_packed(kit)
+    wanted = encode(kit.reference("bert-cls"), TEXTS)
+
+    passing.failures.append(ValueError("a passing error"))
+    passing.factor = 1.01
+    embed(engine, TEXTS)
+    for _ in range(5):
+        clock.advance(2 * FIRST_WAIT_S + 1)
+        assert_same(embed(engine, TEXTS), wanted)
+    assert engine.info.is_fallback
+
+    passing.factor = 1.0
+    clock.advance(LONGEST_WAIT_S)
+    assert_same(embed(engine, TEXTS), wanted)
+    assert not engine.info.is_fallback
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        MemoryError(),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_no_path_is_left_for_want_of_memory(kit: Kit, clock: HandClock, passing: Passing, error: Exception) -> None:
+    engine = _load_packed(kit)
+
+    passing.failures.append(error)
+
+    assert_same(embed(engine, TEXTS), encode(kit.reference("bert-cls"), TEXTS))
+    assert engine.info.attention == "packed"
+
+
 def test_weights_that_are_not_finite_are_refused(kit: Kit, tmp_path: Path) -> None:
     folder = _with_weights(kit, tmp_path, lambda weight: weight.fill_(float("nan")))
 
@@ -362,6 +452,8 @@ class Scripted:
         self.notes: tuple[str, ...] = ()
         self.num_references = 0
         self.sizes: tuple[Size, ...] = ()
+        self.fallback = ""
+        self.recheck: Recheck = lambda encoder: None
         self._expected = expected
         self._paths = paths
 

@@ -1,6 +1,6 @@
 """Snapshots → values."""
 
-from engines.records import HostSnapshot, ModelStatus, State
+from engines.records import HostSnapshot, ModelInfo, ModelStatus, State
 from router import metrics
 from router.scrape import Reading, readings, working_set_bytes
 
@@ -44,6 +44,16 @@ def test_everything_read_at_a_scrape_has_a_value_with_the_declared_labels() -> N
     assert values[metrics.QUEUE_DEPTH] == (("a", "cpu"), 4)
     assert values[metrics.MODEL_BYTES] == (("a", "cpu"), 5)
     assert values[metrics.BUILD_INFO] == (("1.2",), 1)
+
+
+def test_a_model_on_its_slowest_path_says_so() -> None:
+    info = ModelInfo(dimensions=4, max_tokens=9, dtype="float32", attention="unpadded", is_fallback=True)
+    reading = Reading(
+        hosts=[host(model("a", info=info), model("b"))], faults=frozenset(), is_ready=True, version="1", now_s=NOW_S,
+    )  # fmt: skip
+    values = {labels: value for metric, labels, value in readings(reading) if metric is metrics.FALLBACK}
+
+    assert values == {("a", "cpu"): 1, ("b", "cpu"): 0}
 
 
 def test_a_device_that_is_down_says_so() -> None:
