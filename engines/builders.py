@@ -12,6 +12,7 @@ from engines.adapters import Positions, drop_pooler, unused_weights
 from engines.encoder import Candidate
 from engines.errors import BadModel, BrokenFiles, UnsupportedModel, is_out_of_memory
 from engines.folder import Folder, read_json
+from engines.local_folder import is_writable_in_place
 from engines.modules import build_chain
 from engines.observed import observe
 from engines.proportions import check_counts, check_proportions
@@ -61,7 +62,8 @@ def _build_transformer(folder: Folder, spec: ModelSpec, device: torch.device) ->
         )
     config = _read_config(folder, spec)
     dtype = choose_dtype(spec, config, device)
-    model = _read_model(folder, spec, config, dtype).to(device).eval()
+    is_copied = device.type == "cpu" and is_writable_in_place(spec.source)
+    model = _read_model(folder, spec, config, dtype, is_copied=is_copied).to(device).eval()
     drop_pooler(model)
     _check_pooling_is_known(folder, spec, model)
     vocab_size = _vocab_size(model)
@@ -163,16 +165,26 @@ def _read_config(folder: Folder, spec: ModelSpec) -> PretrainedConfig:
     return config
 
 
-def _read_model(folder: Folder, spec: ModelSpec, config: PretrainedConfig, dtype: torch.dtype) -> Any:
-    """The transformer with all of its weights from the files: one that is made up would be a wrong vector."""
+def _read_model(
+    folder: Folder, spec: ModelSpec, config: PretrainedConfig, dtype: torch.dtype, *, is_copied: bool
+) -> Any:
+    """The transformer with all of its weights from the files: one that is made up would be a wrong vector.
+
+    Args:
+        is_copied: its weights are read into memory. Else, on a CPU, they may be a map of the file for as long as the
+            model lives: who truncates that file ends the process (SIGBUS), who writes over it bends vectors.
+    """
     family = AutoModelForTextEncoding if config.model_type in _ENCODER_HALF else AutoModel
     shards = _listed_shards(folder.weights)
     check_proportions(family, config, folder.weights, shards, trust_remote_code=spec.trust_remote_code)
     try:
         model, report = family.from_pretrained(
             folder.weights, config=config, dtype=dtype, trust_remote_code=spec.trust_remote_code,
-            local_files_only=True, output_loading_info=True,
+            local_files_only=True, output_loading_info=True, disable_mmap=is_copied or None,
         )  # fmt: skip
+        if is_copied and ".bin" in _weight_file(folder.weights):  # transformers maps pickled files in any case
+            for tensor in (*model.parameters(), *model.buffers()):
+                tensor.data = tensor.data.clone()
     # A corrupt pickle raises whatever its bytes happen to mean.
     except Exception as error:
         if is_out_of_memory(error):  # a file that is whole must not be fetched again for it

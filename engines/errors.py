@@ -27,6 +27,7 @@ EngineError
 └── BadModel                              a model's files refuse to become a model (raised while loading)
     ├── UnsupportedModel                  the files are whole, but ask for something we do not do
     ├── BrokenFiles (path)                missing, truncated or corrupt
+    ├── FilesChanged                      others than those that were looked at before
     ├── SelfCheckFailed                   loads, but computes wrong vectors
     └── SourceError                       the files cannot be had
         ├── SourceNotFound
@@ -198,6 +199,12 @@ class BrokenFiles(BadModel):
     def __init__(self, message: str, *, file: str | None = None) -> None:
         super().__init__(message)
         self.file = file
+
+
+class FilesChanged(BadModel):
+    """The files are not those that were looked at, or were written while they were read. They are looked at again."""
+
+    kind = "files_changed"
 
 
 class SelfCheckFailed(BadModel):

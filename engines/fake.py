@@ -100,6 +100,9 @@ class FakeFiles:
         self.on_disk.add(spec.model_id)
         return self._files(spec)
 
+    def is_current(self, spec: ModelSpec, files: ModelFiles) -> bool:
+        return files == self._files(spec)
+
     def discard(self, spec: ModelSpec, file: str | None) -> bool:
         self.discarded.append((spec.model_id, file))
         self.on_disk.discard(spec.model_id)

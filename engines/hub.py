@@ -86,6 +86,11 @@ class ModelStore:
         on_progress(files.size_bytes, files.size_bytes)
         return files
 
+    def is_current(self, spec: ModelSpec, files: ModelFiles) -> bool:
+        """Whether the files are still those that were found. Those of a hub never change: their names say what is in
+        them. A local folder is looked at again."""
+        return not is_local(spec.source) or self.locate(spec) == files
+
     def discard(self, spec: ModelSpec, file: str | None) -> bool:
         """Remove a corrupt file (or all, when None); False where the files are not ours to remove."""
         if is_local(spec.source):

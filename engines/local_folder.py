@@ -24,6 +24,11 @@ def is_local(source: str) -> bool:
     return source.startswith((*_FOLDER_STARTS, PACKAGE)) or source in {".", ".."}
 
 
+def is_writable_in_place(source: str) -> bool:
+    """Whether somebody may write over the files while they are in use: those of a package are replaced, not changed."""
+    return is_local(source) and not source.startswith(PACKAGE)
+
+
 class LocalFolder:
     """The model in a folder, as it is now: make a new one to look again.
 

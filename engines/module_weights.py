@@ -95,7 +95,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".bin":
         tensors: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
         return dict(tensors)
-    return load_file(path)
+    return load_file(path, backend="pread")  # a mapped file that somebody truncates ends the process (SIGBUS)
 
 
 def _by(shape: tuple[int, ...]) -> str:

@@ -7,7 +7,7 @@
                  │                     pinned models  │              replaced            operator │
                  │                                    │                                  gave up  │
                  ├─► absent  never fits, unwanted     ├─► cold       out of memory, once          │
-                 │                                    ├─► fetching   broken files, once ◄─────────┤
+                 │                                    ├─► fetching   broken or other files, once ◄┤
                  │                                    ├─► unloading  nobody wants it now          │
                  └─► failed ◄─────────────────────────┴───────────────────────────────────────────┘
                         └─► absent, cold  when the quarantine ends; on disk already: absent ─► cold

@@ -6,7 +6,7 @@ Every handler first takes the work back (`finish`), so a report that nobody wait
 from collections.abc import Callable
 
 from engines.eviction import total_bytes
-from engines.pool_effects import Discard, Emit, StartFetch, StartWarm
+from engines.pool_effects import Discard, Emit, StartFetch, StartLocate, StartWarm
 from engines.pool_events import (
     Discarded,
     Fetched,
@@ -209,10 +209,11 @@ class Outcomes:
     # ---- failures ----
 
     def _after_failure(self, slot: Slot, failure: Failure) -> None:
-        """Nothing is held in memory any more. Four cases:
+        """Nothing is held in memory any more. Five cases:
 
         1. retired;  2. out of memory, for the first time: a higher estimate, and once more;
-        3. broken files, for the first time: remove them, and fetch once more;  4. quarantine.
+        3. broken files, for the first time: remove them, and fetch once more;
+        4. other files than expected, for the first time: look at them again;  5. quarantine.
         """
         slot.failure = failure
         may_retry = not self.state.is_draining
@@ -227,8 +228,12 @@ class Outcomes:
             if slot.state != "fetching":
                 self.state.move(slot, "fetching", "broken files: fetching them once more")
             self.state.start(slot, Discard(slot.slot_id, slot.spec, failure.file))  # (3)
+        elif failure.is_changed and not slot.had_refetch and may_retry:
+            slot.had_refetch, slot.files = True, None
+            self.state.move(slot, "fetching", "its files have changed: looking at them again")
+            self.state.start(slot, StartLocate(slot.slot_id, slot.spec))  # (4)
         else:
-            self._quarantine(slot, failure)  # (4)
+            self._quarantine(slot, failure)  # (5)
 
     def _quarantine(self, slot: Slot, failure: Failure) -> None:
         """Longer each time, and longer still where only a person can help; all waiters get the cause now."""
@@ -236,7 +241,7 @@ class Outcomes:
         delay_s = min(longest_s, first_s * 2.0**slot.attempts) * (0.9 + 0.2 * self._jitter())
         slot.attempts += 1
         slot.retry_at_s = self.state.now_s + delay_s
-        if failure.is_broken:
+        if failure.is_broken or failure.is_changed:
             slot.files = None
         slot.claim, slot.leaving_cause = None, None
         self.state.move(slot, "failed", f"{failure.kind}: {failure.message}; next attempt in {delay_s:.0f} s")

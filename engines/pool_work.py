@@ -10,7 +10,7 @@ from typing import Any
 
 import structlog
 
-from engines.errors import BadModel, BrokenFiles, EngineError, OutOfMemory, ShuttingDown, is_out_of_memory
+from engines.errors import BadModel, BrokenFiles, EngineError, FilesChanged, OutOfMemory, ShuttingDown, is_out_of_memory
 from engines.local_folder import is_local
 from engines.measurements import Estimates, Measurement
 from engines.memory import DeviceMemory
@@ -186,11 +186,39 @@ class OutsideWork:
     async def _load(self, effect: StartLoad) -> PoolEvent:
         try:
             task = Task(f"the load of model {effect.spec.model_id!r}", load_limit_s(effect.need, self._hang_s))
-            engine = await self._workers.load(partial(self._loader.load, effect.spec, effect.files), task)
+            engine = await self._workers.load(partial(self._load_current, effect.spec, effect.files), task)
         except Exception as error:  # noqa: BLE001  # becomes the waiters' answer
             return LoadFailed(effect.slot_id, failure_of(error, effect.spec))
         self.engines[effect.slot_id] = engine
         return Loaded(effect.slot_id)
+
+    def _load_current(self, spec: ModelSpec, files: ModelFiles) -> Engine:
+        """The engine of files that are the expected ones before and after they are read: an operator may replace a
+        local folder at any time, and an engine of half of each would give wrong vectors.
+
+        Raises:
+            FilesChanged: they are not.
+            BadModel, OutOfMemory: see `Loader.load`.
+        """
+        self._check_current(spec, files)
+        try:
+            engine = self._loader.load(spec, files)
+        except BadModel:
+            self._check_current(spec, files)
+            raise
+        try:
+            self._check_current(spec, files)
+        except FilesChanged:
+            engine.close()
+            raise
+        return engine
+
+    def _check_current(self, spec: ModelSpec, files: ModelFiles) -> None:
+        if not self._files.is_current(spec, files):
+            raise FilesChanged(
+                "its files changed while it was loaded; ask again once they are written, or give each version a folder "
+                "of its own and name that in 'source'"
+            )
 
     async def _warm(self, effect: StartWarm) -> PoolEvent:
         engine = self.engines[effect.slot_id]

@@ -67,6 +67,9 @@ class Files(Protocol):
             SourceError, BrokenFiles.
         """
 
+    def is_current(self, spec: ModelSpec, files: ModelFiles) -> bool:
+        """Whether the files are still those that `locate` or `fetch` found. Cheap enough for every load."""
+
     def discard(self, spec: ModelSpec, file: str | None) -> bool:
         """Remove a corrupt file (or all, when None) so that the next `fetch` brings it anew.
 

@@ -107,6 +107,10 @@ class Failure(Struct, frozen=True, kw_only=True):
         return self.kind == "broken_files"
 
     @property
+    def is_changed(self) -> bool:
+        return self.kind == "files_changed"
+
+    @property
     def is_denied(self) -> bool:
         """Nothing but a person can change it: ask less often."""
         return self.kind in ("access_denied", "source_not_found")
