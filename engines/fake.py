@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from engines.clock import LoopTime
+from engines.errors import BrokenFiles
 from engines.fake_engine import WEIGHT_BYTES, WIDTH, WORKSPACE_BYTES, Attempts, FakeEngine, Script, fake_vector
 from engines.fake_world import FakeMemory, FakeTime, InlineWorkers
 from engines.host import Host, HostConfig, World
@@ -82,6 +83,8 @@ class FakeFiles:
         self._fetches = Attempts(failures)
         self._pause = pause
         self.discarded: list[tuple[str, str | None]] = []
+        self.damaged: set[str] = set()
+        self.verified: list[str] = []
 
     @property
     def fetches(self) -> Counter[str]:
@@ -103,8 +106,14 @@ class FakeFiles:
     def is_current(self, spec: ModelSpec, files: ModelFiles) -> bool:
         return files == self._files(spec)
 
+    def verify(self, spec: ModelSpec, files: ModelFiles, go_on: Callable[[], bool], *, is_anew: bool = False) -> None:
+        self.verified.append(spec.model_id)
+        if spec.model_id in self.damaged:
+            raise BrokenFiles("weights are damaged", file="weights")
+
     def discard(self, spec: ModelSpec, file: str | None) -> bool:
         self.discarded.append((spec.model_id, file))
+        self.damaged.discard(spec.model_id)
         self.on_disk.discard(spec.model_id)
         return True
 

@@ -125,7 +125,8 @@ class Host:
         """Look whether the device still answers, and loads end; what is wrong, empty when nothing is.
 
         Calls that wait for what will not come are told at once: to be called every second or so. While a load hangs,
-        models that are in memory serve on.
+        models that are in memory serve on. In time that nobody else needs it
+        also has files hashed.
         """
         pulse = self._pulse().seen_for(self._awake.look(self._time.now_s()))
         fault = fault_of(self.config.device, pulse, self.config.watchdog_s)
@@ -135,6 +136,8 @@ class Host:
             self._pool.interrupt(lambda: DeviceDown(fault))
         self.fault = fault
         hung = self._pool.check()
+        if not fault and not hung:
+            self._pool.verify_if_idle()
         if fault or not hung:
             return fault
         return f"nothing can be loaded on host {self.config.host_id}: {hung} (WATCHDOG_SECONDS); restart the server"

@@ -8,11 +8,12 @@ import shutil
 import time
 from pathlib import Path
 
+import structlog
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # as in engines/download.py
 
 from engines.download import Hub, HubConfig
-from engines.errors import BadModel, HubUnreachable, SourceNotFound
+from engines.errors import BadModel, BrokenFiles, HubUnreachable, SourceNotFound
 from engines.flight import Flights
 from engines.hub_cache import Manifest, RepoCache, is_commit
 from engines.hub_errors import not_a_source
@@ -22,7 +23,10 @@ from engines.records import ModelFiles
 from engines.repository import FreeBytes, Repository
 from engines.selection import is_safe
 from engines.spec import ModelSpec
+from engines.verification import GoOn, Verification
 from engines.weights import WeightCount, target_dtype
+
+log = structlog.get_logger(__name__)
 
 _MAIN = "main"
 
@@ -42,12 +46,20 @@ class ModelStore:
     Args:
         config: where the hub and its cache are; by default what huggingface_hub reads from the environment.
         free_bytes: free bytes on the disk of a path.
+        verification: the hashes that were read; by default remembered as long as this object lives.
     """
 
-    def __init__(self, config: HubConfig | None = None, *, free_bytes: FreeBytes = free_disk_bytes) -> None:
+    def __init__(
+        self,
+        config: HubConfig | None = None,
+        *,
+        free_bytes: FreeBytes = free_disk_bytes,
+        verification: Verification | None = None,
+    ) -> None:
         self._config = config or HubConfig()
         self._hub = Hub(self._config)
         self._free_bytes = free_bytes
+        self._verification = verification or Verification()
         self._flights = Flights()
         self._unwritten: dict[Path, Manifest] = {}
         self._counts: dict[tuple[str, str | None], WeightCount] = {}
@@ -65,7 +77,7 @@ class ModelStore:
     def fetch(self, spec: ModelSpec, on_progress: Progress, *, refresh: bool = False) -> ModelFiles:
         """Bring the files to disk, verified; calls for the same files share one download.
 
-        `refresh` asks the hub what a branch or tag stands for now, even when the files are here.
+        `refresh` hashes what is here, discards what is damaged, and asks the hub what a branch or tag stands for now.
 
         Raises:
             SourceError, BrokenFiles: see `engines/errors.py`; the message names the cure.
@@ -76,6 +88,8 @@ class ModelStore:
             files = self._folder(spec).files()
         else:
             repository = self._repository(spec)
+            if refresh:
+                _discard_damaged(repository)
             located = None if refresh and not is_commit(spec.revision or _MAIN) else repository.locate()
             if located is None:
                 key = (spec.source, spec.revision, spec.trust_remote_code)
@@ -87,9 +101,24 @@ class ModelStore:
         return files
 
     def is_current(self, spec: ModelSpec, files: ModelFiles) -> bool:
-        """Whether the files are still those that were found. Those of a hub never change: their names say what is in
-        them. A local folder is looked at again."""
-        return not is_local(spec.source) or self.locate(spec) == files
+        """Whether the files are still those that were found."""
+        if is_local(spec.source):
+            return self.locate(spec) == files
+        return self._repository(spec).is_current(files)
+
+    def verify(self, spec: ModelSpec, files: ModelFiles, go_on: GoOn = lambda: True, *, is_anew: bool = False) -> None:
+        """Hold the files of a hub against their hashes; of a local folder's nobody knows any.
+
+        Args:
+            go_on: asked all the time; what it pauses is gone on with by the next call.
+            is_anew: also those whose hash was right the last time.
+
+        Raises:
+            BrokenFiles: a file is damaged.
+            FilesChanged: a file was replaced since.
+        """
+        if not is_local(spec.source):
+            self._repository(spec).verify(files, go_on, is_anew=is_anew)
 
     def discard(self, spec: ModelSpec, file: str | None) -> bool:
         """Remove a corrupt file (or all, when None); False where the files are not ours to remove."""
@@ -145,4 +174,13 @@ class ModelStore:
         if not is_safe(revision):
             raise SourceNotFound(f"{revision!r} is no revision of {spec.source}: correct 'revision' in the registry")
         cache = RepoCache(Path(self._config.cache_dir), spec.source, revision, self._unwritten)
-        return Repository(self._hub, cache, with_code=spec.trust_remote_code)
+        return Repository(self._hub, cache, self._verification, with_code=spec.trust_remote_code)
+
+
+def _discard_damaged(repository: Repository) -> None:
+    """The first file that is damaged: to discard it forgets that the others were verified, so a fetch hashes them."""
+    try:
+        repository.verify(None, lambda: True, is_anew=True)
+    except BrokenFiles as error:
+        log.warning("model.file_damaged", file=error.file, reason=str(error))
+        repository.discard(error.file)

@@ -32,6 +32,10 @@ class Kept(Generic[Value]):
         """What is known."""
         return self._known.get(key)
 
+    def refresh(self) -> None:
+        """Learn what other processes have written. Blocks on the disk."""
+        self._known = {**self._known, **self._read()}
+
     def put(self, key: str, value: Value) -> None:
         """Blocks on the disk. A disk that cannot be written costs the next start a measurement, so it only warns."""
         self._known = {**self._read(), **self._known, key: value}

@@ -109,7 +109,7 @@ class TorchLoader:
             vectors, notes = choose_attention(encoder, tokenizer, dtype, self._canaries.known(key))
             if self._device.type != "cpu":
                 encoder.pause = lambda: None  # kernels that wait on the device cannot be overtaken
-            self._canaries.compare(key, vectors, dtype)
+            self._canaries.compare(key, vectors, dtype, _written_s(files))
             encoder.recheck = partial(check_again, tokenizer=tokenizer, dtype=dtype, vectors=vectors)
             found = structs.replace(info, attention=encoder.attention, path=encoder.path, notes=notes)
             return found, size + encoder.extra_bytes(), workspace
@@ -166,6 +166,12 @@ class TorchLoader:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
+
+
+def _written_s(files: ModelFiles) -> float:
+    """When a file of a hub's was written last; 0 for a local folder, whose revision changes with its files."""
+    paths = Path(files.path).rglob("*") if files.stamp else ()
+    return max((path.stat().st_mtime for path in paths if path.is_file()), default=0.0)
 
 
 def with_default_prompt(spec: ModelSpec, stated: str | None, prompts: Mapping[str, str]) -> ModelSpec:

@@ -27,6 +27,7 @@ from engines.slots import Rules
 from engines.spec import ModelSpec
 from engines.tokenizer_threads import TokenizerThreads
 from engines.units import Budget
+from engines.verification import Verification
 
 __all__ = ["LoaderSettings", "Machine", "MachineConfig", "find_devices"]
 
@@ -69,7 +70,7 @@ class Machine:
     def __init__(self, config: MachineConfig, specs: Mapping[str, ModelSpec]) -> None:
         folder = config.state_folder
         self._threads = TokenizerThreads(config.tokenizer_threads)
-        self._store = ModelStore(config.hub)
+        self._store = ModelStore(config.hub, verification=Verification(folder / "verified.json" if folder else None))
         self._lanes: list[Lane] = []
         self._measurements = Measurements(folder / "measurements.json" if folder else None)
         self._loader_settings = structs.replace(

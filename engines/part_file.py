@@ -50,6 +50,10 @@ class FileHash:
         self._bytes = 0
         self._rested_at_s = time.thread_time()
 
+    def resume(self) -> None:
+        """Go on, on this thread."""
+        self._rested_at_s = time.thread_time()
+
     def update(self, data: bytes) -> None:
         self._hash.update(data)
         self._bytes += len(data)

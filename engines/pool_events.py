@@ -128,6 +128,14 @@ class Discarded(Struct, frozen=True):
     is_removed: bool
 
 
+class Damaged(Struct, frozen=True):
+    """The files that a model was loaded from, or will be, are not what they should be. Old news for other files."""
+
+    slot_id: int
+    files: ModelFiles
+    failure: Failure
+
+
 class BudgetChanged(Struct, frozen=True):
     """The device was read. `ceiling_bytes`: what this process could have at most now; others use the device too."""
 
@@ -177,6 +185,6 @@ class Unloaded(Struct, frozen=True):
 
 PoolEvent = (
     Acquire | Cancel | Release | Preload | Evict | Reload | Drain | Tick
-    | Found | Sized | Located | Fetched | FetchFailed | FetchProgress | Discarded | BudgetChanged
+    | Found | Sized | Located | Fetched | FetchFailed | FetchProgress | Discarded | Damaged | BudgetChanged
     | Blocked | Loaded | LoadFailed | Warmed | WarmFailed | Unloaded
 )  # fmt: skip

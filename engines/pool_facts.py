@@ -2,11 +2,11 @@
 
 from msgspec import Struct
 
-from engines.pool_words import EVICTED, IDLE, SHUTDOWN
+from engines.pool_words import DAMAGED, EVICTED, IDLE, SHUTDOWN
 from engines.records import State
 from engines.slots import Slot
 
-_BY_CAUSE = {EVICTED: "operator", SHUTDOWN: "shutdown"}
+_BY_CAUSE = {EVICTED: "operator", SHUTDOWN: "shutdown", DAMAGED: "damaged"}
 
 
 class Facts(Struct, frozen=True, kw_only=True):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from engines.eviction import total_bytes
 from engines.pool_effects import Discard, Emit, StartFetch, StartLocate, StartWarm
 from engines.pool_events import (
+    Damaged,
     Discarded,
     Fetched,
     FetchFailed,
@@ -22,7 +23,7 @@ from engines.pool_events import (
     WarmFailed,
 )
 from engines.pool_state import PoolState
-from engines.pool_words import EVICTED, load_error, too_large
+from engines.pool_words import DAMAGED, EVICTED, load_error, too_large
 from engines.slots import Failure, Need, Slot
 
 
@@ -40,6 +41,7 @@ class Outcomes:
             FetchFailed: self._fetch_failed,
             FetchProgress: self._fetch_progress,
             Discarded: self._discarded,
+            Damaged: self._damaged,
             Loaded: self._loaded,
             LoadFailed: self._load_failed,
             Warmed: self._warmed,
@@ -128,6 +130,22 @@ class Outcomes:
             self.state.start(slot, StartFetch(slot.slot_id, slot.spec))
         elif slot.failure is not None:
             self._quarantine(slot, slot.failure)
+
+    def _damaged(self, event: Damaged) -> None:
+        """Three cases:
+
+        1. other files meanwhile, or on its way;
+        2. in memory: what it gives may be wrong, so it leaves, and comes back from good files;
+        3. not in memory: the next load sees it, and fetches them.
+        """
+        slot = self.state.slots.get(event.slot_id)
+        if slot is None or slot.is_retired or slot.files != event.files or slot.state not in ("ready", "cold"):
+            return  # (1)
+        slot.failure = event.failure
+        if slot.state == "ready":
+            slot.is_wanted = True
+            self.state.make_claim(slot)
+            self.state.drain(slot, DAMAGED)  # (2), (3)
 
     # ---- engines ----
 

@@ -13,6 +13,7 @@ from msgspec import structs
 from engines.clock import Timer
 from engines.event_log import EventLog
 from engines.host_config import HostConfig, World
+from engines.idle_verification import IdleVerification
 from engines.measurements import Estimates, Measurement
 from engines.pool import PoolCore
 from engines.pool_callers import Callers, Lease
@@ -58,6 +59,7 @@ class Pool:
         self._state = self._core.state
         estimates = Estimates(files, world.measurements, config.device, config.workspace_bytes, config.conditions)
         self._work = OutsideWork(files, loader, estimates, world.workers, self._report, config.hang_s)
+        self._verification = IdleVerification(self._work, self._state, world.time, self.step, self._spawn)
         self._scout = Scout(self._work, self.step, self._spawn)
         self._view = Viewpoint(config.host_id, config.device, self._to_unix_s)
         self._callers = Callers()
@@ -196,6 +198,14 @@ class Pool:
         if slot is None:
             raise not_found(model_id)
         return slot
+
+    def verify_if_idle(self) -> None:
+        """Hash files while nobody asks for anything. Nothing happens where this is no call of the pool's own loop."""
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:  # Ray may check a replica from a thread
+            return
+        self._verification.begin_if_idle()
 
     # ---- one step ----
 

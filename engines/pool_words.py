@@ -15,6 +15,7 @@ from engines.units import format_bytes
 
 EVICTED = "evicted by an operator"
 SHUTDOWN = "the host shuts down"
+DAMAGED = "its files were damaged or replaced on the disk"
 IDLE = "idle for its keep_alive"
 
 

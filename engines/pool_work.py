@@ -10,7 +10,16 @@ from typing import Any
 
 import structlog
 
-from engines.errors import BadModel, BrokenFiles, EngineError, FilesChanged, OutOfMemory, ShuttingDown, is_out_of_memory
+from engines.errors import (
+    BadModel,
+    BrokenFiles,
+    EngineError,
+    FilesChanged,
+    OutOfMemory,
+    SelfCheckFailed,
+    ShuttingDown,
+    is_out_of_memory,
+)
 from engines.local_folder import is_local
 from engines.measurements import Estimates, Measurement
 from engines.memory import DeviceMemory
@@ -69,6 +78,7 @@ class OutsideWork:
         hang_s: float = 600.0,
     ) -> None:
         self.engines: dict[int, Engine] = {}
+        self._loads: dict[int, StartLoad] = {}
         self._files = files
         self._loader = loader
         self._estimates = estimates
@@ -181,6 +191,30 @@ class OutsideWork:
             is_removed = False
         return Discarded(effect.slot_id, is_removed)
 
+    async def verify(self, spec: ModelSpec, files: ModelFiles, go_on: Callable[[], bool]) -> Failure | None:
+        """What is wrong with the files; None when nothing is, or when `go_on` has said no."""
+        return await self._workers.look(partial(self._verified, spec, files, go_on))
+
+    def _verified(
+        self, spec: ModelSpec, files: ModelFiles, go_on: Callable[[], bool], *, is_anew: bool = False
+    ) -> Failure | None:
+        try:
+            self._files.verify(spec, files, go_on, is_anew=is_anew)
+        except BadModel as error:
+            return failure_of(error, spec)
+        except Exception:  # a disk that cannot be read now
+            log.exception("model.not_verified", model=spec.model_id)
+        return None
+
+    async def _failure(self, error: Exception, load: StartLoad) -> Failure:
+        """Why a load or its check failed. Where the model is no good its files are hashed: damage on the disk is what
+        fetching them again can cure, and what a person would look for last."""
+        if not isinstance(error, BadModel) or isinstance(error, FilesChanged):
+            return failure_of(error, load.spec)
+        is_anew = isinstance(error, SelfCheckFailed | BrokenFiles)
+        verified = partial(self._verified, load.spec, load.files, lambda: not self._is_closed, is_anew=is_anew)
+        return await self._workers.look(verified) or failure_of(error, load.spec)
+
     # ---- engines ----
 
     async def _load(self, effect: StartLoad) -> PoolEvent:
@@ -188,8 +222,8 @@ class OutsideWork:
             task = Task(f"the load of model {effect.spec.model_id!r}", load_limit_s(effect.need, self._hang_s))
             engine = await self._workers.load(partial(self._load_current, effect.spec, effect.files), task)
         except Exception as error:  # noqa: BLE001  # becomes the waiters' answer
-            return LoadFailed(effect.slot_id, failure_of(error, effect.spec))
-        self.engines[effect.slot_id] = engine
+            return LoadFailed(effect.slot_id, await self._failure(error, effect))
+        self.engines[effect.slot_id], self._loads[effect.slot_id] = engine, effect
         return Loaded(effect.slot_id)
 
     def _load_current(self, spec: ModelSpec, files: ModelFiles) -> Engine:
@@ -225,12 +259,13 @@ class OutsideWork:
         try:
             await engine.warm_up()
         except Exception as error:  # noqa: BLE001  # becomes the waiters' answer
-            return WarmFailed(effect.slot_id, failure_of(error, None))
+            return WarmFailed(effect.slot_id, await self._failure(error, self._loads[effect.slot_id]))
         return Warmed(effect.slot_id, engine.weight_bytes, engine.workspace_bytes)
 
     async def _unload(self, effect: StartUnload) -> PoolEvent:
         """An engine that cannot be closed is given up: its memory is lost, and the next reading will show it."""
         try:
+            del self._loads[effect.slot_id]
             close = self.engines.pop(effect.slot_id).close
             await self._workers.load(close, Task("freeing a model", self._hang_s))
         except Exception:  # the slot must not stay unloading for ever

@@ -70,6 +70,15 @@ class Files(Protocol):
     def is_current(self, spec: ModelSpec, files: ModelFiles) -> bool:
         """Whether the files are still those that `locate` or `fetch` found. Cheap enough for every load."""
 
+    def verify(self, spec: ModelSpec, files: ModelFiles, go_on: Callable[[], bool], *, is_anew: bool = False) -> None:
+        """Hash what has not been hashed since it was written, or all of it when `is_anew`; returns early, and goes on
+        in the next call, when `go_on` says no.
+
+        Raises:
+            BrokenFiles: a file is damaged.
+            FilesChanged: a file was replaced since they were found.
+        """
+
     def discard(self, spec: ModelSpec, file: str | None) -> bool:
         """Remove a corrupt file (or all, when None) so that the next `fetch` brings it anew.
 

@@ -100,12 +100,14 @@ class ModelFiles(Struct, frozen=True, kw_only=True):
     """A model's files, whole and on disk.
 
     `revision` is the commit, or for a folder without one a fingerprint of names, sizes and times.
-    `size_bytes` is what they take on disk.
+    `size_bytes` is what they take on disk. `stamp`: another one when a file was replaced or written to, though its
+    content should be the same; empty where `revision` tells that.
     """
 
     path: str
     revision: str
     size_bytes: int
+    stamp: str = ""
 
 
 class ModelInfo(Struct, frozen=True, kw_only=True):
@@ -194,9 +196,10 @@ class Event(Struct, frozen=True, kw_only=True):
     claimant; `claimant` holds that model id for programs. `missing_bytes`: not 0 when the two models take turns
     because they cannot both fit; so much more memory would end it.
 
-    For programs: `reason` is why a model leaves (`room, over_budget, idle, operator, registry, shutdown`, on the step
-    to `unloading`) or the kind of a failure; `seconds` how long a load took (on `ready`) or the model stayed (on
-    `unloading`); `estimated_bytes` and `measured_bytes` what a load was admitted with, and what it turned out to take.
+    For programs: `reason` is why a model leaves (`room, over_budget, idle, operator, registry, shutdown, damaged`, on
+    the step to `unloading`) or the kind of a failure; `seconds` how long a load took (on `ready`) or the model stayed
+    (on `unloading`); `estimated_bytes` and `measured_bytes` what a load was admitted with, and what it turned out to
+    take.
     """
 
     seq: int

@@ -9,14 +9,15 @@ from functools import partial
 
 from engines.adoption import find_snapshot
 from engines.download import Hub
-from engines.errors import BrokenFiles, HubUnreachable, OfflineMode
+from engines.errors import BrokenFiles, FilesChanged, HubUnreachable, OfflineMode
 from engines.flight import Tally
 from engines.hub_cache import Manifest, RepoCache
 from engines.hub_errors import disk_full, writing
 from engines.listing import Listing
-from engines.part_file import FileEntry, is_intact
-from engines.records import ModelFiles
+from engines.part_file import FileEntry, OnBytes, is_intact
+from engines.records import ModelFiles, fingerprint
 from engines.selection import Selection, select
+from engines.verification import GoOn, Verdict, Verification
 from engines.weights import WeightCount, count_weights, read_header
 
 FreeBytes = Callable[[str], int]
@@ -26,9 +27,10 @@ FreeBytes = Callable[[str], int]
 class Repository:
     """A model's files on a hub and in its cache. `with_code`: the repository's Python files are wanted too."""
 
-    def __init__(self, hub: Hub, cache: RepoCache, *, with_code: bool) -> None:
+    def __init__(self, hub: Hub, cache: RepoCache, verification: Verification, *, with_code: bool) -> None:
         self._hub = hub
         self._cache = cache
+        self._verification = verification
         self._repo_id = cache.repo_id
         self._with_code = with_code
 
@@ -67,6 +69,34 @@ class Repository:
             self._download(listing, missing, tally, free_bytes)
         return self._make_whole(listing.commit, wanted, selection)
 
+    def is_current(self, files: ModelFiles) -> bool:
+        """Whether the files are as they were found, and none of them is known to be damaged."""
+        manifest = self._cache.manifest()
+        if manifest is None or manifest.commit != files.revision:
+            return True  # a branch that has moved on is taken up when it is asked for, at the same time by everyone
+        try:
+            verdicts = {self._verdict(manifest.commit, file) for file in manifest.files}
+            return not verdicts & {"wrong", "written"} and self._model_files(manifest) == files
+        except OSError:
+            return False
+
+    def verify(self, files: ModelFiles | None, go_on: GoOn, *, is_anew: bool) -> None:
+        """Hash what has not been hashed since it was written; all of it when `is_anew`. `files`: as they were found.
+
+        Raises:
+            BrokenFiles: naming the first file that is damaged.
+            FilesChanged: a file was replaced since they were found: what was damaged then is in memory still.
+        """
+        manifest = self._cache.manifest()
+        if manifest is None or (files is not None and manifest.commit != files.revision):
+            return
+        for file in manifest.files:
+            path = self._cache.path(manifest.commit, file.name)
+            if go_on() and path.exists() and self._verification.check(path, file, go_on, is_anew=is_anew) is False:
+                raise _damaged(self._repo_id, file.name)
+        if files is not None and self._model_files(manifest).stamp != files.stamp:
+            raise FilesChanged(f"files of {self._repo_id} were replaced on the disk since the model was loaded")
+
     def discard(self, file: str | None) -> None:
         """Delete a file, or all of them. The manifest goes too, so that the next fetch verifies what stays."""
         manifest = self._cache.manifest()
@@ -102,7 +132,13 @@ class Repository:
             if manifest is not None and file in manifest.files and self._looks_whole(commit, file):
                 tally.add(file.size_bytes)
                 return True
-            return is_intact(self._cache.path(commit, file.name), file, tally.add)
+            return self._is_intact(commit, file, tally.add)
+
+    def _is_intact(self, commit: str, file: FileEntry, on_bytes: OnBytes) -> bool:
+        path = self._cache.path(commit, file.name)
+        is_right = is_intact(path, file, on_bytes)
+        self._verification.note(path, file, is_right=is_right)
+        return is_right
 
     def _download(self, listing: Listing, files: Sequence[FileEntry], tally: Tally, free_bytes: FreeBytes) -> None:
         with writing(self._repo_id), self._cache.locked(self._hub.check_open):
@@ -117,6 +153,7 @@ class Repository:
                 part = self._cache.part(file)
                 self._hub.download(listing, file, part, tally.add)
                 self._cache.install(part, listing.commit, file)
+                self._verification.note(self._cache.path(listing.commit, file.name), file, is_right=True)
             self._cache.remove_parts()
 
     def _adopt(self, tally: Tally) -> ModelFiles | None:
@@ -125,7 +162,7 @@ class Repository:
         if found is None:
             return None
         tally.expect(sum(file.size_bytes for file in found.files))
-        if not all(is_intact(self._cache.path(found.commit, file.name), file, tally.add) for file in found.files):
+        if not all(self._is_intact(found.commit, file, tally.add) for file in found.files):
             return None
         return self._make_whole(found.commit, found.files, found.selection)
 
@@ -146,17 +183,38 @@ class Repository:
             path=str(self._cache.path(manifest.commit)),
             revision=manifest.commit,
             size_bytes=sum(file.size_bytes for file in manifest.files),
+            stamp=fingerprint([self._stamp(manifest.commit, file) for file in manifest.files]),
         )
 
+    def _stamp(self, commit: str, file: FileEntry) -> tuple[str, int, int]:
+        stat = self._cache.path(commit, file.name).stat()
+        return file.name, stat.st_mtime_ns, stat.st_ino
+
+    def _verdict(self, commit: str, file: FileEntry) -> Verdict:
+        return self._verification.verdict(self._cache.path(commit, file.name), file)
+
     def _looks_whole(self, commit: str, file: FileEntry) -> bool:
+        """Whether size and header are right. The hash is read only where the file was written to since it was right."""
+        path = self._cache.path(commit, file.name)
         try:
-            if self._cache.path(commit, file.name).stat().st_size != file.size_bytes:
+            if path.stat().st_size != file.size_bytes:
                 return False
             self._check_header(commit, file)
+            verdict = self._verdict(commit, file)
+            return verdict in ("right", "unknown") or (
+                verdict == "written" and bool(self._verification.check(path, file))
+            )
         except (OSError, BrokenFiles):
             return False
-        return True
 
     def _check_header(self, commit: str, file: FileEntry) -> None:
         if file.name.endswith(".safetensors"):
             read_header(file.name, file.size_bytes, self._cache.reader(commit))
+
+
+def _damaged(repo_id: str, file: str) -> BrokenFiles:
+    return BrokenFiles(
+        f"{file} of {repo_id} was damaged on the disk after its download (its hash is not the hub's any more); it is "
+        "fetched again",
+        file=file,
+    )

@@ -217,8 +217,12 @@ class Canaries:
         """The kept vectors of `key`; None when there are none, or nothing that can be read."""
         return None if self._folder is None else _read_vectors(self._path(self._folder, key))
 
-    def compare(self, key: str, vectors: NDArray[np.float32], dtype: str) -> None:
+    def compare(self, key: str, vectors: NDArray[np.float32], dtype: str, written_s: float = 0.0) -> None:
         """Hold vectors against the kept ones of `key`, or keep them when there are none.
+
+        Args:
+            written_s: when the model's files were written last, where their hashes are known to be right (Unix time).
+                Kept vectors that are older may be those of a file that was damaged, and are replaced.
 
         Raises:
             SelfCheckFailed: they differ beyond the dtype's tolerance.
@@ -232,6 +236,10 @@ class Canaries:
             return
         far = distance(torch.from_numpy(vectors), torch.from_numpy(kept)) if kept.shape == vectors.shape else np.inf
         if not far <= TOLERANCE[dtype]:
+            if written_s > path.stat().st_mtime:
+                log.warning("canary.replaced", file=path.name, distance=float(far))
+                _write_vectors(path, vectors)
+                return
             raise SelfCheckFailed(
                 f"the model's vectors moved by {far:.1e} in cosine since it was first loaded, "
                 f"more than {TOLERANCE[dtype]:.0e}; its files or a library changed. If that is meant, delete the "

@@ -69,7 +69,9 @@ LOADS = _counter("loads", "model host", "Models loaded")
 LOAD_SECONDS = _histogram("load_seconds", "model", "One load with its warm-up, files being on disk")
 LOAD_FAILURES = _counter("load_failures", "model kind", "Failed fetches, loads and warm-ups, by kind of failure")
 EVICTIONS = _counter(
-    "evictions", "model cause", "Models that left memory: room, over_budget, idle, operator, registry or shutdown"
+    "evictions",
+    "model cause",
+    "Models that left memory: room, over_budget, idle, operator, registry, shutdown or damaged",
 )
 EVICTION_AGE_SECONDS = _histogram("eviction_age_seconds", "model", "How long evicted models had stayed", _LONG_SECONDS)
 TURNS = _counter(

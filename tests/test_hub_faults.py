@@ -1,6 +1,7 @@
 """Every fault of a hub through the whole server: what waiters hear, what operators see, and that it passes."""
 
 import asyncio
+import os
 import re
 import shutil
 import time
@@ -98,12 +99,15 @@ class Yard(Struct):
 
 
 @asynccontextmanager
-async def yard(truth: Truth, folder: Path, settings: Settings | None = None, **config: Any) -> AsyncIterator[Yard]:
+async def yard(
+    truth: Truth, folder: Path, settings: Settings | None = None, state: Path | None = None, **config: Any
+) -> AsyncIterator[Yard]:
     specs = {NAME: specs_of({NAME: truth}, source=REPO)[NAME]}
     with LoopbackHub() as hub:
         hub.add(REPO, truth.folder)
         patience = {"timeout_s": 0.4, "attempts": 2} | config
-        async with real_yard(specs, rules=RULES, hub=hub_config(hub, folder, **patience), settings=settings) as real:
+        client = hub_config(hub, folder, **patience)
+        async with real_yard(specs, rules=RULES, hub=client, settings=settings, state=state) as real:
             yield Yard(hub, real, truth, folder)
 
 
@@ -260,3 +264,70 @@ def test_a_killed_download_leaves_nothing_that_is_taken_for_whole(truth: Truth, 
     truth.check(range(3), answer.json()["data"])
     assert resumed is not None
     assert int(resumed.removeprefix("bytes=").partition("-")[0]) > 0, "it went on where it was killed"
+
+
+# ---- files that are damaged after their download ----
+
+
+def _damage(cache: Path) -> None:
+    """A few bytes of the weights, as a disk would: size, header and time stay."""
+    (shown,) = cache.glob(f"models--*/snapshots/*/{WEIGHTS}")
+    blob = shown.resolve()
+    stat = blob.stat()
+    with blob.open("r+b") as file:
+        file.seek(stat.st_size * 9 // 10)  # in a layer, which every text goes through
+        file.write(b"\x3f" * 4096)
+    os.utime(blob, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+async def test_a_file_that_was_damaged_while_its_model_was_away_is_fetched_again(truth: Truth, tmp_path: Path) -> None:
+    async with yard(truth, tmp_path, state=tmp_path / "state") as here:
+        await here.ask()
+        await here.real.client.post(f"/admin/models/{NAME}/evict", json={})
+        num_downloads = here.hub.downloads(REPO, WEIGHTS)
+        _damage(tmp_path)
+        answer = await here.ask()
+        slot = await here.slot()
+        num_more = here.hub.downloads(REPO, WEIGHTS) - num_downloads
+
+    assert answer.status_code == 200, answer.text
+    here.truth.check(range(3), answer.json()["data"])
+    assert (slot["state"], slot["last_error"], num_more) == ("ready", None, 1)
+
+
+async def test_a_file_that_was_damaged_before_its_first_load_is_found_in_idle_time(
+    truth: Truth, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing but its hash tells: there is no canary yet, and every path of the model agrees with every other."""
+    monkeypatch.setattr("engines.idle_verification.IDLE_S", 0.2)
+    async with yard(truth, tmp_path, state=tmp_path / "state") as here:
+        await here.ask()
+    shutil.rmtree(tmp_path / "state")
+    _damage(tmp_path)
+
+    async with yard(truth, tmp_path, state=tmp_path / "state") as here, following(here.real) as events:
+        first = await here.ask()
+        while here.hub.downloads(REPO, WEIGHTS) == 0:  # noqa: ASYNC110 - nobody asks meanwhile
+            await asyncio.sleep(0.1)
+        later = await here.ask_until_served()
+
+    assert first.status_code == 200
+    with pytest.raises(AssertionError, match="off by"):
+        here.truth.check(range(3), first.json()["data"])
+    here.truth.check(range(3), later.json()["data"])
+    assert "damaged" in [event.reason for event in events]
+
+
+async def test_a_damaged_file_and_no_hub_are_refused_with_what_is_wrong(truth: Truth, tmp_path: Path) -> None:
+    async with yard(truth, tmp_path, state=tmp_path / "state") as here:
+        await here.ask()
+        await here.real.client.post(f"/admin/models/{NAME}/evict", json={})
+        _damage(tmp_path)
+        here.hub.fail(REPO, server_error(503))
+        answer = await here.ask()
+        here.hub.heal()
+        healed = await here.ask_until_served()
+
+    assert answer.status_code == 503
+    assert answer.json()["error"]["code"] == "model_load_failed"
+    here.truth.check(range(3), healed.json()["data"])

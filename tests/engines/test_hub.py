@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from huggingface_hub import hf_hub_download, snapshot_download
+from msgspec import structs
 
 from engines.download import HubConfig
 from engines.errors import (
@@ -22,6 +23,7 @@ from engines.errors import (
     BadModel,
     BrokenFiles,
     DiskFull,
+    FilesChanged,
     HubUnreachable,
     OfflineMode,
     ShuttingDown,
@@ -469,7 +471,7 @@ def test_damage_on_the_disk_is_seen_and_mended(
     mended = store.fetch(spec(), quiet)
 
     assert located is None
-    assert mended == files
+    assert structs.replace(mended, stamp=files.stamp) == files
     assert content(mended) == (tmp_path / "repo" / WEIGHTS).read_bytes()
     assert content(mended, "vocab.txt") == (tmp_path / "repo" / "vocab.txt").read_bytes()
     assert server.downloads(REPO, WEIGHTS) == (1 if damage in {"missing", "text"} else 2)
@@ -1032,3 +1034,121 @@ def test_the_environment_is_huggingface_hubs() -> None:
     assert json.loads(done.stdout.replace("'", '"').replace("True", "true")) == [
         "https://mirror.example", "/models/hub", True, 77.0,
     ]  # fmt: skip
+
+
+# ---- damage that only a hash tells ----
+
+
+def damage(files: ModelFiles, name: str = WEIGHTS) -> None:
+    """One byte of the data, as a disk would: size, header and time stay."""
+    blob = (Path(files.path) / name).resolve()
+    stat = blob.stat()
+    with blob.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([content(files, name)[-1] ^ 0xFF]))
+    os.utime(blob, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "tokenizer.json"])
+def test_a_damaged_file_is_named_no_longer_located_and_fetched_again(
+    server: LoopbackHub, store: ModelStore, tmp_path: Path, name: str
+) -> None:
+    server.add(REPO, sentence_model(tmp_path / "repo"))
+    files = store.fetch(spec(), quiet)
+    store.verify(spec(), files)
+    damage(files, name)
+
+    with pytest.raises(BrokenFiles, match="damaged") as caught:
+        store.verify(spec(), files, is_anew=True)
+    is_current, located = store.is_current(spec(), files), store.locate(spec())
+    mended = store.fetch(spec(), quiet)
+    store.verify(spec(), mended, is_anew=True)
+
+    assert caught.value.file == name
+    assert str(tmp_path) not in str(caught.value)
+    assert (is_current, located) == (False, None)
+    assert content(mended, name) == (tmp_path / "repo" / name).read_bytes()
+    assert store.locate(spec()) == mended
+    assert server.downloads(REPO, name) == 2
+    assert server.downloads(REPO, "vocab.txt") == 1
+
+
+def test_a_file_that_was_written_to_is_hashed_before_it_is_served(
+    server: LoopbackHub, stores: Stores, tmp_path: Path
+) -> None:
+    server.add(REPO, sentence_model(tmp_path / "repo"))
+    store = stores.open()
+    files = store.fetch(spec(), quiet)
+    blob = (Path(files.path) / WEIGHTS).resolve()
+    os.utime(blob, ns=(1, 1))
+    touched = store.locate(spec())
+    damage(files)
+    os.utime(blob, ns=(2, 2))
+
+    assert touched is not None
+    assert not store.is_current(spec(), files)
+    assert store.locate(spec()) is None
+    assert content(store.fetch(spec(), quiet)) == (tmp_path / "repo" / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize("is_pinned", [False, True])
+def test_a_refresh_mends_what_was_damaged(server: LoopbackHub, stores: Stores, tmp_path: Path, is_pinned: bool) -> None:
+    commit = server.add(REPO, sentence_model(tmp_path / "repo"))
+    wanted = spec(revision=commit if is_pinned else None)
+    files = stores.open().fetch(wanted, quiet)
+    damage(files)
+
+    mended = stores.open().fetch(wanted, quiet, refresh=True)
+
+    assert content(mended) == (tmp_path / "repo" / WEIGHTS).read_bytes()
+
+
+def test_a_refresh_without_a_hub_does_not_call_damaged_files_good(
+    server: LoopbackHub, stores: Stores, tmp_path: Path
+) -> None:
+    server.add(REPO, sentence_model(tmp_path / "repo"))
+    files = stores.open().fetch(spec(), quiet)
+    damage(files)
+    store = stores.open(offline=True)
+
+    with pytest.raises(OfflineMode):
+        store.fetch(spec(), quiet, refresh=True)
+
+    assert store.locate(spec()) is None
+
+
+def test_a_file_that_another_process_has_mended_is_another_one(
+    server: LoopbackHub, stores: Stores, tmp_path: Path
+) -> None:
+    server.add(REPO, sentence_model(tmp_path / "repo"))
+    store = stores.open()
+    files = store.fetch(spec(), quiet)
+    damage(files)
+    stores.open().fetch(spec(), quiet, refresh=True)
+
+    with pytest.raises(FilesChanged):
+        store.verify(spec(), files)
+
+    found = store.locate(spec())
+    assert found is not None
+    store.verify(spec(), found)
+
+
+def test_a_branch_that_moved_on_makes_nothing_of_what_is_in_memory_wrong(
+    server: LoopbackHub, stores: Stores, tmp_path: Path
+) -> None:
+    server.add(REPO, plain_model(tmp_path / "old"))
+    store = stores.open()
+    files = store.fetch(spec(), quiet)
+    server.add(REPO, plain_model(tmp_path / "new", tensors(seed=1)))
+    stores.open().fetch(spec(), quiet, refresh=True)
+
+    store.verify(spec(), files)
+
+    assert store.is_current(spec(), files)
+
+
+def test_nobody_knows_the_hashes_of_a_local_folder(local: ModelStore, tmp_path: Path) -> None:
+    files = local.fetch(spec(sentence_model(tmp_path / "m")), quiet)
+
+    local.verify(spec(tmp_path / "m"), files, is_anew=True)

@@ -412,6 +412,25 @@ def test_a_canary_of_another_shape_is_a_difference(tmp_path: Path) -> None:
         canaries.compare("key", np.ones((3, 5), dtype=np.float32), "float32")
 
 
+@pytest.mark.parametrize(("age_s", "is_kept"), [(-10.0, False), (10.0, True)])
+def test_a_canary_that_is_older_than_verified_files_is_replaced(tmp_path: Path, age_s: float, is_kept: bool) -> None:
+    """It may be that of a file which was damaged when it was taken, and has been fetched again."""
+    canaries, good, bad = Canaries(tmp_path), np.ones((3, 4), np.float32), np.full((3, 4), 1.04, np.float32)
+    canaries.compare("key", bad, "float32")
+    (path,) = tmp_path.iterdir()
+    written_s = path.stat().st_mtime - age_s
+
+    if is_kept:
+        with pytest.raises(SelfCheckFailed, match="moved"):
+            canaries.compare("key", good, "float32", written_s)
+    else:
+        canaries.compare("key", good, "float32", written_s)
+
+    kept = canaries.known("key")
+    assert kept is not None
+    assert np.array_equal(kept, bad if is_kept else good)
+
+
 def test_an_unreadable_canary_is_replaced(tmp_path: Path) -> None:
     canaries = Canaries(tmp_path)
     vectors = np.ones((3, 4), dtype=np.float32)
