@@ -54,7 +54,7 @@ check: install-test  ## format, lint, types, import contracts, known vulnerabili
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m tests.supply_chain audit
+	$(BIN)/python -m tests.deploy.supply_chain audit
 
 format: install-test  ## put the code into shape
 	$(BIN)/ruff format .
@@ -93,10 +93,10 @@ image:  ## the Docker image; COMPUTE=cuda for GPUs
 	docker build --tag embedyard$(if $(COMPUTE),:$(COMPUTE)) $(if $(COMPUTE),--build-arg COMPUTE=$(COMPUTE)) .
 
 image-steps: install-test  ## the same steps without Docker, in a clean root, up to a first vector (needs root)
-	@$(BIN)/python -m tests.image_steps $(if $(TORCH_INDEX),--build-arg TORCH_INDEX=$(TORCH_INDEX))
+	@$(BIN)/python -m tests.deploy.image_steps $(if $(TORCH_INDEX),--build-arg TORCH_INDEX=$(TORCH_INDEX))
 
 sbom: install-test  ## dist/sbom.cdx.json: everything that is shipped, with versions and licences
-	@$(BIN)/python -m tests.supply_chain sbom dist/sbom.cdx.json
+	@$(BIN)/python -m tests.deploy.supply_chain sbom dist/sbom.cdx.json
 
 soak: install-test  ## twenty minutes of everything at once; SECONDS=60 for less
 	@$(BIN)/python -m benchmarks.soak $(if $(SECONDS),--seconds $(SECONDS))

@@ -30,7 +30,7 @@ from benchmarks.folders import resolve
 from benchmarks.machine import ROOT, Watch, warn_if_busy
 from benchmarks.report import RESULTS, Report, publish
 from benchmarks.servers import own, serving, write_registry
-from router.load.http_client import Target
+from router.loadgen.http_client import Target
 
 MODEL = "minilm"
 HEALTH_EVERY_S = 0.01

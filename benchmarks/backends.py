@@ -26,9 +26,9 @@ from benchmarks.measure import percentile
 from benchmarks.report import RESULTS, Report, publish
 from benchmarks.servers import Plan, Server, own, serving, write_registry
 from benchmarks.worker import CONTESTANTS
-from router import load
-from router.load.http_client import Request, Target, encode
-from router.ray.environment import VARIABLES
+from router import loadgen as load
+from router.backends.ray.environment import VARIABLES
+from router.loadgen.http_client import Request, Target, encode
 
 MODEL = "m"
 NAMES = ("local", "process", "ray")

@@ -19,7 +19,7 @@ from benchmarks.folders import resolve
 from benchmarks.machine import Machine, Watch, warn_if_busy
 from benchmarks.report import RESULTS, Report, publish
 from benchmarks.servers import Server, own, serving, write_registry
-from router.load.http_client import Target
+from router.loadgen.http_client import Target
 
 MODEL = "cold"
 _LOAD = re.compile(r"\bload;dur=([0-9.]+)")

@@ -25,9 +25,9 @@ from benchmarks.report import RESULTS, Report, publish
 from benchmarks.servers import Plan, Server, fastapi, infinity, own, serving, write_registry
 from benchmarks.serving import make_requests
 from benchmarks.worker import WorkerFailed
-from router import load
-from router.load import Outcome
-from router.load.http_client import vectors
+from router import loadgen as load
+from router.loadgen import Outcome
+from router.loadgen.http_client import vectors
 
 SECONDS = 8.0
 

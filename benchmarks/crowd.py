@@ -16,9 +16,9 @@ import structlog
 
 from benchmarks.machine import Watch, warn_if_busy
 from benchmarks.report import RESULTS, Report, publish
-from engines.units import format_bytes
-from tests.crowd import CLIENTS, ROOM_FOR, Crowd, crowd, unexplained
-from tests.yard import build_truths
+from engines.types import format_bytes
+from tests.testkit.crowd import CLIENTS, ROOM_FOR, Crowd, crowd, unexplained
+from tests.testkit.small_memory import build_truths
 
 
 def run(seconds: float) -> tuple[Report, bool]:

@@ -17,8 +17,8 @@ from benchmarks.folders import resolve
 from benchmarks.machine import Watch
 from benchmarks.report import RESULTS, Report, publish
 from benchmarks.servers import write_registry
-from engines.units import format_bytes
-from tests.live import serve_live
+from engines.types import format_bytes
+from tests.testkit.live_server import serve_live
 
 MODEL = "cycled"
 SETTLED = 10

@@ -19,9 +19,9 @@ from benchmarks.machine import Watch, warn_if_busy
 from benchmarks.measure import percentile, quotient
 from benchmarks.report import RESULTS, Report, publish
 from benchmarks.serving import make_requests, own_server, summary
-from router import load
-from router.load import Outcome
-from router.load.http_client import Request, Target, encode
+from router import loadgen as load
+from router.loadgen import Outcome
+from router.loadgen.http_client import Request, Target, encode
 
 BULK_TEXTS = 2048
 PER_S = 5.0

@@ -28,16 +28,16 @@ from benchmarks.latency import ORDINARY, OURS, PEER, Embed, forget_graphs, has_g
 from benchmarks.machine import Watch, warn_if_busy
 from benchmarks.measure import Run, interleave, speedup
 from benchmarks.report import RESULTS, Report, publish
-from engines.engine import TextEngine
-from engines.loader import LoaderSettings, TorchLoader
+from engines.batching.autotune import Paces
+from engines.batching.engine import TextEngine
+from engines.inputs.tokenizer_threads import TokenizerThreads
+from engines.loading.loader import LoaderSettings, TorchLoader
 from engines.machine import open_lane
-from engines.pace import Paces
-from engines.records import EmbedCall, ModelFiles
 from engines.spec import ModelSpec
-from engines.tokenizer_threads import TokenizerThreads
-from tests.corpus import mixed
-from tests.engines.kit import cosines
-from tests.models import RECIPES, quiet
+from engines.types import EmbedCall, ModelFiles
+from tests.testkit.engine_kit import cosines
+from tests.testkit.models import RECIPES, quiet
+from tests.testkit.texts import mixed
 
 SMALLEST_COSINE = {"cuda": 0.999, "cpu": 0.999999}
 TEXTS_A_CALL = 512

@@ -11,8 +11,8 @@ from typing import Any
 
 from benchmarks import workloads
 from benchmarks.measure import SETTLE_S, Run, interleave, speedup
-from engines.engine import TextEngine
-from engines.transformer import TransformerEncoder
+from engines.batching.engine import TextEngine
+from engines.models.transformer import TransformerEncoder
 
 CALLS = {"one short text": ("short", 1), "8 short texts": ("short", 8), "one passage": ("passages", 1)}
 """What one call brings: a workload, and how many of its texts."""

@@ -25,8 +25,8 @@ from benchmarks.folders import save_random
 from benchmarks.machine import Watch, warn_if_busy
 from benchmarks.measure import percentile
 from benchmarks.report import RESULTS, Report, publish
-from tests.hub import LoopbackHub
-from tests.live import serve_live
+from tests.testkit.hub import LoopbackHub
+from tests.testkit.live_server import serve_live
 
 READY = "all-MiniLM-L6-v2"
 TEXT = "Which of these engines is ready, and which of them is still on its way to the yard?"

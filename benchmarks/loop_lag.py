@@ -22,9 +22,9 @@ from benchmarks.report import RESULTS, Report, publish
 from benchmarks.servers import own, serving, write_registry
 from benchmarks.serving import make_requests
 from benchmarks.worker import CONTESTANTS
-from router import load
-from router.load import Outcome
-from router.load.http_client import Request, Target, encode
+from router import loadgen as load
+from router.loadgen import Outcome
+from router.loadgen.http_client import Request, Target, encode
 
 MODEL = "minilm"
 TICK_S = 0.005

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from msgspec import Struct
 
-from router.load.outcome import percentile as percentile  # beside the other ways to sum up samples
+from router.loadgen.results import percentile as percentile  # beside the other ways to sum up samples
 
 Run = Callable[[], float]
 """Does the work once; what it returns is the sample: seconds, or texts a second."""

@@ -18,9 +18,9 @@ from benchmarks.peers import own_worker
 from benchmarks.report import RESULTS, Report, publish
 from benchmarks.serving import own_server
 from benchmarks.worker import Worker
-from router import load
-from router.load import Outcome
-from router.load.http_client import Request, Target, encode
+from router import loadgen as load
+from router.loadgen import Outcome
+from router.loadgen.http_client import Request, Target, encode
 
 CLIENTS = 8
 TEXTS = 32

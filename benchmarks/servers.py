@@ -16,7 +16,7 @@ from msgspec import Struct
 from benchmarks.machine import ROOT, core_seconds
 from benchmarks.peers import OURS, interpreter, is_installed, model_folder
 from benchmarks.worker import CONTESTANTS, OFFLINE, WorkerFailed
-from router.load.http_client import Target, vectors
+from router.loadgen.http_client import Target, vectors
 
 START_S = 300.0
 _LOG_LINES = 25

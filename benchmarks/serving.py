@@ -16,9 +16,9 @@ from benchmarks.folders import resolve
 from benchmarks.machine import Watch, warn_if_busy
 from benchmarks.report import RESULTS, Report, publish
 from benchmarks.servers import own, serving, write_registry
-from router import load
-from router.load import Outcome, Phase
-from router.load.http_client import Request, Target, encode
+from router import loadgen as load
+from router.loadgen import Outcome, Phase
+from router.loadgen.http_client import Request, Target, encode
 
 HEADER = (
     "load", "texts/s", "requests", "failed", "p50 ms", "p90 ms", "p95 ms", "p99 ms", "max ms", "client, cores",

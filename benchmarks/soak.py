@@ -26,9 +26,9 @@ from benchmarks.folders import resolve
 from benchmarks.machine import Watch, warn_if_busy
 from benchmarks.report import RESULTS, Report, publish
 from benchmarks.servers import Server, own, serving, write_registry
-from router import load
-from router.load import Outcome
-from router.load.http_client import Request, Target, encode
+from router import loadgen as load
+from router.loadgen import Outcome
+from router.loadgen.http_client import Request, Target, encode
 
 HOME, VISITORS = ("one", "two"), ("three", "four")
 MODELS = HOME + VISITORS

@@ -11,14 +11,14 @@ from collections.abc import AsyncIterator, Mapping
 import msgspec
 import structlog
 
+from engines.device.health import fault_of
 from engines.errors import DeviceDown
-from engines.host_config import HostConfig, World, real_world, suits
-from engines.pool_shell import Pool
+from engines.pause_detector import Awake
+from engines.pool.pool import Pool
+from engines.pool.runtime import HostConfig, World, real_world, suits
 from engines.protocols import Files, Loader
-from engines.pulse import Awake, fault_of
-from engines.records import EmbedCall, Embeddings, Event, HostSnapshot, ModelStatus, Plan, State
 from engines.spec import ModelSpec
-from engines.units import Budget
+from engines.types import Budget, EmbedCall, Embeddings, Event, HostSnapshot, ModelStatus, Plan, State
 
 __all__ = ["Host", "HostConfig", "World", "real_world", "suits"]
 

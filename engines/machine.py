@@ -10,24 +10,24 @@ from pathlib import Path
 import torch
 from msgspec import Struct, structs
 
-from engines import cores
-from engines.device import Lane
-from engines.download import HubConfig
+from engines.batching.autotune import Paces
+from engines.device import torch_runtime as cores
+from engines.device.crash_journal import Notebook, NotedLane, NotedLoader
+from engines.device.memory import device_memory
+from engines.device.scheduler import Lane
 from engines.errors import InvalidValue
 from engines.host import Host, HostConfig, real_world
-from engines.hub import ModelStore
-from engines.loader import LoaderSettings, TorchLoader
-from engines.measurements import Measurements
-from engines.memory import device_memory
-from engines.noted import Notebook, NotedLane, NotedLoader
-from engines.pace import Paces
-from engines.prepacked import COPY_SHARE, LARGEST_COPY
+from engines.hub.client import HubConfig
+from engines.hub.file_verification import Verification
+from engines.hub.store import ModelStore
+from engines.inputs.tokenizer_threads import TokenizerThreads
+from engines.loading.loader import LoaderSettings, TorchLoader
+from engines.models.prepacked import COPY_SHARE, LARGEST_COPY
+from engines.pool.estimates import Measurements
+from engines.pool.slot import Rules
 from engines.protocols import Loader
-from engines.slots import Rules
 from engines.spec import ModelSpec
-from engines.tokenizer_threads import TokenizerThreads
-from engines.units import Budget
-from engines.verification import Verification
+from engines.types import Budget
 
 __all__ = ["LoaderSettings", "Machine", "MachineConfig", "find_devices"]
 
@@ -43,7 +43,7 @@ class MachineConfig(Struct, frozen=True, kw_only=True):
 
     `devices`: `auto`, `cpu`, `cuda`, `cuda:N`, several of them; `cores`: those that this process may use.
     `hub`: None is what huggingface_hub reads from the environment. `host_id`: of the only host, where a device's
-    name is not enough. `note`: see `engines/noted.py`; None where nobody would read it.
+    name is not enough. `note`: see `engines/device/crash_journal.py`; None where nobody would read it.
     """
 
     devices: tuple[str, ...] = ("auto",)

@@ -1,4 +1,4 @@
-"""What the pool needs from the rooms below it, so that tests can put scripts in their place (`engines/fake.py`).
+"""What the pool needs from the rooms below it, so that tests can put scripts in their place (`engines/testing/fakes.py`).
 
 `Files` and `Loader` block and are called on threads; `Engine.embed` and `Engine.warm_up` run on the event loop.
 """
@@ -6,8 +6,8 @@
 from collections.abc import Callable
 from typing import Protocol
 
-from engines.records import EmbedCall, Embeddings, ModelFiles, ModelInfo
 from engines.spec import ModelSpec
+from engines.types import EmbedCall, Embeddings, ModelFiles, ModelInfo
 
 Clock = Callable[[], float]
 """Seconds from an arbitrary start, never going back (`time.monotonic`)."""

@@ -10,30 +10,28 @@ from litestar.config.cors import CORSConfig
 from litestar.datastructures import State
 from litestar.di import Provide
 
-from router.backend import Backend
-from router.controllers.admin import AdminController
-from router.controllers.cohere import CohereController
-from router.controllers.dashboard import DashboardController
-from router.controllers.docs import openapi_config
-from router.controllers.embeddings import EmbeddingsController, PathController
-from router.controllers.health import HealthController
-from router.controllers.metrics import MetricsController
-from router.controllers.models import ModelsController
-from router.controllers.ollama import OllamaController
-from router.controllers.tei import TeiController
+from router.api.admin import AdminController
+from router.api.compat.cohere import CohereController
+from router.api.compat.ollama import OllamaController
+from router.api.compat.tei import TeiController
+from router.api.dashboard import DashboardController
+from router.api.docs import openapi_config
+from router.api.embeddings import EmbeddingsController, PathController
+from router.api.models import ModelsController
+from router.api.probes import HealthController, MetricsController
+from router.backends.base import Backend
+from router.config.settings import Settings
 from router.errors import answer_error
-from router.key_watch import keys_watched, open_keyring
-from router.limit_store import open_store
-from router.limits import RATE_HEADERS, Limiter
-from router.meters import Meters
-from router.middleware import Edge
-from router.observers import open_observers
-from router.registry import Registry
-from router.reload import Reloader
-from router.settings import Settings
-from router.traffic import Traffic
-from router.watch import watching
-from router.yard import Yard, provide_spec, provide_yard
+from router.limits.limiter import RATE_HEADERS, Limiter
+from router.limits.store import open_store
+from router.observability.observers import open_observers
+from router.observability.recorder import Meters
+from router.observability.traffic import Traffic
+from router.registry.registry import Registry
+from router.server.application import Edge
+from router.server.background import watching
+from router.server.reloader import Reloader, keys_watched, open_keyring
+from router.server.state import Yard, provide_spec, provide_yard
 
 _CONTROLLERS = (
     EmbeddingsController, ModelsController, AdminController, HealthController, MetricsController, DashboardController,

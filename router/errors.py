@@ -25,9 +25,9 @@ from litestar.exceptions import (
 from litestar.exceptions.http_exceptions import RequestEntityTooLarge
 
 from engines import errors as engine
-from router.registry import RegistryError
-from router.schema import ErrorDetail, ErrorEnvelope
-from router.visit import visit_of
+from router.observability.request_context import visit_of
+from router.registry.registry import RegistryError
+from router.schemas.inference import ErrorDetail, ErrorEnvelope
 
 log = structlog.get_logger()
 

@@ -15,12 +15,12 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from engines.records import EmbedCall
-from engines.units import Budget
-from router.backend import Backend, LocalBackend
-from router.hosting import Birth
-from router.settings import Settings
-from tests.router.backends.scripted_host import open_scripted_host, scripted
+from engines.types import Budget, EmbedCall
+from router.backends.base import Backend
+from router.backends.local import LocalBackend
+from router.backends.worker_config import Birth
+from router.config.settings import Settings
+from tests.testkit.scripted_host import open_scripted_host, scripted
 
 SPEC = scripted("a", max_tokens=100_000)
 HOSTS = 2
@@ -40,16 +40,16 @@ def make(name: str) -> Backend:
     """A backend before two scripted hosts."""
     if name == "local":
         return LocalBackend([birth.open(birth, lambda _: None) for birth in births()], {"a": SPEC})
-    from router.remote_backend import RemoteBackend
+    from router.backends.remote import RemoteBackend
 
     if name == "process":
-        from router.process.fleet import ProcessFleet
+        from router.backends.process.fleet import ProcessFleet
 
         return RemoteBackend(ProcessFleet(births(), 1, grace_s=1.0), {"a": SPEC})
-    from router.ray.board import BOARD
-    from router.ray.deploy import Plan, connect, deploy, serve
-    from router.ray.fleet import RayFleet
-    from router.ray.names import APP, DEPLOYMENT
+    from router.backends.ray.deploy import Plan, connect, deploy, serve
+    from router.backends.ray.environment import APP, DEPLOYMENT
+    from router.backends.ray.fleet import RayFleet
+    from router.backends.ray.replica_directory import BOARD
 
     connect(None)
     deploy(births()[0], Plan(hosts=HOSTS, cpus=0.5))

@@ -12,13 +12,13 @@ import sys
 import time
 from pathlib import Path
 
-import router.server
-from router.cli import main
+import router.server.uvicorn_server
+from router.cli.main import main
 
 TICK_S = 0.005
 
 
-class Clocked(router.server.DrainingServer):
+class Clocked(router.server.uvicorn_server.DrainingServer):
     """Asks to be woken every few milliseconds, and notes how late it was."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -40,6 +40,6 @@ class Clocked(router.server.DrainingServer):
 
 
 if __name__ == "__main__":
-    router.server.DrainingServer = Clocked  # type: ignore[misc]  # the one change to what `serve` runs
+    router.server.uvicorn_server.DrainingServer = Clocked  # type: ignore[misc]  # the one change to what `serve` runs
     sys.argv = ["embedyard", "serve", *sys.argv[1:]]
     main()

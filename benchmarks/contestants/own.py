@@ -15,8 +15,8 @@ from typing import Any
 import engines
 from engines.host import Host
 from engines.machine import Machine, MachineConfig
-from engines.records import EmbedCall
 from engines.spec import ModelSpec
+from engines.types import EmbedCall
 
 MODEL = "m"
 

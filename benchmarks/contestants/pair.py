@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engines.device import Lane
-from engines.engine import TextEngine
-from engines.loader import LoaderSettings, TorchLoader
+from engines.batching.engine import TextEngine
+from engines.device.scheduler import Lane
+from engines.inputs.tokenizer_threads import TokenizerThreads
+from engines.loading.loader import LoaderSettings, TorchLoader
 from engines.machine import open_lane
-from engines.records import EmbedCall, ModelFiles
 from engines.spec import ModelSpec
-from engines.tokenizer_threads import TokenizerThreads
+from engines.types import EmbedCall, ModelFiles
 
 lines: Any = importlib.import_module("lines")  # a script: its own folder is on the path
 

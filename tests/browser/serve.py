@@ -10,23 +10,21 @@ from typing import Any
 
 import click
 
-from engines.clock import LoopTime
 from engines.errors import UnsupportedModel
-from engines.fake import FakeFiles, FakeLoader, FakeMemory
 from engines.host import Host, HostConfig, World
-from engines.measurements import Measurements
+from engines.pool.estimates import Measurements
+from engines.pool.runtime import LoadLock, LoopTime, Threads
+from engines.pool.slot import Rules
 from engines.protocols import Progress
-from engines.records import ModelFiles
-from engines.slots import Rules
 from engines.spec import Matryoshka, ModelSpec
-from engines.units import Budget
-from engines.workers import LoadLock, Threads
+from engines.testing.fakes import FakeFiles, FakeLoader, FakeMemory
+from engines.types import Budget, ModelFiles
 from router.app import create_app
-from router.backend import LocalBackend
-from router.registry import Registry
-from router.server import listen, run_until_told_to_stop
-from router.settings import Settings
-from router.telemetry import configure_logging
+from router.backends.local import LocalBackend
+from router.config.settings import Settings
+from router.observability.logs import configure_logging
+from router.registry.registry import Registry
+from router.server.uvicorn_server import listen, run_until_told_to_stop
 
 MINI = ModelSpec(
     model_id="all-MiniLM-L6-v2",

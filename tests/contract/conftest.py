@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 from litestar import Litestar
 
-from engines.fake import fake_host
+from engines.testing.fakes import fake_host
 from router.app import create_app
-from router.backend import LocalBackend
-from router.registry import read_registry
-from router.settings import Settings
-from tests.server import serving_in_thread
+from router.backends.local import LocalBackend
+from router.config.settings import Settings
+from router.registry.registry import read_registry
+from tests.testkit.threaded_server import serving_in_thread
 
 KEY = "sk-contract"
 REGISTRY = Path(__file__).with_name("registry.yaml")

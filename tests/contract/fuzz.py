@@ -13,7 +13,7 @@ from tests.contract.conftest import KEY
 
 _CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
 _STREAMS = "/events|/stream"
-"""They never end, so there is no answer to look at; `tests/router` follows them."""
+"""They never end, so there is no answer to look at; `tests/unit/router` follows them."""
 
 
 class Fuzzed(Struct, frozen=True):

@@ -7,7 +7,7 @@ import httpx
 import numpy as np
 import pytest
 
-from engines.fake import WIDTH, fake_vector
+from engines.testing.fakes import WIDTH, fake_vector
 from tests.contract.conftest import KEY
 
 TEXTS = ["the first text", "another one"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engines.fake import fake_vector
+from engines.testing.fakes import fake_vector
 from tests.contract.conftest import KEY
 
 PYTHON = Path(sys.prefix) / "clients" / "litellm" / "bin" / "python"

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engines.fake import fake_vector
+from engines.testing.fakes import fake_vector
 from tests.contract.conftest import KEY
 
 VERSION = "6.49.0"

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.deploy.proxies import DEPLOY
-from tests.hub import LoopbackHub
-from tests.yard import Truth, build_truths, hub_config, real_yard, specs_of
+from tests.testkit.hub import LoopbackHub
+from tests.testkit.small_memory import Truth, build_truths, hub_config, real_yard, specs_of
 
 NAME = "bert-cls"
 COMMANDS = re.findall(r"^tar .*?(?=\s+#|$)", (DEPLOY / "README.md").read_text(), re.MULTILINE)

@@ -11,14 +11,14 @@ import pytest
 from litestar import Litestar
 from msgspec import Struct
 
-from engines.fake import FakeLoader, fake_host, fake_specs
+from engines.testing.fakes import FakeLoader, fake_host, fake_specs
 from router.app import create_app
-from router.backend import LocalBackend
-from router.registry import Registry
-from router.settings import Settings
-from router.yard import Yard
+from router.backends.local import LocalBackend
+from router.config.settings import Settings
+from router.registry.registry import Registry
+from router.server.state import Yard
 from tests.deploy.proxies import NAME, Proxy, caddy, is_here, nginx
-from tests.server import serving
+from tests.testkit.threaded_server import serving
 
 Run = Callable[..., AbstractContextManager[Proxy]]
 MODELS = [f"org/model-{number}" for number in range(12)]

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from router.settings import VARIABLES
+from router.config.settings import VARIABLES
+from tests.deploy.image_steps import ignored, read_steps
 from tests.deploy.proxies import DEPLOY
-from tests.image_steps import ignored, read_steps
 
 ROOT = DEPLOY.parent
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
@@ -101,7 +101,7 @@ def test_compose_needs_no_env_file_and_redis_comes_only_when_asked_for(tmp_path:
 
 
 def test_a_server_is_stopped_no_sooner_than_it_may_drain() -> None:
-    """Grace, and the 15 s that router/server.py adds for threads and last bytes."""
+    """Grace, and the 15 s that router/server/uvicorn_server.py adds for threads and last bytes."""
     compose_s = 50
     kubernetes = (DEPLOY / "kubernetes/base/deployment.yaml").read_text()
     kubernetes_s = int(re.findall(r"terminationGracePeriodSeconds: (\d+)", kubernetes)[0])

@@ -11,8 +11,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from router.registry import parse_registry
-from router.settings import VARIABLES
+from router.config.settings import VARIABLES
+from router.registry.registry import parse_registry
 from tests.deploy.proxies import DEPLOY
 
 FOLDER = DEPLOY / "kubernetes"

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.process_collector import ProcessCollector
 from promql_parser import AggregateExpr, Expr, VectorSelector
 
-from router import metrics
+from router.observability import metrics
 from tests.deploy.proxies import DEPLOY, is_here
 
 RULES: list[dict[str, Any]] = yaml.safe_load((DEPLOY / "prometheus/alerts.yml").read_text())["groups"][0]["rules"]

@@ -1,0 +1,237 @@
+"""Post-norm encoder layers (BERT and its kin) in fewer steps: the same weights, and the same arithmetic to rounding.
+
+transformers' own layers cost, beside the arithmetic, a twentieth of a full batch and a quarter of a single short text:
+three products where one does, results copied into place, and much Python. Here query, key and value are one product,
+and sums are made in place. Which layers these are is read off their parts, not off a list of names: every part must be
+one that is known, or nothing is touched. As every path, this one serves only when `engines/models/verification.py`
+finds the reference's vectors.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, layer_norm, linear, pad
+from transformers.activations import GELUActivation
+
+from engines.device.load_throttle import end_part
+from engines.device.torch_runtime import usable
+from engines.layers.attention import packed_attention
+from engines.layers.packing import Form, Layout, PackedState
+
+
+@dataclass(frozen=True)
+class Names:
+    """Where a family keeps the parts of a layer."""
+
+    attention: str
+    query: str
+    key: str
+    value: str
+    context: str
+    first_norm: str
+    up: str
+    activation: str
+    down: str
+    second_norm: str
+    gives_tuple: bool = False
+
+    @property
+    def parts(self) -> set[str]:
+        """Every part that computes something."""
+        return {
+            self.query, self.key, self.value, self.context, self.first_norm, self.up, self.activation, self.down,
+            self.second_norm,
+        }  # fmt: skip
+
+
+BERT = Names(
+    attention="attention.self", query="attention.self.query", key="attention.self.key", value="attention.self.value",
+    context="attention.output.dense", first_norm="attention.output.LayerNorm", up="intermediate.dense",
+    activation="intermediate.intermediate_act_fn", down="output.dense", second_norm="output.LayerNorm",
+)  # fmt: skip
+
+
+MPNET = Names(
+    attention="attention.attn", query="attention.attn.q", key="attention.attn.k", value="attention.attn.v",
+    context="attention.attn.o", first_norm="attention.LayerNorm", up="intermediate.dense",
+    activation="intermediate.intermediate_act_fn", down="output.dense", second_norm="output.LayerNorm",
+    gives_tuple=True,
+)  # fmt: skip
+
+
+DISTILBERT = Names(
+    attention="attention", query="attention.q_lin", key="attention.k_lin", value="attention.v_lin",
+    context="attention.out_lin", first_norm="sa_layer_norm", up="ffn.lin1", activation="ffn.activation",
+    down="ffn.lin2", second_norm="output_layer_norm",
+)  # fmt: skip
+
+
+def names_of(layers: Sequence[nn.Module]) -> Names | None:
+    """What the parts of these layers are called; None for others: every part must be one that is known."""
+    return next((names for names in (BERT, MPNET, DISTILBERT) if all(_is(layer, names) for layer in layers)), None)
+
+
+def _is(layer: nn.Module, names: Names) -> bool:
+    """Whether the layer is made of these parts and no other, as an encoder has them."""
+    parts = {name: part for name, part in layer.named_modules() if not list(part.children())}
+    working = {name for name, part in parts.items() if not isinstance(part, nn.Dropout)}
+    if working != names.parts or getattr(layer, "is_decoder", False):
+        return False
+    linears = (names.query, names.key, names.value, names.context, names.up, names.down)
+    norms = (names.first_norm, names.second_norm)
+    return (
+        all(type(parts[name]) is nn.Linear and parts[name].bias is not None for name in linears)
+        and all(type(parts[name]) is nn.LayerNorm for name in norms)
+        and parts[names.query].weight.shape == parts[names.key].weight.shape == parts[names.value].weight.shape
+    )
+
+
+_FEW_ROWS = 96
+"""Up to so many tokens several threads share a product better with the weights as its left factor: they divide those
+among them, and not what is multiplied with them."""
+
+
+_ROWS_AT_ONCE = 16
+"""Rows that the kernels of such products take at once: 12 cost more than 16."""
+
+
+def fuse(model: nn.Module, state: PackedState) -> "list[FusedLayer]":
+    """Teach the layers of `model` to run fused while `state` says so; none, and nothing is changed, for others."""
+    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    if len(stacks) != 1 or not len(stacks[0]):
+        return []
+    layers = list(stacks[0])
+    names = names_of(layers)
+    if names is None:
+        return []
+    fused = []
+    for layer in layers:
+        fused.append(_teach(layer, names, state))
+        end_part()
+    return fused
+
+
+def _teach(layer: nn.Module, names: Names, state: PackedState) -> "FusedLayer":
+    plain: Callable[..., Any] = layer.forward
+    fused = FusedLayer(layer, names)
+
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if state.layout is None or not state.is_fused:
+            return plain(hidden_states, *args, **kwargs)
+        bias = kwargs.get("position_bias", args[1] if names.gives_tuple and len(args) > 1 else None)
+        out = fused(hidden_states[0], state.layout, bias, state.form or best_form(state.layout))[None]
+        return (out,) if names.gives_tuple else out
+
+    layer.forward = forward
+    return fused
+
+
+def best_form(layout: Layout) -> Form:
+    """How a row of these texts is fastest on the threads that this one may use."""
+    return "few" if usable() > 1 and layout.num_tokens <= _FEW_ROWS else "many"
+
+
+class FusedLayer:
+    """One layer on a packed row.
+
+    Attributes:
+        heads, head_width: of its attention.
+        operator: its activation, as `engines/models/onnx_graph.py` names it; empty where it has no name for it.
+    """
+
+    def __init__(self, layer: nn.Module, names: Names) -> None:
+        part: Callable[[str], Any] = layer.get_submodule
+        self._attention = part(names.attention)
+        projections = [part(name) for name in (names.query, names.key, names.value)]
+        self._weight, self._bias = (_join(projections, kind) for kind in ("weight", "bias"))
+        self._context, self._up, self._down = part(names.context), part(names.up), part(names.down)
+        self._first_norm, self._second_norm = part(names.first_norm), part(names.second_norm)
+        activation = part(names.activation)
+        is_exact = type(activation) is GELUActivation and activation.act is nn.functional.gelu
+        self._activate: Callable[[Tensor], Tensor] = gelu if is_exact else activation
+        self.operator = "Gelu" if is_exact else "Relu" if type(activation) is nn.ReLU else ""
+        self._has_bias = names is MPNET
+        self.heads = int(getattr(self._attention, "num_attention_heads", None) or self._attention.n_heads)
+        self.head_width: int = projections[0].out_features // self.heads
+
+    @property
+    def can_be_prepacked(self) -> bool:
+        """Whether `engines/models/prepacked.py` knows such layers: not those whose attention has a bias."""
+        weight = self._weight
+        is_known = bool(self.operator) and not self._has_bias
+        return is_known and weight.device.type == "cpu" and weight.dtype == torch.float32
+
+    @property
+    def product_bytes(self) -> int:
+        """Bytes of the weights of its products."""
+        weights = (self._weight, self._context.weight, self._up.weight, self._down.weight)
+        return sum(weight.numel() * weight.itemsize for weight in weights)
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """Its weights, as `engines/models/onnx_graph.py` names them."""
+        return {
+            "wq": self._weight, "bq": self._bias, "wc": self._context.weight, "bc": self._context.bias,
+            "wu": self._up.weight, "bu": self._up.bias, "wd": self._down.weight, "bd": self._down.bias,
+            "g1": self._first_norm.weight, "e1": self._first_norm.bias, "g2": self._second_norm.weight,
+            "e2": self._second_norm.bias,
+        }  # fmt: skip
+
+    @property
+    def eps(self) -> tuple[float, float]:
+        """Of its norms."""
+        return self._first_norm.eps, self._second_norm.eps
+
+    def __call__(self, x: Tensor, layout: Layout, position_bias: Tensor | None, form: Form) -> Tensor:
+        """`[T, H]` to `[T, H]`. Few tokens are nothing of their own on a GPU, whose threads are not the CPU's."""
+        run = self.few if form == "few" and x.device.type == "cpu" else self.many
+        return run(x, layout, position_bias)
+
+    def many(self, x: Tensor, layout: Layout, position_bias: Tensor | None) -> Tensor:
+        """`[T, H]` to `[T, H]`."""
+        context = self._attend(linear(x, self._weight, self._bias), layout, position_bias)
+        x = _norm(self._context(context).add_(x), self._first_norm)
+        return _norm(self._down(self._activate(self._up(x))).add_(x), self._second_norm)
+
+    def few(self, x: Tensor, layout: Layout, position_bias: Tensor | None) -> Tensor:
+        """The same with the weights as the left factor: see `_FEW_ROWS`."""
+        num_rows = len(x)
+        missing = (0, 0, 0, -num_rows % _ROWS_AT_ONCE)
+        x = pad(x, missing)
+        joined = torch.addmm(self._bias[:, None], self._weight, x.T).T[:num_rows].contiguous()
+        context = pad(self._attend(joined, layout, position_bias), missing)
+        x = _norm(x + _left_product(self._context, context.T).T, self._first_norm)
+        inner = self._activate(_left_product(self._up, x.T))
+        return _norm(x + _left_product(self._down, inner).T, self._second_norm)[:num_rows]
+
+    def _attend(self, joined: Tensor, layout: Layout, position_bias: Tensor | None) -> Tensor:
+        """Queries, keys and values `[T, 3 × H]` to what they find, `[T, H]`."""
+        query, key, value = joined.view(-1, 3, self.heads, self.head_width).permute(1, 2, 0, 3)[
+            :, None
+        ]  # each [1, heads, T, d]
+        context, _ = packed_attention(
+            self._attention, query, key, value, None,
+            packed_layout=layout, scaling=self.head_width**-0.5, is_causal=False, position_bias=position_bias,
+        )  # fmt: skip
+        return context[0].flatten(1)
+
+
+def _left_product(part: nn.Linear, columns: Tensor) -> Tensor:
+    """What the part makes of rows that stand as columns `[in, T]`, as columns `[out, T]`."""
+    return torch.addmm(part.bias[:, None], part.weight, columns)
+
+
+def _join(linears: list[nn.Linear], name: str) -> Tensor:
+    """Their weights (or biases) as one tensor, of which each keeps its part: nothing is held twice."""
+    own = [getattr(linear, name) for linear in linears]
+    joined = torch.cat([tensor.detach() for tensor in own])
+    for tensor, part in zip(own, joined.chunk(len(own)), strict=True):
+        tensor.data = part
+    return joined
+
+
+def _norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    return layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)

@@ -1,0 +1,80 @@
+"""TODO engines/models/head.py."""
+
+from collections.abc import Callable, Sequence
+
+import structlog
+from torch import Tensor
+
+from engines.layers.packing import Layout
+from engines.layers.pooling import pool
+from engines.spec import PoolingMode
+
+log = structlog.get_logger(__name__)
+
+
+TOKENS, SENTENCE = "token_embeddings", "sentence_embedding"
+
+
+Features = dict[str, Tensor]
+
+
+Step = Callable[[Features, Layout, Sequence[int] | None], None]
+
+
+class Chain:
+    """The modules behind the transformer, in order.
+
+    Attributes:
+        pooling: the pooling modes.
+        override: the registry's pooling modes, which replace the folder's.
+        excludes_prompt: whether pooling leaves the prompt's tokens out.
+        widths: how wide each named tensor is at this point of the chain.
+        weights: the tensors that the steps hold.
+    """
+
+    def __init__(self, hidden_size: int, pooling: tuple[PoolingMode, ...] | None = None) -> None:
+        self.widths = {TOKENS: hidden_size}
+        self.pooling: tuple[PoolingMode, ...] = ()
+        self.override = pooling
+        self.excludes_prompt = False
+        self.weights: list[Tensor] = []
+        self._steps: list[Step] = []
+
+    def __call__(self, hidden: Tensor, layout: Layout, prompt_tokens: Sequence[int] | None = None) -> Tensor:
+        """Packed hidden states `[T, H]` to float32 vectors `[n, dimensions]`.
+
+        Args:
+            prompt_tokens: leading tokens of each text that belong to its prompt.
+        """
+        features = {TOKENS: hidden.float()}
+        for step in self._steps:
+            step(features, layout, prompt_tokens)
+        return features[SENTENCE]
+
+    @property
+    def dimensions(self) -> int:
+        """Width of the vectors."""
+        return self.widths[SENTENCE]
+
+    def add_pooling(self, modes: tuple[PoolingMode, ...], *, include_prompt: bool = True) -> None:
+        """Pool by `modes`, side by side, unless the registry knows better."""
+        if self.override is not None and self.override != modes:
+            log.warning("model.pooling_overridden", files=modes, registry=self.override)
+        modes = self.override or modes
+
+        def step(features: Features, layout: Layout, prompt_tokens: Sequence[int] | None) -> None:
+            features[SENTENCE] = pool(features[TOKENS], layout, modes, None if include_prompt else prompt_tokens)
+
+        self._steps.append(step)
+        self.pooling = modes
+        self.excludes_prompt = not include_prompt
+        self.widths[SENTENCE] = self.widths[TOKENS] * len(modes)
+
+    def add(self, function: Callable[[Tensor], Tensor], source: str, target: str, width: int) -> None:
+        """Apply a function to one named tensor; the result is `width` wide."""
+
+        def step(features: Features, _: Layout, __: Sequence[int] | None) -> None:
+            features[target] = function(features[source])
+
+        self._steps.append(step)
+        self.widths[target] = width

@@ -1,0 +1,95 @@
+"""Models without a transformer: a table with a row for each token, and the mean of a text's rows (model2vec)."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engines.errors import BrokenFiles
+from engines.inputs.tokenizer import Ids
+from engines.layers.packing import Layout
+from engines.models.base import PART_TOKENS, Attention, Path, Recheck, Size
+from engines.models.head import Chain
+
+
+class StaticEncoder:
+    """The mean of the tokens' rows of a table (`engines.models.base.Encoder`). Nothing to pad, nothing to fall back to.
+
+    Args:
+        table: float32 `[vocabulary, H]` on the device.
+        chain: starts with mean pooling.
+    """
+
+    attention: Attention = "packed"
+    path: Path = "packed"
+    fallback = ""
+    is_reentrant = True
+    part_tokens = PART_TOKENS
+    largest_copy, num_threads = 0, 1
+    num_layers = 1
+    window: int | None = None
+    notes: tuple[str, ...] = ()
+    sizes: tuple[Size, ...] = ()
+
+    def __init__(self, table: Tensor, chain: Chain, device: torch.device) -> None:
+        self._table = table
+        self._chain = chain
+        self._device = device
+        self.dimensions = chain.dimensions
+        self.pause: Callable[[], None] = lambda: None  # a table is looked up at once
+        self.recheck: Recheck = lambda encoder: None  # there is one path
+
+    @torch.inference_mode()
+    def __call__(self, texts: Sequence[Ids], prompt_tokens: Sequence[int] | None = None) -> Tensor:
+        """See `Encoder`. A text without a single known token is all zeros, as in sentence-transformers."""
+        layout = Layout([len(ids) for ids in texts], self._device)
+        row = torch.from_numpy(np.concatenate(texts)).to(self._device)
+        return self._chain(self._table[row], layout, prompt_tokens)
+
+    def reference(self, texts: Sequence[Ids], prompt_tokens: Sequence[int] | None = None) -> Tensor:
+        """See `Encoder`; each text alone."""
+        rows = [self([ids], None if prompt_tokens is None else [prompt_tokens[i]]) for i, ids in enumerate(texts)]
+        return torch.cat(rows)
+
+    def paths(self) -> tuple[Path, ...]:
+        """See `Candidate`; there is one."""
+        return ("packed",)
+
+    def together(self, texts: Sequence[Ids]) -> Tensor:
+        """See `Candidate`."""
+        return self(texts)[None]
+
+    def alone(self, text: Ids) -> Tensor:
+        """See `Candidate`."""
+        return self([text])
+
+    def sized(self, texts: Sequence[Ids], size: Size) -> Tensor:
+        """See `Candidate`; there are no sizes."""
+        return self(texts)
+
+    def extra_bytes(self) -> int:
+        """See `Candidate`; there are none."""
+        return 0
+
+    def use(self, path: Path) -> None:
+        """See `Candidate`; there is one."""
+        assert path == "packed"
+
+    def tensors(self) -> list[Tensor]:
+        """See `Encoder`."""
+        return [self._table, *self._chain.weights]
+
+    def token_bytes(self) -> int:
+        """See `Encoder`: a token's row and its copy."""
+        return 2 * self._table.shape[1] * self._table.dtype.itemsize
+
+
+def _check_mapping(mapping: Tensor, num_rows: int, most: int, file: str) -> None:
+    is_fine = mapping.ndim == 1 and 0 < len(mapping) <= most and mapping.min() >= 0 and mapping.max() < num_rows
+    if not is_fine:
+        raise BrokenFiles(
+            f"'mapping' in {file} has {mapping.numel()} entries for a table of {num_rows} rows, which do not fit each "
+            "other or the tokenizer; fetch the model again",
+            file=file,
+        )

@@ -1,0 +1,390 @@
+"""Token ids to vectors with one model on one device: the transformer, and the chain of modules behind it.
+
+Knows seven ways to run the transformer: `packed` (one row, no padding), `fused` (the same, its layers in fewer steps),
+`graphed` (either of them, but short rows as recorded passes of a fixed size), `prepacked` (fused, but short texts past
+the model's own code, from copies of the weights), `padded` (batches of similar lengths), `unpadded` (batches of one
+length), and the reference (one length, plain attention) against which `engines/models/verification.py` holds the
+others.
+"""
+
+import inspect
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import structlog
+import torch
+from torch import Tensor
+
+from engines.device.torch_runtime import left_to_others
+from engines.errors import is_out_of_memory
+from engines.inputs.tokenizer import Ids
+from engines.layers.attention import PACKED, has_varlen
+from engines.layers.fused import fuse
+from engines.layers.packing import PADDING_SHARE, Form, Layout, PackedState, padded, similar_lengths, to_device
+from engines.layers.rope import LengthAwareRope
+from engines.models import prepacked
+from engines.models.adapters import Positions, adapt, layers_of, padding_id, switch_attention, why_not_packed
+from engines.models.base import PART_TOKENS, Attention, Candidate, Path, PathLeft, Recheck, Size, attention_of
+from engines.models.cuda_graphs import FixedLayout, Graphs, Recorder, kept_bytes
+from engines.models.head import Chain
+from engines.models.prepacked import Copies
+from engines.protocols import Clock
+
+FIRST_WAIT_S, LONGEST_WAIT_S = 30.0, 3600.0
+"""A path that failed is tried again after the first wait; each failure that follows soon doubles it."""
+
+
+class Passes:
+    """The passes that run now, and whether the path that was chosen at load is in use.
+
+    Args:
+        leave: switches to the plainest path; called while no pass runs, after `give_up`.
+        resume: switches back and checks the vectors, and returns whether they are right; called while no pass runs. It
+            leaves the plainest path in use where they are not.
+        clock: seconds.
+
+    Attributes:
+        is_left: whether the plainest path is in use, or will be at the next pass, because a faster one failed.
+    """
+
+    def __init__(self, leave: Callable[[], None], resume: Callable[[], bool], clock: Clock = time.monotonic) -> None:
+        self._leave = leave
+        self._resume = resume
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._num_inside = 0
+        self._is_switching = False
+        self._must_leave = False
+        self.is_left = False
+        self._wait_s = FIRST_WAIT_S
+        self._retry_at_s = 0.0
+        self._resumed_at_s = -LONGEST_WAIT_S
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether passes must run one at a time, because a switch is due or under way."""
+        return self._is_switching or self._must_leave or self._is_retry_due()
+
+    @property
+    def retry_in_s(self) -> float:
+        """Seconds until a path that was left is tried again; 0 when that is due."""
+        return max(0.0, self._retry_at_s - self._clock()) if self.is_left else 0.0
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """Inside, a pass runs.
+
+        Raises:
+            PathLeft: a switch is under way, or waits for those who still run.
+        """
+        with self._lock:
+            if self._is_switching or (self._must_leave and self._num_inside):
+                raise PathLeft
+            self._is_switching = not self._num_inside and (self._must_leave or self._is_retry_due())
+            self._num_inside += 1
+        try:
+            if self._is_switching:  # set by this pass: it is the only one
+                self._switch()
+            yield
+        finally:
+            with self._lock:
+                self._num_inside -= 1
+
+    def give_up(self) -> None:
+        """Have the path left as soon as nobody runs on it."""
+        with self._lock:
+            if self._must_leave or self.is_left:
+                return
+            now_s = self._clock()
+            is_soon = now_s - self._resumed_at_s < self._wait_s
+            self._wait_s = min(2 * self._wait_s, LONGEST_WAIT_S) if is_soon else FIRST_WAIT_S
+            self._must_leave = self.is_left = True
+            self._retry_at_s = now_s + self._wait_s
+
+    def acquit(self) -> None:
+        """The plainest path fails as well: it was not the faster one's fault, which is tried again at once."""
+        self._retry_at_s = self._clock()
+
+    def _is_retry_due(self) -> bool:
+        return self.is_left and not self._must_leave and self._clock() >= self._retry_at_s
+
+    def _switch(self) -> None:
+        """Runs without the lock: it may take as long as a self-check, and others are to be told at once."""
+        try:
+            if self._must_leave:
+                self._leave()
+                self._must_leave = False
+            elif self._resume():
+                self.is_left, self._resumed_at_s = False, self._clock()
+            else:
+                self._wait_s = min(2 * self._wait_s, LONGEST_WAIT_S)
+                self._retry_at_s = self._clock() + self._wait_s
+        finally:
+            self._is_switching = False
+
+
+log = structlog.get_logger(__name__)
+
+
+Run = Callable[[Sequence[Ids], Layout], Tensor]
+"""One forward pass of texts, sorted by length: their hidden states `[T, H]`."""
+
+
+class TransformerEncoder:
+    """A transformers model and its chain.
+
+    Args:
+        model: in eval mode, on the device.
+        chain: the modules behind it.
+        device: where both live.
+        recorder: records passes there; None where that is not possible.
+        notes: what else speaks against packing.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        chain: Chain,
+        device: torch.device,
+        recorder: Recorder | None = None,
+        *,
+        notes: tuple[str, ...] = (),
+    ) -> None:
+        self._model = model
+        self._chain, self._device = chain, device
+        self._state = PackedState()
+        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        self._positions = Positions(model)
+        self._filler = padding_id(model)
+        self._rope = LengthAwareRope(model)
+        self._own_attention = "sdpa" if model._supports_sdpa else "eager"
+        self._padding_share = PADDING_SHARE
+        self._form: Form | None = None
+        self.notes = why_not_packed(model) or notes
+        adapt(model, self._state)
+        self._fused = [] if self.notes else fuse(model, self._state)
+        self._copies = Copies(model, self._fused)
+        can_record = has_varlen(device, model.dtype) and not self._rope.remembers
+        self._recorder = recorder if can_record else None
+        self._graphs: Graphs | None = None
+        self.window: int | None = getattr(model.config.get_text_config(), "sliding_window", None)
+        self.dimensions = chain.dimensions
+        self.path: Path = "padded"
+        self.part_tokens, self.num_threads, self.largest_copy = PART_TOKENS, 1, prepacked.LARGEST_COPY
+        self.pause: Callable[[], None] = lambda: None
+        self.recheck: Recheck = _never_checked
+        self._chosen: Path = "padded"
+        self._failure = ""
+        self._passes = Passes(self._leave, self._resume)
+        self.num_layers = len(layers := layers_of(model))
+        for layer in layers:
+            layer.register_forward_pre_hook(lambda *_: self.pause())
+
+    @property
+    def attention(self) -> Attention:
+        """See `Encoder`."""
+        return attention_of(self.path)
+
+    @property
+    def is_reentrant(self) -> bool:
+        """See `Encoder`. Not where the model itself keeps something from one pass to the next."""
+        return not self._passes.is_alone and not self._rope.remembers
+
+    @property
+    def fallback(self) -> str:
+        """See `Encoder`."""
+        if not self._passes.is_left:
+            return ""
+        wait_s = self._passes.retry_in_s
+        return f"unpadded: {self._failure} on the {self._chosen} path, which is tried again in {wait_s:.0f} s"
+
+    @torch.inference_mode()
+    def __call__(self, texts: Sequence[Ids], prompt_tokens: Sequence[int] | None = None) -> Tensor:
+        """See `Encoder`."""
+        graphs = self._graphs if prompt_tokens is None else None
+        if graphs is not None and (size := graphs.fitting(texts)) is not None:
+            return graphs(texts, size)
+        layout = self._layout(texts)
+        with left_to_others(self._copies.suit(layout, None)), self._passes.inside():
+            return self._chain(self._hidden_or_left(texts, layout), layout, prompt_tokens)
+
+    @torch.inference_mode()
+    def together(self, texts: Sequence[Ids]) -> Tensor:
+        """See `Candidate`: padded batches are not cut by length, however much padding that takes."""
+        forms: tuple[Form, ...] = ("many", "prepacked") if self.path == "prepacked" else ("many",)
+        return torch.stack([self._as_asked(texts, form) for form in forms])
+
+    @torch.inference_mode()
+    def alone(self, text: Ids) -> Tensor:
+        """See `Candidate`."""
+        forms: tuple[Form, ...] = ("few", "shared") if self.path == "prepacked" else ("few",)
+        return torch.cat([self._as_asked([text], form) for form in forms])
+
+    @torch.inference_mode()
+    def sized(self, texts: Sequence[Ids], size: Size) -> Tensor:
+        """See `Candidate`."""
+        assert self._graphs is not None, "it has a size"
+        return self._graphs(texts, size)
+
+    @torch.inference_mode()
+    def reference(self, texts: Sequence[Ids], prompt_tokens: Sequence[int] | None = None) -> Tensor:
+        """See `Encoder`. It changes how the model runs, so that nothing else may run meanwhile."""
+        used = self.path
+        switch_attention(self._model, "eager")
+        try:
+            hidden = self._in_runs(self._unpadded, texts, self._layout(texts))
+        finally:
+            self.use(used)
+        return self._chain(hidden, self._layout(texts), prompt_tokens)
+
+    @torch.inference_mode()
+    def use(self, path: Path) -> None:
+        """See `Candidate`. Passes are recorded once, and forgotten with their path."""
+        self.path = path
+        self.part_tokens = prepacked.PART_TOKENS if path == "prepacked" else PART_TOKENS
+        switch_attention(self._model, PACKED if self.attention == "packed" else self._own_attention)
+        if path != "graphed":
+            self._graphs = None
+        elif self._graphs is None:
+            self._graphs = self._recorded()
+        self._copies.make(self.num_threads if path == "prepacked" else 0)
+
+    def paths(self) -> tuple[Path, ...]:
+        """See `Candidate`. Whether a path is right, `engines/models/verification.py` finds out."""
+        if self.notes:
+            return ("padded", "unpadded")
+        copied = self._copied_bytes()
+        fast: dict[Path, object] = {"graphed": self._recorder, "prepacked": copied, "fused": self._fused}
+        return (*(path for path, can in fast.items() if can), "packed", "padded", "unpadded")
+
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """See `Candidate`."""
+        return self._graphs.sizes if self._graphs is not None else ()
+
+    def extra_bytes(self) -> int:
+        """See `Candidate`."""
+        if self._graphs is not None:
+            return kept_bytes(self._graphs.kept_tokens, self.token_bytes())
+        return self._copied_bytes() if self.path == "prepacked" else 0
+
+    def tensors(self) -> list[Tensor]:
+        """See `Encoder`."""
+        return [*self._model.parameters(), *self._model.buffers(), *self._chain.weights]
+
+    def token_bytes(self) -> int:
+        """See `Encoder`: eight copies of the residual stream (its own, norm, query, key, value, context, output, sum)
+        and three of the widest inner layer (gate, up, activation); one layer's are freed before the next one's come.
+        """
+        config = self._model.config.get_text_config()
+        width = getattr(config, "hidden_size", None) or self.dimensions
+        inner = getattr(config, "intermediate_size", None) or 4 * width
+        return int((8 * width + 3 * inner) * self._model.dtype.itemsize)
+
+    def _copied_bytes(self) -> int:
+        return self._copies.size_bytes(self.largest_copy, self.num_threads)
+
+    def _recorded(self) -> Graphs:
+        assert self._recorder is not None, "paths() offers what can be done"
+        before, self.pause = self.pause, lambda: None  # what ran in a pause would be recorded too
+        try:
+            return Graphs(self._fixed, self._as_asked, self._positions.filler, self._device, self._recorder)
+        finally:
+            self.pause = before
+
+    def _fixed(self, layout: FixedLayout) -> Tensor:
+        """Vectors of a row of a fixed size, and of its places without a text."""
+        return self._chain(self._row(layout.ids, layout), layout)
+
+    def _as_asked(self, texts: Sequence[Ids], form: Form | None = None) -> Tensor:
+        """Vectors by the path in use, which is not left when it fails."""
+        layout = self._layout(texts)
+        self._padding_share, self._form = 1.0, form
+        try:
+            return self._chain(self._hidden(texts, layout), layout)
+        finally:
+            self._padding_share, self._form = PADDING_SHARE, None
+
+    def _layout(self, texts: Sequence[Ids]) -> Layout:
+        return Layout([len(ids) for ids in texts], self._device)
+
+    def _hidden(self, texts: Sequence[Ids], layout: Layout) -> Tensor:
+        """Hidden states `[T, H]` by the path in use."""
+        ways: dict[Attention, Run] = {"packed": self._packed, "padded": self._padded, "unpadded": self._unpadded}
+        return self._in_runs(ways[self.attention], texts, layout)
+
+    def _hidden_or_left(self, texts: Sequence[Ids], layout: Layout) -> Tensor:
+        """The same; a path that fails where its check did not is left for the plainest one, and tried again later."""
+        try:
+            return self._hidden(texts, layout)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            if self.path == "unpadded":
+                self._passes.acquit()
+                raise
+            log.warning("model.path_left", path=self.path, tokens=layout.num_tokens, exc_info=True)
+            self._chosen, self._failure = self.path, type(error).__name__
+            self._passes.give_up()
+            raise PathLeft from error
+
+    def _leave(self) -> None:
+        self.use("unpadded")
+
+    def _resume(self) -> bool:
+        """Back to the path that was left, if its vectors are right: whatever made it fail may have spoilt it."""
+        try:
+            self.use(self._chosen)
+            self.recheck(self)
+        except Exception as error:  # noqa: BLE001  # whatever it is, the plainest path serves on
+            log.warning("model.path_not_resumed", path=self._chosen, reason=str(error))
+            self.use("unpadded")
+            return False
+        log.info("model.path_resumed", path=self._chosen)
+        return True
+
+    def _in_runs(self, run: Run, texts: Sequence[Ids], layout: Layout) -> Tensor:
+        """Hidden states `[T, H]`, in several passes where texts must not share one."""
+        spans = list(self._rope.runs(layout.lengths))
+        if len(spans) == 1:
+            self._rope.reset()
+            return run(texts, layout)
+        return torch.cat([self._in_runs(run, part, self._layout(part)) for part in (texts[a:b] for a, b in spans)])
+
+    def _packed(self, texts: Sequence[Ids], layout: Layout) -> Tensor:
+        """One row through the transformer."""
+        return self._row(to_device(np.concatenate(texts), self._device), layout)
+
+    def _row(self, row: Tensor, layout: Layout) -> Tensor:
+        """Hidden states of a packed row of ids `[T]`."""
+        positions = self._positions(row, layout)
+        if self._copies.suit(layout, self._form):
+            return self._copies(row, positions, layout, self._form, self.pause)
+        options: dict[str, Any] = {"position_ids": positions[None]} if self._takes_positions else {}
+        with self._state.running(layout, is_fused=bool(self._fused) and self.path != "packed", form=self._form):
+            return self._forward(row[None], attention_mask=None, packed_layout=layout, **options)[0]
+
+    def _padded(self, texts: Sequence[Ids], layout: Layout) -> Tensor:
+        """Batches of similar lengths through the transformer; the padding is dropped again."""
+        spans = similar_lengths(layout.lengths, self._padding_share)
+        return torch.cat([self._batch(texts[start:end]) for start, end in spans])
+
+    def _unpadded(self, texts: Sequence[Ids], layout: Layout) -> Tensor:
+        """Batches of one length through the transformer."""
+        return torch.cat([self._batch(texts[start:end]) for start, end in similar_lengths(layout.lengths, 0.0)])
+
+    def _batch(self, texts: Sequence[Ids]) -> Tensor:
+        ids, mask = (to_device(rows, self._device) for rows in padded(texts, self._filler))
+        return self._forward(ids, attention_mask=mask)[mask.bool()]
+
+    def _forward(self, input_ids: Tensor, **options: Any) -> Tensor:
+        hidden: Tensor = self._model(input_ids=input_ids, **options).last_hidden_state
+        return hidden
+
+
+def _never_checked(encoder: Candidate) -> None:
+    raise NotImplementedError("a path that was not checked at load has nothing to be compared with")

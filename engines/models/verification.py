@@ -1,0 +1,270 @@
+"""The check that every engine passes before it serves: its fast path must give what the plain forward pass gives.
+
+A handful of fixed texts runs twice: together (and one of them alone) through the path that will serve, and by length
+through the reference attention. Beyond tolerance the engine falls back to padded batches; still beyond, it refuses
+to serve. The first good vectors of a (revision, dtype, device kind) are kept as its canary, and every later load
+must give them again: a broken file or library update is found before a client finds it. A load whose fast path gives
+its canary again is as sure as the one that left it, and spares the reference, which takes most of the check's time.
+"""
+
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from itertools import cycle
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import structlog
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engines.errors import EngineError, OutOfMemory, SelfCheckFailed, is_out_of_memory
+from engines.inputs.prompts import Frame
+from engines.inputs.tokenizer import Ids, Tokenizer
+from engines.models.base import Candidate, Size
+from engines.types import fingerprint
+
+log = structlog.get_logger(__name__)
+
+# Cosine distance that rounding may cause, by dtype of the weights.
+TOLERANCE = {"float32": 1e-7, "bfloat16": 1e-3, "float16": 1e-3}
+
+# Rows of one text may differ this much (as `distance`) when it stands twice among others: rounding, and no more.
+_TWICE = {"float32": 1e-11, "bfloat16": 1e-5, "float16": 1e-5}
+
+# Two lengths, and texts of one length, are what the paths differ in; each more would cost every load a forward.
+_SHORT = "The yard keeps."
+_LONG = "Über den Dächern, 两个人."
+
+_BEYOND_WINDOW = 16
+_LARGEST_PROBED_WINDOW = 128
+
+# Canaries of other texts are other canaries.
+_MARK = fingerprint([_SHORT, _LONG, _BEYOND_WINDOW, _LARGEST_PROBED_WINDOW])[:8]
+
+
+def probe_ids(tokenizer: Tokenizer, window: int | None = None) -> list[Ids]:
+    """The fixed texts as ids, sorted by length: a short one twice, its words backwards, and a longer one.
+
+    Args:
+        window: of the model's sliding attention; where a short text can reach beyond it, the longest one does.
+    """
+    short, long = tokenizer.encode((_SHORT, _LONG), Frame(), "end").ids
+    first, behind = len(tokenizer.rules.prefix), len(short) - len(tokenizer.rules.suffix)
+    backwards = np.concatenate([short[:first], short[first:behind][::-1], short[behind:]])
+    wanted = min((window or 0) + _BEYOND_WINDOW, tokenizer.max_tokens)
+    if window is not None and window <= _LARGEST_PROBED_WINDOW and len(long) < wanted:
+        long = np.resize(long, wanted)
+    return sorted((short, short, backwards, long), key=len)
+
+
+def choose_attention(
+    encoder: Candidate, tokenizer: Tokenizer, dtype: str, known: NDArray[np.float32] | None = None
+) -> tuple[NDArray[np.float32], tuple[str, ...]]:
+    """Pick the fastest path that is right.
+
+    Args:
+        known: the canary; a path that gives it again is right. Where none does, the reference decides as at first.
+
+    Returns:
+        The probes' vectors `[n, D]` through that path, and what fell back and why.
+
+    Raises:
+        SelfCheckFailed: no path reproduces the reference, or the reference itself is no good.
+        OutOfMemory: the device cannot run even these few texts.
+    """
+    try:
+        probes = probe_ids(tokenizer, encoder.window)
+        if known is not None and known.shape == (len(probes), encoder.dimensions):
+            with suppress(SelfCheckFailed):
+                return _fastest(encoder, probes, _Truth("its canary", torch.from_numpy(known), dtype))
+        return _fastest(encoder, probes, _reference(encoder, probes, dtype))
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory("the device has no memory to run the first texts; other models or a batch fill it") from error
+
+
+def check_again(encoder: Candidate, tokenizer: Tokenizer, dtype: str, vectors: NDArray[np.float32]) -> None:
+    """Hold the path in use against the vectors of the check at load.
+
+    Raises:
+        SelfCheckFailed: it does not give them.
+    """
+    truth = _Truth("what the check at load found", torch.from_numpy(vectors), dtype)
+    _checked(encoder, probe_ids(tokenizer, encoder.window), truth)
+
+
+class _Truth(NamedTuple):
+    """What the probes' vectors must be, `[n, D]`, and who says so."""
+
+    source: str
+    vectors: Tensor
+    dtype: str
+
+
+def _fastest(encoder: Candidate, probes: Sequence[Ids], truth: _Truth) -> tuple[NDArray[np.float32], tuple[str, ...]]:
+    *fast, last = encoder.paths()
+    notes = encoder.notes
+    for path in fast:
+        try:
+            encoder.use(path)
+            return _checked(encoder, probes, truth), notes
+        except Exception as error:  # architectures fail in their own ways; each means: not this path
+            if is_out_of_memory(error):
+                raise
+            following = encoder.paths()[encoder.paths().index(path) + 1]
+            notes = (*notes, f"{following}: {_reason(error)}")
+            log.warning("model.path_not_taken", path=path, reason=str(error))
+    encoder.use(last)
+    return _checked(encoder, probes, truth), notes
+
+
+def _reference(encoder: Candidate, probes: Sequence[Ids], dtype: str) -> _Truth:
+    try:
+        expected = encoder.reference(probes)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise SelfCheckFailed(
+            f"the model's forward pass fails on plain text ({_reason(error)}); config.json may describe a model that "
+            "is not for text, or that the installed transformers does not run"
+        ) from error
+    if not bool(torch.isfinite(expected).all()):
+        raise SelfCheckFailed(
+            f"the model's vectors are not finite in {dtype}; set another `dtype` in the registry (float32 is safest), "
+            "or fetch the model again"
+        )
+    if expected.shape[-1] != encoder.dimensions:
+        raise SelfCheckFailed(
+            f"the model's vectors are {expected.shape[-1]} wide, but config.json says {encoder.dimensions}; such a "
+            "model is not supported"
+        )
+    return _Truth("the reference forward pass", expected, dtype)
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, for people outside: foreign messages may hold paths, ours do not."""
+    is_ours = isinstance(error, EngineError | NotImplementedError)
+    return str(error) if is_ours else f"{type(error).__name__} in the forward pass"
+
+
+def _checked(encoder: Candidate, probes: Sequence[Ids], truth: _Truth) -> NDArray[np.float32]:
+    forms, dtype = encoder.together(probes), truth.dtype
+    got, expected = forms[0], truth.vectors.to(forms.device)
+    alone = encoder.alone(probes[0])
+    same = expected[:1].expand(len(alone), -1)
+    all_forms = torch.cat([forms.flatten(0, 1), alone])
+    _compare(f"the {encoder.path} path", all_forms, torch.cat([expected.repeat(len(forms), 1), same]), truth)
+    for size in encoder.sizes:
+        rows = _filling(size, probes)
+        what = f"the {encoder.path} path, in a row of {size.tokens} tokens,"
+        _compare(what, encoder.sized([probes[row] for row in rows], size), expected[rows], truth)
+    twice = [row for row, ids in enumerate(probes) if np.array_equal(ids, probes[0])]
+    apart = distance(got[twice[0], None], got[twice[-1], None])
+    if not apart <= _TWICE[dtype]:
+        raise SelfCheckFailed(
+            f"on the {encoder.path} path one text gets two vectors, {apart:.1e} apart: neighbours or chance show"
+        )
+    return got.cpu().numpy()
+
+
+def _compare(what: str, got: Tensor, expected: Tensor, truth: _Truth) -> None:
+    far, dtype = distance(got, expected), truth.dtype
+    if not far <= TOLERANCE[dtype]:
+        raise SelfCheckFailed(
+            f"{what} is {far:.1e} in cosine from {truth.source}, more than the {TOLERANCE[dtype]:.0e} that {dtype} "
+            "explains"
+        )
+
+
+def _filling(size: Size, probes: Sequence[Ids]) -> list[int]:
+    """Which probes, over and over, make the fullest row of that size; sorted, as the probes are."""
+    rows: list[int] = []
+    left = size.tokens
+    for row in cycle(reversed(range(len(probes)))):
+        if len(rows) == size.texts or left < len(probes[0]):
+            return sorted(rows)
+        if len(probes[row]) <= left:
+            rows.append(row)
+            left -= len(probes[row])
+    raise AssertionError("a cycle has no end")
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """The worst `|a - b|² / (|a|² + |b|²)` over the rows of two `[n, D]`.
+
+    That is `1 - cosine` where lengths are equal, more where they are not, and NaN where a row is not finite.
+    """
+    a, b = a.double(), b.double()
+    scale = (a.square() + b.square()).sum(-1).clamp(min=1e-300)
+    return float(((a - b).square().sum(-1) / scale).max())
+
+
+class Canaries:
+    """First good vectors on disk, one file for each key.
+
+    Args:
+        folder: where; None keeps nothing.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+
+    def known(self, key: str) -> NDArray[np.float32] | None:
+        """The kept vectors of `key`; None when there are none, or nothing that can be read."""
+        return None if self._folder is None else _read_vectors(self._path(self._folder, key))
+
+    def compare(self, key: str, vectors: NDArray[np.float32], dtype: str, written_s: float = 0.0) -> None:
+        """Hold vectors against the kept ones of `key`, or keep them when there are none.
+
+        Args:
+            written_s: when the model's files were written last, where their hashes are known to be right (Unix time).
+                Kept vectors that are older may be those of a file that was damaged, and are replaced.
+
+        Raises:
+            SelfCheckFailed: they differ beyond the dtype's tolerance.
+        """
+        if self._folder is None:
+            return
+        path = self._path(self._folder, key)
+        kept = _read_vectors(path)
+        if kept is None:
+            _write_vectors(path, vectors)
+            return
+        far = distance(torch.from_numpy(vectors), torch.from_numpy(kept)) if kept.shape == vectors.shape else np.inf
+        if not far <= TOLERANCE[dtype]:
+            if written_s > path.stat().st_mtime:
+                log.warning("canary.replaced", file=path.name, distance=float(far))
+                _write_vectors(path, vectors)
+                return
+            raise SelfCheckFailed(
+                f"the model's vectors moved by {far:.1e} in cosine since it was first loaded, "
+                f"more than {TOLERANCE[dtype]:.0e}; its files or a library changed. If that is meant, delete the "
+                f"canary {path.name} in STATE_DIR"
+            )
+
+    def _path(self, folder: Path, key: str) -> Path:
+        return folder / f"{key}-{_MARK}.json"
+
+
+def _read_vectors(path: Path) -> NDArray[np.float32] | None:
+    try:
+        return np.asarray(json.loads(path.read_text()), dtype=np.float32)
+    except FileNotFoundError:
+        return None
+    except (ValueError, OSError) as error:
+        log.warning("canary.unreadable", file=path.name, reason=str(error))
+        return None
+
+
+def _write_vectors(path: Path, vectors: NDArray[np.float32]) -> None:
+    draft = path.with_suffix(".draft")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(json.dumps(vectors.tolist()))
+        draft.replace(path)
+    except OSError as error:  # a model that is right may serve without a canary
+        log.warning("canary.not_kept", file=path.name, reason=str(error))

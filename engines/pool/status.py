@@ -1,0 +1,133 @@
+"""The pool in records: what operators, placement and metrics see. Pure functions of slots; they change nothing."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+from engines.pool.admission import claimed_bytes
+from engines.pool.eviction import charges, choose_victims, missing_bytes, total_bytes, victim_order
+from engines.pool.reasons import kept_out, known_bytes
+from engines.pool.slot import CHARGED, LEAVING, NOTHING, Slot
+from engines.pool.state import PoolState
+from engines.protocols import Engine
+from engines.types import HostSnapshot, ModelStatus, Plan, format_bytes
+
+_CEILING_S = 60.0
+"""So long a reading of the device tells placement to look elsewhere first; then it is worth another look."""
+
+
+class Viewpoint:
+    """Where the slots are, and how the pool's clock reads on the wall."""
+
+    def __init__(self, host_id: str, device: str, to_unix_s: Callable[[float], float]) -> None:
+        self.host_id = host_id
+        self.device = device
+        self.to_unix_s = to_unix_s
+
+    def status(self, slot: Slot, engine: Engine | None, blocked: str = "") -> ModelStatus:
+        """One slot; `engine` when it has one. `blocked`: why nothing can be loaded or freed."""
+        is_failed = slot.state == "failed"
+        last_error = f"{slot.failure.kind}: {slot.failure.message}" if slot.failure else None
+        if blocked and slot.work in ("load", "unload"):
+            last_error = f"load_hangs: {blocked}"
+        return ModelStatus(
+            model_id=slot.model_id,
+            state=slot.state,
+            host_id=self.host_id,
+            device=self.device,
+            source=slot.spec.source,
+            revision=slot.files.revision if slot.files else slot.spec.revision,
+            info=engine.info if engine else None,
+            weight_bytes=slot.charge.weight_bytes,
+            workspace_bytes=slot.charge.workspace_bytes,
+            leases=len(slot.leases),
+            waiters=len(slot.waiters),
+            queue_items=engine.queue_items if engine else 0,
+            pinned=slot.is_pinned,
+            keep_alive_s=slot.keep_alive_s,
+            last_used_at=None if slot.last_used_at_s is None else self.to_unix_s(slot.last_used_at_s),
+            load_s=slot.load_s,
+            loads=slot.loads,
+            evictions=slot.evictions,
+            fetched_bytes=slot.fetched_bytes,
+            fetch_total_bytes=slot.fetch_total_bytes,
+            last_error=last_error,
+            retry_at=self.to_unix_s(slot.retry_at_s) if is_failed else None,
+            need_bytes=slot.need.weight_bytes if slot.need else 0,
+            need_workspace_bytes=slot.need.workspace_bytes if slot.need else 0,
+        )
+
+    def snapshot(
+        self, state: PoolState, now_s: float, total_bytes_of_device: int, engines: dict[int, Engine]
+    ) -> HostSnapshot:
+        """The device now. An old generation on its way out is charged, but only the current one is listed."""
+        charged = state.charged()
+        used = sum(slot.charge.weight_bytes for slot in charged)
+        workspace = max((slot.charge.workspace_bytes for slot in charged), default=0)
+        return HostSnapshot(
+            host_id=self.host_id,
+            device=self.device,
+            total_bytes=total_bytes_of_device,
+            budget_bytes=state.budget_bytes,
+            used_bytes=used,
+            workspace_bytes=workspace,
+            free_bytes=max(0, state.budget_bytes - used - workspace),
+            claimed_bytes=claimed_bytes(state),
+            ceiling_bytes=state.ceiling_bytes if now_s < state.ceiling_until_s + _CEILING_S else None,
+            residents=residents(charged),
+            models=tuple(
+                self.status(slot, engines.get(slot.slot_id), state.blocked) for slot in state.current.values()
+            ),
+            stuck=state.blocked,
+            is_draining=state.is_draining,
+        )
+
+    def plan(self, state: PoolState, slot: Slot) -> Plan:
+        """What loading would do if it began now and nobody were busy or young."""
+        need = slot.need or NOTHING
+        evict, fits, reason = planned(state, slot)
+        return Plan(
+            model_id=slot.model_id,
+            host_id=self.host_id,
+            state=slot.state,
+            fits=fits,
+            need_bytes=need.total_bytes,
+            free_bytes=max(0, state.budget_bytes - total_bytes(charges(state.charged()))),
+            evict=tuple(victim.model_id for victim in evict),
+            seconds=0.0 if slot.state == "ready" else slot.load_s or need.load_s,
+            reason=reason,
+        )
+
+
+def residents(charged: Iterable[Slot]) -> tuple[str, ...]:
+    """Eviction order: those that leave already, those that may, those that load, and last the pinned."""
+
+    def order(slot: Slot) -> tuple[int, tuple[bool, int, float]]:
+        rank = 0 if slot.state in LEAVING else 3 if slot.is_pinned else 1 if slot.state == "ready" else 2
+        return rank, victim_order(slot)
+
+    return tuple(slot.model_id for slot in sorted(charged, key=order))
+
+
+def planned(state: PoolState, slot: Slot) -> tuple[Sequence[Slot], bool, str]:
+    """(who would leave, whether it fits, why). Six cases:
+
+    1. in memory or nearly;  2. never;  3. kept out by pinned models;
+    4. the size is unknown;  5. fits in free memory;  6. others leave.
+    """
+    if slot.state in CHARGED and slot.state not in LEAVING:
+        return (), True, f"{slot.state} already"  # (1)
+    budget = state.budget_bytes
+    if state.is_too_large(slot.need):
+        reason = f"needs {format_bytes(known_bytes(slot.need))} of a budget of {format_bytes(budget)}: it can never fit"
+        return (), False, reason  # (2)
+    if slot.need is None:
+        return (), True, "its size is not known before its files are here"  # (4)
+    staying = [other for other in state.charged() if other is not slot]
+    pinned = [other for other in staying if other.is_pinned]
+    need = slot.need.clipped(budget - total_bytes(charges(pinned)))
+    missing = missing_bytes(staying, need, budget)
+    if missing == 0:
+        return (), True, "fits in free memory"  # (5)
+    victims = choose_victims(staying, [other for other in staying if not other.is_pinned], need, budget)
+    if victims is None:
+        return (), False, kept_out(slot, total_bytes(charges(pinned)), budget)  # (3)
+    return victims, True, f"{format_bytes(missing)} are missing; others leave as they become idle"  # (6)

@@ -1,0 +1,91 @@
+"""A host as it is spoken to from another process: messages of `engines/rpc/messages.py` in, replies out. Knows no transport."""
+
+import asyncio
+from contextlib import suppress
+
+from engines.host import Host
+from engines.rpc.errors import failure_of
+from engines.rpc.messages import (
+    Cancel,
+    Drain,
+    Embed,
+    Evict,
+    Foresee,
+    Generation,
+    Look,
+    Outcome,
+    Preload,
+    Reload,
+    Reply,
+    Request,
+    Seen,
+    Vectors,
+)
+from engines.types import ModelStatus
+
+
+class HostService:
+    """One host and the generation of the registry that it serves.
+
+    Args:
+        host: started by whoever made it.
+        generation: of the registry that the host was made with.
+    """
+
+    def __init__(self, host: Host, generation: Generation = Generation()) -> None:  # noqa: B008  # frozen
+        self.host = host
+        self._generation = generation
+
+    async def answer(self, request: Request) -> Reply:
+        """What the host says; errors are replies, too. Cancelling cancels what the host does for it."""
+        try:
+            if isinstance(request, Embed):
+                return Vectors(embeddings=await self.host.embed(request.call))
+            return await self._command(request)
+        except Exception as error:  # noqa: BLE001  # it crosses, and is raised again where the answer is awaited
+            return failure_of(error)
+
+    def look(self, after: int = 0) -> Seen:
+        """The host now, and its events since `after`."""
+        return Seen(
+            fault=self.host.check(),
+            snapshot=self.host.snapshot(),
+            events=self.host.events_since(after),
+            generation=self._generation,
+        )
+
+    async def _command(self, request: Request) -> Reply:
+        match request:
+            case Preload():
+                status = await self.host.preload(
+                    request.model_id, pin=request.pin, wait=request.wait, may_move=request.may_move
+                )
+                return self._outcome(status)
+            case Evict():
+                status = await self.host.evict(request.model_id, force=request.force, timeout_s=request.timeout_s)
+                return self._outcome(status)
+            case Foresee():
+                return await self._foresee(request)
+            case Reload():
+                await self._reload(request)
+            case Look():
+                return self.look(request.after)
+            case Drain():
+                await self.host.aclose(grace_s=request.grace_s)
+            case Embed() | Cancel():
+                raise AssertionError(f"{request} is not a command")
+        return self._outcome()
+
+    async def _foresee(self, request: Foresee) -> Reply:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self.host.size(request.model_id), request.size_s)
+        return Outcome(snapshot=self.host.snapshot(), plan=self.host.plan(request.model_id))
+
+    async def _reload(self, request: Reload) -> None:
+        """Several routers may bring registries, and late ones must not undo newer ones."""
+        if request.generation > self._generation:
+            await self.host.reload(request.specs, request.budget)
+            self._generation = request.generation
+
+    def _outcome(self, status: ModelStatus | None = None) -> Outcome:
+        return Outcome(snapshot=self.host.snapshot(), status=status)

@@ -1,0 +1,155 @@
+"""An engine without torch: vectors from a hash of the model and the text, so that a test can say what is right."""
+
+import asyncio
+import hashlib
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.errors import ContextLengthExceeded, DimensionsNotSupported, InvalidTokenId, PromptNotFound
+from engines.spec import Matryoshka, ModelSpec
+from engines.types import EmbedCall, Embeddings, ModelInfo, Timings
+
+WIDTH = 16
+WEIGHT_BYTES = 1000
+WORKSPACE_BYTES = 100
+VOCABULARY = 30_000
+
+Script = Mapping[str, Sequence[Exception | None]]
+"""By model id, what the first attempts raise; None, and every attempt after the last, succeeds."""
+
+
+def fake_vector(model_id: str, text: str | tuple[int, ...], width: int = WIDTH) -> NDArray[np.float32]:
+    """What `FakeEngine` answers: `width` components of a unit vector of `WIDTH`, normalised again after a cut."""
+    digest = hashlib.blake2b(f"{model_id}\0{text}".encode(), digest_size=8).digest()
+    raw = np.random.default_rng(int.from_bytes(digest, "little")).standard_normal(WIDTH)[:width]
+    return (raw / np.linalg.norm(raw)).astype("<f4")
+
+
+class Attempts:
+    """Counts attempts by model, and raises what the script says."""
+
+    def __init__(self, script: Script | None) -> None:
+        self._script = script or {}
+        self.counts: Counter[str] = Counter()
+
+    def next(self, model_id: str) -> None:
+        attempt = self.counts[model_id]
+        self.counts[model_id] += 1
+        failures = self._script.get(model_id, ())
+        error = failures[attempt] if attempt < len(failures) else None
+        if error is not None:
+            raise error
+
+
+class FakeEngine:
+    """One model. `running`, `cancelled` and `is_closed` show what became of its calls.
+
+    A call on a freed engine, or freeing one under a call, is written down in `violations`: whoever checks it at the end
+    of a test finds what the pool's own error handling would have swallowed.
+
+    Args:
+        spec: its prompts, matryoshka and truncation are obeyed; a text has as many tokens as words, and two more.
+        embed_s, sleep: how long a call takes, and how to wait for it.
+        failures: what its first calls raise.
+    """
+
+    def __init__(  # a script: every argument is optional and named
+        self,
+        spec: ModelSpec,
+        *,
+        embed_s: float = 0.0,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        failures: Sequence[Exception | None] = (),
+        warm_failure: Exception | None = None,
+        violations: list[str] | None = None,
+    ) -> None:
+        self.spec = spec
+        self.weight_bytes = WEIGHT_BYTES
+        self.workspace_bytes = WORKSPACE_BYTES
+        self.max_queue_items = 8192
+        self.running = 0
+        self.cancelled = 0
+        self.is_closed = False
+        self.info = ModelInfo(
+            dimensions=WIDTH,
+            max_tokens=spec.max_tokens or 512,
+            dtype="float32",
+            attention="packed",
+            prompts=spec.prompts,
+            matryoshka=spec.matryoshka or Matryoshka(),
+        )
+        self.violations = [] if violations is None else violations
+        self._embed_s = embed_s
+        self._sleep = sleep
+        self._attempts = Attempts({spec.model_id: failures})
+        self._warm_failure = warm_failure
+
+    @property
+    def queue_items(self) -> int:
+        return self.running
+
+    async def warm_up(self) -> None:
+        await self._sleep(0)
+        if self._warm_failure is not None:
+            raise self._warm_failure
+
+    async def embed(self, call: EmbedCall) -> Embeddings:
+        """As a real engine: the same fields are obeyed, the same errors raised."""
+        if self.is_closed:
+            self.violations.append(f"{self.spec.model_id} was used after it was freed")
+        self.running += 1
+        try:
+            self._attempts.next(call.model_id)
+            await self._sleep(self._embed_s)
+            return self._answer(call)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        finally:
+            self.running -= 1
+
+    def close(self) -> None:
+        if self.running:
+            self.violations.append(f"{self.spec.model_id} was freed under {self.running} requests")
+        self.is_closed = True
+
+    def _answer(self, call: EmbedCall) -> Embeddings:
+        width = call.dimensions or WIDTH
+        if width != WIDTH and not self.info.matryoshka.allows(width, WIDTH):
+            allowed = self.info.matryoshka.describe(WIDTH)
+            raise DimensionsNotSupported(f"dimensions {width} is not one of {allowed}", param="dimensions")
+        items: list[str | tuple[int, ...]] = [self._prompted(call, text) for text in call.texts]
+        items += call.token_ids
+        counts = [self._count(call, item, index) for index, item in enumerate(items)]
+        limit = self.info.max_tokens
+        rows = [fake_vector(self.spec.model_id, item, width) for item in items]
+        return Embeddings(
+            vectors=np.stack(rows).tobytes(),
+            dimensions=width,
+            token_counts=tuple(min(count, limit) for count in counts),
+            truncated=tuple(index for index, count in enumerate(counts) if count > limit),
+            timings=Timings(forward_s=self._embed_s),
+        )
+
+    def _prompted(self, call: EmbedCall, text: str) -> str:
+        if call.prompt is not None:
+            return call.prompt + text
+        if call.input_type is None:
+            return text
+        if call.input_type not in self.spec.prompts:
+            known = ", ".join(self.spec.prompts) or "none"
+            raise PromptNotFound(f"no prompt {call.input_type!r}; this model has {known}", param="input_type")
+        return self.spec.prompts[call.input_type] + text
+
+    def _count(self, call: EmbedCall, item: str | tuple[int, ...], index: int) -> int:
+        if not isinstance(item, str) and max(item) >= VOCABULARY:
+            raise InvalidTokenId(f"token id {max(item)} of input {index} is not below {VOCABULARY}", param="input")
+        count = len(item.split()) + 2 if isinstance(item, str) else len(item)
+        if count > self.info.max_tokens and (call.truncate or self.spec.truncate) == "error":
+            raise ContextLengthExceeded(
+                f"input {index} has {count} tokens, the limit is {self.info.max_tokens}", param="input"
+            )
+        return count

@@ -1,0 +1,196 @@
+"""Engines, files and whole hosts that need no torch, for tests of everything above them. One line each:
+
+    FakeFiles(), FakeLoader(), FakeEngine(spec), fake_host("some-model", "another")
+
+Everything is scripted: bytes, delays, and failures by model and attempt. What is right is `fake_vector`.
+"""
+
+import asyncio
+import threading
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+
+from engines.errors import BrokenFiles
+from engines.host import Host, HostConfig, World
+from engines.pool.estimates import Measurements
+from engines.pool.runtime import LoopTime
+from engines.protocols import Files, Loader, Progress
+from engines.spec import ModelSpec
+from engines.testing.engine import WEIGHT_BYTES, WIDTH, WORKSPACE_BYTES, Attempts, FakeEngine, Script, fake_vector
+from engines.testing.runtime import FakeMemory, FakeTime, InlineWorkers
+from engines.types import Budget, ModelFiles, fingerprint
+
+__all__ = [
+    "WEIGHT_BYTES", "WIDTH", "WORKSPACE_BYTES", "FakeEngine", "FakeFiles", "FakeLoader", "FakeMemory", "FakeTime",
+    "InlineWorkers", "Script", "fake_host", "fake_specs", "fake_vector", "fake_world",
+]  # fmt: skip
+
+
+def fake_specs(*model_ids: str) -> dict[str, ModelSpec]:
+    """Specs that say nothing special."""
+    return {model_id: ModelSpec(model_id=model_id, source=f"fake/{model_id}") for model_id in model_ids}
+
+
+def fake_world(total_bytes: int = 10**9, time: FakeTime | None = None) -> World:
+    """No threads, a device of `total_bytes`; the loop's own clock, unless it is to be turned by hand."""
+    return World(
+        time=time or LoopTime(),
+        workers=InlineWorkers(),
+        memory=FakeMemory(total_bytes),
+        measurements=Measurements(),
+        jitter=lambda: 0.5,
+    )
+
+
+def fake_host(
+    *models: str | ModelSpec,
+    budget_bytes: int = 10**6,
+    files: Files | None = None,
+    loader: Loader | None = None,
+    world: World | None = None,
+    host_id: str = "fake",
+) -> Host:
+    """A host that is quick, whole and harmless; `await host.start()` before use."""
+    config = HostConfig(host_id=host_id, budget=Budget(size_bytes=budget_bytes), workspace_bytes=WORKSPACE_BYTES)
+    specs: dict[str, ModelSpec] = {}
+    for model in models:
+        specs.update(fake_specs(model) if isinstance(model, str) else {model.model_id: model})
+    return Host(config, specs, files or FakeFiles(), loader or FakeLoader(), world or fake_world())
+
+
+class FakeFiles:
+    """Files that are there at once, or come when fetched.
+
+    Args:
+        on_disk: models whose files need no fetch; None: all of them.
+        weight_bytes: known sizes by model (default `WEIGHT_BYTES`); None for unknown.
+        failures: what fetches raise.
+        pause: called with the model id on the thread of each fetch; it may block or sleep.
+    """
+
+    def __init__(
+        self,
+        *,
+        on_disk: Sequence[str] | None = None,
+        weight_bytes: Mapping[str, int | None] | None = None,
+        failures: Script | None = None,
+        pause: Callable[[str], None] = lambda model_id: None,
+    ) -> None:
+        self._missing = on_disk is not None
+        self.on_disk = set(on_disk or ())
+        self._weight_bytes = weight_bytes or {}
+        self._fetches = Attempts(failures)
+        self._pause = pause
+        self.discarded: list[tuple[str, str | None]] = []
+        self.damaged: set[str] = set()
+        self.verified: list[str] = []
+
+    @property
+    def fetches(self) -> Counter[str]:
+        """How often each model was fetched."""
+        return self._fetches.counts
+
+    def locate(self, spec: ModelSpec) -> ModelFiles | None:
+        return None if self._missing and spec.model_id not in self.on_disk else self._files(spec)
+
+    def fetch(self, spec: ModelSpec, on_progress: Progress) -> ModelFiles:
+        size_bytes = self._files(spec).size_bytes
+        on_progress(0, size_bytes)
+        self._pause(spec.model_id)
+        self._fetches.next(spec.model_id)
+        on_progress(size_bytes, size_bytes)
+        self.on_disk.add(spec.model_id)
+        return self._files(spec)
+
+    def is_current(self, spec: ModelSpec, files: ModelFiles) -> bool:
+        return files == self._files(spec)
+
+    def verify(self, spec: ModelSpec, files: ModelFiles, go_on: Callable[[], bool], *, is_anew: bool = False) -> None:
+        self.verified.append(spec.model_id)
+        if spec.model_id in self.damaged:
+            raise BrokenFiles("weights are damaged", file="weights")
+
+    def discard(self, spec: ModelSpec, file: str | None) -> bool:
+        self.discarded.append((spec.model_id, file))
+        self.damaged.discard(spec.model_id)
+        self.on_disk.discard(spec.model_id)
+        return True
+
+    def weight_bytes(self, spec: ModelSpec, device: str) -> int | None:
+        return self._weight_bytes.get(spec.model_id, WEIGHT_BYTES)
+
+    def _files(self, spec: ModelSpec) -> ModelFiles:
+        revision = fingerprint((spec.source, spec.revision))
+        return ModelFiles(path=f"/fake/{spec.model_id}", revision=revision, size_bytes=WEIGHT_BYTES)
+
+
+class FakeLoader:
+    """Engines at will.
+
+    Args:
+        weight_bytes, workspace_bytes: what engines turn out to take, by model.
+        failures, warm_failures, embed_failures: what loads, warm-ups and calls raise.
+        embed_s, sleep: how long calls take; may be set later for engines to come.
+        pause: called with the model id on the loader's thread; it may block or sleep.
+    """
+
+    def __init__(  # noqa: PLR0913  # a script: every argument is optional and named
+        self,
+        *,
+        weight_bytes: Mapping[str, int] | None = None,
+        workspace_bytes: Mapping[str, int] | None = None,
+        failures: Script | None = None,
+        warm_failures: Script | None = None,
+        embed_failures: Script | None = None,
+        embed_s: float = 0.0,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        pause: Callable[[str], None] = lambda model_id: None,
+    ) -> None:
+        self._weight_bytes = weight_bytes or {}
+        self._workspace_bytes = workspace_bytes or {}
+        self._loads = Attempts(failures)
+        self._warm_failures = warm_failures or {}
+        self._embed_failures = embed_failures or {}
+        self.embed_s = embed_s
+        self.sleep = sleep
+        self._pause = pause
+        self.engines: list[FakeEngine] = []
+        self.violations: list[str] = []
+        self._lock = threading.Lock()
+
+    @property
+    def loads(self) -> Counter[str]:
+        """How often each model was loaded."""
+        return self._loads.counts
+
+    @property
+    def resident_bytes(self) -> int:
+        """Weights of all engines that are not closed."""
+        return sum(engine.weight_bytes for engine in list(self.engines) if not engine.is_closed)
+
+    def load(self, spec: ModelSpec, files: ModelFiles) -> FakeEngine:
+        if not self._lock.acquire(blocking=False):
+            self.violations.append("two loads at once")
+            self._lock.acquire()
+        try:
+            self._pause(spec.model_id)
+            attempt = self.loads[spec.model_id]
+            self._loads.next(spec.model_id)
+            return self._engine(spec, attempt)
+        finally:
+            self._lock.release()
+
+    def _engine(self, spec: ModelSpec, attempt: int) -> FakeEngine:
+        warm = self._warm_failures.get(spec.model_id, ())
+        engine = FakeEngine(
+            spec,
+            embed_s=self.embed_s,
+            sleep=self.sleep,
+            failures=self._embed_failures.get(spec.model_id, ()),
+            warm_failure=warm[attempt] if attempt < len(warm) else None,
+            violations=self.violations,
+        )
+        engine.weight_bytes = self._weight_bytes.get(spec.model_id, WEIGHT_BYTES)
+        engine.workspace_bytes = self._workspace_bytes.get(spec.model_id, WORKSPACE_BYTES)
+        self.engines.append(engine)
+        return engine

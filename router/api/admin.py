@@ -1,0 +1,178 @@
+"""`/admin`: what is in memory, and an operator's commands."""
+
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+from urllib.parse import unquote
+
+from litestar import Controller, Request, Response, get, post
+from litestar.di import NamedDependency, Provide
+from litestar.openapi import ResponseSpec
+from litestar.params import FromPath, FromQuery, HeaderParameter, JSONBody
+from litestar.response import ServerSentEvent
+from litestar.response.sse import ServerSentEventMessage
+from msgspec import structs
+
+from engines.spec import ModelSpec
+from engines.types import Event, HostSnapshot, Plan
+from router.api.decoding import StrictRequest
+from router.api.event_stream import event_messages, parse_last_event_id, preload_messages, wants_stream
+from router.api.models import slots_by_model
+from router.api.openapi import BEARER, BODY, GUARDED, LOADING, failures
+from router.auth.guards import requires
+from router.observability.traffic import STEP_S, Traffic
+from router.registry.registry import Changes
+from router.schemas.admin import (
+    DeviceMemory,
+    EvictRequest,
+    LastMinute,
+    Memory,
+    ModelSlots,
+    ModelTraffic,
+    PreloadRequest,
+    SlotList,
+)
+from router.server.application import while_client_stays
+from router.server.reloader import Reloader
+from router.server.state import Yard, provide_any_spec
+
+_EVENT_STREAM = ResponseSpec(
+    str,
+    media_type="text/event-stream",
+    generate_examples=False,
+    description="Events named `state` and `progress`, their data the JSON of one event; comments keep it open",
+)
+
+
+class AdminController(Controller):
+    """For operators and the dashboard."""
+
+    path = "/admin"
+    tags = ("admin",)
+    guards = (requires("admin"),)
+    security = BEARER
+    dependencies = {"spec": Provide(provide_any_spec, sync_to_thread=False)}  # noqa: RUF012 - as Litestar types it
+
+    @get("/models", responses=failures(*GUARDED), summary="List the slots")
+    async def list_slots(self, yard: NamedDependency[Yard]) -> SlotList:
+        """Every model on every device."""
+        return SlotList(data=[slot for slots in slots_by_model(yard).values() for slot in slots])
+
+    @get("/models/{model_id:str}", responses=failures(*GUARDED, "model_not_found"), summary="One model's slots")
+    async def retrieve_slots(self, yard: NamedDependency[Yard], spec: NamedDependency[ModelSpec]) -> ModelSlots:
+        """One model on every device."""
+        return _model_slots(yard, spec)
+
+    @post(
+        "/models/{model_id:str}/preload",
+        status_code=200,
+        request_class=StrictRequest,
+        responses={202: ResponseSpec(ModelSlots, generate_examples=False, description="On its way; not waited for")}
+        | failures(*GUARDED, *BODY, *LOADING, "model_not_found", "not_found"),
+        summary="Load a model",
+    )
+    async def preload(
+        self,
+        request: Request[Any, Any, Any],
+        yard: NamedDependency[Yard],
+        spec: NamedDependency[ModelSpec],
+        data: JSONBody[PreloadRequest | None] = None,
+    ) -> Response[ModelSlots]:
+        """It is loaded where it fits best, or on the host that is named; also when the client does not wait, or leaves.
+
+        With `Accept: text/event-stream` the answer is a stream at once: this model's events as in /admin/events, then
+        one event `done` with its slots, or one `error` with the error's envelope.
+        """
+        wanted = data or PreloadRequest()
+        if wants_stream(request):
+            return ServerSentEvent(_preload_stream(request, yard, spec, wanted))  # type: ignore[return-value]  # a Response of another body
+        async with while_client_stays(request):
+            status = await yard.backend.preload(spec.model_id, pin=wanted.pin, wait=wanted.wait, host_id=wanted.host)
+        is_done = wanted.wait or status.state == "ready"
+        return Response(_model_slots(yard, spec), status_code=200 if is_done else 202)
+
+    @post(
+        "/models/{model_id:str}/evict",
+        status_code=200,
+        request_class=StrictRequest,
+        responses=failures(*GUARDED, *BODY, "model_not_found", "model_in_use", "model_pinned"),
+        summary="Free a model",
+    )
+    async def evict(
+        self, yard: NamedDependency[Yard], spec: NamedDependency[ModelSpec], data: JSONBody[EvictRequest | None] = None
+    ) -> ModelSlots:
+        """Running requests finish first; then it is freed on every device."""
+        wanted = data or EvictRequest()
+        await yard.backend.evict(spec.model_id, force=wanted.force, timeout_s=wanted.timeout)
+        return _model_slots(yard, spec)
+
+    @post(
+        "/hosts/{host_id:str}/recycle",
+        status_code=200,
+        responses=failures(*GUARDED, "invalid_value", "not_found", "host_lost"),
+        summary="Start a host anew",
+    )
+    async def recycle(self, yard: NamedDependency[Yard], host_id: FromPath[str]) -> Memory:
+        """Its requests finish, its process ends, another one takes its place and loads what was ready: the sure cure
+        for a leak. Other hosts serve on. Answers with all devices when the new one takes work.
+        """
+        await yard.backend.recycle(unquote(host_id))
+        return Memory(devices=[_device(host) for host in yard.backend.snapshots()])
+
+    @get("/memory", responses=failures(*GUARDED), summary="Memory of the devices")
+    async def memory(self, yard: NamedDependency[Yard]) -> Memory:
+        """Each device's bytes, and its residents in eviction order."""
+        return Memory(devices=[_device(host) for host in yard.backend.snapshots()])
+
+    @get("/traffic", responses=failures(*GUARDED), summary="The last minute")
+    async def last_minute(self, request: Request[Any, Any, Any]) -> LastMinute:
+        """Texts, tokens and latencies of the models that answered within it."""
+        traffic: Traffic = request.app.state.traffic
+        found = traffic.last_minute().items()
+        return LastMinute(step_s=STEP_S, data=[ModelTraffic(id=name, **structs.asdict(each)) for name, each in found])
+
+    @get("/plan", responses=failures(*GUARDED, "invalid_value", "model_not_found"), summary="Plan a load")
+    async def plan(self, yard: NamedDependency[Yard], model: FromQuery[str | None] = None) -> Plan:
+        """What loading a model would do, without doing it; without `model`, the default one."""
+        return await yard.backend.plan(yard.registry.resolve(model).model_id)
+
+    @post(
+        "/registry/reload",
+        status_code=200,
+        responses=failures(*GUARDED, "invalid_value", "shutting_down"),
+        summary="Read the registry again",
+    )
+    async def reload_registry(self, reloader: NamedDependency[Reloader]) -> Changes:
+        """All or nothing: what was added, removed, changed in place, or replaced; or every mistake in the file."""
+        return await reloader.reload()
+
+    @get("/events", responses={200: _EVENT_STREAM} | failures(*GUARDED), summary="Follow what happens")
+    async def events(
+        self, yard: NamedDependency[Yard], last_event_id: Annotated[str, HeaderParameter(name="Last-Event-ID")] = ""
+    ) -> ServerSentEvent:
+        """State changes and download progress as they happen; `Last-Event-ID` brings what was missed."""
+        after = parse_last_event_id(last_event_id)
+        return ServerSentEvent(event_messages(yard.backend.events(after), after, yard.draining))
+
+
+def _preload_stream(
+    request: Request[Any, Any, Any], yard: Yard, spec: ModelSpec, wanted: PreloadRequest
+) -> AsyncIterator[ServerSentEventMessage]:
+    async def own_events() -> AsyncIterator[Event]:
+        async for event in yard.backend.events():
+            if event.model_id == spec.model_id:
+                yield event
+
+    async def preload() -> ModelSlots:
+        await yard.backend.preload(spec.model_id, pin=wanted.pin, wait=True, host_id=wanted.host)
+        return _model_slots(yard, spec)
+
+    return preload_messages(request, own_events(), preload)
+
+
+def _model_slots(yard: Yard, spec: ModelSpec) -> ModelSlots:
+    slots = slots_by_model(yard)[spec.model_id]
+    return ModelSlots(**structs.asdict(slots[0]), slots=slots)
+
+
+def _device(host: HostSnapshot) -> DeviceMemory:
+    return DeviceMemory(**{name: getattr(host, name) for name in DeviceMemory.__struct_fields__})

@@ -1,0 +1,86 @@
+"""Cohere's `POST /v2/embed`, over the same core."""
+
+import asyncio
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+from litestar import Controller, MediaType, Request, Response
+from litestar.di import NamedDependency
+from litestar.openapi import ResponseSpec
+from litestar.params import JSONBody
+
+from engines.spec import Truncate
+from router.api.decoding import StrictRequest
+from router.api.embeddings import HEADERS
+from router.api.encoding import Form, encode_rows, is_scalar
+from router.api.inference import Answer, embed, spelt
+from router.api.openapi import BEARER, EMBEDDING, failures
+from router.auth.guards import requires
+from router.limits.limiter import TextsHandler, at_the_door
+from router.schemas.compat import CohereMeta, CohereRequest, CohereResponse, CohereType, CohereUnits, CohereVersion
+from router.schemas.inference import EmbeddingRequest
+from router.server.state import Yard
+
+_INLINE_CHARS = 2**16
+"""Texts of more characters are sent back by a thread: 58 MiB would stop the event loop for 0.1 s."""
+_BASE64 = Form(encoding="base64")
+_TRUNCATE: dict[str | None, Truncate] = {"NONE": "error", "START": "start", "END": "end"}
+
+
+class CohereController(Controller):
+    """For clients of Cohere."""
+
+    tags = ("skins",)
+    guards = (requires("embed"),)
+    security = BEARER
+
+    @TextsHandler(
+        "/v2/embed",
+        http_method="POST",
+        status_code=200,
+        guards=(at_the_door,),
+        request_class=StrictRequest,
+        response_headers=HEADERS,
+        summary="Embed texts (Cohere)",
+        responses={200: ResponseSpec(CohereResponse, generate_examples=False, description="Vectors by type")}
+        | failures(*EMBEDDING),
+    )
+    async def cohere_embed(
+        self, request: Request[Any, Any, Any], data: JSONBody[CohereRequest], yard: NamedDependency[Yard]
+    ) -> Response[bytes]:
+        """Several types of one forward pass."""
+        kinds: list[CohereType] = list(dict.fromkeys(data.embedding_types or ("float",)))
+        with spelt(input="texts", dimensions="output_dimension", output_dtype="embedding_types"):
+            answer = await embed(request, yard, _in_our_words(data, kinds))
+            body = await _encode(data, kinds, answer)
+        return Response(body, media_type=MediaType.JSON, headers=answer.headers)
+
+
+def _in_our_words(data: CohereRequest, kinds: Sequence[CohereType]) -> EmbeddingRequest:
+    """One kind stands for all: of those asked for, the one that asks most of the request."""
+    return EmbeddingRequest(
+        input=[*data.texts],
+        model=data.model,
+        dimensions=data.output_dimension,
+        input_type=data.input_type,
+        truncate=_TRUNCATE.get(data.truncate),
+        output_dtype=next(filter(is_scalar, kinds), None),
+    )
+
+
+def _is_large(data: CohereRequest) -> bool:
+    return sum(map(len, data.texts)) > _INLINE_CHARS
+
+
+async def _encode(data: CohereRequest, kinds: list[CohereType], answer: Answer) -> bytes:
+    parts = []
+    for kind in kinds:
+        form = _BASE64 if kind == "base64" else Form(dtype=kind, calibration=answer.calibration)
+        rows = await encode_rows(answer.embeddings, form)
+        parts.append(b'"' + kind.encode() + b'":' + rows)
+    meta = CohereMeta(api_version=CohereVersion(), billed_units=CohereUnits(input_tokens=answer.num_tokens))
+    head = {"id": str(uuid.uuid4()), "response_type": "embeddings_by_type", "texts": data.texts, "meta": meta}
+    encoded_head = await asyncio.to_thread(msgspec.json.encode, head) if _is_large(data) else msgspec.json.encode(head)
+    return encoded_head[:-1] + b',"embeddings":{' + b",".join(parts) + b"}}"

@@ -1,0 +1,147 @@
+"""Ollama's `POST /api/embed`, `GET /api/tags` and `GET /api/ps`, over the same core."""
+
+import time
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+from litestar import Controller, MediaType, Request, Response, get
+from litestar.di import NamedDependency
+from litestar.openapi import ResponseSpec
+from litestar.params import JSONBody
+
+from engines.spec import Truncate
+from router.api.decoding import StrictRequest
+from router.api.embeddings import HEADERS
+from router.api.encoding import encode_rows
+from router.api.inference import embed
+from router.api.models import visible_slots
+from router.api.openapi import BEARER, EMBEDDING, GUARDED, failures
+from router.auth.guards import requires
+from router.limits.limiter import TextsHandler, at_the_door
+from router.registry.registry import Registry
+from router.schemas.admin import Slot
+from router.schemas.compat import (
+    OllamaDetails,
+    OllamaModel,
+    OllamaModels,
+    OllamaProcesses,
+    OllamaRequest,
+    OllamaResponse,
+    OllamaRunning,
+)
+from router.schemas.inference import EmbeddingRequest
+from router.server.state import Yard
+
+_LATEST = ":latest"
+_TRUNCATE: dict[bool | None, Truncate] = {True: "end", False: "error"}
+
+
+class OllamaController(Controller):
+    """For clients of Ollama."""
+
+    path = "/api"
+    tags = ("skins",)
+    guards = (requires("embed"),)
+    security = BEARER
+
+    @TextsHandler(
+        "/embed",
+        http_method="POST",
+        status_code=200,
+        guards=(at_the_door,),
+        request_class=StrictRequest,
+        response_headers=HEADERS,
+        summary="Embed texts (Ollama)",
+        responses={200: ResponseSpec(OllamaResponse, generate_examples=False, description="Vectors in input order")}
+        | failures(*EMBEDDING),
+    )
+    async def ollama_embed(
+        self, request: Request[Any, Any, Any], data: JSONBody[OllamaRequest], yard: NamedDependency[Yard]
+    ) -> Response[bytes]:
+        """A model that is not in memory is loaded first."""
+        started_at_s = time.perf_counter()
+        answer = await embed(request, yard, _in_our_words(data, yard.registry))
+        rows = await encode_rows(answer.embeddings)
+        head = {
+            "model": data.model,
+            "total_duration": _nanoseconds(time.perf_counter() - started_at_s),
+            "load_duration": _nanoseconds(answer.embeddings.timings.load_s),
+            "prompt_eval_count": answer.num_tokens,
+        }
+        body = msgspec.json.encode(head)[:-1] + b',"embeddings":' + rows + b"}"
+        return Response(body, media_type=MediaType.JSON, headers=answer.headers)
+
+    @get("/tags", responses=failures(*GUARDED), summary="List the models (Ollama)")
+    async def ollama_tags(self, request: Request[Any, Any, Any], yard: NamedDependency[Yard]) -> OllamaModels:
+        """Those that may be served, in memory or not."""
+        return OllamaModels(
+            models=[_model(slots[0], yard.started_at_s) for slots in visible_slots(request, yard).values()]
+        )
+
+    @get("/ps", responses=failures(*GUARDED), summary="List the models in memory (Ollama)")
+    async def ollama_ps(self, request: Request[Any, Any, Any], yard: NamedDependency[Yard]) -> OllamaProcesses:
+        """One entry for each device that holds the model."""
+        slots = (slot for slots in visible_slots(request, yard).values() for slot in slots)
+        return OllamaProcesses(models=[_running(slot) for slot in slots if slot.state == "ready"])
+
+
+def _in_our_words(data: OllamaRequest, registry: Registry) -> EmbeddingRequest:
+    return EmbeddingRequest(
+        input=data.input if isinstance(data.input, str) else [*data.input],
+        model=_model_name(data.model, registry),
+        dimensions=data.dimensions,
+        truncate=_TRUNCATE.get(data.truncate),
+        keep_alive=_keep_alive(data.keep_alive),
+    )
+
+
+def _model_name(name: str, registry: Registry) -> str:
+    """Ollama's clients add the tag `:latest` to names without one."""
+    is_known = name in registry.models or name in registry.aliases
+    return name if is_known else name.removesuffix(_LATEST)
+
+
+def _keep_alive(given: float | str | None) -> float | str | None:
+    """Every negative time means for ever."""
+    is_negative = (
+        given[:1] == "-" and given[1:2].isdigit() if isinstance(given, str) else given is not None and given < 0
+    )
+    return -1 if is_negative else given
+
+
+def _nanoseconds(seconds: float) -> int:
+    return round(seconds * 1e9)
+
+
+def _time(unix_s: float) -> str:
+    return datetime.fromtimestamp(unix_s, UTC).isoformat()
+
+
+def _details(slot: Slot) -> OllamaDetails:
+    return OllamaDetails(quantization_level=slot.info.dtype if slot.info else "")
+
+
+def _model(slot: Slot, started_at_s: int) -> OllamaModel:
+    return OllamaModel(
+        name=slot.id,
+        model=slot.id,
+        modified_at=_time(started_at_s),
+        size=slot.need_bytes or slot.weight_bytes,
+        digest=slot.revision or "",
+        details=_details(slot),
+    )
+
+
+def _running(slot: Slot) -> OllamaRunning:
+    is_timed = slot.keep_alive_s >= 0 and slot.last_used_at is not None
+    return OllamaRunning(
+        name=slot.id,
+        model=slot.id,
+        size=slot.weight_bytes,
+        size_vram=slot.weight_bytes if slot.device.startswith("cuda") else 0,
+        digest=slot.revision or "",
+        details=_details(slot),
+        expires_at=_time((slot.last_used_at or 0.0) + slot.keep_alive_s) if is_timed else None,
+        context_length=slot.info.max_tokens if slot.info else 0,
+    )

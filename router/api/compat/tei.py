@@ -1,0 +1,93 @@
+"""text-embeddings-inference's `POST /embed` and `GET /info`, over the same core."""
+
+from typing import Any
+
+from litestar import Controller, MediaType, Request, Response, get
+from litestar.di import NamedDependency
+from litestar.openapi import ResponseSpec
+from litestar.params import JSONBody
+
+from engines.spec import Truncate
+from router.api.decoding import StrictRequest
+from router.api.embeddings import HEADERS
+from router.api.encoding import encode_rows
+from router.api.inference import embed, spelt
+from router.api.models import slots_by_model
+from router.api.openapi import BEARER, EMBEDDING, GUARDED, failures
+from router.auth.guards import requires
+from router.auth.model_access import resolve
+from router.limits.limiter import TextsHandler, at_the_door
+from router.schemas.compat import TeiEmbeddingType, TeiInfo, TeiModelType, TeiRequest
+from router.schemas.inference import MAX_INPUTS, EmbeddingRequest
+from router.server.state import Yard
+from router.version import embedyard_version
+
+
+class TeiController(Controller):
+    """For clients of text-embeddings-inference; they name no model, so the default one answers."""
+
+    tags = ("skins",)
+    guards = (requires("embed"),)
+    security = BEARER
+
+    @TextsHandler(
+        "/embed",
+        http_method="POST",
+        status_code=200,
+        guards=(at_the_door,),
+        request_class=StrictRequest,
+        response_headers=HEADERS,
+        summary="Embed texts (text-embeddings-inference)",
+        responses={200: ResponseSpec(list[list[float]], generate_examples=False, description="Vectors in input order")}
+        | failures(*EMBEDDING),
+    )
+    async def tei_embed(
+        self, request: Request[Any, Any, Any], data: JSONBody[TeiRequest], yard: NamedDependency[Yard]
+    ) -> Response[bytes]:
+        """The vectors alone, as numbers."""
+        with spelt(input="inputs", input_type="prompt_name"):
+            answer = await embed(request, yard, _in_our_words(data))
+        body = await encode_rows(answer.embeddings)
+        return Response(body, media_type=MediaType.JSON, headers=answer.headers)
+
+    @get("/info", responses=failures(*GUARDED), summary="The default model (text-embeddings-inference)")
+    async def tei_info(self, request: Request[Any, Any, Any], yard: NamedDependency[Yard]) -> TeiInfo:
+        """The limits are the server's."""
+        spec = resolve(request, yard.registry, None)
+        nearest = slots_by_model(yard)[spec.model_id][0]
+        info, settings = nearest.info, yard.settings
+        return TeiInfo(
+            model_id=spec.model_id,
+            model_sha=nearest.revision or spec.revision,
+            model_dtype=info.dtype if info else spec.dtype,
+            model_type=TeiModelType(
+                embedding=TeiEmbeddingType(pooling="+".join(spec.pooling) if spec.pooling else None)
+            ),
+            max_input_length=info.max_tokens if info else spec.max_tokens,
+            max_concurrent_requests=settings.max_concurrent_requests,
+            max_batch_tokens=spec.max_batch_tokens or settings.max_batch_tokens,
+            max_client_batch_size=MAX_INPUTS,
+            auto_truncate=spec.truncate != "error",
+            tokenization_workers=settings.thread_pool_size,
+            version=embedyard_version(),
+        )
+
+
+def _in_our_words(data: TeiRequest) -> EmbeddingRequest:
+    return EmbeddingRequest(
+        input=data.inputs if isinstance(data.inputs, str) else [*data.inputs],
+        model=data.model,
+        dimensions=data.dimensions,
+        input_type=data.prompt_name,
+        normalize=data.normalize,
+        truncate=_truncate(data),
+    )
+
+
+def _truncate(data: TeiRequest) -> Truncate | None:
+    """Three cases: 1. refused by wish. 2. the end that was named, or a plain yes. 3. nothing said: the model's own."""
+    if data.truncate is False:
+        return "error"  # (1)
+    if data.truncation_direction is not None:
+        return "start" if data.truncation_direction.lower() == "left" else "end"  # (2)
+    return "end" if data.truncate else None  # (2), (3)

@@ -1,0 +1,61 @@
+"""`GET /` and the files of its page, open to everyone: the data behind it needs a key with the scope `admin`.
+
+Knows no models. The page is plain HTML, CSS and ES modules in `router/dashboard/page/`, sent as they are.
+"""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from litestar import Controller, Request, Response, get
+from litestar.di import NamedDependency
+from litestar.exceptions import NotAuthorizedException, NotFoundException
+from litestar.params import FromPath
+
+from router.api.assets import Asset
+from router.server.state import Yard
+
+_PAGE = Path(__file__).parent.parent / "dashboard" / "page"
+_HEADERS = {
+    "content-security-policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+}
+_GUARDED, _OPEN = "index.html", "index.html for everyone"
+_MARKS = (b'data-admin="key"', b'data-admin="open"')
+
+
+class DashboardController(Controller):
+    """The page, and what it is made of."""
+
+    include_in_schema = False
+
+    @get("/")
+    async def page(self, request: Request[Any, Any, Any], yard: NamedDependency[Yard]) -> Response[bytes]:
+        """The dashboard. It is told whether a key is needed: to find out by a refusal would be an error in its log."""
+        return _assets()[_OPEN if _is_open(yard) else _GUARDED].answer(request, _HEADERS)
+
+    @get("/dashboard/{name:str}")
+    async def asset(self, request: Request[Any, Any, Any], name: FromPath[str]) -> Response[bytes]:
+        """A style sheet, a module or the icon."""
+        if name not in _assets():
+            raise NotFoundException
+        return _assets()[name].answer(request, _HEADERS)
+
+
+def _is_open(yard: Yard) -> bool:
+    try:
+        yard.keyring.admit(None, "admin")
+    except NotAuthorizedException:
+        return False
+    return True
+
+
+@cache
+def _assets() -> dict[str, Asset]:
+    """Every file by its name; a name that is not among them reaches no file."""
+    found = {path.name: Asset.of(path.read_bytes(), path.suffix) for path in _PAGE.iterdir()}
+    return found | {_OPEN: Asset.of((_PAGE / _GUARDED).read_bytes().replace(*_MARKS), ".html")}

@@ -1,0 +1,143 @@
+"""From what a client wants to the engines' answer: the one path that OpenAI's route and every skin share."""
+
+import asyncio
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import structlog
+from litestar import Request
+from litestar.exceptions import PermissionDeniedException
+from msgspec import Struct, structs
+
+from engines.errors import EngineFailed, InvalidRequest, NonFiniteEmbedding
+from engines.spec import Calibration, ModelSpec
+from engines.types import EmbedCall, Embeddings, ModelStatus
+from router.api.decoding import decode_token_ids, embed_call
+from router.api.encoding import check_ranges
+from router.auth.guards import key_of
+from router.auth.model_access import resolve
+from router.errors import ClientLeft
+from router.limits.limiter import estimate_tokens, ticket_of
+from router.observability.request_context import visit_of
+from router.schemas.inference import EmbeddingRequest
+from router.server.application import while_client_stays
+from router.server.state import Yard
+
+log = structlog.get_logger()
+
+_KEEP_ALIVE = (
+    "This key may not set keep_alive, which moves a model that others use: leave it out, or give the key "
+    "`keep_alive: true` in KEYS_FILE"
+)
+"""Refused rather than left aside: who asked for it would rely on it."""
+_SHORT = 256
+"""Characters, or ids, of inputs that every model reads whole: what a model reads need not be looked up for them."""
+
+
+class Answer(Struct, frozen=True):
+    """The vectors, the id of the model that computed them, also when an alias was asked, and its calibration."""
+
+    model_id: str
+    embeddings: Embeddings
+    calibration: Calibration | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens run through the model, special tokens included."""
+        return sum(self.embeddings.token_counts)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """`Server-Timing` in milliseconds, and the inputs that were cut, if any."""
+        spent = self.embeddings.timings
+        parts = {"load": spent.load_s, "tokenize": spent.tokenize_s, "queue": spent.queue_s, "forward": spent.forward_s}
+        headers = {"server-timing": ", ".join(f"{name};dur={seconds * 1000:.1f}" for name, seconds in parts.items())}
+        if self.embeddings.truncated:
+            headers["x-embed-truncated"] = ",".join(map(str, self.embeddings.truncated))
+        return headers
+
+
+async def embed(request: Request[Any, Any, Any], yard: Yard, wanted: EmbeddingRequest) -> Answer:
+    """Embed as `wanted` says, which for a skin is what its request means in our words.
+
+    A model that is not in memory is loaded first. The work ends when the client leaves.
+    """
+    spec = resolve(request, yard.registry, wanted.model)
+    call = embed_call(wanted, spec.model_id, load_timeout_s=yard.settings.load_timeout_s)
+    caller = yard.keyring.caller_of(key_of(request))
+    if caller:
+        call = structs.replace(call, caller=caller)
+    if call.keep_alive_s is not None and not yard.keyring.may_keep_alive(key_of(request)):
+        raise PermissionDeniedException(_KEEP_ALIVE)
+    check_ranges(spec, (wanted.output_dtype,), call.num_items, wanted.normalize)
+    if call.token_ids and spec.token_encoding is not None:
+        texts = await decode_token_ids(spec.token_encoding, call.token_ids)
+        call = structs.replace(call, texts=texts, token_ids=())
+    began_s = time.perf_counter()
+    run = _run_counted if ticket_of(request).counts_tokens else _run
+    embeddings = await run(request, yard, spec, call)
+    visit_of(request).embedded(embeddings, began_s)
+    if embeddings.truncated:
+        log.warning("inputs.truncated", inputs=call.num_items, truncated=len(embeddings.truncated))
+    return Answer(spec.model_id, embeddings, spec.calibration)
+
+
+async def _run(request: Request[Any, Any, Any], yard: Yard, spec: ModelSpec, call: EmbedCall) -> Embeddings:
+    async with while_client_stays(request):
+        return await yard.backend.embed(call)
+
+
+async def _run_counted(request: Request[Any, Any, Any], yard: Yard, spec: ModelSpec, call: EmbedCall) -> Embeddings:
+    """The same where the caller's tokens are limited. Four cases:
+
+    1. answered: the tokens that the model read are charged, whatever becomes of the answer.
+    2. the client left: as many as were reserved, because nobody tells how far its work had come; none as long as the
+       model was not in memory.
+    3. the forward pass failed: as many as were reserved, or a text that makes it fail would compute for nothing.
+    4. refused, or failed before it ran: none.
+    """
+    ticket = ticket_of(request)
+    longest = _longest(yard, spec, call)
+    await ticket.reserve(estimate_tokens(call, longest), is_certain=longest is not None)
+    used = 0
+    try:
+        embeddings = await _run(request, yard, spec, call)
+        used = sum(embeddings.token_counts)  # (1)
+        return embeddings
+    except (ClientLeft, asyncio.CancelledError):
+        used = ticket.reserved_tokens if _is_ready(yard, spec.model_id) else 0  # (2)
+        raise
+    except (EngineFailed, NonFiniteEmbedding):
+        used = ticket.reserved_tokens  # (3)
+        raise
+    finally:
+        await ticket.settle(used)
+
+
+def _longest(yard: Yard, spec: ModelSpec, call: EmbedCall) -> int | None:
+    """Tokens that the model reads of one input; None where an input is long and the model has never been in memory."""
+    if spec.max_tokens is not None:
+        return spec.max_tokens
+    if max(map(len, call.texts or call.token_ids)) <= _SHORT:
+        return _SHORT
+    return next((status.info.max_tokens for status in _statuses(yard, spec.model_id) if status.info is not None), None)
+
+
+def _is_ready(yard: Yard, model_id: str) -> bool:
+    return any(status.state == "ready" for status in _statuses(yard, model_id))
+
+
+def _statuses(yard: Yard, model_id: str) -> Iterator[ModelStatus]:
+    return (status for host in yard.backend.snapshots() for status in host.models if status.model_id == model_id)
+
+
+@contextmanager
+def spelt(**names: str) -> Iterator[None]:
+    """Inside, a refusal names the request's fields as the skin spells them: `spelt(input="texts")`."""
+    try:
+        yield
+    except InvalidRequest as error:
+        error.param = names.get(error.param or "", error.param)
+        raise

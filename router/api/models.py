@@ -1,0 +1,108 @@
+"""`GET /v1/models`: what may be served, in OpenAI's words, and beside them what this server knows."""
+
+from collections.abc import Sequence
+from pathlib import PurePath
+from typing import Any
+
+from litestar import Controller, Request, get
+from litestar.di import NamedDependency
+from msgspec import structs
+
+from engines.spec import ModelSpec
+from engines.types import ModelStatus, State
+from router.api.openapi import BEARER, GUARDED, failures
+from router.auth.guards import key_of, requires
+from router.auth.model_access import may_use
+from router.schemas.admin import Slot
+from router.schemas.inference import Model, ModelList
+from router.server.state import Yard
+
+_NEAREST_FIRST: tuple[State, ...] = (
+    "ready", "warming", "loading", "waiting_space", "fetching", "draining", "unloading", "cold", "failed", "absent",
+    "retired",
+)  # fmt: skip
+
+
+class ModelsController(Controller):
+    """OpenAI's model list."""
+
+    path = "/v1/models"
+    tags = ("models",)
+    guards = (requires("embed"),)
+    security = BEARER
+
+    @get(responses=failures(*GUARDED), summary="List the models")
+    async def list_models(self, request: Request[Any, Any, Any], yard: NamedDependency[Yard]) -> ModelList:
+        """Those that the key may use, in memory or not."""
+        found = visible_slots(request, yard).items()
+        specs = yard.registry.models
+        return ModelList(data=[_model(yard, specs[model_id], slots) for model_id, slots in found if model_id in specs])
+
+    @get("/{model_id:str}", responses=failures(*GUARDED, "model_not_found", "model_not_allowed"), summary="One model")
+    async def retrieve_model(self, yard: NamedDependency[Yard], spec: NamedDependency[ModelSpec]) -> Model:
+        """By id or alias."""
+        return _model(yard, spec, slots_by_model(yard)[spec.model_id])
+
+
+def visible_slots(request: Request[Any, Any, Any], yard: Yard) -> dict[str, list[Slot]]:
+    """The same as `slots_by_model`, of those models that the key of the request may use."""
+    key, registry = key_of(request), yard.registry
+    return {name: slots for name, slots in slots_by_model(yard).items() if may_use(key, registry, name)}
+
+
+def slots_by_model(yard: Yard) -> dict[str, list[Slot]]:
+    """Every model's slots on all hosts, the one nearest to serving first; a model that no host knows is absent."""
+    found: dict[str, list[Slot]] = {model_id: [] for model_id in yard.registry.models}
+    for host in yard.backend.snapshots():
+        for status in host.models:
+            found.setdefault(status.model_id, []).append(_slot(status))
+    for model_id, slots in found.items():
+        if not slots:
+            spec = yard.registry.models[model_id]
+            absent = ModelStatus(
+                model_id=model_id,
+                state="absent",
+                host_id="",
+                device=spec.device,
+                source=spec.source,
+                pinned=spec.pinned,
+            )
+            slots.append(_slot(absent))
+        slots.sort(key=lambda slot: _NEAREST_FIRST.index(slot.state))
+    return found
+
+
+def _slot(status: ModelStatus) -> Slot:
+    return Slot(id=status.model_id, **structs.asdict(status))
+
+
+def _model(yard: Yard, spec: ModelSpec, slots: Sequence[Slot]) -> Model:
+    nearest, info = slots[0], slots[0].info
+    return Model(
+        id=spec.model_id,
+        created=yard.started_at_s,
+        owned_by=_owner(spec.model_id),
+        state=nearest.state,
+        source=_public_source(spec.source),
+        aliases=yard.registry.aliases_of(spec.model_id),
+        dimensions=info.dimensions if info else None,
+        matryoshka=info.matryoshka if info else spec.matryoshka,
+        max_tokens=info.max_tokens if info else spec.max_tokens,
+        prompts=info.prompts if info else spec.prompts,
+        dtype=info.dtype if info else spec.dtype,
+        device=nearest.device,
+        memory_bytes=sum(slot.weight_bytes + slot.workspace_bytes for slot in slots),
+        revision=nearest.revision or spec.revision,
+        trust_remote_code=spec.trust_remote_code,
+    )
+
+
+def _owner(model_id: str) -> str:
+    organisation, slash, _ = model_id.partition("/")
+    return organisation if slash else "embedyard"
+
+
+def _public_source(source: str) -> str:
+    """Clients may know which folder a model came from, not where on this machine it lies."""
+    is_local = source.startswith(("/", ".", "~"))
+    return f"local:{PurePath(source).name}" if is_local else source

@@ -1,0 +1,78 @@
+"""Whether the process lives, and whether it takes work. Open to everyone, so that probes need no key."""
+
+import asyncio
+import time
+from typing import Any
+
+from litestar import Controller, Request, Response, get
+from litestar.di import NamedDependency
+from litestar.handlers import BaseRouteHandler
+from litestar.openapi import ResponseSpec
+
+from router.api.openapi import BEARER, GUARDED, failures
+from router.auth.guards import Connection, is_foreign, requires
+from router.limits.limiter import Limiter
+from router.observability.exporter import Reading, Scrape
+from router.observability.recorder import Meters
+from router.schemas.admin import Status
+from router.server.state import Yard
+from router.version import embedyard_version
+
+_TEXT = ResponseSpec(
+    str, media_type="text/plain", generate_examples=False, description="Prometheus' text format, or OpenMetrics"
+)
+
+
+_requires_admin = requires("admin")
+
+
+async def _local_or_admin(connection: Connection, handler: BaseRouteHandler) -> None:
+    """On loopback it is open to programs of this machine, and to no page in a browser there."""
+    yard: Yard = connection.app.state.yard
+    if not yard.settings.is_loopback or is_foreign(connection, yard.settings):
+        await _requires_admin(connection, handler)
+
+
+class MetricsController(Controller):
+    """For Prometheus."""
+
+    tags = ("health",)
+    guards = (_local_or_admin,)
+    security = BEARER
+
+    @get("/metrics", responses={200: _TEXT} | failures(*GUARDED), summary="What was counted and measured")
+    async def metrics(self, request: Request[Any, Any, Any], yard: NamedDependency[Yard]) -> Response[bytes]:
+        """Open when the server listens on loopback, else for keys with the scope `admin`."""
+        meters: Meters = request.app.state.meters
+        limiter: Limiter = request.app.state.limiter
+        reading = Reading(
+            hosts=yard.backend.snapshots(),
+            faults=frozenset(yard.backend.check()),
+            is_ready=yard.is_ready,
+            version=embedyard_version(),
+            now_s=time.time(),
+            is_limit_storage_up=not limiter.store.is_down,
+        )
+        scrape = Scrape(meters, reading)
+        body, content_type = await asyncio.to_thread(scrape.text, request.headers.get("accept", ""))
+        if content_type.startswith("text/"):
+            content_type = content_type.removesuffix("; charset=utf-8")  # Litestar adds its own
+        return Response(body, media_type=content_type)
+
+
+class HealthController(Controller):
+    """For load balancers and orchestrators."""
+
+    tags = ("health",)
+
+    @get("/health", responses=failures("device_down"), summary="Is it alive?")
+    async def health(self, yard: NamedDependency[Yard]) -> Status:
+        """200 as long as the process serves; 503 with the reason when it must be restarted."""
+        yard.check_health()
+        return Status(status="ok")
+
+    @get("/ready", responses=failures("shutting_down", "device_down"), summary="Does it take work?")
+    async def ready(self, yard: NamedDependency[Yard]) -> Status:
+        """200 when new work is taken, 503 while the server drains, or when no device can do any."""
+        yard.check_ready()
+        return Status(status="ready")

@@ -1,0 +1,207 @@
+"""`Backend`: what controllers know of everything below them. Where the hosts live is this module's secret."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import TypeVar
+
+from msgspec import structs
+
+from engines.errors import EngineError, InvalidValue
+from engines.host import Host
+from engines.spec import ModelSpec
+from engines.types import Budget, EmbedCall, Embeddings, Event, HostSnapshot, ModelStatus, Plan
+from router.backends.base import SIZE_S, is_newly_wanted, is_wanted, no_host, no_model
+from router.backends.placement import AWAY, further, most_hopeful, moves_on, places, rank
+from router.backends.worker_config import machine_config
+from router.config.settings import Settings, usable_cores
+from router.registry.registry import Registry
+
+Answer = TypeVar("Answer")
+
+
+class LocalBackend:
+    """One host per device, all in this process and on this event loop.
+
+    The hosts share one `Files`, so a model is fetched once for all of them.
+
+    A placement is on record as soon as it is chosen: the host's slot has the claim before this loop does anything else,
+    and `rank` reads slots.
+
+    Args:
+        hosts: at least one.
+        specs: the models to serve, as the hosts know them.
+        on_close: called when all hosts are closed, for what they shared.
+    """
+
+    def __init__(
+        self, hosts: Sequence[Host], specs: Mapping[str, ModelSpec], on_close: Callable[[], None] = lambda: None
+    ) -> None:
+        self._hosts = {host.config.host_id: host for host in hosts}
+        self._specs = dict(specs)
+        self._on_close = on_close
+
+    async def start(self) -> None:
+        await asyncio.gather(*(host.start() for host in self._hosts.values()))
+        await self._load_wanted(spec for spec in self._specs.values() if is_wanted(spec))
+
+    async def embed(self, call: EmbedCall) -> Embeddings:
+        """On the host where it is ready, else on the best; a host that cannot have it passes the call on."""
+        hosts = self._suitable(call.model_id)
+        if self._specs[call.model_id].replicas > 1:
+            await self._spread(call.model_id, hosts)
+        if len(hosts) == 1:
+            return await hosts[0].embed(call)
+        loop = asyncio.get_running_loop()
+        until_s = loop.time() + call.load_timeout_s
+
+        async def embed(host: Host, may_move: bool) -> Embeddings:
+            left_s = max(0.0, until_s - loop.time())
+            return await host.embed(structs.replace(call, load_timeout_s=left_s, may_move=may_move))
+
+        return await self._at_the_first_that_can(call.model_id, hosts, embed)
+
+    async def preload(
+        self, model_id: str, *, pin: bool = False, wait: bool = True, host_id: str | None = None
+    ) -> ModelStatus:
+        async def preload(host: Host, may_move: bool) -> ModelStatus:
+            return await host.preload(model_id, pin=pin, wait=wait, may_move=may_move)
+
+        return await self._at_the_first_that_can(model_id, self._suitable(model_id, host_id), preload)
+
+    async def evict(self, model_id: str, *, force: bool = False, timeout_s: float = 30.0) -> tuple[ModelStatus, ...]:
+        """Everywhere at once; all hosts are heard before one's refusal is raised."""
+        evictions = (host.evict(model_id, force=force, timeout_s=timeout_s) for host in self._suitable(model_id))
+        outcomes = await asyncio.gather(*evictions, return_exceptions=True)
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
+        return tuple(outcome for outcome in outcomes if isinstance(outcome, ModelStatus))
+
+    async def plan(self, model_id: str) -> Plan:
+        hosts = self._suitable(model_id)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.gather(*(host.size(model_id) for host in hosts)), SIZE_S)
+        return self._ranked(model_id, hosts)[0].plan(model_id)
+
+    async def reload(self, specs: Mapping[str, ModelSpec], budget: Budget | None = None) -> None:
+        """A model that was wanted before, and left, is not loaded again because another one changed."""
+        before, self._specs = self._specs, dict(specs)
+        for host in self._hosts.values():
+            await host.reload(specs, budget)
+        await self._load_wanted(spec for spec in specs.values() if is_newly_wanted(before.get(spec.model_id), spec))
+
+    async def recycle(self, host_id: str) -> None:
+        """Never possible: who ends the process ends the server."""
+        if host_id not in self._hosts:
+            no_host(host_id, self._hosts)
+        raise InvalidValue(
+            f"host {host_id!r} runs in the server's own process, so it cannot be started anew alone: restart the "
+            "server, or serve with BACKEND=process"
+        )
+
+    def snapshots(self) -> tuple[HostSnapshot, ...]:
+        return tuple(host.snapshot() for host in self._hosts.values())
+
+    def check(self) -> Mapping[str, str]:
+        return {host_id: fault for host_id, host in self._hosts.items() if (fault := host.check())}
+
+    def events(self, after: Mapping[str, int] | None = None) -> AsyncIterator[Event]:
+        known = after or {}
+        return merged([host.events(known.get(host_id)) for host_id, host in self._hosts.items()])
+
+    async def aclose(self, *, grace_s: float = 30.0) -> None:
+        await asyncio.gather(*(host.aclose(grace_s=grace_s) for host in self._hosts.values()))
+        on_close, self._on_close = self._on_close, lambda: None
+        on_close()
+
+    # ---- choosing ----
+
+    def _suitable(self, model_id: str, host_id: str | None = None) -> list[Host]:
+        """Hosts on whose device the registry lets the model run; those that are down only when there is no other."""
+        spec = self._specs.get(model_id)
+        if spec is None:
+            no_model(model_id)
+        if host_id is not None and host_id not in self._hosts:
+            no_host(host_id, self._hosts)
+        devices = {name: host.config.device for name, host in self._hosts.items() if host_id in (None, name)}
+        hosts = [self._hosts[name] for name in places(spec, devices)]
+        return [host for host in hosts if not host.fault] or hosts
+
+    async def _at_the_first_that_can(
+        self, model_id: str, hosts: Sequence[Host], ask: Callable[[Host, bool], Awaitable[Answer]]
+    ) -> Answer:
+        """Ask the best host, and the next one where that cannot have the model; nobody is told before all have failed.
+
+        They are ranked anew each time, for much may have happened during a load that failed.
+        """
+        left = list(hosts)
+        refusal: EngineError | None = None
+        while left:
+            host = self._ranked(model_id, left)[0]
+            left.remove(host)
+            try:
+                return await ask(host, bool(left))
+            except EngineError as error:
+                if not moves_on(error):
+                    raise
+                refusal = most_hopeful(refusal, error)
+        assert refusal is not None, "there is at least one host"
+        raise refusal
+
+    def _ranked(self, model_id: str, hosts: Sequence[Host]) -> list[Host]:
+        """Best first. Two cases: 1. ready somewhere: the least busy of those; 2. `rank` decides."""
+        ready = [host for host in hosts if host.state(model_id) == "ready"]
+        if ready:
+            return ready if len(ready) == 1 else sorted(ready, key=lambda host: host.status(model_id).leases)  # (1)
+        need_bytes = max(host.plan(model_id).need_bytes for host in hosts)
+        ids = rank(model_id, need_bytes, [host.snapshot() for host in hosts])
+        return [self._hosts[host_id] for host_id in ids]  # (2)
+
+    async def _spread(self, model_id: str, hosts: Sequence[Host]) -> None:
+        """One more copy begins to load when all that are ready are busy; nobody waits for it."""
+        ready = [host for host in hosts if host.state(model_id) == "ready"]
+        if ready and all(host.status(model_id).leases for host in ready):
+            need_bytes = max(host.plan(model_id).need_bytes for host in hosts)
+            snapshots = [host.snapshot() for host in hosts]
+            host_id = further(self._specs[model_id], need_bytes, snapshots)
+            if host_id is not None:
+                with suppress(EngineError):  # the model is ready elsewhere
+                    await self._hosts[host_id].preload(model_id, wait=False)
+
+    async def _load_wanted(self, specs: Iterable[ModelSpec]) -> None:
+        """Those that no host has or expects, in the registry's order."""
+        for spec in specs:
+            hosts = [host for host in self._hosts.values() if host.state(spec.model_id) is not None]
+            if hosts and all(host.state(spec.model_id) in AWAY for host in hosts):
+                await self._ranked(spec.model_id, hosts)[0].preload(spec.model_id, wait=False)
+
+
+def open_local_backend(settings: Settings, registry: Registry) -> LocalBackend:
+    """One host for each device of this machine, not started yet.
+
+    Raises:
+        InvalidValue: a device is asked for that is not here.
+    """
+    from engines.machine import Machine  # late: torch takes seconds to import
+
+    budget = settings.memory_budget or registry.memory_budget
+    machine = Machine(machine_config(settings, budget, settings.device, usable_cores()), registry.models)
+    return LocalBackend(machine.hosts, registry.models, machine.close)
+
+
+async def merged(streams: Sequence[AsyncIterator[Event]]) -> AsyncIterator[Event]:
+    """Several streams as one, in the order of arrival; it ends when all have ended."""
+    upcoming = {asyncio.ensure_future(anext(stream)): stream for stream in streams}
+    try:
+        while upcoming:
+            done, _ = await asyncio.wait(upcoming, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                stream = upcoming.pop(task)
+                if not isinstance(task.exception(), StopAsyncIteration):
+                    yield task.result()
+                    upcoming[asyncio.ensure_future(anext(stream))] = stream
+    finally:
+        for task in upcoming:
+            task.cancel()
+        await asyncio.gather(*upcoming, return_exceptions=True)

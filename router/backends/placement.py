@@ -1,0 +1,156 @@
+"""Which host should take a model: a pure function of snapshots, the same wherever the hosts live.
+
+A host that only waits for memory is not the model's home yet, but the bytes it has promised count: otherwise a herd of
+cold models over-commits one host while another stands empty.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+
+from engines.errors import EngineError, LoadFailed, ModelTooLarge, OutOfMemory, Unavailable
+from engines.host import suits
+from engines.spec import ModelSpec
+from engines.types import HostSnapshot, ModelStatus, State
+
+AWAY = ("absent", "cold", "failed")
+"""States of a model that a host neither has nor expects."""
+_RESIDENT = {"ready": 0, "warming": 1, "loading": 2}
+_EXPECTED = ("fetching", "waiting_space")
+
+_OF_THE_HOST = frozenset({"load", "out_of_memory", "self_check_failed", "load_hangs"})
+"""Kinds of failed loads that may be the host's fault; others are the files' or the hub's, the same everywhere."""
+
+_FITS = 2
+_FAILED = 4
+_NOT_NOW = 5
+Key = tuple[int, float, bool, int]
+
+
+def places(spec: ModelSpec, devices: Mapping[str, str]) -> list[str]:
+    """The hosts (id → device) on whose device the registry lets the model run.
+
+    Raises:
+        LoadFailed: there is none.
+    """
+    found = [host_id for host_id, device in devices.items() if suits(device, spec.device)]
+    if not found:
+        raise LoadFailed(
+            f"model {spec.model_id!r} is for device {spec.device!r}, and this server has "
+            f"{', '.join(dict.fromkeys(devices.values()))}; change its `device` in the registry, or DEVICE",
+            retry_after_s=300.0,
+            kind="no_device",
+        )
+    return found
+
+
+def moves_on(error: EngineError) -> bool:
+    """Whether another host may have the model that this one could not."""
+    if isinstance(error, LoadFailed):
+        return error.kind in _OF_THE_HOST
+    return isinstance(error, ModelTooLarge) or (isinstance(error, OutOfMemory) and error.stage == "load")
+
+
+def most_hopeful(one: EngineError | None, other: EngineError) -> EngineError:
+    """Of what two hosts said, what the caller is told: rather that it may ask again, and rather soon."""
+    return other if one is None or _wait_s(other) < _wait_s(one) else one
+
+
+def _wait_s(error: EngineError) -> float:
+    return error.retry_after_s if isinstance(error, Unavailable) else float("inf")
+
+
+def rank(model_id: str, need_bytes: int, snapshots: Iterable[HostSnapshot]) -> list[str]:
+    """Host ids, best first. `need_bytes`: what the model takes, 0 when unknown.
+
+    1. where it is resident, the readier first;
+    2. where it fits into free memory that nobody has claimed;
+    3. where others must leave, the longest idle first;
+    4. where it failed to load and has not been tried since;
+    5. where it cannot be had now: too busy, too small, held by other processes, or draining.
+    Within each: a host that expects the model already, then rendezvous hashing.
+    """
+    keys = {host.host_id: _key(model_id, need_bytes, host) for host in snapshots}
+    return sorted(keys, key=lambda host_id: keys[host_id])
+
+
+def further(spec: ModelSpec, need_bytes: int, snapshots: Sequence[HostSnapshot]) -> str | None:
+    """Where one more copy of a busy model may go, as `replicas` in the registry allows; None when it may not.
+
+    A copy takes free memory only: it would be no gain if another model had to leave for it, and come back. Where the
+    model failed to load its quarantine holds: a preload, as an operator's, would end it, with every busy request.
+    """
+    having = [host for host in snapshots if _has_or_expects(spec.model_id, host)]
+    if len(having) >= spec.replicas:
+        return None
+    rest = {
+        host.host_id: _key(spec.model_id, need_bytes, host)
+        for host in snapshots
+        if host not in having and not host.is_draining and _state(spec.model_id, host) != "failed"
+    }
+    best = min(rest, key=lambda host_id: rest[host_id], default=None)
+    return best if best is not None and rest[best][0] == _FITS else None
+
+
+def _has_or_expects(model_id: str, host: HostSnapshot) -> bool:
+    status = _status(model_id, host)
+    return status is not None and (status.state not in AWAY or status.waiters > 0)
+
+
+def _state(model_id: str, host: HostSnapshot) -> State | None:
+    status = _status(model_id, host)
+    return status.state if status is not None else None
+
+
+def _status(model_id: str, host: HostSnapshot) -> ModelStatus | None:
+    return next((status for status in host.models if status.model_id == model_id), None)
+
+
+def _key(model_id: str, need_bytes: int, host: HostSnapshot) -> Key:
+    status = _status(model_id, host)
+    is_expected = status is not None and (status.state in _EXPECTED or status.waiters > 0)
+    tier, order = _tier(need_bytes, host, status, is_expected=is_expected)
+    return tier, order, not is_expected, -_weight(model_id, host.host_id)
+
+
+def _tier(need_bytes: int, host: HostSnapshot, status: ModelStatus | None, *, is_expected: bool) -> tuple[int, float]:
+    is_stuck = bool(host.stuck) and status is not None and status.state not in ("ready", "warming")
+    if host.is_draining or status is None or is_stuck or need_bytes > host.budget_bytes:
+        return _NOT_NOW, float(host.is_draining)
+    if status.state in _RESIDENT:
+        return 1, _RESIDENT[status.state]
+    claimed = host.claimed_bytes if not is_expected else max(0, host.claimed_bytes - need_bytes)
+    missing = need_bytes + claimed - _free_bytes(host)
+    used_at = _last_victim_used_at(host, missing) if missing > 0 else 0.0
+    if used_at is None:
+        return _NOT_NOW, -1.0
+    if status.state == "failed":
+        return _FAILED, used_at
+    return (3, used_at) if missing > 0 else (_FITS, 0.0)
+
+
+def _free_bytes(host: HostSnapshot) -> int:
+    """What of the budget neither our models nor other processes hold."""
+    if host.ceiling_bytes is None:
+        return host.free_bytes
+    return min(host.free_bytes, host.ceiling_bytes - host.used_bytes - host.workspace_bytes)
+
+
+def _last_victim_used_at(host: HostSnapshot, missing_bytes: int) -> float | None:
+    """When the most recently used of those that must leave was used; None when all that may leave are not enough.
+
+    Older claims take the first victims, for their bytes are part of `missing_bytes`.
+    """
+    statuses = {status.model_id: status for status in host.models}
+    for model_id in host.residents:
+        victim = statuses.get(model_id)
+        if victim is None or victim.pinned or victim.leases or victim.state != "ready":
+            continue
+        missing_bytes -= victim.weight_bytes
+        if missing_bytes <= 0:
+            return victim.last_used_at or 0.0
+    return None
+
+
+def _weight(model_id: str, host_id: str) -> int:
+    """Rendezvous hashing: hosts come and go, and only their own models move."""
+    return int.from_bytes(hashlib.blake2b(f"{model_id}\0{host_id}".encode(), digest_size=8).digest())

@@ -1,0 +1,120 @@
+"""Puts the hosts on a cluster, as one Serve deployment with a replica for each device."""
+
+import socket
+
+import ray
+from msgspec import Struct
+from ray import serve as serve
+from ray.serve.config import RequestRouterConfig
+
+from engines.errors import InvalidValue
+from router.backends.ray.environment import APP, DEPLOYMENT, HEALTH_PERIOD_S, STATS_PERIOD_S, named_address
+from router.backends.ray.replica import HostReplica
+from router.backends.worker_config import Birth, open_real_host
+from router.config.settings import Settings, load_settings
+from router.registry.generation import first_generation
+from router.registry.registry import Registry, open_registry
+
+_KNOCK_S = 10.0
+_HEALTH_TIMEOUT_S = 30.0
+"""A load may hold a host's interpreter for seconds."""
+
+
+class Plan(Struct, frozen=True, kw_only=True):
+    """How many hosts, and what of a node each of them takes."""
+
+    hosts: int
+    gpus: float = 0.0
+    cpus: float = 1.0
+
+
+def connect(address: str | None) -> None:
+    """Join the cluster; `None` is the one that `RAY_ADDRESS` names, or that runs on this machine.
+
+    Raises:
+        InvalidValue: there is none.
+    """
+    if ray.is_initialized():
+        return
+    address = address or named_address()
+    try:
+        _knock(address)
+        ray.init(address=address or "auto", log_to_driver=False, logging_level="warning", namespace=APP)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InvalidValue(
+            f"no Ray cluster answers at {address or 'this machine'}: start one with `ray start --head`, or name its "
+            f"address in RAY_ADDRESS ({type(error).__name__}: {str(error).splitlines()[0]})"
+        ) from error
+
+
+def _knock(address: str | None) -> None:
+    """Raise OSError where nobody listens: Ray itself would try for minutes."""
+    host, colon, port = (address or "").rpartition(":")
+    if colon and port.isdigit() and "/" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_S).close()
+
+
+def one_per_device(cpus: float) -> Plan:
+    """A host for each GPU of the cluster; where there is none, one for each node."""
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    if gpus:
+        return Plan(hosts=gpus, gpus=1.0, cpus=cpus)
+    return Plan(hosts=max(1, sum(node["Alive"] for node in ray.nodes())), cpus=cpus)
+
+
+def deploy(birth: Birth, plan: Plan) -> None:
+    """Put the hosts there, or bring those that are there up to date; returns when all of them are ready."""
+    serve.start(proxy_location="Disabled")
+    serve.run(application(birth, plan), name=APP, route_prefix=None, blocking=False)
+
+
+def remove() -> None:
+    """End the hosts."""
+    serve.delete(APP)
+
+
+def application(birth: Birth, plan: Plan) -> serve.Application:
+    """The deployment, with its arguments."""
+    settings = birth.settings
+    deployment = serve.deployment(
+        HostReplica,
+        name=DEPLOYMENT,
+        num_replicas=plan.hosts,
+        ray_actor_options={"num_gpus": plan.gpus, "num_cpus": plan.cpus},
+        max_ongoing_requests=settings.max_concurrent_requests + 16,  # operators' calls, beside a full house
+        max_queued_requests=settings.max_concurrent_requests,
+        health_check_period_s=HEALTH_PERIOD_S,
+        health_check_timeout_s=_HEALTH_TIMEOUT_S,
+        graceful_shutdown_timeout_s=settings.grace_seconds,
+        request_router_config=RequestRouterConfig(
+            request_router_class="router.backends.ray.request_router:YardRouter",
+            request_routing_stats_period_s=STATS_PERIOD_S,
+            request_routing_stats_timeout_s=_HEALTH_TIMEOUT_S,
+        ),
+    )
+    return deployment.bind(birth)
+
+
+def birth_of(settings: Settings, registry: Registry, plan: Plan) -> Birth:
+    """What every replica is told. Its device is the first that its node gives it."""
+    return Birth(
+        host_id="",
+        device="cuda" if plan.gpus else "cpu",
+        cores=max(1, int(plan.cpus)),
+        specs=registry.models,
+        budget=settings.memory_budget or registry.memory_budget,
+        settings=settings,
+        open=open_real_host,
+        generation=first_generation(registry.models),
+    )
+
+
+def from_environment(args: dict[str, str]) -> serve.Application:
+    """The application for a Serve config file (`import_path: router.backends.ray.deploy:from_environment`).
+
+    Args:
+        args: `hosts`, `gpus` and `cpus` of a `Plan`.
+    """
+    settings = load_settings()
+    plan = Plan(hosts=int(args.get("hosts", 1)), gpus=float(args.get("gpus", 0)), cpus=float(args.get("cpus", 1)))
+    return application(birth_of(settings, open_registry(settings), plan), plan)

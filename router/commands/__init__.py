@@ -1,4 +1,0 @@
-"""The subcommands of `embedyard`, one module each, with the click command in `command`.
-
-`router/cli.py` imports them one at a time; nothing here imports another.
-"""

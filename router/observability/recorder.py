@@ -1,0 +1,156 @@
+"""The values of the metrics that are counted: from visits when they end, and from the events of the hosts.
+
+Nothing else in the server counts: what is measured below comes back with answers and events, and ends here.
+"""
+
+from collections.abc import AsyncIterator, Callable
+from typing import TypeVar
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+from prometheus_client.process_collector import ProcessCollector
+
+from engines.types import Batch, Embeddings, Event
+from router.observability import metrics
+from router.observability.metrics import Metric
+from router.observability.request_context import PROBES, Stage, Visit
+
+_REFUSALS = (429, 503)
+
+
+_STAGES = {
+    "lease": metrics.LOAD_WAIT_SECONDS,
+    "tokenize": metrics.TOKENIZE_SECONDS,
+    "queue": metrics.QUEUE_SECONDS,
+    "forward": metrics.FORWARD_SECONDS,
+    "encode": metrics.ENCODE_SECONDS,
+}
+
+
+Child = TypeVar("Child")
+
+
+disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter, of no use here
+
+
+class Meters:
+    """One server's values. `registry` holds them, and those of the process (memory, CPU, open files)."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        self._counters: dict[Metric, Counter] = {}
+        self._histograms: dict[Metric, Histogram] = {}
+        for metric in metrics.ALL:
+            if metric.kind == "counter":
+                self._counters[metric] = Counter(metric.name, metric.meaning, metric.labels, registry=self.registry)
+            elif metric.kind == "histogram":
+                self._histograms[metric] = Histogram(
+                    metric.name, metric.meaning, metric.labels, buckets=metric.buckets, registry=self.registry
+                )
+        self.in_flight = Gauge(metrics.IN_FLIGHT.name, metrics.IN_FLIGHT.meaning, registry=self.registry)
+        self._children: dict[tuple[Metric, tuple[str, ...]], object] = {}
+
+    def add(self, metric: Metric, *labels: str, amount: float = 1.0) -> None:
+        """Count; `labels` in the order of the declaration."""
+        self._child(metric, labels, self._counters[metric].labels).inc(amount)
+
+    def observe(self, metric: Metric, *labels: str, value: float) -> None:
+        """One value of a histogram."""
+        if labels:
+            self._child(metric, labels, self._histograms[metric].labels).observe(value)
+        else:
+            self._histograms[metric].observe(value)
+
+    def record(self, visit: Visit) -> None:
+        """A visit that has ended."""
+        self.add(metrics.REQUESTS, visit.route or "other", visit.model, str(visit.status), visit.code)
+        if visit.status in _REFUSALS and visit.route not in PROBES:
+            self.add(metrics.REJECTED, visit.model, visit.code)
+        if visit.answer is not None and visit.status == 200:
+            self.observe(metrics.REQUEST_SECONDS, visit.model, value=visit.seconds)
+            self._record_stages(visit.model, visit.stages)
+            self._record_answer(visit.model, visit.answer)
+
+    def _record_stages(self, model: str, stages: list[Stage]) -> None:
+        for stage in stages:
+            metric = _STAGES.get(stage.name)
+            if metric is not None:
+                self.observe(metric, model, value=stage.seconds)
+
+    def _record_answer(self, model: str, answer: Embeddings) -> None:
+        self.add(metrics.INPUTS, model, amount=len(answer.token_counts))
+        self.add(metrics.PROMPT_TOKENS, model, amount=sum(answer.token_counts))
+        if answer.truncated:
+            self.add(metrics.TRUNCATED, model, amount=len(answer.truncated))
+        if answer.reused:
+            self.add(metrics.REUSED, model, amount=answer.reused)
+        if answer.recalled:
+            self.add(metrics.CACHED, model, amount=answer.recalled)
+        for batch in answer.batches:
+            self._record_batch(model, batch)
+
+    def _record_batch(self, model: str, batch: Batch) -> None:
+        self.observe(metrics.BATCH_TEXTS, model, value=batch.texts)
+        self.observe(metrics.BATCH_TOKENS, model, value=batch.tokens)
+        self.observe(metrics.PACKING, model, value=batch.tokens / max(1, batch.computed_tokens))
+
+    def _child(self, metric: Metric, labels: tuple[str, ...], make: Callable[..., Child]) -> Child:
+        """The values under these labels, looked up once: prometheus-client takes a lock and several calls to."""
+        child = self._children.get((metric, labels))
+        if child is None:
+            child = self._children[metric, labels] = make(*labels)
+        return child  # type: ignore[return-value]  # a metric has children of one type
+
+
+class EventTally:
+    """Counts every event once."""
+
+    def __init__(self, meters: Meters) -> None:
+        self._meters = meters
+        self._fetched_bytes: dict[str, int] = {}
+        self._fetching: dict[str, set[str]] = {}
+
+    async def follow(self, events: AsyncIterator[Event]) -> None:
+        """Until the stream ends."""
+        async for event in events:
+            self.count(event)
+
+    def count(self, event: Event) -> None:
+        """Five cases: 1. progress of a download  2. loaded  3. evicted  4. a failure  5. nothing to count."""
+        if event.kind == "progress":
+            self._count_download(event)  # (1)
+            return
+        self._note_fetch(event)
+        model, step = event.model_id, (event.source, event.target)
+        if step == ("warming", "ready"):
+            self._count_load(event)  # (2)
+        elif step == ("draining", "unloading"):
+            self._meters.add(metrics.EVICTIONS, model, event.reason)  # (3)
+            self._meters.observe(metrics.EVICTION_AGE_SECONDS, model, value=event.seconds)
+        elif event.reason:
+            self._meters.add(metrics.LOAD_FAILURES, model, event.reason)  # (4)
+        if event.missing_bytes and event.claimant is not None:
+            self._meters.add(metrics.TURNS, event.claimant)
+
+    def _count_load(self, event: Event) -> None:
+        self._meters.add(metrics.LOADS, event.model_id, event.host_id)
+        self._meters.observe(metrics.LOAD_SECONDS, event.model_id, value=event.seconds)
+        if event.estimated_bytes:
+            ratio = event.measured_bytes / event.estimated_bytes
+            self._meters.observe(metrics.ESTIMATE_RATIO, event.model_id, value=ratio)
+
+    def _note_fetch(self, event: Event) -> None:
+        """Hosts share a download, and each tells its progress: it is over when the last of them leaves it."""
+        hosts = self._fetching.setdefault(event.model_id, set())
+        if event.target == "fetching":
+            hosts.add(event.host_id)
+        elif event.source == "fetching":
+            hosts.discard(event.host_id)
+        if not hosts:
+            self._fetched_bytes.pop(event.model_id, None)
+
+    def _count_download(self, event: Event) -> None:
+        seen = self._fetched_bytes.get(event.model_id, 0)
+        if event.done_bytes > seen:
+            self._meters.add(metrics.DOWNLOAD_BYTES, event.model_id, amount=event.done_bytes - seen)
+            self._fetched_bytes[event.model_id] = event.done_bytes

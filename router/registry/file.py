@@ -1,0 +1,245 @@
+"""What may stand in `registry.yaml`: its keys as Structs, from which both checks and JSON Schema are derived.
+
+A value with a form of its own names the function that reads it (`parse`), which raises `ValueError` saying what is
+allowed. What the keys mean is told in `router/registry/json_schema.py`; rules between keys are in
+`router/registry/rules.py`.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from engines.spec import Dtype, Truncate
+from router.config.quantities import (
+    BUDGET_PATTERN,
+    DEVICE_PATTERN,
+    KEEP_ALIVE_PATTERN,
+    SIZE_PATTERN,
+    parse_budget,
+    parse_cache_bytes,
+    parse_device,
+    parse_keep_alive_s,
+)
+
+MAX_NAME_CHARS = 200
+
+
+NAME_PATTERN = r"^[^\s/]+(/[^\s/]+)*$"
+
+
+SOURCE_ALLOWED = (
+    "a hub id such as BAAI/bge-m3, a local folder (starting with /, ./, ../ or ~) or package:NAME/SUB/FOLDER"
+)
+
+
+_NAME_ALLOWED = f"a name without spaces, of at most {MAX_NAME_CHARS} characters; slashes only between other characters"
+
+
+_COMMIT = re.compile(r"[0-9a-f]{40}", re.ASCII)
+
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)?", re.ASCII)
+
+
+_PACKAGE = re.compile(r"package:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*(/[^/\s]+)*", re.ASCII)
+
+
+_LOCAL = re.compile(r"(/|\./|\.\./|~).*|\.|\.\.")
+
+
+_PLACEHOLDER = re.compile(r"\{(\w*)\}")
+
+
+def is_commit(read_revision: object) -> bool:
+    """Whether a revision is a full commit: 40 hexadecimal digits."""
+    return isinstance(read_revision, str) and _COMMIT.fullmatch(read_revision) is not None
+
+
+def is_hub_id(read_source: object) -> bool:
+    """Whether a source names a repository of the hub."""
+    return isinstance(read_source, str) and _HUB_ID.fullmatch(read_source) is not None
+
+
+def read_name(value: object) -> str:
+    """A model's name or alias. It travels in URLs, so it has no empty parts, no `.` and no `..` between slashes."""
+    if not isinstance(value, str) or not value.isprintable() or not re.fullmatch(NAME_PATTERN, value):
+        raise ValueError(_NAME_ALLOWED)
+    if len(value) > MAX_NAME_CHARS or {".", ".."} & set(value.split("/")):
+        raise ValueError(_NAME_ALLOWED)
+    return value
+
+
+def read_source(value: object) -> str:
+    """Where a model's files are, as `ModelSpec.source` defines it."""
+    if not isinstance(value, str) or not value.isprintable():
+        raise ValueError(SOURCE_ALLOWED)
+    if value.startswith("package:"):
+        if not _PACKAGE.fullmatch(value) or ".." in value.split("/"):
+            raise ValueError("package:NAME/SUB/FOLDER, the folder inside an installed Python package")
+    elif not (_LOCAL.fullmatch(value) or is_hub_id(value)):
+        raise ValueError(SOURCE_ALLOWED)
+    return value
+
+
+def read_revision(value: object) -> str:
+    """A branch, a tag or a commit. YAML reads a bare `1234567` as a number."""
+    if not isinstance(value, str) or not re.fullmatch(r"\S+", value):
+        raise ValueError("a branch, a tag or a commit; put it in quotes if it looks like a number")
+    return value
+
+
+def read_prompt_name(value: object) -> str:
+    """What a request may send as `input_type`."""
+    if not isinstance(value, str) or not value.strip() or not value.isprintable():
+        raise ValueError("a name such as query or document")
+    return value
+
+
+def read_prompt(value: object) -> str:
+    r"""A text to put in front. A backslash followed by an n is a line break that lost its double quotes."""
+    if not isinstance(value, str):
+        raise ValueError("text in double quotes")
+    if r"\n" in value:
+        raise ValueError(r'a line break where it has the two characters \n: put the text in "double quotes"')
+    return value
+
+
+def read_template(value: object) -> str:
+    """An instruct model's query template.
+
+    `{text}` stands exactly once, for the input; `{task}` at least once, for the request's `instruction`, which would
+    otherwise be lost in silence. Another word in braces is a misspelling; all other braces are plain characters.
+    """
+    text = read_prompt(value)
+    found = _PLACEHOLDER.findall(text)
+    unknown = sorted(set(found) - {"task", "text"})
+    if unknown:
+        raise ValueError(f"{{task}} and {{text}} as its only placeholders, not {{{unknown[0]}}}")
+    if found.count("text") != 1 or "task" not in found:
+        raise ValueError('{text} exactly once and {task} at least once, as in "Instruct: {task}\\nQuery:{text}"')
+    return text
+
+
+PoolingName = Literal[
+    "cls", "mean", "max", "mean_sqrt_len", "weightedmean", "last_token", "mean_sqrt_len_tokens", "lasttoken"
+]
+
+
+BackendName = Literal["local", "process", "ray"]
+
+
+def _read_by(parse: Callable[[object], object], **schema: object) -> Meta:
+    return Meta(extra={"parse": parse}, extra_json_schema=schema)
+
+
+Name = Annotated[str, _read_by(read_name, pattern=NAME_PATTERN, maxLength=MAX_NAME_CHARS)]
+
+
+Source = Annotated[str, _read_by(read_source, minLength=1)]
+
+
+Revision = Annotated[str, _read_by(read_revision, pattern=r"^\S+$")]
+
+
+Device = Annotated[str, _read_by(parse_device, pattern=DEVICE_PATTERN)]
+
+
+Duration = Annotated[int | float | str, _read_by(parse_keep_alive_s, pattern=KEEP_ALIVE_PATTERN)]
+
+
+CacheSize = Annotated[int | str, _read_by(parse_cache_bytes, pattern=SIZE_PATTERN)]
+
+
+MemoryBudget = Annotated[int | str, _read_by(parse_budget, pattern=BUDGET_PATTERN)]
+
+
+PromptName = Annotated[str, _read_by(read_prompt_name, minLength=1)]
+
+
+Prompt = Annotated[str, _read_by(read_prompt)]
+
+
+Template = Annotated[str, _read_by(read_template)]
+
+
+Count = Annotated[int, Meta(ge=1)]
+
+
+Widths = Annotated[list[Count], Meta(min_length=1)]
+
+
+Bounds = int | float | Annotated[list[int | float], Meta(min_length=1)]
+
+
+Poolings = Annotated[list[PoolingName], Meta(min_length=1)]
+
+
+class MemorySection(Struct, forbid_unknown_fields=True, kw_only=True):
+    """How much memory models may take."""
+
+    budget: MemoryBudget
+
+
+class MatryoshkaRule(Struct, forbid_unknown_fields=True, kw_only=True):
+    """The widths a vector may be cut to: either `min` or `widths`."""
+
+    min: Count | UnsetType = UNSET
+    widths: Widths | UnsetType = UNSET
+    layer_norm: bool | UnsetType = UNSET
+
+
+class CalibrationRule(Struct, forbid_unknown_fields=True, kw_only=True):
+    """The range of each component of the vectors."""
+
+    lowest: Bounds
+    highest: Bounds
+
+
+class Defaults(Struct, forbid_unknown_fields=True, kw_only=True):
+    """Values for every model that does not say otherwise."""
+
+    dtype: Dtype | UnsetType = UNSET
+    device: Device | UnsetType = UNSET
+    max_tokens: Count | UnsetType = UNSET
+    max_batch_tokens: Count | UnsetType = UNSET
+    normalize: bool | UnsetType = UNSET
+    truncate: Truncate | UnsetType = UNSET
+    keep_alive: Duration | UnsetType = UNSET
+    pinned: bool | UnsetType = UNSET
+    preload: bool | UnsetType = UNSET
+    cache: CacheSize | UnsetType = UNSET
+    cache_shared: bool | UnsetType = UNSET
+    replicas: Count | UnsetType = UNSET
+
+
+class Entry(Defaults, forbid_unknown_fields=True, kw_only=True):
+    """One model."""
+
+    name: Name
+    source: Source
+    aliases: list[Name] | UnsetType = UNSET
+    revision: Revision | UnsetType = UNSET
+    trust_remote_code: bool | UnsetType = UNSET
+    pooling: PoolingName | Poolings | UnsetType = UNSET
+    prompts: dict[PromptName, Prompt] | UnsetType = UNSET
+    default_prompt: PromptName | UnsetType = UNSET
+    instruction_template: Template | UnsetType = UNSET
+    matryoshka: Widths | MatryoshkaRule | UnsetType = UNSET
+    description: str | UnsetType = UNSET
+    license: str | UnsetType = UNSET
+    token_encoding: Literal["cl100k_base"] | UnsetType = UNSET
+    unframed_token_ids: bool | UnsetType = UNSET
+    calibration: CalibrationRule | UnsetType = UNSET
+
+
+class RegistryFile(Struct, forbid_unknown_fields=True, kw_only=True):
+    """The models that an Embedyard server may serve."""
+
+    version: Literal[1]
+    models: list[Entry]
+    default_model: Name | UnsetType = UNSET
+    memory: MemorySection | UnsetType = UNSET
+    backend: BackendName | UnsetType = UNSET
+    defaults: Defaults | UnsetType = UNSET

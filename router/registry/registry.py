@@ -1,0 +1,292 @@
+"""`registry.yaml` → a frozen `Registry`: which models may be served, and under which names.
+
+Every mistake in the file is reported at once, with its key path and line. Knows neither devices nor which models are
+in memory. Reading is a walk: `yaml_document` (YAML with lines) → `yaml_shape` (keys and kinds, against the Structs of
+`registry_file`) → `registry_rules` (rules between keys) → `registry_spec` (entries → `ModelSpec`).
+"""
+
+from collections.abc import Callable
+from difflib import get_close_matches
+from heapq import nlargest
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any, NoReturn
+
+import msgspec
+from msgspec import UNSET, Struct, UnsetType, structs
+
+from engines.errors import InvalidValue, ModelNotFound
+from engines.spec import Calibration, Matryoshka, ModelSpec, is_same_engine
+from engines.types import Budget
+from router.config.quantities import parse_budget, parse_cache_bytes, parse_keep_alive_s
+from router.config.settings import Settings
+from router.config.yaml_document import FileError, Mistake, read_document, read_text
+from router.config.yaml_schema import check_shape
+from router.registry.file import (
+    MAX_NAME_CHARS,
+    Bounds,
+    CalibrationRule,
+    Defaults,
+    Entry,
+    MatryoshkaRule,
+    RegistryFile,
+    is_hub_id,
+)
+from router.registry.file import read_name as check_name
+from router.registry.file import read_source as check_source
+from router.registry.rules import check_rules
+
+_POOLING_MODES = {"mean_sqrt_len": "mean_sqrt_len_tokens", "last_token": "lasttoken"}
+"""The registry's own spellings of sentence-transformers' modes."""
+
+
+def to_spec(entry: Entry, defaults: Defaults | UnsetType) -> ModelSpec:
+    """What the entry says, else what the defaults say, else what `ModelSpec` says."""
+    given = (_given(defaults) if defaults else {}) | _given(entry)
+    given.pop("aliases", None)
+    given["model_id"] = given.pop("name")
+    if "keep_alive" in given:
+        given["keep_alive_s"] = parse_keep_alive_s(given.pop("keep_alive"))
+    if "cache" in given:
+        given["cache_bytes"] = parse_cache_bytes(given.pop("cache"))
+    if "pooling" in given:
+        modes = [given["pooling"]] if isinstance(given["pooling"], str) else given["pooling"]
+        given["pooling"] = tuple(_POOLING_MODES.get(mode, mode) for mode in modes)
+    if "matryoshka" in given:
+        given["matryoshka"] = _to_matryoshka(given["matryoshka"])
+    if "calibration" in given:
+        given["calibration"] = _to_calibration(given["calibration"])
+    return ModelSpec(**given)
+
+
+def _to_matryoshka(rule: list[int] | MatryoshkaRule) -> Matryoshka:
+    if isinstance(rule, list):
+        return Matryoshka(widths=tuple(rule))
+    return Matryoshka(widths=tuple(rule.widths or ()), minimum=rule.min or None, layer_norm=rule.layer_norm or False)
+
+
+def _to_calibration(rule: CalibrationRule) -> Calibration:
+    return Calibration(lowest=_numbers(rule.lowest), highest=_numbers(rule.highest))
+
+
+def _numbers(bounds: Bounds) -> tuple[float, ...]:
+    return tuple(map(float, bounds)) if isinstance(bounds, list) else (float(bounds),)
+
+
+def _given(struct: Struct) -> dict[str, Any]:
+    return {name: value for name, value in structs.asdict(struct).items() if value is not UNSET}
+
+
+class Changes(Struct, frozen=True, kw_only=True):
+    """Model ids by what has to happen to them, each in the order of its registry."""
+
+    added: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+    updated: tuple[str, ...] = ()
+    """Changed in place: aliases, or fields of `engines.spec.IN_PLACE`."""
+    replaced: tuple[str, ...] = ()
+    """Need a new generation: the engine must be loaded again."""
+    is_default_changed: bool = False
+    is_budget_changed: bool = False
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the registries mean the same."""
+        return self == Changes()
+
+
+DEFAULT_BUDGET = Budget(fraction=0.8)
+
+
+_MAX_LIKELY, _MAX_COMPARED = 64, 16
+"""Of the names that share most pairs of characters with an unknown one: how many are looked at, and how many difflib
+compares. It takes 0.1 ms a name, so a client that sends unknown names to 1,000 models would stop the server."""
+
+
+class RegistryError(FileError):
+    """The registry cannot be used."""
+
+    file = "the registry"
+
+
+class Registry(Struct, frozen=True, kw_only=True):
+    """Which models may be served. `models` is keyed by `model_id`; `aliases` lead to one of these keys.
+
+    `backend`: where they run; None when the file does not say.
+    """
+
+    version: int = 1
+    default_model: str | None = None
+    memory_budget: Budget = DEFAULT_BUDGET
+    backend: str | None = None
+    models: dict[str, ModelSpec] = {}
+    aliases: dict[str, str] = {}
+
+    def resolve(self, name: str | None, may_suggest: Callable[[str], bool] = lambda _: True) -> ModelSpec:
+        """The model a request means: by name, else by alias, else (no name at all) the default.
+
+        Raises:
+            ModelNotFound: nothing is called so; the message suggests the nearest names of the models that
+                `may_suggest` admits.
+            InvalidValue: no name, and no default.
+        """
+        if name is None:
+            if self.default_model is None:
+                raise InvalidValue(
+                    "model is missing, and this server has no default model: name one; GET /v1/models lists them",
+                    param="model",
+                )
+            return self.models[self.default_model]
+        spec = self.models.get(name) or self.models.get(self.aliases.get(name, ""))
+        if spec is None:
+            raise ModelNotFound(
+                f"no model is called {_shorten(name)!r}{self._nearest(name, may_suggest)}; GET /v1/models lists them"
+            )
+        return spec
+
+    def aliases_of(self, model_id: str) -> tuple[str, ...]:
+        """The other names of a model, in the order of the file."""
+        return tuple(alias for alias, target in self.aliases.items() if target == model_id)
+
+    def _nearest(self, name: str, may_suggest: Callable[[str], bool]) -> str:
+        word = name[:MAX_NAME_CHARS].lower()
+        pairs = set(pairwise(word))
+        targets = {model_id: model_id for model_id in self.models} | self.aliases
+        likely = nlargest(_MAX_LIKELY, targets, key=lambda known: len(pairs.intersection(pairwise(known.lower()))))
+        folded = {known.lower(): known for known in likely if may_suggest(targets[known])}
+        close = get_close_matches(word, islice(folded, _MAX_COMPARED), n=3)
+        return f"; did you mean {' or '.join(folded[known] for known in close)}?" if close else ""
+
+
+def diff(old: Registry, new: Registry) -> Changes:
+    """What leads from `old` to `new`."""
+    kept = [model_id for model_id in new.models if model_id in old.models]
+    replaced = {model_id for model_id in kept if not is_same_engine(old.models[model_id], new.models[model_id])}
+    return Changes(
+        added=tuple(model_id for model_id in new.models if model_id not in old.models),
+        removed=tuple(model_id for model_id in old.models if model_id not in new.models),
+        updated=tuple(model_id for model_id in kept if model_id not in replaced and _differs(model_id, old, new)),
+        replaced=tuple(model_id for model_id in kept if model_id in replaced),
+        is_default_changed=old.default_model != new.default_model,
+        is_budget_changed=old.memory_budget != new.memory_budget,
+    )
+
+
+def _differs(model_id: str, old: Registry, new: Registry) -> bool:
+    is_same_spec = old.models[model_id] == new.models[model_id]
+    return not is_same_spec or set(old.aliases_of(model_id)) != set(new.aliases_of(model_id))
+
+
+def read_registry(path: Path) -> Registry:
+    """The registry in a file.
+
+    Raises:
+        RegistryError: with every mistake.
+    """
+    try:
+        text = read_text(path, "give its path in REGISTRY, or write one (registry.yaml is an example)")
+    except ValueError as error:
+        _refuse(str(error))
+    return parse_registry(text)
+
+
+def open_registry(settings: Settings) -> Registry:
+    """The registry that the settings ask for. `MODEL_PATH` alone is enough: then there need be no file.
+
+    Raises:
+        RegistryError: with every mistake.
+    """
+    is_needed = not settings.model_path or settings.registry.exists()
+    return with_model_path(read_registry(settings.registry) if is_needed else Registry(), settings)
+
+
+def parse_registry(text: str) -> Registry:
+    """The registry in a YAML text.
+
+    Raises:
+        RegistryError: with every mistake.
+    """
+    document = read_document(text)
+    if not document.mistakes or document.value is not None:
+        check_shape(document, RegistryFile)
+        check_rules(document)
+    if document.mistakes:
+        raise RegistryError(document.mistakes)
+    return _to_registry(msgspec.convert(document.value, RegistryFile))
+
+
+def with_model_path(registry: Registry, settings: Settings) -> Registry:
+    """The registry with `MODEL_PATH` as its default model. There are four cases:
+
+    1. not set: the registry as it is.
+    2. an existing folder: registered under its base name. A model of that name keeps its prompts and limits, because
+       the folder is most likely a copy of it; it loses its revision and the leave to run remote code.
+    3. a name, alias or source in the registry: that model.
+    4. another hub id or package: registered under its base name, with the full id as alias.
+
+    Raises:
+        RegistryError: none of these, or the base name belongs to a model from elsewhere.
+    """
+    given = settings.model_path
+    if given is None:  # (1)
+        return registry
+    folder = _existing_folder(given)
+    if folder is not None:  # (2)
+        known = registry.models.get(folder.name)
+        spec = ModelSpec(model_id=folder.name, source=str(folder))
+        if known is not None:
+            spec = structs.replace(known, source=str(folder), revision=None, trust_remote_code=False)
+        return _with_default(registry, spec)
+    by_source = {spec.source: model_id for model_id, spec in registry.models.items()}
+    names = by_source | registry.aliases | {model_id: model_id for model_id in registry.models}
+    if given in names:  # (3)
+        return structs.replace(registry, default_model=names[given])
+    if not is_hub_id(given) and not given.startswith("package:"):
+        _refuse(f"MODEL_PATH={given}: there is no such folder")
+    base = given.rpartition("/")[2]  # (4)
+    if base in names:
+        _refuse(f"MODEL_PATH={given}: {base!r} is another model of the registry; give this one its own entry there")
+    return _with_default(registry, ModelSpec(model_id=base, source=given))
+
+
+def _existing_folder(given: str) -> Path | None:
+    try:
+        folder = Path(given).expanduser().absolute()
+        return folder if folder.is_dir() else None
+    except (OSError, RuntimeError):  # a name too long for the disk; a ~user that nobody knows
+        return None
+
+
+def _with_default(registry: Registry, spec: ModelSpec) -> Registry:
+    try:
+        check_name(spec.model_id)
+        check_source(spec.source)
+    except ValueError as error:
+        _refuse(f"MODEL_PATH={spec.source}: needs {error}")
+    models = registry.models | {spec.model_id: spec}
+    aliases = {alias: target for alias, target in registry.aliases.items() if alias != spec.model_id}
+    if "/" in spec.source and is_hub_id(spec.source):
+        aliases[spec.source] = spec.model_id
+    return structs.replace(registry, models=models, aliases=aliases, default_model=spec.model_id)
+
+
+def _to_registry(file: RegistryFile) -> Registry:
+    models = {entry.name: to_spec(entry, file.defaults) for entry in file.models}
+    aliases = {alias: entry.name for entry in file.models for alias in entry.aliases or ()}
+    default = file.default_model or None
+    return Registry(
+        version=file.version,
+        default_model=aliases.get(default, default) if default else None,
+        memory_budget=parse_budget(file.memory.budget) if file.memory else DEFAULT_BUDGET,
+        backend=file.backend or None,
+        models=models,
+        aliases=aliases,
+    )
+
+
+def _refuse(message: str) -> NoReturn:
+    raise RegistryError((Mistake((), message),)) from None
+
+
+def _shorten(name: str) -> str:
+    return name if len(name) <= 80 else f"{name[:77]}..."

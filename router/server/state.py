@@ -1,0 +1,87 @@
+"""`Yard`: what all controllers share, put together by `router/app.py`. It also owns the end of the server's life."""
+
+import asyncio
+from typing import Annotated, Any
+from urllib.parse import unquote
+
+from litestar import Request
+from litestar.di import NamedDependency
+from litestar.params import PathParameter
+
+from engines.errors import DeviceDown, ShuttingDown
+from engines.spec import ModelSpec
+from router.auth.guards import Keyring
+from router.auth.model_access import resolve
+from router.backends.base import Backend
+from router.config.settings import Settings
+from router.observability.request_context import visit_of
+from router.registry.registry import Registry
+
+ModelId = Annotated[str, PathParameter(description="An id or alias; it may hold slashes, encoded or not.")]
+
+
+class Yard:
+    """Settings, registry, keys and backend of one server.
+
+    `registry` and `keyring` are replaced as a whole when their files are read again.
+    """
+
+    def __init__(self, settings: Settings, registry: Registry, backend: Backend, keyring: Keyring, now_s: int) -> None:
+        self.settings = settings
+        self.registry = registry
+        self.backend = backend
+        self.keyring = keyring
+        self.started_at_s = now_s
+        self.draining = asyncio.Event()
+        self._closing: asyncio.Task[None] | None = None
+
+    def begin_drain(self) -> None:
+        """Admit nothing new from now on. Called again, it does nothing."""
+        if self._closing is None:
+            self.draining.set()
+            self._closing = asyncio.create_task(self.backend.aclose(grace_s=self.settings.grace_seconds))
+
+    async def close(self) -> None:
+        """Drain, and wait until everything is freed."""
+        self.begin_drain()
+        if self._closing is not None:
+            await self._closing
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether any host takes new work, and can do it."""
+        if self.draining.is_set():
+            return False
+        faults = self.backend.check()
+        return any(not host.is_draining and host.host_id not in faults for host in self.backend.snapshots())
+
+    def check_ready(self) -> None:
+        """Raise when no host takes new work: DeviceDown with the reason where one is down, else ShuttingDown."""
+        if not self.is_ready:
+            if not self.draining.is_set():
+                self.check_health()
+            raise ShuttingDown("The server takes no new work: it is shutting down")
+
+    def check_health(self) -> None:
+        """Raise DeviceDown when a device does not answer: a supervisor then starts the server anew."""
+        faults = self.backend.check()
+        if faults:
+            raise DeviceDown("; ".join(faults.values()), retry_after_s=10.0)
+
+
+def provide_yard(request: Request[Any, Any, Any]) -> Yard:
+    """One dependency for all: Litestar starts a task for each of several independent ones."""
+    yard: Yard = request.app.state.yard
+    return yard
+
+
+def provide_spec(request: Request[Any, Any, Any], model_id: ModelId, yard: NamedDependency[Yard]) -> ModelSpec:
+    """The model that a path names, by id or alias; the path comes folded (`router/server/application.py`)."""
+    return resolve(request, yard.registry, unquote(model_id))
+
+
+def provide_any_spec(request: Request[Any, Any, Any], model_id: ModelId, yard: NamedDependency[Yard]) -> ModelSpec:
+    """The same for operators, who may move models that their key may not embed with."""
+    spec = yard.registry.resolve(unquote(model_id))
+    visit_of(request).found_model(spec.model_id)
+    return spec

@@ -1,0 +1,73 @@
+"""A device that does not answer: another one takes over, and nobody is left waiting."""
+
+import asyncio
+
+import pytest
+from msgspec import structs
+
+from engines.device.health import Pulse
+from engines.errors import DeviceDown
+from engines.host import Host, HostConfig
+from engines.testing.fakes import FakeFiles, FakeLoader, fake_specs, fake_world
+from engines.testing.runtime import let_run
+from engines.types import Budget, EmbedCall
+from router.backends.local import LocalBackend
+
+CALL = EmbedCall(model_id="a", texts=("x",))
+
+
+class Pair:
+    """Two devices with a pulse each, one backend."""
+
+    def __init__(self, embed_s: float = 0.0) -> None:
+        self.pulses = {"cuda:0": Pulse(), "cuda:1": Pulse()}
+        self.loaders = {device: FakeLoader(embed_s=embed_s) for device in self.pulses}
+        self.backend = LocalBackend([self._host(device) for device in self.pulses], fake_specs("a"))
+
+    def _host(self, device: str) -> Host:
+        config = HostConfig(host_id=device, device=device, budget=Budget(size_bytes=10**6), workspace_bytes=100)
+        world = structs.replace(fake_world(), pulse=lambda: self.pulses[device])
+        return Host(config, fake_specs("a"), FakeFiles(), self.loaders[device], world)
+
+    def loads(self) -> list[int]:
+        return [loader.loads["a"] for loader in self.loaders.values()]
+
+
+async def test_a_device_that_is_down_is_passed_over() -> None:
+    pair = Pair()
+    await pair.backend.start()
+    await pair.backend.embed(CALL)
+    home = "cuda:0" if pair.loads() == [1, 0] else "cuda:1"
+    pair.pulses[home] = Pulse(is_alive=False)
+    faults = pair.backend.check()
+    await pair.backend.embed(CALL)
+
+    assert list(faults) == [home]
+    assert pair.loads() == [1, 1]
+
+
+async def test_a_server_whose_devices_are_all_down_says_so_at_once() -> None:
+    pair = Pair()
+    await pair.backend.start()
+    for device in pair.pulses:
+        pair.pulses[device] = Pulse(turn_s=500.0)
+    pair.backend.check()
+
+    with pytest.raises(DeviceDown, match="restart the server"):
+        await pair.backend.embed(CALL)
+
+
+async def test_only_the_callers_of_the_device_that_is_down_are_told() -> None:
+    pair = Pair(embed_s=0.05)
+    await pair.backend.start()
+    await pair.backend.preload("a")
+    home = "cuda:0" if pair.loads() == [1, 0] else "cuda:1"
+    hurt = asyncio.create_task(pair.backend.embed(CALL))
+    await let_run()
+    pair.pulses[home] = Pulse(is_alive=False)
+    pair.backend.check()
+    well = asyncio.create_task(pair.backend.embed(CALL))
+
+    with pytest.raises(DeviceDown):
+        await hurt
+    assert len((await well).token_counts) == 1

@@ -1,0 +1,568 @@
+"""The world around a `PoolCore`: callers, outside work and time, all by hand; and the invariants of the house.
+
+It keeps its own books from the effects alone and compares, so a pool that lies to itself is found out.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from random import Random
+
+from msgspec import Struct
+
+from engines.pool.messages import (
+    NEVER,
+    Acquire,
+    ArmTimer,
+    Blocked,
+    BudgetChanged,
+    Cancel,
+    Discard,
+    Discarded,
+    Done,
+    Drain,
+    Effect,
+    Emit,
+    Evict,
+    Fail,
+    Fetched,
+    FetchFailed,
+    FetchProgress,
+    Found,
+    Grant,
+    Loaded,
+    LoadFailed,
+    Located,
+    PoolEvent,
+    Preload,
+    ReadMemory,
+    Release,
+    Reload,
+    StartFetch,
+    StartLoad,
+    StartLocate,
+    StartUnload,
+    StartWarm,
+    Tick,
+    Unloaded,
+    Warmed,
+    WarmFailed,
+)
+from engines.pool.slot import EDGES, Failure, Need, Rules
+from engines.pool.state_machine import PoolCore
+from engines.spec import ModelSpec
+from engines.types import ModelFiles, State
+
+BUDGET = 1000
+RULES = Rules()
+EVICTED = "evicted by an operator"
+FAIR_END = frozenset({EVICTED, "the host shuts down"})
+PINNED_END = FAIR_END | {"removed from the registry", "changed in the registry"}
+
+
+class Violation(AssertionError):
+    """An invariant of the house does not hold."""
+
+
+def require(holds: bool, message: str) -> None:
+    if not holds:
+        raise Violation(message)
+
+
+class View(Struct):
+    """What the world knows of a slot."""
+
+    model_id: str
+    state: State = "absent"
+    charge: Need | None = None
+    leases: int = 0
+    ready_at_s: float = 0.0
+    load_began_at_s: float = 0.0
+    load_s: float = 0.0
+
+
+def together(needs: Sequence[Need]) -> int:
+    """Written anew, not imported: the sum that must stay under the budget."""
+    return sum(need.weight_bytes for need in needs) + max((need.workspace_bytes for need in needs), default=0)
+
+
+class Storm:
+    """One pool and everything that can happen to it. `truth`: the bytes each model really takes."""
+
+    def __init__(
+        self,
+        specs: Mapping[str, ModelSpec],
+        truth: Mapping[str, Need],
+        make: Callable[..., PoolCore] = PoolCore,
+    ) -> None:
+        self.core = make(specs, budget_bytes=BUDGET, rules=RULES)
+        self.specs, self.truth = dict(specs), truth
+        self.now_s = 100.0
+        self.timer_s: float | None = None
+        self.budget = BUDGET
+        self.ceiling: int | None = None
+        self.read_at_s = 0.0
+        self.excused = 0
+        self.work: list[Effect] = []
+        self.views: dict[int, View] = {}
+        self.waiting: dict[int, str] = {}
+        self.movers: set[int] = set()
+        self.leases: dict[int, int] = {}
+        self.evictors: list[int] = []
+        self.unopposed: dict[int, tuple[int, str]] = {}
+        self.evicted: set[str] = set()
+        self.last_word: dict[str, str] = {}
+        self.since: dict[int, int] = {}
+        self.is_draining = False
+        self.blocked = ""
+        self._next_id = 0
+        self._departures: list[tuple[int, str]] = []
+        self._sync_views()
+
+    # ---- what may happen ----
+
+    def acquire(
+        self, model_id: str, keep_alive_s: float | None = None, patience_s: float = NEVER, *, may_move: bool = False
+    ) -> int:
+        waiter_id = self._new_id()
+        self.waiting[waiter_id] = model_id
+        self._want(model_id)
+        is_ready = any(view.model_id == model_id and view.state == "ready" for view in self.views.values())
+        if may_move:
+            self.movers.add(waiter_id)
+        effects = self.step(Acquire(waiter_id, model_id, keep_alive_s, self.now_s + patience_s, may_move))
+        if is_ready and not self.is_draining:
+            granted = any(isinstance(effect, Grant) and effect.waiter_id == waiter_id for effect in effects)
+            require(granted, f"{model_id} was ready, and a request for it had to wait")
+        return waiter_id
+
+    def cancel(self, waiter_id: int) -> None:
+        """Also for a lease that the caller has not seen yet."""
+        slot_id = self.leases.pop(waiter_id, None)
+        if slot_id is not None:
+            self.views[slot_id].leases -= 1
+        self.waiting.pop(waiter_id, None)
+        if waiter_id in self.evictors:
+            self.evictors.remove(waiter_id)
+        self.step(Cancel(waiter_id))
+
+    def release(self, waiter_id: int) -> None:
+        self.views[self.leases.pop(waiter_id)].leases -= 1
+        self.step(Release(waiter_id))
+
+    def preload(self, model_id: str, *, pin: bool = False, is_tentative: bool = False) -> None:
+        self._want(model_id)
+        slot = self.core.state.current.get(model_id)
+        if slot is not None and not self.is_draining and not self.core.state.is_too_large(slot.need):
+            self.last_word[model_id] = "preload"
+        self.step(Preload(model_id, pin, is_tentative))
+
+    def evict(self, model_id: str, *, force: bool = False) -> int:
+        waiter_id = self._new_id()
+        self.evictors.append(waiter_id)
+        slot = self.core.state.current.get(model_id)
+        if slot is not None and model_id not in self.waiting.values():
+            self.unopposed[waiter_id] = (slot.slot_id, model_id)
+        self.last_word[model_id] = "evict"
+        self.step(Evict(waiter_id, model_id, force))
+        return waiter_id
+
+    def _want(self, model_id: str) -> None:
+        """Somebody asks for the model after those who wanted it away."""
+        self.evicted.discard(model_id)
+        self.unopposed = {at: known for at, known in self.unopposed.items() if known[1] != model_id}
+
+    def reload(self, specs: Mapping[str, ModelSpec]) -> None:
+        self.specs = dict(specs)
+        self.step(Reload(specs))
+
+    def stray(self, slot_id: int) -> None:
+        """Reports that nobody waits for: the look around at start, a download's last words."""
+        view = self.views[slot_id]
+        self.step(FetchProgress(slot_id, 1, 2))
+        self.step(Found(slot_id, a_folder(), self._told(view.model_id, "ok")))
+
+    def block(self, reason: str) -> None:
+        """A load of this process hangs, here or on another host; or no longer."""
+        self.blocked = reason
+        self.step(Blocked(reason))
+
+    def can_end(self, work: Effect) -> bool:
+        """While one load hangs, no other work of its kind ends."""
+        return not (self.blocked and isinstance(work, StartLoad | StartUnload | ReadMemory))
+
+    def drain(self) -> None:
+        self.is_draining = True
+        self.step(Drain())
+
+    def advance(self, seconds: float) -> None:
+        """Time passes; the timer rings when its moment comes, and at no other."""
+        until_s = self.now_s + seconds
+        while self.timer_s is not None and self.timer_s <= until_s:
+            self._ring()
+        self.now_s = until_s
+
+    def finish(self, index: int, fate: str = "ok", ceiling: int | None = None) -> None:
+        """Outside work ends, well or as `fate` says: a failure's kind, or `unknown`, `absent`, `low`, `kept`."""
+        work = self.work.pop(index)
+        event = self._outcome(work, fate, ceiling)
+        if isinstance(event, Unloaded | LoadFailed):
+            self.views[event.slot_id].charge = None
+        if isinstance(event, Warmed):
+            need = Need(weight_bytes=event.weight_bytes, workspace_bytes=event.workspace_bytes)
+            self.views[event.slot_id].charge = need
+            self.excused = max(self.excused, self.used())
+        if isinstance(event, BudgetChanged):
+            self.budget, self.ceiling, self.read_at_s = event.budget_bytes, event.ceiling_bytes, self.now_s
+            self.excused = max(self.excused, self.used())
+        self.step(event)
+
+    def settle(self) -> None:
+        """Outside work ends well, every lease is given back, timers ring: then nobody may be left waiting."""
+        if self.blocked:
+            self.block("")
+        for _ in range(3000):
+            if self.work:
+                self.finish(0)
+            elif self.leases:
+                self.release(next(iter(self.leases)))
+            elif self.timer_s is not None:
+                self._ring()
+            else:
+                break
+        else:
+            raise Violation(f"does not come to rest: {self.core!r}")
+        require(not self.waiting, f"requests {list(self.waiting.values())} wait for ever: {self.core!r}")
+        require(not self.evictors, f"an operator waits for ever: {self.core!r}")
+        for view in self.views.values():
+            require(view.state in ("absent", "cold", "ready", "failed"), f"{view.model_id} is stuck in {view.state}")
+            require(not self.is_draining or view.state != "ready", f"{view.model_id} outlives the shutdown")
+        for slot in self.core.state.slots.values():
+            require(slot.claim is None, f"{slot.model_id} still claims memory: a load was lost")
+
+    # ---- how outside work ends ----
+
+    def _outcome(self, work: Effect, fate: str, ceiling: int | None) -> PoolEvent:
+        if isinstance(work, ReadMemory):
+            return BudgetChanged(self.budget, ceiling)
+        assert isinstance(work, StartLocate | StartFetch | Discard | StartLoad | StartWarm | StartUnload)
+        slot_id = work.slot_id
+        if isinstance(work, StartUnload):
+            return Unloaded(slot_id)
+        if isinstance(work, Discard):
+            return Discarded(slot_id, fate != "kept")
+        if isinstance(work, StartLocate):
+            return self._located(work, fate)
+        if fate not in ("ok", "low", "high"):
+            return self._failed(work, Failure(kind=fate, message="scripted"))
+        if isinstance(work, StartFetch):
+            return Fetched(slot_id, a_folder(), self._told(work.spec.model_id, fate))
+        if isinstance(work, StartLoad):
+            return Loaded(slot_id)
+        need = self.truth[self.views[slot_id].model_id]
+        return Warmed(slot_id, need.weight_bytes, need.workspace_bytes)
+
+    def _located(self, work: StartLocate, fate: str) -> PoolEvent:
+        told = self._told(work.spec.model_id, fate)
+        if fate in ("ok", "low", "high"):
+            return Located(work.slot_id, a_folder(), told)
+        if fate in ("absent", "unknown"):
+            return Located(work.slot_id, None, told if fate == "absent" else None)
+        return FetchFailed(work.slot_id, Failure(kind=fate, message="scripted"))
+
+    def _failed(self, work: StartFetch | StartLoad | StartWarm, failure: Failure) -> PoolEvent:
+        if isinstance(work, StartFetch):
+            return FetchFailed(work.slot_id, failure)
+        return LoadFailed(work.slot_id, failure) if isinstance(work, StartLoad) else WarmFailed(work.slot_id, failure)
+
+    def _told(self, model_id: str, fate: str) -> Need:
+        """The estimate: exact weights and a guessed workspace, or all too low."""
+        truth = self.truth[model_id]
+        if fate == "high":  # remembered from other settings, beside headers that say less
+            least = truth.weight_bytes * 2 // 3
+            return Need(weight_bytes=truth.weight_bytes * 2, workspace_bytes=90, least_weight_bytes=least)
+        if fate == "low":
+            return Need(weight_bytes=truth.weight_bytes * 2 // 3, workspace_bytes=20, weights_known=True)
+        return Need(weight_bytes=truth.weight_bytes, workspace_bytes=60, weights_known=True)
+
+    # ---- one step, and what must hold after it ----
+
+    def step(self, event: PoolEvent) -> Sequence[Effect]:
+        effects = self.core.handle(event, self.now_s)
+        self._sync_views()
+        for effect in effects:
+            self._apply(effect)
+        self._check()
+        return effects
+
+    def used(self) -> int:
+        return together([view.charge for view in self.views.values() if view.charge])
+
+    @property
+    def limit(self) -> int:
+        """A reading of the device is believed for a second."""
+        if self.ceiling is None or self.now_s >= self.read_at_s + RULES.reading_s:
+            return self.budget
+        return min(self.budget, self.ceiling)
+
+    def _apply(self, effect: Effect) -> None:
+        if isinstance(effect, Emit):
+            if effect.source != effect.target:  # else it only says something
+                self._on_emit(effect)
+        elif isinstance(effect, Grant):
+            self._on_grant(effect)
+        elif isinstance(effect, Fail | Done):
+            self._on_answer(effect)
+        elif isinstance(effect, ArmTimer):
+            require(effect.at_s is None or effect.at_s > self.now_s, "the timer rings without an end")
+            self.timer_s = effect.at_s
+        else:
+            self._on_work(effect)
+
+    def _on_emit(self, effect: Emit) -> None:
+        view = self.views[effect.slot_id]
+        require(effect.source == view.state, f"{view.model_id} was {view.state}, the event says {effect.source}")
+        require(effect.target in EDGES[effect.source], f"{effect.source} → {effect.target} is not drawn")
+        view.state = effect.target
+        if effect.target == "loading":
+            view.load_began_at_s = self.now_s
+        if effect.source == "warming" and effect.target == "ready":
+            view.ready_at_s, view.load_s = self.now_s, self.now_s - view.load_began_at_s
+        if effect.target == "draining":
+            self._on_departure(effect, view)
+        if effect.source == "waiting_space" and effect.target != "loading":
+            del self.since[effect.slot_id]
+        if effect.target == "waiting_space":
+            self.since[effect.slot_id] = self.core.state.slots[effect.slot_id].claim or 0
+        if effect.target == "retired":
+            del self.views[effect.slot_id]
+
+    def _on_departure(self, effect: Emit, view: View) -> None:
+        """Pinned models go only by an operator's word, young ones not for a claim, nobody for a claim in vain."""
+        may_leave = not self.blocked or effect.cause in PINNED_END - {EVICTED}
+        require(may_leave, f"{view.model_id} leaves, and its memory cannot be freed: {effect.cause}")
+        if effect.cause not in PINNED_END:
+            slot = self.core.state.slots[effect.slot_id]
+            require(not (slot.spec.pinned or slot.operator_pin), f"{view.model_id} is pinned and left: {effect.cause}")
+        if effect.cause == EVICTED:
+            is_last = self.last_word.get(view.model_id) == "evict"
+            require(is_last, f"{view.model_id} leaves for an operator, and was preloaded since")
+        if effect.claimant is None:
+            return
+        mature_s = view.ready_at_s + max(RULES.min_residency_s, RULES.residency_loads * view.load_s)
+        require(self.now_s >= mature_s, f"{view.model_id} had to leave before its minimum residency")
+        self._departures.append((effect.slot_id, effect.claimant))
+
+    def _on_grant(self, effect: Grant) -> None:
+        require(effect.waiter_id in self.waiting, f"waiter {effect.waiter_id} gets a second outcome, or had gone")
+        view = self.views[effect.slot_id]
+        require(view.state == "ready", f"a lease on {view.model_id} is granted while it is {view.state}")
+        del self.waiting[effect.waiter_id]
+        self.leases[effect.waiter_id] = effect.slot_id
+        view.leases += 1
+
+    def _on_answer(self, effect: Fail | Done) -> None:
+        if effect.waiter_id in self.evictors:
+            self.evictors.remove(effect.waiter_id)
+            slot_id, model_id = self.unopposed.pop(effect.waiter_id, (-1, ""))
+            current = self.core.state.current.get(model_id)
+            if isinstance(effect, Done) and current is not None and current.slot_id == slot_id:
+                self.evicted.add(model_id)
+            return
+        require(effect.waiter_id in self.waiting, f"waiter {effect.waiter_id} gets a second outcome, or had gone")
+        del self.waiting[effect.waiter_id]
+
+    def _on_work(self, effect: Effect) -> None:
+        if isinstance(effect, StartUnload):
+            view = self.views[effect.slot_id]
+            require(view.leases == 0, f"{view.model_id} is freed under {view.leases} leases")
+        if isinstance(effect, StartLoad):
+            self._on_load(effect)
+        if isinstance(effect, StartFetch | StartLocate):
+            same = [
+                w
+                for w in self.work
+                if isinstance(w, StartFetch | StartLocate) and w.spec.model_id == effect.spec.model_id
+            ]
+            require(not same, f"{effect.spec.model_id} is fetched twice at once")
+        self.work.append(effect)
+
+    def _on_load(self, effect: StartLoad) -> None:
+        view = self.views[effect.slot_id]
+        same = [v for v in self.views.values() if v.model_id == view.model_id and v.state in ("loading", "warming")]
+        in_work = [w for w in self.work if isinstance(w, StartLoad) and w.spec.model_id == view.model_id]
+        require(len(same) == 1 and not in_work, f"{view.model_id} is loaded twice at once")
+        require(view.model_id not in self.evicted, f"{view.model_id} was evicted, and comes back for nobody")
+        require(not self.blocked, f"{view.model_id} is to be loaded while loads hang")
+        require(view.charge is None, f"{view.model_id} is loaded while its last memory is not free")
+        view.charge = effect.need
+        require(self.used() <= self.limit, f"loading {view.model_id} takes {self.used()} of {self.limit} bytes")
+        mine = self.since.pop(effect.slot_id)
+        older = [slot_id for slot_id, claim in self.since.items() if claim < mine and self._can_be_had(slot_id)]
+        if older:
+            first_s = min(self.core.state.slots[slot_id].claimed_at_s for slot_id in older)
+            stay = [v.charge for v in self.views.values() if v.charge and v.load_began_at_s >= first_s]
+            needs = [self.core.admission.need(self.core.state.slots[slot_id]) for slot_id in older]
+            require(together([*stay, *needs]) <= self.limit, f"{view.model_id} takes memory that an older claim needs")
+            self._check_promise(view, min(older, key=lambda slot_id: self.since[slot_id]))
+
+    def _check_promise(self, view: View, head: int) -> None:
+        """What leaves so that the oldest claim fits does not leave for a younger one."""
+        stay = [v.charge for v in self.views.values() if v.charge and v.state not in ("draining", "unloading")]
+        before = [charge for charge in stay if charge is not view.charge]
+        need = self.core.admission.need(self.core.state.slots[head])
+        if together([*before, need]) <= self.limit:
+            require(together([*stay, need]) <= self.limit, f"{view.model_id} takes room that others leave for {head}")
+
+    def _can_be_had(self, slot_id: int) -> bool:
+        """Whether a claim would fit if all left that may; others who use the device can keep it out for long."""
+        slots = self.core.state.slots
+        pinned = [v.charge for at, v in self.views.items() if v.charge and v.state == "ready" and slots[at].is_pinned]
+        return together([*pinned, self.core.admission.need(slots[slot_id])]) <= self.limit
+
+    def _check(self) -> None:
+        state = self.core.state
+        for slot in state.slots.values() if self.blocked else ():
+            require(not slot.waiters or slot.state == "warming", f"somebody waits for {slot.model_id} while loads hang")
+            require(not slot.evictors, f"an operator waits for {slot.model_id}, which cannot be freed")
+        for slot_id, view in self.views.items():
+            slot = state.slots[slot_id]
+            require(view.state == slot.state, f"{view.model_id}: events say {view.state}, the slot {slot.state}")
+            require(
+                view.leases == len(slot.leases), f"{view.model_id} counts {len(slot.leases)} of {view.leases} leases"
+            )
+            require(not view.leases or view.state in ("ready", "draining"), f"{view.model_id}: leased and {view.state}")
+        charged = together([slot.charge for slot in state.charged()])
+        require(charged == self.used(), f"the pool counts {charged} bytes, the world {self.used()}")
+        if self.used() <= self.budget:
+            self.excused = 0
+        require(self.used() <= max(self.budget, self.excused), f"{self.used()} of {self.budget} bytes")
+        for slot in state.claims():
+            stuck = self.movers.intersection(slot.waiters)
+            require(not stuck or self._can_be_had(slot.slot_id), f"{stuck} wait where others hold the memory")
+        for slot_id, claimant in self._departures:
+            self._check_departure(slot_id, claimant)
+        self._departures = []
+
+    def _check_departure(self, slot_id: int, claimant: str) -> None:
+        stay = [v.charge for v in self.views.values() if v.charge and v.state not in ("draining", "unloading")]
+        need = self.core.admission.need(self.core.state.current[claimant])
+        require(together([*stay, need]) <= self.limit, f"{slot_id} left for {claimant}, which still does not fit")
+        is_known = self.now_s < self.read_at_s + RULES.reading_s
+        require(is_known, f"{slot_id} left for {claimant}, and nobody had looked whether that is enough")
+
+    # ---- small things ----
+
+    def _ring(self) -> None:
+        assert self.timer_s is not None
+        self.now_s, self.timer_s = self.timer_s, None
+        self.step(Tick())
+
+    def _sync_views(self) -> None:
+        for slot_id, slot in self.core.state.slots.items():
+            if slot_id not in self.views:
+                self.views[slot_id] = View(slot.model_id)
+
+    def _new_id(self) -> int:
+        self._next_id += 1
+        return self._next_id
+
+
+LOCATE = ("ok",) * 6 + ("absent",) * 4 + ("unknown", "low", "high", "access_denied", "hub_unreachable")
+FETCH = ("ok",) * 6 + ("low", "high", "broken_files", "hub_unreachable")
+LOAD = ("ok",) * 8 + ("out_of_memory", "broken_files", "bad_model")
+WARM = ("ok",) * 8 + ("out_of_memory", "self_check_failed")
+FATES: dict[type, tuple[str, ...]] = {
+    StartLocate: LOCATE, StartFetch: FETCH, Discard: ("ok", "kept"), StartLoad: LOAD, StartWarm: WARM,
+}  # fmt: skip
+CEILINGS = (None, None, None, BUDGET, 600, 250)
+KEEP_ALIVES = (-1.0, -1.0, -1.0, 0.0, 3.0, 30.0)
+
+
+def random_specs(random: Random) -> dict[str, ModelSpec]:
+    """Up to six models; some pinned, some short-lived."""
+    return {
+        model_id: ModelSpec(
+            model_id=model_id,
+            source=f"org/{model_id}",
+            revision=random.choice(("v1", "v2")),
+            keep_alive_s=random.choice(KEEP_ALIVES),
+            pinned=random.random() < 0.1,
+            preload=random.random() < 0.2,
+        )
+        for model_id in "abcdef"[: random.randint(2, 6)]
+    }
+
+
+def random_truth(random: Random) -> dict[str, Need]:
+    """True sizes: from a tenth of the budget to a little more than all of it."""
+    return {
+        model_id: Need(
+            weight_bytes=random.choice((100, 250, 300, 450, 600, 900, 990)),
+            workspace_bytes=random.choice((10, 10, 50, 90, 120)),
+        )
+        for model_id in "abcdef"
+    }
+
+
+def random_storm(seed: int, make: Callable[..., PoolCore] = PoolCore, num_steps: int = 60) -> Storm:
+    """Anything that may happen, in any order, then rest. Every other host shuts down in the middle, or at the end."""
+    random = Random(seed)
+    specs = random_specs(random)
+    storm = Storm(specs, random_truth(random), make)
+    shuts_down_at = random.choice((None, None, num_steps, random.randrange(num_steps)))
+    for at in range(num_steps):
+        if at == shuts_down_at:
+            storm.drain()
+        random_step(storm, random)
+    if shuts_down_at == num_steps:
+        storm.drain()
+    for evictor in [evictor for evictor in storm.evictors if random.random() < 0.5]:
+        storm.cancel(evictor)
+    storm.settle()
+    return storm
+
+
+def random_step(storm: Storm, random: Random) -> None:
+    """Callers, outside work and time; `operator_step` is rare."""
+    models = [*storm.specs, "nobody"] if random.random() < 0.05 else list(storm.specs)
+    roll = random.random()
+    if roll < 0.02 or (storm.blocked and roll < 0.1):
+        storm.block("" if storm.blocked else "the load of model 'x' has been running for more than 600 s")
+    elif storm.work and roll < 0.4:
+        index = random.randrange(len(storm.work))
+        if not storm.can_end(storm.work[index]):
+            return
+        fates = FATES.get(type(storm.work[index]), ("ok",))
+        storm.finish(index, random.choice(fates), random.choice(CEILINGS))
+    elif storm.leases and roll < 0.5:
+        storm.release(random.choice(list(storm.leases)))
+    elif roll < 0.72:
+        patience_s = random.choice((NEVER, NEVER, NEVER, 0.5, 20.0))
+        keep_alive_s = random.choice((None, None, None, 0.0, 2.0, -1.0))
+        storm.acquire(random.choice(models), keep_alive_s, patience_s, may_move=random.random() < 0.3)
+    elif roll < 0.88:
+        storm.advance(random.choice((0.01, 0.3, 2.0, 6.0, 40.0)))
+    elif roll < 0.94:
+        few = storm.evictors if random.random() < 0.5 else []  # operators are rare, and give up as others do
+        storm.cancel(random.choice(few or [*storm.waiting, *storm.leases, *storm.evictors, 0]))
+    else:
+        operator_step(storm, random, random.choice(models))
+
+
+def operator_step(storm: Storm, random: Random, model_id: str) -> None:
+    """What people and stray reports do."""
+    roll = random.random()
+    going = [storm.core.state.holders[evictor].model_id for evictor in storm.evictors]
+    if roll < 0.3:
+        if going and random.random() < 0.7:  # operators contradict each other
+            model_id = random.choice(going)
+        storm.preload(model_id, pin=random.random() < 0.3, is_tentative=random.random() < 0.3)
+    elif roll < 0.7:
+        storm.evict(model_id, force=random.random() < 0.5)
+    elif roll < 0.8:
+        storm.reload(random_specs(random))
+    else:
+        storm.stray(random.choice(list(storm.views)))
+
+
+def a_folder() -> ModelFiles:
+    return ModelFiles(path="/models/m", revision="r", size_bytes=100)

@@ -1,0 +1,29 @@
+"""What every refusal of a folder must be like."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engines.errors import BadModel
+from tests.testkit.engine_kit import Kit, embed
+from tests.testkit.models import WIDTH
+
+# What a refusal may tell people to do.
+_CURES = (
+    r"fetch the model again|in the registry|serve the result|set `|save|use (a|one|another)|only |can be served|remove"
+)
+
+
+def refusal(kit: Kit, folder: Path, **spec: Any) -> BadModel:
+    """The error of a folder that must not be served: it names a cure and no path, and the next model is fine."""
+    with pytest.raises(BadModel) as caught:
+        kit.load(folder, **spec)
+    message = str(caught.value)
+
+    assert str(folder.parent) not in message
+    assert not re.search(r"(^|[\s'\"(])/\w", message)
+    assert re.search(_CURES, message), message
+    assert embed(kit.load(kit.recipe_folder("bert-cls")), ["next"]).shape == (1, WIDTH)
+    return caught.value

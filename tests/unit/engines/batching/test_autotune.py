@@ -1,0 +1,95 @@
+"""Trials on a real lane: in idle time, with small requests passing, and remembered."""
+
+import asyncio
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from engines.batching.autotune import Pace, Paces, Trials, Tuner
+from engines.device.torch_runtime import device_name, finisher
+from engines.inputs.tokenizer import Ids, Rules, Tokenizer
+from engines.loading.loader import LoaderSettings
+from tests.testkit.encoders import Letters, ScriptedEncoder
+from tests.testkit.engine_kit import Kit, assert_same, embed
+
+
+def make_tuner(encoder: ScriptedEncoder, sizes: tuple[int, ...], kept: list[Pace]) -> Tuner:
+    """Every trial takes a second."""
+    seconds = iter(range(1000))
+    return Tuner(
+        encoder,
+        Tokenizer(Letters(), Rules(max_tokens=64, vocab_size=100)),
+        Trials(sizes, 6),
+        own_s=lambda: float(next(seconds)),
+        finish=lambda: None,
+        keep=kept.append,
+    )
+
+
+def test_trials_run_one_by_one_until_the_result_is_used_and_kept() -> None:
+    encoder, used, kept = ScriptedEncoder(), list[Pace](), list[Pace]()
+    tuner = make_tuner(encoder, (256,), kept)
+
+    while tuner.is_due:
+        tuner.begin()
+        assert not tuner.is_due, "one at a time"
+        tuner.run(used.append)
+
+    assert [sum(batch) for batch in encoder.batches] == [256, 256]
+    assert used == kept == [Pace(128, 256.0)]
+
+
+def test_a_trial_that_fails_ends_the_trials_and_nothing_else() -> None:
+    encoder, used, kept = ScriptedEncoder(), list[Pace](), list[Pace]()
+
+    def crowded(texts: Sequence[Ids]) -> None:
+        if len(texts) > 4:
+            raise torch.OutOfMemoryError("no room")
+
+    encoder.before = crowded
+    tuner = make_tuner(encoder, (256, 512), kept)
+    while tuner.is_due:
+        tuner.begin()
+        tuner.run(used.append)
+
+    assert used == kept == [Pace(128, 256.0)]
+
+
+def test_a_model_finds_its_pace_in_idle_time_and_knows_it_the_next_time(kit: Kit, tmp_path: Path) -> None:
+    found = threading.Event()
+
+    class Noticing(Paces):
+        def put(self, key: str, pace: Pace) -> None:
+            super().put(key, pace)
+            found.set()
+
+    paces = Noticing(tmp_path)
+    settings = LoaderSettings(paces=paces)
+    engine = kit.load(kit.recipe_folder("bert-cls"), settings=settings)
+    assert found.wait(100)
+    expected = embed(kit.engine("bert-cls"), ["a text", "another"])
+    assert_same(embed(engine, ["a text", "another"]), expected)
+    again = kit.load(kit.recipe_folder("bert-cls"), settings=LoaderSettings(paces=Paces(tmp_path)))
+
+    (pace,) = Paces(tmp_path)._kept._known.values()
+    assert again._limit().max_tokens == pace.batch_tokens == engine._limit().max_tokens
+    assert again._tuner is None
+    for one in (engine, again):
+        asyncio.run(asyncio.to_thread(one.close))
+
+
+def test_a_size_that_somebody_has_set_is_not_tried_out(kit: Kit, tmp_path: Path) -> None:
+    settings = LoaderSettings(paces=Paces(tmp_path), max_batch_tokens=77)
+    engine = kit.load(kit.recipe_folder("bert-cls"), settings=settings)
+
+    assert engine._tuner is None
+    assert engine._limit().max_tokens == 77
+    asyncio.run(asyncio.to_thread(engine.close))
+
+
+def test_a_cpu_has_done_its_work_when_a_call_returns() -> None:
+    finisher(torch.device("cpu"))()
+
+    assert device_name(torch.device("cpu")) == "cpu"

@@ -1,0 +1,64 @@
+"""A text's vector is its own: neighbours, order, and how requests were merged into batches do not show in it."""
+
+import asyncio
+from functools import cache
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from engines.batching.engine import TextEngine
+from engines.loading.loader import LoaderSettings
+from engines.types import EmbedCall
+from tests.testkit.engine_kit import Kit, Vectors, assert_same, embed
+from tests.testkit.models import RECIPES
+from tests.testkit.texts import mixed
+
+POOL = (*mixed(20, seed=9, longest_words=80), "a", "a a", "你好")
+
+# One for each way to attend: plain, windowed both ways, biased, grouped and causal, and padded batches.
+MODELS = [
+    "bert-cls-mean", "modernbert-cls", "gemma3-bidirectional", "mpnet-mean", "xlm-roberta-cls", "mistral-last",
+    "deberta-v2-mean",
+]  # fmt: skip
+SMALL_BATCHES = LoaderSettings(max_batch_tokens=300, max_batch_items=7)
+
+requests = st.lists(st.lists(st.integers(0, len(POOL) - 1), min_size=1, max_size=9), min_size=1, max_size=5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(requests=requests, is_small=st.booleans())
+def test_a_vector_is_the_same_however_requests_are_merged(
+    kit: Kit, name: str, requests: list[list[int]], is_small: bool
+) -> None:
+    engine = _engine(kit, name, is_small)
+    answers = asyncio.run(_at_once(engine, requests))
+
+    alone = _alone(kit, name)
+    for request, vectors in zip(requests, answers, strict=True):
+        assert_same(vectors, alone[request])
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_a_text_alone_is_the_same_as_in_a_crowd(kit: Kit, name: str) -> None:
+    crowd = embed(kit.engine(name), list(POOL[::-1]))[::-1]
+
+    assert_same(np.concatenate([embed(kit.engine(name), [text]) for text in POOL[-6:]]), crowd[-6:])
+
+
+async def _at_once(engine: TextEngine, requests: list[list[int]]) -> list[Vectors]:
+    """Every request in flight at the same time, on the one lane."""
+    calls = [EmbedCall(model_id="m", texts=tuple(POOL[index] for index in request)) for request in requests]
+    return [answer.array() for answer in await asyncio.gather(*map(engine.embed, calls))]
+
+
+@cache
+def _engine(kit: Kit, name: str, is_small: bool) -> TextEngine:
+    return kit.load(kit.recipe_folder(name), settings=SMALL_BATCHES) if is_small else kit.engine(name)
+
+
+@cache
+def _alone(kit: Kit, name: str) -> Vectors:
+    return np.concatenate([embed(kit.engine(name), [text]) for text in POOL])

@@ -1,0 +1,135 @@
+"""A device that does not answer: what is said of it, and what becomes of those who wait."""
+
+import asyncio
+import math
+
+import pytest
+from msgspec import structs
+
+from engines.device.health import Pulse, fault_of
+from engines.errors import DeviceDown
+from engines.host import Host
+from engines.pause_detector import Awake
+from engines.testing.fakes import FakeLoader, FakeTime, fake_host, fake_vector, fake_world
+from engines.testing.runtime import let_run
+from engines.types import EmbedCall
+
+CALL = EmbedCall(model_id="a", texts=("x",))
+
+
+@pytest.mark.parametrize(
+    ("pulse", "words"),
+    [
+        (Pulse(), ""),
+        (Pulse(turn_s=120.0), ""),
+        (Pulse(turn_s=120.1), "a forward pass has been running for 120 s, and 120 s is the limit"),
+        (Pulse(turn_s=600.0, is_check=True), ""),
+        (Pulse(turn_s=601.0, is_check=True), "a self-check has been running for 601 s, and 600 s is the limit"),
+        (Pulse(is_alive=False), "the thread of device cuda:1 has died"),
+    ],
+)
+def test_a_fault_names_device_and_seconds(pulse: Pulse, words: str) -> None:
+    fault = fault_of("cuda:1", pulse, 120.0)
+
+    assert words in fault
+    assert bool(fault) == bool(words)
+
+
+class Device:
+    """A host whose forward passes hang, and whose pulse a test takes."""
+
+    def __init__(self) -> None:
+        self.pulse = Pulse()
+        self.time = FakeTime()
+        self.loader = FakeLoader(embed_s=1000.0, sleep=self.time.sleep)
+        world = structs.replace(fake_world(time=self.time), pulse=lambda: self.pulse)
+        self.host: Host = fake_host("a", "b", loader=self.loader, world=world)
+
+
+async def test_those_who_wait_on_a_hanging_device_are_told_and_those_who_come_refused() -> None:
+    device = Device()
+    await device.host.start()
+    running, waiting = (asyncio.create_task(device.host.embed(call)) for call in (CALL, CALL))
+    await let_run()
+    before = device.host.check()
+    device.pulse = Pulse(turn_s=121.0)
+    fault = device.host.check()
+    outcomes = await asyncio.gather(running, waiting, return_exceptions=True)
+
+    assert before == ""
+    assert "121 s" in fault
+    for outcome in outcomes:
+        assert isinstance(outcome, DeviceDown)
+        assert "121 s" in str(outcome)
+    with pytest.raises(DeviceDown):
+        await device.host.embed(CALL)
+    assert device.host.status("a").leases == 0
+    assert device.loader.violations == []
+
+
+async def test_a_load_on_a_dead_device_is_not_waited_for() -> None:
+    device = Device()
+    device.loader._pause = lambda model_id: None
+    await device.host.start()
+    device.host._pool._world.workers.hold("load")  # type: ignore[attr-defined]  # the fake world's can be held
+    waiting = asyncio.create_task(device.host.embed(CALL))
+    await let_run()
+    device.pulse = Pulse(is_alive=False)
+    device.host.check()
+
+    with pytest.raises(DeviceDown, match="has died"):
+        await waiting
+
+
+async def test_a_device_that_answers_again_serves_again() -> None:
+    device = Device()
+    await device.host.start()
+    device.pulse = Pulse(turn_s=121.0)
+    device.host.check()
+    device.pulse = Pulse()
+    device.host.check()
+    task = asyncio.create_task(device.host.embed(CALL))
+    await device.time.advance(2000)
+
+    assert ((await task).array()[0] == fake_vector("a", "x")).all()
+
+
+async def test_a_caller_that_is_cancelled_as_well_is_cancelled() -> None:
+    device = Device()
+    await device.host.start()
+    task = asyncio.create_task(device.host.embed(CALL))
+    await let_run()
+    device.pulse = Pulse(turn_s=121.0)
+    device.host.check()
+    task.cancel()
+
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert device.host.status("a").leases == 0
+
+
+def test_a_process_that_looks_every_second_has_never_stood_still() -> None:
+    awake = Awake()
+
+    assert [awake.look(now_s) for now_s in (1000.0, 1001.0, 1010.5)] == [math.inf] * 3
+
+
+def test_after_a_pause_only_the_seconds_since_count() -> None:
+    awake = Awake()
+    seen = [awake.look(now_s) for now_s in (0.0, 1.0, 500.0, 501.0, 509.0)]
+
+    assert seen == [math.inf, math.inf, 0.0, 1.0, 9.0]
+
+
+async def test_a_pass_that_a_pause_of_the_process_made_long_is_no_fault_and_one_that_hangs_on_is() -> None:
+    device = Device()
+    await device.host.start()
+    faults = []
+    for seconds, turn_s in ((1, 1.0), (300, 301.0), *((1, 301.0 + more) for more in range(1, 125))):
+        await device.time.advance(seconds)
+        device.pulse = Pulse(turn_s=turn_s)
+        faults.append(device.host.check())
+
+    assert faults[:3] == ["", "", ""], "the process was stopped for 300 s"
+    assert "has been running for 121 s" in faults[122]
+    assert [bool(fault) for fault in faults].index(True) == 122

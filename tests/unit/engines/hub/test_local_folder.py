@@ -1,0 +1,225 @@
+"""A model in memory does not notice what happens to its local folder; the next load takes the folder as it is."""
+
+import asyncio
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engines.hub.store import ModelStore
+from engines.loading.builders import _read_model
+from engines.pool.slot import Rules
+from engines.spec import ModelSpec
+from engines.types import ModelFiles
+from tests.testkit.engine_kit import Kit, embed
+from tests.testkit.small_memory import RealYard, Truth, build_truths, real_yard, specs_of
+
+NAME, OTHER = "bert-cls", "mpnet-mean"
+RECIPES = ("bert-cls", "t5-mean-dense", "static", "bert-pickled")
+WEIGHTS = "model.safetensors"
+TEXTS = ["one text", "and another one"]
+CHILD = """
+import asyncio, sys
+from pathlib import Path
+from tests.testkit.engine_kit import Kit, embed
+
+kit = Kit(Path("unused"))
+engine = kit.load(Path(sys.argv[1]))
+print(embed(engine, {texts!r}).tobytes().hex(), flush=True)
+sys.stdin.readline()
+print(embed(engine, {texts!r}).tobytes().hex(), flush=True)
+engine.close()
+kit.close()
+"""
+
+
+@pytest.fixture(scope="module")
+def truths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Truth]:
+    return build_truths(tmp_path_factory.mktemp("folders"), [NAME, OTHER])
+
+
+def _copy(kit: Kit, name: str, target: Path) -> Path:
+    folder = Path(shutil.copytree(kit.recipe_folder(name.replace("bert-pickled", "bert-cls")), target))
+    if name == "bert-pickled":
+        import torch
+        from safetensors.torch import load_file
+
+        torch.save(load_file(folder / WEIGHTS), folder / "pytorch_model.bin")
+        (folder / WEIGHTS).unlink()
+    return folder
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return [*folder.rglob("*.safetensors"), *folder.rglob("*.bin")]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_weights_that_are_truncated_in_place_neither_end_the_process_nor_bend_a_vector(
+    kit: Kit, tmp_path: Path, name: str
+) -> None:
+    folder = _copy(kit, name, tmp_path / "m")
+    command = [sys.executable, "-c", CHILD.format(texts=TEXTS), str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        before = child.stdout.readline()
+        for path in _weight_files(folder):
+            os.truncate(path, 0)
+        child.stdin.write("go on\n")
+        child.stdin.flush()
+        after = child.stdout.readline()
+
+    assert child.returncode == 0
+    assert before == after != ""
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_weights_that_are_written_over_in_place_do_not_bend_a_vector(kit: Kit, tmp_path: Path, name: str) -> None:
+    folder = _copy(kit, name, tmp_path / "m")
+    engine = kit.load(folder)
+    before = embed(engine, TEXTS)
+
+    for path in _weight_files(folder):
+        with path.open("r+b") as file:
+            file.write(b"\x01" * path.stat().st_size)
+
+    assert np.array_equal(embed(engine, TEXTS), before)
+
+
+def test_a_model_whose_weights_are_read_takes_as_many_bytes_as_a_mapped_one(
+    kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = _copy(kit, NAME, tmp_path / "m")
+    read_bytes = kit.load(folder).weight_bytes
+    monkeypatch.setattr("engines.loading.builders.is_writable_in_place", lambda source: False)
+
+    assert kit.load(folder).weight_bytes == read_bytes
+
+
+def _replace(folder: Path, other: Path) -> None:
+    """The other model's files, under the names of this one's."""
+    shutil.rmtree(folder)
+    shutil.copytree(other, folder)
+
+
+async def _ask(yard: RealYard, truth: Truth) -> None:
+    answer = await yard.embed(NAME, truth.texts[:3])
+    assert answer.status_code == 200, answer.text
+    truth.check(range(3), answer.json()["data"])
+
+
+def _folder_of(truths: dict[str, Truth], tmp_path: Path) -> tuple[Path, dict[str, ModelSpec]]:
+    folder = Path(shutil.copytree(truths[NAME].folder, tmp_path / "m"))
+    spec = specs_of({NAME: truths[NAME]}, source=str(folder))[NAME]
+    return folder, {NAME: spec}
+
+
+async def test_a_folder_that_changed_while_its_model_was_out_of_memory_is_served_as_it_is(
+    truths: dict[str, Truth], tmp_path: Path
+) -> None:
+    folder, specs = _folder_of(truths, tmp_path)
+    async with real_yard(specs, state=tmp_path / "state") as yard:
+        await _ask(yard, truths[NAME])
+        before = (await yard.slot(NAME))["revision"]
+        await yard.client.post(f"/admin/models/{NAME}/evict", json={})
+        _replace(folder, truths[OTHER].folder)
+
+        await _ask(yard, truths[OTHER])
+        slot = await yard.slot(NAME)
+
+    assert slot["revision"] != before
+    assert (slot["state"], slot["last_error"]) == ("ready", None)
+
+
+async def test_a_folder_that_changed_before_its_first_load_is_served_as_it_is(
+    truths: dict[str, Truth], tmp_path: Path
+) -> None:
+    folder, specs = _folder_of(truths, tmp_path)
+    async with real_yard(specs, state=tmp_path / "state") as yard:
+        await yard.until(NAME, state="cold")
+        _replace(folder, truths[OTHER].folder)
+
+        await _ask(yard, truths[OTHER])
+
+
+class Loads:
+    """Reads of models, and what happens in the midst of each."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.during: list[Callable[[], None]] = []
+        self.num = 0
+        monkeypatch.setattr("engines.loading.builders._read_model", self._read)
+
+    def _read(self, *args: object, **options: object) -> object:
+        self.num += 1
+        model = _read_model(*args, **options)  # type: ignore[arg-type]  # handed on
+        if self.during:
+            self.during.pop(0)()
+        return model
+
+
+async def test_a_folder_that_changes_during_a_load_is_loaded_once_more(
+    truths: dict[str, Truth], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, specs = _folder_of(truths, tmp_path)
+    loads = Loads(monkeypatch)
+    loads.during = [lambda: _replace(folder, truths[OTHER].folder)]
+    async with real_yard(specs, state=tmp_path / "state") as yard:
+        await _ask(yard, truths[OTHER])
+
+    assert loads.num == 2
+
+
+async def test_a_folder_that_goes_on_changing_is_said_to_and_served_later(
+    truths: dict[str, Truth], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, specs = _folder_of(truths, tmp_path)
+    loads = Loads(monkeypatch)
+    loads.during = [lambda: os.utime(folder / WEIGHTS)] * 2
+    async with real_yard(specs, state=tmp_path / "state", rules=Rules(retry_s=(0.2, 0.2))) as yard:
+        answer = await yard.embed(NAME)
+        while (later := await yard.embed(NAME)).status_code != 200:
+            assert later.status_code == 503
+            await asyncio.sleep(0.1)
+        await _ask(yard, truths[NAME])
+
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (503, "model_load_failed")
+    assert "files_changed" in error["message"]
+    assert str(tmp_path) not in error["message"]
+
+
+async def test_a_folder_that_has_gone_is_said_so_and_served_when_it_is_back(
+    truths: dict[str, Truth], tmp_path: Path
+) -> None:
+    folder, specs = _folder_of(truths, tmp_path)
+    async with real_yard(specs, state=tmp_path / "state", rules=Rules(retry_denied_s=(0.2, 0.2))) as yard:
+        await yard.until(NAME, state="cold")
+        shutil.move(folder, tmp_path / "away")
+        gone = await yard.embed(NAME)
+        shutil.move(tmp_path / "away", folder)
+        await asyncio.sleep(0.25)
+        await _ask(yard, truths[NAME])
+
+    assert gone.status_code == 503
+    assert "is not there" in gone.json()["error"]["message"]
+
+
+def test_files_are_current_until_one_of_them_is_written(truths: dict[str, Truth], tmp_path: Path) -> None:
+    folder, specs = _folder_of(truths, tmp_path)
+    store = ModelStore()
+    files = store.locate(specs[NAME])
+    assert isinstance(files, ModelFiles)
+
+    before = store.is_current(specs[NAME], files)
+    os.utime(folder / "tokenizer.json")
+    after = store.is_current(specs[NAME], files)
+    (folder / WEIGHTS).unlink()
+
+    assert (before, after) == (True, False)
+    assert not store.is_current(specs[NAME], files)

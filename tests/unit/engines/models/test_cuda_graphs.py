@@ -1,0 +1,431 @@
+"""Recorded passes: what a CUDA graph does is done here on a CPU, by replaying what was traced on the same tensors."""
+
+import asyncio
+import gc
+import weakref
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from benchmarks.latency import encoder_of, forget_graphs, has_graphs
+from engines.errors import OutOfMemory
+from engines.inputs.tokenizer import Ids
+from engines.layers import attention
+from engines.layers.packing import Layout
+from engines.loading import builders
+from engines.models import cuda_graphs as graphs
+from engines.models.base import Size, weight_bytes
+from engines.models.cuda_graphs import SIZES, FixedLayout, recorder_for, timed
+from engines.models.prepacked import Copies
+from engines.models.transformer import TransformerEncoder
+from engines.models.verification import distance
+from tests.testkit.encoders import TapeRecorder, varlen
+from tests.testkit.engine_kit import Kit
+from tests.testkit.models import RECIPES
+
+CPU = torch.device("cpu")
+BIASED = ("mpnet-mean", "t5-mean-dense")
+"""Their attention has a position bias, for which there is no kernel."""
+TAKERS = sorted(name for name, recipe in RECIPES.items() if recipe.attention == "packed" and name != "static")
+FEW_SIZES = SIZES[:4]
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> TapeRecorder:
+    """Models that load run as on a GPU, and their passes are recorded."""
+    recorder = TapeRecorder()
+    monkeypatch.setattr(attention, "varlen_attn", varlen)
+    monkeypatch.setattr(attention, "_VARLEN", {("cpu", torch.float32)})
+    monkeypatch.setattr(builders, "recorder_for", lambda device: recorder)
+    monkeypatch.setattr(graphs, "SIZES", FEW_SIZES)
+    monkeypatch.setattr(Copies, "size_bytes", lambda *_: 0)  # second copies of weights are for CPUs
+    return recorder
+
+
+def load(kit: Kit, name: str) -> TransformerEncoder:
+    return encoder_of(kit.load(kit.recipe_folder(name), **RECIPES[name].spec))
+
+
+def texts(encoder: TransformerEncoder, *lengths: int) -> list[Ids]:
+    """Texts of those lengths."""
+    random = np.random.default_rng(sum(lengths))
+    return [random.integers(5, encoder._model.config.vocab_size, length) for length in lengths]
+
+
+BATCHES = {
+    "one text": (7,),
+    "one token": (1,),
+    "texts of many lengths": (3, 4, 9, 17, 40),
+    "texts of one length": (12, 12, 12),
+    "some of one length": (5, 5, 6, 6, 6, 30),
+    "exactly a size": (14, 20, 30),
+    "exactly a size with as many texts as it holds": (2,) * 16,
+    "the largest size": (120, 136),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in TAKERS if name not in BIASED])
+def test_a_replay_gives_what_the_ordinary_pass_gives(kit: Kit, recorder: TapeRecorder, name: str) -> None:
+    encoder = load(kit, name)
+    assert (encoder.path, encoder.attention, encoder.sizes) == ("graphed", "packed", FEW_SIZES)
+
+    for what, lengths in BATCHES.items():
+        batch, before = texts(encoder, *lengths), recorder.num_replayed
+        assert distance(encoder(batch), encoder.reference(batch)) < 1e-10, what
+        assert recorder.num_replayed == before + 1, what
+
+
+@pytest.mark.parametrize(
+    ("what", "lengths"), [("too many tokens", (128, 129)), ("too many texts for its size", (1,) * 17)]
+)
+@pytest.mark.parametrize("name", ["bert-cls", "qwen3-last"])
+def test_what_fits_no_size_takes_the_ordinary_pass(
+    kit: Kit, recorder: TapeRecorder, name: str, what: str, lengths: tuple[int, ...]
+) -> None:
+    encoder = load(kit, name)
+    batch = texts(encoder, *lengths)
+    num_replayed = recorder.num_replayed
+
+    assert distance(encoder(batch), encoder.reference(batch)) < 1e-10
+    assert recorder.num_replayed == num_replayed, what
+
+
+def test_all_sizes_are_recorded_and_checked(kit: Kit, recorder: TapeRecorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "SIZES", SIZES)
+
+    assert load(kit, "bert-cls").sizes == SIZES
+    assert (recorder.num_recorded, recorder.num_replayed) == (len(SIZES), len(SIZES))
+
+
+def test_a_prompt_that_pooling_leaves_out_takes_the_ordinary_pass(kit: Kit, recorder: TapeRecorder) -> None:
+    encoder = load(kit, "bert-instructor")
+    batch, num_replayed = texts(encoder, 9, 12), recorder.num_replayed
+
+    assert distance(encoder(batch, [3, 2]), encoder.reference(batch, [3, 2])) < 1e-10
+    assert recorder.num_replayed == num_replayed
+
+
+@pytest.mark.parametrize("name", ["xlm-roberta-cls", "bert-three-legacy", "gemma3-bidirectional"])
+def test_a_replay_remembers_nothing_and_what_it_gave_stays(kit: Kit, recorder: TapeRecorder, name: str) -> None:
+    encoder = load(kit, name)
+    many, few = texts(encoder, 4, 5, 6, 7, 8), texts(encoder, 20)
+    first = encoder(few)
+    kept = first.clone()
+
+    other = encoder(many)
+
+    assert torch.equal(first, kept)
+    assert torch.equal(encoder(few), kept)
+    assert torch.equal(encoder(many), other)
+
+
+def test_one_replay_at_a_time(kit: Kit, recorder: TapeRecorder) -> None:
+    """Two threads of a lane may have texts for one graph."""
+    encoder, held = load(kit, "bert-cls"), list[bool]()
+    found = encoder._graphs
+    assert found is not None
+    graph = found._graphs[FEW_SIZES[0]]
+    replay = graph._replay
+
+    def looking() -> Tensor:
+        held.append(found._lock.locked())
+        return replay()
+
+    graph._replay = looking
+    encoder(texts(encoder, 5))
+
+    assert held == [True]
+    assert not found._lock.locked()
+
+
+# Which sizes are kept, and when the path is left.
+
+
+@pytest.mark.parametrize(
+    ("seconds", "num_kept"),
+    [
+        ((1.0, 2.0), 4),
+        ((2.0, 2.0), 0),
+        ((2.0, 1.0), 0),
+        ((1.0, 2.0) * 8 + (2.0, 1.0) * 8, 2),
+        ((9.0, 2.0, 1.0, 2.0, 1.0, 2.0, 9.0, 2.0), 4),
+        ((1.0, 2.0, 9.0, 2.0, 1.0, 2.0, 9.0, 2.0), 0),
+    ],
+    ids=["faster", "as fast", "slower", "slower from the third on", "slow at first and once", "slow twice of three"],
+)
+def test_sizes_are_kept_up_to_the_first_that_is_not_faster(
+    kit: Kit, recorder: TapeRecorder, seconds: tuple[float, ...], num_kept: int
+) -> None:
+    recorder.__init__(seconds)  # type: ignore[misc]  # the loader has this one
+    encoder = load(kit, "bert-cls")
+    batch = texts(encoder, 9)
+
+    assert encoder.sizes == FEW_SIZES[:num_kept]
+    assert recorder.num_recorded == min(num_kept + 1, len(FEW_SIZES))
+    assert distance(encoder(batch), encoder.reference(batch)) < 1e-10
+
+
+def test_a_size_is_timed_with_the_shortest_row_that_it_takes() -> None:
+    for size in SIZES:
+        lengths = [len(ids) for ids in graphs._shortest(size, 0)]
+        assert sum(lengths) == size.tokens // 2 + 1
+        assert lengths == sorted(lengths)
+        assert len(lengths) <= size.texts
+        assert max(lengths) <= 32
+
+
+def test_a_recording_that_fails_leads_to_the_next_path(kit: Kit, recorder: TapeRecorder) -> None:
+    def fail() -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    recorder.before = fail
+    engine = kit.load(kit.recipe_folder("bert-cls"))
+
+    assert encoder_of(engine).path == "fused"
+    assert engine.info.notes == ("fused: RuntimeError in the forward pass",)
+    assert encoder_of(engine).sizes == ()
+
+
+def test_a_device_without_memory_for_a_recording_is_no_reason_to_fall_back(kit: Kit, recorder: TapeRecorder) -> None:
+    def fail() -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    recorder.before = fail
+
+    with pytest.raises(OutOfMemory):
+        kit.load(kit.recipe_folder("bert-cls"))
+
+
+@pytest.mark.parametrize("number", [1, 3, 4])
+def test_a_size_that_is_wrong_is_found_by_the_check(kit: Kit, recorder: TapeRecorder, number: int) -> None:
+    recorder.changed[number] = lambda vectors: vectors * 1.01
+    engine = kit.load(kit.recipe_folder("bert-cls"))
+
+    (note,) = engine.info.notes
+    assert note.startswith(f"fused: the graphed path, in a row of {FEW_SIZES[number - 1].tokens} tokens, is")
+    assert encoder_of(engine).path == "fused"
+
+
+@pytest.mark.parametrize(("name", "following"), [("mpnet-mean", "fused"), ("t5-mean-dense", "packed")])
+def test_a_position_bias_takes_the_next_path(kit: Kit, recorder: TapeRecorder, name: str, following: str) -> None:
+    engine = kit.load(kit.recipe_folder(name))
+
+    assert encoder_of(engine).path == following
+    assert engine.info.notes == (f"{following}: its attention runs by length, which a row of a fixed size cannot",)
+
+
+def test_a_model_that_looks_at_its_tensors_takes_the_next_path(
+    kit: Kit, recorder: TapeRecorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mixture of experts, say, which asks whom each of them gets."""
+    right = TransformerEncoder._row
+
+    def asking(self: TransformerEncoder, row: Tensor, layout: Layout) -> Tensor:
+        hidden = right(self, row, layout)
+        return hidden[hidden.sum(-1).isfinite().nonzero()[:, 0]]
+
+    monkeypatch.setattr(TransformerEncoder, "_row", asking)
+    engine = kit.load(kit.recipe_folder("bert-cls"))
+
+    assert encoder_of(engine).path == "fused"
+    assert engine.info.notes == (
+        "fused: its forward pass looks at what a tensor holds (aten.nonzero.default), which no recording can",
+    )
+
+
+@pytest.mark.parametrize("has_recorder", [True, False])
+def test_without_a_kernel_for_whole_rows_nothing_is_recorded(
+    kit: Kit, monkeypatch: pytest.MonkeyPatch, recorder: TapeRecorder, has_recorder: bool
+) -> None:
+    """A recorder without a kernel is float32 on a GPU, a kernel without a recorder is a GPU of another maker."""
+    if has_recorder:
+        monkeypatch.setattr(attention, "_VARLEN", set())
+    else:
+        monkeypatch.setattr(builders, "recorder_for", lambda device: None)
+    encoder = load(kit, "bert-cls")
+
+    assert (encoder.paths()[0], encoder.path, recorder.num_recorded) == ("fused", "fused", 0)
+
+
+def test_nothing_is_recorded_for_a_model_that_remembers(
+    kit: Kit, recorder: TapeRecorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forgetful = load(kit, "llama-mean")
+    monkeypatch.setattr("engines.models.transformer.LengthAwareRope", lambda model: _Remembers())
+
+    assert TransformerEncoder(forgetful._model, forgetful._chain, CPU, recorder).paths()[0] == "packed"
+
+
+class _Remembers:
+    remembers = True
+
+
+# What happens around a recording.
+
+
+def test_nothing_runs_in_the_middle_of_a_recording(kit: Kit, recorder: TapeRecorder) -> None:
+    encoder = load(kit, "bert-cls")
+    paused: list[str] = []
+    encoder.pause = lambda: paused.append(encoder.path)
+    encoder.use("packed")
+
+    encoder.use("graphed")
+    assert paused == []
+    encoder(texts(encoder, 150, 150))
+
+    assert paused == ["graphed"] * encoder.num_layers
+
+
+def test_pauses_come_back_after_a_recording_that_failed(kit: Kit, recorder: TapeRecorder) -> None:
+    encoder = load(kit, "bert-cls")
+    before = encoder.pause
+    encoder.use("packed")
+    recorder.before = lambda: (_ for _ in ()).throw(RuntimeError)
+
+    with pytest.raises(RuntimeError):
+        encoder.use("graphed")
+
+    assert encoder.pause is before
+
+
+def test_the_reference_needs_no_new_recording(kit: Kit, recorder: TapeRecorder) -> None:
+    encoder = load(kit, "qwen3-last")
+    batch = texts(encoder, 5, 8)
+    num_recorded = recorder.num_recorded
+
+    assert distance(encoder.reference(batch), encoder(batch)) < 1e-10
+    assert (encoder.path, recorder.num_recorded) == ("graphed", num_recorded)
+
+
+def test_who_takes_another_path_has_the_recordings_forgotten(kit: Kit, recorder: TapeRecorder) -> None:
+    encoder = load(kit, "bert-cls")
+    found = weakref.ref(encoder._graphs)
+
+    encoder.use("fused")
+    gc.collect()
+
+    assert found() is None
+    assert (encoder.sizes, encoder.extra_bytes()) == ((), 0)
+
+
+def test_a_benchmark_can_do_without_recordings(kit: Kit, recorder: TapeRecorder) -> None:
+    engine = kit.load(kit.recipe_folder("bert-cls"))
+    assert has_graphs(engine)
+
+    forget_graphs(engine)
+
+    assert not has_graphs(engine)
+    assert encoder_of(engine).path == "fused"
+
+
+def test_a_model_that_leaves_takes_its_recordings_along(kit: Kit, recorder: TapeRecorder) -> None:
+    engine = kit.load(kit.recipe_folder("bert-cls"))
+    found = encoder_of(engine)._graphs
+    assert found is not None
+    parts = [weakref.ref(part) for part in (found, *found._graphs.values())]
+    del found
+
+    engine.close()
+    asyncio.run(kit.lane.call(lambda: None))  # its thread has then done with the check of the model, too
+    gc.collect()
+
+    assert [part() for part in parts] == [None] * (1 + len(FEW_SIZES))
+
+
+def test_the_memory_of_recordings_is_charged_with_the_weights(kit: Kit, recorder: TapeRecorder) -> None:
+    engine = kit.load(kit.recipe_folder("bert-cls"))
+    encoder = encoder_of(engine)
+    tokens = sum(size.tokens for size in FEW_SIZES)
+
+    assert encoder.extra_bytes() == tokens * encoder.token_bytes() + 24 * 2**20
+    assert engine.weight_bytes == weight_bytes(encoder) + encoder.extra_bytes()
+
+
+def test_what_was_recorded_and_not_kept_has_taken_memory_too(kit: Kit, recorder: TapeRecorder) -> None:
+    recorder.__init__((1.0, 2.0) * 8 + (2.0, 1.0) * 8)  # type: ignore[misc]  # the loader has this one
+    encoder = load(kit, "bert-cls")
+
+    assert encoder.extra_bytes() == (32 + 64 + 128) * encoder.token_bytes() + 24 * 2**20
+
+
+def test_only_a_gpu_records() -> None:
+    assert recorder_for(CPU) is None
+
+
+def test_a_time_is_taken_from_an_idle_device_to_an_idle_device() -> None:
+    done: list[str] = []
+    clock = iter((1.0, 3.5))
+
+    def read() -> float:
+        done.append("clock")
+        return next(clock)
+
+    assert timed(lambda: done.append("run"), lambda: done.append("finish"), read) == 2.5
+    assert done == ["finish", "clock", "run", "finish", "clock"]
+
+
+# A row of a fixed size.
+
+
+@given(
+    size=st.sampled_from(FEW_SIZES),
+    batches=st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=16).map(sorted), min_size=1, max_size=3),
+)
+def test_a_row_of_a_fixed_size_holds_the_last_texts_and_stays_inside_itself(
+    size: Size, batches: list[list[int]]
+) -> None:
+    fixed = FixedLayout(size, 77, CPU)
+    address = fixed.ids.data_ptr()
+    for lengths in (_cut_to(size, lengths) for lengths in batches):
+        plain, num_tokens = Layout(lengths, CPU), sum(lengths)
+        fixed.put([np.arange(length, dtype=np.int64) for length in lengths])
+
+        assert fixed.ids.tolist() == [*plain.positions.tolist(), *[77] * (size.tokens - num_tokens)]
+        assert fixed.positions.tolist() == [*plain.positions.tolist(), *[0] * (size.tokens - num_tokens)]
+        assert fixed.segments.tolist() == [*plain.segments.tolist(), *[size.texts] * (size.tokens - num_tokens)]
+        assert fixed.starts[: len(lengths)].equal(plain.starts)
+        assert fixed.ends[: len(lengths)].equal(plain.ends)
+        _assert_inside(fixed, size)
+        assert fixed.offsets[: len(lengths) + 1].equal(plain.offsets)
+        assert set(fixed.offsets[len(lengths) :].tolist()) == {num_tokens, size.tokens}
+    assert fixed.ids.data_ptr() == address
+
+
+def _cut_to(size: Size, lengths: Sequence[int]) -> list[int]:
+    """As many as fit."""
+    return [length for place, length in enumerate(lengths) if sum(lengths[: place + 1]) <= size.tokens]
+
+
+def _assert_inside(fixed: FixedLayout, size: Size) -> None:
+    """A GPU that reads outside of a tensor is lost for its process."""
+    assert len(fixed.starts) == len(fixed.ends) == size.texts + 1 == len(fixed.offsets) - 1
+    assert fixed.offsets.dtype == torch.int32
+    assert 0 <= int(fixed.starts.min()) <= int(fixed.starts.max()) < size.tokens
+    assert 0 < int(fixed.ends.min()) <= int(fixed.ends.max()) <= size.tokens
+    assert int((fixed.ends - fixed.starts).min()) >= 1
+    assert bool((fixed.offsets.diff() >= 0).all())
+
+
+def test_a_tape_is_as_strict_as_a_capture() -> None:
+    """A pass that looks at what a tensor holds is no graph; the tests above would not see it otherwise."""
+    held = torch.tensor([1.0, 2.0])
+    glances: list[Callable[[], Tensor]] = [
+        lambda: held * float(held[0]),
+        lambda: held[held > 1],
+        lambda: held if held.sum() > 1 else -held,
+        lambda: held.nonzero(),
+        lambda: held.repeat_interleave(held.long()),
+        lambda: held * torch.tensor([1.0, 2.0]),
+    ]
+    for glance in glances:
+        with pytest.raises(NotImplementedError):
+            TapeRecorder().record(glance)
+    doubled = TapeRecorder().record(lambda: held.repeat_interleave(1) * 2)
+    held.fill_(5.0)
+
+    assert doubled().tolist() == [10.0, 10.0]

@@ -1,0 +1,249 @@
+"""Copies of the weights: which models have them, how large they are, and that a pass from them is the model's own."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertModel,
+    DistilBertConfig,
+    DistilBertModel,
+    ElectraConfig,
+    ElectraModel,
+    MPNetConfig,
+    MPNetModel,
+    RobertaConfig,
+    RobertaModel,
+)
+
+from engines.layers.fused import fuse
+from engines.layers.packing import Form, Layout, PackedState
+from engines.models import prepacked
+from engines.models.adapters import Positions, drop_pooler
+from engines.models.prepacked import LARGEST_COPY, Copies, PrepackedEncoder
+from tests.testkit.random_models import BERT, bert, build
+
+CPU = torch.device("cpu")
+
+
+def copies_of(model: Any, num_threads: int = 0) -> Copies:
+    drop_pooler(model)
+    copies = Copies(model, fuse(model, PackedState()))
+    copies.make(num_threads)
+    return copies
+
+
+def run(
+    copies: Copies, model: Any, lengths: list[int], pause: Any = lambda: None, form: Form | None = "prepacked"
+) -> Tensor:
+    """Hidden states of texts of those lengths."""
+    layout = Layout(lengths, CPU)
+    row = torch.arange(layout.num_tokens) % 90 + 5
+    assert copies.suit(layout, form)
+    return copies(row, Positions(model)(row, layout), layout, form, pause)
+
+
+@contextmanager
+def usable_cores(num: int) -> Iterator[None]:
+    usual = torch.get_num_threads()
+    torch.set_num_threads(num)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(usual)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many threads share each call of a pass."""
+    calls: list[int] = []
+    right = PrepackedEncoder.__call__
+
+    def note(self: PrepackedEncoder, *args: Any) -> Any:
+        calls.append(self.num_threads)
+        return right(self, *args)
+
+    monkeypatch.setattr(PrepackedEncoder, "__call__", note)
+    return calls
+
+
+def plain(model: Any, lengths: list[int]) -> Tensor:
+    """The same, each text through the model itself."""
+    row = torch.arange(sum(lengths)) % 90 + 5
+    with torch.inference_mode():
+        return torch.cat([model(input_ids=text[None]).last_hidden_state[0] for text in torch.split(row, lengths)])
+
+
+MODELS = {
+    "bert": lambda: bert(),
+    "bert-relu": lambda: bert(hidden_act="relu"),
+    "roberta": lambda: build(RobertaModel, RobertaConfig(**BERT)),
+    "distilbert": lambda: build(
+        DistilBertModel, DistilBertConfig(vocab_size=100, dim=48, n_layers=2, n_heads=4, hidden_dim=96)
+    ),
+    "electra of one width": lambda: build(ElectraModel, ElectraConfig(**BERT, embedding_size=48)),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("lengths", [[7], [1, 2, 7]])
+def test_a_pass_from_copies_is_the_models_own(name: str, lengths: list[int]) -> None:
+    model = MODELS[name]()
+    expected = plain(model, lengths)
+
+    assert torch.allclose(run(copies_of(model, 1), model, lengths), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(("num_tokens", "num_threads", "is_suited"), [(256, 1, True), (257, 1, False), (12, 0, False)])
+def test_copies_suit_short_texts(num_tokens: int, num_threads: int, is_suited: bool) -> None:
+    assert copies_of(bert(), num_threads).suit(Layout([num_tokens], CPU), None) is is_suited
+
+
+@pytest.mark.parametrize(("num_threads", "usable", "expected"), [(1, 1, 1), (2, 1, 1), (2, 2, 2), (2, 3, 2), (1, 2, 1)])
+def test_a_call_takes_the_copy_for_so_many_threads(
+    asked: list[int], num_threads: int, usable: int, expected: int
+) -> None:
+    model = bert()
+    with usable_cores(usable):
+        run(copies_of(model, num_threads), model, [5], form=None)
+
+    assert asked == [expected]
+
+
+def test_cores_that_come_and_go_during_a_pass_are_used(asked: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A neighbour finds work, and the next call has this thread's own core."""
+    monkeypatch.setattr(prepacked, "_TOKEN_LAYERS", 5)
+    model, cores = bert(num_hidden_layers=3), iter([2, 1, 2])
+    expected = plain(model, [5])
+    with usable_cores(1):
+        found = run(copies_of(model, 2), model, [5], lambda: torch.set_num_threads(next(cores)), form=None)
+
+    assert asked == [2, 1, 2]
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(("num_threads", "num_copies"), [(1, 1), (2, 2), (8, 2)])
+def test_copies_say_how_many_bytes_they_take(num_threads: int, num_copies: int) -> None:
+    size = copies_of(bert()).size_bytes(LARGEST_COPY, num_threads)
+
+    assert size == num_copies * 2 * 4 * (4 * 48 * 48 + 2 * 48 * 96)
+
+
+def with_code_of_its_own() -> Any:
+    """What it does besides, nobody knows."""
+    kind = type("BertModel", (BertModel,), {"__module__": "transformers_modules.somebody"})
+    return build(kind, BertConfig(**BERT))
+
+
+def with_more_in_it() -> Any:
+    model = bert()
+    model.rotate = nn.Linear(48, 48)
+    return model
+
+
+def with_more_in_its_embeddings() -> Any:
+    model = bert()
+    model.embeddings.rotate = nn.Linear(48, 48)
+    return model
+
+
+def with_more_behind_its_layers() -> Any:
+    model = bert()
+    model.encoder.norm = nn.LayerNorm(48)
+    return model
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: bert(hidden_act="gelu_new"),
+        lambda: bert().to(torch.bfloat16),
+        lambda: build(MPNetModel, MPNetConfig(**BERT)),
+        lambda: build(ElectraModel, ElectraConfig(**BERT, embedding_size=24)),
+        with_code_of_its_own,
+        with_more_in_it,
+        with_more_in_its_embeddings,
+        with_more_behind_its_layers,
+    ],
+    ids=[
+        "another activation", "another dtype", "a bias in its attention", "narrow embeddings", "code of its own",
+        "a part of its own",
+        "embeddings of its own", "a norm behind the layers",
+    ],
+)  # fmt: skip
+def test_what_such_a_pass_would_leave_out_has_no_copies(make: Any) -> None:
+    assert copies_of(make()).size_bytes(LARGEST_COPY, 1) == 0
+
+
+def test_layers_too_large_for_a_second_copy_have_none() -> None:
+    copies = copies_of(bert())
+    size = copies.size_bytes(LARGEST_COPY, 1)
+
+    assert copies.size_bytes(size, 1) == size
+    assert copies.size_bytes(size - 1, 1) == 0
+    assert copies.size_bytes(size, 2) == 0, "one copy on one thread, two where several may share"
+
+
+def test_copies_are_made_once_and_go_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    copies, layout = copies_of(bert(), 2), Layout([5], CPU)
+    monkeypatch.setattr(PrepackedEncoder, "__init__", lambda *_: pytest.fail("made again"))
+    copies.make(2)
+
+    assert copies.suit(layout, "prepacked")
+    assert copies.suit(layout, "shared")
+
+    copies.make(0)
+    assert not copies.suit(layout, "prepacked")
+    assert not copies.suit(layout, "shared")
+
+
+def test_on_one_thread_there_is_one_copy() -> None:
+    assert not copies_of(bert(), 1).suit(Layout([5], CPU), "shared")
+
+
+def test_tables_of_embeddings_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are most of a small model, and a row of them is all that a token reads."""
+    model, tables = bert(), list[np.ndarray[Any, Any]]()
+    right = PrepackedEncoder.__call__
+
+    def note(self: PrepackedEncoder, *args: Any) -> Any:
+        tables.extend(self.tables.values())
+        return right(self, *args)
+
+    monkeypatch.setattr(PrepackedEncoder, "__call__", note)
+    run(copies_of(model, 1), model, [5])
+
+    words = model.embeddings.word_embeddings.weight.detach().numpy()
+    assert any(np.shares_memory(table, words) for table in tables)
+
+
+@pytest.mark.parametrize(("num_tokens", "num_calls"), [(5, 1), (192, 4), (400, 7)])
+def test_a_pass_pauses_before_each_of_its_calls(num_tokens: int, num_calls: int) -> None:
+    model, pauses = bert(num_hidden_layers=7), []
+    lengths = [num_tokens] if num_tokens <= 192 else [100] * (num_tokens // 100)
+    expected = plain(model, lengths)
+
+    found = run(copies_of(model, 1), model, lengths, lambda: pauses.append(1))
+
+    assert len(pauses) == num_calls
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_a_pass_that_another_overtakes_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepacked, "_TOKEN_LAYERS", 5)
+    model = bert(num_hidden_layers=3)
+    copies = copies_of(model, 1)
+    expected = [run(copies, model, lengths) for lengths in ([5], [2])]
+    overtaking: list[Tensor] = []
+
+    found = run(copies, model, [5], lambda: overtaking.append(run(copies, model, [2])))
+
+    assert len(overtaking) == 3
+    assert torch.equal(found, expected[0])
+    assert all(torch.equal(a, b) for a, b in pairwise([expected[1], *overtaking]))

@@ -1,0 +1,94 @@
+"""The ways to run a transformer, and what they cost."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from engines.inputs.prompts import Frame
+from engines.inputs.tokenizer import Ids
+from engines.layers.packing import similar_lengths
+from engines.models.adapters import storage_bytes
+from engines.models.base import weight_bytes, workspace_bytes
+from engines.models.cuda_graphs import Unwatched
+from engines.models.transformer import TransformerEncoder
+from engines.models.verification import distance
+from tests.testkit.engine_kit import Kit
+from tests.testkit.models import RECIPES
+from tests.testkit.texts import mixed
+
+TRANSFORMERS = sorted(name for name in RECIPES if name != "static")
+
+
+def _encoder(kit: Kit, name: str) -> TransformerEncoder:
+    runner = kit.engine(name)._runner
+    assert runner is not None
+    encoder = runner._encoder
+    assert isinstance(encoder, TransformerEncoder)
+    return encoder
+
+
+def _ids(kit: Kit, name: str) -> list[Ids]:
+    engine = kit.engine(name)
+
+    return sorted(engine._tokenizer.encode(mixed(14, seed=8), Frame(), "end").ids, key=len)
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_all_ways_to_run_give_the_same(kit: Kit, name: str) -> None:
+    encoder, ids = _encoder(kit, name), _ids(kit, name)
+    used, expected = encoder.path, encoder.reference(ids)
+
+    assert encoder.path == used
+    for path in encoder.paths() if encoder.attention == "packed" else ("padded", "unpadded"):
+        encoder.use(path)
+        assert distance(encoder(ids), expected) < 1e-10
+    encoder.use(used)
+
+
+@pytest.mark.parametrize("name", [name for name in TRANSFORMERS if RECIPES[name].attention == "packed"])
+def test_a_packed_pass_never_has_the_host_wait_for_the_device(kit: Kit, name: str) -> None:
+    encoder, ids = _encoder(kit, name), _ids(kit, name)
+
+    with Unwatched():
+        encoder(ids)
+        encoder(ids, [2] * len(ids))
+
+
+def test_a_padded_pass_does(kit: Kit) -> None:
+    """transformers looks whether a mask hides anything, and padding is dropped by a mask."""
+    encoder, ids = _encoder(kit, "deberta-v2-mean"), _ids(kit, "deberta-v2-mean")
+
+    with Unwatched(), pytest.raises(NotImplementedError, match="looks at what a tensor holds"):
+        encoder.together(ids)
+
+
+@given(lengths=st.lists(st.integers(1, 500), min_size=1, max_size=60).map(sorted))
+def test_padded_batches_hold_every_text_once_and_little_padding(lengths: list[int]) -> None:
+    spans = list(similar_lengths(lengths))
+
+    assert [index for start, end in spans for index in range(start, end)] == list(range(len(lengths)))
+    for start, end in spans:
+        real, computed = sum(lengths[start:end]), lengths[end - 1] * (end - start)
+        assert real >= 0.75 * computed
+
+
+def test_no_texts_make_no_batches() -> None:
+    assert list(similar_lengths([])) == []
+
+
+def test_tied_weights_count_once() -> None:
+    table = nn.Embedding(10, 4)
+    head = nn.Linear(4, 10, bias=False)
+    head.weight = table.weight
+
+    assert storage_bytes([table.weight, head.weight, torch.zeros(3)]) == 10 * 4 * 4 + 3 * 4
+
+
+def test_the_bytes_of_a_model_are_those_of_its_tensors(kit: Kit) -> None:
+    encoder = _encoder(kit, "bert-dense-identity")
+    parameters = sum(parameter.numel() for parameter in encoder._model.parameters())
+
+    assert weight_bytes(encoder) >= 4 * (parameters + 64 * 48)
+    assert workspace_bytes(encoder, 1000) == 1000 * (8 * 48 + 3 * 96) * 4

@@ -1,0 +1,66 @@
+"""What is known of models that nobody has loaded: asked for, and never at the cost of a download or a claim."""
+
+from engines.pool.messages import Sized
+from engines.pool.slot import Need
+from engines.pool.state_machine import PoolCore
+from engines.testing.fakes import WEIGHT_BYTES, WORKSPACE_BYTES, FakeFiles, FakeLoader, fake_host, fake_specs
+from engines.types import EmbedCall
+
+
+async def test_a_size_is_learned_without_fetching_or_wanting_the_model() -> None:
+    files = FakeFiles(on_disk=[], weight_bytes={"a": 4000})
+    host = fake_host("a", files=files)
+    await host.start()
+    before = host.plan("a")
+    await host.size("a")
+    after = host.plan("a")
+
+    assert (before.need_bytes, before.reason) == (0, "its size is not known before its files are here")
+    assert (after.need_bytes, after.fits, after.state) == (4000 + WORKSPACE_BYTES, True, "absent")
+    assert files.fetches == {}
+    assert (host.snapshot().claimed_bytes, host.snapshot().used_bytes) == (0, 0)
+    await host.aclose()
+
+
+async def test_a_plan_names_who_would_leave_for_a_model_that_is_not_here() -> None:
+    files = FakeFiles(on_disk=["a"])
+    host = fake_host("a", "b", files=files, budget_bytes=WEIGHT_BYTES + WORKSPACE_BYTES)
+    await host.start()
+    await host.embed(EmbedCall(model_id="a", texts=("x",)))
+    await host.size("b")
+    plan = host.plan("b")
+
+    assert (plan.evict, plan.fits) == (("a",), True)
+    assert plan.reason == "1.0 kB are missing; others leave as they become idle"
+    await host.aclose()
+
+
+async def test_a_size_that_nobody_knows_stays_unknown() -> None:
+    host = fake_host("a", files=FakeFiles(on_disk=[], weight_bytes={"a": None}))
+    await host.start()
+    await host.size("a")
+
+    assert host.plan("a").need_bytes == 0
+    await host.aclose()
+
+
+async def test_a_measured_size_is_not_asked_for_again() -> None:
+    files = FakeFiles()
+    host = fake_host("a", files=files, loader=FakeLoader(weight_bytes={"a": 777}))
+    await host.start()
+    await host.embed(EmbedCall(model_id="a", texts=("x",)))
+    await host.size("a")
+
+    assert host.snapshot().used_bytes == 777
+    await host.aclose()
+
+
+def test_a_size_that_comes_late_changes_nothing() -> None:
+    core = PoolCore(fake_specs("a"), budget_bytes=10_000)
+    slot = core.state.current["a"]
+    slot.need = Need(weight_bytes=5, weights_known=True)
+    effects = core.handle(Sized(slot.slot_id, Need(weight_bytes=9)), 1.0)
+    of_a_slot_that_is_gone = core.handle(Sized(99, Need(weight_bytes=9)), 1.0)
+
+    assert (effects, of_a_slot_that_is_gone) == ([], [])
+    assert slot.need.weight_bytes == 5

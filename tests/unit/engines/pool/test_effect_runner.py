@@ -1,0 +1,53 @@
+"""Outside work: what is told of a download, and how often."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from engines.pool.effect_runner import PROGRESS_S, OutsideWork
+from engines.pool.estimates import Estimates, Measurements
+from engines.pool.messages import FetchProgress, PoolEvent, StartFetch
+from engines.protocols import Progress
+from engines.spec import ModelSpec
+from engines.testing.fakes import FakeFiles, FakeLoader, InlineWorkers, fake_specs
+from engines.types import ModelFiles
+
+
+class Telling(FakeFiles):
+    """A fetch that reports these figures, each so many seconds after the one before."""
+
+    def __init__(self, figures: list[tuple[float, int]], clock: SimpleNamespace) -> None:
+        super().__init__(on_disk=[])
+        self._figures = figures
+        self._clock = clock
+
+    def fetch(self, spec: ModelSpec, on_progress: Progress) -> ModelFiles:
+        for pause_s, done_bytes in self._figures:
+            self._clock.now_s += pause_s
+            on_progress(done_bytes, 100)
+        return self._files(spec)
+
+
+async def reported(figures: list[tuple[float, int]], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    clock = SimpleNamespace(now_s=50.0)
+    monkeypatch.setattr("engines.pool.effect_runner.time", SimpleNamespace(monotonic=lambda: clock.now_s))
+    files, told = Telling(figures, clock), list[PoolEvent]()
+    estimates = Estimates(files, Measurements(), "cpu", 10)
+    work = OutsideWork(files, FakeLoader(), estimates, InlineWorkers(), told.append)
+    await work.do(StartFetch(0, fake_specs("a")["a"]))
+    return [event.done_bytes for event in told if isinstance(event, FetchProgress)]
+
+
+async def test_a_fast_download_is_told_now_and_then_and_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = [(0.01, done) for done in range(1, 101)]
+
+    told = await reported(figures, monkeypatch)
+
+    assert (told[0], told[-1]) == (1, 100)
+    assert len(told) == 6
+
+
+async def test_the_last_figure_before_a_silence_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = [(0.0, 10), (0.01, 20), *[(PROGRESS_S, 20)] * 5, (PROGRESS_S, 30)]
+
+    assert await reported(figures, monkeypatch) == [10, 20, 30]

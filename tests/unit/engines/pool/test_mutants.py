@@ -1,0 +1,296 @@
+"""Do the storms bite? Each mutant breaks one decision of the pool, and the invariants must find it out."""
+
+from collections.abc import Callable
+
+import pytest
+
+from engines.errors import ModelLoading
+from engines.pool import admission, eviction
+from engines.pool import state as pool_state
+from engines.pool.admission import moments
+from engines.pool.completions import Outcomes
+from engines.pool.eviction import can_be_victim, victim_order
+from engines.pool.messages import Acquire, BudgetChanged, Cancel, Fail, StartLoad
+from engines.pool.slot import CHARGED, Need, Rules, Slot, Waiter
+from engines.pool.state import PoolState
+from engines.pool.state_machine import PoolCore
+from tests.testkit.pool_storm import Violation, random_storm
+
+Patch = pytest.MonkeyPatch
+MAX_STORMS = 1500
+
+
+def evict_while_leased(patch: Patch) -> None:
+    """A draining model is freed under the requests that run on it."""
+
+    def unload_if_free(self: PoolState, slot: Slot) -> None:
+        if slot.state == "draining":
+            self.unload(slot, "")
+
+    patch.setattr(PoolState, "unload_if_free", unload_if_free)
+
+
+def grant_after_eviction_began(patch: Patch) -> None:
+    """A draining model still looks ready to a new request."""
+    acquire = PoolCore._acquire
+
+    def mutant(self: PoolCore, event: Acquire) -> bool:
+        slot = self.state.current.get(event.model_id)
+        if slot is not None and slot.state == "draining":
+            self.state.grant(slot, Waiter(event.waiter_id, None, event.deadline_s))
+            return True
+        return acquire(self, event)
+
+    patch.setattr(PoolCore, "_acquire", mutant)
+
+
+def lost_wake_up_after_a_release(patch: Patch) -> None:
+    """The last lease is given back, and nobody looks who waited for it."""
+
+    def give_back(self: PoolCore, slot: Slot, waiter_id: int) -> bool:
+        self.state.give_back(slot, waiter_id)
+        return True
+
+    patch.setattr(PoolCore, "_give_back", give_back)
+
+
+def lost_wake_up_by_time(patch: Patch) -> None:
+    """The end of a minimum residency is not a moment to wake at."""
+
+    def mutant(state: PoolState, deficit_since_s: float | None) -> list[float]:
+        matures = {slot.matures_at_s(state.rules) for slot in state.in_state("ready")}
+        return [at_s for at_s in moments(state, deficit_since_s) if at_s not in matures]
+
+    patch.setattr(admission, "moments", mutant)
+
+
+def double_load(patch: Patch) -> None:
+    """A second request for a loading model starts a second load."""
+    acquire = PoolCore._acquire
+
+    def mutant(self: PoolCore, event: Acquire) -> bool:
+        slot = self.state.current.get(event.model_id)
+        if slot is not None and slot.state == "loading" and slot.files:
+            self.state.effects.append(StartLoad(slot.slot_id, slot.spec, slot.files, slot.charge))
+        return acquire(self, event)
+
+    patch.setattr(PoolCore, "_acquire", mutant)
+
+
+def bytes_credited_early(patch: Patch) -> None:
+    """An unload that is under way counts as done."""
+    patch.setattr(pool_state, "CHARGED", CHARGED - {"unloading"})
+
+
+def lease_leaked_by_a_cancelled_waiter(patch: Patch) -> None:
+    """A waiter that leaves in the tick in which it was granted takes the lease with it."""
+    cancel = PoolCore._cancel
+
+    def mutant(self: PoolCore, event: Cancel) -> bool:
+        slot = self.state.holders.get(event.waiter_id)
+        return True if slot is not None and event.waiter_id in slot.leases else cancel(self, event)
+
+    patch.setattr(PoolCore, "_cancel", mutant)
+
+
+def load_cancelled_with_its_first_requester(patch: Patch) -> None:
+    """The claim belongs to the request that asked first."""
+    cancel = PoolCore._cancel
+
+    def mutant(self: PoolCore, event: Cancel) -> bool:
+        slot = self.state.holders.get(event.waiter_id)
+        if slot is not None and next(iter(slot.waiters), None) == event.waiter_id:
+            self.state.drop_claim(slot, "its requester left")
+        return cancel(self, event)
+
+    patch.setattr(PoolCore, "_cancel", mutant)
+
+
+def eviction_that_still_does_not_fit(patch: Patch) -> None:
+    """Whatever can leave leaves, whether or not that is enough."""
+
+    def mutant(charged: list[Slot], candidates: list[Slot], need: Need, limit_bytes: int) -> tuple[Slot, ...] | None:
+        chosen = eviction.choose_victims(charged, candidates, need, limit_bytes)
+        return tuple(sorted(candidates, key=victim_order)) if chosen is None else chosen
+
+    patch.setattr(admission, "choose_victims", mutant)
+
+
+def pinned_models_make_room(patch: Patch) -> None:
+    """Memory pressure counts as an operator's word."""
+
+    def mutant(slot: Slot, rules: Rules, now_s: float, *, even_leased: bool) -> bool:
+        return slot.state == "ready" and now_s >= slot.matures_at_s(rules) and (even_leased or not slot.leases)
+
+    patch.setattr(admission, "can_be_victim", mutant)
+
+
+def no_minimum_residency(patch: Patch) -> None:
+    """A model leaves as soon as it is idle, so two claims chase each other."""
+
+    def mutant(slot: Slot, rules: Rules, now_s: float, *, even_leased: bool) -> bool:
+        return can_be_victim(slot, rules, now_s + 1e6, even_leased=even_leased)
+
+    patch.setattr(admission, "can_be_victim", mutant)
+
+
+def the_youngest_claim_goes_first(patch: Patch) -> None:
+    """A large old claim starves behind small young ones."""
+
+    def mutant(self: PoolState) -> list[Slot]:
+        return sorted(self.in_state("waiting_space"), key=lambda slot: -(slot.claim or 0))
+
+    patch.setattr(PoolState, "claims", mutant)
+
+
+def waiters_are_granted_a_step_late(patch: Patch) -> None:
+    """A model becomes ready, and its waiters are left for the next event."""
+
+    def mutant(self: PoolState, slot: Slot) -> None:
+        waiters, slot.waiters = slot.waiters, {}
+        del waiters
+
+    patch.setattr(PoolState, "grant_all", mutant)
+
+
+def both_outcomes_for_an_impatient_waiter(patch: Patch) -> None:
+    """A request is told that its patience ended, and gets a lease later all the same."""
+
+    def mutant(self: PoolState, slot: Slot, waiter_id: int, error: ModelLoading) -> None:
+        self.effects.append(Fail(waiter_id, error))
+
+    patch.setattr(PoolState, "fail", mutant)
+
+
+def a_deficit_is_forgotten(patch: Patch) -> None:
+    """A model measured too large is charged as it was estimated."""
+    warmed = Outcomes._warmed
+
+    def mutant(self: Outcomes, event: object) -> None:
+        slot = self.state.slots[event.slot_id]  # type: ignore[attr-defined]  # the handler's own event
+        estimate = slot.charge
+        warmed(self, event)  # type: ignore[arg-type]  # as above
+        if slot.state == "ready":
+            slot.charge = estimate
+
+    patch.setattr(Outcomes, "_warmed", mutant)
+
+
+def the_reading_of_the_device_is_ignored(patch: Patch) -> None:
+    """Others use the device too, and the pool loads as if they did not."""
+    patch.setattr(PoolState, "limit_bytes", lambda self: self.budget_bytes)
+
+
+def victims_leave_on_an_old_reading(patch: Patch) -> None:
+    """Nobody looks at the device before models leave for a claim."""
+    changed = PoolCore._budget_changed
+
+    def mutant(self: PoolCore, event: BudgetChanged) -> None:
+        changed(self, event)
+        self.state.ceiling_until_s += 1e6
+
+    patch.setattr(PoolCore, "_budget_changed", mutant)
+
+
+def a_shutdown_is_undone_by_an_operator_who_gives_up(patch: Patch) -> None:
+    """What drained for an eviction serves again, although the host shuts down."""
+    undo = PoolCore._undo_evict
+
+    def mutant(self: PoolCore, slot: Slot) -> None:
+        was, self.state.is_draining = self.state.is_draining, False
+        undo(self, slot)
+        self.state.is_draining = was
+
+    patch.setattr(PoolCore, "_undo_evict", mutant)
+
+
+def a_load_that_hangs_is_told_to_nobody(patch: Patch) -> None:
+    """Who waits for a load waits for one that will not end."""
+    patch.setattr(admission.Admission, "_end_hopeless_waits", lambda self: None)
+
+
+def models_leave_while_nothing_can_be_freed(patch: Patch) -> None:
+    """An idle model that serves is given up for memory that will not come back."""
+    assign = admission.Admission.assign
+
+    def mutant(self: admission.Admission) -> None:
+        was, self.state.blocked = self.state.blocked, ""
+        assign(self)
+        self.state.blocked = was
+
+    patch.setattr(admission.Admission, "assign", mutant)
+
+
+def nobody_is_sent_to_another_host(patch: Patch) -> None:
+    """Who could go elsewhere waits for memory that other processes hold."""
+    patch.setattr(admission.Admission, "_send_on", lambda self, slot, limit_bytes: None)
+
+
+def an_eviction_outlives_a_later_preload(patch: Patch) -> None:
+    """A model that was preloaded while its eviction waited leaves all the same."""
+    patch.setattr(PoolCore, "_stay", lambda self, slot, cause: None)
+
+
+def an_evicted_model_comes_back_unasked(patch: Patch) -> None:
+    """What was wanted before an operator wanted it away is still wanted."""
+    patch.setattr(PoolState, "forget_wishes", lambda self, slot: None)
+
+
+def the_largest_workspace_is_not_reserved(patch: Patch) -> None:
+    """Weights fill the budget to the brim."""
+
+    def mutant(charged: list[Slot], need: Need, limit_bytes: int) -> int:
+        return max(0, sum(slot.charge.weight_bytes for slot in charged) + need.weight_bytes - limit_bytes)
+
+    patch.setattr(admission, "missing_bytes", mutant)
+
+
+MUTANTS: tuple[Callable[[Patch], None], ...] = (
+    evict_while_leased,
+    grant_after_eviction_began,
+    lost_wake_up_after_a_release,
+    lost_wake_up_by_time,
+    double_load,
+    bytes_credited_early,
+    lease_leaked_by_a_cancelled_waiter,
+    load_cancelled_with_its_first_requester,
+    eviction_that_still_does_not_fit,
+    pinned_models_make_room,
+    no_minimum_residency,
+    the_youngest_claim_goes_first,
+    waiters_are_granted_a_step_late,
+    both_outcomes_for_an_impatient_waiter,
+    a_deficit_is_forgotten,
+    the_reading_of_the_device_is_ignored,
+    victims_leave_on_an_old_reading,
+    a_shutdown_is_undone_by_an_operator_who_gives_up,
+    a_load_that_hangs_is_told_to_nobody,
+    models_leave_while_nothing_can_be_freed,
+    nobody_is_sent_to_another_host,
+    an_eviction_outlives_a_later_preload,
+    an_evicted_model_comes_back_unasked,
+    the_largest_workspace_is_not_reserved,
+)
+
+
+def storms_until_found(max_storms: int = MAX_STORMS) -> int:
+    """How many storms it takes; a mutant that merely crashes is not found: only a broken invariant counts."""
+    for seed in range(max_storms):
+        try:
+            random_storm(seed)
+        except Violation:
+            return seed + 1
+        except (RuntimeError, KeyError, AttributeError):
+            continue
+    return max_storms + 1
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
+def test_the_invariants_catch(mutant: Callable[[Patch], None], monkeypatch: Patch) -> None:
+    mutant(monkeypatch)
+
+    assert storms_until_found() <= MAX_STORMS
+
+
+def test_without_a_mutant_nothing_is_found() -> None:
+    assert storms_until_found(100) == 101

@@ -1,0 +1,89 @@
+"""The lock that all loads of a process share, and what it says of one that does not end."""
+
+import asyncio
+import threading
+from types import SimpleNamespace
+
+import pytest
+from msgspec import structs
+
+from engines.errors import LoadFailed
+from engines.host import Host
+from engines.pool.effect_runner import load_limit_s
+from engines.pool.runtime import LoadLock, Task, Threads
+from engines.pool.slot import Need
+from engines.testing.fakes import FakeLoader, fake_host, fake_world
+from engines.types import EmbedCall
+
+
+def call(model_id: str) -> EmbedCall:
+    return EmbedCall(model_id=model_id, texts=("x",))
+
+
+def test_a_task_hangs_when_it_runs_for_longer_than_it_may() -> None:
+    clock = SimpleNamespace(now_s=10.0)
+    lock = LoadLock(lambda: clock.now_s)
+    with lock.held(Task("the load of model 'a' on cuda:0", 600.0)):
+        clock.now_s += 600
+        assert lock.hung() == ""
+        clock.now_s += 1
+        assert lock.hung() == "the load of model 'a' on cuda:0 has been running for more than 600 s"
+
+    assert (lock.hung(), lock.locked()) == ("", False)
+
+
+def test_a_load_may_take_as_long_as_a_slow_disk_needs_and_far_longer_than_the_last_one() -> None:
+    assert load_limit_s(Need(), 600.0) == 600.0
+    assert load_limit_s(Need(weight_bytes=20 * 10**9), 600.0) == 1600.0
+    assert load_limit_s(Need(load_s=90.0), 600.0) == 1500.0
+
+
+async def test_when_a_load_hangs_the_other_hosts_of_the_process_say_so_too() -> None:
+    """Two devices, one load lock: the second one's loads wait for the first one's, which will not end."""
+    gate, begun = threading.Event(), threading.Event()
+    clock = SimpleNamespace(now_s=10.0)
+    lock = LoadLock(lambda: clock.now_s)
+
+    def pause(model_id: str) -> None:
+        if model_id == "stuck":
+            begun.set()
+            assert gate.wait(20)
+
+    def host(host_id: str, loader: FakeLoader) -> Host:
+        world = structs.replace(fake_world(), workers=Threads(host_id, load_lock=lock))
+        return fake_host("stuck", "cold", "warm", loader=loader, world=world, host_id=host_id)
+
+    one, two = host("one", FakeLoader(pause=pause)), host("two", FakeLoader())
+    await one.start()
+    await two.start()
+    await two.embed(call("warm"))
+    waiting = asyncio.create_task(one.embed(call("stuck")))
+    assert await asyncio.to_thread(begun.wait, 10)
+    cold = asyncio.create_task(two.embed(call("cold")))
+    await asyncio.sleep(0)
+    assert (one.check(), two.check()) == ("", "")
+
+    clock.now_s += 601
+    words = [one.check(), two.check()]
+    try:
+        for task in (waiting, cold):
+            with pytest.raises(
+                LoadFailed, match="the load of model 'stuck' on one has been running for more than 600 s"
+            ):
+                await task
+        assert len((await two.embed(call("warm"))).token_counts) == 1
+        assert [text.partition(":")[0] for text in words] == [
+            f"nothing can be loaded on host {at}" for at in ("one", "two")
+        ]
+        assert "has been running" in one.snapshot().stuck
+        assert (one.status("stuck").last_error or "").startswith("load_hangs: the load of model 'stuck'")
+    finally:
+        gate.set()
+    async with asyncio.timeout(10):
+        while one.check() or two.check():  # noqa: ASYNC110 - a thread lets go of the lock
+            await asyncio.sleep(0.01)
+    answers = [await two.embed(call("cold")), await one.embed(call("stuck"))]
+
+    assert [len(answer.token_counts) for answer in answers] == [1, 1]
+    await one.aclose()
+    await two.aclose()

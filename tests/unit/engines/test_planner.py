@@ -1,0 +1,37 @@
+"""How wide vectors are, as the files say: held against what sentence-transformers computes."""
+
+from pathlib import Path
+
+import pytest
+
+from engines.planner import native_width
+from engines.spec import ModelSpec
+from tests.testkit.engine_kit import Kit
+from tests.testkit.models import RECIPES
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_files_say_how_wide_the_vectors_are(kit: Kit, name: str) -> None:
+    folder = kit.recipe_folder(name)
+    spec = ModelSpec(**{"model_id": "m", "source": str(folder), **RECIPES[name].spec})
+    model = kit.reference(name)
+    model.truncate_dim = None
+
+    assert native_width(folder, spec) == model.encode(["x"], show_progress_bar=False).shape[1]
+
+
+def test_the_registrys_pooling_counts(kit: Kit) -> None:
+    spec = ModelSpec(model_id="m", source="s", pooling=("cls", "mean", "max"))
+
+    assert native_width(kit.recipe_folder("bert-cls"), spec) == 3 * 48
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"hidden_size": "wide"}', "[]"])
+def test_files_that_do_not_say_give_no_width(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+
+    assert native_width(tmp_path, ModelSpec(model_id="m", source="s")) is None
+
+
+def test_no_files_give_no_width(tmp_path: Path) -> None:
+    assert native_width(tmp_path / "nothing", ModelSpec(model_id="m", source="s")) is None

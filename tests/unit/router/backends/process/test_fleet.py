@@ -1,0 +1,436 @@
+"""Worker processes that die: who is told, who is not, and what comes back."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+import psutil
+import pytest
+from msgspec import structs
+
+from engines.errors import HostLost, InvalidValue, LoadFailed, ShuttingDown
+from engines.rpc.errors import failure_of
+from engines.spec import ModelSpec
+from engines.types import Budget, Event
+from router.backends.base import Backend
+from router.backends.process.child import clipped
+from router.backends.process.fleet import Answer, ProcessFleet, find_devices_elsewhere
+from router.backends.process.worker import prepare_forkserver
+from router.backends.remote import RemoteBackend
+from tests.testkit.backend_clients import crowd
+from tests.testkit.scripted_host import births, open_broken_host, open_slow_host, scripted
+from tests.unit.router.backends.conformance import call, homes, loads, serving, until
+
+ROOT = Path(__file__).parents[3]
+prepare_forkserver(("router.backends.process.child", "tests.testkit.scripted_host"))
+
+
+class Yard:
+    """A backend, and the processes behind it."""
+
+    def __init__(self, hosts: int, *specs: ModelSpec) -> None:
+        models = {spec.model_id: spec for spec in specs}
+        self.fleet = ProcessFleet([structs.replace(b, specs=models) for b in births()[:hosts]], 1, grace_s=5.0)
+        self.backend = RemoteBackend(self.fleet, models)
+
+    def pids(self) -> dict[str, int]:
+        return {host_id: worker.pid or 0 for host_id, worker in self.fleet.workers.items()}
+
+    def kill(self, host_id: str) -> None:
+        os.kill(self.pids()[host_id], signal.SIGKILL)
+
+    async def restarted(self, host_id: str, times: int) -> None:
+        def is_so(hosts: object) -> bool:
+            return any(
+                host.host_id == host_id and host.restarts == times and not host.is_draining
+                for host in self.backend.snapshots()
+            )
+
+        await until(self.backend, is_so)
+
+
+@asynccontextmanager
+async def yard(*specs: ModelSpec, hosts: int = 2) -> AsyncIterator[Yard]:
+    made = Yard(hosts, *specs)
+    await made.backend.start()
+    try:
+        yield made
+    finally:
+        await made.backend.aclose(grace_s=0)
+
+
+async def test_no_request_is_lost_when_one_of_two_hosts_is_killed_under_64_clients() -> None:
+    models = [scripted(f"m{index}", embed_s=0.005) for index in range(4)]
+    async with yard(*models) as here:
+        async with crowd(here.backend, *(spec.model_id for spec in models)) as clients:
+            await clients.until(30)
+            home = homes(here.backend.snapshots())["m0"][0]
+            here.kill(home)
+            await clients.until(30)
+            await here.restarted(home, 1)
+            await clients.until(30)
+        hosts = await until(here.backend, lambda hosts: len(homes(hosts)) == 4)
+
+    assert clients.wrong == []
+    assert loads(hosts)["m0"] >= 1, "loaded again, on demand"
+
+
+async def test_the_only_host_comes_back_and_then_answers_what_it_had() -> None:
+    async with yard(scripted("a", embed_s=0.1), hosts=1) as here:
+        await here.backend.preload("a")
+        asked = [asyncio.create_task(here.backend.embed(call("a", str(index)))) for index in range(5)]
+        await asyncio.sleep(0.03)
+        here.kill("cpu:0")
+        answers = await asyncio.gather(*asked)
+
+    assert [len(answer.token_counts) for answer in answers] == [1] * 5
+
+
+async def test_models_that_must_be_in_memory_come_back_unasked() -> None:
+    async with yard(scripted("a", pinned=True), hosts=1) as here:
+        await until(here.backend, lambda hosts: "a" in homes(hosts))
+        here.kill("cpu:0")
+        await here.restarted("cpu:0", 1)
+        await until(here.backend, lambda hosts: "a" in homes(hosts))
+
+
+async def test_a_death_is_told_as_events_and_their_numbers_go_on() -> None:
+    async with yard(scripted("a"), hosts=1) as here:
+        stream = here.backend.events()
+        await here.backend.preload("a")
+        here.kill("cpu:0")
+        await here.restarted("cpu:0", 1)
+        await here.backend.preload("a")
+        seen: list[Event] = []
+        async with asyncio.timeout(10):
+            while [event.target for event in seen].count("ready") < 2:
+                seen.append(await anext(stream))
+
+    lost = next(event for event in seen if "died (signal 9)" in event.cause)
+    assert (lost.source, lost.target, lost.model_id) == ("ready", "cold", "a")
+    numbers = [event.seq for event in seen]
+    assert numbers == sorted(set(numbers))
+
+
+@pytest.mark.parametrize("noted", [{}, {"noted": 1}])
+async def test_a_request_that_kills_its_hosts_is_not_sent_a_third_time_and_its_model_is_kept_out(
+    noted: dict[str, int],
+) -> None:
+    async with yard(scripted("bad", **noted), scripted("good")) as here:
+        with pytest.raises(HostLost):
+            await here.backend.embed(call("bad", "die"))
+        deaths = sum(host.restarts for host in here.backend.snapshots())
+        with pytest.raises(LoadFailed, match="was running when its host's process died") as caught:
+            await here.backend.embed(call("bad", "die"))
+        hosts = here.backend.snapshots()
+        shown = {status.state for host in hosts for status in host.models if status.model_id == "bad"}
+        answer = await here.backend.embed(call("good"))
+        with pytest.raises(LoadFailed):
+            await here.backend.preload("bad")
+        await here.backend.reload({"bad": scripted("bad", embed_s=0.001), "good": scripted("good")})
+        mended = await here.backend.embed(call("bad"))
+
+    assert deaths == 2
+    assert (caught.value.kind, 500 < caught.value.retry_after_s <= 600) == ("kills_host", True)
+    assert shown == {"failed"}
+    assert len(answer.token_counts) == len(mended.token_counts) == 1
+
+
+async def test_a_model_that_kills_its_host_while_it_loads_is_kept_out() -> None:
+    async with yard(scripted("bad", dies_loading=1)) as here:
+        for _ in range(2):
+            with pytest.raises((HostLost, LoadFailed)) as caught:
+                await here.backend.embed(call("bad"))
+
+    assert isinstance(caught.value, LoadFailed)
+
+
+async def test_an_innocent_model_on_the_same_host_is_not_charged_when_the_other_was_noted() -> None:
+    async with yard(scripted("bad", noted=1), scripted("good", embed_s=0.3), hosts=1) as here:
+        await here.backend.preload("good")
+        asked = [asyncio.create_task(here.backend.embed(call("good"))) for _ in range(3)]
+        for _ in range(2):
+            with pytest.raises((HostLost, LoadFailed)):
+                await here.backend.embed(call("bad", "die"))
+        told = await asyncio.gather(*asked, return_exceptions=True)
+        after = await here.backend.embed(call("good"))
+
+    assert all(not isinstance(error, LoadFailed) for error in told)
+    assert len(after.token_counts) == 1
+
+
+async def test_models_that_only_waited_when_a_host_died_are_not_quarantined() -> None:
+    async with yard(scripted("a"), scripted("b"), hosts=1) as here:
+        for times in range(1, 4):
+            asked = [asyncio.create_task(here.backend.embed(call(model, "wait"))) for model in "ab"]
+            await until(
+                here.backend,
+                lambda hosts: [status.leases for status in hosts[0].models] == [1, 1] and not hosts[0].is_draining,
+            )
+            here.kill("cpu:0")
+            await here.restarted("cpu:0", times)
+            for task in asked:
+                task.cancel()
+            await asyncio.gather(*asked, return_exceptions=True)
+        answers = [await here.backend.embed(call(model)) for model in "ab"]
+
+    assert [len(answer.token_counts) for answer in answers] == [1, 1]
+
+
+def test_a_note_that_is_too_long_loses_whole_names_from_its_beginning() -> None:
+    assert clipped(b"org/one\norg/two", 15) == b"org/one\norg/two"
+    assert clipped(b"org/one\norg/two", 14) == b"org/two"
+    assert clipped(b"org/one\norg/two", 7) == b"org/two"
+    assert clipped(b"org/one\norg/two", 6) == b""
+
+
+async def test_a_host_that_cannot_be_made_ends_the_start_and_leaves_no_process() -> None:
+    fleet = ProcessFleet([structs.replace(birth, open=open_broken_host) for birth in births()[:2]], 1, 5.0)
+    with pytest.raises(InvalidValue, match="is not here"):
+        await RemoteBackend(fleet, {}).start()
+
+    assert [pid for pid in (worker.pid for worker in fleet.workers.values()) if pid and is_running(pid)] == []
+
+
+async def test_a_host_that_cannot_be_started_again_is_a_fault_and_the_other_serves_on() -> None:
+    async with yard(scripted("a")) as here:
+        worker = here.fleet.workers["cpu:0"]
+        worker.birth = structs.replace(worker.birth, open=open_broken_host)
+        here.kill("cpu:0")
+        async with asyncio.timeout(10):
+            while not here.backend.check():  # noqa: ASYNC110 - a fault is looked for, as the server does
+                await asyncio.sleep(0.02)
+        fault = here.backend.check()["cpu:0"]
+        answer = await here.backend.embed(call("a"))
+
+    assert "cannot be started: cpu:0 is not here" in fault
+    assert len(answer.token_counts) == 1
+
+
+async def test_a_fork_server_that_dies_at_the_wrong_moment_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("router.backends.process.worker._BACKOFF_S", (0.0,))
+    start, failures = ForkServerProcess.start, [EOFError("unexpected EOF"), ConnectionRefusedError()]
+
+    def fail_first(process: ForkServerProcess) -> None:
+        if failures:
+            raise failures.pop(0)
+        start(process)
+
+    async with yard(scripted("a"), hosts=1) as here:
+        monkeypatch.setattr(ForkServerProcess, "start", fail_first)
+        here.kill("cpu:0")
+        await here.restarted("cpu:0", 1)
+        answer = await here.backend.embed(call("a"))
+
+    assert (failures, len(answer.token_counts)) == ([], 1)
+
+
+async def test_a_registry_that_is_read_while_a_worker_starts_reaches_it() -> None:
+    async with yard(scripted("old"), hosts=1) as here:
+        worker, pid = here.fleet.workers["cpu:0"], here.pids()["cpu:0"]
+        worker.birth = structs.replace(worker.birth, open=open_slow_host)
+        here.kill("cpu:0")
+        async with asyncio.timeout(10):
+            while worker.pid in (pid, None):  # noqa: ASYNC110 - it is forked on a thread
+                await asyncio.sleep(0.01)
+        await here.backend.reload({"new": scripted("new")}, Budget(size_bytes=3000))
+        answer = await here.backend.embed(call("new"))
+        (host,) = here.backend.snapshots()
+
+    assert len(answer.token_counts) == 1
+    assert ([status.model_id for status in host.models], host.budget_bytes) == (["new"], 3000)
+
+
+async def test_a_host_that_is_recycled_between_two_lives_counts_its_next_death(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("router.backends.process.worker._BACKOFF_S", (0.3,))
+    async with yard(scripted("a"), hosts=1) as here:
+        here.kill("cpu:0")
+        async with asyncio.timeout(10):
+            while not here.backend.snapshots()[0].restarts:  # noqa: ASYNC110 - a snapshot comes without an event
+                await asyncio.sleep(0.01)
+        await here.backend.recycle("cpu:0")
+        here.kill("cpu:0")
+        await here.restarted("cpu:0", 2)
+
+
+async def test_a_host_is_not_recycled_when_the_server_has_ended() -> None:
+    async with yard(scripted("a"), hosts=1) as here:
+        worker = here.fleet.workers["cpu:0"]
+    with pytest.raises(HostLost, match="the server ended"):
+        await asyncio.wait_for(worker.renew(0.0), 5.0)
+
+
+async def test_signals_to_the_whole_group_do_not_end_a_worker_before_its_parent_says_so() -> None:
+    async with yard(scripted("a"), hosts=1) as here:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(here.pids()["cpu:0"], number)
+        answer = await here.backend.embed(call("a"))
+        pid = here.pids()["cpu:0"]
+
+    assert len(answer.token_counts) == 1
+    assert not is_running(pid)
+
+
+async def test_a_worker_that_hangs_is_killed_and_its_calls_go_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("router.backends.process.worker._MAX_SILENCE_S", 0.5)
+    async with yard(scripted("a"), hosts=2) as here:
+        home = (await here.backend.preload("a")).host_id
+        os.kill(here.pids()[home], signal.SIGSTOP)
+        asked = asyncio.create_task(here.backend.embed(call("a")))
+        async with asyncio.timeout(10):
+            while not asked.done():
+                here.backend.check()
+                await asyncio.sleep(0.05)
+
+    assert len((await asked).token_counts) == 1
+
+
+async def test_a_worker_whose_load_hangs_is_started_anew_and_its_calls_go_elsewhere(tmp_path: Path) -> None:
+    spec = scripted("a", hang_s=60, once=tmp_path / "hung")
+    quick = [
+        structs.replace(birth, settings=structs.replace(birth.settings, watchdog_seconds=0.1)) for birth in births()[:2]
+    ]
+    backend = RemoteBackend(ProcessFleet(quick, 1, grace_s=5.0), {})
+    await backend.start()
+    await backend.reload({"a": spec})
+
+    answer = await asyncio.wait_for(backend.embed(call("a")), 30)
+    hosts = await until(backend, lambda hosts: sum(host.restarts for host in hosts) == 1)
+    await backend.aclose(grace_s=0)
+
+    assert len(answer.token_counts) == 1
+    assert homes(hosts)["a"] != [host.host_id for host in hosts if host.restarts]
+
+
+async def test_a_worker_is_not_killed_for_the_silence_of_a_server_that_stood_still(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As after Ctrl-Z and `fg`: the look comes before what the worker said meanwhile is read."""
+    monkeypatch.setattr("router.backends.process.worker._MAX_SILENCE_S", 0.2)
+    monkeypatch.setattr("engines.pause_detector.MAX_GAP_S", 0.5)
+    async with yard(scripted("a"), hosts=1) as here:
+        before = here.pids()
+        here.backend.check()
+        time.sleep(1.0)  # noqa: ASYNC251  # the server stands still
+        here.backend.check()
+        answer = await here.backend.embed(call("a"))
+        after = here.pids()
+
+    assert len(answer.token_counts) == 1
+    assert before == after
+
+
+async def test_a_worker_that_hangs_does_not_outlive_a_server_that_ends_and_costs_one_grace_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("router.backends.process.worker._END_S", 0.5)
+    here = Yard(1, scripted("a"))
+    await here.backend.start()
+    await here.backend.preload("a")
+    pid = here.pids()["cpu:0"]
+    os.kill(pid, signal.SIGSTOP)
+    asked = asyncio.create_task(here.backend.embed(call("a", "x" * 2**21)))
+    await asyncio.sleep(0.05)
+    began_s = time.monotonic()
+    await here.backend.aclose(grace_s=3.0)
+    took_s = time.monotonic() - began_s
+
+    assert not is_running(pid)
+    assert isinstance((await asyncio.gather(asked, return_exceptions=True))[0], ShuttingDown)
+    assert took_s < 5.5, "the calls had the grace time, and the worker not another one"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel does it")
+@pytest.mark.parametrize("end", ["SIGKILL", "exit"])
+def test_no_process_outlives_the_server_even_one_that_is_stopped(end: str) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.testkit.orphans"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with process:
+        worker = int(process.stdout.readline())
+        family = psutil.Process(process.pid).children(recursive=True)
+        os.kill(worker, signal.SIGSTOP)
+        if end == "SIGKILL":
+            process.kill()
+        process.stdin.close()
+        _, alive = psutil.wait_procs([psutil.Process(process.pid), *family], timeout=15)
+        for left in alive:
+            left.kill()
+
+    assert worker in {child.pid for child in family}
+    assert alive == []
+
+
+async def test_what_is_abandoned_while_a_worker_is_stopped_fills_no_memory() -> None:
+    text = "x" * 2**20
+    async with yard(scripted("a", embed_s=0.01), hosts=1) as here:
+        await here.backend.preload("a")
+        os.kill(here.pids()["cpu:0"], signal.SIGSTOP)
+        before = psutil.Process().memory_info().rss
+        for _ in range(20):
+            asked = [asyncio.create_task(here.backend.embed(call("a", text))) for _ in range(10)]
+            await asyncio.sleep(0.02)
+            for task in asked:
+                task.cancel()
+            await asyncio.gather(*asked, return_exceptions=True)
+        grown = psutil.Process().memory_info().rss - before
+        os.kill(here.pids()["cpu:0"], signal.SIGCONT)
+        answer = await here.backend.embed(call("a"))
+
+    assert len(answer.token_counts) == 1
+    assert grown < 30 * 2**20
+
+
+async def test_workers_end_when_their_parent_hangs_up() -> None:
+    here = Yard(1)
+    await here.backend.start()
+    pid = here.pids()["cpu:0"]
+    worker = here.fleet.workers["cpu:0"]
+    await worker.aclose(grace_s=0)
+    await here.backend.aclose(grace_s=0)
+
+    assert not is_running(pid)
+
+
+async def test_a_new_budget_is_shared_by_the_hosts_of_one_device() -> None:
+    fleet = ProcessFleet(births()[:2], 2, grace_s=1.0)
+    backend: Backend = RemoteBackend(fleet, {})
+    await backend.start()
+    async with serving(backend, scripted("a")):
+        hosts = await until(backend, lambda hosts: {host.budget_bytes for host in hosts} == {2250})
+    await backend.aclose(grace_s=0)
+
+    assert len(hosts) == 2
+
+
+def report_two(answer: Answer, wanted: tuple[str, ...]) -> None:
+    answer.send(("cuda:0", "cuda:1"))
+
+
+def report_none(answer: Answer, wanted: tuple[str, ...]) -> None:
+    answer.send(failure_of(InvalidValue(f"DEVICE names {wanted[0]}, but this machine has 0 CUDA devices")))
+
+
+def report_nothing(answer: Answer, wanted: tuple[str, ...]) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_devices_are_looked_for_in_another_process() -> None:
+    assert find_devices_elsewhere(("auto",), report_two) == ("cuda:0", "cuda:1")
+    with pytest.raises(InvalidValue, match="DEVICE names cuda:99, but this machine has 0"):
+        find_devices_elsewhere(("cuda:99",), report_none)
+    with pytest.raises(InvalidValue, match="the process that looked has died"):
+        find_devices_elsewhere(("auto",), report_nothing)
+
+
+def is_running(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE

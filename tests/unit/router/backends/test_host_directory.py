@@ -1,0 +1,110 @@
+"""Who gets which model, from snapshots that are older than what was sent since."""
+
+from typing import Any
+
+import pytest
+
+from engines.errors import LoadFailed
+from engines.spec import ModelSpec
+from engines.types import HostSnapshot, ModelStatus, State
+from router.backends.host_directory import Ledger
+from tests.testkit.snapshots import host
+
+SPEC = ModelSpec(model_id="a", source="a")
+
+
+def status(model_id: str, host_id: str, state: State = "cold", **more: Any) -> ModelStatus:
+    return ModelStatus(
+        model_id=model_id, state=state, host_id=host_id, device="cpu", source="s", need_bytes=1000, **more
+    )  # fmt: skip
+
+
+def ledger(*hosts: HostSnapshot) -> Ledger:
+    made = Ledger()
+    for snapshot in hosts:
+        made.note(snapshot)
+    return made
+
+
+def test_a_model_that_was_sent_to_a_host_is_expected_there_before_the_host_says_so() -> None:
+    book = ledger(*(host(name, status("a", name), status("b", name)) for name in "xy"))
+    home = book.ranked(SPEC)[0]
+    other = ModelSpec(model_id="b", source="b")
+    with book.sent(home, "a"):
+        assert book.ranked(SPEC)[0] == home
+        assert book.ranked(other)[0] != home, "its bytes are claimed there"
+    book.begin(home, "b")
+    assert book.ranked(other)[0] == home
+
+
+def test_a_herd_of_cold_models_does_not_over_commit_a_host() -> None:
+    specs = [ModelSpec(model_id=f"m{index}", source="s") for index in range(6)]
+    book = ledger(*(host(name, *(status(spec.model_id, name) for spec in specs), free=3000) for name in "xy"))
+    homes = []
+    for spec in specs:
+        homes.append(book.ranked(spec)[0])
+        book.begin(homes[-1], spec.model_id)
+
+    assert sorted(homes) == ["x"] * 3 + ["y"] * 3
+
+
+def test_a_ready_model_is_asked_where_this_router_runs_the_fewest_calls() -> None:
+    book = ledger(*(host(name, status("a", name, "ready")) for name in "xyz"), host("w", status("a", "w")))
+    found = []
+    for _ in range(6):
+        found.append(book.ranked(SPEC)[0])
+        book.begin(found[-1], "a")
+
+    assert sorted(found) == ["x", "x", "y", "y", "z", "z"]
+
+
+def test_calls_of_other_routers_count_on_a_tie() -> None:
+    book = ledger(host("x", status("a", "x", "ready", leases=5)), host("y", status("a", "y", "ready", leases=1)))
+
+    assert book.ranked(SPEC) == ["y", "x"]
+
+
+def test_a_host_that_drains_or_is_avoided_gets_nothing() -> None:
+    book = ledger(
+        host("x", status("a", "x", "ready")), host("y", status("a", "y"), is_draining=True), host("z", status("a", "z"))
+    )
+    book.close("x")
+    book.close("nobody")
+
+    assert book.ranked(SPEC) == ["z"]
+    assert book.ranked(SPEC, avoid={"z"}) == []
+    book.forget("z")
+    assert sorted(book.devices()) == ["x", "y"]
+    assert book.snapshot("z") is None
+
+
+def test_a_device_that_no_host_has_is_refused() -> None:
+    with pytest.raises(LoadFailed, match="for device 'cuda', and this server has cpu"):
+        ledger(host("x")).ranked(ModelSpec(model_id="a", source="a", device="cuda"))
+    assert ledger().ranked(ModelSpec(model_id="a", source="a", device="cuda")) == []
+
+
+def test_one_more_copy_goes_where_there_is_free_memory_and_only_when_all_are_busy() -> None:
+    hot = ModelSpec(model_id="a", source="a", replicas=2)
+    book = ledger(host("x", status("a", "x", "ready")), host("y", status("a", "y")), host("z", status("a", "z")))
+
+    assert book.further(hot, calls=0) is None
+    assert book.further(SPEC, calls=9) is None
+    second = book.further(hot, calls=1)
+    assert second in ("y", "z")
+    book.begin(second, "a")
+    assert book.further(hot, calls=9) is None, "one is on its way"
+
+
+def test_no_other_model_has_to_leave_for_a_copy() -> None:
+    hot = ModelSpec(model_id="a", source="a", replicas=2)
+    full = host("y", status("a", "y"), status("b", "y", "ready", weight_bytes=4500), free=500, used=4500)
+
+    assert ledger(host("x", status("a", "x", "ready")), full).further(hot, calls=9) is None
+
+
+def test_models_that_no_host_has_or_expects_are_unloaded() -> None:
+    specs = [ModelSpec(model_id=name, source="s") for name in "abc"]
+    book = ledger(host("x", status("a", "x"), status("b", "x", "loading")), host("y", status("a", "y", "failed")))
+
+    assert [spec.model_id for spec in book.unloaded(specs)] == ["a"]

@@ -1,0 +1,77 @@
+"""`BACKEND=ray` does what every backend does: the suite of `ray_suite.py`, in a process and on a cluster of its own."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("ray", reason="pip install 'embedyard[ray]'")
+ROOT = Path(__file__).parents[3]
+SUITE = Path(__file__).with_name("ray_suite.py")
+
+
+@pytest.mark.timeout(500)
+def test_the_conformance_suite_is_green_on_a_cluster(tmp_path: Path) -> None:
+    # Without the interpreter's own end, which waits for threads of Ray's.
+    main = "import os, sys, pytest; code = pytest.main(sys.argv[1:]); sys.stdout.flush(); os._exit(code)"
+    command = [sys.executable, "-c", main, "-v", "--show-capture=no", "-o", "timeout=180", str(SUITE)]
+    quiet = [
+        "-o",
+        "asyncio_mode=strict",
+        "-o",
+        "filterwarnings=default",
+        "--disable-warnings",
+    ]  # Ray warns of itself when it is imported
+    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    log = tmp_path / "log"  # and no pipe, which daemons of Ray would keep open
+
+    with (
+        log.open("w") as out,
+        subprocess.Popen([*command, *quiet], cwd=ROOT, env=environ, stdout=out, stderr=out) as suite,
+    ):
+        try:
+            code = suite.wait(420)
+        except subprocess.TimeoutExpired:
+            suite.terminate()  # pytest ends its cluster then
+            code = suite.wait(60)
+
+    printed = log.read_text()
+    passed = re.search(r"(\d+) passed", printed)
+    assert code == 0, printed[-12000:]
+    assert passed is not None
+    assert int(passed[1]) > 30
+
+
+def test_a_server_that_does_not_use_ray_imports_nothing_of_it() -> None:
+    code = (
+        "import sys; from router.registry.registry import Registry; from router.config.settings import Settings;"
+        "from router.backends.factory import open_backend; from router.app import create_app;"
+        "backend = open_backend(Settings(device=('cpu',)), Registry());"
+        "create_app(Settings(), Registry(), backend);"
+        "found = [name for name in sys.modules if name.partition('.')[0] == 'ray' or name.startswith('router.backends.ray')];"
+        "print(type(backend).__name__, found)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+
+    assert done.stdout.split(maxsplit=1) == ["LocalBackend", "[]\n"]
+
+
+def test_without_a_cluster_the_commands_say_what_to_do() -> None:
+    """All in one process: importing Ray is what takes the time."""
+    code = (
+        "from click.testing import CliRunner; from router.cli.main import cli;"
+        "ends = [CliRunner().invoke(cli, line.split()) for line in ('ray deploy', 'ray remove', 'serve --port 0')];"
+        "print([(end.exit_code, 'no Ray cluster answers at 127.0.0.1:1: start one' in end.output) for end in ends])"
+    )
+    environ = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    environ |= {"BACKEND": "ray", "RAY_ADDRESS": "127.0.0.1:1"}
+
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=ROOT, env=environ, capture_output=True, text=True, check=True, timeout=60,
+    )  # fmt: skip
+
+    assert done.stdout.strip() == str([(2, True)] * 3)

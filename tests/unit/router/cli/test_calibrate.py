@@ -1,0 +1,91 @@
+"""`embedyard calibrate`: what it prints is what the registry takes, and it makes one text enough."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from router.app import create_app
+from router.cli.main import cli
+from router.config.settings import VARIABLES, Settings
+from router.registry.registry import parse_registry
+from tests.testkit.scripted_backend import ScriptedBackend, vector
+from tests.testkit.served import REGISTRY
+from tests.testkit.threaded_server import serving_in_thread
+
+TEXTS = [f"text number {index * index}" for index in range(150)]
+
+
+@pytest.fixture
+def url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A server with a key, a file of texts here, and no other setting."""
+    monkeypatch.chdir(tmp_path)
+    for variable in VARIABLES:
+        monkeypatch.delenv(variable.name, raising=False)
+    monkeypatch.setenv("API_KEY", "sk-1")
+    Path("texts.txt").write_text("\n \n".join(TEXTS))
+    with serving_in_thread(create_app(Settings(api_key="sk-1"), REGISTRY, ScriptedBackend("mini"))) as url:
+        yield url
+
+
+def calibrate(*args: str) -> Result:
+    return CliRunner().invoke(cli, ["calibrate", *args], prog_name="embedyard")
+
+
+def test_what_it_prints_goes_into_the_registry(url: str) -> None:
+    result = calibrate("text-embedding-3-small", "texts.txt", "--url", url)
+    spec = parse_registry(f"version: 1\nmodels:\n  - name: mini\n    source: o/mini\n{result.stdout}").models["mini"]
+    vectors = np.array([vector(text) for text in TEXTS])
+
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert "of mini, from 150 texts" in result.stdout
+    assert spec.calibration is not None
+    assert spec.calibration.lowest == pytest.approx(vectors.min(axis=0), abs=1e-5)
+    assert spec.calibration.highest == pytest.approx(vectors.max(axis=0), abs=1e-5)
+
+
+def test_width_and_prompt_are_those_that_clients_will_ask_for(url: str) -> None:
+    result = calibrate("mini", "texts.txt", "--url", url, "--dimensions", "4", "--input-type", "query")
+
+    assert result.exit_code == 0
+    assert result.stdout.count(",") == 1 + 3 + 3
+
+
+def test_few_texts_are_warned_of(url: str) -> None:
+    Path("texts.txt").write_text("one\ntwo\n")
+
+    result = calibrate("mini", "texts.txt", "--url", url)
+
+    assert result.exit_code == 0
+    assert result.stderr == "warning: 2 texts hardly show the ranges of 8 components\n"
+
+
+@pytest.mark.parametrize(
+    ("model", "texts", "words"),
+    [
+        ("mnii", "texts.txt", "did you mean mini?"),
+        ("mini", "nothing.txt", "nothing.txt cannot be read: No such file"),
+        ("mini", "binary", "binary cannot be read: it is not UTF-8"),
+        ("mini", "short", "short has 1 lines with text, and a range needs at least 2"),
+    ],
+)
+def test_a_mistake_is_told_with_its_cure(url: str, model: str, texts: str, words: str) -> None:
+    Path("binary").write_bytes(b"\xff\xfe\x00")
+    Path("short").write_text("one\n\n")
+
+    result = calibrate(model, texts, "--url", url)
+
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert words in result.stderr
+
+
+def test_a_wrong_key_and_a_silent_address_are_told(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("API_KEY", "sk-2")
+    refused = calibrate("mini", "texts.txt", "--url", url)
+    silent = calibrate("mini", "texts.txt", "--url", "http://127.0.0.1:9")
+
+    assert (refused.exit_code, silent.exit_code) == (2, 2)
+    assert "set ADMIN_API_KEY or API_KEY as the server has it" in refused.stderr
+    assert "no server answers at http://127.0.0.1:9" in silent.stderr

@@ -1,0 +1,161 @@
+"""`embedyard serve`: what it refuses, what it prints, and how it ends."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+from click.testing import CliRunner, Result
+
+from engines.types import HostSnapshot
+from router.cli.serve import banner, command
+from router.config.settings import Settings
+from tests.testkit.served import REGISTRY
+
+ROOT = Path(__file__).parents[4]
+YAML = "version: 1\nmodels:\n  - name: mini\n    source: org/mini\n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder with a registry, and none of the settings of this process."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("HOST", "PORT", "API_KEY", "ADMIN_API_KEY", "KEYS_FILE", "ALLOW_ANONYMOUS", "MODEL_PATH", "REGISTRY"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "registry.yaml").write_text(YAML)
+    return tmp_path
+
+
+def serve(*arguments: str) -> Result:
+    return CliRunner().invoke(command, arguments)
+
+
+def test_an_open_host_without_a_key_is_refused(folder: Path) -> None:
+    result = serve("--host", "0.0.0.0")
+
+    assert result.exit_code == 2
+    assert "no key is set" in result.stderr
+    assert "ALLOW_ANONYMOUS=true" in result.stderr
+
+
+def test_a_registry_with_mistakes_is_refused_with_all_of_them(folder: Path) -> None:
+    (folder / "other.yaml").write_text(YAML + "    dtype: float7\n    colour: red\n")
+    result = serve("--registry", "other.yaml")
+
+    assert result.exit_code == 2
+    assert "2 mistakes" in result.stderr
+    assert "colour" in result.stderr
+
+
+def test_a_missing_registry_is_refused_with_its_name(folder: Path) -> None:
+    result = serve("--registry", "nowhere.yaml")
+
+    assert result.exit_code == 2
+    assert "no file nowhere.yaml" in result.stderr
+
+
+def test_a_taken_port_is_refused_before_anything_is_loaded(folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = serve("--port", str(port))
+
+    assert result.exit_code == 2
+    assert f"PORT={port}" in result.stderr
+    assert "in use" in result.stderr
+
+
+@pytest.mark.parametrize("port", ["70000", "-1", "http"])
+def test_a_port_that_is_none_is_refused(folder: Path, port: str) -> None:
+    result = serve("--port", port)
+
+    assert result.exit_code == 2
+    assert f"PORT={port}" in result.stderr
+
+
+def test_a_device_that_is_not_here_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEVICE", "cuda:99")
+    result = serve("--port", "0")
+
+    assert result.exit_code == 2
+    assert "cuda:99" in result.stderr
+
+
+def test_one_folder_needs_no_registry(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "registry.yaml").unlink()
+    (folder / "my-model").mkdir()
+    monkeypatch.setenv("DEVICE", "cuda:99")  # the refusal comes after the registry was accepted
+    without = serve("--port", "0")
+    monkeypatch.setenv("MODEL_PATH", "./my-model")
+    with_folder = serve("--port", "0")
+
+    assert "no file registry.yaml" in without.stderr
+    assert "cuda:99" in with_folder.stderr
+
+
+def test_the_banner_says_where_what_and_with_how_much() -> None:
+    host = HostSnapshot(
+        host_id="cpu", device="cpu", total_bytes=16 * 2**30, budget_bytes=12 * 2**30, used_bytes=0, workspace_bytes=0,
+        free_bytes=0, residents=(), models=(),
+    )  # fmt: skip
+    lines = banner(Settings(host="0.0.0.0", api_key="hunter2"), REGISTRY, (host,), 6008).splitlines()
+
+    assert lines == [
+        "Embedyard serves http://127.0.0.1:6008  (documentation: http://127.0.0.1:6008/docs)",
+        "  model   mini (default)",
+        "  model   BAAI/bge-m3",
+        "  model   cold",
+        "  device  cpu: 12.0 GiB of 16.0 GiB for models",
+        "Try:",
+        '  curl http://127.0.0.1:6008/v1/embeddings -H "Authorization: Bearer $API_KEY" '
+        '-H \'Content-Type: application/json\' -d \'{"model": "mini", "input": "The cat sits outside"}\'',
+    ]
+
+
+def test_an_ipv6_address_stands_in_brackets() -> None:
+    assert "http://[::1]:80/v1/embeddings" in banner(Settings(host="::1"), REGISTRY, (), 80)
+
+
+@pytest.fixture
+def process() -> Iterator[subprocess.Popen[str]]:
+    arguments = [sys.executable, "-m", "tests.testkit.serve_scripted"]
+    with subprocess.Popen(
+        arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
+    ) as child:
+        yield child
+        child.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_drains_and_ends_with_zero(process: subprocess.Popen[str], number: signal.Signals) -> None:
+    assert process.stdout is not None
+    assert process.stderr is not None
+    url = process.stdout.readline().strip()
+    with httpx.Client(base_url=url, timeout=10) as client, ThreadPoolExecutor() as threads:
+        slow = threads.submit(client.post, "/v1/embeddings", json={"input": "a", "model": "BAAI/bge-m3"})
+        stuck = threads.submit(client.post, "/v1/embeddings", json={"input": "a", "model": "cold"})
+        with client.stream("GET", "/admin/events") as events:
+            lines = events.iter_lines()
+            next(lines)
+            while sum(slot["leases"] for slot in client.get("/admin/models").json()["data"]) < 2:
+                pass
+            process.send_signal(number)
+            rest = list(lines)
+        answers = slow.result(), stuck.result()
+        exit_code = process.wait(60)
+    num_frozen = int(process.stdout.read())
+    logged = [json.loads(line) for line in process.stderr.read().splitlines()]
+
+    assert exit_code == 0
+    assert answers[0].status_code == 200
+    assert answers[1].status_code == 503
+    assert answers[1].json()["error"]["code"] == "shutting_down"
+    assert all(not line.startswith("data") for line in rest)
+    assert {line["event"] for line in logged} == {"request.done"}
+    assert num_frozen > 10_000, "the libraries are out of the garbage collector's sight"
+    assert {line["status"] for line in logged} == {200, 503}

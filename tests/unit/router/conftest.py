@@ -1,0 +1,38 @@
+"""One registry, a scripted backend, and the edge served with it over a real socket."""
+
+from collections.abc import Iterator
+
+import pytest
+from litestar import Litestar
+
+from router.app import create_app
+from router.config.settings import Settings
+from tests.testkit.scripted_backend import ScriptedBackend
+from tests.testkit.served import MAX_BODY_BYTES, REGISTRY, Served, serve
+
+
+@pytest.fixture
+def backend() -> ScriptedBackend:
+    return ScriptedBackend("mini", "BAAI/bge-m3")
+
+
+@pytest.fixture
+def app(backend: ScriptedBackend) -> Litestar:
+    return create_app(Settings(), REGISTRY, backend)
+
+
+@pytest.fixture(scope="module")
+def module_server() -> Iterator[Served]:
+    yield from serve(Settings(max_body_bytes=MAX_BODY_BYTES))
+
+
+@pytest.fixture
+def served(module_server: Served) -> Served:
+    """A server without keys, shared by the tests of a module; its backend starts each test fresh."""
+    backend = module_server.backend
+    backend.failures.clear()
+    backend.calls.clear()
+    backend.commands.clear()
+    backend.truncated = ()
+    backend.is_draining = False
+    return module_server

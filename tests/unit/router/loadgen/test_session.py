@@ -1,0 +1,75 @@
+"""A run: its first request, its phases, and Ctrl+C."""
+
+import os
+import signal
+
+import pytest
+
+from router.loadgen import Phase
+from router.loadgen.http_client import Target, encode
+from router.loadgen.progress import Silence
+from router.loadgen.report import Measured
+from router.loadgen.requests import CannotMeasure, first
+from router.loadgen.session import Job, measure
+from tests.testkit.http_wire import response, saying, wire
+
+WIDE = b'{"data":[{"embedding":"' + b"AAAA" * 128 + b'"}]}'  # 96 floats in base64
+
+
+class Impatient(Silence):
+    """Presses Ctrl+C as soon as something begins."""
+
+    def begin(self, phase: Phase) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def job(target: Target, *phases: Phase, seconds: float = 30.0) -> Job:
+    return Job(target, [encode(target, ["text"])], phases, seconds)
+
+
+async def test_every_phase_is_measured_and_shown() -> None:
+    shown: list[Measured] = []
+
+    class Watched(Silence):
+        def end(self, measured: Measured) -> None:
+            shown.append(measured)
+
+    async with wire(saying(response())) as (_, target):
+        found, is_whole = await measure(job(target, Phase(per_s=100.0), Phase(clients=2), seconds=0.3), Watched())
+
+    assert is_whole
+    assert found == shown
+    assert [phase.load for phase in found] == ["100 requests/s", "2 clients"]
+    assert all(phase.requests > 3 and not phase.failed for phase in found)
+    assert all(sum(moment.requests for moment in phase.timeline) == phase.requests for phase in found)
+
+
+async def test_control_c_ends_the_phase_and_leaves_the_others_out() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    async with wire(saying(response())) as (_, target):
+        found, is_whole = await measure(job(target, Phase(per_s=200.0), Phase(clients=2)), Impatient())
+
+    assert (len(found), is_whole) == (1, False)
+    assert found[0].seconds < 5
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize(("body", "width"), [(WIDE, 96), (b'{"data":[{"embedding":[1,2,3]}]}', 3)])
+async def test_the_first_answer_tells_the_width(body: bytes, width: int) -> None:
+    async with wire(saying(response(body))) as (_, target):
+        assert await first(target, encode(target, ["text"])) == width
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (response(b'{"error":{"message":"who are you?"}}', "401 Unauthorized"), "answered 401: who are you?"),
+        (response(b"<html>"), "no embeddings: is it an OpenAI-compatible server"),
+        (response(b'{"data":[]}'), "no embeddings"),
+        (b"", "the server closed the connection"),
+    ],
+)
+async def test_a_server_that_cannot_be_measured_says_why(answer: bytes, message: str) -> None:
+    async with wire(saying(answer, then_closes=True)) as (_, target):
+        with pytest.raises(CannotMeasure, match=message):
+            await first(target, encode(target, ["text"]))

@@ -1,0 +1,110 @@
+"""The last minute of each model, with a clock that is turned by hand."""
+
+from typing import Any, cast
+
+import pytest
+
+from engines.types import Embeddings
+from router.observability.request_context import Visit
+from router.observability.traffic import STEP_S, STEPS, Traffic
+from tests.testkit.served import Served
+
+
+class Clock:
+    now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def traffic(clock: Clock) -> Traffic:
+    found = Traffic(clock)
+    clock.now_s += 3600
+    return found
+
+
+async def no_send(_: Any) -> None: ...
+
+
+def visit(model: str = "mini", texts: int = 2, seconds: float = 0.1, status: int = 200) -> Visit:
+    made = Visit(cast(Any, {"type": "http", "method": "POST", "headers": []}), no_send)
+    made.model, made.status = model, status
+    made.answer = Embeddings(vectors=b"", dimensions=1, token_counts=(5,) * texts)
+    made.ended_s = made.began_s + seconds
+    return made
+
+
+def test_texts_and_tokens_are_averaged_over_the_minute(traffic: Traffic, clock: Clock) -> None:
+    for _ in range(30):
+        traffic.record(visit())
+        clock.now_s += 2.0
+    found = traffic.last_minute()["mini"]
+
+    assert found.texts_per_s == pytest.approx(1.0, rel=0.05)
+    assert found.tokens_per_s == pytest.approx(5.0, rel=0.05)
+    assert len(found.texts_per_s_by_step) == STEPS
+    assert sum(found.texts_per_s_by_step) * STEP_S == 60
+
+
+def test_a_young_server_is_not_measured_by_a_minute_it_has_not_lived() -> None:
+    clock = Clock()
+    traffic = Traffic(clock)
+    clock.now_s += 10.0
+    traffic.record(visit(texts=50))
+
+    assert traffic.last_minute()["mini"].texts_per_s == pytest.approx(5.0)
+
+
+def test_what_is_older_is_forgotten_step_by_step(traffic: Traffic, clock: Clock) -> None:
+    traffic.record(visit(texts=10))
+    clock.now_s += 30.0
+    traffic.record(visit(texts=1))
+    half, clock.now_s = traffic.last_minute()["mini"], clock.now_s + 36.0
+    rest, clock.now_s = traffic.last_minute()["mini"], clock.now_s + 60.0
+
+    assert [steps * STEP_S for steps in half.texts_per_s_by_step].index(10) == STEPS - 6
+    assert sum(rest.texts_per_s_by_step) * STEP_S == 1
+    assert traffic.last_minute() == {}
+
+
+@pytest.mark.parametrize("scale", [0.0005, 0.02, 1.0, 300.0])
+def test_percentiles_are_right_to_three_per_cent(traffic: Traffic, scale: float) -> None:
+    for number in range(1, 101):
+        traffic.record(visit(seconds=scale * number / 100))
+    found = traffic.last_minute()["mini"]
+
+    assert found.p50_s == pytest.approx(0.50 * scale, rel=0.03)
+    assert found.p95_s == pytest.approx(0.95 * scale, rel=0.03)
+
+
+def test_only_embeddings_that_were_answered_count(traffic: Traffic) -> None:
+    refused, other = visit(status=499), visit()
+    other.answer = None
+    for each in (refused, other):
+        traffic.record(each)
+
+    assert traffic.last_minute() == {}
+
+
+def test_models_are_told_apart(traffic: Traffic) -> None:
+    traffic.record(visit("a", texts=1))
+    traffic.record(visit("b", texts=3))
+
+    assert [found.texts_per_s_by_step for found in traffic.last_minute().values()] == [(0.0,) * STEPS] * 2
+    assert traffic.last_minute()["b"].texts_per_s == 3 * traffic.last_minute()["a"].texts_per_s
+
+
+def test_the_route_tells_the_last_minute(served: Served) -> None:
+    served.client.post("/v1/embeddings", json={"input": ["one", "two"], "model": "mini"}).raise_for_status()
+    answer = served.client.get("/admin/traffic").json()
+    (found,) = [model for model in answer["data"] if model["id"] == "mini"]
+
+    assert answer["step_s"] == STEP_S
+    assert found["texts_per_s"] > 0
+    assert 0 < found["p50_s"] <= found["p95_s"]

@@ -1,0 +1,138 @@
+"""Tasks beside the requests, over the real backend: events become metrics, a device that is down is noticed."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import httpx
+import pytest
+from msgspec import structs
+from prometheus_client import generate_latest
+from structlog.testing import capture_logs
+
+from engines.device.health import Pulse
+from engines.errors import AccessDenied
+from engines.testing.fakes import FakeLoader, fake_host, fake_specs, fake_world
+from router.app import create_app
+from router.backends.local import LocalBackend
+from router.config.settings import Settings
+from router.observability.recorder import Meters
+from router.registry.registry import Registry
+from router.server.background import time_the_loop, watching
+from tests.testkit.exposition import Exposition
+from tests.testkit.scripted_backend import ScriptedBackend
+from tests.testkit.threaded_server import serving
+
+EMBED = "/v1/embeddings"
+
+
+class Yard:
+    """A served host whose pulse a test takes."""
+
+    def __init__(self, loader: FakeLoader) -> None:
+        self.pulse = Pulse()
+        world = structs.replace(fake_world(), pulse=lambda: self.pulse)
+        self.specs = fake_specs("a", "b")
+        self.backend = LocalBackend([fake_host("a", "b", loader=loader, world=world, host_id="cpu")], self.specs)
+        self.client: httpx.AsyncClient
+
+    async def embed(self, model: str = "a") -> httpx.Response:
+        return await self.client.post(EMBED, json={"input": "x", "model": model})
+
+    async def scrape(self) -> Exposition:
+        return Exposition((await self.client.get("/metrics")).text)
+
+
+@asynccontextmanager
+async def served(loader: FakeLoader | None = None) -> AsyncIterator[Yard]:
+    yard = Yard(loader or FakeLoader())
+    app = create_app(Settings(), Registry(models=yard.specs), yard.backend)
+    async with serving(app) as url, httpx.AsyncClient(base_url=url, timeout=10) as client:
+        yard.client = client
+        yield yard
+
+
+async def test_loads_evictions_and_failures_reach_the_metrics() -> None:
+    async with served(FakeLoader(failures={"b": [AccessDenied("no")]})) as yard:
+        await yard.embed("a")
+        await yard.client.post("/admin/models/a/evict")
+        await yard.embed("b")
+        exposition = await yard.scrape()
+
+    assert exposition("embedyard_loads_total", model="a", host="cpu") == 1
+    assert exposition("embedyard_load_seconds_count", model="a") == 1
+    assert exposition("embedyard_evictions_total", model="a", cause="operator") == 1
+    assert exposition("embedyard_load_failures_total", model="b", kind="access_denied") == 1
+    assert exposition("embedyard_rejected_total", model="b", reason="model_load_failed") == 1
+    assert exposition("embedyard_model_state", model="b", host="cpu", state="failed") == 1
+
+
+async def test_a_hanging_forward_pass_fails_health_and_its_callers_within_a_second() -> None:
+    async with served(FakeLoader(embed_s=3600.0)) as yard:
+        waiting = asyncio.create_task(yard.embed())
+        while not (await yard.scrape())("embedyard_leases", model="a", host="cpu"):
+            pass
+        healthy = await yard.client.get("/health")
+        began_s = time.perf_counter()
+        yard.pulse = Pulse(turn_s=125.0)
+        told = await waiting
+        took_s = time.perf_counter() - began_s
+        refused, health, exposition = await yard.embed(), await yard.client.get("/health"), await yard.scrape()
+
+    assert healthy.status_code == 200
+    assert took_s < 2.0
+    for answer in (told, refused, health):
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "device_down")
+        assert "a forward pass has been running for 125 s, and 120 s is the limit" in answer.json()["error"]["message"]
+        assert int(answer.headers["retry-after"]) >= 1
+    assert exposition("embedyard_device_up", host="cpu") == 0
+
+
+async def test_a_dead_device_fails_health_with_its_name() -> None:
+    async with served() as yard:
+        yard.pulse = Pulse(is_alive=False)
+        health, ready = await yard.client.get("/health"), await yard.client.get("/ready")
+
+    assert (health.status_code, health.json()["error"]["type"]) == (503, "server_error")
+    assert "device cpu has died" in health.json()["error"]["message"]
+    assert ready.status_code == 503
+
+
+async def test_a_loop_that_is_held_up_is_seen() -> None:
+    meters = Meters()
+    timing = asyncio.create_task(time_the_loop(meters, every_s=0.001))
+    await asyncio.sleep(0.005)
+    time.sleep(0.06)  # noqa: ASYNC251  # it is what holds the loop up
+    await asyncio.sleep(0.005)
+    timing.cancel()
+    exposition = Exposition(generate_latest(meters.registry).decode())
+
+    held_up = exposition("embedyard_event_loop_lag_seconds_count") - exposition(
+        "embedyard_event_loop_lag_seconds_bucket", le="0.05"
+    )
+    assert held_up == 1
+
+
+async def test_a_task_that_fails_is_logged() -> None:
+    backend = ScriptedBackend("mini")
+
+    def fail() -> dict[str, str]:
+        raise RuntimeError("a bug")
+
+    backend.check = fail  # type: ignore[method-assign]  # a bug below
+    with capture_logs() as lines:
+        async with watching(backend, Meters()):
+            await asyncio.sleep(0.01)
+
+    assert [line["event"] for line in lines] == ["watch.ended"]
+
+
+@pytest.mark.parametrize("number", [1, 2])
+async def test_the_tasks_end_with_the_server(number: int) -> None:
+    before = len(asyncio.all_tasks())
+    async with served() as yard:
+        for _ in range(number):
+            await yard.embed()
+
+    assert len(asyncio.all_tasks()) == before
