@@ -28,11 +28,11 @@ from benchmarks.latency import ORDINARY, OURS, PEER, Embed, forget_graphs, has_g
 from benchmarks.machine import Watch, warn_if_busy
 from benchmarks.measure import Run, interleave, speedup
 from benchmarks.report import RESULTS, Report, publish
-from engines.batching.autotune import Paces
-from engines.batching.engine import TextEngine
+from engines.batching.autotune import TuningStore
+from engines.batching.engine import EmbeddingEngine
 from engines.inputs.tokenizer_threads import TokenizerThreads
 from engines.loading.loader import LoaderSettings, TorchLoader
-from engines.machine import open_lane
+from engines.machine import open_scheduler
 from engines.spec import ModelSpec
 from engines.types import EmbedCall, ModelFiles
 from tests.testkit.engine_kit import cosines
@@ -51,12 +51,12 @@ class Rig:
     def __init__(self, device: str) -> None:
         cores = os.cpu_count() or 1
         self.device = torch.device(device)
-        self.lane = open_lane(device, cores)
+        self.lane = open_scheduler(device, cores)
         self.threads = TokenizerThreads(cores)
-        self._loader = TorchLoader(device, self.lane, self.threads, LoaderSettings(paces=Paces(None)))
+        self._loader = TorchLoader(device, self.lane, self.threads, LoaderSettings(paces=TuningStore(None)))
         self._loop = asyncio.new_event_loop()
 
-    def load(self, folder: Path, **spec: Any) -> TextEngine:
+    def load(self, folder: Path, **spec: Any) -> EmbeddingEngine:
         """A warm engine, its batch size found."""
         files = ModelFiles(path=str(folder), revision=folder.name, size_bytes=0)
         engine = self._loader.load(ModelSpec(model_id="m", source=str(folder), **spec), files)
@@ -65,7 +65,7 @@ class Rig:
             time.sleep(0.01)  # trials of batch sizes run by themselves
         return engine
 
-    def embed(self, engine: TextEngine, texts: Sequence[str], **call: Any) -> Any:
+    def embed(self, engine: EmbeddingEngine, texts: Sequence[str], **call: Any) -> Any:
         """Vectors of one call."""
         return self._loop.run_until_complete(engine.embed(EmbedCall(model_id="m", texts=tuple(texts), **call))).array()
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks import workloads
 from benchmarks.measure import SETTLE_S, Run, interleave, speedup
-from engines.batching.engine import TextEngine
+from engines.batching.engine import EmbeddingEngine
 from engines.models.transformer import TransformerEncoder
 
 CALLS = {"one short text": ("short", 1), "8 short texts": ("short", 8), "one passage": ("passages", 1)}
@@ -25,7 +25,7 @@ Embed = Callable[[Sequence[str]], object]
 """One call: texts in, vectors out, on the host."""
 
 
-def encoder_of(engine: TextEngine) -> TransformerEncoder:
+def encoder_of(engine: EmbeddingEngine) -> TransformerEncoder:
     """What an engine runs."""
     assert engine._runner is not None, "the engine has not been closed"
     encoder = engine._runner._encoder
@@ -33,15 +33,15 @@ def encoder_of(engine: TextEngine) -> TransformerEncoder:
     return encoder
 
 
-def has_graphs(engine: TextEngine) -> bool:
+def has_graphs(engine: EmbeddingEngine) -> bool:
     """Whether some of its passes were recorded."""
     return bool(encoder_of(engine).sizes)
 
 
-def forget_graphs(engine: TextEngine) -> None:
+def forget_graphs(engine: EmbeddingEngine) -> None:
     """From now on it runs as it would without them. Nothing may run meanwhile."""
     encoder = encoder_of(engine)
-    encoder.use(next(path for path in encoder.paths() if path != "graphed"))
+    encoder.switch_to(next(path for path in encoder.candidate_paths() if path != "graphed"))
 
 
 def latency(

@@ -16,7 +16,7 @@ import structlog
 from msgspec import Struct
 from sentence_transformers import SentenceTransformer
 
-from engines.batching.engine import TextEngine
+from engines.batching.engine import EmbeddingEngine
 from tests.testkit.engine_kit import Kit, component_error, cosines, embed, encode
 from tests.testkit.models import RECIPES, reference
 from tests.testkit.texts import mixed
@@ -41,7 +41,7 @@ class Row(Struct, frozen=True):
         return (self.family, self.pooling, self.attention, cosine, f"{self.component:.1e}", self.note)
 
 
-def compare(engine: TextEngine, model: SentenceTransformer, texts: list[str]) -> tuple[float, float]:
+def compare(engine: EmbeddingEngine, model: SentenceTransformer, texts: list[str]) -> tuple[float, float]:
     """The worst cosine and the largest difference of any component, over all prompts, normalised and not."""
     cosine, component = 1.0, 0.0
     for prompt in ("", *engine.info.prompts.values()):

@@ -19,7 +19,7 @@ from msgspec import Struct
 from benchmarks.folders import resolve
 from benchmarks.machine import Watch, usable_cores, warn_if_busy
 from benchmarks.report import RESULTS, Report, publish
-from engines.device.scheduler import Lane
+from engines.device.scheduler import DeviceScheduler
 from engines.inputs.tokenizer_threads import TokenizerThreads
 from engines.loading.loader import LoaderSettings, TorchLoader
 from engines.spec import ModelSpec
@@ -55,7 +55,7 @@ def run(model: str, rounds: int, cores: int) -> Report:
     """Measure a model of `benchmarks.folders`, or a folder."""
     watch, folder = Watch(), resolve(model)
     warn_if_busy(watch.machine)
-    lane = Lane("bench", lambda: torch.set_num_threads(cores))
+    lane = DeviceScheduler("bench", lambda: torch.set_num_threads(cores))
     with TemporaryDirectory() as state, closing(TokenizerThreads(cores)) as threads:
         loader = TorchLoader("cpu", lane, threads, LoaderSettings(canary_folder=Path(state)))
         first, *rest = [measure(loader, folder) for _ in range(rounds + 1)]

@@ -11,16 +11,16 @@ from collections.abc import AsyncIterator, Mapping
 import msgspec
 import structlog
 
-from engines.device.health import fault_of
+from engines.device.health import describe_fault
 from engines.errors import DeviceDown
-from engines.pause_detector import Awake
-from engines.pool.pool import Pool
-from engines.pool.runtime import HostConfig, World, real_world, suits
+from engines.pause_detector import PauseDetector
+from engines.pool.pool import ModelPool
+from engines.pool.runtime import HostConfig, HostRuntime, default_runtime, device_matches
 from engines.protocols import Files, Loader
 from engines.spec import ModelSpec
 from engines.types import Budget, EmbedCall, Embeddings, Event, HostSnapshot, ModelStatus, Plan, State
 
-__all__ = ["Host", "HostConfig", "World", "real_world", "suits"]
+__all__ = ["Host", "HostConfig", "HostRuntime", "default_runtime", "device_matches"]
 
 log = structlog.get_logger(__name__)
 
@@ -34,19 +34,19 @@ class Host:
         specs: Mapping[str, ModelSpec],
         files: Files,
         loader: Loader,
-        world: World | None = None,
+        world: HostRuntime | None = None,
     ) -> None:
         """`files` may be shared with other hosts: then a model is fetched once for all of them.
 
         Of `specs`, the host serves those that may run on its device. It loads none of them unasked.
         """
         self.config = config
-        world = world or real_world(config)
+        world = world or default_runtime(config)
         self._time = world.time
-        self._pulse = world.pulse
-        self._awake = Awake()
+        self._pulse = world.health
+        self._awake = PauseDetector()
         self.fault = ""
-        self._pool = Pool(config, self._own(specs), files, loader, world)
+        self._pool = ModelPool(config, self._own(specs), files, loader, world)
 
     def __repr__(self) -> str:
         return f"<Host {self.config.host_id} on {self.config.device}: {self._pool!r}>"
@@ -128,8 +128,8 @@ class Host:
         models that are in memory serve on. In time that nobody else needs it
         also has files hashed.
         """
-        pulse = self._pulse().seen_for(self._awake.look(self._time.now_s()))
-        fault = fault_of(self.config.device, pulse, self.config.watchdog_s)
+        pulse = self._pulse().capped(self._awake.seconds_since_pause(self._time.now_s()))
+        fault = describe_fault(self.config.device, pulse, self.config.watchdog_s)
         if fault and not self.fault:
             log.error("device.down", host=self.config.host_id, fault=fault)
         if fault:
@@ -155,4 +155,4 @@ class Host:
         return await self._pool.log.arrived(after)
 
     def _own(self, specs: Mapping[str, ModelSpec]) -> dict[str, ModelSpec]:
-        return {model_id: spec for model_id, spec in specs.items() if suits(self.config.device, spec.device)}
+        return {model_id: spec for model_id, spec in specs.items() if device_matches(self.config.device, spec.device)}

@@ -10,21 +10,21 @@ from pathlib import Path
 import torch
 from msgspec import Struct, structs
 
-from engines.batching.autotune import Paces
+from engines.batching.autotune import TuningStore
 from engines.device import torch_runtime as cores
-from engines.device.crash_journal import Notebook, NotedLane, NotedLoader
+from engines.device.crash_journal import CrashJournal, JournaledLoader, JournaledScheduler
 from engines.device.memory import device_memory
-from engines.device.scheduler import Lane
+from engines.device.scheduler import DeviceScheduler
 from engines.errors import InvalidValue
-from engines.host import Host, HostConfig, real_world
+from engines.host import Host, HostConfig, default_runtime
 from engines.hub.client import HubConfig
 from engines.hub.file_verification import Verification
 from engines.hub.store import ModelStore
 from engines.inputs.tokenizer_threads import TokenizerThreads
 from engines.loading.loader import LoaderSettings, TorchLoader
-from engines.models.prepacked import COPY_SHARE, LARGEST_COPY
+from engines.models.prepacked import COPY_SHARE, MAX_PREPACKED_BYTES
 from engines.pool.estimates import Measurements
-from engines.pool.slot import Rules
+from engines.pool.slot import PoolPolicy
 from engines.protocols import Loader
 from engines.spec import ModelSpec
 from engines.types import Budget
@@ -53,7 +53,7 @@ class MachineConfig(Struct, frozen=True, kw_only=True):
     state_folder: Path | None = None
     watchdog_s: float = 120.0
     loader: LoaderSettings = LoaderSettings()
-    rules: Rules = Rules()
+    rules: PoolPolicy = PoolPolicy()
     hub: HubConfig | None = None
     host_id: str | None = None
     note: Callable[[str], None] | None = None
@@ -71,10 +71,10 @@ class Machine:
         folder = config.state_folder
         self._threads = TokenizerThreads(config.tokenizer_threads)
         self._store = ModelStore(config.hub, verification=Verification(folder / "verified.json" if folder else None))
-        self._lanes: list[Lane] = []
+        self._lanes: list[DeviceScheduler] = []
         self._measurements = Measurements(folder / "measurements.json" if folder else None)
         self._loader_settings = structs.replace(
-            config.loader, canary_folder=folder / "canaries" if folder else None, paces=Paces(folder)
+            config.loader, canary_folder=folder / "canaries" if folder else None, paces=TuningStore(folder)
         )
         self.hosts = tuple(self._host(device, config, specs) for device in find_devices(config.devices))
 
@@ -86,7 +86,7 @@ class Machine:
         self._threads.close()
 
     @property
-    def lanes(self) -> Sequence[Lane]:
+    def schedulers(self) -> Sequence[DeviceScheduler]:
         """One for each host, in their order."""
         return self._lanes
 
@@ -101,22 +101,22 @@ class Machine:
             watchdog_s=config.watchdog_s,
             rules=config.rules,
         )
-        world = structs.replace(real_world(own, self._measurements), pulse=lane.pulse)
+        world = structs.replace(default_runtime(own, self._measurements), health=lane.health)
         return Host(own, specs, self._store, loader, world)
 
-    def _lane_and_loader(self, device: str, config: MachineConfig) -> tuple[Lane, Loader, str]:
+    def _lane_and_loader(self, device: str, config: MachineConfig) -> tuple[DeviceScheduler, Loader, str]:
         """Also says what the bytes of a model depend on here (`HostConfig.conditions`)."""
-        lane = open_lane(device, config.cores, Lane if config.note is None else NotedLane)
+        lane = open_scheduler(device, config.cores, DeviceScheduler if config.note is None else JournaledScheduler)
         settings = self._loader_settings
         if device == "cpu":  # elsewhere nothing is held twice, and to read a GPU's memory takes a context
             room = config.budget.of(device_memory(device).read().total_bytes) // COPY_SHARE
-            settings = structs.replace(settings, largest_copy=min(LARGEST_COPY, room))
+            settings = structs.replace(settings, largest_copy=min(MAX_PREPACKED_BYTES, room))
         loader = TorchLoader(device, lane, self._threads, settings)
         conditions = conditions_of(settings, lane.num_threads)
-        if config.note is None or not isinstance(lane, NotedLane):
+        if config.note is None or not isinstance(lane, JournaledScheduler):
             return lane, loader, conditions
-        lane.notebook = Notebook(config.note)
-        return lane, NotedLoader(loader, lane), conditions
+        lane.notebook = CrashJournal(config.note)
+        return lane, JournaledLoader(loader, lane), conditions
 
 
 def conditions_of(settings: LoaderSettings, num_threads: int) -> str:
@@ -148,7 +148,7 @@ def find_devices(wanted: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def open_lane(device: str, num_cores: int, kind: type[Lane] = Lane) -> Lane:
+def open_scheduler(device: str, num_cores: int, kind: type[DeviceScheduler] = DeviceScheduler) -> DeviceScheduler:
     """The lane of a device; a CPU's has a thread for each core that the forward passes may take.
 
     A GPU's has two: while one waits for a batch, the other makes the next one ready and hands it to the device.
@@ -156,4 +156,4 @@ def open_lane(device: str, num_cores: int, kind: type[Lane] = Lane) -> Lane:
     if device != "cpu":
         return kind(device, partial(torch.cuda.set_device, torch.device(device)), num_threads=_GPU_THREADS)
     num_threads = num_cores if num_cores <= _SHARED_CORES else num_cores - 1
-    return kind(device, cores.prepare, num_threads=num_threads, use_cores=cores.use)
+    return kind(device, cores.prepare, num_threads=num_threads, use_cores=cores.set_threads)

@@ -19,10 +19,10 @@ from engines.loading.folder import Json, ModuleRef, pooling_of, read_folder, rea
 from engines.pool.estimates import Estimates
 from engines.pool.estimates import Measurements as Measurements
 from engines.pool.eviction import total_bytes
-from engines.pool.runtime import HostConfig, suits
-from engines.pool.slot import NOTHING, Need
-from engines.pool.state_machine import PoolCore
-from engines.pool.status import Viewpoint
+from engines.pool.runtime import HostConfig, device_matches
+from engines.pool.slot import NO_MEMORY, MemoryNeed
+from engines.pool.state_machine import PoolStateMachine
+from engines.pool.status import StatusView
 from engines.protocols import Files
 from engines.spec import ModelSpec
 from engines.types import Budget, ModelFiles, Plan
@@ -102,7 +102,7 @@ class Forecast(Struct, frozen=True, kw_only=True):
 
     model_id: str
     files: ModelFiles | None = None
-    need: Need | None = None
+    need: MemoryNeed | None = None
     width: int | None = None
 
 
@@ -113,7 +113,7 @@ class Device(Struct, frozen=True, kw_only=True):
     budget_bytes: int
 
 
-def look_at(device: str, budget: Budget, memory: DeviceMemory | None = None) -> Device:
+def read_config(device: str, budget: Budget, memory: DeviceMemory | None = None) -> Device:
     """A device of this machine, with the bytes that the budget leaves to models."""
     reading = (memory or device_memory(device)).read()
     return Device(name=device, budget_bytes=budget.of(reading.total_bytes))
@@ -143,19 +143,19 @@ class Forecaster:
 
 def plan_on(device: Device, spec: ModelSpec, forecast: Forecast) -> Plan:
     """What the pool would plan for the model on that device, if nothing else were loaded."""
-    core = PoolCore({spec.model_id: spec}, budget_bytes=device.budget_bytes)
+    core = PoolStateMachine({spec.model_id: spec}, budget_bytes=device.budget_bytes)
     slot = core.state.current[spec.model_id]
     slot.files, slot.need = forecast.files, forecast.need
     slot.state = "cold" if forecast.files else "absent"
-    return Viewpoint(device.name, device.name, lambda at_s: at_s).plan(core.state, slot)
+    return StatusView(device.name, device.name, lambda at_s: at_s).plan(core.state, slot)
 
 
 def plan_best(devices: Sequence[Device], spec: ModelSpec, forecast: Forecast) -> Plan | None:
     """The plan on the device that suits the model and leaves it most room; None when none suits."""
-    plans = [plan_on(device, spec, forecast) for device in devices if suits(device.name, spec.device)]
+    plans = [plan_on(device, spec, forecast) for device in devices if device_matches(device.name, spec.device)]
     return max(plans, key=lambda plan: (plan.fits, plan.free_bytes), default=None)
 
 
 def together_bytes(forecasts: Mapping[str, Forecast]) -> int:
     """What all of them take at once; those that nobody knows count nothing."""
-    return total_bytes(forecast.need or NOTHING for forecast in forecasts.values())
+    return total_bytes(forecast.need or NO_MEMORY for forecast in forecasts.values())

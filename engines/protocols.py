@@ -1,4 +1,4 @@
-"""What the pool needs from the rooms below it, so that tests can put scripts in their place (`engines/testing/fakes.py`).
+"""Protocols that the pool depends on; tests put fakes in their place (`engines/testing/fakes.py`).
 
 `Files` and `Loader` block and are called on threads; `Engine.embed` and `Engine.warm_up` run on the event loop.
 """

@@ -15,7 +15,7 @@ log = structlog.get_logger(__name__)
 Value = TypeVar("Value")
 
 
-class Kept(Generic[Value]):
+class JsonStore(Generic[Value]):
     """Values by key.
 
     Args:

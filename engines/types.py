@@ -119,8 +119,8 @@ class Embeddings(Struct, frozen=True, kw_only=True):
     truncated: tuple[int, ...] = ()
     timings: Timings = Timings()
     batches: tuple[Batch, ...] = ()
-    reused: int = 0
-    recalled: int = 0
+    deduplicated: int = 0
+    cache_hits: int = 0
 
     def array(self) -> "NDArray[np.float32]":
         """A read-only view of the vectors, shape `[num_items, dimensions]`."""

@@ -25,13 +25,13 @@ from router.errors import answer_error
 from router.limits.limiter import RATE_HEADERS, Limiter
 from router.limits.store import open_store
 from router.observability.observers import open_observers
-from router.observability.recorder import Meters
+from router.observability.recorder import MetricsRecorder
 from router.observability.traffic import Traffic
 from router.registry.registry import Registry
-from router.server.application import Edge
+from router.server.application import Application
 from router.server.background import watching
 from router.server.reloader import Reloader, keys_watched, open_keyring
-from router.server.state import Yard, provide_spec, provide_yard
+from router.server.state import ServerState, provide_spec, provide_state
 
 _CONTROLLERS = (
     EmbeddingsController, ModelsController, AdminController, HealthController, MetricsController, DashboardController,
@@ -61,17 +61,23 @@ def create_app(
     Raises:
         KeysError, SettingsError: the keys file, the storage of limits or the traces cannot be used.
     """
-    yard = Yard(settings, registry, backend, open_keyring(settings), int(wall_clock()))
-    reloader = Reloader(yard)
-    meters, traffic = Meters(), Traffic()
+    server_state = ServerState(settings, registry, backend, open_keyring(settings), int(wall_clock()))
+    reloader = Reloader(server_state)
+    meters, traffic = MetricsRecorder(), Traffic()
     observers = open_observers(settings, meters, traffic)
     limiter = Limiter(settings, open_store(settings, limit_clock))
-    parts = {"yard": yard, "reloader": reloader, "limiter": limiter, "meters": meters, "traffic": traffic}
+    parts = {
+        "server_state": server_state,
+        "reloader": reloader,
+        "limiter": limiter,
+        "meters": meters,
+        "traffic": traffic,
+    }
     skins = [_SKINS[name] for name in settings.skins]
-    return Edge(
+    return Application(
         route_handlers=[*_CONTROLLERS, *skins],
         dependencies={
-            "yard": Provide(provide_yard, sync_to_thread=False),
+            "server_state": Provide(provide_state, sync_to_thread=False),
             "spec": Provide(provide_spec, sync_to_thread=False),
             "reloader": Provide(lambda: reloader, sync_to_thread=False),
         },
@@ -79,9 +85,9 @@ def create_app(
         lifespan=[
             lambda _: aclosing(observers),
             lambda _: aclosing(limiter.store),
-            lambda _: keys_watched(yard),
+            lambda _: keys_watched(server_state),
             lambda _: watching(backend, meters),
-            _lifespan(yard, reloader if watch_registry else None),
+            _lifespan(server_state, reloader if watch_registry else None),
         ],
         state=State(parts | {"observers": observers}),
         request_max_body_size=settings.max_body_bytes,
@@ -91,10 +97,12 @@ def create_app(
     )
 
 
-def _lifespan(yard: Yard, reloader: Reloader | None) -> Callable[[Litestar], AbstractAsyncContextManager[None]]:
+def _lifespan(
+    server_state: ServerState, reloader: Reloader | None
+) -> Callable[[Litestar], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(_: Litestar) -> AsyncIterator[None]:
-        await yard.backend.start()
+        await server_state.backend.start()
         watch = asyncio.create_task(reloader.watch()) if reloader else None
         try:
             yield
@@ -103,7 +111,7 @@ def _lifespan(yard: Yard, reloader: Reloader | None) -> Callable[[Litestar], Abs
                 watch.cancel()
                 with suppress(asyncio.CancelledError):
                     await watch
-            await yard.close()
+            await server_state.close()
 
     return lifespan
 

@@ -25,7 +25,7 @@ from litestar.exceptions import (
 from litestar.exceptions.http_exceptions import RequestEntityTooLarge
 
 from engines import errors as engine
-from router.observability.request_context import visit_of
+from router.observability.request_context import context_of
 from router.registry.registry import RegistryError
 from router.schemas.inference import ErrorDetail, ErrorEnvelope
 
@@ -160,7 +160,7 @@ def classify(error: Exception) -> Row | None:
 def answer_error(request: Request[Any, Any, Any], error: Exception) -> Response[ErrorEnvelope]:
     """The contract's answer to any exception."""
     row, envelope = describe(request, error)
-    visit_of(request).code = row.code
+    context_of(request).code = row.code
     return Response(envelope, status_code=row.status, headers=_headers(row, error))
 
 

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from engines.types import Budget, EmbedCall
 from router.backends.base import Backend
 from router.backends.local import LocalBackend
-from router.backends.worker_config import Birth
+from router.backends.worker_config import WorkerConfig
 from router.config.settings import Settings
 from tests.testkit.scripted_host import open_scripted_host, scripted
 
@@ -26,9 +26,9 @@ SPEC = scripted("a", max_tokens=100_000)
 HOSTS = 2
 
 
-def births() -> list[Birth]:
+def births() -> list[WorkerConfig]:
     return [
-        Birth(
+        WorkerConfig(
             host_id=f"cpu:{index}", device="cpu", cores=1, specs={"a": SPEC}, budget=Budget(size_bytes=10**6),
             settings=Settings(log_level="error"), open=open_scripted_host,
         )
@@ -49,11 +49,11 @@ def make(name: str) -> Backend:
     from router.backends.ray.deploy import Plan, connect, deploy, serve
     from router.backends.ray.environment import APP, DEPLOYMENT
     from router.backends.ray.fleet import RayFleet
-    from router.backends.ray.replica_directory import BOARD
+    from router.backends.ray.replica_directory import REPLICAS
 
     connect(None)
     deploy(births()[0], Plan(hosts=HOSTS, cpus=0.5))
-    fleet = RayFleet(serve.get_deployment_handle(DEPLOYMENT, APP), BOARD)
+    fleet = RayFleet(serve.get_deployment_handle(DEPLOYMENT, APP), REPLICAS)
     return RemoteBackend(fleet, {"a": SPEC})
 
 

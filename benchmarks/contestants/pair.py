@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engines.batching.engine import TextEngine
-from engines.device.scheduler import Lane
+from engines.batching.engine import EmbeddingEngine
+from engines.device.scheduler import DeviceScheduler
 from engines.inputs.tokenizer_threads import TokenizerThreads
 from engines.loading.loader import LoaderSettings, TorchLoader
-from engines.machine import open_lane
+from engines.machine import open_scheduler
 from engines.spec import ModelSpec
 from engines.types import EmbedCall, ModelFiles
 
@@ -25,7 +25,7 @@ lines: Any = importlib.import_module("lines")  # a script: its own folder is on 
 
 
 async def use(
-    lane: Lane, engines: Sequence[TextEngine], calls: Sequence[EmbedCall], clients: int, seconds: float
+    lane: DeviceScheduler, engines: Sequence[EmbeddingEngine], calls: Sequence[EmbedCall], clients: int, seconds: float
 ) -> dict[str, Any]:
     """So many clients for each engine, for so long: texts a second and seconds of the lane, by engine."""
     before = [lane.seconds_of(engine) for engine in engines]
@@ -51,7 +51,7 @@ async def run(folders: Sequence[str]) -> None:
     """Load both, then answer: `{"engines": [0, 1], "calls": …, "clients": …, "seconds": …}`."""
     say = lines.open_answers()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    lane, threads = open_lane("cpu", cores), TokenizerThreads(cores)
+    lane, threads = open_scheduler("cpu", cores), TokenizerThreads(cores)
     loader = TorchLoader("cpu", lane, threads, LoaderSettings())
     engines = []
     for number, folder in enumerate(folders):

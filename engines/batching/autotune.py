@@ -10,7 +10,7 @@ from msgspec import Struct
 
 from engines.inputs.tokenizer import Ids, Tokenizer
 from engines.models.base import Encoder
-from engines.storage import Kept
+from engines.storage import JsonStore
 
 LONGEST_WAIT_S = 0.05
 """For so long, at the most, a batch should hold up whoever comes."""
@@ -37,14 +37,14 @@ _FEWEST_TOKENS = 128
 """Below, even large models lose speed, and a longer wait is the lesser evil."""
 
 
-class Pace(Struct, frozen=True):
+class TunedBatchSize(Struct, frozen=True):
     """What was found: tokens a batch, and tokens a second at that size on one thread of the lane."""
 
     batch_tokens: int
     tokens_per_s: float
 
 
-class Trials:
+class BatchSizeSearch:
     """Which sizes to try next, and what follows from the seconds that they took. Knows no model.
 
     Args:
@@ -73,7 +73,7 @@ class Trials:
         """No more trials: the device has no room for this size, or something is wrong with it."""
         self._left.clear()
 
-    def pace(self) -> Pace | None:
+    def pace(self) -> TunedBatchSize | None:
         """What the trials say; None without any."""
         if not self._best_s:
             return None
@@ -81,7 +81,7 @@ class Trials:
         best = max(speeds.values())
         tokens = min(size for size, speed in speeds.items() if speed >= _NEAR_BEST * best)
         longest = int(LONGEST_WAIT_S * self._num_parts * speeds[tokens])
-        return Pace(max(_FEWEST_TOKENS, min(tokens, longest)), speeds[tokens])
+        return TunedBatchSize(max(_FEWEST_TOKENS, min(tokens, longest)), speeds[tokens])
 
     def _expected_s(self, tokens: int) -> float:
         return max((tokens / size * seconds for size, seconds in self._best_s.items()), default=0.0)
@@ -94,7 +94,7 @@ def trial_texts(tokens: int, vocab_size: int, max_tokens: int) -> list[Ids]:
     return [chance.integers(0, vocab_size, length) for _ in range(max(1, tokens // length))]
 
 
-class Paces:
+class TuningStore:
     """What was found for each model, kept between starts. Threads may share it.
 
     Args:
@@ -102,15 +102,17 @@ class Paces:
     """
 
     def __init__(self, folder: Path | None) -> None:
-        self._kept: Kept[Pace] = Kept(folder / "paces.json" if folder else None, dict[str, Pace])
+        self._kept: JsonStore[TunedBatchSize] = JsonStore(
+            folder / "paces.json" if folder else None, dict[str, TunedBatchSize]
+        )
         self._lock = threading.Lock()
 
-    def get(self, key: str) -> Pace | None:
+    def get(self, key: str) -> TunedBatchSize | None:
         """What is known."""
         with self._lock:
             return self._kept.get(key)
 
-    def put(self, key: str, pace: Pace) -> None:
+    def put(self, key: str, pace: TunedBatchSize) -> None:
         """Remember; blocks on the disk."""
         with self._lock:
             self._kept.put(key, pace)
@@ -119,7 +121,7 @@ class Paces:
 log = structlog.get_logger(__name__)
 
 
-class Tuner:
+class BatchSizeTuner:
     """Finds out how large the batches of one model should be.
 
     Args:
@@ -138,11 +140,11 @@ class Tuner:
         self,
         encoder: Encoder,
         tokenizer: Tokenizer,
-        trials: Trials,
+        trials: BatchSizeSearch,
         *,
         own_s: Callable[[], float],
         finish: Callable[[], None],
-        keep: Callable[[Pace], None],
+        keep: Callable[[TunedBatchSize], None],
     ) -> None:
         self._encoder = encoder
         self._tokenizer = tokenizer
@@ -162,7 +164,7 @@ class Tuner:
         """The next trial is about to run: one at a time."""
         self._is_running = True
 
-    def run(self, use: Callable[[Pace], None]) -> None:
+    def run(self, use: Callable[[TunedBatchSize], None]) -> None:
         """One trial, on the lane; the last one has its result used. What goes wrong is no caller's business, and ends
         the trials."""
         tokens = self._trials.next_tokens
@@ -183,7 +185,7 @@ class Tuner:
         self._finish()
         return self._own_s() - begun_s
 
-    def _end(self, use: Callable[[Pace], None]) -> None:
+    def _end(self, use: Callable[[TunedBatchSize], None]) -> None:
         self.is_done = True
         pace = self._trials.pace()
         if pace is not None:

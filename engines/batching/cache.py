@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from engines.batching.request import Job, Key
-from engines.layers.pooling import finish
+from engines.batching.request import Key, PendingRequest
+from engines.layers.pooling import truncate_and_normalize
 
 _OVERHEAD_BYTES = 200
 """Of one entry in Python's own structures, about: counted, so that short texts do not pass the limit by far."""
@@ -30,15 +30,15 @@ class VectorCache:
         self._lock = threading.Lock()
         self.size_bytes = 0
 
-    def fill(self, job: Job) -> tuple[int, ...]:
+    def fill(self, job: PendingRequest) -> tuple[int, ...]:
         """Give a job the rows whose vectors are here; their indexes."""
         known = self.find(job.keys)
         if known:
             output, vectors = job.output, torch.from_numpy(np.stack(list(known.values())))
-            job.rows[list(known)] = finish(
+            job.rows[list(known)] = truncate_and_normalize(
                 vectors, dimensions=output.dimensions, normalized=output.normalized, pre_norm=output.pre_norm
             ).numpy()
-            job.left -= len(known)
+            job.rows_missing -= len(known)
         return tuple(known)
 
     def find(self, keys: Sequence[Key]) -> dict[int, Vector]:

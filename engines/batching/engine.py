@@ -1,7 +1,7 @@
 """One model, ready: texts in, vectors out. Joins the tokenizer, the queue and the encoder.
 
 The event loop admits jobs and resolves them; the lane's thread cuts batches and runs them; tokenising happens on a
-pool of threads. What crosses between them is a `Job`, whose fields say who writes them.
+pool of threads. What crosses between them is a `PendingRequest`, whose fields say who writes them.
 """
 
 import asyncio
@@ -12,17 +12,17 @@ from functools import partial
 
 from msgspec import Struct
 
-from engines.batching.autotune import Pace, Tuner
-from engines.batching.batch import Limit, tell
+from engines.batching.autotune import BatchSizeTuner, TunedBatchSize
+from engines.batching.batch import BatchLimits, attribute_batch
 from engines.batching.cache import VectorCache
 from engines.batching.queue import Queue
-from engines.batching.request import Job, Origin, Output, Text, output_of, read_call
+from engines.batching.request import Entry, Origin, OutputSpec, PendingRequest, output_spec, prepare_inputs
 from engines.batching.runner import Failures, Runner
-from engines.device.scheduler import Lane, Turn, post
+from engines.device.scheduler import DeviceScheduler, Task, post
 from engines.errors import EngineError, ShuttingDown
-from engines.inputs.tokenizer import Encoded, IdReading, TextReading, Tokenizer
+from engines.inputs.tokenizer import IdReading, TextReading, TokenizedRequest, Tokenizer
 from engines.inputs.tokenizer_threads import TokenizerThreads
-from engines.models.base import Encoder, PathLeft
+from engines.models.base import Encoder, ForwardPathFailed
 from engines.spec import ModelSpec
 from engines.types import EmbedCall, Embeddings, ModelInfo, Timings
 
@@ -42,7 +42,7 @@ class EngineLimits(Struct, frozen=True, kw_only=True):
         target_dim: width when a request names none and the model allows it.
     """
 
-    batch: Limit
+    batch: BatchLimits
     max_queue_items: int = 8192
     batch_timeout_s: float = 0.0
     target_dim: int | None = None
@@ -55,10 +55,10 @@ class Parts(Struct, frozen=True):
     tokenizer: Tokenizer
     spec: ModelSpec
     info: ModelInfo
-    tuner: Tuner | None = None
+    tuner: BatchSizeTuner | None = None
 
 
-class TextEngine:
+class EmbeddingEngine:
     """The engine of one model on one device (`engines.protocols.Engine`).
 
     Args:
@@ -73,7 +73,7 @@ class TextEngine:
     def __init__(  # noqa: PLR0913  # one constructor joins the parts; nothing else builds engines
         self,
         parts: Parts,
-        lane: Lane,
+        lane: DeviceScheduler,
         threads: TokenizerThreads,
         limits: EngineLimits,
         check: Callable[[], tuple[ModelInfo, int, int]],
@@ -86,13 +86,13 @@ class TextEngine:
         self._cache = VectorCache(parts.spec.cache_bytes) if parts.spec.cache_bytes else None
         self._queue = Queue(limits.max_queue_items, limits.batch_timeout_s, time.monotonic)
         self._runner: Runner | None = Runner(
-            parts.encoder, self._queue.close, self._cache.keep if self._cache is not None else None
+            parts.encoder, self._queue.seal, self._cache.keep if self._cache is not None else None
         )
         self._tokenizer = parts.tokenizer
         self._tuner = parts.tuner
         self._batch = limits.batch
         self._spec = parts.spec
-        self._lane = lane
+        self._scheduler = lane
         self._threads = threads
         self._limits = limits
         self._check: Callable[[], tuple[ModelInfo, int, int]] | None = check
@@ -117,28 +117,28 @@ class TextEngine:
     async def warm_up(self) -> None:
         """Check and measure the model on the lane, then take turns there."""
         assert self._check is not None, "warm_up is called once"
-        self._info, self.weight_bytes, self.workspace_bytes = await self._lane.call(self._check)
+        self._info, self.weight_bytes, self.workspace_bytes = await self._scheduler.call(self._check)
         self._check = None
-        self._lane.attach(self)
+        self._scheduler.attach(self)
 
     async def embed(self, call: EmbedCall) -> Embeddings:
         """See `Engine.embed`. Cancelling drops what has not been cut."""
-        output = output_of(call, self._info, normalize=self._spec.normalize, target_dim=self._limits.target_dim)
-        reading = read_call(call, self._tokenizer, self._spec, self._info.prompts)
+        output = output_spec(call, self._info, normalize=self._spec.normalize, target_dim=self._limits.target_dim)
+        reading = prepare_inputs(call, self._tokenizer, self._spec, self._info.prompts)
         with self._threads.heavy() if reading.num_chars > _HEAVY_CHARS else nullcontext():
             return await self._embed(reading, output, Origin(call.caller, self._spec.cache_shared))
 
-    async def _embed(self, reading: TextReading | IdReading, output: Output, origin: Origin) -> Embeddings:
+    async def _embed(self, reading: TextReading | IdReading, output: OutputSpec, origin: Origin) -> Embeddings:
         loop = asyncio.get_running_loop()
         begun = time.monotonic()
         encoded = reading.now() if _is_inline(reading) else await self._threads.run(reading)
-        job = Job(encoded, output, loop, time.monotonic(), origin)
+        job = PendingRequest(encoded, output, loop, time.monotonic(), origin)
         known = self._cache.fill(job) if self._cache is not None else ()
         missing = [index for index in range(len(job.ids)) if index not in known] if known else None
         reused = self._queue.admit(job, missing)
-        self._lane.wake()
+        self._scheduler.notify()
         try:
-            if job.left:
+            if job.rows_missing:
                 await job.done
         except asyncio.CancelledError:
             self._queue.drop(job)
@@ -147,7 +147,7 @@ class TextEngine:
 
     def close(self) -> None:
         """Free the model; blocks. Jobs still waiting are failed, so that nobody waits for ever."""
-        self._lane.detach(self)
+        self._scheduler.detach(self)
         for job in self._queue.clear():
             reason = ShuttingDown("the model left while the request waited; send it again")
             post(job.done.get_loop(), self._fail, job, reason)
@@ -160,91 +160,97 @@ class TextEngine:
     # What the lane calls.
 
     @property
-    def max_turns(self) -> int:
-        """See `engines.device.tasks.Source`. A few texts wait for the batch that runs and has every core meanwhile: a second
+    def max_concurrent_tasks(self) -> int:
+        """Returns how many batches may run at once; see `engines.device.tasks.TaskSource`.
+
+        A few texts wait for the batch that runs and has every core meanwhile: a second
         small batch beside it would read all weights once more, and leave nobody to share the next one with. How few
         those are, the encoder knows (`part_tokens`).
         """
-        return self._lane.num_threads if self._is_reentrant and self._queue.is_worth_splitting(self._limit()) else 1
+        return (
+            self._scheduler.num_threads if self._is_reentrant and self._queue.is_worth_splitting(self._limit()) else 1
+        )
 
-    def due_in_s(self) -> float | None:
-        """See `engines.device.tasks.Source`. Trials come when nobody waits."""
-        due_in_s = self._queue.due_in_s(self._limit())
+    def ready_in_s(self) -> float | None:
+        """See `engines.device.tasks.TaskSource`. BatchSizeSearch come when nobody waits."""
+        due_in_s = self._queue.ready_in_s(self._limit())
         return 0.0 if due_in_s is None and self._tuner is not None and self._tuner.is_due else due_in_s
 
-    def take(self, num_free: int) -> Turn | None:
-        """See `engines.device.tasks.Source`."""
+    def next_task(self, num_free: int) -> Task | None:
+        """See `engines.device.tasks.TaskSource`."""
         limit = self._limit()
         texts = self._queue.cut(limit, 1 + num_free if self._is_reentrant else 1)
         if not texts:
             return self._trial()
-        is_long = self._is_reentrant and not all(any(limit.is_small(w.job) for w in text.wants) for text in texts)
-        return Turn(partial(self._turn, texts), is_long=is_long, is_wide=True)
+        is_long = self._is_reentrant and not all(any(limit.is_small(w.job) for w in text.targets) for text in texts)
+        return Task(partial(self._run_task, texts), is_long=is_long, uses_idle_cores=True)
 
-    def take_small(self) -> Turn | None:
-        """See `engines.device.tasks.Source`."""
+    def next_small_task(self) -> Task | None:
+        """See `engines.device.tasks.TaskSource`."""
         texts = self._queue.cut_small(self._limit()) if self._is_reentrant else []
-        return Turn(partial(self._turn, texts)) if texts else None
+        return Task(partial(self._run_task, texts)) if texts else None
 
-    def _trial(self) -> Turn | None:
+    def _trial(self) -> Task | None:
         if self._tuner is None or not self._tuner.is_due:
             return None
         self._tuner.begin()
-        return Turn(partial(self._tuner.run, self._adopt), is_long=True)
+        return Task(partial(self._tuner.run, self._adopt), is_long=True)
 
-    def _adopt(self, pace: Pace) -> None:
-        self._batch = Limit(pace.batch_tokens, self._limits.batch.max_items)
+    def _adopt(self, pace: TunedBatchSize) -> None:
+        self._batch = BatchLimits(pace.batch_tokens, self._limits.batch.max_items)
 
     @property
     def _is_reentrant(self) -> bool:
         return self._runner is not None and self._runner.is_reentrant
 
-    def _limit(self) -> Limit:
+    def _limit(self) -> BatchLimits:
         return self._batch if self._runner is None else self._runner.bound(self._batch)
 
-    def _turn(self, texts: list[Text]) -> None:
+    def _run_task(self, texts: list[Entry]) -> None:
         """Run a batch and hand its outcome to the event loop."""
         assert self._runner is not None, "a closed engine takes no turns"
         started = time.monotonic()
         for text in texts:
-            for want in text.wants:
+            for want in text.targets:
                 if want.job.started_at is None:
                     want.job.started_at = started
         try:
             bad = self._runner.run(texts)
-        except PathLeft:
-            self._queue.put_back(texts)
+        except ForwardPathFailed:
+            self._queue.requeue(texts)
             return
-        tell(self._runner.measure(texts), texts, bad)
-        jobs = [want.job for text in texts for want in text.wants]
-        self._queue.answered(sum(not job.pending for job in set(jobs)), self._lane.own_s())
+        attribute_batch(self._runner.measure(texts), texts, bad)
+        jobs = [want.job for text in texts for want in text.targets]
+        self._queue.on_batch_done(sum(not job.unscheduled for job in set(jobs)), self._scheduler.task_elapsed_s())
         for loop in {job.done.get_loop() for job in jobs}:
             post(loop, self._settle, iter([job for job in jobs if job.done.get_loop() is loop]), bad)
 
-    def _settle(self, jobs: Iterator[Job], bad: Failures) -> None:
+    def _settle(self, jobs: Iterator[PendingRequest], bad: Failures) -> None:
         """On the event loop: count rows down (a job stands here once for each), wake whoever has all of them.
 
         One in each round of the loop: each has its answer written and often brings its next request, and everybody else
         waits for a round to end.
         """
         for job in jobs:
-            job.left -= 1
+            job.rows_missing -= 1
             if id(job) in bad:
                 self._fail(job, bad[id(job)])
-            elif job.left == 0 and not job.done.done():
-                job.wanted = []  # it and its texts know each other: their memory need not wait for the collector
+            elif job.rows_missing == 0 and not job.done.done():
+                job.entries = []  # it and its texts know each other: their memory need not wait for the collector
                 job.done.set_result(None)
                 job.done.get_loop().call_soon(self._settle, jobs, bad)
                 break
 
-    def _fail(self, job: Job, error: EngineError) -> None:
+    def _fail(self, job: PendingRequest, error: EngineError) -> None:
         self._queue.drop(job)
         if not job.done.done():
             job.done.set_exception(error)
 
     # What a request needs before and after.
 
-    def _answer(self, job: Job, encoded: Encoded, begun: float, *, reused: int, recalled: int) -> Embeddings:
+    def _answer(
+        self, job: PendingRequest, encoded: TokenizedRequest, begun: float, *, reused: int, recalled: int
+    ) -> Embeddings:
         ended = time.monotonic()
         started = ended if job.started_at is None else job.started_at
         timings = Timings(
@@ -257,8 +263,8 @@ class TextEngine:
             truncated=encoded.truncated,
             timings=timings,
             batches=tuple(job.batches),
-            reused=reused,
-            recalled=recalled,
+            deduplicated=reused,
+            cache_hits=recalled,
         )
 
 

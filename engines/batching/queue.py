@@ -10,8 +10,8 @@ import threading
 from bisect import insort
 from collections.abc import Callable, Iterable, Sequence
 
-from engines.batching.batch import Limit, count_tokens, cut, is_worth_splitting, split
-from engines.batching.request import Job, Key, Text, Want
+from engines.batching.batch import BatchLimits, count_waiting_tokens, form_batch, is_worth_splitting, split_for_threads
+from engines.batching.request import Entry, Key, PendingRequest, RowTarget
 from engines.errors import QueueFull
 
 _SHARE = 0.35
@@ -26,7 +26,7 @@ _PASSES = 16
 """So many batches do not wait after one that has waited in vain."""
 
 
-class Company:
+class RejoinWindow:
     """Who is expected. Knows no thread and no clock: the caller has both."""
 
     def __init__(self) -> None:
@@ -112,11 +112,11 @@ class Queue:
         self._max_items = max_items
         self._batch_timeout_s = batch_timeout_s
         self._clock = clock
-        self._jobs: list[Job] = []
-        self._under_way: dict[Key, Text] = {}
+        self._jobs: list[PendingRequest] = []
+        self._under_way: dict[Key, Entry] = {}
         self._lock = threading.Lock()
         self._was_small = False
-        self._company = Company()
+        self._company = RejoinWindow()
         self._throughput = Throughput()
 
     @property
@@ -125,12 +125,12 @@ class Queue:
         with self._lock:
             return self._waiting()
 
-    def is_worth_splitting(self, limit: Limit) -> bool:
+    def is_worth_splitting(self, limit: BatchLimits) -> bool:
         """Whether what waits is enough for a batch beside one that runs."""
         with self._lock:
             return is_worth_splitting(limit, self._jobs)
 
-    def admit(self, job: Job, indexes: Sequence[int] | None = None) -> int:
+    def admit(self, job: PendingRequest, indexes: Sequence[int] | None = None) -> int:
         """Take a request in, all of it or nothing. A request larger than the queue is let into an empty one.
 
         A caller who has texts waiting may add to them as long as no less room is free than they take: alone it fills
@@ -153,45 +153,45 @@ class Queue:
             if not self._under_way:
                 self._throughput.begin(self._clock())
             for index in wanted:
-                self._want(job, index)
-            num_new = len(job.pending)
-            self._take_over(job)
-            job.pending.sort(key=_length)
+                self._enqueue(job, index)
+            num_new = len(job.unscheduled)
+            self._adopt_from_larger(job)
+            job.unscheduled.sort(key=_length)
             self._jobs.append(job)
             self._forget_done()
             self._company.come()
         return len(wanted) - num_new
 
-    def drop(self, job: Job) -> None:
+    def drop(self, job: PendingRequest) -> None:
         """Forget a job that nobody waits for; what others want of it as well is theirs from now on."""
         with self._lock:
-            for text in job.wanted:
-                text.wants = [want for want in text.wants if want.job is not job]
-            for text in job.pending:
-                self._bequeath(text)
-            job.pending, job.wanted = [], []
+            for text in job.entries:
+                text.targets = [want for want in text.targets if want.job is not job]
+            for text in job.unscheduled:
+                self._reassign(text)
+            job.unscheduled, job.entries = [], []
             self._forget_done()
 
-    def clear(self) -> list[Job]:
+    def clear(self) -> list[PendingRequest]:
         """Drop everything and hand over whoever waits."""
         with self._lock:
-            waiting = {id(want.job): want.job for text in self._under_way.values() for want in text.wants}
+            waiting = {id(want.job): want.job for text in self._under_way.values() for want in text.targets}
             self._jobs, self._under_way = [], {}
             return list(waiting.values())
 
-    def due_in_s(self, limit: Limit) -> float | None:
+    def ready_in_s(self, limit: BatchLimits) -> float | None:
         """When a batch may be cut: 0 now, None when nothing waits."""
         with self._lock:
             if not self._jobs:
                 return None
-            now_s, tokens = self._clock(), count_tokens(self._jobs, limit.max_tokens)
+            now_s, tokens = self._clock(), count_waiting_tokens(self._jobs, limit.max_tokens)
             if tokens >= limit.max_tokens or self._waiting() >= limit.max_items:
                 return 0.0
             if self._batch_timeout_s == 0:
                 return self._company.wait_s(tokens, now_s)
             return max(0.0, self._jobs[0].admitted_at + self._batch_timeout_s - now_s)
 
-    def cut(self, limit: Limit, num_threads: int = 1) -> list[Text]:
+    def cut(self, limit: BatchLimits, num_threads: int = 1) -> list[Entry]:
         """The next batch, empty when nothing waits; `num_threads` could run one each.
 
         Where small jobs wait beside bulk jobs, every other batch is theirs alone: it is short, and they have their
@@ -202,23 +202,23 @@ class Queue:
             self._was_small = not self._was_small and 0 < len(small) < len(self._jobs)
             return self._cut(small if self._was_small else self._jobs, limit, num_threads)
 
-    def cut_small(self, limit: Limit) -> list[Text]:
+    def cut_small(self, limit: BatchLimits) -> list[Entry]:
         """A batch of small jobs alone, empty when none waits."""
         with self._lock:
             return self._cut([job for job in self._jobs if limit.is_small(job)], limit, 1)
 
-    def put_back(self, texts: Iterable[Text]) -> None:
+    def requeue(self, texts: Iterable[Entry]) -> None:
         """Texts of a batch that could not be run wait again."""
         with self._lock:
             for text in texts:
-                self._bequeath(text)
+                self._reassign(text)
 
-    def answered(self, num_jobs: int, took_s: float) -> None:
-        """A batch has ended, and so many jobs with it: see `Company`."""
+    def on_batch_done(self, num_jobs: int, took_s: float) -> None:
+        """A batch has ended, and so many jobs with it: see `RejoinWindow`."""
         with self._lock:
             self._company.leave(num_jobs, took_s, self._clock())
 
-    def close(self, texts: Sequence[Text]) -> None:
+    def seal(self, texts: Sequence[Entry]) -> None:
         """Who asks for these texts from now on comes too late for the vectors at hand; `wants` only shrink."""
         with self._lock:
             for text in texts:
@@ -226,8 +226,8 @@ class Queue:
                     del self._under_way[text.key]
             self._throughput.end(len(texts), self._clock())
 
-    def _cut(self, jobs: Sequence[Job], limit: Limit, num_threads: int) -> list[Text]:
-        texts = cut(jobs, split(limit, jobs, num_threads))
+    def _cut(self, jobs: Sequence[PendingRequest], limit: BatchLimits, num_threads: int) -> list[Entry]:
+        texts = form_batch(jobs, split_for_threads(limit, jobs, num_threads))
         self._forget_done()
         return texts
 
@@ -242,7 +242,7 @@ class Queue:
                 "(MAX_QUEUE_SIZE)"
             )
         elif caller:
-            own = sum(len(job.pending) for job in self._jobs if job.caller == caller)
+            own = sum(len(job.unscheduled) for job in self._jobs if job.caller == caller)
             share = (self._max_items - (waiting - own)) // 2
             if own and own + num_texts > share:
                 refusal = (
@@ -253,47 +253,49 @@ class Queue:
             wait_s = self._throughput.wait_s(waiting, self._clock())
             raise QueueFull(f"{refusal}; send it again in {wait_s:.3g} s, or smaller", retry_after_s=wait_s)
 
-    def _want(self, job: Job, index: int) -> None:
-        want, key = Want(job, index), job.keys[index]
+    def _enqueue(self, job: PendingRequest, index: int) -> None:
+        want, key = RowTarget(job, index), job.keys[index]
         text = self._under_way.get(key)
         if text is None:
-            text = self._under_way[key] = Text(job.ids[index], key, [want], owner=job)
-            job.pending.append(text)
+            text = self._under_way[key] = Entry(job.ids[index], key, [want], owner=job)
+            job.unscheduled.append(text)
         else:
-            text.wants.append(want)
-        job.wanted.append(text)
+            text.targets.append(want)
+        job.entries.append(text)
 
-    def _take_over(self, job: Job) -> None:
+    def _adopt_from_larger(self, job: PendingRequest) -> None:
         """What it wants and waits in larger jobs becomes its own: one pass over each of them, however many texts."""
-        taken: dict[Text, Job] = {
-            text: text.owner for text in job.wanted if text.owner is not None and text.owner.num_tokens > job.num_tokens
+        taken: dict[Entry, PendingRequest] = {
+            text: text.owner
+            for text in job.entries
+            if text.owner is not None and text.owner.num_tokens > job.num_tokens
         }
         for text in taken:
             text.owner = job
         for owner in set(taken.values()):
-            owner.pending = [text for text in owner.pending if text.owner is owner]
-        job.pending += taken
+            owner.unscheduled = [text for text in owner.unscheduled if text.owner is owner]
+        job.unscheduled += taken
 
-    def _bequeath(self, text: Text) -> None:
+    def _reassign(self, text: Entry) -> None:
         """A text that waits goes to the smallest of those who want it; to nobody, it goes."""
-        if not text.wants:
+        if not text.targets:
             self._under_way.pop(text.key, None)
             return
-        text.owner = heir = min((want.job for want in text.wants), key=_size)
-        insort(heir.pending, text, key=_length)
+        text.owner = heir = min((want.job for want in text.targets), key=_size)
+        insort(heir.unscheduled, text, key=_length)
         if heir not in self._jobs:
             self._jobs.append(heir)
 
     def _forget_done(self) -> None:
-        self._jobs = [job for job in self._jobs if job.pending]
+        self._jobs = [job for job in self._jobs if job.unscheduled]
 
     def _waiting(self) -> int:
-        return sum(len(job.pending) for job in self._jobs)
+        return sum(len(job.unscheduled) for job in self._jobs)
 
 
-def _length(text: Text) -> int:
+def _length(text: Entry) -> int:
     return len(text.ids)
 
 
-def _size(job: Job) -> int:
+def _size(job: PendingRequest) -> int:
     return job.num_tokens

@@ -9,8 +9,8 @@ from msgspec import Struct
 from numpy.typing import NDArray
 
 from engines.errors import DimensionsNotSupported, InvalidValue
-from engines.inputs.prompts import choose_frame
-from engines.inputs.tokenizer import Encoded, IdReading, Ids, TextReading, Tokenizer
+from engines.inputs.prompts import select_prompt
+from engines.inputs.tokenizer import IdReading, Ids, TextReading, TokenizedRequest, Tokenizer
 from engines.spec import ModelSpec
 from engines.types import Batch, EmbedCall, ModelInfo
 
@@ -19,7 +19,7 @@ Key = tuple[bytes, int, str]
 who may know that it is there (`Origin.circle`)."""
 
 
-class Output(Struct, frozen=True):
+class OutputSpec(Struct, frozen=True):
     """What a request wants of each vector; inputs that want the same are finished together."""
 
     dimensions: int
@@ -50,7 +50,7 @@ class Origin(Struct, frozen=True):
 NOBODY = Origin()
 
 
-class Job:
+class PendingRequest:
     """One request.
 
     Attributes:
@@ -67,8 +67,8 @@ class Job:
 
     def __init__(
         self,
-        encoded: Encoded,
-        output: Output,
+        encoded: TokenizedRequest,
+        output: OutputSpec,
         loop: asyncio.AbstractEventLoop,
         now_s: float,
         origin: Origin = NOBODY,
@@ -78,10 +78,10 @@ class Job:
         self.keys: list[Key] = [(ids.tobytes(), encoded.prompt_tokens, origin.circle) for ids in encoded.ids]
         self.output = output
         self.rows: NDArray[np.float32] = np.empty((len(encoded.ids), output.dimensions), dtype=np.float32)
-        self.pending: list[Text] = []
-        self.wanted: list[Text] = []
+        self.unscheduled: list[Entry] = []
+        self.entries: list[Entry] = []
         self.num_tokens = sum(len(ids) for ids in encoded.ids)
-        self.left = len(encoded.ids)
+        self.rows_missing = len(encoded.ids)
         self.done: asyncio.Future[None] = loop.create_future()
         self.admitted_at = now_s
         self.started_at: float | None = None
@@ -89,15 +89,15 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Want:
+class RowTarget:
     """One input of one job."""
 
-    job: Job
+    job: PendingRequest
     index: int
 
 
 @dataclass(eq=False)
-class Text:
+class Entry:
     """One distinct input under way, and all who want its vector.
 
     `owner`: who has it among its `pending`, and whose share of a batch takes it; None once one has.
@@ -105,8 +105,8 @@ class Text:
 
     ids: Ids
     key: Key
-    wants: list[Want]
-    owner: Job | None = None
+    targets: list[RowTarget]
+    owner: PendingRequest | None = None
 
     @property
     def prompt_tokens(self) -> int:
@@ -118,7 +118,7 @@ MAX_FRAME_CHARS = 1 << 24
 """The most characters that prompts may add to a request, which carries them once and has them read with each input."""
 
 
-def read_call(
+def prepare_inputs(
     call: EmbedCall, tokenizer: Tokenizer, spec: ModelSpec, prompts: Mapping[str, str]
 ) -> TextReading | IdReading:
     """The inputs on their way to ids, prompts in front, to be cut to what the model reads.
@@ -133,7 +133,7 @@ def read_call(
         return tokenizer.read_ids(call.token_ids, truncate, must_be_framed=not spec.unframed_token_ids)
     if call.instruction is not None:
         _check_frame(call, len(call.instruction))
-    frame = choose_frame(call, prompts, spec.default_prompt, spec.instruction_template)
+    frame = select_prompt(call, prompts, spec.default_prompt, spec.instruction_template)
     _check_frame(call, frame.num_chars)
     return tokenizer.read(call.texts, frame, truncate)
 
@@ -149,7 +149,7 @@ def _check_frame(call: EmbedCall, num_chars: int) -> None:
         )
 
 
-def output_of(call: EmbedCall, info: ModelInfo, *, normalize: bool, target_dim: int | None) -> Output:
+def output_spec(call: EmbedCall, info: ModelInfo, *, normalize: bool, target_dim: int | None) -> OutputSpec:
     """Width and length of the vectors; `normalize` and `target_dim` where the call says nothing.
 
     Raises:
@@ -164,4 +164,4 @@ def output_of(call: EmbedCall, info: ModelInfo, *, normalize: bool, target_dim: 
         raise DimensionsNotSupported(
             f"dimensions is {width}, but {call.model_id} gives {allowed.describe(native)}", param="dimensions"
         )
-    return Output(width, normalize if call.normalize is None else call.normalize, allowed.layer_norm)
+    return OutputSpec(width, normalize if call.normalize is None else call.normalize, allowed.layer_norm)

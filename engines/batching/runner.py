@@ -9,12 +9,12 @@ from msgspec import structs
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engines.batching.batch import Limit
-from engines.batching.request import Key, Text
+from engines.batching.batch import BatchLimits
+from engines.batching.request import Entry, Key
 from engines.errors import EngineError, EngineFailed, NonFiniteEmbedding, OutOfMemory, is_out_of_memory
-from engines.layers.packing import similar_lengths
-from engines.layers.pooling import finish
-from engines.models.base import Encoder, PathLeft
+from engines.layers.packing import bucket_by_length
+from engines.layers.pooling import truncate_and_normalize
+from engines.models.base import Encoder, ForwardPathFailed
 from engines.protocols import Clock
 from engines.types import Batch, ModelInfo
 
@@ -77,7 +77,7 @@ class Runner:
     def __init__(
         self,
         encoder: Encoder,
-        close: Callable[[Sequence[Text]], None] = lambda texts: None,
+        close: Callable[[Sequence[Entry]], None] = lambda texts: None,
         keep: Callable[[Sequence[Key], NDArray[np.float32]], None] | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
@@ -91,9 +91,9 @@ class Runner:
         """Whether several threads may run batches at once."""
         return self._encoder.is_reentrant
 
-    def bound(self, limit: Limit) -> Limit:
+    def bound(self, limit: BatchLimits) -> BatchLimits:
         """The same limit as far as this encoder and its device go."""
-        return Limit(self._room.within(limit.max_tokens), limit.max_items, self._encoder.part_tokens)
+        return BatchLimits(self._room.within(limit.max_tokens), limit.max_items, self._encoder.part_tokens)
 
     def described(self, info: ModelInfo) -> ModelInfo:
         """What the model is, with the path that it takes now."""
@@ -104,23 +104,23 @@ class Runner:
         attention = self._encoder.attention
         return structs.replace(info, attention=attention, path=path, is_fallback=bool(fallback), notes=notes)
 
-    def measure(self, texts: Sequence[Text]) -> Batch:
+    def measure(self, texts: Sequence[Entry]) -> Batch:
         """What a batch, sorted by length, takes on this encoder."""
         lengths = [len(text.ids) for text in texts]
         tokens = computed = sum(lengths)
         if self._encoder.attention == "padded":
-            computed = sum((end - start) * max(lengths[start:end]) for start, end in similar_lengths(lengths))
+            computed = sum((end - start) * max(lengths[start:end]) for start, end in bucket_by_length(lengths))
         return Batch(texts=len(lengths), tokens=tokens, computed_tokens=computed)
 
-    def run(self, texts: Sequence[Text]) -> Failures:
+    def run(self, texts: Sequence[Entry]) -> Failures:
         """Write the rows of a batch. A failed batch fails its own callers, and only them.
 
         Raises:
-            PathLeft: run the texts again; nobody has been told anything.
+            ForwardPathFailed: run the texts again; nobody has been told anything.
         """
         try:
             return self._run(texts)
-        except PathLeft:
+        except ForwardPathFailed:
             raise
         except EngineError as error:
             return self._fail(texts, error)
@@ -130,7 +130,7 @@ class Runner:
             message = f"the model's forward pass failed ({type(error).__name__}); the server's log says more"
         return self._fail(texts, EngineFailed(message))
 
-    def _run(self, texts: Sequence[Text]) -> Failures:
+    def _run(self, texts: Sequence[Entry]) -> Failures:
         vectors = self._forward_if_room(texts)
         if vectors is None:
             return self._run_halves(texts)
@@ -141,11 +141,11 @@ class Runner:
             self._keep([text.key for text, is_good in zip(texts, good, strict=True) if is_good], rows[good])
         return _write(texts, vectors)
 
-    def _fail(self, texts: Sequence[Text], error: EngineError) -> Failures:
+    def _fail(self, texts: Sequence[Entry], error: EngineError) -> Failures:
         self._close(texts)
-        return {id(want.job): error for text in texts for want in text.wants}
+        return {id(want.job): error for text in texts for want in text.targets}
 
-    def _run_halves(self, texts: Sequence[Text]) -> Failures:
+    def _run_halves(self, texts: Sequence[Entry]) -> Failures:
         """The device has no room for this batch: run it in two, and let smaller ones be cut for a while."""
         tokens = sum(len(text.ids) for text in texts)
         if len(texts) == 1:
@@ -154,7 +154,7 @@ class Runner:
         half = len(texts) // 2
         return {**self.run(texts[:half]), **self.run(texts[half:])}
 
-    def _forward_if_room(self, texts: Sequence[Text]) -> Tensor | None:
+    def _forward_if_room(self, texts: Sequence[Entry]) -> Tensor | None:
         """The vectors, or None where memory did not suffice. It returns before anything else is tried: as long as the
         error is handled, its traceback holds the frames of the pass, and they the tensors that fill the memory."""
         try:
@@ -165,19 +165,19 @@ class Runner:
             log.warning("engine.no_room", texts=len(texts), reason=type(error).__name__)
             return None
 
-    def _forward(self, texts: Sequence[Text]) -> Tensor:
+    def _forward(self, texts: Sequence[Entry]) -> Tensor:
         prompts = [text.prompt_tokens for text in texts]
         return self._encoder([text.ids for text in texts], prompts if any(prompts) else None)
 
 
-def _write(texts: Sequence[Text], vectors: Tensor) -> Failures:
+def _write(texts: Sequence[Entry], vectors: Tensor) -> Failures:
     """Finish the vectors `[n, D]` as each job wants them, and put them into the jobs' rows."""
     bad: Failures = {}
-    wants = [(row, want) for row, text in enumerate(texts) for want in text.wants]
+    wants = [(row, want) for row, text in enumerate(texts) for want in text.targets]
     for output in {want.job.output for _, want in wants}:
         chosen = [(row, want) for row, want in wants if want.job.output == output]
         rows = [row for row, _ in chosen]
-        finished = finish(
+        finished = truncate_and_normalize(
             vectors if rows == list(range(len(texts))) else vectors[rows],
             dimensions=output.dimensions,
             normalized=output.normalized,

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from engines.device.scheduler import Lane, Source, Turn
+from engines.device.scheduler import DeviceScheduler, Task, TaskSource
 from engines.protocols import Engine, Loader
 from engines.spec import ModelSpec
 from engines.types import ModelFiles
@@ -20,7 +20,7 @@ Write = Callable[[str], None]
 """Takes the ids of the models that run now, one a line. Called on the lane's and the loader's threads."""
 
 
-class Notebook:
+class CrashJournal:
     """The models that run now. Threads may share it.
 
     The last line is the one to suspect when the process dies: the model that has run least often so far, of two alike
@@ -35,7 +35,7 @@ class Notebook:
         self._lock = threading.Lock()
 
     @contextmanager
-    def noted(self, model_id: str) -> Iterator[None]:
+    def running(self, model_id: str) -> Iterator[None]:
         """The model runs inside the block, on whatever thread."""
         self._note(model_id, 1)
         try:
@@ -53,7 +53,7 @@ class Notebook:
             self._write("\n".join(sorted(self._running, key=lambda name: -self._begun[name])))
 
 
-class NotedLane(Lane):
+class JournaledScheduler(DeviceScheduler):
     """A lane that notes whose turns it takes.
 
     Attributes:
@@ -62,74 +62,74 @@ class NotedLane(Lane):
     """
 
     def __init__(self, *args: Any, **more: Any) -> None:
-        self.notebook = Notebook(lambda _: None)
+        self.notebook = CrashJournal(lambda _: None)
         self.names: WeakKeyDictionary[object, str] = WeakKeyDictionary()
-        self._noted: dict[int, _Noted] = {}
+        self._noted: dict[int, _JournaledSource] = {}
         super().__init__(*args, **more)
 
-    def attach(self, source: Source) -> None:
-        """As `Lane.attach`."""
+    def attach(self, source: TaskSource) -> None:
+        """As `DeviceScheduler.attach`."""
         name = self.names.get(source)
         if name is not None:
-            self._noted[id(source)] = _Noted(source, name, self.notebook)
+            self._noted[id(source)] = _JournaledSource(source, name, self.notebook)
         super().attach(self._seen(source))
 
-    def detach(self, source: Source) -> None:
-        """As `Lane.detach`."""
+    def detach(self, source: TaskSource) -> None:
+        """As `DeviceScheduler.detach`."""
         super().detach(self._seen(source))
         self._noted.pop(id(source), None)
 
-    def seconds_of(self, source: Source) -> float:
-        """As `Lane.seconds_of`."""
+    def seconds_of(self, source: TaskSource) -> float:
+        """As `DeviceScheduler.seconds_of`."""
         return super().seconds_of(self._seen(source))
 
-    def _seen(self, source: Source) -> Source:
+    def _seen(self, source: TaskSource) -> TaskSource:
         """The source as the lane knows it."""
         return self._noted.get(id(source), source)
 
 
-class _Noted:
-    """A source whose turns are noted (`engines.device.tasks.Source`)."""
+class _JournaledSource:
+    """A source whose turns are noted (`engines.device.tasks.TaskSource`)."""
 
-    def __init__(self, source: Source, name: str, notebook: Notebook) -> None:
+    def __init__(self, source: TaskSource, name: str, notebook: CrashJournal) -> None:
         self._source = source
         self._name = name
         self._notebook = notebook
 
     @property
-    def max_turns(self) -> int:
-        return self._source.max_turns
+    def max_concurrent_tasks(self) -> int:
+        return self._source.max_concurrent_tasks
 
-    def due_in_s(self) -> float | None:
-        return self._source.due_in_s()
+    def ready_in_s(self) -> float | None:
+        return self._source.ready_in_s()
 
-    def take(self, num_free: int) -> Turn | None:
-        return self._with_note(self._source.take(num_free))
+    def next_task(self, num_free: int) -> Task | None:
+        return self._with_note(self._source.next_task(num_free))
 
-    def take_small(self) -> Turn | None:
-        return self._with_note(self._source.take_small())
+    def next_small_task(self) -> Task | None:
+        return self._with_note(self._source.next_small_task())
 
-    def _with_note(self, turn: Turn | None) -> Turn | None:
+    def _with_note(self, turn: Task | None) -> Task | None:
         if turn is None:
             return None
 
         def run() -> None:
-            with self._notebook.noted(self._name):
+            with self._notebook.running(self._name):
                 turn.run()
 
         return replace(turn, run=run)
 
 
-class NotedLoader:
+class JournaledLoader:
     """A loader that notes what it loads, and names its engines to the lane (`engines.protocols.Loader`)."""
 
-    def __init__(self, loader: Loader, lane: NotedLane) -> None:
+    def __init__(self, loader: Loader, lane: JournaledScheduler) -> None:
         self._loader = loader
         self._lane = lane
 
     def load(self, spec: ModelSpec, files: ModelFiles) -> Engine:
         """See `Loader.load`."""
-        with self._lane.notebook.noted(spec.model_id):
+        with self._lane.notebook.running(spec.model_id):
             engine = self._loader.load(spec, files)
         self._lane.names[engine] = spec.model_id
         return engine

@@ -23,7 +23,7 @@ _LOOK_S = 0.001
 _here = threading.local()
 
 
-class Breaks:
+class LoadThrottle:
     """The breaks of one load.
 
     Args:
@@ -37,7 +37,7 @@ class Breaks:
         self._since_s = clock()
         self._left_s = _CREDIT_S
 
-    def take(self) -> None:
+    def pause_if_busy(self) -> None:
         """Between two parts: wait, if somebody is served."""
         now_s = self._clock()
         worked_s = now_s - self._since_s
@@ -50,11 +50,11 @@ class Breaks:
 
 
 @contextmanager
-def with_breaks(breaks: Breaks) -> Iterator[None]:
+def throttled_load(breaks: LoadThrottle) -> Iterator[None]:
     """Inside, a part ends with every module and every tensor that this thread puts into a module."""
     hooks = [
-        register_module_module_registration_hook(lambda *_: end_part()),
-        register_module_parameter_registration_hook(lambda *_: end_part()),
+        register_module_module_registration_hook(lambda *_: throttle_point()),
+        register_module_parameter_registration_hook(lambda *_: throttle_point()),
     ]
     _here.breaks = breaks
     try:
@@ -65,8 +65,8 @@ def with_breaks(breaks: Breaks) -> Iterator[None]:
             hook.remove()
 
 
-def end_part() -> None:
+def throttle_point() -> None:
     """The load that this thread carries out has done a part; without one, nothing happens."""
-    breaks: Breaks | None = getattr(_here, "breaks", None)
+    breaks: LoadThrottle | None = getattr(_here, "breaks", None)
     if breaks is not None:
-        breaks.take()
+        breaks.pause_if_busy()

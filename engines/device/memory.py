@@ -12,7 +12,7 @@ from msgspec import Struct
 _UNLIMITED = 1 << 60
 
 
-class Reading(Struct, frozen=True):
+class MemoryReading(Struct, frozen=True):
     """One look at a device. `ceiling_bytes`: free memory and what models of this process hold already."""
 
     total_bytes: int
@@ -22,7 +22,7 @@ class Reading(Struct, frozen=True):
 class DeviceMemory(Protocol):
     """The memory of one device. Called on a thread: the first call may open a CUDA context."""
 
-    def read(self) -> Reading:
+    def read(self) -> MemoryReading:
         """Look now; other processes use the device too."""
 
 
@@ -38,11 +38,11 @@ class CudaMemory:
     def __init__(self, index: int) -> None:
         self._index = index
 
-    def read(self) -> Reading:
+    def read(self) -> MemoryReading:
         import torch  # late: the router imports this module through the door, and must not wait for torch
 
         free, total = torch.cuda.mem_get_info(self._index)
-        return Reading(total, free + torch.cuda.memory_reserved(self._index))
+        return MemoryReading(total, free + torch.cuda.memory_reserved(self._index))
 
 
 class CpuMemory:
@@ -56,13 +56,13 @@ class CpuMemory:
         self._root = root
         self._own_at_start = anonymous_bytes()
 
-    def read(self) -> Reading:
+    def read(self) -> MemoryReading:
         machine = psutil.virtual_memory()
         total, available = machine.total, machine.available
         limit = cgroup_limit(self._root)
         if limit is not None:
             total, available = min(total, limit.limit_bytes), min(available, limit.available_bytes)
-        return Reading(total, available + max(0, anonymous_bytes() - self._own_at_start))
+        return MemoryReading(total, available + max(0, anonymous_bytes() - self._own_at_start))
 
 
 def anonymous_bytes() -> int:

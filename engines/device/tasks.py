@@ -14,7 +14,7 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Turn:
+class Task:
     """One piece of work. `run` must deliver its own failures: a turn does not raise.
 
     Args:
@@ -24,69 +24,69 @@ class Turn:
 
     run: Callable[[], None]
     is_long: bool = False
-    is_wide: bool = False
+    uses_idle_cores: bool = False
 
 
-class Source(Protocol):
+class TaskSource(Protocol):
     """Whoever takes turns. Called on the lane's threads, one at a time."""
 
     @property
-    def max_turns(self) -> int:
+    def max_concurrent_tasks(self) -> int:
         """How many of its turns may run at once."""
 
-    def due_in_s(self) -> float | None:
+    def ready_in_s(self) -> float | None:
         """Seconds until there is work: 0 for now, None for none."""
 
-    def take(self, num_free: int) -> Turn | None:
+    def next_task(self, num_free: int) -> Task | None:
         """The work of one turn, while `num_free` other threads have nothing to do."""
 
-    def take_small(self) -> Turn | None:
+    def next_small_task(self) -> Task | None:
         """Work that should not wait for a long turn of this source; None when there is none."""
 
 
-class Account:
+class Usage:
     """One source, the seconds it has run in all, and those that count for whose turn it is (`used_s`)."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: TaskSource) -> None:
         self.source = source
         self.total_s = 0.0
         self.used_s = 0.0
         self.is_due = False
         self.is_idle = True
-        self.num_turns = 0
+        self.num_tasks = 0
 
     @property
     def can_run(self) -> bool:
         """Whether one more of its turns may run beside those that do."""
-        return self.num_turns < self.source.max_turns
+        return self.num_tasks < self.source.max_concurrent_tasks
 
 
 @dataclass
-class Running:
+class ActiveTask:
     """A turn on a thread: the seconds it has run, and those it gave to small turns in between (`gives`: to this)."""
 
-    account: Account
-    turn: Turn
-    gives: "Running | None" = None
+    account: Usage
+    task: Task
+    gives: "ActiveTask | None" = None
     own_s: float = 0.0
     given_s: float = 0.0
 
 
 @dataclass
-class Seat:
+class WorkerThread:
     """One thread of the lane: the turn that runs on it is the last of `running`, those before it gave way.
 
     `since_s`: until when the books are up to date, None between turns.
     """
 
-    running: list[Running] = field(default_factory=list)
+    running: list[ActiveTask] = field(default_factory=list)
     since_s: float | None = None
     looked_s: float = -math.inf
     cores: int = 0
 
-    def sit(self, running: Running) -> Running:
+    def sit(self, running: ActiveTask) -> ActiveTask:
         """A turn comes, before the one that runs."""
-        running.account.num_turns += 1
+        running.account.num_tasks += 1
         self.running.append(running)
         return running
 
@@ -94,7 +94,7 @@ class Seat:
         """The turn that runs has ended."""
         self.charge(now_s)
         ended = self.running.pop()
-        ended.account.num_turns -= 1
+        ended.account.num_tasks -= 1
         if ended.gives is not None:
             ended.gives.given_s += ended.own_s
         self.since_s = now_s if self.running else None
@@ -107,11 +107,11 @@ class Seat:
         self.running[-1].account.used_s += seconds
         self.since_s = now_s
 
-    def holds(self, source: Source) -> bool:
+    def holds(self, source: TaskSource) -> bool:
         """Whether a turn of the source runs here, or gave way to the one that does."""
         return any(running.account.source is source for running in self.running)
 
-    def is_at(self, source: Source) -> bool:
+    def is_at(self, source: TaskSource) -> bool:
         """Whether the turn that runs is this source's."""
         # A slice, because the thread of this seat may end the turn meanwhile.
         return any(running.account.source is source for running in self.running[-1:])
@@ -119,7 +119,7 @@ class Seat:
     @property
     def is_short(self) -> bool:
         """Whether a turn runs that is not long."""
-        return any(not running.turn.is_long for running in self.running[-1:])
+        return any(not running.task.is_long for running in self.running[-1:])
 
     def running_for_s(self, now_s: float) -> float:
         """How long the present turn, or the present part of one, has been running; 0 between turns."""
@@ -127,32 +127,32 @@ class Seat:
         return 0.0 if since_s is None else now_s - since_s
 
 
-class Calls:
-    """Single functions that wait for a turn (`Source`)."""
+class CallQueue:
+    """Single functions that wait for a turn (`TaskSource`)."""
 
     def __init__(self, max_turns: int) -> None:
-        self._waiting: list[Turn] = []
+        self._waiting: list[Task] = []
         self._max_turns = max_turns
 
     @property
-    def max_turns(self) -> int:
+    def max_concurrent_tasks(self) -> int:
         """As many as there are threads."""
         return self._max_turns
 
     def add(self, function: Callable[[], Result], future: "asyncio.Future[Result]") -> None:
         """Let `future` have what `function` returns or raises."""
-        self._waiting.append(Turn(lambda: _answer(future, function), is_wide=True))
+        self._waiting.append(Task(lambda: _answer(future, function), uses_idle_cores=True))
 
-    def due_in_s(self) -> float | None:
-        """See `Source`."""
+    def ready_in_s(self) -> float | None:
+        """See `TaskSource`."""
         return 0.0 if self._waiting else None
 
-    def take(self, num_free: int) -> Turn | None:
-        """See `Source`."""
+    def next_task(self, num_free: int) -> Task | None:
+        """See `TaskSource`."""
         return self._waiting.pop(0) if self._waiting else None
 
-    def take_small(self) -> Turn | None:
-        """See `Source`: a call does not know how large it is."""
+    def next_small_task(self) -> Task | None:
+        """See `TaskSource`: a call does not know how large it is."""
         return None
 
 

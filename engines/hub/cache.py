@@ -88,7 +88,7 @@ class RepoCache:
         except (OSError, msgspec.DecodeError):
             return self._unwritten.get(self._manifest)
 
-    def remember(self, manifest: Manifest) -> None:
+    def write_manifest(self, manifest: Manifest) -> None:
         """Make the model whole: the manifest for us, the ref for other tools."""
         self._unwritten.pop(self._manifest, None)
         try:
@@ -98,7 +98,7 @@ class RepoCache:
         except OSError:
             self._unwritten[self._manifest] = manifest
 
-    def forget(self) -> None:
+    def delete_manifest(self) -> None:
         """The model is no longer known to be whole."""
         self._unwritten.pop(self._manifest, None)
         self._manifest.unlink(missing_ok=True)
@@ -137,14 +137,14 @@ class RepoCache:
                 entries[name] = FileEntry(name=name, size_bytes=path.stat().st_size, etag=etag)
         return entries
 
-    def link(self, commit: str, file: FileEntry) -> bool:
+    def link_blob(self, commit: str, file: FileEntry) -> bool:
         """Let the snapshot show a blob that is here already; False when it is not."""
         blob, shown = self._folder / "blobs" / file.etag, self.path(commit, file.name)
         if not shown.exists() and blob.exists():
             _show(blob, shown)
         return shown.exists()
 
-    def install(self, part: Path, commit: str, file: FileEntry) -> None:
+    def commit_blob(self, part: Path, commit: str, file: FileEntry) -> None:
         """Turn a finished download into a file of the snapshot."""
         blob = self._folder / "blobs" / file.etag
         blob.parent.mkdir(parents=True, exist_ok=True)

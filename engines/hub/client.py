@@ -27,7 +27,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # documented 
 from msgspec import Struct, field
 
 from engines.errors import BrokenFiles, DiskFull, ShuttingDown
-from engines.hub.errors import Asked, is_transient, offline, retry_after_s, translate
+from engines.hub.errors import HubRequest, is_transient, offline, retry_after_s, translate
 from engines.hub.file_selection import is_safe
 from engines.hub.partial_file import FileEntry, FileHash, OnBytes, PartFile
 
@@ -99,7 +99,7 @@ class HubConfig(Struct, frozen=True, kw_only=True):
         return f"HubConfig({self.endpoint}, offline={self.offline})"
 
 
-class Hub:
+class HubClient:
     """One hub. Threads may share it; `close` makes every running call end soon."""
 
     def __init__(self, config: HubConfig) -> None:
@@ -124,7 +124,7 @@ class Hub:
             info = api.model_info(repo_id, revision=revision, files_metadata=True, timeout=timeout_s)
             return read_listing(repo_id, info)
 
-        return self._patiently(ask, self._asked(repo_id, revision))
+        return self._with_retries(ask, self._asked(repo_id, revision))
 
     def read_range(self, listing: Listing, name: str, start: int, end: int) -> bytes:
         """Bytes `start` up to, not including, `end` of a file, by a range request.
@@ -144,7 +144,7 @@ class Hub:
                         break
                 return bytes(content[skip : skip + end - start])
 
-        return self._patiently(ask, self._asked(listing.repo_id, listing.commit, name))
+        return self._with_retries(ask, self._asked(listing.repo_id, listing.commit, name))
 
     def read_file(self, listing: Listing, name: str) -> bytes:
         """The whole of a small file, its hash checked.
@@ -175,7 +175,7 @@ class Hub:
         for _ in range(2):
             part = PartFile(path, file, on_bytes)
             try:
-                self._patiently(partial(self._stream, listing, part), asked, part)
+                self._with_retries(partial(self._stream, listing, part), asked, part)
             except DiskFull:
                 path.unlink(missing_ok=True)
                 raise
@@ -225,7 +225,7 @@ class Hub:
             hf_raise_for_status(response)
             yield response
 
-    def _patiently(self, ask: Callable[[], _T], asked: Asked, part: PartFile | None = None) -> _T:
+    def _with_retries(self, ask: Callable[[], _T], asked: HubRequest, part: PartFile | None = None) -> _T:
         """Ask again while that may help: `attempts` times in a row that bring next to nothing."""
         failures = 0
         while True:
@@ -240,7 +240,7 @@ class Hub:
                 failures = 1 if has_progress else failures + 1
                 self._pause_or_give_up(error, failures, asked)
 
-    def _pause_or_give_up(self, error: Exception, failures: int, asked: Asked) -> None:
+    def _pause_or_give_up(self, error: Exception, failures: int, asked: HubRequest) -> None:
         self.check_open()
         wait_s = self.config.backoff_s * 2 ** (failures - 1)
         hub_wait_s = retry_after_s(error)
@@ -250,9 +250,9 @@ class Hub:
             raise translate(error, asked) from error
         self._closed.wait(wait_s)
 
-    def _asked(self, repo_id: str, revision: str, file: str | None = None) -> Asked:
+    def _asked(self, repo_id: str, revision: str, file: str | None = None) -> HubRequest:
         config = self.config
-        return Asked(
+        return HubRequest(
             endpoint=config.endpoint, repo_id=repo_id, revision=revision, file=file, timeout_s=config.timeout_s
         )
 

@@ -27,7 +27,7 @@ _TRANSIENT_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
-class Asked(Struct, frozen=True, kw_only=True):
+class HubRequest(Struct, frozen=True, kw_only=True):
     """What was asked of the hub, for the message. `timeout_s` is how long an answer was waited for."""
 
     endpoint: str
@@ -58,7 +58,7 @@ def retry_after_s(error: Exception) -> float | None:
     return float(value) if value.isdigit() else None
 
 
-def translate(error: Exception, asked: Asked) -> SourceError:
+def translate(error: Exception, asked: HubRequest) -> SourceError:
     """Our error for one of the libraries'; to be raised `from` it."""
     if isinstance(error, OfflineModeIsEnabled):
         return offline(asked)
@@ -79,7 +79,7 @@ def not_a_source(source: str) -> SourceNotFound:
     )
 
 
-def offline(asked: Asked) -> OfflineMode:
+def offline(asked: HubRequest) -> OfflineMode:
     """The network is forbidden and the disk does not have it."""
     return OfflineMode(
         f"{asked.repo_id} is not whole on this machine's disk, and HF_HUB_OFFLINE forbids the network: "
@@ -103,7 +103,7 @@ def disk_full(repo_id: str, need_bytes: int, free_bytes: int) -> DiskFull:
     )
 
 
-def _refused(error: HfHubHTTPError, asked: Asked) -> SourceError:
+def _refused(error: HfHubHTTPError, asked: HubRequest) -> SourceError:
     """The hub answered, with an error status.
 
     (1) gated, (2) switched off by the hub, (3) no such revision or file, (4) no such repository, (5) no permission,
@@ -130,7 +130,7 @@ def _refused(error: HfHubHTTPError, asked: Asked) -> SourceError:
     return _troubled(error, asked)
 
 
-def _unauthorized(error: HfHubHTTPError, asked: Asked) -> AccessDenied:
+def _unauthorized(error: HfHubHTTPError, asked: HubRequest) -> AccessDenied:
     if "authorization" in error.response.request.headers:
         return AccessDenied(f"{asked.hub} refuses the token in HF_TOKEN for {asked.repo_id}: renew it")
     return AccessDenied(
@@ -139,7 +139,7 @@ def _unauthorized(error: HfHubHTTPError, asked: Asked) -> AccessDenied:
     )
 
 
-def _troubled(error: HfHubHTTPError, asked: Asked) -> HubUnreachable:
+def _troubled(error: HfHubHTTPError, asked: HubRequest) -> HubUnreachable:
     status, wait_s = error.response.status_code, retry_after_s(error)
     if status == 429:
         when = f"asks to wait {wait_s:.0f} s" if wait_s is not None else "asks to slow down"
@@ -147,7 +147,7 @@ def _troubled(error: HfHubHTTPError, asked: Asked) -> HubUnreachable:
     return HubUnreachable(f"{asked.hub} answered {status} for {asked.repo_id}: try again later")
 
 
-def _unreachable(error: httpx2.HTTPError, asked: Asked) -> HubUnreachable:
+def _unreachable(error: httpx2.HTTPError, asked: HubRequest) -> HubUnreachable:
     what = f"{asked.repo_id}/{asked.file}" if asked.file else asked.repo_id
     if isinstance(error, httpx2.ConnectError | httpx2.ProxyError):
         why = f"{asked.hub} cannot be reached ({error})"

@@ -18,10 +18,10 @@ from typing import Literal
 from msgspec import Struct
 
 from engines.hub.partial_file import FileEntry, FileHash
-from engines.storage import Kept
+from engines.storage import JsonStore
 
 GoOn = Callable[[], bool]
-"""Asked after each megabyte; False pauses."""
+"""HubRequest after each megabyte; False pauses."""
 
 Verdict = Literal["right", "wrong", "unknown", "written"]
 """Of the hash of a file; `written`: its size or time are others than when it was hashed."""
@@ -48,7 +48,7 @@ class _Begun(Struct, frozen=True):
 
 
 class Verification:
-    """The hashes of cached files, remembered in one file for all models of a machine (`Kept`). Threads may share it.
+    """Remembers the hashes of cached files in one `JsonStore` for all models of a machine. Thread-safe.
 
     Args:
         path: None remembers them in memory only.
@@ -56,7 +56,7 @@ class Verification:
 
     def __init__(self, path: Path | None = None) -> None:
         self._lock = threading.Lock()
-        self._kept: Kept[Hashed] = Kept(path, dict[str, Hashed])
+        self._kept: JsonStore[Hashed] = JsonStore(path, dict[str, Hashed])
         self._begun: dict[str, _Begun] = {}
 
     def verdict(self, path: Path, file: FileEntry) -> Verdict:

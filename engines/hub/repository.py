@@ -11,19 +11,19 @@ from msgspec import Struct
 
 from engines.errors import BadModel, BrokenFiles, FilesChanged, HubUnreachable, OfflineMode
 from engines.hub.cache import Manifest, RepoCache
-from engines.hub.client import Hub, Listing
+from engines.hub.client import HubClient, Listing
 from engines.hub.errors import disk_full, writing
 from engines.hub.file_selection import MODULES, Selection, select
 from engines.hub.file_verification import GoOn, Verdict, Verification
 from engines.hub.partial_file import FileEntry, OnBytes, is_intact
-from engines.hub.single_flight import Tally
+from engines.hub.single_flight import DownloadProgress
 from engines.hub.weight_files import WeightCount, count_weights, read_header
 from engines.types import ModelFiles, fingerprint
 
 _WHOLE_REPOSITORY = ".gitattributes"
 
 
-class Found(Struct, frozen=True, kw_only=True):
+class CachedSnapshot(Struct, frozen=True, kw_only=True):
     """A complete snapshot; its hashes are still to be checked."""
 
     commit: str
@@ -31,7 +31,7 @@ class Found(Struct, frozen=True, kw_only=True):
     selection: Selection
 
 
-def find_snapshot(cache: RepoCache, *, with_code: bool) -> Found | None:
+def find_snapshot(cache: RepoCache, *, with_code: bool) -> CachedSnapshot | None:
     """The snapshot of the revision that the cache knows, when nothing of the model is missing from it."""
     commit = cache.known_commit()
     if commit is None:
@@ -45,7 +45,7 @@ def find_snapshot(cache: RepoCache, *, with_code: bool) -> Found | None:
         files = tuple(here[name] for name in selection.files)
     except (BadModel, OSError, KeyError):
         return None
-    return Found(commit=commit, files=files, selection=selection)
+    return CachedSnapshot(commit=commit, files=files, selection=selection)
 
 
 def _all_names(
@@ -68,7 +68,7 @@ FreeBytes = Callable[[str], int]
 class Repository:
     """A model's files on a hub and in its cache. `with_code`: the repository's Python files are wanted too."""
 
-    def __init__(self, hub: Hub, cache: RepoCache, verification: Verification, *, with_code: bool) -> None:
+    def __init__(self, hub: HubClient, cache: RepoCache, verification: Verification, *, with_code: bool) -> None:
         self._hub = hub
         self._cache = cache
         self._verification = verification
@@ -84,7 +84,7 @@ class Repository:
             return None
         return self._model_files(manifest)
 
-    def fetch(self, tally: Tally, free_bytes: FreeBytes, silence: str = "") -> ModelFiles:
+    def fetch(self, tally: DownloadProgress, free_bytes: FreeBytes, silence: str = "") -> ModelFiles:
         """Bring what is missing. What other tools brought is used when its hashes are right.
 
         Where the hub cannot be asked and nothing is whole yet, other tools' snapshot is taken if surely complete.
@@ -141,7 +141,7 @@ class Repository:
     def discard(self, file: str | None) -> None:
         """Delete a file, or all of them. The manifest goes too, so that the next fetch verifies what stays."""
         manifest = self._cache.manifest()
-        self._cache.forget()
+        self._cache.delete_manifest()
         if manifest is not None:
             for name in [file] if file is not None else [entry.name for entry in manifest.files]:
                 self._cache.remove(manifest.commit, name)
@@ -164,11 +164,11 @@ class Repository:
         read = partial(self._hub.read_file, listing)
         return select(listing.files, read, source=self._repo_id, with_code=self._with_code)
 
-    def _has(self, commit: str, file: FileEntry, tally: Tally) -> bool:
+    def _has(self, commit: str, file: FileEntry, tally: DownloadProgress) -> bool:
         """Whether the file is here and right: known from the manifest, else by its hash."""
         manifest = self._cache.manifest()
         with writing(self._repo_id):
-            if not self._cache.link(commit, file):
+            if not self._cache.link_blob(commit, file):
                 return False
             if manifest is not None and file in manifest.files and self._looks_whole(commit, file):
                 tally.add(file.size_bytes)
@@ -181,7 +181,9 @@ class Repository:
         self._verification.note(path, file, is_right=is_right)
         return is_right
 
-    def _download(self, listing: Listing, files: Sequence[FileEntry], tally: Tally, free_bytes: FreeBytes) -> None:
+    def _download(
+        self, listing: Listing, files: Sequence[FileEntry], tally: DownloadProgress, free_bytes: FreeBytes
+    ) -> None:
         with writing(self._repo_id), self._cache.locked(self._hub.check_open):
             # Another process may have brought some of them while this one waited for the lock.
             missing = [file for file in files if not self._has(listing.commit, file, tally)]
@@ -193,11 +195,11 @@ class Repository:
                 self._cache.remove(listing.commit, file.name)  # it is not here, or wrong
                 part = self._cache.part(file)
                 self._hub.download(listing, file, part, tally.add)
-                self._cache.install(part, listing.commit, file)
+                self._cache.commit_blob(part, listing.commit, file)
                 self._verification.note(self._cache.path(listing.commit, file.name), file, is_right=True)
             self._cache.remove_parts()
 
-    def _adopt(self, tally: Tally) -> ModelFiles | None:
+    def _adopt(self, tally: DownloadProgress) -> ModelFiles | None:
         """Make whole what other tools left in the cache, if it is all there and its hashes are right."""
         found = find_snapshot(self._cache, with_code=self._with_code)
         if found is None:
@@ -216,7 +218,7 @@ class Repository:
         if earlier is not None and earlier.commit == commit and earlier.with_code and not with_code:
             files, with_code = earlier.files, True  # a model with code and one without may share a repository
         manifest = Manifest(commit=commit, files=files, weights=selection.weights, with_code=with_code)
-        self._cache.remember(manifest)
+        self._cache.write_manifest(manifest)
         return self._model_files(manifest)
 
     def _model_files(self, manifest: Manifest) -> ModelFiles:

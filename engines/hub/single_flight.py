@@ -13,10 +13,10 @@ from engines.types import ModelFiles
 _LOOK_S = 0.1
 """How often progress is looked at: often enough for eyes, and seldom enough to cost nothing."""
 
-Work = Callable[["Tally"], ModelFiles]
+Work = Callable[["DownloadProgress"], ModelFiles]
 
 
-class Tally:
+class DownloadProgress:
     """Bytes done and bytes in all. One thread writes; those who wait look now and then."""
 
     def __init__(self) -> None:
@@ -32,11 +32,11 @@ class Tally:
         self.done_bytes += num_bytes
 
 
-class Flight:
+class SingleFlight:
     """One running fetch. `wait` may be called from any number of threads."""
 
     def __init__(self, work: Work, on_end: Callable[[], None]) -> None:
-        self._tally = Tally()
+        self._tally = DownloadProgress()
         self._outcome: Future[ModelFiles] = Future()
         # A daemon: a download must not keep the process from ending, and what it leaves is never taken for whole.
         threading.Thread(target=self._run, args=(work, on_end), name="embedyard-fetch", daemon=True).start()
@@ -65,19 +65,19 @@ class Flight:
             self._outcome.set_result(files)
 
 
-class Flights:
+class SingleFlights:
     """The running fetches, by what they bring."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._flights: dict[Hashable, Flight] = {}
+        self._flights: dict[Hashable, SingleFlight] = {}
 
-    def join(self, key: Hashable, work: Work) -> Flight:
+    def join(self, key: Hashable, work: Work) -> SingleFlight:
         """The running fetch of `key`, or a new one doing `work`."""
         with self._lock:
             flight = self._flights.get(key)
             if flight is None:
-                flight = self._flights[key] = Flight(work, lambda: self._forget(key))
+                flight = self._flights[key] = SingleFlight(work, lambda: self._forget(key))
             return flight
 
     def _forget(self, key: Hashable) -> None:

@@ -14,13 +14,13 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from engines.errors import BadModel, BrokenFiles, HubUnreachable, SourceNotFound
 from engines.hub.cache import Manifest, RepoCache, is_commit
-from engines.hub.client import Hub, HubConfig
+from engines.hub.client import HubClient, HubConfig
 from engines.hub.errors import not_a_source
 from engines.hub.file_selection import is_safe
 from engines.hub.file_verification import GoOn, Verification
 from engines.hub.local_folder import LocalFolder, is_local
 from engines.hub.repository import FreeBytes, Repository
-from engines.hub.single_flight import Flights
+from engines.hub.single_flight import SingleFlights
 from engines.hub.weight_files import WeightCount, target_dtype
 from engines.protocols import Progress
 from engines.spec import ModelSpec
@@ -57,10 +57,10 @@ class ModelStore:
         verification: Verification | None = None,
     ) -> None:
         self._config = config or HubConfig()
-        self._hub = Hub(self._config)
+        self._hub = HubClient(self._config)
         self._free_bytes = free_bytes
         self._verification = verification or Verification()
-        self._flights = Flights()
+        self._flights = SingleFlights()
         self._unwritten: dict[Path, Manifest] = {}
         self._counts: dict[tuple[str, str | None], WeightCount] = {}
         self._silences: dict[tuple[str, str | None], tuple[float, str]] = {}

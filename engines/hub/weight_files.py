@@ -55,7 +55,7 @@ class WeightCount(Struct, frozen=True, kw_only=True):
         return self.float_elements * element_bytes + self.fixed_bytes + pickled
 
 
-class Tensor(Struct, frozen=True):
+class TensorEntry(Struct, frozen=True):
     """One tensor of a header; `start` and `end` are its bytes within the data part."""
 
     name: str
@@ -80,7 +80,7 @@ def target_dtype(dtype: str, device: str) -> str:
     return "float32" if device.split(":")[0] == "cpu" else "bfloat16"
 
 
-def read_header(file: str, size_bytes: int, read: ReadRange) -> tuple[Tensor, ...]:
+def read_header(file: str, size_bytes: int, read: ReadRange) -> tuple[TensorEntry, ...]:
     """The tensors of a safetensors file of `size_bytes`, after checking that they fill it exactly.
 
     Raises:
@@ -135,7 +135,7 @@ def _stored_dtype(pickled: Sequence[str], sizes: Mapping[str, int], read: ReadRa
     return named if named in BYTES_OF else "float32"
 
 
-def _tensors(file: str, header: bytes) -> tuple[Tensor, ...]:
+def _tensors(file: str, header: bytes) -> tuple[TensorEntry, ...]:
     try:
         entries = msgspec.json.decode(header)
         return tuple(_tensor(name, entry) for name, entry in entries.items() if name != "__metadata__")
@@ -143,13 +143,13 @@ def _tensors(file: str, header: bytes) -> tuple[Tensor, ...]:
         raise _broken(file, "its header is not a safetensors header") from None
 
 
-def _tensor(name: str, entry: dict[str, Any]) -> Tensor:
+def _tensor(name: str, entry: dict[str, Any]) -> TensorEntry:
     start, end = msgspec.convert(entry["data_offsets"], tuple[int, int])
     shape = msgspec.convert(entry["shape"], tuple[int, ...])
-    return Tensor(name, str(entry["dtype"]), shape, start, end)
+    return TensorEntry(name, str(entry["dtype"]), shape, start, end)
 
 
-def _check_offsets(file: str, tensors: Iterable[Tensor], data_bytes: int) -> None:
+def _check_offsets(file: str, tensors: Iterable[TensorEntry], data_bytes: int) -> None:
     """Tensors lie back to back from the first byte to the last, each as long as its shape says."""
     position = 0
     for tensor in sorted(tensors, key=lambda tensor: (tensor.start, tensor.end)):

@@ -18,13 +18,13 @@ _FAMILIES = (
 )
 
 
-class Frame(Struct, frozen=True):
+class PromptTemplate(Struct, frozen=True):
     """What stands before and behind a text."""
 
     before: str = ""
     behind: str = ""
 
-    def around(self, text: str) -> str:
+    def apply(self, text: str) -> str:
         """The text inside its frame."""
         return f"{self.before}{text}{self.behind}"
 
@@ -50,9 +50,9 @@ def _last(text: str, size: int) -> str:
     return text[max(len(text) - size, 0) :]
 
 
-def choose_frame(
+def select_prompt(
     call: EmbedCall, prompts: Mapping[str, str], default_prompt: str | None, instruction_template: str | None
-) -> Frame:
+) -> PromptTemplate:
     """The frame of a call's texts. There are four cases:
 
     1. `prompt`: verbatim in front; excludes the other two.
@@ -67,15 +67,15 @@ def choose_frame(
     if call.prompt is not None:  # (1)
         if call.input_type is not None or call.instruction is not None:
             raise InvalidValue("prompt excludes input_type and instruction: send one of them", param="prompt")
-        return Frame(call.prompt)
+        return PromptTemplate(call.prompt)
     if call.instruction is not None:  # (2)
         return _instruct(call, instruction_template)
     if call.input_type is not None:  # (3)
-        return Frame(_named_prompt(call.input_type, prompts))
-    return Frame(prompts.get(default_prompt, "") if default_prompt else "")  # (4)
+        return PromptTemplate(_named_prompt(call.input_type, prompts))
+    return PromptTemplate(prompts.get(default_prompt, "") if default_prompt else "")  # (4)
 
 
-def _instruct(call: EmbedCall, template: str | None) -> Frame:
+def _instruct(call: EmbedCall, template: str | None) -> PromptTemplate:
     if template is None:
         raise InvalidValue("this model takes no instruction; use input_type or prompt", param="instruction")
     if call.input_type is not None and call.input_type not in _FAMILIES[0]:
@@ -85,7 +85,7 @@ def _instruct(call: EmbedCall, template: str | None) -> Frame:
         )
     before, _, behind = template.partition("{text}")
     task = call.instruction or ""
-    return Frame(before.replace("{task}", task), behind.replace("{task}", task))
+    return PromptTemplate(before.replace("{task}", task), behind.replace("{task}", task))
 
 
 def _named_prompt(name: str, prompts: Mapping[str, str]) -> str:

@@ -45,7 +45,7 @@ def pieces(items: Sequence[Item], cost: Callable[[Item], int]) -> Iterator[Seque
         yield items[start:]
 
 
-class Encoded(Struct, frozen=True):
+class TokenizedRequest(Struct, frozen=True):
     """One request's texts as ids, in input order. `prompt_tokens` is what pooling may leave out of every text."""
 
     ids: tuple[Ids, ...]
@@ -59,7 +59,7 @@ class Encoded(Struct, frozen=True):
 
 
 class IdChecks:
-    """What a model asks of rows of ids: see `engines.inputs.tokenizer.Rules`."""
+    """What a model asks of rows of ids: see `engines.inputs.tokenizer.TokenizerLimits`."""
 
     def __init__(
         self, prefix: Sequence[int], suffix: Sequence[int], max_tokens: int, vocab_size: int, *, takes_empty: bool
@@ -182,15 +182,15 @@ class IdReading:
         indexes = range(len(self._given))
         return [partial(self._read, piece) for piece in pieces(indexes, lambda index: len(self._given[index]))]
 
-    def now(self) -> Encoded:
+    def now(self) -> TokenizedRequest:
         """All steps and their result."""
         run_steps(self.begin)
         return self.result()
 
-    def result(self) -> Encoded:
+    def result(self) -> TokenizedRequest:
         """All ids, when all steps have run."""
         long = tuple(index for index, (_, is_long) in enumerate(self._rows) if is_long)
-        return Encoded(tuple(ids for ids, _ in self._rows), long)
+        return TokenizedRequest(tuple(ids for ids, _ in self._rows), long)
 
     def _read(self, indexes: Sequence[int]) -> list[Step]:
         for index in indexes:

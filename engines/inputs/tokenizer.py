@@ -18,8 +18,18 @@ import numpy as np
 from msgspec import Struct, structs
 
 from engines.errors import InvalidValue, UnsupportedModel
-from engines.inputs.prompts import Frame
-from engines.inputs.token_ids import NO_IDS, PIECE_CHARS, Encoded, IdChecks, IdReading, Ids, Step, pieces, run_steps
+from engines.inputs.prompts import PromptTemplate
+from engines.inputs.token_ids import (
+    NO_IDS,
+    PIECE_CHARS,
+    IdChecks,
+    IdReading,
+    Ids,
+    Step,
+    TokenizedRequest,
+    pieces,
+    run_steps,
+)
 from engines.spec import Truncate
 
 # Between two words, or in front of a mark behind a Chinese or Japanese word, tokenisers separate.
@@ -85,7 +95,7 @@ def _place_before(text: str, place: int) -> int:
     return len(text[: max(place, 0)].rstrip())
 
 
-__all__ = ["Backend", "Encoded", "IdReading", "Ids", "Rules", "TextReading", "Tokenizer"]
+__all__ = ["Backend", "IdReading", "Ids", "TextReading", "TokenizedRequest", "Tokenizer", "TokenizerLimits"]
 
 
 _LEAST_MARGIN_TOKENS = 128
@@ -98,7 +108,7 @@ class Backend(Protocol):
         """Ids of many texts in one call that releases the GIL."""
 
 
-class Rules(Struct, frozen=True, kw_only=True):
+class TokenizerLimits(Struct, frozen=True, kw_only=True):
     """What a model asks of its ids.
 
     `prefix`, `suffix`: ids that the post-processor puts around a text. `max_tokens`: the longest input that the model
@@ -138,7 +148,7 @@ class Tokenizer:
         rules: what the model asks for.
     """
 
-    def __init__(self, backend: Backend, rules: Rules) -> None:
+    def __init__(self, backend: Backend, rules: TokenizerLimits) -> None:
         if rules.room < 1:
             special = len(rules.prefix) + len(rules.suffix)
             raise UnsupportedModel(f"max_tokens is {rules.max_tokens}, but {special} are special tokens; raise it")
@@ -160,7 +170,7 @@ class Tokenizer:
         """The same tokenizer with another limit."""
         return Tokenizer(self._backend, structs.replace(self.rules, max_tokens=max_tokens))
 
-    def encode(self, texts: Sequence[str], frame: Frame, truncate: Truncate) -> Encoded:
+    def encode(self, texts: Sequence[str], frame: PromptTemplate, truncate: Truncate) -> TokenizedRequest:
         """Ids of all texts.
 
         Raises:
@@ -169,7 +179,9 @@ class Tokenizer:
         """
         return self.read(texts, frame, truncate).now()
 
-    def take_ids(self, rows: Sequence[Sequence[int]], truncate: Truncate, *, must_be_framed: bool = False) -> Encoded:
+    def take_ids(
+        self, rows: Sequence[Sequence[int]], truncate: Truncate, *, must_be_framed: bool = False
+    ) -> TokenizedRequest:
         """Token ids from the client, verbatim; too long ones are cut and keep the special tokens that they end in.
 
         Raises:
@@ -179,7 +191,7 @@ class Tokenizer:
         """
         return self.read_ids(rows, truncate, must_be_framed=must_be_framed).now()
 
-    def read(self, texts: Sequence[str], frame: Frame, truncate: Truncate) -> "TextReading":
+    def read(self, texts: Sequence[str], frame: PromptTemplate, truncate: Truncate) -> "TextReading":
         """What `encode` does, in steps."""
         return TextReading(self, texts, frame, truncate)
 
@@ -208,13 +220,13 @@ class Tokenizer:
         """
         if truncate == "error" and len(row) > self.room:
             raise self._ids.too_long(index, len(row) + len(self.rules.prefix) + len(self.rules.suffix))
-        rules = self.rules
+        limits = self.rules
         if len(row) > self.room:
             row = row[-self.room :] if truncate == "start" else row[: self.room]
-        ids = np.array([*rules.prefix, *row, *rules.suffix], np.int64)
+        ids = np.array([*limits.prefix, *row, *limits.suffix], np.int64)
         if not len(ids):
             self._ids.check_not_empty(index, ids)
-        if rules.has_foreign_ids:
+        if limits.has_foreign_ids:
             self._ids.check(index, ids)
         return ids
 
@@ -224,7 +236,7 @@ class Tokenizer:
         if not self.rules.counts_prompt:
             return 0
         lenient = Tokenizer(self._backend, structs.replace(self.rules, takes_empty=True, has_foreign_ids=False))
-        encoded = lenient.encode([prompt], Frame(), "end" if truncate == "error" else truncate)
+        encoded = lenient.encode([prompt], PromptTemplate(), "end" if truncate == "error" else truncate)
         return len(encoded.ids[0]) - min(len(self.rules.suffix), 1)
 
     def unclear(self, index: int, num_chars: int, *, keep_end: bool) -> InvalidValue:
@@ -274,7 +286,7 @@ class TextReading:
         rows: the kept ids of each input, special tokens included.
     """
 
-    def __init__(self, tokenizer: Tokenizer, texts: Sequence[str], frame: Frame, truncate: Truncate) -> None:
+    def __init__(self, tokenizer: Tokenizer, texts: Sequence[str], frame: PromptTemplate, truncate: Truncate) -> None:
         self._tokenizer = tokenizer
         self._texts = texts
         self._frame = frame
@@ -292,19 +304,19 @@ class TextReading:
         self._count_prompt()
         return self._steps(range(len(self._texts)), self._tokenizer.first_cap)
 
-    def now(self) -> Encoded:
+    def now(self) -> TokenizedRequest:
         """All steps and their result, for a request that need not wait for turns."""
         if self.num_chars > self._num_whole_chars:
             run_steps(self.begin)
             return self.result()
         self._count_prompt()
         tokenizer, truncate, room = self._tokenizer, self._truncate, self._tokenizer.room
-        texts = [self._frame.around(text) for text in self._texts] if self._frame_chars else self._texts
+        texts = [self._frame.apply(text) for text in self._texts] if self._frame_chars else self._texts
         rows = tokenizer.encode_bare(texts)
         self.rows = [tokenizer.close(index, row, truncate) for index, row in enumerate(rows)]
         return self._answer(tuple([index for index, row in enumerate(rows) if len(row) > room]))
 
-    def result(self) -> Encoded:
+    def result(self) -> TokenizedRequest:
         """All ids, when all steps have run.
 
         Raises:
@@ -361,10 +373,10 @@ class TextReading:
             raise self._tokenizer.unclear(group[0], num_chars, keep_end=self._keep_end)
         return self._steps(group, longer)
 
-    def _answer(self, long: tuple[int, ...]) -> Encoded:
+    def _answer(self, long: tuple[int, ...]) -> TokenizedRequest:
         if self._prompt_tokens:
             self._refuse_prompts_alone()
-        return Encoded(tuple(self.rows), long, self._prompt_tokens)
+        return TokenizedRequest(tuple(self.rows), long, self._prompt_tokens)
 
     def _count_prompt(self) -> None:
         if self._frame.before:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Protocol
 
-from engines.inputs.token_ids import PIECE_CHARS, Encoded, Step
+from engines.inputs.token_ids import PIECE_CHARS, Step, TokenizedRequest
 
 _TRIM_AFTER_S = 2.0
 
@@ -22,10 +22,10 @@ class Reading(Protocol):
     def begin(self) -> Sequence[Step]:
         """The first step."""
 
-    def now(self) -> Encoded:
+    def now(self) -> TokenizedRequest:
         """All steps and their result."""
 
-    def result(self) -> Encoded:
+    def result(self) -> TokenizedRequest:
         """The result, when all steps have run."""
 
 
@@ -49,7 +49,7 @@ class TokenizerThreads:
         self._num_heavy = 0
         self._num_ended = 0
 
-    async def run(self, reading: Reading) -> Encoded:
+    async def run(self, reading: Reading) -> TokenizedRequest:
         """Run all steps of a request. Cancelling drops those that have not begun.
 
         Raises:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from engines.layers.packing import Group, Layout
+from engines.layers.packing import LengthGroup, PackedLayout
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -43,7 +43,7 @@ def packed_attention(  # noqa: PLR0913  # the signature is transformers'
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    packed_layout: Layout,
+    packed_layout: PackedLayout,
     scaling: float | None = None,
     is_causal: bool | None = None,
     sliding_window: int | None = None,
@@ -93,7 +93,7 @@ def resolve_causal(module: torch.nn.Module, asked: bool | None) -> bool:
     return bool(getattr(module, "is_causal", True)) and getattr(config, "is_causal", True) is not False
 
 
-def _texts(states: Tensor, group: Group) -> Tensor:
+def _texts(states: Tensor, group: LengthGroup) -> Tensor:
     """A view `[count, heads, L, d]` of `[1, heads, T, d]`."""
     _, heads, _, width = states.shape
     return states[0, :, group.start : group.end].view(heads, group.count, group.length, width).transpose(0, 1)
@@ -173,7 +173,7 @@ def _flash_window(sliding_window: int | None, causal: bool) -> tuple[int, int]:
 
 
 def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float | None, window: tuple[int, int]
+    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scaling: float | None, window: tuple[int, int]
 ) -> Tensor:
     """The same on CUDA in one kernel, `[1, T, heads, d]`; only there does torch have it."""
     q, k, v = (states[0].transpose(0, 1).contiguous() for states in (query, key, value))

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, linear, pad
 from transformers.activations import GELUActivation
 
-from engines.device.load_throttle import end_part
-from engines.device.torch_runtime import usable
+from engines.device.load_throttle import throttle_point
+from engines.device.torch_runtime import usable_threads
 from engines.layers.attention import packed_attention
-from engines.layers.packing import Form, Layout, PackedState
+from engines.layers.packing import KernelVariant, PackedLayout, PackedState
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def fuse(model: nn.Module, state: PackedState) -> "list[FusedLayer]":
     fused = []
     for layer in layers:
         fused.append(_teach(layer, names, state))
-        end_part()
+        throttle_point()
     return fused
 
 
@@ -129,9 +129,9 @@ def _teach(layer: nn.Module, names: Names, state: PackedState) -> "FusedLayer":
     return fused
 
 
-def best_form(layout: Layout) -> Form:
+def best_form(layout: PackedLayout) -> KernelVariant:
     """How a row of these texts is fastest on the threads that this one may use."""
-    return "few" if usable() > 1 and layout.num_tokens <= _FEW_ROWS else "many"
+    return "few" if usable_threads() > 1 and layout.num_tokens <= _FEW_ROWS else "many"
 
 
 class FusedLayer:
@@ -185,18 +185,18 @@ class FusedLayer:
         """Of its norms."""
         return self._first_norm.eps, self._second_norm.eps
 
-    def __call__(self, x: Tensor, layout: Layout, position_bias: Tensor | None, form: Form) -> Tensor:
+    def __call__(self, x: Tensor, layout: PackedLayout, position_bias: Tensor | None, form: KernelVariant) -> Tensor:
         """`[T, H]` to `[T, H]`. Few tokens are nothing of their own on a GPU, whose threads are not the CPU's."""
         run = self.few if form == "few" and x.device.type == "cpu" else self.many
         return run(x, layout, position_bias)
 
-    def many(self, x: Tensor, layout: Layout, position_bias: Tensor | None) -> Tensor:
+    def many(self, x: Tensor, layout: PackedLayout, position_bias: Tensor | None) -> Tensor:
         """`[T, H]` to `[T, H]`."""
         context = self._attend(linear(x, self._weight, self._bias), layout, position_bias)
         x = _norm(self._context(context).add_(x), self._first_norm)
         return _norm(self._down(self._activate(self._up(x))).add_(x), self._second_norm)
 
-    def few(self, x: Tensor, layout: Layout, position_bias: Tensor | None) -> Tensor:
+    def few(self, x: Tensor, layout: PackedLayout, position_bias: Tensor | None) -> Tensor:
         """The same with the weights as the left factor: see `_FEW_ROWS`."""
         num_rows = len(x)
         missing = (0, 0, 0, -num_rows % _ROWS_AT_ONCE)
@@ -207,7 +207,7 @@ class FusedLayer:
         inner = self._activate(_left_product(self._up, x.T))
         return _norm(x + _left_product(self._down, inner).T, self._second_norm)[:num_rows]
 
-    def _attend(self, joined: Tensor, layout: Layout, position_bias: Tensor | None) -> Tensor:
+    def _attend(self, joined: Tensor, layout: PackedLayout, position_bias: Tensor | None) -> Tensor:
         """Queries, keys and values `[T, 3 × H]` to what they find, `[T, H]`."""
         query, key, value = joined.view(-1, 3, self.heads, self.head_width).permute(1, 2, 0, 3)[
             :, None

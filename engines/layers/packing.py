@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-Form = Literal["few", "many", "prepacked", "shared"]
+KernelVariant = Literal["few", "many", "prepacked", "shared"]
 """How a row runs: through fused layers as one of few tokens or as one of many, or from prepacked weights, on one thread
 or shared by several."""
 
@@ -23,7 +23,7 @@ PADDING_SHARE = 0.25
 
 
 @dataclass(frozen=True, eq=False)
-class Group:
+class LengthGroup:
     """`count` texts of `length` tokens that start at token `start` of the row."""
 
     start: int
@@ -36,7 +36,7 @@ class Group:
         return self.start + self.count * self.length
 
 
-class Layout:
+class PackedLayout:
     """Where each text lies in a packed row.
 
     Args:
@@ -64,11 +64,11 @@ class Layout:
         self.segments, self.positions = whole[2 * texts : -tokens], whole[-tokens:]
 
     @cached_property
-    def groups(self) -> tuple[Group, ...]:
+    def groups(self) -> tuple[LengthGroup, ...]:
         """The texts of each length, which lie side by side."""
         groups, start = [], 0
         for length, run in groupby(self.lengths):
-            group = Group(start, sum(1 for _ in run), length)
+            group = LengthGroup(start, sum(1 for _ in run), length)
             groups.append(group)
             start = group.end
         return tuple(groups)
@@ -92,12 +92,12 @@ class Layout:
 class PackedState(threading.local):
     """The row that runs now on this thread, for code that transformers calls without passing it on."""
 
-    layout: Layout | None = None
+    layout: PackedLayout | None = None
     is_fused: bool = False
-    form: Form | None = None
+    form: KernelVariant | None = None
 
     @contextmanager
-    def running(self, layout: Layout, *, is_fused: bool, form: Form | None = None) -> Iterator[None]:
+    def running(self, layout: PackedLayout, *, is_fused: bool, form: KernelVariant | None = None) -> Iterator[None]:
         """Inside, a row of this layout runs. A pass that gives way to another has its own state back afterwards.
 
         Args:
@@ -134,7 +134,7 @@ def padded(texts: Sequence[NDArray[np.int64]], filler: int) -> tuple[NDArray[np.
     return ids, mask
 
 
-def similar_lengths(lengths: Sequence[int], padding_share: float = PADDING_SHARE) -> Iterator[tuple[int, int]]:
+def bucket_by_length(lengths: Sequence[int], padding_share: float = PADDING_SHARE) -> Iterator[tuple[int, int]]:
     """Cut sorted lengths into runs (start, end) whose padding stays within a share of what is computed."""
     start, real = 0, 0
     for end, length in enumerate(lengths):

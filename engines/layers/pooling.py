@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import layer_norm, normalize
 
-from engines.layers.packing import Layout, to_device
+from engines.layers.packing import PackedLayout, to_device
 from engines.spec import PoolingMode
 
 
 def pool(
-    hidden: Tensor, layout: Layout, modes: Sequence[PoolingMode], prompt_tokens: Sequence[int] | None = None
+    hidden: Tensor, layout: PackedLayout, modes: Sequence[PoolingMode], prompt_tokens: Sequence[int] | None = None
 ) -> Tensor:
     """One vector a text, `[n, H × number of modes]`, the modes side by side in the order given.
 
@@ -34,7 +34,7 @@ def pool(
 class _Texts:
     """Hidden states of the tokens that count, and how they fall into texts."""
 
-    def __init__(self, hidden: Tensor, layout: Layout, prompt_tokens: Sequence[int] | None) -> None:
+    def __init__(self, hidden: Tensor, layout: PackedLayout, prompt_tokens: Sequence[int] | None) -> None:
         self.hidden, self.layout = hidden, layout
         self.tokens, self.segments, self.positions = hidden, layout.segments, layout.positions
         self.starts = layout.starts
@@ -105,7 +105,7 @@ _MODES: dict[PoolingMode, Callable[[_Texts], Tensor]] = {
 }
 
 
-def finish(vectors: Tensor, *, dimensions: int, normalized: bool, pre_norm: bool) -> Tensor:
+def truncate_and_normalize(vectors: Tensor, *, dimensions: int, normalized: bool, pre_norm: bool) -> Tensor:
     """Cut float32 vectors `[n, D]` to `[n, dimensions]`, then bring them to length one when `normalized`.
 
     `pre_norm`: a layer norm without weights over the full width comes first when the width is really cut

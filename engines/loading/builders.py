@@ -17,8 +17,8 @@ from engines.loading.preflight import check_counts, check_proportions
 from engines.loading.static import build_static
 from engines.loading.tokenizer import Reader, read_tokenizer
 from engines.models.adapters import Positions, drop_pooler, unused_weights
-from engines.models.base import Candidate
-from engines.models.cuda_graphs import recorder_for
+from engines.models.base import CheckableEncoder
+from engines.models.cuda_graphs import capturer_for
 from engines.models.observation import observe
 from engines.models.transformer import TransformerEncoder
 from engines.spec import ModelSpec
@@ -33,7 +33,7 @@ _ENCODER_HALF = ("t5", "mt5", "umt5")
 
 _INDEX = "model.safetensors.index.json"
 
-Built = tuple[Candidate, Tokenizer, str]
+Built = tuple[CheckableEncoder, Tokenizer, str]
 """An encoder, its tokenizer, and the dtype of its weights."""
 
 
@@ -78,7 +78,7 @@ def _build_transformer(folder: Folder, spec: ModelSpec, device: torch.device) ->
     )
     tokenizer = read_tokenizer(folder, spec, reader)
     against_packing = seen.why_not_packed(tokenizer.max_tokens)
-    encoder = TransformerEncoder(model, chain, device, recorder_for(device), notes=against_packing)
+    encoder = TransformerEncoder(model, chain, device, capturer_for(device), notes=against_packing)
     return encoder, tokenizer, str(dtype).removeprefix("torch.")
 
 

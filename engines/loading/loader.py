@@ -16,21 +16,21 @@ import torch
 import transformers
 from msgspec import Struct, structs
 
-from engines.batching.autotune import CANDIDATES, Paces, Trials, Tuner
-from engines.batching.batch import Limit
-from engines.batching.engine import EngineLimits, Parts, TextEngine
-from engines.device.load_throttle import Breaks, with_breaks
-from engines.device.scheduler import Lane
+from engines.batching.autotune import CANDIDATES, BatchSizeSearch, BatchSizeTuner, TuningStore
+from engines.batching.batch import BatchLimits
+from engines.batching.engine import EmbeddingEngine, EngineLimits, Parts
+from engines.device.load_throttle import LoadThrottle, throttled_load
+from engines.device.scheduler import DeviceScheduler
 from engines.device.torch_runtime import device_name, finisher
 from engines.errors import OutOfMemory, UnsupportedModel, is_out_of_memory
 from engines.inputs.tokenizer import Tokenizer
 from engines.inputs.tokenizer_threads import TokenizerThreads
 from engines.loading.builders import build
 from engines.loading.folder import PLACEHOLDER_PROMPTS, read_folder
-from engines.models.base import Candidate, weight_bytes, workspace_bytes
+from engines.models.base import CheckableEncoder, weight_bytes, workspace_bytes
 from engines.models.cuda_graphs import CAPTURING
-from engines.models.prepacked import LARGEST_COPY
-from engines.models.verification import Canaries, check_again, choose_attention
+from engines.models.prepacked import MAX_PREPACKED_BYTES
+from engines.models.verification import Canaries, check_again, select_forward_path
 from engines.spec import Matryoshka, ModelSpec
 from engines.types import ModelFiles, ModelInfo, fingerprint
 
@@ -51,8 +51,8 @@ class LoaderSettings(Struct, frozen=True, kw_only=True):
     batch_timeout_s: float = 0.0
     target_dim: int | None = None
     canary_folder: Path | None = None
-    largest_copy: int = LARGEST_COPY
-    paces: Paces | None = None
+    largest_copy: int = MAX_PREPACKED_BYTES
+    paces: TuningStore | None = None
 
 
 class TorchLoader:
@@ -65,9 +65,9 @@ class TorchLoader:
         settings: their limits.
     """
 
-    def __init__(self, device: str, lane: Lane, threads: TokenizerThreads, settings: LoaderSettings) -> None:
+    def __init__(self, device: str, lane: DeviceScheduler, threads: TokenizerThreads, settings: LoaderSettings) -> None:
         self._device = torch.device(device)
-        self._lane = lane
+        self._scheduler = lane
         self._threads = threads
         self._settings = settings
         self._canaries = Canaries(settings.canary_folder)
@@ -76,10 +76,10 @@ class TorchLoader:
         transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # untyped upstream
         transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # untyped upstream
 
-    def load(self, spec: ModelSpec, files: ModelFiles) -> TextEngine:
+    def load(self, spec: ModelSpec, files: ModelFiles) -> EmbeddingEngine:
         """Build the engine; see `Loader.load`."""
         try:
-            with warnings.catch_warnings(), with_breaks(Breaks(self._lane.let_pass)):
+            with warnings.catch_warnings(), throttled_load(LoadThrottle(self._scheduler.wait_for_short_tasks)):
                 warnings.simplefilter("ignore")
                 return self._load(spec, files)
         except Exception as error:
@@ -87,10 +87,10 @@ class TorchLoader:
                 raise
             raise OutOfMemory(f"{self._device} has no memory left to load {spec.model_id}") from error
 
-    def _load(self, spec: ModelSpec, files: ModelFiles) -> TextEngine:
+    def _load(self, spec: ModelSpec, files: ModelFiles) -> EmbeddingEngine:
         folder = read_folder(Path(files.path))
         encoder, tokenizer, dtype = build(folder, spec, self._device)
-        encoder.largest_copy, encoder.num_threads = self._settings.largest_copy, self._lane.num_threads
+        encoder.largest_copy, encoder.num_threads = self._settings.largest_copy, self._scheduler.num_threads
         prompts = {**folder.prompts, **spec.prompts}
         info = ModelInfo(
             dimensions=encoder.dimensions,
@@ -105,8 +105,8 @@ class TorchLoader:
         key = fingerprint([spec.model_id, files.revision, dtype, self._device.type, spec.pooling, spec.max_tokens])
 
         def check() -> tuple[ModelInfo, int, int]:
-            encoder.pause = self._lane.give_way
-            vectors, notes = choose_attention(encoder, tokenizer, dtype, self._canaries.known(key))
+            encoder.pause = self._scheduler.preemption_point
+            vectors, notes = select_forward_path(encoder, tokenizer, dtype, self._canaries.known(key))
             if self._device.type != "cpu":
                 encoder.pause = lambda: None  # kernels that wait on the device cannot be overtaken
             self._canaries.compare(key, vectors, dtype, _written_s(files))
@@ -117,32 +117,32 @@ class TorchLoader:
         tokens, tuner = self._batch_tokens(spec, encoder, tokenizer, f"{files.revision} {dtype}")
         limits = self._limits(tokens, folder.truncate_dim)
         # On a GPU batches run one after the other, whatever was handed to it.
-        num_turns = self._lane.num_threads if encoder.is_reentrant and self._device.type == "cpu" else 1
+        num_turns = self._scheduler.num_threads if encoder.is_reentrant and self._device.type == "cpu" else 1
         largest = max(CANDIDATES[self._device.type]) if tuner is not None else tokens
         workspace = num_turns * workspace_bytes(encoder, largest)
         parts = Parts(encoder, tokenizer, settled, info, tuner)
         # The cache is main memory, which is a CPU's budget and no GPU's.
         size = weight_bytes(encoder) + (spec.cache_bytes if self._device.type == "cpu" else 0)
-        return TextEngine(parts, self._lane, self._threads, limits, check, self._release, size)
+        return EmbeddingEngine(parts, self._scheduler, self._threads, limits, check, self._release, size)
 
     def _batch_tokens(
-        self, spec: ModelSpec, encoder: Candidate, tokenizer: Tokenizer, weights: str
-    ) -> tuple[int, Tuner | None]:
+        self, spec: ModelSpec, encoder: CheckableEncoder, tokenizer: Tokenizer, weights: str
+    ) -> tuple[int, BatchSizeTuner | None]:
         """Tokens a batch, and who finds out better. Three cases: 1. somebody has set them; 2. they were found out
         before, or nobody is to; 3. they will be found out."""
         given, paces = spec.max_batch_tokens or self._settings.max_batch_tokens, self._settings.paces
         if given is not None or paces is None:
             return given or _BATCH_TOKENS[self._device.type], None  # (1), (2)
-        key = fingerprint([weights, device_name(self._device), self._lane.num_threads, torch.__version__])
+        key = fingerprint([weights, device_name(self._device), self._scheduler.num_threads, torch.__version__])
         pace = paces.get(key)
         if pace is not None:
             return pace.batch_tokens, None  # (2)
         num_parts = encoder.num_layers if self._device.type == "cpu" else 1
-        tuner = Tuner(
+        tuner = BatchSizeTuner(
             encoder,
             tokenizer,
-            Trials(CANDIDATES[self._device.type], num_parts),
-            own_s=self._lane.own_s,
+            BatchSizeSearch(CANDIDATES[self._device.type], num_parts),
+            own_s=self._scheduler.task_elapsed_s,
             finish=finisher(self._device),
             keep=partial(paces.put, key),
         )
@@ -151,7 +151,7 @@ class TorchLoader:
     def _limits(self, tokens: int, truncate_dim: int | None) -> EngineLimits:
         settings = self._settings
         return EngineLimits(
-            batch=Limit(tokens, settings.max_batch_items),
+            batch=BatchLimits(tokens, settings.max_batch_items),
             max_queue_items=settings.max_queue_items,
             batch_timeout_s=settings.batch_timeout_s,
             target_dim=settings.target_dim or truncate_dim,

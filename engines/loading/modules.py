@@ -14,13 +14,13 @@ from torch.nn.functional import layer_norm, linear, normalize
 from engines.errors import BrokenFiles, UnsupportedModel
 from engines.loading.folder import Folder, Json, ModuleRef, pooling_of, read_json, require_json
 from engines.loading.module_weights import ModuleWeights, read_module_weights
-from engines.models.head import SENTENCE, Chain
+from engines.models.head import SENTENCE, EmbeddingHead
 from engines.spec import PoolingMode
 
 
 def build_chain(
     folder: Folder, hidden_size: int, device: torch.device, pooling: tuple[PoolingMode, ...] | None
-) -> Chain:
+) -> EmbeddingHead:
     """The chain of a folder.
 
     Args:
@@ -29,7 +29,7 @@ def build_chain(
     Raises:
         BrokenFiles, UnsupportedModel.
     """
-    chain = Chain(hidden_size, pooling)
+    chain = EmbeddingHead(hidden_size, pooling)
     behind = (folder.modules or ())[1:]
     if not any(ref.kind == "Pooling" for ref in behind):
         _add_unstated_pooling(chain, folder, pooling)
@@ -44,7 +44,7 @@ def build_chain(
     return chain
 
 
-def _add_unstated_pooling(chain: Chain, folder: Folder, pooling: tuple[PoolingMode, ...] | None) -> None:
+def _add_unstated_pooling(chain: EmbeddingHead, folder: Folder, pooling: tuple[PoolingMode, ...] | None) -> None:
     """Mean for a folder without `modules.json` and for static embeddings, as sentence-transformers does.
 
     Raises:
@@ -60,14 +60,14 @@ def _add_unstated_pooling(chain: Chain, folder: Folder, pooling: tuple[PoolingMo
         )
 
 
-def _add_pooling(chain: Chain, root: Path, ref: ModuleRef, device: torch.device) -> None:
+def _add_pooling(chain: EmbeddingHead, root: Path, ref: ModuleRef, device: torch.device) -> None:
     file = ref.file("config.json")
     config = require_json(root, file)
     modes = pooling_of(config, file, is_settled=chain.override is not None)
     chain.add_pooling(modes, include_prompt=config.get("include_prompt", True))
 
 
-def _add_dense(chain: Chain, root: Path, ref: ModuleRef, device: torch.device) -> None:
+def _add_dense(chain: EmbeddingHead, root: Path, ref: ModuleRef, device: torch.device) -> None:
     config = require_json(root, ref.file("config.json"))
     source = config.get("module_input_name") or SENTENCE
     wide = _width_before(chain, ref, source)
@@ -118,7 +118,7 @@ def _activation(name: object, ref: ModuleRef) -> Callable[[Tensor], Tensor]:
     return module
 
 
-def _add_layer_norm(chain: Chain, root: Path, ref: ModuleRef, device: torch.device) -> None:
+def _add_layer_norm(chain: EmbeddingHead, root: Path, ref: ModuleRef, device: torch.device) -> None:
     width = _width_before(chain, ref, SENTENCE)
     weights = read_module_weights(root, ref)
     weight, bias = weights.take("norm.weight", device, (width,)), weights.take("norm.bias", device, (width,))
@@ -127,18 +127,18 @@ def _add_layer_norm(chain: Chain, root: Path, ref: ModuleRef, device: torch.devi
     chain.add(lambda x: layer_norm(x, (width,), weight, bias), SENTENCE, SENTENCE, width)
 
 
-def _add_normalize(chain: Chain, root: Path, ref: ModuleRef, device: torch.device) -> None:
+def _add_normalize(chain: EmbeddingHead, root: Path, ref: ModuleRef, device: torch.device) -> None:
     config = read_json(root, ref.file("config.json")) or {}
     source = config.get("module_input_name") or SENTENCE
     width = _width_before(chain, ref, source)
     chain.add(lambda x: normalize(x, dim=-1), source, config.get("module_output_name") or source, width)
 
 
-def _add_nothing(chain: Chain, root: Path, ref: ModuleRef, device: torch.device) -> None:
+def _add_nothing(chain: EmbeddingHead, root: Path, ref: ModuleRef, device: torch.device) -> None:
     """Dropout: does nothing when a model is used and not trained."""
 
 
-def _width_before(chain: Chain, ref: ModuleRef, source: str) -> int:
+def _width_before(chain: EmbeddingHead, ref: ModuleRef, source: str) -> int:
     if source not in chain.widths:
         raise UnsupportedModel(
             f"{ref.path} ({ref.kind}) reads {source!r}, but the modules before it give {', '.join(chain.widths)}; the "
@@ -147,7 +147,7 @@ def _width_before(chain: Chain, ref: ModuleRef, source: str) -> int:
     return chain.widths[source]
 
 
-_BUILDERS: dict[str, Callable[[Chain, Path, ModuleRef, torch.device], None]] = {
+_BUILDERS: dict[str, Callable[[EmbeddingHead, Path, ModuleRef, torch.device], None]] = {
     "Pooling": _add_pooling,
     "Dense": _add_dense,
     "LayerNorm": _add_layer_norm,

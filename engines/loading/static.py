@@ -5,7 +5,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from torch import Tensor
 
 from engines.errors import BrokenFiles
-from engines.inputs.tokenizer import Rules, Tokenizer
+from engines.inputs.tokenizer import Tokenizer, TokenizerLimits
 from engines.inputs.vocabulary import check_size, check_vocabulary
 from engines.loading.folder import Folder
 from engines.loading.module_weights import ModuleWeights, read_module_weights
@@ -31,7 +31,7 @@ def build_static(folder: Folder, spec: ModelSpec, device: torch.device) -> tuple
     backend.no_truncation()
     backend.no_padding()
     chain = build_chain(folder, table.shape[1], device, spec.pooling)
-    rules = Rules(
+    rules = TokenizerLimits(
         max_tokens=spec.max_tokens or cut.get("max_length", _NO_LIMIT_TOKENS),
         vocab_size=table.shape[0],
         has_foreign_ids=backend.get_vocab_size() > table.shape[0],

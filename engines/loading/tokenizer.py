@@ -11,8 +11,8 @@ from tokenizers.normalizers import Sequence as Normalizers
 from transformers import AutoTokenizer, PretrainedConfig
 
 from engines.errors import BrokenFiles, UnsupportedModel
-from engines.inputs.prompts import Frame
-from engines.inputs.tokenizer import Rules, Tokenizer
+from engines.inputs.prompts import PromptTemplate
+from engines.inputs.tokenizer import Tokenizer, TokenizerLimits
 from engines.inputs.vocabulary import check_tokenizer_files, check_vocabulary
 from engines.loading.folder import Folder, read_json
 from engines.spec import ModelSpec, PoolingMode
@@ -59,7 +59,7 @@ def read_tokenizer(folder: Folder, spec: ModelSpec, reader: Reader) -> Tokenizer
     check_vocabulary(backend, reader.vocab_size)
     prefix, suffix = _special_ids(owner, backend)
     highest = max(owner.added_tokens_decoder, default=0)
-    rules = Rules(
+    rules = TokenizerLimits(
         prefix=prefix,
         suffix=suffix,
         max_tokens=max_tokens(folder, spec, reader, owner.model_max_length),
@@ -170,7 +170,7 @@ def _check_truncation(tokenizer: Tokenizer, owner: Any, backend: FastTokenizer) 
     small = tokenizer.limited_to(min(tokenizer.max_tokens, 64))
     theirs = owner(text, truncation=True, max_length=small.max_tokens)["input_ids"]
     backend.no_truncation()  # the call above has left its own in the backend that both share
-    if small.encode([text], Frame(), small.rules.truncate).ids[0].tolist() != list(theirs):
+    if small.encode([text], PromptTemplate(), small.rules.truncate).ids[0].tolist() != list(theirs):
         raise UnsupportedModel(
             "the tokenizer truncates in a way of its own, which cannot be reproduced; save it anew with "
             "tokenizers' own truncation"
@@ -191,7 +191,7 @@ def _with_stated_end(folder: Folder, owner: Any, suffix: tuple[int, ...]) -> tup
     return (*suffix, end)
 
 
-def _check_special_tokens(rules: Rules, owner: Any, reader: Reader, *, is_confirmed: bool) -> None:
+def _check_special_tokens(rules: TokenizerLimits, owner: Any, reader: Reader, *, is_confirmed: bool) -> None:
     """Refuse a tokenizer that lost its post-processor: without `[CLS]` or the end token every vector is wrong.
 
     Args:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from engines.layers.attention import packed_attention
-from engines.layers.packing import Layout, PackedState
+from engines.layers.packing import PackedLayout, PackedState
 
 
 def adapt(model: nn.Module, state: PackedState) -> None:
@@ -136,7 +136,7 @@ class Positions:
                 self.limit = table.num_embeddings - (0 if self._padding is None else self._padding + 1)
                 return
 
-    def __call__(self, row: Tensor, layout: Layout) -> Tensor:
+    def __call__(self, row: Tensor, layout: PackedLayout) -> Tensor:
         """Ids `[T]` for the tokens `row` `[T]`."""
         if self._padding is None:
             return layout.positions

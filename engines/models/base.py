@@ -15,10 +15,10 @@ PART_TOKENS = 64
 Attention = Literal["packed", "padded", "unpadded"]
 
 
-Path = Literal["graphed", "prepacked", "fused", "packed", "padded", "unpadded"]
+ForwardPath = Literal["graphed", "prepacked", "fused", "packed", "padded", "unpadded"]
 
 
-def attention_of(path: Path) -> Attention:
+def attention_of(path: ForwardPath) -> Attention:
     """How texts share a pass on a path."""
     return path if path in ("padded", "unpadded") else "packed"
 
@@ -30,7 +30,7 @@ class Size(NamedTuple):
     texts: int
 
 
-class PathLeft(Exception):
+class ForwardPathFailed(Exception):
     """A path failed where its check did not. The texts are to be run again: the next pass takes the plainest path."""
 
 
@@ -52,7 +52,7 @@ class Encoder(Protocol):
         """How texts share a pass."""
 
     @property
-    def path(self) -> Path:
+    def path(self) -> ForwardPath:
         """The one in use."""
 
     @property
@@ -67,7 +67,7 @@ class Encoder(Protocol):
         """Float32 vectors `[n, dimensions]` on the device, as the model's own modules leave them.
 
         Raises:
-            PathLeft: run the texts again.
+            ForwardPathFailed: run the texts again.
         """
 
     def reference(self, texts: Sequence[Ids], prompt_tokens: Sequence[int] | None = None) -> Tensor:
@@ -80,7 +80,7 @@ class Encoder(Protocol):
         """Memory that one token of a batch needs while it runs, an upper estimate."""
 
 
-class Candidate(Encoder, Protocol):
+class CheckableEncoder(Encoder, Protocol):
     """An encoder that has not been checked yet.
 
     Attributes:
@@ -95,7 +95,7 @@ class Candidate(Encoder, Protocol):
 
     largest_copy: int
     num_threads: int
-    path: Path
+    path: ForwardPath
     num_layers: int
     window: int | None
     notes: tuple[str, ...]
@@ -105,27 +105,27 @@ class Candidate(Encoder, Protocol):
     def sizes(self) -> tuple[Size, ...]:
         """On the path in use, the sizes whose rows run in a form of their own; none where there is one for all."""
 
-    def sized(self, texts: Sequence[Ids], size: Size) -> Tensor:
+    def encode_fixed(self, texts: Sequence[Ids], size: Size) -> Tensor:
         """As a call that runs in a row of this size, which has room for the texts."""
 
     def extra_bytes(self) -> int:
         """Bytes that the path in use keeps in addition to `tensors`, an upper estimate."""
 
-    def paths(self) -> tuple[Path, ...]:
+    def candidate_paths(self) -> tuple[ForwardPath, ...]:
         """The paths worth trying, the fastest first; the last is the one that must be right."""
 
-    def together(self, texts: Sequence[Ids]) -> Tensor:
+    def encode_batched(self, texts: Sequence[Ids]) -> Tensor:
         """As a call, with as much company for each text as the path allows, in each form that texts in company
         may take: `[forms, n, dimensions]`."""
 
-    def alone(self, text: Ids) -> Tensor:
+    def encode_single(self, text: Ids) -> Tensor:
         """As a call with this text only, in each form that few tokens may take: `[forms, dimensions]`."""
 
-    def use(self, path: Path) -> None:
+    def switch_to(self, path: ForwardPath) -> None:
         """Run this way from now on; nothing may run meanwhile."""
 
 
-Recheck = Callable[[Candidate], None]
+Recheck = Callable[[CheckableEncoder], None]
 
 
 def weight_bytes(encoder: Encoder) -> int:

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engines.device.torch_runtime import finisher
 from engines.inputs.tokenizer import Ids
-from engines.layers.packing import Group, Layout, copy_to
+from engines.layers.packing import LengthGroup, PackedLayout, copy_to
 from engines.models.base import Size
 
 _NUM_WARM_UPS = 2
@@ -42,7 +42,7 @@ CAPTURING = threading.Lock()
 Run = Callable[[], Tensor]
 
 
-class Recorder(Protocol):
+class GraphCapturer(Protocol):
     """Runs something once and can run it again."""
 
     def record(self, run: Run) -> Run:
@@ -52,7 +52,7 @@ class Recorder(Protocol):
         """How long it takes until the device has done it."""
 
 
-class Unwatched(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped upstream
+class ForbidHostSync(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped upstream
     """Inside, on this thread, the host may not look at what a tensor holds: it would have to wait for the device."""
 
     def __init__(self) -> None:
@@ -72,7 +72,7 @@ class Unwatched(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped 
         return func(*args, **(kwargs or {}))
 
 
-class CudaRecorder:
+class CudaGraphCapturer:
     """Records CUDA graphs, which share the memory that they work in: one at a time replays.
 
     Args:
@@ -84,7 +84,7 @@ class CudaRecorder:
         self._pool = torch.cuda.graph_pool_handle()
 
     def record(self, run: Run) -> Run:
-        """See `Recorder`. Before it is captured it runs a few times, as kernels are chosen and loaded when first used;
+        """See `GraphCapturer`. It runs a few times before, as kernels are chosen and loaded when first used;
         at the last time it may not look at tensors, as a capture that fails leaves more behind than a warm-up.
 
         Other threads go on loading models and running batches: only what this one does must fit into a graph.
@@ -101,13 +101,13 @@ class CudaRecorder:
         return partial(_replay, graph, vectors)
 
     def seconds(self, run: Callable[[], object]) -> float:
-        """See `Recorder`."""
+        """See `GraphCapturer`."""
         return timed(run, finisher(self._device), time.perf_counter)
 
 
-def recorder_for(device: torch.device) -> Recorder | None:
+def capturer_for(device: torch.device) -> GraphCapturer | None:
     """What records passes on a device; a CPU has no such thing, and does what it is told at once."""
-    return CudaRecorder(device) if device.type == "cuda" else None
+    return CudaGraphCapturer(device) if device.type == "cuda" else None
 
 
 def warm_up(run: Run) -> None:
@@ -118,7 +118,7 @@ def warm_up(run: Run) -> None:
     """
     for _ in range(_NUM_WARM_UPS - 1):
         run()
-    with Unwatched():
+    with ForbidHostSync():
         run()
 
 
@@ -163,7 +163,7 @@ _SEGMENT_BYTES = 24 * 2**20
 """What torch's allocator takes at a time, 2 and 20 MiB, is a bit more than is needed."""
 
 
-class FixedLayout(Layout):
+class FixedPackedLayout(PackedLayout):
     """Where texts lie in a row of a fixed size, in tensors that stay where they are.
 
     Behind the places for texts is one more, to which the rest of the row belongs. Places without a text are empty for
@@ -193,7 +193,7 @@ class FixedLayout(Layout):
         self.put([np.array([filler], dtype=np.int64)])
 
     @cached_property
-    def groups(self) -> tuple[Group, ...]:
+    def groups(self) -> tuple[LengthGroup, ...]:
         """There are none: which lengths there are, differs from call to call."""
         raise NotImplementedError("its attention runs by length, which a row of a fixed size cannot")
 
@@ -216,7 +216,7 @@ class FixedLayout(Layout):
 class _Graph:
     """The recorded pass over rows of one size."""
 
-    def __init__(self, layout: FixedLayout, replay: Run) -> None:
+    def __init__(self, layout: FixedPackedLayout, replay: Run) -> None:
         self._layout = layout
         self._replay = replay
 
@@ -225,30 +225,30 @@ class _Graph:
         return self._replay()[: len(texts)].clone()  # the next replay writes over it
 
 
-class Graphs:
+class CudaGraphs:
     """The recorded passes of one encoder. Making them takes a while, in which the encoder must do nothing else.
 
     Args:
         run: the pass over a row of a fixed size: float32 vectors `[places, D]`.
         ordinary: the pass that they save: texts to vectors.
-        filler: see `FixedLayout`.
+        filler: see `FixedPackedLayout`.
         device: where it runs.
         recorder: records it.
     """
 
     def __init__(
         self,
-        run: Callable[[FixedLayout], Tensor],
+        run: Callable[[FixedPackedLayout], Tensor],
         ordinary: Callable[[Sequence[Ids]], Tensor],
         filler: int,
         device: torch.device,
-        recorder: Recorder,
+        recorder: GraphCapturer,
     ) -> None:
         self._lock = threading.Lock()  # a device's lane has two threads, and both may have texts for one graph
         self._graphs: dict[Size, _Graph] = {}
         self._recorded_tokens = 0
         for size in SIZES:
-            layout = FixedLayout(size, filler, device)
+            layout = FixedPackedLayout(size, filler, device)
             graph = _Graph(layout, recorder.record(partial(run, layout)))
             self._recorded_tokens += size.tokens
             if not _is_faster(graph, ordinary, _shortest(size, filler), recorder):
@@ -284,7 +284,7 @@ def kept_bytes(tokens: int, token_bytes: int) -> int:
 
 
 def _is_faster(
-    graph: _Graph, ordinary: Callable[[Sequence[Ids]], Tensor], texts: Sequence[Ids], recorder: Recorder
+    graph: _Graph, ordinary: Callable[[Sequence[Ids]], Tensor], texts: Sequence[Ids], recorder: GraphCapturer
 ) -> bool:
     """By the medians of rounds in which both run, after one that does not count."""
     rounds = [[recorder.seconds(partial(run, texts)) for run in (graph, ordinary)] for _ in range(1 + _NUM_TRIALS)]

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import structlog
 from torch import Tensor
 
-from engines.layers.packing import Layout
+from engines.layers.packing import PackedLayout
 from engines.layers.pooling import pool
 from engines.spec import PoolingMode
 
@@ -18,10 +18,10 @@ TOKENS, SENTENCE = "token_embeddings", "sentence_embedding"
 Features = dict[str, Tensor]
 
 
-Step = Callable[[Features, Layout, Sequence[int] | None], None]
+Step = Callable[[Features, PackedLayout, Sequence[int] | None], None]
 
 
-class Chain:
+class EmbeddingHead:
     """The modules behind the transformer, in order.
 
     Attributes:
@@ -40,7 +40,7 @@ class Chain:
         self.weights: list[Tensor] = []
         self._steps: list[Step] = []
 
-    def __call__(self, hidden: Tensor, layout: Layout, prompt_tokens: Sequence[int] | None = None) -> Tensor:
+    def __call__(self, hidden: Tensor, layout: PackedLayout, prompt_tokens: Sequence[int] | None = None) -> Tensor:
         """Packed hidden states `[T, H]` to float32 vectors `[n, dimensions]`.
 
         Args:
@@ -62,7 +62,7 @@ class Chain:
             log.warning("model.pooling_overridden", files=modes, registry=self.override)
         modes = self.override or modes
 
-        def step(features: Features, layout: Layout, prompt_tokens: Sequence[int] | None) -> None:
+        def step(features: Features, layout: PackedLayout, prompt_tokens: Sequence[int] | None) -> None:
             features[SENTENCE] = pool(features[TOKENS], layout, modes, None if include_prompt else prompt_tokens)
 
         self._steps.append(step)
@@ -73,7 +73,7 @@ class Chain:
     def add(self, function: Callable[[Tensor], Tensor], source: str, target: str, width: int) -> None:
         """Apply a function to one named tensor; the result is `width` wide."""
 
-        def step(features: Features, _: Layout, __: Sequence[int] | None) -> None:
+        def step(features: Features, _: PackedLayout, __: Sequence[int] | None) -> None:
             features[target] = function(features[source])
 
         self._steps.append(step)

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from engines.device.torch_runtime import left_to_others
+from engines.device.torch_runtime import reserve_for_onnxruntime
 from engines.layers.attention import PACKED, resolve_causal
 from engines.models.adapters import layers_of, switch_attention
 
@@ -98,7 +98,7 @@ def observe(model: Any, vocab_size: int, device: torch.device) -> Observed:
     Raises:
         OutOfMemoryError: torch's.
     """
-    with left_to_others():
+    with reserve_for_onnxruntime():
         return _observe(model, vocab_size, device)
 
 

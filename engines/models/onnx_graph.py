@@ -44,8 +44,8 @@ def encoder_graph(weights: Weights, shape: Shape, num_layers: int) -> ModelProto
 
     Inputs: `ids`, `positions` `[T]` and the tables of both (`words`, `places`: a session would copy them), or, where
     `begins` is false, `x` `[T, H]`, the hidden states so far; where the texts lie
-    (`engines.layers.packing.Layout.places`: into `spread`, `lengths`, `picked`); and for each layer, whether it `runs`.
-    Output: hidden states `[T, H]`.
+    (`engines.layers.packing.PackedLayout.places`: into `spread`, `lengths`, `picked`); and for each layer, whether it
+    `runs`. Output: hidden states `[T, H]`.
 
     Args:
         weights: in torch's shapes. What is added to each embedding (`kind`, if there is such), and scale and shift of

@@ -3,7 +3,7 @@
 A product of few rows is bound by reading the weights. torch's library puts them in order anew in every call; here that
 happens once, when the model loads. All layers are one call besides, where torch, transformers and Python take hundreds,
 and threads share a product of a dozen rows well, which torch's do not. The copies are paid for: models above
-`LARGEST_COPY` have none.
+`MAX_PREPACKED_BYTES` have none.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,10 +14,10 @@ import onnxruntime
 from numpy.typing import NDArray
 from torch import Tensor, from_numpy, nn
 
-from engines.device.load_throttle import end_part
-from engines.device.torch_runtime import usable
+from engines.device.load_throttle import throttle_point
+from engines.device.torch_runtime import usable_threads
 from engines.layers.fused import FusedLayer
-from engines.layers.packing import Form, Layout
+from engines.layers.packing import KernelVariant, PackedLayout
 from engines.models.onnx_graph import SLOW_JOINS, Shape, Weights, encoder_graph
 
 _MODELS = ({"embeddings", "encoder"}, {"embeddings", "transformer"})
@@ -54,7 +54,7 @@ def _parts_of_embeddings(model: nn.Module) -> dict[str, Any]:
     return working if are_known and are_all and stacks == [nn.ModuleList] else {}
 
 
-LARGEST_COPY = 192 * 2**20
+MAX_PREPACKED_BYTES = 192 * 2**20
 """Bytes of copies that are a good bargain: two of twelve layers 384 wide, not of twelve that are 768 wide."""
 
 
@@ -93,18 +93,18 @@ Inputs = dict[str, NDArray[Any]]
 onnxruntime.set_default_logger_severity(3)
 
 
-def suits(layout: Layout) -> bool:
+def suits(layout: PackedLayout) -> bool:
     """Whether the texts of a row are short, and alike in length."""
     are_alike = layout.longest * len(layout.lengths) <= _PLACES * layout.num_tokens
     return layout.longest <= _LONGEST and are_alike
 
 
-def layers_at_once(layout: Layout) -> int:
+def layers_at_once(layout: PackedLayout) -> int:
     """How many layers of a row should be one call."""
     return max(1, _TOKEN_LAYERS // layout.num_tokens)
 
 
-def inputs_of(ids: Tensor, positions: Tensor, layout: Layout) -> Inputs:
+def inputs_of(ids: Tensor, positions: Tensor, layout: PackedLayout) -> Inputs:
     """What all calls of a pass are handed. `ids`, `positions`: of a packed row, `[T]`."""
     spread, lengths, picked = layout.places
     row = {"ids": ids.numpy(), "positions": positions.numpy()}
@@ -141,7 +141,7 @@ class PrepackedEncoder:
         return found
 
 
-class Copies:
+class PrepackedWeights:
     """The copies of one model, by the form of a pass that reads them.
 
     Args:
@@ -152,7 +152,7 @@ class Copies:
     def __init__(self, model: nn.Module, layers: Sequence[FusedLayer]) -> None:
         self._layers = layers
         self._embeddings = _parts_of_embeddings(model)
-        self._encoders: dict[Form, PrepackedEncoder] = {}
+        self._encoders: dict[KernelVariant, PrepackedEncoder] = {}
 
     def size_bytes(self, largest: int, num_threads: int) -> int:
         """Bytes of the copies for so many threads; 0 where there can be none, or it is more than `largest`."""
@@ -165,20 +165,25 @@ class Copies:
         """Have them: one for passes on one thread, and one for passes that several share. With 0 they go."""
         if num_threads and self._encoders:
             return
-        forms: list[tuple[Form, int]] = [("prepacked", 1)] if num_threads else []
+        forms: list[tuple[KernelVariant, int]] = [("prepacked", 1)] if num_threads else []
         if num_threads > 1:
             forms.append(("shared", min(num_threads, MOST_THREADS)))
         self._encoders = {}
         for form, threads in forms:
             self._encoders[form] = self._encoder(threads)
-            end_part()
+            throttle_point()
 
-    def suit(self, layout: Layout, form: Form | None) -> bool:
+    def supports(self, layout: PackedLayout, form: KernelVariant | None) -> bool:
         """Whether a pass of a row can be run from copies in this form; None: whether it is faster in one of them."""
         return form in self._encoders or (form is None and bool(self._encoders) and suits(layout))
 
     def __call__(
-        self, ids: Tensor, positions: Tensor, layout: Layout, form: Form | None, pause: Callable[[], None]
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        layout: PackedLayout,
+        form: KernelVariant | None,
+        pause: Callable[[], None],
     ) -> Tensor:
         """A pass: a packed row, ids and positions `[T]`, to hidden states `[T, H]`.
 
@@ -193,9 +198,9 @@ class Copies:
             hidden = self._encoders[form or self._best_form()](row, hidden, range(first, first + at_once))
         return from_numpy(hidden)
 
-    def _best_form(self) -> Form:
+    def _best_form(self) -> KernelVariant:
         shared = self._encoders.get("shared")
-        return "shared" if shared is not None and shared.num_threads <= usable() else "prepacked"
+        return "shared" if shared is not None and shared.num_threads <= usable_threads() else "prepacked"
 
     def _encoder(self, num_threads: int) -> PrepackedEncoder:
         words, places = (self._embeddings[name].weight for name in _TABLES)

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from engines.errors import BrokenFiles
 from engines.inputs.tokenizer import Ids
-from engines.layers.packing import Layout
-from engines.models.base import PART_TOKENS, Attention, Path, Recheck, Size
-from engines.models.head import Chain
+from engines.layers.packing import PackedLayout
+from engines.models.base import PART_TOKENS, Attention, ForwardPath, Recheck, Size
+from engines.models.head import EmbeddingHead
 
 
 class StaticEncoder:
@@ -22,7 +22,7 @@ class StaticEncoder:
     """
 
     attention: Attention = "packed"
-    path: Path = "packed"
+    path: ForwardPath = "packed"
     fallback = ""
     is_reentrant = True
     part_tokens = PART_TOKENS
@@ -32,7 +32,7 @@ class StaticEncoder:
     notes: tuple[str, ...] = ()
     sizes: tuple[Size, ...] = ()
 
-    def __init__(self, table: Tensor, chain: Chain, device: torch.device) -> None:
+    def __init__(self, table: Tensor, chain: EmbeddingHead, device: torch.device) -> None:
         self._table = table
         self._chain = chain
         self._device = device
@@ -43,7 +43,7 @@ class StaticEncoder:
     @torch.inference_mode()
     def __call__(self, texts: Sequence[Ids], prompt_tokens: Sequence[int] | None = None) -> Tensor:
         """See `Encoder`. A text without a single known token is all zeros, as in sentence-transformers."""
-        layout = Layout([len(ids) for ids in texts], self._device)
+        layout = PackedLayout([len(ids) for ids in texts], self._device)
         row = torch.from_numpy(np.concatenate(texts)).to(self._device)
         return self._chain(self._table[row], layout, prompt_tokens)
 
@@ -52,28 +52,28 @@ class StaticEncoder:
         rows = [self([ids], None if prompt_tokens is None else [prompt_tokens[i]]) for i, ids in enumerate(texts)]
         return torch.cat(rows)
 
-    def paths(self) -> tuple[Path, ...]:
-        """See `Candidate`; there is one."""
+    def candidate_paths(self) -> tuple[ForwardPath, ...]:
+        """See `CheckableEncoder`; there is one."""
         return ("packed",)
 
-    def together(self, texts: Sequence[Ids]) -> Tensor:
-        """See `Candidate`."""
+    def encode_batched(self, texts: Sequence[Ids]) -> Tensor:
+        """See `CheckableEncoder`."""
         return self(texts)[None]
 
-    def alone(self, text: Ids) -> Tensor:
-        """See `Candidate`."""
+    def encode_single(self, text: Ids) -> Tensor:
+        """See `CheckableEncoder`."""
         return self([text])
 
-    def sized(self, texts: Sequence[Ids], size: Size) -> Tensor:
-        """See `Candidate`; there are no sizes."""
+    def encode_fixed(self, texts: Sequence[Ids], size: Size) -> Tensor:
+        """See `CheckableEncoder`; there are no sizes."""
         return self(texts)
 
     def extra_bytes(self) -> int:
-        """See `Candidate`; there are none."""
+        """See `CheckableEncoder`; there are none."""
         return 0
 
-    def use(self, path: Path) -> None:
-        """See `Candidate`; there is one."""
+    def switch_to(self, path: ForwardPath) -> None:
+        """See `CheckableEncoder`; there is one."""
         assert path == "packed"
 
     def tensors(self) -> list[Tensor]:

@@ -19,26 +19,43 @@ import structlog
 import torch
 from torch import Tensor
 
-from engines.device.torch_runtime import left_to_others
+from engines.device.torch_runtime import reserve_for_onnxruntime
 from engines.errors import is_out_of_memory
 from engines.inputs.tokenizer import Ids
 from engines.layers.attention import PACKED, has_varlen
 from engines.layers.fused import fuse
-from engines.layers.packing import PADDING_SHARE, Form, Layout, PackedState, padded, similar_lengths, to_device
+from engines.layers.packing import (
+    PADDING_SHARE,
+    KernelVariant,
+    PackedLayout,
+    PackedState,
+    bucket_by_length,
+    padded,
+    to_device,
+)
 from engines.layers.rope import LengthAwareRope
 from engines.models import prepacked
 from engines.models.adapters import Positions, adapt, layers_of, padding_id, switch_attention, why_not_packed
-from engines.models.base import PART_TOKENS, Attention, Candidate, Path, PathLeft, Recheck, Size, attention_of
-from engines.models.cuda_graphs import FixedLayout, Graphs, Recorder, kept_bytes
-from engines.models.head import Chain
-from engines.models.prepacked import Copies
+from engines.models.base import (
+    PART_TOKENS,
+    Attention,
+    CheckableEncoder,
+    ForwardPath,
+    ForwardPathFailed,
+    Recheck,
+    Size,
+    attention_of,
+)
+from engines.models.cuda_graphs import CudaGraphs, FixedPackedLayout, GraphCapturer, kept_bytes
+from engines.models.head import EmbeddingHead
+from engines.models.prepacked import PrepackedWeights
 from engines.protocols import Clock
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 30.0, 3600.0
 """A path that failed is tried again after the first wait; each failure that follows soon doubles it."""
 
 
-class Passes:
+class PathFallback:
     """The passes that run now, and whether the path that was chosen at load is in use.
 
     Args:
@@ -79,11 +96,11 @@ class Passes:
         """Inside, a pass runs.
 
         Raises:
-            PathLeft: a switch is under way, or waits for those who still run.
+            ForwardPathFailed: a switch is under way, or waits for those who still run.
         """
         with self._lock:
             if self._is_switching or (self._must_leave and self._num_inside):
-                raise PathLeft
+                raise ForwardPathFailed
             self._is_switching = not self._num_inside and (self._must_leave or self._is_retry_due())
             self._num_inside += 1
         try:
@@ -130,7 +147,7 @@ class Passes:
 log = structlog.get_logger(__name__)
 
 
-Run = Callable[[Sequence[Ids], Layout], Tensor]
+Run = Callable[[Sequence[Ids], PackedLayout], Tensor]
 """One forward pass of texts, sorted by length: their hidden states `[T, H]`."""
 
 
@@ -148,9 +165,9 @@ class TransformerEncoder:
     def __init__(
         self,
         model: Any,
-        chain: Chain,
+        chain: EmbeddingHead,
         device: torch.device,
-        recorder: Recorder | None = None,
+        recorder: GraphCapturer | None = None,
         *,
         notes: tuple[str, ...] = (),
     ) -> None:
@@ -163,23 +180,23 @@ class TransformerEncoder:
         self._rope = LengthAwareRope(model)
         self._own_attention = "sdpa" if model._supports_sdpa else "eager"
         self._padding_share = PADDING_SHARE
-        self._form: Form | None = None
+        self._form: KernelVariant | None = None
         self.notes = why_not_packed(model) or notes
         adapt(model, self._state)
         self._fused = [] if self.notes else fuse(model, self._state)
-        self._copies = Copies(model, self._fused)
+        self._copies = PrepackedWeights(model, self._fused)
         can_record = has_varlen(device, model.dtype) and not self._rope.remembers
         self._recorder = recorder if can_record else None
-        self._graphs: Graphs | None = None
+        self._graphs: CudaGraphs | None = None
         self.window: int | None = getattr(model.config.get_text_config(), "sliding_window", None)
         self.dimensions = chain.dimensions
-        self.path: Path = "padded"
-        self.part_tokens, self.num_threads, self.largest_copy = PART_TOKENS, 1, prepacked.LARGEST_COPY
+        self.path: ForwardPath = "padded"
+        self.part_tokens, self.num_threads, self.largest_copy = PART_TOKENS, 1, prepacked.MAX_PREPACKED_BYTES
         self.pause: Callable[[], None] = lambda: None
         self.recheck: Recheck = _never_checked
-        self._chosen: Path = "padded"
+        self._chosen: ForwardPath = "padded"
         self._failure = ""
-        self._passes = Passes(self._leave, self._resume)
+        self._passes = PathFallback(self._leave, self._resume)
         self.num_layers = len(layers := layers_of(model))
         for layer in layers:
             layer.register_forward_pre_hook(lambda *_: self.pause())
@@ -209,24 +226,24 @@ class TransformerEncoder:
         if graphs is not None and (size := graphs.fitting(texts)) is not None:
             return graphs(texts, size)
         layout = self._layout(texts)
-        with left_to_others(self._copies.suit(layout, None)), self._passes.inside():
+        with reserve_for_onnxruntime(self._copies.supports(layout, None)), self._passes.inside():
             return self._chain(self._hidden_or_left(texts, layout), layout, prompt_tokens)
 
     @torch.inference_mode()
-    def together(self, texts: Sequence[Ids]) -> Tensor:
-        """See `Candidate`: padded batches are not cut by length, however much padding that takes."""
-        forms: tuple[Form, ...] = ("many", "prepacked") if self.path == "prepacked" else ("many",)
+    def encode_batched(self, texts: Sequence[Ids]) -> Tensor:
+        """See `CheckableEncoder`: padded batches are not cut by length, however much padding that takes."""
+        forms: tuple[KernelVariant, ...] = ("many", "prepacked") if self.path == "prepacked" else ("many",)
         return torch.stack([self._as_asked(texts, form) for form in forms])
 
     @torch.inference_mode()
-    def alone(self, text: Ids) -> Tensor:
-        """See `Candidate`."""
-        forms: tuple[Form, ...] = ("few", "shared") if self.path == "prepacked" else ("few",)
+    def encode_single(self, text: Ids) -> Tensor:
+        """See `CheckableEncoder`."""
+        forms: tuple[KernelVariant, ...] = ("few", "shared") if self.path == "prepacked" else ("few",)
         return torch.cat([self._as_asked([text], form) for form in forms])
 
     @torch.inference_mode()
-    def sized(self, texts: Sequence[Ids], size: Size) -> Tensor:
-        """See `Candidate`."""
+    def encode_fixed(self, texts: Sequence[Ids], size: Size) -> Tensor:
+        """See `CheckableEncoder`."""
         assert self._graphs is not None, "it has a size"
         return self._graphs(texts, size)
 
@@ -238,12 +255,12 @@ class TransformerEncoder:
         try:
             hidden = self._in_runs(self._unpadded, texts, self._layout(texts))
         finally:
-            self.use(used)
+            self.switch_to(used)
         return self._chain(hidden, self._layout(texts), prompt_tokens)
 
     @torch.inference_mode()
-    def use(self, path: Path) -> None:
-        """See `Candidate`. Passes are recorded once, and forgotten with their path."""
+    def switch_to(self, path: ForwardPath) -> None:
+        """See `CheckableEncoder`. Passes are recorded once, and forgotten with their path."""
         self.path = path
         self.part_tokens = prepacked.PART_TOKENS if path == "prepacked" else PART_TOKENS
         switch_attention(self._model, PACKED if self.attention == "packed" else self._own_attention)
@@ -253,21 +270,21 @@ class TransformerEncoder:
             self._graphs = self._recorded()
         self._copies.make(self.num_threads if path == "prepacked" else 0)
 
-    def paths(self) -> tuple[Path, ...]:
-        """See `Candidate`. Whether a path is right, `engines/models/verification.py` finds out."""
+    def candidate_paths(self) -> tuple[ForwardPath, ...]:
+        """See `CheckableEncoder`. Whether a path is right, `engines/models/verification.py` finds out."""
         if self.notes:
             return ("padded", "unpadded")
         copied = self._copied_bytes()
-        fast: dict[Path, object] = {"graphed": self._recorder, "prepacked": copied, "fused": self._fused}
+        fast: dict[ForwardPath, object] = {"graphed": self._recorder, "prepacked": copied, "fused": self._fused}
         return (*(path for path, can in fast.items() if can), "packed", "padded", "unpadded")
 
     @property
     def sizes(self) -> tuple[Size, ...]:
-        """See `Candidate`."""
+        """See `CheckableEncoder`."""
         return self._graphs.sizes if self._graphs is not None else ()
 
     def extra_bytes(self) -> int:
-        """See `Candidate`."""
+        """See `CheckableEncoder`."""
         if self._graphs is not None:
             return kept_bytes(self._graphs.kept_tokens, self.token_bytes())
         return self._copied_bytes() if self.path == "prepacked" else 0
@@ -288,19 +305,19 @@ class TransformerEncoder:
     def _copied_bytes(self) -> int:
         return self._copies.size_bytes(self.largest_copy, self.num_threads)
 
-    def _recorded(self) -> Graphs:
+    def _recorded(self) -> CudaGraphs:
         assert self._recorder is not None, "paths() offers what can be done"
         before, self.pause = self.pause, lambda: None  # what ran in a pause would be recorded too
         try:
-            return Graphs(self._fixed, self._as_asked, self._positions.filler, self._device, self._recorder)
+            return CudaGraphs(self._fixed, self._as_asked, self._positions.filler, self._device, self._recorder)
         finally:
             self.pause = before
 
-    def _fixed(self, layout: FixedLayout) -> Tensor:
+    def _fixed(self, layout: FixedPackedLayout) -> Tensor:
         """Vectors of a row of a fixed size, and of its places without a text."""
         return self._chain(self._row(layout.ids, layout), layout)
 
-    def _as_asked(self, texts: Sequence[Ids], form: Form | None = None) -> Tensor:
+    def _as_asked(self, texts: Sequence[Ids], form: KernelVariant | None = None) -> Tensor:
         """Vectors by the path in use, which is not left when it fails."""
         layout = self._layout(texts)
         self._padding_share, self._form = 1.0, form
@@ -309,15 +326,15 @@ class TransformerEncoder:
         finally:
             self._padding_share, self._form = PADDING_SHARE, None
 
-    def _layout(self, texts: Sequence[Ids]) -> Layout:
-        return Layout([len(ids) for ids in texts], self._device)
+    def _layout(self, texts: Sequence[Ids]) -> PackedLayout:
+        return PackedLayout([len(ids) for ids in texts], self._device)
 
-    def _hidden(self, texts: Sequence[Ids], layout: Layout) -> Tensor:
+    def _hidden(self, texts: Sequence[Ids], layout: PackedLayout) -> Tensor:
         """Hidden states `[T, H]` by the path in use."""
         ways: dict[Attention, Run] = {"packed": self._packed, "padded": self._padded, "unpadded": self._unpadded}
         return self._in_runs(ways[self.attention], texts, layout)
 
-    def _hidden_or_left(self, texts: Sequence[Ids], layout: Layout) -> Tensor:
+    def _hidden_or_left(self, texts: Sequence[Ids], layout: PackedLayout) -> Tensor:
         """The same; a path that fails where its check did not is left for the plainest one, and tried again later."""
         try:
             return self._hidden(texts, layout)
@@ -330,24 +347,24 @@ class TransformerEncoder:
             log.warning("model.path_left", path=self.path, tokens=layout.num_tokens, exc_info=True)
             self._chosen, self._failure = self.path, type(error).__name__
             self._passes.give_up()
-            raise PathLeft from error
+            raise ForwardPathFailed from error
 
     def _leave(self) -> None:
-        self.use("unpadded")
+        self.switch_to("unpadded")
 
     def _resume(self) -> bool:
         """Back to the path that was left, if its vectors are right: whatever made it fail may have spoilt it."""
         try:
-            self.use(self._chosen)
+            self.switch_to(self._chosen)
             self.recheck(self)
         except Exception as error:  # noqa: BLE001  # whatever it is, the plainest path serves on
             log.warning("model.path_not_resumed", path=self._chosen, reason=str(error))
-            self.use("unpadded")
+            self.switch_to("unpadded")
             return False
         log.info("model.path_resumed", path=self._chosen)
         return True
 
-    def _in_runs(self, run: Run, texts: Sequence[Ids], layout: Layout) -> Tensor:
+    def _in_runs(self, run: Run, texts: Sequence[Ids], layout: PackedLayout) -> Tensor:
         """Hidden states `[T, H]`, in several passes where texts must not share one."""
         spans = list(self._rope.runs(layout.lengths))
         if len(spans) == 1:
@@ -355,27 +372,27 @@ class TransformerEncoder:
             return run(texts, layout)
         return torch.cat([self._in_runs(run, part, self._layout(part)) for part in (texts[a:b] for a, b in spans)])
 
-    def _packed(self, texts: Sequence[Ids], layout: Layout) -> Tensor:
+    def _packed(self, texts: Sequence[Ids], layout: PackedLayout) -> Tensor:
         """One row through the transformer."""
         return self._row(to_device(np.concatenate(texts), self._device), layout)
 
-    def _row(self, row: Tensor, layout: Layout) -> Tensor:
+    def _row(self, row: Tensor, layout: PackedLayout) -> Tensor:
         """Hidden states of a packed row of ids `[T]`."""
         positions = self._positions(row, layout)
-        if self._copies.suit(layout, self._form):
+        if self._copies.supports(layout, self._form):
             return self._copies(row, positions, layout, self._form, self.pause)
         options: dict[str, Any] = {"position_ids": positions[None]} if self._takes_positions else {}
         with self._state.running(layout, is_fused=bool(self._fused) and self.path != "packed", form=self._form):
             return self._forward(row[None], attention_mask=None, packed_layout=layout, **options)[0]
 
-    def _padded(self, texts: Sequence[Ids], layout: Layout) -> Tensor:
+    def _padded(self, texts: Sequence[Ids], layout: PackedLayout) -> Tensor:
         """Batches of similar lengths through the transformer; the padding is dropped again."""
-        spans = similar_lengths(layout.lengths, self._padding_share)
+        spans = bucket_by_length(layout.lengths, self._padding_share)
         return torch.cat([self._batch(texts[start:end]) for start, end in spans])
 
-    def _unpadded(self, texts: Sequence[Ids], layout: Layout) -> Tensor:
+    def _unpadded(self, texts: Sequence[Ids], layout: PackedLayout) -> Tensor:
         """Batches of one length through the transformer."""
-        return torch.cat([self._batch(texts[start:end]) for start, end in similar_lengths(layout.lengths, 0.0)])
+        return torch.cat([self._batch(texts[start:end]) for start, end in bucket_by_length(layout.lengths, 0.0)])
 
     def _batch(self, texts: Sequence[Ids]) -> Tensor:
         ids, mask = (to_device(rows, self._device) for rows in padded(texts, self._filler))
@@ -386,5 +403,5 @@ class TransformerEncoder:
         return hidden
 
 
-def _never_checked(encoder: Candidate) -> None:
+def _never_checked(encoder: CheckableEncoder) -> None:
     raise NotImplementedError("a path that was not checked at load has nothing to be compared with")

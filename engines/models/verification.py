@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engines.errors import EngineError, OutOfMemory, SelfCheckFailed, is_out_of_memory
-from engines.inputs.prompts import Frame
+from engines.inputs.prompts import PromptTemplate
 from engines.inputs.tokenizer import Ids, Tokenizer
-from engines.models.base import Candidate, Size
+from engines.models.base import CheckableEncoder, Size
 from engines.types import fingerprint
 
 log = structlog.get_logger(__name__)
@@ -45,13 +45,13 @@ _LARGEST_PROBED_WINDOW = 128
 _MARK = fingerprint([_SHORT, _LONG, _BEYOND_WINDOW, _LARGEST_PROBED_WINDOW])[:8]
 
 
-def probe_ids(tokenizer: Tokenizer, window: int | None = None) -> list[Ids]:
+def probe_inputs(tokenizer: Tokenizer, window: int | None = None) -> list[Ids]:
     """The fixed texts as ids, sorted by length: a short one twice, its words backwards, and a longer one.
 
     Args:
         window: of the model's sliding attention; where a short text can reach beyond it, the longest one does.
     """
-    short, long = tokenizer.encode((_SHORT, _LONG), Frame(), "end").ids
+    short, long = tokenizer.encode((_SHORT, _LONG), PromptTemplate(), "end").ids
     first, behind = len(tokenizer.rules.prefix), len(short) - len(tokenizer.rules.suffix)
     backwards = np.concatenate([short[:first], short[first:behind][::-1], short[behind:]])
     wanted = min((window or 0) + _BEYOND_WINDOW, tokenizer.max_tokens)
@@ -60,8 +60,8 @@ def probe_ids(tokenizer: Tokenizer, window: int | None = None) -> list[Ids]:
     return sorted((short, short, backwards, long), key=len)
 
 
-def choose_attention(
-    encoder: Candidate, tokenizer: Tokenizer, dtype: str, known: NDArray[np.float32] | None = None
+def select_forward_path(
+    encoder: CheckableEncoder, tokenizer: Tokenizer, dtype: str, known: NDArray[np.float32] | None = None
 ) -> tuple[NDArray[np.float32], tuple[str, ...]]:
     """Pick the fastest path that is right.
 
@@ -76,10 +76,10 @@ def choose_attention(
         OutOfMemory: the device cannot run even these few texts.
     """
     try:
-        probes = probe_ids(tokenizer, encoder.window)
+        probes = probe_inputs(tokenizer, encoder.window)
         if known is not None and known.shape == (len(probes), encoder.dimensions):
             with suppress(SelfCheckFailed):
-                return _fastest(encoder, probes, _Truth("its canary", torch.from_numpy(known), dtype))
+                return _fastest(encoder, probes, _Expected("its canary", torch.from_numpy(known), dtype))
         return _fastest(encoder, probes, _reference(encoder, probes, dtype))
     except Exception as error:
         if not is_out_of_memory(error):
@@ -87,17 +87,17 @@ def choose_attention(
         raise OutOfMemory("the device has no memory to run the first texts; other models or a batch fill it") from error
 
 
-def check_again(encoder: Candidate, tokenizer: Tokenizer, dtype: str, vectors: NDArray[np.float32]) -> None:
+def check_again(encoder: CheckableEncoder, tokenizer: Tokenizer, dtype: str, vectors: NDArray[np.float32]) -> None:
     """Hold the path in use against the vectors of the check at load.
 
     Raises:
         SelfCheckFailed: it does not give them.
     """
-    truth = _Truth("what the check at load found", torch.from_numpy(vectors), dtype)
-    _checked(encoder, probe_ids(tokenizer, encoder.window), truth)
+    truth = _Expected("what the check at load found", torch.from_numpy(vectors), dtype)
+    _checked(encoder, probe_inputs(tokenizer, encoder.window), truth)
 
 
-class _Truth(NamedTuple):
+class _Expected(NamedTuple):
     """What the probes' vectors must be, `[n, D]`, and who says so."""
 
     source: str
@@ -105,24 +105,26 @@ class _Truth(NamedTuple):
     dtype: str
 
 
-def _fastest(encoder: Candidate, probes: Sequence[Ids], truth: _Truth) -> tuple[NDArray[np.float32], tuple[str, ...]]:
-    *fast, last = encoder.paths()
+def _fastest(
+    encoder: CheckableEncoder, probes: Sequence[Ids], truth: _Expected
+) -> tuple[NDArray[np.float32], tuple[str, ...]]:
+    *fast, last = encoder.candidate_paths()
     notes = encoder.notes
     for path in fast:
         try:
-            encoder.use(path)
+            encoder.switch_to(path)
             return _checked(encoder, probes, truth), notes
         except Exception as error:  # architectures fail in their own ways; each means: not this path
             if is_out_of_memory(error):
                 raise
-            following = encoder.paths()[encoder.paths().index(path) + 1]
+            following = encoder.candidate_paths()[encoder.candidate_paths().index(path) + 1]
             notes = (*notes, f"{following}: {_reason(error)}")
             log.warning("model.path_not_taken", path=path, reason=str(error))
-    encoder.use(last)
+    encoder.switch_to(last)
     return _checked(encoder, probes, truth), notes
 
 
-def _reference(encoder: Candidate, probes: Sequence[Ids], dtype: str) -> _Truth:
+def _reference(encoder: CheckableEncoder, probes: Sequence[Ids], dtype: str) -> _Expected:
     try:
         expected = encoder.reference(probes)
     except Exception as error:
@@ -142,7 +144,7 @@ def _reference(encoder: Candidate, probes: Sequence[Ids], dtype: str) -> _Truth:
             f"the model's vectors are {expected.shape[-1]} wide, but config.json says {encoder.dimensions}; such a "
             "model is not supported"
         )
-    return _Truth("the reference forward pass", expected, dtype)
+    return _Expected("the reference forward pass", expected, dtype)
 
 
 def _reason(error: Exception) -> str:
@@ -151,17 +153,17 @@ def _reason(error: Exception) -> str:
     return str(error) if is_ours else f"{type(error).__name__} in the forward pass"
 
 
-def _checked(encoder: Candidate, probes: Sequence[Ids], truth: _Truth) -> NDArray[np.float32]:
-    forms, dtype = encoder.together(probes), truth.dtype
+def _checked(encoder: CheckableEncoder, probes: Sequence[Ids], truth: _Expected) -> NDArray[np.float32]:
+    forms, dtype = encoder.encode_batched(probes), truth.dtype
     got, expected = forms[0], truth.vectors.to(forms.device)
-    alone = encoder.alone(probes[0])
+    alone = encoder.encode_single(probes[0])
     same = expected[:1].expand(len(alone), -1)
     all_forms = torch.cat([forms.flatten(0, 1), alone])
     _compare(f"the {encoder.path} path", all_forms, torch.cat([expected.repeat(len(forms), 1), same]), truth)
     for size in encoder.sizes:
         rows = _filling(size, probes)
         what = f"the {encoder.path} path, in a row of {size.tokens} tokens,"
-        _compare(what, encoder.sized([probes[row] for row in rows], size), expected[rows], truth)
+        _compare(what, encoder.encode_fixed([probes[row] for row in rows], size), expected[rows], truth)
     twice = [row for row, ids in enumerate(probes) if np.array_equal(ids, probes[0])]
     apart = distance(got[twice[0], None], got[twice[-1], None])
     if not apart <= _TWICE[dtype]:
@@ -171,7 +173,7 @@ def _checked(encoder: Candidate, probes: Sequence[Ids], truth: _Truth) -> NDArra
     return got.cpu().numpy()
 
 
-def _compare(what: str, got: Tensor, expected: Tensor, truth: _Truth) -> None:
+def _compare(what: str, got: Tensor, expected: Tensor, truth: _Expected) -> None:
     far, dtype = distance(got, expected), truth.dtype
     if not far <= TOLERANCE[dtype]:
         raise SelfCheckFailed(

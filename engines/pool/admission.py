@@ -19,12 +19,12 @@ from engines.pool.eviction import (
 )
 from engines.pool.messages import ArmTimer, ReadMemory, StartLoad, StartLocate
 from engines.pool.reasons import IDLE, held_by_others, kept_out, load_hangs, makes_room, still_loading
-from engines.pool.slot import CHARGED, NOTHING, Need, Slot
+from engines.pool.slot import CHARGED, NO_MEMORY, MemoryNeed, Slot
 from engines.pool.state import PoolState
 from engines.types import format_bytes
 
 
-def moments(state: PoolState, deficit_since_s: float | None) -> list[float]:
+def next_deadlines(state: PoolState, deficit_since_s: float | None) -> list[float]:
     """Every such moment that is still to come; `deficit_since_s`: since when memory is over the budget."""
     found = [slot.retry_at_s for slot in state.in_state("failed") if slot.is_wanted]
     ready = state.in_state("ready")
@@ -38,7 +38,7 @@ def moments(state: PoolState, deficit_since_s: float | None) -> list[float]:
     if deficit_since_s is not None:
         found.append(deficit_since_s + state.rules.patience_s)
     if claims or deficit_since_s is not None:
-        found += [slot.matures_at_s(state.rules) for slot in ready if not slot.is_pinned]
+        found += [slot.evictable_from_s(state.rules) for slot in ready if not slot.is_pinned]
     return [at_s for at_s in found if at_s > state.now_s]
 
 
@@ -65,7 +65,7 @@ class Admission:
         """The timer rang, perhaps a little early: it must be set again even for the same moment."""
         self._armed_at_s = None
 
-    def matters(self, slot: Slot) -> bool:
+    def may_unblock_others(self, slot: Slot) -> bool:
         """Whether anything could follow from the end of this slot's last lease: the warm path ends here if not.
 
         A model's idle time needs no new timer while one rings earlier: what that one sees sets the next.
@@ -134,10 +134,10 @@ class Admission:
 
     # ---- room ----
 
-    def need(self, slot: Slot) -> Need:
+    def need(self, slot: Slot) -> MemoryNeed:
         """What to charge for a load: guesses are cut to what the pinned models leave."""
         pinned = self._immovable()
-        return (slot.need or NOTHING).clipped(self.state.budget_bytes - total_bytes(charges(pinned)))
+        return (slot.need or NO_MEMORY).capped(self.state.budget_bytes - total_bytes(charges(pinned)))
 
     def _immovable(self) -> list[Slot]:
         """Pinned and measured; one that still loads is charged by a guess, which must not refuse anybody."""
@@ -151,7 +151,7 @@ class Admission:
         if self._deficit_since_s is None:
             self._deficit_since_s = self.state.now_s
         is_overdue = self.state.now_s >= self._deficit_since_s + self.state.rules.patience_s
-        self._make_room(NOTHING, None, self.state.budget_bytes, is_overdue=is_overdue)
+        self._make_room(NO_MEMORY, None, self.state.budget_bytes, is_overdue=is_overdue)
 
     def _serve_claims(self) -> None:
         """Oldest first. Five cases:
@@ -166,7 +166,7 @@ class Admission:
         immovable, limit = self._immovable(), self.state.limit_bytes()
         claims = []
         for slot in self.state.claims():
-            if never_fits(slot.need or NOTHING, immovable, self.state.budget_bytes):
+            if never_fits(slot.need or NO_MEMORY, immovable, self.state.budget_bytes):
                 self._refuse(slot)  # (1)
             elif missing_bytes(immovable, self.need(slot), limit) > 0:
                 self._send_on(slot, limit)  # (3)
@@ -183,7 +183,7 @@ class Admission:
         if passing is not None:
             self._admit(passing)  # (5)
 
-    def _make_room(self, need: Need, claimant: Slot | None, limit: int, *, is_overdue: bool) -> bool:
+    def _make_room(self, need: MemoryNeed, claimant: Slot | None, limit: int, *, is_overdue: bool) -> bool:
         """Whether `need` fits now; if not, sees to it that it will. Five cases:
 
         1. it fits;
@@ -217,7 +217,7 @@ class Admission:
             if can_be_victim(slot, state.rules, state.now_s, even_leased=even_leased)
         ]
 
-    def _evict(self, victim: Slot, claimant: Slot | None, need: Need, missing: int) -> None:
+    def _evict(self, victim: Slot, claimant: Slot | None, need: MemoryNeed, missing: int) -> None:
         """Taking turns is when the claimant itself last left for this victim: more memory would end it."""
         if claimant is None:
             self.state.drain(victim, f"memory is over the budget by {format_bytes(missing)}")
@@ -236,7 +236,7 @@ class Admission:
             return False
         return not self._takes_promised_room(need, self.need(older[0]))
 
-    def _takes_promised_room(self, need: Need, head: Need) -> bool:
+    def _takes_promised_room(self, need: MemoryNeed, head: MemoryNeed) -> bool:
         """Whether models are leaving so that the oldest claim fits, and it would not fit any more."""
         staying, limit = without_leaving(self.state.charged()), self.state.limit_bytes()
         is_on_its_way = missing_bytes(staying, head, limit) == 0
@@ -251,7 +251,7 @@ class Admission:
             raise RuntimeError(f"bug: {slot.model_id} waits for space without files")
         need = self.need(slot)
         self.state.move(slot, "loading", f"{format_bytes(need.total_bytes)} admitted")
-        slot.charge, slot.load_began_at_s = need, self.state.now_s
+        slot.reserved, slot.load_began_at_s = need, self.state.now_s
         self.state.start(slot, StartLoad(slot.slot_id, slot.spec, slot.files, need))
 
     def _read(self) -> None:
@@ -278,7 +278,7 @@ class Admission:
     # ---- timer ----
 
     def _arm_timer(self) -> None:
-        at_s = min(moments(self.state, self._deficit_since_s), default=None)
+        at_s = min(next_deadlines(self.state, self._deficit_since_s), default=None)
         if at_s != self._armed_at_s:
             self._armed_at_s = at_s
             self.state.effects.append(ArmTimer(at_s))

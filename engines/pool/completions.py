@@ -9,65 +9,65 @@ from engines.pool.eviction import total_bytes
 from engines.pool.messages import (
     Damaged,
     Discard,
-    Discarded,
+    DownloadCompleted,
+    DownloadErrored,
+    DownloadProgressed,
     Emit,
-    Fetched,
-    FetchFailed,
-    FetchProgress,
-    Found,
-    Loaded,
-    LoadFailed,
-    Located,
-    Sized,
+    FilesDiscarded,
+    FilesFound,
+    FilesLocated,
+    LoadCompleted,
+    LoadErrored,
+    SizeEstimated,
     StartFetch,
     StartLocate,
     StartWarm,
-    Unloaded,
-    Warmed,
-    WarmFailed,
+    UnloadCompleted,
+    WarmUpCompleted,
+    WarmUpErrored,
 )
 from engines.pool.reasons import DAMAGED, EVICTED, load_error, too_large
-from engines.pool.slot import Failure, Need, Slot
+from engines.pool.slot import LoadFailure, MemoryNeed, Slot
 from engines.pool.state import PoolState
 
 
-class Outcomes:
+class CompletionHandlers:
     """The half of the pool's handlers that the shell's reports go to."""
 
     def __init__(self, state: PoolState, jitter: Callable[[], float]) -> None:
         self.state = state
         self._jitter = jitter
         self.handlers: dict[type, Callable[..., bool | None]] = {
-            Found: self._found,
-            Sized: self._sized,
-            Located: self._located,
-            Fetched: self._fetched,
-            FetchFailed: self._fetch_failed,
-            FetchProgress: self._fetch_progress,
-            Discarded: self._discarded,
+            FilesFound: self._found,
+            SizeEstimated: self._sized,
+            FilesLocated: self._located,
+            DownloadCompleted: self._fetched,
+            DownloadErrored: self._fetch_failed,
+            DownloadProgressed: self._fetch_progress,
+            FilesDiscarded: self._discarded,
             Damaged: self._damaged,
-            Loaded: self._loaded,
-            LoadFailed: self._load_failed,
-            Warmed: self._warmed,
-            WarmFailed: self._warm_failed,
-            Unloaded: self._unloaded,
+            LoadCompleted: self._loaded,
+            LoadErrored: self._load_failed,
+            WarmUpCompleted: self._warmed,
+            WarmUpErrored: self._warm_failed,
+            UnloadCompleted: self._unloaded,
         }
 
     # ---- files ----
 
-    def _found(self, event: Found) -> None:
+    def _found(self, event: FilesFound) -> None:
         slot = self.state.slots.get(event.slot_id)
         if slot is not None and slot.state == "absent":
             slot.files, slot.need = event.files, event.need
             self.state.move(slot, "cold", "found on disk")
 
-    def _sized(self, event: Sized) -> bool:
+    def _sized(self, event: SizeEstimated) -> bool:
         slot = self.state.slots.get(event.slot_id)
         if slot is not None and slot.need is None:
             slot.need = event.need
         return True
 
-    def _located(self, event: Located) -> None:
+    def _located(self, event: FilesLocated) -> None:
         """Five cases:
 
         1. replaced meanwhile;  2. on disk: cold;  3. known never to fit: refused before the download;
@@ -88,7 +88,7 @@ class Outcomes:
         else:
             self.state.start(slot, StartFetch(slot.slot_id, slot.spec))  # (5)
 
-    def _fetched(self, event: Fetched) -> None:
+    def _fetched(self, event: DownloadCompleted) -> None:
         slot = self.state.finish(event.slot_id, "fetch")
         slot.files, slot.need = event.files, event.need
         if slot.is_retired:
@@ -105,10 +105,10 @@ class Outcomes:
         self.state.fail_waiters(slot, lambda: too_large(slot, self.state.budget_bytes))
         slot.claim, slot.is_wanted = None, False
 
-    def _fetch_failed(self, event: FetchFailed) -> None:
+    def _fetch_failed(self, event: DownloadErrored) -> None:
         self._after_failure(self.state.finish(event.slot_id, "locate", "fetch"), event.failure)
 
-    def _fetch_progress(self, event: FetchProgress) -> bool:
+    def _fetch_progress(self, event: DownloadProgressed) -> bool:
         """A report may arrive after the end of its download: it is dropped."""
         slot = self.state.slots.get(event.slot_id)
         if slot is not None and slot.work == "fetch":
@@ -126,7 +126,7 @@ class Outcomes:
             )
         return True
 
-    def _discarded(self, event: Discarded) -> None:
+    def _discarded(self, event: FilesDiscarded) -> None:
         slot = self.state.finish(event.slot_id, "discard")
         if slot.is_retired:
             self.state.retire(slot)
@@ -153,7 +153,7 @@ class Outcomes:
 
     # ---- engines ----
 
-    def _loaded(self, event: Loaded) -> None:
+    def _loaded(self, event: LoadCompleted) -> None:
         """Nobody needs it any more: it goes as it came. Else it warms up."""
         slot = self.state.finish(event.slot_id, "load")
         slot.failure = None
@@ -163,15 +163,15 @@ class Outcomes:
         self.state.move(slot, "warming", "loaded")
         self.state.start(slot, StartWarm(slot.slot_id))
 
-    def _load_failed(self, event: LoadFailed) -> None:
+    def _load_failed(self, event: LoadErrored) -> None:
         slot = self.state.finish(event.slot_id, "load")
         if not slot.is_retired:
             self._end_eviction(slot)
             slot.leaving_cause = None
-        self.state.tell_evictors(slot)
+        self.state.notify_evictors(slot)
         self._after_failure(slot, event.failure)
 
-    def _warmed(self, event: Warmed) -> None:
+    def _warmed(self, event: WarmUpCompleted) -> None:
         """Four cases, the true bytes being known now:
 
         1. replaced meanwhile: unloaded;  2. over the budget all alone: refused and unloaded;
@@ -179,7 +179,7 @@ class Outcomes:
         """
         slot = self.state.finish(event.slot_id, "warm")
         slot.load_s = self.state.now_s - slot.load_began_at_s
-        slot.charge = slot.need = Need(
+        slot.reserved = slot.need = MemoryNeed(
             weight_bytes=event.weight_bytes,
             workspace_bytes=event.workspace_bytes,
             weights_known=True,
@@ -202,12 +202,12 @@ class Outcomes:
         if slot.leaving_cause is not None:
             self.state.drain(slot, slot.leaving_cause)  # (4)
 
-    def _warm_failed(self, event: WarmFailed) -> None:
+    def _warm_failed(self, event: WarmUpErrored) -> None:
         slot = self.state.finish(event.slot_id, "warm")
         slot.failure = event.failure
         self.state.unload(slot, f"failed to warm up ({event.failure.kind})")
 
-    def _unloaded(self, event: Unloaded) -> None:
+    def _unloaded(self, event: UnloadCompleted) -> None:
         """Only now are the bytes free. Three cases: 1. retired 2. it was no good 3. cold."""
         slot = self.state.finish(event.slot_id, "unload")
         failure, slot.failure = slot.failure, None
@@ -217,7 +217,7 @@ class Outcomes:
         if failure is not None:
             self._end_eviction(slot)
         slot.leaving_cause = slot.leaving_for = None
-        self.state.tell_evictors(slot)
+        self.state.notify_evictors(slot)
         if failure is not None:
             self._after_failure(slot, failure)  # (2)
         else:
@@ -230,7 +230,7 @@ class Outcomes:
 
     # ---- failures ----
 
-    def _after_failure(self, slot: Slot, failure: Failure) -> None:
+    def _after_failure(self, slot: Slot, failure: LoadFailure) -> None:
         """Nothing is held in memory any more. Five cases:
 
         1. retired;  2. out of memory, for the first time: a higher estimate, and once more;
@@ -243,7 +243,7 @@ class Outcomes:
             self.state.retire(slot)  # (1)
         elif failure.is_oom and slot.need and not slot.had_oom and may_retry and slot.state != "fetching":
             slot.had_oom = True
-            slot.need = slot.need.grown(self.state.rules.oom_growth)
+            slot.need = slot.need.scaled(self.state.rules.oom_growth)
             self.state.move(slot, "cold", "out of memory: once more with a higher estimate")  # (2)
         elif failure.is_broken and not slot.had_refetch and may_retry:
             slot.had_refetch, slot.files = True, None
@@ -257,7 +257,7 @@ class Outcomes:
         else:
             self._quarantine(slot, failure)  # (5)
 
-    def _quarantine(self, slot: Slot, failure: Failure) -> None:
+    def _quarantine(self, slot: Slot, failure: LoadFailure) -> None:
         """Longer each time, and longer still where only a person can help; all waiters get the cause now."""
         first_s, longest_s = self.state.rules.retry_denied_s if failure.is_denied else self.state.rules.retry_s
         delay_s = min(longest_s, first_s * 2.0**slot.attempts) * (0.9 + 0.2 * self._jitter())

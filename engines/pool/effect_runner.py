@@ -1,6 +1,6 @@
 """Outside work for the pool: each effect that takes time, done on a thread or the loop, and reported as an event.
 
-It decides nothing. Whatever is raised becomes a `Failure`, so that no waiter is ever left without an answer.
+It decides nothing. Whatever is raised becomes a `ErrorRecord`, so that no waiter is ever left without an answer.
 """
 
 import asyncio
@@ -27,28 +27,28 @@ from engines.pool.estimates import Estimates, Measurement
 from engines.pool.messages import (
     BudgetChanged,
     Discard,
-    Discarded,
+    DownloadCompleted,
+    DownloadErrored,
+    DownloadProgressed,
     Effect,
-    Fetched,
-    FetchFailed,
-    FetchProgress,
-    Found,
-    Loaded,
-    LoadFailed,
-    Located,
+    FilesDiscarded,
+    FilesFound,
+    FilesLocated,
+    LoadCompleted,
+    LoadErrored,
     PoolEvent,
-    Sized,
+    SizeEstimated,
     StartFetch,
     StartLoad,
     StartLocate,
     StartUnload,
     StartWarm,
-    Unloaded,
-    Warmed,
-    WarmFailed,
+    UnloadCompleted,
+    WarmUpCompleted,
+    WarmUpErrored,
 )
 from engines.pool.runtime import Task, Workers
-from engines.pool.slot import Failure, Need, Slot
+from engines.pool.slot import LoadFailure, MemoryNeed, Slot
 from engines.protocols import Engine, Files, Loader
 from engines.spec import ModelSpec
 from engines.types import Budget, ModelFiles
@@ -71,7 +71,7 @@ _SLOWER = 10.0
 """A load may read so slowly, and take so many times as long as the last one did."""
 
 
-class OutsideWork:
+class EffectRunner:
     """Everything the pool's machine cannot do itself, on one device. `report` is for progress, from any thread."""
 
     def __init__(
@@ -114,13 +114,13 @@ class OutsideWork:
             return BudgetChanged(last_bytes)
         return BudgetChanged(budget.of(reading.total_bytes), reading.ceiling_bytes)
 
-    async def look_around(self, slot_id: int, spec: ModelSpec) -> Found | None:
+    async def look_around(self, slot_id: int, spec: ModelSpec) -> FilesFound | None:
         """Is it on disk already? Without the network, and without consequences when it is not."""
 
-        def look() -> Found | None:
+        def look() -> FilesFound | None:
             files = self._files.locate(spec)
             need = self._estimates.estimate(spec, files) if files else None
-            return Found(slot_id, files, need) if files and need else None
+            return FilesFound(slot_id, files, need) if files and need else None
 
         try:
             return await self._workers.look(look)
@@ -128,10 +128,10 @@ class OutsideWork:
             log.warning("model.not_located", model=spec.model_id, error=str(error))
             return None
 
-    async def size(self, slot_id: int, spec: ModelSpec) -> Sized | None:
+    async def size(self, slot_id: int, spec: ModelSpec) -> SizeEstimated | None:
         """How much will it take? Asks the hub where the files are not here; None when nobody knows."""
         need = await self._ask_size(spec)
-        return Sized(slot_id, need) if need else None
+        return SizeEstimated(slot_id, need) if need else None
 
     def close(self) -> None:
         """Running downloads end at their next progress report."""
@@ -140,7 +140,7 @@ class OutsideWork:
     # ---- files ----
 
     async def _locate(self, effect: StartLocate) -> PoolEvent:
-        def locate() -> tuple[ModelFiles | None, Need | None]:
+        def locate() -> tuple[ModelFiles | None, MemoryNeed | None]:
             files = self._files.locate(effect.spec)
             return files, self._estimates.estimate(effect.spec, files) if files else None
 
@@ -149,26 +149,26 @@ class OutsideWork:
             if files is None:
                 need = await self._ask_size(effect.spec)
         except Exception as error:  # noqa: BLE001  # becomes the waiters' answer
-            return FetchFailed(effect.slot_id, failure_of(error, effect.spec))
-        return Located(effect.slot_id, files, need)
+            return DownloadErrored(effect.slot_id, load_failure_of(error, effect.spec))
+        return FilesLocated(effect.slot_id, files, need)
 
-    async def _ask_size(self, spec: ModelSpec) -> Need | None:
+    async def _ask_size(self, spec: ModelSpec) -> MemoryNeed | None:
         """The size of a model whose files are not here."""
         on_thread = self._workers.look if is_local(spec.source) else self._workers.ask
         return await on_thread(partial(self._estimates.estimate, spec, None))
 
     async def _fetch(self, effect: StartFetch) -> PoolEvent:
-        def fetch() -> Fetched:
+        def fetch() -> DownloadCompleted:
             files = self._files.fetch(effect.spec, self._progress(effect.slot_id))
             need = self._estimates.estimate(effect.spec, files)
             assert need is not None, "files that are here have a size"
-            return Fetched(effect.slot_id, files, need)
+            return DownloadCompleted(effect.slot_id, files, need)
 
         on_thread = self._workers.look if is_local(effect.spec.source) else self._workers.fetch
         try:
             return await on_thread(fetch)
         except Exception as error:  # noqa: BLE001  # becomes the waiters' answer
-            return FetchFailed(effect.slot_id, failure_of(error, effect.spec))
+            return DownloadErrored(effect.slot_id, load_failure_of(error, effect.spec))
 
     def _progress(self, slot_id: int) -> Callable[[int, int], None]:
         """Throttled here, on the fetching thread, so that a fast download does not flood the loop.
@@ -185,7 +185,7 @@ class OutsideWork:
             is_news = (done_bytes, total_bytes) != told
             if is_news and (now_s - last_s >= PROGRESS_S or done_bytes >= total_bytes):
                 last_s, told = now_s, (done_bytes, total_bytes)
-                self._report(FetchProgress(slot_id, done_bytes, total_bytes))
+                self._report(DownloadProgressed(slot_id, done_bytes, total_bytes))
 
         return on_progress
 
@@ -195,31 +195,31 @@ class OutsideWork:
         except Exception:  # what cannot be removed cannot be fetched anew
             log.exception("model.not_discarded", model=effect.spec.model_id)
             is_removed = False
-        return Discarded(effect.slot_id, is_removed)
+        return FilesDiscarded(effect.slot_id, is_removed)
 
-    async def verify(self, spec: ModelSpec, files: ModelFiles, go_on: Callable[[], bool]) -> Failure | None:
+    async def verify(self, spec: ModelSpec, files: ModelFiles, go_on: Callable[[], bool]) -> LoadFailure | None:
         """What is wrong with the files; None when nothing is, or when `go_on` has said no."""
         return await self._workers.look(partial(self._verified, spec, files, go_on))
 
     def _verified(
         self, spec: ModelSpec, files: ModelFiles, go_on: Callable[[], bool], *, is_anew: bool = False
-    ) -> Failure | None:
+    ) -> LoadFailure | None:
         try:
             self._files.verify(spec, files, go_on, is_anew=is_anew)
         except BadModel as error:
-            return failure_of(error, spec)
+            return load_failure_of(error, spec)
         except Exception:  # a disk that cannot be read now
             log.exception("model.not_verified", model=spec.model_id)
         return None
 
-    async def _failure(self, error: Exception, load: StartLoad) -> Failure:
+    async def _failure(self, error: Exception, load: StartLoad) -> LoadFailure:
         """Why a load or its check failed. Where the model is no good its files are hashed: damage on the disk is what
         fetching them again can cure, and what a person would look for last."""
         if not isinstance(error, BadModel) or isinstance(error, FilesChanged):
-            return failure_of(error, load.spec)
+            return load_failure_of(error, load.spec)
         is_anew = isinstance(error, SelfCheckFailed | BrokenFiles)
         verified = partial(self._verified, load.spec, load.files, lambda: not self._is_closed, is_anew=is_anew)
-        return await self._workers.look(verified) or failure_of(error, load.spec)
+        return await self._workers.look(verified) or load_failure_of(error, load.spec)
 
     # ---- engines ----
 
@@ -228,9 +228,9 @@ class OutsideWork:
             task = Task(f"the load of model {effect.spec.model_id!r}", load_limit_s(effect.need, self._hang_s))
             engine = await self._workers.load(partial(self._load_current, effect.spec, effect.files), task)
         except Exception as error:  # noqa: BLE001  # becomes the waiters' answer
-            return LoadFailed(effect.slot_id, await self._failure(error, effect))
+            return LoadErrored(effect.slot_id, await self._failure(error, effect))
         self.engines[effect.slot_id], self._loads[effect.slot_id] = engine, effect
-        return Loaded(effect.slot_id)
+        return LoadCompleted(effect.slot_id)
 
     def _load_current(self, spec: ModelSpec, files: ModelFiles) -> Engine:
         """The engine of files that are the expected ones before and after they are read: an operator may replace a
@@ -265,8 +265,8 @@ class OutsideWork:
         try:
             await engine.warm_up()
         except Exception as error:  # noqa: BLE001  # becomes the waiters' answer
-            return WarmFailed(effect.slot_id, await self._failure(error, self._loads[effect.slot_id]))
-        return Warmed(effect.slot_id, engine.weight_bytes, engine.workspace_bytes)
+            return WarmUpErrored(effect.slot_id, await self._failure(error, self._loads[effect.slot_id]))
+        return WarmUpCompleted(effect.slot_id, engine.weight_bytes, engine.workspace_bytes)
 
     async def _unload(self, effect: StartUnload) -> PoolEvent:
         """An engine that cannot be closed is given up: its memory is lost, and the next reading will show it."""
@@ -276,19 +276,19 @@ class OutsideWork:
             await self._workers.load(close, Task("freeing a model", self._hang_s))
         except Exception:  # the slot must not stay unloading for ever
             log.exception("model.not_closed", slot=effect.slot_id)
-        return Unloaded(effect.slot_id)
+        return UnloadCompleted(effect.slot_id)
 
     async def remember(self, spec: ModelSpec, files: ModelFiles, measurement: Measurement) -> None:
         """For the next start."""
         await self._workers.look(partial(self._estimates.remember, spec, files, measurement))
 
 
-class Scout:
+class DiskScanner:
     """Looks on threads, and tells the pool's machine by `step`. `spawn` keeps the tasks until they end."""
 
     def __init__(
         self,
-        work: OutsideWork,
+        work: EffectRunner,
         step: Callable[[PoolEvent], None],
         spawn: Callable[[Coroutine[None, None, None]], asyncio.Task[None]],
     ) -> None:
@@ -317,22 +317,22 @@ class Scout:
             self._step(event)
 
 
-def load_limit_s(need: Need, hang_s: float) -> float:
+def load_limit_s(need: MemoryNeed, hang_s: float) -> float:
     """How long a load may take before it counts as hanging: generous, for a slow disk is no reason to give up."""
     return hang_s + need.weight_bytes / _SLOWEST_BYTES_PER_S + _SLOWER * (need.load_s or 0.0)
 
 
-def failure_of(error: Exception, spec: ModelSpec | None) -> Failure:
+def load_failure_of(error: Exception, spec: ModelSpec | None) -> LoadFailure:
     """What clients may hear of it; the rest goes to the log."""
     if isinstance(error, BrokenFiles):
-        return Failure(kind=error.kind, message=str(error), file=error.file)
+        return LoadFailure(kind=error.kind, message=str(error), file=error.file)
     if isinstance(error, BadModel):
-        return Failure(kind=error.kind, message=str(error))
+        return LoadFailure(kind=error.kind, message=str(error))
     if isinstance(error, OutOfMemory | MemoryError):
-        return Failure(kind="out_of_memory", message=str(error) or "the device ran out of memory")
+        return LoadFailure(kind="out_of_memory", message=str(error) or "the device ran out of memory")
     if is_out_of_memory(error):  # by its words, which may hold what no client should see
-        return Failure(kind="out_of_memory", message="the device ran out of memory")
+        return LoadFailure(kind="out_of_memory", message="the device ran out of memory")
     if isinstance(error, EngineError):
-        return Failure(kind="load", message=str(error))
+        return LoadFailure(kind="load", message=str(error))
     log.error("model.load_raised", model=spec and spec.model_id, exc_info=error)
-    return Failure(kind="load", message=f"{type(error).__name__}; the server's log has the details")
+    return LoadFailure(kind="load", message=f"{type(error).__name__}; the server's log has the details")

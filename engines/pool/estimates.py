@@ -5,10 +5,10 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from engines.pool.slot import Need
+from engines.pool.slot import MemoryNeed
 from engines.protocols import Files
 from engines.spec import ModelSpec
-from engines.storage import Kept
+from engines.storage import JsonStore
 from engines.types import ModelFiles
 
 
@@ -21,7 +21,7 @@ class Measurement(Struct, frozen=True, kw_only=True):
 
 
 class Measurements:
-    """One JSON file for all hosts of a machine (`Kept`).
+    """One JSON file for all hosts of a machine (`JsonStore`).
 
     Args:
         path: the file; None keeps the measurements in memory only.
@@ -29,7 +29,7 @@ class Measurements:
 
     def __init__(self, path: Path | None = None) -> None:
         self._lock = threading.Lock()  # hosts share this object, each from threads of its own
-        self._kept: Kept[Measurement] = Kept(path, dict[str, Measurement])
+        self._kept: JsonStore[Measurement] = JsonStore(path, dict[str, Measurement])
 
     def get(self, key: str) -> Measurement | None:
         with self._lock:
@@ -58,7 +58,7 @@ class Estimates:
         self._workspace_bytes = workspace_bytes
         self._conditions = conditions
 
-    def estimate(self, spec: ModelSpec, files: ModelFiles | None) -> Need | None:
+    def estimate(self, spec: ModelSpec, files: ModelFiles | None) -> MemoryNeed | None:
         """What is remembered is a guess, for settings and software change: only the headers can refuse a model.
 
         1. measured before under these very settings;  2. measured under others: no less than the headers tell;
@@ -72,9 +72,11 @@ class Estimates:
             least_bytes = weight_bytes or 0
             return _guess(other, max(least_bytes, other.weight_bytes), least_bytes)  # (2)
         if weight_bytes is not None:
-            return Need(weight_bytes=weight_bytes, workspace_bytes=self._workspace_bytes, weights_known=True)  # (3)
+            return MemoryNeed(
+                weight_bytes=weight_bytes, workspace_bytes=self._workspace_bytes, weights_known=True
+            )  # (3)
         if files is not None:
-            return Need(weight_bytes=files.size_bytes, workspace_bytes=self._workspace_bytes)  # (4)
+            return MemoryNeed(weight_bytes=files.size_bytes, workspace_bytes=self._workspace_bytes)  # (4)
         return None  # (5)
 
     def remember(self, spec: ModelSpec, files: ModelFiles, measurement: Measurement) -> None:
@@ -99,9 +101,9 @@ class Estimates:
         return f"{plain} {self._conditions}".rstrip(), plain
 
 
-def _guess(measured: Measurement, weight_bytes: int, least_weight_bytes: int) -> Need:
+def _guess(measured: Measurement, weight_bytes: int, least_weight_bytes: int) -> MemoryNeed:
     """What it took last is what it will take, but for the weights."""
-    return Need(
+    return MemoryNeed(
         weight_bytes=weight_bytes,
         workspace_bytes=measured.workspace_bytes,
         least_weight_bytes=least_weight_bytes,

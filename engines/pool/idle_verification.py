@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine
 
 import structlog
 
-from engines.pool.effect_runner import OutsideWork
+from engines.pool.effect_runner import EffectRunner
 from engines.pool.messages import Damaged, PoolEvent
 from engines.pool.runtime import Time
 from engines.pool.slot import Slot
@@ -28,7 +28,7 @@ class IdleVerification:
 
     def __init__(
         self,
-        work: OutsideWork,
+        work: EffectRunner,
         state: PoolState,
         time: Time,
         step: Callable[[PoolEvent], None],
@@ -59,7 +59,7 @@ class IdleVerification:
         return all(used_s is None or now_s - used_s >= IDLE_S for used_s in used)
 
     def _may_go_on(self) -> bool:
-        """Asked from the thread that hashes, too."""
+        """HubRequest from the thread that hashes, too."""
         return not self._state.holders and not self._state.is_draining
 
     def _candidates(self) -> list[Slot]:

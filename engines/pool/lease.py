@@ -5,7 +5,7 @@ from collections.abc import Callable
 from types import TracebackType
 
 from engines.errors import EngineError
-from engines.pool.messages import Acquire, Cancel, PoolEvent, Release
+from engines.pool.messages import LeaseCancelled, LeaseReleased, LeaseRequested, PoolEvent
 from engines.protocols import Engine
 
 
@@ -53,7 +53,9 @@ class Lease:
     it is on the path of every request.
     """
 
-    def __init__(self, step: Callable[[PoolEvent], None], callers: Callers, acquire: Callable[[int], Acquire]) -> None:
+    def __init__(
+        self, step: Callable[[PoolEvent], None], callers: Callers, acquire: Callable[[int], LeaseRequested]
+    ) -> None:
         self._step = step
         self._callers = callers
         self._acquire = acquire
@@ -68,7 +70,7 @@ class Lease:
             self._step(self._acquire(waiter_id))
             engine = await future
         except BaseException:
-            self._step(Cancel(waiter_id))
+            self._step(LeaseCancelled(waiter_id))
             raise
         finally:
             self._callers.forget(waiter_id)
@@ -81,7 +83,7 @@ class Lease:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._callers.leases.discard(self)
-        self._step(Release(self._waiter_id))
+        self._step(LeaseReleased(self._waiter_id))
         if kind is asyncio.CancelledError and self._interruption is not None and self._was_alone():
             raise self._interruption from None
 

@@ -10,7 +10,7 @@ from msgspec import Struct
 
 from engines.errors import EngineError
 from engines.pool.reasons import DAMAGED, EVICTED, IDLE, SHUTDOWN
-from engines.pool.slot import Failure, Need, Slot
+from engines.pool.slot import LoadFailure, MemoryNeed, Slot
 from engines.spec import ModelSpec
 from engines.types import ModelFiles, State
 
@@ -36,21 +36,21 @@ class Fail(Struct, frozen=True):
 
 
 class StartLocate(Struct, frozen=True):
-    """Look on disk, else ask for the size. Ends in `Located` or `FetchFailed`."""
+    """Look on disk, else ask for the size. Ends in `FilesLocated` or `DownloadErrored`."""
 
     slot_id: int
     spec: ModelSpec
 
 
 class StartFetch(Struct, frozen=True):
-    """Bring the files. Ends in `Fetched` or `FetchFailed`."""
+    """Bring the files. Ends in `DownloadCompleted` or `DownloadErrored`."""
 
     slot_id: int
     spec: ModelSpec
 
 
 class Discard(Struct, frozen=True):
-    """Remove a corrupt file, or all. Ends in `Discarded`."""
+    """Remove a corrupt file, or all. Ends in `FilesDiscarded`."""
 
     slot_id: int
     spec: ModelSpec
@@ -62,28 +62,28 @@ class ReadMemory(Struct, frozen=True):
 
 
 class StartLoad(Struct, frozen=True):
-    """Build the engine; `need` is charged already. Ends in `Loaded` or `LoadFailed`."""
+    """Build the engine; `need` is charged already. Ends in `LoadCompleted` or `LoadErrored`."""
 
     slot_id: int
     spec: ModelSpec
     files: ModelFiles
-    need: Need
+    need: MemoryNeed
 
 
 class StartWarm(Struct, frozen=True):
-    """Warm the engine up. Ends in `Warmed` or `WarmFailed`."""
+    """Warm the engine up. Ends in `WarmUpCompleted` or `WarmUpErrored`."""
 
     slot_id: int
 
 
 class StartUnload(Struct, frozen=True):
-    """Free the engine; nobody holds a lease on it. Ends in `Unloaded`, whatever happens."""
+    """Free the engine; nobody holds a lease on it. Ends in `UnloadCompleted`, whatever happens."""
 
     slot_id: int
 
 
 class ArmTimer(Struct, frozen=True):
-    """Send a `Tick` at this moment and at no other; None: no timer."""
+    """Send a `TimerFired` at this moment and at no other; None: no timer."""
 
     at_s: float | None
 
@@ -91,7 +91,7 @@ class ArmTimer(Struct, frozen=True):
 _BY_CAUSE = {EVICTED: "operator", SHUTDOWN: "shutdown", DAMAGED: "damaged"}
 
 
-class Facts(Struct, frozen=True, kw_only=True):
+class EventDetails(Struct, frozen=True, kw_only=True):
     """See `engines.types.Event`."""
 
     reason: str = ""
@@ -100,7 +100,7 @@ class Facts(Struct, frozen=True, kw_only=True):
     measured_bytes: int = 0
 
 
-NO_FACTS = Facts()
+NO_DETAILS = EventDetails()
 
 
 class Emit(Struct, frozen=True):
@@ -119,7 +119,7 @@ class Emit(Struct, frozen=True):
     done_bytes: int = 0
     total_bytes: int = 0
     missing_bytes: int = 0
-    facts: Facts = NO_FACTS
+    facts: EventDetails = NO_DETAILS
 
 
 Effect = (
@@ -128,7 +128,7 @@ Effect = (
 )  # fmt: skip
 
 
-def facts_of(slot: Slot, target: State, now_s: float) -> Facts:
+def event_details(slot: Slot, target: State, now_s: float) -> EventDetails:
     """What the slot's step from its present state to `target` means. Four cases:
 
     1. a load has succeeded;  2. an eviction: its requests have ended;
@@ -136,15 +136,15 @@ def facts_of(slot: Slot, target: State, now_s: float) -> Facts:
     """
     step = (slot.state, target)
     if step == ("warming", "ready"):
-        return Facts(
-            seconds=slot.load_s or 0.0, estimated_bytes=slot.estimated_bytes, measured_bytes=slot.charge.total_bytes
+        return EventDetails(
+            seconds=slot.load_s or 0.0, estimated_bytes=slot.estimated_bytes, measured_bytes=slot.reserved.total_bytes
         )  # (1)
     if step == ("draining", "unloading"):
-        return Facts(reason=_why_it_leaves(slot), seconds=now_s - slot.ready_at_s)  # (2)
+        return EventDetails(reason=_why_it_leaves(slot), seconds=now_s - slot.ready_at_s)  # (2)
     is_failure = target == "failed" or (slot.state in ("loading", "unloading") and target in ("cold", "fetching"))
     if is_failure and slot.failure is not None:
-        return Facts(reason=slot.failure.kind)  # (3)
-    return NO_FACTS  # (4)
+        return EventDetails(reason=slot.failure.kind)  # (3)
+    return NO_DETAILS  # (4)
 
 
 def _why_it_leaves(slot: Slot) -> str:
@@ -163,7 +163,7 @@ NEVER = float("inf")
 # ---- events: what callers ask -------------------------------------------------------------------------------
 
 
-class Acquire(Struct, frozen=True):
+class LeaseRequested(Struct, frozen=True):
     """A request wants a lease. Answered by exactly one `Grant` or `Fail`, unless it cancels first."""
 
     waiter_id: int
@@ -173,19 +173,19 @@ class Acquire(Struct, frozen=True):
     may_move: bool = False
 
 
-class Cancel(Struct, frozen=True):
+class LeaseCancelled(Struct, frozen=True):
     """Whoever `waiter_id` is has gone: stop waiting, give back the lease, or give up the eviction. Never an error."""
 
     waiter_id: int
 
 
-class Release(Struct, frozen=True):
+class LeaseReleased(Struct, frozen=True):
     """The lease granted to `waiter_id` ends."""
 
     waiter_id: int
 
 
-class Preload(Struct, frozen=True):
+class PreloadRequested(Struct, frozen=True):
     """Load without a request; an operator's word, so it also ends a quarantine.
 
     `is_tentative`: where the load fails, another host is asked, so the model is neither pinned nor tried again here.
@@ -196,7 +196,7 @@ class Preload(Struct, frozen=True):
     is_tentative: bool = False
 
 
-class Evict(Struct, frozen=True):
+class EvictionRequested(Struct, frozen=True):
     """An operator wants the model's memory back. Answered by exactly one `Done` or `Fail`, unless it cancels first."""
 
     waiter_id: int
@@ -204,62 +204,62 @@ class Evict(Struct, frozen=True):
     is_forced: bool = False
 
 
-class Reload(Struct, frozen=True):
+class RegistryReloaded(Struct, frozen=True):
     """The registry's models from now on."""
 
     specs: Mapping[str, ModelSpec]
 
 
-class Drain(Struct, frozen=True):
+class DrainRequested(Struct, frozen=True):
     """Shut down: admit nothing new, let what was admitted finish, free everything."""
 
 
-class Tick(Struct, frozen=True):
+class TimerFired(Struct, frozen=True):
     """Time passed."""
 
 
 # ---- events: how outside work ended -------------------------------------------------------------------------
 
 
-class Found(Struct, frozen=True):
+class FilesFound(Struct, frozen=True):
     """The look around at start: the files are on disk already. Old news unless the model is absent."""
 
     slot_id: int
     files: ModelFiles
-    need: Need
+    need: MemoryNeed
 
 
-class Sized(Struct, frozen=True):
+class SizeEstimated(Struct, frozen=True):
     """What the model takes, asked for without any wish to load it. Old news when that is known already."""
 
     slot_id: int
-    need: Need
+    need: MemoryNeed
 
 
-class Located(Struct, frozen=True):
+class FilesLocated(Struct, frozen=True):
     """Looked on disk. `files` None: not whole there; `need` None: the size is unknown until the download is done."""
 
     slot_id: int
     files: ModelFiles | None
-    need: Need | None
+    need: MemoryNeed | None
 
 
-class Fetched(Struct, frozen=True):
+class DownloadCompleted(Struct, frozen=True):
     """The files are on disk, verified."""
 
     slot_id: int
     files: ModelFiles
-    need: Need
+    need: MemoryNeed
 
 
-class FetchFailed(Struct, frozen=True):
+class DownloadErrored(Struct, frozen=True):
     """Looking, asking or downloading failed."""
 
     slot_id: int
-    failure: Failure
+    failure: LoadFailure
 
 
-class FetchProgress(Struct, frozen=True):
+class DownloadProgressed(Struct, frozen=True):
     """A download came this far."""
 
     slot_id: int
@@ -267,7 +267,7 @@ class FetchProgress(Struct, frozen=True):
     total_bytes: int
 
 
-class Discarded(Struct, frozen=True):
+class FilesDiscarded(Struct, frozen=True):
     """A corrupt file is gone, or may not be removed."""
 
     slot_id: int
@@ -279,7 +279,7 @@ class Damaged(Struct, frozen=True):
 
     slot_id: int
     files: ModelFiles
-    failure: Failure
+    failure: LoadFailure
 
 
 class BudgetChanged(Struct, frozen=True):
@@ -295,20 +295,20 @@ class Blocked(Struct, frozen=True):
     reason: str
 
 
-class Loaded(Struct, frozen=True):
+class LoadCompleted(Struct, frozen=True):
     """The engine exists."""
 
     slot_id: int
 
 
-class LoadFailed(Struct, frozen=True):
+class LoadErrored(Struct, frozen=True):
     """No engine came of it, and no memory is held."""
 
     slot_id: int
-    failure: Failure
+    failure: LoadFailure
 
 
-class Warmed(Struct, frozen=True):
+class WarmUpCompleted(Struct, frozen=True):
     """The engine ran once; these are measured."""
 
     slot_id: int
@@ -316,21 +316,41 @@ class Warmed(Struct, frozen=True):
     workspace_bytes: int
 
 
-class WarmFailed(Struct, frozen=True):
+class WarmUpErrored(Struct, frozen=True):
     """The engine exists and is no good; it must be unloaded."""
 
     slot_id: int
-    failure: Failure
+    failure: LoadFailure
 
 
-class Unloaded(Struct, frozen=True):
+class UnloadCompleted(Struct, frozen=True):
     """The memory is free."""
 
     slot_id: int
 
 
 PoolEvent = (
-    Acquire | Cancel | Release | Preload | Evict | Reload | Drain | Tick
-    | Found | Sized | Located | Fetched | FetchFailed | FetchProgress | Discarded | Damaged | BudgetChanged
-    | Blocked | Loaded | LoadFailed | Warmed | WarmFailed | Unloaded
-)  # fmt: skip
+    LeaseRequested
+    | LeaseCancelled
+    | LeaseReleased
+    | PreloadRequested
+    | EvictionRequested
+    | RegistryReloaded
+    | DrainRequested
+    | TimerFired
+    | FilesFound
+    | SizeEstimated
+    | FilesLocated
+    | DownloadCompleted
+    | DownloadErrored
+    | DownloadProgressed
+    | FilesDiscarded
+    | Damaged
+    | BudgetChanged
+    | Blocked
+    | LoadCompleted
+    | LoadErrored
+    | WarmUpCompleted
+    | WarmUpErrored
+    | UnloadCompleted
+)

@@ -1,4 +1,4 @@
-"""The thin shell around `engines/pool/state_machine.py`: carries effects out, and turns outcomes, timers and callers into events.
+"""Runs the pool on an event loop: carries effects out, and turns outcomes, timers and callers into events.
 
 It lives on one event loop and decides nothing. Every change is one synchronous `step`, so there is nothing to lock.
 """
@@ -10,30 +10,30 @@ from functools import partial
 import structlog
 from msgspec import structs
 
-from engines.pool.effect_runner import OutsideWork, Scout
+from engines.pool.effect_runner import DiskScanner, EffectRunner
 from engines.pool.estimates import Estimates, Measurement
 from engines.pool.event_log import EventLog
 from engines.pool.idle_verification import IdleVerification
 from engines.pool.lease import Callers, Lease
 from engines.pool.messages import (
-    Acquire,
     ArmTimer,
     Blocked,
     BudgetChanged,
-    Cancel,
     Done,
-    Drain,
+    DrainRequested,
     Effect,
     Emit,
-    Evict,
+    EvictionRequested,
     Fail,
     Grant,
+    LeaseCancelled,
+    LeaseRequested,
     PoolEvent,
-    Preload,
+    PreloadRequested,
     ReadMemory,
-    Reload,
-    Tick,
-    Warmed,
+    RegistryReloaded,
+    TimerFired,
+    WarmUpCompleted,
 )
 from engines.pool.reasons import (
     EVICTED,
@@ -44,10 +44,10 @@ from engines.pool.reasons import (
     shut_down,
     shutting_down,
 )
-from engines.pool.runtime import HostConfig, Timer, World
+from engines.pool.runtime import HostConfig, HostRuntime, Timer
 from engines.pool.slot import Slot
-from engines.pool.state_machine import PoolCore
-from engines.pool.status import Viewpoint
+from engines.pool.state_machine import PoolStateMachine
+from engines.pool.status import StatusView
 from engines.protocols import Files, Loader
 from engines.spec import ModelSpec
 from engines.types import Budget, EmbedCall, HostSnapshot, ModelStatus, Plan, State
@@ -58,21 +58,21 @@ INTERRUPT_S = 5.0
 """How long requests that are interrupted at the end of the grace time get to let go."""
 
 
-class Pool:
+class ModelPool:
     """The models of one device, for callers on its event loop. Nothing works before `start`."""
 
     def __init__(
-        self, config: HostConfig, specs: Mapping[str, ModelSpec], files: Files, loader: Loader, world: World
+        self, config: HostConfig, specs: Mapping[str, ModelSpec], files: Files, loader: Loader, world: HostRuntime
     ) -> None:
         self._config = config
         self._world = world
-        self._core = PoolCore(specs, budget_bytes=0, rules=config.rules, jitter=world.jitter)
+        self._core = PoolStateMachine(specs, budget_bytes=0, rules=config.rules, jitter=world.jitter)
         self._state = self._core.state
         estimates = Estimates(files, world.measurements, config.device, config.workspace_bytes, config.conditions)
-        self._work = OutsideWork(files, loader, estimates, world.workers, self._report, config.hang_s)
+        self._work = EffectRunner(files, loader, estimates, world.workers, self._report, config.hang_s)
         self._verification = IdleVerification(self._work, self._state, world.time, self.step, self._spawn)
-        self._scout = Scout(self._work, self.step, self._spawn)
-        self._view = Viewpoint(config.host_id, config.device, self._to_unix_s)
+        self._scout = DiskScanner(self._work, self.step, self._spawn)
+        self._view = StatusView(config.host_id, config.device, self._to_unix_s)
         self._callers = Callers()
         self.interrupt = self._callers.interrupt
         self._tasks: set[asyncio.Task[None]] = set()
@@ -103,8 +103,8 @@ class Pool:
         """
         deadline_s = self._world.time.now_s() + call.load_timeout_s
 
-        def acquire(waiter_id: int) -> Acquire:
-            return Acquire(waiter_id, call.model_id, call.keep_alive_s, deadline_s, call.may_move)
+        def acquire(waiter_id: int) -> LeaseRequested:
+            return LeaseRequested(waiter_id, call.model_id, call.keep_alive_s, deadline_s, call.may_move)
 
         return Lease(self.step, self._callers, acquire)
 
@@ -120,12 +120,12 @@ class Pool:
         if self._state.blocked and slot.state not in ("ready", "warming"):
             raise load_hangs(slot, self._state.blocked)
         is_tentative = may_move and wait
-        self.step(Preload(model_id, pin, is_tentative))
+        self.step(PreloadRequested(model_id, pin, is_tentative))
         if wait:
             call = EmbedCall(model_id=model_id, load_timeout_s=float("inf"), may_move=is_tentative)
             async with self.lease(call):
                 if is_tentative and self.state_of(model_id) == "ready":
-                    self.step(Preload(model_id, pin))
+                    self.step(PreloadRequested(model_id, pin))
             slot = self._slot(model_id)
             is_kept = slot.state == "ready" and slot.is_pinned
             if slot.leaving_cause == EVICTED or (pin and not is_kept):
@@ -135,7 +135,7 @@ class Pool:
     async def evict(self, model_id: str, *, force: bool, timeout_s: float) -> ModelStatus:
         """Free the model after its requests; gives up at the time-out, and then it serves on."""
         waiter_id, future = self._callers.admit()
-        self.step(Evict(waiter_id, model_id, force))
+        self.step(EvictionRequested(waiter_id, model_id, force))
         at_s = self._world.time.now_s() + timeout_s
         timer = self._world.time.call_at(at_s, partial(self._give_up_eviction, waiter_id, timeout_s))
         try:
@@ -143,12 +143,12 @@ class Pool:
         finally:
             timer.cancel()
             self._callers.forget(waiter_id)
-            self.step(Cancel(waiter_id))
+            self.step(LeaseCancelled(waiter_id))
         return self.status(model_id)
 
     async def aclose(self, grace_s: float) -> None:
         """Drain; interrupt what still runs after the grace time; free everything that can be freed."""
-        self.step(Drain())
+        self.step(DrainRequested())
         if not await self._is_empty_within(grace_s):
             log.warning("pool.grace_over", host=self._config.host_id, leases=len(self._callers.leases))
             self._callers.interrupt(shut_down)
@@ -164,7 +164,7 @@ class Pool:
     def reload(self, specs: Mapping[str, ModelSpec]) -> None:
         """What is new is looked for on disk, as at the start."""
         known = set(self._state.slots)
-        self.step(Reload(specs))
+        self.step(RegistryReloaded(specs))
         new = [slot for slot in self._state.current.values() if slot.slot_id not in known]
         self._spawn(self._scout.look_around(new))
 
@@ -245,7 +245,7 @@ class Pool:
     def _arm(self, at_s: float | None) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = None if at_s is None else self._world.time.call_at(at_s, partial(self.step, Tick()))
+        self._timer = None if at_s is None else self._world.time.call_at(at_s, partial(self.step, TimerFired()))
 
     # ---- outside work ----
 
@@ -266,10 +266,10 @@ class Pool:
         else:
             event = await self._work.do(effect)
         self.step(event)
-        if isinstance(event, Warmed):
+        if isinstance(event, WarmUpCompleted):
             await self._remember(event)
 
-    async def _remember(self, event: Warmed) -> None:
+    async def _remember(self, event: WarmUpCompleted) -> None:
         slot = self._state.slots[event.slot_id]
         if slot.files is not None and slot.load_s is not None:
             measured = Measurement(

@@ -10,7 +10,7 @@ from engines.errors import (
     OutOfMemory,
     ShuttingDown,
 )
-from engines.pool.slot import Failure, Need, Slot
+from engines.pool.slot import LoadFailure, MemoryNeed, Slot
 from engines.types import format_bytes
 
 EVICTED = "evicted by an operator"
@@ -19,7 +19,7 @@ DAMAGED = "its files were damaged or replaced on the disk"
 IDLE = "idle for its keep_alive"
 
 
-def known_bytes(need: Need | None) -> int:
+def known_bytes(need: MemoryNeed | None) -> int:
     return need.known().total_bytes if need else 0
 
 
@@ -30,7 +30,7 @@ def too_large(slot: Slot, budget_bytes: int) -> ModelTooLarge:
     )
 
 
-def load_error(slot: Slot, failure: Failure, now_s: float) -> EngineError:
+def load_error(slot: Slot, failure: LoadFailure, now_s: float) -> EngineError:
     """The cause for those who waited, and for those who ask during the quarantine."""
     wait_s = max(0.1, slot.retry_at_s - now_s)
     message = f"model {slot.model_id!r} failed to load ({failure.kind}): {failure.message}; "
@@ -112,7 +112,7 @@ def kept_out(slot: Slot, pinned_bytes: int, budget_bytes: int) -> str:
     )
 
 
-def held_by_others(slot: Slot, need: Need, limit_bytes: int) -> str:
+def held_by_others(slot: Slot, need: MemoryNeed, limit_bytes: int) -> str:
     """Why a claim cannot be had now, whichever of our models left."""
     return (
         f"model {slot.model_id!r} needs {format_bytes(need.total_bytes)}, and other processes leave "
@@ -120,7 +120,7 @@ def held_by_others(slot: Slot, need: Need, limit_bytes: int) -> str:
     )
 
 
-def makes_room(claimant: Slot, need: Need, missing_bytes: int, *, is_turn: bool) -> str:
+def makes_room(claimant: Slot, need: MemoryNeed, missing_bytes: int, *, is_turn: bool) -> str:
     """The cause of an eviction; the thrash of two models that cannot both fit is named as such."""
     cause = f"makes room for {claimant.model_id}, which needs {format_bytes(need.total_bytes)}; "
     cause += f"{format_bytes(missing_bytes)} are missing"

@@ -13,10 +13,10 @@ from typing import Protocol, TypeVar
 
 from msgspec import Struct
 
-from engines.device.health import Pulse, ReadPulse
+from engines.device.health import DeviceHealth, ReadHealth
 from engines.device.memory import DeviceMemory, device_memory
 from engines.pool.estimates import Measurements
-from engines.pool.slot import Rules
+from engines.pool.slot import PoolPolicy
 from engines.types import Budget
 
 
@@ -184,7 +184,7 @@ class HostConfig(Struct, frozen=True, kw_only=True):
     device: str = "cpu"
     budget: Budget = Budget(fraction=0.8)
     workspace_bytes: int = 512 * 2**20
-    rules: Rules = Rules()
+    rules: PoolPolicy = PoolPolicy()
     max_events: int = 2048
     num_fetchers: int = 4
     measurements: Path | None = None
@@ -197,7 +197,7 @@ class HostConfig(Struct, frozen=True, kw_only=True):
         return 5.0 * self.watchdog_s
 
 
-class World(Struct, frozen=True, kw_only=True):
+class HostRuntime(Struct, frozen=True, kw_only=True):
     """Clock, threads, device memory, chance. `measurements` is shared by all hosts of a process.
 
     `pulse`: how the device's lane goes.
@@ -208,12 +208,12 @@ class World(Struct, frozen=True, kw_only=True):
     memory: DeviceMemory
     measurements: Measurements
     jitter: Callable[[], float] = random.random
-    pulse: ReadPulse = Pulse
+    health: ReadHealth = DeviceHealth
 
 
-def real_world(config: HostConfig, measurements: Measurements | None = None) -> World:
+def default_runtime(config: HostConfig, measurements: Measurements | None = None) -> HostRuntime:
     """The world as it is."""
-    return World(
+    return HostRuntime(
         time=LoopTime(),
         workers=Threads(config.host_id, config.num_fetchers),
         memory=device_memory(config.device),
@@ -221,6 +221,6 @@ def real_world(config: HostConfig, measurements: Measurements | None = None) -> 
     )
 
 
-def suits(device: str, wish: str) -> bool:
+def device_matches(device: str, wish: str) -> bool:
     """Whether a model whose registry entry says `device: wish` may run on `device`: `auto`, a kind, or one device."""
     return wish in ("auto", device, device.partition(":")[0])

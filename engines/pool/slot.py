@@ -35,7 +35,7 @@ Work = Literal["locate", "fetch", "discard", "load", "warm", "unload"]
 """What the shell does for a slot outside the pool; at most one at a time."""
 
 
-class Rules(Struct, frozen=True, kw_only=True):
+class PoolPolicy(Struct, frozen=True, kw_only=True):
     """The pool's numbers. Seconds; `retry_*` are (first delay, longest delay) of the quarantine's doubling."""
 
     min_residency_s: float = 5.0
@@ -47,7 +47,7 @@ class Rules(Struct, frozen=True, kw_only=True):
     oom_growth: float = 1.5
 
 
-class Need(Struct, frozen=True, kw_only=True):
+class MemoryNeed(Struct, frozen=True, kw_only=True):
     """Bytes that a model takes. What is not `known` is a guess: enough to plan with, not to refuse a model for.
 
     `least_weight_bytes`: where the weights are a guess, what they take at least for certain.
@@ -65,22 +65,22 @@ class Need(Struct, frozen=True, kw_only=True):
         """What the model takes when it is alone on the device."""
         return self.weight_bytes + self.workspace_bytes
 
-    def known(self) -> "Need":
+    def known(self) -> "MemoryNeed":
         """Only what is certain."""
-        return Need(
+        return MemoryNeed(
             weight_bytes=self.weight_bytes if self.weights_known else self.least_weight_bytes,
             workspace_bytes=self.workspace_bytes if self.workspace_known else 0,
         )
 
-    def grown(self, factor: float) -> "Need":
+    def scaled(self, factor: float) -> "MemoryNeed":
         """After an out-of-memory: the figures were too low, whoever gave them."""
-        return Need(
+        return MemoryNeed(
             weight_bytes=int(self.weight_bytes * factor),
             workspace_bytes=int(self.workspace_bytes * factor),
             load_s=self.load_s,
         )
 
-    def clipped(self, room_bytes: int) -> "Need":
+    def capped(self, room_bytes: int) -> "MemoryNeed":
         """Guesses cut down to the room there can ever be, so that a guess alone never keeps a model out."""
         weights = max(self.known().weight_bytes, min(self.weight_bytes, room_bytes))
         rest = max(0, room_bytes - weights)
@@ -88,10 +88,10 @@ class Need(Struct, frozen=True, kw_only=True):
         return msgspec.structs.replace(self, weight_bytes=weights, workspace_bytes=workspace)
 
 
-NOTHING = Need()
+NO_MEMORY = MemoryNeed()
 
 
-class Failure(Struct, frozen=True, kw_only=True):
+class LoadFailure(Struct, frozen=True, kw_only=True):
     """Why a fetch, a load or a warm-up failed; `message` is fit for clients."""
 
     kind: str
@@ -144,8 +144,8 @@ class Slot(Struct, eq=False, kw_only=True):
     is_retired: bool = False
 
     files: ModelFiles | None = None
-    need: Need | None = None
-    charge: Need = NOTHING
+    need: MemoryNeed | None = None
+    reserved: MemoryNeed = NO_MEMORY
     estimated_bytes: int = 0
     fetched_bytes: int = 0
     fetch_total_bytes: int = 0
@@ -169,7 +169,7 @@ class Slot(Struct, eq=False, kw_only=True):
     evictions: int = 0
     evicted_for: str | None = None
 
-    failure: Failure | None = None
+    failure: LoadFailure | None = None
     attempts: int = 0
     retry_at_s: float = 0.0
     had_oom: bool = False
@@ -198,6 +198,6 @@ class Slot(Struct, eq=False, kw_only=True):
         """When an idle model's time is up. Only for `keep_alive_s >= 0`."""
         return self.used_at_s + self.keep_alive_s
 
-    def matures_at_s(self, rules: Rules) -> float:
+    def evictable_from_s(self, rules: PoolPolicy) -> float:
         """The end of its minimum residency: before it, room is not made at its cost."""
         return self.ready_at_s + max(rules.min_residency_s, rules.residency_loads * (self.load_s or 0.0))

@@ -21,10 +21,10 @@ from engines.pool.messages import (
     StartLocate,
     StartUnload,
     StartWarm,
-    facts_of,
+    event_details,
 )
 from engines.pool.reasons import EVICTED
-from engines.pool.slot import CHARGED, EDGES, NOTHING, Need, Rules, Slot, Waiter, Work
+from engines.pool.slot import CHARGED, EDGES, NO_MEMORY, MemoryNeed, PoolPolicy, Slot, Waiter, Work
 from engines.spec import ModelSpec
 from engines.types import State
 
@@ -37,7 +37,7 @@ _WORK: dict[type, Work] = {
 class PoolState:
     """Slots by id (all generations) and by model (the current one), and the effects of the step in progress."""
 
-    def __init__(self, specs: Mapping[str, ModelSpec], budget_bytes: int, rules: Rules) -> None:
+    def __init__(self, specs: Mapping[str, ModelSpec], budget_bytes: int, rules: PoolPolicy) -> None:
         self.rules = rules
         self.budget_bytes = budget_bytes
         self.ceiling_bytes: int | None = None
@@ -73,7 +73,7 @@ class PoolState:
             return self.budget_bytes
         return min(self.budget_bytes, self.ceiling_bytes)
 
-    def is_too_large(self, need: Need | None) -> bool:
+    def is_too_large(self, need: MemoryNeed | None) -> bool:
         """Known for certain not to fit even alone; a guess never refuses a model."""
         return need is not None and total_bytes([need.known()]) > self.budget_bytes
 
@@ -105,16 +105,16 @@ class PoolState:
             raise RuntimeError(f"bug: {slot.model_id} may not go from {slot.state} to {target} ({cause})")
         emit = Emit(
             slot.slot_id, slot.model_id, "state", slot.state, target, cause, claimant,
-            missing_bytes=missing_bytes, facts=facts_of(slot, target, self.now_s),
+            missing_bytes=missing_bytes, facts=event_details(slot, target, self.now_s),
         )  # fmt: skip
         self.effects.append(emit)
         slot.state = target
         if target == "warming":
-            slot.estimated_bytes = slot.charge.total_bytes
+            slot.estimated_bytes = slot.reserved.total_bytes
         if target == "waiting_space":
             slot.claimed_at_s = self.now_s
         if target not in CHARGED:
-            slot.charge = NOTHING
+            slot.reserved = NO_MEMORY
         if target == "retired":
             del self.slots[slot.slot_id]
 
@@ -136,7 +136,7 @@ class PoolState:
     def retire(self, slot: Slot) -> None:
         """Last stop of a slot without memory or work; those who wait for it to go are told."""
         self.move(slot, "retired", slot.leaving_cause or "replaced")
-        self.tell_evictors(slot)
+        self.notify_evictors(slot)
 
     def drain(self, slot: Slot, cause: str, claimant: str | None = None, missing_bytes: int = 0) -> None:
         """No new leases from now on; freed in this same step when there are none."""
@@ -210,7 +210,7 @@ class PoolState:
         for waiter_id in list(slot.waiters):
             self.fail(slot, waiter_id, make_error())
 
-    def tell_evictors(self, slot: Slot) -> None:
+    def notify_evictors(self, slot: Slot) -> None:
         for waiter_id in slot.evictors:
             del self.holders[waiter_id]
             self.effects.append(Done(waiter_id))

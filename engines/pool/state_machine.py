@@ -24,22 +24,22 @@ from functools import partial
 
 from engines.errors import EngineError, ModelNotFound, ModelPinned
 from engines.pool.admission import Admission, end_quarantine
-from engines.pool.completions import Outcomes
+from engines.pool.completions import CompletionHandlers
 from engines.pool.messages import (
-    Acquire,
     Blocked,
     BudgetChanged,
-    Cancel,
-    Drain,
+    DrainRequested,
     Effect,
     Emit,
-    Evict,
+    EvictionRequested,
     Fail,
+    LeaseCancelled,
+    LeaseReleased,
+    LeaseRequested,
     PoolEvent,
-    Preload,
-    Release,
-    Reload,
-    Tick,
+    PreloadRequested,
+    RegistryReloaded,
+    TimerFired,
 )
 from engines.pool.reasons import (
     EVICTED,
@@ -52,7 +52,7 @@ from engines.pool.reasons import (
     shutting_down,
     too_large,
 )
-from engines.pool.slot import CHARGED, Rules, Slot, Waiter
+from engines.pool.slot import CHARGED, PoolPolicy, Slot, Waiter
 from engines.pool.state import PoolState
 from engines.spec import ModelSpec, is_same_engine
 
@@ -107,7 +107,7 @@ def _leave(state: PoolState, slot: Slot, cause: str) -> None:
         state.retire(slot)  # (2)
 
 
-class PoolCore:
+class PoolStateMachine:
     """All slots of one device. Called from one thread only; never blocks."""
 
     def __init__(
@@ -115,24 +115,24 @@ class PoolCore:
         specs: Mapping[str, ModelSpec],
         *,
         budget_bytes: int,
-        rules: Rules | None = None,
+        rules: PoolPolicy | None = None,
         jitter: Callable[[], float] = lambda: 0.5,
     ) -> None:
         """`jitter`: a number in [0, 1) for each failure, so that a fleet does not try again in step."""
-        self.state = PoolState(specs, budget_bytes, rules or Rules())
+        self.state = PoolState(specs, budget_bytes, rules or PoolPolicy())
         self.admission = Admission(self.state)
         self._handlers: dict[type, Callable[..., bool | None]] = {
-            Acquire: self._acquire,
-            Cancel: self._cancel,
-            Release: self._release,
-            Preload: self._preload,
-            Evict: self._evict,
-            Reload: self._reload,
-            Drain: self._drain,
-            Tick: self._tick,
+            LeaseRequested: self._acquire,
+            LeaseCancelled: self._cancel,
+            LeaseReleased: self._release,
+            PreloadRequested: self._preload,
+            EvictionRequested: self._evict,
+            RegistryReloaded: self._reload,
+            DrainRequested: self._drain,
+            TimerFired: self._tick,
             BudgetChanged: self._budget_changed,
             Blocked: self._blocked,
-            **Outcomes(self.state, jitter).handlers,
+            **CompletionHandlers(self.state, jitter).handlers,
         }
 
     def handle(self, event: PoolEvent, now_s: float) -> list[Effect]:
@@ -153,7 +153,7 @@ class PoolCore:
 
     # ---- what callers ask ----
 
-    def _acquire(self, event: Acquire) -> bool:
+    def _acquire(self, event: LeaseRequested) -> bool:
         """Five cases:
 
         1. the host drains;             2. no such model;
@@ -195,7 +195,7 @@ class PoolCore:
             return too_large(slot, self.state.budget_bytes)  # (3)
         return None  # (4)
 
-    def _cancel(self, event: Cancel) -> bool:
+    def _cancel(self, event: LeaseCancelled) -> bool:
         """Four cases: 1. answered with an error 2. a waiter 3. a lease, perhaps of this very tick 4. an evictor."""
         slot = self.state.holders.get(event.waiter_id)
         if slot is None:
@@ -210,7 +210,7 @@ class PoolCore:
         self._undo_evict(slot)
         return False
 
-    def _release(self, event: Release) -> bool:
+    def _release(self, event: LeaseReleased) -> bool:
         slot = self.state.holders.get(event.waiter_id)
         if slot is None or event.waiter_id not in slot.leases:
             raise RuntimeError(f"bug: lease {event.waiter_id} is given back, but nobody holds it")
@@ -220,9 +220,9 @@ class PoolCore:
         """Only a model's last lease can matter to anybody else."""
         self.state.give_back(slot, waiter_id)
         self.state.unload_if_free(slot)
-        return bool(slot.leases) or not self.admission.matters(slot)
+        return bool(slot.leases) or not self.admission.may_unblock_others(slot)
 
-    def _preload(self, event: Preload) -> None:
+    def _preload(self, event: PreloadRequested) -> None:
         """Five cases:
 
         1. no such model, shutting down or never to fit: nothing (a waiter beside it gets the error);
@@ -243,7 +243,7 @@ class PoolCore:
         slot.is_wanted = slot.is_wanted or not event.is_tentative
         self.state.make_claim(slot)  # (5)
 
-    def _evict(self, event: Evict) -> None:
+    def _evict(self, event: EvictionRequested) -> None:
         """Seven cases:
 
         1. no such model;  2. pinned, and not forced;  3. nothing can be freed;
@@ -268,7 +268,7 @@ class PoolCore:
         self.state.holders[event.waiter_id] = slot
         if slot.state in ("absent", "fetching", "cold", "waiting_space", "failed"):
             self.state.forget_wishes(slot)
-            self.state.tell_evictors(slot)  # (4)
+            self.state.notify_evictors(slot)  # (4)
         elif slot.state == "ready":
             self.state.drain(slot, EVICTED)  # (5)
         elif slot.state in ("loading", "warming"):
@@ -309,11 +309,11 @@ class PoolCore:
             if not slot.is_retired and not self.state.is_draining:
                 self._stay(slot, f"cannot be freed: {event.reason}")  # (2)
 
-    def _reload(self, event: Reload) -> None:
+    def _reload(self, event: RegistryReloaded) -> None:
         if not self.state.is_draining:
             reload(self.state, event.specs)
 
-    def _drain(self, event: Drain) -> None:
+    def _drain(self, event: DrainRequested) -> None:
         """What is ready or nearly so serves those it was loaded for; everybody else is sent away."""
         self.state.is_draining = True
         for slot in list(self.state.slots.values()):
@@ -324,7 +324,7 @@ class PoolCore:
             if slot.state == "ready":
                 self.state.drain(slot, SHUTDOWN)
 
-    def _tick(self, event: Tick) -> None:
+    def _tick(self, event: TimerFired) -> None:
         self.admission.on_tick()
 
     def _budget_changed(self, event: BudgetChanged) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from engines.pool.admission import claimed_bytes
 from engines.pool.eviction import charges, choose_victims, missing_bytes, total_bytes, victim_order
 from engines.pool.reasons import kept_out, known_bytes
-from engines.pool.slot import CHARGED, LEAVING, NOTHING, Slot
+from engines.pool.slot import CHARGED, LEAVING, NO_MEMORY, Slot
 from engines.pool.state import PoolState
 from engines.protocols import Engine
 from engines.types import HostSnapshot, ModelStatus, Plan, format_bytes
@@ -14,7 +14,7 @@ _CEILING_S = 60.0
 """So long a reading of the device tells placement to look elsewhere first; then it is worth another look."""
 
 
-class Viewpoint:
+class StatusView:
     """Where the slots are, and how the pool's clock reads on the wall."""
 
     def __init__(self, host_id: str, device: str, to_unix_s: Callable[[float], float]) -> None:
@@ -36,8 +36,8 @@ class Viewpoint:
             source=slot.spec.source,
             revision=slot.files.revision if slot.files else slot.spec.revision,
             info=engine.info if engine else None,
-            weight_bytes=slot.charge.weight_bytes,
-            workspace_bytes=slot.charge.workspace_bytes,
+            weight_bytes=slot.reserved.weight_bytes,
+            workspace_bytes=slot.reserved.workspace_bytes,
             leases=len(slot.leases),
             waiters=len(slot.waiters),
             queue_items=engine.queue_items if engine else 0,
@@ -60,8 +60,8 @@ class Viewpoint:
     ) -> HostSnapshot:
         """The device now. An old generation on its way out is charged, but only the current one is listed."""
         charged = state.charged()
-        used = sum(slot.charge.weight_bytes for slot in charged)
-        workspace = max((slot.charge.workspace_bytes for slot in charged), default=0)
+        used = sum(slot.reserved.weight_bytes for slot in charged)
+        workspace = max((slot.reserved.workspace_bytes for slot in charged), default=0)
         return HostSnapshot(
             host_id=self.host_id,
             device=self.device,
@@ -82,7 +82,7 @@ class Viewpoint:
 
     def plan(self, state: PoolState, slot: Slot) -> Plan:
         """What loading would do if it began now and nobody were busy or young."""
-        need = slot.need or NOTHING
+        need = slot.need or NO_MEMORY
         evict, fits, reason = planned(state, slot)
         return Plan(
             model_id=slot.model_id,
@@ -123,7 +123,7 @@ def planned(state: PoolState, slot: Slot) -> tuple[Sequence[Slot], bool, str]:
         return (), True, "its size is not known before its files are here"  # (4)
     staying = [other for other in state.charged() if other is not slot]
     pinned = [other for other in staying if other.is_pinned]
-    need = slot.need.clipped(budget - total_bytes(charges(pinned)))
+    need = slot.need.capped(budget - total_bytes(charges(pinned)))
     missing = missing_bytes(staying, need, budget)
     if missing == 0:
         return (), True, "fits in free memory"  # (5)

@@ -16,7 +16,7 @@ log = structlog.get_logger(__name__)
 Detail = str | int | float | None
 
 
-class Failure(Struct, frozen=True, kw_only=True, tag=True):
+class ErrorRecord(Struct, frozen=True, kw_only=True, tag=True):
     """One `EngineError`: the name of its class, its message, and what else it carries (`param`, `retry_after_s`, …)."""
 
     kind: str
@@ -24,17 +24,17 @@ class Failure(Struct, frozen=True, kw_only=True, tag=True):
     details: dict[str, Detail] = {}
 
 
-def failure_of(error: Exception) -> Failure:
+def error_record_of(error: Exception) -> ErrorRecord:
     """The record of an error. What nobody foresaw is logged here, where its traceback is, and crosses without it."""
     if isinstance(error, EngineError):
         details = {name: value for name, value in vars(error).items() if isinstance(value, Detail)}
-        return Failure(kind=type(error).__name__, message=str(error), details=details)
+        return ErrorRecord(kind=type(error).__name__, message=str(error), details=details)
     log.error("host.crashed", exc_info=error)
     message = f"the host failed on this request ({type(error).__name__}); its log has the details"
-    return Failure(kind=EngineFailed.__name__, message=message)
+    return ErrorRecord(kind=EngineFailed.__name__, message=message)
 
 
-def error_of(failure: Failure) -> EngineError:
+def error_of(failure: ErrorRecord) -> EngineError:
     """The error again. A class that this side does not know, of another version, becomes `EngineFailed`."""
     cls = _CLASSES.get(failure.kind, EngineFailed)
     error = cls.__new__(cls, failure.message)

@@ -1,8 +1,8 @@
 """What a host in another process is asked, and what it answers: one message a client request, with bytes in it.
 
 A message is a MessagePack head and a raw body. The body holds vectors and nothing else, as `Embeddings` has them, so
-that no float is ever converted on the way. `pack` and `Cutter` make frames of them for a stream of bytes; a transport
-that keeps messages apart by itself (Ray) takes heads and bodies as they are.
+that no float is ever converted on the way. `pack` and `FrameDecoder` make frames of them for a stream of bytes; a
+transport that keeps messages apart by itself (Ray) takes heads and bodies as they are.
 """
 
 import struct
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 import msgspec
 from msgspec import Struct, structs
 
-from engines.rpc.errors import Failure
+from engines.rpc.errors import ErrorRecord
 from engines.spec import ModelSpec
 from engines.types import Budget, EmbedCall, Embeddings, Event, HostSnapshot, ModelStatus, Plan
 
@@ -20,13 +20,13 @@ _PREFIX = struct.Struct("<II")
 
 
 class Embed(Struct, frozen=True, kw_only=True, tag=True):
-    """`Host.embed`; answered by `Vectors`."""
+    """`Host.embed`; answered by `EmbedResult`."""
 
     call: EmbedCall
 
 
 class Preload(Struct, frozen=True, kw_only=True, tag=True):
-    """`Host.preload`; answered by `Outcome` with a status."""
+    """`Host.preload`; answered by `CommandResult` with a status."""
 
     model_id: str
     pin: bool = False
@@ -35,15 +35,15 @@ class Preload(Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Evict(Struct, frozen=True, kw_only=True, tag=True):
-    """`Host.evict`; answered by `Outcome` with a status."""
+    """`Host.evict`; answered by `CommandResult` with a status."""
 
     model_id: str
     force: bool = False
     timeout_s: float = 30.0
 
 
-class Foresee(Struct, frozen=True, kw_only=True, tag=True):
-    """`Host.plan`, after `Host.size` has had `size_s` seconds; answered by `Outcome` with a plan."""
+class PlanRequest(Struct, frozen=True, kw_only=True, tag=True):
+    """`Host.plan`, after `Host.size` has had `size_s` seconds; answered by `CommandResult` with a plan."""
 
     model_id: str
     size_s: float
@@ -57,21 +57,21 @@ class Generation(Struct, frozen=True, order=True, array_like=True):
 
 
 class Reload(Struct, frozen=True, kw_only=True, tag=True):
-    """`Host.reload`, where `generation` is higher than the host's; answered by `Outcome`."""
+    """`Host.reload`, where `generation` is higher than the host's; answered by `CommandResult`."""
 
     specs: Mapping[str, ModelSpec]
     budget: Budget | None = None
     generation: Generation = Generation()
 
 
-class Look(Struct, frozen=True, kw_only=True, tag=True):
-    """Check the device, and tell what has happened since the event `after`; answered by `Seen`."""
+class Poll(Struct, frozen=True, kw_only=True, tag=True):
+    """Check the device, and tell what has happened since the event `after`; answered by `HostReport`."""
 
     after: int = 0
 
 
 class Drain(Struct, frozen=True, kw_only=True, tag=True):
-    """`Host.aclose`; answered by `Outcome`."""
+    """`Host.aclose`; answered by `CommandResult`."""
 
     grace_s: float
 
@@ -82,13 +82,13 @@ class Cancel(Struct, frozen=True, kw_only=True, tag=True):
     number: int
 
 
-class Vectors(Struct, frozen=True, kw_only=True, tag=True):
+class EmbedResult(Struct, frozen=True, kw_only=True, tag=True):
     """The body holds the vectors that are missing here."""
 
     embeddings: Embeddings
 
 
-class Outcome(Struct, frozen=True, kw_only=True, tag=True):
+class CommandResult(Struct, frozen=True, kw_only=True, tag=True):
     """What became of an operator's command, and the whole host after it."""
 
     snapshot: HostSnapshot
@@ -96,7 +96,7 @@ class Outcome(Struct, frozen=True, kw_only=True, tag=True):
     plan: Plan | None = None
 
 
-class Seen(Struct, frozen=True, kw_only=True, tag=True):
+class HostReport(Struct, frozen=True, kw_only=True, tag=True):
     """A look at a host. `generation`: of the registry that it serves."""
 
     snapshot: HostSnapshot
@@ -109,8 +109,8 @@ class Cancelled(Struct, frozen=True, kw_only=True, tag=True):
     """The request was cancelled, and nothing of it is left."""
 
 
-Request = Embed | Preload | Evict | Foresee | Reload | Look | Drain | Cancel
-Reply = Vectors | Outcome | Seen | Failure | Cancelled
+Request = Embed | Preload | Evict | PlanRequest | Reload | Poll | Drain | Cancel
+Reply = EmbedResult | CommandResult | HostReport | ErrorRecord | Cancelled
 
 _encoder = msgspec.msgpack.Encoder()
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
@@ -129,17 +129,17 @@ def decode_request(head: bytes) -> Request:
 
 def encode_reply(reply: Reply) -> tuple[bytes, bytes]:
     """Head and body."""
-    if isinstance(reply, Vectors):
+    if isinstance(reply, EmbedResult):
         bare = structs.replace(reply.embeddings, vectors=b"")
-        return _encoder.encode(Vectors(embeddings=bare)), reply.embeddings.vectors
+        return _encoder.encode(EmbedResult(embeddings=bare)), reply.embeddings.vectors
     return _encoder.encode(reply), b""
 
 
 def decode_reply(head: bytes, body: bytes) -> Reply:
     """The inverse of `encode_reply`."""
     reply = _replies.decode(head)
-    if isinstance(reply, Vectors):
-        return Vectors(embeddings=structs.replace(reply.embeddings, vectors=body))
+    if isinstance(reply, EmbedResult):
+        return EmbedResult(embeddings=structs.replace(reply.embeddings, vectors=body))
     return reply
 
 
@@ -157,7 +157,7 @@ def pack(frame: Frame) -> tuple[bytes, bytes]:
     return _PREFIX.pack(len(head), len(frame.body)) + head, frame.body
 
 
-class Cutter:
+class FrameDecoder:
     """Bytes as they arrive → frames."""
 
     def __init__(self) -> None:

@@ -1,25 +1,25 @@
-"""A host as it is spoken to from another process: messages of `engines/rpc/messages.py` in, replies out. Knows no transport."""
+"""Answers messages of `engines/rpc/messages.py` with a host of this process. Independent of the transport."""
 
 import asyncio
 from contextlib import suppress
 
 from engines.host import Host
-from engines.rpc.errors import failure_of
+from engines.rpc.errors import error_record_of
 from engines.rpc.messages import (
     Cancel,
+    CommandResult,
     Drain,
     Embed,
+    EmbedResult,
     Evict,
-    Foresee,
     Generation,
-    Look,
-    Outcome,
+    HostReport,
+    PlanRequest,
+    Poll,
     Preload,
     Reload,
     Reply,
     Request,
-    Seen,
-    Vectors,
 )
 from engines.types import ModelStatus
 
@@ -40,14 +40,14 @@ class HostService:
         """What the host says; errors are replies, too. Cancelling cancels what the host does for it."""
         try:
             if isinstance(request, Embed):
-                return Vectors(embeddings=await self.host.embed(request.call))
+                return EmbedResult(embeddings=await self.host.embed(request.call))
             return await self._command(request)
         except Exception as error:  # noqa: BLE001  # it crosses, and is raised again where the answer is awaited
-            return failure_of(error)
+            return error_record_of(error)
 
-    def look(self, after: int = 0) -> Seen:
+    def poll(self, after: int = 0) -> HostReport:
         """The host now, and its events since `after`."""
-        return Seen(
+        return HostReport(
             fault=self.host.check(),
             snapshot=self.host.snapshot(),
             events=self.host.events_since(after),
@@ -64,22 +64,22 @@ class HostService:
             case Evict():
                 status = await self.host.evict(request.model_id, force=request.force, timeout_s=request.timeout_s)
                 return self._outcome(status)
-            case Foresee():
-                return await self._foresee(request)
+            case PlanRequest():
+                return await self._plan(request)
             case Reload():
                 await self._reload(request)
-            case Look():
-                return self.look(request.after)
+            case Poll():
+                return self.poll(request.after)
             case Drain():
                 await self.host.aclose(grace_s=request.grace_s)
             case Embed() | Cancel():
                 raise AssertionError(f"{request} is not a command")
         return self._outcome()
 
-    async def _foresee(self, request: Foresee) -> Reply:
+    async def _plan(self, request: PlanRequest) -> Reply:
         with suppress(TimeoutError):
             await asyncio.wait_for(self.host.size(request.model_id), request.size_s)
-        return Outcome(snapshot=self.host.snapshot(), plan=self.host.plan(request.model_id))
+        return CommandResult(snapshot=self.host.snapshot(), plan=self.host.plan(request.model_id))
 
     async def _reload(self, request: Reload) -> None:
         """Several routers may bring registries, and late ones must not undo newer ones."""
@@ -87,5 +87,5 @@ class HostService:
             await self.host.reload(request.specs, request.budget)
             self._generation = request.generation
 
-    def _outcome(self, status: ModelStatus | None = None) -> Outcome:
-        return Outcome(snapshot=self.host.snapshot(), status=status)
+    def _outcome(self, status: ModelStatus | None = None) -> CommandResult:
+        return CommandResult(snapshot=self.host.snapshot(), status=status)

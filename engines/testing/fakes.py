@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from engines.errors import BrokenFiles
-from engines.host import Host, HostConfig, World
+from engines.host import Host, HostConfig, HostRuntime
 from engines.pool.estimates import Measurements
 from engines.pool.runtime import LoopTime
 from engines.protocols import Files, Loader, Progress
@@ -21,8 +21,20 @@ from engines.testing.runtime import FakeMemory, FakeTime, InlineWorkers
 from engines.types import Budget, ModelFiles, fingerprint
 
 __all__ = [
-    "WEIGHT_BYTES", "WIDTH", "WORKSPACE_BYTES", "FakeEngine", "FakeFiles", "FakeLoader", "FakeMemory", "FakeTime",
-    "InlineWorkers", "Script", "fake_host", "fake_specs", "fake_vector", "fake_world",
+    "WEIGHT_BYTES",
+    "WIDTH",
+    "WORKSPACE_BYTES",
+    "FakeEngine",
+    "FakeFiles",
+    "FakeLoader",
+    "FakeMemory",
+    "FakeTime",
+    "InlineWorkers",
+    "Script",
+    "fake_host",
+    "fake_runtime",
+    "fake_specs",
+    "fake_vector",
 ]  # fmt: skip
 
 
@@ -31,9 +43,9 @@ def fake_specs(*model_ids: str) -> dict[str, ModelSpec]:
     return {model_id: ModelSpec(model_id=model_id, source=f"fake/{model_id}") for model_id in model_ids}
 
 
-def fake_world(total_bytes: int = 10**9, time: FakeTime | None = None) -> World:
+def fake_runtime(total_bytes: int = 10**9, time: FakeTime | None = None) -> HostRuntime:
     """No threads, a device of `total_bytes`; the loop's own clock, unless it is to be turned by hand."""
-    return World(
+    return HostRuntime(
         time=time or LoopTime(),
         workers=InlineWorkers(),
         memory=FakeMemory(total_bytes),
@@ -47,7 +59,7 @@ def fake_host(
     budget_bytes: int = 10**6,
     files: Files | None = None,
     loader: Loader | None = None,
-    world: World | None = None,
+    world: HostRuntime | None = None,
     host_id: str = "fake",
 ) -> Host:
     """A host that is quick, whole and harmless; `await host.start()` before use."""
@@ -55,7 +67,7 @@ def fake_host(
     specs: dict[str, ModelSpec] = {}
     for model in models:
         specs.update(fake_specs(model) if isinstance(model, str) else {model.model_id: model})
-    return Host(config, specs, files or FakeFiles(), loader or FakeLoader(), world or fake_world())
+    return Host(config, specs, files or FakeFiles(), loader or FakeLoader(), world or fake_runtime())
 
 
 class FakeFiles:

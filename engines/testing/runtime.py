@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import TypeVar
 
-from engines.device.memory import Reading
+from engines.device.memory import MemoryReading
 from engines.pool.runtime import Task
 
 Result = TypeVar("Result")
@@ -77,16 +77,16 @@ class FakeTime:
 
 
 class FakeMemory:
-    """A device of `total_bytes`; set `ceiling_bytes` to let others use it too (`engines.device.memory.DeviceMemory`)."""
+    """Fakes `engines.device.memory.DeviceMemory`; set `ceiling_bytes` to what other processes leave."""
 
     def __init__(self, total_bytes: int = 10**9) -> None:
         self.total_bytes = total_bytes
         self.ceiling_bytes: int | None = None
         self.reads = 0
 
-    def read(self) -> Reading:
+    def read(self) -> MemoryReading:
         self.reads += 1
-        return Reading(self.total_bytes, self.ceiling_bytes)
+        return MemoryReading(self.total_bytes, self.ceiling_bytes)
 
 
 class InlineWorkers:

@@ -33,7 +33,7 @@ from router.schemas.admin import (
 )
 from router.server.application import while_client_stays
 from router.server.reloader import Reloader
-from router.server.state import Yard, provide_any_spec
+from router.server.state import ServerState, provide_any_spec
 
 _EVENT_STREAM = ResponseSpec(
     str,
@@ -53,14 +53,16 @@ class AdminController(Controller):
     dependencies = {"spec": Provide(provide_any_spec, sync_to_thread=False)}  # noqa: RUF012 - as Litestar types it
 
     @get("/models", responses=failures(*GUARDED), summary="List the slots")
-    async def list_slots(self, yard: NamedDependency[Yard]) -> SlotList:
+    async def list_slots(self, server_state: NamedDependency[ServerState]) -> SlotList:
         """Every model on every device."""
-        return SlotList(data=[slot for slots in slots_by_model(yard).values() for slot in slots])
+        return SlotList(data=[slot for slots in slots_by_model(server_state).values() for slot in slots])
 
     @get("/models/{model_id:str}", responses=failures(*GUARDED, "model_not_found"), summary="One model's slots")
-    async def retrieve_slots(self, yard: NamedDependency[Yard], spec: NamedDependency[ModelSpec]) -> ModelSlots:
+    async def retrieve_slots(
+        self, server_state: NamedDependency[ServerState], spec: NamedDependency[ModelSpec]
+    ) -> ModelSlots:
         """One model on every device."""
-        return _model_slots(yard, spec)
+        return _model_slots(server_state, spec)
 
     @post(
         "/models/{model_id:str}/preload",
@@ -73,7 +75,7 @@ class AdminController(Controller):
     async def preload(
         self,
         request: Request[Any, Any, Any],
-        yard: NamedDependency[Yard],
+        server_state: NamedDependency[ServerState],
         spec: NamedDependency[ModelSpec],
         data: JSONBody[PreloadRequest | None] = None,
     ) -> Response[ModelSlots]:
@@ -84,11 +86,13 @@ class AdminController(Controller):
         """
         wanted = data or PreloadRequest()
         if wants_stream(request):
-            return ServerSentEvent(_preload_stream(request, yard, spec, wanted))  # type: ignore[return-value]  # a Response of another body
+            return ServerSentEvent(_preload_stream(request, server_state, spec, wanted))  # type: ignore[return-value]  # a Response of another body
         async with while_client_stays(request):
-            status = await yard.backend.preload(spec.model_id, pin=wanted.pin, wait=wanted.wait, host_id=wanted.host)
+            status = await server_state.backend.preload(
+                spec.model_id, pin=wanted.pin, wait=wanted.wait, host_id=wanted.host
+            )
         is_done = wanted.wait or status.state == "ready"
-        return Response(_model_slots(yard, spec), status_code=200 if is_done else 202)
+        return Response(_model_slots(server_state, spec), status_code=200 if is_done else 202)
 
     @post(
         "/models/{model_id:str}/evict",
@@ -98,12 +102,15 @@ class AdminController(Controller):
         summary="Free a model",
     )
     async def evict(
-        self, yard: NamedDependency[Yard], spec: NamedDependency[ModelSpec], data: JSONBody[EvictRequest | None] = None
+        self,
+        server_state: NamedDependency[ServerState],
+        spec: NamedDependency[ModelSpec],
+        data: JSONBody[EvictRequest | None] = None,
     ) -> ModelSlots:
         """Running requests finish first; then it is freed on every device."""
         wanted = data or EvictRequest()
-        await yard.backend.evict(spec.model_id, force=wanted.force, timeout_s=wanted.timeout)
-        return _model_slots(yard, spec)
+        await server_state.backend.evict(spec.model_id, force=wanted.force, timeout_s=wanted.timeout)
+        return _model_slots(server_state, spec)
 
     @post(
         "/hosts/{host_id:str}/recycle",
@@ -111,17 +118,17 @@ class AdminController(Controller):
         responses=failures(*GUARDED, "invalid_value", "not_found", "host_lost"),
         summary="Start a host anew",
     )
-    async def recycle(self, yard: NamedDependency[Yard], host_id: FromPath[str]) -> Memory:
+    async def recycle(self, server_state: NamedDependency[ServerState], host_id: FromPath[str]) -> Memory:
         """Its requests finish, its process ends, another one takes its place and loads what was ready: the sure cure
         for a leak. Other hosts serve on. Answers with all devices when the new one takes work.
         """
-        await yard.backend.recycle(unquote(host_id))
-        return Memory(devices=[_device(host) for host in yard.backend.snapshots()])
+        await server_state.backend.recycle(unquote(host_id))
+        return Memory(devices=[_device(host) for host in server_state.backend.snapshots()])
 
     @get("/memory", responses=failures(*GUARDED), summary="Memory of the devices")
-    async def memory(self, yard: NamedDependency[Yard]) -> Memory:
+    async def memory(self, server_state: NamedDependency[ServerState]) -> Memory:
         """Each device's bytes, and its residents in eviction order."""
-        return Memory(devices=[_device(host) for host in yard.backend.snapshots()])
+        return Memory(devices=[_device(host) for host in server_state.backend.snapshots()])
 
     @get("/traffic", responses=failures(*GUARDED), summary="The last minute")
     async def last_minute(self, request: Request[Any, Any, Any]) -> LastMinute:
@@ -131,9 +138,9 @@ class AdminController(Controller):
         return LastMinute(step_s=STEP_S, data=[ModelTraffic(id=name, **structs.asdict(each)) for name, each in found])
 
     @get("/plan", responses=failures(*GUARDED, "invalid_value", "model_not_found"), summary="Plan a load")
-    async def plan(self, yard: NamedDependency[Yard], model: FromQuery[str | None] = None) -> Plan:
+    async def plan(self, server_state: NamedDependency[ServerState], model: FromQuery[str | None] = None) -> Plan:
         """What loading a model would do, without doing it; without `model`, the default one."""
-        return await yard.backend.plan(yard.registry.resolve(model).model_id)
+        return await server_state.backend.plan(server_state.registry.resolve(model).model_id)
 
     @post(
         "/registry/reload",
@@ -147,30 +154,32 @@ class AdminController(Controller):
 
     @get("/events", responses={200: _EVENT_STREAM} | failures(*GUARDED), summary="Follow what happens")
     async def events(
-        self, yard: NamedDependency[Yard], last_event_id: Annotated[str, HeaderParameter(name="Last-Event-ID")] = ""
+        self,
+        server_state: NamedDependency[ServerState],
+        last_event_id: Annotated[str, HeaderParameter(name="Last-Event-ID")] = "",
     ) -> ServerSentEvent:
         """State changes and download progress as they happen; `Last-Event-ID` brings what was missed."""
         after = parse_last_event_id(last_event_id)
-        return ServerSentEvent(event_messages(yard.backend.events(after), after, yard.draining))
+        return ServerSentEvent(event_messages(server_state.backend.events(after), after, server_state.draining))
 
 
 def _preload_stream(
-    request: Request[Any, Any, Any], yard: Yard, spec: ModelSpec, wanted: PreloadRequest
+    request: Request[Any, Any, Any], server_state: ServerState, spec: ModelSpec, wanted: PreloadRequest
 ) -> AsyncIterator[ServerSentEventMessage]:
     async def own_events() -> AsyncIterator[Event]:
-        async for event in yard.backend.events():
+        async for event in server_state.backend.events():
             if event.model_id == spec.model_id:
                 yield event
 
     async def preload() -> ModelSlots:
-        await yard.backend.preload(spec.model_id, pin=wanted.pin, wait=True, host_id=wanted.host)
-        return _model_slots(yard, spec)
+        await server_state.backend.preload(spec.model_id, pin=wanted.pin, wait=True, host_id=wanted.host)
+        return _model_slots(server_state, spec)
 
     return preload_messages(request, own_events(), preload)
 
 
-def _model_slots(yard: Yard, spec: ModelSpec) -> ModelSlots:
-    slots = slots_by_model(yard)[spec.model_id]
+def _model_slots(server_state: ServerState, spec: ModelSpec) -> ModelSlots:
+    slots = slots_by_model(server_state)[spec.model_id]
     return ModelSlots(**structs.asdict(slots[0]), slots=slots)
 
 

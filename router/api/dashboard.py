@@ -13,7 +13,7 @@ from litestar.exceptions import NotAuthorizedException, NotFoundException
 from litestar.params import FromPath
 
 from router.api.assets import Asset
-from router.server.state import Yard
+from router.server.state import ServerState
 
 _PAGE = Path(__file__).parent.parent / "dashboard" / "page"
 _HEADERS = {
@@ -34,9 +34,11 @@ class DashboardController(Controller):
     include_in_schema = False
 
     @get("/")
-    async def page(self, request: Request[Any, Any, Any], yard: NamedDependency[Yard]) -> Response[bytes]:
+    async def page(
+        self, request: Request[Any, Any, Any], server_state: NamedDependency[ServerState]
+    ) -> Response[bytes]:
         """The dashboard. It is told whether a key is needed: to find out by a refusal would be an error in its log."""
-        return _assets()[_OPEN if _is_open(yard) else _GUARDED].answer(request, _HEADERS)
+        return _assets()[_OPEN if _is_open(server_state) else _GUARDED].answer(request, _HEADERS)
 
     @get("/dashboard/{name:str}")
     async def asset(self, request: Request[Any, Any, Any], name: FromPath[str]) -> Response[bytes]:
@@ -46,9 +48,9 @@ class DashboardController(Controller):
         return _assets()[name].answer(request, _HEADERS)
 
 
-def _is_open(yard: Yard) -> bool:
+def _is_open(server_state: ServerState) -> bool:
     try:
-        yard.keyring.admit(None, "admin")
+        server_state.keyring.admit(None, "admin")
     except NotAuthorizedException:
         return False
     return True

@@ -12,13 +12,13 @@ from msgspec import structs
 
 from engines.spec import ModelSpec
 from router.api.decoding import StrictRequest
-from router.api.encoding import Form, encode_answer
+from router.api.encoding import OutputFormat, encode_answer
 from router.api.inference import embed
 from router.api.openapi import BEARER, EMBEDDING, failures
 from router.auth.guards import requires
-from router.limits.limiter import RATE_HEADERS, TextsHandler, at_the_door
+from router.limits.limiter import RATE_HEADERS, InferenceRoute, acquire_permit
 from router.schemas.inference import EmbeddingRequest, EmbeddingResponse
-from router.server.state import Yard, provide_yard
+from router.server.state import ServerState, provide_state
 
 HEADERS = (
     ResponseHeader(
@@ -46,10 +46,10 @@ class EmbeddingsController(Controller):
     guards = (requires("embed"),)
     security = BEARER
 
-    @TextsHandler(
+    @InferenceRoute(
         http_method="POST",
         status_code=200,
-        guards=(at_the_door,),
+        guards=(acquire_permit,),
         request_class=StrictRequest,
         response_headers=HEADERS,
         summary="Embed texts",
@@ -59,7 +59,7 @@ class EmbeddingsController(Controller):
         self, request: Request[Any, Any, Any], data: JSONBody[EmbeddingRequest]
     ) -> ASGIResponse:
         """A model that is not in memory is loaded first, and the request held as long."""
-        return await _answer(request, provide_yard(request), data)  # asked for by name, it would cost 20 µs
+        return await _answer(request, provide_state(request), data)  # asked for by name, it would cost 20 µs
 
 
 class PathController(Controller):
@@ -70,10 +70,10 @@ class PathController(Controller):
     guards = (requires("embed"),)
     security = BEARER
 
-    @TextsHandler(
+    @InferenceRoute(
         http_method="POST",
         status_code=200,
-        guards=(at_the_door,),
+        guards=(acquire_permit,),
         request_class=StrictRequest,
         response_headers=HEADERS,
         summary="Embed texts with the model of the path",
@@ -83,16 +83,16 @@ class PathController(Controller):
         self,
         request: Request[Any, Any, Any],
         data: JSONBody[EmbeddingRequest],
-        yard: NamedDependency[Yard],
+        server_state: NamedDependency[ServerState],
         spec: NamedDependency[ModelSpec],
     ) -> ASGIResponse:
         """The body's `model`, which OpenAI's clients always send, does not count here."""
-        return await _answer(request, yard, structs.replace(data, model=spec.model_id))
+        return await _answer(request, server_state, structs.replace(data, model=spec.model_id))
 
 
-async def _answer(request: Request[Any, Any, Any], yard: Yard, wanted: EmbeddingRequest) -> ASGIResponse:
-    answer = await embed(request, yard, wanted)
-    form = Form(
+async def _answer(request: Request[Any, Any, Any], server_state: ServerState, wanted: EmbeddingRequest) -> ASGIResponse:
+    answer = await embed(request, server_state, wanted)
+    form = OutputFormat(
         encoding=wanted.encoding_format or "float",
         dtype=wanted.output_dtype or "float",
         calibration=answer.calibration,

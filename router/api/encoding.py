@@ -101,7 +101,7 @@ _INLINE_COMPONENTS: dict[EncodingFormat, int] = {"float": 2**15, "base64": 2**18
 2,048 × 1,024 numbers would stop it for 140 ms."""
 
 
-class Form(Struct, frozen=True, kw_only=True):
+class OutputFormat(Struct, frozen=True, kw_only=True):
     """How vectors are written. `calibration`: the ranges of int8 and uint8; None: those of the vectors themselves."""
 
     encoding: EncodingFormat = "float"
@@ -109,10 +109,10 @@ class Form(Struct, frozen=True, kw_only=True):
     calibration: Calibration | None = None
 
 
-FLOATS = Form()
+FLOATS = OutputFormat()
 
 
-async def encode_answer(embeddings: Embeddings, model_id: str, form: Form) -> bytes:
+async def encode_answer(embeddings: Embeddings, model_id: str, form: OutputFormat) -> bytes:
     """The JSON body of `POST /v1/embeddings`.
 
     Raises:
@@ -123,7 +123,7 @@ async def encode_answer(embeddings: Embeddings, model_id: str, form: Form) -> by
     return await asyncio.to_thread(_encode, embeddings, model_id, form)
 
 
-def _encode(embeddings: Embeddings, model_id: str, form: Form) -> bytes:
+def _encode(embeddings: Embeddings, model_id: str, form: OutputFormat) -> bytes:
     matrix = quantize(embeddings.array(), form.dtype, form.calibration)
     tokens = sum(embeddings.token_counts)
     tail = msgspec.json.encode({"model": model_id, "usage": Usage(prompt_tokens=tokens, total_tokens=tokens)})
@@ -134,7 +134,7 @@ def _encode(embeddings: Embeddings, model_id: str, form: Form) -> bytes:
     return b"".join([*parts, tail[1:]])
 
 
-async def encode_rows(embeddings: Embeddings, form: Form = FLOATS) -> bytes:
+async def encode_rows(embeddings: Embeddings, form: OutputFormat = FLOATS) -> bytes:
     """The vectors as a JSON array: of arrays of numbers, or of base64 strings.
 
     Raises:
@@ -145,7 +145,7 @@ async def encode_rows(embeddings: Embeddings, form: Form = FLOATS) -> bytes:
     return await asyncio.to_thread(_encode_rows, embeddings, form)
 
 
-def _encode_rows(embeddings: Embeddings, form: Form) -> bytes:
+def _encode_rows(embeddings: Embeddings, form: OutputFormat) -> bytes:
     matrix = quantize(embeddings.array(), form.dtype, form.calibration)
     pieces = (matrix[piece.start : piece.stop] for piece in _pieces(matrix))
     if form.encoding == "float":

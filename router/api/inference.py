@@ -19,11 +19,11 @@ from router.api.encoding import check_ranges
 from router.auth.guards import key_of
 from router.auth.model_access import resolve
 from router.errors import ClientLeft
-from router.limits.limiter import estimate_tokens, ticket_of
-from router.observability.request_context import visit_of
+from router.limits.limiter import estimate_tokens, permit_of
+from router.observability.request_context import context_of
 from router.schemas.inference import EmbeddingRequest
 from router.server.application import while_client_stays
-from router.server.state import Yard
+from router.server.state import ServerState
 
 log = structlog.get_logger()
 
@@ -59,37 +59,41 @@ class Answer(Struct, frozen=True):
         return headers
 
 
-async def embed(request: Request[Any, Any, Any], yard: Yard, wanted: EmbeddingRequest) -> Answer:
+async def embed(request: Request[Any, Any, Any], server_state: ServerState, wanted: EmbeddingRequest) -> Answer:
     """Embed as `wanted` says, which for a skin is what its request means in our words.
 
     A model that is not in memory is loaded first. The work ends when the client leaves.
     """
-    spec = resolve(request, yard.registry, wanted.model)
-    call = embed_call(wanted, spec.model_id, load_timeout_s=yard.settings.load_timeout_s)
-    caller = yard.keyring.caller_of(key_of(request))
+    spec = resolve(request, server_state.registry, wanted.model)
+    call = embed_call(wanted, spec.model_id, load_timeout_s=server_state.settings.load_timeout_s)
+    caller = server_state.keyring.caller_of(key_of(request))
     if caller:
         call = structs.replace(call, caller=caller)
-    if call.keep_alive_s is not None and not yard.keyring.may_keep_alive(key_of(request)):
+    if call.keep_alive_s is not None and not server_state.keyring.may_keep_alive(key_of(request)):
         raise PermissionDeniedException(_KEEP_ALIVE)
     check_ranges(spec, (wanted.output_dtype,), call.num_items, wanted.normalize)
     if call.token_ids and spec.token_encoding is not None:
         texts = await decode_token_ids(spec.token_encoding, call.token_ids)
         call = structs.replace(call, texts=texts, token_ids=())
     began_s = time.perf_counter()
-    run = _run_counted if ticket_of(request).counts_tokens else _run
-    embeddings = await run(request, yard, spec, call)
-    visit_of(request).embedded(embeddings, began_s)
+    run = _run_counted if permit_of(request).counts_tokens else _run
+    embeddings = await run(request, server_state, spec, call)
+    context_of(request).record_result(embeddings, began_s)
     if embeddings.truncated:
         log.warning("inputs.truncated", inputs=call.num_items, truncated=len(embeddings.truncated))
     return Answer(spec.model_id, embeddings, spec.calibration)
 
 
-async def _run(request: Request[Any, Any, Any], yard: Yard, spec: ModelSpec, call: EmbedCall) -> Embeddings:
+async def _run(
+    request: Request[Any, Any, Any], server_state: ServerState, spec: ModelSpec, call: EmbedCall
+) -> Embeddings:
     async with while_client_stays(request):
-        return await yard.backend.embed(call)
+        return await server_state.backend.embed(call)
 
 
-async def _run_counted(request: Request[Any, Any, Any], yard: Yard, spec: ModelSpec, call: EmbedCall) -> Embeddings:
+async def _run_counted(
+    request: Request[Any, Any, Any], server_state: ServerState, spec: ModelSpec, call: EmbedCall
+) -> Embeddings:
     """The same where the caller's tokens are limited. Four cases:
 
     1. answered: the tokens that the model read are charged, whatever becomes of the answer.
@@ -98,16 +102,16 @@ async def _run_counted(request: Request[Any, Any, Any], yard: Yard, spec: ModelS
     3. the forward pass failed: as many as were reserved, or a text that makes it fail would compute for nothing.
     4. refused, or failed before it ran: none.
     """
-    ticket = ticket_of(request)
-    longest = _longest(yard, spec, call)
+    ticket = permit_of(request)
+    longest = _longest(server_state, spec, call)
     await ticket.reserve(estimate_tokens(call, longest), is_certain=longest is not None)
     used = 0
     try:
-        embeddings = await _run(request, yard, spec, call)
+        embeddings = await _run(request, server_state, spec, call)
         used = sum(embeddings.token_counts)  # (1)
         return embeddings
     except (ClientLeft, asyncio.CancelledError):
-        used = ticket.reserved_tokens if _is_ready(yard, spec.model_id) else 0  # (2)
+        used = ticket.reserved_tokens if _is_ready(server_state, spec.model_id) else 0  # (2)
         raise
     except (EngineFailed, NonFiniteEmbedding):
         used = ticket.reserved_tokens  # (3)
@@ -116,26 +120,30 @@ async def _run_counted(request: Request[Any, Any, Any], yard: Yard, spec: ModelS
         await ticket.settle(used)
 
 
-def _longest(yard: Yard, spec: ModelSpec, call: EmbedCall) -> int | None:
+def _longest(server_state: ServerState, spec: ModelSpec, call: EmbedCall) -> int | None:
     """Tokens that the model reads of one input; None where an input is long and the model has never been in memory."""
     if spec.max_tokens is not None:
         return spec.max_tokens
     if max(map(len, call.texts or call.token_ids)) <= _SHORT:
         return _SHORT
-    return next((status.info.max_tokens for status in _statuses(yard, spec.model_id) if status.info is not None), None)
+    return next(
+        (status.info.max_tokens for status in _statuses(server_state, spec.model_id) if status.info is not None), None
+    )
 
 
-def _is_ready(yard: Yard, model_id: str) -> bool:
-    return any(status.state == "ready" for status in _statuses(yard, model_id))
+def _is_ready(server_state: ServerState, model_id: str) -> bool:
+    return any(status.state == "ready" for status in _statuses(server_state, model_id))
 
 
-def _statuses(yard: Yard, model_id: str) -> Iterator[ModelStatus]:
-    return (status for host in yard.backend.snapshots() for status in host.models if status.model_id == model_id)
+def _statuses(server_state: ServerState, model_id: str) -> Iterator[ModelStatus]:
+    return (
+        status for host in server_state.backend.snapshots() for status in host.models if status.model_id == model_id
+    )
 
 
 @contextmanager
-def spelt(**names: str) -> Iterator[None]:
-    """Inside, a refusal names the request's fields as the skin spells them: `spelt(input="texts")`."""
+def rename_error_params(**names: str) -> Iterator[None]:
+    """Inside, a refusal names the request's fields as the skin spells them: `rename_error_params(input="texts")`."""
     try:
         yield
     except InvalidRequest as error:

@@ -15,7 +15,7 @@ from router.auth.guards import key_of, requires
 from router.auth.model_access import may_use
 from router.schemas.admin import Slot
 from router.schemas.inference import Model, ModelList
-from router.server.state import Yard
+from router.server.state import ServerState
 
 _NEAREST_FIRST: tuple[State, ...] = (
     "ready", "warming", "loading", "waiting_space", "fetching", "draining", "unloading", "cold", "failed", "absent",
@@ -32,33 +32,39 @@ class ModelsController(Controller):
     security = BEARER
 
     @get(responses=failures(*GUARDED), summary="List the models")
-    async def list_models(self, request: Request[Any, Any, Any], yard: NamedDependency[Yard]) -> ModelList:
+    async def list_models(
+        self, request: Request[Any, Any, Any], server_state: NamedDependency[ServerState]
+    ) -> ModelList:
         """Those that the key may use, in memory or not."""
-        found = visible_slots(request, yard).items()
-        specs = yard.registry.models
-        return ModelList(data=[_model(yard, specs[model_id], slots) for model_id, slots in found if model_id in specs])
+        found = visible_slots(request, server_state).items()
+        specs = server_state.registry.models
+        return ModelList(
+            data=[_model(server_state, specs[model_id], slots) for model_id, slots in found if model_id in specs]
+        )
 
     @get("/{model_id:str}", responses=failures(*GUARDED, "model_not_found", "model_not_allowed"), summary="One model")
-    async def retrieve_model(self, yard: NamedDependency[Yard], spec: NamedDependency[ModelSpec]) -> Model:
+    async def retrieve_model(
+        self, server_state: NamedDependency[ServerState], spec: NamedDependency[ModelSpec]
+    ) -> Model:
         """By id or alias."""
-        return _model(yard, spec, slots_by_model(yard)[spec.model_id])
+        return _model(server_state, spec, slots_by_model(server_state)[spec.model_id])
 
 
-def visible_slots(request: Request[Any, Any, Any], yard: Yard) -> dict[str, list[Slot]]:
+def visible_slots(request: Request[Any, Any, Any], server_state: ServerState) -> dict[str, list[Slot]]:
     """The same as `slots_by_model`, of those models that the key of the request may use."""
-    key, registry = key_of(request), yard.registry
-    return {name: slots for name, slots in slots_by_model(yard).items() if may_use(key, registry, name)}
+    key, registry = key_of(request), server_state.registry
+    return {name: slots for name, slots in slots_by_model(server_state).items() if may_use(key, registry, name)}
 
 
-def slots_by_model(yard: Yard) -> dict[str, list[Slot]]:
+def slots_by_model(server_state: ServerState) -> dict[str, list[Slot]]:
     """Every model's slots on all hosts, the one nearest to serving first; a model that no host knows is absent."""
-    found: dict[str, list[Slot]] = {model_id: [] for model_id in yard.registry.models}
-    for host in yard.backend.snapshots():
+    found: dict[str, list[Slot]] = {model_id: [] for model_id in server_state.registry.models}
+    for host in server_state.backend.snapshots():
         for status in host.models:
             found.setdefault(status.model_id, []).append(_slot(status))
     for model_id, slots in found.items():
         if not slots:
-            spec = yard.registry.models[model_id]
+            spec = server_state.registry.models[model_id]
             absent = ModelStatus(
                 model_id=model_id,
                 state="absent",
@@ -76,15 +82,15 @@ def _slot(status: ModelStatus) -> Slot:
     return Slot(id=status.model_id, **structs.asdict(status))
 
 
-def _model(yard: Yard, spec: ModelSpec, slots: Sequence[Slot]) -> Model:
+def _model(server_state: ServerState, spec: ModelSpec, slots: Sequence[Slot]) -> Model:
     nearest, info = slots[0], slots[0].info
     return Model(
         id=spec.model_id,
-        created=yard.started_at_s,
+        created=server_state.started_at_s,
         owned_by=_owner(spec.model_id),
         state=nearest.state,
         source=_public_source(spec.source),
-        aliases=yard.registry.aliases_of(spec.model_id),
+        aliases=server_state.registry.aliases_of(spec.model_id),
         dimensions=info.dimensions if info else None,
         matryoshka=info.matryoshka if info else spec.matryoshka,
         max_tokens=info.max_tokens if info else spec.max_tokens,

@@ -16,7 +16,7 @@ from litestar.handlers import BaseRouteHandler
 from router.auth.keys import ANONYMOUS, Key, Scope, digest_of
 from router.config.setting_values import is_loopback
 from router.config.settings import Settings
-from router.observability.request_context import visit_of
+from router.observability.request_context import context_of
 
 _NAME = (
     "This server listens on its own machine only and needs no key, so it answers to that machine's names only, and "
@@ -30,7 +30,7 @@ _PAGE = (
 )
 
 
-def why_foreign(settings: Settings, host: str, origin: str) -> str:
+def reject_cross_origin(settings: Settings, host: str, origin: str) -> str:
     """Why a request without a key is refused; empty when it is not.
 
     Args:
@@ -157,15 +157,15 @@ def requires(scope: Scope) -> Guard:
 
     async def guard(connection: Connection, _: BaseRouteHandler) -> None:
         began_s = time.perf_counter()
-        yard = connection.app.state.yard
-        keyring: Keyring = yard.keyring
+        server_state = connection.app.state.server_state
+        keyring: Keyring = server_state.keyring
         key = keyring.admit(connection.headers.get("authorization"), scope)
         connection.scope["state"]["key"] = key
         if key.is_anonymous:
-            _refuse_foreign_pages(connection, yard.settings)
+            _refuse_foreign_pages(connection, server_state.settings)
         else:
-            visit_of(connection).found_key(key.id)
-        visit_of(connection).stage("auth", began_s)
+            context_of(connection).set_key(key.id)
+        context_of(connection).stage("auth", began_s)
 
     return guard
 
@@ -183,7 +183,7 @@ def _refuse_foreign_pages(connection: Connection, settings: Settings) -> None:
 
 def _why_foreign(connection: Connection, settings: Settings) -> str:
     headers = connection.headers
-    return why_foreign(settings, headers.get("host", ""), headers.get("origin", ""))
+    return reject_cross_origin(settings, headers.get("host", ""), headers.get("origin", ""))
 
 
 def key_of(connection: Connection) -> Key:

@@ -12,7 +12,7 @@ from engines.spec import ModelSpec
 from router.auth.guards import key_of
 from router.auth.keys import Key
 from router.errors import ModelNotAllowed
-from router.observability.request_context import visit_of
+from router.observability.request_context import context_of
 from router.registry.registry import Registry
 
 
@@ -31,7 +31,7 @@ def resolve(request: Request[Any, Any, Any], registry: Registry, name: str | Non
     """
     key = key_of(request)
     spec = registry.resolve(name, lambda model_id: may_use(key, registry, model_id))
-    visit_of(request).found_model(spec.model_id)
+    context_of(request).set_model(spec.model_id)
     if not may_use(key, registry, spec.model_id):
         raise ModelNotAllowed(
             f"This key may not use the model {name or spec.model_id!r}; GET /v1/models lists those that it may use"

@@ -36,7 +36,7 @@ def open_backend(settings: Settings, registry: Registry) -> Backend:
 
 
 def may_have_gpus(wanted: tuple[str, ...], dev: Path = _DEV) -> bool:
-    """Whether `DEVICE` may mean several GPUs. Asked before anything imports torch, so the device files must do."""
+    """Whether `DEVICE` may mean several GPUs. HubRequest before anything imports torch, so the device files must do."""
     if wanted == ("auto",):
         return sum(re.fullmatch(r"nvidia\d+", path.name) is not None for path in dev.glob("nvidia*")) > 1
     return len(wanted) > 1

@@ -8,14 +8,14 @@ from engines.rpc.messages import Reply, Request
 from engines.spec import ModelSpec
 from engines.types import Budget, EmbedCall, Embeddings, HostSnapshot
 from router.backends.event_feed import EventFeed
-from router.backends.host_directory import Ledger
+from router.backends.host_directory import HostDirectory
 
 
 class NotSent(HostLost):
     """No host was open when the call was to be sent, so nothing was lost; it may be sent when one is."""
 
 
-class Ticket:
+class RoutedCall:
     """One call on its way.
 
     Attributes:
@@ -41,7 +41,7 @@ class Fleet(Protocol):
     """
 
     @property
-    def ledger(self) -> Ledger:
+    def directory(self) -> HostDirectory:
         """What is known of them."""
 
     @property
@@ -51,7 +51,7 @@ class Fleet(Protocol):
     async def open(self, specs: Mapping[str, ModelSpec], on_change: Callable[[], None]) -> None:
         """Reach the hosts; `on_change` is called when one has come that was not there, or is back."""
 
-    async def send(self, ticket: Ticket) -> Embeddings:
+    async def send(self, ticket: RoutedCall) -> Embeddings:
         """Run the call on the best open host."""
 
     async def ask(self, host_id: str, request: Request) -> Reply:

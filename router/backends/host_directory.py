@@ -13,7 +13,7 @@ from msgspec import Struct, structs
 
 from engines.spec import ModelSpec
 from engines.types import HostSnapshot, ModelStatus
-from router.backends.placement import AWAY, further, places, rank
+from router.backends.placement import AWAY, eligible_hosts, pick_replica_host, rank_hosts
 
 
 def hot(snapshot: HostSnapshot | None) -> list[ModelStatus]:
@@ -41,24 +41,24 @@ def emptied(snapshot: HostSnapshot) -> HostSnapshot:
     )
 
 
-class Ledger:
+class HostDirectory:
     """One router's view of the hosts. Lives on one event loop."""
 
     def __init__(self) -> None:
-        self._hosts: dict[str, _Page] = {}
+        self._hosts: dict[str, HostEntry] = {}
         self._running: Counter[tuple[str, str]] = Counter()
 
     # ---- what hosts tell ----
 
-    def note(self, snapshot: HostSnapshot) -> None:
+    def update(self, snapshot: HostSnapshot) -> None:
         """What a host is like now."""
-        self._hosts[snapshot.host_id] = _Page(snapshot, {status.model_id: status for status in snapshot.models})
+        self._hosts[snapshot.host_id] = HostEntry(snapshot, {status.model_id: status for status in snapshot.models})
 
     def close(self, host_id: str) -> None:
         """The host takes nothing new, whatever its last snapshot said."""
         page = self._hosts.get(host_id)
         if page is not None:
-            self.note(structs.replace(page.snapshot, is_draining=True))
+            self.update(structs.replace(page.snapshot, is_draining=True))
 
     def forget(self, host_id: str) -> None:
         """The host will not come back under this name."""
@@ -80,7 +80,7 @@ class Ledger:
     # ---- what is sent to them ----
 
     @contextmanager
-    def sent(self, host_id: str, model_id: str) -> Iterator[None]:
+    def in_flight(self, host_id: str, model_id: str) -> Iterator[None]:
         """A call to the host about the model runs inside the block."""
         self.begin(host_id, model_id)
         try:
@@ -110,7 +110,7 @@ class Ledger:
         Raises:
             LoadFailed: the registry lets it run on none.
         """
-        hosts = places(spec, self.devices()) if self._hosts else []
+        hosts = eligible_hosts(spec, self.devices()) if self._hosts else []
         return [host_id for host_id in hosts if host_id not in avoid and not self._hosts[host_id].snapshot.is_draining]
 
     def ranked(self, spec: ModelSpec, avoid: Container[str] = ()) -> list[str]:
@@ -119,17 +119,17 @@ class Ledger:
         ready = [host_id for host_id in hosts if self._state(host_id, spec.model_id) == "ready"]
         if ready:
             return ready if len(ready) == 1 else sorted(ready, key=lambda host: self._load(host, spec.model_id))  # (1)
-        return rank(spec.model_id, self._need_bytes(spec.model_id, hosts), self._expected(hosts))  # (2)
+        return rank_hosts(spec.model_id, self._need_bytes(spec.model_id, hosts), self._expected(hosts))  # (2)
 
-    def further(self, spec: ModelSpec, calls: int) -> str | None:
+    def pick_replica_host(self, spec: ModelSpec, calls: int) -> str | None:
         """A host for one more copy, when so many calls keep all busy that have the model ready."""
         hosts = self.open_hosts(spec)
         ready = [host_id for host_id in hosts if self._state(host_id, spec.model_id) == "ready"]
         if not ready or calls < len(ready):
             return None
-        return further(spec, self._need_bytes(spec.model_id, hosts), self._expected(hosts))
+        return pick_replica_host(spec, self._need_bytes(spec.model_id, hosts), self._expected(hosts))
 
-    def unloaded(self, specs: Iterable[ModelSpec]) -> list[ModelSpec]:
+    def not_resident(self, specs: Iterable[ModelSpec]) -> list[ModelSpec]:
         """Those that no host has or expects, though some host serves them."""
         return [
             spec
@@ -138,7 +138,7 @@ class Ledger:
             and all(state in AWAY for state in states)
         ]
 
-    def _serving(self, model_id: str) -> Iterator["_Page"]:
+    def _serving(self, model_id: str) -> Iterator["HostEntry"]:
         return (page for page in self._hosts.values() if model_id in page.statuses)
 
     def _state(self, host_id: str, model_id: str) -> str:
@@ -157,7 +157,7 @@ class Ledger:
         """The hosts' snapshots as they will be when what was sent has arrived."""
         return [self._with_sent(self._hosts[host_id]) for host_id in hosts]
 
-    def _with_sent(self, page: "_Page") -> HostSnapshot:
+    def _with_sent(self, page: "HostEntry") -> HostSnapshot:
         snapshot = page.snapshot
         sent = {
             model_id
@@ -174,7 +174,7 @@ class Ledger:
         return structs.replace(snapshot, models=models, claimed_bytes=snapshot.claimed_bytes + claimed)
 
 
-class _Page(Struct, frozen=True):
+class HostEntry(Struct, frozen=True):
     """One host: its last snapshot, and the same by model."""
 
     snapshot: HostSnapshot

@@ -12,7 +12,7 @@ from engines.host import Host
 from engines.spec import ModelSpec
 from engines.types import Budget, EmbedCall, Embeddings, Event, HostSnapshot, ModelStatus, Plan
 from router.backends.base import SIZE_S, is_newly_wanted, is_wanted, no_host, no_model
-from router.backends.placement import AWAY, further, most_hopeful, moves_on, places, rank
+from router.backends.placement import AWAY, eligible_hosts, most_hopeful, moves_on, pick_replica_host, rank_hosts
 from router.backends.worker_config import machine_config
 from router.config.settings import Settings, usable_cores
 from router.registry.registry import Registry
@@ -125,7 +125,7 @@ class LocalBackend:
         if host_id is not None and host_id not in self._hosts:
             no_host(host_id, self._hosts)
         devices = {name: host.config.device for name, host in self._hosts.items() if host_id in (None, name)}
-        hosts = [self._hosts[name] for name in places(spec, devices)]
+        hosts = [self._hosts[name] for name in eligible_hosts(spec, devices)]
         return [host for host in hosts if not host.fault] or hosts
 
     async def _at_the_first_that_can(
@@ -155,7 +155,7 @@ class LocalBackend:
         if ready:
             return ready if len(ready) == 1 else sorted(ready, key=lambda host: host.status(model_id).leases)  # (1)
         need_bytes = max(host.plan(model_id).need_bytes for host in hosts)
-        ids = rank(model_id, need_bytes, [host.snapshot() for host in hosts])
+        ids = rank_hosts(model_id, need_bytes, [host.snapshot() for host in hosts])
         return [self._hosts[host_id] for host_id in ids]  # (2)
 
     async def _spread(self, model_id: str, hosts: Sequence[Host]) -> None:
@@ -164,7 +164,7 @@ class LocalBackend:
         if ready and all(host.status(model_id).leases for host in ready):
             need_bytes = max(host.plan(model_id).need_bytes for host in hosts)
             snapshots = [host.snapshot() for host in hosts]
-            host_id = further(self._specs[model_id], need_bytes, snapshots)
+            host_id = pick_replica_host(self._specs[model_id], need_bytes, snapshots)
             if host_id is not None:
                 with suppress(EngineError):  # the model is ready elsewhere
                     await self._hosts[host_id].preload(model_id, wait=False)

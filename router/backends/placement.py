@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 
 from engines.errors import EngineError, LoadFailed, ModelTooLarge, OutOfMemory, Unavailable
-from engines.host import suits
+from engines.host import device_matches
 from engines.spec import ModelSpec
 from engines.types import HostSnapshot, ModelStatus, State
 
@@ -26,13 +26,13 @@ _NOT_NOW = 5
 Key = tuple[int, float, bool, int]
 
 
-def places(spec: ModelSpec, devices: Mapping[str, str]) -> list[str]:
+def eligible_hosts(spec: ModelSpec, devices: Mapping[str, str]) -> list[str]:
     """The hosts (id → device) on whose device the registry lets the model run.
 
     Raises:
         LoadFailed: there is none.
     """
-    found = [host_id for host_id, device in devices.items() if suits(device, spec.device)]
+    found = [host_id for host_id, device in devices.items() if device_matches(device, spec.device)]
     if not found:
         raise LoadFailed(
             f"model {spec.model_id!r} is for device {spec.device!r}, and this server has "
@@ -59,7 +59,7 @@ def _wait_s(error: EngineError) -> float:
     return error.retry_after_s if isinstance(error, Unavailable) else float("inf")
 
 
-def rank(model_id: str, need_bytes: int, snapshots: Iterable[HostSnapshot]) -> list[str]:
+def rank_hosts(model_id: str, need_bytes: int, snapshots: Iterable[HostSnapshot]) -> list[str]:
     """Host ids, best first. `need_bytes`: what the model takes, 0 when unknown.
 
     1. where it is resident, the readier first;
@@ -73,7 +73,7 @@ def rank(model_id: str, need_bytes: int, snapshots: Iterable[HostSnapshot]) -> l
     return sorted(keys, key=lambda host_id: keys[host_id])
 
 
-def further(spec: ModelSpec, need_bytes: int, snapshots: Sequence[HostSnapshot]) -> str | None:
+def pick_replica_host(spec: ModelSpec, need_bytes: int, snapshots: Sequence[HostSnapshot]) -> str | None:
     """Where one more copy of a busy model may go, as `replicas` in the registry allows; None when it may not.
 
     A copy takes free memory only: it would be no gain if another model had to leave for it, and come back. Where the

@@ -13,12 +13,12 @@ import structlog
 from msgspec import structs
 
 from engines.errors import EngineError, HostLost, ShuttingDown
-from engines.rpc.messages import Evict, Foresee, Outcome, Preload, Request
+from engines.rpc.messages import CommandResult, Evict, PlanRequest, Preload, Request
 from engines.spec import ModelSpec
 from engines.types import Budget, EmbedCall, Embeddings, Event, HostSnapshot, ModelStatus, Plan
 from router.backends.base import SIZE_S, is_newly_wanted, is_wanted, no_host, no_model
-from router.backends.fleet import Fleet, NotSent, Ticket
-from router.backends.placement import most_hopeful, moves_on, places
+from router.backends.fleet import Fleet, NotSent, RoutedCall
+from router.backends.placement import eligible_hosts, most_hopeful, moves_on
 
 log = structlog.get_logger()
 
@@ -31,7 +31,7 @@ class RemoteBackend:
 
     def __init__(self, fleet: Fleet, specs: Mapping[str, ModelSpec]) -> None:
         self._fleet = fleet
-        self._ledger = fleet.ledger
+        self._ledger = fleet.directory
         self._specs = dict(specs)
         self._changed = asyncio.Event()
         self._calls: set[asyncio.Timeout] = set()
@@ -46,7 +46,7 @@ class RemoteBackend:
 
     async def embed(self, call: EmbedCall) -> Embeddings:
         spec = self._spec(call.model_id)
-        ticket = Ticket(call, spec)
+        ticket = RoutedCall(call, spec)
         loop = asyncio.get_running_loop()
         until_s = loop.time() + call.load_timeout_s
         async with self._admitted(call.model_id):
@@ -68,11 +68,11 @@ class RemoteBackend:
         self, model_id: str, *, pin: bool = False, wait: bool = True, host_id: str | None = None
     ) -> ModelStatus:
         spec = self._spec(model_id)
-        ticket = Ticket(EmbedCall(model_id=model_id), spec)
+        ticket = RoutedCall(EmbedCall(model_id=model_id), spec)
         if host_id is not None:
             self._check_host(host_id)
             devices = self._ledger.devices()
-            places(spec, {host_id: devices[host_id]})
+            eligible_hosts(spec, {host_id: devices[host_id]})
             ticket.avoid = set(devices) - {host_id}
         async with self._admitted(model_id):
             while True:
@@ -93,8 +93,8 @@ class RemoteBackend:
 
     async def plan(self, model_id: str) -> Plan:
         spec = self._spec(model_id)
-        await self._until_open(Ticket(EmbedCall(model_id=model_id), spec), SIZE_S)
-        outcomes = await self._ask_all(self._ledger.open_hosts(spec), Foresee(model_id=model_id, size_s=SIZE_S))
+        await self._until_open(RoutedCall(EmbedCall(model_id=model_id), spec), SIZE_S)
+        outcomes = await self._ask_all(self._ledger.open_hosts(spec), PlanRequest(model_id=model_id, size_s=SIZE_S))
         plans = [outcomes[host_id].plan for host_id in self._ledger.ranked(spec) if host_id in outcomes]
         if not plans or plans[0] is None:
             raise HostLost("every host that could have planned this was lost meanwhile; ask again")
@@ -158,7 +158,7 @@ class RemoteBackend:
             if not self._calls:
                 self._idle.set()
 
-    def _go_on(self, ticket: Ticket, error: EngineError) -> None:
+    def _go_on(self, ticket: RoutedCall, error: EngineError) -> None:
         """Make the ticket ready for its next host, or raise. Five cases:
 
         1. that host could not have the model: others are left;  2. that host drains: nothing was done there;
@@ -177,7 +177,7 @@ class RemoteBackend:
             ticket.was_lost = True  # (4)
             log.warning("call.sent_again", model=ticket.spec.model_id, host=ticket.host_id)
 
-    async def _until_open(self, ticket: Ticket, patience_s: float) -> int:
+    async def _until_open(self, ticket: RoutedCall, patience_s: float) -> int:
         """Wait until a host takes the call; how many do.
 
         Raises:
@@ -199,7 +199,7 @@ class RemoteBackend:
 
     def _spread(self, spec: ModelSpec) -> None:
         """One more copy of a busy model begins to load; nobody waits for it."""
-        host_id = self._ledger.further(spec, self._by_model[spec.model_id] - 1)
+        host_id = self._ledger.pick_replica_host(spec, self._by_model[spec.model_id] - 1)
         if host_id is not None:
             self._spawn(self._copy(host_id, spec.model_id))
 
@@ -210,20 +210,22 @@ class RemoteBackend:
     # ---- operators ----
 
     async def _preload(self, host_id: str, request: Preload) -> ModelStatus:
-        with self._ledger.sent(host_id, request.model_id):
+        with self._ledger.in_flight(host_id, request.model_id):
             outcome = await self._fleet.ask(host_id, request)
-        assert isinstance(outcome, Outcome), "a command is answered with an outcome"
+        assert isinstance(outcome, CommandResult), "a command is answered with an outcome"
         assert outcome.status is not None, "this one with a status"
         return outcome.status
 
-    async def _ask_all(self, hosts: Iterable[str], request: Request) -> dict[str, Outcome]:
+    async def _ask_all(self, hosts: Iterable[str], request: Request) -> dict[str, CommandResult]:
         """All hosts are heard before one's refusal is raised; one that is lost meanwhile has nothing to say."""
         asked = list(hosts)
         outcomes = await asyncio.gather(*(self._fleet.ask(host, request) for host in asked), return_exceptions=True)
         for outcome in outcomes:
             if isinstance(outcome, BaseException) and not isinstance(outcome, HostLost):
                 raise outcome
-        return {host: outcome for host, outcome in zip(asked, outcomes, strict=True) if isinstance(outcome, Outcome)}
+        return {
+            host: outcome for host, outcome in zip(asked, outcomes, strict=True) if isinstance(outcome, CommandResult)
+        }
 
     def _spec(self, model_id: str) -> ModelSpec:
         return self._specs[model_id] if model_id in self._specs else no_model(model_id)
@@ -242,7 +244,7 @@ class RemoteBackend:
 
     async def _load_wanted(self, specs: Iterable[ModelSpec]) -> None:
         """Those that no host has or expects, in the registry's order."""
-        for spec in self._ledger.unloaded([spec for spec in specs if is_wanted(spec)]):
+        for spec in self._ledger.not_resident([spec for spec in specs if is_wanted(spec)]):
             with suppress(EngineError):
                 await self.preload(spec.model_id, wait=False)
 

@@ -14,11 +14,11 @@ from router.config.settings import Settings, usable_cores
 if TYPE_CHECKING:
     from engines.machine import MachineConfig
 
-Note = Callable[[str], None]
+CrashNote = Callable[[str], None]
 """Told which models a host runs from now on, one a line: the last word of a process that dies of one of them."""
 
 
-class Birth(Struct, frozen=True, kw_only=True):
+class WorkerConfig(Struct, frozen=True, kw_only=True):
     """All that a process or a replica is told to make its one host.
 
     `device`: `auto` takes the first there is. `cores`: its share of the machine's. `generation`: of `specs`.
@@ -31,7 +31,7 @@ class Birth(Struct, frozen=True, kw_only=True):
     specs: Mapping[str, ModelSpec]
     budget: Budget
     settings: Settings
-    open: Callable[["Birth", Note], Host]
+    open: Callable[["WorkerConfig", CrashNote], Host]
     generation: Generation = Generation()
 
 
@@ -56,7 +56,7 @@ def machine_config(settings: Settings, budget: Budget, devices: tuple[str, ...],
     )
 
 
-def open_real_host(birth: Birth, note: Note) -> Host:
+def open_real_host(birth: WorkerConfig, note: CrashNote) -> Host:
     """One host on a device of this machine.
 
     Raises:

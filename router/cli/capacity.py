@@ -13,7 +13,7 @@ from router.registry.registry import Registry
 _SHOWN = 3
 
 
-class Outlook(Struct, frozen=True, kw_only=True):
+class CapacityReport(Struct, frozen=True, kw_only=True):
     """Bytes of weights and the largest workspace, summed over devices; model ids in the registry's order."""
 
     wanted_bytes: int
@@ -40,7 +40,7 @@ class Outlook(Struct, frozen=True, kw_only=True):
         return f"{wanted}; all {self.num_known} of known size fit at once ({_gib(self.total_bytes)})"
 
 
-def look_ahead(registry: Registry, hosts: Sequence[HostSnapshot]) -> Outlook:
+def plan_capacity(registry: Registry, hosts: Sequence[HostSnapshot]) -> CapacityReport:
     """Place the wanted models first, then the others, each time the largest where most room is."""
     rooms = {host.host_id: _Room(host) for host in hosts}
     known = {spec.model_id: status for spec in registry.models.values() if (status := _largest(hosts, spec.model_id))}
@@ -48,7 +48,7 @@ def look_ahead(registry: Registry, hosts: Sequence[HostSnapshot]) -> Outlook:
     others = [model_id for model_id in known if model_id not in wanted]
     misfits = _place(wanted, known, hosts, rooms)
     turns = _place(others, known, hosts, rooms)
-    return Outlook(
+    return CapacityReport(
         wanted_bytes=_together([known[model_id] for model_id in wanted]),
         total_bytes=_together(known.values()),
         budget_bytes=sum(host.budget_bytes for host in hosts),

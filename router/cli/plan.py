@@ -75,10 +75,16 @@ def _look(models: tuple[str, ...], settings: Settings, registry: Registry) -> tu
         InvalidValue: no such device.
     """
     specs = {spec.model_id: spec for spec in map(registry.resolve, models)}
-    from engines.planner import Forecaster, Measurements, ModelStore, look_at, plan_best  # these bring huggingface_hub
+    from engines.planner import (  # these bring huggingface_hub
+        Forecaster,
+        Measurements,
+        ModelStore,
+        plan_best,
+        read_config,
+    )
 
     budget = settings.memory_budget or registry.memory_budget
-    devices = [look_at(name, budget) for name in _devices(settings)]
+    devices = [read_config(name, budget) for name in _devices(settings)]
     store = ModelStore()
     try:
         forecaster = Forecaster(store, Measurements(settings.state_dir / "measurements.json"), devices[0].name)

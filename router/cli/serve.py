@@ -9,7 +9,7 @@ import click
 from engines.errors import InvalidValue
 from engines.types import HostSnapshot
 from router.auth.key_file import read_keys
-from router.cli.capacity import look_ahead
+from router.cli.capacity import plan_capacity
 from router.config.settings import Settings, SettingsError, load_settings
 from router.config.yaml_document import FileError
 from router.registry.registry import Registry, open_registry
@@ -91,7 +91,7 @@ def banner(settings: Settings, registry: Registry, hosts: tuple[HostSnapshot, ..
     devices = [f"{host.device}: {_gib(host.budget_bytes)} of {_gib(host.total_bytes)} for models" for host in hosts]
     example = registry.default_model or next(iter(registry.models), "")
     lines = [f"Embedyard serves {url}  (documentation: {url}/docs)", *map("  model   {}".format, names)]
-    outlook = look_ahead(registry, hosts)
+    outlook = plan_capacity(registry, hosts)
     memory = [f"memory  {outlook}"] if outlook.num_known else []
     lines += [f"  {line}" for line in (*map("device  {}".format, devices), *memory)]
     return "\n".join([*lines, "Try:", f"  {_curl(settings, url, example)}"])

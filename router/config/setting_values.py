@@ -1,4 +1,4 @@
-"""How each kind of setting is read from its text. A leaf; `router/config/settings.py` says which variable is of which kind.
+"""Reads each kind of setting from its text. A leaf; `router/config/settings.py` lists the variables and their kinds.
 
 Every reader raises `ValueError` whose text says what is allowed, and never repeats the text: it may be a key.
 """

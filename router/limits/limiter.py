@@ -21,7 +21,7 @@ from router.config.settings import Settings
 from router.errors import RateLimitExceeded, RequestExceedsLimit, TooManyRequests
 from router.limits.budgets import Balance, Limit, RequestBudget, Reservation, TokenBudget
 from router.limits.store import LimitStore, StoreDown
-from router.observability.request_context import visit_of
+from router.observability.request_context import context_of
 
 _MINUTE_S = 60
 
@@ -44,7 +44,7 @@ class Caller(Struct, frozen=True):
     """
 
     name: str
-    words: str
+    label: str
     requests: Limit | None = None
     tokens: Limit | None = None
     max_concurrent: int | None = None
@@ -78,7 +78,7 @@ def _subscriber(address: str) -> str:
     return f"{IPv6Address(int(found) >> _SUBSCRIBER_BITS << _SUBSCRIBER_BITS)}/{_SUBSCRIBER_BITS}"
 
 
-class Door:
+class ConcurrencyLimiter:
     """How many requests are inside, of each caller and of all, and how many bytes of bodies that are on their way.
 
     A request counts for its caller from its head on, and for the server once its body is there: whoever sends a body
@@ -103,13 +103,13 @@ class Door:
         of_caller = self._admitted[caller.name]
         if caller.max_concurrent is not None and of_caller >= caller.max_concurrent:
             raise TooManyRequests(
-                f"{caller.words} has {of_caller} requests running, and may have {caller.max_concurrent} at once: "
+                f"{caller.label} has {of_caller} requests running, and may have {caller.max_concurrent} at once: "
                 "wait for an answer before the next"
             )
         self._check_places()
         self._admitted[caller.name] += 1
 
-    def enter(self) -> None:
+    def acquire(self) -> None:
         """Give a request whose body is there its place.
 
         Raises:
@@ -118,7 +118,7 @@ class Door:
         self._check_places()
         self.num_inside += 1
 
-    def leave(self) -> None:
+    def release(self) -> None:
         """One of those that had a place has gone."""
         self.num_inside -= 1
 
@@ -136,7 +136,7 @@ class Door:
         of_caller = self._incoming_bytes[caller.name] + num_bytes
         if of_caller > limit:
             raise TooManyRequests(
-                f"{caller.words} is sending bodies of {of_caller} bytes, and may send {limit} at once: send fewer "
+                f"{caller.label} is sending bodies of {of_caller} bytes, and may send {limit} at once: send fewer "
                 "requests at a time"
             )
         if self.incoming_bytes + num_bytes > self._max_incoming_bytes:
@@ -199,13 +199,13 @@ class Limiter:
     def __init__(self, settings: Settings, store: LimitStore) -> None:
         self.settings = settings
         self.store = store
-        self.door = Door(settings.max_concurrent_requests, settings.max_body_bytes)
+        self.concurrency = ConcurrencyLimiter(settings.max_concurrent_requests, settings.max_body_bytes)
         self.requests = RequestBudget(store)
         self.tokens = TokenBudget(store)
         self.fails_open = settings.rate_limit_on_error == "open"
 
 
-class Ticket:
+class RequestPermit:
     """One request's way past the limits: `enter`, its body through `receiving`, `reserve` when its inputs are known,
     `settle` when its work has ended, and in any case `leave`.
 
@@ -221,13 +221,13 @@ class Ticket:
         self._body_bytes = 0
         self._reservation: Reservation | None = None
 
-    async def enter(self) -> None:
+    async def acquire(self) -> None:
         """Let the caller send the request's body.
 
         Raises:
             TooManyRequests, RateLimitExceeded.
         """
-        self._limiter.door.admit(self._caller)
+        self._limiter.concurrency.admit(self._caller)
         self._is_admitted = True
         try:
             await self._check_tokens()
@@ -245,13 +245,13 @@ class Ticket:
             message = cast(HTTPReceiveMessage, await receive())
             if self._is_inside or message["type"] != "http.request":
                 return message
-            door = self._limiter.door
+            door = self._limiter.concurrency
             if message["more_body"]:
                 door.receive(self._caller, len(message["body"]))
                 self._body_bytes += len(message["body"])
             else:
                 self._forget_body()
-                door.enter()
+                door.acquire()
                 self._is_inside = True
             return message
 
@@ -274,7 +274,7 @@ class Ticket:
             return
         if tokens > caller.tokens.amount and is_certain:
             raise RequestExceedsLimit(
-                f"This request has about {tokens} tokens, and {caller.words.lower()} may use {caller.tokens.amount} in "
+                f"This request has about {tokens} tokens, and {caller.label.lower()} may use {caller.tokens.amount} in "
                 f"{caller.tokens.window_s} s: send fewer or shorter inputs a request"
             )
         tokens = min(tokens, caller.tokens.amount)
@@ -313,20 +313,20 @@ class Ticket:
         """Whether the caller has a limit of tokens."""
         return self._caller.tokens is not None
 
-    def leave(self) -> None:
+    def release(self) -> None:
         """Make room for another request; called again, it does nothing."""
-        door = self._limiter.door
+        door = self._limiter.concurrency
         self._forget_body()
         if self._is_inside:
             self._is_inside = False
-            door.leave()
+            door.release()
         if self._is_admitted:
             self._is_admitted = False
             door.dismiss(self._caller)
 
     def _forget_body(self) -> None:
         if self._body_bytes:
-            self._limiter.door.received(self._caller, self._body_bytes)
+            self._limiter.concurrency.received(self._caller, self._body_bytes)
             self._body_bytes = 0
 
     def _let_in_or_refuse(self) -> None:
@@ -358,7 +358,7 @@ class Ticket:
 def _exceeded(caller: Caller, what: str, limit: Limit, balance: Balance) -> RateLimitExceeded:
     wait_s = balance.resets_in_s + _TICK_S
     return RateLimitExceeded(
-        f"{caller.words} has used its {limit.amount} {what} in {limit.window_s} s: try again in {duration(wait_s)}",
+        f"{caller.label} has used its {limit.amount} {what} in {limit.window_s} s: try again in {duration(wait_s)}",
         retry_after_s=wait_s,
     )
 
@@ -366,7 +366,7 @@ def _exceeded(caller: Caller, what: str, limit: Limit, balance: Balance) -> Rate
 def _too_few_left(caller: Caller, limit: Limit, tokens: int, balance: Balance) -> RateLimitExceeded:
     wait_s = (balance.resets_in_s or _RUNNING_S) + _TICK_S
     return RateLimitExceeded(
-        f"This request has about {tokens} tokens, and {caller.words.lower()} has {balance.left} left of its "
+        f"This request has about {tokens} tokens, and {caller.label.lower()} has {balance.left} left of its "
         f"{limit.amount} in {limit.window_s} s, running requests counted: try again in {duration(wait_s)}",
         retry_after_s=wait_s,
     )
@@ -419,7 +419,7 @@ def duration(seconds: float) -> str:
     return "".join([*parts, f"{ms / 1000:g}s"])
 
 
-class TextsHandler(HTTPRouteHandler):
+class InferenceRoute(HTTPRouteHandler):
     """Decorates routes that embed. Litestar copies a route for each of its guards, for each request: 17 µs a guard, and
     ours do not touch it."""
 
@@ -429,20 +429,20 @@ class TextsHandler(HTTPRouteHandler):
             await cast(Guard, guard)(connection, self)
 
 
-async def at_the_door(connection: Connection, _: BaseRouteHandler) -> None:
+async def acquire_permit(connection: Connection, _: BaseRouteHandler) -> None:
     """A guard for routes that embed; it stands behind that of `router/auth/guards.py`."""
     limiter: Limiter = connection.app.state.limiter
-    visit = visit_of(connection)
+    visit = context_of(connection)
     address = connection.client.host if connection.client else "unknown"
     caller = caller_of(key_of(connection), address, limiter.settings)
-    ticket = Ticket(limiter, caller, visit.headers)
-    visit.at_end(ticket.leave)
+    ticket = RequestPermit(limiter, caller, visit.headers)
+    visit.on_finish(ticket.release)
     connection.scope["state"]["ticket"] = ticket
-    await ticket.enter()
+    await ticket.acquire()
     connection.receive = ticket.receiving(connection.receive)
 
 
-def ticket_of(connection: Connection) -> Ticket:
+def permit_of(connection: Connection) -> RequestPermit:
     """The ticket with which a request came in."""
-    ticket: Ticket = connection.scope["state"]["ticket"]
+    ticket: RequestPermit = connection.scope["state"]["ticket"]
     return ticket

@@ -10,12 +10,12 @@ from prometheus_client.exposition import choose_encoder
 from engines.types import HostSnapshot, ModelStatus
 from router.observability import metrics
 from router.observability.metrics import Metric
-from router.observability.recorder import Meters
+from router.observability.recorder import MetricsRecorder
 
 _RECENT_S = 600.0
 
 
-class Reading(Struct, frozen=True):
+class ServerSample(Struct, frozen=True):
     """The server at one moment. `faults`: host ids whose device is down. `now_s`: Unix time."""
 
     hosts: Sequence[HostSnapshot]
@@ -26,10 +26,10 @@ class Reading(Struct, frozen=True):
     is_limit_storage_up: bool = True
 
 
-class Scrape:
+class MetricsExporter:
     """One answer. Nothing in it belongs to the event loop, so that it can be written on a thread."""
 
-    def __init__(self, meters: Meters, reading: Reading) -> None:
+    def __init__(self, meters: MetricsRecorder, reading: ServerSample) -> None:
         self._meters = meters
         self._reading = reading
 
@@ -46,12 +46,12 @@ class Scrape:
         yield from self._meters.registry.collect()
         read = [metric for metric in metrics.ALL if metric in metrics.READ_AT_SCRAPE]
         families = {metric: GaugeMetricFamily(metric.name, metric.meaning, labels=metric.labels) for metric in read}
-        for metric, labels, value in readings(self._reading):
+        for metric, labels, value in samples(self._reading):
             families[metric].add_metric(labels, value)
         yield from families.values()
 
 
-def readings(reading: Reading) -> Iterator[tuple[Metric, tuple[str, ...], float]]:
+def samples(reading: ServerSample) -> Iterator[tuple[Metric, tuple[str, ...], float]]:
     """Every value that is read at a scrape, with its labels."""
     yield metrics.BUILD_INFO, (reading.version,), 1.0
     yield metrics.READY, (), float(reading.is_ready)

@@ -15,7 +15,7 @@ import orjson
 import structlog
 from structlog.typing import Processor
 
-from router.observability.request_context import GLANCES, Visit
+from router.observability.request_context import POLLED_ROUTES, RequestContext
 
 _log = structlog.get_logger()
 
@@ -82,9 +82,9 @@ def configure_logging(log_format: str, log_level: str) -> None:
     _adopt_other_libraries(lines, shared, renderer, max(level, logging.WARNING))
 
 
-def log_visit(visit: Visit) -> None:
+def log_request(visit: RequestContext) -> None:
     """The one line of a request that has ended; the id of the request, the model and the key come by context."""
-    log = _log.warning if visit.status >= 500 else _log.debug if visit.route in GLANCES else _log.info
+    log = _log.warning if visit.status >= 500 else _log.debug if visit.route in POLLED_ROUTES else _log.info
     more: dict[str, object] = {"code": visit.code} if visit.code != "ok" else {}
     if visit.trace_id:
         more["trace_id"] = visit.trace_id

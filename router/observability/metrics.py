@@ -1,4 +1,4 @@
-"""Every metric, declared once: name, kind, labels, meaning. A leaf; `router/observability/recorder.py` keeps the values.
+"""Declares every metric once: name, kind, labels, meaning. A leaf; `recorder.py` keeps the values.
 
 `python -m router.observability.metrics` prints the README's table. Labels take few values: `model` is a registry name
 and never what a client has typed, `route` a template, `host` one per device, `code` a code of the error table or `ok`.

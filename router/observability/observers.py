@@ -4,9 +4,9 @@ import asyncio
 from typing import Protocol
 
 from router.config.settings import Settings, SettingsError
-from router.observability.logs import log_visit
-from router.observability.recorder import Meters
-from router.observability.request_context import Visit
+from router.observability.logs import log_request
+from router.observability.recorder import MetricsRecorder
+from router.observability.request_context import RequestContext
 from router.observability.traffic import Traffic
 from router.version import embedyard_version
 
@@ -19,14 +19,14 @@ _NOT_INSTALLED = (
 class Recorder(Protocol):
     """Traces; a protocol, because OpenTelemetry is installed only where it is wanted."""
 
-    def record(self, visit: Visit) -> None:
+    def record(self, visit: RequestContext) -> None:
         """A visit that has ended."""
 
     def close(self) -> None:
         """Send what is left; may block for some seconds."""
 
 
-def open_observers(settings: Settings, meters: Meters, traffic: Traffic) -> "Observers":
+def open_observers(settings: Settings, meters: MetricsRecorder, traffic: Traffic) -> "Observers":
     """Traces are on when the settings name a collector.
 
     Raises:
@@ -44,7 +44,7 @@ def open_observers(settings: Settings, meters: Meters, traffic: Traffic) -> "Obs
 class Observers:
     """All of them together."""
 
-    def __init__(self, meters: Meters, traffic: Traffic, traces: Recorder | None = None) -> None:
+    def __init__(self, meters: MetricsRecorder, traffic: Traffic, traces: Recorder | None = None) -> None:
         self._meters = meters
         self._traffic = traffic
         self._traces = traces
@@ -54,15 +54,15 @@ class Observers:
         if self._traces is not None:
             await asyncio.to_thread(self._traces.close)
 
-    def begin(self, visit: Visit) -> None:
+    def begin(self, visit: RequestContext) -> None:
         """A request has come in."""
         self._meters.in_flight.inc()
 
-    def end(self, visit: Visit) -> None:
+    def end(self, visit: RequestContext) -> None:
         """It has been answered, or its client has left."""
         self._meters.in_flight.dec()
         if self._traces is not None:
             self._traces.record(visit)
-        log_visit(visit)
+        log_request(visit)
         self._meters.record(visit)
         self._traffic.record(visit)

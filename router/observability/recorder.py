@@ -12,7 +12,7 @@ from prometheus_client.process_collector import ProcessCollector
 from engines.types import Batch, Embeddings, Event
 from router.observability import metrics
 from router.observability.metrics import Metric
-from router.observability.request_context import PROBES, Stage, Visit
+from router.observability.request_context import PROBES, RequestContext, Stage
 
 _REFUSALS = (429, 503)
 
@@ -32,7 +32,7 @@ Child = TypeVar("Child")
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter, of no use here
 
 
-class Meters:
+class MetricsRecorder:
     """One server's values. `registry` holds them, and those of the process (memory, CPU, open files)."""
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ class Meters:
         else:
             self._histograms[metric].observe(value)
 
-    def record(self, visit: Visit) -> None:
+    def record(self, visit: RequestContext) -> None:
         """A visit that has ended."""
         self.add(metrics.REQUESTS, visit.route or "other", visit.model, str(visit.status), visit.code)
         if visit.status in _REFUSALS and visit.route not in PROBES:
@@ -82,10 +82,10 @@ class Meters:
         self.add(metrics.PROMPT_TOKENS, model, amount=sum(answer.token_counts))
         if answer.truncated:
             self.add(metrics.TRUNCATED, model, amount=len(answer.truncated))
-        if answer.reused:
-            self.add(metrics.REUSED, model, amount=answer.reused)
-        if answer.recalled:
-            self.add(metrics.CACHED, model, amount=answer.recalled)
+        if answer.deduplicated:
+            self.add(metrics.REUSED, model, amount=answer.deduplicated)
+        if answer.cache_hits:
+            self.add(metrics.CACHED, model, amount=answer.cache_hits)
         for batch in answer.batches:
             self._record_batch(model, batch)
 
@@ -102,10 +102,10 @@ class Meters:
         return child  # type: ignore[return-value]  # a metric has children of one type
 
 
-class EventTally:
+class EventMetrics:
     """Counts every event once."""
 
-    def __init__(self, meters: Meters) -> None:
+    def __init__(self, meters: MetricsRecorder) -> None:
         self._meters = meters
         self._fetched_bytes: dict[str, int] = {}
         self._fetching: dict[str, set[str]] = {}

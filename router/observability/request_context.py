@@ -1,4 +1,4 @@
-"""`Visit`: one request from its first byte to its last, and what was learnt of it on the way.
+"""`RequestContext`: one request from its first byte to its last, and what was learnt of it on the way.
 
 The log line, the metrics and the trace of a request are all made from its visit, at its end, once. Neither texts nor
 keys are ever in it.
@@ -18,7 +18,13 @@ from structlog.contextvars import bind_contextvars, clear_contextvars
 from engines.types import Embeddings
 
 PROBES = frozenset({"/health", "/ready", "/metrics"})
-GLANCES = PROBES | {"/admin/models", "/admin/memory", "/admin/traffic", "/dashboard/{name}", "/docs/assets/{name}"}
+POLLED_ROUTES = PROBES | {
+    "/admin/models",
+    "/admin/memory",
+    "/admin/traffic",
+    "/dashboard/{name}",
+    "/docs/assets/{name}",
+}
 """What a page that stays open, or a probe, asks for again and again; the log tells of it at level debug only."""
 CLIENT_LEFT = 499
 
@@ -42,7 +48,7 @@ class Stage(Struct, frozen=True):
     seconds: float
 
 
-class Visit:
+class RequestContext:
     """One request.
 
     Attributes:
@@ -68,7 +74,7 @@ class Visit:
         self._embedded_s = self.began_s
         self.stages: list[Stage] = []
         self.headers: dict[str, str] = {}
-        self._farewells: list[Callable[[], None]] = []
+        self._finish_callbacks: list[Callable[[], None]] = []
         found = _TRACEPARENT.fullmatch(header(scope, b"traceparent"))
         self.trace_id = found.group(1) if found else ""
         scope.setdefault("state", {}).update(request_id=self.request_id, visit=self)
@@ -104,12 +110,12 @@ class Visit:
             message["headers"] = [*message["headers"], *guards, *own_bytes]
         await self._send(message)
 
-    def found_model(self, model_id: str) -> None:
+    def set_model(self, model_id: str) -> None:
         """From now on lines of the log name it, too."""
         self.model = model_id
         bind_contextvars(model=model_id)
 
-    def found_key(self, key_id: str) -> None:
+    def set_key(self, key_id: str) -> None:
         """From now on lines of the log name whose key it is."""
         self.key_id = key_id
         bind_contextvars(key=key_id)
@@ -118,7 +124,7 @@ class Visit:
         """A part that began then and has just ended."""
         self.stages.append(Stage(name, began_s, time.perf_counter() - began_s))
 
-    def embedded(self, answer: Embeddings, began_s: float) -> None:
+    def record_result(self, answer: Embeddings, began_s: float) -> None:
         """The parts of an answer follow each other from `began_s` on; from now on it is written down."""
         self.answer, self._embedded_s = answer, time.perf_counter()
         spent = answer.timings
@@ -129,22 +135,22 @@ class Visit:
             self.stages.append(Stage(name, began_s, seconds))
             began_s += seconds
 
-    def at_end(self, call: Callable[[], None]) -> None:
+    def on_finish(self, call: Callable[[], None]) -> None:
         """Something to be done when the visit ends, however it ends."""
-        self._farewells.append(call)
+        self._finish_callbacks.append(call)
 
-    def end(self) -> None:
+    def finish(self) -> None:
         """The last byte has left, or the client has."""
-        for call in self._farewells:
+        for call in self._finish_callbacks:
             call()
         self.ended_s = time.perf_counter()
         if self.status == CLIENT_LEFT and self.code == "ok":
             self.code = "client_closed_request"
 
 
-def visit_of(connection: ASGIConnection[Any, Any, Any, Any]) -> Visit:
+def context_of(connection: ASGIConnection[Any, Any, Any, Any]) -> RequestContext:
     """The visit that a connection belongs to."""
-    return cast(Visit, connection.scope["state"]["visit"])
+    return cast(RequestContext, connection.scope["state"]["visit"])
 
 
 def header(scope: HTTPScope, name: bytes) -> str:

@@ -15,7 +15,7 @@ from opentelemetry.trace import SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.util.types import AttributeValue
 
-from router.observability.request_context import PROBES, Visit, header
+from router.observability.request_context import PROBES, RequestContext, header
 
 _SERVICE = "embedyard"
 _MAX_CONTEXT_CHARS = 512
@@ -43,7 +43,7 @@ class Traces:
         self._tracer = self._provider.get_tracer(_SERVICE, version)
         self._propagator = TraceContextTextMapPropagator()
 
-    def record(self, visit: Visit) -> None:
+    def record(self, visit: RequestContext) -> None:
         """A visit that has ended; from now on it knows the id of its trace. Probes leave none."""
         if visit.route in PROBES:
             return
@@ -63,7 +63,7 @@ class Traces:
             span.set_status(Status(StatusCode.ERROR, visit.code))
         span.end(_ns(visit, visit.ended_s))
 
-    def _record_stages(self, visit: Visit, span: trace.Span) -> None:
+    def _record_stages(self, visit: RequestContext, span: trace.Span) -> None:
         inside = trace.set_span_in_context(span)
         for stage in visit.stages:
             child = self._tracer.start_span(stage.name, context=inside, start_time=_ns(visit, stage.began_s))
@@ -76,12 +76,12 @@ class Traces:
         sending.join(_FLUSH_S)
 
 
-def _ns(visit: Visit, at_s: float) -> int:
+def _ns(visit: RequestContext, at_s: float) -> int:
     """A moment on the clock of the visit's stages as Unix nanoseconds; the wall clock is read once for each visit."""
     return visit.began_ns + round((at_s - visit.began_s) * 1e9)
 
 
-def _attributes(visit: Visit) -> dict[str, AttributeValue]:
+def _attributes(visit: RequestContext) -> dict[str, AttributeValue]:
     found: dict[str, AttributeValue] = {
         "http.request.method": visit.method,
         "http.route": visit.route,

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from msgspec import Struct
 
-from router.observability.request_context import Visit
+from router.observability.request_context import RequestContext
 
 STEP_S = 5.0
 STEPS = 12
@@ -20,7 +20,7 @@ _RESOLUTION = math.log(1.05)
 _SHORTEST_S = 1e-4
 
 
-class Minute(Struct, frozen=True):
+class MinuteStats(Struct, frozen=True):
     """One model. `texts_per_s_by_step`: the steps that are over, oldest first; `p50_s` and `p95_s` are right to 3 %."""
 
     texts_per_s: float
@@ -47,7 +47,7 @@ class Traffic:
         self._began_s = clock()
         self._steps: dict[str, deque[_Step]] = {}
 
-    def record(self, visit: Visit) -> None:
+    def record(self, visit: RequestContext) -> None:
         """A visit that has ended. Only embeddings that were answered count."""
         if visit.answer is None or visit.status != 200:
             return
@@ -65,7 +65,7 @@ class Traffic:
             steps.append(_Step(number))
         return steps[-1]
 
-    def last_minute(self) -> dict[str, Minute]:
+    def last_minute(self) -> dict[str, MinuteStats]:
         """Every model that answered within it."""
         now_s = self._clock()
         number = int(now_s // STEP_S)
@@ -80,10 +80,10 @@ class Traffic:
         return found
 
 
-def _minute(steps: list[_Step], now: int, window_s: float) -> Minute:
+def _minute(steps: list[_Step], now: int, window_s: float) -> MinuteStats:
     texts = {step.number: step.texts for step in steps}
     seconds = sum((step.seconds for step in steps), Counter[int]())
-    return Minute(
+    return MinuteStats(
         texts_per_s=sum(texts.values()) / window_s,
         tokens_per_s=sum(step.tokens for step in steps) / window_s,
         texts_per_s_by_step=tuple(texts.get(number, 0) / STEP_S for number in range(now - STEPS, now)),

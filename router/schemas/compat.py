@@ -1,4 +1,4 @@
-"""The wire of the skins: what clients of other embedding servers send and get. A leaf, like `router/schemas/inference.py`.
+"""Structs of the compatibility routes: what clients of other embedding servers send and get. A leaf.
 
 Only what their clients read is answered; fields that they send and we have no use for are ignored.
 """

@@ -27,7 +27,7 @@ from litestar.types import (
 
 from router.errors import ClientLeft, answer_error
 from router.observability.observers import Observers
-from router.observability.request_context import Visit, header
+from router.observability.request_context import RequestContext, header
 
 _FOLDED = (
     ("/v1/models/", ()),
@@ -42,7 +42,7 @@ _PATIENCE_S = 0.25
 """Warm requests are done by then, and do not pay for a task that watches their client (65 µs)."""
 
 
-class Edge(Litestar):
+class Application(Litestar):
     """Litestar, and around its router: folded model ids, and a visit for whoever observes requests."""
 
     async def __call__(
@@ -59,7 +59,7 @@ class Edge(Litestar):
         if is_head:
             http = {**http, "method": "GET"}
         http["path"] = fold_model_id(http["path"][:_MAX_PATH_CHARS])
-        visit = Visit(http, cast(Send, send), is_last=self.state.yard.draining.is_set)
+        visit = RequestContext(http, cast(Send, send), is_last=self.state.server_state.draining.is_set)
         observers: Observers = self.state.observers
         observers.begin(visit)
         asked, answer = _without_body(visit.send) if is_head else (cast(Receive, receive), visit.send)
@@ -69,7 +69,7 @@ class Edge(Litestar):
         finally:
             if is_head:
                 http["method"] = "HEAD"
-            visit.end()
+            visit.finish()
             observers.end(visit)
 
     async def _refuse_preflight(self, scope: HTTPScope, receive: Receive, send: Send) -> bool:

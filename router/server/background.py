@@ -9,7 +9,7 @@ import structlog
 
 from router.backends.base import Backend
 from router.observability import metrics
-from router.observability.recorder import EventTally, Meters
+from router.observability.recorder import EventMetrics, MetricsRecorder
 
 log = structlog.get_logger()
 
@@ -18,9 +18,9 @@ LAG_EVERY_S = 0.25
 
 
 @asynccontextmanager
-async def watching(backend: Backend, meters: Meters) -> AsyncIterator[None]:
+async def watching(backend: Backend, meters: MetricsRecorder) -> AsyncIterator[None]:
     """The tasks run inside the block. Enter it before the backend starts, so that no event is missed."""
-    works = [EventTally(meters).follow(backend.events()), check_devices(backend), time_the_loop(meters)]
+    works = [EventMetrics(meters).follow(backend.events()), check_devices(backend), time_the_loop(meters)]
     tasks = [asyncio.create_task(_logged(work)) for work in works]
     try:
         yield
@@ -37,7 +37,7 @@ async def check_devices(backend: Backend, every_s: float = CHECK_EVERY_S) -> Non
         await asyncio.sleep(every_s)
 
 
-async def time_the_loop(meters: Meters, every_s: float = LAG_EVERY_S) -> None:
+async def time_the_loop(meters: MetricsRecorder, every_s: float = LAG_EVERY_S) -> None:
     """How late the loop is: whatever blocks it delays every request alike."""
     while True:
         began_s = time.perf_counter()

@@ -86,7 +86,7 @@ class Unread:
 _UNREAD = WeakKeyDictionary[ServerState, Unread]()
 
 
-class PatientProtocol(HttpToolsProtocol):
+class TimeoutHttpProtocol(HttpToolsProtocol):
     """Closes connections whose client does not get on, and hands over answers no faster than they are read.
 
     The transport keeps nothing that the kernel does not take at once without pausing the protocol, so `write_paused`
@@ -270,7 +270,9 @@ class PatientProtocol(HttpToolsProtocol):
 
     def _make_room(self) -> None:
         """Close idle connections, or, when every other has a request, this one."""
-        found = [one for one in self.connections if isinstance(one, PatientProtocol) and not one.transport.is_closing()]
+        found = [
+            one for one in self.connections if isinstance(one, TimeoutHttpProtocol) and not one.transport.is_closing()
+        ]
         if len(found) <= MAX_CONNECTIONS:
             return  # the others are on their way out
         idle = [one for one in found if one is not self and one._is_idle()]

@@ -18,7 +18,7 @@ from router.auth.guards import Keyring, keyring_of
 from router.auth.key_file import KeysError, read_keys
 from router.config.settings import Settings
 from router.registry.registry import Changes, Registry, RegistryError, diff, open_registry
-from router.server.state import Yard
+from router.server.state import ServerState
 
 log = structlog.get_logger()
 
@@ -37,9 +37,9 @@ def open_keyring(settings: Settings) -> Keyring:
 
 
 @asynccontextmanager
-async def keys_watched(yard: Yard) -> AsyncIterator[None]:
+async def keys_watched(server_state: ServerState) -> AsyncIterator[None]:
     """Inside, the yard's keyring follows the file, if there is one."""
-    watch = asyncio.create_task(watch_keys(yard)) if yard.settings.keys_file else None
+    watch = asyncio.create_task(watch_keys(server_state)) if server_state.settings.keys_file else None
     try:
         yield
     finally:
@@ -49,38 +49,38 @@ async def keys_watched(yard: Yard) -> AsyncIterator[None]:
                 await watch
 
 
-async def watch_keys(yard: Yard, every_s: float = LOOK_AT_KEYS_EVERY_S) -> None:
+async def watch_keys(server_state: ServerState, every_s: float = LOOK_AT_KEYS_EVERY_S) -> None:
     """Read the file whenever it differs from what was read last. Runs until it is cancelled.
 
     The first look leads to a reading, too: the file may have changed since the server began to start.
     """
-    path = yard.settings.keys_file
+    path = server_state.settings.keys_file
     if path is None:
         return
-    seen: Stamp | None = await asyncio.to_thread(look, path)
-    read: Stamp | str | None = "nothing yet"
+    seen: FileFingerprint | None = await asyncio.to_thread(fingerprint_file, path)
+    read: FileFingerprint | str | None = "nothing yet"
     while True:
         await asyncio.sleep(every_s)
-        before, seen = seen, await asyncio.to_thread(look, path)
+        before, seen = seen, await asyncio.to_thread(fingerprint_file, path)
         if seen == before and seen != read:
             read = seen
-            await _reload(yard)
+            await _reload(server_state)
 
 
-async def _reload(yard: Yard) -> None:
+async def _reload(server_state: ServerState) -> None:
     try:
-        keyring = await asyncio.to_thread(open_keyring, yard.settings)
+        keyring = await asyncio.to_thread(open_keyring, server_state.settings)
     except KeysError as error:
         log.error("keys.invalid", mistakes=[str(mistake) for mistake in error.mistakes])
         return
     except Exception:  # the watch goes on
         log.exception("keys.not_reloaded")
         return
-    if keyring.keys == yard.keyring.keys:
+    if keyring.keys == server_state.keyring.keys:
         return
-    before = {key.id: key for key in yard.keyring.keys}
+    before = {key.id: key for key in server_state.keyring.keys}
     after = {key.id: key for key in keyring.keys}
-    yard.keyring = keyring
+    server_state.keyring = keyring
     log.info(
         "keys.reloaded",
         added=[name for name in after if name not in before],
@@ -93,7 +93,7 @@ LOOK_EVERY_S = 1.0
 """Between two looks at the file; a stat costs microseconds, and needs nothing that every disk does not have."""
 
 
-class Stamp(NamedTuple):
+class FileFingerprint(NamedTuple):
     """What a file's content cannot change without. The inode is for editors that put a new file in its place."""
 
     mtime_ns: int
@@ -101,23 +101,23 @@ class Stamp(NamedTuple):
     inode: int
 
 
-def look(path: Path) -> Stamp | None:
+def fingerprint_file(path: Path) -> FileFingerprint | None:
     """The file now; None where there is none."""
     try:
         stat = path.stat()
     except OSError:
         return None
-    return Stamp(stat.st_mtime_ns, stat.st_size, stat.st_ino)
+    return FileFingerprint(stat.st_mtime_ns, stat.st_size, stat.st_ino)
 
 
 class Reloader:
     """Brings the yard's registry up to date. It alone replaces it."""
 
-    def __init__(self, yard: Yard) -> None:
-        self._yard = yard
-        self._settings = yard.settings
+    def __init__(self, server_state: ServerState) -> None:
+        self._server_state = server_state
+        self._settings = server_state.settings
         self._last: asyncio.Task[Changes] | None = None
-        self._read: Stamp | str | None = "nothing yet"
+        self._read: FileFingerprint | str | None = "nothing yet"
 
     async def reload(self) -> Changes:
         """Read the file now, and serve what it says; goes on when the caller leaves.
@@ -149,21 +149,21 @@ class Reloader:
 
         A file that is being written may be right and yet not whole, so it must have lain still since the last look.
         """
-        seen: Stamp | None = None
+        seen: FileFingerprint | None = None
         while True:
             await asyncio.sleep(every_s)
-            before, seen = seen, await asyncio.to_thread(look, self._settings.registry)
+            before, seen = seen, await asyncio.to_thread(fingerprint_file, self._settings.registry)
             if seen == before and seen != self._read:
                 await self.reload_and_log()
 
     async def _after(self, previous: asyncio.Task[Changes] | None) -> Changes:
         if previous is not None:
             await asyncio.wait({previous})
-        self._read = await asyncio.to_thread(look, self._settings.registry)
+        self._read = await asyncio.to_thread(fingerprint_file, self._settings.registry)
         registry = await asyncio.to_thread(open_registry, self._settings)
-        changes = diff(self._yard.registry, registry)
-        await self._yard.backend.reload(registry.models, self._new_budget(registry, changes))
-        self._yard.registry = registry
+        changes = diff(self._server_state.registry, registry)
+        await self._server_state.backend.reload(registry.models, self._new_budget(registry, changes))
+        self._server_state.registry = registry
         if not changes.is_empty:
             log.info("registry.reloaded", **structs.asdict(changes))
         return changes

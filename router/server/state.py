@@ -1,4 +1,4 @@
-"""`Yard`: what all controllers share, put together by `router/app.py`. It also owns the end of the server's life."""
+"""Holds what all controllers share (`ServerState`), and drains the server at its end."""
 
 import asyncio
 from typing import Annotated, Any
@@ -14,13 +14,13 @@ from router.auth.guards import Keyring
 from router.auth.model_access import resolve
 from router.backends.base import Backend
 from router.config.settings import Settings
-from router.observability.request_context import visit_of
+from router.observability.request_context import context_of
 from router.registry.registry import Registry
 
 ModelId = Annotated[str, PathParameter(description="An id or alias; it may hold slashes, encoded or not.")]
 
 
-class Yard:
+class ServerState:
     """Settings, registry, keys and backend of one server.
 
     `registry` and `keyring` are replaced as a whole when their files are read again.
@@ -69,19 +69,23 @@ class Yard:
             raise DeviceDown("; ".join(faults.values()), retry_after_s=10.0)
 
 
-def provide_yard(request: Request[Any, Any, Any]) -> Yard:
+def provide_state(request: Request[Any, Any, Any]) -> ServerState:
     """One dependency for all: Litestar starts a task for each of several independent ones."""
-    yard: Yard = request.app.state.yard
-    return yard
+    server_state: ServerState = request.app.state.server_state
+    return server_state
 
 
-def provide_spec(request: Request[Any, Any, Any], model_id: ModelId, yard: NamedDependency[Yard]) -> ModelSpec:
+def provide_spec(
+    request: Request[Any, Any, Any], model_id: ModelId, server_state: NamedDependency[ServerState]
+) -> ModelSpec:
     """The model that a path names, by id or alias; the path comes folded (`router/server/application.py`)."""
-    return resolve(request, yard.registry, unquote(model_id))
+    return resolve(request, server_state.registry, unquote(model_id))
 
 
-def provide_any_spec(request: Request[Any, Any, Any], model_id: ModelId, yard: NamedDependency[Yard]) -> ModelSpec:
+def provide_any_spec(
+    request: Request[Any, Any, Any], model_id: ModelId, server_state: NamedDependency[ServerState]
+) -> ModelSpec:
     """The same for operators, who may move models that their key may not embed with."""
-    spec = yard.registry.resolve(unquote(model_id))
-    visit_of(request).found_model(spec.model_id)
+    spec = server_state.registry.resolve(unquote(model_id))
+    context_of(request).set_model(spec.model_id)
     return spec

@@ -16,12 +16,12 @@ import structlog
 import uvicorn
 from litestar import Litestar
 
-from router.server.connection import PatientProtocol
+from router.server.connection import TimeoutHttpProtocol
 from router.server.reloader import Reloader
-from router.server.state import Yard
+from router.server.state import ServerState
 
 
-class Hangups:
+class SighupHandler:
     """Made on the main thread before anything slow begins: until `follow`, the signal is swallowed and not deadly.
 
     A process that was told to ignore hang-ups (`nohup`) outlives its terminal, and still reloads.
@@ -89,9 +89,11 @@ class DrainingServer(uvicorn.Server):
     balancers. uvicorn closes it only when everything admitted has its answer, and waits for the last bytes to leave.
     """
 
-    def __init__(self, config: uvicorn.Config, app: Litestar, hangups: Hangups, announce: Callable[[], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, app: Litestar, hangups: SighupHandler, announce: Callable[[], None]
+    ) -> None:
         super().__init__(config)
-        self._yard: Yard = app.state.yard
+        self._server_state: ServerState = app.state.server_state
         self._reloader: Reloader = app.state.reloader
         self._hangups = hangups
         self._announce = announce
@@ -124,12 +126,12 @@ class DrainingServer(uvicorn.Server):
 
     def _begin_end(self) -> None:
         if self._ending is None:
-            end_latest(self._yard.settings.grace_seconds + _PATIENCE_S)
+            end_latest(self._server_state.settings.grace_seconds + _PATIENCE_S)
             self._ending = asyncio.create_task(self._end())
 
     async def _end(self) -> None:
         try:
-            await self._yard.close()
+            await self._server_state.close()
             await self._until_quiet()
         finally:
             self.should_exit = True
@@ -167,11 +169,11 @@ def listen(host: str, port: int) -> socket.socket:
 
 def run_until_told_to_stop(app: Litestar, listener: socket.socket, announce: Callable[[], None]) -> None:
     """Serve until SIGTERM or SIGINT, drain, and return; a second one ends the process. SIGHUP reloads the registry."""
-    yard: Yard = app.state.yard
-    hangups = Hangups()
+    server_state: ServerState = app.state.server_state
+    hangups = SighupHandler()
     config = uvicorn.Config(
         app,
-        http=PatientProtocol,
+        http=TimeoutHttpProtocol,
         loop="auto",  # uvloop, except on Windows
         ws="none",
         lifespan="on",
@@ -179,10 +181,10 @@ def run_until_told_to_stop(app: Litestar, listener: socket.socket, announce: Cal
         access_log=False,
         server_header=False,
         # uvicorn believes X-Forwarded-For of every loopback client unless told not to.
-        proxy_headers=bool(yard.settings.forwarded_allow_ips),
-        forwarded_allow_ips=list(yard.settings.forwarded_allow_ips),
+        proxy_headers=bool(server_state.settings.forwarded_allow_ips),
+        forwarded_allow_ips=list(server_state.settings.forwarded_allow_ips),
         timeout_keep_alive=_KEEP_ALIVE_S,
-        timeout_graceful_shutdown=math.ceil(yard.settings.grace_seconds) + _AFTER_GRACE_S,
+        timeout_graceful_shutdown=math.ceil(server_state.settings.grace_seconds) + _AFTER_GRACE_S,
     )
     server = DrainingServer(config, app, hangups, announce)
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -11,10 +11,10 @@ from typing import Any
 import click
 
 from engines.errors import UnsupportedModel
-from engines.host import Host, HostConfig, World
+from engines.host import Host, HostConfig, HostRuntime
 from engines.pool.estimates import Measurements
 from engines.pool.runtime import LoadLock, LoopTime, Threads
-from engines.pool.slot import Rules
+from engines.pool.slot import PoolPolicy
 from engines.protocols import Progress
 from engines.spec import Matryoshka, ModelSpec
 from engines.testing.fakes import FakeFiles, FakeLoader, FakeMemory
@@ -77,7 +77,7 @@ def _fake_gpu(device: str, specs: dict[str, ModelSpec], files: FakeFiles, lock: 
     weight_bytes = {model_id: size * 10**6 for model_id, size in MEGABYTES.items()}
     config = HostConfig(
         host_id=device, device=device, budget=Budget(size_bytes=10 * GIGABYTE), workspace_bytes=GIGABYTE,
-        rules=Rules(min_residency_s=0.0, residency_loads=0.0),
+        rules=PoolPolicy(min_residency_s=0.0, residency_loads=0.0),
     )  # fmt: skip
     loader = FakeLoader(
         weight_bytes=weight_bytes,
@@ -85,7 +85,7 @@ def _fake_gpu(device: str, specs: dict[str, ModelSpec], files: FakeFiles, lock: 
         failures={BROKEN: [REASON] * 100},
         pause=lambda model_id: time.sleep(load_s),
     )
-    world = World(
+    world = HostRuntime(
         time=LoopTime(),
         workers=Threads(device, load_lock=lock),
         memory=FakeMemory(12 * GIGABYTE),

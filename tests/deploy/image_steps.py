@@ -1,4 +1,4 @@
-"""`python -m tests.deploy.image_steps`: every step of the Dockerfile in a clean root, and a first vector from the result.
+"""`python -m tests.deploy.image_steps`: every step of the Dockerfile in a clean root, and a first vector of it.
 
     make image-steps                                        PyTorch from its own index
     make image-steps TORCH_INDEX=https://pypi.org/simple    from this one

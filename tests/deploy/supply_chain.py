@@ -1,4 +1,4 @@
-"""What is shipped: `python -m tests.deploy.supply_chain audit` asks for known vulnerabilities, `sbom FILE` writes it down.
+"""`python -m tests.deploy.supply_chain audit` asks for known vulnerabilities, `sbom FILE` writes what is shipped.
 
 Shipped are the packages that embedyard and its extras need, in the versions that are installed here; not what only its
 tests use.

@@ -16,7 +16,7 @@ from router.app import create_app
 from router.backends.local import LocalBackend
 from router.config.settings import Settings
 from router.registry.registry import Registry
-from router.server.state import Yard
+from router.server.state import ServerState
 from tests.deploy.proxies import NAME, Proxy, caddy, is_here, nginx
 from tests.testkit.threaded_server import serving
 
@@ -112,8 +112,8 @@ async def test_a_server_may_drain_and_go(run: Run, tmp_path: Path) -> None:
     async with pair(run, tmp_path) as here:
         await here.ask_all()
         leaving, staying = here.nodes
-        yard: Yard = leaving.app.state.yard
-        yard.begin_drain()
+        server_state: ServerState = leaving.app.state.server_state
+        server_state.begin_drain()
         draining = await here.ask_all()
         while run is caddy and set(await here.ask_all()) != {200}:  # noqa: ASYNC110 - as clients do
             await asyncio.sleep(0.1)

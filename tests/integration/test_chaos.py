@@ -23,7 +23,7 @@ from structlog.testing import capture_logs
 from engines.batching.runner import Runner
 from engines.hub.partial_file import PartFile
 from engines.loading.loader import TorchLoader
-from engines.pool.slot import Rules
+from engines.pool.slot import PoolPolicy
 from engines.spec import ModelSpec
 from engines.types import ModelFiles
 from router.app import create_app
@@ -186,7 +186,7 @@ async def test_a_disk_that_fills_up_during_a_download_is_said_so_and_the_next_tr
     with LoopbackHub() as hub:
         hub.add("org/model", truths[name].folder)
         specs = {name: specs_of({name: truths[name]}, source="org/model")[name]}
-        rules = Rules(retry_s=(0.2, 0.3))
+        rules = PoolPolicy(retry_s=(0.2, 0.3))
         async with real_yard(specs, rules=rules, hub=hub_config(hub, tmp_path)) as yard:
             monkeypatch.setattr(PartFile, "append", lambda part, chunk: write_until_full(part, chunk, append))
             answers = await asyncio.gather(*(yard.embed(name) for _ in range(3)))

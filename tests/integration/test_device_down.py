@@ -5,10 +5,10 @@ import asyncio
 import pytest
 from msgspec import structs
 
-from engines.device.health import Pulse
+from engines.device.health import DeviceHealth
 from engines.errors import DeviceDown
 from engines.host import Host, HostConfig
-from engines.testing.fakes import FakeFiles, FakeLoader, fake_specs, fake_world
+from engines.testing.fakes import FakeFiles, FakeLoader, fake_runtime, fake_specs
 from engines.testing.runtime import let_run
 from engines.types import Budget, EmbedCall
 from router.backends.local import LocalBackend
@@ -20,13 +20,13 @@ class Pair:
     """Two devices with a pulse each, one backend."""
 
     def __init__(self, embed_s: float = 0.0) -> None:
-        self.pulses = {"cuda:0": Pulse(), "cuda:1": Pulse()}
+        self.pulses = {"cuda:0": DeviceHealth(), "cuda:1": DeviceHealth()}
         self.loaders = {device: FakeLoader(embed_s=embed_s) for device in self.pulses}
         self.backend = LocalBackend([self._host(device) for device in self.pulses], fake_specs("a"))
 
     def _host(self, device: str) -> Host:
         config = HostConfig(host_id=device, device=device, budget=Budget(size_bytes=10**6), workspace_bytes=100)
-        world = structs.replace(fake_world(), pulse=lambda: self.pulses[device])
+        world = structs.replace(fake_runtime(), health=lambda: self.pulses[device])
         return Host(config, fake_specs("a"), FakeFiles(), self.loaders[device], world)
 
     def loads(self) -> list[int]:
@@ -38,7 +38,7 @@ async def test_a_device_that_is_down_is_passed_over() -> None:
     await pair.backend.start()
     await pair.backend.embed(CALL)
     home = "cuda:0" if pair.loads() == [1, 0] else "cuda:1"
-    pair.pulses[home] = Pulse(is_alive=False)
+    pair.pulses[home] = DeviceHealth(is_alive=False)
     faults = pair.backend.check()
     await pair.backend.embed(CALL)
 
@@ -50,7 +50,7 @@ async def test_a_server_whose_devices_are_all_down_says_so_at_once() -> None:
     pair = Pair()
     await pair.backend.start()
     for device in pair.pulses:
-        pair.pulses[device] = Pulse(turn_s=500.0)
+        pair.pulses[device] = DeviceHealth(task_s=500.0)
     pair.backend.check()
 
     with pytest.raises(DeviceDown, match="restart the server"):
@@ -64,7 +64,7 @@ async def test_only_the_callers_of_the_device_that_is_down_are_told() -> None:
     home = "cuda:0" if pair.loads() == [1, 0] else "cuda:1"
     hurt = asyncio.create_task(pair.backend.embed(CALL))
     await let_run()
-    pair.pulses[home] = Pulse(is_alive=False)
+    pair.pulses[home] = DeviceHealth(is_alive=False)
     pair.backend.check()
     well = asyncio.create_task(pair.backend.embed(CALL))
 

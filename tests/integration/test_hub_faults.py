@@ -15,7 +15,7 @@ import httpx
 import pytest
 from msgspec import Struct
 
-from engines.pool.slot import Rules
+from engines.pool.slot import PoolPolicy
 from router.config.settings import Settings
 from tests.testkit.hub import (
     LISTING,
@@ -40,7 +40,7 @@ REPO = "org/model"
 NAME = "bert-cls"
 WEIGHTS = "model.safetensors"
 WITHIN_S = 10.0
-RULES = Rules(retry_s=(0.3, 0.5), retry_denied_s=(0.4, 0.5))
+RULES = PoolPolicy(retry_s=(0.3, 0.5), retry_denied_s=(0.4, 0.5))
 """Quarantines in a hurry: ten seconds and a minute in earnest."""
 
 

@@ -11,7 +11,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from engines.pool.runtime import LOAD_LOCK, Task
-from engines.pool.slot import Rules
+from engines.pool.slot import PoolPolicy
 from engines.types import Event
 from tests.testkit.crowd import ask, crowd, unexplained
 from tests.testkit.hub import Hold, LoopbackHub
@@ -111,7 +111,7 @@ async def test_two_models_that_cannot_both_fit_take_turns(truths: dict[str, Trut
     specs = specs_of(pair, max_batch_tokens=512)  # or both would need less once trials have found smaller batches
     sizes = await measure(specs, state)
     budget = max(sum(size) for size in sizes.values()) + 1000
-    rules = Rules(min_residency_s=RESIDENCY_S, residency_loads=0.0, patience_s=0.2)
+    rules = PoolPolicy(min_residency_s=RESIDENCY_S, residency_loads=0.0, patience_s=0.2)
     asked = Counter[str]()
     is_seen = asyncio.Event()
 

@@ -12,8 +12,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._pytree import tree_flatten, tree_map
 
 from engines.inputs.tokenizer import Ids
-from engines.models.base import PART_TOKENS, Attention, Path
-from engines.models.cuda_graphs import Unwatched, warm_up
+from engines.models.base import PART_TOKENS, Attention, ForwardPath
+from engines.models.cuda_graphs import ForbidHostSync, warm_up
 
 WIDTH = 4
 
@@ -29,7 +29,7 @@ class ScriptedEncoder:
     """Vectors from the ids alone: `[first, last, sum, length]`; `before` runs first and may raise."""
 
     attention: Attention = "packed"
-    path: Path = "packed"
+    path: ForwardPath = "packed"
     fallback = ""
     dimensions = WIDTH
     is_reentrant = True
@@ -56,7 +56,7 @@ class ScriptedEncoder:
         return 1
 
 
-class _Tape(Unwatched):  # type: ignore[no-untyped-call]  # untyped upstream
+class _Tape(ForbidHostSync):  # type: ignore[no-untyped-call]  # untyped upstream
     """Writes down every operation on tensors, and does them again. Numbers are as they were at the first time."""
 
     def __init__(self) -> None:
@@ -99,7 +99,7 @@ class _Place:
 
 
 class TapeRecorder:
-    """Records passes as the operations that they are made of (`engines.models.cuda_graphs.Recorder`).
+    """Records passes as the operations that they are made of (`engines.models.cuda_graphs.GraphCapturer`).
 
     Args:
         seconds: what a recorded pass takes and what an ordinary one does, in turns.

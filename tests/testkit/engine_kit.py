@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
-from engines.batching.engine import TextEngine
-from engines.device.scheduler import Lane
+from engines.batching.engine import EmbeddingEngine
+from engines.device.scheduler import DeviceScheduler
 from engines.inputs.tokenizer_threads import TokenizerThreads
 from engines.loading.loader import LoaderSettings, TorchLoader
 from engines.spec import ModelSpec
@@ -26,9 +26,9 @@ class Kit:
     def __init__(self, folder: Path) -> None:
         torch.set_num_threads(1)  # small models gain nothing from more, and lose much beside busy neighbours
         self.folder = folder
-        self.lane = Lane("kit")
+        self.lane = DeviceScheduler("kit")
         self.threads = TokenizerThreads(2)
-        self._engines: dict[str, TextEngine] = {}
+        self._engines: dict[str, EmbeddingEngine] = {}
         self._references: dict[str, SentenceTransformer] = {}
 
     def close(self) -> None:
@@ -44,7 +44,7 @@ class Kit:
                 RECIPES[name].build(folder)
         return folder
 
-    def engine(self, name: str) -> TextEngine:
+    def engine(self, name: str) -> EmbeddingEngine:
         """The warm engine of a recipe."""
         if name not in self._engines:
             self._engines[name] = self.load(self.recipe_folder(name), **RECIPES[name].spec)
@@ -58,7 +58,7 @@ class Kit:
 
     def load(
         self, folder: Path, *, settings: LoaderSettings | None = None, revision: str = "r1", **spec: Any
-    ) -> TextEngine:
+    ) -> EmbeddingEngine:
         """Load a folder and warm it up, as a host does."""
         loader = TorchLoader("cpu", self.lane, self.threads, settings or LoaderSettings())
         files = ModelFiles(path=str(folder), revision=revision, size_bytes=0)
@@ -67,12 +67,12 @@ class Kit:
         return engine
 
 
-def embed(engine: TextEngine, texts: list[str], **call: Any) -> Vectors:
+def embed(engine: EmbeddingEngine, texts: list[str], **call: Any) -> Vectors:
     """The vectors of one request."""
     return answer(engine, texts=tuple(texts), **call).array()
 
 
-def answer(engine: TextEngine, **call: Any) -> Embeddings:
+def answer(engine: EmbeddingEngine, **call: Any) -> Embeddings:
     """The whole answer to one request."""
     return asyncio.run(engine.embed(EmbedCall(model_id="m", **call)))
 

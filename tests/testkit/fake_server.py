@@ -8,14 +8,14 @@ import httpx
 from msgspec import Struct, structs
 
 from engines.host import Host, HostConfig
-from engines.pool.slot import Rules
+from engines.pool.slot import PoolPolicy
 from engines.spec import Matryoshka, ModelSpec
 from engines.testing.fakes import (  # fmt: skip
     WORKSPACE_BYTES,
     FakeFiles,
     FakeLoader,
     InlineWorkers,
-    fake_world,
+    fake_runtime,
 )
 from engines.types import Budget
 from router.app import create_app
@@ -73,9 +73,9 @@ async def world(
     workers, loader = InlineWorkers(), loader or FakeLoader()
     config = HostConfig(
         host_id="cpu", budget=Budget(size_bytes=budget_bytes), workspace_bytes=WORKSPACE_BYTES,
-        rules=Rules(min_residency_s=0.0, residency_loads=0.0),
+        rules=PoolPolicy(min_residency_s=0.0, residency_loads=0.0),
     )  # fmt: skip
-    host = Host(config, SPECS, files or FakeFiles(), loader, structs.replace(fake_world(), workers=workers))
+    host = Host(config, SPECS, files or FakeFiles(), loader, structs.replace(fake_runtime(), workers=workers))
     app = create_app(structs.replace(Settings(), **settings), REGISTRY, LocalBackend([host], SPECS))
     async with serving(app) as url, httpx.AsyncClient(base_url=url, timeout=10) as client:
         yield World(client, url, loader, workers)

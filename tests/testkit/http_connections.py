@@ -7,7 +7,7 @@ from typing import Any
 import uvicorn
 from uvicorn.server import ServerState
 
-from router.server.connection import PatientProtocol
+from router.server.connection import TimeoutHttpProtocol
 
 LARGE = 3_000_000
 
@@ -156,11 +156,11 @@ class Connected:
     """One connection to an app."""
 
     def __init__(self, app: Answering, room: int, state: ServerState) -> None:
-        config = uvicorn.Config(app, http=PatientProtocol, lifespan="off", log_config=None, timeout_keep_alive=75)
+        config = uvicorn.Config(app, http=TimeoutHttpProtocol, lifespan="off", log_config=None, timeout_keep_alive=75)
         config.load()
         self.loop, self.transport, self.state = FakeLoop(), FakeTransport(room), state
         loop: Any = self.loop
-        self.protocol = PatientProtocol(config, self.state, {}, loop)
+        self.protocol = TimeoutHttpProtocol(config, self.state, {}, loop)
         self.transport.protocol = self.protocol
         self.protocol.connection_made(self.transport)
 

@@ -1,4 +1,4 @@
-"""The world around a `PoolCore`: callers, outside work and time, all by hand; and the invariants of the house.
+"""The world around a `PoolStateMachine`: callers, outside work and time, all by hand; and the invariants of the house.
 
 It keeps its own books from the effects alone and compares, so a pool that lies to itself is found out.
 """
@@ -10,49 +10,49 @@ from msgspec import Struct
 
 from engines.pool.messages import (
     NEVER,
-    Acquire,
     ArmTimer,
     Blocked,
     BudgetChanged,
-    Cancel,
     Discard,
-    Discarded,
     Done,
-    Drain,
+    DownloadCompleted,
+    DownloadErrored,
+    DownloadProgressed,
+    DrainRequested,
     Effect,
     Emit,
-    Evict,
+    EvictionRequested,
     Fail,
-    Fetched,
-    FetchFailed,
-    FetchProgress,
-    Found,
+    FilesDiscarded,
+    FilesFound,
+    FilesLocated,
     Grant,
-    Loaded,
-    LoadFailed,
-    Located,
+    LeaseCancelled,
+    LeaseReleased,
+    LeaseRequested,
+    LoadCompleted,
+    LoadErrored,
     PoolEvent,
-    Preload,
+    PreloadRequested,
     ReadMemory,
-    Release,
-    Reload,
+    RegistryReloaded,
     StartFetch,
     StartLoad,
     StartLocate,
     StartUnload,
     StartWarm,
-    Tick,
-    Unloaded,
-    Warmed,
-    WarmFailed,
+    TimerFired,
+    UnloadCompleted,
+    WarmUpCompleted,
+    WarmUpErrored,
 )
-from engines.pool.slot import EDGES, Failure, Need, Rules
-from engines.pool.state_machine import PoolCore
+from engines.pool.slot import EDGES, LoadFailure, MemoryNeed, PoolPolicy
+from engines.pool.state_machine import PoolStateMachine
 from engines.spec import ModelSpec
 from engines.types import ModelFiles, State
 
 BUDGET = 1000
-RULES = Rules()
+RULES = PoolPolicy()
 EVICTED = "evicted by an operator"
 FAIR_END = frozenset({EVICTED, "the host shuts down"})
 PINNED_END = FAIR_END | {"removed from the registry", "changed in the registry"}
@@ -72,14 +72,14 @@ class View(Struct):
 
     model_id: str
     state: State = "absent"
-    charge: Need | None = None
+    charge: MemoryNeed | None = None
     leases: int = 0
     ready_at_s: float = 0.0
     load_began_at_s: float = 0.0
     load_s: float = 0.0
 
 
-def together(needs: Sequence[Need]) -> int:
+def together(needs: Sequence[MemoryNeed]) -> int:
     """Written anew, not imported: the sum that must stay under the budget."""
     return sum(need.weight_bytes for need in needs) + max((need.workspace_bytes for need in needs), default=0)
 
@@ -90,8 +90,8 @@ class Storm:
     def __init__(
         self,
         specs: Mapping[str, ModelSpec],
-        truth: Mapping[str, Need],
-        make: Callable[..., PoolCore] = PoolCore,
+        truth: Mapping[str, MemoryNeed],
+        make: Callable[..., PoolStateMachine] = PoolStateMachine,
     ) -> None:
         self.core = make(specs, budget_bytes=BUDGET, rules=RULES)
         self.specs, self.truth = dict(specs), truth
@@ -128,7 +128,7 @@ class Storm:
         is_ready = any(view.model_id == model_id and view.state == "ready" for view in self.views.values())
         if may_move:
             self.movers.add(waiter_id)
-        effects = self.step(Acquire(waiter_id, model_id, keep_alive_s, self.now_s + patience_s, may_move))
+        effects = self.step(LeaseRequested(waiter_id, model_id, keep_alive_s, self.now_s + patience_s, may_move))
         if is_ready and not self.is_draining:
             granted = any(isinstance(effect, Grant) and effect.waiter_id == waiter_id for effect in effects)
             require(granted, f"{model_id} was ready, and a request for it had to wait")
@@ -142,18 +142,18 @@ class Storm:
         self.waiting.pop(waiter_id, None)
         if waiter_id in self.evictors:
             self.evictors.remove(waiter_id)
-        self.step(Cancel(waiter_id))
+        self.step(LeaseCancelled(waiter_id))
 
     def release(self, waiter_id: int) -> None:
         self.views[self.leases.pop(waiter_id)].leases -= 1
-        self.step(Release(waiter_id))
+        self.step(LeaseReleased(waiter_id))
 
     def preload(self, model_id: str, *, pin: bool = False, is_tentative: bool = False) -> None:
         self._want(model_id)
         slot = self.core.state.current.get(model_id)
         if slot is not None and not self.is_draining and not self.core.state.is_too_large(slot.need):
             self.last_word[model_id] = "preload"
-        self.step(Preload(model_id, pin, is_tentative))
+        self.step(PreloadRequested(model_id, pin, is_tentative))
 
     def evict(self, model_id: str, *, force: bool = False) -> int:
         waiter_id = self._new_id()
@@ -162,7 +162,7 @@ class Storm:
         if slot is not None and model_id not in self.waiting.values():
             self.unopposed[waiter_id] = (slot.slot_id, model_id)
         self.last_word[model_id] = "evict"
-        self.step(Evict(waiter_id, model_id, force))
+        self.step(EvictionRequested(waiter_id, model_id, force))
         return waiter_id
 
     def _want(self, model_id: str) -> None:
@@ -172,13 +172,13 @@ class Storm:
 
     def reload(self, specs: Mapping[str, ModelSpec]) -> None:
         self.specs = dict(specs)
-        self.step(Reload(specs))
+        self.step(RegistryReloaded(specs))
 
     def stray(self, slot_id: int) -> None:
         """Reports that nobody waits for: the look around at start, a download's last words."""
         view = self.views[slot_id]
-        self.step(FetchProgress(slot_id, 1, 2))
-        self.step(Found(slot_id, a_folder(), self._told(view.model_id, "ok")))
+        self.step(DownloadProgressed(slot_id, 1, 2))
+        self.step(FilesFound(slot_id, a_folder(), self._told(view.model_id, "ok")))
 
     def block(self, reason: str) -> None:
         """A load of this process hangs, here or on another host; or no longer."""
@@ -191,7 +191,7 @@ class Storm:
 
     def drain(self) -> None:
         self.is_draining = True
-        self.step(Drain())
+        self.step(DrainRequested())
 
     def advance(self, seconds: float) -> None:
         """Time passes; the timer rings when its moment comes, and at no other."""
@@ -204,10 +204,10 @@ class Storm:
         """Outside work ends, well or as `fate` says: a failure's kind, or `unknown`, `absent`, `low`, `kept`."""
         work = self.work.pop(index)
         event = self._outcome(work, fate, ceiling)
-        if isinstance(event, Unloaded | LoadFailed):
+        if isinstance(event, UnloadCompleted | LoadErrored):
             self.views[event.slot_id].charge = None
-        if isinstance(event, Warmed):
-            need = Need(weight_bytes=event.weight_bytes, workspace_bytes=event.workspace_bytes)
+        if isinstance(event, WarmUpCompleted):
+            need = MemoryNeed(weight_bytes=event.weight_bytes, workspace_bytes=event.workspace_bytes)
             self.views[event.slot_id].charge = need
             self.excused = max(self.excused, self.used())
         if isinstance(event, BudgetChanged):
@@ -246,42 +246,44 @@ class Storm:
         assert isinstance(work, StartLocate | StartFetch | Discard | StartLoad | StartWarm | StartUnload)
         slot_id = work.slot_id
         if isinstance(work, StartUnload):
-            return Unloaded(slot_id)
+            return UnloadCompleted(slot_id)
         if isinstance(work, Discard):
-            return Discarded(slot_id, fate != "kept")
+            return FilesDiscarded(slot_id, fate != "kept")
         if isinstance(work, StartLocate):
             return self._located(work, fate)
         if fate not in ("ok", "low", "high"):
-            return self._failed(work, Failure(kind=fate, message="scripted"))
+            return self._failed(work, LoadFailure(kind=fate, message="scripted"))
         if isinstance(work, StartFetch):
-            return Fetched(slot_id, a_folder(), self._told(work.spec.model_id, fate))
+            return DownloadCompleted(slot_id, a_folder(), self._told(work.spec.model_id, fate))
         if isinstance(work, StartLoad):
-            return Loaded(slot_id)
+            return LoadCompleted(slot_id)
         need = self.truth[self.views[slot_id].model_id]
-        return Warmed(slot_id, need.weight_bytes, need.workspace_bytes)
+        return WarmUpCompleted(slot_id, need.weight_bytes, need.workspace_bytes)
 
     def _located(self, work: StartLocate, fate: str) -> PoolEvent:
         told = self._told(work.spec.model_id, fate)
         if fate in ("ok", "low", "high"):
-            return Located(work.slot_id, a_folder(), told)
+            return FilesLocated(work.slot_id, a_folder(), told)
         if fate in ("absent", "unknown"):
-            return Located(work.slot_id, None, told if fate == "absent" else None)
-        return FetchFailed(work.slot_id, Failure(kind=fate, message="scripted"))
+            return FilesLocated(work.slot_id, None, told if fate == "absent" else None)
+        return DownloadErrored(work.slot_id, LoadFailure(kind=fate, message="scripted"))
 
-    def _failed(self, work: StartFetch | StartLoad | StartWarm, failure: Failure) -> PoolEvent:
+    def _failed(self, work: StartFetch | StartLoad | StartWarm, failure: LoadFailure) -> PoolEvent:
         if isinstance(work, StartFetch):
-            return FetchFailed(work.slot_id, failure)
-        return LoadFailed(work.slot_id, failure) if isinstance(work, StartLoad) else WarmFailed(work.slot_id, failure)
+            return DownloadErrored(work.slot_id, failure)
+        return (
+            LoadErrored(work.slot_id, failure) if isinstance(work, StartLoad) else WarmUpErrored(work.slot_id, failure)
+        )
 
-    def _told(self, model_id: str, fate: str) -> Need:
+    def _told(self, model_id: str, fate: str) -> MemoryNeed:
         """The estimate: exact weights and a guessed workspace, or all too low."""
         truth = self.truth[model_id]
         if fate == "high":  # remembered from other settings, beside headers that say less
             least = truth.weight_bytes * 2 // 3
-            return Need(weight_bytes=truth.weight_bytes * 2, workspace_bytes=90, least_weight_bytes=least)
+            return MemoryNeed(weight_bytes=truth.weight_bytes * 2, workspace_bytes=90, least_weight_bytes=least)
         if fate == "low":
-            return Need(weight_bytes=truth.weight_bytes * 2 // 3, workspace_bytes=20, weights_known=True)
-        return Need(weight_bytes=truth.weight_bytes, workspace_bytes=60, weights_known=True)
+            return MemoryNeed(weight_bytes=truth.weight_bytes * 2 // 3, workspace_bytes=20, weights_known=True)
+        return MemoryNeed(weight_bytes=truth.weight_bytes, workspace_bytes=60, weights_known=True)
 
     # ---- one step, and what must hold after it ----
 
@@ -430,7 +432,7 @@ class Storm:
                 view.leases == len(slot.leases), f"{view.model_id} counts {len(slot.leases)} of {view.leases} leases"
             )
             require(not view.leases or view.state in ("ready", "draining"), f"{view.model_id}: leased and {view.state}")
-        charged = together([slot.charge for slot in state.charged()])
+        charged = together([slot.reserved for slot in state.charged()])
         require(charged == self.used(), f"the pool counts {charged} bytes, the world {self.used()}")
         if self.used() <= self.budget:
             self.excused = 0
@@ -454,7 +456,7 @@ class Storm:
     def _ring(self) -> None:
         assert self.timer_s is not None
         self.now_s, self.timer_s = self.timer_s, None
-        self.step(Tick())
+        self.step(TimerFired())
 
     def _sync_views(self) -> None:
         for slot_id, slot in self.core.state.slots.items():
@@ -492,10 +494,10 @@ def random_specs(random: Random) -> dict[str, ModelSpec]:
     }
 
 
-def random_truth(random: Random) -> dict[str, Need]:
+def random_truth(random: Random) -> dict[str, MemoryNeed]:
     """True sizes: from a tenth of the budget to a little more than all of it."""
     return {
-        model_id: Need(
+        model_id: MemoryNeed(
             weight_bytes=random.choice((100, 250, 300, 450, 600, 900, 990)),
             workspace_bytes=random.choice((10, 10, 50, 90, 120)),
         )
@@ -503,7 +505,7 @@ def random_truth(random: Random) -> dict[str, Need]:
     }
 
 
-def random_storm(seed: int, make: Callable[..., PoolCore] = PoolCore, num_steps: int = 60) -> Storm:
+def random_storm(seed: int, make: Callable[..., PoolStateMachine] = PoolStateMachine, num_steps: int = 60) -> Storm:
     """Anything that may happen, in any order, then rest. Every other host shuts down in the middle, or at the end."""
     random = Random(seed)
     specs = random_specs(random)

@@ -3,10 +3,10 @@
 import threading
 from collections.abc import Callable
 
-from engines.device.scheduler import Lane, Turn
+from engines.device.scheduler import DeviceScheduler, Task
 
 
-class Script:
+class ScriptedSource:
     """A source with a fixed number of turns; each turn runs `work`. `small` are turns that pass long ones."""
 
     def __init__(
@@ -14,26 +14,26 @@ class Script:
     ) -> None:
         self.left = turns
         self.work = work
-        self.max_turns = max_turns
+        self.max_concurrent_tasks = max_turns
         self.small: list[Callable[[], None]] = []
         self.free: list[int] = []
         self._is_long, self._is_wide = is_long, is_wide
 
-    def due_in_s(self) -> float | None:
+    def ready_in_s(self) -> float | None:
         return 0.0 if self.left else None
 
-    def take(self, num_free: int) -> Turn | None:
+    def next_task(self, num_free: int) -> Task | None:
         if not self.left:
             return None
         self.left -= 1
         self.free.append(num_free)
-        return Turn(self.work, self._is_long, self._is_wide)
+        return Task(self.work, self._is_long, self._is_wide)
 
-    def take_small(self) -> Turn | None:
-        return Turn(self.small.pop(0)) if self.small else None
+    def next_small_task(self) -> Task | None:
+        return Task(self.small.pop(0)) if self.small else None
 
 
-class Diary:
+class TaskLog:
     """Turns of several sources on a fake clock, written down in order."""
 
     def __init__(self, num_turns: int) -> None:
@@ -51,18 +51,18 @@ class Diary:
 
         return work
 
-    def read(self, *sources: Script) -> list[str]:
+    def read(self, *sources: ScriptedSource) -> list[str]:
         """Let the sources take all their turns on a lane of this clock,"""
         lane = self.open_lane()
         try:
             for source in sources:
                 lane.attach(source)
-            lane.wake()
+            lane.notify()
             assert self.done.wait(10)
         finally:
             lane.close()
         return self.order
 
-    def open_lane(self) -> Lane:
+    def open_lane(self) -> DeviceScheduler:
         """One thread, on this clock."""
-        return Lane("diary", clock=lambda: self.now_s, look_s=0.0)
+        return DeviceScheduler("diary", clock=lambda: self.now_s, look_s=0.0)

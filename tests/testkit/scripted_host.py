@@ -17,21 +17,21 @@ from msgspec import structs
 
 from engines import errors
 from engines.errors import EngineFailed, NonFiniteEmbedding, QueueFull
-from engines.host import Host, HostConfig, World
+from engines.host import Host, HostConfig, HostRuntime
 from engines.pool.estimates import Measurements
 from engines.pool.runtime import LoopTime, Threads
-from engines.pool.slot import Rules
+from engines.pool.slot import PoolPolicy
 from engines.spec import ModelSpec
 from engines.testing.engine import FakeEngine
 from engines.testing.fakes import WEIGHT_BYTES, WORKSPACE_BYTES, FakeFiles, FakeMemory
 from engines.types import Budget, EmbedCall, Embeddings, ModelFiles
-from router.backends.worker_config import Birth, Note
+from router.backends.worker_config import CrashNote, WorkerConfig
 from router.config.settings import Settings
 
 
-def births() -> list[Birth]:
+def births() -> list[WorkerConfig]:
     return [
-        Birth(
+        WorkerConfig(
             host_id=f"cpu:{index}",
             device="cpu",
             cores=1,
@@ -54,7 +54,7 @@ BUDGET = Budget(size_bytes=BUDGET_BYTES)
 HOSTS = 3
 
 
-RULES = Rules(min_residency_s=0.1, residency_loads=0.0, patience_s=0.1, retry_s=(1.0, 2.0))
+RULES = PoolPolicy(min_residency_s=0.1, residency_loads=0.0, patience_s=0.1, retry_s=(1.0, 2.0))
 
 
 def script_of(spec: ModelSpec) -> dict[str, str]:
@@ -79,7 +79,7 @@ class ScriptedFiles(FakeFiles):
 class ScriptedEngine(FakeEngine):
     """A fake engine that waits, refuses, fails and dies."""
 
-    def __init__(self, spec: ModelSpec, note: Note) -> None:
+    def __init__(self, spec: ModelSpec, note: CrashNote) -> None:
         self._script = script_of(spec)
         super().__init__(spec, embed_s=float(self._script.get("embed_s", 0.0)))
         self.weight_bytes = int(self._script.get("bytes", WEIGHT_BYTES))
@@ -106,7 +106,7 @@ class ScriptedEngine(FakeEngine):
 class ScriptedLoader:
     """Engines as their specs say."""
 
-    def __init__(self, note: Note) -> None:
+    def __init__(self, note: CrashNote) -> None:
         self._note = note
 
     def load(self, spec: ModelSpec, files: ModelFiles) -> ScriptedEngine:
@@ -135,8 +135,8 @@ def raise_scripted(name: str | None) -> None:
     raise cls(f"scripted {name}")
 
 
-def open_scripted_host(birth: Birth, note: Note) -> Host:
-    """See `Birth.open`."""
+def open_scripted_host(birth: WorkerConfig, note: CrashNote) -> Host:
+    """See `WorkerConfig.open`."""
     config = HostConfig(
         host_id=birth.host_id,
         device=birth.device,
@@ -145,7 +145,7 @@ def open_scripted_host(birth: Birth, note: Note) -> Host:
         rules=RULES,
         watchdog_s=birth.settings.watchdog_seconds,
     )
-    world = World(
+    world = HostRuntime(
         time=LoopTime(),
         workers=Threads(birth.host_id),
         memory=FakeMemory(10**9),
@@ -155,17 +155,17 @@ def open_scripted_host(birth: Birth, note: Note) -> Host:
     return Host(config, birth.specs, ScriptedFiles(), ScriptedLoader(note), world)
 
 
-def open_slow_host(birth: Birth, note: Note) -> Host:
+def open_slow_host(birth: WorkerConfig, note: CrashNote) -> Host:
     """A host that takes a while to be made."""
     time.sleep(0.5)
     return open_scripted_host(birth, note)
 
 
-def open_broken_host(birth: Birth, note: Note) -> Host:
+def open_broken_host(birth: WorkerConfig, note: CrashNote) -> Host:
     """A host that cannot be made."""
     raise errors.InvalidValue(f"{birth.host_id} is not here")
 
 
-def with_open(birth: Birth) -> Birth:
+def with_open(birth: WorkerConfig) -> WorkerConfig:
     """The same birth of a scripted host."""
     return structs.replace(birth, open=open_scripted_host)

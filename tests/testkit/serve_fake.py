@@ -10,8 +10,8 @@ import threading
 
 from msgspec import structs
 
-from engines.device.health import Pulse
-from engines.testing.fakes import FakeLoader, fake_host, fake_specs, fake_world
+from engines.device.health import DeviceHealth
+from engines.testing.fakes import FakeLoader, fake_host, fake_runtime, fake_specs
 from router.app import create_app
 from router.backends.local import LocalBackend
 from router.config.settings import Settings
@@ -27,9 +27,9 @@ def main(embed_s: float, grace_s: float, *, does_hang: bool) -> None:
     configure_logging("json", "info")
     listener = listen("127.0.0.1", 0)
     loader = FakeLoader(embed_s=embed_s)
-    world = fake_world()
+    world = fake_runtime()
     if does_hang:
-        world = structs.replace(world, pulse=lambda: Pulse(turn_s=999.0 if is_busy(loader) else 0.0))
+        world = structs.replace(world, health=lambda: DeviceHealth(task_s=999.0 if is_busy(loader) else 0.0))
         threading.Thread(target=threading.Event().wait).start()  # as a thread that waits for the device
         server._PATIENCE_S = 1.0
     specs = fake_specs(MODEL)

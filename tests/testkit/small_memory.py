@@ -17,7 +17,7 @@ from engines.host import Host
 from engines.hub.client import HubConfig
 from engines.machine import Machine, MachineConfig
 from engines.pool.messages import PoolEvent
-from engines.pool.slot import Rules
+from engines.pool.slot import PoolPolicy
 from engines.spec import ModelSpec
 from engines.types import Budget, Event
 from router.app import create_app
@@ -36,7 +36,7 @@ EIGHT = (
 )  # fmt: skip
 """Eight families, so that no two engines are alike."""
 
-QUICK = Rules(min_residency_s=0.3, residency_loads=0.5, patience_s=0.3)
+QUICK = PoolPolicy(min_residency_s=0.3, residency_loads=0.5, patience_s=0.3)
 """The pool's own rules, in a hurry: what takes a minute in earnest takes seconds."""
 
 
@@ -112,7 +112,7 @@ async def real_yard(
     specs: Mapping[str, ModelSpec],
     *,
     budget_bytes: int = 10**9,
-    rules: Rules = QUICK,
+    rules: PoolPolicy = QUICK,
     hub: HubConfig | None = None,
     state: Path | None = None,
     settings: Settings | None = None,

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager, contextmanager
 import uvicorn
 from litestar import Litestar
 
-from router.server.connection import PatientProtocol
+from router.server.connection import TimeoutHttpProtocol
 
 
 class QuietServer(uvicorn.Server):
@@ -27,7 +27,7 @@ class QuietServer(uvicorn.Server):
 def _server(app: Litestar) -> QuietServer:
     return QuietServer(
         uvicorn.Config(
-            app, host="127.0.0.1", port=0, http=PatientProtocol, loop="asyncio", lifespan="on", ws="none",
+            app, host="127.0.0.1", port=0, http=TimeoutHttpProtocol, loop="asyncio", lifespan="on", ws="none",
             log_config=None, access_log=False, timeout_keep_alive=75, timeout_graceful_shutdown=5,
         )
     )  # fmt: skip

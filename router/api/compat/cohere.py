@@ -14,18 +14,18 @@ from litestar.params import JSONBody
 from engines.spec import Truncate
 from router.api.decoding import StrictRequest
 from router.api.embeddings import HEADERS
-from router.api.encoding import Form, encode_rows, is_scalar
-from router.api.inference import Answer, embed, spelt
+from router.api.encoding import OutputFormat, encode_rows, is_scalar
+from router.api.inference import Answer, embed, rename_error_params
 from router.api.openapi import BEARER, EMBEDDING, failures
 from router.auth.guards import requires
-from router.limits.limiter import TextsHandler, at_the_door
+from router.limits.limiter import InferenceRoute, acquire_permit
 from router.schemas.compat import CohereMeta, CohereRequest, CohereResponse, CohereType, CohereUnits, CohereVersion
 from router.schemas.inference import EmbeddingRequest
-from router.server.state import Yard
+from router.server.state import ServerState
 
 _INLINE_CHARS = 2**16
 """Texts of more characters are sent back by a thread: 58 MiB would stop the event loop for 0.1 s."""
-_BASE64 = Form(encoding="base64")
+_BASE64 = OutputFormat(encoding="base64")
 _TRUNCATE: dict[str | None, Truncate] = {"NONE": "error", "START": "start", "END": "end"}
 
 
@@ -36,11 +36,11 @@ class CohereController(Controller):
     guards = (requires("embed"),)
     security = BEARER
 
-    @TextsHandler(
+    @InferenceRoute(
         "/v2/embed",
         http_method="POST",
         status_code=200,
-        guards=(at_the_door,),
+        guards=(acquire_permit,),
         request_class=StrictRequest,
         response_headers=HEADERS,
         summary="Embed texts (Cohere)",
@@ -48,12 +48,12 @@ class CohereController(Controller):
         | failures(*EMBEDDING),
     )
     async def cohere_embed(
-        self, request: Request[Any, Any, Any], data: JSONBody[CohereRequest], yard: NamedDependency[Yard]
+        self, request: Request[Any, Any, Any], data: JSONBody[CohereRequest], server_state: NamedDependency[ServerState]
     ) -> Response[bytes]:
         """Several types of one forward pass."""
         kinds: list[CohereType] = list(dict.fromkeys(data.embedding_types or ("float",)))
-        with spelt(input="texts", dimensions="output_dimension", output_dtype="embedding_types"):
-            answer = await embed(request, yard, _in_our_words(data, kinds))
+        with rename_error_params(input="texts", dimensions="output_dimension", output_dtype="embedding_types"):
+            answer = await embed(request, server_state, _in_our_words(data, kinds))
             body = await _encode(data, kinds, answer)
         return Response(body, media_type=MediaType.JSON, headers=answer.headers)
 
@@ -77,7 +77,7 @@ def _is_large(data: CohereRequest) -> bool:
 async def _encode(data: CohereRequest, kinds: list[CohereType], answer: Answer) -> bytes:
     parts = []
     for kind in kinds:
-        form = _BASE64 if kind == "base64" else Form(dtype=kind, calibration=answer.calibration)
+        form = _BASE64 if kind == "base64" else OutputFormat(dtype=kind, calibration=answer.calibration)
         rows = await encode_rows(answer.embeddings, form)
         parts.append(b'"' + kind.encode() + b'":' + rows)
     meta = CohereMeta(api_version=CohereVersion(), billed_units=CohereUnits(input_tokens=answer.num_tokens))

@@ -18,7 +18,7 @@ from router.api.inference import embed
 from router.api.models import visible_slots
 from router.api.openapi import BEARER, EMBEDDING, GUARDED, failures
 from router.auth.guards import requires
-from router.limits.limiter import TextsHandler, at_the_door
+from router.limits.limiter import InferenceRoute, acquire_permit
 from router.registry.registry import Registry
 from router.schemas.admin import Slot
 from router.schemas.compat import (
@@ -31,7 +31,7 @@ from router.schemas.compat import (
     OllamaRunning,
 )
 from router.schemas.inference import EmbeddingRequest
-from router.server.state import Yard
+from router.server.state import ServerState
 
 _LATEST = ":latest"
 _TRUNCATE: dict[bool | None, Truncate] = {True: "end", False: "error"}
@@ -45,11 +45,11 @@ class OllamaController(Controller):
     guards = (requires("embed"),)
     security = BEARER
 
-    @TextsHandler(
+    @InferenceRoute(
         "/embed",
         http_method="POST",
         status_code=200,
-        guards=(at_the_door,),
+        guards=(acquire_permit,),
         request_class=StrictRequest,
         response_headers=HEADERS,
         summary="Embed texts (Ollama)",
@@ -57,11 +57,11 @@ class OllamaController(Controller):
         | failures(*EMBEDDING),
     )
     async def ollama_embed(
-        self, request: Request[Any, Any, Any], data: JSONBody[OllamaRequest], yard: NamedDependency[Yard]
+        self, request: Request[Any, Any, Any], data: JSONBody[OllamaRequest], server_state: NamedDependency[ServerState]
     ) -> Response[bytes]:
         """A model that is not in memory is loaded first."""
         started_at_s = time.perf_counter()
-        answer = await embed(request, yard, _in_our_words(data, yard.registry))
+        answer = await embed(request, server_state, _in_our_words(data, server_state.registry))
         rows = await encode_rows(answer.embeddings)
         head = {
             "model": data.model,
@@ -73,16 +73,22 @@ class OllamaController(Controller):
         return Response(body, media_type=MediaType.JSON, headers=answer.headers)
 
     @get("/tags", responses=failures(*GUARDED), summary="List the models (Ollama)")
-    async def ollama_tags(self, request: Request[Any, Any, Any], yard: NamedDependency[Yard]) -> OllamaModels:
+    async def ollama_tags(
+        self, request: Request[Any, Any, Any], server_state: NamedDependency[ServerState]
+    ) -> OllamaModels:
         """Those that may be served, in memory or not."""
         return OllamaModels(
-            models=[_model(slots[0], yard.started_at_s) for slots in visible_slots(request, yard).values()]
+            models=[
+                _model(slots[0], server_state.started_at_s) for slots in visible_slots(request, server_state).values()
+            ]
         )
 
     @get("/ps", responses=failures(*GUARDED), summary="List the models in memory (Ollama)")
-    async def ollama_ps(self, request: Request[Any, Any, Any], yard: NamedDependency[Yard]) -> OllamaProcesses:
+    async def ollama_ps(
+        self, request: Request[Any, Any, Any], server_state: NamedDependency[ServerState]
+    ) -> OllamaProcesses:
         """One entry for each device that holds the model."""
-        slots = (slot for slots in visible_slots(request, yard).values() for slot in slots)
+        slots = (slot for slots in visible_slots(request, server_state).values() for slot in slots)
         return OllamaProcesses(models=[_running(slot) for slot in slots if slot.state == "ready"])
 
 

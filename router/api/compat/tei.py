@@ -11,15 +11,15 @@ from engines.spec import Truncate
 from router.api.decoding import StrictRequest
 from router.api.embeddings import HEADERS
 from router.api.encoding import encode_rows
-from router.api.inference import embed, spelt
+from router.api.inference import embed, rename_error_params
 from router.api.models import slots_by_model
 from router.api.openapi import BEARER, EMBEDDING, GUARDED, failures
 from router.auth.guards import requires
 from router.auth.model_access import resolve
-from router.limits.limiter import TextsHandler, at_the_door
+from router.limits.limiter import InferenceRoute, acquire_permit
 from router.schemas.compat import TeiEmbeddingType, TeiInfo, TeiModelType, TeiRequest
 from router.schemas.inference import MAX_INPUTS, EmbeddingRequest
-from router.server.state import Yard
+from router.server.state import ServerState
 from router.version import embedyard_version
 
 
@@ -30,11 +30,11 @@ class TeiController(Controller):
     guards = (requires("embed"),)
     security = BEARER
 
-    @TextsHandler(
+    @InferenceRoute(
         "/embed",
         http_method="POST",
         status_code=200,
-        guards=(at_the_door,),
+        guards=(acquire_permit,),
         request_class=StrictRequest,
         response_headers=HEADERS,
         summary="Embed texts (text-embeddings-inference)",
@@ -42,20 +42,20 @@ class TeiController(Controller):
         | failures(*EMBEDDING),
     )
     async def tei_embed(
-        self, request: Request[Any, Any, Any], data: JSONBody[TeiRequest], yard: NamedDependency[Yard]
+        self, request: Request[Any, Any, Any], data: JSONBody[TeiRequest], server_state: NamedDependency[ServerState]
     ) -> Response[bytes]:
         """The vectors alone, as numbers."""
-        with spelt(input="inputs", input_type="prompt_name"):
-            answer = await embed(request, yard, _in_our_words(data))
+        with rename_error_params(input="inputs", input_type="prompt_name"):
+            answer = await embed(request, server_state, _in_our_words(data))
         body = await encode_rows(answer.embeddings)
         return Response(body, media_type=MediaType.JSON, headers=answer.headers)
 
     @get("/info", responses=failures(*GUARDED), summary="The default model (text-embeddings-inference)")
-    async def tei_info(self, request: Request[Any, Any, Any], yard: NamedDependency[Yard]) -> TeiInfo:
+    async def tei_info(self, request: Request[Any, Any, Any], server_state: NamedDependency[ServerState]) -> TeiInfo:
         """The limits are the server's."""
-        spec = resolve(request, yard.registry, None)
-        nearest = slots_by_model(yard)[spec.model_id][0]
-        info, settings = nearest.info, yard.settings
+        spec = resolve(request, server_state.registry, None)
+        nearest = slots_by_model(server_state)[spec.model_id][0]
+        info, settings = nearest.info, server_state.settings
         return TeiInfo(
             model_id=spec.model_id,
             model_sha=nearest.revision or spec.revision,

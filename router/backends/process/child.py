@@ -19,36 +19,36 @@ import structlog
 import uvloop
 
 from engines.errors import EngineError
-from engines.rpc.errors import Failure, failure_of
+from engines.rpc.errors import ErrorRecord, error_record_of
 from engines.rpc.messages import (
     Cancel,
     Cancelled,
-    Cutter,
     Frame,
+    FrameDecoder,
+    HostReport,
     Reply,
     Request,
-    Seen,
     decode_request,
     encode_reply,
     pack,
 )
 from engines.rpc.service import HostService
-from router.backends.worker_config import Birth
+from router.backends.worker_config import WorkerConfig
 from router.observability.logs import configure_logging
 
-Box = ctypes.Array[ctypes.c_char]
+SharedBuffer = ctypes.Array[ctypes.c_char]
 
 HEARTBEAT_S = 0.5
 """A worker that has nothing to tell says so."""
 _FAREWELL_S = 10.0
 
 
-class Channel(asyncio.Protocol):
+class WorkerConnection(asyncio.Protocol):
     """Requests in, replies out; each is a task of its own."""
 
     def __init__(self) -> None:
         self._service: HostService | None = None
-        self._cutter = Cutter()
+        self._cutter = FrameDecoder()
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._transport: asyncio.Transport | None = None
         self._writable = asyncio.Event()
@@ -83,7 +83,7 @@ class Channel(asyncio.Protocol):
         await self.ended.wait()
         telling.cancel()
 
-    def tell(self, reply: Seen | Failure) -> None:
+    def tell(self, reply: HostReport | ErrorRecord) -> None:
         """Say something that nobody asked for."""
         self._write(0, reply)
 
@@ -91,7 +91,7 @@ class Channel(asyncio.Protocol):
         after, is_open = 0, True
         while is_open:
             await self._writable.wait()  # a parent that does not read for hours shall not fill this process
-            seen = service.look(after)
+            seen = service.poll(after)
             self.tell(seen)
             after = seen.events[-1].seq if seen.events else after
             with suppress(TimeoutError):
@@ -118,7 +118,7 @@ class Channel(asyncio.Protocol):
         if task.cancelled():
             self._write(number, Cancelled())
         elif (error := task.exception()) is not None:
-            self._write(number, failure_of(error if isinstance(error, Exception) else RuntimeError(repr(error))))
+            self._write(number, error_record_of(error if isinstance(error, Exception) else RuntimeError(repr(error))))
 
     def _write(self, number: int, reply: Reply) -> None:
         if self._transport is not None and not self._transport.is_closing():
@@ -145,7 +145,7 @@ def die_with_parent() -> None:
         os._exit(0)  # it had gone before
 
 
-def run_child(sock: socket.socket, birth: Birth, box: Box) -> None:
+def run_child(sock: socket.socket, birth: WorkerConfig, box: SharedBuffer) -> None:
     """The worker's `main`.
 
     Args:
@@ -165,8 +165,8 @@ def clipped(lines: bytes, size: int) -> bytes:
     return lines if len(lines) <= size else lines[-size - 1 :].partition(b"\n")[2]
 
 
-async def _main(sock: socket.socket, birth: Birth, box: Box) -> None:
-    _, channel = await asyncio.get_running_loop().create_unix_connection(Channel, sock=sock)
+async def _main(sock: socket.socket, birth: WorkerConfig, box: SharedBuffer) -> None:
+    _, channel = await asyncio.get_running_loop().create_unix_connection(WorkerConnection, sock=sock)
 
     def note(models: str) -> None:
         box.value = clipped(models.encode(), len(box) - 1)
@@ -175,7 +175,7 @@ async def _main(sock: socket.socket, birth: Birth, box: Box) -> None:
         host = birth.open(birth, note)
         await host.start()
     except EngineError as error:
-        channel.tell(failure_of(error))
+        channel.tell(error_record_of(error))
         await asyncio.wait_for(channel.ended.wait(), _FAREWELL_S)
     else:
         await channel.serve(HostService(host, birth.generation))

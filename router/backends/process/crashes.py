@@ -14,7 +14,7 @@ from engines.errors import LoadFailed
 MAX_DEATHS = 3
 WINDOW_S = 600.0
 KIND = "kills_host"
-"""The kind of `LoadFailed` in metrics and in the answer's message."""
+"""The kind of `LoadErrored` in metrics and in the answer's message."""
 
 
 class _Death(Struct, frozen=True):
@@ -24,7 +24,7 @@ class _Death(Struct, frozen=True):
     models: tuple[str, ...]
 
 
-class Charges:
+class CrashCounter:
     """Deaths, and what follows from them.
 
     Args:
@@ -36,7 +36,7 @@ class Charges:
         self._deaths: list[_Death] = []
         self._until_s: dict[str, float] = {}
 
-    def charge(self, model_ids: Iterable[str]) -> None:
+    def record_crash(self, model_ids: Iterable[str]) -> None:
         """A worker died while these were running, the most suspect last."""
         models = tuple(dict.fromkeys(model_ids))
         if not models:
@@ -51,7 +51,7 @@ class Charges:
             self._until_s[suspect] = own[-MAX_DEATHS].at_s + WINDOW_S
             self._deaths = [death for death in self._deaths if suspect not in death.models]  # nobody else's any more
 
-    def acquit(self, model_id: str) -> None:
+    def clear(self, model_id: str) -> None:
         """The model is another one now: its source, revision or settings have changed."""
         self._until_s.pop(model_id, None)
         left = (
@@ -71,9 +71,9 @@ class Charges:
         """
         left_s = self.left_s(model_id)
         if left_s > 0:
-            raise LoadFailed(self.words(model_id), retry_after_s=left_s, kind=KIND)
+            raise LoadFailed(self.reason(model_id), retry_after_s=left_s, kind=KIND)
 
-    def words(self, model_id: str) -> str:
+    def reason(self, model_id: str) -> str:
         """Why it is quarantined, for people."""
         return (
             f"model {model_id!r} was running when its host's process died, {MAX_DEATHS} times within "

@@ -13,18 +13,18 @@ import structlog
 from msgspec import structs
 
 from engines.errors import EngineError, InvalidValue
-from engines.rpc.errors import error_of, failure_of
-from engines.rpc.messages import Embed, Outcome, Preload, Reply, Request, Seen, Vectors
+from engines.rpc.errors import error_of, error_record_of
+from engines.rpc.messages import CommandResult, Embed, EmbedResult, HostReport, Preload, Reply, Request
 from engines.spec import ModelSpec, is_same_engine
 from engines.types import Budget, Embeddings, Event, HostSnapshot, ModelStatus
 from router.backends.event_feed import EventFeed
-from router.backends.fleet import Ticket
-from router.backends.host_directory import Ledger, emptied, hot
+from router.backends.fleet import RoutedCall
+from router.backends.host_directory import HostDirectory, emptied, hot
 from router.backends.placement import AWAY
-from router.backends.process.crashes import Charges
-from router.backends.process.worker import Ears, Worker, prepare_forkserver
+from router.backends.process.crashes import CrashCounter
+from router.backends.process.worker import Worker, WorkerCallbacks, prepare_forkserver
 from router.backends.remote import RemoteBackend
-from router.backends.worker_config import Birth, cores_each, open_real_host, share
+from router.backends.worker_config import WorkerConfig, cores_each, open_real_host, share
 from router.config.settings import Settings
 from router.registry.generation import DesiredRegistry
 from router.registry.registry import Registry
@@ -46,7 +46,7 @@ def _report_devices(answer: Answer, wanted: tuple[str, ...]) -> None:
     try:
         answer.send(find_devices(wanted))
     except EngineError as error:
-        answer.send(failure_of(error))
+        answer.send(error_record_of(error))
 
 
 def find_devices_elsewhere(
@@ -75,11 +75,11 @@ def find_devices_elsewhere(
     return found
 
 
-def _births(device: str, settings: Settings, registry: Registry, num_devices: int) -> list[Birth]:
+def _births(device: str, settings: Settings, registry: Registry, num_devices: int) -> list[WorkerConfig]:
     hosts = settings.cpu_hosts if device == "cpu" else 1
     budget = settings.memory_budget or registry.memory_budget
     return [
-        Birth(
+        WorkerConfig(
             host_id=f"{device}:{index}" if device == "cpu" else device,
             device=device,
             cores=cores_each(max(hosts, num_devices)),
@@ -104,10 +104,10 @@ class ProcessFleet:
         grace_s: how long a host that is recycled may finish what it has.
     """
 
-    def __init__(self, births: Sequence[Birth], parts: int, grace_s: float) -> None:
-        self.ledger = Ledger()
+    def __init__(self, births: Sequence[WorkerConfig], parts: int, grace_s: float) -> None:
+        self.directory = HostDirectory()
         self.feed = EventFeed()
-        self._charges = Charges(time.monotonic)
+        self._charges = CrashCounter(time.monotonic)
         self._parts = parts
         self._grace_s = grace_s
         self._desired = DesiredRegistry({})
@@ -135,24 +135,24 @@ class ProcessFleet:
             await self.aclose(0.0)
             raise errors[0]
 
-    async def send(self, ticket: Ticket) -> Embeddings:
-        host_id = ticket.host_id = self.ledger.ranked(ticket.spec, ticket.avoid)[0]
-        with self.ledger.sent(host_id, ticket.spec.model_id):
+    async def send(self, ticket: RoutedCall) -> Embeddings:
+        host_id = ticket.host_id = self.directory.ranked(ticket.spec, ticket.avoid)[0]
+        with self.directory.in_flight(host_id, ticket.spec.model_id):
             reply = await self._workers[host_id].ask(Embed(call=ticket.call))
-        assert isinstance(reply, Vectors), "a call is answered with vectors"
+        assert isinstance(reply, EmbedResult), "a call is answered with vectors"
         return reply.embeddings
 
     async def ask(self, host_id: str, request: Request) -> Reply:
         reply = await self._workers[host_id].ask(request)
-        if isinstance(reply, Outcome):
-            self.ledger.note(structs.replace(reply.snapshot, restarts=self._restarts[host_id]))
+        if isinstance(reply, CommandResult):
+            self.directory.update(structs.replace(reply.snapshot, restarts=self._restarts[host_id]))
         return reply
 
     async def reload(self, specs: Mapping[str, ModelSpec], budget: Budget | None) -> None:
         for model_id, spec in specs.items():
             old = self._specs.get(model_id)
             if old is not None and not is_same_engine(old, spec):
-                self._charges.acquit(model_id)
+                self._charges.clear(model_id)
         self._specs = specs
         self._desired.change(specs, share(budget, self._parts) if budget is not None else None)
         message = self._desired.message
@@ -162,9 +162,9 @@ class ProcessFleet:
         await asyncio.gather(*(self._tell(host_id, message) for host_id in self._workers))
 
     async def recycle(self, host_id: str) -> None:
-        before = self.ledger.snapshot(host_id)
-        self.ledger.close(host_id)
-        await self._workers[host_id].renew(self._grace_s)
+        before = self.directory.snapshot(host_id)
+        self.directory.close(host_id)
+        await self._workers[host_id].restart(self._grace_s)
         for status in hot(before):
             await self._tell(host_id, Preload(model_id=status.model_id, pin=status.pinned, wait=False))
 
@@ -174,7 +174,7 @@ class ProcessFleet:
         return {host_id: worker.fault for host_id, worker in self._workers.items() if worker.fault}
 
     def snapshots(self) -> tuple[HostSnapshot, ...]:
-        return tuple(self._with_quarantine(snapshot) for snapshot in self.ledger.snapshots())
+        return tuple(self._with_quarantine(snapshot) for snapshot in self.directory.snapshots())
 
     def quarantine(self, model_id: str) -> None:
         self._charges.check(model_id)
@@ -184,17 +184,17 @@ class ProcessFleet:
 
     # ---- what workers tell ----
 
-    def _ears(self, host_id: str) -> Ears:
-        return Ears(
-            seen=partial(self._seen, host_id),
-            died=partial(self._died, host_id),
-            ended=partial(self._ended, host_id),
-            back=partial(self._back, host_id),
+    def _ears(self, host_id: str) -> WorkerCallbacks:
+        return WorkerCallbacks(
+            on_report=partial(self._seen, host_id),
+            on_crash=partial(self._died, host_id),
+            on_exit=partial(self._ended, host_id),
+            on_restart=partial(self._back, host_id),
         )
 
-    def _seen(self, host_id: str, seen: Seen) -> None:
+    def _seen(self, host_id: str, seen: HostReport) -> None:
         """Numbers go on from one life to the next, so that followers miss nothing."""
-        self.ledger.note(structs.replace(seen.snapshot, restarts=self._restarts[host_id]))
+        self.directory.update(structs.replace(seen.snapshot, restarts=self._restarts[host_id]))
         base = self._bases.get(host_id, 0)
         for event in seen.events:
             self.feed.add(structs.replace(event, seq=base + event.seq))
@@ -208,7 +208,7 @@ class ProcessFleet:
             structs.replace(
                 status,
                 state="failed",
-                last_error=self._charges.words(status.model_id),
+                last_error=self._charges.reason(status.model_id),
                 retry_at=time.time() + kept_out[status.model_id],
             )
             if status.model_id in kept_out
@@ -222,16 +222,16 @@ class ProcessFleet:
         they waited, or were loaded, and nobody is charged."""
         self._restarts[host_id] += 1
         suspects = running.splitlines() or self._suspects(host_id)
-        self._charges.charge(suspects if running or len(suspects) == 1 else ())
-        snapshot = self.ledger.snapshot(host_id)
+        self._charges.record_crash(suspects if running or len(suspects) == 1 else ())
+        snapshot = self.directory.snapshot(host_id)
         if snapshot is not None:
-            self.ledger.note(structs.replace(snapshot, is_draining=True, restarts=self._restarts[host_id]))
+            self.directory.update(structs.replace(snapshot, is_draining=True, restarts=self._restarts[host_id]))
 
     def _suspects(self, host_id: str) -> list[str]:
-        snapshot = self.ledger.snapshot(host_id)
+        snapshot = self.directory.snapshot(host_id)
         models = snapshot.models if snapshot is not None else ()
         loading = {status.model_id for status in models if status.state in ("loading", "warming")}
-        return list(loading | set(self.ledger.running(host_id)))
+        return list(loading | set(self.directory.running(host_id)))
 
     def _ended(self, host_id: str, death: str) -> None:
         died = f"the worker process of host {host_id} died ({death})"
@@ -243,12 +243,12 @@ class ProcessFleet:
 
     def _empty(self, host_id: str, cause: str) -> None:
         """Nothing is in memory there any more, and nothing can be had there for the moment."""
-        snapshot = self.ledger.snapshot(host_id)
+        snapshot = self.directory.snapshot(host_id)
         if snapshot is not None:
             for status in snapshot.models:
                 if status.state not in AWAY:
                     self.feed.add(_loss(status, self.feed.last_seq(host_id) + 1, cause))
-            self.ledger.note(emptied(snapshot))
+            self.directory.update(emptied(snapshot))
         self._bases[host_id] = self.feed.last_seq(host_id)
 
     async def _tell(self, host_id: str, request: Request) -> None:

@@ -9,13 +9,23 @@ from collections.abc import Callable
 from typing import cast
 
 from engines.errors import EngineError, HostLost
-from engines.rpc.errors import Failure, error_of
-from engines.rpc.messages import Cancelled, Cutter, Frame, Reply, Request, Seen, decode_reply, encode_request, pack
+from engines.rpc.errors import ErrorRecord, error_of
+from engines.rpc.messages import (
+    Cancelled,
+    Frame,
+    FrameDecoder,
+    HostReport,
+    Reply,
+    Request,
+    decode_reply,
+    encode_request,
+    pack,
+)
 from router.backends.fleet import NotSent
 from router.backends.process.outbox import Outbox
 
 
-class Link(asyncio.Protocol):
+class ParentConnection(asyncio.Protocol):
     """One worker.
 
     Attributes:
@@ -35,7 +45,7 @@ class Link(asyncio.Protocol):
         name: str,
         outbox: Outbox,
         on_bytes: Callable[[], None],
-        on_seen: Callable[[Seen], None],
+        on_seen: Callable[[HostReport], None],
         on_end: Callable[[], None],
     ) -> None:
         self._name = name
@@ -44,11 +54,11 @@ class Link(asyncio.Protocol):
         self._on_seen = on_seen
         self._on_end = on_end
         self._is_writable = False
-        self._cutter = Cutter()
+        self._cutter = FrameDecoder()
         self._waiting: dict[int, asyncio.Future[Reply]] = {}
         self._last_number = 0
         self._transport: asyncio.Transport | None = None
-        self.hello: asyncio.Future[Seen] = asyncio.get_running_loop().create_future()
+        self.hello: asyncio.Future[HostReport] = asyncio.get_running_loop().create_future()
         self.ended = asyncio.Event()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -107,7 +117,7 @@ class Link(asyncio.Protocol):
             raise
         finally:
             del self._waiting[number]
-        if isinstance(reply, Failure):
+        if isinstance(reply, ErrorRecord):
             raise error_of(reply)
         return reply
 
@@ -121,11 +131,11 @@ class Link(asyncio.Protocol):
         if frame.number:
             self._outbox.end(frame.number)
             self._deliver(frame.number, reply)
-        elif isinstance(reply, Seen) and self.hello.done():
+        elif isinstance(reply, HostReport) and self.hello.done():
             self._on_seen(reply)
-        elif isinstance(reply, Seen):
+        elif isinstance(reply, HostReport):
             self.hello.set_result(reply)
-        elif isinstance(reply, Failure) and not self.hello.done():
+        elif isinstance(reply, ErrorRecord) and not self.hello.done():
             self.hello.set_exception(error_of(reply))
 
     def _deliver(self, number: int, reply: Reply) -> None:

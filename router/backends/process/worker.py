@@ -18,12 +18,12 @@ import structlog
 from msgspec import Struct
 
 from engines.errors import EngineError, HostLost
-from engines.pause_detector import Awake
-from engines.rpc.messages import Drain, Look, Reload, Reply, Request, Seen
-from router.backends.process.child import HEARTBEAT_S, Box, run_child
-from router.backends.process.link import Link
+from engines.pause_detector import PauseDetector
+from engines.rpc.messages import Drain, HostReport, Poll, Reload, Reply, Request
+from router.backends.process.child import HEARTBEAT_S, SharedBuffer, run_child
+from router.backends.process.link import ParentConnection
 from router.backends.process.outbox import Outbox
-from router.backends.worker_config import Birth
+from router.backends.worker_config import WorkerConfig
 
 log = structlog.get_logger()
 
@@ -52,17 +52,17 @@ def kill_workers() -> None:
 PRELOADED = ("engines.machine", "router.backends.process.child")
 
 
-class Ears(Struct, frozen=True):
+class WorkerCallbacks(Struct, frozen=True):
     """Who hears of a worker.
 
     `seen`: every word. `died`: it answers no more, unasked; with the models that it had noted to run, one a line.
     `ended`: the process is gone, and by what; empty when it was told to. `back`: its next life has begun.
     """
 
-    seen: Callable[[Seen], None]
-    died: Callable[[str], None]
-    ended: Callable[[str], None]
-    back: Callable[[], None]
+    on_report: Callable[[HostReport], None]
+    on_crash: Callable[[str], None]
+    on_exit: Callable[[str], None]
+    on_restart: Callable[[], None]
 
 
 def prepare_forkserver(modules: Sequence[str] = PRELOADED) -> None:
@@ -78,19 +78,19 @@ class Worker:
         fault: why it cannot be brought back, empty as long as it is up or will soon be.
     """
 
-    def __init__(self, birth: Birth, ears: Ears) -> None:
+    def __init__(self, birth: WorkerConfig, ears: WorkerCallbacks) -> None:
         self.birth = birth
         self.fault = ""
         self._ears = ears
-        self._link: Link | None = None
+        self._link: ParentConnection | None = None
         self._process: ForkServerProcess | None = None
-        self._box: Box | None = None
+        self._box: SharedBuffer | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._is_wanted_dead = False
         self._up = asyncio.Event()
         self._closing = asyncio.Event()
         self._heard_at_s = 0.0
-        self._awake = Awake()
+        self._awake = PauseDetector()
         self._reborn: list[asyncio.Future[None]] = []
 
     @property
@@ -105,15 +105,15 @@ class Worker:
             EngineError: the host cannot be made.
         """
         await self._fork()
-        self._keeper = asyncio.create_task(self._keep())
+        self._keeper = asyncio.create_task(self._supervise())
 
     async def ask(self, request: Request) -> Reply:
-        """See `Link.ask`; between two lives nobody answers."""
+        """See `ParentConnection.ask`; between two lives nobody answers."""
         if self._link is None or not self._up.is_set():
             raise HostLost(f"the worker process of host {self.birth.host_id} is being started anew; ask again")
         return await self._link.ask(request)
 
-    async def renew(self, grace_s: float) -> None:
+    async def restart(self, grace_s: float) -> None:
         """Drain, end, fork anew; returns when the host is ready again.
 
         Raises:
@@ -139,7 +139,7 @@ class Worker:
             self._link.close()
         if self._keeper is not None:
             await self._keeper
-        await self._bury()
+        await self._reap()
 
     def kill(self) -> None:
         """End the process at once, because it hangs."""
@@ -153,7 +153,7 @@ class Worker:
         only since this process runs again.
         """
         now_s = asyncio.get_running_loop().time()
-        silent_s = min(now_s - self._heard_at_s, self._awake.look(now_s))
+        silent_s = min(now_s - self._heard_at_s, self._awake.seconds_since_pause(now_s))
         if self._up.is_set() and silent_s > _MAX_SILENCE_S + HEARTBEAT_S:
             log.error("worker.hangs", host=self.birth.host_id, silent_s=round(silent_s, 1))
             self._heard_at_s = now_s
@@ -177,34 +177,35 @@ class Worker:
         loop = asyncio.get_running_loop()
         outbox = Outbox(self.birth.settings.max_concurrent_requests + _MORE_CALLS)
         _, self._link = await loop.create_unix_connection(
-            lambda: Link(self.birth.host_id, outbox, self._sign_of_life, self._hear, self._hang_up), sock=ours
+            lambda: ParentConnection(self.birth.host_id, outbox, self._sign_of_life, self._on_report, self._hang_up),
+            sock=ours,
         )
         if self._closing.is_set():
             self._link.close()
         try:
-            self._hear(await asyncio.wait_for(self._greet(self._link), _HELLO_S))
+            self._on_report(await asyncio.wait_for(self._greet(self._link), _HELLO_S))
         except (EngineError, TimeoutError):
             self._link.close()
-            await self._bury()
+            await self._reap()
             raise
         self._up.set()
 
-    async def _greet(self, link: Link) -> Seen:
+    async def _greet(self, link: ParentConnection) -> HostReport:
         """Wait for the first word, and tell of a registry that was read since the worker was forked."""
         seen = await link.hello
         while seen.generation < self.birth.generation:
-            birth = self.birth
-            await link.ask(Reload(specs=birth.specs, budget=birth.budget, generation=birth.generation))
-            reply = await link.ask(Look())
-            assert isinstance(reply, Seen), "a look is answered with what is seen"
+            config = self.birth
+            await link.ask(Reload(specs=config.specs, budget=config.budget, generation=config.generation))
+            reply = await link.ask(Poll())
+            assert isinstance(reply, HostReport), "a look is answered with what is seen"
             seen = reply
         return seen
 
     def _sign_of_life(self) -> None:
         self._heard_at_s = asyncio.get_running_loop().time()
 
-    def _hear(self, seen: Seen) -> None:
-        self._ears.seen(seen)
+    def _on_report(self, seen: HostReport) -> None:
+        self._ears.on_report(seen)
         if seen.fault:
             log.error("worker.fault", host=self.birth.host_id, fault=seen.fault)
             self.kill()
@@ -212,19 +213,19 @@ class Worker:
     def _hang_up(self) -> None:
         """Heard before those who wait are told: they must not be sent here again, nor a model that kills to others."""
         if self._up.is_set() and not self._is_wanted_dead and self._box is not None:
-            self._ears.died(self._box.value.decode(errors="ignore"))
+            self._ears.on_crash(self._box.value.decode(errors="ignore"))
         self._up.clear()
 
-    async def _keep(self) -> None:
+    async def _supervise(self) -> None:
         """Wait for the end of each life, and begin the next; a life that begins while all shall end, ends at once."""
         while self._link is not None:
             await self._link.ended.wait()
             was_wanted, self._is_wanted_dead = self._is_wanted_dead, self._closing.is_set()
-            await self._bury()
-            self._ears.ended("" if was_wanted else self._cause_of_death())
+            await self._reap()
+            self._ears.on_exit("" if was_wanted else self._cause_of_death())
             if not await self._revive():
                 break
-            self._ears.back()
+            self._ears.on_restart()
             self._settle_reborn(None)
             if self._closing.is_set():
                 self._link.close()
@@ -273,7 +274,7 @@ class Worker:
             log.warning("worker.not_drained", host=self.birth.host_id, reason=str(error) or "no answer")
             self.kill()
 
-    async def _bury(self) -> None:
+    async def _reap(self) -> None:
         """The process is gone afterwards, by itself or not."""
         process = self._process
         if process is None:

@@ -10,7 +10,7 @@ from ray.serve.config import RequestRouterConfig
 from engines.errors import InvalidValue
 from router.backends.ray.environment import APP, DEPLOYMENT, HEALTH_PERIOD_S, STATS_PERIOD_S, named_address
 from router.backends.ray.replica import HostReplica
-from router.backends.worker_config import Birth, open_real_host
+from router.backends.worker_config import WorkerConfig, open_real_host
 from router.config.settings import Settings, load_settings
 from router.registry.generation import first_generation
 from router.registry.registry import Registry, open_registry
@@ -62,7 +62,7 @@ def one_per_device(cpus: float) -> Plan:
     return Plan(hosts=max(1, sum(node["Alive"] for node in ray.nodes())), cpus=cpus)
 
 
-def deploy(birth: Birth, plan: Plan) -> None:
+def deploy(birth: WorkerConfig, plan: Plan) -> None:
     """Put the hosts there, or bring those that are there up to date; returns when all of them are ready."""
     serve.start(proxy_location="Disabled")
     serve.run(application(birth, plan), name=APP, route_prefix=None, blocking=False)
@@ -73,7 +73,7 @@ def remove() -> None:
     serve.delete(APP)
 
 
-def application(birth: Birth, plan: Plan) -> serve.Application:
+def application(birth: WorkerConfig, plan: Plan) -> serve.Application:
     """The deployment, with its arguments."""
     settings = birth.settings
     deployment = serve.deployment(
@@ -87,7 +87,7 @@ def application(birth: Birth, plan: Plan) -> serve.Application:
         health_check_timeout_s=_HEALTH_TIMEOUT_S,
         graceful_shutdown_timeout_s=settings.grace_seconds,
         request_router_config=RequestRouterConfig(
-            request_router_class="router.backends.ray.request_router:YardRouter",
+            request_router_class="router.backends.ray.request_router:PlacementRequestRouter",
             request_routing_stats_period_s=STATS_PERIOD_S,
             request_routing_stats_timeout_s=_HEALTH_TIMEOUT_S,
         ),
@@ -95,9 +95,9 @@ def application(birth: Birth, plan: Plan) -> serve.Application:
     return deployment.bind(birth)
 
 
-def birth_of(settings: Settings, registry: Registry, plan: Plan) -> Birth:
+def worker_config_of(settings: Settings, registry: Registry, plan: Plan) -> WorkerConfig:
     """What every replica is told. Its device is the first that its node gives it."""
-    return Birth(
+    return WorkerConfig(
         host_id="",
         device="cuda" if plan.gpus else "cpu",
         cores=max(1, int(plan.cpus)),
@@ -117,4 +117,4 @@ def from_environment(args: dict[str, str]) -> serve.Application:
     """
     settings = load_settings()
     plan = Plan(hosts=int(args.get("hosts", 1)), gpus=float(args.get("gpus", 0)), cpus=float(args.get("cpus", 1)))
-    return application(birth_of(settings, open_registry(settings), plan), plan)
+    return application(worker_config_of(settings, open_registry(settings), plan), plan)

@@ -15,30 +15,30 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from engines.errors import EngineError, HostLost, InvalidValue, QueueFull
-from engines.rpc.errors import Failure, error_of
+from engines.rpc.errors import ErrorRecord, error_of
 from engines.rpc.messages import (
+    CommandResult,
     Embed,
+    EmbedResult,
     Evict,
-    Foresee,
     Generation,
-    Look,
-    Outcome,
+    HostReport,
+    PlanRequest,
+    Poll,
     Preload,
     Reply,
     Request,
-    Seen,
-    Vectors,
     decode_reply,
     encode_request,
 )
 from engines.spec import ModelSpec
 from engines.types import Budget, Embeddings, HostSnapshot
 from router.backends.event_feed import EventFeed
-from router.backends.fleet import NotSent, Ticket
-from router.backends.host_directory import Ledger, hot
+from router.backends.fleet import NotSent, RoutedCall
+from router.backends.host_directory import HostDirectory, hot
 from router.backends.ray.deploy import connect
 from router.backends.ray.environment import APP, DEPLOYMENT
-from router.backends.ray.replica_directory import BOARD, Board, Errand
+from router.backends.ray.replica_directory import REPLICAS, ReplicaDirectory, RoutedRequest
 from router.backends.remote import RemoteBackend
 from router.config.settings import Settings
 from router.registry.generation import DesiredRegistry
@@ -61,12 +61,12 @@ def limit_of(request: Request) -> float:
             return _LOAD_S
         case Evict():
             return request.timeout_s + _COMMAND_S
-        case Foresee():
+        case PlanRequest():
             return request.size_s + _COMMAND_S
     return _COMMAND_S
 
 
-async def no_answer(errand: Errand, limit_s: float) -> HostLost:
+async def no_answer(errand: RoutedRequest, limit_s: float) -> HostLost:
     """The error of a request that was not answered in time, or given up before it was sent."""
     if errand.is_sent:
         return HostLost(f"host {errand.to} did not answer within {limit_s:g} s; ask again")
@@ -98,7 +98,7 @@ def open_ray_backend(settings: Settings, registry: Registry) -> RemoteBackend:
         raise _nothing_there()
     fleet = RayFleet(
         handle,
-        BOARD,
+        REPLICAS,
         patience_s=settings.watchdog_seconds + settings.grace_seconds,
         grace_s=settings.grace_seconds,
     )
@@ -141,7 +141,7 @@ class RayFleet:
     def __init__(
         self,
         handle: DeploymentHandle,
-        board: Board,
+        board: ReplicaDirectory,
         *,
         patience_s: float = 180.0,
         grace_s: float = 30.0,
@@ -159,7 +159,7 @@ class RayFleet:
         self._looking: asyncio.Task[None] | None = None
 
     @property
-    def ledger(self) -> Ledger:
+    def directory(self) -> HostDirectory:
         """Of this process; Serve's router writes to it, too."""
         return self._board.ledger
 
@@ -175,29 +175,29 @@ class RayFleet:
         await self._look_at_all()
         self._looking = asyncio.create_task(self._look_on())
 
-    async def send(self, ticket: Ticket) -> Embeddings:
+    async def send(self, ticket: RoutedCall) -> Embeddings:
         limit_s = ticket.call.load_timeout_s + self._patience_s
-        reply = await self._request(Errand(ticket=ticket), Embed(call=ticket.call), limit_s)
-        assert isinstance(reply, Vectors), "a call is answered with vectors"
+        reply = await self._request(RoutedRequest(ticket=ticket), Embed(call=ticket.call), limit_s)
+        assert isinstance(reply, EmbedResult), "a call is answered with vectors"
         return reply.embeddings
 
     async def ask(self, host_id: str, request: Request) -> Reply:
-        reply = await self._request(Errand(to=host_id), request, limit_of(request))
-        if isinstance(reply, Outcome):
+        reply = await self._request(RoutedRequest(to=host_id), request, limit_of(request))
+        if isinstance(reply, CommandResult):
             self._board.note(reply.snapshot)
         return reply
 
     async def reload(self, specs: Mapping[str, ModelSpec], budget: Budget | None) -> None:
         await self._look_at_all()  # another router may have told them something just now
         self._desired.change(specs, budget)
-        await asyncio.gather(*(self._tell_registry(host_id) for host_id in self.ledger.devices()))
+        await asyncio.gather(*(self._tell_registry(host_id) for host_id in self.directory.devices()))
 
     async def recycle(self, host_id: str) -> None:
         """Serve puts another replica in its place, with another id."""
-        before = self.ledger.snapshot(host_id)
-        others = set(self.ledger.devices())
-        self.ledger.close(host_id)
-        name = self._board.begin(Errand(to=host_id))
+        before = self.directory.snapshot(host_id)
+        others = set(self.directory.devices())
+        self.directory.close(host_id)
+        name = self._board.begin(RoutedRequest(to=host_id))
         try:
             async with asyncio.timeout(self._grace_s + _REPLACED_S):
                 await self._handle.options(method_name="leave", session_id=name).remote(self._grace_s)
@@ -214,17 +214,17 @@ class RayFleet:
         """A host that is none of these, as soon as there is one."""
         try:
             async with asyncio.timeout(_REPLACED_S):
-                while not (fresh := [one for one in self.ledger.devices() if one not in others]):  # noqa: ASYNC110 - Serve tells when it is there
+                while not (fresh := [one for one in self.directory.devices() if one not in others]):  # noqa: ASYNC110 - Serve tells when it is there
                     await asyncio.sleep(LOOK_EVERY_S)
         except TimeoutError:
             raise HostLost(f"the cluster has put no other host in its place within {_REPLACED_S:g} s") from None
         return fresh[0]
 
     def snapshots(self) -> tuple[HostSnapshot, ...]:
-        return self.ledger.snapshots()
+        return self.directory.snapshots()
 
     def faults(self) -> Mapping[str, str]:
-        known = self.ledger.devices()
+        known = self.directory.devices()
         return {host_id: fault for host_id, fault in self._faults.items() if fault and host_id in known}
 
     def quarantine(self, model_id: str) -> None:
@@ -238,7 +238,7 @@ class RayFleet:
 
     # ---- one request ----
 
-    async def _request(self, errand: Errand, request: Request, limit_s: float) -> Reply:
+    async def _request(self, errand: RoutedRequest, request: Request, limit_s: float) -> Reply:
         """Send it where the errand says. When its caller leaves it is cancelled where it runs: Ray does not by itself.
 
         Raises:
@@ -268,7 +268,7 @@ class RayFleet:
         finally:
             self._board.end(name)
         reply = decode_reply(head, body)
-        if isinstance(reply, Failure):
+        if isinstance(reply, ErrorRecord):
             raise error_of(reply)
         return reply
 
@@ -294,19 +294,19 @@ class RayFleet:
     async def _look_at(self, host_id: str) -> Generation | None:
         """A host that does not answer gets no calls until it does; that it is gone, Serve will say."""
         try:
-            request = Look(after=self.feed.last_seq(host_id))
-            reply = await self._request(Errand(to=host_id), request, _LOOK_S)
+            request = Poll(after=self.feed.last_seq(host_id))
+            reply = await self._request(RoutedRequest(to=host_id), request, _LOOK_S)
         except EngineError:
             self._silences[host_id] = self._silences.get(host_id, 0) + 1
             if self._silences[host_id] >= _SILENT_LOOKS:
-                self.ledger.close(host_id)
+                self.directory.close(host_id)
             return None
         self._silences[host_id] = 0
-        assert isinstance(reply, Seen), "a look is answered with what is seen"
+        assert isinstance(reply, HostReport), "a look is answered with what is seen"
         self._hear(host_id, reply)
         return reply.generation
 
-    def _hear(self, host_id: str, seen: Seen) -> None:
+    def _hear(self, host_id: str, seen: HostReport) -> None:
         self._board.note(seen.snapshot)
         self._faults[host_id] = seen.fault
         self._desired.hear(seen.generation)

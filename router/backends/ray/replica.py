@@ -11,7 +11,7 @@ from ray import serve
 from engines.errors import DeviceDown
 from engines.rpc.messages import Drain, decode_request, encode_reply
 from engines.rpc.service import HostService
-from router.backends.worker_config import Birth
+from router.backends.worker_config import WorkerConfig
 from router.observability.logs import configure_logging
 
 log = structlog.get_logger()
@@ -20,7 +20,7 @@ log = structlog.get_logger()
 class HostReplica:
     """One device of one node. Its host id is the replica's own, so that a router can name it to Serve."""
 
-    async def __init__(self, birth: Birth) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(self, birth: WorkerConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         host_id = serve.get_replica_context().replica_id.unique_id
         configure_logging(birth.settings.log_format, birth.settings.log_level)
         structlog.contextvars.bind_contextvars(host=host_id)

@@ -13,17 +13,17 @@ import msgspec
 
 from engines.errors import LoadFailed
 from engines.types import HostSnapshot
-from router.backends.fleet import Ticket
-from router.backends.host_directory import Ledger
+from router.backends.fleet import RoutedCall
+from router.backends.host_directory import HostDirectory
 
 
-class Errand:
+class RoutedRequest:
     """One request to a replica. `to`: which one; None when the best for the ticket's model is to be chosen.
 
     `limit`: of the wait for its answer. `is_sent`: false when it was given up because no replica could take it.
     """
 
-    def __init__(self, *, ticket: Ticket | None = None, to: str | None = None) -> None:
+    def __init__(self, *, ticket: RoutedCall | None = None, to: str | None = None) -> None:
         self.ticket = ticket
         self.to = to
         self.limit: asyncio.Timeout | None = None
@@ -36,7 +36,7 @@ class Errand:
         self.is_sent = False
 
 
-class Board:
+class ReplicaDirectory:
     """The replicas as Serve's controller and the hosts themselves tell of them.
 
     Attributes:
@@ -45,15 +45,15 @@ class Board:
     """
 
     def __init__(self) -> None:
-        self.ledger = Ledger()
+        self.ledger = HostDirectory()
         self.running: frozenset[str] = frozenset()
         self.on_change: Callable[[], None] = lambda: None
-        self._errands: dict[str, Errand] = {}
+        self._errands: dict[str, RoutedRequest] = {}
         self._last_errand = 0
 
     # ---- the fleet's side ----
 
-    def begin(self, errand: Errand) -> str:
+    def begin(self, errand: RoutedRequest) -> str:
         """Put an errand on the board; the name that its request carries."""
         self._last_errand += 1
         name = str(self._last_errand)
@@ -70,7 +70,7 @@ class Board:
         """What a host that runs is like now."""
         before = self.ledger.snapshot(snapshot.host_id)
         if snapshot.host_id in self.running:
-            self.ledger.note(snapshot)
+            self.ledger.update(snapshot)
             if before is None or (before.is_draining and not snapshot.is_draining):
                 self.on_change()
 
@@ -100,7 +100,7 @@ class Board:
             return None
         return chosen
 
-    def _best(self, errand: Errand, ticket: Ticket, running: Collection[str]) -> str | None:
+    def _best(self, errand: RoutedRequest, ticket: RoutedCall, running: Collection[str]) -> str | None:
         model_id = ticket.spec.model_id
         if errand.to is not None:
             self.ledger.end(errand.to, model_id)  # chosen before, and refused
@@ -115,4 +115,4 @@ class Board:
         return errand.to
 
 
-BOARD = Board()
+REPLICAS = ReplicaDirectory()

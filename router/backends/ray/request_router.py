@@ -1,4 +1,4 @@
-"""Serve's choice of a replica, made by our placement: where the model is, else where it fits (`router/backends/placement.py`).
+"""Chooses Ray Serve's replica by `router/backends/placement.py`: where the model is, else where it fits.
 
 Serve pickles this module's class by value, so the module holds nothing else, and imports Embedyard where it is used.
 """
@@ -8,7 +8,7 @@ from typing import Any
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 
-class YardRouter(RequestRouter):  # type: ignore[misc]  # Ray is not typed for mypy here
+class PlacementRequestRouter(RequestRouter):  # type: ignore[misc]  # Ray is not typed for mypy here
     """One replica for each request, and no second choice: another host would load the model once more."""
 
     @property
@@ -18,21 +18,21 @@ class YardRouter(RequestRouter):  # type: ignore[misc]  # Ray is not typed for m
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Called by Serve whenever replicas come, go, or tell what they have in memory."""
-        from router.backends.ray.replica_directory import BOARD
+        from router.backends.ray.replica_directory import REPLICAS
 
         super().update_replicas(replicas)
-        BOARD.see({replica.replica_id.unique_id: replica.routing_stats for replica in replicas})
+        REPLICAS.see({replica.replica_id.unique_id: replica.routing_stats for replica in replicas})
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
         """See `RequestRouter`."""
-        from router.backends.ray.replica_directory import BOARD
+        from router.backends.ray.replica_directory import REPLICAS
 
         if pending_request is None:
             return []
         running = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
-        chosen = BOARD.choose(pending_request.metadata.session_id, running.keys())
+        chosen = REPLICAS.choose(pending_request.metadata.session_id, running.keys())
         pending_request.routing_context.should_backoff = True  # nothing changes before the next look at the hosts
         return [[running[chosen]]] if chosen is not None else []
 

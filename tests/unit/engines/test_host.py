@@ -9,13 +9,22 @@ import pytest
 from msgspec import structs
 
 from engines.errors import ModelNotFound, ModelTooLarge
-from engines.host import Host, HostConfig, World, suits
+from engines.host import Host, HostConfig, HostRuntime, device_matches
 from engines.pool.estimates import Measurements
 from engines.pool.runtime import LOAD_LOCK, Threads
-from engines.pool.slot import Rules
+from engines.pool.slot import PoolPolicy
 from engines.protocols import Progress
 from engines.spec import ModelSpec
-from engines.testing.fakes import WIDTH, FakeFiles, FakeLoader, FakeTime, fake_host, fake_specs, fake_vector, fake_world
+from engines.testing.fakes import (
+    WIDTH,
+    FakeFiles,
+    FakeLoader,
+    FakeTime,
+    fake_host,
+    fake_runtime,
+    fake_specs,
+    fake_vector,
+)
 from engines.testing.runtime import FakeMemory, let_run
 from engines.types import Budget, EmbedCall, Event, ModelFiles
 
@@ -32,7 +41,7 @@ def test_the_door_does_not_import_torch() -> None:
 
 async def test_the_wait_for_a_cold_model_is_timed() -> None:
     time = FakeTime()
-    world = fake_world(time=time)
+    world = fake_runtime(time=time)
     host = fake_host("a", loader=FakeLoader(embed_s=2, sleep=time.sleep), world=world)
     await host.start()
     cold = asyncio.create_task(host.embed(call("a")))
@@ -68,7 +77,7 @@ async def test_a_snapshot_adds_up() -> None:
 
 async def test_residents_are_listed_in_the_order_in_which_they_would_leave() -> None:
     time = FakeTime()
-    host = fake_host("a", "b", "c", world=fake_world(time=time))
+    host = fake_host("a", "b", "c", world=fake_runtime(time=time))
     await host.start()
     await host.preload("c", pin=True)
     for model_id in "aba":
@@ -79,7 +88,7 @@ async def test_residents_are_listed_in_the_order_in_which_they_would_leave() -> 
 
 
 async def test_waiting_claims_are_counted_for_placement() -> None:
-    world = fake_world()
+    world = fake_runtime()
     host = fake_host("a", "b", world=world)
     await host.start()
     world.workers.hold("load")  # type: ignore[attr-defined]  # the fake world's workers can be held
@@ -96,7 +105,7 @@ async def test_waiting_claims_are_counted_for_placement() -> None:
 async def test_a_plan_says_what_would_happen_without_doing_it() -> None:
     time = FakeTime()
     files = FakeFiles(weight_bytes={"huge": 10**7, "unknown": None})
-    host = fake_host("a", "b", "huge", "unknown", budget_bytes=1500, files=files, world=fake_world(time=time))
+    host = fake_host("a", "b", "huge", "unknown", budget_bytes=1500, files=files, world=fake_runtime(time=time))
     await host.start()
     assert host.plan("a").reason == "fits in free memory"
     await host.embed(call("a"))
@@ -130,8 +139,8 @@ async def test_the_size_of_a_model_that_is_not_here_is_unknown_until_somebody_as
 
 async def test_what_a_model_took_is_remembered() -> None:
     measurements = Measurements()
-    world = fake_world()
-    world = World(time=world.time, workers=world.workers, memory=world.memory, measurements=measurements)
+    world = fake_runtime()
+    world = HostRuntime(time=world.time, workers=world.workers, memory=world.memory, measurements=measurements)
     loader = FakeLoader(weight_bytes={"a": 5000}, workspace_bytes={"a": 600})
     host = fake_host("a", loader=loader, world=world)
     await host.start()
@@ -146,7 +155,7 @@ async def test_what_a_model_took_is_remembered() -> None:
 
 
 async def test_a_remembered_size_over_the_budget_is_tried_and_only_a_fresh_measurement_refuses() -> None:
-    world = fake_world()
+    world = fake_runtime()
     first = fake_host("a", loader=FakeLoader(weight_bytes={"a": 5000}), world=world)
     await first.start()
     await first.embed(call("a"))
@@ -194,7 +203,7 @@ async def test_a_follower_begins_with_what_comes_after_its_call() -> None:
 
 async def test_a_slow_follower_loses_events_and_sees_the_gap() -> None:
     config = HostConfig(host_id="short", budget=Budget(size_bytes=10**6), max_events=3)
-    host = Host(config, fake_specs("a"), FakeFiles(), FakeLoader(), fake_world())
+    host = Host(config, fake_specs("a"), FakeFiles(), FakeLoader(), fake_runtime())
     await host.start()
     followed = host.events()
     for _ in range(5):
@@ -249,7 +258,7 @@ async def test_a_model_for_another_device_is_not_served_here() -> None:
     ],
 )
 def test_a_wish_for_a_device(device: str, wish: str, expected: bool) -> None:
-    assert suits(device, wish) is expected
+    assert device_matches(device, wish) is expected
 
 
 async def test_a_model_that_can_never_fit_is_refused_before_its_download() -> None:
@@ -307,7 +316,7 @@ class SilentHub(FakeFiles):
 async def test_a_silent_hub_holds_up_neither_models_on_disk_nor_local_folders() -> None:
     files = SilentHub(on_disk=("here",))
     away = [f"away-{index}" for index in range(8)]
-    world = structs.replace(fake_world(), workers=Threads("host"))
+    world = structs.replace(fake_runtime(), workers=Threads("host"))
     folder = ModelSpec(model_id="folder", source="/models/folder")
     host = fake_host(*away, "here", folder, files=files, world=world)
     await host.start()
@@ -372,13 +381,13 @@ class ChattyFiles(FakeFiles):
 
 def threaded_host(host_id: str, loader: FakeLoader, files: FakeFiles | None = None) -> Host:
     """A host on real threads and the loop's own clock."""
-    base = fake_world()
-    world = World(
+    base = fake_runtime()
+    world = HostRuntime(
         time=base.time,
         workers=Threads(host_id),
         memory=FakeMemory(),
         measurements=base.measurements,
         jitter=lambda: 0.5,
     )
-    config = HostConfig(host_id=host_id, budget=Budget(size_bytes=10**6), workspace_bytes=100, rules=Rules())
+    config = HostConfig(host_id=host_id, budget=Budget(size_bytes=10**6), workspace_bytes=100, rules=PoolPolicy())
     return Host(config, fake_specs("a", "b", "c"), files or FakeFiles(), loader, world)

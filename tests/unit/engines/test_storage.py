@@ -4,11 +4,11 @@ from pathlib import Path
 
 from structlog.testing import capture_logs
 
-from engines.storage import Kept
+from engines.storage import JsonStore
 
 
-def opened(path: Path | None) -> Kept[int]:
-    return Kept(path, dict[str, int])
+def opened(path: Path | None) -> JsonStore[int]:
+    return JsonStore(path, dict[str, int])
 
 
 def test_two_writers_keep_each_others_values(tmp_path: Path) -> None:

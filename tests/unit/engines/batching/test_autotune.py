@@ -1,4 +1,4 @@
-"""Trials on a real lane: in idle time, with small requests passing, and remembered."""
+"""BatchSizeSearch on a real lane: in idle time, with small requests passing, and remembered."""
 
 import asyncio
 import threading
@@ -7,21 +7,21 @@ from pathlib import Path
 
 import torch
 
-from engines.batching.autotune import Pace, Paces, Trials, Tuner
+from engines.batching.autotune import BatchSizeSearch, BatchSizeTuner, TunedBatchSize, TuningStore
 from engines.device.torch_runtime import device_name, finisher
-from engines.inputs.tokenizer import Ids, Rules, Tokenizer
+from engines.inputs.tokenizer import Ids, Tokenizer, TokenizerLimits
 from engines.loading.loader import LoaderSettings
 from tests.testkit.encoders import Letters, ScriptedEncoder
 from tests.testkit.engine_kit import Kit, assert_same, embed
 
 
-def make_tuner(encoder: ScriptedEncoder, sizes: tuple[int, ...], kept: list[Pace]) -> Tuner:
+def make_tuner(encoder: ScriptedEncoder, sizes: tuple[int, ...], kept: list[TunedBatchSize]) -> BatchSizeTuner:
     """Every trial takes a second."""
     seconds = iter(range(1000))
-    return Tuner(
+    return BatchSizeTuner(
         encoder,
-        Tokenizer(Letters(), Rules(max_tokens=64, vocab_size=100)),
-        Trials(sizes, 6),
+        Tokenizer(Letters(), TokenizerLimits(max_tokens=64, vocab_size=100)),
+        BatchSizeSearch(sizes, 6),
         own_s=lambda: float(next(seconds)),
         finish=lambda: None,
         keep=kept.append,
@@ -29,7 +29,7 @@ def make_tuner(encoder: ScriptedEncoder, sizes: tuple[int, ...], kept: list[Pace
 
 
 def test_trials_run_one_by_one_until_the_result_is_used_and_kept() -> None:
-    encoder, used, kept = ScriptedEncoder(), list[Pace](), list[Pace]()
+    encoder, used, kept = ScriptedEncoder(), list[TunedBatchSize](), list[TunedBatchSize]()
     tuner = make_tuner(encoder, (256,), kept)
 
     while tuner.is_due:
@@ -38,11 +38,11 @@ def test_trials_run_one_by_one_until_the_result_is_used_and_kept() -> None:
         tuner.run(used.append)
 
     assert [sum(batch) for batch in encoder.batches] == [256, 256]
-    assert used == kept == [Pace(128, 256.0)]
+    assert used == kept == [TunedBatchSize(128, 256.0)]
 
 
 def test_a_trial_that_fails_ends_the_trials_and_nothing_else() -> None:
-    encoder, used, kept = ScriptedEncoder(), list[Pace](), list[Pace]()
+    encoder, used, kept = ScriptedEncoder(), list[TunedBatchSize](), list[TunedBatchSize]()
 
     def crowded(texts: Sequence[Ids]) -> None:
         if len(texts) > 4:
@@ -54,14 +54,14 @@ def test_a_trial_that_fails_ends_the_trials_and_nothing_else() -> None:
         tuner.begin()
         tuner.run(used.append)
 
-    assert used == kept == [Pace(128, 256.0)]
+    assert used == kept == [TunedBatchSize(128, 256.0)]
 
 
 def test_a_model_finds_its_pace_in_idle_time_and_knows_it_the_next_time(kit: Kit, tmp_path: Path) -> None:
     found = threading.Event()
 
-    class Noticing(Paces):
-        def put(self, key: str, pace: Pace) -> None:
+    class Noticing(TuningStore):
+        def put(self, key: str, pace: TunedBatchSize) -> None:
             super().put(key, pace)
             found.set()
 
@@ -71,9 +71,9 @@ def test_a_model_finds_its_pace_in_idle_time_and_knows_it_the_next_time(kit: Kit
     assert found.wait(100)
     expected = embed(kit.engine("bert-cls"), ["a text", "another"])
     assert_same(embed(engine, ["a text", "another"]), expected)
-    again = kit.load(kit.recipe_folder("bert-cls"), settings=LoaderSettings(paces=Paces(tmp_path)))
+    again = kit.load(kit.recipe_folder("bert-cls"), settings=LoaderSettings(paces=TuningStore(tmp_path)))
 
-    (pace,) = Paces(tmp_path)._kept._known.values()
+    (pace,) = TuningStore(tmp_path)._kept._known.values()
     assert again._limit().max_tokens == pace.batch_tokens == engine._limit().max_tokens
     assert again._tuner is None
     for one in (engine, again):
@@ -81,7 +81,7 @@ def test_a_model_finds_its_pace_in_idle_time_and_knows_it_the_next_time(kit: Kit
 
 
 def test_a_size_that_somebody_has_set_is_not_tried_out(kit: Kit, tmp_path: Path) -> None:
-    settings = LoaderSettings(paces=Paces(tmp_path), max_batch_tokens=77)
+    settings = LoaderSettings(paces=TuningStore(tmp_path), max_batch_tokens=77)
     engine = kit.load(kit.recipe_folder("bert-cls"), settings=settings)
 
     assert engine._tuner is None

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engines.batching.batch import Limit, cut, split
-from engines.batching.request import Job, Output, Text, Want
-from engines.inputs.tokenizer import Encoded
+from engines.batching.batch import BatchLimits, form_batch, split_for_threads
+from engines.batching.request import Entry, OutputSpec, PendingRequest, RowTarget
+from engines.inputs.tokenizer import TokenizedRequest
 
-LIMIT = Limit(max_tokens=100, max_items=8)
+LIMIT = BatchLimits(max_tokens=100, max_items=8)
 
 
 @pytest.fixture
@@ -22,27 +22,27 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
     loop.close()
 
 
-def job(loop: asyncio.AbstractEventLoop, *lengths: int) -> Job:
+def job(loop: asyncio.AbstractEventLoop, *lengths: int) -> PendingRequest:
     """A request whose texts wait, none of them twice."""
-    encoded = Encoded(tuple(np.full(length, index) for index, length in enumerate(lengths)))
-    request = Job(encoded, Output(4, True, False), loop, 0.0)
-    texts = [Text(ids, request.keys[index], [Want(request, index)]) for index, ids in enumerate(encoded.ids)]
-    request.pending = sorted(texts, key=lambda text: len(text.ids))
+    encoded = TokenizedRequest(tuple(np.full(length, index) for index, length in enumerate(lengths)))
+    request = PendingRequest(encoded, OutputSpec(4, True, False), loop, 0.0)
+    texts = [Entry(ids, request.keys[index], [RowTarget(request, index)]) for index, ids in enumerate(encoded.ids)]
+    request.unscheduled = sorted(texts, key=lambda text: len(text.ids))
     return request
 
 
-def lengths(texts: Sequence[Text]) -> list[int]:
+def lengths(texts: Sequence[Entry]) -> list[int]:
     return [len(text.ids) for text in texts]
 
 
-def owners(texts: Sequence[Text]) -> list[Job]:
-    return [text.wants[0].job for text in texts]
+def owners(texts: Sequence[Entry]) -> list[PendingRequest]:
+    return [text.targets[0].job for text in texts]
 
 
 def test_a_batch_holds_as_many_tokens_as_fit_and_is_sorted_by_length(loop: asyncio.AbstractEventLoop) -> None:
     request = job(loop, 10, 60, 30, 20)
 
-    first, second = cut([request], LIMIT), cut([request], LIMIT)
+    first, second = form_batch([request], LIMIT), form_batch([request], LIMIT)
 
     assert lengths(first) == [30, 60]
     assert lengths(second) == [10, 20]
@@ -51,12 +51,12 @@ def test_a_batch_holds_as_many_tokens_as_fit_and_is_sorted_by_length(loop: async
 def test_a_text_longer_than_the_budget_runs_alone(loop: asyncio.AbstractEventLoop) -> None:
     request = job(loop, 500, 10)
 
-    assert lengths(cut([request], LIMIT)) == [500]
-    assert lengths(cut([request], LIMIT)) == [10]
+    assert lengths(form_batch([request], LIMIT)) == [500]
+    assert lengths(form_batch([request], LIMIT)) == [10]
 
 
 def test_a_batch_holds_no_more_texts_than_allowed(loop: asyncio.AbstractEventLoop) -> None:
-    assert len(cut([job(loop, *[1] * 20)], LIMIT)) == 8
+    assert len(form_batch([job(loop, *[1] * 20)], LIMIT)) == 8
 
 
 def test_one_text_leaves_with_the_next_batch_however_many_its_neighbour_brought(
@@ -64,7 +64,7 @@ def test_one_text_leaves_with_the_next_batch_however_many_its_neighbour_brought(
 ) -> None:
     bulk, single = job(loop, *[10] * 2048), job(loop, 30)
 
-    batch = cut([bulk, single], LIMIT)
+    batch = form_batch([bulk, single], LIMIT)
 
     assert owners(batch).count(single) == 1
     assert sum(lengths(batch)) == 100
@@ -73,7 +73,7 @@ def test_one_text_leaves_with_the_next_batch_however_many_its_neighbour_brought(
 def test_what_a_job_leaves_of_its_share_goes_to_the_oldest(loop: asyncio.AbstractEventLoop) -> None:
     first, second, third = job(loop, *[20] * 9), job(loop, 5), job(loop, *[20] * 9)
 
-    batch = cut([first, second, third], LIMIT)
+    batch = form_batch([first, second, third], LIMIT)
 
     assert [owners(batch).count(owner) for owner in (first, second, third)] == [3, 1, 1]
 
@@ -90,10 +90,10 @@ def test_every_text_leaves_exactly_once_and_no_batch_passes_its_bounds(
     try:
         requests = [job(loop, *sizes) for sizes in jobs]
         seen: list[tuple[int, int]] = []
-        while batch := cut(requests, Limit(max_tokens, max_items)):
+        while batch := form_batch(requests, BatchLimits(max_tokens, max_items)):
             assert sum(lengths(batch)) <= max_tokens or len(batch) == 1
             assert len(batch) <= max_items
-            seen += [(requests.index(text.wants[0].job), text.wants[0].index) for text in batch]
+            seen += [(requests.index(text.targets[0].job), text.targets[0].index) for text in batch]
     finally:
         loop.close()
 
@@ -103,16 +103,16 @@ def test_every_text_leaves_exactly_once_and_no_batch_passes_its_bounds(
 def test_work_for_several_threads_is_split_into_equal_parts(loop: asyncio.AbstractEventLoop) -> None:
     request = job(loop, *[20] * 20)
 
-    assert split(Limit(512, 64), [request], 1) == Limit(512, 64)
-    assert split(Limit(512, 64), [request], 2) == Limit(200, 64)
-    assert split(Limit(150, 64), [request], 2) == Limit(150, 64)
+    assert split_for_threads(BatchLimits(512, 64), [request], 1) == BatchLimits(512, 64)
+    assert split_for_threads(BatchLimits(512, 64), [request], 2) == BatchLimits(200, 64)
+    assert split_for_threads(BatchLimits(150, 64), [request], 2) == BatchLimits(150, 64)
 
 
 def test_work_that_is_not_enough_for_two_threads_stays_together(loop: asyncio.AbstractEventLoop) -> None:
-    assert split(Limit(512, 64), [job(loop, *[12] * 8)], 2) == Limit(512, 64)
-    assert split(Limit(512, 64), [job(loop, *[16] * 8)], 2) == Limit(64, 64)
-    assert split(Limit(512, 64), [job(loop, *[16] * 12)], 4) == Limit(64, 64)
-    assert split(Limit(512, 64, part_tokens=12), [job(loop, 12, 12)], 2) == Limit(12, 64)
+    assert split_for_threads(BatchLimits(512, 64), [job(loop, *[12] * 8)], 2) == BatchLimits(512, 64)
+    assert split_for_threads(BatchLimits(512, 64), [job(loop, *[16] * 8)], 2) == BatchLimits(64, 64)
+    assert split_for_threads(BatchLimits(512, 64), [job(loop, *[16] * 12)], 4) == BatchLimits(64, 64)
+    assert split_for_threads(BatchLimits(512, 64, part_tokens=12), [job(loop, 12, 12)], 2) == BatchLimits(12, 64)
 
 
 def test_a_job_is_small_up_to_a_quarter_of_a_batch(loop: asyncio.AbstractEventLoop) -> None:

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from engines.batching.autotune import Pace, Paces, Trials, trial_texts
+from engines.batching.autotune import BatchSizeSearch, TunedBatchSize, TuningStore, trial_texts
 
 
 def try_out(speeds: dict[int, float], num_parts: int = 6, candidates: tuple[int, ...] = (256, 512, 1024)) -> list[int]:
     """Run all trials at these tokens a second; the sizes that were tried, and then the one that was chosen."""
-    trials = Trials(candidates, num_parts)
+    trials = BatchSizeSearch(candidates, num_parts)
     tried = []
     while (tokens := trials.next_tokens) is not None:
         tried.append(tokens)
@@ -38,26 +38,26 @@ def test_a_slow_model_is_tried_with_small_batches_only_and_keeps_a_size_that_is_
 
 
 def test_the_better_of_two_trials_counts() -> None:
-    trials = Trials((256,), 6)
+    trials = BatchSizeSearch((256,), 6)
     trials.record(256, 9.0)
     trials.record(256, 0.1)
 
-    assert trials.pace() == Pace(256, 2560.0)
+    assert trials.pace() == TunedBatchSize(256, 2560.0)
 
 
 def test_without_any_trial_nothing_is_known() -> None:
-    trials = Trials((256, 512), 6)
+    trials = BatchSizeSearch((256, 512), 6)
     trials.give_up()
 
     assert (trials.next_tokens, trials.pace()) == (None, None)
 
 
 def test_what_was_found_before_a_trial_failed_counts() -> None:
-    trials = Trials((256, 512), 6)
+    trials = BatchSizeSearch((256, 512), 6)
     trials.record(256, 0.1)
     trials.give_up()
 
-    assert trials.pace() == Pace(256, 2560.0)
+    assert trials.pace() == TunedBatchSize(256, 2560.0)
 
 
 def test_a_trial_is_made_of_texts_that_the_model_can_read() -> None:
@@ -69,15 +69,15 @@ def test_a_trial_is_made_of_texts_that_the_model_can_read() -> None:
 
 
 def test_a_pace_is_remembered_between_starts(tmp_path: Path) -> None:
-    Paces(tmp_path).put("key", Pace(512, 3000.0))
-    Paces(tmp_path).put("other", Pace(256, 1.0))
+    TuningStore(tmp_path).put("key", TunedBatchSize(512, 3000.0))
+    TuningStore(tmp_path).put("other", TunedBatchSize(256, 1.0))
 
-    assert Paces(tmp_path).get("key") == Pace(512, 3000.0)
-    assert Paces(tmp_path).get("unknown") is None
+    assert TuningStore(tmp_path).get("key") == TunedBatchSize(512, 3000.0)
+    assert TuningStore(tmp_path).get("unknown") is None
 
 
 def test_without_a_folder_it_is_remembered_as_long_as_the_process_lives() -> None:
-    paces = Paces(None)
-    paces.put("key", Pace(512, 3000.0))
+    paces = TuningStore(None)
+    paces.put("key", TunedBatchSize(512, 3000.0))
 
-    assert paces.get("key") == Pace(512, 3000.0)
+    assert paces.get("key") == TunedBatchSize(512, 3000.0)

@@ -13,11 +13,11 @@ from msgspec import structs
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engines.batching.batch import Limit, tell
-from engines.batching.engine import EngineLimits, Parts, TextEngine
-from engines.batching.request import Job, Output, Text, Want
+from engines.batching.batch import BatchLimits, attribute_batch
+from engines.batching.engine import EmbeddingEngine, EngineLimits, Parts
+from engines.batching.request import Entry, OutputSpec, PendingRequest, RowTarget
 from engines.batching.runner import Runner
-from engines.device.scheduler import Lane
+from engines.device.scheduler import DeviceScheduler
 from engines.errors import (
     DimensionsNotSupported,
     EngineFailed,
@@ -27,14 +27,14 @@ from engines.errors import (
     QueueFull,
     ShuttingDown,
 )
-from engines.inputs.tokenizer import Encoded, Ids, Rules, Tokenizer
+from engines.inputs.tokenizer import Ids, TokenizedRequest, Tokenizer, TokenizerLimits
 from engines.inputs.tokenizer_threads import TokenizerThreads
-from engines.models.base import PathLeft
+from engines.models.base import ForwardPathFailed
 from engines.spec import Matryoshka, ModelSpec
 from engines.types import Batch, EmbedCall, ModelInfo
 from tests.testkit.encoders import WIDTH, Letters, ScriptedEncoder
 
-ROOMY = Limit(256, 64)
+ROOMY = BatchLimits(256, 64)
 
 
 INFO = ModelInfo(
@@ -54,11 +54,11 @@ class Bench:
         info: ModelInfo = INFO,
     ) -> None:
         self.encoder = ScriptedEncoder()
-        self.lane = Lane("test", num_threads=num_threads, look_s=0.0)
+        self.lane = DeviceScheduler("test", num_threads=num_threads, look_s=0.0)
         self.threads = TokenizerThreads(2)
         self.released = 0
-        tokenizer = Tokenizer(backend or Letters(), Rules(max_tokens=64, vocab_size=0x110000))
-        self.engine = TextEngine(
+        tokenizer = Tokenizer(backend or Letters(), TokenizerLimits(max_tokens=64, vocab_size=0x110000))
+        self.engine = EmbeddingEngine(
             Parts(self.encoder, tokenizer, spec, info),
             self.lane,
             self.threads,
@@ -107,7 +107,7 @@ def open_bench() -> Iterator[Callable[..., Bench]]:
 
     def make(  # noqa: PLR0913  # each test names the one or two that it is about
         *,
-        batch: Limit = ROOMY,
+        batch: BatchLimits = ROOMY,
         max_queue_items: int = 100,
         target_dim: int | None = None,
         cache_bytes: int = 0,
@@ -139,7 +139,7 @@ def expected(text: str) -> list[int]:
 
 
 async def test_vectors_come_back_in_input_order_whatever_order_they_ran_in(open_bench: OpenBench) -> None:
-    bench = open_bench(batch=Limit(16, 64))
+    bench = open_bench(batch=BatchLimits(16, 64))
     await bench.engine.warm_up()
     texts = ["seven!!", "a", "quite long text", "mid", "ab"]
 
@@ -150,7 +150,7 @@ async def test_vectors_come_back_in_input_order_whatever_order_they_ran_in(open_
 
 
 async def test_many_requests_at_once_each_get_their_own_vectors(open_bench: OpenBench) -> None:
-    bench = open_bench(batch=Limit(32, 4), max_queue_items=200)
+    bench = open_bench(batch=BatchLimits(32, 4), max_queue_items=200)
     await bench.engine.warm_up()
     requests = [[f"{request} {text}" for text in range(request % 5 + 1)] for request in range(40)]
 
@@ -224,7 +224,7 @@ async def test_text_that_is_no_text_is_refused(open_bench: OpenBench) -> None:
 
 
 async def test_a_failed_batch_fails_its_callers_and_only_them(open_bench: OpenBench) -> None:
-    bench = open_bench(batch=Limit(4, 1))
+    bench = open_bench(batch=BatchLimits(4, 1))
     await bench.engine.warm_up()
 
     def poison(texts: Sequence[Ids]) -> None:
@@ -245,7 +245,7 @@ async def test_a_failed_batch_fails_its_callers_and_only_them(open_bench: OpenBe
 async def test_a_batch_without_room_runs_in_halves_and_smaller_ones_are_cut_from_then_on(
     open_bench: OpenBench,
 ) -> None:
-    bench = open_bench(batch=Limit(64, 64))
+    bench = open_bench(batch=BatchLimits(64, 64))
     await bench.engine.warm_up()
 
     def crowded(texts: Sequence[Ids]) -> None:
@@ -281,7 +281,7 @@ async def test_a_batch_that_answers_many_does_not_keep_the_event_loop_from_other
 
 
 async def test_every_batch_is_told_with_exactly_one_answer(open_bench: OpenBench) -> None:
-    bench = open_bench(batch=Limit(64, 4))
+    bench = open_bench(batch=BatchLimits(64, 4))
     await bench.engine.warm_up()
     calls = [EmbedCall(model_id="m", texts=tuple("x" * size for size in range(1, 8))) for _ in range(6)]
 
@@ -294,11 +294,11 @@ async def test_every_batch_is_told_with_exactly_one_answer(open_bench: OpenBench
 
 async def test_a_batch_whose_first_job_fails_is_told_by_another() -> None:
     texts = [make_text(size) for size in (1, 2, 3)]
-    jobs = [text.wants[0].job for text in texts]
+    jobs = [text.targets[0].job for text in texts]
     jobs[1].done.cancel()
     batch = Batch(texts=3, tokens=6, computed_tokens=6)
 
-    tell(batch, texts, {id(jobs[0])})
+    attribute_batch(batch, texts, {id(jobs[0])})
 
     assert [job.batches for job in jobs] == [[], [], [batch]]
 
@@ -315,10 +315,10 @@ async def test_padding_counts_as_computed() -> None:
     assert padded == Batch(texts=4, tokens=111, computed_tokens=112)
 
 
-def make_text(size: int) -> Text:
+def make_text(size: int) -> Entry:
     ids = np.ones(size, dtype=np.int64)
-    job = Job(Encoded((ids,)), Output(WIDTH, False, False), asyncio.get_running_loop(), 0.0)
-    return Text(ids, job.keys[0], [Want(job, 0)])
+    job = PendingRequest(TokenizedRequest((ids,)), OutputSpec(WIDTH, False, False), asyncio.get_running_loop(), 0.0)
+    return Entry(ids, job.keys[0], [RowTarget(job, 0)])
 
 
 async def test_one_text_without_room_fails_alone(open_bench: OpenBench) -> None:
@@ -421,7 +421,7 @@ async def test_requests_for_the_same_text_share_one_computation(open_bench: Open
     assert bench.encoder.batches == [[1, 4]]
     assert answers[0].array().tolist() == [expected("same"), expected("a"), expected("same")]
     assert answers[1].array().tolist() == [expected("same")]
-    assert [answer.reused for answer in answers] == [1, 1]
+    assert [answer.deduplicated for answer in answers] == [1, 1]
 
 
 async def test_who_shares_a_text_is_served_when_its_owner_leaves(open_bench: OpenBench) -> None:
@@ -439,7 +439,7 @@ async def test_who_shares_a_text_is_served_when_its_owner_leaves(open_bench: Ope
 
 async def test_who_shares_a_text_is_served_when_its_owner_fails(open_bench: OpenBench) -> None:
     """The owner's first batch fails, and with it the whole request; the texts behind it are wanted by another."""
-    bench = open_bench(batch=Limit(4, 1))
+    bench = open_bench(batch=BatchLimits(4, 1))
     await bench.engine.warm_up()
 
     def poison(texts: Sequence[Ids]) -> None:
@@ -469,7 +469,7 @@ async def test_a_cached_vector_is_not_computed_again_in_any_width(open_bench: Op
     assert bench.encoder.batches == [[3]]
     assert again.array().tolist() == [expected("de"), expected("new"), expected("abc")]
     assert narrow.array().tolist() == [expected("abc")[:2]]
-    assert (again.recalled, narrow.recalled, narrow.token_counts) == (2, 1, (3,))
+    assert (again.cache_hits, narrow.cache_hits, narrow.token_counts) == (2, 1, (3,))
 
 
 @pytest.mark.parametrize(("is_shared", "recalled"), [(False, (0, 0, 1)), (True, (0, 1, 1))])
@@ -481,7 +481,7 @@ async def test_a_cache_tells_a_caller_nothing_of_another_unless_it_is_shared(
     calls = [EmbedCall(model_id="m", texts=("abc",), normalize=False, caller=caller) for caller in ("a", "b", "a")]
     answers = [await bench.engine.embed(call) for call in calls]
 
-    assert tuple(answer.recalled for answer in answers) == recalled
+    assert tuple(answer.cache_hits for answer in answers) == recalled
     assert [answer.array().tolist() for answer in answers] == [[expected("abc")]] * 3
 
 
@@ -558,7 +558,7 @@ async def test_a_few_texts_wait_for_the_batch_that_runs_and_many_do_not(open_ben
 
 
 async def test_an_encoder_that_remembers_runs_one_batch_at_a_time(open_bench: OpenBench) -> None:
-    bench = open_bench(num_threads=2, batch=Limit(32, 4))
+    bench = open_bench(num_threads=2, batch=BatchLimits(32, 4))
     bench.encoder.is_reentrant = False
     await bench.engine.warm_up()
     inside = threading.Lock()
@@ -575,7 +575,7 @@ async def test_an_encoder_that_remembers_runs_one_batch_at_a_time(open_bench: Op
 
 
 async def test_a_small_request_passes_a_bulk_batch_between_its_layers(open_bench: OpenBench) -> None:
-    bench = open_bench(batch=Limit(64, 64))
+    bench = open_bench(batch=BatchLimits(64, 64))
     await bench.engine.warm_up()
     begun, gate = threading.Event(), threading.Event()
     order: list[str] = []
@@ -585,7 +585,7 @@ async def test_a_small_request_passes_a_bulk_batch_between_its_layers(open_bench
         if len(texts) > 1:
             begun.set()
             gate.wait(10)
-            bench.lane.give_way()
+            bench.lane.preemption_point()
             order.append("ends")
 
     bench.encoder.before = layers
@@ -603,7 +603,7 @@ async def test_a_small_request_passes_a_bulk_batch_between_its_layers(open_bench
 async def test_texts_of_a_path_that_failed_are_run_again(open_bench: OpenBench) -> None:
     bench = open_bench()
     await bench.engine.warm_up()
-    failures = [PathLeft(), PathLeft()]
+    failures = [ForwardPathFailed(), ForwardPathFailed()]
 
     def fail(texts: Sequence[Ids]) -> None:
         if failures:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engines.batching.engine import TextEngine
+from engines.batching.engine import EmbeddingEngine
 from engines.loading.loader import LoaderSettings
 from engines.types import EmbedCall
 from tests.testkit.engine_kit import Kit, Vectors, assert_same, embed
@@ -48,14 +48,14 @@ def test_a_text_alone_is_the_same_as_in_a_crowd(kit: Kit, name: str) -> None:
     assert_same(np.concatenate([embed(kit.engine(name), [text]) for text in POOL[-6:]]), crowd[-6:])
 
 
-async def _at_once(engine: TextEngine, requests: list[list[int]]) -> list[Vectors]:
+async def _at_once(engine: EmbeddingEngine, requests: list[list[int]]) -> list[Vectors]:
     """Every request in flight at the same time, on the one lane."""
     calls = [EmbedCall(model_id="m", texts=tuple(POOL[index] for index in request)) for request in requests]
     return [answer.array() for answer in await asyncio.gather(*map(engine.embed, calls))]
 
 
 @cache
-def _engine(kit: Kit, name: str, is_small: bool) -> TextEngine:
+def _engine(kit: Kit, name: str, is_small: bool) -> EmbeddingEngine:
     return kit.load(kit.recipe_folder(name), settings=SMALL_BATCHES) if is_small else kit.engine(name)
 
 

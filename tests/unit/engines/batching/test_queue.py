@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engines.batching.batch import Limit
+from engines.batching.batch import BatchLimits
 from engines.batching.queue import Queue, Throughput
-from engines.batching.request import Job, Origin, Output, Text
+from engines.batching.request import Entry, Origin, OutputSpec, PendingRequest
 from engines.errors import QueueFull
-from engines.inputs.tokenizer import Encoded
+from engines.inputs.tokenizer import TokenizedRequest
 
-LIMIT = Limit(max_tokens=100, max_items=64)
+LIMIT = BatchLimits(max_tokens=100, max_items=64)
 
 
 @pytest.fixture
@@ -37,18 +37,20 @@ def job(
     at_s: float = 0.0,
     prompt_tokens: int = 0,
     origin: Origin = Origin(),  # noqa: B008  # frozen
-) -> Job:
+) -> PendingRequest:
     """A request; every letter is a token."""
     ids = tuple(np.array([ord(letter) for letter in text]) for text in texts)
-    return Job(Encoded(ids, prompt_tokens=prompt_tokens), Output(4, True, False), loop, at_s, origin)
+    return PendingRequest(
+        TokenizedRequest(ids, prompt_tokens=prompt_tokens), OutputSpec(4, True, False), loop, at_s, origin
+    )
 
 
-def words(texts: Sequence[Text]) -> list[str]:
+def words(texts: Sequence[Entry]) -> list[str]:
     return ["".join(chr(letter) for letter in text.ids) for text in texts]
 
 
-def wanted_by(text: Text) -> list[tuple[Job, int]]:
-    return [(want.job, want.index) for want in text.wants]
+def wanted_by(text: Entry) -> list[tuple[PendingRequest, int]]:
+    return [(want.job, want.index) for want in text.targets]
 
 
 # ---- being let in ----
@@ -112,10 +114,10 @@ def test_who_is_refused_is_told_how_long_the_texts_before_it_take(loop: asyncio.
     at_once = told_s()
     now = 20.0
     unmeasured = told_s()
-    queue.close(queue.cut(Limit(10_000, 100)))
+    queue.seal(queue.cut(BatchLimits(10_000, 100)))
     measured = told_s()
     now = 21.0
-    queue.close(queue.cut(Limit(10_000, 320)))
+    queue.seal(queue.cut(BatchLimits(10_000, 320)))
     faster = told_s()
 
     assert (at_once, unmeasured) == (1.0, 20.0)
@@ -167,7 +169,7 @@ def test_texts_that_wait_together_are_worth_a_thread_of_their_own_or_not(
 
     queue.admit(job(loop, "a" * 30, "b" * 30))
     assert not queue.is_worth_splitting(LIMIT)
-    assert queue.is_worth_splitting(Limit(100, 64, part_tokens=60))
+    assert queue.is_worth_splitting(BatchLimits(100, 64, part_tokens=60))
 
     queue.admit(job(loop, "cccc"))
     assert queue.is_worth_splitting(LIMIT)
@@ -181,18 +183,18 @@ def test_a_dropped_job_costs_no_batch(loop: asyncio.AbstractEventLoop, queue: Qu
     queue.drop(left)
 
     assert words(queue.cut(LIMIT)) == ["three"]
-    assert queue.due_in_s(LIMIT) is None
+    assert queue.ready_in_s(LIMIT) is None
 
 
 # ---- when a batch is due ----
 
 
 def test_without_a_batch_timeout_work_is_due_at_once(loop: asyncio.AbstractEventLoop, queue: Queue) -> None:
-    assert queue.due_in_s(LIMIT) is None
+    assert queue.ready_in_s(LIMIT) is None
 
     queue.admit(job(loop, "text"))
 
-    assert queue.due_in_s(LIMIT) == 0.0
+    assert queue.ready_in_s(LIMIT) == 0.0
 
 
 def test_a_small_batch_waits_for_those_who_were_answered_just_now(loop: asyncio.AbstractEventLoop) -> None:
@@ -202,13 +204,13 @@ def test_a_small_batch_waits_for_those_who_were_answered_just_now(loop: asyncio.
     queue.admit(job(loop, "two"))
     queue.cut(LIMIT)
     queue.admit(job(loop, "waits"))
-    queue.answered(2, 0.1)
-    assert queue.due_in_s(LIMIT) == pytest.approx(0.035)
+    queue.on_batch_done(2, 0.1)
+    assert queue.ready_in_s(LIMIT) == pytest.approx(0.035)
 
     queue.admit(job(loop, "one again"))
-    assert queue.due_in_s(LIMIT) == pytest.approx(0.035)
+    assert queue.ready_in_s(LIMIT) == pytest.approx(0.035)
     queue.admit(job(loop, "two again"))
-    assert queue.due_in_s(LIMIT) == 0.0
+    assert queue.ready_in_s(LIMIT) == 0.0
 
 
 def test_a_full_batch_waits_for_nobody_who_was_answered_just_now(loop: asyncio.AbstractEventLoop) -> None:
@@ -216,9 +218,9 @@ def test_a_full_batch_waits_for_nobody_who_was_answered_just_now(loop: asyncio.A
     queue.admit(job(loop, "one"))
     queue.cut(LIMIT)
     queue.admit(job(loop, "x" * 100))
-    queue.answered(9, 0.1)
+    queue.on_batch_done(9, 0.1)
 
-    assert queue.due_in_s(LIMIT) == 0.0
+    assert queue.ready_in_s(LIMIT) == 0.0
 
 
 def test_a_batch_that_is_not_full_waits_for_company_no_longer_than_the_timeout(
@@ -227,11 +229,11 @@ def test_a_batch_that_is_not_full_waits_for_company_no_longer_than_the_timeout(
     now = 10.0
     queue = Queue(100, 0.5, lambda: now)
     queue.admit(job(loop, "text", at_s=10.0))
-    assert queue.due_in_s(LIMIT) == pytest.approx(0.5)
+    assert queue.ready_in_s(LIMIT) == pytest.approx(0.5)
 
     now = 10.6
 
-    assert queue.due_in_s(LIMIT) == 0.0
+    assert queue.ready_in_s(LIMIT) == 0.0
 
 
 def test_a_full_batch_waits_for_nobody(loop: asyncio.AbstractEventLoop) -> None:
@@ -239,7 +241,7 @@ def test_a_full_batch_waits_for_nobody(loop: asyncio.AbstractEventLoop) -> None:
 
     queue.admit(job(loop, "x" * 60, "y" * 60, at_s=10.0))
 
-    assert queue.due_in_s(LIMIT) == 0.0
+    assert queue.ready_in_s(LIMIT) == 0.0
 
 
 # ---- small jobs beside bulk jobs ----
@@ -279,8 +281,8 @@ def test_a_batch_of_small_jobs_leaves_the_bulk_alone(loop: asyncio.AbstractEvent
 def test_idle_threads_get_a_part_each(loop: asyncio.AbstractEventLoop, queue: Queue) -> None:
     queue.admit(job(loop, *(f"{number:010}" for number in range(16))))
 
-    assert len(queue.cut(Limit(512, 64), 2)) == 8
-    assert len(queue.cut(Limit(512, 64), 1)) == 8
+    assert len(queue.cut(BatchLimits(512, 64), 2)) == 8
+    assert len(queue.cut(BatchLimits(512, 64), 1)) == 8
 
 
 # ---- the same text for several ----
@@ -304,13 +306,13 @@ def test_who_asks_while_a_text_runs_shares_its_vector(loop: asyncio.AbstractEven
 
     assert queue.admit(late) == 1
     assert wanted_by(running) == [(first, 0), (late, 0)]
-    assert queue.due_in_s(LIMIT) is None
+    assert queue.ready_in_s(LIMIT) is None
 
 
 def test_who_asks_when_the_vector_is_there_asks_anew(loop: asyncio.AbstractEventLoop, queue: Queue) -> None:
     queue.admit(job(loop, "same"))
     running = queue.cut(LIMIT)
-    queue.close(running)
+    queue.seal(running)
     late = job(loop, "same")
 
     assert queue.admit(late) == 0
@@ -373,8 +375,8 @@ def test_a_job_whose_every_text_went_to_smaller_ones_waits_for_them(
     texts = queue.cut(LIMIT)
 
     assert sorted(words(texts)) == ["one", "two"]
-    assert all(len(text.wants) == 2 for text in texts)
-    assert queue.due_in_s(LIMIT) is None
+    assert all(len(text.targets) == 2 for text in texts)
+    assert queue.ready_in_s(LIMIT) is None
 
 
 def test_who_leaves_takes_nothing_from_a_text_that_runs(loop: asyncio.AbstractEventLoop, queue: Queue) -> None:
@@ -395,7 +397,7 @@ def test_texts_that_could_not_be_run_wait_again(loop: asyncio.AbstractEventLoop,
     texts = queue.cut(LIMIT)
     queue.drop(left)
 
-    queue.put_back(texts)
+    queue.requeue(texts)
 
     assert words(queue.cut(LIMIT)) == ["stays"]
     assert queue.admit(job(loop, "left")) == 0
@@ -423,25 +425,25 @@ class Storm:
         self.chance = chance
         self.loop = asyncio.new_event_loop()
         self.queue = Queue(10_000, 0.0, lambda: 0.0)
-        self.jobs: list[Job] = []
-        self.gone: set[Job] = set()
-        self.running: list[list[Text]] = []
-        self.answered: Counter[tuple[Job, int]] = Counter()
+        self.jobs: list[PendingRequest] = []
+        self.gone: set[PendingRequest] = set()
+        self.running: list[list[Entry]] = []
+        self.answered: Counter[tuple[PendingRequest, int]] = Counter()
 
     def step(self) -> None:
         """One of them."""
         steps = [self.come, self.come, self.cut, self.finish_one, self.put_back_one, self.leave]
         self.chance.choice(steps)()
         for each in self.jobs:
-            assert all(text.owner is each for text in each.pending)
-            assert all(each.num_tokens == min(w.job.num_tokens for w in text.wants) for text in each.pending)
+            assert all(text.owner is each for text in each.unscheduled)
+            assert all(each.num_tokens == min(w.job.num_tokens for w in text.targets) for text in each.unscheduled)
 
     def come(self) -> None:
         self.jobs.append(job(self.loop, *(self.chance.choice("abcdefgh") for _ in range(self.chance.randint(1, 5)))))
         self.queue.admit(self.jobs[-1])
 
     def cut(self) -> None:
-        self.running.append(self.queue.cut(Limit(self.chance.randint(1, 4), 64), self.chance.randint(1, 2)))
+        self.running.append(self.queue.cut(BatchLimits(self.chance.randint(1, 4), 64), self.chance.randint(1, 2)))
 
     def finish_one(self) -> None:
         if self.running:
@@ -449,7 +451,7 @@ class Storm:
 
     def put_back_one(self) -> None:
         if self.running:
-            self.queue.put_back(self.running.pop(self.chance.randrange(len(self.running))))
+            self.queue.requeue(self.running.pop(self.chance.randrange(len(self.running))))
 
     def leave(self) -> None:
         if self.jobs:
@@ -457,9 +459,9 @@ class Storm:
             self.gone.add(leaving)
             self.queue.drop(leaving)
 
-    def finish(self, texts: list[Text]) -> None:
-        self.queue.close(texts)
-        self.answered.update((want.job, want.index) for text in texts for want in text.wants)
+    def finish(self, texts: list[Entry]) -> None:
+        self.queue.seal(texts)
+        self.answered.update((want.job, want.index) for text in texts for want in text.targets)
 
     def end(self) -> None:
         """All outside work ends."""

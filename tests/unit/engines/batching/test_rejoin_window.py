@@ -2,17 +2,17 @@
 
 import pytest
 
-from engines.batching.queue import Company
+from engines.batching.queue import RejoinWindow
 
 FEW, MANY = 12, 500
 
 
 def test_nobody_waits_before_a_batch_has_ended() -> None:
-    assert Company().wait_s(FEW, 5.0) == 0.0
+    assert RejoinWindow().wait_s(FEW, 5.0) == 0.0
 
 
 def test_who_waits_when_a_batch_ends_waits_for_those_it_has_answered_and_no_longer() -> None:
-    company = Company()
+    company = RejoinWindow()
 
     company.leave(2, took_s=0.1, now_s=5.0)
 
@@ -24,7 +24,7 @@ def test_who_waits_when_a_batch_ends_waits_for_those_it_has_answered_and_no_long
 
 
 def test_a_lone_client_who_asks_again_waits_for_nobody() -> None:
-    company = Company()
+    company = RejoinWindow()
 
     company.leave(1, took_s=0.1, now_s=5.0)
     company.come()
@@ -33,7 +33,7 @@ def test_a_lone_client_who_asks_again_waits_for_nobody() -> None:
 
 
 def test_a_batch_that_is_large_enough_waits_for_nobody() -> None:
-    company = Company()
+    company = RejoinWindow()
 
     company.leave(2, took_s=0.1, now_s=5.0)
 
@@ -41,7 +41,7 @@ def test_a_batch_that_is_large_enough_waits_for_nobody() -> None:
 
 
 def test_the_wait_ends_and_is_not_taken_up_again() -> None:
-    company = Company()
+    company = RejoinWindow()
     company.leave(2, took_s=0.1, now_s=5.0)
     company.come()
 
@@ -50,7 +50,7 @@ def test_the_wait_ends_and_is_not_taken_up_again() -> None:
 
 
 def test_after_a_wait_in_vain_the_next_sixteen_batches_do_without() -> None:
-    company = Company()
+    company = RejoinWindow()
     company.leave(2, took_s=0.1, now_s=5.0)
     assert company.wait_s(FEW, 5.04) == 0.0
 

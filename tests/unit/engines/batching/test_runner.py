@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from engines.batching.batch import Limit
-from engines.batching.request import Job, Output, Text, Want
+from engines.batching.batch import BatchLimits
+from engines.batching.request import Entry, OutputSpec, PendingRequest, RowTarget
 from engines.batching.runner import Runner
 from engines.errors import EngineFailed, OutOfMemory
-from engines.inputs.tokenizer import Encoded, Ids
+from engines.inputs.tokenizer import Ids, TokenizedRequest
 from engines.models.base import Encoder
 from tests.testkit.clocks import HandClock
 
@@ -65,14 +65,14 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
     loop.close()
 
 
-def _texts(*lengths: int) -> list[Text]:
+def _texts(*lengths: int) -> list[Entry]:
     return [_text(length) for length in lengths]
 
 
-def _text(length: int) -> Text:
+def _text(length: int) -> Entry:
     ids = np.ones(length, dtype=np.int64)
-    job = Job(Encoded((ids,)), Output(4, False, False), asyncio.get_event_loop(), 0.0)
-    return Text(ids, job.keys[0], [Want(job, 0)])
+    job = PendingRequest(TokenizedRequest((ids,)), OutputSpec(4, False, False), asyncio.get_event_loop(), 0.0)
+    return Entry(ids, job.keys[0], [RowTarget(job, 0)])
 
 
 def _runner(encoder: Encoding, clock: Callable[[], float] = time.monotonic) -> Runner:
@@ -135,7 +135,7 @@ def test_a_text_for_which_there_is_no_room_at_all_is_told_so() -> None:
 def test_the_limit_grows_back_with_time() -> None:
     clock = HandClock()
     runner = _runner(Encoding(100, MemoryError()), clock)
-    wish = Limit(400, 64)
+    wish = BatchLimits(400, 64)
 
     before = runner.bound(wish).max_tokens
     runner.run(_texts(*[50] * 8))
@@ -154,7 +154,7 @@ def test_a_limit_that_is_met_again_soon_is_tried_less_and_less_often() -> None:
     runner = _runner(encoder, clock)
     num_refused = 0
     for _ in range(3600):
-        tokens = runner.bound(Limit(400, 64)).max_tokens
+        tokens = runner.bound(BatchLimits(400, 64)).max_tokens
         before = len(encoder.batches)
         assert runner.run(_texts(*[10] * (tokens // 10))) == {}
         num_refused += len(encoder.batches) - before > 1

@@ -6,11 +6,11 @@ import math
 import pytest
 from msgspec import structs
 
-from engines.device.health import Pulse, fault_of
+from engines.device.health import DeviceHealth, describe_fault
 from engines.errors import DeviceDown
 from engines.host import Host
-from engines.pause_detector import Awake
-from engines.testing.fakes import FakeLoader, FakeTime, fake_host, fake_vector, fake_world
+from engines.pause_detector import PauseDetector
+from engines.testing.fakes import FakeLoader, FakeTime, fake_host, fake_runtime, fake_vector
 from engines.testing.runtime import let_run
 from engines.types import EmbedCall
 
@@ -20,16 +20,16 @@ CALL = EmbedCall(model_id="a", texts=("x",))
 @pytest.mark.parametrize(
     ("pulse", "words"),
     [
-        (Pulse(), ""),
-        (Pulse(turn_s=120.0), ""),
-        (Pulse(turn_s=120.1), "a forward pass has been running for 120 s, and 120 s is the limit"),
-        (Pulse(turn_s=600.0, is_check=True), ""),
-        (Pulse(turn_s=601.0, is_check=True), "a self-check has been running for 601 s, and 600 s is the limit"),
-        (Pulse(is_alive=False), "the thread of device cuda:1 has died"),
+        (DeviceHealth(), ""),
+        (DeviceHealth(task_s=120.0), ""),
+        (DeviceHealth(task_s=120.1), "a forward pass has been running for 120 s, and 120 s is the limit"),
+        (DeviceHealth(task_s=600.0, is_check=True), ""),
+        (DeviceHealth(task_s=601.0, is_check=True), "a self-check has been running for 601 s, and 600 s is the limit"),
+        (DeviceHealth(is_alive=False), "the thread of device cuda:1 has died"),
     ],
 )
-def test_a_fault_names_device_and_seconds(pulse: Pulse, words: str) -> None:
-    fault = fault_of("cuda:1", pulse, 120.0)
+def test_a_fault_names_device_and_seconds(pulse: DeviceHealth, words: str) -> None:
+    fault = describe_fault("cuda:1", pulse, 120.0)
 
     assert words in fault
     assert bool(fault) == bool(words)
@@ -39,10 +39,10 @@ class Device:
     """A host whose forward passes hang, and whose pulse a test takes."""
 
     def __init__(self) -> None:
-        self.pulse = Pulse()
+        self.pulse = DeviceHealth()
         self.time = FakeTime()
         self.loader = FakeLoader(embed_s=1000.0, sleep=self.time.sleep)
-        world = structs.replace(fake_world(time=self.time), pulse=lambda: self.pulse)
+        world = structs.replace(fake_runtime(time=self.time), health=lambda: self.pulse)
         self.host: Host = fake_host("a", "b", loader=self.loader, world=world)
 
 
@@ -52,7 +52,7 @@ async def test_those_who_wait_on_a_hanging_device_are_told_and_those_who_come_re
     running, waiting = (asyncio.create_task(device.host.embed(call)) for call in (CALL, CALL))
     await let_run()
     before = device.host.check()
-    device.pulse = Pulse(turn_s=121.0)
+    device.pulse = DeviceHealth(task_s=121.0)
     fault = device.host.check()
     outcomes = await asyncio.gather(running, waiting, return_exceptions=True)
 
@@ -74,7 +74,7 @@ async def test_a_load_on_a_dead_device_is_not_waited_for() -> None:
     device.host._pool._world.workers.hold("load")  # type: ignore[attr-defined]  # the fake world's can be held
     waiting = asyncio.create_task(device.host.embed(CALL))
     await let_run()
-    device.pulse = Pulse(is_alive=False)
+    device.pulse = DeviceHealth(is_alive=False)
     device.host.check()
 
     with pytest.raises(DeviceDown, match="has died"):
@@ -84,9 +84,9 @@ async def test_a_load_on_a_dead_device_is_not_waited_for() -> None:
 async def test_a_device_that_answers_again_serves_again() -> None:
     device = Device()
     await device.host.start()
-    device.pulse = Pulse(turn_s=121.0)
+    device.pulse = DeviceHealth(task_s=121.0)
     device.host.check()
-    device.pulse = Pulse()
+    device.pulse = DeviceHealth()
     device.host.check()
     task = asyncio.create_task(device.host.embed(CALL))
     await device.time.advance(2000)
@@ -99,7 +99,7 @@ async def test_a_caller_that_is_cancelled_as_well_is_cancelled() -> None:
     await device.host.start()
     task = asyncio.create_task(device.host.embed(CALL))
     await let_run()
-    device.pulse = Pulse(turn_s=121.0)
+    device.pulse = DeviceHealth(task_s=121.0)
     device.host.check()
     task.cancel()
 
@@ -109,14 +109,14 @@ async def test_a_caller_that_is_cancelled_as_well_is_cancelled() -> None:
 
 
 def test_a_process_that_looks_every_second_has_never_stood_still() -> None:
-    awake = Awake()
+    awake = PauseDetector()
 
-    assert [awake.look(now_s) for now_s in (1000.0, 1001.0, 1010.5)] == [math.inf] * 3
+    assert [awake.seconds_since_pause(now_s) for now_s in (1000.0, 1001.0, 1010.5)] == [math.inf] * 3
 
 
 def test_after_a_pause_only_the_seconds_since_count() -> None:
-    awake = Awake()
-    seen = [awake.look(now_s) for now_s in (0.0, 1.0, 500.0, 501.0, 509.0)]
+    awake = PauseDetector()
+    seen = [awake.seconds_since_pause(now_s) for now_s in (0.0, 1.0, 500.0, 501.0, 509.0)]
 
     assert seen == [math.inf, math.inf, 0.0, 1.0, 9.0]
 
@@ -127,7 +127,7 @@ async def test_a_pass_that_a_pause_of_the_process_made_long_is_no_fault_and_one_
     faults = []
     for seconds, turn_s in ((1, 1.0), (300, 301.0), *((1, 301.0 + more) for more in range(1, 125))):
         await device.time.advance(seconds)
-        device.pulse = Pulse(turn_s=turn_s)
+        device.pulse = DeviceHealth(task_s=turn_s)
         faults.append(device.host.check())
 
     assert faults[:3] == ["", "", ""], "the process was stopped for 300 s"

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from engines.device.load_throttle import Breaks, end_part, with_breaks
+from engines.device.load_throttle import LoadThrottle, throttle_point, throttled_load
 
 
 class Yard:
@@ -15,7 +15,7 @@ class Yard:
         self.now_s = 0.0
         self.served_s = served_s
         self.allowed: list[float] = []
-        self.breaks = Breaks(self.let_pass, lambda: self.now_s)
+        self.breaks = LoadThrottle(self.let_pass, lambda: self.now_s)
 
     def let_pass(self, timeout_s: float) -> None:
         self.allowed.append(timeout_s)
@@ -23,7 +23,7 @@ class Yard:
 
     def work(self, seconds: float) -> None:
         self.now_s += seconds
-        self.breaks.take()
+        self.breaks.pause_if_busy()
 
 
 def test_a_part_that_took_no_time_is_no_reason_to_look() -> None:
@@ -54,14 +54,14 @@ def test_a_load_beside_a_lane_that_is_never_idle_takes_twice_its_time_and_half_a
 
 def test_every_module_and_every_tensor_that_the_thread_puts_in_place_ends_a_part() -> None:
     yard = Yard(served_s=0.0)
-    yard.breaks.take = lambda: yard.allowed.append(0.0)  # type: ignore[method-assign]  # every part counts here
+    yard.breaks.pause_if_busy = lambda: yard.allowed.append(0.0)  # type: ignore[method-assign]  # every part counts here
 
-    with with_breaks(yard.breaks):
+    with throttled_load(yard.breaks):
         torch.nn.Sequential(torch.nn.Linear(2, 2))
         other = threading.Thread(target=lambda: torch.nn.Sequential(torch.nn.Linear(2, 2)))
         other.start()
         other.join()
     torch.nn.Sequential(torch.nn.Linear(2, 2))
-    end_part()
+    throttle_point()
 
     assert len(yard.allowed) == 3  # a module, its weight and its bias; nothing of the other thread, nothing after

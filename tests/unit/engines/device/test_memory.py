@@ -207,8 +207,8 @@ def test_what_is_remembered_can_never_refuse_a_model_but_its_headers_can() -> No
     assert need is not None and without_headers is not None
     assert (need.total_bytes, need.known().total_bytes) == (5600, 1000)
     assert (without_headers.total_bytes, without_headers.known().total_bytes) == (5600, 0)
-    assert need.clipped(1200).total_bytes == 1200
-    assert need.clipped(300).weight_bytes == 1000
+    assert need.capped(1200).total_bytes == 1200
+    assert need.capped(300).weight_bytes == 1000
 
 
 def test_what_was_measured_under_other_settings_is_a_better_guess_but_no_less_than_the_headers() -> None:

@@ -21,7 +21,7 @@ from engines.errors import (
     ShuttingDown,
     SourceNotFound,
 )
-from engines.hub.client import Hub, HubConfig
+from engines.hub.client import HubClient, HubConfig
 from engines.hub.partial_file import FileEntry
 from tests.testkit import hub as loopback
 from tests.testkit.hub import LISTING, LoopbackHub
@@ -46,16 +46,16 @@ def server(tmp_path: Path) -> Iterator[LoopbackHub]:
 class Open(Protocol):
     """Opens a client of the hub; it is closed when the test ends."""
 
-    def __call__(self, *, token: str | bool = False, timeout_s: float = 5.0, **options: Any) -> Hub: ...
+    def __call__(self, *, token: str | bool = False, timeout_s: float = 5.0, **options: Any) -> HubClient: ...
 
 
 @pytest.fixture
 def open_hub(server: LoopbackHub) -> Iterator[Open]:
     with contextlib.ExitStack() as stack:
 
-        def open_hub(*, token: str | bool = False, timeout_s: float = 5.0, **options: Any) -> Hub:
+        def open_hub(*, token: str | bool = False, timeout_s: float = 5.0, **options: Any) -> HubClient:
             given = {"endpoint": server.url, "backoff_s": 0.0, **options}
-            hub = Hub(HubConfig(token=token, timeout_s=timeout_s, **given))
+            hub = HubClient(HubConfig(token=token, timeout_s=timeout_s, **given))
             stack.callback(hub.close)
             return hub
 
@@ -63,14 +63,14 @@ def open_hub(server: LoopbackHub) -> Iterator[Open]:
 
 
 @pytest.fixture
-def hub(open_hub: Open) -> Hub:
+def hub(open_hub: Open) -> HubClient:
     return open_hub()
 
 
 class Downloading:
     """One file on its way to `path`, and the count of its bytes."""
 
-    def __init__(self, hub: Hub, tmp_path: Path, name: str = BIG) -> None:
+    def __init__(self, hub: HubClient, tmp_path: Path, name: str = BIG) -> None:
         self.hub = hub
         self.path = tmp_path / "part"
         self.steps: list[int] = []
@@ -97,7 +97,7 @@ def content_of(server: LoopbackHub, name: str = BIG) -> bytes:
     return repo.commits[repo.refs["main"]][name].path.read_bytes()
 
 
-def test_a_listing_has_the_commit_and_sizes_and_hashes_of_all_files(server: LoopbackHub, hub: Hub) -> None:
+def test_a_listing_has_the_commit_and_sizes_and_hashes_of_all_files(server: LoopbackHub, hub: HubClient) -> None:
     listing = hub.listing(REPO, "main")
 
     content = content_of(server)
@@ -110,7 +110,7 @@ def test_a_listing_has_the_commit_and_sizes_and_hashes_of_all_files(server: Loop
     }
 
 
-def test_a_commit_and_a_branch_with_a_slash_resolve(server: LoopbackHub, hub: Hub, tmp_path: Path) -> None:
+def test_a_commit_and_a_branch_with_a_slash_resolve(server: LoopbackHub, hub: HubClient, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     (other / SMALL).write_text("{}")
@@ -122,7 +122,7 @@ def test_a_commit_and_a_branch_with_a_slash_resolve(server: LoopbackHub, hub: Hu
 
 
 @pytest.mark.parametrize("name", [BIG, SMALL])
-def test_a_file_arrives_whole_with_progress(server: LoopbackHub, hub: Hub, tmp_path: Path, name: str) -> None:
+def test_a_file_arrives_whole_with_progress(server: LoopbackHub, hub: HubClient, tmp_path: Path, name: str) -> None:
     download = Downloading(hub, tmp_path, name)
 
     download.run()
@@ -134,7 +134,7 @@ def test_a_file_arrives_whole_with_progress(server: LoopbackHub, hub: Hub, tmp_p
         assert len(download.steps) >= 3
 
 
-def test_an_empty_file_needs_no_request(server: LoopbackHub, hub: Hub, tmp_path: Path) -> None:
+def test_an_empty_file_needs_no_request(server: LoopbackHub, hub: HubClient, tmp_path: Path) -> None:
     folder = tmp_path / "empty"
     folder.mkdir()
     (folder / SMALL).touch()
@@ -156,7 +156,7 @@ def test_the_token_goes_to_the_hub_and_never_to_its_cdn(server: LoopbackHub, ope
     assert [request.has_token for request in server.requests if request.is_cdn] == [False]
 
 
-def test_a_cut_connection_is_resumed_where_it_broke(server: LoopbackHub, hub: Hub, tmp_path: Path) -> None:
+def test_a_cut_connection_is_resumed_where_it_broke(server: LoopbackHub, hub: HubClient, tmp_path: Path) -> None:
     server.fail(REPO, loopback.Cut(after_bytes=2_500_000), file=BIG, times=1)
     download = Downloading(hub, tmp_path)
 
@@ -170,7 +170,7 @@ def test_a_cut_connection_is_resumed_where_it_broke(server: LoopbackHub, hub: Hu
     assert 2_000_000 <= int(ranges[1].removeprefix("bytes=").split("-")[0]) <= 2_500_000
 
 
-def test_what_an_earlier_run_left_is_kept_and_checked(server: LoopbackHub, hub: Hub, tmp_path: Path) -> None:
+def test_what_an_earlier_run_left_is_kept_and_checked(server: LoopbackHub, hub: HubClient, tmp_path: Path) -> None:
     download = Downloading(hub, tmp_path)
     download.path.write_bytes(content_of(server)[:1_000_000])
 
@@ -181,7 +181,7 @@ def test_what_an_earlier_run_left_is_kept_and_checked(server: LoopbackHub, hub: 
     assert download.counted == BIG_BYTES
 
 
-def test_a_complete_part_is_only_hashed(server: LoopbackHub, hub: Hub, tmp_path: Path) -> None:
+def test_a_complete_part_is_only_hashed(server: LoopbackHub, hub: HubClient, tmp_path: Path) -> None:
     download = Downloading(hub, tmp_path)
     download.path.write_bytes(content_of(server))
 
@@ -192,7 +192,7 @@ def test_a_complete_part_is_only_hashed(server: LoopbackHub, hub: Hub, tmp_path:
 
 
 @pytest.mark.parametrize("left", [b"wrong" * 1000, b"x" * (BIG_BYTES + 5)], ids=["corrupt", "too long"])
-def test_a_bad_part_is_thrown_away(server: LoopbackHub, hub: Hub, tmp_path: Path, left: bytes) -> None:
+def test_a_bad_part_is_thrown_away(server: LoopbackHub, hub: HubClient, tmp_path: Path, left: bytes) -> None:
     download = Downloading(hub, tmp_path)
     download.path.write_bytes(left)
 
@@ -202,7 +202,7 @@ def test_a_bad_part_is_thrown_away(server: LoopbackHub, hub: Hub, tmp_path: Path
     assert download.counted == BIG_BYTES
 
 
-def test_a_hub_without_ranges_sends_the_whole_again(server: LoopbackHub, hub: Hub, tmp_path: Path) -> None:
+def test_a_hub_without_ranges_sends_the_whole_again(server: LoopbackHub, hub: HubClient, tmp_path: Path) -> None:
     server.fail(REPO, loopback.IgnoreRange(), file=BIG)
     download = Downloading(hub, tmp_path)
     download.path.write_bytes(content_of(server)[:1_000_000])
@@ -239,7 +239,7 @@ def test_a_connection_that_brings_next_to_nothing_is_given_up(
     assert download.path.stat().st_size == 3000
 
 
-def test_what_will_not_pass_is_asked_once(server: LoopbackHub, hub: Hub) -> None:
+def test_what_will_not_pass_is_asked_once(server: LoopbackHub, hub: HubClient) -> None:
     server.fail(REPO, loopback.not_found(), file=LISTING)
 
     with pytest.raises(SourceNotFound):
@@ -248,7 +248,7 @@ def test_what_will_not_pass_is_asked_once(server: LoopbackHub, hub: Hub) -> None
     assert len(server.requests) == 1
 
 
-def test_a_corrupt_file_is_fetched_once_more(server: LoopbackHub, hub: Hub, tmp_path: Path) -> None:
+def test_a_corrupt_file_is_fetched_once_more(server: LoopbackHub, hub: HubClient, tmp_path: Path) -> None:
     server.fail(REPO, loopback.Corrupt(at_byte=1_234_567), file=BIG, times=1)
     download = Downloading(hub, tmp_path)
 
@@ -262,7 +262,7 @@ def test_a_corrupt_file_is_fetched_once_more(server: LoopbackHub, hub: Hub, tmp_
 @pytest.mark.parametrize("fault", [loopback.Corrupt(), loopback.Shorter(by_bytes=1)], ids=["corrupt", "wrong size"])
 @pytest.mark.parametrize("name", [BIG, SMALL])
 def test_a_file_that_stays_wrong_is_named_and_removed(
-    server: LoopbackHub, hub: Hub, tmp_path: Path, name: str, fault: loopback.Fault
+    server: LoopbackHub, hub: HubClient, tmp_path: Path, name: str, fault: loopback.Fault
 ) -> None:
     server.fail(REPO, fault, file=name)
     download = Downloading(hub, tmp_path, name)
@@ -275,7 +275,7 @@ def test_a_file_that_stays_wrong_is_named_and_removed(
     assert download.counted == 0
 
 
-def test_a_small_file_is_read_whole_and_checked(server: LoopbackHub, hub: Hub) -> None:
+def test_a_small_file_is_read_whole_and_checked(server: LoopbackHub, hub: HubClient) -> None:
     listing = hub.listing(REPO, "main")
     server.fail(REPO, loopback.Corrupt(), file=SMALL, times=1)
 
@@ -288,7 +288,7 @@ def test_a_small_file_is_read_whole_and_checked(server: LoopbackHub, hub: Hub) -
 
 
 @pytest.mark.parametrize("has_ranges", [True, False])
-def test_a_range_is_read_without_the_rest(server: LoopbackHub, hub: Hub, *, has_ranges: bool) -> None:
+def test_a_range_is_read_without_the_rest(server: LoopbackHub, hub: HubClient, *, has_ranges: bool) -> None:
     if not has_ranges:
         server.fail(REPO, loopback.IgnoreRange())
 
@@ -298,7 +298,7 @@ def test_a_range_is_read_without_the_rest(server: LoopbackHub, hub: Hub, *, has_
 
 
 @pytest.mark.parametrize("code", [429, 500, 502, 503, 504])
-def test_a_passing_trouble_is_waited_out(server: LoopbackHub, hub: Hub, tmp_path: Path, code: int) -> None:
+def test_a_passing_trouble_is_waited_out(server: LoopbackHub, hub: HubClient, tmp_path: Path, code: int) -> None:
     server.fail(REPO, loopback.server_error(code), times=2, file=LISTING)
     server.fail(REPO, loopback.server_error(code), times=2, file=BIG)
     download = Downloading(hub, tmp_path)
@@ -329,7 +329,7 @@ REFUSALS: list[Refusal] = [
 @pytest.mark.parametrize("refusal", REFUSALS, ids=[row[0] for row in REFUSALS])
 @pytest.mark.parametrize("file", [LISTING, BIG])
 def test_every_refusal_says_what_to_do(
-    server: LoopbackHub, hub: Hub, tmp_path: Path, file: str, refusal: Refusal
+    server: LoopbackHub, hub: HubClient, tmp_path: Path, file: str, refusal: Refusal
 ) -> None:
     _, fault, error, message = refusal
     server.fail(REPO, fault, file=file)
@@ -354,7 +354,7 @@ class Pauses(threading.Event):
 
 
 def test_pauses_double_and_a_hub_that_asks_for_more_gets_it(server: LoopbackHub, tmp_path: Path) -> None:
-    hub = Hub(HubConfig(endpoint=server.url, token=False, backoff_s=0.5, attempts=5))
+    hub = HubClient(HubConfig(endpoint=server.url, token=False, backoff_s=0.5, attempts=5))
     pauses = hub._closed = Pauses()
     server.fail(REPO, loopback.too_many_requests(retry_after_s=7), times=1)
     server.fail(REPO, loopback.server_error(), times=3)
@@ -441,7 +441,7 @@ def test_a_name_that_does_not_resolve_is_said_so(open_hub: Open) -> None:
         hub.listing(REPO, "main")
 
 
-def test_a_captive_portal_is_not_a_hub(server: LoopbackHub, hub: Hub) -> None:
+def test_a_captive_portal_is_not_a_hub(server: LoopbackHub, hub: HubClient) -> None:
     server.fail(REPO, loopback.NotAHub())
 
     with pytest.raises(HubUnreachable, match="does not answer like a model hub"):
@@ -449,7 +449,7 @@ def test_a_captive_portal_is_not_a_hub(server: LoopbackHub, hub: Hub) -> None:
 
 
 def test_offline_asks_nobody(server: LoopbackHub, tmp_path: Path) -> None:
-    hub = Hub(HubConfig(endpoint=server.url, offline=True))
+    hub = HubClient(HubConfig(endpoint=server.url, offline=True))
 
     with pytest.raises(OfflineMode, match="HF_HUB_OFFLINE"):
         hub.listing(REPO, "main")
@@ -459,21 +459,21 @@ def test_offline_asks_nobody(server: LoopbackHub, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bad", ["../../etc/passwd", "/etc/passwd", "a/../../b", "..\\x"])
 def test_names_that_leave_the_folder_are_not_taken(
-    monkeypatch: pytest.MonkeyPatch, server: LoopbackHub, hub: Hub, bad: str
+    monkeypatch: pytest.MonkeyPatch, server: LoopbackHub, hub: HubClient, bad: str
 ) -> None:
     add_to_listing(monkeypatch, server, bad)
 
     assert set(hub.listing(REPO, "main").files) == {BIG, SMALL}
 
 
-def test_a_hash_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, server: LoopbackHub, hub: Hub) -> None:
+def test_a_hash_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, server: LoopbackHub, hub: HubClient) -> None:
     add_to_listing(monkeypatch, server, "x.json", oid="../../../x")
 
     with pytest.raises(HubUnreachable, match="does not answer like a model hub"):
         hub.listing(REPO, "main")
 
 
-def test_closing_ends_a_running_download(server: LoopbackHub, hub: Hub, tmp_path: Path) -> None:
+def test_closing_ends_a_running_download(server: LoopbackHub, hub: HubClient, tmp_path: Path) -> None:
     hold = loopback.Hold(after_bytes=2_000_000)
     server.fail(REPO, hold, file=BIG)
     download = Downloading(hub, tmp_path)

@@ -13,7 +13,7 @@ import pytest
 
 from engines.hub.store import ModelStore
 from engines.loading.builders import _read_model
-from engines.pool.slot import Rules
+from engines.pool.slot import PoolPolicy
 from engines.spec import ModelSpec
 from engines.types import ModelFiles
 from tests.testkit.engine_kit import Kit, embed
@@ -181,7 +181,7 @@ async def test_a_folder_that_goes_on_changing_is_said_to_and_served_later(
     folder, specs = _folder_of(truths, tmp_path)
     loads = Loads(monkeypatch)
     loads.during = [lambda: os.utime(folder / WEIGHTS)] * 2
-    async with real_yard(specs, state=tmp_path / "state", rules=Rules(retry_s=(0.2, 0.2))) as yard:
+    async with real_yard(specs, state=tmp_path / "state", rules=PoolPolicy(retry_s=(0.2, 0.2))) as yard:
         answer = await yard.embed(NAME)
         while (later := await yard.embed(NAME)).status_code != 200:
             assert later.status_code == 503
@@ -198,7 +198,7 @@ async def test_a_folder_that_has_gone_is_said_so_and_served_when_it_is_back(
     truths: dict[str, Truth], tmp_path: Path
 ) -> None:
     folder, specs = _folder_of(truths, tmp_path)
-    async with real_yard(specs, state=tmp_path / "state", rules=Rules(retry_denied_s=(0.2, 0.2))) as yard:
+    async with real_yard(specs, state=tmp_path / "state", rules=PoolPolicy(retry_denied_s=(0.2, 0.2))) as yard:
         await yard.until(NAME, state="cold")
         shutil.move(folder, tmp_path / "away")
         gone = await yard.embed(NAME)

@@ -764,7 +764,7 @@ def test_a_file_that_is_put_in_place_again_is_never_missed(tmp_path: Path) -> No
     def put() -> None:
         part = cache.part(file)
         part.write_bytes(b"x")
-        cache.install(part, "c", file)
+        cache.commit_blob(part, "c", file)
 
     def count_misses() -> int:
         misses = 0
@@ -1013,7 +1013,8 @@ def test_a_fetch_does_not_wait_again_for_a_hub_that_was_silent_a_moment_ago(
 
 
 def test_importing_the_store_brings_neither_torch_nor_transformers() -> None:
-    code = "import sys, engines.hub.store; print([m for m in ('torch', 'transformers', 'safetensors') if m in sys.modules])"
+    heavy = ("torch", "transformers", "safetensors")
+    code = f"import sys, engines.hub.store; print([m for m in {heavy} if m in sys.modules])"
 
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
@@ -1021,7 +1022,10 @@ def test_importing_the_store_brings_neither_torch_nor_transformers() -> None:
 
 
 def test_the_environment_is_huggingface_hubs() -> None:
-    code = "from engines.hub.store import HubConfig as C; c = C(); print([c.endpoint, c.cache_dir, c.offline, c.timeout_s])"
+    code = (
+        "from engines.hub.client import HubConfig; c = HubConfig();"
+        "print([c.endpoint, c.cache_dir, c.offline, c.timeout_s])"
+    )
     environment = {
         **os.environ, "HF_ENDPOINT": "https://mirror.example", "HF_HOME": "/models", "HF_HUB_OFFLINE": "1",
         "HF_HUB_DOWNLOAD_TIMEOUT": "77",

@@ -9,12 +9,12 @@ from tokenizers import AddedToken, models
 from tokenizers import Tokenizer as FastTokenizer
 
 from engines.errors import ContextLengthExceeded, InvalidValue
-from engines.inputs.prompts import Frame
-from engines.inputs.tokenizer import Rules, Tokenizer
+from engines.inputs.prompts import PromptTemplate
+from engines.inputs.tokenizer import Tokenizer, TokenizerLimits
 from engines.spec import Truncate
 from tests.testkit import vocabularies
 
-BARE = Frame()
+BARE = PromptTemplate()
 FAMILIES: list[Callable[[], Any]] = [
     vocabularies.bert, vocabularies.roberta, vocabularies.xlm_roberta, vocabularies.qwen, vocabularies.llama,
     vocabularies.gemma,
@@ -41,7 +41,7 @@ class Counted:
 
 def counted(family: Callable[[], Any], max_tokens: int = 512) -> tuple[Counted, Tokenizer]:
     backend = Counted(family().backend_tokenizer)
-    return backend, Tokenizer(backend, Rules(max_tokens=max_tokens, vocab_size=10**6))
+    return backend, Tokenizer(backend, TokenizerLimits(max_tokens=max_tokens, vocab_size=10**6))
 
 
 def odd_text(chance: random.Random) -> str:
@@ -72,9 +72,11 @@ def test_odd_texts_keep_the_tokens_of_the_whole_text_prompt_and_all(
     backend = family().backend_tokenizer
     for _ in range(60):
         text, num = odd_text(chance), chance.choice([1, 4, 30])
-        frame = Frame(odd_text(chance)[: chance.choice([0, 5, 3000])], odd_text(chance)[: chance.choice([0, 5, 3000])])
-        whole = backend.encode(frame.around(text), add_special_tokens=False).ids
-        rules = Rules(max_tokens=num, vocab_size=10**6, takes_empty=True)
+        frame = PromptTemplate(
+            odd_text(chance)[: chance.choice([0, 5, 3000])], odd_text(chance)[: chance.choice([0, 5, 3000])]
+        )
+        whole = backend.encode(frame.apply(text), add_special_tokens=False).ids
+        rules = TokenizerLimits(max_tokens=num, vocab_size=10**6, takes_empty=True)
 
         encoded = Tokenizer(backend, rules).encode([text, text], frame, truncate)
 
@@ -89,7 +91,7 @@ def test_a_mark_that_unicode_sorts_to_the_front_of_a_long_run_is_seen() -> None:
     whole = backend.encode(text, add_special_tokens=False).ids
 
     assert (
-        Tokenizer(backend, Rules(max_tokens=4, vocab_size=10**6)).encode([text], BARE, "end").ids[0].tolist()
+        Tokenizer(backend, TokenizerLimits(max_tokens=4, vocab_size=10**6)).encode([text], BARE, "end").ids[0].tolist()
         == (whole[:4])
     )
 
@@ -102,7 +104,7 @@ def test_white_space_that_a_special_token_swallows_is_not_kept() -> None:
     whole = backend.encode(text, add_special_tokens=False).ids
 
     assert (
-        Tokenizer(backend, Rules(max_tokens=4, vocab_size=10**6)).encode([text], BARE, "end").ids[0].tolist()
+        Tokenizer(backend, TokenizerLimits(max_tokens=4, vocab_size=10**6)).encode([text], BARE, "end").ids[0].tolist()
         == (whole[:4])
     )
 
@@ -112,7 +114,7 @@ def test_a_word_is_seen_to_its_end_where_the_tokenizer_gives_up_on_long_ones_lat
     assert isinstance(backend.model, models.WordPiece)
     backend.model.max_input_chars_per_word = 10_000
     text = "x" * 30_000 + " and words"
-    rules = Rules(max_tokens=4, vocab_size=10**6, max_word_chars=backend.model.max_input_chars_per_word)
+    rules = TokenizerLimits(max_tokens=4, vocab_size=10**6, max_word_chars=backend.model.max_input_chars_per_word)
 
     assert (
         Tokenizer(backend, rules).encode([text], BARE, "end").ids[0].tolist()
@@ -133,7 +135,7 @@ def test_eight_megabytes_that_are_one_token_or_none_are_refused_and_not_read(let
 def test_a_long_word_of_less_than_the_limit_is_still_read() -> None:
     backend = vocabularies.bert().backend_tokenizer
     text = "x" * 200_000 + " and words"
-    encoded = Tokenizer(backend, Rules(max_tokens=512, vocab_size=10**6)).encode([text], BARE, "end")
+    encoded = Tokenizer(backend, TokenizerLimits(max_tokens=512, vocab_size=10**6)).encode([text], BARE, "end")
 
     assert encoded.ids[0].tolist() == backend.encode(text, add_special_tokens=False).ids
     assert encoded.truncated == ()
@@ -142,7 +144,7 @@ def test_a_long_word_of_less_than_the_limit_is_still_read() -> None:
 def test_a_prompt_longer_than_the_model_reads_is_tokenised_once_for_all_inputs() -> None:
     backend, capped = counted(vocabularies.bert)
     prompt = "a prompt of words " * 10_000
-    encoded = capped.encode([f"text {number}" for number in range(90)], Frame(prompt), "end")
+    encoded = capped.encode([f"text {number}" for number in range(90)], PromptTemplate(prompt), "end")
 
     assert len(encoded.truncated) == 90
     assert len({ids.tobytes() for ids in encoded.ids}) == 1
@@ -152,7 +154,7 @@ def test_a_prompt_longer_than_the_model_reads_is_tokenised_once_for_all_inputs()
 def test_of_a_long_prompt_only_what_is_near_the_text_is_read_where_the_start_is_cut() -> None:
     backend, capped = counted(vocabularies.bert)
     prompt, texts = "a prompt of words " * 10_000, [f"the text {number}" for number in range(20)]
-    encoded = capped.encode(texts, Frame(prompt), "start")
+    encoded = capped.encode(texts, PromptTemplate(prompt), "start")
     whole = vocabularies.bert().backend_tokenizer.encode(prompt + texts[7], add_special_tokens=False).ids
 
     assert encoded.ids[7].tolist() == whole[-512:]
@@ -169,4 +171,4 @@ def test_a_text_that_the_tokenizer_cannot_read_is_the_callers_fault() -> None:
     """A unigram model without an unknown token raises a bare exception."""
     backend = FastTokenizer(models.Unigram([("a", -1.0)], None, False))
     with pytest.raises(InvalidValue, match="tokenizer cannot read this input"):
-        Tokenizer(backend, Rules(max_tokens=4, vocab_size=9)).encode(["b"], BARE, "end")
+        Tokenizer(backend, TokenizerLimits(max_tokens=4, vocab_size=9)).encode(["b"], BARE, "end")

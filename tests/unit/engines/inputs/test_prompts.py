@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from engines.errors import InvalidValue, PromptNotFound
-from engines.inputs.prompts import Frame, choose_frame
+from engines.inputs.prompts import PromptTemplate, select_prompt
 from engines.types import EmbedCall
 
 QWEN = "Instruct: {task}\nQuery:{text}"
@@ -13,8 +13,10 @@ E5 = {"query": "query: ", "passage": "passage: "}
 NOMIC = {"search_query": "search_query: ", "search_document": "search_document: ", "clustering": "clustering: "}
 
 
-def frame(prompts: dict[str, str], *, default: str | None = None, template: str | None = None, **call: Any) -> Frame:
-    return choose_frame(EmbedCall(model_id="m", texts=("t",), **call), prompts, default, template)
+def frame(
+    prompts: dict[str, str], *, default: str | None = None, template: str | None = None, **call: Any
+) -> PromptTemplate:
+    return select_prompt(EmbedCall(model_id="m", texts=("t",), **call), prompts, default, template)
 
 
 @pytest.mark.parametrize(
@@ -37,7 +39,7 @@ def frame(prompts: dict[str, str], *, default: str | None = None, template: str 
 def test_an_input_type_is_a_prompts_name_or_one_of_its_family(
     prompts: dict[str, str], input_type: str, before: str
 ) -> None:
-    assert frame(prompts, input_type=input_type) == Frame(before)
+    assert frame(prompts, input_type=input_type) == PromptTemplate(before)
 
 
 def test_an_unknown_name_is_refused_with_those_that_exist() -> None:
@@ -50,22 +52,22 @@ def test_an_unknown_name_is_refused_with_those_that_exist() -> None:
 
 @pytest.mark.parametrize("prompt", ["", " ", "为这个句子生成表示以用于检索相关文章：", "a\n\tb  "])
 def test_a_prompt_of_the_request_is_verbatim(prompt: str) -> None:
-    assert frame(E5, default="query", prompt=prompt).around(" text ") == f"{prompt} text "
+    assert frame(E5, default="query", prompt=prompt).apply(" text ") == f"{prompt} text "
 
 
 def test_an_instruction_goes_into_the_models_template() -> None:
     filled = frame({}, template=QWEN, instruction="Find it", input_type="query")
 
-    assert filled == Frame("Instruct: Find it\nQuery:", "")
-    assert filled.around(" text") == "Instruct: Find it\nQuery: text"
+    assert filled == PromptTemplate("Instruct: Find it\nQuery:", "")
+    assert filled.apply(" text") == "Instruct: Find it\nQuery: text"
 
 
 def test_a_template_may_go_on_behind_the_text() -> None:
-    assert frame({}, template="{task}: {text} ({task})", instruction="x").around("y") == "x: y (x)"
+    assert frame({}, template="{task}: {text} ({task})", instruction="x").apply("y") == "x: y (x)"
 
 
 def test_braces_of_a_text_or_a_task_are_no_template() -> None:
-    assert frame({}, template=QWEN, instruction="{text}").around("{task}") == "Instruct: {text}\nQuery:{task}"
+    assert frame({}, template=QWEN, instruction="{text}").apply("{task}") == "Instruct: {text}\nQuery:{task}"
 
 
 @pytest.mark.parametrize(
@@ -90,4 +92,4 @@ def test_an_instruction_without_a_template_is_refused() -> None:
 
 @pytest.mark.parametrize(("default", "before"), [(None, ""), ("query", "query: "), ("document", "")])
 def test_without_a_word_the_models_default_prompt_counts(default: str | None, before: str) -> None:
-    assert frame(E5, default=default) == Frame(before)
+    assert frame(E5, default=default) == PromptTemplate(before)

@@ -14,13 +14,13 @@ from engines.errors import ContextLengthExceeded, InvalidTokenId, InvalidValue, 
 from engines.inputs import token_ids
 from engines.inputs import tokenizer as clipping
 from engines.inputs import tokenizer as tokenize
-from engines.inputs.prompts import Frame
-from engines.inputs.tokenizer import Backend, Encoded, Rules, Tokenizer, clips
+from engines.inputs.prompts import PromptTemplate
+from engines.inputs.tokenizer import Backend, TokenizedRequest, Tokenizer, TokenizerLimits, clips
 from engines.spec import Truncate
 from tests.testkit import vocabularies
 from tests.testkit.texts import SENTENCES, text
 
-BARE = Frame()
+BARE = PromptTemplate()
 
 
 class Encoding:
@@ -68,10 +68,10 @@ class Counted:
 
 def tokenizer(backend: Backend | None = None, **rules: Any) -> Tokenizer:
     wanted = {"prefix": (1,), "suffix": (2,), "max_tokens": 8, "vocab_size": 200, **rules}
-    return Tokenizer(backend or Letters(), Rules(**wanted))
+    return Tokenizer(backend or Letters(), TokenizerLimits(**wanted))
 
 
-def letters(encoded: Encoded) -> list[str]:
+def letters(encoded: TokenizedRequest) -> list[str]:
     """Ids as text; the special ones as `<` and `>`."""
     return ["".join({1: "<", 2: ">"}.get(id, chr(id)) for id in row.tolist()) for row in encoded.ids]
 
@@ -102,7 +102,7 @@ def test_a_long_text_may_be_an_error_instead() -> None:
 
 
 def test_a_prompt_counts_as_text_and_can_be_cut_away() -> None:
-    frame = Frame("q: ", "!")
+    frame = PromptTemplate("q: ", "!")
 
     assert letters(tokenizer().encode(["ab"], frame, "end")) == ["<q: ab!>"]
     assert letters(tokenizer().encode(["abcdef"], frame, "end")) == ["<q: abc>"]
@@ -113,7 +113,7 @@ def test_a_prompt_counts_as_text_and_can_be_cut_away() -> None:
     ("suffix", "counts", "tokens"), [((2,), True, 4), ((), True, 4), ((2, 2), True, 5), ((2,), False, 0)]
 )
 def test_a_prompts_tokens_are_counted_where_pooling_asks(suffix: tuple[int, ...], counts: bool, tokens: int) -> None:
-    frame = Frame("q: ")
+    frame = PromptTemplate("q: ")
     asked = tokenizer(suffix=suffix, counts_prompt=counts)
 
     assert asked.encode(["ab"], frame, "end").prompt_tokens == tokens
@@ -121,7 +121,7 @@ def test_a_prompts_tokens_are_counted_where_pooling_asks(suffix: tuple[int, ...]
 
 
 def test_nothing_is_stripped() -> None:
-    assert letters(tokenizer().encode([" a\n"], Frame(" "), "end")) == ["<  a\n>"]
+    assert letters(tokenizer().encode([" a\n"], PromptTemplate(" "), "end")) == ["<  a\n>"]
 
 
 # Ids from the client.
@@ -250,7 +250,7 @@ def test_a_cap_on_characters_never_shows(family: Callable[[], Any], truncate: Tr
     bare = owner.backend_tokenizer.encode(text, add_special_tokens=False).ids
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(clipping, "_CHARS_PER_TOKEN", 2)
-        capped = Tokenizer(owner.backend_tokenizer, Rules(max_tokens=4, vocab_size=10**6, takes_empty=True))
+        capped = Tokenizer(owner.backend_tokenizer, TokenizerLimits(max_tokens=4, vocab_size=10**6, takes_empty=True))
         ids = capped.encode([text], BARE, truncate).ids[0].tolist()
 
     assert ids == (bare[-4:] if truncate == "start" else bare[:4])
@@ -263,7 +263,7 @@ def test_ten_megabytes_cost_what_is_kept_of_them(family: Callable[[], Any], trun
     once = text(2000, 5) + " " if kind == "words" else "".join(SENTENCES[14:16])
     huge = once * (10_000_000 // len(once))
     backend = Counted(family().backend_tokenizer)
-    capped = Tokenizer(backend, Rules(max_tokens=512, vocab_size=10**6))
+    capped = Tokenizer(backend, TokenizerLimits(max_tokens=512, vocab_size=10**6))
     if truncate == "error":
         with pytest.raises(ContextLengthExceeded):
             capped.encode([huge], BARE, truncate)
@@ -277,7 +277,7 @@ def test_ten_megabytes_cost_what_is_kept_of_them(family: Callable[[], Any], trun
 def test_ten_megabytes_without_a_word_are_cut_at_the_end_and_refused_at_the_start(letter: str) -> None:
     huge = letter * (10_000_000 // len(letter))
     backend = Counted(vocabularies.qwen().backend_tokenizer)
-    capped = Tokenizer(backend, Rules(max_tokens=512, vocab_size=10**6))
+    capped = Tokenizer(backend, TokenizerLimits(max_tokens=512, vocab_size=10**6))
     shorter = vocabularies.qwen().backend_tokenizer.encode(huge[:20_000], add_special_tokens=False).ids
 
     assert capped.encode([huge], BARE, "end").ids[0].tolist() == shorter[:512]
@@ -290,7 +290,7 @@ def test_a_long_text_of_few_tokens_is_read_to_its_end() -> None:
     """One unknown word of a hundred thousand letters is one token, and words follow."""
     owner = vocabularies.bert()
     whole = "x" * 100_000 + " " + " ".join(SENTENCES[:3])
-    capped = Tokenizer(owner.backend_tokenizer, Rules(max_tokens=20, vocab_size=10**6))
+    capped = Tokenizer(owner.backend_tokenizer, TokenizerLimits(max_tokens=20, vocab_size=10**6))
 
     assert (
         capped.encode([whole], BARE, "end").ids[0].tolist()

@@ -8,10 +8,10 @@ import pytest
 
 from engines.errors import InvalidValue
 from engines.inputs import tokenizer_threads
-from engines.inputs.token_ids import PIECE_CHARS, Encoded, Step
+from engines.inputs.token_ids import PIECE_CHARS, Step, TokenizedRequest
 from engines.inputs.tokenizer_threads import TokenizerThreads
 
-DONE = Encoded(())
+DONE = TokenizedRequest(())
 
 
 class Scripted:
@@ -24,12 +24,12 @@ class Scripted:
     def begin(self) -> Sequence[Step]:
         return self._steps
 
-    def now(self) -> Encoded:
+    def now(self) -> TokenizedRequest:
         for step in self._steps:
             step()
         return DONE
 
-    def result(self) -> Encoded:
+    def result(self) -> TokenizedRequest:
         return DONE
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from engines.layers import attention
 from engines.layers.attention import band, has_varlen, packed_attention
-from engines.layers.packing import Layout
+from engines.layers.packing import PackedLayout
 from tests.testkit.encoders import varlen
 
 CPU = torch.device("cpu")
@@ -57,7 +57,7 @@ def packed(
     total = sum(lengths)
     q, k, v = states(total), states(total, kv_heads, 1), states(total, kv_heads, 2)
     module = layer or Layer(bool(options.get("is_causal")))
-    out, weights = packed_attention(module, q, k, v, None, packed_layout=Layout(lengths, CPU), **options)
+    out, weights = packed_attention(module, q, k, v, None, packed_layout=PackedLayout(lengths, CPU), **options)
     assert weights is None
     starts = np.cumsum([0, *lengths])
     texts = [
@@ -105,7 +105,7 @@ def test_a_long_text_in_blocks_is_the_same_as_in_one_piece(causal: bool, window:
     length = 2 * attention._WHOLE + 37
     got, _ = packed_attention(
         Layer(causal), states(length), states(length, 2, 1), states(length, 2, 2), None,
-        packed_layout=Layout([length], CPU), sliding_window=window,
+        packed_layout=PackedLayout([length], CPU), sliding_window=window,
     )  # fmt: skip
     place = torch.arange(length)
     apart = place[:, None] - place[None, :]
@@ -164,7 +164,9 @@ def test_what_changes_the_scores_in_other_ways_is_not_left_out_in_silence(
     mask: Tensor | None, options: dict[str, Any], what: str
 ) -> None:
     with pytest.raises(NotImplementedError, match=f"its attention has {what}"):
-        packed_attention(Layer(True), states(4), states(4), states(4), mask, packed_layout=Layout([4], CPU), **options)
+        packed_attention(
+            Layer(True), states(4), states(4), states(4), mask, packed_layout=PackedLayout([4], CPU), **options
+        )
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -215,7 +217,7 @@ def test_on_cuda_the_whole_row_goes_to_one_kernel(monkeypatch: pytest.MonkeyPatc
         return q
 
     monkeypatch.setattr(attention, "varlen_attn", kernel)
-    layout = Layout([2, 3], CPU)
+    layout = PackedLayout([2, 3], CPU)
     out = attention._varlen(states(5), states(5, 2, 1), states(5, 2, 2), layout, 0.5, (3, 0))
 
     assert seen == {
@@ -230,7 +232,7 @@ def test_on_cuda_the_whole_row_goes_to_one_kernel(monkeypatch: pytest.MonkeyPatc
 
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=12).map(sorted))
 def test_a_layout_says_where_each_token_belongs(lengths: list[int]) -> None:
-    layout = Layout(lengths, CPU)
+    layout = PackedLayout(lengths, CPU)
     tokens = [(text, place) for text, length in enumerate(lengths) for place in range(length)]
 
     assert layout.segments.tolist() == [text for text, _ in tokens]
@@ -243,7 +245,7 @@ def test_a_layout_says_where_each_token_belongs(lengths: list[int]) -> None:
 
 @given(lengths=st.lists(st.integers(1, 4), min_size=1, max_size=12).map(sorted))
 def test_texts_of_one_length_are_one_group(lengths: list[int]) -> None:
-    groups = Layout(lengths, CPU).groups
+    groups = PackedLayout(lengths, CPU).groups
 
     assert [group.length for group in groups] == sorted(set(lengths))
     assert [group.count for group in groups] == [lengths.count(group.length) for group in groups]

@@ -18,7 +18,7 @@ from transformers import (
 
 from engines.layers.attention import PACKED
 from engines.layers.fused import best_form, fuse
-from engines.layers.packing import Layout, PackedState
+from engines.layers.packing import PackedLayout, PackedState
 from engines.models.adapters import storage_bytes
 from tests.testkit.random_models import BERT, bert, build
 
@@ -85,7 +85,7 @@ def test_any_number_of_tokens_on_any_number_of_threads_has_the_plain_vectors(
 ) -> None:
     model, state = bert(hidden_act=activation), PackedState()
     ids, lengths = torch.arange(num_tokens)[None], [num_tokens // 3, num_tokens - num_tokens // 3]
-    layout = Layout([length for length in lengths if length], torch.device("cpu"))
+    layout = PackedLayout([length for length in lengths if length], torch.device("cpu"))
     parts = torch.split(ids[0], layout.lengths)
     usual = torch.get_num_threads()
     torch.set_num_threads(num_threads)
@@ -110,7 +110,7 @@ def test_outside_a_fused_row_the_layers_do_what_they_always_did() -> None:
         expected = model(input_ids=ids, attention_mask=mask).last_hidden_state
         fuse(model, state)
         plain = model(input_ids=ids, attention_mask=mask).last_hidden_state
-        with state.running(Layout([4], torch.device("cpu")), is_fused=False):
+        with state.running(PackedLayout([4], torch.device("cpu")), is_fused=False):
             unfused = model(input_ids=ids, attention_mask=mask).last_hidden_state
 
     assert torch.allclose(plain, expected, atol=1e-6)
@@ -118,7 +118,11 @@ def test_outside_a_fused_row_the_layers_do_what_they_always_did() -> None:
 
 
 def test_a_row_that_gives_way_to_another_has_its_own_state_back() -> None:
-    state, first, second = PackedState(), Layout([3], torch.device("cpu")), Layout([2, 2], torch.device("cpu"))
+    state, first, second = (
+        PackedState(),
+        PackedLayout([3], torch.device("cpu")),
+        PackedLayout([2, 2], torch.device("cpu")),
+    )
 
     with state.running(first, is_fused=True):
         with state.running(second, is_fused=False):
@@ -134,6 +138,6 @@ def test_the_form_is_the_fastest_for_so_many_tokens_and_threads(num_threads: int
     usual = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
-        assert best_form(Layout([num_tokens], torch.device("cpu"))) == form
+        assert best_form(PackedLayout([num_tokens], torch.device("cpu"))) == form
     finally:
         torch.set_num_threads(usual)

@@ -11,8 +11,8 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
-from engines.layers.packing import Layout
-from engines.layers.pooling import finish, pool
+from engines.layers.packing import PackedLayout
+from engines.layers.pooling import pool, truncate_and_normalize
 from engines.spec import PoolingMode
 
 MODES: tuple[PoolingMode, ...] = get_args(PoolingMode)
@@ -51,7 +51,10 @@ def test_every_mode_and_mixture_is_sentence_transformers(
     hidden = hidden_of(lengths)
 
     torch.testing.assert_close(
-        pool(hidden, Layout(lengths, CPU), modes), padded(hidden, lengths, tuple(modes), None, side), rtol=0, atol=1e-6
+        pool(hidden, PackedLayout(lengths, CPU), modes),
+        padded(hidden, lengths, tuple(modes), None, side),
+        rtol=0,
+        atol=1e-6,
     )
 
 
@@ -60,7 +63,7 @@ def test_every_mode_and_mixture_is_sentence_transformers(
 def test_a_prompt_is_left_out_as_sentence_transformers_does(modes: tuple[PoolingMode, ...], prompt: int) -> None:
     lengths = [4, 4, 5, 9]
     hidden = hidden_of(lengths)
-    got = pool(hidden, Layout(lengths, CPU), modes, [prompt] * len(lengths))
+    got = pool(hidden, PackedLayout(lengths, CPU), modes, [prompt] * len(lengths))
 
     torch.testing.assert_close(got, padded(hidden, lengths, modes, prompt, "right"), rtol=0, atol=1e-6)
 
@@ -69,7 +72,7 @@ def test_a_prompt_is_left_out_as_sentence_transformers_does(modes: tuple[Pooling
 def test_a_prompt_that_is_the_whole_text_leaves_what_sentence_transformers_leaves(mode: PoolingMode) -> None:
     lengths = [3, 5]
     hidden = hidden_of(lengths)
-    got = pool(hidden, Layout(lengths, CPU), [mode], [3, 3])
+    got = pool(hidden, PackedLayout(lengths, CPU), [mode], [3, 3])
 
     torch.testing.assert_close(got, padded(hidden, lengths, (mode,), 3, "right"), rtol=0, atol=1e-6)
 
@@ -77,7 +80,7 @@ def test_a_prompt_that_is_the_whole_text_leaves_what_sentence_transformers_leave
 def test_prompts_of_different_requests_are_left_out_each_by_itself() -> None:
     lengths = [4, 4, 6]
     hidden = hidden_of(lengths)
-    got = pool(hidden, Layout(lengths, CPU), ["mean"], [0, 2, 3])
+    got = pool(hidden, PackedLayout(lengths, CPU), ["mean"], [0, 2, 3])
     texts = torch.split(hidden, lengths)
 
     wanted = torch.stack([texts[0].mean(0), texts[1][2:].mean(0), texts[2][3:].mean(0)])
@@ -89,9 +92,12 @@ def test_pooling_is_done_in_float32(dtype: torch.dtype) -> None:
     lengths = [700]
     hidden = hidden_of(lengths).to(dtype)
 
-    assert pool(hidden, Layout(lengths, CPU), ["mean"]).dtype == torch.float32
+    assert pool(hidden, PackedLayout(lengths, CPU), ["mean"]).dtype == torch.float32
     torch.testing.assert_close(
-        pool(hidden, Layout(lengths, CPU), ["mean"]), hidden.double().mean(0, keepdim=True).float(), rtol=0, atol=1e-6
+        pool(hidden, PackedLayout(lengths, CPU), ["mean"]),
+        hidden.double().mean(0, keepdim=True).float(),
+        rtol=0,
+        atol=1e-6,
     )
 
 
@@ -102,24 +108,24 @@ VECTORS = torch.randn(3, 8, generator=torch.Generator().manual_seed(1)) * 5
 
 
 def test_a_cut_comes_before_the_length_of_one() -> None:
-    out = finish(VECTORS, dimensions=3, normalized=True, pre_norm=False)
+    out = truncate_and_normalize(VECTORS, dimensions=3, normalized=True, pre_norm=False)
 
     torch.testing.assert_close(out, VECTORS[:, :3] / VECTORS[:, :3].norm(dim=1, keepdim=True))
 
 
 def test_a_cut_alone_changes_no_component() -> None:
-    assert torch.equal(finish(VECTORS, dimensions=5, normalized=False, pre_norm=False), VECTORS[:, :5])
+    assert torch.equal(truncate_and_normalize(VECTORS, dimensions=5, normalized=False, pre_norm=False), VECTORS[:, :5])
 
 
 def test_a_layer_norm_comes_over_the_full_width_and_before_the_cut() -> None:
-    out = finish(VECTORS, dimensions=3, normalized=False, pre_norm=True)
+    out = truncate_and_normalize(VECTORS, dimensions=3, normalized=False, pre_norm=True)
 
     torch.testing.assert_close(out, layer_norm(VECTORS, (8,))[:, :3])
 
 
 def test_a_layer_norm_without_a_cut_does_nothing() -> None:
-    assert torch.equal(finish(VECTORS, dimensions=8, normalized=False, pre_norm=True), VECTORS)
+    assert torch.equal(truncate_and_normalize(VECTORS, dimensions=8, normalized=False, pre_norm=True), VECTORS)
 
 
 def test_a_zero_vector_stays_zero() -> None:
-    assert not finish(torch.zeros(1, 4), dimensions=4, normalized=True, pre_norm=False).any()
+    assert not truncate_and_normalize(torch.zeros(1, 4), dimensions=4, normalized=True, pre_norm=False).any()

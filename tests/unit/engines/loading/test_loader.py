@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from engines.device import load_throttle as breaks
-from engines.device.scheduler import Lane
+from engines.device.scheduler import DeviceScheduler
 from engines.errors import UnsupportedModel
 from engines.inputs.tokenizer_threads import TokenizerThreads
 from engines.loading.loader import LoaderSettings, TorchLoader, with_default_prompt
@@ -23,7 +23,7 @@ MINILM = ModelFiles(
 
 @pytest.fixture
 async def load() -> AsyncIterator[TorchLoader]:
-    lane, threads = Lane("test"), TokenizerThreads(1)
+    lane, threads = DeviceScheduler("test"), TokenizerThreads(1)
     yield TorchLoader("cpu", lane, threads, LoaderSettings(target_dim=None))
     lane.close()
     threads.close()
@@ -60,7 +60,7 @@ async def test_a_load_looks_between_its_parts_whether_somebody_is_served(
     load: TorchLoader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[float] = []
-    monkeypatch.setattr(load._lane, "let_pass", asked.append)
+    monkeypatch.setattr(load._scheduler, "wait_for_short_tasks", asked.append)
     monkeypatch.setattr(breaks, "_LOOK_S", 0.0)
 
     engine = await asyncio.to_thread(load.load, ModelSpec(model_id="m", source="package:m"), MINILM)

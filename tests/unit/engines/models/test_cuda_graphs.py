@@ -16,12 +16,12 @@ from benchmarks.latency import encoder_of, forget_graphs, has_graphs
 from engines.errors import OutOfMemory
 from engines.inputs.tokenizer import Ids
 from engines.layers import attention
-from engines.layers.packing import Layout
+from engines.layers.packing import PackedLayout
 from engines.loading import builders
 from engines.models import cuda_graphs as graphs
 from engines.models.base import Size, weight_bytes
-from engines.models.cuda_graphs import SIZES, FixedLayout, recorder_for, timed
-from engines.models.prepacked import Copies
+from engines.models.cuda_graphs import SIZES, FixedPackedLayout, capturer_for, timed
+from engines.models.prepacked import PrepackedWeights
 from engines.models.transformer import TransformerEncoder
 from engines.models.verification import distance
 from tests.testkit.encoders import TapeRecorder, varlen
@@ -41,9 +41,9 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> TapeRecorder:
     recorder = TapeRecorder()
     monkeypatch.setattr(attention, "varlen_attn", varlen)
     monkeypatch.setattr(attention, "_VARLEN", {("cpu", torch.float32)})
-    monkeypatch.setattr(builders, "recorder_for", lambda device: recorder)
+    monkeypatch.setattr(builders, "capturer_for", lambda device: recorder)
     monkeypatch.setattr(graphs, "SIZES", FEW_SIZES)
-    monkeypatch.setattr(Copies, "size_bytes", lambda *_: 0)  # second copies of weights are for CPUs
+    monkeypatch.setattr(PrepackedWeights, "size_bytes", lambda *_: 0)  # second copies of weights are for CPUs
     return recorder
 
 
@@ -225,7 +225,7 @@ def test_a_model_that_looks_at_its_tensors_takes_the_next_path(
     """A mixture of experts, say, which asks whom each of them gets."""
     right = TransformerEncoder._row
 
-    def asking(self: TransformerEncoder, row: Tensor, layout: Layout) -> Tensor:
+    def asking(self: TransformerEncoder, row: Tensor, layout: PackedLayout) -> Tensor:
         hidden = right(self, row, layout)
         return hidden[hidden.sum(-1).isfinite().nonzero()[:, 0]]
 
@@ -246,10 +246,10 @@ def test_without_a_kernel_for_whole_rows_nothing_is_recorded(
     if has_recorder:
         monkeypatch.setattr(attention, "_VARLEN", set())
     else:
-        monkeypatch.setattr(builders, "recorder_for", lambda device: None)
+        monkeypatch.setattr(builders, "capturer_for", lambda device: None)
     encoder = load(kit, "bert-cls")
 
-    assert (encoder.paths()[0], encoder.path, recorder.num_recorded) == ("fused", "fused", 0)
+    assert (encoder.candidate_paths()[0], encoder.path, recorder.num_recorded) == ("fused", "fused", 0)
 
 
 def test_nothing_is_recorded_for_a_model_that_remembers(
@@ -258,7 +258,7 @@ def test_nothing_is_recorded_for_a_model_that_remembers(
     forgetful = load(kit, "llama-mean")
     monkeypatch.setattr("engines.models.transformer.LengthAwareRope", lambda model: _Remembers())
 
-    assert TransformerEncoder(forgetful._model, forgetful._chain, CPU, recorder).paths()[0] == "packed"
+    assert TransformerEncoder(forgetful._model, forgetful._chain, CPU, recorder).candidate_paths()[0] == "packed"
 
 
 class _Remembers:
@@ -272,9 +272,9 @@ def test_nothing_runs_in_the_middle_of_a_recording(kit: Kit, recorder: TapeRecor
     encoder = load(kit, "bert-cls")
     paused: list[str] = []
     encoder.pause = lambda: paused.append(encoder.path)
-    encoder.use("packed")
+    encoder.switch_to("packed")
 
-    encoder.use("graphed")
+    encoder.switch_to("graphed")
     assert paused == []
     encoder(texts(encoder, 150, 150))
 
@@ -284,11 +284,11 @@ def test_nothing_runs_in_the_middle_of_a_recording(kit: Kit, recorder: TapeRecor
 def test_pauses_come_back_after_a_recording_that_failed(kit: Kit, recorder: TapeRecorder) -> None:
     encoder = load(kit, "bert-cls")
     before = encoder.pause
-    encoder.use("packed")
+    encoder.switch_to("packed")
     recorder.before = lambda: (_ for _ in ()).throw(RuntimeError)
 
     with pytest.raises(RuntimeError):
-        encoder.use("graphed")
+        encoder.switch_to("graphed")
 
     assert encoder.pause is before
 
@@ -306,7 +306,7 @@ def test_who_takes_another_path_has_the_recordings_forgotten(kit: Kit, recorder:
     encoder = load(kit, "bert-cls")
     found = weakref.ref(encoder._graphs)
 
-    encoder.use("fused")
+    encoder.switch_to("fused")
     gc.collect()
 
     assert found() is None
@@ -354,7 +354,7 @@ def test_what_was_recorded_and_not_kept_has_taken_memory_too(kit: Kit, recorder:
 
 
 def test_only_a_gpu_records() -> None:
-    assert recorder_for(CPU) is None
+    assert capturer_for(CPU) is None
 
 
 def test_a_time_is_taken_from_an_idle_device_to_an_idle_device() -> None:
@@ -379,10 +379,10 @@ def test_a_time_is_taken_from_an_idle_device_to_an_idle_device() -> None:
 def test_a_row_of_a_fixed_size_holds_the_last_texts_and_stays_inside_itself(
     size: Size, batches: list[list[int]]
 ) -> None:
-    fixed = FixedLayout(size, 77, CPU)
+    fixed = FixedPackedLayout(size, 77, CPU)
     address = fixed.ids.data_ptr()
     for lengths in (_cut_to(size, lengths) for lengths in batches):
-        plain, num_tokens = Layout(lengths, CPU), sum(lengths)
+        plain, num_tokens = PackedLayout(lengths, CPU), sum(lengths)
         fixed.put([np.arange(length, dtype=np.int64) for length in lengths])
 
         assert fixed.ids.tolist() == [*plain.positions.tolist(), *[77] * (size.tokens - num_tokens)]
@@ -401,7 +401,7 @@ def _cut_to(size: Size, lengths: Sequence[int]) -> list[int]:
     return [length for place, length in enumerate(lengths) if sum(lengths[: place + 1]) <= size.tokens]
 
 
-def _assert_inside(fixed: FixedLayout, size: Size) -> None:
+def _assert_inside(fixed: FixedPackedLayout, size: Size) -> None:
     """A GPU that reads outside of a tensor is lost for its process."""
     assert len(fixed.starts) == len(fixed.ends) == size.texts + 1 == len(fixed.offsets) - 1
     assert fixed.offsets.dtype == torch.int32

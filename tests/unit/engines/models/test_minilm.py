@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
 
-from engines.batching.engine import TextEngine
+from engines.batching.engine import EmbeddingEngine
 from engines.types import Embeddings
 from tests.testkit.engine_kit import Kit, Vectors, answer, assert_same, embed, encode
 from tests.testkit.models import reference
@@ -51,7 +51,7 @@ TEXTS = real_texts(200)
 
 
 @pytest.fixture(scope="module")
-def engine(kit: Kit) -> TextEngine:
+def engine(kit: Kit) -> EmbeddingEngine:
     return kit.load(FOLDER)
 
 
@@ -61,7 +61,7 @@ def model() -> SentenceTransformer:
 
 
 @pytest.fixture(scope="module")
-def batch(engine: TextEngine) -> Embeddings:
+def batch(engine: EmbeddingEngine) -> Embeddings:
     return answer(engine, texts=tuple(TEXTS))
 
 
@@ -71,19 +71,19 @@ def wanted(model: SentenceTransformer) -> Vectors:
 
 
 def test_two_hundred_real_texts_get_the_reference_vectors(
-    engine: TextEngine, batch: Embeddings, wanted: Vectors
+    engine: EmbeddingEngine, batch: Embeddings, wanted: Vectors
 ) -> None:
     assert engine.info.attention == "packed"
     assert_same(batch.array(), wanted)
 
 
-def test_order_does_not_show(engine: TextEngine, wanted: Vectors) -> None:
+def test_order_does_not_show(engine: EmbeddingEngine, wanted: Vectors) -> None:
     order = np.random.default_rng(2).permutation(len(TEXTS))
 
     assert_same(embed(engine, [TEXTS[index] for index in order]), wanted[order])
 
 
-def test_company_does_not_show(engine: TextEngine, wanted: Vectors) -> None:
+def test_company_does_not_show(engine: EmbeddingEngine, wanted: Vectors) -> None:
     alone = np.concatenate([embed(engine, [text]) for text in TEXTS])
 
     assert_same(alone, wanted)

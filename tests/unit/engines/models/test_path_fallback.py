@@ -2,8 +2,8 @@
 
 import pytest
 
-from engines.models.base import PathLeft
-from engines.models.transformer import FIRST_WAIT_S, LONGEST_WAIT_S, Passes
+from engines.models.base import ForwardPathFailed
+from engines.models.transformer import FIRST_WAIT_S, LONGEST_WAIT_S, PathFallback
 from tests.testkit.clocks import HandClock
 
 
@@ -15,7 +15,7 @@ class Model:
         self.path = "fast"
         self.is_right = True
         self.num_checks = 0
-        self.passes = Passes(self._leave, self._resume, self.clock)
+        self.passes = PathFallback(self._leave, self._resume, self.clock)
 
     def _leave(self) -> None:
         self.path = "plain"
@@ -58,7 +58,7 @@ def test_the_path_is_not_switched_under_a_pass_that_runs() -> None:
 
     with model.passes.inside():
         model.passes.give_up()
-        with pytest.raises(PathLeft), model.passes.inside():
+        with pytest.raises(ForwardPathFailed), model.passes.inside():
             pass
         path_of_the_first = model.path
 
@@ -87,7 +87,7 @@ def test_nobody_runs_beside_a_check() -> None:
 
     def resume() -> bool:
         seen.append(model.passes.is_alone)
-        with pytest.raises(PathLeft), model.passes.inside():
+        with pytest.raises(ForwardPathFailed), model.passes.inside():
             pass
         return True
 

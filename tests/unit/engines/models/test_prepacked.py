@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, linear, relu, scaled_dot_product_attention
 
-from engines.layers.packing import Layout
+from engines.layers.packing import PackedLayout
 from engines.models.onnx_graph import Shape
 from engines.models.prepacked import PrepackedEncoder, inputs_of, layers_at_once, suits
 
@@ -34,8 +34,8 @@ def _shape(activation: str = "Gelu") -> Shape:
     return Shape(HEADS, WIDTH, activation, EPS)
 
 
-def _layout(*lengths: int) -> Layout:
-    return Layout(list(lengths), torch.device("cpu"))
+def _layout(*lengths: int) -> PackedLayout:
+    return PackedLayout(list(lengths), torch.device("cpu"))
 
 
 def _tables() -> tuple[Tensor, Tensor]:
@@ -51,22 +51,22 @@ def _encoder(
     return PrepackedEncoder(_tables(), before | weights, _shape(activation), len(layers), num_threads)
 
 
-def _run(encoder: PrepackedEncoder, layout: Layout, ids: Tensor | None = None) -> Tensor:
+def _run(encoder: PrepackedEncoder, layout: PackedLayout, ids: Tensor | None = None) -> Tensor:
     row = inputs_of(_ids(layout) if ids is None else ids, layout.positions, layout)
     return torch.from_numpy(encoder(row, None, range(99)))
 
 
-def _ids(layout: Layout) -> Tensor:
+def _ids(layout: PackedLayout) -> Tensor:
     return torch.arange(layout.num_tokens) % NUM_WORDS
 
 
-def _embedded(layout: Layout, kind: Tensor | None = None) -> Tensor:
+def _embedded(layout: PackedLayout, kind: Tensor | None = None) -> Tensor:
     words, places = _tables()
     total = words[_ids(layout)] + places[layout.positions] + (0.0 if kind is None else kind)
     return layer_norm(total, (HIDDEN,), eps=EPS[0])
 
 
-def _plain(parts: Parts, activate: Callable[[Tensor], Tensor], x: Tensor, layout: Layout) -> Tensor:
+def _plain(parts: Parts, activate: Callable[[Tensor], Tensor], x: Tensor, layout: PackedLayout) -> Tensor:
     """The layer as the paper has it, one text after the other."""
     found = []
     for text in torch.split(linear(x, parts["wq"], parts["bq"]), layout.lengths):

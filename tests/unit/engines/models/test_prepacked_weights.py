@@ -23,29 +23,33 @@ from transformers import (
 )
 
 from engines.layers.fused import fuse
-from engines.layers.packing import Form, Layout, PackedState
+from engines.layers.packing import KernelVariant, PackedLayout, PackedState
 from engines.models import prepacked
 from engines.models.adapters import Positions, drop_pooler
-from engines.models.prepacked import LARGEST_COPY, Copies, PrepackedEncoder
+from engines.models.prepacked import MAX_PREPACKED_BYTES, PrepackedEncoder, PrepackedWeights
 from tests.testkit.random_models import BERT, bert, build
 
 CPU = torch.device("cpu")
 
 
-def copies_of(model: Any, num_threads: int = 0) -> Copies:
+def copies_of(model: Any, num_threads: int = 0) -> PrepackedWeights:
     drop_pooler(model)
-    copies = Copies(model, fuse(model, PackedState()))
+    copies = PrepackedWeights(model, fuse(model, PackedState()))
     copies.make(num_threads)
     return copies
 
 
 def run(
-    copies: Copies, model: Any, lengths: list[int], pause: Any = lambda: None, form: Form | None = "prepacked"
+    copies: PrepackedWeights,
+    model: Any,
+    lengths: list[int],
+    pause: Any = lambda: None,
+    form: KernelVariant | None = "prepacked",
 ) -> Tensor:
     """Hidden states of texts of those lengths."""
-    layout = Layout(lengths, CPU)
+    layout = PackedLayout(lengths, CPU)
     row = torch.arange(layout.num_tokens) % 90 + 5
-    assert copies.suit(layout, form)
+    assert copies.supports(layout, form)
     return copies(row, Positions(model)(row, layout), layout, form, pause)
 
 
@@ -102,7 +106,7 @@ def test_a_pass_from_copies_is_the_models_own(name: str, lengths: list[int]) -> 
 
 @pytest.mark.parametrize(("num_tokens", "num_threads", "is_suited"), [(256, 1, True), (257, 1, False), (12, 0, False)])
 def test_copies_suit_short_texts(num_tokens: int, num_threads: int, is_suited: bool) -> None:
-    assert copies_of(bert(), num_threads).suit(Layout([num_tokens], CPU), None) is is_suited
+    assert copies_of(bert(), num_threads).supports(PackedLayout([num_tokens], CPU), None) is is_suited
 
 
 @pytest.mark.parametrize(("num_threads", "usable", "expected"), [(1, 1, 1), (2, 1, 1), (2, 2, 2), (2, 3, 2), (1, 2, 1)])
@@ -130,7 +134,7 @@ def test_cores_that_come_and_go_during_a_pass_are_used(asked: list[int], monkeyp
 
 @pytest.mark.parametrize(("num_threads", "num_copies"), [(1, 1), (2, 2), (8, 2)])
 def test_copies_say_how_many_bytes_they_take(num_threads: int, num_copies: int) -> None:
-    size = copies_of(bert()).size_bytes(LARGEST_COPY, num_threads)
+    size = copies_of(bert()).size_bytes(MAX_PREPACKED_BYTES, num_threads)
 
     assert size == num_copies * 2 * 4 * (4 * 48 * 48 + 2 * 48 * 96)
 
@@ -178,12 +182,12 @@ def with_more_behind_its_layers() -> Any:
     ],
 )  # fmt: skip
 def test_what_such_a_pass_would_leave_out_has_no_copies(make: Any) -> None:
-    assert copies_of(make()).size_bytes(LARGEST_COPY, 1) == 0
+    assert copies_of(make()).size_bytes(MAX_PREPACKED_BYTES, 1) == 0
 
 
 def test_layers_too_large_for_a_second_copy_have_none() -> None:
     copies = copies_of(bert())
-    size = copies.size_bytes(LARGEST_COPY, 1)
+    size = copies.size_bytes(MAX_PREPACKED_BYTES, 1)
 
     assert copies.size_bytes(size, 1) == size
     assert copies.size_bytes(size - 1, 1) == 0
@@ -191,20 +195,20 @@ def test_layers_too_large_for_a_second_copy_have_none() -> None:
 
 
 def test_copies_are_made_once_and_go_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
-    copies, layout = copies_of(bert(), 2), Layout([5], CPU)
+    copies, layout = copies_of(bert(), 2), PackedLayout([5], CPU)
     monkeypatch.setattr(PrepackedEncoder, "__init__", lambda *_: pytest.fail("made again"))
     copies.make(2)
 
-    assert copies.suit(layout, "prepacked")
-    assert copies.suit(layout, "shared")
+    assert copies.supports(layout, "prepacked")
+    assert copies.supports(layout, "shared")
 
     copies.make(0)
-    assert not copies.suit(layout, "prepacked")
-    assert not copies.suit(layout, "shared")
+    assert not copies.supports(layout, "prepacked")
+    assert not copies.supports(layout, "shared")
 
 
 def test_on_one_thread_there_is_one_copy() -> None:
-    assert not copies_of(bert(), 1).suit(Layout([5], CPU), "shared")
+    assert not copies_of(bert(), 1).supports(PackedLayout([5], CPU), "shared")
 
 
 def test_tables_of_embeddings_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,12 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from engines.inputs.prompts import Frame
+from engines.inputs.prompts import PromptTemplate
 from engines.inputs.tokenizer import Ids
-from engines.layers.packing import similar_lengths
+from engines.layers.packing import bucket_by_length
 from engines.models.adapters import storage_bytes
 from engines.models.base import weight_bytes, workspace_bytes
-from engines.models.cuda_graphs import Unwatched
+from engines.models.cuda_graphs import ForbidHostSync
 from engines.models.transformer import TransformerEncoder
 from engines.models.verification import distance
 from tests.testkit.engine_kit import Kit
@@ -32,7 +32,7 @@ def _encoder(kit: Kit, name: str) -> TransformerEncoder:
 def _ids(kit: Kit, name: str) -> list[Ids]:
     engine = kit.engine(name)
 
-    return sorted(engine._tokenizer.encode(mixed(14, seed=8), Frame(), "end").ids, key=len)
+    return sorted(engine._tokenizer.encode(mixed(14, seed=8), PromptTemplate(), "end").ids, key=len)
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
@@ -41,17 +41,17 @@ def test_all_ways_to_run_give_the_same(kit: Kit, name: str) -> None:
     used, expected = encoder.path, encoder.reference(ids)
 
     assert encoder.path == used
-    for path in encoder.paths() if encoder.attention == "packed" else ("padded", "unpadded"):
-        encoder.use(path)
+    for path in encoder.candidate_paths() if encoder.attention == "packed" else ("padded", "unpadded"):
+        encoder.switch_to(path)
         assert distance(encoder(ids), expected) < 1e-10
-    encoder.use(used)
+    encoder.switch_to(used)
 
 
 @pytest.mark.parametrize("name", [name for name in TRANSFORMERS if RECIPES[name].attention == "packed"])
 def test_a_packed_pass_never_has_the_host_wait_for_the_device(kit: Kit, name: str) -> None:
     encoder, ids = _encoder(kit, name), _ids(kit, name)
 
-    with Unwatched():
+    with ForbidHostSync():
         encoder(ids)
         encoder(ids, [2] * len(ids))
 
@@ -60,13 +60,13 @@ def test_a_padded_pass_does(kit: Kit) -> None:
     """transformers looks whether a mask hides anything, and padding is dropped by a mask."""
     encoder, ids = _encoder(kit, "deberta-v2-mean"), _ids(kit, "deberta-v2-mean")
 
-    with Unwatched(), pytest.raises(NotImplementedError, match="looks at what a tensor holds"):
-        encoder.together(ids)
+    with ForbidHostSync(), pytest.raises(NotImplementedError, match="looks at what a tensor holds"):
+        encoder.encode_batched(ids)
 
 
 @given(lengths=st.lists(st.integers(1, 500), min_size=1, max_size=60).map(sorted))
 def test_padded_batches_hold_every_text_once_and_little_padding(lengths: list[int]) -> None:
-    spans = list(similar_lengths(lengths))
+    spans = list(bucket_by_length(lengths))
 
     assert [index for start, end in spans for index in range(start, end)] == list(range(len(lengths)))
     for start, end in spans:
@@ -75,7 +75,7 @@ def test_padded_batches_hold_every_text_once_and_little_padding(lengths: list[in
 
 
 def test_no_texts_make_no_batches() -> None:
-    assert list(similar_lengths([])) == []
+    assert list(bucket_by_length([])) == []
 
 
 def test_tied_weights_count_once() -> None:

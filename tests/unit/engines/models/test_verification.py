@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AttentionInterface, ViTConfig, ViTModel
 
-from engines.batching.engine import TextEngine
-from engines.device.scheduler import Lane
+from engines.batching.engine import EmbeddingEngine
+from engines.device.scheduler import DeviceScheduler
 from engines.errors import OutOfMemory, SelfCheckFailed, UnsupportedModel
 from engines.inputs.tokenizer import Ids, Tokenizer
 from engines.layers import fused
@@ -25,10 +25,10 @@ from engines.loading.loader import LoaderSettings
 from engines.models import adapters, transformer
 from engines.models import prepacked as copies
 from engines.models.base import PART_TOKENS, Attention, Recheck, Size, attention_of
-from engines.models.base import Path as Way
+from engines.models.base import ForwardPath as Way
 from engines.models.prepacked import Inputs, PrepackedEncoder
-from engines.models.transformer import FIRST_WAIT_S, LONGEST_WAIT_S, Passes, TransformerEncoder
-from engines.models.verification import Canaries, _filling, choose_attention, distance, probe_ids
+from engines.models.transformer import FIRST_WAIT_S, LONGEST_WAIT_S, PathFallback, TransformerEncoder
+from engines.models.verification import Canaries, _filling, distance, probe_inputs, select_forward_path
 from tests.testkit.clocks import HandClock
 from tests.testkit.engine_kit import Kit, assert_same, embed, encode
 from tests.testkit.texts import SENTENCES
@@ -156,7 +156,7 @@ def test_prepacked_layers_are_checked_alone_and_shared(
     def wrong(self: PrepackedEncoder, *args: Any) -> Any:
         return right(self, *args) * np.float32(1.01 if self.num_threads == num_threads else 1.0)
 
-    monkeypatch.setattr(Lane, "num_threads", 2)
+    monkeypatch.setattr(DeviceScheduler, "num_threads", 2)
     assert kit.load(kit.recipe_folder("bert-cls")).info.notes == ()
     monkeypatch.setattr(PrepackedEncoder, "__call__", wrong)
 
@@ -276,7 +276,7 @@ class Passing:
 def clock(monkeypatch: pytest.MonkeyPatch) -> HandClock:
     """The clock of the models that a test loads."""
     time = HandClock()
-    monkeypatch.setattr(transformer, "Passes", partial(Passes, clock=time))
+    monkeypatch.setattr(transformer, "PathFallback", partial(PathFallback, clock=time))
     return time
 
 
@@ -287,7 +287,7 @@ def passing(packed_is: Callable[[Callable[..., Any]], None]) -> Passing:
     return attention
 
 
-def _load_packed(kit: Kit) -> TextEngine:
+def _load_packed(kit: Kit) -> EmbeddingEngine:
     return kit.load(kit.recipe_folder("bert-cls"), settings=LoaderSettings(largest_copy=0))
 
 
@@ -449,7 +449,7 @@ def test_a_model_serves_where_its_canary_cannot_be_kept(tmp_path: Path) -> None:
     Canaries(tmp_path / "file").compare("key", np.ones((3, 4), dtype=np.float32), "float32")
 
 
-def _left(engine: TextEngine) -> list[str]:
+def _left(engine: EmbeddingEngine) -> list[str]:
     """The paths that were not taken because they are wrong."""
     return [note.split("the ")[1].split(" path")[0] for note in engine.info.notes]
 
@@ -492,22 +492,22 @@ class Scripted:
     def attention(self) -> Attention:
         return attention_of(self.path)
 
-    def paths(self) -> tuple[Way, ...]:
+    def candidate_paths(self) -> tuple[Way, ...]:
         return tuple(self._paths)  # type: ignore[arg-type]  # named as the paths are
 
-    def together(self, texts: Sequence[Ids]) -> Tensor:
+    def encode_batched(self, texts: Sequence[Ids]) -> Tensor:
         return self(texts)[None]
 
-    def alone(self, text: Ids) -> Tensor:
+    def encode_single(self, text: Ids) -> Tensor:
         return self([text])
 
-    def sized(self, texts: Sequence[Ids], size: Size) -> Tensor:
+    def encode_fixed(self, texts: Sequence[Ids], size: Size) -> Tensor:
         return self(texts)
 
     def extra_bytes(self) -> int:
         return 0
 
-    def use(self, path: Way) -> None:
+    def switch_to(self, path: Way) -> None:
         self.path = path
 
     def tensors(self) -> list[Tensor]:
@@ -522,7 +522,7 @@ MEMORY = torch.OutOfMemoryError("no memory")
 
 
 def _tokenizer(kit: Kit) -> Tokenizer:
-    engine: TextEngine = kit.engine("bert-cls")
+    engine: EmbeddingEngine = kit.engine("bert-cls")
     return engine._tokenizer
 
 
@@ -541,7 +541,7 @@ def _tokenizer(kit: Kit) -> Tokenizer:
 )
 def test_the_fastest_path_that_is_right_is_taken(kit: Kit, packed: Tensor | Exception, attention: str) -> None:
     encoder = Scripted(GOOD, packed=packed, padded=GOOD)
-    vectors, notes = choose_attention(encoder, _tokenizer(kit), "float32")
+    vectors, notes = select_forward_path(encoder, _tokenizer(kit), "float32")
 
     assert encoder.attention == attention
     assert (len(notes) == 0) == (attention == "packed")
@@ -553,7 +553,7 @@ def test_the_fastest_path_that_is_right_is_taken(kit: Kit, packed: Tensor | Exce
 )
 def test_tolerance_depends_on_the_dtype(kit: Kit, dtype: str, factor: float, is_fine: bool) -> None:
     encoder = Scripted(GOOD, packed=GOOD * factor, padded=GOOD)
-    choose_attention(encoder, _tokenizer(kit), dtype)
+    select_forward_path(encoder, _tokenizer(kit), dtype)
 
     assert (encoder.attention == "packed") == is_fine
 
@@ -575,7 +575,7 @@ def test_a_path_that_gives_the_canary_again_needs_no_reference(
     kit: Kit, known: Tensor | None, packed: Tensor | Exception, attention: str, num_references: int
 ) -> None:
     encoder = Scripted(GOOD, packed=packed, padded=GOOD)
-    vectors, _ = choose_attention(encoder, _tokenizer(kit), "float32", None if known is None else known.numpy())
+    vectors, _ = select_forward_path(encoder, _tokenizer(kit), "float32", None if known is None else known.numpy())
 
     assert (encoder.attention, encoder.num_references) == (attention, num_references)
     assert np.abs(vectors - GOOD.numpy()).max() < 1e-5
@@ -584,25 +584,25 @@ def test_a_path_that_gives_the_canary_again_needs_no_reference(
 @pytest.mark.parametrize("encoder", [Scripted(MEMORY, padded=GOOD), Scripted(GOOD, packed=MEMORY, padded=GOOD)])  # type: ignore[arg-type]  # raised
 def test_a_device_without_memory_is_no_reason_to_fall_back(kit: Kit, encoder: Scripted) -> None:
     with pytest.raises(OutOfMemory):
-        choose_attention(encoder, _tokenizer(kit), "float32")
+        select_forward_path(encoder, _tokenizer(kit), "float32")
 
 
 def test_a_forward_pass_that_fails_is_refused_without_telling_paths(kit: Kit) -> None:
     encoder = Scripted(KeyError("/home/secret"), padded=GOOD)  # type: ignore[arg-type]  # raised
 
     with pytest.raises(SelfCheckFailed, match=r"fails on plain text \(KeyError in the forward pass\)"):
-        choose_attention(encoder, _tokenizer(kit), "float32")
+        select_forward_path(encoder, _tokenizer(kit), "float32")
 
 
 def test_vectors_of_another_width_than_promised_are_refused(kit: Kit) -> None:
     encoder = Scripted(torch.ones(4, 5), padded=GOOD)
 
     with pytest.raises(SelfCheckFailed, match=r"5 wide, but config\.json says 2"):
-        choose_attention(encoder, _tokenizer(kit), "float32")
+        select_forward_path(encoder, _tokenizer(kit), "float32")
 
 
 def test_probes_have_two_lengths_and_two_of_one(kit: Kit) -> None:
-    one, again, two, long = probe_ids(_tokenizer(kit))
+    one, again, two, long = probe_inputs(_tokenizer(kit))
 
     assert len(one) == len(two) < len(long)
     assert one.tolist() == again.tolist() != two.tolist()
@@ -617,7 +617,7 @@ def test_the_longest_probe_reaches_beyond_a_window_that_is_not_too_large(
 ) -> None:
     tokenizer = _tokenizer(kit)
 
-    assert len(probe_ids(tokenizer, window)[-1]) == (length or len(probe_ids(tokenizer)[-1]))
+    assert len(probe_inputs(tokenizer, window)[-1]) == (length or len(probe_inputs(tokenizer)[-1]))
 
 
 @pytest.mark.parametrize(
@@ -641,12 +641,12 @@ def test_a_row_of_a_fixed_size_is_checked_with_as_many_probes_as_it_takes(size: 
 def test_each_size_must_be_right(kit: Kit) -> None:
     encoder = Sized(GOOD, graphed=GOOD, packed=GOOD)
     encoder.sizes = (Size(64, 32), Size(128, 64))
-    vectors, notes = choose_attention(encoder, _tokenizer(kit), "float32")
+    vectors, notes = select_forward_path(encoder, _tokenizer(kit), "float32")
     assert (encoder.path, notes) == ("graphed", ())
     assert np.abs(vectors - GOOD.numpy()).max() == 0
     encoder.wrong = encoder.sizes[1]
 
-    _, (note,) = choose_attention(encoder, _tokenizer(kit), "float32")
+    _, (note,) = select_forward_path(encoder, _tokenizer(kit), "float32")
 
     assert encoder.path == "packed"
     assert note.startswith("packed: the graphed path, in a row of 128 tokens, is")
@@ -656,7 +656,7 @@ def test_a_path_that_cannot_be_taken_up_is_left(kit: Kit) -> None:
     encoder = Sized(GOOD, graphed=GOOD, packed=GOOD)
     encoder.refused = "graphed"
 
-    assert choose_attention(encoder, _tokenizer(kit), "float32")[1] == ("packed: ValueError in the forward pass",)
+    assert select_forward_path(encoder, _tokenizer(kit), "float32")[1] == ("packed: ValueError in the forward pass",)
 
 
 class Sized(Scripted):
@@ -665,14 +665,14 @@ class Sized(Scripted):
     wrong: Size | None = None
     refused: Way | None = None
 
-    def use(self, path: Way) -> None:
-        super().use(path)
+    def switch_to(self, path: Way) -> None:
+        super().switch_to(path)
         if path == self.refused:
             raise ValueError
         if path != "graphed":
             self.sizes = ()
 
-    def sized(self, texts: Sequence[Ids], size: Size) -> Tensor:
+    def encode_fixed(self, texts: Sequence[Ids], size: Size) -> Tensor:
         """Whoever is short is the first, whoever is long the last."""
         longest = max(len(ids) for ids in texts)
         lines = [GOOD[3] if len(ids) == longest else self._line_of(ids, texts) for ids in texts]
@@ -683,7 +683,7 @@ class Sized(Scripted):
 
 
 def test_probes_stay_inside_a_short_model(kit: Kit) -> None:
-    assert max(len(ids) for ids in probe_ids(_tokenizer(kit).limited_to(5), 100)) == 5
+    assert max(len(ids) for ids in probe_inputs(_tokenizer(kit).limited_to(5), 100)) == 5
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """What is known of models that nobody has loaded: asked for, and never at the cost of a download or a claim."""
 
-from engines.pool.messages import Sized
-from engines.pool.slot import Need
-from engines.pool.state_machine import PoolCore
+from engines.pool.messages import SizeEstimated
+from engines.pool.slot import MemoryNeed
+from engines.pool.state_machine import PoolStateMachine
 from engines.testing.fakes import WEIGHT_BYTES, WORKSPACE_BYTES, FakeFiles, FakeLoader, fake_host, fake_specs
 from engines.types import EmbedCall
 
@@ -56,11 +56,11 @@ async def test_a_measured_size_is_not_asked_for_again() -> None:
 
 
 def test_a_size_that_comes_late_changes_nothing() -> None:
-    core = PoolCore(fake_specs("a"), budget_bytes=10_000)
+    core = PoolStateMachine(fake_specs("a"), budget_bytes=10_000)
     slot = core.state.current["a"]
-    slot.need = Need(weight_bytes=5, weights_known=True)
-    effects = core.handle(Sized(slot.slot_id, Need(weight_bytes=9)), 1.0)
-    of_a_slot_that_is_gone = core.handle(Sized(99, Need(weight_bytes=9)), 1.0)
+    slot.need = MemoryNeed(weight_bytes=5, weights_known=True)
+    effects = core.handle(SizeEstimated(slot.slot_id, MemoryNeed(weight_bytes=9)), 1.0)
+    of_a_slot_that_is_gone = core.handle(SizeEstimated(99, MemoryNeed(weight_bytes=9)), 1.0)
 
     assert (effects, of_a_slot_that_is_gone) == ([], [])
     assert slot.need.weight_bytes == 5

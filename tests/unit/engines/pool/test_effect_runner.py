@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from engines.pool.effect_runner import PROGRESS_S, OutsideWork
+from engines.pool.effect_runner import PROGRESS_S, EffectRunner
 from engines.pool.estimates import Estimates, Measurements
-from engines.pool.messages import FetchProgress, PoolEvent, StartFetch
+from engines.pool.messages import DownloadProgressed, PoolEvent, StartFetch
 from engines.protocols import Progress
 from engines.spec import ModelSpec
 from engines.testing.fakes import FakeFiles, FakeLoader, InlineWorkers, fake_specs
@@ -33,9 +33,9 @@ async def reported(figures: list[tuple[float, int]], monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("engines.pool.effect_runner.time", SimpleNamespace(monotonic=lambda: clock.now_s))
     files, told = Telling(figures, clock), list[PoolEvent]()
     estimates = Estimates(files, Measurements(), "cpu", 10)
-    work = OutsideWork(files, FakeLoader(), estimates, InlineWorkers(), told.append)
+    work = EffectRunner(files, FakeLoader(), estimates, InlineWorkers(), told.append)
     await work.do(StartFetch(0, fake_specs("a")["a"]))
-    return [event.done_bytes for event in told if isinstance(event, FetchProgress)]
+    return [event.done_bytes for event in told if isinstance(event, DownloadProgressed)]
 
 
 async def test_a_fast_download_is_told_now_and_then_and_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:

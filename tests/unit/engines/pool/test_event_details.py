@@ -16,8 +16,8 @@ from engines.testing.fakes import (
     FakeTime,
     Script,
     fake_host,
+    fake_runtime,
     fake_specs,
-    fake_world,
 )
 from engines.types import EmbedCall, Event, State
 
@@ -38,7 +38,7 @@ async def steps(host: Host, source: State, target: State) -> list[Event]:
 async def test_a_load_tells_its_seconds_and_how_good_the_estimate_was() -> None:
     time = FakeTime()
     loader = FakeLoader(weight_bytes={"a": 3 * WEIGHT_BYTES}, sleep=time.sleep)
-    host = fake_host("a", loader=loader, world=fake_world(time=time))
+    host = fake_host("a", loader=loader, world=fake_runtime(time=time))
     await host.start()
     await embed(host)
 
@@ -54,7 +54,7 @@ def host_load_s(event: Event) -> float:
 
 async def test_an_eviction_tells_how_long_the_model_stayed_and_for_whom_it_left() -> None:
     time = FakeTime()
-    host = fake_host("a", "b", budget_bytes=TAKES_BYTES, world=fake_world(time=time))
+    host = fake_host("a", "b", budget_bytes=TAKES_BYTES, world=fake_runtime(time=time))
     await host.start()
     await embed(host)
     waiting = asyncio.create_task(embed(host, "b"))
@@ -71,7 +71,7 @@ async def test_an_eviction_tells_how_long_the_model_stayed_and_for_whom_it_left(
 
 async def test_idleness_operators_and_the_registry_are_told_apart() -> None:
     time = FakeTime()
-    host = fake_host("a", "b", "c", world=fake_world(time=time))
+    host = fake_host("a", "b", "c", world=fake_runtime(time=time))
     await host.start()
     await embed(host, "a", keep_alive_s=10)
     await embed(host, "b")
@@ -89,7 +89,7 @@ async def test_idleness_operators_and_the_registry_are_told_apart() -> None:
 async def test_a_model_that_measures_too_large_beside_others_makes_one_leave() -> None:
     time = FakeTime()
     loader = FakeLoader(weight_bytes={"b": 2 * WEIGHT_BYTES})
-    host = fake_host("a", "b", budget_bytes=TAKES_BYTES + WEIGHT_BYTES, loader=loader, world=fake_world(time=time))
+    host = fake_host("a", "b", budget_bytes=TAKES_BYTES + WEIGHT_BYTES, loader=loader, world=fake_runtime(time=time))
     await host.start()
     await embed(host, "a")
     await embed(host, "b")

@@ -5,29 +5,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engines.pool.eviction import can_be_victim, choose_victims, may_pass, missing_bytes, never_fits, total_bytes
-from engines.pool.slot import NOTHING, Need, Rules, Slot
+from engines.pool.slot import NO_MEMORY, MemoryNeed, PoolPolicy, Slot
 from engines.spec import ModelSpec
 
-RULES = Rules()
+RULES = PoolPolicy()
 
 
 def resident(model_id: str, weight_bytes: int, *, used_at_s: float = 0.0, load_s: float = 1.0, leases: int = 0) -> Slot:
     slot = Slot(slot_id=hash(model_id), spec=ModelSpec(model_id=model_id, source="x"), state="ready")
-    slot.charge = Need(weight_bytes=weight_bytes, workspace_bytes=5)
+    slot.reserved = MemoryNeed(weight_bytes=weight_bytes, workspace_bytes=5)
     slot.last_used_at_s, slot.load_s = used_at_s, load_s
     slot.leases = set(range(leases))
     return slot
 
 
 def chosen(slots: list[Slot], need_bytes: int, limit: int = 100) -> list[str] | None:
-    victims = choose_victims(slots, slots, Need(weight_bytes=need_bytes), limit)
+    victims = choose_victims(slots, slots, MemoryNeed(weight_bytes=need_bytes), limit)
     return None if victims is None else [slot.model_id for slot in victims]
 
 
 def test_weights_add_up_and_workspaces_do_not() -> None:
-    small, large = Need(weight_bytes=5, workspace_bytes=1), Need(weight_bytes=7, workspace_bytes=3)
+    small, large = MemoryNeed(weight_bytes=5, workspace_bytes=1), MemoryNeed(weight_bytes=7, workspace_bytes=3)
 
-    assert total_bytes([small, large, NOTHING]) == 15
+    assert total_bytes([small, large, NO_MEMORY]) == 15
     assert total_bytes([]) == 0
 
 
@@ -68,7 +68,7 @@ def test_idle_models_leave_before_busy_ones() -> None:
 )
 def test_victims_are_enough_and_none_of_them_could_stay(weights: list[int], need_bytes: int, limit: int) -> None:
     slots = [resident(str(index), weight, used_at_s=index) for index, weight in enumerate(weights)]
-    need = Need(weight_bytes=need_bytes)
+    need = MemoryNeed(weight_bytes=need_bytes)
 
     victims = choose_victims(slots, slots, need, limit)
 
@@ -100,8 +100,8 @@ def test_who_may_be_a_victim(change: dict[str, object], expected: bool) -> None:
 
 
 def test_only_what_is_known_refuses_a_model() -> None:
-    guess = Need(weight_bytes=500, workspace_bytes=500)
-    weights_known = Need(weight_bytes=90, workspace_bytes=500, weights_known=True)
+    guess = MemoryNeed(weight_bytes=500, workspace_bytes=500)
+    weights_known = MemoryNeed(weight_bytes=90, workspace_bytes=500, weights_known=True)
 
     assert not never_fits(guess, [], 100)
     assert not never_fits(weights_known, [], 100)
@@ -111,20 +111,20 @@ def test_only_what_is_known_refuses_a_model() -> None:
 @pytest.mark.parametrize(
     ("need", "expected"),
     [
-        (Need(weight_bytes=500, workspace_bytes=500), (100, 0)),
-        (Need(weight_bytes=60, workspace_bytes=500, weights_known=True), (60, 40)),
-        (Need(weight_bytes=160, workspace_bytes=5, weights_known=True), (160, 0)),
-        (Need(weight_bytes=160, workspace_bytes=5, weights_known=True, workspace_known=True), (160, 5)),
+        (MemoryNeed(weight_bytes=500, workspace_bytes=500), (100, 0)),
+        (MemoryNeed(weight_bytes=60, workspace_bytes=500, weights_known=True), (60, 40)),
+        (MemoryNeed(weight_bytes=160, workspace_bytes=5, weights_known=True), (160, 0)),
+        (MemoryNeed(weight_bytes=160, workspace_bytes=5, weights_known=True, workspace_known=True), (160, 5)),
     ],
 )
-def test_guesses_are_cut_to_the_room_there_is(need: Need, expected: tuple[int, int]) -> None:
-    cut = need.clipped(100)
+def test_guesses_are_cut_to_the_room_there_is(need: MemoryNeed, expected: tuple[int, int]) -> None:
+    cut = need.capped(100)
 
     assert (cut.weight_bytes, cut.workspace_bytes) == expected
 
 
 def test_a_younger_claim_passes_only_beside_all_older_ones() -> None:
-    older, stayer = [Need(weight_bytes=70)], [resident("stays", 10)]
+    older, stayer = [MemoryNeed(weight_bytes=70)], [resident("stays", 10)]
 
-    assert may_pass(Need(weight_bytes=15), older, stayer, 100)
-    assert not may_pass(Need(weight_bytes=16), older, stayer, 100)
+    assert may_pass(MemoryNeed(weight_bytes=15), older, stayer, 100)
+    assert not may_pass(MemoryNeed(weight_bytes=16), older, stayer, 100)

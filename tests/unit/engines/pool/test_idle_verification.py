@@ -9,7 +9,7 @@ from engines.errors import BrokenFiles, FilesChanged, HubUnreachable, SelfCheckF
 from engines.host import Host
 from engines.pool.idle_verification import AGAIN_S, IDLE_S
 from engines.spec import ModelSpec
-from engines.testing.fakes import FakeFiles, FakeLoader, FakeTime, fake_host, fake_world
+from engines.testing.fakes import FakeFiles, FakeLoader, FakeTime, fake_host, fake_runtime
 from engines.testing.runtime import let_run
 from engines.types import EmbedCall, ModelFiles
 
@@ -19,7 +19,7 @@ class Idle:
 
     def __init__(self, *models: str, files: FakeFiles, loader: FakeLoader) -> None:
         self.time, self.files, self.loader = FakeTime(), files, loader
-        self.host: Host = fake_host(*models, files=files, loader=loader, world=fake_world(time=self.time))
+        self.host: Host = fake_host(*models, files=files, loader=loader, world=fake_runtime(time=self.time))
 
     async def embed(self, model_id: str) -> None:
         await self.host.embed(EmbedCall(model_id=model_id, texts=("x",)))

@@ -7,13 +7,13 @@ import pytest
 from engines.errors import ModelLoading
 from engines.pool import admission, eviction
 from engines.pool import state as pool_state
-from engines.pool.admission import moments
-from engines.pool.completions import Outcomes
+from engines.pool.admission import next_deadlines
+from engines.pool.completions import CompletionHandlers
 from engines.pool.eviction import can_be_victim, victim_order
-from engines.pool.messages import Acquire, BudgetChanged, Cancel, Fail, StartLoad
-from engines.pool.slot import CHARGED, Need, Rules, Slot, Waiter
+from engines.pool.messages import BudgetChanged, Fail, LeaseCancelled, LeaseRequested, StartLoad
+from engines.pool.slot import CHARGED, MemoryNeed, PoolPolicy, Slot, Waiter
 from engines.pool.state import PoolState
-from engines.pool.state_machine import PoolCore
+from engines.pool.state_machine import PoolStateMachine
 from tests.testkit.pool_storm import Violation, random_storm
 
 Patch = pytest.MonkeyPatch
@@ -32,49 +32,49 @@ def evict_while_leased(patch: Patch) -> None:
 
 def grant_after_eviction_began(patch: Patch) -> None:
     """A draining model still looks ready to a new request."""
-    acquire = PoolCore._acquire
+    acquire = PoolStateMachine._acquire
 
-    def mutant(self: PoolCore, event: Acquire) -> bool:
+    def mutant(self: PoolStateMachine, event: LeaseRequested) -> bool:
         slot = self.state.current.get(event.model_id)
         if slot is not None and slot.state == "draining":
             self.state.grant(slot, Waiter(event.waiter_id, None, event.deadline_s))
             return True
         return acquire(self, event)
 
-    patch.setattr(PoolCore, "_acquire", mutant)
+    patch.setattr(PoolStateMachine, "_acquire", mutant)
 
 
 def lost_wake_up_after_a_release(patch: Patch) -> None:
     """The last lease is given back, and nobody looks who waited for it."""
 
-    def give_back(self: PoolCore, slot: Slot, waiter_id: int) -> bool:
+    def give_back(self: PoolStateMachine, slot: Slot, waiter_id: int) -> bool:
         self.state.give_back(slot, waiter_id)
         return True
 
-    patch.setattr(PoolCore, "_give_back", give_back)
+    patch.setattr(PoolStateMachine, "_give_back", give_back)
 
 
 def lost_wake_up_by_time(patch: Patch) -> None:
     """The end of a minimum residency is not a moment to wake at."""
 
     def mutant(state: PoolState, deficit_since_s: float | None) -> list[float]:
-        matures = {slot.matures_at_s(state.rules) for slot in state.in_state("ready")}
-        return [at_s for at_s in moments(state, deficit_since_s) if at_s not in matures]
+        matures = {slot.evictable_from_s(state.rules) for slot in state.in_state("ready")}
+        return [at_s for at_s in next_deadlines(state, deficit_since_s) if at_s not in matures]
 
-    patch.setattr(admission, "moments", mutant)
+    patch.setattr(admission, "next_deadlines", mutant)
 
 
 def double_load(patch: Patch) -> None:
     """A second request for a loading model starts a second load."""
-    acquire = PoolCore._acquire
+    acquire = PoolStateMachine._acquire
 
-    def mutant(self: PoolCore, event: Acquire) -> bool:
+    def mutant(self: PoolStateMachine, event: LeaseRequested) -> bool:
         slot = self.state.current.get(event.model_id)
         if slot is not None and slot.state == "loading" and slot.files:
-            self.state.effects.append(StartLoad(slot.slot_id, slot.spec, slot.files, slot.charge))
+            self.state.effects.append(StartLoad(slot.slot_id, slot.spec, slot.files, slot.reserved))
         return acquire(self, event)
 
-    patch.setattr(PoolCore, "_acquire", mutant)
+    patch.setattr(PoolStateMachine, "_acquire", mutant)
 
 
 def bytes_credited_early(patch: Patch) -> None:
@@ -84,32 +84,34 @@ def bytes_credited_early(patch: Patch) -> None:
 
 def lease_leaked_by_a_cancelled_waiter(patch: Patch) -> None:
     """A waiter that leaves in the tick in which it was granted takes the lease with it."""
-    cancel = PoolCore._cancel
+    cancel = PoolStateMachine._cancel
 
-    def mutant(self: PoolCore, event: Cancel) -> bool:
+    def mutant(self: PoolStateMachine, event: LeaseCancelled) -> bool:
         slot = self.state.holders.get(event.waiter_id)
         return True if slot is not None and event.waiter_id in slot.leases else cancel(self, event)
 
-    patch.setattr(PoolCore, "_cancel", mutant)
+    patch.setattr(PoolStateMachine, "_cancel", mutant)
 
 
 def load_cancelled_with_its_first_requester(patch: Patch) -> None:
     """The claim belongs to the request that asked first."""
-    cancel = PoolCore._cancel
+    cancel = PoolStateMachine._cancel
 
-    def mutant(self: PoolCore, event: Cancel) -> bool:
+    def mutant(self: PoolStateMachine, event: LeaseCancelled) -> bool:
         slot = self.state.holders.get(event.waiter_id)
         if slot is not None and next(iter(slot.waiters), None) == event.waiter_id:
             self.state.drop_claim(slot, "its requester left")
         return cancel(self, event)
 
-    patch.setattr(PoolCore, "_cancel", mutant)
+    patch.setattr(PoolStateMachine, "_cancel", mutant)
 
 
 def eviction_that_still_does_not_fit(patch: Patch) -> None:
     """Whatever can leave leaves, whether or not that is enough."""
 
-    def mutant(charged: list[Slot], candidates: list[Slot], need: Need, limit_bytes: int) -> tuple[Slot, ...] | None:
+    def mutant(
+        charged: list[Slot], candidates: list[Slot], need: MemoryNeed, limit_bytes: int
+    ) -> tuple[Slot, ...] | None:
         chosen = eviction.choose_victims(charged, candidates, need, limit_bytes)
         return tuple(sorted(candidates, key=victim_order)) if chosen is None else chosen
 
@@ -119,8 +121,8 @@ def eviction_that_still_does_not_fit(patch: Patch) -> None:
 def pinned_models_make_room(patch: Patch) -> None:
     """Memory pressure counts as an operator's word."""
 
-    def mutant(slot: Slot, rules: Rules, now_s: float, *, even_leased: bool) -> bool:
-        return slot.state == "ready" and now_s >= slot.matures_at_s(rules) and (even_leased or not slot.leases)
+    def mutant(slot: Slot, rules: PoolPolicy, now_s: float, *, even_leased: bool) -> bool:
+        return slot.state == "ready" and now_s >= slot.evictable_from_s(rules) and (even_leased or not slot.leases)
 
     patch.setattr(admission, "can_be_victim", mutant)
 
@@ -128,7 +130,7 @@ def pinned_models_make_room(patch: Patch) -> None:
 def no_minimum_residency(patch: Patch) -> None:
     """A model leaves as soon as it is idle, so two claims chase each other."""
 
-    def mutant(slot: Slot, rules: Rules, now_s: float, *, even_leased: bool) -> bool:
+    def mutant(slot: Slot, rules: PoolPolicy, now_s: float, *, even_leased: bool) -> bool:
         return can_be_victim(slot, rules, now_s + 1e6, even_leased=even_leased)
 
     patch.setattr(admission, "can_be_victim", mutant)
@@ -164,16 +166,16 @@ def both_outcomes_for_an_impatient_waiter(patch: Patch) -> None:
 
 def a_deficit_is_forgotten(patch: Patch) -> None:
     """A model measured too large is charged as it was estimated."""
-    warmed = Outcomes._warmed
+    warmed = CompletionHandlers._warmed
 
-    def mutant(self: Outcomes, event: object) -> None:
+    def mutant(self: CompletionHandlers, event: object) -> None:
         slot = self.state.slots[event.slot_id]  # type: ignore[attr-defined]  # the handler's own event
-        estimate = slot.charge
+        estimate = slot.reserved
         warmed(self, event)  # type: ignore[arg-type]  # as above
         if slot.state == "ready":
-            slot.charge = estimate
+            slot.reserved = estimate
 
-    patch.setattr(Outcomes, "_warmed", mutant)
+    patch.setattr(CompletionHandlers, "_warmed", mutant)
 
 
 def the_reading_of_the_device_is_ignored(patch: Patch) -> None:
@@ -183,25 +185,25 @@ def the_reading_of_the_device_is_ignored(patch: Patch) -> None:
 
 def victims_leave_on_an_old_reading(patch: Patch) -> None:
     """Nobody looks at the device before models leave for a claim."""
-    changed = PoolCore._budget_changed
+    changed = PoolStateMachine._budget_changed
 
-    def mutant(self: PoolCore, event: BudgetChanged) -> None:
+    def mutant(self: PoolStateMachine, event: BudgetChanged) -> None:
         changed(self, event)
         self.state.ceiling_until_s += 1e6
 
-    patch.setattr(PoolCore, "_budget_changed", mutant)
+    patch.setattr(PoolStateMachine, "_budget_changed", mutant)
 
 
 def a_shutdown_is_undone_by_an_operator_who_gives_up(patch: Patch) -> None:
     """What drained for an eviction serves again, although the host shuts down."""
-    undo = PoolCore._undo_evict
+    undo = PoolStateMachine._undo_evict
 
-    def mutant(self: PoolCore, slot: Slot) -> None:
+    def mutant(self: PoolStateMachine, slot: Slot) -> None:
         was, self.state.is_draining = self.state.is_draining, False
         undo(self, slot)
         self.state.is_draining = was
 
-    patch.setattr(PoolCore, "_undo_evict", mutant)
+    patch.setattr(PoolStateMachine, "_undo_evict", mutant)
 
 
 def a_load_that_hangs_is_told_to_nobody(patch: Patch) -> None:
@@ -228,7 +230,7 @@ def nobody_is_sent_to_another_host(patch: Patch) -> None:
 
 def an_eviction_outlives_a_later_preload(patch: Patch) -> None:
     """A model that was preloaded while its eviction waited leaves all the same."""
-    patch.setattr(PoolCore, "_stay", lambda self, slot, cause: None)
+    patch.setattr(PoolStateMachine, "_stay", lambda self, slot, cause: None)
 
 
 def an_evicted_model_comes_back_unasked(patch: Patch) -> None:
@@ -239,8 +241,8 @@ def an_evicted_model_comes_back_unasked(patch: Patch) -> None:
 def the_largest_workspace_is_not_reserved(patch: Patch) -> None:
     """Weights fill the budget to the brim."""
 
-    def mutant(charged: list[Slot], need: Need, limit_bytes: int) -> int:
-        return max(0, sum(slot.charge.weight_bytes for slot in charged) + need.weight_bytes - limit_bytes)
+    def mutant(charged: list[Slot], need: MemoryNeed, limit_bytes: int) -> int:
+        return max(0, sum(slot.reserved.weight_bytes for slot in charged) + need.weight_bytes - limit_bytes)
 
     patch.setattr(admission, "missing_bytes", mutant)
 

@@ -18,9 +18,9 @@ from engines.errors import (
     SelfCheckFailed,
     ShuttingDown,
 )
-from engines.host import Host, World
+from engines.host import Host, HostRuntime
 from engines.spec import ModelSpec
-from engines.testing.fakes import FakeFiles, FakeLoader, FakeTime, InlineWorkers, fake_host, fake_vector, fake_world
+from engines.testing.fakes import FakeFiles, FakeLoader, FakeTime, InlineWorkers, fake_host, fake_runtime, fake_vector
 from engines.testing.runtime import FakeMemory, let_run
 from engines.types import EmbedCall, Embeddings, ModelStatus, State
 
@@ -34,7 +34,7 @@ class Yard:
 
     def __init__(self, *models: str | ModelSpec, budget_bytes: int, loader: FakeLoader, files: FakeFiles) -> None:
         self.time = FakeTime()
-        self.world: World = fake_world(time=self.time)
+        self.world: HostRuntime = fake_runtime(time=self.time)
         self.files = files
         self.loader = loader
         self.host: Host = fake_host(*models, budget_bytes=budget_bytes, files=files, loader=loader, world=self.world)

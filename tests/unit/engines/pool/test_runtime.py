@@ -11,8 +11,8 @@ from engines.errors import LoadFailed
 from engines.host import Host
 from engines.pool.effect_runner import load_limit_s
 from engines.pool.runtime import LoadLock, Task, Threads
-from engines.pool.slot import Need
-from engines.testing.fakes import FakeLoader, fake_host, fake_world
+from engines.pool.slot import MemoryNeed
+from engines.testing.fakes import FakeLoader, fake_host, fake_runtime
 from engines.types import EmbedCall
 
 
@@ -33,9 +33,9 @@ def test_a_task_hangs_when_it_runs_for_longer_than_it_may() -> None:
 
 
 def test_a_load_may_take_as_long_as_a_slow_disk_needs_and_far_longer_than_the_last_one() -> None:
-    assert load_limit_s(Need(), 600.0) == 600.0
-    assert load_limit_s(Need(weight_bytes=20 * 10**9), 600.0) == 1600.0
-    assert load_limit_s(Need(load_s=90.0), 600.0) == 1500.0
+    assert load_limit_s(MemoryNeed(), 600.0) == 600.0
+    assert load_limit_s(MemoryNeed(weight_bytes=20 * 10**9), 600.0) == 1600.0
+    assert load_limit_s(MemoryNeed(load_s=90.0), 600.0) == 1500.0
 
 
 async def test_when_a_load_hangs_the_other_hosts_of_the_process_say_so_too() -> None:
@@ -50,7 +50,7 @@ async def test_when_a_load_hangs_the_other_hosts_of_the_process_say_so_too() -> 
             assert gate.wait(20)
 
     def host(host_id: str, loader: FakeLoader) -> Host:
-        world = structs.replace(fake_world(), workers=Threads(host_id, load_lock=lock))
+        world = structs.replace(fake_runtime(), workers=Threads(host_id, load_lock=lock))
         return fake_host("stuck", "cold", "warm", loader=loader, world=world, host_id=host_id)
 
     one, two = host("one", FakeLoader(pause=pause)), host("two", FakeLoader())

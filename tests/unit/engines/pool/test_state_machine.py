@@ -16,22 +16,22 @@ from engines.errors import (
 )
 from engines.pool.messages import (
     Discard,
+    DownloadProgressed,
     Effect,
     Emit,
     Fail,
-    FetchProgress,
+    FilesLocated,
     Grant,
-    Located,
-    Preload,
-    Release,
+    LeaseReleased,
+    PreloadRequested,
     StartFetch,
     StartLoad,
     StartLocate,
     StartUnload,
-    Warmed,
+    WarmUpCompleted,
 )
-from engines.pool.slot import Need
-from engines.pool.state_machine import PoolCore
+from engines.pool.slot import MemoryNeed
+from engines.pool.state_machine import PoolStateMachine
 from engines.spec import ModelSpec
 from engines.testing.fakes import fake_specs
 from engines.types import State
@@ -40,8 +40,8 @@ from tests.testkit.pool_storm import BUDGET, Storm, a_folder
 DAY_S = 86_400.0
 
 
-def need(weight_bytes: int, workspace_bytes: int = 10) -> Need:
-    return Need(weight_bytes=weight_bytes, workspace_bytes=workspace_bytes)
+def need(weight_bytes: int, workspace_bytes: int = 10) -> MemoryNeed:
+    return MemoryNeed(weight_bytes=weight_bytes, workspace_bytes=workspace_bytes)
 
 
 class Pool(Storm):
@@ -177,7 +177,7 @@ def test_giving_back_a_lease_that_nobody_holds_is_a_bug_that_shows() -> None:
     pool = Pool(a=100)
 
     with pytest.raises(RuntimeError, match="nobody holds it"):
-        pool.core.handle(Release(7), 1.0)
+        pool.core.handle(LeaseReleased(7), 1.0)
 
 
 # ---- rules 4 to 6: who gets memory, and from whom ---------------------------------------------------------------
@@ -502,7 +502,7 @@ def test_those_who_cannot_go_elsewhere_wait_on_for_memory_that_others_hold() -> 
 
 def test_a_tentative_preload_that_fails_leaves_no_wish_and_no_pin() -> None:
     pool = Pool(a=100)
-    pool.step(Preload("a", is_pin=True, is_tentative=True))
+    pool.step(PreloadRequested("a", is_pin=True, is_tentative=True))
     pool.finish(0)
     pool.finish(0)
     pool.finish(0, "bad_model")
@@ -602,8 +602,8 @@ def test_the_quarantine_doubles_to_five_minutes() -> None:
 
 def test_the_jitter_spreads_a_fleet_by_a_tenth() -> None:
     lowest, highest = Pool(a=100), Pool(a=100)
-    lowest.core = PoolCore(fake_specs("a"), budget_bytes=BUDGET, jitter=lambda: 0.0)
-    highest.core = PoolCore(fake_specs("a"), budget_bytes=BUDGET, jitter=lambda: 1.0)
+    lowest.core = PoolStateMachine(fake_specs("a"), budget_bytes=BUDGET, jitter=lambda: 0.0)
+    highest.core = PoolStateMachine(fake_specs("a"), budget_bytes=BUDGET, jitter=lambda: 1.0)
 
     delays = [fail_to_fetch(lowest, "hub_unreachable"), fail_to_fetch(highest, "hub_unreachable")]
 
@@ -1099,7 +1099,7 @@ def test_a_caller_whose_patience_ends_is_told_and_the_load_goes_on() -> None:
     pool = Pool(a=100)
     waiter_id = pool.acquire("a", patience_s=3)
     pool.finish(0, "absent")
-    pool.step(FetchProgress(0, 30_000_000, 90_000_000))
+    pool.step(DownloadProgressed(0, 30_000_000, 90_000_000))
 
     pool.advance(3)
 
@@ -1114,7 +1114,7 @@ def test_download_progress_is_an_event() -> None:
     pool.acquire("a")
     pool.finish(0, "absent")
 
-    pool.step(FetchProgress(0, 1, 2))
+    pool.step(DownloadProgressed(0, 1, 2))
 
     progress = [effect for effect in pool.seen if isinstance(effect, Emit) and effect.kind == "progress"]
     assert [(effect.model_id, effect.done_bytes, effect.total_bytes) for effect in progress] == [("a", 1, 2)]
@@ -1124,9 +1124,9 @@ def test_a_report_that_nobody_waits_for_is_a_bug_that_shows() -> None:
     pool = Pool(a=100)
 
     with pytest.raises(RuntimeError, match="but warm ended"):
-        pool.core.handle(Warmed(0, 1, 1), 1.0)
+        pool.core.handle(WarmUpCompleted(0, 1, 1), 1.0)
     with pytest.raises(RuntimeError, match="but locate ended"):
-        pool.core.handle(Located(0, a_folder(), None), 1.0)
+        pool.core.handle(FilesLocated(0, a_folder(), None), 1.0)
 
 
 def test_the_pool_can_be_read() -> None:

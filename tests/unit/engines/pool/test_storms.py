@@ -1,4 +1,4 @@
-"""Random storms on the pure pool: `tests/testkit/pool_storm.py` holds the invariants and checks them after every step."""
+"""Random storms on the pure pool; `tests/testkit/pool_storm.py` checks the invariants after every step."""
 
 from random import Random
 

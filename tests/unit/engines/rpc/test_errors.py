@@ -7,14 +7,14 @@ import pytest
 
 from engines import errors
 from engines.errors import EngineError, EngineFailed, InvalidValue, LoadFailed, NonFiniteEmbedding, QueueFull
-from engines.rpc.errors import Failure, error_of, failure_of
+from engines.rpc.errors import ErrorRecord, error_of, error_record_of
 
 ALL = [cls for cls in vars(errors).values() if isinstance(cls, type) and issubclass(cls, EngineError)]
 
 
 def crossed(error: Exception) -> EngineError:
     """The error after a journey as bytes."""
-    return error_of(msgspec.msgpack.decode(msgspec.msgpack.encode(failure_of(error)), type=Failure))
+    return error_of(msgspec.msgpack.decode(msgspec.msgpack.encode(error_record_of(error)), type=ErrorRecord))
 
 
 @pytest.mark.parametrize("cls", ALL, ids=lambda cls: cls.__name__)
@@ -47,6 +47,6 @@ def test_what_nobody_foresaw_crosses_without_its_words() -> None:
 
 
 def test_an_error_of_a_newer_version_is_an_engine_failure() -> None:
-    back = error_of(Failure(kind="TooMuchNoise", message="turn it down"))
+    back = error_of(ErrorRecord(kind="TooMuchNoise", message="turn it down"))
 
     assert (type(back), str(back)) == (EngineFailed, "turn it down")

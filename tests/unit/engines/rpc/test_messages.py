@@ -5,24 +5,24 @@ import random
 import pytest
 
 from engines.errors import QueueFull
-from engines.rpc.errors import failure_of
+from engines.rpc.errors import error_record_of
 from engines.rpc.messages import (
     Cancel,
-    Cutter,
+    CommandResult,
     Drain,
     Embed,
+    EmbedResult,
     Evict,
-    Foresee,
     Frame,
+    FrameDecoder,
     Generation,
-    Look,
-    Outcome,
+    HostReport,
+    PlanRequest,
+    Poll,
     Preload,
     Reload,
     Reply,
     Request,
-    Seen,
-    Vectors,
     decode_reply,
     decode_request,
     encode_reply,
@@ -56,9 +56,9 @@ VECTORS = Embeddings(
         Embed(call=EmbedCall(model_id="a", texts=("x",), caller="web")),
         Preload(model_id="a", pin=True, wait=False),
         Evict(model_id="a", force=True, timeout_s=0.5),
-        Foresee(model_id="a", size_s=1.0),
+        PlanRequest(model_id="a", size_s=1.0),
         Reload(specs={"a": SPEC}, budget=Budget(fraction=0.5), generation=Generation(2, "ab")),
-        Look(after=7),
+        Poll(after=7),
         Drain(grace_s=3.0),
         Cancel(number=9),
     ],
@@ -70,10 +70,10 @@ def test_a_request_comes_out_as_it_went_in(request_: Request) -> None:
 @pytest.mark.parametrize(
     "reply",
     [
-        Vectors(embeddings=VECTORS),
-        Outcome(snapshot=SNAPSHOT, status=STATUS, plan=PLAN),
-        Seen(snapshot=SNAPSHOT, events=(EVENT,), fault="hangs", generation=Generation(4, "cd")),
-        failure_of(QueueFull("full", retry_after_s=0.5)),
+        EmbedResult(embeddings=VECTORS),
+        CommandResult(snapshot=SNAPSHOT, status=STATUS, plan=PLAN),
+        HostReport(snapshot=SNAPSHOT, events=(EVENT,), fault="hangs", generation=Generation(4, "cd")),
+        error_record_of(QueueFull("full", retry_after_s=0.5)),
     ],
     ids=lambda reply: type(reply).__name__,
 )
@@ -82,7 +82,7 @@ def test_a_reply_comes_out_as_it_went_in(reply: Reply) -> None:
 
 
 def test_vectors_travel_beside_the_head_and_are_not_touched() -> None:
-    head, body = encode_reply(Vectors(embeddings=VECTORS))
+    head, body = encode_reply(EmbedResult(embeddings=VECTORS))
 
     assert body is VECTORS.vectors
     assert VECTORS.vectors not in head
@@ -96,7 +96,7 @@ def test_frames_come_out_whole_however_the_bytes_arrive(seed: int) -> None:
         for _ in range(40)
     ]
     stream = b"".join(part for frame in frames for part in pack(frame))
-    cutter = Cutter()
+    cutter = FrameDecoder()
     found: list[Frame] = []
     while stream:
         size = chance.choice([1, 7, 8, 9, 100, 5000])

@@ -11,7 +11,7 @@ from litestar import Litestar
 from engines.errors import HostNotFound
 from engines.types import Event
 from router.api.event_stream import event_messages, parse_last_event_id
-from router.server.state import Yard
+from router.server.state import ServerState
 from tests.testkit.scripted_backend import ScriptedBackend
 from tests.testkit.served import Served
 from tests.testkit.threaded_server import serving
@@ -163,7 +163,7 @@ async def test_a_reader_that_leaves_is_forgotten(app: Litestar, backend: Scripte
 
 
 async def test_a_drain_ends_the_streams(app: Litestar) -> None:
-    yard: Yard = app.state.yard
+    server_state: ServerState = app.state.server_state
     async with (
         serving(app) as url,
         httpx.AsyncClient(base_url=url) as client,
@@ -171,7 +171,7 @@ async def test_a_drain_ends_the_streams(app: Litestar) -> None:
     ):
         lines = answer.aiter_lines()
         await anext(lines)
-        yard.begin_drain()
+        server_state.begin_drain()
         rest = [line async for line in lines]
 
     assert [line for line in rest if line.startswith(("id", "data"))] == []

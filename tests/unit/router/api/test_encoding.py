@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from engines.errors import InvalidValue
 from engines.spec import Calibration, ModelSpec
 from engines.types import Embeddings
-from router.api.encoding import Form, check_ranges, encode_answer, quantize
+from router.api.encoding import OutputFormat, check_ranges, encode_answer, quantize
 from router.schemas.inference import EncodingFormat, OutputDtype
 
 DTYPES: tuple[OutputDtype, ...] = ("int8", "uint8", "binary", "ubinary")
@@ -42,7 +42,7 @@ def embeddings(vectors: NDArray[np.float32]) -> Embeddings:
 
 
 def answer(vectors: NDArray[np.float32], encoding: EncodingFormat, dtype: OutputDtype = "float") -> dict[str, Any]:
-    body = asyncio.run(encode_answer(embeddings(vectors), 'a "model"', Form(encoding=encoding, dtype=dtype)))
+    body = asyncio.run(encode_answer(embeddings(vectors), 'a "model"', OutputFormat(encoding=encoding, dtype=dtype)))
     found: dict[str, Any] = json.loads(body)
     return found
 
@@ -174,7 +174,7 @@ def test_base64_and_numbers_hold_the_same_codes(dtype: OutputDtype, rows: int) -
 
 async def test_the_loop_goes_on_while_a_large_answer_is_written() -> None:
     large = embeddings(matrix(2048, 512))
-    task = asyncio.create_task(encode_answer(large, "m", Form()))
+    task = asyncio.create_task(encode_answer(large, "m", OutputFormat()))
     turns = 0
     while not task.done():
         await asyncio.sleep(0)

@@ -7,7 +7,7 @@ import pytest
 from litestar import Litestar
 
 from router.config.settings import Settings
-from router.server.state import Yard
+from router.server.state import ServerState
 from tests.testkit.scripted_backend import ScriptedBackend
 from tests.testkit.served import Served, serve
 from tests.testkit.threaded_server import serving
@@ -37,10 +37,10 @@ def test_a_draining_host_takes_no_work(served: Served) -> None:
 
 
 async def test_a_draining_server_takes_no_work(app: Litestar) -> None:
-    yard: Yard = app.state.yard
+    server_state: ServerState = app.state.server_state
     async with serving(app) as url, httpx.AsyncClient(base_url=url) as client:
         before = await client.get("/ready")
-        yard.begin_drain()
+        server_state.begin_drain()
         after, health = await client.get("/ready"), await client.get("/health")
 
     assert (before.status_code, after.status_code, health.status_code) == (200, 503, 200)

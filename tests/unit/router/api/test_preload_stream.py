@@ -12,7 +12,7 @@ from litestar import Litestar, Request
 from engines.errors import HubUnreachable
 from engines.host import Host, HostConfig
 from engines.spec import ModelSpec
-from engines.testing.fakes import FakeFiles, FakeLoader, InlineWorkers, fake_world
+from engines.testing.fakes import FakeFiles, FakeLoader, InlineWorkers, fake_runtime
 from engines.types import Event
 from router.api.event_stream import preload_messages
 from router.app import create_app
@@ -30,7 +30,7 @@ SPECS = {name: ModelSpec(model_id=name, source=f"fake/{name}") for name in ("org
 
 @asynccontextmanager
 async def served(files: FakeFiles, workers: InlineWorkers | None = None) -> AsyncIterator[httpx.AsyncClient]:
-    world = msgspec.structs.replace(fake_world(), workers=workers or InlineWorkers())
+    world = msgspec.structs.replace(fake_runtime(), workers=workers or InlineWorkers())
     host = Host(HostConfig(host_id="cpu", workspace_bytes=100), SPECS, files, FakeLoader(), world)
     app = create_app(Settings(), Registry(models=SPECS), LocalBackend([host], SPECS))
     async with serving(app) as url, httpx.AsyncClient(base_url=url, timeout=10) as client:

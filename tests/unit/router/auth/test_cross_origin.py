@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from router.auth.guards import why_foreign
+from router.auth.guards import reject_cross_origin
 from router.config.settings import Settings
 from tests.testkit.served import Served, serve
 
@@ -32,7 +32,7 @@ EVICT = "/admin/models/mini/evict"
     ],
 )
 def test_own_pages_and_programs_are_welcome(settings: Settings, host: str, origin: str) -> None:
-    assert why_foreign(settings, host, origin) == ""
+    assert reject_cross_origin(settings, host, origin) == ""
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_own_pages_and_programs_are_welcome(settings: Settings, host: str, origi
     ],
 )
 def test_others_are_told_what_would_let_them_in(settings: Settings, host: str, origin: str, part: str) -> None:
-    assert part in why_foreign(settings, host, origin)
+    assert part in reject_cross_origin(settings, host, origin)
 
 
 @pytest.fixture(scope="module")

@@ -297,8 +297,11 @@ def test_no_key_ever_shows(keyed: Limited) -> None:
         keyed.backend.failures["mini"] = RuntimeError(f"with {secret_of('web')}")
         texts.append(keyed.embed("web").text)
         texts.append(keyed.client.get("/metrics", headers=bearer("ops")).text)
-    yard, limiter = keyed.app.state.yard, keyed.app.state.limiter
-    texts += [repr(thing) for thing in (yard.keyring, vars(yard.keyring), yard.settings, limiter, vars(limiter))]
+    server_state, limiter = keyed.app.state.server_state, keyed.app.state.limiter
+    texts += [
+        repr(thing)
+        for thing in (server_state.keyring, vars(server_state.keyring), server_state.settings, limiter, vars(limiter))
+    ]
     crashes = [line.pop("exc_info") for line in lines if line["event"] == "request.crashed"]
     texts.append(json.dumps(lines, default=str))
 

@@ -21,9 +21,9 @@ from router.backends.base import Backend
 from router.backends.ray.deploy import Plan, connect, deploy, from_environment
 from router.backends.ray.environment import APP, DEPLOYMENT
 from router.backends.ray.fleet import RayFleet
-from router.backends.ray.replica_directory import BOARD
+from router.backends.ray.replica_directory import REPLICAS
 from router.backends.remote import RemoteBackend
-from router.backends.worker_config import Birth
+from router.backends.worker_config import WorkerConfig
 from router.config.settings import Settings
 from router.registry.generation import first_generation
 from router.registry.registry import Registry
@@ -40,7 +40,7 @@ from ray.cluster_utils import Cluster  # isort: skip
 REPLACED_S = 90.0
 """Seconds on a quiet machine; much longer where others use the cores."""
 STORE_BYTES = 100_000_000
-BIRTH = Birth(
+BIRTH = WorkerConfig(
     host_id="",
     device="cpu",
     cores=1,
@@ -67,7 +67,7 @@ def cluster() -> Iterator[Cluster]:
 @asynccontextmanager
 async def routed() -> AsyncIterator[RemoteBackend]:
     handle = serve.get_deployment_handle(DEPLOYMENT, APP)
-    backend = RemoteBackend(RayFleet(handle, BOARD, grace_s=2.0, look_every_s=0.1), {})
+    backend = RemoteBackend(RayFleet(handle, REPLICAS, grace_s=2.0, look_every_s=0.1), {})
     await backend.start()
     yield backend
     await backend.aclose(grace_s=0)
@@ -138,7 +138,7 @@ class TestRay(Conformance):
         async with serving(backend, scripted("new")):
             handle = serve.get_deployment_handle(DEPLOYMENT, APP)
             specs = {"old": scripted("old")}
-            other = RemoteBackend(RayFleet(handle, BOARD, look_every_s=0.1), specs)
+            other = RemoteBackend(RayFleet(handle, REPLICAS, look_every_s=0.1), specs)
             await other.start()
             rolled_back = await until(other, lambda hosts: all(served(host) == ["old"] for host in hosts))
             answer = await other.embed(call("old"))
@@ -149,7 +149,7 @@ class TestRay(Conformance):
     async def test_the_metrics_of_all_hosts_are_those_of_the_server(self, cluster: Cluster, backend: Backend) -> None:
         spec = scripted("a")
         async with serving(backend, spec):
-            fleet = RayFleet(serve.get_deployment_handle(DEPLOYMENT, APP), BOARD, look_every_s=0.1)
+            fleet = RayFleet(serve.get_deployment_handle(DEPLOYMENT, APP), REPLICAS, look_every_s=0.1)
             registry = Registry(models={"a": spec}, default_model="a")
             app = create_app(Settings(), registry, RemoteBackend(fleet, registry.models))
             async with serving_app(app) as url, httpx.AsyncClient(base_url=url) as client:

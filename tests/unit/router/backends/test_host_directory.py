@@ -7,7 +7,7 @@ import pytest
 from engines.errors import LoadFailed
 from engines.spec import ModelSpec
 from engines.types import HostSnapshot, ModelStatus, State
-from router.backends.host_directory import Ledger
+from router.backends.host_directory import HostDirectory
 from tests.testkit.snapshots import host
 
 SPEC = ModelSpec(model_id="a", source="a")
@@ -19,10 +19,10 @@ def status(model_id: str, host_id: str, state: State = "cold", **more: Any) -> M
     )  # fmt: skip
 
 
-def ledger(*hosts: HostSnapshot) -> Ledger:
-    made = Ledger()
+def ledger(*hosts: HostSnapshot) -> HostDirectory:
+    made = HostDirectory()
     for snapshot in hosts:
-        made.note(snapshot)
+        made.update(snapshot)
     return made
 
 
@@ -30,7 +30,7 @@ def test_a_model_that_was_sent_to_a_host_is_expected_there_before_the_host_says_
     book = ledger(*(host(name, status("a", name), status("b", name)) for name in "xy"))
     home = book.ranked(SPEC)[0]
     other = ModelSpec(model_id="b", source="b")
-    with book.sent(home, "a"):
+    with book.in_flight(home, "a"):
         assert book.ranked(SPEC)[0] == home
         assert book.ranked(other)[0] != home, "its bytes are claimed there"
     book.begin(home, "b")
@@ -88,23 +88,23 @@ def test_one_more_copy_goes_where_there_is_free_memory_and_only_when_all_are_bus
     hot = ModelSpec(model_id="a", source="a", replicas=2)
     book = ledger(host("x", status("a", "x", "ready")), host("y", status("a", "y")), host("z", status("a", "z")))
 
-    assert book.further(hot, calls=0) is None
-    assert book.further(SPEC, calls=9) is None
-    second = book.further(hot, calls=1)
+    assert book.pick_replica_host(hot, calls=0) is None
+    assert book.pick_replica_host(SPEC, calls=9) is None
+    second = book.pick_replica_host(hot, calls=1)
     assert second in ("y", "z")
     book.begin(second, "a")
-    assert book.further(hot, calls=9) is None, "one is on its way"
+    assert book.pick_replica_host(hot, calls=9) is None, "one is on its way"
 
 
 def test_no_other_model_has_to_leave_for_a_copy() -> None:
     hot = ModelSpec(model_id="a", source="a", replicas=2)
     full = host("y", status("a", "y"), status("b", "y", "ready", weight_bytes=4500), free=500, used=4500)
 
-    assert ledger(host("x", status("a", "x", "ready")), full).further(hot, calls=9) is None
+    assert ledger(host("x", status("a", "x", "ready")), full).pick_replica_host(hot, calls=9) is None
 
 
 def test_models_that_no_host_has_or_expects_are_unloaded() -> None:
     specs = [ModelSpec(model_id=name, source="s") for name in "abc"]
     book = ledger(host("x", status("a", "x"), status("b", "x", "loading")), host("y", status("a", "y", "failed")))
 
-    assert [spec.model_id for spec in book.unloaded(specs)] == ["a"]
+    assert [spec.model_id for spec in book.not_resident(specs)] == ["a"]

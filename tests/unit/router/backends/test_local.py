@@ -16,10 +16,18 @@ from engines.errors import (
     SelfCheckFailed,
     ShuttingDown,
 )
-from engines.host import Host, HostConfig, World
+from engines.host import Host, HostConfig, HostRuntime
 from engines.spec import ModelSpec
 from engines.testing.engine import Attempts
-from engines.testing.fakes import FakeFiles, FakeLoader, FakeMemory, InlineWorkers, fake_specs, fake_vector, fake_world
+from engines.testing.fakes import (
+    FakeFiles,
+    FakeLoader,
+    FakeMemory,
+    InlineWorkers,
+    fake_runtime,
+    fake_specs,
+    fake_vector,
+)
 from engines.testing.runtime import let_run
 from engines.types import Budget, EmbedCall, Event, ModelStatus
 from router.backends.base import Backend
@@ -36,7 +44,7 @@ class Fleet:
     def __init__(self, specs: Mapping[str, ModelSpec], budgets: Mapping[str, int], files: FakeFiles) -> None:
         self.files = files
         self.loaders = {device: FakeLoader() for device in budgets}
-        self.worlds: dict[str, World] = {device: fake_world() for device in budgets}
+        self.worlds: dict[str, HostRuntime] = {device: fake_runtime() for device in budgets}
         self.hosts = {
             device: Host(
                 HostConfig(host_id=device, device=device, budget=Budget(size_bytes=budget), workspace_bytes=100),

@@ -8,7 +8,7 @@ import pytest
 from engines.errors import EngineError, LoadFailed, ModelLoading, ModelTooLarge, OutOfMemory
 from engines.spec import ModelSpec
 from engines.types import HostSnapshot, ModelStatus, State
-from router.backends.placement import further, most_hopeful, moves_on, rank
+from router.backends.placement import most_hopeful, moves_on, pick_replica_host, rank_hosts
 
 
 def model(
@@ -63,20 +63,20 @@ def test_where_it_is_resident_comes_first_and_the_readier_before_the_less_ready(
         host("warming", model("m", "warming", weight_bytes=50)),
     ]
 
-    assert rank("m", 50, hosts) == ["ready", "warming", "loading", "free"]
+    assert rank_hosts("m", 50, hosts) == ["ready", "warming", "loading", "free"]
 
 
 def test_free_memory_comes_before_evictions() -> None:
     full = host("full", model("old", "ready", weight_bytes=80, used_at=1))
 
-    assert rank("m", 50, [full, host("free")]) == ["free", "full"]
+    assert rank_hosts("m", 50, [full, host("free")]) == ["free", "full"]
 
 
 def test_the_host_whose_victims_have_been_idle_longest_comes_before_others() -> None:
     fresh = host("fresh", model("a", "ready", weight_bytes=80, used_at=50))
     stale = host("stale", model("a", "ready", weight_bytes=80, used_at=10))
 
-    assert rank("m", 50, [fresh, stale]) == ["stale", "fresh"]
+    assert rank_hosts("m", 50, [fresh, stale]) == ["stale", "fresh"]
 
 
 def test_all_that_must_leave_count_and_not_only_the_first() -> None:
@@ -85,7 +85,7 @@ def test_all_that_must_leave_count_and_not_only_the_first() -> None:
     )
     large = host("large", model("a", "ready", weight_bytes=100, used_at=50))
 
-    assert rank("m", 50, [small, large]) == ["large", "small"]
+    assert rank_hosts("m", 50, [small, large]) == ["large", "small"]
 
 
 def test_pinned_busy_and_leaving_models_are_no_victims() -> None:
@@ -93,21 +93,21 @@ def test_pinned_busy_and_leaving_models_are_no_victims() -> None:
     busy = host("busy", model("a", "ready", weight_bytes=90, used_at=1, leases=1))
     idle = host("idle", model("a", "ready", weight_bytes=90, used_at=70))
 
-    assert rank("m", 50, [pinned, busy, idle])[0] == "idle"
+    assert rank_hosts("m", 50, [pinned, busy, idle])[0] == "idle"
 
 
 def test_claimed_memory_is_not_free() -> None:
     promised = host("promised", claimed=80)
     full = host("full", model("a", "ready", weight_bytes=90, used_at=1))
 
-    assert rank("m", 50, [promised, host("free")]) == ["free", "promised"]
-    assert rank("m", 50, [promised, full]) == ["full", "promised"]
+    assert rank_hosts("m", 50, [promised, host("free")]) == ["free", "promised"]
+    assert rank_hosts("m", 50, [promised, full]) == ["full", "promised"]
 
 
 def test_a_host_that_only_waits_for_memory_is_not_the_models_home() -> None:
     waiting = host("waiting", model("m", "waiting_space", waiters=3), model("a", "ready", weight_bytes=90), claimed=50)
 
-    assert rank("m", 50, [waiting, host("free")]) == ["free", "waiting"]
+    assert rank_hosts("m", 50, [waiting, host("free")]) == ["free", "waiting"]
 
 
 def test_among_equals_the_host_that_expects_the_model_already_takes_the_herd() -> None:
@@ -115,7 +115,7 @@ def test_among_equals_the_host_that_expects_the_model_already_takes_the_herd() -
         hosts = [host(other) for other in "abcdef" if other != host_id]
         expecting = host(host_id, model("m", "fetching", waiters=1), claimed=50)
 
-        assert rank("m", 50, [*hosts, expecting])[0] == host_id
+        assert rank_hosts("m", 50, [*hosts, expecting])[0] == host_id
 
 
 def test_a_host_too_small_draining_or_for_another_device_comes_last() -> None:
@@ -123,8 +123,8 @@ def test_a_host_too_small_draining_or_for_another_device_comes_last() -> None:
     foreign = msgspec.structs.replace(host("foreign"), models=())
     full = host("full", model("a", "ready", weight_bytes=90, used_at=1))
 
-    assert rank("m", 50, [small, draining, foreign, full])[0] == "full"
-    assert rank("m", 50, [small, draining, foreign, full])[-1] == "draining"
+    assert rank_hosts("m", 50, [small, draining, foreign, full])[0] == "full"
+    assert rank_hosts("m", 50, [small, draining, foreign, full])[-1] == "draining"
 
 
 def test_where_it_failed_to_load_comes_after_every_host_that_could_have_it() -> None:
@@ -132,16 +132,16 @@ def test_where_it_failed_to_load_comes_after_every_host_that_could_have_it() -> 
     full = host("full", model("a", "ready", weight_bytes=90, used_at=1))
     busy = host("busy", model("a", "ready", weight_bytes=90, leases=1))
 
-    assert rank("m", 50, [failed, busy, full]) == ["full", "failed", "busy"]
+    assert rank_hosts("m", 50, [failed, busy, full]) == ["full", "failed", "busy"]
 
 
 def test_memory_that_other_processes_hold_is_not_free() -> None:
     held = host("held", ceiling=40)
     shared = host("shared", model("a", "ready", weight_bytes=40, used_at=1), ceiling=80)
 
-    assert rank("m", 50, [held, host("free")]) == ["free", "held"]
-    assert rank("m", 50, [held, shared]) == ["shared", "held"]
-    assert further(ModelSpec(model_id="m", source="x", replicas=2), 50, [held, ready_at("home")]) is None
+    assert rank_hosts("m", 50, [held, host("free")]) == ["free", "held"]
+    assert rank_hosts("m", 50, [held, shared]) == ["shared", "held"]
+    assert pick_replica_host(ModelSpec(model_id="m", source="x", replicas=2), 50, [held, ready_at("home")]) is None
 
 
 def test_a_host_where_a_load_hangs_serves_what_it_has_and_gets_nothing_else() -> None:
@@ -149,8 +149,8 @@ def test_a_host_where_a_load_hangs_serves_what_it_has_and_gets_nothing_else() ->
     full = host("full", model("a", "ready", weight_bytes=90, used_at=1))
     having = msgspec.structs.replace(ready_at("having"), stuck="a load hangs")
 
-    assert rank("m", 50, [stuck, full]) == ["full", "stuck"]
-    assert rank("m", 50, [full, having]) == ["having", "full"]
+    assert rank_hosts("m", 50, [stuck, full]) == ["full", "stuck"]
+    assert rank_hosts("m", 50, [full, having]) == ["having", "full"]
 
 
 def ready_at(host_id: str) -> HostSnapshot:
@@ -197,19 +197,19 @@ def test_among_equals_models_spread_and_a_lost_host_moves_only_its_own() -> None
 def placed(model_id: str, hosts: list[HostSnapshot]) -> str:
     """First choice for a model that every one of the hosts may serve."""
     known = [msgspec.structs.replace(one, models=(model(model_id),)) for one in hosts]
-    return rank(model_id, 10, known)[0]
+    return rank_hosts(model_id, 10, known)[0]
 
 
 def test_the_order_of_the_snapshots_does_not_matter() -> None:
     hosts = [host("a"), host("b", claimed=60), host("c", model("x", "ready", weight_bytes=90, used_at=5))]
 
-    assert rank("m", 50, hosts) == rank("m", 50, hosts[::-1])
+    assert rank_hosts("m", 50, hosts) == rank_hosts("m", 50, hosts[::-1])
 
 
 def test_a_copy_goes_where_there_is_room_but_not_where_the_model_failed_or_the_host_drains() -> None:
     spec = ModelSpec(model_id="m", source="x", replicas=2)
     home = host("a", model("m", "ready", weight_bytes=40))
 
-    assert further(spec, 40, [home, host("b")]) == "b"
-    assert further(spec, 40, [home, host("b", model("m", "failed"))]) is None
-    assert further(spec, 40, [home, host("b", draining=True)]) is None
+    assert pick_replica_host(spec, 40, [home, host("b")]) == "b"
+    assert pick_replica_host(spec, 40, [home, host("b", model("m", "failed"))]) is None
+    assert pick_replica_host(spec, 40, [home, host("b", draining=True)]) is None

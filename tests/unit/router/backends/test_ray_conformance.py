@@ -51,7 +51,8 @@ def test_a_server_that_does_not_use_ray_imports_nothing_of_it() -> None:
         "from router.backends.factory import open_backend; from router.app import create_app;"
         "backend = open_backend(Settings(device=('cpu',)), Registry());"
         "create_app(Settings(), Registry(), backend);"
-        "found = [name for name in sys.modules if name.partition('.')[0] == 'ray' or name.startswith('router.backends.ray')];"
+        "ours = 'router.backends.ray';"
+        "found = [name for name in sys.modules if name.partition('.')[0] == 'ray' or name.startswith(ours)];"
         "print(type(backend).__name__, found)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -4,7 +4,7 @@ import pytest
 
 from engines.spec import ModelSpec
 from engines.types import HostSnapshot, ModelStatus
-from router.cli.capacity import look_ahead
+from router.cli.capacity import plan_capacity
 from router.registry.registry import Registry
 
 GIB = 2**30
@@ -38,7 +38,7 @@ def registry(*model_ids: str, pinned: str = "", preload: str = "") -> Registry:
 def test_all_fit() -> None:
     here = host("cpu", 10, a=(2, 1), b=(3, 0.5), c=None)
 
-    outlook = look_ahead(registry("a", "b", "c", pinned="a"), [here])
+    outlook = plan_capacity(registry("a", "b", "c", pinned="a"), [here])
 
     assert (outlook.misfits, outlook.turns, outlook.num_known) == ((), (), 2)
     assert str(outlook) == ("pinned and preloaded models take 3.0 of 10.0 GiB; all 2 of known size fit at once (6.0)")
@@ -47,8 +47,8 @@ def test_all_fit() -> None:
 def test_those_without_room_take_turns() -> None:
     here = host("cpu", 10, a=(4, 1), b=(3, 1), c=(3, 1), d=(3, 1))
 
-    one = look_ahead(registry("a", "b", "c", preload="a"), [here])
-    two = look_ahead(registry("a", "b", "c", "d", preload="a"), [here])
+    one = plan_capacity(registry("a", "b", "c", preload="a"), [here])
+    two = plan_capacity(registry("a", "b", "c", "d", preload="a"), [here])
 
     assert (one.turns, two.turns) == (("c",), ("c", "d"))
     assert str(one).endswith("all 3 of known size need 11.0, so c takes turns with others")
@@ -58,7 +58,7 @@ def test_those_without_room_take_turns() -> None:
 def test_pinned_models_that_do_not_fit_are_named_with_the_cure() -> None:
     here = host("cpu", 5, a=(4, 1), b=(3, 1))
 
-    outlook = look_ahead(registry("a", "b", pinned="ab"), [here])
+    outlook = plan_capacity(registry("a", "b", pinned="ab"), [here])
 
     assert outlook.misfits == ("b",)
     assert str(outlook) == (
@@ -70,20 +70,20 @@ def test_pinned_models_that_do_not_fit_are_named_with_the_cure() -> None:
 def test_workspaces_of_one_device_do_not_add_up() -> None:
     here = host("cpu", 10, a=(4, 2), b=(4, 2))
 
-    assert look_ahead(registry("a", "b", pinned="ab"), [here]).misfits == ()
+    assert plan_capacity(registry("a", "b", pinned="ab"), [here]).misfits == ()
 
 
 def test_a_large_workspace_that_comes_last_still_counts() -> None:
     here = host("cpu", 10, a=(5, 0), b=(4, 2))
 
-    assert look_ahead(registry("a", "b", pinned="ab"), [here]).misfits == ("b",)
+    assert plan_capacity(registry("a", "b", pinned="ab"), [here]).misfits == ("b",)
 
 
 def test_models_spread_over_the_devices_that_take_them() -> None:
     first, second = host("cuda:0", 5, a=(4, 1), b=(4, 1)), host("cuda:1", 5, a=(4, 1), b=(4, 1), c=(4, 1))
 
-    spread = look_ahead(registry("a", "b", pinned="ab"), [first, second])
-    too_many = look_ahead(registry("a", "b", "c", pinned="abc"), [first, second])
+    spread = plan_capacity(registry("a", "b", pinned="ab"), [first, second])
+    too_many = plan_capacity(registry("a", "b", "c", pinned="abc"), [first, second])
 
     assert spread.misfits == ()
     assert len(too_many.misfits) == 1
@@ -92,17 +92,17 @@ def test_models_spread_over_the_devices_that_take_them() -> None:
 def test_the_wanted_have_the_first_choice() -> None:
     here = host("cpu", 5, big=(4, 0), small=(2, 0))
 
-    assert look_ahead(registry("big", "small", pinned="small"), [here]).turns == ("big",)
+    assert plan_capacity(registry("big", "small", pinned="small"), [here]).turns == ("big",)
 
 
 @pytest.mark.parametrize("hosts", [[], [host("cpu", 5)], [host("cpu", 5, a=None)]])
 def test_nothing_is_said_of_what_is_not_known(hosts: list[HostSnapshot]) -> None:
-    assert look_ahead(registry("a", pinned="a"), hosts).num_known == 0
+    assert plan_capacity(registry("a", pinned="a"), hosts).num_known == 0
 
 
 def test_many_names_are_cut_short() -> None:
     models = dict.fromkeys("abcdefg", (1.0, 0.0))
 
-    outlook = look_ahead(registry(*models), [host("cpu", 1, **models)])
+    outlook = plan_capacity(registry(*models), [host("cpu", 1, **models)])
 
     assert str(outlook).endswith("so b, c, d and 3 more take turns")

@@ -10,7 +10,7 @@ from structlog.testing import capture_logs
 
 from engines.host import Host, HostConfig
 from engines.spec import ModelSpec
-from engines.testing.fakes import FakeFiles, FakeLoader, fake_world
+from engines.testing.fakes import FakeFiles, FakeLoader, fake_runtime
 from engines.types import Budget
 from router.app import create_app
 from router.backends.local import LocalBackend
@@ -81,7 +81,7 @@ def test_several_are_summed_up(hub: LoopbackHub) -> None:
 def test_what_can_never_fit_says_so_and_exits_1(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEMORY_BUDGET", "16MiB")
     big = plan("local", "remote", "--json")
-    monkeypatch.setattr("engines.planner.look_at", tiny)
+    monkeypatch.setattr("engines.planner.read_config", tiny)
     result = plan("local")
 
     assert big.exit_code == 0, "a guess of the workspace keeps nobody out"
@@ -130,7 +130,7 @@ def server() -> Iterator[str]:
     """A budget for one of two models, the first of which is in memory; the operator's key is `boss`."""
     specs = {name: ModelSpec(model_id=name, source=f"fake/{name}") for name in ("org/a", "b")}
     config = HostConfig(host_id="cpu", budget=Budget(size_bytes=1100), workspace_bytes=100)
-    host = Host(config, specs, FakeFiles(), FakeLoader(), fake_world())
+    host = Host(config, specs, FakeFiles(), FakeLoader(), fake_runtime())
     settings = Settings(admin_api_key="boss")
     with (
         capture_logs(),

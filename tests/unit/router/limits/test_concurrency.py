@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 
 from router.config.settings import Settings
 from router.errors import TooManyRequests
-from router.limits.limiter import Caller, Door, Limiter
+from router.limits.limiter import Caller, ConcurrencyLimiter, Limiter
 from tests.testkit.keyed_server import EMBED, Limited, bearer, limited, write_keys
 
 
@@ -37,9 +37,9 @@ def open_request(url: str, head: str, receive_bytes: int | None = None) -> socke
     return connection
 
 
-def door(server: Limited) -> Door:
+def door(server: Limited) -> ConcurrencyLimiter:
     limiter: Limiter = server.app.state.limiter
-    return limiter.door
+    return limiter.concurrency
 
 
 def inside(server: Limited) -> int:
@@ -130,7 +130,7 @@ def test_a_body_that_is_there_when_there_is_no_place_is_refused(tmp_path: Path) 
 
 def test_bodies_on_their_way_are_so_many_bytes_of_a_caller_and_of_all() -> None:
     mib = 2**20
-    room = Door(10, max_body_bytes=256 * mib)
+    room = ConcurrencyLimiter(10, max_body_bytes=256 * mib)
     web, lab, ops = (Caller(f"key:{name}", "This key") for name in ("web", "lab", "ops"))
     room.receive(web, 512 * mib)
     with pytest.raises(TooManyRequests, match="This key is sending bodies of 536870913 bytes, and may send 536870912"):

@@ -330,7 +330,7 @@ def wait_for(server: Limited, running: int) -> None:
 
 def inside(server: Limited) -> int:
     limiter: Limiter = server.app.state.limiter
-    return limiter.door.num_inside
+    return limiter.concurrency.num_inside
 
 
 def test_a_key_has_so_many_requests_at_once_and_so_has_the_server(few: Limited) -> None:

@@ -6,7 +6,7 @@ import pytest
 from prometheus_client import generate_latest
 
 from engines.types import Event, State
-from router.observability.recorder import EventTally, Meters
+from router.observability.recorder import EventMetrics, MetricsRecorder
 from tests.testkit.exposition import Exposition
 
 
@@ -22,8 +22,8 @@ def progress(done_bytes: int, model: str = "m", host: str = "cpu") -> Event:
 
 
 def tally(events: Sequence[Event]) -> Exposition:
-    meters = Meters()
-    counting = EventTally(meters)
+    meters = MetricsRecorder()
+    counting = EventMetrics(meters)
     for event in events:
         counting.count(event)
     return Exposition(generate_latest(meters.registry).decode())

@@ -2,7 +2,7 @@
 
 from engines.types import HostSnapshot, ModelInfo, ModelStatus, State
 from router.observability import metrics
-from router.observability.exporter import Reading, readings, working_set_bytes
+from router.observability.exporter import ServerSample, samples, working_set_bytes
 
 NOW_S = 10_000.0
 
@@ -30,11 +30,11 @@ def test_the_working_set_is_what_recent_traffic_wants_in_memory_or_not() -> None
 
 
 def test_everything_read_at_a_scrape_has_a_value_with_the_declared_labels() -> None:
-    reading = Reading(
+    reading = ServerSample(
         hosts=[host(model("a", leases=2, waiters=3, queue_items=4, weight_bytes=5))],
         faults=frozenset(), is_ready=True, version="1.2", now_s=NOW_S,
     )  # fmt: skip
-    values = {metric: (labels, value) for metric, labels, value in readings(reading)}
+    values = {metric: (labels, value) for metric, labels, value in samples(reading)}
 
     assert set(values) == set(metrics.READ_AT_SCRAPE)
     for metric, (labels, _) in values.items():
@@ -48,16 +48,16 @@ def test_everything_read_at_a_scrape_has_a_value_with_the_declared_labels() -> N
 
 def test_a_model_on_its_slowest_path_says_so() -> None:
     info = ModelInfo(dimensions=4, max_tokens=9, dtype="float32", attention="unpadded", is_fallback=True)
-    reading = Reading(
+    reading = ServerSample(
         hosts=[host(model("a", info=info), model("b"))], faults=frozenset(), is_ready=True, version="1", now_s=NOW_S,
     )  # fmt: skip
-    values = {labels: value for metric, labels, value in readings(reading) if metric is metrics.FALLBACK}
+    values = {labels: value for metric, labels, value in samples(reading) if metric is metrics.FALLBACK}
 
     assert values == {("a", "cpu"): 1, ("b", "cpu"): 0}
 
 
 def test_a_device_that_is_down_says_so() -> None:
-    reading = Reading(hosts=[host()], faults=frozenset({"cpu"}), is_ready=False, version="1", now_s=NOW_S)
-    values = {metric: value for metric, _, value in readings(reading)}
+    reading = ServerSample(hosts=[host()], faults=frozenset({"cpu"}), is_ready=False, version="1", now_s=NOW_S)
+    values = {metric: value for metric, _, value in samples(reading)}
 
     assert (values[metrics.DEVICE_UP], values[metrics.READY]) == (0, 0)

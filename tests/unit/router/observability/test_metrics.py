@@ -12,8 +12,8 @@ from engines.errors import LoadFailed, ModelLoading, QueueFull
 from engines.types import Batch, Embeddings, Timings
 from router.config.settings import Settings
 from router.observability import metrics
-from router.observability.recorder import Meters
-from router.observability.request_context import Visit
+from router.observability.recorder import MetricsRecorder
+from router.observability.request_context import RequestContext
 from tests.testkit.exposition import Exposition
 from tests.testkit.served import Served, serve
 
@@ -22,7 +22,7 @@ ANSWER = Embeddings(
     vectors=b"", dimensions=8, token_counts=(3, 5), truncated=(1,),
     timings=Timings(load_s=2.0, tokenize_s=0.003, queue_s=0.02, forward_s=0.3),
     batches=(Batch(texts=2, tokens=8, computed_tokens=10), Batch(texts=40, tokens=300, computed_tokens=300)),
-    reused=1, recalled=2,
+    deduplicated=1, cache_hits=2,
 )  # fmt: skip
 
 
@@ -153,20 +153,20 @@ def test_an_odd_version_gets_some_format(served: Served, kind: str, version: str
     assert "embedyard_requests" in answer.text
 
 
-def visit(status: int, answer: Embeddings | None = ANSWER) -> Visit:
+def visit(status: int, answer: Embeddings | None = ANSWER) -> RequestContext:
     async def send(message: object) -> None:
         raise NotImplementedError
 
-    ended = Visit({"type": "http", "headers": [], "path": EMBED, "method": "POST"}, send)  # type: ignore[typeddict-item]  # what a visit reads of a scope
+    ended = RequestContext({"type": "http", "headers": [], "path": EMBED, "method": "POST"}, send)  # type: ignore[typeddict-item]  # what a visit reads of a scope
     ended.status, ended.model = status, "mini"
     if answer is not None:
-        ended.embedded(answer, ended.began_s)
-    ended.end()
+        ended.record_result(answer, ended.began_s)
+    ended.finish()
     return ended
 
 
-def recorded(*visits: Visit) -> Exposition:
-    meters = Meters()
+def recorded(*visits: RequestContext) -> Exposition:
+    meters = MetricsRecorder()
     for ended in visits:
         meters.record(ended)
     return Exposition(generate_latest(meters.registry).decode())

@@ -5,7 +5,7 @@ from typing import Any, cast
 import pytest
 
 from engines.types import Embeddings
-from router.observability.request_context import Visit
+from router.observability.request_context import RequestContext
 from router.observability.traffic import STEP_S, STEPS, Traffic
 from tests.testkit.served import Served
 
@@ -32,8 +32,8 @@ def traffic(clock: Clock) -> Traffic:
 async def no_send(_: Any) -> None: ...
 
 
-def visit(model: str = "mini", texts: int = 2, seconds: float = 0.1, status: int = 200) -> Visit:
-    made = Visit(cast(Any, {"type": "http", "method": "POST", "headers": []}), no_send)
+def visit(model: str = "mini", texts: int = 2, seconds: float = 0.1, status: int = 200) -> RequestContext:
+    made = RequestContext(cast(Any, {"type": "http", "method": "POST", "headers": []}), no_send)
     made.model, made.status = model, status
     made.answer = Embeddings(vectors=b"", dimensions=1, token_counts=(5,) * texts)
     made.ended_s = made.began_s + seconds

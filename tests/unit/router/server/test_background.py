@@ -11,13 +11,13 @@ from msgspec import structs
 from prometheus_client import generate_latest
 from structlog.testing import capture_logs
 
-from engines.device.health import Pulse
+from engines.device.health import DeviceHealth
 from engines.errors import AccessDenied
-from engines.testing.fakes import FakeLoader, fake_host, fake_specs, fake_world
+from engines.testing.fakes import FakeLoader, fake_host, fake_runtime, fake_specs
 from router.app import create_app
 from router.backends.local import LocalBackend
 from router.config.settings import Settings
-from router.observability.recorder import Meters
+from router.observability.recorder import MetricsRecorder
 from router.registry.registry import Registry
 from router.server.background import time_the_loop, watching
 from tests.testkit.exposition import Exposition
@@ -31,8 +31,8 @@ class Yard:
     """A served host whose pulse a test takes."""
 
     def __init__(self, loader: FakeLoader) -> None:
-        self.pulse = Pulse()
-        world = structs.replace(fake_world(), pulse=lambda: self.pulse)
+        self.pulse = DeviceHealth()
+        world = structs.replace(fake_runtime(), health=lambda: self.pulse)
         self.specs = fake_specs("a", "b")
         self.backend = LocalBackend([fake_host("a", "b", loader=loader, world=world, host_id="cpu")], self.specs)
         self.client: httpx.AsyncClient
@@ -46,19 +46,19 @@ class Yard:
 
 @asynccontextmanager
 async def served(loader: FakeLoader | None = None) -> AsyncIterator[Yard]:
-    yard = Yard(loader or FakeLoader())
-    app = create_app(Settings(), Registry(models=yard.specs), yard.backend)
+    server_state = Yard(loader or FakeLoader())
+    app = create_app(Settings(), Registry(models=server_state.specs), server_state.backend)
     async with serving(app) as url, httpx.AsyncClient(base_url=url, timeout=10) as client:
-        yard.client = client
-        yield yard
+        server_state.client = client
+        yield server_state
 
 
 async def test_loads_evictions_and_failures_reach_the_metrics() -> None:
-    async with served(FakeLoader(failures={"b": [AccessDenied("no")]})) as yard:
-        await yard.embed("a")
-        await yard.client.post("/admin/models/a/evict")
-        await yard.embed("b")
-        exposition = await yard.scrape()
+    async with served(FakeLoader(failures={"b": [AccessDenied("no")]})) as server_state:
+        await server_state.embed("a")
+        await server_state.client.post("/admin/models/a/evict")
+        await server_state.embed("b")
+        exposition = await server_state.scrape()
 
     assert exposition("embedyard_loads_total", model="a", host="cpu") == 1
     assert exposition("embedyard_load_seconds_count", model="a") == 1
@@ -69,16 +69,20 @@ async def test_loads_evictions_and_failures_reach_the_metrics() -> None:
 
 
 async def test_a_hanging_forward_pass_fails_health_and_its_callers_within_a_second() -> None:
-    async with served(FakeLoader(embed_s=3600.0)) as yard:
-        waiting = asyncio.create_task(yard.embed())
-        while not (await yard.scrape())("embedyard_leases", model="a", host="cpu"):
+    async with served(FakeLoader(embed_s=3600.0)) as server_state:
+        waiting = asyncio.create_task(server_state.embed())
+        while not (await server_state.scrape())("embedyard_leases", model="a", host="cpu"):
             pass
-        healthy = await yard.client.get("/health")
+        healthy = await server_state.client.get("/health")
         began_s = time.perf_counter()
-        yard.pulse = Pulse(turn_s=125.0)
+        server_state.pulse = DeviceHealth(task_s=125.0)
         told = await waiting
         took_s = time.perf_counter() - began_s
-        refused, health, exposition = await yard.embed(), await yard.client.get("/health"), await yard.scrape()
+        refused, health, exposition = (
+            await server_state.embed(),
+            await server_state.client.get("/health"),
+            await server_state.scrape(),
+        )
 
     assert healthy.status_code == 200
     assert took_s < 2.0
@@ -90,9 +94,9 @@ async def test_a_hanging_forward_pass_fails_health_and_its_callers_within_a_seco
 
 
 async def test_a_dead_device_fails_health_with_its_name() -> None:
-    async with served() as yard:
-        yard.pulse = Pulse(is_alive=False)
-        health, ready = await yard.client.get("/health"), await yard.client.get("/ready")
+    async with served() as server_state:
+        server_state.pulse = DeviceHealth(is_alive=False)
+        health, ready = await server_state.client.get("/health"), await server_state.client.get("/ready")
 
     assert (health.status_code, health.json()["error"]["type"]) == (503, "server_error")
     assert "device cpu has died" in health.json()["error"]["message"]
@@ -100,7 +104,7 @@ async def test_a_dead_device_fails_health_with_its_name() -> None:
 
 
 async def test_a_loop_that_is_held_up_is_seen() -> None:
-    meters = Meters()
+    meters = MetricsRecorder()
     timing = asyncio.create_task(time_the_loop(meters, every_s=0.001))
     await asyncio.sleep(0.005)
     time.sleep(0.06)  # noqa: ASYNC251  # it is what holds the loop up
@@ -122,7 +126,7 @@ async def test_a_task_that_fails_is_logged() -> None:
 
     backend.check = fail  # type: ignore[method-assign]  # a bug below
     with capture_logs() as lines:
-        async with watching(backend, Meters()):
+        async with watching(backend, MetricsRecorder()):
             await asyncio.sleep(0.01)
 
     assert [line["event"] for line in lines] == ["watch.ended"]
@@ -131,8 +135,8 @@ async def test_a_task_that_fails_is_logged() -> None:
 @pytest.mark.parametrize("number", [1, 2])
 async def test_the_tasks_end_with_the_server(number: int) -> None:
     before = len(asyncio.all_tasks())
-    async with served() as yard:
+    async with served() as server_state:
         for _ in range(number):
-            await yard.embed()
+            await server_state.embed()
 
     assert len(asyncio.all_tasks()) == before

@@ -15,7 +15,7 @@ from structlog.testing import capture_logs
 from router.app import create_app
 from router.config.settings import Settings
 from router.server import connection
-from router.server.connection import PatientProtocol
+from router.server.connection import TimeoutHttpProtocol
 from tests.testkit.scripted_backend import ScriptedBackend
 from tests.testkit.served import REGISTRY
 from tests.testkit.threaded_server import QuietServer
@@ -38,7 +38,8 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
 @contextmanager
 def serving(app: Litestar) -> Iterator[tuple[str, int]]:
     config = uvicorn.Config(
-        app, host="127.0.0.1", port=0, http=PatientProtocol, loop="asyncio", lifespan="on", ws="none", log_config=None,
+        app, host="127.0.0.1", port=0, http=TimeoutHttpProtocol, loop="asyncio", lifespan="on", ws="none",
+        log_config=None,
         timeout_graceful_shutdown=1,
     )  # fmt: skip
     server = QuietServer(config)

@@ -157,4 +157,12 @@ def test_nothing_that_holds_a_secret_shows_it() -> None:
 
 def _parts(app: Litestar) -> list[object]:
     state = app.state
-    return [app, state, state.yard, state.yard.keyring, *state.yard.keyring.keys, state.limiter, state.limiter.store]
+    return [
+        app,
+        state,
+        state.server_state,
+        state.server_state.keyring,
+        *state.server_state.keyring.keys,
+        state.limiter,
+        state.limiter.store,
+    ]

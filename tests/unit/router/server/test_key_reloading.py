@@ -15,7 +15,7 @@ from router.auth.guards import Keyring
 from router.auth.key_file import KeysError
 from router.config.settings import Settings
 from router.server.reloader import open_keyring, watch_keys
-from router.server.state import Yard
+from router.server.state import ServerState
 from tests.testkit.keyed_server import limited, write_keys
 
 
@@ -38,7 +38,7 @@ def path(tmp_path: Path) -> Path:
 async def watched(path: Path) -> AsyncIterator[Desk]:
     settings = Settings(keys_file=path, api_key="env")
     desk = Desk(settings, open_keyring(settings))
-    task = asyncio.create_task(watch_keys(cast(Yard, desk), 0.005))
+    task = asyncio.create_task(watch_keys(cast(ServerState, desk), 0.005))
     await asyncio.sleep(0.03)
     try:
         yield desk
@@ -122,7 +122,7 @@ async def test_a_change_before_the_watch_began_is_seen(path: Path) -> None:
     settings = Settings(keys_file=path)
     desk = Desk(settings, open_keyring(settings))
     write_keys(path, {"early": {}})
-    task = asyncio.create_task(watch_keys(cast(Yard, desk), 0.005))
+    task = asyncio.create_task(watch_keys(cast(ServerState, desk), 0.005))
     await until(lambda: desk.ids() == ["early"])
     task.cancel()
 

@@ -19,15 +19,15 @@ from structlog.testing import capture_logs
 from engines.errors import ShuttingDown
 from engines.host import Host, HostConfig
 from engines.spec import ModelSpec
-from engines.testing.fakes import FakeFiles, FakeLoader, InlineWorkers, fake_world
+from engines.testing.fakes import FakeFiles, FakeLoader, InlineWorkers, fake_runtime
 from engines.types import Budget
 from router.app import create_app
 from router.auth.guards import keyring_of
 from router.backends.local import LocalBackend
 from router.config.settings import Settings
 from router.registry.registry import Registry, read_registry
-from router.server.reloader import Reloader, Stamp
-from router.server.state import Yard
+from router.server.reloader import FileFingerprint, Reloader
+from router.server.state import ServerState
 from tests.testkit.scripted_backend import ScriptedBackend
 from tests.testkit.threaded_server import serving
 
@@ -68,7 +68,7 @@ class Served(Struct):
     client: httpx.AsyncClient
     file: Path
     loader: FakeLoader
-    yard: Yard
+    server_state: ServerState
     reloader: Reloader
 
     async def embed(self, model: str) -> int:
@@ -84,11 +84,11 @@ async def served(folder: Path, *, workers: InlineWorkers | None = None) -> Async
     file = folder / "registry.yaml"
     file.write_text(OLD)
     settings, registry, loader = Settings(registry=file), read_registry(file), FakeLoader()
-    world = structs.replace(fake_world(10**9), workers=workers or InlineWorkers())
+    world = structs.replace(fake_runtime(10**9), workers=workers or InlineWorkers())
     host = Host(HostConfig(host_id="cpu", workspace_bytes=100), registry.models, FakeFiles(), loader, world)
     app = create_app(settings, registry, LocalBackend([host], registry.models))
     async with serving(app) as url, httpx.AsyncClient(base_url=url, timeout=10) as client:
-        yield Served(client, file, loader, app.state.yard, app.state.reloader)
+        yield Served(client, file, loader, app.state.server_state, app.state.reloader)
     assert loader.violations == []
 
 
@@ -118,7 +118,7 @@ async def test_a_reload_names_what_changed_and_touches_nothing_else(tmp_path: Pa
 
 async def test_a_broken_file_is_told_in_full_and_changes_nothing(tmp_path: Path) -> None:
     async with served(tmp_path) as server:
-        before = server.yard.registry
+        before = server.server_state.registry
         server.file.write_text(BROKEN)
         answer = await server.client.post(RELOAD)
         statuses = [await server.embed(model) for model in "abc"]
@@ -128,7 +128,7 @@ async def test_a_broken_file_is_told_in_full_and_changes_nothing(tmp_path: Path)
     assert error["message"].startswith("3 mistakes")
     for mistake in ("models[0].colour", "models[1].name", "models[1].dtype"):
         assert mistake in error["message"]
-    assert server.yard.registry is before
+    assert server.server_state.registry is before
     assert statuses == [200, 200, 200]
 
 
@@ -181,17 +181,20 @@ async def test_models_path_stays_the_default_after_a_reload(tmp_path: Path) -> N
     folder = tmp_path / "mine"
     folder.mkdir()
     file = tmp_path / "registry.yaml"
-    yard = Yard(
+    server_state = ServerState(
         Settings(registry=file, model_path=str(folder)), Registry(), ScriptedBackend(), keyring_of(Settings()), 0
     )
-    reloader = Reloader(yard)
+    reloader = Reloader(server_state)
     await reloader.reload()
-    alone = yard.registry
+    alone = server_state.registry
     file.write_text(OLD)
     await reloader.reload()
 
     assert (list(alone.models), alone.default_model) == (["mine"], "mine")
-    assert (list(yard.registry.models), yard.registry.default_model) == (["a", "b", "c", "mine"], "mine")
+    assert (list(server_state.registry.models), server_state.registry.default_model) == (
+        ["a", "b", "c", "mine"],
+        "mine",
+    )
 
 
 async def test_the_budget_of_the_environment_stands(tmp_path: Path) -> None:
@@ -199,9 +202,9 @@ async def test_the_budget_of_the_environment_stands(tmp_path: Path) -> None:
     file = tmp_path / "registry.yaml"
     file.write_text(NEW)
     settings = Settings(registry=file, memory_budget=Budget(size_bytes=2**30))
-    await Reloader(Yard(settings, Registry(), backend, keyring_of(Settings()), 0)).reload()
+    await Reloader(ServerState(settings, Registry(), backend, keyring_of(Settings()), 0)).reload()
     await Reloader(
-        Yard(structs.replace(settings, memory_budget=None), Registry(), backend, keyring_of(Settings()), 0)
+        ServerState(structs.replace(settings, memory_budget=None), Registry(), backend, keyring_of(Settings()), 0)
     ).reload()
 
     assert backend.commands == [("reload", "a", "b", "d"), ("reload", "a", "b", "d", Budget(size_bytes=64 * 2**20))]
@@ -213,7 +216,7 @@ async def test_a_reload_of_an_unchanged_file_reaches_the_hosts_all_the_same(tmp_
     file = tmp_path / "registry.yaml"
     file.write_text(OLD)
     settings = Settings(registry=file)
-    reloader = Reloader(Yard(settings, read_registry(file), backend, keyring_of(settings), 0))
+    reloader = Reloader(ServerState(settings, read_registry(file), backend, keyring_of(settings), 0))
     changes = await reloader.reload()
 
     assert changes.is_empty
@@ -224,8 +227,8 @@ async def test_reloads_never_overlap_and_outlive_who_asked(tmp_path: Path) -> No
     file = tmp_path / "registry.yaml"
     file.write_text(OLD)
     backend = SlowBackend()
-    yard = Yard(Settings(registry=file), Registry(), backend, keyring_of(Settings()), 0)
-    reloader = Reloader(yard)
+    server_state = ServerState(Settings(registry=file), Registry(), backend, keyring_of(Settings()), 0)
+    reloader = Reloader(server_state)
     first = asyncio.create_task(reloader.reload())
     await eventually(lambda: backend.running_reloads == 1)
     file.write_text(NEW)
@@ -237,7 +240,7 @@ async def test_reloads_never_overlap_and_outlive_who_asked(tmp_path: Path) -> No
     assert first.cancelled()
     assert backend.most == 1
     assert changes.added == ("d",)
-    assert list(yard.registry.models) == ["a", "b", "d"]
+    assert list(server_state.registry.models) == ["a", "b", "d"]
 
 
 async def test_a_backend_that_refuses_leaves_the_registry_as_it_was(tmp_path: Path) -> None:
@@ -246,30 +249,30 @@ async def test_a_backend_that_refuses_leaves_the_registry_as_it_was(tmp_path: Pa
     backend = SlowBackend()
     backend.gate.set()
     backend.failure = ShuttingDown("too late")
-    yard = Yard(Settings(registry=file), Registry(), backend, keyring_of(Settings()), 0)
+    server_state = ServerState(Settings(registry=file), Registry(), backend, keyring_of(Settings()), 0)
 
     with pytest.raises(ShuttingDown):
-        await Reloader(yard).reload()
-    assert yard.registry == Registry()
+        await Reloader(server_state).reload()
+    assert server_state.registry == Registry()
 
 
 async def test_the_watch_sees_changes_reports_mistakes_once_and_recovers(tmp_path: Path) -> None:
     file = tmp_path / "registry.yaml"
     file.write_text(OLD)
-    yard = Yard(Settings(registry=file), Registry(), ScriptedBackend(), keyring_of(Settings()), 0)
-    reloader = Reloader(yard)
+    server_state = ServerState(Settings(registry=file), Registry(), ScriptedBackend(), keyring_of(Settings()), 0)
+    reloader = Reloader(server_state)
     with capture_logs() as logged:
         watch = asyncio.create_task(reloader.watch(0.005))
-        await eventually(lambda: len(yard.registry.models) == 3)
+        await eventually(lambda: len(server_state.registry.models) == 3)
         file.write_text(BROKEN)
         await eventually(lambda: any(line["event"] == "registry.invalid" for line in logged))
-        kept = yard.registry
+        kept = server_state.registry
         file.unlink()
         await eventually(lambda: sum(line["event"] == "registry.invalid" for line in logged) == 2)
         replacement = tmp_path / "new.yaml"
         replacement.write_text(NEW)
         replacement.replace(file)
-        await eventually(lambda: "d" in yard.registry.models)
+        await eventually(lambda: "d" in server_state.registry.models)
         watch.cancel()
     invalid = [line for line in logged if line["event"] == "registry.invalid"]
 
@@ -285,14 +288,14 @@ async def test_a_file_that_is_still_being_written_is_not_read(tmp_path: Path, mo
     sizes = [*range(20), 20]
     looks: list[int] = []
 
-    def grows(path: Path) -> Stamp:
+    def grows(path: Path) -> FileFingerprint:
         looks.append(sizes[min(len(looks), 20)])
-        return Stamp(0, looks[-1], 0)
+        return FileFingerprint(0, looks[-1], 0)
 
-    monkeypatch.setattr("router.server.reloader.look", grows)
-    yard = Yard(Settings(registry=file), Registry(), ScriptedBackend(), keyring_of(Settings()), 0)
-    watch = asyncio.create_task(Reloader(yard).watch(0.001))
-    await eventually(lambda: bool(yard.registry.models))
+    monkeypatch.setattr("router.server.reloader.fingerprint_file", grows)
+    server_state = ServerState(Settings(registry=file), Registry(), ScriptedBackend(), keyring_of(Settings()), 0)
+    watch = asyncio.create_task(Reloader(server_state).watch(0.001))
+    await eventually(lambda: bool(server_state.registry.models))
     watch.cancel()
 
     assert looks[:22] == [*sizes, 20]

@@ -3,7 +3,7 @@
 import pytest
 
 from engines.errors import LoadFailed
-from router.backends.process.crashes import Charges
+from router.backends.process.crashes import CrashCounter
 
 
 class Clock:
@@ -18,12 +18,12 @@ class Clock:
 
 def test_the_third_death_within_ten_minutes_quarantines_the_model() -> None:
     clock = Clock()
-    charges = Charges(clock)
+    charges = CrashCounter(clock)
     for _ in range(2):
-        charges.charge(["bad"])
+        charges.record_crash(["bad"])
         clock.now += 100
         charges.check("bad")
-    charges.charge(["bad", "by chance"])
+    charges.record_crash(["bad", "by chance"])
 
     charges.check("by chance")
     charges.check("another")
@@ -34,9 +34,9 @@ def test_the_third_death_within_ten_minutes_quarantines_the_model() -> None:
 
 def test_deaths_that_are_long_ago_do_not_count() -> None:
     clock = Clock()
-    charges = Charges(clock)
+    charges = CrashCounter(clock)
     for _ in range(5):
-        charges.charge(["unlucky"])
+        charges.record_crash(["unlucky"])
         clock.now += 301
 
     charges.check("unlucky")
@@ -44,10 +44,10 @@ def test_deaths_that_are_long_ago_do_not_count() -> None:
 
 def test_a_quarantine_ends_by_itself_and_when_the_model_is_another_one() -> None:
     clock = Clock()
-    charges = Charges(clock)
+    charges = CrashCounter(clock)
     for _ in range(3):
-        charges.charge(["a", "b"])
-    charges.acquit("a")
+        charges.record_crash(["a", "b"])
+    charges.clear("a")
 
     charges.check("a")
     assert charges.left_s("b") == 600.0
@@ -56,9 +56,9 @@ def test_a_quarantine_ends_by_itself_and_when_the_model_is_another_one() -> None
 
 
 def test_a_model_that_ran_beside_the_one_that_kills_is_not_quarantined_with_it() -> None:
-    charges = Charges(Clock())
+    charges = CrashCounter(Clock())
     for _ in range(3):
-        charges.charge(["busy", "bad"])
+        charges.record_crash(["busy", "bad"])
 
     charges.check("busy")
     with pytest.raises(LoadFailed):
@@ -66,22 +66,22 @@ def test_a_model_that_ran_beside_the_one_that_kills_is_not_quarantined_with_it()
 
 
 def test_a_death_is_charged_once() -> None:
-    charges = Charges(Clock())
+    charges = CrashCounter(Clock())
     for _ in range(3):
-        charges.charge(["busy", "bad"])
+        charges.record_crash(["busy", "bad"])
     for _ in range(2):
-        charges.charge(["busy"])
+        charges.record_crash(["busy"])
 
     charges.check("busy")
-    charges.charge(["busy"])
+    charges.record_crash(["busy"])
     with pytest.raises(LoadFailed):
         charges.check("busy")
 
 
 def test_of_changing_company_the_one_that_was_always_there_is_the_cause() -> None:
-    charges = Charges(Clock())
+    charges = CrashCounter(Clock())
     for other in ("x", "y", "z"):
-        charges.charge(["bad", other])
+        charges.record_crash(["bad", other])
 
     for other in ("x", "y", "z"):
         charges.check(other)
@@ -90,8 +90,8 @@ def test_of_changing_company_the_one_that_was_always_there_is_the_cause() -> Non
 
 
 def test_a_death_of_which_nothing_is_known_is_nobodys() -> None:
-    charges = Charges(Clock())
+    charges = CrashCounter(Clock())
     for _ in range(3):
-        charges.charge([])
+        charges.record_crash([])
 
     charges.check("any")

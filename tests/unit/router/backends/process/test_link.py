@@ -10,17 +10,17 @@ import pytest
 import uvloop
 
 from engines.errors import HostLost, QueueFull
-from engines.rpc.errors import failure_of
+from engines.rpc.errors import error_record_of
 from engines.rpc.messages import (
     Cancel,
     Cancelled,
-    Cutter,
     Embed,
+    EmbedResult,
     Frame,
+    FrameDecoder,
+    HostReport,
     Reply,
     Request,
-    Seen,
-    Vectors,
     decode_reply,
     decode_request,
     encode_reply,
@@ -30,8 +30,8 @@ from engines.rpc.messages import (
 from engines.rpc.service import HostService
 from engines.types import EmbedCall, Embeddings, HostSnapshot
 from router.backends.fleet import NotSent
-from router.backends.process.child import Channel
-from router.backends.process.link import Link
+from router.backends.process.child import WorkerConnection
+from router.backends.process.link import ParentConnection
 from router.backends.process.outbox import Outbox
 
 NewLoop = Callable[[], asyncio.AbstractEventLoop]
@@ -63,7 +63,7 @@ class Peer:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._cutter = Cutter()
+        self._cutter = FrameDecoder()
 
     async def read(self) -> list[tuple[int, Request]]:
         """The requests that are there, and come when there is room again."""
@@ -91,11 +91,11 @@ class Peer:
 
 
 @asynccontextmanager
-async def linked(max_calls: int = 1000) -> AsyncIterator[tuple[Link, Peer, Outbox]]:
+async def linked(max_calls: int = 1000) -> AsyncIterator[tuple[ParentConnection, Peer, Outbox]]:
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
     outbox = Outbox(max_calls)
-    link = Link("h", outbox, lambda: None, lambda seen: None, lambda: None)
+    link = ParentConnection("h", outbox, lambda: None, lambda seen: None, lambda: None)
     await asyncio.get_running_loop().create_unix_connection(lambda: link, sock=ours)
     peer = Peer(theirs)
     yield link, peer, outbox
@@ -104,7 +104,7 @@ async def linked(max_calls: int = 1000) -> AsyncIterator[tuple[Link, Peer, Outbo
     await link.ended.wait()
 
 
-async def abandoned(link: Link, requests: list[Embed]) -> None:
+async def abandoned(link: ParentConnection, requests: list[Embed]) -> None:
     """All of them are asked, and all of their callers leave."""
     tasks = [asyncio.create_task(link.ask(request)) for request in requests]
     await asyncio.sleep(0.05)
@@ -136,14 +136,14 @@ async def test_a_caller_that_waits_for_room_is_served_when_there_is_some() -> No
         first = await peer.read()
         waiting = outbox.num_waiting
         for number, _ in first:
-            await peer.answer(number, Vectors(embeddings=ANSWER))
+            await peer.answer(number, EmbedResult(embeddings=ANSWER))
         second = await peer.read()
         for number, _ in second:
-            await peer.answer(number, Vectors(embeddings=ANSWER))
+            await peer.answer(number, EmbedResult(embeddings=ANSWER))
         answers = await asyncio.gather(*tasks)
 
     assert (len(first), waiting, len(second)) == (20, 10, 10)
-    assert answers == [Vectors(embeddings=ANSWER)] * 30
+    assert answers == [EmbedResult(embeddings=ANSWER)] * 30
 
 
 @on_both_loops
@@ -178,7 +178,7 @@ async def test_a_request_that_cannot_be_encoded_fails_alone_and_leaves_nothing()
             await link.ask(embed("\ud800"))
         task = asyncio.create_task(link.ask(embed()))
         ((number, _),) = await peer.read()
-        await peer.answer(number, failure_of(QueueFull("full")))
+        await peer.answer(number, error_record_of(QueueFull("full")))
         with pytest.raises(QueueFull):
             await task
         left = len(cast(Any, link)._waiting), outbox.num_sent
@@ -209,21 +209,21 @@ class SlowService:
     async def answer(self, request: Request) -> Reply:
         self.begun += 1
         await asyncio.sleep(30)
-        return Vectors(embeddings=ANSWER)
+        return EmbedResult(embeddings=ANSWER)
 
-    def look(self, after: int) -> Seen:
+    def look(self, after: int) -> HostReport:
         self.looks += 1
-        return Seen(snapshot=SNAPSHOT, fault="x" * 100_000)
+        return HostReport(snapshot=SNAPSHOT, fault="x" * 100_000)
 
     async def event_arrived(self, after: int) -> bool:
         return True
 
 
 @asynccontextmanager
-async def channel(service: SlowService, *, telling: bool = False) -> AsyncIterator[tuple[Channel, Peer]]:
+async def channel(service: SlowService, *, telling: bool = False) -> AsyncIterator[tuple[WorkerConnection, Peer]]:
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
-    made = Channel()
+    made = WorkerConnection()
     await asyncio.get_running_loop().create_unix_connection(lambda: made, sock=theirs)
     host = cast(HostService, service)
     if telling:
