@@ -120,6 +120,7 @@ TABLE: dict[type[Exception], Row] = {
     engine.EngineFailed: CRASH,
     engine.UnsupportedModel: _LOAD_HOPELESS,
     engine.BrokenFiles: _LOAD_FAILED,
+    engine.FilesChanged: _LOAD_FAILED,
     engine.SelfCheckFailed: _LOAD_HOPELESS,
     engine.SourceNotFound: _LOAD_HOPELESS,
     engine.AccessDenied: _LOAD_HOPELESS,
