@@ -128,14 +128,15 @@ class Host:
         models that are in memory serve on. In time that nobody else needs it
         also has files hashed.
         """
-        pulse = self._pulse().capped(self._awake.seconds_since_pause(self._time.now_s()))
+        awake_s = self._awake.seconds_since_pause(self._time.now_s())
+        pulse = self._pulse().capped(awake_s)
         fault = describe_fault(self.config.device, pulse, self.config.watchdog_s)
         if fault and not self.fault:
             log.error("device.down", host=self.config.host_id, fault=fault)
         if fault:
             self._pool.interrupt(lambda: DeviceDown(fault))
         self.fault = fault
-        hung = self._pool.check()
+        hung = self._pool.check(awake_s)
         if not fault and not hung:
             self._pool.verify_if_idle()
         if fault or not hung:

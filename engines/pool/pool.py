@@ -175,9 +175,9 @@ class ModelPool:
 
     # ---- looking ----
 
-    def check(self) -> str:
+    def check(self, awake_s: float) -> str:
         """Whether loads end. To be called every second or so; says why not, and tells those who wait for one."""
-        hung = self._world.workers.hung()
+        hung = self._world.workers.hung(awake_s)
         if hung != self._state.blocked:
             if hung:
                 log.error("load.hangs", host=self._config.host_id, hangs=hung)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -91,10 +92,14 @@ class LoadLock:
         """Whether a task runs."""
         return self._lock.locked()
 
-    def hung(self) -> str:
-        """The task that has been running for longer than it may; empty when none has. From any thread."""
+    def hung(self, awake_s: float = inf) -> str:
+        """Names the task that has been running for longer than it may; empty when none has. Thread-safe.
+
+        Args:
+            awake_s: seconds since this process last stood still; a task did nothing before, so no more of it count.
+        """
         holder = self._holder
-        if holder is None or self._clock() - holder[1] <= holder[0].limit_s:
+        if holder is None or min(self._clock() - holder[1], awake_s) <= holder[0].limit_s:
             return ""
         return f"{holder[0].name} has been running for more than {holder[0].limit_s:.0f} s"
 
@@ -125,8 +130,12 @@ class Workers(Protocol):
     async def load(self, work: Callable[[], Result], task: Task) -> Result:
         """Run after the loads, unloads and readings asked for before, of whatever host of this process."""
 
-    def hung(self) -> str:
-        """What keeps every load of this process waiting, because it does not end; empty when nothing does."""
+    def hung(self, awake_s: float) -> str:
+        """Names what keeps every load of this process waiting, because it does not end; empty when nothing does.
+
+        Args:
+            awake_s: seconds since this process last stood still.
+        """
 
     def close(self) -> None:
         """Take no more work; what runs is not waited for."""
@@ -156,8 +165,8 @@ class Threads:
         named = Task(f"{task.name} on {self._name}", task.limit_s)
         return await asyncio.get_running_loop().run_in_executor(self._loader, partial(self._locked, work, named))
 
-    def hung(self) -> str:
-        return self._load_lock.hung()
+    def hung(self, awake_s: float) -> str:
+        return self._load_lock.hung(awake_s)
 
     def _locked(self, work: Callable[[], Result], task: Task) -> Result:
         with self._load_lock.held(task):

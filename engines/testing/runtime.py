@@ -133,7 +133,7 @@ class InlineWorkers:
         self.tasks.append(task)
         return await self._run("load", work)
 
-    def hung(self) -> str:
+    def hung(self, awake_s: float) -> str:
         return self.hangs
 
     async def _run(self, kind: str, work: Callable[[], Result]) -> Result:

@@ -32,6 +32,16 @@ def test_a_task_hangs_when_it_runs_for_longer_than_it_may() -> None:
     assert (lock.hung(), lock.locked()) == ("", False)
 
 
+def test_a_task_does_not_hang_because_the_process_stood_still() -> None:
+    clock = SimpleNamespace(now_s=10.0)
+    lock = LoadLock(lambda: clock.now_s)
+    with lock.held(Task("the load of model 'a' on cuda:0", 600.0)):
+        clock.now_s += 3600
+
+        assert lock.hung(awake_s=0.0) == ""
+        assert lock.hung(awake_s=601.0) != ""
+
+
 def test_a_load_may_take_as_long_as_a_slow_disk_needs_and_far_longer_than_the_last_one() -> None:
     assert load_limit_s(MemoryNeed(), 600.0) == 600.0
     assert load_limit_s(MemoryNeed(weight_bytes=20 * 10**9), 600.0) == 1600.0
