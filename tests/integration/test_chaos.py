@@ -122,9 +122,10 @@ def test_killed_under_load_it_is_ready_again_by_itself_and_its_cache_is_whole(
         kept |= {"STATE_DIR": str(state), "MEMORY_BUDGET": "18MiB"}
         with serve_live(registry, **kept) as first, Crowd(first.url, large) as crowd:
             until(lambda: len(crowd.served) > 1 and all(slot["state"] in HERE for slot in slots_of(first.url)))
+            num_seen = len(crowd.seen)
             first.process.kill()
             first.process.wait()
-            killed_s, num_seen, num_before = time.monotonic(), len(crowd.seen), num_fetched(hub, large)
+            killed_s, num_before = time.monotonic(), num_fetched(hub, large)
             crowd.served.clear()
             with serve_live(registry, PORT=first.url.rpartition(":")[2], **kept) as second:
                 until(lambda: httpx.get(f"{second.url}/ready").status_code == 200)
