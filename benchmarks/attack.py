@@ -167,19 +167,36 @@ def read_slowly(site: Site, bytes_per_s: int) -> str:
 
 
 def trickle(site: Site, connections: int, seconds: float) -> str:
-    """Send the body of many requests a byte every second."""
-    held = [site.connect() for _ in range(connections)]
-    for client in held:
-        client.sendall(request(b"{", length=1000))
+    """Send the body of many requests a byte every 50 ms; what is refused is sent again, until it holds a place."""
+    held = [_begin_body(site) for _ in range(connections)]
     until = time.monotonic() + seconds
     while time.monotonic() < until:
-        time.sleep(1.0)
-        for client in held:
-            with suppress(OSError):
-                client.send(b" ")
+        time.sleep(0.05)
+        for index, client in enumerate(held):
+            if _is_answered(client):
+                client.close()
+                held[index] = _begin_body(site)
     for client in held:
         client.close()
-    return f"{connections} bodies, a byte a second"
+    return f"{connections} bodies, a byte every 50 ms"
+
+
+def _begin_body(site: Site) -> socket.socket:
+    client = site.connect()
+    client.sendall(request(b"{", length=1000))
+    return client
+
+
+def _is_answered(client: socket.socket) -> bool:
+    """Send one more byte, and see whether the server has answered or hung up."""
+    try:
+        client.send(b" ")
+        client.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def stop_the_worker(site: Site, seconds: float) -> str:
