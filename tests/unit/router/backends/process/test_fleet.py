@@ -28,7 +28,7 @@ from tests.testkit.backend_clients import crowd
 from tests.testkit.scripted_host import births, open_broken_host, open_slow_host, scripted
 from tests.unit.router.backends.conformance import call, homes, loads, serving, until
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[5]
 prepare_forkserver(("router.backends.process.child", "tests.testkit.scripted_host"))
 
 

@@ -211,7 +211,7 @@ class SlowService:
         await asyncio.sleep(30)
         return EmbedResult(embeddings=ANSWER)
 
-    def look(self, after: int) -> HostReport:
+    def poll(self, after: int) -> HostReport:
         self.looks += 1
         return HostReport(snapshot=SNAPSHOT, fault="x" * 100_000)
 
