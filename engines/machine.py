@@ -115,7 +115,7 @@ class Machine:
         conditions = conditions_of(settings, lane.num_threads)
         if config.note is None or not isinstance(lane, JournaledScheduler):
             return lane, loader, conditions
-        lane.notebook = CrashJournal(config.note)
+        lane.journal = CrashJournal(config.note)
         return lane, JournaledLoader(loader, lane), conditions
 
 

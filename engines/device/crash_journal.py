@@ -1,4 +1,4 @@
-"""What a device is running, written down before it runs: a process that dies of it cannot say so afterwards.
+"""Writes down which models a device runs before it runs them: a process that dies of one cannot report it afterwards.
 
 Only hosts in worker processes pay for it, some microseconds a batch.
 """
@@ -17,15 +17,15 @@ from engines.spec import ModelSpec
 from engines.types import ModelFiles
 
 Write = Callable[[str], None]
-"""Takes the ids of the models that run now, one a line. Called on the lane's and the loader's threads."""
+"""Takes the ids of the models that run now, one a line. Called on the threads of the device and of the loader."""
 
 
 class CrashJournal:
-    """The models that run now. Threads may share it.
+    """Records the models that run now. Threads may share it.
 
-    The last line is the one to suspect when the process dies: the model that has run least often so far, of two alike
-    the one that began later. A model that has run a thousand batches and lived is not the cause as likely as one that
-    loads, or runs its first.
+    The last line names the likeliest cause when the process dies: the model that has run least often so far, of two
+    alike the one that began later. A model that has run a thousand batches without a crash is a less likely cause than
+    one that loads, or runs its first batch.
     """
 
     def __init__(self, write: Write) -> None:
@@ -36,65 +36,65 @@ class CrashJournal:
 
     @contextmanager
     def running(self, model_id: str) -> Iterator[None]:
-        """The model runs inside the block, on whatever thread."""
-        self._note(model_id, 1)
+        """Records that the model runs inside the block, on any thread."""
+        self._record(model_id, 1)
         try:
             yield
         finally:
-            self._note(model_id, -1)
+            self._record(model_id, -1)
 
-    def _note(self, model_id: str, change: int) -> None:
+    def _record(self, model_id: str, change: int) -> None:
         with self._lock:
             self._running[model_id] += change
             if change > 0:
                 self._begun[model_id] += 1
             if not self._running[model_id]:
-                del self._running[model_id]  # the order is that in which they began
+                del self._running[model_id]  # a model that starts again goes to the end
             self._write("\n".join(sorted(self._running, key=lambda name: -self._begun[name])))
 
 
 class JournaledScheduler(DeviceScheduler):
-    """A lane that notes whose turns it takes.
+    """A device scheduler that records in a crash journal which engine's tasks it runs.
 
     Attributes:
-        notebook: where; writes nothing until it is replaced.
-        names: of engines, by the loader. The turns of others are not noted.
+        journal: writes nothing until it is replaced.
+        names: the model ids of engines, set by the loader. Tasks of other sources are not recorded.
     """
 
     def __init__(self, *args: Any, **more: Any) -> None:
-        self.notebook = CrashJournal(lambda _: None)
+        self.journal = CrashJournal(lambda _: None)
         self.names: WeakKeyDictionary[object, str] = WeakKeyDictionary()
-        self._noted: dict[int, _JournaledSource] = {}
+        self._journaled: dict[int, _JournaledSource] = {}
         super().__init__(*args, **more)
 
     def attach(self, source: TaskSource) -> None:
         """As `DeviceScheduler.attach`."""
         name = self.names.get(source)
         if name is not None:
-            self._noted[id(source)] = _JournaledSource(source, name, self.notebook)
-        super().attach(self._seen(source))
+            self._journaled[id(source)] = _JournaledSource(source, name, self.journal)
+        super().attach(self._wrapped(source))
 
     def detach(self, source: TaskSource) -> None:
         """As `DeviceScheduler.detach`."""
-        super().detach(self._seen(source))
-        self._noted.pop(id(source), None)
+        super().detach(self._wrapped(source))
+        self._journaled.pop(id(source), None)
 
     def seconds_of(self, source: TaskSource) -> float:
         """As `DeviceScheduler.seconds_of`."""
-        return super().seconds_of(self._seen(source))
+        return super().seconds_of(self._wrapped(source))
 
-    def _seen(self, source: TaskSource) -> TaskSource:
-        """The source as the lane knows it."""
-        return self._noted.get(id(source), source)
+    def _wrapped(self, source: TaskSource) -> TaskSource:
+        """Returns the source as it is attached: wrapped where it has a name."""
+        return self._journaled.get(id(source), source)
 
 
 class _JournaledSource:
-    """A source whose turns are noted (`engines.device.tasks.TaskSource`)."""
+    """A source whose tasks are recorded while they run (`engines.device.tasks.TaskSource`)."""
 
-    def __init__(self, source: TaskSource, name: str, notebook: CrashJournal) -> None:
+    def __init__(self, source: TaskSource, name: str, journal: CrashJournal) -> None:
         self._source = source
         self._name = name
-        self._notebook = notebook
+        self._journal = journal
 
     @property
     def max_concurrent_tasks(self) -> int:
@@ -104,32 +104,32 @@ class _JournaledSource:
         return self._source.ready_in_s()
 
     def next_task(self, num_free: int) -> Task | None:
-        return self._with_note(self._source.next_task(num_free))
+        return self._recorded(self._source.next_task(num_free))
 
     def next_small_task(self) -> Task | None:
-        return self._with_note(self._source.next_small_task())
+        return self._recorded(self._source.next_small_task())
 
-    def _with_note(self, turn: Task | None) -> Task | None:
-        if turn is None:
+    def _recorded(self, task: Task | None) -> Task | None:
+        if task is None:
             return None
 
         def run() -> None:
-            with self._notebook.running(self._name):
-                turn.run()
+            with self._journal.running(self._name):
+                task.run()
 
-        return replace(turn, run=run)
+        return replace(task, run=run)
 
 
 class JournaledLoader:
-    """A loader that notes what it loads, and names its engines to the lane (`engines.protocols.Loader`)."""
+    """A loader that records what it loads, and gives the scheduler its engines' names (`engines.protocols.Loader`)."""
 
-    def __init__(self, loader: Loader, lane: JournaledScheduler) -> None:
+    def __init__(self, loader: Loader, scheduler: JournaledScheduler) -> None:
         self._loader = loader
-        self._lane = lane
+        self._scheduler = scheduler
 
     def load(self, spec: ModelSpec, files: ModelFiles) -> Engine:
         """See `Loader.load`."""
-        with self._lane.notebook.running(spec.model_id):
+        with self._scheduler.journal.running(spec.model_id):
             engine = self._loader.load(spec, files)
-        self._lane.names[engine] = spec.model_id
+        self._scheduler.names[engine] = spec.model_id
         return engine

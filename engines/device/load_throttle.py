@@ -1,9 +1,9 @@
-"""A load stands back while somebody is served: between two of its parts it waits for the turns that run.
+"""Slows a load down while requests are served: between two of its steps it waits for the short tasks that run.
 
-Building a model is Python, and beside it every step of a forward pass waits for the interpreter's lock
+Building a model is Python, and while it runs every step of a forward pass waits for the interpreter's lock
 (`benchmarks/load_latency.py` measures it). Between two modules that it makes, and two tensors that it puts in place,
-the load looks whether a short turn runs, and lets it end first. That can cost it `_CREDIT_S`, and beyond it as much
-time again as it works itself: under load that never ends a model still comes.
+the load checks whether a short task runs, and lets it end first. That can cost the load `_CREDIT_S`, and beyond it as
+much time again as it works itself: a model still loads under traffic that never ends.
 """
 
 import threading
@@ -17,56 +17,58 @@ from torch.nn.modules.module import (
 )
 
 _CREDIT_S = 0.5
-_LOOK_S = 0.001
-"""Looking takes a lock, and a thousand parts come in a second."""
+_CHECK_INTERVAL_S = 0.001
+"""Least time between two checks: a check takes a lock, and a load makes a thousand steps in a second."""
 
-_here = threading.local()
+_local = threading.local()
 
 
 class LoadThrottle:
-    """The breaks of one load.
+    """Pauses one load while short tasks run, within its credit.
 
     Args:
-        let_pass: waits until nobody is served, but no longer than so many seconds.
+        wait_for_short_tasks: blocks while a short task runs, but no longer than the given seconds.
         clock: seconds.
     """
 
-    def __init__(self, let_pass: Callable[[float], None], clock: Callable[[], float] = time.monotonic) -> None:
-        self._let_pass = let_pass
+    def __init__(
+        self, wait_for_short_tasks: Callable[[float], None], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._wait_for_short_tasks = wait_for_short_tasks
         self._clock = clock
-        self._since_s = clock()
-        self._left_s = _CREDIT_S
+        self._resumed_at_s = clock()
+        self._credit_s = _CREDIT_S
 
     def pause_if_busy(self) -> None:
-        """Between two parts: wait, if somebody is served."""
+        """Waits while a short task runs. Called between two steps of the load."""
         now_s = self._clock()
-        worked_s = now_s - self._since_s
-        if worked_s < _LOOK_S:
+        worked_s = now_s - self._resumed_at_s
+        if worked_s < _CHECK_INTERVAL_S:
             return
-        self._left_s += worked_s
-        self._let_pass(self._left_s)
-        self._since_s = self._clock()
-        self._left_s -= self._since_s - now_s
+        self._credit_s += worked_s
+        self._wait_for_short_tasks(self._credit_s)
+        self._resumed_at_s = self._clock()
+        self._credit_s -= self._resumed_at_s - now_s
 
 
 @contextmanager
-def throttled_load(breaks: LoadThrottle) -> Iterator[None]:
-    """Inside, a part ends with every module and every tensor that this thread puts into a module."""
+def throttled_load(throttle: LoadThrottle) -> Iterator[None]:
+    """Makes each module and each tensor that this thread puts into a module, inside the block, a throttle point."""
     hooks = [
         register_module_module_registration_hook(lambda *_: throttle_point()),
         register_module_parameter_registration_hook(lambda *_: throttle_point()),
     ]
-    _here.breaks = breaks
+    _local.throttle = throttle
     try:
         yield
     finally:
-        _here.breaks = None
+        _local.throttle = None
         for hook in hooks:
             hook.remove()
 
 
 def throttle_point() -> None:
-    """The load that this thread carries out has done a part; without one, nothing happens."""
-    breaks: LoadThrottle | None = getattr(_here, "breaks", None)
-    if breaks is not None:
-        breaks.pause_if_busy()
+    """Pauses the load of this thread if a short task runs; does nothing on a thread that loads nothing."""
+    throttle: LoadThrottle | None = getattr(_local, "throttle", None)
+    if throttle is not None:
+        throttle.pause_if_busy()

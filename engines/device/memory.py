@@ -1,4 +1,4 @@
-"""Device memory: how much there is, and how much this process could have of it now. Knows no models.
+"""Reads how much memory a device has, and how much of it this process could use now. Knows no models.
 
 On the CPU a container's limit (cgroup v1 or v2) counts like the machine's own size.
 """
@@ -13,43 +13,51 @@ _UNLIMITED = 1 << 60
 
 
 class MemoryReading(Struct, frozen=True):
-    """One look at a device. `ceiling_bytes`: free memory and what models of this process hold already."""
+    """The memory of a device at one moment.
+
+    Args:
+        total_bytes: of the device, or of the container where that is less.
+        ceiling_bytes: free memory plus what models of this process hold already.
+    """
 
     total_bytes: int
     ceiling_bytes: int | None = None
 
 
 class DeviceMemory(Protocol):
-    """The memory of one device. Called on a thread: the first call may open a CUDA context."""
+    """Reads the memory of one device. Called on a thread: the first call may open a CUDA context."""
 
     def read(self) -> MemoryReading:
-        """Look now; other processes use the device too."""
+        """Reads the present figures; other processes use the device too."""
 
 
 def device_memory(device: str) -> DeviceMemory:
-    """`cpu`, `cuda` or `cuda:N`."""
+    """Returns the reader for `cpu`, `cuda` or `cuda:N`."""
     kind, _, index = device.partition(":")
     return CudaMemory(int(index or 0)) if kind == "cuda" else CpuMemory()
 
 
 class CudaMemory:
-    """A GPU. What torch's allocator has reserved is this process's own, so it counts as available to it."""
+    """Reads the memory of a GPU. What torch's allocator has reserved is this process's own: it counts as available."""
 
     def __init__(self, index: int) -> None:
         self._index = index
 
     def read(self) -> MemoryReading:
-        import torch  # late: the router imports this module through the door, and must not wait for torch
+        import torch  # late: the router imports this module through `engines.host`, and must not wait for torch
 
         free, total = torch.cuda.mem_get_info(self._index)
         return MemoryReading(total, free + torch.cuda.memory_reserved(self._index))
 
 
 class CpuMemory:
-    """Main memory. `root` is where `/proc` and `/sys` are mounted.
+    """Reads main memory.
 
-    Models that are mapped from files count as available, as the kernel sees it; those that were copied are this
-    process's anonymous memory. So the ceiling is what is available, and what this process has grown by since it began.
+    The kernel counts models that are mapped from files as available; those that were copied are this process's
+    anonymous memory. So the ceiling is what is available, plus what this process has grown by since it began.
+
+    Args:
+        root: where `/proc` and `/sys` are mounted.
     """
 
     def __init__(self, root: Path = Path("/")) -> None:
@@ -66,13 +74,13 @@ class CpuMemory:
 
 
 def anonymous_bytes() -> int:
-    """Resident memory of this process that no file backs."""
+    """Returns the resident memory of this process that no file backs."""
     info = psutil.Process().memory_info()
     return int(info.rss - getattr(info, "shared", 0))
 
 
 class CgroupLimit(Struct, frozen=True):
-    """The tightest limit above this process. Page cache counts as free: the kernel drops it before it kills."""
+    """A memory limit of this process. Page cache counts as free: the kernel drops it before it kills a process."""
 
     limit_bytes: int
     used_bytes: int
@@ -83,13 +91,13 @@ class CgroupLimit(Struct, frozen=True):
 
 
 def cgroup_limit(root: Path) -> CgroupLimit | None:
-    """The container's limit, None where there is none. Limits nest, so every level up to the top is looked at."""
+    """Returns the tightest limit of the container, None without one. Limits nest: every level up to the top is read."""
     found = [limit for folder, version in _cgroup_folders(root) if (limit := _limit_of(folder, version)) is not None]
     return min(found, key=lambda limit: limit.limit_bytes, default=None)
 
 
 def _cgroup_folders(root: Path) -> list[tuple[Path, int]]:
-    """This process's control groups and all above them, with the version of each.
+    """Returns the folders of this process's control groups and of all above them, with the cgroup version of each.
 
     Inside a container the named path often does not exist, while the mount itself is the container's own group.
     """
@@ -119,7 +127,7 @@ def _limit_of(folder: Path, version: int) -> CgroupLimit | None:
 
 
 def _number(path: Path) -> int | None:
-    """None for a missing file, and for `max`."""
+    """Returns the number in a file; None for a missing file, and for `max`."""
     text = "".join(_lines(path)[:1])
     return int(text) if text.isdigit() else None
 

@@ -1,14 +1,14 @@
-"""The lane: the threads of one device, on which its engines take turns.
+"""Shares one device between its engines: the worker threads of the device, and which task each of them runs next.
 
-A GPU has two: while one waits for a batch, the other makes the next one ready. A CPU has one for each core, and each
-runs its own batch on its own core: nothing waits at a barrier for a core that is busy elsewhere. A thread uses the
-cores of neighbours that have nothing to do, too, until one of them finds work.
+A GPU has two threads: while one waits for a batch, the other prepares the next one. A CPU has one thread for each core,
+and each runs its own batch on its own core: nothing waits at a barrier for a core that is busy elsewhere. A thread also
+uses the cores of idle threads, until one of those finds work.
 
-Turns are fair in time, not in number: the engine that has used the least seconds goes next, and one that was idle
-starts level with the rest, so that it can neither hoard time nor be starved (start-time fair queuing: Goyal, Vin and
-Cheng 1996). Between two batches nothing crosses the event loop: the threads cut the next one themselves. Between two
-layers a turn can give way (`DeviceScheduler.preemption_point`): to engines that had less time, a bulk job also to its
-model's small ones.
+The shares are fair in time, not in number of tasks: the source that has used the fewest seconds goes next, and one that
+was idle starts level with the rest, so that it can neither save up time nor be starved (start-time fair queuing: Goyal,
+Vin and Cheng 1996). Nothing crosses the event loop between two batches: the threads form the next batch themselves.
+Between two layers a task can be preempted (`DeviceScheduler.preemption_point`): by sources that have used less time,
+and, where it belongs to a bulk job, by small tasks of its own model.
 """
 
 import asyncio
@@ -26,28 +26,29 @@ __all__ = ["DeviceScheduler", "Task", "TaskSource", "post"]
 
 log = structlog.get_logger(__name__)
 
-_END_S = 2.0
-"""A turn that hangs must not keep the process from ending."""
+_JOIN_TIMEOUT_S = 2.0
+"""A task that hangs must not keep the process from ending."""
 
-_LOOK_S = 0.002
-"""A turn that lasts looks for others no more often: it is asked before every layer, and looking takes the lock."""
+_CHECK_INTERVAL_S = 0.002
+"""Least time between two checks of a running task for preemption: it reaches a preemption point before every layer, and
+a check takes the lock."""
 
 Result = TypeVar("Result")
 
 
 class DeviceScheduler:
-    """The threads of one device.
+    """Runs the tasks of all sources on the worker threads of one device.
 
     Args:
-        name: for the threads' names.
-        prepare: called once on each thread before its first turn.
+        name: of the device, for the names of the threads.
+        prepare: called once on each thread before its first task.
         clock: seconds, for the fair shares.
-        num_threads: how many turns may run at once.
-        use_cores: called on a thread with the number of cores it may use from now on.
-        look_s: how often a turn that lasts looks for others, at the most.
+        num_threads: the number of tasks that may run at once.
+        use_cores: called on a thread with the number of cores that it may use from now on.
+        check_interval_s: the least time between two checks of a running task for preemption.
     """
 
-    def __init__(  # one device, and the parts of the world that a test replaces
+    def __init__(  # one device, and the parts of the environment that a test replaces
         self,
         name: str,
         prepare: Callable[[], None] = lambda: None,
@@ -55,98 +56,102 @@ class DeviceScheduler:
         *,
         num_threads: int = 1,
         use_cores: Callable[[int], None] = lambda cores: None,
-        look_s: float = _LOOK_S,
+        check_interval_s: float = _CHECK_INTERVAL_S,
     ) -> None:
         self._clock = clock
         self._use_cores = use_cores
-        self._look_s = look_s
-        self._accounts: list[Usage] = []
-        self._level_s = 0.0
+        self._check_interval_s = check_interval_s
+        self._usages: list[Usage] = []
+        self._virtual_time_s = 0.0
         self._is_closed = False
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
         self._ended = threading.Condition(self._lock)
-        self._num_free = self._num_called = 0
-        self._here = threading.local()
+        self._num_free = self._num_woken = 0
+        self._local = threading.local()
         self._calls = CallQueue(num_threads)
         self.attach(self._calls)
-        self._seats = [WorkerThread() for _ in range(num_threads)]
-        names = [f"lane-{name}"] if num_threads == 1 else [f"lane-{name}-{index}" for index in range(num_threads)]
+        self._workers = [WorkerThread() for _ in range(num_threads)]
+        names = [f"device-{name}"] if num_threads == 1 else [f"device-{name}-{index}" for index in range(num_threads)]
         self._threads = [
-            threading.Thread(target=self._run, args=(seat, prepare), name=own, daemon=True)
-            for seat, own in zip(self._seats, names, strict=True)
+            threading.Thread(target=self._run, args=(worker, prepare), name=own, daemon=True)
+            for worker, own in zip(self._workers, names, strict=True)
         ]
         for thread in self._threads:
             thread.start()
 
     @property
     def num_threads(self) -> int:
-        """How many turns may run at once."""
-        return len(self._seats)
+        """The number of tasks that may run at once."""
+        return len(self._workers)
 
     @property
     def is_alive(self) -> bool:
-        """Whether every thread still takes turns."""
+        """Whether every thread still runs."""
         return all(thread.is_alive() for thread in self._threads)
 
     def health(self) -> DeviceHealth:
-        """How it goes, by the turn nearest to its limit; a lane that was closed has not died."""
+        """Returns the health of the thread nearest to its limit; the threads of a closed scheduler count as alive."""
         is_alive, now_s = self.is_alive or self._is_closed, self._clock()
         return least_healthy(
-            DeviceHealth(is_alive, seat.running_for_s(now_s), seat.is_at(self._calls)) for seat in self._seats
+            DeviceHealth(is_alive, worker.running_for_s(now_s), worker.is_running(self._calls))
+            for worker in self._workers
         )
 
     def attach(self, source: TaskSource) -> None:
-        """Let a source take turns; it may have work already."""
+        """Adds a source, which may have work already."""
         with self._lock:
-            self._accounts.append(Usage(source))
+            self._usages.append(Usage(source))
             self._work.notify()
 
     def detach(self, source: TaskSource) -> None:
-        """Take a source's turns away; blocks until those that run have ended, so that its memory can be freed."""
+        """Removes a source; blocks until its running tasks have ended, so that its memory can be freed."""
         with self._lock:
-            self._accounts = [account for account in self._accounts if account.source is not source]
-            self._ended.wait_for(lambda: not any(seat.holds(source) for seat in self._seats))
+            self._usages = [usage for usage in self._usages if usage.source is not source]
+            self._ended.wait_for(lambda: not any(worker.holds(source) for worker in self._workers))
 
     def seconds_of(self, source: TaskSource) -> float:
-        """Seconds of turns that have ended; 0 for a source that is not attached."""
+        """Returns the seconds charged to a source's tasks so far; 0 for a source that is not attached."""
         with self._lock:
-            return sum(account.total_s for account in self._accounts if account.source is source)
+            return sum(usage.total_s for usage in self._usages if usage.source is source)
 
     def notify(self) -> None:
-        """Say that a source may have work. One thread is woken; it wakes the next when there is more."""
+        """Announces that a source may have work. Wakes one thread, which wakes the next when there is more."""
         with self._lock:
             self._work.notify()
 
     def preemption_point(self) -> None:
-        """Before each layer of a turn, on its thread: whoever has had less time goes first. Nothing outside a turn."""
-        seat: WorkerThread | None = getattr(self._here, "seat", None)
-        if seat is None or not seat.running:
+        """Runs the tasks that go before the present one. Called before each layer, on the task's thread.
+
+        Outside of a task it does nothing.
+        """
+        worker: WorkerThread | None = getattr(self._local, "worker", None)
+        if worker is None or not worker.running:
             return
-        if self._clock() - seat.looked_s >= self._look_s:
+        if self._clock() - worker.checked_s >= self._check_interval_s:
             with self._lock:
-                seat.charge(self._clock())
-            while (picked := self._due_before(seat)) is not None:
-                self._take(seat, picked)
-            seat.looked_s = self._clock()
-        self._spread(seat)
+                worker.charge(self._clock())
+            while (picked := self._next_preempting(worker)) is not None:
+                self._run_task(worker, picked)
+            worker.checked_s = self._clock()
+        self._share_idle_cores(worker)
 
     def task_elapsed_s(self) -> float:
-        """Seconds that the present turn has run, without what it gave to others; 0 outside a turn."""
-        seat: WorkerThread | None = getattr(self._here, "seat", None)
-        if seat is None or not seat.running:
+        """Returns the seconds that the present task has run, without those of preempting tasks; 0 outside of a task."""
+        worker: WorkerThread | None = getattr(self._local, "worker", None)
+        if worker is None or not worker.running:
             return 0.0
         with self._lock:
-            seat.charge(self._clock())
-            return seat.running[-1].own_s
+            worker.charge(self._clock())
+            return worker.running[-1].own_s
 
     def wait_for_short_tasks(self, timeout_s: float) -> None:
-        """Blocks while a short turn runs, and no longer than that; who wants a long one waits for more anyway."""
+        """Blocks while a short task runs, `timeout_s` at most. Long tasks do not count: their callers wait anyway."""
         with self._lock:
-            self._ended.wait_for(lambda: not any(seat.is_short for seat in self._seats), timeout_s)
+            self._ended.wait_for(lambda: not any(worker.is_short for worker in self._workers), timeout_s)
 
     async def call(self, function: Callable[[], Result]) -> Result:
-        """Run a function on the lane as one turn and give back what it returns or raises.
+        """Runs a function on the device as one task and returns, or raises, its outcome.
 
         A cancelled call still runs to its end when it has begun.
         """
@@ -156,98 +161,109 @@ class DeviceScheduler:
         return await future
 
     def close(self) -> None:
-        """End the threads after their present turns, and wait for them, but not for ever."""
+        """Ends the threads after their present tasks, and waits for each of them for `_JOIN_TIMEOUT_S` at most."""
         with self._lock:
             self._is_closed = True
             self._work.notify_all()
         for thread in self._threads:
-            thread.join(_END_S)
+            thread.join(_JOIN_TIMEOUT_S)
 
-    def _run(self, seat: WorkerThread, prepare: Callable[[], None]) -> None:
-        self._here.seat = seat
+    def _run(self, worker: WorkerThread, prepare: Callable[[], None]) -> None:
+        self._local.worker = worker
         prepare()
-        while (picked := self._next(seat)) is not None:
-            self._take(seat, picked)
-            del picked  # it may hold a model, which must be free to leave while this thread waits
+        while (picked := self._wait_for_task(worker)) is not None:
+            self._run_task(worker, picked)
+            del picked  # it may hold a model, whose memory must be freed while this thread waits
 
-    def _take(self, seat: WorkerThread, picked: ActiveTask) -> None:
-        """Run a turn that `_pick` has seated."""
-        seat.since_s = seat.looked_s = self._clock()
-        self._spread(seat)
+    def _run_task(self, worker: WorkerThread, picked: ActiveTask) -> None:
+        """Runs a task that `_pick` or `_pick_small` has started on this worker."""
+        worker.charged_until_s = worker.checked_s = self._clock()
+        self._share_idle_cores(worker)
         try:
             picked.task.run()
         except Exception:
             log.exception("lane.turn_raised")
         with self._lock:
-            seat.leave(self._clock())
+            worker.end_task(self._clock())
             self._ended.notify_all()
 
-    def _spread(self, seat: WorkerThread) -> None:
-        """Use the cores of those who have no work, and are not called to any, in equal parts, where it is worth it."""
-        is_wide = seat.running and seat.running[-1].task.uses_idle_cores
-        num_free = max(0, self._num_free - self._num_called) if is_wide else 0
-        cores = 1 + num_free // max(1, len(self._seats) - num_free)
-        if cores != seat.cores:
+    def _share_idle_cores(self, worker: WorkerThread) -> None:
+        """Sets the cores of this thread: its own, and an equal part of those of threads that are idle and not woken."""
+        is_wide = worker.running and worker.running[-1].task.uses_idle_cores
+        num_free = max(0, self._num_free - self._num_woken) if is_wide else 0
+        cores = 1 + num_free // max(1, len(self._workers) - num_free)
+        if cores != worker.cores:
             self._use_cores(cores)
-            seat.cores = cores
+            worker.cores = cores
 
-    def _next(self, seat: WorkerThread) -> ActiveTask | None:
-        """Wait for work; None when the lane closes."""
+    def _wait_for_task(self, worker: WorkerThread) -> ActiveTask | None:
+        """Waits for work and starts a task; returns None when the scheduler closes."""
         with self._lock:
             while not self._is_closed:
-                wait_s = self._look()
-                picked = self._pick(seat, self._accounts)
+                wait_s = self._refresh_usages()
+                picked = self._pick(worker, self._usages)
                 if picked is not None:
-                    self._pass_on()
+                    self._wake_another()
                     return picked
                 self._num_free += 1
                 self._work.wait(wait_s)
-                self._num_free, self._num_called = self._num_free - 1, max(0, self._num_called - 1)
+                self._num_free, self._num_woken = self._num_free - 1, max(0, self._num_woken - 1)
             return None
 
-    def _pass_on(self) -> None:
-        """Wake another thread when there is work for it, unless all are called already."""
-        is_due = (account.can_run and account.source.ready_in_s() == 0 for account in self._accounts)
-        if self._num_free > self._num_called and any(is_due):
-            self._num_called += 1
+    def _wake_another(self) -> None:
+        """Wakes another thread when there is work for it, unless all idle threads are woken already."""
+        is_due = (usage.can_run and usage.source.ready_in_s() == 0 for usage in self._usages)
+        if self._num_free > self._num_woken and any(is_due):
+            self._num_woken += 1
             self._work.notify()
 
-    def _due_before(self, seat: WorkerThread) -> ActiveTask | None:
-        """Whoever goes before a turn that lasts: 1. a source that has had less time; 2. small work of the same one."""
-        outer = seat.running[-1]
+    def _next_preempting(self, worker: WorkerThread) -> ActiveTask | None:
+        """Starts the task that goes before the running one.
+
+        1. A task of a source that has used less time.
+        2. A small task of the same source.
+        """
+        outer = worker.running[-1]
         with self._lock:
             if self._is_closed:
                 return None
-            self._look()
-            others = [account for account in self._accounts if account.used_s < outer.account.used_s]
-            return self._pick(seat, others) or self._pick_small(seat, outer)  # (1), (2)
+            self._refresh_usages()
+            others = [usage for usage in self._usages if usage.used_s < outer.usage.used_s]
+            return self._pick(worker, others) or self._pick_small(worker, outer)  # (1), (2)
 
-    def _pick(self, seat: WorkerThread, accounts: Sequence[Usage]) -> ActiveTask | None:
-        """Of those with work, the one who has used the least; from now on it is its turn."""
-        for account in sorted(accounts, key=lambda account: account.used_s):
-            can_run = account.is_due and account.can_run and not seat.holds(account.source)
-            turn = account.source.next_task(self._num_free) if can_run else None
-            if turn is not None:
-                self._level_s = max(self._level_s, account.used_s)
-                return seat.sit(ActiveTask(account, turn))
+    def _pick(self, worker: WorkerThread, usages: Sequence[Usage]) -> ActiveTask | None:
+        """Starts a task of the source that has used the fewest seconds, of those that have work."""
+        for usage in sorted(usages, key=lambda usage: usage.used_s):
+            can_run = usage.is_due and usage.can_run and not worker.holds(usage.source)
+            task = usage.source.next_task(self._num_free) if can_run else None
+            if task is not None:
+                self._virtual_time_s = max(self._virtual_time_s, usage.used_s)
+                return worker.start_task(ActiveTask(usage, task))
         return None
 
-    def _pick_small(self, seat: WorkerThread, outer: ActiveTask) -> ActiveTask | None:
-        """A long turn gives at most as much time as it takes, or a stream of small requests would stop it."""
-        if not outer.task.is_long or outer.given_s > outer.own_s:
-            return None
-        turn = outer.account.source.next_small_task()
-        return seat.sit(ActiveTask(outer.account, turn, gives=outer)) if turn is not None else None
+    def _pick_small(self, worker: WorkerThread, outer: ActiveTask) -> ActiveTask | None:
+        """Starts a small task of the source of a long one.
 
-    def _look(self) -> float | None:
-        """Bring those who wake up level with the rest; seconds until the next is due, None when nobody will be."""
+        Small tasks get at most as much time as the long one has run, or a stream of small requests would stop it.
+        """
+        if not outer.task.is_long or outer.yielded_s > outer.own_s:
+            return None
+        task = outer.usage.source.next_small_task()
+        return worker.start_task(ActiveTask(outer.usage, task, preempted=outer)) if task is not None else None
+
+    def _refresh_usages(self) -> float | None:
+        """Updates which sources are due, and brings those that were idle level with the rest.
+
+        Returns:
+            Seconds until the next source is due, None when none will be.
+        """
         soonest: float | None = None
-        for account in self._accounts:
-            due_in_s = account.source.ready_in_s()
-            was_idle, account.is_due = account.is_idle, due_in_s == 0
-            account.is_idle = not account.is_due and not account.num_tasks
-            if was_idle and not account.is_idle:
-                account.used_s = max(account.used_s, self._level_s)
+        for usage in self._usages:
+            due_in_s = usage.source.ready_in_s()
+            was_idle, usage.is_due = usage.is_idle, due_in_s == 0
+            usage.is_idle = not usage.is_due and not usage.num_tasks
+            if was_idle and not usage.is_idle:
+                usage.used_s = max(usage.used_s, self._virtual_time_s)
             if due_in_s is not None and due_in_s > 0:
                 soonest = due_in_s if soonest is None else min(soonest, due_in_s)
         return soonest

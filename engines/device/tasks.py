@@ -1,4 +1,7 @@
-"""What the lane keeps its books with: sources, their turns and accounts, and who sits where. No thread here."""
+"""The records of the device scheduler: sources, their tasks and used time, and the tasks on each thread.
+
+Starts no thread and takes no lock: `engines.device.scheduler` does.
+"""
 
 import asyncio
 import math
@@ -15,11 +18,12 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Task:
-    """One piece of work. `run` must deliver its own failures: a turn does not raise.
+    """One piece of work.
 
     Args:
-        is_long: part of a bulk job, in the course of which small work of the same source may go first.
-        is_wide: it uses the cores of threads that have nothing to do.
+        run: does the work, and delivers its own failures: it must not raise.
+        is_long: whether it is part of a bulk job, which small tasks of the same source may preempt.
+        uses_idle_cores: whether it uses the cores of idle threads, too.
     """
 
     run: Callable[[], None]
@@ -28,24 +32,32 @@ class Task:
 
 
 class TaskSource(Protocol):
-    """Whoever takes turns. Called on the lane's threads, one at a time."""
+    """Supplies tasks to a device. Its methods are called on the device's threads, one at a time."""
 
     @property
     def max_concurrent_tasks(self) -> int:
-        """How many of its turns may run at once."""
+        """The number of its tasks that may run at once."""
 
     def ready_in_s(self) -> float | None:
-        """Seconds until there is work: 0 for now, None for none."""
+        """Returns the seconds until there is work: 0 for now, None for none."""
 
     def next_task(self, num_free: int) -> Task | None:
-        """The work of one turn, while `num_free` other threads have nothing to do."""
+        """Returns the next task, while `num_free` other threads are idle; None when there is none."""
 
     def next_small_task(self) -> Task | None:
-        """Work that should not wait for a long turn of this source; None when there is none."""
+        """Returns a task that should not wait for a long task of this source; None when there is none."""
 
 
 class Usage:
-    """One source, the seconds it has run in all, and those that count for whose turn it is (`used_s`)."""
+    """The device time of one source.
+
+    Attributes:
+        total_s: seconds that its tasks have run in all.
+        used_s: seconds that count for the fair share, raised when an idle source becomes active.
+        is_due: whether it has work now.
+        is_idle: whether it has neither work nor a running task.
+        num_tasks: its tasks that run now or are preempted.
+    """
 
     def __init__(self, source: TaskSource) -> None:
         self.source = source
@@ -57,91 +69,102 @@ class Usage:
 
     @property
     def can_run(self) -> bool:
-        """Whether one more of its turns may run beside those that do."""
+        """Whether one more of its tasks may run beside those that do."""
         return self.num_tasks < self.source.max_concurrent_tasks
 
 
 @dataclass
 class ActiveTask:
-    """A turn on a thread: the seconds it has run, and those it gave to small turns in between (`gives`: to this)."""
+    """A task on a thread.
 
-    account: Usage
+    Attributes:
+        usage: of its source.
+        preempted: the long task of the same source that this small one preempts.
+        own_s: seconds that it has run.
+        yielded_s: seconds that small tasks of its source have run in between.
+    """
+
+    usage: Usage
     task: Task
-    gives: "ActiveTask | None" = None
+    preempted: "ActiveTask | None" = None
     own_s: float = 0.0
-    given_s: float = 0.0
+    yielded_s: float = 0.0
 
 
 @dataclass
 class WorkerThread:
-    """One thread of the lane: the turn that runs on it is the last of `running`, those before it gave way.
+    """The state of one thread of a device.
 
-    `since_s`: until when the books are up to date, None between turns.
+    Attributes:
+        running: its tasks: the last one runs, those before it are preempted.
+        charged_until_s: the time up to which the running task has been charged, None between tasks.
+        checked_s: the time of the last check for preemption.
+        cores: the number of cores that the thread may use.
     """
 
     running: list[ActiveTask] = field(default_factory=list)
-    since_s: float | None = None
-    looked_s: float = -math.inf
+    charged_until_s: float | None = None
+    checked_s: float = -math.inf
     cores: int = 0
 
-    def sit(self, running: ActiveTask) -> ActiveTask:
-        """A turn comes, before the one that runs."""
-        running.account.num_tasks += 1
-        self.running.append(running)
-        return running
+    def start_task(self, started: ActiveTask) -> ActiveTask:
+        """Puts a task before the running one."""
+        started.usage.num_tasks += 1
+        self.running.append(started)
+        return started
 
-    def leave(self, now_s: float) -> None:
-        """The turn that runs has ended."""
+    def end_task(self, now_s: float) -> None:
+        """Removes the running task, which has ended."""
         self.charge(now_s)
         ended = self.running.pop()
-        ended.account.num_tasks -= 1
-        if ended.gives is not None:
-            ended.gives.given_s += ended.own_s
-        self.since_s = now_s if self.running else None
+        ended.usage.num_tasks -= 1
+        if ended.preempted is not None:
+            ended.preempted.yielded_s += ended.own_s
+        self.charged_until_s = now_s if self.running else None
 
     def charge(self, now_s: float) -> None:
-        """What the turn that runs has taken since it began or was charged last."""
-        seconds = now_s - (now_s if self.since_s is None else self.since_s)
+        """Charges the running task for the time since it began or was charged last."""
+        seconds = now_s - (now_s if self.charged_until_s is None else self.charged_until_s)
         self.running[-1].own_s += seconds
-        self.running[-1].account.total_s += seconds
-        self.running[-1].account.used_s += seconds
-        self.since_s = now_s
+        self.running[-1].usage.total_s += seconds
+        self.running[-1].usage.used_s += seconds
+        self.charged_until_s = now_s
 
     def holds(self, source: TaskSource) -> bool:
-        """Whether a turn of the source runs here, or gave way to the one that does."""
-        return any(running.account.source is source for running in self.running)
+        """Whether a task of the source runs here or is preempted."""
+        return any(active.usage.source is source for active in self.running)
 
-    def is_at(self, source: TaskSource) -> bool:
-        """Whether the turn that runs is this source's."""
-        # A slice, because the thread of this seat may end the turn meanwhile.
-        return any(running.account.source is source for running in self.running[-1:])
+    def is_running(self, source: TaskSource) -> bool:
+        """Whether the running task is of this source."""
+        # A slice, because this worker's thread may end the task meanwhile.
+        return any(active.usage.source is source for active in self.running[-1:])
 
     @property
     def is_short(self) -> bool:
-        """Whether a turn runs that is not long."""
-        return any(not running.task.is_long for running in self.running[-1:])
+        """Whether a task runs that is not long."""
+        return any(not active.task.is_long for active in self.running[-1:])
 
     def running_for_s(self, now_s: float) -> float:
-        """How long the present turn, or the present part of one, has been running; 0 between turns."""
-        since_s = self.since_s
-        return 0.0 if since_s is None else now_s - since_s
+        """Returns the seconds since the running task began, was charged or was resumed; 0 between tasks."""
+        charged_until_s = self.charged_until_s
+        return 0.0 if charged_until_s is None else now_s - charged_until_s
 
 
 class CallQueue:
-    """Single functions that wait for a turn (`TaskSource`)."""
+    """Single functions that wait to run on the device (`TaskSource`)."""
 
-    def __init__(self, max_turns: int) -> None:
+    def __init__(self, max_tasks: int) -> None:
         self._waiting: list[Task] = []
-        self._max_turns = max_turns
+        self._max_tasks = max_tasks
 
     @property
     def max_concurrent_tasks(self) -> int:
-        """As many as there are threads."""
-        return self._max_turns
+        """As many as the device has threads."""
+        return self._max_tasks
 
     def add(self, function: Callable[[], Result], future: "asyncio.Future[Result]") -> None:
-        """Let `future` have what `function` returns or raises."""
-        self._waiting.append(Task(lambda: _answer(future, function), uses_idle_cores=True))
+        """Adds a function, whose result or error is set on `future`."""
+        self._waiting.append(Task(lambda: _call_and_resolve(future, function), uses_idle_cores=True))
 
     def ready_in_s(self) -> float | None:
         """See `TaskSource`."""
@@ -152,28 +175,28 @@ class CallQueue:
         return self._waiting.pop(0) if self._waiting else None
 
     def next_small_task(self) -> Task | None:
-        """See `TaskSource`: a call does not know how large it is."""
+        """See `TaskSource`; the size of a call is not known."""
         return None
 
 
 def post(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: object) -> None:
-    """Hand a call to the event loop from another thread; a loop that has closed has nobody left to tell."""
+    """Schedules a call on the event loop from another thread; a closed loop has no caller left, and is only logged."""
     try:
         loop.call_soon_threadsafe(function, *args)
     except RuntimeError:
         log.info("lane.loop_closed")
 
 
-def _answer(future: "asyncio.Future[Result]", function: Callable[[], Result]) -> None:
+def _call_and_resolve(future: "asyncio.Future[Result]", function: Callable[[], Result]) -> None:
     loop = future.get_loop()
     try:
         result = function()
     except Exception as error:  # noqa: BLE001  # it is raised again where the call is awaited
-        post(loop, _settle, future, future.set_exception, error)
+        post(loop, _resolve, future, future.set_exception, error)
     else:
-        post(loop, _settle, future, future.set_result, result)
+        post(loop, _resolve, future, future.set_result, result)
 
 
-def _settle(future: "asyncio.Future[Any]", settle: Callable[[Any], None], outcome: object) -> None:
+def _resolve(future: "asyncio.Future[Any]", set_outcome: Callable[[Any], None], outcome: object) -> None:
     if not future.done():
-        settle(outcome)
+        set_outcome(outcome)

@@ -1,4 +1,4 @@
-"""How many cores a thread may use, and whether torch takes them or leaves them to others."""
+"""Sets how many cores a thread may use, and whether torch or ONNX Runtime uses them; waits for and names devices."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -8,57 +8,63 @@ import torch
 
 
 def finisher(device: torch.device) -> Callable[[], None]:
-    """What waits for a device: a CPU has done its work when a call returns.
+    """Returns a function that waits until a device has done its work. A CPU has done it when a call returns.
 
-    For what this thread's stream was given, that is: to wait for the whole device is an error while another thread
-    records a graph there.
+    It waits for this thread's stream only: to wait for the whole device is an error while another thread records a
+    graph there.
     """
     return (lambda: None) if device.type == "cpu" else (lambda: torch.cuda.current_stream(device).synchronize())
 
 
 def device_name(device: torch.device) -> str:
-    """What a speed depends on."""
+    """Returns the kind of a CPU or the name of a GPU, by which measured speeds are kept."""
     return device.type if device.type == "cpu" else torch.cuda.get_device_name(device)
 
 
-class _Here(threading.local):
+class _ThreadCores(threading.local):
     num: int | None = None
-    is_left: bool = False
+    is_reserved: bool = False
 
 
-_HERE = _Here()
+_CORES = _ThreadCores()
 
 
 def prepare() -> None:
-    """One core, on a thread that begins. torch keeps a number for each thread that asks, but the first asking takes
-    over the last number that any of them has set: it comes before ours is."""
+    """Limits a new thread to one core.
+
+    torch keeps a number of threads for each thread that asks for it, but a thread's first query takes over the last
+    number that any thread has set: it comes before ours is set.
+    """
     torch.get_num_threads()
     set_threads(1)
 
 
 def set_threads(num: int) -> None:
-    """From now on this thread may use so many."""
-    _HERE.num = num
-    if not _HERE.is_left:
+    """Sets how many cores this thread may use from now on."""
+    _CORES.num = num
+    if not _CORES.is_reserved:
         torch.set_num_threads(num)
 
 
 def usable_threads() -> int:
-    """How many this thread may use; where nobody has said it, as many as torch takes."""
-    return torch.get_num_threads() if _HERE.num is None else _HERE.num
+    """Returns how many cores this thread may use; where it was never set, as many as torch uses."""
+    return torch.get_num_threads() if _CORES.num is None else _CORES.num
 
 
 @contextmanager
-def reserve_for_onnxruntime(is_so: bool = True) -> Iterator[None]:
-    """Inside, if so, torch takes one: its threads wait busily for more work, on cores that another library uses."""
-    if not is_so or _HERE.is_left:
+def reserve_for_onnxruntime(is_needed: bool = True) -> Iterator[None]:
+    """Limits torch to one core inside the block, if `is_needed`.
+
+    Its threads spin while they wait, on cores that ONNX Runtime uses.
+    """
+    if not is_needed or _CORES.is_reserved:
         yield
         return
-    before, _HERE.num, _HERE.is_left = _HERE.num, usable_threads(), True
+    before, _CORES.num, _CORES.is_reserved = _CORES.num, usable_threads(), True
     torch.set_num_threads(1)
     try:
         yield
     finally:
-        _HERE.is_left = False
-        torch.set_num_threads(_HERE.num)
-        _HERE.num = None if before is None else _HERE.num
+        _CORES.is_reserved = False
+        torch.set_num_threads(_CORES.num)
+        _CORES.num = None if before is None else _CORES.num

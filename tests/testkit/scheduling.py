@@ -7,17 +7,30 @@ from engines.device.scheduler import DeviceScheduler, Task
 
 
 class ScriptedSource:
-    """A source with a fixed number of turns; each turn runs `work`. `small` are turns that pass long ones."""
+    """A source with a fixed number of tasks.
+
+    Attributes:
+        left: the number of tasks still to come.
+        work: what each task runs.
+        small: small tasks, which may preempt the long ones.
+        free: the number of idle threads that each call of `next_task` was given.
+    """
 
     def __init__(
-        self, turns: int, work: Callable[[], None], *, max_turns: int = 1, is_long: bool = False, is_wide: bool = False
+        self,
+        num_tasks: int,
+        work: Callable[[], None],
+        *,
+        max_tasks: int = 1,
+        is_long: bool = False,
+        uses_idle_cores: bool = False,
     ) -> None:
-        self.left = turns
+        self.left = num_tasks
         self.work = work
-        self.max_concurrent_tasks = max_turns
+        self.max_concurrent_tasks = max_tasks
         self.small: list[Callable[[], None]] = []
         self.free: list[int] = []
-        self._is_long, self._is_wide = is_long, is_wide
+        self._is_long, self._uses_idle_cores = is_long, uses_idle_cores
 
     def ready_in_s(self) -> float | None:
         return 0.0 if self.left else None
@@ -27,42 +40,48 @@ class ScriptedSource:
             return None
         self.left -= 1
         self.free.append(num_free)
-        return Task(self.work, self._is_long, self._is_wide)
+        return Task(self.work, self._is_long, self._uses_idle_cores)
 
     def next_small_task(self) -> Task | None:
         return Task(self.small.pop(0)) if self.small else None
 
 
 class TaskLog:
-    """Turns of several sources on a fake clock, written down in order."""
+    """Records the order in which tasks of several sources run, on a fake clock.
 
-    def __init__(self, num_turns: int) -> None:
+    Attributes:
+        done: set after `num_tasks` tasks.
+    """
+
+    def __init__(self, num_tasks: int) -> None:
         self.now_s = 0.0
         self.order: list[str] = []
         self.done = threading.Event()
-        self._num_turns = num_turns
+        self._num_tasks = num_tasks
 
-    def turn(self, name: str, seconds: float) -> Callable[[], None]:
+    def task(self, name: str, seconds: float) -> Callable[[], None]:
+        """Returns a task that takes `seconds` of the clock."""
+
         def work() -> None:
             self.order.append(name)
             self.now_s += seconds
-            if len(self.order) == self._num_turns:
+            if len(self.order) == self._num_tasks:
                 self.done.set()
 
         return work
 
-    def read(self, *sources: ScriptedSource) -> list[str]:
-        """Let the sources take all their turns on a lane of this clock,"""
-        lane = self.open_lane()
+    def run(self, *sources: ScriptedSource) -> list[str]:
+        """Runs all tasks of the sources on one thread and returns their order."""
+        scheduler = self.scheduler()
         try:
             for source in sources:
-                lane.attach(source)
-            lane.notify()
+                scheduler.attach(source)
+            scheduler.notify()
             assert self.done.wait(10)
         finally:
-            lane.close()
+            scheduler.close()
         return self.order
 
-    def open_lane(self) -> DeviceScheduler:
-        """One thread, on this clock."""
-        return DeviceScheduler("diary", clock=lambda: self.now_s, look_s=0.0)
+    def scheduler(self) -> DeviceScheduler:
+        """Returns a scheduler with one thread, on this clock."""
+        return DeviceScheduler("test", clock=lambda: self.now_s, check_interval_s=0.0)

@@ -54,7 +54,7 @@ class Bench:
         info: ModelInfo = INFO,
     ) -> None:
         self.encoder = ScriptedEncoder()
-        self.lane = DeviceScheduler("test", num_threads=num_threads, look_s=0.0)
+        self.lane = DeviceScheduler("test", num_threads=num_threads, check_interval_s=0.0)
         self.threads = TokenizerThreads(2)
         self.released = 0
         tokenizer = Tokenizer(backend or Letters(), TokenizerLimits(max_tokens=64, vocab_size=0x110000))

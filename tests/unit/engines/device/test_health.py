@@ -1,4 +1,4 @@
-"""A device that does not answer: what is said of it, and what becomes of those who wait."""
+"""A device that does not answer: the message about it, and what happens to requests that wait for it."""
 
 import asyncio
 import math
@@ -18,7 +18,7 @@ CALL = EmbedCall(model_id="a", texts=("x",))
 
 
 @pytest.mark.parametrize(
-    ("pulse", "words"),
+    ("health", "words"),
     [
         (DeviceHealth(), ""),
         (DeviceHealth(task_s=120.0), ""),
@@ -28,31 +28,31 @@ CALL = EmbedCall(model_id="a", texts=("x",))
         (DeviceHealth(is_alive=False), "the thread of device cuda:1 has died"),
     ],
 )
-def test_a_fault_names_device_and_seconds(pulse: DeviceHealth, words: str) -> None:
-    fault = describe_fault("cuda:1", pulse, 120.0)
+def test_a_fault_names_device_and_seconds(health: DeviceHealth, words: str) -> None:
+    fault = describe_fault("cuda:1", health, 120.0)
 
     assert words in fault
     assert bool(fault) == bool(words)
 
 
 class Device:
-    """A host whose forward passes hang, and whose pulse a test takes."""
+    """A host whose forward passes hang, and whose device has the health that a test sets."""
 
     def __init__(self) -> None:
-        self.pulse = DeviceHealth()
+        self.health = DeviceHealth()
         self.time = FakeTime()
         self.loader = FakeLoader(embed_s=1000.0, sleep=self.time.sleep)
-        world = structs.replace(fake_runtime(time=self.time), health=lambda: self.pulse)
-        self.host: Host = fake_host("a", "b", loader=self.loader, world=world)
+        runtime = structs.replace(fake_runtime(time=self.time), health=lambda: self.health)
+        self.host: Host = fake_host("a", "b", loader=self.loader, world=runtime)
 
 
-async def test_those_who_wait_on_a_hanging_device_are_told_and_those_who_come_refused() -> None:
+async def test_requests_that_wait_on_a_hanging_device_fail_and_new_ones_are_refused() -> None:
     device = Device()
     await device.host.start()
     running, waiting = (asyncio.create_task(device.host.embed(call)) for call in (CALL, CALL))
     await let_run()
     before = device.host.check()
-    device.pulse = DeviceHealth(task_s=121.0)
+    device.health = DeviceHealth(task_s=121.0)
     fault = device.host.check()
     outcomes = await asyncio.gather(running, waiting, return_exceptions=True)
 
@@ -71,10 +71,10 @@ async def test_a_load_on_a_dead_device_is_not_waited_for() -> None:
     device = Device()
     device.loader._pause = lambda model_id: None
     await device.host.start()
-    device.host._pool._world.workers.hold("load")  # type: ignore[attr-defined]  # the fake world's can be held
+    device.host._pool._world.workers.hold("load")  # type: ignore[attr-defined]  # the fake runtime's can be held
     waiting = asyncio.create_task(device.host.embed(CALL))
     await let_run()
-    device.pulse = DeviceHealth(is_alive=False)
+    device.health = DeviceHealth(is_alive=False)
     device.host.check()
 
     with pytest.raises(DeviceDown, match="has died"):
@@ -84,9 +84,9 @@ async def test_a_load_on_a_dead_device_is_not_waited_for() -> None:
 async def test_a_device_that_answers_again_serves_again() -> None:
     device = Device()
     await device.host.start()
-    device.pulse = DeviceHealth(task_s=121.0)
+    device.health = DeviceHealth(task_s=121.0)
     device.host.check()
-    device.pulse = DeviceHealth()
+    device.health = DeviceHealth()
     device.host.check()
     task = asyncio.create_task(device.host.embed(CALL))
     await device.time.advance(2000)
@@ -99,7 +99,7 @@ async def test_a_caller_that_is_cancelled_as_well_is_cancelled() -> None:
     await device.host.start()
     task = asyncio.create_task(device.host.embed(CALL))
     await let_run()
-    device.pulse = DeviceHealth(task_s=121.0)
+    device.health = DeviceHealth(task_s=121.0)
     device.host.check()
     task.cancel()
 
@@ -108,7 +108,7 @@ async def test_a_caller_that_is_cancelled_as_well_is_cancelled() -> None:
     assert device.host.status("a").leases == 0
 
 
-def test_a_process_that_looks_every_second_has_never_stood_still() -> None:
+def test_a_process_that_reports_every_second_was_never_paused() -> None:
     awake = PauseDetector()
 
     assert [awake.seconds_since_pause(now_s) for now_s in (1000.0, 1001.0, 1010.5)] == [math.inf] * 3
@@ -125,9 +125,9 @@ async def test_a_pass_that_a_pause_of_the_process_made_long_is_no_fault_and_one_
     device = Device()
     await device.host.start()
     faults = []
-    for seconds, turn_s in ((1, 1.0), (300, 301.0), *((1, 301.0 + more) for more in range(1, 125))):
+    for seconds, task_s in ((1, 1.0), (300, 301.0), *((1, 301.0 + more) for more in range(1, 125))):
         await device.time.advance(seconds)
-        device.pulse = DeviceHealth(task_s=turn_s)
+        device.health = DeviceHealth(task_s=task_s)
         faults.append(device.host.check())
 
     assert faults[:3] == ["", "", ""], "the process was stopped for 300 s"

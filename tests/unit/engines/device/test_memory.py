@@ -1,4 +1,4 @@
-"""Devices, budgets, and what is remembered of earlier loads."""
+"""The memory of devices, memory needs, and the estimates that earlier loads leave."""
 
 import os
 import threading

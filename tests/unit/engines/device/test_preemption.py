@@ -1,4 +1,4 @@
-"""A turn that lasts lets others go first in between: small models do not wait for a large one's self-check."""
+"""Preemption of long tasks between layers: small models do not wait for the self-check of a large one."""
 
 import asyncio
 import threading
@@ -13,78 +13,78 @@ from tests.testkit.engine_kit import Kit
 from tests.testkit.scheduling import ScriptedSource, TaskLog
 
 
-def read(num_turns: int, other_turns: int, parts: int, part_s: float = 2.0) -> list[str]:
-    """The order of a long turn's parts and of another source's turns of 1 s, which come up during the first part."""
-    diary = TaskLog(num_turns)
-    other = ScriptedSource(0, diary.turn("other", 1.0))
-    lane = diary.open_lane()
+def order_of(num_tasks: int, other_tasks: int, parts: int, part_s: float = 2.0) -> list[str]:
+    """Returns the order of a long task's parts and another source's tasks of 1 s, there from the first part on."""
+    tasks = TaskLog(num_tasks)
+    other = ScriptedSource(0, tasks.task("other", 1.0))
+    scheduler = tasks.scheduler()
 
-    def long_turn() -> None:
+    def long_task() -> None:
         for part in range(parts):
-            diary.turn("part", part_s)()
-            other.left = other_turns if part == 0 else other.left
-            lane.preemption_point()
+            tasks.task("part", part_s)()
+            other.left = other_tasks if part == 0 else other.left
+            scheduler.preemption_point()
 
     try:
-        lane.attach(other)
-        lane.attach(ScriptedSource(1, long_turn))
-        lane.notify()
-        assert diary.done.wait(10)
+        scheduler.attach(other)
+        scheduler.attach(ScriptedSource(1, long_task))
+        scheduler.notify()
+        assert tasks.done.wait(10)
     finally:
-        lane.close()
-    return diary.order
+        scheduler.close()
+    return tasks.order
 
 
-def test_between_its_parts_those_go_first_who_had_less_time() -> None:
-    assert read(7, other_turns=4, parts=3) == ["part", "other", "other", "part", "other", "other", "part"]
+def test_between_two_parts_a_source_that_used_less_time_goes_first() -> None:
+    assert order_of(7, other_tasks=4, parts=3) == ["part", "other", "other", "part", "other", "other", "part"]
 
 
-def test_who_is_always_busy_gets_no_more_than_a_fair_share() -> None:
-    order = read(12, other_turns=100, parts=4)
+def test_a_source_that_is_always_busy_gets_no_more_than_a_fair_share() -> None:
+    order = order_of(12, other_tasks=100, parts=4)
 
     assert order[:12] == ["part", "other", "other"] * 4
 
 
-def test_time_given_to_others_is_not_charged_to_who_gave_it() -> None:
-    """Parts of 2 s and 0.5 s, and 2 s given away: the other has used less at the end, and goes first."""
-    diary = TaskLog(7)
-    other = ScriptedSource(0, diary.turn("other", 1.0))
-    lane = diary.open_lane()
+def test_the_time_of_preempting_tasks_is_not_charged_to_the_preempted_one() -> None:
+    """Parts of 2 s and 0.5 s, and 2 s of the other in between: the other has used less at the end, and goes first."""
+    tasks = TaskLog(7)
+    other = ScriptedSource(0, tasks.task("other", 1.0))
+    scheduler = tasks.scheduler()
     long = ScriptedSource(1, lambda: None)
 
-    def long_turn() -> None:
-        diary.turn("part", 2.0)()
+    def long_task() -> None:
+        tasks.task("part", 2.0)()
         other.left = 4
-        lane.preemption_point()
-        diary.turn("part", 0.5)()
-        long.work, long.left = diary.turn("next", 1.0), 1
+        scheduler.preemption_point()
+        tasks.task("part", 0.5)()
+        long.work, long.left = tasks.task("next", 1.0), 1
 
-    long.work = long_turn
+    long.work = long_task
     try:
-        lane.attach(other)
-        lane.attach(long)
-        lane.notify()
-        assert diary.done.wait(10)
+        scheduler.attach(other)
+        scheduler.attach(long)
+        scheduler.notify()
+        assert tasks.done.wait(10)
     finally:
-        lane.close()
+        scheduler.close()
 
-    assert diary.order == ["part", "other", "other", "part", "other", "next", "other"]
+    assert tasks.order == ["part", "other", "other", "part", "other", "next", "other"]
 
 
-def test_outside_a_turn_there_is_nobody_to_give_way() -> None:
-    lane = DeviceScheduler("idle")
+def test_outside_of_a_task_a_preemption_point_does_nothing() -> None:
+    scheduler = DeviceScheduler("idle")
     source = ScriptedSource(0, lambda: None)
-    lane.attach(source)
+    scheduler.attach(source)
     source.left = 1
-    lane.preemption_point()
+    scheduler.preemption_point()
     left = source.left
-    lane.close()
+    scheduler.close()
 
     assert left == 1
 
 
-async def test_who_gave_way_cannot_be_detached_meanwhile() -> None:
-    lane = DeviceScheduler("test", look_s=0.0)
+async def test_detaching_waits_for_a_preempted_task() -> None:
+    scheduler = DeviceScheduler("test", check_interval_s=0.0)
     begun, gate = threading.Event(), threading.Event()
 
     def wait() -> None:
@@ -93,105 +93,105 @@ async def test_who_gave_way_cannot_be_detached_meanwhile() -> None:
 
     inner = ScriptedSource(0, wait)
 
-    def long_turn() -> None:
+    def long_task() -> None:
         inner.left = 1
-        lane.preemption_point()
+        scheduler.preemption_point()
 
-    outer = ScriptedSource(1, long_turn)
-    lane.attach(inner)
-    lane.attach(outer)
-    lane.notify()
+    outer = ScriptedSource(1, long_task)
+    scheduler.attach(inner)
+    scheduler.attach(outer)
+    scheduler.notify()
     await asyncio.to_thread(begun.wait, 10)
-    detaching = asyncio.create_task(asyncio.to_thread(lane.detach, outer))
+    detaching = asyncio.create_task(asyncio.to_thread(scheduler.detach, outer))
     await asyncio.sleep(0.01)
     was_waiting = not detaching.done()
     gate.set()
     await detaching
-    lane.close()
+    scheduler.close()
 
     assert was_waiting
 
 
-async def test_a_turn_that_is_given_way_to_may_fail() -> None:
-    lane = DeviceScheduler("test", look_s=0.0)
+async def test_a_preempting_task_may_fail() -> None:
+    scheduler = DeviceScheduler("test", check_interval_s=0.0)
 
     def fail() -> None:
         raise ValueError("a bug of the source")
 
     inner = ScriptedSource(0, fail)
-    lane.attach(inner)
+    scheduler.attach(inner)
 
-    def long_turn() -> int:
+    def long_task() -> int:
         inner.left = 1
-        lane.preemption_point()
+        scheduler.preemption_point()
         return inner.left
 
-    assert await lane.call(long_turn) == 0
-    assert lane.is_alive
-    lane.close()
+    assert await scheduler.call(long_task) == 0
+    assert scheduler.is_alive
+    scheduler.close()
 
 
-def read_small(num_turns: int, small: int, parts: int, *, is_long: bool = True) -> list[str]:
-    """The order of a turn's parts of 2 s and of small turns of 1 s of the same source, there from the first part on."""
-    diary = TaskLog(num_turns)
-    lane = diary.open_lane()
+def order_with_small(num_tasks: int, small: int, parts: int, *, is_long: bool = True) -> list[str]:
+    """Returns the order of a task's parts of 2 s and its source's small tasks of 1 s, there from the first part on."""
+    tasks = TaskLog(num_tasks)
+    scheduler = tasks.scheduler()
     source = ScriptedSource(1, lambda: None, is_long=is_long)
 
-    def long_turn() -> None:
+    def long_task() -> None:
         for part in range(parts):
-            diary.turn("part", 2.0)()
+            tasks.task("part", 2.0)()
             if part == 0:
-                source.small = [diary.turn("small", 1.0)] * small
-            lane.preemption_point()
+                source.small = [tasks.task("small", 1.0)] * small
+            scheduler.preemption_point()
 
-    source.work = long_turn
+    source.work = long_task
     try:
-        lane.attach(source)
-        lane.notify()
-        assert diary.done.wait(10)
+        scheduler.attach(source)
+        scheduler.notify()
+        assert tasks.done.wait(10)
     finally:
-        lane.close()
-    return diary.order
+        scheduler.close()
+    return tasks.order
 
 
-def test_small_work_of_the_same_source_passes_a_long_turn_between_its_parts() -> None:
-    assert read_small(4, small=2, parts=2) == ["part", "small", "small", "part"]
+def test_small_tasks_of_the_same_source_preempt_a_long_one_between_its_parts() -> None:
+    assert order_with_small(4, small=2, parts=2) == ["part", "small", "small", "part"]
 
 
-def test_a_long_turn_gives_no_more_than_about_as_much_time_as_it_takes() -> None:
-    order = read_small(11, small=100, parts=4)
+def test_small_tasks_get_no_more_than_about_as_much_time_as_the_long_one() -> None:
+    order = order_with_small(11, small=100, parts=4)
 
     assert order[:11] == ["part", *["small"] * 3, "part", *["small"] * 2, "part", *["small"] * 2, "part"]
 
 
-def test_a_turn_that_is_not_long_is_not_passed_by_its_own_kind() -> None:
-    assert read_small(2, small=1, parts=2, is_long=False) == ["part", "part"]
+def test_a_task_that_is_not_long_is_not_preempted_by_small_ones() -> None:
+    assert order_with_small(2, small=1, parts=2, is_long=False) == ["part", "part"]
 
 
-def test_a_turn_just_begun_is_not_asked_to_give_way() -> None:
-    """Looking takes the lock, and it is asked before each of perhaps a hundred layers."""
-    diary = TaskLog(2)
-    lane = DeviceScheduler("busy", clock=lambda: diary.now_s, look_s=0.5)
-    other = ScriptedSource(0, diary.turn("other", 1.0))
+def test_a_task_that_has_just_begun_is_not_preempted() -> None:
+    """The check takes the lock, and there is a preemption point before each of perhaps a hundred layers."""
+    tasks = TaskLog(2)
+    scheduler = DeviceScheduler("busy", clock=lambda: tasks.now_s, check_interval_s=0.5)
+    other = ScriptedSource(0, tasks.task("other", 1.0))
 
-    def turn() -> None:
+    def task() -> None:
         other.left = 1
-        diary.now_s += 0.4
-        lane.preemption_point()
-        diary.turn("turn", 1.0)()
+        tasks.now_s += 0.4
+        scheduler.preemption_point()
+        tasks.task("task", 1.0)()
 
-    lane.attach(other)
-    lane.attach(ScriptedSource(1, turn))
-    lane.notify()
-    assert diary.done.wait(10)
-    lane.close()
+    scheduler.attach(other)
+    scheduler.attach(ScriptedSource(1, task))
+    scheduler.notify()
+    assert tasks.done.wait(10)
+    scheduler.close()
 
-    assert diary.order == ["turn", "other"]
+    assert tasks.order == ["task", "other"]
 
 
-def test_a_real_self_check_lets_others_go_first_between_layers(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
-    turns: list[int] = []
-    other = ScriptedSource(0, lambda: turns.append(1))
+def test_a_real_self_check_is_preempted_between_layers(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[int] = []
+    other = ScriptedSource(0, lambda: runs.append(1))
     during: list[int] = []
 
     def checked(*arguments: Any) -> Any:
@@ -199,7 +199,7 @@ def test_a_real_self_check_lets_others_go_first_between_layers(kit: Kit, monkeyp
         try:
             return select_forward_path(*arguments)
         finally:
-            during.append(len(turns))
+            during.append(len(runs))
             other.left = 0
 
     monkeypatch.setattr(loader, "select_forward_path", checked)

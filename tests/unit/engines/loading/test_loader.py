@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engines.device import load_throttle as breaks
+from engines.device import load_throttle
 from engines.device.scheduler import DeviceScheduler
 from engines.errors import UnsupportedModel
 from engines.inputs.tokenizer_threads import TokenizerThreads
@@ -61,7 +61,7 @@ async def test_a_load_looks_between_its_parts_whether_somebody_is_served(
 ) -> None:
     asked: list[float] = []
     monkeypatch.setattr(load._scheduler, "wait_for_short_tasks", asked.append)
-    monkeypatch.setattr(breaks, "_LOOK_S", 0.0)
+    monkeypatch.setattr(load_throttle, "_CHECK_INTERVAL_S", 0.0)
 
     engine = await asyncio.to_thread(load.load, ModelSpec(model_id="m", source="package:m"), MINILM)
     num_asked = len(asked)
