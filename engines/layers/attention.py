@@ -1,13 +1,13 @@
-"""Packed attention: all texts of a batch in one row, attention inside each text only, no padding anywhere.
+"""Computes attention on packed rows: all texts of a batch in one row, attention inside each text only, no padding.
 
 A packed row is `[1, T]`: the texts of a batch, sorted by length, one behind the other. Linear layers, norms and
-activations see real tokens only. Attention is the one operation in which tokens meet, and it runs once per distinct
+activations see real tokens only. Attention is the one operation that combines tokens, and it runs once per distinct
 length: texts of equal length lie side by side, so a view `[n, heads, length, head_dim]` of the row is a plain batch.
 
-`packed_attention` is registered with transformers under the name `PACKED`, and no function that makes masks: so none is
-made, and nobody looks into the position ids to see what it should hide, for which the host would wait for a GPU.
-Whether an architecture can take it is not decided by a list: `engines/models/verification.py` compares with the
-reference forward when the model loads.
+`packed_attention` is registered with transformers under the name `PACKED`, without a mask function: so no mask is made,
+and the position ids are not read to make one, for which the host would wait for a GPU. No list decides whether an
+architecture can run packed: `engines/models/verification.py` compares its vectors with those of the reference forward
+when the model loads.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,8 +28,8 @@ except ImportError:  # torch < 2.10
 
 PACKED = "embedyard_packed"
 
-# Queries of a windowed layer run in blocks of this many, each against the keys in its reach: what a long text costs
-# then grows with its length, not with the square of it.
+# Queries of a windowed layer run in blocks of this many, each against the keys within its window: the cost of a long
+# text then grows with its length, not with the square of it.
 _BLOCK = 128
 _WHOLE = 2 * _BLOCK
 
@@ -50,21 +50,22 @@ def packed_attention(  # noqa: PLR0913  # the signature is transformers'
     position_bias: Tensor | None = None,
     **unused: Any,
 ) -> tuple[Tensor, None]:
-    """Attention inside each text of a packed row, as transformers' attention interface calls it.
+    """Computes attention inside each text of a packed row. Called through transformers' attention interface.
 
     Args:
         query: `[1, heads, T, d]`; `key`, `value`: `[1, kv_heads, T, d]`.
-        attention_mask: always None, as no mask is registered beside this function.
-        sliding_window: exclusive bound: tokens `i`, `j` meet only if `|i - j| < sliding_window`.
-        position_bias: `[1, heads, ≥ L, ≥ L]`, a function of `i - j` only, so its corner serves every text.
+        attention_mask: always None, as no mask function is registered with this one.
+        sliding_window: exclusive bound: token `i` attends to token `j` only if `|i - j| < sliding_window`.
+        position_bias: `[1, heads, ≥ L, ≥ L]`, a function of `i - j` only: its top left corner is the bias of a shorter
+            text.
 
     Returns:
         `[1, T, heads, d]`, and no attention weights.
 
     Raises:
-        NotImplementedError: the model asks for something that changes the scores and that we do not do.
+        NotImplementedError: the model changes the scores in a way that is not supported here.
     """
-    _refuse(attention_mask, unused)
+    _reject_unsupported(attention_mask, unused)
     causal = resolve_causal(module, is_causal)
     if position_bias is None and has_varlen(query.device, query.dtype):
         window = _flash_window(sliding_window, causal)
@@ -74,32 +75,35 @@ def packed_attention(  # noqa: PLR0913  # the signature is transformers'
     return (rows[0] if len(rows) == 1 else torch.cat(rows))[None], None
 
 
-def _refuse(attention_mask: Tensor | None, options: Mapping[str, Any]) -> None:
-    asked = {
+def _reject_unsupported(attention_mask: Tensor | None, options: Mapping[str, Any]) -> None:
+    features = {
         "a mask of the model's own": attention_mask,
         "soft-capped scores": options.get("softcap"),
         "attention sinks": options.get("s_aux"),
     }
-    for what, given in asked.items():
-        if given is not None:
-            raise NotImplementedError(f"its attention has {what}, for which there is no packed form")
+    for feature, value in features.items():
+        if value is not None:
+            raise NotImplementedError(f"its attention has {feature}, for which there is no packed form")
 
 
-def resolve_causal(module: torch.nn.Module, asked: bool | None) -> bool:
-    """The call's word, else the layer's; a config may take causality back (`is_causal: false` of Qwen2 embedders)."""
-    if asked is not None:
-        return asked
+def resolve_causal(module: torch.nn.Module, requested: bool | None) -> bool:
+    """Returns whether attention is causal: as the call requests, else as the layer states.
+
+    A config may override a layer that is causal (`is_causal: false` of Qwen2 embedders).
+    """
+    if requested is not None:
+        return requested
     config = getattr(module, "config", None)
     return bool(getattr(module, "is_causal", True)) and getattr(config, "is_causal", True) is not False
 
 
 def _texts(states: Tensor, group: LengthGroup) -> Tensor:
-    """A view `[count, heads, L, d]` of `[1, heads, T, d]`."""
+    """Returns the texts of a group as a view `[count, heads, L, d]` of `[1, heads, T, d]`."""
     _, heads, _, width = states.shape
     return states[0, :, group.start : group.end].view(heads, group.count, group.length, width).transpose(0, 1)
 
 
-def _attend(  # noqa: PLR0913  # the tensors and the four things that shape the scores
+def _attend(  # noqa: PLR0913  # the tensors and the four options that shape the scores
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -109,29 +113,29 @@ def _attend(  # noqa: PLR0913  # the tensors and the four things that shape the 
     position_bias: Tensor | None,
     scaling: float | None,
 ) -> Tensor:
-    """Attention of texts of one length, `[count, heads, L, d]` each; gives `[count × L, heads, d]`."""
+    """Computes attention of texts of one length: `[count, heads, L, d]` each to `[count × L, heads, d]`."""
     length = q.shape[2]
     sdpa = partial(scaled_dot_product_attention, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
     if position_bias is not None:
-        out = sdpa(q, k, v, attn_mask=_biased(position_bias[..., :length, :length], causal, window))
+        out = sdpa(q, k, v, attn_mask=_masked_bias(position_bias[..., :length, :length], causal, window))
     elif window is not None and window < length:
         out = _windowed(sdpa, q, k, v, causal, window)
     else:
         out = sdpa(q, k, v, is_causal=causal and length > 1)
-    # The CPU kernel writes [n, L, heads, d] and hands out a transposed view: this flatten is free.
+    # The CPU kernel writes [n, L, heads, d] and returns a transposed view: this flatten copies nothing.
     return out.transpose(1, 2).flatten(0, 1)
 
 
 def _windowed(sdpa: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int) -> Tensor:
-    """Attention within a window: one call for a short text, for a long one a call for each block of queries."""
-    length, reach = q.shape[2], window - 1
+    """Computes attention within a window: one call for a short text, one for each block of queries for a long one."""
+    length, radius = q.shape[2], window - 1
     allowed = band(causal, window, q.device)
     if length <= _WHOLE:
         return sdpa(q, k, v, attn_mask=allowed[:length, :length])
     blocks = []
     for start in range(0, length, _BLOCK):
         end = min(start + _BLOCK, length)
-        first, last = max(0, start - reach), end if causal else min(length, end + reach)
+        first, last = max(0, start - radius), end if causal else min(length, end + radius)
         mask = allowed[start - first : end - first, : last - first]
         blocks.append(sdpa(q[:, :, start:end], k[:, :, first:last], v[:, :, first:last], attn_mask=mask))
     return torch.cat(blocks, dim=2)
@@ -139,22 +143,23 @@ def _windowed(sdpa: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, caus
 
 @lru_cache(maxsize=16)
 def band(causal: bool, window: int, device: torch.device) -> Tensor:
-    """Which tokens meet, bool `[reach + 256, 2 × reach + 256]` with `reach = window - 1`.
+    """Returns the mask of a window, bool `[radius + 256, 2 × radius + 256]` with `radius = window - 1`.
 
-    `0 ≤ i - j < window` when causal, else `|i - j| < window`. A short text is its corner, a block a stretch of its
-    rows, because only `i - j` counts. Its size depends on the window, never on a text.
+    True where query `i` attends to key `j`: `0 ≤ i - j < window` when causal, else `|i - j| < window`. The mask of a
+    short text is its top left corner, that of a block some of its rows, because only `i - j` counts. Its size depends
+    on the window, never on a text.
     """
-    reach = window - 1
-    everyone = torch.ones(reach + _WHOLE, 2 * reach + _WHOLE, dtype=torch.bool, device=device)
-    return everyone.tril_(0 if causal else reach).triu_(-reach)
+    radius = window - 1
+    full = torch.ones(radius + _WHOLE, 2 * radius + _WHOLE, dtype=torch.bool, device=device)
+    return full.tril_(0 if causal else radius).triu_(-radius)
 
 
-def _biased(bias: Tensor, causal: bool, window: int | None) -> Tensor:
-    """A position bias `[1, heads, L, L]` with minus infinity where tokens do not meet."""
+def _masked_bias(bias: Tensor, causal: bool, window: int | None) -> Tensor:
+    """Returns a position bias `[1, heads, L, L]` with minus infinity where a query does not attend to a key."""
     if not causal and window is None:
         return bias
-    place = torch.arange(bias.shape[-1], device=bias.device)
-    distance = place[:, None] - place[None, :]
+    positions = torch.arange(bias.shape[-1], device=bias.device)
+    distance = positions[:, None] - positions[None, :]
     hidden = distance < 0 if causal else torch.zeros_like(distance, dtype=torch.bool)
     if window is not None:
         hidden = hidden | (distance.abs() >= window)
@@ -162,20 +167,20 @@ def _biased(bias: Tensor, causal: bool, window: int | None) -> Tensor:
 
 
 def has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether one kernel does the attention of a whole row, unless there is a position bias."""
+    """Whether one kernel computes the attention of a whole row; with a position bias it never does."""
     return varlen_attn is not None and (device.type, dtype) in _VARLEN
 
 
 def _flash_window(sliding_window: int | None, causal: bool) -> tuple[int, int]:
-    """Flash attention's inclusive (left, right) window for our exclusive one; -1 is unbounded."""
-    reach = -1 if sliding_window is None else sliding_window - 1
-    return (reach, 0 if causal else reach)
+    """Converts our exclusive window to flash attention's inclusive (left, right) one; -1 is unbounded."""
+    radius = -1 if sliding_window is None else sliding_window - 1
+    return (radius, 0 if causal else radius)
 
 
 def _varlen(
     query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scaling: float | None, window: tuple[int, int]
 ) -> Tensor:
-    """The same on CUDA in one kernel, `[1, T, heads, d]`; only there does torch have it."""
+    """Computes the attention of a whole row in one kernel, `[1, T, heads, d]`; torch has it on CUDA only."""
     q, k, v = (states[0].transpose(0, 1).contiguous() for states in (query, key, value))
     out = varlen_attn(
         q, k, v, layout.offsets, layout.offsets, layout.longest, layout.longest,

@@ -1,10 +1,10 @@
-"""Post-norm encoder layers (BERT and its kin) in fewer steps: the same weights, and the same arithmetic to rounding.
+"""Runs post-norm encoder layers (BERT-like) in fewer steps: the same weights, and the same arithmetic to rounding.
 
-transformers' own layers cost, beside the arithmetic, a twentieth of a full batch and a quarter of a single short text:
-three products where one does, results copied into place, and much Python. Here query, key and value are one product,
-and sums are made in place. Which layers these are is read off their parts, not off a list of names: every part must be
-one that is known, or nothing is touched. As every path, this one serves only when `engines/models/verification.py`
-finds the reference's vectors.
+The overhead of transformers' own layers is a twentieth of the time of a full batch and a quarter of that of a single
+short text: three products where one suffices, results copied into place, and much Python. Here query, key and value are
+one product, and sums are made in place. Supported layers are recognized by their parts, not by a list of names: every
+part must be known, or the model is left unchanged. As every path, this one is used only where
+`engines/models/verification.py` finds that it gives the vectors of the reference.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,8 +23,12 @@ from engines.layers.packing import KernelVariant, PackedLayout, PackedState
 
 
 @dataclass(frozen=True)
-class Names:
-    """Where a family keeps the parts of a layer."""
+class PartNames:
+    """The names of the parts of a layer, in one model family.
+
+    Attributes:
+        gives_tuple: whether a layer returns a tuple.
+    """
 
     attention: str
     query: str
@@ -40,21 +44,21 @@ class Names:
 
     @property
     def parts(self) -> set[str]:
-        """Every part that computes something."""
+        """Every part that computes something, without containers and dropout."""
         return {
             self.query, self.key, self.value, self.context, self.first_norm, self.up, self.activation, self.down,
             self.second_norm,
         }  # fmt: skip
 
 
-BERT = Names(
+BERT = PartNames(
     attention="attention.self", query="attention.self.query", key="attention.self.key", value="attention.self.value",
     context="attention.output.dense", first_norm="attention.output.LayerNorm", up="intermediate.dense",
     activation="intermediate.intermediate_act_fn", down="output.dense", second_norm="output.LayerNorm",
 )  # fmt: skip
 
 
-MPNET = Names(
+MPNET = PartNames(
     attention="attention.attn", query="attention.attn.q", key="attention.attn.k", value="attention.attn.v",
     context="attention.attn.o", first_norm="attention.LayerNorm", up="intermediate.dense",
     activation="intermediate.intermediate_act_fn", down="output.dense", second_norm="output.LayerNorm",
@@ -62,20 +66,22 @@ MPNET = Names(
 )  # fmt: skip
 
 
-DISTILBERT = Names(
+DISTILBERT = PartNames(
     attention="attention", query="attention.q_lin", key="attention.k_lin", value="attention.v_lin",
     context="attention.out_lin", first_norm="sa_layer_norm", up="ffn.lin1", activation="ffn.activation",
     down="ffn.lin2", second_norm="output_layer_norm",
 )  # fmt: skip
 
 
-def names_of(layers: Sequence[nn.Module]) -> Names | None:
-    """What the parts of these layers are called; None for others: every part must be one that is known."""
-    return next((names for names in (BERT, MPNET, DISTILBERT) if all(_is(layer, names) for layer in layers)), None)
+def part_names_of(layers: Sequence[nn.Module]) -> PartNames | None:
+    """Returns the names of the parts of these layers; None where any layer has a part that is not known."""
+    return next(
+        (names for names in (BERT, MPNET, DISTILBERT) if all(_has_exactly(layer, names) for layer in layers)), None
+    )
 
 
-def _is(layer: nn.Module, names: Names) -> bool:
-    """Whether the layer is made of these parts and no other, as an encoder has them."""
+def _has_exactly(layer: nn.Module, names: PartNames) -> bool:
+    """Whether the layer is an encoder's, made of these parts and no others."""
     parts = {name: part for name, part in layer.named_modules() if not list(part.children())}
     working = {name for name, part in parts.items() if not isinstance(part, nn.Dropout)}
     if working != names.parts or getattr(layer, "is_decoder", False):
@@ -90,31 +96,36 @@ def _is(layer: nn.Module, names: Names) -> bool:
 
 
 _FEW_ROWS = 96
-"""Up to so many tokens several threads share a product better with the weights as its left factor: they divide those
-among them, and not what is multiplied with them."""
+"""Up to this many tokens, several threads share a product better with the weights as its left factor: they divide the
+rows of the left factor between them."""
 
 
-_ROWS_AT_ONCE = 16
-"""Rows that the kernels of such products take at once: 12 cost more than 16."""
+_ROW_MULTIPLE = 16
+"""The kernels of such products work on this many rows at once: 12 rows cost more than 16."""
 
 
 def fuse(model: nn.Module, state: PackedState) -> "list[FusedLayer]":
-    """Teach the layers of `model` to run fused while `state` says so; none, and nothing is changed, for others."""
+    """Replaces the forward methods of the layers of `model`, which run fused while `state` says so.
+
+    Returns:
+        The fused layers; none where the layers are not supported, and then nothing is changed.
+    """
     stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     if len(stacks) != 1 or not len(stacks[0]):
         return []
     layers = list(stacks[0])
-    names = names_of(layers)
+    names = part_names_of(layers)
     if names is None:
         return []
     fused = []
     for layer in layers:
-        fused.append(_teach(layer, names, state))
+        fused.append(_fuse_layer(layer, names, state))
         throttle_point()
     return fused
 
 
-def _teach(layer: nn.Module, names: Names, state: PackedState) -> "FusedLayer":
+def _fuse_layer(layer: nn.Module, names: PartNames, state: PackedState) -> "FusedLayer":
+    """Replaces the forward method of a layer, which runs as before outside of a fused row."""
     plain: Callable[..., Any] = layer.forward
     fused = FusedLayer(layer, names)
 
@@ -122,27 +133,27 @@ def _teach(layer: nn.Module, names: Names, state: PackedState) -> "FusedLayer":
         if state.layout is None or not state.is_fused:
             return plain(hidden_states, *args, **kwargs)
         bias = kwargs.get("position_bias", args[1] if names.gives_tuple and len(args) > 1 else None)
-        out = fused(hidden_states[0], state.layout, bias, state.form or best_form(state.layout))[None]
+        out = fused(hidden_states[0], state.layout, bias, state.variant or fastest_variant(state.layout))[None]
         return (out,) if names.gives_tuple else out
 
     layer.forward = forward
     return fused
 
 
-def best_form(layout: PackedLayout) -> KernelVariant:
-    """How a row of these texts is fastest on the threads that this one may use."""
+def fastest_variant(layout: PackedLayout) -> KernelVariant:
+    """Returns the fastest variant for a row of these texts on the cores that this thread may use."""
     return "few" if usable_threads() > 1 and layout.num_tokens <= _FEW_ROWS else "many"
 
 
 class FusedLayer:
-    """One layer on a packed row.
+    """Runs one layer on a packed row.
 
     Attributes:
-        heads, head_width: of its attention.
-        operator: its activation, as `engines/models/onnx_graph.py` names it; empty where it has no name for it.
+        heads, head_width: the number of attention heads and the width of each.
+        operator: the activation as an ONNX operator (`engines/models/onnx_graph.py`); empty where that has none.
     """
 
-    def __init__(self, layer: nn.Module, names: Names) -> None:
+    def __init__(self, layer: nn.Module, names: PartNames) -> None:
         part: Callable[[str], Any] = layer.get_submodule
         self._attention = part(names.attention)
         projections = [part(name) for name in (names.query, names.key, names.value)]
@@ -159,20 +170,20 @@ class FusedLayer:
 
     @property
     def can_be_prepacked(self) -> bool:
-        """Whether `engines/models/prepacked.py` knows such layers: not those whose attention has a bias."""
+        """Whether `engines/models/prepacked.py` supports the layer: float32 on a CPU, without an attention bias."""
         weight = self._weight
         is_known = bool(self.operator) and not self._has_bias
         return is_known and weight.device.type == "cpu" and weight.dtype == torch.float32
 
     @property
     def product_bytes(self) -> int:
-        """Bytes of the weights of its products."""
+        """Bytes of the weights of the layer's matrix products."""
         weights = (self._weight, self._context.weight, self._up.weight, self._down.weight)
         return sum(weight.numel() * weight.itemsize for weight in weights)
 
     @property
     def parts(self) -> dict[str, Tensor]:
-        """Its weights, as `engines/models/onnx_graph.py` names them."""
+        """The weights under their names in `engines/models/onnx_graph.py`."""
         return {
             "wq": self._weight, "bq": self._bias, "wc": self._context.weight, "bc": self._context.bias,
             "wu": self._up.weight, "bu": self._up.bias, "wd": self._down.weight, "bd": self._down.bias,
@@ -182,33 +193,33 @@ class FusedLayer:
 
     @property
     def eps(self) -> tuple[float, float]:
-        """Of its norms."""
+        """The epsilons of the first and the second norm."""
         return self._first_norm.eps, self._second_norm.eps
 
-    def __call__(self, x: Tensor, layout: PackedLayout, position_bias: Tensor | None, form: KernelVariant) -> Tensor:
-        """`[T, H]` to `[T, H]`. Few tokens are nothing of their own on a GPU, whose threads are not the CPU's."""
-        run = self.few if form == "few" and x.device.type == "cpu" else self.many
+    def __call__(self, x: Tensor, layout: PackedLayout, position_bias: Tensor | None, variant: KernelVariant) -> Tensor:
+        """Runs the layer, `[T, H]` to `[T, H]`. The variant `few` is for CPU threads: a GPU runs `many` instead."""
+        run = self.few if variant == "few" and x.device.type == "cpu" else self.many
         return run(x, layout, position_bias)
 
     def many(self, x: Tensor, layout: PackedLayout, position_bias: Tensor | None) -> Tensor:
-        """`[T, H]` to `[T, H]`."""
+        """Runs the layer with the tokens as the left factor of each product, `[T, H]` to `[T, H]`."""
         context = self._attend(linear(x, self._weight, self._bias), layout, position_bias)
         x = _norm(self._context(context).add_(x), self._first_norm)
         return _norm(self._down(self._activate(self._up(x))).add_(x), self._second_norm)
 
     def few(self, x: Tensor, layout: PackedLayout, position_bias: Tensor | None) -> Tensor:
-        """The same with the weights as the left factor: see `_FEW_ROWS`."""
+        """Runs the layer with the weights as the left factor of each product: see `_FEW_ROWS`."""
         num_rows = len(x)
-        missing = (0, 0, 0, -num_rows % _ROWS_AT_ONCE)
-        x = pad(x, missing)
+        padding = (0, 0, 0, -num_rows % _ROW_MULTIPLE)
+        x = pad(x, padding)
         joined = torch.addmm(self._bias[:, None], self._weight, x.T).T[:num_rows].contiguous()
-        context = pad(self._attend(joined, layout, position_bias), missing)
+        context = pad(self._attend(joined, layout, position_bias), padding)
         x = _norm(x + _left_product(self._context, context.T).T, self._first_norm)
         inner = self._activate(_left_product(self._up, x.T))
         return _norm(x + _left_product(self._down, inner).T, self._second_norm)[:num_rows]
 
     def _attend(self, joined: Tensor, layout: PackedLayout, position_bias: Tensor | None) -> Tensor:
-        """Queries, keys and values `[T, 3 × H]` to what they find, `[T, H]`."""
+        """Computes attention from queries, keys and values `[T, 3 × H]`; gives `[T, H]`."""
         query, key, value = joined.view(-1, 3, self.heads, self.head_width).permute(1, 2, 0, 3)[
             :, None
         ]  # each [1, heads, T, d]
@@ -220,12 +231,12 @@ class FusedLayer:
 
 
 def _left_product(part: nn.Linear, columns: Tensor) -> Tensor:
-    """What the part makes of rows that stand as columns `[in, T]`, as columns `[out, T]`."""
+    """Applies the part to tokens that stand as columns `[in, T]`; gives columns `[out, T]`."""
     return torch.addmm(part.bias[:, None], part.weight, columns)
 
 
 def _join(linears: list[nn.Linear], name: str) -> Tensor:
-    """Their weights (or biases) as one tensor, of which each keeps its part: nothing is held twice."""
+    """Joins weights (or biases) to one tensor, of which each part becomes a view: nothing is held twice."""
     own = [getattr(linear, name) for linear in linears]
     joined = torch.cat([tensor.detach() for tensor in own])
     for tensor, part in zip(own, joined.chunk(len(own)), strict=True):

@@ -1,4 +1,4 @@
-"""Where texts lie in a packed row, and which of them share a padded batch. Knows lengths, and nothing of models."""
+"""Lays texts out in packed rows and padded batches. Depends on their lengths only, not on models."""
 
 import threading
 from collections.abc import Iterator, Sequence
@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 KernelVariant = Literal["few", "many", "prepacked", "shared"]
-"""How a row runs: through fused layers as one of few tokens or as one of many, or from prepacked weights, on one thread
-or shared by several."""
+"""The kernels that run a row: those of fused layers for few or for many tokens, or those of prepacked weights on one
+thread or shared by several threads."""
 
 
-# Of the tokens of a padded batch, padding may be this share before the batch is cut in two.
+# The largest share of padding among the tokens of a padded batch; beyond it the batch is cut in two.
 PADDING_SHARE = 0.25
 
 
@@ -32,21 +32,21 @@ class LengthGroup:
 
     @property
     def end(self) -> int:
-        """The token behind the last one."""
+        """The index after the last token."""
         return self.start + self.count * self.length
 
 
 class PackedLayout:
-    """Where each text lies in a packed row.
+    """The places of texts in a packed row.
 
     Args:
         lengths: tokens of each text, sorted (either way), so that equal lengths are neighbours.
-        device: where the tensors live.
+        device: of the tensors.
 
     Attributes:
-        starts, ends: int64 `[n]`, first token of each text and the one behind its last.
-        segments: int64 `[T]`, the text that each token belongs to.
-        positions: int64 `[T]`, the place of each token inside its text, from 0.
+        starts, ends: int64 `[n]`, the index of each text's first token and the one after its last.
+        segments: int64 `[T]`, the index of the text that each token belongs to.
+        positions: int64 `[T]`, the position of each token inside its text, from 0.
     """
 
     def __init__(self, lengths: list[int], device: torch.device) -> None:
@@ -65,7 +65,7 @@ class PackedLayout:
 
     @cached_property
     def groups(self) -> tuple[LengthGroup, ...]:
-        """The texts of each length, which lie side by side."""
+        """The groups of texts of one length, which lie side by side."""
         groups, start = [], 0
         for length, run in groupby(self.lengths):
             group = LengthGroup(start, sum(1 for _ in run), length)
@@ -74,9 +74,12 @@ class PackedLayout:
         return tuple(groups)
 
     @cached_property
-    def places(self) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int64]]:
-        """How a row is spread to a padded batch, and back: for each place `[n, L]` the token of the row that stands
-        there (padding repeats the first one), of each text its tokens `[n]`, and of each token its place `[T]`.
+    def padded_places(self) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int64]]:
+        """The indices that turn a row into a padded batch and back.
+
+        For each place of the batch, int64 `[n, L]`, the index of its token in the row (padding repeats the first token
+        of the text); for each text, int32 `[n]`, its number of tokens; and for each token, int64 `[T]`, the index of
+        its place in the flattened batch.
         """
         sizes = np.array(self.lengths, dtype=np.int64)
         starts, place = (sizes.cumsum() - sizes)[:, None], np.arange(self.longest)
@@ -85,47 +88,53 @@ class PackedLayout:
 
     @cached_property
     def offsets(self) -> Tensor:
-        """int32 `[n + 1]`, as flash attention's `cu_seq_lens` wants it."""
+        """Flash attention's `cu_seq_lens`, int32 `[n + 1]`."""
         return torch.cat([self.starts[:1], self.ends]).to(torch.int32)
 
 
 class PackedState(threading.local):
-    """The row that runs now on this thread, for code that transformers calls without passing it on."""
+    """The layout of the row that this thread runs now, for code that transformers calls without passing it.
+
+    Attributes:
+        layout: None outside of a packed row.
+        is_fused: whether the row runs through fused layers.
+        variant: the kernels that it must use; None for the fastest.
+    """
 
     layout: PackedLayout | None = None
     is_fused: bool = False
-    form: KernelVariant | None = None
+    variant: KernelVariant | None = None
 
     @contextmanager
-    def running(self, layout: PackedLayout, *, is_fused: bool, form: KernelVariant | None = None) -> Iterator[None]:
-        """Inside, a row of this layout runs. A pass that gives way to another has its own state back afterwards.
+    def running(self, layout: PackedLayout, *, is_fused: bool, variant: KernelVariant | None = None) -> Iterator[None]:
+        """Sets the state of a row inside the block, and restores that of a preempted pass afterwards.
 
         Args:
-            is_fused: through the layers of `engines/layers/fused.py`.
-            form: in which they run it; None is whichever suits.
+            is_fused: whether the row runs through the layers of `engines/layers/fused.py`.
+            variant: the kernels that it must use; None for the fastest.
         """
-        before = self.layout, self.is_fused, self.form
-        self.layout, self.is_fused, self.form = layout, is_fused, form
+        before = self.layout, self.is_fused, self.variant
+        self.layout, self.is_fused, self.variant = layout, is_fused, variant
         try:
             yield
         finally:
-            self.layout, self.is_fused, self.form = before
+            self.layout, self.is_fused, self.variant = before
 
 
 def to_device(array: NDArray[np.int64], device: torch.device) -> Tensor:
-    """A tensor of it there. On its way to a GPU it lies in pinned memory, so that nobody waits for the copy."""
+    """Copies an array to a tensor on the device; to a GPU through pinned memory, so that the host does not wait."""
     tensor = torch.from_numpy(array)
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def copy_to(tensor: Tensor, array: NDArray[np.int64]) -> None:
-    """Overwrite a tensor of the same shape, without waiting for the copy either."""
+    """Overwrites a tensor of the same shape, without waiting for the copy."""
     source = torch.from_numpy(array)
     tensor.copy_(source if tensor.device.type == "cpu" else source.pin_memory(), non_blocking=True)
 
 
 def padded(texts: Sequence[NDArray[np.int64]], filler: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Ids `[n, L]` of texts as a padded batch, and 1 where a token is a text's."""
+    """Returns the ids `[n, L]` of a padded batch, and its mask: 1 where a token belongs to a text."""
     shape = len(texts), max(len(ids) for ids in texts)
     ids, mask = np.full(shape, filler, dtype=np.int64), np.zeros(shape, dtype=np.int64)
     for row, text in enumerate(texts):
@@ -135,7 +144,7 @@ def padded(texts: Sequence[NDArray[np.int64]], filler: int) -> tuple[NDArray[np.
 
 
 def bucket_by_length(lengths: Sequence[int], padding_share: float = PADDING_SHARE) -> Iterator[tuple[int, int]]:
-    """Cut sorted lengths into runs (start, end) whose padding stays within a share of what is computed."""
+    """Cuts sorted lengths into runs (start, end) whose share of padding is at most `padding_share`."""
     start, real = 0, 0
     for end, length in enumerate(lengths):
         real += length

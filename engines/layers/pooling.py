@@ -1,4 +1,4 @@
-"""Packed hidden states to vectors, and the Matryoshka cut. Everything here is float32.
+"""Pools packed hidden states to vectors, and truncates and normalizes vectors. Everything here is float32.
 
 The formulas are sentence-transformers' (`sentence_transformer/modules/pooling.py` and `SentenceTransformer.encode`
 of 6.2), on a packed row instead of a padded batch.
@@ -19,20 +19,20 @@ from engines.spec import PoolingMode
 def pool(
     hidden: Tensor, layout: PackedLayout, modes: Sequence[PoolingMode], prompt_tokens: Sequence[int] | None = None
 ) -> Tensor:
-    """One vector a text, `[n, H × number of modes]`, the modes side by side in the order given.
+    """Pools each text to one vector, `[n, H × number of modes]`, the modes side by side in the order given.
 
     Args:
-        hidden: `[T, H]`, any float dtype; computed in float32.
-        prompt_tokens: how many leading tokens of each text the pooling leaves out, or None for none
+        hidden: hidden states `[T, H]`, any float dtype; computed in float32.
+        prompt_tokens: the number of leading tokens of each text that pooling leaves out; None for none
             (`include_prompt: false` of instructor-like models).
     """
-    texts = _Texts(hidden.float(), layout, prompt_tokens)
+    texts = _PooledTokens(hidden.float(), layout, prompt_tokens)
     parts = [_MODES[mode](texts) for mode in modes]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
-class _Texts:
-    """Hidden states of the tokens that count, and how they fall into texts."""
+class _PooledTokens:
+    """The hidden states of the tokens that are pooled, and the text of each."""
 
     def __init__(self, hidden: Tensor, layout: PackedLayout, prompt_tokens: Sequence[int] | None) -> None:
         self.hidden, self.layout = hidden, layout
@@ -40,15 +40,15 @@ class _Texts:
         self.starts = layout.starts
         self.sizes = layout.ends - layout.starts
         if prompt_tokens is not None and any(prompt_tokens):
-            self._leave_out(np.array(prompt_tokens, dtype=np.int64))
+            self._exclude_prompts(np.array(prompt_tokens, dtype=np.int64))
 
-    def _leave_out(self, prompt: NDArray[np.int64]) -> None:
-        # A prompt that swallows the whole text leaves the first token, as sentence-transformers' argmax of an
-        # empty mask does for `cls`; its mean is then zero over 1e-9.
+    def _exclude_prompts(self, prompt: NDArray[np.int64]) -> None:
+        # A prompt as long as its whole text leaves the first token for `cls`, as sentence-transformers' argmax of an
+        # empty mask does; the mean is then zero over 1e-9.
         prompt_tokens = to_device(prompt, self.hidden.device)
         fits = self.sizes > prompt_tokens
         self.starts = self.starts + torch.where(fits, prompt_tokens, 0)
-        # Counted here: a mask on a GPU would have the host wait for how many it leaves.
+        # Computed on the host, which would wait for a GPU to count the tokens that a mask keeps.
         ends = np.cumsum(self.layout.lengths)
         begins = ends - self.layout.lengths + prompt
         kept = to_device(
@@ -60,42 +60,43 @@ class _Texts:
         self.sizes = (self.sizes - prompt_tokens).clamp(min=0)
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum of `[tokens, k]` over each text, `[n, k]`."""
+        """Sums `[tokens, k]` over each text, `[n, k]`."""
         zeros = values.new_zeros(len(self.layout.starts), values.shape[-1])
         return zeros.index_add_(0, self.segments, values)
 
     def counts(self) -> Tensor:
+        """Returns the number of pooled tokens of each text, float32 `[n, 1]`, at least 1e-9."""
         return self.sizes.float().clamp(min=1e-9)[:, None]
 
 
-def _cls(texts: _Texts) -> Tensor:
+def _cls(texts: _PooledTokens) -> Tensor:
     return texts.hidden[texts.starts]
 
 
-def _last_token(texts: _Texts) -> Tensor:
+def _last_token(texts: _PooledTokens) -> Tensor:
     return texts.hidden[texts.layout.ends - 1]
 
 
-def _mean(texts: _Texts) -> Tensor:
+def _mean(texts: _PooledTokens) -> Tensor:
     return texts.sum(texts.tokens) / texts.counts()
 
 
-def _mean_sqrt_len(texts: _Texts) -> Tensor:
+def _mean_sqrt_len(texts: _PooledTokens) -> Tensor:
     return texts.sum(texts.tokens) / texts.counts().sqrt()
 
 
-def _weighted_mean(texts: _Texts) -> Tensor:
+def _weighted_mean(texts: _PooledTokens) -> Tensor:
     weights = (texts.positions + 1).float()[:, None]
     return texts.sum(texts.tokens * weights) / texts.sum(weights).clamp(min=1e-9)
 
 
-def _max(texts: _Texts) -> Tensor:
+def _max(texts: _PooledTokens) -> Tensor:
     index = texts.segments[:, None].expand_as(texts.tokens)
     lowest = texts.hidden.new_full((len(texts.layout.starts), texts.hidden.shape[-1]), float("-inf"))
     return lowest.scatter_reduce_(0, index, texts.tokens, reduce="amax")
 
 
-_MODES: dict[PoolingMode, Callable[[_Texts], Tensor]] = {
+_MODES: dict[PoolingMode, Callable[[_PooledTokens], Tensor]] = {
     "cls": _cls,
     "mean": _mean,
     "max": _max,
@@ -106,10 +107,13 @@ _MODES: dict[PoolingMode, Callable[[_Texts], Tensor]] = {
 
 
 def truncate_and_normalize(vectors: Tensor, *, dimensions: int, normalized: bool, pre_norm: bool) -> Tensor:
-    """Cut float32 vectors `[n, D]` to `[n, dimensions]`, then bring them to length one when `normalized`.
+    """Truncates float32 vectors `[n, D]` to `[n, dimensions]`, then scales them to length one when `normalized`.
 
-    `pre_norm`: a layer norm without weights over the full width comes first when the width is really cut
-    (nomic-embed-text-v1.5's model card). OpenAI and its kin normalise *after* the cut; so do we.
+    As OpenAI does, it normalizes *after* it truncates.
+
+    Args:
+        pre_norm: whether a layer norm without weights over the full width comes first, where `dimensions` is less than
+            `D` (nomic-embed-text-v1.5's model card).
     """
     if pre_norm and dimensions < vectors.shape[-1]:
         vectors = layer_norm(vectors, (vectors.shape[-1],))

@@ -1,9 +1,9 @@
-"""Rotary embeddings whose frequencies depend on the longest text of a batch, kept from mixing texts.
+"""Keeps rotary embeddings whose frequencies depend on the longest text of a batch from mixing texts.
 
-`dynamic` and `longrope` models compute other frequencies once a batch holds a text beyond the length that they were
-trained on, for every text in it; `dynamic` ones also remember the longest text so far. A text's vector would depend
-on its neighbours and on the past. So texts beyond that length run alone, from a clean state: what they get then is
-what the model gives for a text by itself.
+`dynamic` and `longrope` models compute other frequencies for every text of a batch once it holds a text longer than
+those that they were trained on; `dynamic` models also keep the longest length so far. A text's vector would depend on
+the other texts of its batch and on earlier batches. So longer texts run alone, from a clean state: each then gets the
+vector that the model gives for the text by itself.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,10 +15,10 @@ _CACHED, _FIRST = "max_seq_len_cached", "original_inv_freq"
 
 
 class LengthAwareRope:
-    """The rotary embeddings of a model that look at the length of a batch; most models have none.
+    """The rotary embeddings of a model that depend on the length of a batch; most models have none.
 
     Attributes:
-        limit: tokens up to which texts may share a batch, None for any.
+        limit: the most tokens of a text that may share a batch, None for any.
         remembers: whether a pass changes them, so that two must not run at once.
     """
 
@@ -30,14 +30,14 @@ class LengthAwareRope:
         self.limit: int | None = min((limit for module in aware for limit in _limits(module)), default=None)
 
     def runs(self, lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """Cut lengths, sorted upwards, into runs (start, end) of texts that may share a forward pass."""
+        """Cuts lengths, in ascending order, into runs (start, end) of texts that may share a forward pass."""
         shared = sum(1 for length in lengths if self.limit is None or length <= self.limit)
         if shared:
             yield 0, shared
         yield from ((index, index + 1) for index in range(shared, len(lengths)))
 
     def reset(self) -> None:
-        """Forget the longest text so far."""
+        """Restores the state before the first text."""
         for module in self._dynamic:
             for name, frequencies in list(module.named_buffers(recurse=False)):
                 if name.endswith(_FIRST):
@@ -47,13 +47,13 @@ class LengthAwareRope:
 
 
 def _kinds(module: Any) -> tuple[str, ...]:
-    """`rope_type` is a word, or one for each type of layer."""
+    """Returns the types of a module: `rope_type` is one type, or one for each type of layer."""
     kinds = module.rope_type
     return tuple(kinds.values()) if isinstance(kinds, dict) else (str(kinds),)
 
 
 def _limits(module: Any) -> Iterable[int]:
-    """The lengths at which the frequencies of a module change."""
+    """Yields the lengths at which the frequencies of a module change."""
     yield module.original_max_seq_len
     parameters = getattr(module.config, "rope_parameters", None) or {}
     for settings in (parameters, *parameters.values()):

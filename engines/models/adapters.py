@@ -1,6 +1,6 @@
-"""Architectures that need a hand to run packed: those whose attention bypasses transformers' attention interface.
+"""Adapts architectures that bypass transformers' attention interface so that they run packed.
 
-Everything else about an architecture is read from the model itself (`engines/models/base.py`).
+Everything else about an architecture is read from the model itself (`engines/models/observation.py`).
 """
 
 import math
@@ -15,29 +15,29 @@ from engines.layers.packing import PackedLayout, PackedState
 
 
 def adapt(model: nn.Module, state: PackedState) -> None:
-    """Teach the parts of `model` that need it to read `state`; without a layout they do what they always did."""
+    """Replaces methods of `model` that must know the packed layout in `state`; without a layout they run as before."""
     relative = [module for module in model.modules() if getattr(module, "has_relative_attention_bias", False)]
     for module in model.modules():
         kind = type(module).__name__
         if kind == "MPNetEncoder":
-            _share_bias(module, "compute_position_bias", state, _mpnet_length, keep=True)
+            _limit_bias(module, "compute_position_bias", state, _mpnet_arguments, keep=True)
         elif kind == "MPNetSelfAttention":
             _pack_mpnet(module, state)
         elif module in relative and hasattr(module, "compute_bias"):
-            _share_bias(module, "compute_bias", state, _t5_length, keep=len(relative) == 1)
+            _limit_bias(module, "compute_bias", state, _t5_arguments, keep=len(relative) == 1)
 
 
 def why_not_packed(model: Any) -> tuple[str, ...]:
-    """What the architecture itself says against packing; nothing where trying will tell (MPNet is taught to)."""
+    """Returns why the architecture cannot run packed; empty where the check at load decides (MPNet is adapted)."""
     if model._is_stateful:
         return ("padded: its layers carry a state from token to token, which would run on into the next text",)
     if not model._can_set_attn_implementation() and model.config.model_type != "mpnet":
-        return ("padded: its attention takes no function of ours",)
+        return ("padded: transformers cannot replace its attention function",)
     return ()
 
 
 def switch_attention(model: Any, implementation: str) -> None:
-    """Have the model attend by a function that transformers knows under this name, if it can."""
+    """Makes the model use the attention function that transformers knows under this name, if it can."""
     if model._can_set_attn_implementation():
         model.set_attn_implementation(implementation)
     elif model.config.model_type == "mpnet":  # only decides whether a mask is made
@@ -45,32 +45,36 @@ def switch_attention(model: Any, implementation: str) -> None:
 
 
 def padding_id(model: Any) -> int:
-    """The token that fills padded batches; configs of models that also see or hear leave it to their text half."""
+    """Returns the token that fills padded batches; multimodal configs state it in their text config."""
     ids = (getattr(config, "pad_token_id", None) for config in (model.config, model.config.get_text_config()))
     return next((token for token in ids if isinstance(token, int)), 0)
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
-    """What repeats, one after the other: between two of them a pass can pause."""
+    """Returns the repeated layers in order; a pass can be preempted between two of them."""
     return [layer for stack in model.modules() if isinstance(stack, nn.ModuleList) for layer in stack]
 
 
-def _mpnet_length(longest: int, hidden: Tensor) -> tuple[Any, ...]:
+def _mpnet_arguments(longest: int, hidden: Tensor) -> tuple[Any, ...]:
     return (hidden.new_empty(1, longest, 1),)
 
 
-def _t5_length(longest: int, *_: Any) -> tuple[Any, ...]:
+def _t5_arguments(longest: int, *_: Any) -> tuple[Any, ...]:
     return (longest, longest)
 
 
-def _share_bias(
-    module: nn.Module, name: str, state: PackedState, shrink: Callable[..., tuple[Any, ...]], *, keep: bool
+def _limit_bias(
+    module: nn.Module, name: str, state: PackedState, arguments: Callable[..., tuple[Any, ...]], *, keep: bool
 ) -> None:
-    """Relative position bias for the longest text instead of the whole row: it depends on `i - j` only.
+    """Makes a module compute its relative position bias for the longest text instead of the whole row.
+
+    The bias depends on `i - j` only.
 
     Args:
-        keep: hold the largest bias so far, as its corner serves every shorter text. Not where every layer has a bias
-            of its own (UMT5): all of them together would be large.
+        name: of the method that computes the bias.
+        arguments: returns the arguments of that method for texts of a length, from the original ones.
+        keep: whether to keep the largest bias so far, whose corner serves every shorter text. Not where every layer
+            has a bias of its own (UMT5): all of them together would be large.
     """
     compute: Callable[..., Tensor] = getattr(module, name)
     kept: list[Tensor] = []
@@ -80,19 +84,19 @@ def _share_bias(
             return compute(*args, **kwargs)
         longest = state.layout.longest
         if not keep:
-            return compute(*shrink(longest, *args), **kwargs)
-        held = kept[:1]  # another thread may put another one there meanwhile
-        if held and held[0].shape[-1] >= longest:
-            return held[0]
-        made = compute(*shrink(longest, *args), **kwargs)
-        kept[:] = [made]
-        return made
+            return compute(*arguments(longest, *args), **kwargs)
+        largest = kept[:1]  # another thread may replace it meanwhile
+        if largest and largest[0].shape[-1] >= longest:
+            return largest[0]
+        computed = compute(*arguments(longest, *args), **kwargs)
+        kept[:] = [computed]
+        return computed
 
     setattr(module, name, bias)
 
 
 def _pack_mpnet(attention: nn.Module, state: PackedState) -> None:
-    """MPNet's self-attention has no attention interface; the same projections around `packed_attention`."""
+    """Makes MPNet's self-attention, which has no attention interface, call `packed_attention` on its projections."""
     plain: Callable[..., Any] = attention.forward
 
     def forward(
@@ -113,14 +117,14 @@ def _pack_mpnet(attention: nn.Module, state: PackedState) -> None:
 
 
 class Positions:
-    """Position ids of a packed row, counted as the model's own embeddings would count them for each text alone.
+    """Computes the position ids of a packed row, as the model's own embeddings count them for each text alone.
 
-    RoBERTa, XLM-RoBERTa, CamemBERT and MPNet keep a `padding_idx` beside a learned table: they start behind it, and
-    pass over a pad token that stands in a text (somebody wrote "<pad>"). All others count from 0.
+    RoBERTa, XLM-RoBERTa, CamemBERT and MPNet have a `padding_idx` beside a learned table: they start after it, and
+    skip a pad token inside a text (a caller wrote "<pad>"). All others count from 0.
 
     Attributes:
-        limit: how many tokens the learned table has room for; None where positions are computed.
-        filler: a token that takes no place, however often it stands in a row.
+        limit: the number of tokens that the learned table has positions for; None where positions are computed.
+        filler: a token that uses no further position, however often it is in a row.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -137,7 +141,7 @@ class Positions:
                 return
 
     def __call__(self, row: Tensor, layout: PackedLayout) -> Tensor:
-        """Ids `[T]` for the tokens `row` `[T]`."""
+        """Returns position ids `[T]` for the tokens `row` `[T]`."""
         if self._padding is None:
             return layout.positions
         counted = (row != self._padding).long()
@@ -146,17 +150,17 @@ class Positions:
 
 
 def drop_pooler(model: nn.Module) -> None:
-    """BERT's pooler feeds a vector that no embedder reads; some models call theirs without looking, so one stays."""
+    """Replaces BERT's pooler, whose result no embedder uses, by an identity: some models always call theirs."""
     if isinstance(getattr(model, "pooler", None), nn.Module):
         setattr(model, "pooler", nn.Identity())  # noqa: B010  # nn.Module types attributes as modules only
 
 
 def unused_weights(missing: set[str]) -> set[str]:
-    """Of the weights that a checkpoint lacks, those that no embedding passes through."""
+    """Returns the weights that a checkpoint lacks and that no embedding depends on."""
     return {name for name in missing if name.split(".")[0] == "pooler"}
 
 
 def storage_bytes(tensors: list[Tensor]) -> int:
-    """Bytes of the distinct storages behind tensors: tied weights count once."""
+    """Returns the bytes of the distinct storages of tensors: tied weights count once."""
     sizes = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(sizes.values())

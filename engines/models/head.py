@@ -1,4 +1,4 @@
-"""TODO engines/models/head.py."""
+"""Applies the modules that follow the backbone of a model: pooling, dense layers, normalization."""
 
 from collections.abc import Callable, Sequence
 
@@ -16,20 +16,26 @@ TOKENS, SENTENCE = "token_embeddings", "sentence_embedding"
 
 
 Features = dict[str, Tensor]
+"""The named tensors that modules read and write, as in sentence-transformers."""
 
 
 Step = Callable[[Features, PackedLayout, Sequence[int] | None], None]
+"""One module: features, layout and prompt tokens of the texts."""
 
 
 class EmbeddingHead:
-    """The modules behind the transformer, in order.
+    """Applies the modules that follow the transformer, in order.
+
+    Args:
+        hidden_size: the width of the transformer's hidden states.
+        pooling: the registry's pooling modes, if any.
 
     Attributes:
-        pooling: the pooling modes.
+        pooling: the pooling modes in use.
         override: the registry's pooling modes, which replace the folder's.
-        excludes_prompt: whether pooling leaves the prompt's tokens out.
-        widths: how wide each named tensor is at this point of the chain.
-        weights: the tensors that the steps hold.
+        excludes_prompt: whether pooling leaves out the tokens of the prompt.
+        widths: the width of each named tensor after the modules so far.
+        weights: the tensors that the modules hold.
     """
 
     def __init__(self, hidden_size: int, pooling: tuple[PoolingMode, ...] | None = None) -> None:
@@ -41,10 +47,10 @@ class EmbeddingHead:
         self._steps: list[Step] = []
 
     def __call__(self, hidden: Tensor, layout: PackedLayout, prompt_tokens: Sequence[int] | None = None) -> Tensor:
-        """Packed hidden states `[T, H]` to float32 vectors `[n, dimensions]`.
+        """Turns packed hidden states `[T, H]` into float32 vectors `[n, dimensions]`.
 
         Args:
-            prompt_tokens: leading tokens of each text that belong to its prompt.
+            prompt_tokens: the number of leading tokens of each text that belong to its prompt.
         """
         features = {TOKENS: hidden.float()}
         for step in self._steps:
@@ -53,11 +59,11 @@ class EmbeddingHead:
 
     @property
     def dimensions(self) -> int:
-        """Width of the vectors."""
+        """The width of the vectors."""
         return self.widths[SENTENCE]
 
     def add_pooling(self, modes: tuple[PoolingMode, ...], *, include_prompt: bool = True) -> None:
-        """Pool by `modes`, side by side, unless the registry knows better."""
+        """Adds pooling by `modes`, side by side, or by the registry's modes where it has any."""
         if self.override is not None and self.override != modes:
             log.warning("model.pooling_overridden", files=modes, registry=self.override)
         modes = self.override or modes
@@ -71,7 +77,7 @@ class EmbeddingHead:
         self.widths[SENTENCE] = self.widths[TOKENS] * len(modes)
 
     def add(self, function: Callable[[Tensor], Tensor], source: str, target: str, width: int) -> None:
-        """Apply a function to one named tensor; the result is `width` wide."""
+        """Adds a function of one named tensor, whose result is `width` wide."""
 
         def step(features: Features, _: PackedLayout, __: Sequence[int] | None) -> None:
             features[target] = function(features[source])

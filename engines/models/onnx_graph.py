@@ -1,6 +1,6 @@
-"""A post-norm encoder (BERT and its kin) as an ONNX graph, ids to hidden states; one call runs any of its layers.
+"""Builds a post-norm encoder (BERT-like) as an ONNX graph from ids to hidden states; one call runs any of its layers.
 
-The graph holds names and shapes; the numbers stay where they are, and whoever makes a session hands them to it.
+The graph holds the names and shapes of the weights; their values are passed to the session that runs it.
 """
 
 from collections.abc import Mapping
@@ -11,26 +11,28 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 from torch import Tensor
 
 _OPSET, _FORMAT = 17, 8
-"""Versions of ONNX that every version of the runtime in use knows."""
+"""The ONNX operator set and format, which every supported version of the runtime knows."""
 
 _RUNTIME = "com.microsoft"
-"""The domain of operators that only the runtime has: https://onnxruntime.ai/docs/reference/operators/ContribOperators"""
+"""The domain of the runtime's own operators: https://onnxruntime.ai/docs/reference/operators/ContribOperators"""
 
-SLOW_JOINS = ("SkipLayerNormFusion",)
-"""Optimizers that must be off: this one makes one operator of a sum and its norm, four times as slow as both."""
+SLOW_FUSIONS = ("SkipLayerNormFusion",)
+"""Optimizers that must be off: this one fuses a sum and its norm to one operator, four times as slow as the two."""
 
-_COMMON = {"", "spread", "lengths", "picked", "flat"}
-"""What all layers take; every other name of a node is that of one layer."""
+_SHARED = {"", "spread", "lengths", "picked", "flat"}
+"""Names of inputs that all layers share; every other name belongs to one layer."""
 
 Weights = Mapping[str, Tensor]
 
 
 class Shape(Struct, frozen=True):
-    """Of an encoder.
+    """The shape of an encoder.
 
     Args:
-        activation: the operator: `Gelu` or `Relu`.
-        eps: of the norms: behind the embeddings, and the first and the second of each layer.
+        heads: attention heads of a layer.
+        width: of one head.
+        activation: the operator, `Gelu` or `Relu`.
+        eps: the epsilons of the norms: after the embeddings, and the first and the second of each layer.
     """
 
     heads: int
@@ -40,18 +42,18 @@ class Shape(Struct, frozen=True):
 
 
 def encoder_graph(weights: Weights, shape: Shape, num_layers: int) -> ModelProto:
-    """The graph.
+    """Builds the graph.
 
-    Inputs: `ids`, `positions` `[T]` and the tables of both (`words`, `places`: a session would copy them), or, where
-    `begins` is false, `x` `[T, H]`, the hidden states so far; where the texts lie
-    (`engines.layers.packing.PackedLayout.places`: into `spread`, `lengths`, `picked`); and for each layer, whether it
+    Inputs: `ids`, `positions` `[T]` and the tables of both (`words`, `places`: inputs, because a session would copy
+    weights), or, where `begins` is false, `x` `[T, H]`, the hidden states so far; the places of the texts
+    (`spread`, `lengths`, `picked`: `engines.layers.packing.PackedLayout.padded_places`); and for each layer, whether it
     `runs`. Output: hidden states `[T, H]`.
 
     Args:
-        weights: in torch's shapes. What is added to each embedding (`kind`, if there is such), and scale and shift of
-            their norm (`g0`, `e0`). Of the layer `i`: `wq{i}`, `bq{i}` (query, key and value as one), `wc{i}`, `bc{i}`
-            (context), `wu{i}`, `bu{i}` (up), `wd{i}`, `bd{i}` (down), and of its norms `g1{i}`, `e1{i}`, `g2{i}`,
-            `e2{i}`.
+        weights: in torch's shapes. The row that is added to each embedding (`kind`, if there is one), and scale and
+            shift of their norm (`g0`, `e0`). Of the layer `i`: `wq{i}`, `bq{i}` (query, key and value as one), `wc{i}`,
+            `bc{i}` (context), `wu{i}`, `bu{i}` (up), `wd{i}`, `bd{i}` (down), and of its norms `g1{i}`, `e1{i}`,
+            `g2{i}`, `e2{i}`.
     """
     width = shape.heads * shape.width
     switches = [f"runs{index}" for index in range(num_layers)]
@@ -67,16 +69,16 @@ def encoder_graph(weights: Weights, shape: Shape, num_layers: int) -> ModelProto
     ]
     output = _value(f"x{num_layers}", TensorProto.FLOAT, "T", width)
     layers = [_layer(shape, index, switch) for index, switch in enumerate(switches)]
-    constants = [*_elsewhere(weights), helper.make_tensor("flat", TensorProto.INT64, [2], [-1, width])]
+    constants = [*_external_tensors(weights), helper.make_tensor("flat", TensorProto.INT64, [2], [-1, width])]
     graph = helper.make_graph(
-        [_begin(shape, has_kind="kind" in weights), *layers], "encoder", inputs, [output], constants
+        [_embeddings(shape, has_kind="kind" in weights), *layers], "encoder", inputs, [output], constants
     )
     opsets = [helper.make_opsetid("", _OPSET), helper.make_opsetid(_RUNTIME, 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=_FORMAT)
 
 
-def _begin(shape: Shape, *, has_kind: bool) -> NodeProto:
-    """The first layer's `x0`: sums of embeddings and their norm, or the hidden states so far."""
+def _embeddings(shape: Shape, *, has_kind: bool) -> NodeProto:
+    """Builds the first layer's input `x0`: sums of embeddings and their norm, or the hidden states so far."""
     words = "kinds" if has_kind else "word"
     nodes = [
         helper.make_node("Gather", ["words", "ids"], ["word"]),
@@ -84,21 +86,21 @@ def _begin(shape: Shape, *, has_kind: bool) -> NodeProto:
         helper.make_node("Gather", ["places", "positions"], ["place"]),
         *_sum_and_norm(words, "place", "embedded", "0", shape.eps[0]),
     ]
-    whole = [_value(end, TensorProto.FLOAT, "T", shape.heads * shape.width) for end in ("embedded", "goes_on")]
+    whole = [_value(end, TensorProto.FLOAT, "T", shape.heads * shape.width) for end in ("embedded", "resumed")]
     return helper.make_node(
         "If", ["begins"], ["x0"],
         then_branch=helper.make_graph(nodes, "embeddings", [], whole[:1]),
-        else_branch=helper.make_graph([helper.make_node("Identity", ["x"], ["goes_on"])], "go_on", [], whole[1:]),
+        else_branch=helper.make_graph([helper.make_node("Identity", ["x"], ["resumed"])], "resume", [], whole[1:]),
     )  # fmt: skip
 
 
 def _layer(shape: Shape, index: int, switch: str) -> NodeProto:
-    """`x` to the next layer's `x`; the same `x` where the switch is off, so that any layers can be one call."""
+    """Builds one layer, `x` to the next layer's `x`; where its switch is off, it passes `x` on unchanged."""
     names = {"x": f"x{index}", "y": f"y{index}", "same": f"same{index}"}
-    nodes = [*_attention(shape), *_block(shape)]
+    nodes = [*_attention(shape), *_feed_forward(shape)]
     for node in nodes:
         for ends in (node.input, node.output):
-            ends[:] = [names.get(name, name if name in _COMMON else f"{name}{index}") for name in ends]
+            ends[:] = [names.get(name, name if name in _SHARED else f"{name}{index}") for name in ends]
     whole = [_value(names[end], TensorProto.FLOAT, "T", shape.heads * shape.width) for end in ("y", "same")]
     skip = [helper.make_node("Identity", [names["x"]], [names["same"]])]
     return helper.make_node(
@@ -109,7 +111,7 @@ def _layer(shape: Shape, index: int, switch: str) -> NodeProto:
 
 
 def _attention(shape: Shape) -> list[NodeProto]:
-    """`x` to `context`: queries, keys and values are spread to a padded batch, and what they find is gathered."""
+    """Builds attention, `x` to `context`: spreads the row to a padded batch, and gathers the result to a row."""
     options: dict[str, Any] = {"num_heads": shape.heads, "scale": shape.width**-0.5, "domain": _RUNTIME}
     return [
         _product("x", "joined", "q"),
@@ -121,8 +123,8 @@ def _attention(shape: Shape) -> list[NodeProto]:
     ]
 
 
-def _block(shape: Shape) -> list[NodeProto]:
-    """`x` and `context` to `y`: projection, sum and norm, then the same around two products and the activation."""
+def _feed_forward(shape: Shape) -> list[NodeProto]:
+    """Builds the rest of a layer, `x` and `context` to `y`: projection, sum and norm; two products, sum and norm."""
     domain = _RUNTIME if shape.activation == "Gelu" else ""
     return [
         _product("context", "attended", "c"),
@@ -150,8 +152,8 @@ def _sum_and_norm(a: str, b: str, target: str, part: str, eps: float) -> list[No
     ]
 
 
-def _elsewhere(weights: Weights) -> list[TensorProto]:
-    """Names and shapes; the session is handed the numbers."""
+def _external_tensors(weights: Weights) -> list[TensorProto]:
+    """Declares the weights by name and shape; their values are passed to the session."""
     return [
         TensorProto(
             name=name,

@@ -1,4 +1,4 @@
-"""Models without a transformer: a table with a row for each token, and the mean of a text's rows (model2vec)."""
+"""Runs models without a transformer: a table with a row for each token, and the mean of a text's rows (model2vec)."""
 
 from collections.abc import Callable, Sequence
 
@@ -42,7 +42,7 @@ class StaticEncoder:
 
     @torch.inference_mode()
     def __call__(self, texts: Sequence[Ids], prompt_tokens: Sequence[int] | None = None) -> Tensor:
-        """See `Encoder`. A text without a single known token is all zeros, as in sentence-transformers."""
+        """See `Encoder`. The vector of a text without any known token is all zeros, as in sentence-transformers."""
         layout = PackedLayout([len(ids) for ids in texts], self._device)
         row = torch.from_numpy(np.concatenate(texts)).to(self._device)
         return self._chain(self._table[row], layout, prompt_tokens)

@@ -1,10 +1,10 @@
-"""Token ids to vectors with one model on one device: the transformer, and the chain of modules behind it.
+"""Turns token ids into vectors with one model on one device: the transformer, and the modules that follow it.
 
-Knows seven ways to run the transformer: `packed` (one row, no padding), `fused` (the same, its layers in fewer steps),
-`graphed` (either of them, but short rows as recorded passes of a fixed size), `prepacked` (fused, but short texts past
-the model's own code, from copies of the weights), `padded` (batches of similar lengths), `unpadded` (batches of one
-length), and the reference (one length, plain attention) against which `engines/models/verification.py` holds the
-others.
+There are seven paths through the transformer: `packed` (one row, no padding), `fused` (the same, its layers in fewer
+steps), `graphed` (either of them, but short rows as CUDA graphs of a fixed size), `prepacked` (fused, but short texts
+bypass the model's own code and run from copies of the weights), `padded` (batches of similar lengths), `unpadded`
+(batches of one length), and the reference (one length, plain attention), with which `engines/models/verification.py`
+compares the others.
 """
 
 import inspect
@@ -52,91 +52,93 @@ from engines.models.prepacked import PrepackedWeights
 from engines.protocols import Clock
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 30.0, 3600.0
-"""A path that failed is tried again after the first wait; each failure that follows soon doubles it."""
+"""A path that failed is tried again after the first wait; each failure soon after that doubles the wait."""
 
 
 class PathFallback:
-    """The passes that run now, and whether the path that was chosen at load is in use.
+    """Switches to the fallback path once the last pass on a failed path ends, and tries the failed path again later.
 
     Args:
-        leave: switches to the plainest path; called while no pass runs, after `give_up`.
+        fall_back: switches to the fallback path; called while no pass runs, after `report_failure`.
         resume: switches back and checks the vectors, and returns whether they are right; called while no pass runs. It
-            leaves the plainest path in use where they are not.
+            keeps the fallback path in use where they are not.
         clock: seconds.
 
     Attributes:
-        is_left: whether the plainest path is in use, or will be at the next pass, because a faster one failed.
+        is_active: whether the fallback path is in use, or will be at the next pass, because a faster one failed.
     """
 
-    def __init__(self, leave: Callable[[], None], resume: Callable[[], bool], clock: Clock = time.monotonic) -> None:
-        self._leave = leave
+    def __init__(
+        self, fall_back: Callable[[], None], resume: Callable[[], bool], clock: Clock = time.monotonic
+    ) -> None:
+        self._fall_back = fall_back
         self._resume = resume
         self._clock = clock
         self._lock = threading.Lock()
-        self._num_inside = 0
+        self._num_passes = 0
         self._is_switching = False
-        self._must_leave = False
-        self.is_left = False
+        self._is_fallback_due = False
+        self.is_active = False
         self._wait_s = FIRST_WAIT_S
         self._retry_at_s = 0.0
         self._resumed_at_s = -LONGEST_WAIT_S
 
     @property
-    def is_alone(self) -> bool:
+    def is_switch_due(self) -> bool:
         """Whether passes must run one at a time, because a switch is due or under way."""
-        return self._is_switching or self._must_leave or self._is_retry_due()
+        return self._is_switching or self._is_fallback_due or self._is_retry_due()
 
     @property
     def retry_in_s(self) -> float:
-        """Seconds until a path that was left is tried again; 0 when that is due."""
-        return max(0.0, self._retry_at_s - self._clock()) if self.is_left else 0.0
+        """Seconds until the failed path is tried again; 0 when that is due, or no path has failed."""
+        return max(0.0, self._retry_at_s - self._clock()) if self.is_active else 0.0
 
     @contextmanager
-    def inside(self) -> Iterator[None]:
-        """Inside, a pass runs.
+    def running_pass(self) -> Iterator[None]:
+        """Counts a pass as running inside the block; makes a switch first that is due while no other pass runs.
 
         Raises:
-            ForwardPathFailed: a switch is under way, or waits for those who still run.
+            ForwardPathFailed: a switch is under way, or waits for passes that still run.
         """
         with self._lock:
-            if self._is_switching or (self._must_leave and self._num_inside):
+            if self._is_switching or (self._is_fallback_due and self._num_passes):
                 raise ForwardPathFailed
-            self._is_switching = not self._num_inside and (self._must_leave or self._is_retry_due())
-            self._num_inside += 1
+            self._is_switching = not self._num_passes and (self._is_fallback_due or self._is_retry_due())
+            self._num_passes += 1
         try:
-            if self._is_switching:  # set by this pass: it is the only one
+            if self._is_switching:  # set by this pass, which is the only one
                 self._switch()
             yield
         finally:
             with self._lock:
-                self._num_inside -= 1
+                self._num_passes -= 1
 
-    def give_up(self) -> None:
-        """Have the path left as soon as nobody runs on it."""
+    def report_failure(self) -> None:
+        """Schedules the switch to the fallback path, for when no pass runs any more."""
         with self._lock:
-            if self._must_leave or self.is_left:
+            if self._is_fallback_due or self.is_active:
                 return
             now_s = self._clock()
             is_soon = now_s - self._resumed_at_s < self._wait_s
             self._wait_s = min(2 * self._wait_s, LONGEST_WAIT_S) if is_soon else FIRST_WAIT_S
-            self._must_leave = self.is_left = True
+            self._is_fallback_due = self.is_active = True
             self._retry_at_s = now_s + self._wait_s
 
-    def acquit(self) -> None:
-        """The plainest path fails as well: it was not the faster one's fault, which is tried again at once."""
+    def retry_now(self) -> None:
+        """Makes the retry due at once: the fallback path fails as well, so the faster path was not the cause."""
         self._retry_at_s = self._clock()
 
     def _is_retry_due(self) -> bool:
-        return self.is_left and not self._must_leave and self._clock() >= self._retry_at_s
+        return self.is_active and not self._is_fallback_due and self._clock() >= self._retry_at_s
 
     def _switch(self) -> None:
-        """Runs without the lock: it may take as long as a self-check, and others are to be told at once."""
+        """Switches paths, without the lock: it may take as long as a self-check, and other passes must fail at once."""
         try:
-            if self._must_leave:
-                self._leave()
-                self._must_leave = False
+            if self._is_fallback_due:
+                self._fall_back()
+                self._is_fallback_due = False
             elif self._resume():
-                self.is_left, self._resumed_at_s = False, self._clock()
+                self.is_active, self._resumed_at_s = False, self._clock()
             else:
                 self._wait_s = min(2 * self._wait_s, LONGEST_WAIT_S)
                 self._retry_at_s = self._clock() + self._wait_s
@@ -148,11 +150,11 @@ log = structlog.get_logger(__name__)
 
 
 Run = Callable[[Sequence[Ids], PackedLayout], Tensor]
-"""One forward pass of texts, sorted by length: their hidden states `[T, H]`."""
+"""Runs one forward pass of texts, sorted by length, and returns their hidden states `[T, H]`."""
 
 
 class TransformerEncoder:
-    """A transformers model and its chain.
+    """Runs a transformers model and its head.
 
     Args:
         model: in eval mode, on the device.
@@ -208,13 +210,13 @@ class TransformerEncoder:
 
     @property
     def is_reentrant(self) -> bool:
-        """See `Encoder`. Not where the model itself keeps something from one pass to the next."""
-        return not self._passes.is_alone and not self._rope.remembers
+        """See `Encoder`. False where the model itself keeps state from one pass to the next."""
+        return not self._passes.is_switch_due and not self._rope.remembers
 
     @property
     def fallback(self) -> str:
         """See `Encoder`."""
-        if not self._passes.is_left:
+        if not self._passes.is_active:
             return ""
         wait_s = self._passes.retry_in_s
         return f"unpadded: {self._failure} on the {self._chosen} path, which is tried again in {wait_s:.0f} s"
@@ -226,8 +228,8 @@ class TransformerEncoder:
         if graphs is not None and (size := graphs.fitting(texts)) is not None:
             return graphs(texts, size)
         layout = self._layout(texts)
-        with reserve_for_onnxruntime(self._copies.supports(layout, None)), self._passes.inside():
-            return self._chain(self._hidden_or_left(texts, layout), layout, prompt_tokens)
+        with reserve_for_onnxruntime(self._copies.supports(layout, None)), self._passes.running_pass():
+            return self._chain(self._hidden_or_fail_over(texts, layout), layout, prompt_tokens)
 
     @torch.inference_mode()
     def encode_batched(self, texts: Sequence[Ids]) -> Tensor:
@@ -294,8 +296,10 @@ class TransformerEncoder:
         return [*self._model.parameters(), *self._model.buffers(), *self._chain.weights]
 
     def token_bytes(self) -> int:
-        """See `Encoder`: eight copies of the residual stream (its own, norm, query, key, value, context, output, sum)
-        and three of the widest inner layer (gate, up, activation); one layer's are freed before the next one's come.
+        """See `Encoder`.
+
+        Eight copies of the residual stream (itself, norm, query, key, value, context, output, sum) and three of the
+        widest inner layer (gate, up, activation); those of a layer are freed before those of the next are allocated.
         """
         config = self._model.config.get_text_config()
         width = getattr(config, "hidden_size", None) or self.dimensions
@@ -314,11 +318,11 @@ class TransformerEncoder:
             self.pause = before
 
     def _fixed(self, layout: FixedPackedLayout) -> Tensor:
-        """Vectors of a row of a fixed size, and of its places without a text."""
+        """Returns the vectors of a row of a fixed size, also of its places without a text."""
         return self._chain(self._row(layout.ids, layout), layout)
 
     def _as_asked(self, texts: Sequence[Ids], form: KernelVariant | None = None) -> Tensor:
-        """Vectors by the path in use, which is not left when it fails."""
+        """Returns vectors by the path in use, without falling back when it fails."""
         layout = self._layout(texts)
         self._padding_share, self._form = 1.0, form
         try:
@@ -330,30 +334,34 @@ class TransformerEncoder:
         return PackedLayout([len(ids) for ids in texts], self._device)
 
     def _hidden(self, texts: Sequence[Ids], layout: PackedLayout) -> Tensor:
-        """Hidden states `[T, H]` by the path in use."""
-        ways: dict[Attention, Run] = {"packed": self._packed, "padded": self._padded, "unpadded": self._unpadded}
-        return self._in_runs(ways[self.attention], texts, layout)
+        """Returns hidden states `[T, H]` by the path in use."""
+        runs: dict[Attention, Run] = {"packed": self._packed, "padded": self._padded, "unpadded": self._unpadded}
+        return self._in_runs(runs[self.attention], texts, layout)
 
-    def _hidden_or_left(self, texts: Sequence[Ids], layout: PackedLayout) -> Tensor:
-        """The same; a path that fails where its check did not is left for the plainest one, and tried again later."""
+    def _hidden_or_fail_over(self, texts: Sequence[Ids], layout: PackedLayout) -> Tensor:
+        """Returns hidden states `[T, H]`; when the path fails, schedules the switch to `unpadded` and a later retry.
+
+        Raises:
+            ForwardPathFailed: the path failed, although its check at load did not; run the texts again.
+        """
         try:
             return self._hidden(texts, layout)
         except Exception as error:
             if is_out_of_memory(error):
                 raise
             if self.path == "unpadded":
-                self._passes.acquit()
+                self._passes.retry_now()
                 raise
             log.warning("model.path_left", path=self.path, tokens=layout.num_tokens, exc_info=True)
             self._chosen, self._failure = self.path, type(error).__name__
-            self._passes.give_up()
+            self._passes.report_failure()
             raise ForwardPathFailed from error
 
     def _leave(self) -> None:
         self.switch_to("unpadded")
 
     def _resume(self) -> bool:
-        """Back to the path that was left, if its vectors are right: whatever made it fail may have spoilt it."""
+        """Switches back to the failed path if its vectors are right: the failure may have corrupted it."""
         try:
             self.switch_to(self._chosen)
             self.recheck(self)
@@ -365,7 +373,7 @@ class TransformerEncoder:
         return True
 
     def _in_runs(self, run: Run, texts: Sequence[Ids], layout: PackedLayout) -> Tensor:
-        """Hidden states `[T, H]`, in several passes where texts must not share one."""
+        """Returns hidden states `[T, H]`, from several passes where texts must not share one."""
         spans = list(self._rope.runs(layout.lengths))
         if len(spans) == 1:
             self._rope.reset()
@@ -373,25 +381,25 @@ class TransformerEncoder:
         return torch.cat([self._in_runs(run, part, self._layout(part)) for part in (texts[a:b] for a, b in spans)])
 
     def _packed(self, texts: Sequence[Ids], layout: PackedLayout) -> Tensor:
-        """One row through the transformer."""
+        """Runs the texts as one packed row."""
         return self._row(to_device(np.concatenate(texts), self._device), layout)
 
     def _row(self, row: Tensor, layout: PackedLayout) -> Tensor:
-        """Hidden states of a packed row of ids `[T]`."""
+        """Returns the hidden states of a packed row of ids `[T]`."""
         positions = self._positions(row, layout)
         if self._copies.supports(layout, self._form):
             return self._copies(row, positions, layout, self._form, self.pause)
         options: dict[str, Any] = {"position_ids": positions[None]} if self._takes_positions else {}
-        with self._state.running(layout, is_fused=bool(self._fused) and self.path != "packed", form=self._form):
+        with self._state.running(layout, is_fused=bool(self._fused) and self.path != "packed", variant=self._form):
             return self._forward(row[None], attention_mask=None, packed_layout=layout, **options)[0]
 
     def _padded(self, texts: Sequence[Ids], layout: PackedLayout) -> Tensor:
-        """Batches of similar lengths through the transformer; the padding is dropped again."""
+        """Runs the texts as padded batches of similar lengths, and drops the padding."""
         spans = bucket_by_length(layout.lengths, self._padding_share)
         return torch.cat([self._batch(texts[start:end]) for start, end in spans])
 
     def _unpadded(self, texts: Sequence[Ids], layout: PackedLayout) -> Tensor:
-        """Batches of one length through the transformer."""
+        """Runs the texts as batches of one length."""
         return torch.cat([self._batch(texts[start:end]) for start, end in bucket_by_length(layout.lengths, 0.0)])
 
     def _batch(self, texts: Sequence[Ids]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Stand-ins for what only a GPU has, its attention kernel and its graphs, and which are as strict as a capture is."""
+"""Fake encoders, and stand-ins for a GPU's attention kernel and CUDA graphs that forbid what a capture forbids."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import cycle
@@ -26,7 +26,12 @@ class Letters:
 
 
 class ScriptedEncoder:
-    """Vectors from the ids alone: `[first, last, sum, length]`; `before` runs first and may raise."""
+    """An encoder whose vectors depend on the ids alone: `[first, last, sum, length]`.
+
+    Attributes:
+        batches: the lengths of the texts of each call.
+        before: called before each batch; may raise.
+    """
 
     attention: Attention = "packed"
     path: ForwardPath = "packed"
@@ -56,57 +61,59 @@ class ScriptedEncoder:
         return 1
 
 
-class _Tape(ForbidHostSync):  # type: ignore[no-untyped-call]  # untyped upstream
-    """Writes down every operation on tensors, and does them again. Numbers are as they were at the first time."""
+class _OperationRecorder(ForbidHostSync):  # type: ignore[no-untyped-call]  # untyped upstream
+    """Records every operation on tensors and replays them. Arguments that are no tensors keep their recorded values."""
 
     def __init__(self) -> None:
         super().__init__()
         self._steps: list[tuple[Any, Any, Any, list[int]]] = []
-        self._places: dict[int, int] = {}
+        self._indices: dict[int, int] = {}
         self._alive: list[Tensor] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.overloadpacket.__name__ == "lift_fresh":
             raise NotImplementedError("a graph cannot bring numbers of the host to a GPU")
-        given = tree_map(self._place, (args, kwargs or {}))
+        given = tree_map(self._reference, (args, kwargs or {}))
         out = super().__torch_dispatch__(func, types, args, kwargs)
-        self._steps.append((func, *given, [self._entered(made) for made in tree_flatten(out)[0]]))
+        self._steps.append((func, *given, [self._register(made) for made in tree_flatten(out)[0]]))
         return out
 
-    def _place(self, value: Any) -> Any:
-        """Where a tensor stands that was made on the way; anything else stays as it is."""
-        place = self._places.get(id(value)) if isinstance(value, Tensor) else None
-        return value if place is None else _Place(place)
+    def _reference(self, value: Any) -> Any:
+        """Replaces a tensor that a recorded operation made by its index; returns anything else as it is."""
+        index = self._indices.get(id(value)) if isinstance(value, Tensor) else None
+        return value if index is None else _TensorIndex(index)
 
-    def _entered(self, made: Any) -> int:
-        self._alive.append(made)  # or another one would get its id
-        return self._places.setdefault(id(made), len(self._alive) - 1)
+    def _register(self, made: Any) -> int:
+        self._alive.append(made)  # or another tensor could get its id
+        return self._indices.setdefault(id(made), len(self._alive) - 1)
 
     def replay(self, result: Tensor) -> Tensor:
-        """What `result` would be now."""
+        """Runs the operations again and returns the tensor in place of `result`."""
         now: dict[int, Any] = {}
-        for func, args, kwargs, places in self._steps:
-            here = tree_map(lambda value: now[value.place] if isinstance(value, _Place) else value, (args, kwargs))
-            made = tree_flatten(func(*here[0], **here[1]))[0]
-            now.update(zip(places, made, strict=True))
-        vectors: Tensor = now[self._places[id(result)]]
+        for func, args, kwargs, indices in self._steps:
+            given = tree_map(
+                lambda value: now[value.index] if isinstance(value, _TensorIndex) else value, (args, kwargs)
+            )
+            made = tree_flatten(func(*given[0], **given[1]))[0]
+            now.update(zip(indices, made, strict=True))
+        vectors: Tensor = now[self._indices[id(result)]]
         return vectors
 
 
-class _Place:
-    def __init__(self, place: int) -> None:
-        self.place = place
+class _TensorIndex:
+    def __init__(self, index: int) -> None:
+        self.index = index
 
 
-class TapeRecorder:
-    """Records passes as the operations that they are made of (`engines.models.cuda_graphs.GraphCapturer`).
+class FakeGraphCapturer:
+    """Records passes as their operations, on a CPU (`engines.models.cuda_graphs.GraphCapturer`).
 
     Args:
-        seconds: what a recorded pass takes and what an ordinary one does, in turns.
+        seconds: how long a recorded pass takes and how long an ordinary one takes, alternately, over and over.
 
     Attributes:
         before: called before each recording; may raise.
-        changed: what becomes of the vectors of each recording, by its number.
+        changed: what is done to the vectors of each recording, by its number from 1.
     """
 
     def __init__(self, seconds: Iterable[float] = (1.0, 2.0)) -> None:
@@ -120,13 +127,13 @@ class TapeRecorder:
         self.num_recorded += 1
         warm_up(run)
         change = self.changed.get(self.num_recorded, torch.clone)
-        with (tape := _Tape()):
+        with (recorder := _OperationRecorder()):
             vectors = run()
         held = torch.empty_like(vectors)
 
         def replay() -> Tensor:
             self.num_replayed += 1
-            return held.copy_(change(tape.replay(vectors)))
+            return held.copy_(change(recorder.replay(vectors)))
 
         return replay
 
@@ -147,7 +154,7 @@ def varlen(  # noqa: PLR0913  # the signature is torch's
     window_size: tuple[int, int],
     enable_gqa: bool,
 ) -> Tensor:
-    """`torch.nn.attention.varlen.varlen_attn`: attention inside of each text of a row, `[T, heads, d]`."""
+    """`torch.nn.attention.varlen.varlen_attn` on a CPU: attention inside of each text of a row, `[T, heads, d]`."""
     assert offsets is offsets_k and longest == longest_k and offsets.dtype == torch.int32
     place = torch.arange(len(query))
     text = (place[:, None] >= offsets[None, 1:]).sum(-1)

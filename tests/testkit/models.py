@@ -442,7 +442,7 @@ def _eurobert(folder: Path) -> None:
     save(folder, transformer(config), tokenizer, [Pooling(WIDTH, "mean")])
 
 
-@recipe("deberta-v2-mean", "deberta-v2", "mean", padded_because="takes no function of ours")
+@recipe("deberta-v2-mean", "deberta-v2", "mean", padded_because="cannot replace its attention function")
 def _deberta(folder: Path) -> None:
     tokenizer = vocabularies.bert()
     config = configure(

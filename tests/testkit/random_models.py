@@ -1,4 +1,4 @@
-"""Small transformers with random weights, not saved."""
+"""Builds small transformers with random weights, in memory only."""
 
 from typing import Any
 

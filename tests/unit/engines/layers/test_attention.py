@@ -1,4 +1,4 @@
-"""Packed attention against the plain formula: every text by itself, scores, mask, softmax, nothing else."""
+"""Packed attention against the plain formula, for each text by itself: scores, mask, softmax."""
 
 from itertools import pairwise
 from typing import Any
@@ -36,7 +36,7 @@ def states(tokens: int, heads: int = HEADS, seed: int = 0) -> Tensor:
 def plain(  # noqa: PLR0913  # the formula's arguments
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int | None, bias: Tensor | None, scaling: float | None
 ) -> Tensor:
-    """Attention of one text, `[heads, L, d]` each; gives `[L, heads, d]`."""
+    """Computes attention of one text by the formula: `[heads, L, d]` each to `[L, heads, d]`."""
     length = q.shape[1]
     k, v = (states.repeat_interleave(q.shape[0] // states.shape[0], dim=0) for states in (k, v))
     scores = q @ k.transpose(1, 2) * (WIDTH**-0.5 if scaling is None else scaling)
@@ -53,7 +53,7 @@ def plain(  # noqa: PLR0913  # the formula's arguments
 def packed(
     lengths: list[int], *, kv_heads: int = HEADS, layer: Layer | None = None, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """What our function gives for texts of those lengths, and what the formula gives."""
+    """Returns packed attention of texts of those lengths, and that of the formula, `[1, T, heads, d]` each."""
     total = sum(lengths)
     q, k, v = states(total), states(total, kv_heads, 1), states(total, kv_heads, 2)
     module = layer or Layer(bool(options.get("is_causal")))
@@ -139,31 +139,31 @@ def test_a_position_bias_is_cut_to_each_text(causal: bool, window: int | None) -
         (Layer(True, type("Config", (), {"is_causal": None})), True),
     ],
 )
-def test_who_says_whether_to_look_ahead(layer: Layer, causal: bool) -> None:
+def test_causality_is_that_of_the_layer_unless_its_config_turns_it_off(layer: Layer, causal: bool) -> None:
     got, _ = packed([5, 6], layer=layer)
     _, wanted = packed([5, 6], is_causal=causal)
 
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-6)
 
 
-def test_the_calls_word_counts_more_than_the_layers() -> None:
+def test_the_causality_of_the_call_counts_more_than_the_layers() -> None:
     got, wanted = packed([5, 6], layer=Layer(True), is_causal=False)
 
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("mask", "options", "what"),
+    ("mask", "options", "feature"),
     [
         (None, {"softcap": 30.0}, "soft-capped scores"),
         (None, {"s_aux": torch.zeros(HEADS)}, "attention sinks"),
         (torch.zeros(1, 1, 4, 4), {}, "a mask of the model's own"),
     ],
 )
-def test_what_changes_the_scores_in_other_ways_is_not_left_out_in_silence(
-    mask: Tensor | None, options: dict[str, Any], what: str
+def test_unsupported_changes_of_the_scores_are_refused(
+    mask: Tensor | None, options: dict[str, Any], feature: str
 ) -> None:
-    with pytest.raises(NotImplementedError, match=f"its attention has {what}"):
+    with pytest.raises(NotImplementedError, match=f"its attention has {feature}"):
         packed_attention(
             Layer(True), states(4), states(4), states(4), mask, packed_layout=PackedLayout([4], CPU), **options
         )
@@ -171,7 +171,7 @@ def test_what_changes_the_scores_in_other_ways_is_not_left_out_in_silence(
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("window", [1, 2, 7])
-def test_a_band_says_who_meets_whom_and_does_not_grow_with_texts(causal: bool, window: int) -> None:
+def test_a_band_is_the_mask_of_a_window_and_does_not_grow_with_texts(causal: bool, window: int) -> None:
     allowed = band(causal, window, CPU)
     i, j = torch.meshgrid(torch.arange(allowed.shape[0]), torch.arange(allowed.shape[1]), indexing="ij")
 
@@ -209,7 +209,7 @@ def test_the_kernels_arguments_mean_the_same_as_attention_by_length(
 
 
 def test_on_cuda_the_whole_row_goes_to_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel is CUDA's; here its arguments are checked, and the shapes on both sides."""
+    """Checks the arguments and the shapes on both sides, without the kernel, which only CUDA has."""
     seen: dict[str, Any] = {}
 
     def kernel(q: Tensor, k: Tensor, v: Tensor, *args: Any, **options: Any) -> Tensor:
@@ -227,11 +227,11 @@ def test_on_cuda_the_whole_row_goes_to_one_kernel(monkeypatch: pytest.MonkeyPatc
     assert torch.equal(out, states(5).transpose(1, 2))
 
 
-# Where texts lie.
+# Packed layouts.
 
 
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=12).map(sorted))
-def test_a_layout_says_where_each_token_belongs(lengths: list[int]) -> None:
+def test_a_layout_gives_each_token_its_text_and_position(lengths: list[int]) -> None:
     layout = PackedLayout(lengths, CPU)
     tokens = [(text, place) for text, length in enumerate(lengths) for place in range(length)]
 

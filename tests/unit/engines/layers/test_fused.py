@@ -1,4 +1,4 @@
-"""Fused layers: which models they are for, that they hold nothing twice, and what they leave alone."""
+"""Fused layers: which models they support, that no weight is held twice, and which layers stay unchanged."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from engines.layers.attention import PACKED
-from engines.layers.fused import best_form, fuse
+from engines.layers.fused import fastest_variant, fuse
 from engines.layers.packing import PackedLayout, PackedState
 from engines.models.adapters import storage_bytes
 from tests.testkit.random_models import BERT, bert, build
@@ -103,7 +103,7 @@ def test_any_number_of_tokens_on_any_number_of_threads_has_the_plain_vectors(
     assert torch.allclose(found, expected, atol=1e-6)
 
 
-def test_outside_a_fused_row_the_layers_do_what_they_always_did() -> None:
+def test_outside_of_a_fused_row_the_layers_run_as_before() -> None:
     model, state = bert(), PackedState()
     ids, mask = torch.tensor([[5, 6, 7, 0]]), torch.tensor([[1, 1, 1, 0]])
     with torch.inference_mode():
@@ -117,7 +117,7 @@ def test_outside_a_fused_row_the_layers_do_what_they_always_did() -> None:
     assert torch.allclose(unfused, expected, atol=1e-6)
 
 
-def test_a_row_that_gives_way_to_another_has_its_own_state_back() -> None:
+def test_a_preempted_row_gets_its_own_state_back() -> None:
     state, first, second = (
         PackedState(),
         PackedLayout([3], torch.device("cpu")),
@@ -132,12 +132,14 @@ def test_a_row_that_gives_way_to_another_has_its_own_state_back() -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_threads", "num_tokens", "form"), [(1, 12, "many"), (2, 12, "few"), (2, 96, "few"), (2, 97, "many")]
+    ("num_threads", "num_tokens", "variant"), [(1, 12, "many"), (2, 12, "few"), (2, 96, "few"), (2, 97, "many")]
 )
-def test_the_form_is_the_fastest_for_so_many_tokens_and_threads(num_threads: int, num_tokens: int, form: str) -> None:
+def test_the_variant_is_the_fastest_for_so_many_tokens_and_threads(
+    num_threads: int, num_tokens: int, variant: str
+) -> None:
     usual = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
-        assert best_form(PackedLayout([num_tokens], torch.device("cpu"))) == form
+        assert fastest_variant(PackedLayout([num_tokens], torch.device("cpu"))) == variant
     finally:
         torch.set_num_threads(usual)

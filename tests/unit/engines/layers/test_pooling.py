@@ -25,7 +25,7 @@ def hidden_of(lengths: list[int]) -> Tensor:
 
 
 def padded(hidden: Tensor, lengths: list[int], modes: tuple[PoolingMode, ...], prompt: int | None, side: str) -> Tensor:
-    """The same through sentence-transformers, padded on that side."""
+    """Pools the same texts with sentence-transformers, padded on that side."""
     longest = max(lengths)
     batch, mask = torch.full((len(lengths), longest, WIDTH), 7.0), torch.zeros(len(lengths), longest, dtype=torch.long)
     for row, text in enumerate(torch.split(hidden, lengths)):
@@ -101,29 +101,29 @@ def test_pooling_is_done_in_float32(dtype: torch.dtype) -> None:
     )
 
 
-# Cutting and normalising.
+# Truncating and normalizing.
 
 
 VECTORS = torch.randn(3, 8, generator=torch.Generator().manual_seed(1)) * 5
 
 
-def test_a_cut_comes_before_the_length_of_one() -> None:
+def test_vectors_are_truncated_before_they_are_normalized() -> None:
     out = truncate_and_normalize(VECTORS, dimensions=3, normalized=True, pre_norm=False)
 
     torch.testing.assert_close(out, VECTORS[:, :3] / VECTORS[:, :3].norm(dim=1, keepdim=True))
 
 
-def test_a_cut_alone_changes_no_component() -> None:
+def test_truncating_alone_changes_no_component() -> None:
     assert torch.equal(truncate_and_normalize(VECTORS, dimensions=5, normalized=False, pre_norm=False), VECTORS[:, :5])
 
 
-def test_a_layer_norm_comes_over_the_full_width_and_before_the_cut() -> None:
+def test_the_layer_norm_is_over_the_full_width_and_before_truncating() -> None:
     out = truncate_and_normalize(VECTORS, dimensions=3, normalized=False, pre_norm=True)
 
     torch.testing.assert_close(out, layer_norm(VECTORS, (8,))[:, :3])
 
 
-def test_a_layer_norm_without_a_cut_does_nothing() -> None:
+def test_the_layer_norm_is_left_out_without_truncating() -> None:
     assert torch.equal(truncate_and_normalize(VECTORS, dimensions=8, normalized=False, pre_norm=True), VECTORS)
 
 

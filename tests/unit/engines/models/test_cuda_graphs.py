@@ -1,4 +1,4 @@
-"""Recorded passes: what a CUDA graph does is done here on a CPU, by replaying what was traced on the same tensors."""
+"""Recorded passes: CUDA graphs are imitated on a CPU, by replaying traced operations on the same tensors."""
 
 import asyncio
 import gc
@@ -24,21 +24,21 @@ from engines.models.cuda_graphs import SIZES, FixedPackedLayout, capturer_for, t
 from engines.models.prepacked import PrepackedWeights
 from engines.models.transformer import TransformerEncoder
 from engines.models.verification import distance
-from tests.testkit.encoders import TapeRecorder, varlen
+from tests.testkit.encoders import FakeGraphCapturer, varlen
 from tests.testkit.engine_kit import Kit
 from tests.testkit.models import RECIPES
 
 CPU = torch.device("cpu")
 BIASED = ("mpnet-mean", "t5-mean-dense")
-"""Their attention has a position bias, for which there is no kernel."""
-TAKERS = sorted(name for name, recipe in RECIPES.items() if recipe.attention == "packed" and name != "static")
+"""Models whose attention has a position bias, for which there is no kernel."""
+GRAPHED = sorted(name for name, recipe in RECIPES.items() if recipe.attention == "packed" and name != "static")
 FEW_SIZES = SIZES[:4]
 
 
 @pytest.fixture
-def recorder(monkeypatch: pytest.MonkeyPatch) -> TapeRecorder:
-    """Models that load run as on a GPU, and their passes are recorded."""
-    recorder = TapeRecorder()
+def recorder(monkeypatch: pytest.MonkeyPatch) -> FakeGraphCapturer:
+    """Makes models that load run as on a GPU, with recorded passes."""
+    recorder = FakeGraphCapturer()
     monkeypatch.setattr(attention, "varlen_attn", varlen)
     monkeypatch.setattr(attention, "_VARLEN", {("cpu", torch.float32)})
     monkeypatch.setattr(builders, "capturer_for", lambda device: recorder)
@@ -52,7 +52,7 @@ def load(kit: Kit, name: str) -> TransformerEncoder:
 
 
 def texts(encoder: TransformerEncoder, *lengths: int) -> list[Ids]:
-    """Texts of those lengths."""
+    """Returns texts of those lengths."""
     random = np.random.default_rng(sum(lengths))
     return [random.integers(5, encoder._model.config.vocab_size, length) for length in lengths]
 
@@ -69,8 +69,8 @@ BATCHES = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name in TAKERS if name not in BIASED])
-def test_a_replay_gives_what_the_ordinary_pass_gives(kit: Kit, recorder: TapeRecorder, name: str) -> None:
+@pytest.mark.parametrize("name", [name for name in GRAPHED if name not in BIASED])
+def test_a_replay_gives_what_the_ordinary_pass_gives(kit: Kit, recorder: FakeGraphCapturer, name: str) -> None:
     encoder = load(kit, name)
     assert (encoder.path, encoder.attention, encoder.sizes) == ("graphed", "packed", FEW_SIZES)
 
@@ -84,8 +84,8 @@ def test_a_replay_gives_what_the_ordinary_pass_gives(kit: Kit, recorder: TapeRec
     ("what", "lengths"), [("too many tokens", (128, 129)), ("too many texts for its size", (1,) * 17)]
 )
 @pytest.mark.parametrize("name", ["bert-cls", "qwen3-last"])
-def test_what_fits_no_size_takes_the_ordinary_pass(
-    kit: Kit, recorder: TapeRecorder, name: str, what: str, lengths: tuple[int, ...]
+def test_texts_that_fit_no_size_take_the_ordinary_pass(
+    kit: Kit, recorder: FakeGraphCapturer, name: str, what: str, lengths: tuple[int, ...]
 ) -> None:
     encoder = load(kit, name)
     batch = texts(encoder, *lengths)
@@ -95,14 +95,16 @@ def test_what_fits_no_size_takes_the_ordinary_pass(
     assert recorder.num_replayed == num_replayed, what
 
 
-def test_all_sizes_are_recorded_and_checked(kit: Kit, recorder: TapeRecorder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_sizes_are_recorded_and_checked(
+    kit: Kit, recorder: FakeGraphCapturer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(graphs, "SIZES", SIZES)
 
     assert load(kit, "bert-cls").sizes == SIZES
     assert (recorder.num_recorded, recorder.num_replayed) == (len(SIZES), len(SIZES))
 
 
-def test_a_prompt_that_pooling_leaves_out_takes_the_ordinary_pass(kit: Kit, recorder: TapeRecorder) -> None:
+def test_a_prompt_that_pooling_leaves_out_takes_the_ordinary_pass(kit: Kit, recorder: FakeGraphCapturer) -> None:
     encoder = load(kit, "bert-instructor")
     batch, num_replayed = texts(encoder, 9, 12), recorder.num_replayed
 
@@ -111,7 +113,9 @@ def test_a_prompt_that_pooling_leaves_out_takes_the_ordinary_pass(kit: Kit, reco
 
 
 @pytest.mark.parametrize("name", ["xlm-roberta-cls", "bert-three-legacy", "gemma3-bidirectional"])
-def test_a_replay_remembers_nothing_and_what_it_gave_stays(kit: Kit, recorder: TapeRecorder, name: str) -> None:
+def test_a_replay_keeps_no_state_and_its_result_is_not_overwritten(
+    kit: Kit, recorder: FakeGraphCapturer, name: str
+) -> None:
     encoder = load(kit, name)
     many, few = texts(encoder, 4, 5, 6, 7, 8), texts(encoder, 20)
     first = encoder(few)
@@ -124,8 +128,8 @@ def test_a_replay_remembers_nothing_and_what_it_gave_stays(kit: Kit, recorder: T
     assert torch.equal(encoder(many), other)
 
 
-def test_one_replay_at_a_time(kit: Kit, recorder: TapeRecorder) -> None:
-    """Two threads of a lane may have texts for one graph."""
+def test_one_replay_at_a_time(kit: Kit, recorder: FakeGraphCapturer) -> None:
+    """Two threads of a device may have texts for one graph."""
     encoder, held = load(kit, "bert-cls"), list[bool]()
     found = encoder._graphs
     assert found is not None
@@ -143,7 +147,7 @@ def test_one_replay_at_a_time(kit: Kit, recorder: TapeRecorder) -> None:
     assert not found._lock.locked()
 
 
-# Which sizes are kept, and when the path is left.
+# Which sizes are kept, and when another path is used.
 
 
 @pytest.mark.parametrize(
@@ -159,7 +163,7 @@ def test_one_replay_at_a_time(kit: Kit, recorder: TapeRecorder) -> None:
     ids=["faster", "as fast", "slower", "slower from the third on", "slow at first and once", "slow twice of three"],
 )
 def test_sizes_are_kept_up_to_the_first_that_is_not_faster(
-    kit: Kit, recorder: TapeRecorder, seconds: tuple[float, ...], num_kept: int
+    kit: Kit, recorder: FakeGraphCapturer, seconds: tuple[float, ...], num_kept: int
 ) -> None:
     recorder.__init__(seconds)  # type: ignore[misc]  # the loader has this one
     encoder = load(kit, "bert-cls")
@@ -172,14 +176,14 @@ def test_sizes_are_kept_up_to_the_first_that_is_not_faster(
 
 def test_a_size_is_timed_with_the_shortest_row_that_it_takes() -> None:
     for size in SIZES:
-        lengths = [len(ids) for ids in graphs._shortest(size, 0)]
+        lengths = [len(ids) for ids in graphs._shortest_row(size, 0)]
         assert sum(lengths) == size.tokens // 2 + 1
         assert lengths == sorted(lengths)
         assert len(lengths) <= size.texts
         assert max(lengths) <= 32
 
 
-def test_a_recording_that_fails_leads_to_the_next_path(kit: Kit, recorder: TapeRecorder) -> None:
+def test_a_recording_that_fails_leads_to_the_next_path(kit: Kit, recorder: FakeGraphCapturer) -> None:
     def fail() -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
 
@@ -191,7 +195,9 @@ def test_a_recording_that_fails_leads_to_the_next_path(kit: Kit, recorder: TapeR
     assert encoder_of(engine).sizes == ()
 
 
-def test_a_device_without_memory_for_a_recording_is_no_reason_to_fall_back(kit: Kit, recorder: TapeRecorder) -> None:
+def test_a_device_without_memory_for_a_recording_is_no_reason_to_fall_back(
+    kit: Kit, recorder: FakeGraphCapturer
+) -> None:
     def fail() -> None:
         raise torch.OutOfMemoryError("no memory")
 
@@ -202,7 +208,7 @@ def test_a_device_without_memory_for_a_recording_is_no_reason_to_fall_back(kit: 
 
 
 @pytest.mark.parametrize("number", [1, 3, 4])
-def test_a_size_that_is_wrong_is_found_by_the_check(kit: Kit, recorder: TapeRecorder, number: int) -> None:
+def test_a_size_that_is_wrong_is_found_by_the_check(kit: Kit, recorder: FakeGraphCapturer, number: int) -> None:
     recorder.changed[number] = lambda vectors: vectors * 1.01
     engine = kit.load(kit.recipe_folder("bert-cls"))
 
@@ -212,37 +218,39 @@ def test_a_size_that_is_wrong_is_found_by_the_check(kit: Kit, recorder: TapeReco
 
 
 @pytest.mark.parametrize(("name", "following"), [("mpnet-mean", "fused"), ("t5-mean-dense", "packed")])
-def test_a_position_bias_takes_the_next_path(kit: Kit, recorder: TapeRecorder, name: str, following: str) -> None:
+def test_a_position_bias_takes_the_next_path(kit: Kit, recorder: FakeGraphCapturer, name: str, following: str) -> None:
     engine = kit.load(kit.recipe_folder(name))
 
     assert encoder_of(engine).path == following
-    assert engine.info.notes == (f"{following}: its attention runs by length, which a row of a fixed size cannot",)
+    assert engine.info.notes == (
+        f"{following}: its attention runs by text length, which differs between the rows of a CUDA graph",
+    )
 
 
-def test_a_model_that_looks_at_its_tensors_takes_the_next_path(
-    kit: Kit, recorder: TapeRecorder, monkeypatch: pytest.MonkeyPatch
+def test_a_model_that_reads_tensor_values_takes_the_next_path(
+    kit: Kit, recorder: FakeGraphCapturer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A mixture of experts, say, which asks whom each of them gets."""
+    """For example a mixture of experts, which reads the tokens that each expert gets."""
     right = TransformerEncoder._row
 
-    def asking(self: TransformerEncoder, row: Tensor, layout: PackedLayout) -> Tensor:
+    def reading(self: TransformerEncoder, row: Tensor, layout: PackedLayout) -> Tensor:
         hidden = right(self, row, layout)
         return hidden[hidden.sum(-1).isfinite().nonzero()[:, 0]]
 
-    monkeypatch.setattr(TransformerEncoder, "_row", asking)
+    monkeypatch.setattr(TransformerEncoder, "_row", reading)
     engine = kit.load(kit.recipe_folder("bert-cls"))
 
     assert encoder_of(engine).path == "fused"
     assert engine.info.notes == (
-        "fused: its forward pass looks at what a tensor holds (aten.nonzero.default), which no recording can",
+        "fused: its forward pass reads tensor values on the host (aten.nonzero.default), which no CUDA graph can",
     )
 
 
 @pytest.mark.parametrize("has_recorder", [True, False])
 def test_without_a_kernel_for_whole_rows_nothing_is_recorded(
-    kit: Kit, monkeypatch: pytest.MonkeyPatch, recorder: TapeRecorder, has_recorder: bool
+    kit: Kit, monkeypatch: pytest.MonkeyPatch, recorder: FakeGraphCapturer, has_recorder: bool
 ) -> None:
-    """A recorder without a kernel is float32 on a GPU, a kernel without a recorder is a GPU of another maker."""
+    """Float32 on a GPU has a recorder but no kernel, a GPU of another vendor a kernel but no recorder."""
     if has_recorder:
         monkeypatch.setattr(attention, "_VARLEN", set())
     else:
@@ -252,23 +260,23 @@ def test_without_a_kernel_for_whole_rows_nothing_is_recorded(
     assert (encoder.candidate_paths()[0], encoder.path, recorder.num_recorded) == ("fused", "fused", 0)
 
 
-def test_nothing_is_recorded_for_a_model_that_remembers(
-    kit: Kit, recorder: TapeRecorder, monkeypatch: pytest.MonkeyPatch
+def test_nothing_is_recorded_for_a_model_that_keeps_state(
+    kit: Kit, recorder: FakeGraphCapturer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forgetful = load(kit, "llama-mean")
-    monkeypatch.setattr("engines.models.transformer.LengthAwareRope", lambda model: _Remembers())
+    monkeypatch.setattr("engines.models.transformer.LengthAwareRope", lambda model: _StatefulRope())
 
     assert TransformerEncoder(forgetful._model, forgetful._chain, CPU, recorder).candidate_paths()[0] == "packed"
 
 
-class _Remembers:
+class _StatefulRope:
     remembers = True
 
 
 # What happens around a recording.
 
 
-def test_nothing_runs_in_the_middle_of_a_recording(kit: Kit, recorder: TapeRecorder) -> None:
+def test_nothing_runs_in_the_middle_of_a_recording(kit: Kit, recorder: FakeGraphCapturer) -> None:
     encoder = load(kit, "bert-cls")
     paused: list[str] = []
     encoder.pause = lambda: paused.append(encoder.path)
@@ -281,7 +289,7 @@ def test_nothing_runs_in_the_middle_of_a_recording(kit: Kit, recorder: TapeRecor
     assert paused == ["graphed"] * encoder.num_layers
 
 
-def test_pauses_come_back_after_a_recording_that_failed(kit: Kit, recorder: TapeRecorder) -> None:
+def test_pauses_come_back_after_a_recording_that_failed(kit: Kit, recorder: FakeGraphCapturer) -> None:
     encoder = load(kit, "bert-cls")
     before = encoder.pause
     encoder.switch_to("packed")
@@ -293,7 +301,7 @@ def test_pauses_come_back_after_a_recording_that_failed(kit: Kit, recorder: Tape
     assert encoder.pause is before
 
 
-def test_the_reference_needs_no_new_recording(kit: Kit, recorder: TapeRecorder) -> None:
+def test_the_reference_needs_no_new_recording(kit: Kit, recorder: FakeGraphCapturer) -> None:
     encoder = load(kit, "qwen3-last")
     batch = texts(encoder, 5, 8)
     num_recorded = recorder.num_recorded
@@ -302,7 +310,7 @@ def test_the_reference_needs_no_new_recording(kit: Kit, recorder: TapeRecorder) 
     assert (encoder.path, recorder.num_recorded) == ("graphed", num_recorded)
 
 
-def test_who_takes_another_path_has_the_recordings_forgotten(kit: Kit, recorder: TapeRecorder) -> None:
+def test_recordings_are_freed_when_another_path_is_used(kit: Kit, recorder: FakeGraphCapturer) -> None:
     encoder = load(kit, "bert-cls")
     found = weakref.ref(encoder._graphs)
 
@@ -313,7 +321,7 @@ def test_who_takes_another_path_has_the_recordings_forgotten(kit: Kit, recorder:
     assert (encoder.sizes, encoder.extra_bytes()) == ((), 0)
 
 
-def test_a_benchmark_can_do_without_recordings(kit: Kit, recorder: TapeRecorder) -> None:
+def test_a_benchmark_can_do_without_recordings(kit: Kit, recorder: FakeGraphCapturer) -> None:
     engine = kit.load(kit.recipe_folder("bert-cls"))
     assert has_graphs(engine)
 
@@ -323,7 +331,7 @@ def test_a_benchmark_can_do_without_recordings(kit: Kit, recorder: TapeRecorder)
     assert encoder_of(engine).path == "fused"
 
 
-def test_a_model_that_leaves_takes_its_recordings_along(kit: Kit, recorder: TapeRecorder) -> None:
+def test_the_recordings_of_an_unloaded_model_are_freed(kit: Kit, recorder: FakeGraphCapturer) -> None:
     engine = kit.load(kit.recipe_folder("bert-cls"))
     found = encoder_of(engine)._graphs
     assert found is not None
@@ -331,13 +339,13 @@ def test_a_model_that_leaves_takes_its_recordings_along(kit: Kit, recorder: Tape
     del found
 
     engine.close()
-    asyncio.run(kit.lane.call(lambda: None))  # its thread has then done with the check of the model, too
+    asyncio.run(kit.lane.call(lambda: None))  # its thread has then ended the check of the model, too
     gc.collect()
 
     assert [part() for part in parts] == [None] * (1 + len(FEW_SIZES))
 
 
-def test_the_memory_of_recordings_is_charged_with_the_weights(kit: Kit, recorder: TapeRecorder) -> None:
+def test_the_memory_of_recordings_is_charged_with_the_weights(kit: Kit, recorder: FakeGraphCapturer) -> None:
     engine = kit.load(kit.recipe_folder("bert-cls"))
     encoder = encoder_of(engine)
     tokens = sum(size.tokens for size in FEW_SIZES)
@@ -346,7 +354,7 @@ def test_the_memory_of_recordings_is_charged_with_the_weights(kit: Kit, recorder
     assert engine.weight_bytes == weight_bytes(encoder) + encoder.extra_bytes()
 
 
-def test_what_was_recorded_and_not_kept_has_taken_memory_too(kit: Kit, recorder: TapeRecorder) -> None:
+def test_a_recording_that_is_not_kept_counts_as_memory_too(kit: Kit, recorder: FakeGraphCapturer) -> None:
     recorder.__init__((1.0, 2.0) * 8 + (2.0, 1.0) * 8)  # type: ignore[misc]  # the loader has this one
     encoder = load(kit, "bert-cls")
 
@@ -383,7 +391,7 @@ def test_a_row_of_a_fixed_size_holds_the_last_texts_and_stays_inside_itself(
     address = fixed.ids.data_ptr()
     for lengths in (_cut_to(size, lengths) for lengths in batches):
         plain, num_tokens = PackedLayout(lengths, CPU), sum(lengths)
-        fixed.put([np.arange(length, dtype=np.int64) for length in lengths])
+        fixed.set_texts([np.arange(length, dtype=np.int64) for length in lengths])
 
         assert fixed.ids.tolist() == [*plain.positions.tolist(), *[77] * (size.tokens - num_tokens)]
         assert fixed.positions.tolist() == [*plain.positions.tolist(), *[0] * (size.tokens - num_tokens)]
@@ -397,12 +405,12 @@ def test_a_row_of_a_fixed_size_holds_the_last_texts_and_stays_inside_itself(
 
 
 def _cut_to(size: Size, lengths: Sequence[int]) -> list[int]:
-    """As many as fit."""
+    """Returns as many of the lengths as fit."""
     return [length for place, length in enumerate(lengths) if sum(lengths[: place + 1]) <= size.tokens]
 
 
 def _assert_inside(fixed: FixedPackedLayout, size: Size) -> None:
-    """A GPU that reads outside of a tensor is lost for its process."""
+    """Asserts that the kernel reads inside of its tensors: a GPU process cannot go on after such an error."""
     assert len(fixed.starts) == len(fixed.ends) == size.texts + 1 == len(fixed.offsets) - 1
     assert fixed.offsets.dtype == torch.int32
     assert 0 <= int(fixed.starts.min()) <= int(fixed.starts.max()) < size.tokens
@@ -411,8 +419,8 @@ def _assert_inside(fixed: FixedPackedLayout, size: Size) -> None:
     assert bool((fixed.offsets.diff() >= 0).all())
 
 
-def test_a_tape_is_as_strict_as_a_capture() -> None:
-    """A pass that looks at what a tensor holds is no graph; the tests above would not see it otherwise."""
+def test_the_fake_capturer_is_as_strict_as_a_capture() -> None:
+    """A pass that reads tensor values cannot be captured; the tests above would not find it otherwise."""
     held = torch.tensor([1.0, 2.0])
     glances: list[Callable[[], Tensor]] = [
         lambda: held * float(held[0]),
@@ -424,8 +432,8 @@ def test_a_tape_is_as_strict_as_a_capture() -> None:
     ]
     for glance in glances:
         with pytest.raises(NotImplementedError):
-            TapeRecorder().record(glance)
-    doubled = TapeRecorder().record(lambda: held.repeat_interleave(1) * 2)
+            FakeGraphCapturer().record(glance)
+    doubled = FakeGraphCapturer().record(lambda: held.repeat_interleave(1) * 2)
     held.fill_(5.0)
 
     assert doubled().tolist() == [10.0, 10.0]

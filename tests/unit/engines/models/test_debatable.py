@@ -1,4 +1,4 @@
-"""Where sentence-transformers stumbles or depends on chance, the engine does what the model's files mean."""
+"""Where sentence-transformers is wrong or depends on chance, the engine follows the meaning of the model's files."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ TEXTS = [*mixed(8, seed=4), text(70, 1), text(90, 2)]
 
 
 def _roberta(folder: Path, max_length: int | None) -> None:
-    """RoBERTa with room for 60 tokens: a table of 62 rows, of which the first two are never used."""
+    """Saves a RoBERTa for 60 tokens: a table of 62 rows, of which the first two are never used."""
     tokenizer = vocabularies.roberta(max_length=10_000)
     config = configure(
         RobertaConfig, vocab_size=len(tokenizer), max_position_embeddings=62, pad_token_id=1, type_vocab_size=1, **SHAPE
@@ -73,8 +73,8 @@ def test_a_pad_token_in_a_text_takes_no_position(kit: Kit, name: str) -> None:
     ],
     ids=lambda config: config.model_type,
 )  # fmt: skip
-def test_a_model_that_reads_its_padding_gets_none(kit: Kit, tmp_path: Path, config: Any) -> None:
-    """MobileBERT looks at the next token, ConvBERT at several: padding shows in sentence-transformers' vectors."""
+def test_a_model_whose_vectors_depend_on_padding_gets_none(kit: Kit, tmp_path: Path, config: Any) -> None:
+    """MobileBERT reads the next token, ConvBERT several: sentence-transformers' vectors depend on the padding."""
     save(tmp_path, transformer(config), vocabularies.bert(), [Pooling(WIDTH, "mean")])
     model = reference(tmp_path)
     alone = np.concatenate([encode(model, [one]) for one in TEXTS])
@@ -107,7 +107,7 @@ def test_frequencies_that_depend_on_the_longest_text_do_not_mix_texts(
     save(tmp_path, transformer(config), tokenizer, [Pooling(WIDTH, "mean")])
     to_legacy(tmp_path, max_length=200)
     model = reference(tmp_path)
-    # A short text in between makes sentence-transformers forget how long the last one was.
+    # A short text in between resets the longest length that sentence-transformers keeps.
     alone = np.concatenate([encode(model, [one]) for two in TEXTS for one in ("a", two)])[1::2]
     crowd = encode(model, TEXTS)
     engine = kit.load(tmp_path)
@@ -130,7 +130,7 @@ def test_an_end_token_that_only_the_config_demands_is_appended(kit: Kit, tmp_pat
     assert np.abs(encode(reference(tmp_path / "lost"), TEXTS) - wanted).max() > 1e-2
 
 
-def test_a_tokenizer_that_cuts_at_the_start_does_so_by_default(kit: Kit, tmp_path: Path) -> None:
+def test_a_tokenizer_that_truncates_at_the_start_does_so_by_default(kit: Kit, tmp_path: Path) -> None:
     _bert(tmp_path, max_length=32)
     edit_json(tmp_path / "tokenizer_config.json", truncation_side="left")
     engine = kit.load(tmp_path)
@@ -140,8 +140,8 @@ def test_a_tokenizer_that_cuts_at_the_start_does_so_by_default(kit: Kit, tmp_pat
     assert_same(embed(kit.load(tmp_path, truncate="end"), TEXTS), embed(engine, TEXTS, truncate="end"))
 
 
-def test_padding_on_the_left_moves_no_text(kit: Kit, tmp_path: Path) -> None:
-    """sentence-transformers counts BERT's positions from where the padding begins, so neighbours show in a vector."""
+def test_padding_on_the_left_shifts_no_positions(kit: Kit, tmp_path: Path) -> None:
+    """sentence-transformers counts BERT's positions from the start of the padding: a vector depends on other texts."""
     _bert(tmp_path, max_length=64)
     edit_json(tmp_path / "tokenizer_config.json", padding_side="left")
     model = reference(tmp_path)
@@ -159,7 +159,7 @@ def test_the_limit_that_a_folder_gives_its_tokenizer_counts_more_than_others(kit
     assert kit.load(tmp_path).info.max_tokens == 20
 
 
-def test_modules_may_lie_in_folders_of_their_own(kit: Kit, tmp_path: Path) -> None:
+def test_modules_may_be_in_folders_of_their_own(kit: Kit, tmp_path: Path) -> None:
     _bert(tmp_path, max_length=64)
     wanted = embed(kit.load(tmp_path), TEXTS)
     (tmp_path / "0_Transformer").mkdir()
@@ -213,8 +213,8 @@ def test_a_text_without_a_token_is_refused_where_it_would_get_a_neighbours_vecto
         answer(engine, token_ids=((),))
 
 
-def test_a_token_that_the_model_has_no_row_for_is_the_texts_fault_and_nobody_elses(kit: Kit, tmp_path: Path) -> None:
-    """Somebody added tokens to the tokenizer and did not resize the model."""
+def test_a_token_without_a_row_in_the_table_fails_its_own_request_only(kit: Kit, tmp_path: Path) -> None:
+    """Tokens were added to the tokenizer, but the model was not resized."""
     tokenizer = vocabularies.bert()
     save(tmp_path, transformer(bert_config(tokenizer)), tokenizer, [Pooling(WIDTH, "mean")])
     backend = json.loads((tmp_path / "tokenizer.json").read_text())
@@ -233,8 +233,8 @@ def _bert(folder: Path, max_length: int) -> None:
     save(folder, transformer(bert_config(tokenizer)), tokenizer, [Pooling(WIDTH, "mean")], max_length=max_length)
 
 
-def test_ids_without_the_models_special_tokens_are_refused_unless_the_registry_means_them(kit: Kit) -> None:
-    """Ids of OpenAI's tokenizer are ids of this one too, where they are small enough: of other texts."""
+def test_ids_without_the_models_special_tokens_are_refused_unless_the_registry_allows_them(kit: Kit) -> None:
+    """Ids of OpenAI's tokenizer that are small enough are valid here as well, but they mean other texts."""
     with pytest.raises(InvalidTokenId, match="check_embedding_ctx_length=False"):
         answer(kit.engine("bert-cls"), token_ids=((5, 6, 7),))
     meant = kit.load(kit.recipe_folder("bert-cls"), unframed_token_ids=True)
@@ -244,8 +244,8 @@ def test_ids_without_the_models_special_tokens_are_refused_unless_the_registry_m
 
 
 @pytest.mark.parametrize("num_words", [90, 5000])
-def test_a_prompt_that_is_left_out_is_cut_as_sentence_transformers_cuts_it(kit: Kit, num_words: int) -> None:
-    """Of a longer prompt than the model reads, and its text, only the end token is left."""
+def test_a_prompt_that_is_left_out_is_truncated_as_in_sentence_transformers(kit: Kit, num_words: int) -> None:
+    """Where the prompt is longer than the model reads, only the end token is pooled."""
     engine, model = kit.engine("bert-instructor"), kit.reference("bert-instructor")
     prompt = "represent " * num_words
     got = embed(engine, TEXTS, prompt=prompt)
@@ -254,7 +254,7 @@ def test_a_prompt_that_is_left_out_is_cut_as_sentence_transformers_cuts_it(kit: 
     assert_same(got, encode(model, TEXTS, prompt=prompt))
 
 
-def test_a_text_of_which_its_prompt_leaves_nothing_is_refused(kit: Kit, tmp_path: Path) -> None:
+def test_a_text_that_its_prompt_displaces_is_refused(kit: Kit, tmp_path: Path) -> None:
     tokenizer = vocabularies.qwen(with_specials=False)
     config = LlamaConfig(vocab_size=len(tokenizer), **SHAPE)
     pooling = Pooling(WIDTH, "mean", include_prompt=False)

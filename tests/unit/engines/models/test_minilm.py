@@ -27,7 +27,7 @@ _CHINESE = (
 
 
 def _sources() -> list[str]:
-    """Prose that every machine with this project has: Python's manual, READMEs of packages, and the corpus."""
+    """Returns prose that every machine with this project has: Python's manual, READMEs of packages, and the corpus."""
     manual = [str(topic) for _, topic in sorted(topics.topics.items())[:40]]
     readmes = [
         str(importlib.metadata.metadata(name).json["description"]) for name in ("numpy", "httpx", "transformers")
@@ -36,7 +36,7 @@ def _sources() -> list[str]:
 
 
 def real_texts(count: int) -> list[str]:
-    """Stretches of the sources, from a word to four hundred tokens, many short and few long."""
+    """Returns excerpts of the sources, from a word to four hundred tokens, many short and few long."""
     rng, sources = random.Random(6), [source for source in _sources() if len(source) > 40]
     texts = []
     for index in range(count):
@@ -77,13 +77,13 @@ def test_two_hundred_real_texts_get_the_reference_vectors(
     assert_same(batch.array(), wanted)
 
 
-def test_order_does_not_show(engine: EmbeddingEngine, wanted: Vectors) -> None:
+def test_vectors_do_not_depend_on_the_order_of_texts(engine: EmbeddingEngine, wanted: Vectors) -> None:
     order = np.random.default_rng(2).permutation(len(TEXTS))
 
     assert_same(embed(engine, [TEXTS[index] for index in order]), wanted[order])
 
 
-def test_company_does_not_show(engine: EmbeddingEngine, wanted: Vectors) -> None:
+def test_vectors_do_not_depend_on_other_texts(engine: EmbeddingEngine, wanted: Vectors) -> None:
     alone = np.concatenate([embed(engine, [text]) for text in TEXTS])
 
     assert_same(alone, wanted)
@@ -98,7 +98,7 @@ def test_counts_are_the_tokenizers_and_cut_texts_are_named(batch: Embeddings, mo
     assert list(batch.truncated) == [index for index, length in enumerate(whole) if length > 256]
 
 
-def test_the_texts_would_show_a_difference(wanted: Vectors) -> None:
+def test_the_texts_are_different_enough_to_find_a_swap(wanted: Vectors) -> None:
     likeness = (wanted @ wanted.T)[~np.eye(len(TEXTS), dtype=bool)]
 
     assert np.median(likeness) < 0.5

@@ -1,4 +1,4 @@
-"""What one pass shows of a model: how wide it is, how far it reads, and whether packing hides what its masks hide."""
+"""Observing one pass of a model: its width, its number of positions, and whether packing hides what its masks hide."""
 
 import shutil
 from collections.abc import Callable
@@ -46,7 +46,7 @@ def _build(folder: Path, config: Any, tokenizer: Any, *, width: int = WIDTH, max
     return folder
 
 
-# Who sees whom.
+# Masks.
 
 
 def _chunked(vocab_size: int, chunk_size: int) -> Any:
@@ -57,7 +57,7 @@ def _chunked(vocab_size: int, chunk_size: int) -> Any:
 
 
 def _moe(vocab_size: int, window: int) -> Any:
-    """Its masks have a window, of which its attention calls say nothing."""
+    """A model whose masks have a window that its attention calls do not state."""
     return configure(
         PhimoeConfig, vocab_size=vocab_size, sliding_window=window, num_local_experts=4, pad_token_id=0, bos_token_id=1,
         eos_token_id=2, **GROUPED,
@@ -66,7 +66,7 @@ def _moe(vocab_size: int, window: int) -> Any:
 
 @pytest.mark.parametrize("size", [100, 140, 300])
 @pytest.mark.parametrize("config", [_chunked, _moe])
-def test_windows_and_chunks_that_no_call_tells_of_are_not_packed(
+def test_models_with_windows_and_chunks_that_no_call_states_are_not_packed(
     kit: Kit, tmp_path: Path, config: Callable[[int, int], Any], size: int
 ) -> None:
     tokenizer = vocabularies.llama()
@@ -78,7 +78,7 @@ def test_windows_and_chunks_that_no_call_tells_of_are_not_packed(
 
 
 @pytest.mark.parametrize("config", [_chunked, _moe])
-def test_what_reaches_further_than_the_model_reads_hides_nothing(
+def test_a_window_longer_than_the_longest_text_hides_nothing(
     kit: Kit, tmp_path: Path, config: Callable[[int, int], Any]
 ) -> None:
     tokenizer = vocabularies.llama()
@@ -89,7 +89,7 @@ def test_what_reaches_further_than_the_model_reads_hides_nothing(
 
 
 @pytest.mark.parametrize("window", [100, 140, 300])
-def test_a_window_that_the_calls_tell_is_packed(kit: Kit, tmp_path: Path, window: int) -> None:
+def test_a_model_whose_calls_state_their_window_is_packed(kit: Kit, tmp_path: Path, window: int) -> None:
     tokenizer = vocabularies.llama()
     config = MistralConfig(vocab_size=len(tokenizer), sliding_window=window, head_dim=12, **GROUPED)
     engine = kit.load(_build(tmp_path, config, tokenizer))
@@ -120,10 +120,10 @@ class OwnModel(BertModel):
 
 
 @pytest.mark.parametrize(("window", "attention"), [(100, "padded"), (140, "padded"), (256, "packed")])
-def test_masks_of_a_models_own_forward_are_not_left_out(
+def test_masks_of_a_models_own_forward_are_found(
     kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: int, attention: str
 ) -> None:
-    """They appear only beside a mask of padding, which packed texts do not have."""
+    """They are made only where there is a padding mask, which packed texts do not have."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "code"))
     folder = Path(shutil.copytree(kit.recipe_folder("bert-cls"), tmp_path / "model"))
     (folder / "own.py").write_text(OWN_MASKS)
@@ -170,19 +170,19 @@ def _broken_pattern(query: int, num_keys: int) -> Tensor:
         (Call(causal=True, window=90, own=None, pattern=None), False),
     ],
 )
-def test_a_call_must_tell_what_its_mask_hides(call: Call, fits: bool) -> None:
+def test_a_call_must_state_what_its_mask_hides(call: Call, fits: bool) -> None:
     assert (Observed(calls=(call,)).why_not_packed(200) == ()) == fits
 
 
 @pytest.mark.parametrize(("windows", "fits"), [((), True), ((4096,), True), ((100,), False), ((4096, 3), False)])
-def test_where_nobody_can_look_the_configs_windows_decide(windows: tuple[int, ...], fits: bool) -> None:
+def test_without_observed_calls_the_windows_of_the_config_decide(windows: tuple[int, ...], fits: bool) -> None:
     own = Call(causal=False, window=None, own=torch.ones(5, 5, dtype=torch.bool), pattern=None)
 
     assert (Observed(windows=windows).why_not_packed(200) == ()) == fits
     assert (Observed(windows=windows, calls=(own,)).why_not_packed(200) == ()) == fits
 
 
-def test_a_model_is_left_as_it_was() -> None:
+def test_observing_does_not_change_a_model() -> None:
     model: Any = transformer(MistralConfig(vocab_size=90, sliding_window=9, head_dim=12, **GROUPED))
     ids = torch.arange(40)[None]
     with torch.inference_mode():
@@ -192,7 +192,7 @@ def test_a_model_is_left_as_it_was() -> None:
         assert torch.equal(model(input_ids=ids).last_hidden_state, before)
 
 
-# How far a model reads.
+# The number of positions.
 
 
 def _roberta_sized(kind: Any, **options: Any) -> Any:
@@ -215,7 +215,7 @@ TABLES = [
 
 
 @pytest.mark.parametrize("config", TABLES, ids=lambda config: config.model_type)
-def test_a_table_of_positions_of_any_name_ends_what_is_read(kit: Kit, tmp_path: Path, config: Any) -> None:
+def test_a_table_of_positions_of_any_name_limits_the_tokens(kit: Kit, tmp_path: Path, config: Any) -> None:
     folder = _build(tmp_path, config, vocabularies.roberta())
     engine = kit.load(folder)
     attention = engine.info.attention
@@ -230,7 +230,7 @@ def test_a_table_of_positions_of_any_name_ends_what_is_read(kit: Kit, tmp_path: 
 
 
 class Places(nn.Module):
-    """A model whose positions come from somewhere, offset by two."""
+    """A model whose positions are looked up by a given function, offset by two."""
 
     def __init__(self, look_up: Callable[["Places", Tensor], Tensor]) -> None:
         super().__init__()
@@ -266,7 +266,7 @@ class Places(nn.Module):
     ],
     ids=["embedding", "function", "indexed", "slice", "first rows", "gather", "constant", "no rows", "computed"],
 )
-def test_a_table_is_known_by_its_being_asked_for_one_row_after_the_other(
+def test_a_table_of_positions_is_recognized_by_consecutive_rows(
     look_up: Callable[[Any, Tensor], Tensor], limit: int | None
 ) -> None:
     seen = observe(Places(look_up), 10, CPU)
@@ -281,7 +281,7 @@ def test_a_pass_that_fails_shows_nothing() -> None:
     assert observe(Places(fail), 10, CPU) == Observed(windows=(7,))
 
 
-# How wide a model is.
+# The width of a model.
 
 
 def _gemma(**options: Any) -> EmbeddingGemma2TextConfig:
@@ -293,7 +293,7 @@ def _gemma(**options: Any) -> EmbeddingGemma2TextConfig:
     return config
 
 
-def test_a_model_that_projects_is_as_wide_as_what_it_gives(kit: Kit, tmp_path: Path) -> None:
+def test_the_width_of_a_model_with_a_projection_is_that_of_its_output(kit: Kit, tmp_path: Path) -> None:
     folder = _build(tmp_path, _gemma(), vocabularies.gemma(), width=64)
     engine = kit.load(folder)
 
@@ -303,8 +303,8 @@ def test_a_model_that_projects_is_as_wide_as_what_it_gives(kit: Kit, tmp_path: P
     assert_same(embed(engine, TEXTS), encode(reference(folder), TEXTS))
 
 
-def test_a_config_that_leaves_the_padding_to_its_text_half_is_served(kit: Kit, tmp_path: Path) -> None:
-    """EmbeddingGemma 2 as it is published, but for the halves that see and hear."""
+def test_a_config_with_the_padding_token_in_its_text_config_is_served(kit: Kit, tmp_path: Path) -> None:
+    """EmbeddingGemma 2 as it is published, without its image and audio models."""
     config = configure(
         EmbeddingGemma2Config, text_config=_gemma().to_dict(), image_token_id=3, video_token_id=3, audio_token_id=3
     )

@@ -1,4 +1,4 @@
-"""Every family, every pooling, every prompt: what sentence-transformers gives for the same folder, row by row."""
+"""Parity with sentence-transformers on the same folder, row by row: every family, pooling and prompt."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,7 +49,7 @@ def test_the_recipe_would_show_a_difference(kit: Kit, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_fast_path_is_taken_where_it_can_be_and_said_where_not(kit: Kit, name: str) -> None:
+def test_the_fast_path_is_taken_where_possible_and_a_note_gives_the_reason_where_not(kit: Kit, name: str) -> None:
     recipe, info = RECIPES[name], kit.engine(name).info
 
     assert info.attention == recipe.attention
@@ -104,7 +104,7 @@ def test_a_prompt_of_the_request_is_used_as_it_is(kit: Kit, name: str) -> None:
 @pytest.mark.parametrize("name", [*PROMPTED, "bert-cls"])
 def test_queries_and_documents_get_what_encode_query_and_encode_document_give(kit: Kit, name: str) -> None:
     engine, model = kit.engine(name), kit.reference(name)
-    # A model with other names for the two (nomic): sentence-transformers' methods leave the prompt out, we do not.
+    # With other names for the two (nomic), sentence-transformers' methods leave the prompt out; ours do not.
     query, document = ("search_query", "search_document") if name == "nomic-mean" else ("query", "document")
 
     assert_same(embed(engine, FEW, input_type="query"), encode(model, FEW, prompt_name=query))
@@ -134,7 +134,7 @@ def _widths(allowed: Matryoshka, native: int) -> list[int]:
 
 
 def _ids(kit: Kit, name: str, texts: list[str]) -> list[list[int]]:
-    """What the folder's own tokenizer makes of texts, cut as the folder says."""
+    """Returns the ids that the folder's own tokenizer gives for texts, truncated as the folder states."""
     tokenizer = kit.reference(name).tokenizer
     if name == "static":
         return [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
@@ -144,7 +144,7 @@ def _ids(kit: Kit, name: str, texts: list[str]) -> list[list[int]]:
 
 @contextmanager
 def _cutting(model: Any, side: str) -> Iterator[None]:
-    """sentence-transformers with its tokenizer cutting on that side."""
+    """Makes the tokenizer of sentence-transformers truncate on that side."""
     was, model.tokenizer.truncation_side = model.tokenizer.truncation_side, side
     yield
     model.tokenizer.truncation_side = was

@@ -1,4 +1,4 @@
-"""A path that fails is left when nobody runs on it, and tried again when it is time."""
+"""A failed path is replaced when no pass runs on it, and tried again after a wait."""
 
 import pytest
 
@@ -8,16 +8,16 @@ from tests.testkit.clocks import HandClock
 
 
 class Model:
-    """The switches of a model, and whether its fast path is right."""
+    """A model with a fast path, which a test can make wrong, and a plain one."""
 
     def __init__(self) -> None:
         self.clock = HandClock()
         self.path = "fast"
         self.is_right = True
         self.num_checks = 0
-        self.passes = PathFallback(self._leave, self._resume, self.clock)
+        self.passes = PathFallback(self._fall_back, self._resume, self.clock)
 
-    def _leave(self) -> None:
+    def _fall_back(self) -> None:
         self.path = "plain"
 
     def _resume(self) -> bool:
@@ -26,39 +26,39 @@ class Model:
         return self.is_right
 
     def run(self) -> str:
-        """The path that a pass takes."""
-        with self.passes.inside():
+        """Runs a pass and returns its path."""
+        with self.passes.running_pass():
             return self.path
 
     def fail(self) -> None:
-        """A pass fails on its path."""
-        with self.passes.inside():
-            self.passes.give_up()
+        """Runs a pass that fails."""
+        with self.passes.running_pass():
+            self.passes.report_failure()
 
     def wait_for_retry(self) -> None:
         self.clock.advance(self.passes.retry_in_s)
 
 
-def test_a_failed_path_is_left_by_the_next_pass_and_back_after_the_wait() -> None:
+def test_a_failed_path_is_replaced_before_the_next_pass_and_back_after_the_wait() -> None:
     model = Model()
 
     model.fail()
-    during = model.run(), model.passes.is_left
+    during = model.run(), model.passes.is_active
     model.clock.advance(FIRST_WAIT_S - 1)
     before = model.run()
     model.clock.advance(1)
 
     assert during == ("plain", True)
     assert before == "plain"
-    assert (model.run(), model.passes.is_left, model.num_checks) == ("fast", False, 1)
+    assert (model.run(), model.passes.is_active, model.num_checks) == ("fast", False, 1)
 
 
-def test_the_path_is_not_switched_under_a_pass_that_runs() -> None:
+def test_the_path_is_not_switched_while_a_pass_runs() -> None:
     model = Model()
 
-    with model.passes.inside():
-        model.passes.give_up()
-        with pytest.raises(ForwardPathFailed), model.passes.inside():
+    with model.passes.running_pass():
+        model.passes.report_failure()
+        with pytest.raises(ForwardPathFailed), model.passes.running_pass():
             pass
         path_of_the_first = model.path
 
@@ -66,19 +66,19 @@ def test_the_path_is_not_switched_under_a_pass_that_runs() -> None:
     assert model.run() == "plain"
 
 
-def test_a_path_that_is_due_again_waits_for_those_who_run_on_the_plain_one() -> None:
+def test_a_retry_that_is_due_waits_for_passes_on_the_plain_path() -> None:
     model = Model()
     model.fail()
-    with model.passes.inside():
+    with model.passes.running_pass():
         model.wait_for_retry()
-        with model.passes.inside():
+        with model.passes.running_pass():
             beside = model.path
 
     assert beside == "plain"
     assert model.run() == "fast"
 
 
-def test_nobody_runs_beside_a_check() -> None:
+def test_no_pass_runs_beside_a_check() -> None:
     model = Model()
     model.fail()
     model.run()
@@ -86,8 +86,8 @@ def test_nobody_runs_beside_a_check() -> None:
     seen: list[bool] = []
 
     def resume() -> bool:
-        seen.append(model.passes.is_alone)
-        with pytest.raises(ForwardPathFailed), model.passes.inside():
+        seen.append(model.passes.is_switch_due)
+        with pytest.raises(ForwardPathFailed), model.passes.running_pass():
             pass
         return True
 
@@ -95,10 +95,10 @@ def test_nobody_runs_beside_a_check() -> None:
     model.run()
 
     assert seen == [True]
-    assert not model.passes.is_alone
+    assert not model.passes.is_switch_due
 
 
-def test_each_failure_that_follows_soon_doubles_the_wait_up_to_an_hour() -> None:
+def test_each_failure_soon_after_doubles_the_wait_up_to_an_hour() -> None:
     model = Model()
     model.is_right = False
     model.fail()
@@ -113,7 +113,7 @@ def test_each_failure_that_follows_soon_doubles_the_wait_up_to_an_hour() -> None
 
 
 @pytest.mark.parametrize(("good_s", "wait_s"), [(1.0, 2 * FIRST_WAIT_S), (FIRST_WAIT_S, FIRST_WAIT_S)])
-def test_a_path_that_was_good_for_long_is_back_as_soon_as_the_first_time(good_s: float, wait_s: float) -> None:
+def test_a_path_that_was_right_for_long_is_retried_after_the_first_wait(good_s: float, wait_s: float) -> None:
     model = Model()
     model.fail()
     model.run()
@@ -126,24 +126,24 @@ def test_a_path_that_was_good_for_long_is_back_as_soon_as_the_first_time(good_s:
     assert model.passes.retry_in_s == wait_s
 
 
-def test_a_text_that_fails_on_the_plain_path_too_is_not_the_fast_ones_fault() -> None:
+def test_a_text_that_fails_on_the_plain_path_too_makes_the_retry_due_at_once() -> None:
     model = Model()
     model.fail()
-    with model.passes.inside():
-        model.passes.acquit()
+    with model.passes.running_pass():
+        model.passes.retry_now()
 
     assert model.run() == "fast"
 
 
-def test_a_switch_that_fails_is_made_by_the_next_pass() -> None:
+def test_a_switch_that_fails_is_repeated_before_the_next_pass() -> None:
     model = Model()
-    leave = model._leave
+    fall_back = model._fall_back
 
     def fail() -> None:
-        model.passes._leave = leave
+        model.passes._fall_back = fall_back
         raise MemoryError
 
-    model.passes._leave = fail
+    model.passes._fall_back = fail
     model.fail()
 
     with pytest.raises(MemoryError):

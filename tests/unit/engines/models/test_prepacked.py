@@ -1,4 +1,4 @@
-"""A prepacked encoder is torch's, on any number of threads, and on weights that are held where they were."""
+"""A prepacked encoder gives the values of torch's layers, on any number of threads, without copying the tables."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -10,12 +10,12 @@ from torch.nn.functional import gelu, layer_norm, linear, relu, scaled_dot_produ
 
 from engines.layers.packing import PackedLayout
 from engines.models.onnx_graph import Shape
-from engines.models.prepacked import PrepackedEncoder, inputs_of, layers_at_once, suits
+from engines.models.prepacked import PrepackedEncoder, is_suitable, layers_at_once, row_inputs
 
 HEADS, WIDTH, INNER = 3, 8, 40
 HIDDEN = HEADS * WIDTH
 EPS = (1e-6, 1e-12, 1e-5)
-NUM_WORDS, NUM_PLACES = 30, 130
+NUM_WORDS, NUM_POSITIONS = 30, 130
 
 Parts = dict[str, Tensor]
 
@@ -40,7 +40,7 @@ def _layout(*lengths: int) -> PackedLayout:
 
 def _tables() -> tuple[Tensor, Tensor]:
     torch.manual_seed(7)
-    return torch.randn(NUM_WORDS, HIDDEN), torch.randn(NUM_PLACES, HIDDEN)
+    return torch.randn(NUM_WORDS, HIDDEN), torch.randn(NUM_POSITIONS, HIDDEN)
 
 
 def _encoder(
@@ -52,7 +52,7 @@ def _encoder(
 
 
 def _run(encoder: PrepackedEncoder, layout: PackedLayout, ids: Tensor | None = None) -> Tensor:
-    row = inputs_of(_ids(layout) if ids is None else ids, layout.positions, layout)
+    row = row_inputs(_ids(layout) if ids is None else ids, layout.positions, layout)
     return torch.from_numpy(encoder(row, None, range(99)))
 
 
@@ -67,7 +67,7 @@ def _embedded(layout: PackedLayout, kind: Tensor | None = None) -> Tensor:
 
 
 def _plain(parts: Parts, activate: Callable[[Tensor], Tensor], x: Tensor, layout: PackedLayout) -> Tensor:
-    """The layer as the paper has it, one text after the other."""
+    """Computes a layer by the paper's formula, one text after the other."""
     found = []
     for text in torch.split(linear(x, parts["wq"], parts["bq"]), layout.lengths):
         query, key, value = text.view(-1, 3, HEADS, WIDTH).permute(1, 2, 0, 3)
@@ -81,7 +81,7 @@ def _plain(parts: Parts, activate: Callable[[Tensor], Tensor], x: Tensor, layout
 @pytest.mark.parametrize(("operator", "activate"), [("Gelu", gelu), ("Relu", relu)])
 @pytest.mark.parametrize("num_threads", [1, 2])
 @pytest.mark.parametrize("lengths", [(1,), (7,), (1, 2, 7), (7, 2, 1), (40, 40), (100, 120)])
-def test_a_layer_is_what_torch_makes_of_it(
+def test_a_layer_gives_the_values_of_torch(
     operator: str, activate: Callable[[Tensor], Tensor], num_threads: int, lengths: tuple[int, ...]
 ) -> None:
     parts, layout = _parts(), _layout(*lengths)
@@ -91,7 +91,7 @@ def test_a_layer_is_what_torch_makes_of_it(
     assert torch.allclose(found, _plain(parts, activate, _embedded(layout), layout), atol=1e-5)
 
 
-def test_the_kind_of_tokens_is_added_to_each_embedding() -> None:
+def test_the_token_type_is_added_to_each_embedding() -> None:
     parts, layout, kind = _parts(), _layout(2, 5), torch.randn(HIDDEN)
 
     found = _run(_encoder([parts], kind=kind), layout)
@@ -100,7 +100,7 @@ def test_the_kind_of_tokens_is_added_to_each_embedding() -> None:
 
 
 @pytest.mark.parametrize("calls", [[3], [1, 1, 1], [2, 1], [1, 2]])
-def test_layers_run_one_after_the_other_however_many_are_one_call(calls: list[int]) -> None:
+def test_layers_run_in_order_however_many_a_call_runs(calls: list[int]) -> None:
     layers, layout = [_parts(seed) for seed in range(3)], _layout(2, 5)
     expected, encoder = _embedded(layout), _encoder(layers)
     for parts in layers:
@@ -108,7 +108,7 @@ def test_layers_run_one_after_the_other_however_many_are_one_call(calls: list[in
 
     found, first = None, 0
     for number in calls:
-        found = encoder(inputs_of(_ids(layout), layout.positions, layout), found, range(first, first + number))
+        found = encoder(row_inputs(_ids(layout), layout.positions, layout), found, range(first, first + number))
         first += number
 
     assert found is not None
@@ -116,7 +116,7 @@ def test_layers_run_one_after_the_other_however_many_are_one_call(calls: list[in
 
 
 def test_the_activation_is_the_exact_one() -> None:
-    """`tanh`'s approximation, which runtimes like to put in its place, is off by 1e-4."""
+    """The `tanh` approximation, which runtimes often use instead, is off by 1e-4."""
     parts = _parts()
     parts["wd"] = torch.cat([torch.eye(HIDDEN), torch.zeros(HIDDEN, INNER - HIDDEN)], dim=1)
     layout = _layout(100, 100)
@@ -141,7 +141,7 @@ def test_threads_share_an_encoder(num_threads: int) -> None:
     assert all(torch.equal(a, b) for a, b in zip(alone, beside, strict=True))
 
 
-def test_what_was_given_back_is_not_written_again() -> None:
+def test_returned_values_are_not_overwritten() -> None:
     encoder, layout = _encoder([_parts()]), _layout(2)
     first = _run(encoder, layout, torch.tensor([1, 2]))
     kept = first.clone()
@@ -151,7 +151,7 @@ def test_what_was_given_back_is_not_written_again() -> None:
 
 
 @pytest.mark.parametrize(
-    ("lengths", "is_suited"),
+    ("lengths", "is_suitable_row"),
     [
         ((256,), True),
         ((257,), False),
@@ -161,11 +161,11 @@ def test_what_was_given_back_is_not_written_again() -> None:
     ],
     ids=["a long text", "too long a text", "many tokens", "some padding", "too much padding"],
 )
-def test_short_texts_of_like_length_are_suited(lengths: tuple[int, ...], is_suited: bool) -> None:
-    assert suits(_layout(*lengths)) is is_suited
+def test_short_texts_of_similar_length_are_suitable(lengths: tuple[int, ...], is_suitable_row: bool) -> None:
+    assert is_suitable(_layout(*lengths)) is is_suitable_row
 
 
 @pytest.mark.parametrize(("num_tokens", "num_layers"), [(12, 42), (128, 4), (129, 3), (256, 2), (400, 1), (1024, 1)])
-def test_the_more_tokens_the_fewer_layers_are_one_call(num_tokens: int, num_layers: int) -> None:
-    """Between two calls others are let pass."""
+def test_the_more_tokens_the_fewer_layers_a_call_runs(num_tokens: int, num_layers: int) -> None:
+    """A pass can be preempted only between two calls."""
     assert layers_at_once(_layout(num_tokens)) == num_layers

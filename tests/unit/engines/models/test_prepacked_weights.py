@@ -1,4 +1,4 @@
-"""Copies of the weights: which models have them, how large they are, and that a pass from them is the model's own."""
+"""Prepacked weights: which models have them, how large they are, and that a pass from them equals the model's own."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,13 +44,13 @@ def run(
     model: Any,
     lengths: list[int],
     pause: Any = lambda: None,
-    form: KernelVariant | None = "prepacked",
+    variant: KernelVariant | None = "prepacked",
 ) -> Tensor:
-    """Hidden states of texts of those lengths."""
+    """Returns the hidden states of texts of those lengths, from the copies."""
     layout = PackedLayout(lengths, CPU)
     row = torch.arange(layout.num_tokens) % 90 + 5
-    assert copies.supports(layout, form)
-    return copies(row, Positions(model)(row, layout), layout, form, pause)
+    assert copies.supports(layout, variant)
+    return copies(row, Positions(model)(row, layout), layout, variant, pause)
 
 
 @contextmanager
@@ -64,8 +64,8 @@ def usable_cores(num: int) -> Iterator[None]:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many threads share each call of a pass."""
+def threads_used(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of threads that share each call of a pass."""
     calls: list[int] = []
     right = PrepackedEncoder.__call__
 
@@ -78,7 +78,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def plain(model: Any, lengths: list[int]) -> Tensor:
-    """The same, each text through the model itself."""
+    """Returns the same hidden states from the model itself, each text alone."""
     row = torch.arange(sum(lengths)) % 90 + 5
     with torch.inference_mode():
         return torch.cat([model(input_ids=text[None]).last_hidden_state[0] for text in torch.split(row, lengths)])
@@ -97,50 +97,52 @@ MODELS = {
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("lengths", [[7], [1, 2, 7]])
-def test_a_pass_from_copies_is_the_models_own(name: str, lengths: list[int]) -> None:
+def test_a_pass_from_copies_equals_the_models_own(name: str, lengths: list[int]) -> None:
     model = MODELS[name]()
     expected = plain(model, lengths)
 
     assert torch.allclose(run(copies_of(model, 1), model, lengths), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize(("num_tokens", "num_threads", "is_suited"), [(256, 1, True), (257, 1, False), (12, 0, False)])
-def test_copies_suit_short_texts(num_tokens: int, num_threads: int, is_suited: bool) -> None:
-    assert copies_of(bert(), num_threads).supports(PackedLayout([num_tokens], CPU), None) is is_suited
+@pytest.mark.parametrize(("num_tokens", "num_threads", "is_used"), [(256, 1, True), (257, 1, False), (12, 0, False)])
+def test_copies_are_used_for_short_texts(num_tokens: int, num_threads: int, is_used: bool) -> None:
+    assert copies_of(bert(), num_threads).supports(PackedLayout([num_tokens], CPU), None) is is_used
 
 
 @pytest.mark.parametrize(("num_threads", "usable", "expected"), [(1, 1, 1), (2, 1, 1), (2, 2, 2), (2, 3, 2), (1, 2, 1)])
-def test_a_call_takes_the_copy_for_so_many_threads(
-    asked: list[int], num_threads: int, usable: int, expected: int
+def test_a_call_uses_the_copy_for_the_usable_threads(
+    threads_used: list[int], num_threads: int, usable: int, expected: int
 ) -> None:
     model = bert()
     with usable_cores(usable):
-        run(copies_of(model, num_threads), model, [5], form=None)
+        run(copies_of(model, num_threads), model, [5], variant=None)
 
-    assert asked == [expected]
+    assert threads_used == [expected]
 
 
-def test_cores_that_come_and_go_during_a_pass_are_used(asked: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A neighbour finds work, and the next call has this thread's own core."""
+def test_cores_that_come_and_go_during_a_pass_are_used(
+    threads_used: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread finds work, and the next call has this thread's own core only."""
     monkeypatch.setattr(prepacked, "_TOKEN_LAYERS", 5)
     model, cores = bert(num_hidden_layers=3), iter([2, 1, 2])
     expected = plain(model, [5])
     with usable_cores(1):
-        found = run(copies_of(model, 2), model, [5], lambda: torch.set_num_threads(next(cores)), form=None)
+        found = run(copies_of(model, 2), model, [5], lambda: torch.set_num_threads(next(cores)), variant=None)
 
-    assert asked == [2, 1, 2]
+    assert threads_used == [2, 1, 2]
     assert torch.allclose(found, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(("num_threads", "num_copies"), [(1, 1), (2, 2), (8, 2)])
-def test_copies_say_how_many_bytes_they_take(num_threads: int, num_copies: int) -> None:
+def test_the_size_of_copies_is_known_before_they_are_made(num_threads: int, num_copies: int) -> None:
     size = copies_of(bert()).size_bytes(MAX_PREPACKED_BYTES, num_threads)
 
     assert size == num_copies * 2 * 4 * (4 * 48 * 48 + 2 * 48 * 96)
 
 
 def with_code_of_its_own() -> Any:
-    """What it does besides, nobody knows."""
+    """Its code may do anything besides."""
     kind = type("BertModel", (BertModel,), {"__module__": "transformers_modules.somebody"})
     return build(kind, BertConfig(**BERT))
 
@@ -181,7 +183,7 @@ def with_more_behind_its_layers() -> Any:
         "embeddings of its own", "a norm behind the layers",
     ],
 )  # fmt: skip
-def test_what_such_a_pass_would_leave_out_has_no_copies(make: Any) -> None:
+def test_a_model_with_parts_that_such_a_pass_would_leave_out_has_no_copies(make: Any) -> None:
     assert copies_of(make()).size_bytes(MAX_PREPACKED_BYTES, 1) == 0
 
 
@@ -194,7 +196,7 @@ def test_layers_too_large_for_a_second_copy_have_none() -> None:
     assert copies.size_bytes(size, 2) == 0, "one copy on one thread, two where several may share"
 
 
-def test_copies_are_made_once_and_go_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_are_made_once_and_freed(monkeypatch: pytest.MonkeyPatch) -> None:
     copies, layout = copies_of(bert(), 2), PackedLayout([5], CPU)
     monkeypatch.setattr(PrepackedEncoder, "__init__", lambda *_: pytest.fail("made again"))
     copies.make(2)
@@ -212,7 +214,7 @@ def test_on_one_thread_there_is_one_copy() -> None:
 
 
 def test_tables_of_embeddings_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are most of a small model, and a row of them is all that a token reads."""
+    """They are most of a small model, and a token reads only one row of each."""
     model, tables = bert(), list[np.ndarray[Any, Any]]()
     right = PrepackedEncoder.__call__
 
@@ -239,15 +241,15 @@ def test_a_pass_pauses_before_each_of_its_calls(num_tokens: int, num_calls: int)
     assert torch.allclose(found, expected, atol=1e-6)
 
 
-def test_a_pass_that_another_overtakes_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_preempted_pass_resumes_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepacked, "_TOKEN_LAYERS", 5)
     model = bert(num_hidden_layers=3)
     copies = copies_of(model, 1)
     expected = [run(copies, model, lengths) for lengths in ([5], [2])]
-    overtaking: list[Tensor] = []
+    preempting: list[Tensor] = []
 
-    found = run(copies, model, [5], lambda: overtaking.append(run(copies, model, [2])))
+    found = run(copies, model, [5], lambda: preempting.append(run(copies, model, [2])))
 
-    assert len(overtaking) == 3
+    assert len(preempting) == 3
     assert torch.equal(found, expected[0])
-    assert all(torch.equal(a, b) for a, b in pairwise([expected[1], *overtaking]))
+    assert all(torch.equal(a, b) for a, b in pairwise([expected[1], *preempting]))

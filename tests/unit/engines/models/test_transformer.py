@@ -1,4 +1,4 @@
-"""The ways to run a transformer, and what they cost."""
+"""The paths of a transformer: their vectors, their waiting for the device, and their memory."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def _ids(kit: Kit, name: str) -> list[Ids]:
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
-def test_all_ways_to_run_give_the_same(kit: Kit, name: str) -> None:
+def test_all_paths_give_the_same_vectors(kit: Kit, name: str) -> None:
     encoder, ids = _encoder(kit, name), _ids(kit, name)
     used, expected = encoder.path, encoder.reference(ids)
 
@@ -48,7 +48,7 @@ def test_all_ways_to_run_give_the_same(kit: Kit, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in TRANSFORMERS if RECIPES[name].attention == "packed"])
-def test_a_packed_pass_never_has_the_host_wait_for_the_device(kit: Kit, name: str) -> None:
+def test_a_packed_pass_never_makes_the_host_wait_for_the_device(kit: Kit, name: str) -> None:
     encoder, ids = _encoder(kit, name), _ids(kit, name)
 
     with ForbidHostSync():
@@ -56,11 +56,11 @@ def test_a_packed_pass_never_has_the_host_wait_for_the_device(kit: Kit, name: st
         encoder(ids, [2] * len(ids))
 
 
-def test_a_padded_pass_does(kit: Kit) -> None:
-    """transformers looks whether a mask hides anything, and padding is dropped by a mask."""
+def test_a_padded_pass_makes_the_host_wait(kit: Kit) -> None:
+    """transformers reads whether a mask hides anything, and padding is dropped by a mask."""
     encoder, ids = _encoder(kit, "deberta-v2-mean"), _ids(kit, "deberta-v2-mean")
 
-    with ForbidHostSync(), pytest.raises(NotImplementedError, match="looks at what a tensor holds"):
+    with ForbidHostSync(), pytest.raises(NotImplementedError, match="reads tensor values on the host"):
         encoder.encode_batched(ids)
 
 

@@ -1,4 +1,4 @@
-"""The check at load: a path that is off is left, a model that is off is refused, and a good one leaves its canary."""
+"""The check at load: a wrong path is not used, a wrong model is refused, and a right one stores its canary."""
 
 import json
 import shutil
@@ -22,8 +22,7 @@ from engines.layers import fused
 from engines.layers.attention import PACKED, packed_attention
 from engines.layers.fused import FusedLayer
 from engines.loading.loader import LoaderSettings
-from engines.models import adapters, transformer
-from engines.models import prepacked as copies
+from engines.models import adapters, prepacked, transformer
 from engines.models.base import PART_TOKENS, Attention, Recheck, Size, attention_of
 from engines.models.base import ForwardPath as Way
 from engines.models.prepacked import Inputs, PrepackedEncoder
@@ -37,14 +36,14 @@ TEXTS = list(SENTENCES)
 
 
 @pytest.fixture
-def packed_is(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[..., Any]], None]]:
-    """Put another attention function in the place of ours."""
+def replace_attention(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[..., Any]], None]]:
+    """Replaces the packed attention function."""
 
-    def put(function: Callable[..., Any]) -> None:
+    def replace(function: Callable[..., Any]) -> None:
         AttentionInterface.register(PACKED, function)
         monkeypatch.setattr(fused, "packed_attention", function)
 
-    yield put
+    yield replace
     AttentionInterface.register(PACKED, packed_attention)
 
 
@@ -66,7 +65,7 @@ def _looks_ahead(*args: Any, **options: Any) -> Any:
 
 
 def _mixes_neighbours(*args: Any, **options: Any) -> Any:
-    """Texts of the same length get each other's context."""
+    """Swaps the context of texts of the same length."""
     out, _ = packed_attention(*args, **options)
     group = options["packed_layout"].groups[0]
     first = out[:, : group.end].view(1, group.count, group.length, *out.shape[2:]).flip(1).flatten(1, 2)
@@ -86,10 +85,10 @@ def _mixes_neighbours(*args: Any, **options: Any) -> Any:
         ("t5-mean-dense", _hotter),
     ],
 )
-def test_a_packed_path_that_is_subtly_wrong_is_left(
-    kit: Kit, packed_is: Callable[[Callable[..., Any]], None], name: str, wrong: Callable[..., Any]
+def test_a_packed_path_that_is_slightly_wrong_is_not_used(
+    kit: Kit, replace_attention: Callable[[Callable[..., Any]], None], name: str, wrong: Callable[..., Any]
 ) -> None:
-    packed_is(wrong)
+    replace_attention(wrong)
     engine = kit.load(kit.recipe_folder(name))
 
     assert engine.info.attention == "padded"
@@ -114,18 +113,18 @@ def test_a_wrong_bias_of_mpnet_is_found(kit: Kit, monkeypatch: pytest.MonkeyPatc
         (RuntimeError("see /home/secret/file.py"), "padded: RuntimeError in the forward pass"),
     ],
 )
-def test_a_packed_path_that_fails_is_left_without_telling_paths(
-    kit: Kit, packed_is: Callable[[Callable[..., Any]], None], error: Exception, note: str
+def test_a_packed_path_that_fails_is_not_used_and_the_note_names_no_file(
+    kit: Kit, replace_attention: Callable[[Callable[..., Any]], None], error: Exception, note: str
 ) -> None:
     def fail(*_: Any, **__: Any) -> Any:
         raise error
 
-    packed_is(fail)
+    replace_attention(fail)
 
     assert kit.load(kit.recipe_folder("qwen3-last")).info.notes == (note,)
 
 
-def test_fused_layers_that_are_wrong_are_left_for_the_plain_ones(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_layers_that_are_wrong_are_replaced_by_the_plain_ones(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "packed_attention", _hotter)
     engine = kit.load(kit.recipe_folder("bert-cls"))
 
@@ -134,21 +133,21 @@ def test_fused_layers_that_are_wrong_are_left_for_the_plain_ones(kit: Kit, monke
     assert_same(embed(engine, TEXTS), encode(kit.reference("bert-cls"), TEXTS))
 
 
-@pytest.mark.parametrize("form", ["few", "many"])
+@pytest.mark.parametrize("variant", ["few", "many"])
 @pytest.mark.parametrize(("name", "left"), [("bert-cls", ["prepacked", "fused"]), ("mpnet-mean", ["fused"])])
-def test_fused_layers_are_checked_in_every_form(
-    kit: Kit, monkeypatch: pytest.MonkeyPatch, form: str, left: list[str], name: str
+def test_fused_layers_are_checked_in_every_variant(
+    kit: Kit, monkeypatch: pytest.MonkeyPatch, variant: str, left: list[str], name: str
 ) -> None:
-    """On any number of threads, for that changes while a model serves."""
-    right = getattr(FusedLayer, form)
+    """The number of threads changes while a model serves."""
+    right = getattr(FusedLayer, variant)
     assert kit.load(kit.recipe_folder(name)).info.notes == ()
-    monkeypatch.setattr(FusedLayer, form, lambda self, *args: right(self, *args) * 1.01)
+    monkeypatch.setattr(FusedLayer, variant, lambda self, *args: right(self, *args) * 1.01)
 
     assert _left(kit.load(kit.recipe_folder(name))) == left
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])
-def test_prepacked_layers_are_checked_alone_and_shared(
+def test_prepacked_layers_are_checked_on_one_thread_and_on_several(
     kit: Kit, monkeypatch: pytest.MonkeyPatch, num_threads: int
 ) -> None:
     right = PrepackedEncoder.__call__
@@ -163,8 +162,8 @@ def test_prepacked_layers_are_checked_alone_and_shared(
     assert _left(kit.load(kit.recipe_folder("bert-cls"))) == ["prepacked"]
 
 
-def test_company_is_checked_on_prepacked_layers_too(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There, texts of several lengths are padded to one, and attention must not see the padding."""
+def test_prepacked_layers_are_checked_with_several_texts_too(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They pad texts of several lengths to one, and attention must hide the padding."""
     right = PrepackedEncoder.__call__
 
     def unmasked(self: PrepackedEncoder, row: Inputs, *args: Any) -> Any:
@@ -177,17 +176,18 @@ def test_company_is_checked_on_prepacked_layers_too(kit: Kit, monkeypatch: pytes
 
 
 @pytest.mark.parametrize(
-    ("room", "part", "next_paths"), [(FusedLayer, "few", ("fused", "packed")), (copies, "PrepackedEncoder", ("fused",))]
+    ("owner", "part", "next_paths"),
+    [(FusedLayer, "few", ("fused", "packed")), (prepacked, "PrepackedEncoder", ("fused",))],
 )
-def test_a_part_that_fails_costs_the_paths_that_need_it_and_no_other(
-    kit: Kit, monkeypatch: pytest.MonkeyPatch, room: object, part: str, next_paths: tuple[str, ...]
+def test_a_part_that_fails_disables_the_paths_that_need_it_and_no_other(
+    kit: Kit, monkeypatch: pytest.MonkeyPatch, owner: object, part: str, next_paths: tuple[str, ...]
 ) -> None:
-    """The form for few tokens, on both fused paths; and the copy of the weights, on one."""
+    """The variant for few tokens is on both fused paths, the copy of the weights on one."""
 
     def fail(*_: Any) -> Any:
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr(room, part, fail)
+    monkeypatch.setattr(owner, part, fail)
     engine = kit.load(kit.recipe_folder("bert-cls"))
 
     assert engine.info.notes == tuple(f"{path}: RuntimeError in the forward pass" for path in next_paths)
@@ -195,11 +195,11 @@ def test_a_part_that_fails_costs_the_paths_that_need_it_and_no_other(
     assert_same(embed(engine, TEXTS), encode(kit.reference("bert-cls"), TEXTS))
 
 
-def test_a_padded_path_that_is_wrong_is_left_for_batches_of_one_length(
-    kit: Kit, packed_is: Callable[[Callable[..., Any]], None], monkeypatch: pytest.MonkeyPatch
+def test_a_padded_path_that_is_wrong_is_replaced_by_batches_of_one_length(
+    kit: Kit, replace_attention: Callable[[Callable[..., Any]], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = TransformerEncoder._padded
-    packed_is(_hotter)
+    replace_attention(_hotter)
     monkeypatch.setattr(TransformerEncoder, "_padded", lambda self, *args: right(self, *args) * 1.02)
     engine = kit.load(kit.recipe_folder("bert-cls"))
 
@@ -211,14 +211,14 @@ def test_a_padded_path_that_is_wrong_is_left_for_batches_of_one_length(
 
 
 def test_when_every_path_is_wrong_the_model_is_refused(
-    kit: Kit, packed_is: Callable[[Callable[..., Any]], None], monkeypatch: pytest.MonkeyPatch
+    kit: Kit, replace_attention: Callable[[Callable[..., Any]], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = TransformerEncoder._batch
 
     def wrong(self: TransformerEncoder, texts: Sequence[Ids]) -> Tensor:
         return right(self, texts) * (1.0 if self._model.config._attn_implementation == "eager" else 1.02)
 
-    packed_is(_hotter)
+    replace_attention(_hotter)
     message = r"the unpadded path is .* in cosine from the reference forward pass"
     with monkeypatch.context() as patch, pytest.raises(SelfCheckFailed, match=message):
         patch.setattr(TransformerEncoder, "_batch", wrong)
@@ -226,8 +226,8 @@ def test_when_every_path_is_wrong_the_model_is_refused(
     assert kit.load(kit.recipe_folder("bert-dense-identity")).info.attention == "padded"
 
 
-def test_a_model_that_rolls_dice_is_refused(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Random projections and their like: the same text twice in one batch gets two vectors."""
+def test_a_model_with_random_vectors_is_refused(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With random projections, for example, the same text twice in one batch gets two vectors."""
     right = TransformerEncoder._batch
     monkeypatch.setattr(
         TransformerEncoder, "_batch", lambda self, texts: (out := right(self, texts)) + 1e-4 * torch.randn_like(out)
@@ -237,17 +237,17 @@ def test_a_model_that_rolls_dice_is_refused(kit: Kit, monkeypatch: pytest.Monkey
         kit.load(kit.recipe_folder("deberta-v2-mean"))
 
 
-def test_a_path_that_fails_later_is_left_and_the_batch_runs_on(
-    kit: Kit, packed_is: Callable[[Callable[..., Any]], None]
+def test_a_path_that_fails_later_is_replaced_and_the_batch_runs_again(
+    kit: Kit, replace_attention: Callable[[Callable[..., Any]], None]
 ) -> None:
-    """A model may count the tokens of a row that is no text, and object to long ones (CLIP's text half)."""
+    """A model may count the tokens of a row of several texts, and refuse long rows (CLIP's text model)."""
 
     def narrow(*args: Any, **options: Any) -> Any:
         if options["packed_layout"].num_tokens > 200:
             raise ValueError("Sequence length must be less than max_position_embeddings")
         return packed_attention(*args, **options)
 
-    packed_is(narrow)
+    replace_attention(narrow)
     engine = kit.load(kit.recipe_folder("bert-cls"), settings=LoaderSettings(largest_copy=0))
     wanted = encode(kit.reference("bert-cls"), TEXTS)
 
@@ -258,8 +258,8 @@ def test_a_path_that_fails_later_is_left_and_the_batch_runs_on(
     assert_same(embed(engine, TEXTS), wanted)
 
 
-class Passing:
-    """Packed attention that fails when told to, and is wrong when told to."""
+class TransientFault:
+    """Packed attention that a test can make fail or be wrong."""
 
     def __init__(self) -> None:
         self.failures: list[Exception] = []
@@ -274,16 +274,16 @@ class Passing:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> HandClock:
-    """The clock of the models that a test loads."""
+    """The fake clock of the models that a test loads."""
     time = HandClock()
     monkeypatch.setattr(transformer, "PathFallback", partial(PathFallback, clock=time))
     return time
 
 
 @pytest.fixture
-def passing(packed_is: Callable[[Callable[..., Any]], None]) -> Passing:
-    attention = Passing()
-    packed_is(attention)
+def fault(replace_attention: Callable[[Callable[..., Any]], None]) -> TransientFault:
+    attention = TransientFault()
+    replace_attention(attention)
     return attention
 
 
@@ -291,12 +291,12 @@ def _load_packed(kit: Kit) -> EmbeddingEngine:
     return kit.load(kit.recipe_folder("bert-cls"), settings=LoaderSettings(largest_copy=0))
 
 
-def test_after_one_passing_error_the_fast_path_comes_back(kit: Kit, clock: HandClock, passing: Passing) -> None:
+def test_after_one_passing_error_the_fast_path_comes_back(kit: Kit, clock: HandClock, fault: TransientFault) -> None:
     engine = _load_packed(kit)
     chosen = engine.info
     wanted = encode(kit.reference("bert-cls"), TEXTS)
 
-    passing.failures.append(ValueError("a passing error"))
+    fault.failures.append(ValueError("a transient error"))
     assert_same(embed(engine, TEXTS), wanted)
     left = engine.info
     clock.advance(FIRST_WAIT_S + 1)
@@ -309,20 +309,20 @@ def test_after_one_passing_error_the_fast_path_comes_back(kit: Kit, clock: HandC
 
 
 def test_a_path_whose_vectors_have_become_wrong_does_not_come_back(
-    kit: Kit, clock: HandClock, passing: Passing
+    kit: Kit, clock: HandClock, fault: TransientFault
 ) -> None:
     engine = _load_packed(kit)
     wanted = encode(kit.reference("bert-cls"), TEXTS)
 
-    passing.failures.append(ValueError("a passing error"))
-    passing.factor = 1.01
+    fault.failures.append(ValueError("a transient error"))
+    fault.factor = 1.01
     embed(engine, TEXTS)
     for _ in range(5):
         clock.advance(2 * FIRST_WAIT_S + 1)
         assert_same(embed(engine, TEXTS), wanted)
     assert engine.info.is_fallback
 
-    passing.factor = 1.0
+    fault.factor = 1.0
     clock.advance(LONGEST_WAIT_S)
     assert_same(embed(engine, TEXTS), wanted)
     assert not engine.info.is_fallback
@@ -336,10 +336,12 @@ def test_a_path_whose_vectors_have_become_wrong_does_not_come_back(
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ],
 )
-def test_no_path_is_left_for_want_of_memory(kit: Kit, clock: HandClock, passing: Passing, error: Exception) -> None:
+def test_no_path_is_replaced_for_lack_of_memory(
+    kit: Kit, clock: HandClock, fault: TransientFault, error: Exception
+) -> None:
     engine = _load_packed(kit)
 
-    passing.failures.append(error)
+    fault.failures.append(error)
 
     assert_same(embed(engine, TEXTS), encode(kit.reference("bert-cls"), TEXTS))
     assert engine.info.attention == "packed"
@@ -352,7 +354,7 @@ def test_weights_that_are_not_finite_are_refused(kit: Kit, tmp_path: Path) -> No
         kit.load(folder)
 
 
-def test_a_model_for_something_else_than_text_is_refused(kit: Kit, tmp_path: Path) -> None:
+def test_a_model_that_is_not_for_text_is_refused(kit: Kit, tmp_path: Path) -> None:
     folder = _with_weights(kit, tmp_path, lambda weight: weight)
     config = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=16)
     ViTModel(config).save_pretrained(folder)
@@ -396,7 +398,7 @@ def test_changed_weights_under_the_same_revision_are_found(kit: Kit, tmp_path: P
 
 
 @pytest.mark.parametrize("spec", [{"dtype": "bfloat16"}, {"pooling": ("mean",)}, {"max_tokens": 20}])
-def test_what_makes_other_vectors_makes_another_canary(kit: Kit, tmp_path: Path, spec: dict[str, Any]) -> None:
+def test_settings_that_change_vectors_have_another_canary(kit: Kit, tmp_path: Path, spec: dict[str, Any]) -> None:
     settings = LoaderSettings(canary_folder=tmp_path)
     kit.load(kit.recipe_folder("bert-cls"), settings=settings)
     kit.load(kit.recipe_folder("bert-cls"), settings=settings, **spec)
@@ -414,7 +416,7 @@ def test_a_canary_of_another_shape_is_a_difference(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("age_s", "is_kept"), [(-10.0, False), (10.0, True)])
 def test_a_canary_that_is_older_than_verified_files_is_replaced(tmp_path: Path, age_s: float, is_kept: bool) -> None:
-    """It may be that of a file which was damaged when it was taken, and has been fetched again."""
+    """It may come from a file that was damaged then, and has been fetched again."""
     canaries, good, bad = Canaries(tmp_path), np.ones((3, 4), np.float32), np.full((3, 4), 1.04, np.float32)
     canaries.compare("key", bad, "float32")
     (path,) = tmp_path.iterdir()
@@ -450,7 +452,7 @@ def test_a_model_serves_where_its_canary_cannot_be_kept(tmp_path: Path) -> None:
 
 
 def _left(engine: EmbeddingEngine) -> list[str]:
-    """The paths that were not taken because they are wrong."""
+    """Returns the paths that were not taken because they are wrong."""
     return [note.split("the ")[1].split(" path")[0] for note in engine.info.notes]
 
 
