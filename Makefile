@@ -72,19 +72,19 @@ screenshots: install-test  ## docs/screenshots/*.png, from a running page
 	@$(BIN)/python -W ignore -m tests.browser.screenshots
 
 bench: install-bench  ## offline speed beside the peers that are installed (bench-peers), and the share of the peak
-	@$(BIN)/python -W ignore -m benchmarks.compare
-	@$(BIN)/python -W ignore -m benchmarks.ceiling
+	@$(BIN)/python -W ignore -m benchmarks.offline.throughput peers
+	@$(BIN)/python -W ignore -m benchmarks.offline.ceiling
 
 bench-http: install-bench  ## the same over HTTP: beside other servers, over the offline engine, queries beside a bulk job
-	@$(BIN)/python -W ignore -m benchmarks.compare_http
-	@$(BIN)/python -W ignore -m benchmarks.over_http
-	@$(BIN)/python -W ignore -m benchmarks.fairness
+	@$(BIN)/python -W ignore -m benchmarks.http.compare servers
+	@$(BIN)/python -W ignore -m benchmarks.http.compare offline
+	@$(BIN)/python -W ignore -m benchmarks.http.sharing queries
 
 bench-peers: install-bench  ## make the peers' environments under .bench (5 GB)
-	@$(BIN)/python -W ignore -m benchmarks.peers
+	@$(BIN)/python -W ignore -m benchmarks.lib.peers
 
 bench-diff: install-bench  ## is the working tree slower than the last commit?
-	@$(BIN)/python -W ignore -m benchmarks.diff
+	@$(BIN)/python -W ignore -m benchmarks.offline.regression
 
 gpu: install-bench  ## parity, memory accounting, speed and latency on a GPU
 	@$(BIN)/python -W ignore -m benchmarks.gpu
@@ -99,4 +99,4 @@ sbom: install-test  ## dist/sbom.cdx.json: everything that is shipped, with vers
 	@$(BIN)/python -m tests.deploy.supply_chain sbom dist/sbom.cdx.json
 
 soak: install-test  ## twenty minutes of everything at once; SECONDS=60 for less
-	@$(BIN)/python -m benchmarks.soak $(if $(SECONDS),--seconds $(SECONDS))
+	@$(BIN)/python -m benchmarks.lifecycle.endurance soak $(if $(SECONDS),--seconds $(SECONDS))

@@ -1,4 +1,6 @@
-"""`python -m benchmarks.backends`: the same load on hosts in the server's process, in worker processes, and on Ray.
+"""Measures the same load on hosts in the server's process, in worker processes, and on Ray.
+
+    python -m benchmarks.backends
 
 Two hosts each for `process` and `ray`, and a model that may be on both; `local` has one with all cores. The Ray
 cluster is one node on this machine, started for the measurement and ended after it. `--lag` measures another thing: how
@@ -19,13 +21,13 @@ from pathlib import Path
 import psutil
 from msgspec import Struct
 
-from benchmarks import workloads
-from benchmarks.folders import resolve
-from benchmarks.machine import ROOT, Watch, warn_if_busy
-from benchmarks.measure import percentile
-from benchmarks.report import RESULTS, Report, publish
-from benchmarks.servers import Plan, Server, own, serving, write_registry
-from benchmarks.worker import CONTESTANTS
+from benchmarks.lib import workloads
+from benchmarks.lib.folders import resolve
+from benchmarks.lib.machine import ROOT, Watch, warn_if_busy
+from benchmarks.lib.measure import percentile
+from benchmarks.lib.report import RESULTS, Report, publish
+from benchmarks.lib.servers import Plan, Server, own, serving, write_registry
+from benchmarks.lib.worker import PEER_SCRIPTS
 from router import loadgen as load
 from router.backends.ray.environment import VARIABLES
 from router.loadgen.http_client import Request, Target, encode
@@ -121,8 +123,8 @@ def under_load(target: Target, requests: Sequence[Request], clients: int, second
 
 
 def call_cost(name: str, num_calls: int) -> dict[str, float]:
-    """See `contestants/call_cost.py`."""
-    command = [sys.executable, "-W", "ignore", str(CONTESTANTS / "call_cost.py"), name, str(num_calls)]
+    """See `peers/call_cost.py`."""
+    command = [sys.executable, "-W", "ignore", str(PEER_SCRIPTS / "call_cost.py"), name, str(num_calls)]
     with around_calls(name) as environ:
         done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
@@ -223,7 +225,7 @@ def _lags(name: str, folder: Path, rounds: int) -> list[float]:
         file = Path(draft) / "lags.json"
         registry = write_registry(Path(draft) / "registry.yaml", {MODEL: folder}, preload=False)
         more = variables(name) | {"LAG_FILE": str(file), "MEMORY_BUDGET": "12GiB", "CPU_HOSTS": "1"}
-        plan: Plan = own(registry, MODEL, script=[str(CONTESTANTS / "lag_server.py")], **more)
+        plan: Plan = own(registry, MODEL, script=[str(PEER_SCRIPTS / "lag_server.py")], **more)
         with serving(plan) as server:
             marks = []
             for _ in range(rounds):

@@ -1,4 +1,6 @@
-"""`python -m benchmarks.gpu`: parity, memory accounting, throughput and latency on a GPU. `make gpu`.
+"""Measures parity, memory accounting, throughput and latency on a GPU (`make gpu`).
+
+    python -m benchmarks.gpu
 
 Parity: every family's small model in bfloat16 on the GPU against float32 on the CPU. Memory: what is charged for a
 model against what torch's allocator holds, in rest, at the largest batch, and after it has left. Throughput: beside
@@ -11,7 +13,7 @@ import asyncio
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -22,22 +24,93 @@ import torch
 from msgspec import Struct
 from sentence_transformers import SentenceTransformer
 
-from benchmarks import workloads
-from benchmarks.folders import NAMES, resolve
-from benchmarks.latency import ORDINARY, OURS, PEER, Embed, forget_graphs, has_graphs, latency, latency_rows
-from benchmarks.machine import Watch, warn_if_busy
-from benchmarks.measure import Run, interleave, speedup
-from benchmarks.report import RESULTS, Report, publish
+from benchmarks.lib import workloads
+from benchmarks.lib.engine_kit import cosines
+from benchmarks.lib.folders import NAMES, resolve
+from benchmarks.lib.machine import Watch, warn_if_busy
+from benchmarks.lib.measure import SETTLE_S, Run, interleave, speedup
+from benchmarks.lib.models import RECIPES, quiet
+from benchmarks.lib.report import RESULTS, Report, publish
+from benchmarks.lib.workloads import mixed
 from engines.batching.autotune import TuningStore
 from engines.batching.engine import EmbeddingEngine
 from engines.inputs.tokenizer_threads import TokenizerThreads
 from engines.loading.loader import LoaderSettings, TorchLoader
 from engines.machine import open_scheduler
+from engines.models.transformer import TransformerEncoder
 from engines.spec import ModelSpec
 from engines.types import EmbedCall, ModelFiles
-from tests.testkit.engine_kit import cosines
-from tests.testkit.models import RECIPES, quiet
-from tests.testkit.texts import mixed
+
+CALLS = {"one short text": ("short", 1), "8 short texts": ("short", 8), "one passage": ("passages", 1)}
+"""What one call brings: a workload, and how many of its texts."""
+
+OURS, ORDINARY, PEER = "Embedyard", "Embedyard without graphs", "sentence-transformers"
+
+_CALLS_A_SAMPLE = 20
+
+Embed = Callable[[Sequence[str]], object]
+"""One call: texts in, vectors out, on the host."""
+
+
+def encoder_of(engine: EmbeddingEngine) -> TransformerEncoder:
+    """What an engine runs."""
+    assert engine._runner is not None, "the engine has not been closed"
+    encoder = engine._runner._encoder
+    assert isinstance(encoder, TransformerEncoder), "it has a transformer"
+    return encoder
+
+
+def has_graphs(engine: EmbeddingEngine) -> bool:
+    """Whether some of its passes were recorded."""
+    return bool(encoder_of(engine).sizes)
+
+
+def forget_graphs(engine: EmbeddingEngine) -> None:
+    """From now on it runs as it would without them. Nothing may run meanwhile."""
+    encoder = encoder_of(engine)
+    encoder.switch_to(next(path for path in encoder.candidate_paths() if path != "graphed"))
+
+
+def latency(
+    programs: Mapping[str, Embed], count: Callable[[str], int], rounds: int, *, settle_s: float = SETTLE_S
+) -> dict[str, dict[str, Any]]:
+    """Seconds of a call, by what it brings and by program."""
+    found = {}
+    for what, (name, num_texts) in CALLS.items():
+        workload = workloads.make(name, num_texts, count)
+        runs: dict[str, Run] = {
+            program: partial(_seconds, embed, workload.texts) for program, embed in programs.items()
+        }
+        seconds = interleave(runs, rounds, settle_s=settle_s, is_warm=False)
+        found[what] = {"tokens": workload.num_tokens, "seconds": seconds}
+    return found
+
+
+def _seconds(embed: Embed, texts: Sequence[str]) -> float:
+    """Of one call, the median of several."""
+    taken = []
+    for _ in range(_CALLS_A_SAMPLE):
+        started = time.perf_counter()
+        embed(texts)
+        taken.append(time.perf_counter() - started)
+    return median(taken)
+
+
+def latency_rows(model: str, found: Mapping[str, dict[str, Any]]) -> list[tuple[str, ...]]:
+    """Two lines of the table for each call."""
+    rows: list[tuple[str, ...]] = []
+    for what, case in found.items():
+        seconds = case["seconds"]
+        for other in (ORDINARY, PEER):
+            label = f"{model}, {what} ({case['tokens']} tokens), beside {other}"
+            ours = f"{1000 * median(seconds[OURS]):.2f} ms"
+            if other in seconds:
+                theirs, ratio = f"{1000 * median(seconds[other]):.2f} ms", str(speedup(seconds[OURS], seconds[other]))
+            else:
+                theirs, ratio = "no graphs here", "–"
+            rows.append(("latency", label, ours, theirs, ratio))
+    return rows
+
 
 SMALLEST_COSINE = {"cuda": 0.999, "cpu": 0.999999}
 TEXTS_A_CALL = 512

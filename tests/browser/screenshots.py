@@ -1,4 +1,4 @@
-"""`make screenshots`: the page in light, in dark and on a phone, for the README, in a yard that has seen work."""
+"""`make screenshots`: the page in light, in dark and on a phone, for the README, in a server that has seen work."""
 
 import base64
 import tempfile
@@ -10,8 +10,9 @@ from pathlib import Path
 import click
 import httpx
 
-from tests.browser.page import Page, open_chromium
-from tests.browser.server import ROOT, YardProcess
+from benchmarks.lib.browser import open_chromium
+from tests.browser.page import Page
+from tests.browser.server import ROOT, ServerProcess
 
 FOLDER = ROOT / "docs" / "screenshots"
 SHOTS = {"light": (1600, False), "dark": (1600, True), "phone": (390, False)}
@@ -21,20 +22,20 @@ TRAFFIC_S = 62.0
 
 
 @contextmanager
-def busy_yard() -> Iterator[YardProcess]:
+def busy_server() -> Iterator[ServerProcess]:
     """Some models in memory, one pinned, one that had to make room; MiniLM has traffic."""
-    yard = YardProcess("--real", "--load", "1.2", "--download", "3")
-    yard.start()
+    server = ServerProcess("--real", "--load", "1.2", "--download", "3")
+    server.start()
     try:
-        with httpx.Client(base_url=yard.url, timeout=60) as client:
+        with httpx.Client(base_url=server.url, timeout=60) as client:
             for model_id in ("snowflake-arctic-embed-l-v2.0", "Qwen/Qwen3-Embedding-4B", "m3e-base"):
                 embed(client, model_id, ["warm"])
             client.post("/admin/models/nomic-embed-text-v1.5/preload", json={"pin": True})
             for model_id in ("bge-m3", "multilingual-e5-large"):
                 embed(client, model_id, ["warm"])
-        yield yard
+        yield server
     finally:
-        yard.stop()
+        server.stop()
 
 
 def embed(client: httpx.Client, model_id: str, texts: list[str]) -> None:
@@ -62,15 +63,15 @@ def shoot(page: Page, name: str) -> None:
 
 def main() -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
-    with busy_yard() as yard, tempfile.TemporaryDirectory() as profile:
+    with busy_server() as server, tempfile.TemporaryDirectory() as profile:
         driver = open_chromium(Path(profile))
         try:
-            page = Page(driver, yard.url)
+            page = Page(driver, server.url)
             page.open()
-            make_traffic(yard.url, TRAFFIC_S)
+            make_traffic(server.url, TRAFFIC_S)
             page.find("#play-run").click()
             page.find(".heat")
-            httpx.post(f"{yard.url}/admin/models/gte-multilingual-base/preload", json={"wait": False})
+            httpx.post(f"{server.url}/admin/models/gte-multilingual-base/preload", json={"wait": False})
             for name, (width, dark) in SHOTS.items():
                 page.emulate(width, dark=dark)
                 time.sleep(0.5)

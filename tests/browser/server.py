@@ -8,7 +8,7 @@ KEY = "secret-of-the-tests"
 ROOT = Path(__file__).parent.parent.parent
 
 
-class YardProcess:
+class ServerProcess:
     """`tests/browser/serve.py` as a process. `arguments` are its options."""
 
     def __init__(self, *arguments: str) -> None:

@@ -8,9 +8,12 @@ import httpx
 import numpy as np
 import pytest
 
+from benchmarks.lib.browser import open_chromium
 from tests.browser.axe import serious_issues
-from tests.browser.page import Page, open_chromium
-from tests.browser.server import KEY, YardProcess
+from tests.browser.page import Page
+from tests.browser.server import KEY, ServerProcess
+
+pytestmark = pytest.mark.slow
 
 LARGE, SMALL = "Qwen/Qwen3-Embedding-4B", "m3e-base"
 DOWNLOADED, BROKEN = "gte-multilingual-base", "jina-embeddings-v3"
@@ -27,33 +30,33 @@ def test_a_wrong_key_is_refused_in_the_servers_words(page: Page) -> None:
     assert all("401" in message for message in page.take_log())
 
 
-def test_the_key_is_kept_for_the_session_and_forgotten_at_its_end(yard: Page) -> None:
-    yard.driver.refresh()
-    yard.find(".model[data-model]")
-    kept = yard.driver.execute_script("return [Object.values(sessionStorage), Object.values(localStorage)]")
-    yard.find("#tools button:last-child").click()
-    yard.find("#key")
+def test_the_key_is_kept_for_the_session_and_forgotten_at_its_end(dashboard: Page) -> None:
+    dashboard.driver.refresh()
+    dashboard.find(".model[data-model]")
+    kept = dashboard.driver.execute_script("return [Object.values(sessionStorage), Object.values(localStorage)]")
+    dashboard.find("#tools button:last-child").click()
+    dashboard.find("#key")
 
     assert kept == [[KEY], []]
-    assert yard.driver.execute_script("return sessionStorage.length") == 0
+    assert dashboard.driver.execute_script("return sessionStorage.length") == 0
 
 
-def test_a_cold_model_is_downloaded_loaded_and_evicted_from_a_phone(yard: Page) -> None:
-    yard.emulate(360)
-    assert yard.state(DOWNLOADED) == "absent"
-    assert "not on disk" in yard.text(f'[data-model="{DOWNLOADED}"] .state')
-    plan = yard.ask("preload", DOWNLOADED)
-    yard.record_states(DOWNLOADED)
-    yard.confirm()
-    yard.wait_for_state(DOWNLOADED, "ready")
-    seen = yard.recorded()
-    yard.wait(lambda: DOWNLOADED in yard.text(".order"))
-    memory = yard.text(f'[data-model="{DOWNLOADED}"] .memory')
-    farewell = yard.ask("evict", DOWNLOADED)
-    yard.confirm()
-    yard.wait_for_state(DOWNLOADED, "cold")
-    yard.wait(lambda: f"{DOWNLOADED} was evicted by an operator: 610 MB" in yard.text(".feed"))
-    yard.wait(lambda: DOWNLOADED not in yard.text(".order"))
+def test_a_cold_model_is_downloaded_loaded_and_evicted_from_a_phone(dashboard: Page) -> None:
+    dashboard.emulate(360)
+    assert dashboard.state(DOWNLOADED) == "absent"
+    assert "not on disk" in dashboard.text(f'[data-model="{DOWNLOADED}"] .state')
+    plan = dashboard.ask("preload", DOWNLOADED)
+    dashboard.record_states(DOWNLOADED)
+    dashboard.confirm()
+    dashboard.wait_for_state(DOWNLOADED, "ready")
+    seen = dashboard.recorded()
+    dashboard.wait(lambda: DOWNLOADED in dashboard.text(".order"))
+    memory = dashboard.text(f'[data-model="{DOWNLOADED}"] .memory')
+    farewell = dashboard.ask("evict", DOWNLOADED)
+    dashboard.confirm()
+    dashboard.wait_for_state(DOWNLOADED, "cold")
+    dashboard.wait(lambda: f"{DOWNLOADED} was evicted by an operator: 610 MB" in dashboard.text(".feed"))
+    dashboard.wait(lambda: DOWNLOADED not in dashboard.text(".order"))
 
     assert "Its files are downloaded first." in plan
     assert list(dict.fromkeys(state for state, _, _ in seen))[-1] == "ready"
@@ -65,32 +68,32 @@ def test_a_cold_model_is_downloaded_loaded_and_evicted_from_a_phone(yard: Page) 
     assert "frees 610 MB on cuda:0" in farewell
 
 
-def test_cancelling_a_plan_does_nothing(yard: Page) -> None:
-    yard.ask("preload", SMALL)
-    yard.find("dialog.plan button").click()
-    yard.wait(lambda: not yard.text("dialog.plan"))
+def test_cancelling_a_plan_does_nothing(dashboard: Page) -> None:
+    dashboard.ask("preload", SMALL)
+    dashboard.find("dialog.plan button").click()
+    dashboard.wait(lambda: not dashboard.text("dialog.plan"))
 
-    slot = httpx.get(f"{yard.url}/admin/models/{SMALL}", headers={"authorization": f"Bearer {KEY}"}).json()
+    slot = httpx.get(f"{dashboard.url}/admin/models/{SMALL}", headers={"authorization": f"Bearer {KEY}"}).json()
     assert (slot["state"], slot["loads"]) == ("cold", 0)
 
 
-def test_who_would_leave_is_shown_before_it_happens_and_told_afterwards(yard: Page) -> None:
+def test_who_would_leave_is_shown_before_it_happens_and_told_afterwards(dashboard: Page) -> None:
     for model_id in (SMALL, "bge-m3"):
-        yard.do("preload", model_id)
-        yard.wait_for_state(model_id, "ready")
-    yard.wait(lambda: "leaves next" in yard.text(".order"))
-    plan = yard.ask("preload", LARGE)
-    marked = yard.text(".order li:has(.swatch.leaving)")
-    yard.confirm()
-    yard.wait_for_state(LARGE, "ready")
-    yard.wait(lambda: f"bge-m3 left to make room for {LARGE}: 2.3 GB, " in yard.text(".feed"))
-    yard.wait(lambda: "bge-m3" not in yard.text(".order"))
-    blocks = yard.driver.execute_script(
+        dashboard.do("preload", model_id)
+        dashboard.wait_for_state(model_id, "ready")
+    dashboard.wait(lambda: "leaves next" in dashboard.text(".order"))
+    plan = dashboard.ask("preload", LARGE)
+    marked = dashboard.text(".order li:has(.swatch.leaving)")
+    dashboard.confirm()
+    dashboard.wait_for_state(LARGE, "ready")
+    dashboard.wait(lambda: f"bge-m3 left to make room for {LARGE}: 2.3 GB, " in dashboard.text(".feed"))
+    dashboard.wait(lambda: "bge-m3" not in dashboard.text(".order"))
+    blocks = dashboard.driver.execute_script(
         "return [...document.querySelectorAll('.device:last-child .block')].map((b) => [b.title, b.offsetWidth])"
     )
-    bar_width = yard.driver.execute_script("return document.querySelector('.device:last-child .bar').offsetWidth")
-    yard.do("evict", LARGE)
-    yard.wait_for_state(LARGE, "cold")
+    bar_width = dashboard.driver.execute_script("return document.querySelector('.device:last-child .bar').offsetWidth")
+    dashboard.do("evict", LARGE)
+    dashboard.wait_for_state(LARGE, "cold")
 
     assert "It needs 9.0 GB on cuda:0" in plan
     assert "bge-m3 · 2.3 GB" in plan
@@ -101,35 +104,35 @@ def test_who_would_leave_is_shown_before_it_happens_and_told_afterwards(yard: Pa
     assert widths["workspace: 1.0 GB"] / bar_width == pytest.approx(0.1, abs=0.01)
 
 
-def test_a_pinned_model_says_so_and_loses_its_pin_only_when_evicted(yard: Page) -> None:
-    yard.do("pin", SMALL)
-    yard.wait(lambda: "pinned" in yard.text(f'[data-model="{SMALL}"] .states'))
-    yard.wait_for_state(SMALL, "ready")
-    plan = yard.ask("evict", SMALL)
-    yard.confirm()
-    yard.wait_for_state(SMALL, "cold")
+def test_a_pinned_model_says_so_and_loses_its_pin_only_when_evicted(dashboard: Page) -> None:
+    dashboard.do("pin", SMALL)
+    dashboard.wait(lambda: "pinned" in dashboard.text(f'[data-model="{SMALL}"] .states'))
+    dashboard.wait_for_state(SMALL, "ready")
+    plan = dashboard.ask("evict", SMALL)
+    dashboard.confirm()
+    dashboard.wait_for_state(SMALL, "cold")
 
     assert "takes the pin away" in plan
-    yard.wait(lambda: "pinned" not in yard.text(f'[data-model="{SMALL}"] .states'))
+    dashboard.wait(lambda: "pinned" not in dashboard.text(f'[data-model="{SMALL}"] .states'))
 
 
-def test_the_playgrounds_numbers_are_the_apis(yard: Page) -> None:
+def test_the_playgrounds_numbers_are_the_apis(dashboard: Page) -> None:
     texts = ["The cat sits outside", "Un café, s'il vous plaît <b>& merci</b>", "猫坐在外面"]
-    yard.driver.execute_script(
+    dashboard.driver.execute_script(
         "const box = document.querySelector('#play-texts'); box.value = arguments[0]; "
         "box.dispatchEvent(new Event('input', {bubbles: true}))",
         "\n".join(texts),
     )
-    yard.find("#play-dimensions").send_keys("64")
-    yard.find("#play-run").click()
-    yard.find(".vectors summary")
-    for summary in yard.driver.find_elements("css selector", ".vectors summary"):
+    dashboard.find("#play-dimensions").send_keys("64")
+    dashboard.find("#play-run").click()
+    dashboard.find(".vectors summary")
+    for summary in dashboard.driver.find_elements("css selector", ".vectors summary"):
         summary.click()
-    yard.wait(lambda: yard.text(".vectors pre").count("]") == len(texts))
-    shown = [json.loads(line) for line in yard.text(".vectors pre").splitlines()]
-    cells = [float(cell) for cell in yard.text(".heat .warmth").split()]
+    dashboard.wait(lambda: dashboard.text(".vectors pre").count("]") == len(texts))
+    shown = [json.loads(line) for line in dashboard.text(".vectors pre").splitlines()]
+    cells = [float(cell) for cell in dashboard.text(".heat .warmth").split()]
     body = {"model": "all-MiniLM-L6-v2", "input": texts, "dimensions": 64}
-    answer = httpx.post(f"{yard.url}/v1/embeddings", json=body, headers={"authorization": f"Bearer {KEY}"}).json()
+    answer = httpx.post(f"{dashboard.url}/v1/embeddings", json=body, headers={"authorization": f"Bearer {KEY}"}).json()
     expected = [item["embedding"] for item in answer["data"]]
 
     assert np.allclose(shown, expected, rtol=0, atol=1e-6), "to rounding: another call may be cut into other batches"
@@ -137,113 +140,115 @@ def test_the_playgrounds_numbers_are_the_apis(yard: Page) -> None:
         for j, right in enumerate(expected):
             dot = sum(a * b for a, b in zip(left, right, strict=True))
             assert cells[i * len(texts) + j] == pytest.approx(dot, abs=0.0051)
-    assert f"3 vectors of 64, {answer['usage']['prompt_tokens']} tokens" in yard.text(".result")
-    assert re.search(r"forward\s+[\d.]+ ms", yard.text(".timing-list"))
-    assert '"dimensions":64' in yard.text("#code")
-    assert KEY not in yard.text("#code")
+    assert f"3 vectors of 64, {answer['usage']['prompt_tokens']} tokens" in dashboard.text(".result")
+    assert re.search(r"forward\s+[\d.]+ ms", dashboard.text(".timing-list"))
+    assert '"dimensions":64' in dashboard.text("#code")
+    assert KEY not in dashboard.text("#code")
 
 
-def test_the_same_call_can_be_copied_in_three_languages_and_is_kept_by_arrow_keys(yard: Page) -> None:
+def test_the_same_call_can_be_copied_in_three_languages_and_is_kept_by_arrow_keys(dashboard: Page) -> None:
     from selenium.webdriver.common.keys import Keys
 
-    yard.find("#tab-curl").click()
-    seen = [yard.text("#code")]
+    dashboard.find("#tab-curl").click()
+    seen = [dashboard.text("#code")]
     for _ in range(2):
-        yard.press(Keys.ARROW_RIGHT)
-        seen.append(yard.text("#code"))
+        dashboard.press(Keys.ARROW_RIGHT)
+        seen.append(dashboard.text("#code"))
 
     assert [code.split()[0] for code in seen] == ["curl", "import", "const"]
-    assert yard.focused() == "JavaScript"
-    assert all("all-MiniLM-L6-v2" in code and f"{yard.url}/v1" in code for code in seen)
+    assert dashboard.focused() == "JavaScript"
+    assert all("all-MiniLM-L6-v2" in code and f"{dashboard.url}/v1" in code for code in seen)
     assert not any(KEY in code for code in seen)
     compile(seen[1], "snippet.py", "exec")
 
 
-def test_a_refusal_in_the_playground_is_the_servers(yard: Page) -> None:
-    yard.driver.execute_script("document.querySelector('#play-dimensions').removeAttribute('max')")
-    yard.find("#play-dimensions").send_keys("5000")
-    yard.find("#play-run").click()
-    yard.wait(lambda: "384" in yard.text(".play .error"))
+def test_a_refusal_in_the_playground_is_the_servers(dashboard: Page) -> None:
+    dashboard.driver.execute_script("document.querySelector('#play-dimensions').removeAttribute('max')")
+    dashboard.find("#play-dimensions").send_keys("5000")
+    dashboard.find("#play-run").click()
+    dashboard.wait(lambda: "384" in dashboard.text(".play .error"))
 
-    assert all("400" in message for message in yard.take_log())
+    assert all("400" in message for message in dashboard.take_log())
 
 
-def test_the_last_minute_is_told_at_once_and_as_the_api_tells_it(yard: Page) -> None:
+def test_the_last_minute_is_told_at_once_and_as_the_api_tells_it(dashboard: Page) -> None:
     texts = ["The cat sits outside"] * 3
     post = {"model": "all-MiniLM-L6-v2", "input": texts}
     headers = {"authorization": f"Bearer {KEY}"}
-    httpx.post(f"{yard.url}/v1/embeddings", json=post, headers=headers).raise_for_status()
-    yard.driver.refresh()
-    shown = yard.wait(lambda: re.search(r"([\d.]+) texts/s", yard.text('[data-model="all-MiniLM-L6-v2"] .traffic')))
-    (minute,) = httpx.get(f"{yard.url}/admin/traffic", headers=headers).json()["data"]
+    httpx.post(f"{dashboard.url}/v1/embeddings", json=post, headers=headers).raise_for_status()
+    dashboard.driver.refresh()
+    shown = dashboard.wait(
+        lambda: re.search(r"([\d.]+) texts/s", dashboard.text('[data-model="all-MiniLM-L6-v2"] .traffic'))
+    )
+    (minute,) = httpx.get(f"{dashboard.url}/admin/traffic", headers=headers).json()["data"]
 
     assert shown is not None
     assert float(shown[1]) == pytest.approx(minute["texts_per_s"], rel=0.5)
-    assert re.search(r"p50 .+ · p95 .+", yard.text('[data-model="all-MiniLM-L6-v2"] .traffic'))
-    assert yard.find('[data-model="all-MiniLM-L6-v2"] .spark').get_attribute("aria-label")
+    assert re.search(r"p50 .+ · p95 .+", dashboard.text('[data-model="all-MiniLM-L6-v2"] .traffic'))
+    assert dashboard.find('[data-model="all-MiniLM-L6-v2"] .spark').get_attribute("aria-label")
 
 
-def test_everything_can_be_done_by_keyboard(yard: Page) -> None:
+def test_everything_can_be_done_by_keyboard(dashboard: Page) -> None:
     from selenium.webdriver.common.keys import Keys
 
     button = f'li[data-model="{SMALL}"] [data-do=preload]'
-    yard.wait(lambda: yard.find(button).is_enabled())
-    yard.driver.execute_script("document.querySelector(arguments[0]).focus()", button)
-    yard.press(Keys.ENTER)
-    yard.find("dialog.plan")
-    first = yard.focused()
-    yard.press(Keys.ESCAPE)
-    yard.wait(lambda: not yard.text("dialog.plan"))
-    back = yard.focused()
-    yard.press(Keys.ENTER)
-    yard.find("dialog.plan")
-    yard.press(Keys.ENTER)
-    yard.wait_for_state(SMALL, "ready")
-    yard.do("evict", SMALL)
-    yard.wait_for_state(SMALL, "cold")
+    dashboard.wait(lambda: dashboard.find(button).is_enabled())
+    dashboard.driver.execute_script("document.querySelector(arguments[0]).focus()", button)
+    dashboard.press(Keys.ENTER)
+    dashboard.find("dialog.plan")
+    first = dashboard.focused()
+    dashboard.press(Keys.ESCAPE)
+    dashboard.wait(lambda: not dashboard.text("dialog.plan"))
+    back = dashboard.focused()
+    dashboard.press(Keys.ENTER)
+    dashboard.find("dialog.plan")
+    dashboard.press(Keys.ENTER)
+    dashboard.wait_for_state(SMALL, "ready")
+    dashboard.do("evict", SMALL)
+    dashboard.wait_for_state(SMALL, "cold")
 
     assert (first, back) == ("Preload", f"Preload {SMALL}")
 
 
-def test_a_change_of_language_keeps_what_was_written_and_where_the_focus_was(yard: Page) -> None:
+def test_a_change_of_language_keeps_what_was_written_and_where_the_focus_was(dashboard: Page) -> None:
     from selenium.webdriver.common.keys import Keys
 
-    yard.find("#play-texts").clear()
-    yard.find("#play-texts").send_keys("mine")
-    yard.driver.execute_script("document.querySelector('#tools [lang]').focus()")
-    yard.press(Keys.ENTER)
-    yard.wait(lambda: "模型" in yard.text("#models-title"))
+    dashboard.find("#play-texts").clear()
+    dashboard.find("#play-texts").send_keys("mine")
+    dashboard.driver.execute_script("document.querySelector('#tools [lang]').focus()")
+    dashboard.press(Keys.ENTER)
+    dashboard.wait(lambda: "模型" in dashboard.text("#models-title"))
 
-    assert yard.focused() == "English"
-    assert yard.find("#play-texts").get_attribute("value") == "mine"
+    assert dashboard.focused() == "English"
+    assert dashboard.find("#play-texts").get_attribute("value") == "mine"
 
 
-def test_the_page_speaks_chinese_and_remembers_it(yard: Page) -> None:
-    yard.find("#tools button").click()
-    yard.wait(lambda: "模型" in yard.text("#models-title"))
-    yard.driver.refresh()
-    yard.wait(lambda: "模型" in yard.text("#models-title"))
+def test_the_page_speaks_chinese_and_remembers_it(dashboard: Page) -> None:
+    dashboard.find("#tools button").click()
+    dashboard.wait(lambda: "模型" in dashboard.text("#models-title"))
+    dashboard.driver.refresh()
+    dashboard.wait(lambda: "模型" in dashboard.text("#models-title"))
 
-    assert yard.driver.execute_script("return document.documentElement.lang") == "zh-CN"
-    assert "预载" in yard.text(".actions")
+    assert dashboard.driver.execute_script("return document.documentElement.lang") == "zh-CN"
+    assert "预载" in dashboard.text(".actions")
 
 
 @pytest.mark.parametrize(("width", "dark"), [(360, False), (768, True), (1280, True), (1920, False)])
 def test_every_screen_shows_it_whole_and_axe_finds_nothing_serious(
-    yard: Page, axe: str, width: int, *, dark: bool
+    dashboard: Page, axe: str, width: int, *, dark: bool
 ) -> None:
-    yard.emulate(width, dark=dark)
-    yard.find("#play-run").click()
-    yard.find(".heat")
-    overflow = yard.driver.execute_script("return document.documentElement.scrollWidth - innerWidth")
+    dashboard.emulate(width, dark=dark)
+    dashboard.find("#play-run").click()
+    dashboard.find(".heat")
+    overflow = dashboard.driver.execute_script("return document.documentElement.scrollWidth - innerWidth")
 
     assert overflow <= 0
-    assert serious_issues(yard, axe) == []
+    assert serious_issues(dashboard, axe) == []
 
 
-def test_the_door_and_the_plan_have_no_serious_issue(page: Page, yard: Page, axe: str) -> None:
-    yard.ask("preload", SMALL)
-    plan = serious_issues(yard, axe)
+def test_the_door_and_the_plan_have_no_serious_issue(page: Page, dashboard: Page, axe: str) -> None:
+    dashboard.ask("preload", SMALL)
+    plan = serious_issues(dashboard, axe)
     page.open()
     page.find("#key")
 
@@ -251,7 +256,7 @@ def test_the_door_and_the_plan_have_no_serious_issue(page: Page, yard: Page, axe
     assert serious_issues(page, axe) == []
 
 
-def test_the_first_paint_needs_less_than_150_kb(page: Page, yard: Page) -> None:
+def test_the_first_paint_needs_less_than_150_kb(page: Page, dashboard: Page) -> None:
     page.driver.execute_cdp_cmd("Network.clearBrowserCache", {})
     page.received_bytes()
     page.driver.refresh()
@@ -262,27 +267,27 @@ def test_the_first_paint_needs_less_than_150_kb(page: Page, yard: Page) -> None:
     print(f"first paint: {received:,} bytes")  # noqa: T201 - for the README; shown by -rP
 
 
-def test_the_documentation_wears_the_same_dress_and_knows_who_signed_in(yard: Page) -> None:
-    yard.find("#nav a:last-child").click()
-    yard.find(".opblock-tag")
+def test_the_documentation_wears_the_same_dress_and_knows_who_signed_in(dashboard: Page) -> None:
+    dashboard.find("#nav a:last-child").click()
+    dashboard.find(".opblock-tag")
 
-    assert yard.text(".top .brand") == "Embedyard"
-    yard.find(".authorize.locked")
+    assert dashboard.text(".top .brand") == "Embedyard"
+    dashboard.find(".authorize.locked")
 
 
 @pytest.fixture(scope="module")
-def quick_yard() -> Iterator[YardProcess]:
+def quick_server() -> Iterator[ServerProcess]:
     """Two fake GPUs and no key: it starts in a second."""
-    yard = YardProcess("--gpus", "2", "--load", "0.2")
-    yard.start()
-    yield yard
-    yard.stop()
+    dashboard = ServerProcess("--gpus", "2", "--load", "0.2")
+    dashboard.start()
+    yield dashboard
+    dashboard.stop()
 
 
 @pytest.fixture(scope="module")
-def open_page(quick_yard: YardProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+def open_page(quick_server: ServerProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
     driver = open_chromium(tmp_path_factory.mktemp("open"))
-    page = Page(driver, quick_yard.url)
+    page = Page(driver, quick_server.url)
     page.emulate(1280)
     page.open()
     yield page
@@ -322,15 +327,15 @@ def test_a_failure_is_told_with_its_cure_even_where_another_device_has_not_tried
 
 
 def test_an_open_server_asks_for_no_key_and_its_page_survives_a_restart(
-    quick_yard: YardProcess, open_page: Page
+    quick_server: ServerProcess, open_page: Page
 ) -> None:
     page = open_page
     page.do("preload", SMALL)
     page.wait_for_state(SMALL, "ready")
     log = page.take_log()
-    quick_yard.stop()
+    quick_server.stop()
     page.wait(lambda: "No connection" in page.text(".live"))
-    quick_yard.start()
+    quick_server.start()
     page.wait(lambda: page.text(".live") == "Live")
     page.wait_for_state(SMALL, "cold")
     page.do("preload", "bge-m3")

@@ -11,7 +11,7 @@ from router.app import create_app
 from router.backends.local import LocalBackend
 from router.config.settings import Settings
 from router.registry.registry import read_registry
-from tests.testkit.threaded_server import serving_in_thread
+from tests.testkit.servers import serving_in_thread
 
 KEY = "sk-contract"
 REGISTRY = Path(__file__).with_name("registry.yaml")

@@ -12,15 +12,15 @@ import httpx
 import pytest
 from click.testing import CliRunner
 
+from benchmarks.lib.models import RECIPES, quiet
+from benchmarks.lib.small_memory import EMBED
 from router.app import create_app
 from router.backends.local import open_local_backend
 from router.cli.main import cli
 from router.config.settings import Settings, read_settings
 from router.registry.registry import open_registry
 from tests.testkit.exposition import Exposition
-from tests.testkit.models import RECIPES, quiet
-from tests.testkit.small_memory import EMBED
-from tests.testkit.threaded_server import serving
+from tests.testkit.servers import serving
 
 ORIGINAL = {
     "API_KEY", "PORT", "MODEL_PATH", "DEVICE", "TARGET_DIM", "MAX_CONCURRENT_REQUESTS", "MAX_BATCH_SIZE",

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.lib.hub import LoopbackHub
+from benchmarks.lib.small_memory import Truth, build_truths, hub_config, real_server, specs_of
 from tests.deploy.proxies import DEPLOY
-from tests.testkit.hub import LoopbackHub
-from tests.testkit.small_memory import Truth, build_truths, hub_config, real_yard, specs_of
 
 NAME = "bert-cls"
 COMMANDS = re.findall(r"^tar .*?(?=\s+#|$)", (DEPLOY / "README.md").read_text(), re.MULTILINE)
@@ -31,13 +31,13 @@ async def test_a_restored_cache_serves_without_the_hub(truth: Truth, tmp_path: P
     specs = {NAME: specs_of({NAME: truth}, source="org/model")[NAME]}
     with LoopbackHub() as hub:
         hub.add("org/model", truth.folder)
-        async with real_yard(specs, hub=hub_config(hub, first / "hub")) as yard:
-            fetched = await yard.embed(NAME, truth.texts[:3])
+        async with real_server(specs, hub=hub_config(hub, first / "hub")) as server:
+            fetched = await server.embed(NAME, truth.texts[:3])
             run(COMMANDS[0], first)  # while it serves
         run(COMMANDS[1], second)
         num_requests = len(hub.requests)
-        async with real_yard(specs, hub=hub_config(hub, second / "hub", offline=True)) as yard:
-            restored = await yard.embed(NAME, truth.texts[:3])
+        async with real_server(specs, hub=hub_config(hub, second / "hub", offline=True)) as server:
+            restored = await server.embed(NAME, truth.texts[:3])
 
     assert len(COMMANDS) == 2
     assert len(hub.requests) == num_requests, "nobody was asked"

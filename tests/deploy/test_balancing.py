@@ -18,7 +18,7 @@ from router.config.settings import Settings
 from router.registry.registry import Registry
 from router.server.state import ServerState
 from tests.deploy.proxies import NAME, Proxy, caddy, is_here, nginx
-from tests.testkit.threaded_server import serving
+from tests.testkit.servers import serving
 
 Run = Callable[..., AbstractContextManager[Proxy]]
 MODELS = [f"org/model-{number}" for number in range(12)]

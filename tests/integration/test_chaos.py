@@ -20,6 +20,20 @@ import yaml
 from sentence_transformers.sentence_transformer.modules import Pooling
 from structlog.testing import capture_logs
 
+from benchmarks.lib import vocabularies
+from benchmarks.lib.hub import LoopbackHub
+from benchmarks.lib.models import WIDTH, bert_config, save, transformer
+from benchmarks.lib.small_memory import (
+    EMBED,
+    RealServer,
+    Truth,
+    build_truths,
+    hub_config,
+    real_server,
+    specs_of,
+    truth_of,
+)
+from benchmarks.lib.workloads import mixed
 from engines.batching.runner import Runner
 from engines.hub.partial_file import PartFile
 from engines.loading.loader import TorchLoader
@@ -30,13 +44,9 @@ from router.app import create_app
 from router.backends.local import open_local_backend
 from router.config.settings import Settings
 from router.registry.registry import Registry
-from tests.testkit import vocabularies
-from tests.testkit.hub import LoopbackHub
-from tests.testkit.live_server import serve_live
-from tests.testkit.models import WIDTH, bert_config, save, transformer
-from tests.testkit.small_memory import EMBED, RealYard, Truth, build_truths, hub_config, real_yard, specs_of, truth_of
-from tests.testkit.texts import mixed
-from tests.testkit.threaded_server import serving
+from tests.testkit.servers import serve_live, serving
+
+pytestmark = pytest.mark.slow
 
 NAMES = ("bert-cls", "mpnet-mean")
 READY_WITHIN_S = 15.0
@@ -188,13 +198,13 @@ async def test_a_disk_that_fills_up_during_a_download_is_said_so_and_the_next_tr
         hub.add("org/model", truths[name].folder)
         specs = {name: specs_of({name: truths[name]}, source="org/model")[name]}
         rules = PoolPolicy(retry_s=(0.2, 0.3))
-        async with real_yard(specs, rules=rules, hub=hub_config(hub, tmp_path)) as yard:
+        async with real_server(specs, rules=rules, hub=hub_config(hub, tmp_path)) as server:
             monkeypatch.setattr(PartFile, "append", lambda part, chunk: write_until_full(part, chunk, append))
-            answers = await asyncio.gather(*(yard.embed(name) for _ in range(3)))
+            answers = await asyncio.gather(*(server.embed(name) for _ in range(3)))
             left = parts(tmp_path)
-            health = await yard.client.get("/health")
+            health = await server.client.get("/health")
             monkeypatch.undo()
-            healed = await ask_until_served(yard, name)
+            healed = await ask_until_served(server, name)
 
     assert written > 150_000
     for answer in answers:
@@ -213,9 +223,9 @@ def parts(folder: Path) -> list[Path]:
     return [*folder.rglob("*.part")]
 
 
-async def ask_until_served(yard: RealYard, name: str) -> httpx.Response:
+async def ask_until_served(server: RealServer, name: str) -> httpx.Response:
     """As a client that obeys Retry-After."""
-    while (answer := await yard.embed(name)).status_code != 200:  # noqa: ASYNC110 - as clients do
+    while (answer := await server.embed(name)).status_code != 200:  # noqa: ASYNC110 - as clients do
         await asyncio.sleep(min(0.3, int(answer.headers["retry-after-ms"]) / 1000))
     return answer
 
@@ -232,14 +242,14 @@ async def test_a_clock_that_jumps_changes_no_answer(
     specs |= {"broken": specs_of({NAMES[0]: truths[NAMES[0]]}, source="/nowhere/at/all", model_id="broken")[NAMES[0]]}
     settings = Settings(grace_seconds=2.0, rate_limit_requests=3, rate_limit_window_s=600)
     wall = time.time
-    async with real_yard(specs, settings=settings) as yard:
-        first = [await yard.embed(NAMES[0]) for _ in range(2)]
-        broken = await yard.embed("broken")
+    async with real_server(specs, settings=settings) as server:
+        first = [await server.embed(NAMES[0]) for _ in range(2)]
+        broken = await server.embed("broken")
         monkeypatch.setattr(time, "time", lambda: wall() + jump_s)
-        after = [await yard.embed(NAMES[0]) for _ in range(2)]
+        after = [await server.embed(NAMES[0]) for _ in range(2)]
         await asyncio.sleep(0.2)  # for whatever would happen now
-        slot, failed = await yard.slot(NAMES[0]), await yard.slot("broken")
-        probes = [(await yard.client.get(path)).status_code for path in ("/health", "/ready", "/metrics")]
+        slot, failed = await server.slot(NAMES[0]), await server.slot("broken")
+        probes = [(await server.client.get(path)).status_code for path in ("/health", "/ready", "/metrics")]
 
     assert [answer.status_code for answer in first] == [200, 200]
     assert broken.json()["error"]["code"] == "model_load_failed"
@@ -263,14 +273,14 @@ async def test_a_forward_pass_that_raises_fails_its_own_callers_and_no_one_else(
             raise RuntimeError("a kernel failed at /secret/place")
         return forward(runner, entries)  # type: ignore[arg-type]  # as above
 
-    async with real_yard(specs_of(truths)) as yard:
-        await asyncio.gather(*(yard.embed(name) for name in NAMES))
+    async with real_server(specs_of(truths)) as server:
+        await asyncio.gather(*(server.embed(name) for name in NAMES))
         monkeypatch.setattr(Runner, "_forward", raise_for_poison)
         with capture_logs() as lines:
-            bad = await yard.embed(NAMES[0], ["the"])
-            good = await yard.embed(NAMES[0], truths[NAMES[0]].texts[:2])
-            other = await yard.embed(NAMES[1], truths[NAMES[1]].texts[:2])
-            slot, health = await yard.slot(NAMES[0]), await yard.client.get("/health")
+            bad = await server.embed(NAMES[0], ["the"])
+            good = await server.embed(NAMES[0], truths[NAMES[0]].texts[:2])
+            other = await server.embed(NAMES[1], truths[NAMES[1]].texts[:2])
+            slot, health = await server.slot(NAMES[0]), await server.client.get("/health")
     error = bad.json()["error"]
 
     assert (bad.status_code, error["type"], error["code"]) == (500, "server_error", "internal_error")
@@ -395,12 +405,12 @@ async def test_a_hub_that_is_away_is_the_trouble_of_models_that_are_not_here_yet
         specs = {name: specs_of({name: truths[name]}, source=f"org/{name}")[name] for name in NAMES}
         specs |= {"absent": specs_of({NAMES[0]: truths[NAMES[0]]}, source="org/absent", model_id="absent")[NAMES[0]]}
         config = hub_config(hub, tmp_path, timeout_s=0.4, attempts=2)
-        async with real_yard(specs, hub=config) as first:
+        async with real_server(specs, hub=config) as first:
             assert [(await first.embed(name)).status_code for name in NAMES] == [200, 200]
-    async with real_yard(specs, hub=config) as yard:
-        absent = await yard.embed("absent")
-        here = [await yard.embed(name, truths[name].texts[:2]) for name in NAMES]
-        ready = await yard.client.get("/ready")
+    async with real_server(specs, hub=config) as server:
+        absent = await server.embed("absent")
+        here = [await server.embed(name, truths[name].texts[:2]) for name in NAMES]
+        ready = await server.client.get("/ready")
 
     assert (absent.status_code, absent.json()["error"]["code"]) == (503, "model_load_failed")
     assert "cannot be reached" in absent.json()["error"]["message"]

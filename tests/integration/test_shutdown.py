@@ -10,8 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.testkit.live_server import serve_live
-from tests.testkit.processes import process
+from tests.testkit.servers import serve_fake, serve_live
 
 EMBED = "/v1/embeddings"
 
@@ -42,7 +41,7 @@ class Client(threading.Thread):
 
 
 def test_under_64_clients_every_admitted_request_is_answered() -> None:
-    with process("0.2", "10") as server, server.client() as connections:
+    with serve_fake("0.2", "10") as server, server.client() as connections:
         clients = [Client(connections) for _ in range(64)]
         for client in clients:
             client.start()
@@ -65,7 +64,7 @@ def test_under_64_clients_every_admitted_request_is_answered() -> None:
 
 
 def test_while_it_drains_it_says_so_to_everyone_and_serves_what_it_has() -> None:
-    with process("1.5", "10") as server, server.client() as client, ThreadPoolExecutor() as threads:
+    with serve_fake("1.5", "10") as server, server.client() as client, ThreadPoolExecutor() as threads:
         slow = threads.submit(httpx.post, server.url + EMBED, json=BODY, timeout=10)
         server.wait_for_leases(1)
         server.tell(signal.SIGTERM)
@@ -86,7 +85,7 @@ def test_while_it_drains_it_says_so_to_everyone_and_serves_what_it_has() -> None
 
 
 def test_what_is_not_done_at_the_end_of_the_grace_time_is_told_so() -> None:
-    with process("60", "0.3") as server, ThreadPoolExecutor() as threads:
+    with serve_fake("60", "0.3") as server, ThreadPoolExecutor() as threads:
         stuck = threads.submit(httpx.post, server.url + EMBED, json=BODY, timeout=10)
         server.wait_for_leases(1)
         server.tell(signal.SIGTERM)
@@ -100,7 +99,7 @@ def test_what_is_not_done_at_the_end_of_the_grace_time_is_told_so() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_it_at_once(number: signal.Signals) -> None:
-    with process("60", "30") as server, ThreadPoolExecutor() as threads:
+    with serve_fake("60", "30") as server, ThreadPoolExecutor() as threads:
         stuck = threads.submit(httpx.post, server.url + EMBED, json=BODY, timeout=10)
         server.wait_for_leases(1)
         server.tell(signal.SIGTERM)
@@ -118,7 +117,7 @@ def test_a_second_signal_ends_it_at_once(number: signal.Signals) -> None:
 
 
 def test_a_device_that_hangs_fails_health_tells_its_callers_and_cannot_keep_the_process() -> None:
-    with process("60", "0", "hang") as server, server.client() as client:
+    with serve_fake("60", "0", "hang") as server, server.client() as client:
         before = client.get("/health")
         answer = client.post(EMBED, json=BODY)
         health = client.get("/health")

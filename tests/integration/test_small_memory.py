@@ -1,4 +1,4 @@
-"""The yard under load, over real sockets and real engines: budgets, herds, turns, and who gets what."""
+"""The server under load, over real sockets and real engines: budgets, herds, turns, and who gets what."""
 
 import asyncio
 import itertools
@@ -10,22 +10,35 @@ import httpx
 import pytest
 from structlog.testing import capture_logs
 
+from benchmarks.lib.hub import Hold, LoopbackHub
+from benchmarks.lib.small_memory import (
+    EIGHT,
+    Truth,
+    ask,
+    build_truths,
+    crowd,
+    following,
+    hub_config,
+    measure,
+    real_server,
+    specs_of,
+    unexplained,
+)
 from engines.pool.runtime import LOAD_LOCK, Task
 from engines.pool.slot import PoolPolicy
 from engines.types import Event
-from tests.testkit.crowd import ask, crowd, unexplained
-from tests.testkit.hub import Hold, LoopbackHub
-from tests.testkit.small_memory import EIGHT, Truth, build_truths, following, hub_config, measure, real_yard, specs_of
+
+pytestmark = pytest.mark.slow
 
 SECONDS = 8.0
-"""A minute in earnest: `python -m benchmarks.crowd`."""
+"""A minute in earnest: `python -m benchmarks.lifecycle.endurance crowd`."""
 NUM_TURNS = 4
 RESIDENCY_S = 0.5
 
 
 @pytest.fixture(scope="module")
 def truths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Truth]:
-    return build_truths(tmp_path_factory.mktemp("yard"))
+    return build_truths(tmp_path_factory.mktemp("server"))
 
 
 @pytest.fixture
@@ -53,9 +66,9 @@ async def test_a_cold_model_is_fetched_and_loaded_once_for_twenty(truths: dict[s
     with LoopbackHub() as hub:
         hub.add("org/bert", truths[name].folder)
         specs = {name: specs_of({name: truths[name]}, source="org/bert")[name]}
-        async with real_yard(specs, hub=hub_config(hub, tmp_path)) as yard:
-            await asyncio.gather(*(ask(yard, truths[name], name, rng) for _ in range(20)))
-            slot = await yard.slot(name)
+        async with real_server(specs, hub=hub_config(hub, tmp_path)) as server:
+            await asyncio.gather(*(ask(server, truths[name], name, rng) for _ in range(20)))
+            slot = await server.slot(name)
 
     assert (slot["loads"], slot["leases"], slot["waiters"]) == (1, 0, 0)
     assert hub.downloads("org/bert", "model.safetensors") == 2, "its header, to know the size first; then all of it"
@@ -67,17 +80,17 @@ async def test_the_first_requester_leaves_and_the_second_is_answered(truths: dic
     with LoopbackHub() as hub:
         hub.add("org/bert", truths[name].folder)
         specs = {name: specs_of({name: truths[name]}, source="org/bert")[name]}
-        async with real_yard(specs, hub=hub_config(hub, tmp_path)) as yard:
-            await yard.client.get(f"/admin/plan?model={name}")  # the size is asked for before the hub is slow
+        async with real_server(specs, hub=hub_config(hub, tmp_path)) as server:
+            await server.client.get(f"/admin/plan?model={name}")  # the size is asked for before the hub is slow
             hub.fail("org/bert", hold, file="model.safetensors")
             with pytest.raises(httpx.ReadTimeout):
-                await yard.client.post("/v1/embeddings", json={"input": "x", "model": name}, timeout=0.6)
-            await yard.until(name, waiters=0, state="fetching")
-            second = asyncio.create_task(ask(yard, truths[name], name, random.Random(2)))
-            await yard.until(name, waiters=1)
+                await server.client.post("/v1/embeddings", json={"input": "x", "model": name}, timeout=0.6)
+            await server.until(name, waiters=0, state="fetching")
+            second = asyncio.create_task(ask(server, truths[name], name, random.Random(2)))
+            await server.until(name, waiters=1)
             hub.heal()
             await second
-            slot = await yard.slot(name)
+            slot = await server.slot(name)
 
     assert (slot["loads"], slot["leases"], slot["waiters"]) == (1, 0, 0)
     assert hub.downloads("org/bert", "model.safetensors") == 2
@@ -87,9 +100,9 @@ async def test_of_a_hundred_waiters_sixty_leave_and_no_lease_is_lost(truths: dic
     """They leave while the load waits for its lock, while it runs, and while the answers are on their way."""
     name = "bert-cls"
     rng = random.Random(3)
-    async with real_yard(specs_of({name: truths[name]})) as yard:
+    async with real_server(specs_of({name: truths[name]})) as server:
         with LOAD_LOCK.held(Task("a test", 60.0)):
-            tasks = [asyncio.create_task(ask(yard, truths[name], name, random.Random(seed))) for seed in range(100)]
+            tasks = [asyncio.create_task(ask(server, truths[name], name, random.Random(seed))) for seed in range(100)]
             await asyncio.sleep(0)
             leavers = rng.sample(tasks, 60)
             for task in leavers[:20]:
@@ -98,7 +111,7 @@ async def test_of_a_hundred_waiters_sixty_leave_and_no_lease_is_lost(truths: dic
         for task in leavers[20:]:
             asyncio.get_running_loop().call_later(rng.uniform(0, 1.0), task.cancel)
         outcomes = await asyncio.gather(*tasks, return_exceptions=True)
-        slot = await yard.until(name, leases=0, waiters=0)
+        slot = await server.until(name, leases=0, waiters=0)
     stayed = [outcome for task, outcome in zip(tasks, outcomes, strict=True) if task not in leavers]
 
     assert stayed == [None] * 40
@@ -118,13 +131,16 @@ async def test_two_models_that_cannot_both_fit_take_turns(truths: dict[str, Trut
     async def keep_asking(name: str, seed: int) -> None:
         rng = random.Random(seed)
         while not is_seen.is_set():
-            await ask(yard, pair[name], name, rng)
+            await ask(server, pair[name], name, rng)
             asked[name] += 1
             if len(turns_of(events)) >= NUM_TURNS and min(asked[name] for name in pair) >= 10:
                 is_seen.set()
 
     with capture_logs() as logged:
-        async with real_yard(specs, budget_bytes=budget, state=state, rules=rules) as yard, following(yard) as events:
+        async with (
+            real_server(specs, budget_bytes=budget, state=state, rules=rules) as server,
+            following(server) as events,
+        ):
             await asyncio.gather(*(keep_asking(name, seed) for seed in range(6) for name in pair))
     turns = turns_of(events)
     gaps = [later.time_s - earlier.time_s for earlier, later in itertools.pairwise(turns)]

@@ -1,21 +1,11 @@
-"""Clocks that tests move."""
+"""The clock of tests; `engines.testing.runtime.FakeTime` is the one that also has timers, for hosts."""
 
 
 class FakeClock:
-    """Seconds that pass when the test says so."""
+    """Seconds that pass when the test says so; calling it reads it."""
 
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-class HandClock:
-    """Seconds; calling it reads it."""
-
-    def __init__(self) -> None:
-        self.now_s = 1000.0
+    def __init__(self, now_s: float = 1000.0) -> None:
+        self.now_s = now_s
 
     def __call__(self) -> float:
         return self.now_s

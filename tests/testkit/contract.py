@@ -4,7 +4,7 @@ from typing import Any
 
 import httpx
 
-from tests.testkit.served import MAX_BODY_BYTES
+from tests.testkit.servers import MAX_BODY_BYTES
 
 INVALID = "invalid_request_error"
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks.lib.engine_kit import Kit, embed
+from benchmarks.lib.models import WIDTH
 from engines.errors import BadModel
-from tests.testkit.engine_kit import Kit, embed
-from tests.testkit.models import WIDTH
 
 # What a refusal may tell people to do.
 _CURES = (

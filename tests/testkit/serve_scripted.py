@@ -13,8 +13,8 @@ from router.app import create_app
 from router.config.settings import Settings
 from router.observability.logs import configure_logging
 from router.server.uvicorn_server import listen, run_until_told_to_stop
-from tests.testkit.scripted_backend import ScriptedBackend
-from tests.testkit.served import REGISTRY
+from tests.testkit.backends import ScriptedBackend
+from tests.testkit.servers import REGISTRY
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.measure import interleave, percentile, quotient, speedup
+from benchmarks.lib.measure import interleave, percentile, quotient, speedup
 
 
 def test_every_run_has_its_turn_in_every_round_and_another_one_begins_each_time() -> None:

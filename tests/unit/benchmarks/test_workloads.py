@@ -2,8 +2,8 @@
 
 import pytest
 
-from benchmarks import workloads
-from benchmarks.workloads import LENGTHS, NAMES, make
+from benchmarks.lib import workloads
+from benchmarks.lib.workloads import LENGTHS, NAMES, make
 
 
 def words(text: str) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.testkit.engine_kit import Kit
+from benchmarks.lib.engine_kit import Kit
 
 
 @pytest.fixture(scope="session")

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.lib.engine_kit import Kit
+from benchmarks.lib.models import RECIPES
 from engines.planner import native_width
 from engines.spec import ModelSpec
-from tests.testkit.engine_kit import Kit
-from tests.testkit.models import RECIPES
 
 
 @pytest.mark.parametrize("name", RECIPES)

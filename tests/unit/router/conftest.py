@@ -7,8 +7,8 @@ from litestar import Litestar
 
 from router.app import create_app
 from router.config.settings import Settings
-from tests.testkit.scripted_backend import ScriptedBackend
-from tests.testkit.served import MAX_BODY_BYTES, REGISTRY, Served, serve
+from tests.testkit.backends import ScriptedBackend
+from tests.testkit.servers import MAX_BODY_BYTES, REGISTRY, Served, serve
 
 
 @pytest.fixture

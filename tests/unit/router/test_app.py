@@ -6,9 +6,8 @@ from litestar import Litestar
 
 from router.app import create_app
 from router.config.settings import Settings
-from tests.testkit.scripted_backend import ScriptedBackend
-from tests.testkit.served import REGISTRY
-from tests.testkit.threaded_server import serving
+from tests.testkit.backends import ScriptedBackend
+from tests.testkit.servers import REGISTRY, serving
 
 ORIGIN = "https://app.example.com"
 PREFLIGHT = {

@@ -9,7 +9,7 @@ from structlog.testing import capture_logs
 from engines import errors as engine
 from router.errors import TABLE, ClientLeft, classify
 from tests.testkit.contract import BAD_BODIES, CODES, EMBED, INVALID, TYPES, assert_envelope
-from tests.testkit.served import MAX_BODY_BYTES, Served
+from tests.testkit.servers import MAX_BODY_BYTES, Served
 
 BAD_ROUTES: list[tuple[str, str, Any, int, str, str | None]] = [
     ("GET", "/v1/embeddings", None, 405, "method_not_allowed", None),

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.lib.engine_kit import Kit, assert_same, embed
 from engines.batching.autotune import BatchSizeSearch, BatchSizeTuner, TunedBatchSize, TuningStore
 from engines.device.torch_runtime import device_name, finisher
 from engines.inputs.tokenizer import Ids, Tokenizer, TokenizerLimits
 from engines.loading.loader import LoaderSettings
 from tests.testkit.encoders import Letters, ScriptedEncoder
-from tests.testkit.engine_kit import Kit, assert_same, embed
 
 
 def make_tuner(encoder: ScriptedEncoder, sizes: tuple[int, ...], kept: list[TunedBatchSize]) -> BatchSizeTuner:

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from benchmarks.lib.engine_kit import Kit, Vectors, assert_same, embed
+from benchmarks.lib.models import RECIPES
+from benchmarks.lib.workloads import mixed
 from engines.batching.engine import EmbeddingEngine
 from engines.loading.loader import LoaderSettings
 from engines.types import EmbedCall
-from tests.testkit.engine_kit import Kit, Vectors, assert_same, embed
-from tests.testkit.models import RECIPES
-from tests.testkit.texts import mixed
 
 POOL = (*mixed(20, seed=9, longest_words=80), "a", "a a", "你好")
 

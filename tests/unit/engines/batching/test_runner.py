@@ -18,7 +18,7 @@ from engines.batching.runner import Runner
 from engines.errors import EngineFailed, OutOfMemory
 from engines.inputs.tokenizer import Ids, TokenizedRequest
 from engines.models.base import Encoder
-from tests.testkit.clocks import HandClock
+from tests.testkit.clocks import FakeClock
 
 ALLOCATORS = {
     "torch": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
@@ -133,7 +133,7 @@ def test_a_text_for_which_there_is_no_room_at_all_is_told_so() -> None:
 
 
 def test_the_limit_grows_back_with_time() -> None:
-    clock = HandClock()
+    clock = FakeClock()
     runner = _runner(Encoding(100, MemoryError()), clock)
     wish = BatchLimits(400, 64)
 
@@ -149,7 +149,7 @@ def test_the_limit_grows_back_with_time() -> None:
 
 
 def test_a_limit_that_is_met_again_soon_is_tried_less_and_less_often() -> None:
-    clock = HandClock()
+    clock = FakeClock()
     encoder = Encoding(100, MemoryError())
     runner = _runner(encoder, clock)
     num_refused = 0

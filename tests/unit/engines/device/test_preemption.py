@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from benchmarks.lib.engine_kit import Kit
 from engines.device.scheduler import DeviceScheduler
 from engines.loading import loader
 from engines.models.verification import select_forward_path
-from tests.testkit.engine_kit import Kit
 from tests.testkit.scheduling import ScriptedSource, TaskLog
 
 

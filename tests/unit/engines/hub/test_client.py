@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 import pytest
 
+from benchmarks.lib import hub as loopback
+from benchmarks.lib.hub import LISTING, LoopbackHub
 from engines.errors import (
     AccessDenied,
     BrokenFiles,
@@ -23,8 +25,6 @@ from engines.errors import (
 )
 from engines.hub.client import HubClient, HubConfig
 from engines.hub.partial_file import FileEntry
-from tests.testkit import hub as loopback
-from tests.testkit.hub import LISTING, LoopbackHub
 
 REPO = "org/model"
 BIG = "model.safetensors"

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.lib.engine_kit import Kit, embed
+from benchmarks.lib.small_memory import RealServer, Truth, build_truths, real_server, specs_of
 from engines.hub.store import ModelStore
 from engines.loading.builders import _read_model
 from engines.pool.slot import PoolPolicy
 from engines.spec import ModelSpec
 from engines.types import ModelFiles
-from tests.testkit.engine_kit import Kit, embed
-from tests.testkit.small_memory import RealYard, Truth, build_truths, real_yard, specs_of
 
 NAME, OTHER = "bert-cls", "mpnet-mean"
 RECIPES = ("bert-cls", "t5-mean-dense", "static", "bert-pickled")
@@ -26,7 +26,7 @@ TEXTS = ["one text", "and another one"]
 CHILD = """
 import asyncio, sys
 from pathlib import Path
-from tests.testkit.engine_kit import Kit, embed
+from benchmarks.lib.engine_kit import Kit, embed
 
 kit = Kit(Path("unused"))
 engine = kit.load(Path(sys.argv[1]))
@@ -107,8 +107,8 @@ def _replace(folder: Path, other: Path) -> None:
     shutil.copytree(other, folder)
 
 
-async def _ask(yard: RealYard, truth: Truth) -> None:
-    answer = await yard.embed(NAME, truth.texts[:3])
+async def _ask(server: RealServer, truth: Truth) -> None:
+    answer = await server.embed(NAME, truth.texts[:3])
     assert answer.status_code == 200, answer.text
     truth.check(range(3), answer.json()["data"])
 
@@ -123,14 +123,14 @@ async def test_a_folder_that_changed_while_its_model_was_out_of_memory_is_served
     truths: dict[str, Truth], tmp_path: Path
 ) -> None:
     folder, specs = _folder_of(truths, tmp_path)
-    async with real_yard(specs, state=tmp_path / "state") as yard:
-        await _ask(yard, truths[NAME])
-        before = (await yard.slot(NAME))["revision"]
-        await yard.client.post(f"/admin/models/{NAME}/evict", json={})
+    async with real_server(specs, state=tmp_path / "state") as server:
+        await _ask(server, truths[NAME])
+        before = (await server.slot(NAME))["revision"]
+        await server.client.post(f"/admin/models/{NAME}/evict", json={})
         _replace(folder, truths[OTHER].folder)
 
-        await _ask(yard, truths[OTHER])
-        slot = await yard.slot(NAME)
+        await _ask(server, truths[OTHER])
+        slot = await server.slot(NAME)
 
     assert slot["revision"] != before
     assert (slot["state"], slot["last_error"]) == ("ready", None)
@@ -140,11 +140,11 @@ async def test_a_folder_that_changed_before_its_first_load_is_served_as_it_is(
     truths: dict[str, Truth], tmp_path: Path
 ) -> None:
     folder, specs = _folder_of(truths, tmp_path)
-    async with real_yard(specs, state=tmp_path / "state") as yard:
-        await yard.until(NAME, state="cold")
+    async with real_server(specs, state=tmp_path / "state") as server:
+        await server.until(NAME, state="cold")
         _replace(folder, truths[OTHER].folder)
 
-        await _ask(yard, truths[OTHER])
+        await _ask(server, truths[OTHER])
 
 
 class Loads:
@@ -169,8 +169,8 @@ async def test_a_folder_that_changes_during_a_load_is_loaded_once_more(
     folder, specs = _folder_of(truths, tmp_path)
     loads = Loads(monkeypatch)
     loads.during = [lambda: _replace(folder, truths[OTHER].folder)]
-    async with real_yard(specs, state=tmp_path / "state") as yard:
-        await _ask(yard, truths[OTHER])
+    async with real_server(specs, state=tmp_path / "state") as server:
+        await _ask(server, truths[OTHER])
 
     assert loads.num == 2
 
@@ -181,12 +181,12 @@ async def test_a_folder_that_goes_on_changing_is_said_to_and_served_later(
     folder, specs = _folder_of(truths, tmp_path)
     loads = Loads(monkeypatch)
     loads.during = [lambda: os.utime(folder / WEIGHTS)] * 2
-    async with real_yard(specs, state=tmp_path / "state", rules=PoolPolicy(retry_s=(0.2, 0.2))) as yard:
-        answer = await yard.embed(NAME)
-        while (later := await yard.embed(NAME)).status_code != 200:
+    async with real_server(specs, state=tmp_path / "state", rules=PoolPolicy(retry_s=(0.2, 0.2))) as server:
+        answer = await server.embed(NAME)
+        while (later := await server.embed(NAME)).status_code != 200:
             assert later.status_code == 503
             await asyncio.sleep(0.1)
-        await _ask(yard, truths[NAME])
+        await _ask(server, truths[NAME])
 
     error = answer.json()["error"]
     assert (answer.status_code, error["code"]) == (503, "model_load_failed")
@@ -198,13 +198,13 @@ async def test_a_folder_that_has_gone_is_said_so_and_served_when_it_is_back(
     truths: dict[str, Truth], tmp_path: Path
 ) -> None:
     folder, specs = _folder_of(truths, tmp_path)
-    async with real_yard(specs, state=tmp_path / "state", rules=PoolPolicy(retry_denied_s=(0.2, 0.2))) as yard:
-        await yard.until(NAME, state="cold")
+    async with real_server(specs, state=tmp_path / "state", rules=PoolPolicy(retry_denied_s=(0.2, 0.2))) as server:
+        await server.until(NAME, state="cold")
         shutil.move(folder, tmp_path / "away")
-        gone = await yard.embed(NAME)
+        gone = await server.embed(NAME)
         shutil.move(tmp_path / "away", folder)
         await asyncio.sleep(0.25)
-        await _ask(yard, truths[NAME])
+        await _ask(server, truths[NAME])
 
     assert gone.status_code == 503
     assert "is not there" in gone.json()["error"]["message"]

@@ -17,6 +17,8 @@ import pytest
 from huggingface_hub import hf_hub_download, snapshot_download
 from msgspec import structs
 
+from benchmarks.lib import hub as loopback
+from benchmarks.lib.hub import LISTING, LoopbackHub
 from engines.errors import (
     AccessDenied,
     BadModel,
@@ -37,8 +39,6 @@ from engines.hub.repository import FreeBytes
 from engines.hub.store import ModelStore, free_disk_bytes
 from engines.spec import ModelSpec
 from engines.types import ModelFiles
-from tests.testkit import hub as loopback
-from tests.testkit.hub import LISTING, LoopbackHub
 from tests.testkit.model_folders import (
     POOLING,
     TRANSFORMER,

@@ -8,11 +8,11 @@ import pytest
 from tokenizers import AddedToken, models
 from tokenizers import Tokenizer as FastTokenizer
 
+from benchmarks.lib import vocabularies
 from engines.errors import ContextLengthExceeded, InvalidValue
 from engines.inputs.prompts import PromptTemplate
 from engines.inputs.tokenizer import Tokenizer, TokenizerLimits
 from engines.spec import Truncate
-from tests.testkit import vocabularies
 
 BARE = PromptTemplate()
 FAMILIES: list[Callable[[], Any]] = [

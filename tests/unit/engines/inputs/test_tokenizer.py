@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as FastTokenizer
 
+from benchmarks.lib import vocabularies
+from benchmarks.lib.workloads import SENTENCES, text
 from engines.errors import ContextLengthExceeded, InvalidTokenId, InvalidValue, UnsupportedModel
 from engines.inputs import token_ids
 from engines.inputs import tokenizer as clipping
@@ -17,8 +19,6 @@ from engines.inputs import tokenizer as tokenize
 from engines.inputs.prompts import PromptTemplate
 from engines.inputs.tokenizer import Backend, TokenizedRequest, Tokenizer, TokenizerLimits, clips
 from engines.spec import Truncate
-from tests.testkit import vocabularies
-from tests.testkit.texts import SENTENCES, text
 
 BARE = PromptTemplate()
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
+from benchmarks.lib import vocabularies
+from benchmarks.lib.engine_kit import Kit
+from benchmarks.lib.models import edit_json
 from engines.errors import BrokenFiles, UnsupportedModel
 from engines.inputs.vocabulary import MAX_FILE_BYTES, check_vocabulary
-from tests.testkit import vocabularies
-from tests.testkit.engine_kit import Kit
-from tests.testkit.models import edit_json
 from tests.testkit.refusals import refusal
 
 

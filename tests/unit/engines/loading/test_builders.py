@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from structlog.testing import capture_logs
 from transformers import AutoModel, BartConfig, BertModel
 
+from benchmarks.lib import vocabularies
+from benchmarks.lib.engine_kit import Kit, assert_same, embed, encode
+from benchmarks.lib.models import edit_json, reference, transformer
+from benchmarks.lib.workloads import SENTENCES
 from engines.errors import BrokenFiles, OutOfMemory, UnsupportedModel
-from tests.testkit import vocabularies
-from tests.testkit.engine_kit import Kit, assert_same, embed, encode
-from tests.testkit.models import edit_json, reference, transformer
 from tests.testkit.refusals import refusal
-from tests.testkit.texts import SENTENCES
 
 TEXTS = list(SENTENCES[:8])
 WEIGHTS = "model.safetensors"

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from benchmarks.lib.engine_kit import Kit
+from benchmarks.lib.models import edit_json
 from engines.errors import BadModel, BrokenFiles, UnsupportedModel
 from engines.loading.folder import read_folder
-from tests.testkit.engine_kit import Kit
-from tests.testkit.models import edit_json
 from tests.testkit.refusals import refusal
 
 PLAIN = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}

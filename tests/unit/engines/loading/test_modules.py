@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.lib.engine_kit import Kit, assert_same, embed, encode
+from benchmarks.lib.models import WIDTH, dense, edit_json, reference
+from benchmarks.lib.workloads import SENTENCES
 from engines.errors import BrokenFiles, UnsupportedModel
 from engines.loading.folder import pooling_of
-from tests.testkit.engine_kit import Kit, assert_same, embed, encode
-from tests.testkit.models import WIDTH, dense, edit_json, reference
 from tests.testkit.refusals import refusal
-from tests.testkit.texts import SENTENCES
 
 TEXTS = list(SENTENCES[:6])
 DENSE = "2_Dense"

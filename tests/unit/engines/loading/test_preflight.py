@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, GPTJConfig
 
+from benchmarks.lib import vocabularies
+from benchmarks.lib.engine_kit import Kit
+from benchmarks.lib.models import RECIPES, configure, edit_json
 from engines.errors import BrokenFiles
 from engines.loading.preflight import check_proportions
-from tests.testkit import vocabularies
-from tests.testkit.engine_kit import Kit
 from tests.testkit.model_folders import write_json
-from tests.testkit.models import RECIPES, configure, edit_json
 from tests.testkit.refusals import refusal
 
 WEIGHTS = "model.safetensors"

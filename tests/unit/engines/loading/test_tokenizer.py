@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from benchmarks.lib import vocabularies
+from benchmarks.lib.engine_kit import Kit, assert_same, embed
+from benchmarks.lib.models import edit_json, to_legacy
+from benchmarks.lib.workloads import SENTENCES
 from engines.errors import BrokenFiles, UnsupportedModel
-from tests.testkit import vocabularies
-from tests.testkit.engine_kit import Kit, assert_same, embed
-from tests.testkit.models import edit_json, to_legacy
 from tests.testkit.refusals import refusal
-from tests.testkit.texts import SENTENCES
 
 TEXTS = list(SENTENCES[:6])
 

@@ -12,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from benchmarks.latency import encoder_of, forget_graphs, has_graphs
+from benchmarks.gpu import encoder_of, forget_graphs, has_graphs
+from benchmarks.lib.engine_kit import Kit
+from benchmarks.lib.models import RECIPES
 from engines.errors import OutOfMemory
 from engines.inputs.tokenizer import Ids
 from engines.layers import attention
@@ -25,8 +27,6 @@ from engines.models.prepacked import PrepackedWeights
 from engines.models.transformer import TransformerEncoder
 from engines.models.verification import distance
 from tests.testkit.encoders import FakeGraphCapturer, varlen
-from tests.testkit.engine_kit import Kit
-from tests.testkit.models import RECIPES
 
 CPU = torch.device("cpu")
 BIASED = ("mpnet-mean", "t5-mean-dense")

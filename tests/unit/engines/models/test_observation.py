@@ -23,14 +23,14 @@ from transformers import (
     PhimoeConfig,
 )
 
+from benchmarks.lib import vocabularies
+from benchmarks.lib.engine_kit import Kit, assert_same, embed, encode
+from benchmarks.lib.models import WIDTH, configure, edit_json, reference, save, to_legacy, transformer
+from benchmarks.lib.workloads import text
 from engines.models.observation import BOUNDED_ROWS, NOT_UNDERSTOOD, Call, Observed, observe
 from engines.planner import native_width
 from engines.spec import ModelSpec
-from tests.testkit import vocabularies
-from tests.testkit.engine_kit import Kit, assert_same, embed, encode
 from tests.testkit.model_folders import POOLING, TRANSFORMER, write_json, write_modules
-from tests.testkit.models import WIDTH, configure, edit_json, reference, save, to_legacy, transformer
-from tests.testkit.texts import text
 
 SHAPE: dict[str, Any] = {
     "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96,

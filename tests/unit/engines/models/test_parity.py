@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch.nn.functional import layer_norm, normalize
 
+from benchmarks.lib.engine_kit import Kit, answer, assert_same, embed, encode
+from benchmarks.lib.models import RECIPES
+from benchmarks.lib.workloads import SENTENCES, mixed, text
 from engines.spec import Matryoshka
-from tests.testkit.engine_kit import Kit, answer, assert_same, embed, encode
-from tests.testkit.models import RECIPES
-from tests.testkit.texts import SENTENCES, mixed, text
+
+pytestmark = pytest.mark.slow
 
 NAMES = sorted(RECIPES)
 TEXTS = mixed(18, seed=1)

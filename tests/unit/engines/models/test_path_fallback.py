@@ -4,14 +4,14 @@ import pytest
 
 from engines.models.base import ForwardPathFailed
 from engines.models.transformer import FIRST_WAIT_S, LONGEST_WAIT_S, PathFallback
-from tests.testkit.clocks import HandClock
+from tests.testkit.clocks import FakeClock
 
 
 class Model:
     """A model with a fast path, which a test can make wrong, and a plain one."""
 
     def __init__(self) -> None:
-        self.clock = HandClock()
+        self.clock = FakeClock()
         self.path = "fast"
         self.is_right = True
         self.num_checks = 0

@@ -6,6 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from benchmarks.lib.engine_kit import Kit
+from benchmarks.lib.models import RECIPES
+from benchmarks.lib.workloads import mixed
 from engines.inputs.prompts import PromptTemplate
 from engines.inputs.tokenizer import Ids
 from engines.layers.packing import bucket_by_length
@@ -14,9 +17,6 @@ from engines.models.base import weight_bytes, workspace_bytes
 from engines.models.cuda_graphs import ForbidHostSync
 from engines.models.transformer import TransformerEncoder
 from engines.models.verification import distance
-from tests.testkit.engine_kit import Kit
-from tests.testkit.models import RECIPES
-from tests.testkit.texts import mixed
 
 TRANSFORMERS = sorted(name for name in RECIPES if name != "static")
 

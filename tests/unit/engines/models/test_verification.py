@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AttentionInterface, ViTConfig, ViTModel
 
+from benchmarks.lib.engine_kit import Kit, assert_same, embed, encode
+from benchmarks.lib.workloads import SENTENCES
 from engines.batching.engine import EmbeddingEngine
 from engines.device.scheduler import DeviceScheduler
 from engines.errors import OutOfMemory, SelfCheckFailed, UnsupportedModel
@@ -28,9 +30,7 @@ from engines.models.base import ForwardPath as Way
 from engines.models.prepacked import Inputs, PrepackedEncoder
 from engines.models.transformer import FIRST_WAIT_S, LONGEST_WAIT_S, PathFallback, TransformerEncoder
 from engines.models.verification import Canaries, _filling, distance, probe_inputs, select_forward_path
-from tests.testkit.clocks import HandClock
-from tests.testkit.engine_kit import Kit, assert_same, embed, encode
-from tests.testkit.texts import SENTENCES
+from tests.testkit.clocks import FakeClock
 
 TEXTS = list(SENTENCES)
 
@@ -273,9 +273,9 @@ class TransientFault:
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> HandClock:
+def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
     """The fake clock of the models that a test loads."""
-    time = HandClock()
+    time = FakeClock()
     monkeypatch.setattr(transformer, "PathFallback", partial(PathFallback, clock=time))
     return time
 
@@ -291,7 +291,7 @@ def _load_packed(kit: Kit) -> EmbeddingEngine:
     return kit.load(kit.recipe_folder("bert-cls"), settings=LoaderSettings(largest_copy=0))
 
 
-def test_after_one_passing_error_the_fast_path_comes_back(kit: Kit, clock: HandClock, fault: TransientFault) -> None:
+def test_after_one_passing_error_the_fast_path_comes_back(kit: Kit, clock: FakeClock, fault: TransientFault) -> None:
     engine = _load_packed(kit)
     chosen = engine.info
     wanted = encode(kit.reference("bert-cls"), TEXTS)
@@ -309,7 +309,7 @@ def test_after_one_passing_error_the_fast_path_comes_back(kit: Kit, clock: HandC
 
 
 def test_a_path_whose_vectors_have_become_wrong_does_not_come_back(
-    kit: Kit, clock: HandClock, fault: TransientFault
+    kit: Kit, clock: FakeClock, fault: TransientFault
 ) -> None:
     engine = _load_packed(kit)
     wanted = encode(kit.reference("bert-cls"), TEXTS)
@@ -337,7 +337,7 @@ def test_a_path_whose_vectors_have_become_wrong_does_not_come_back(
     ],
 )
 def test_no_path_is_replaced_for_lack_of_memory(
-    kit: Kit, clock: HandClock, fault: TransientFault, error: Exception
+    kit: Kit, clock: FakeClock, fault: TransientFault, error: Exception
 ) -> None:
     engine = _load_packed(kit)
 

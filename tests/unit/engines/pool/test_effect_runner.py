@@ -11,26 +11,27 @@ from engines.protocols import Progress
 from engines.spec import ModelSpec
 from engines.testing.fakes import FakeFiles, FakeLoader, InlineWorkers, fake_specs
 from engines.types import ModelFiles
+from tests.testkit.clocks import FakeClock
 
 
 class Telling(FakeFiles):
     """A fetch that reports these figures, each so many seconds after the one before."""
 
-    def __init__(self, figures: list[tuple[float, int]], clock: SimpleNamespace) -> None:
+    def __init__(self, figures: list[tuple[float, int]], clock: FakeClock) -> None:
         super().__init__(on_disk=[])
         self._figures = figures
         self._clock = clock
 
     def fetch(self, spec: ModelSpec, on_progress: Progress) -> ModelFiles:
         for pause_s, done_bytes in self._figures:
-            self._clock.now_s += pause_s
+            self._clock.advance(pause_s)
             on_progress(done_bytes, 100)
         return self._files(spec)
 
 
 async def reported(figures: list[tuple[float, int]], monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    clock = SimpleNamespace(now_s=50.0)
-    monkeypatch.setattr("engines.pool.effect_runner.time", SimpleNamespace(monotonic=lambda: clock.now_s))
+    clock = FakeClock(50.0)
+    monkeypatch.setattr("engines.pool.effect_runner.time", SimpleNamespace(monotonic=clock))
     files, told = Telling(figures, clock), list[PoolEvent]()
     estimates = Estimates(files, Measurements(), "cpu", 10)
     work = EffectRunner(files, FakeLoader(), estimates, InlineWorkers(), told.append)

@@ -29,7 +29,7 @@ def call(model_id: str, text: str = "x", *, keep_alive_s: float | None = None, p
     return EmbedCall(model_id=model_id, texts=(text,), keep_alive_s=keep_alive_s, load_timeout_s=patience_s)
 
 
-class Yard:
+class StartedHost:
     """A started host and everything its test may turn."""
 
     def __init__(self, *models: str | ModelSpec, budget_bytes: int, loader: FakeLoader, files: FakeFiles) -> None:
@@ -70,9 +70,9 @@ async def yard(
     budget_bytes: int = 10**6,
     loader: FakeLoader | None = None,
     files: FakeFiles | None = None,
-) -> AsyncIterator[Yard]:
+) -> AsyncIterator[StartedHost]:
     """At the end nothing is leased, nothing was misused, and everything is freed."""
-    made = Yard(*models, budget_bytes=budget_bytes, loader=loader or FakeLoader(), files=files or FakeFiles())
+    made = StartedHost(*models, budget_bytes=budget_bytes, loader=loader or FakeLoader(), files=files or FakeFiles())
     await made.host.start()
     yield made
     await let_run()
@@ -428,7 +428,7 @@ async def test_preload_waits_until_ready_or_not_at_all() -> None:
             await here.host.preload("nobody", wait=False)
 
 
-async def begin_load(here: Yard, model_id: str) -> asyncio.Task[ModelStatus]:
+async def begin_load(here: StartedHost, model_id: str) -> asyncio.Task[ModelStatus]:
     """A preload that waits, and a load that is under way until "load" is released."""
     here.workers.hold("load")
     asked = asyncio.create_task(here.host.preload(model_id))
@@ -533,7 +533,7 @@ async def test_a_request_cancelled_by_its_owner_during_shutdown_stays_cancelled(
 
 
 async def test_a_running_download_ends_when_the_host_closes() -> None:
-    here = Yard("a", budget_bytes=10**6, loader=FakeLoader(), files=FakeFiles(on_disk=()))
+    here = StartedHost("a", budget_bytes=10**6, loader=FakeLoader(), files=FakeFiles(on_disk=()))
     await here.host.start()
     here.workers.hold("fetch")
     request = here.ask(call("a"))

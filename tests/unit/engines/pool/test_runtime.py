@@ -2,7 +2,6 @@
 
 import asyncio
 import threading
-from types import SimpleNamespace
 
 import pytest
 from msgspec import structs
@@ -14,6 +13,7 @@ from engines.pool.runtime import LoadLock, Task, Threads
 from engines.pool.slot import MemoryNeed
 from engines.testing.fakes import FakeLoader, fake_host, fake_runtime
 from engines.types import EmbedCall
+from tests.testkit.clocks import FakeClock
 
 
 def call(model_id: str) -> EmbedCall:
@@ -21,12 +21,12 @@ def call(model_id: str) -> EmbedCall:
 
 
 def test_a_task_hangs_when_it_runs_for_longer_than_it_may() -> None:
-    clock = SimpleNamespace(now_s=10.0)
-    lock = LoadLock(lambda: clock.now_s)
+    clock = FakeClock(10.0)
+    lock = LoadLock(clock)
     with lock.held(Task("the load of model 'a' on cuda:0", 600.0)):
-        clock.now_s += 600
+        clock.advance(600)
         assert lock.hung() == ""
-        clock.now_s += 1
+        clock.advance(1)
         assert lock.hung() == "the load of model 'a' on cuda:0 has been running for more than 600 s"
 
     assert (lock.hung(), lock.locked()) == ("", False)
@@ -51,8 +51,8 @@ def test_a_load_may_take_as_long_as_a_slow_disk_needs_and_far_longer_than_the_la
 async def test_when_a_load_hangs_the_other_hosts_of_the_process_say_so_too() -> None:
     """Two devices, one load lock: the second one's loads wait for the first one's, which will not end."""
     gate, begun = threading.Event(), threading.Event()
-    clock = SimpleNamespace(now_s=10.0)
-    lock = LoadLock(lambda: clock.now_s)
+    clock = FakeClock(10.0)
+    lock = LoadLock(clock)
 
     def pause(model_id: str) -> None:
         if model_id == "stuck":
@@ -73,7 +73,7 @@ async def test_when_a_load_hangs_the_other_hosts_of_the_process_say_so_too() -> 
     await asyncio.sleep(0)
     assert (one.check(), two.check()) == ("", "")
 
-    clock.now_s += 601
+    clock.advance(601)
     words = [one.check(), two.check()]
     try:
         for task in (waiting, cold):

@@ -10,6 +10,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from engines.pool.messages import NEVER
 from tests.testkit.pool_storm import CEILINGS, FATES, Storm, random_specs, random_storm, random_truth
 
+pytestmark = pytest.mark.slow
+
 SEEDS = range(0, 2000, 100)
 
 

@@ -12,9 +12,8 @@ from engines.errors import HostNotFound
 from engines.types import Event
 from router.api.event_stream import event_messages, parse_last_event_id
 from router.server.state import ServerState
-from tests.testkit.scripted_backend import ScriptedBackend
-from tests.testkit.served import Served
-from tests.testkit.threaded_server import serving
+from tests.testkit.backends import ScriptedBackend
+from tests.testkit.servers import Served, serving
 
 
 def event(seq: int, host_id: str = "cpu") -> Event:

@@ -9,9 +9,9 @@ import pytest
 from engines.types import EmbedCall
 from router.app import create_app
 from router.config.settings import Settings
+from tests.testkit.backends import WIDTH, ScriptedBackend, vector
 from tests.testkit.contract import assert_envelope
-from tests.testkit.scripted_backend import WIDTH, ScriptedBackend, vector
-from tests.testkit.served import REGISTRY, Served
+from tests.testkit.servers import REGISTRY, Served
 
 TWO = ["one", "three"]
 ROWS = [pytest.approx(vector(text), rel=1e-6) for text in TWO]

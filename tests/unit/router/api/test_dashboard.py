@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from router.config.settings import Settings
-from tests.testkit.served import Served, serve
+from tests.testkit.servers import Served, serve
 
 PAGE = Path(__file__).parents[4] / "router" / "dashboard" / "page"
 MAX_FIRST_PAINT_BYTES = 150_000

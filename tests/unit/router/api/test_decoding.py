@@ -25,7 +25,7 @@ from router.schemas.inference import (
     MAX_QUANTITY_CHARS,
     EmbeddingRequest,
 )
-from tests.testkit.threaded_server import serving
+from tests.testkit.servers import serving
 
 PADDING = b'"padding": "' + b"x" * 2**16 + b'", '
 """Makes a body a large one; the field is unknown, and means nothing."""

@@ -13,7 +13,7 @@ from router.api.docs import openapi_config
 from router.config.settings import Settings
 from router.errors import TABLE
 from tests.testkit.contract import BAD_BODIES, CODES, EMBED
-from tests.testkit.served import Served, serve
+from tests.testkit.servers import Served, serve
 
 Document = dict[str, Any]
 LEFT_TO_WORDS = {

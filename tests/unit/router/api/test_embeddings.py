@@ -17,10 +17,9 @@ from structlog.contextvars import merge_contextvars
 from structlog.testing import capture_logs
 
 from engines import errors as engine
+from tests.testkit.backends import WIDTH, ScriptedBackend, vector
 from tests.testkit.contract import assert_envelope
-from tests.testkit.scripted_backend import WIDTH, ScriptedBackend, vector
-from tests.testkit.served import Served
-from tests.testkit.threaded_server import serving
+from tests.testkit.servers import Served, serving
 
 EMBED = "/v1/embeddings"
 

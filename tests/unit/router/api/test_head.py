@@ -5,8 +5,7 @@ import pytest
 from litestar import Litestar
 from structlog.testing import capture_logs
 
-from tests.testkit.served import Served
-from tests.testkit.threaded_server import serving
+from tests.testkit.servers import Served, serving
 
 OWN = {"date", "x-request-id", "content-length"}
 """Headers that differ from one answer to the next."""

@@ -8,9 +8,8 @@ from litestar import Litestar
 
 from router.config.settings import Settings
 from router.server.state import ServerState
-from tests.testkit.scripted_backend import ScriptedBackend
-from tests.testkit.served import Served, serve
-from tests.testkit.threaded_server import serving
+from tests.testkit.backends import ScriptedBackend
+from tests.testkit.servers import Served, serve, serving
 
 
 @pytest.fixture(scope="module")

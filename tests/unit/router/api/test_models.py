@@ -4,7 +4,7 @@ import openai
 import pytest
 
 from router.server.application import fold_model_id
-from tests.testkit.served import Served
+from tests.testkit.servers import Served
 
 READY = {
     "id": "mini", "object": "model", "created": 1_700_000_000, "owned_by": "embedyard", "state": "ready",

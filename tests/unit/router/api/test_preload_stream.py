@@ -20,8 +20,8 @@ from router.backends.local import LocalBackend
 from router.config.settings import Settings
 from router.registry.registry import Registry
 from router.schemas.admin import Status
-from tests.testkit.scripted_backend import ScriptedBackend
-from tests.testkit.threaded_server import serving
+from tests.testkit.backends import ScriptedBackend
+from tests.testkit.servers import serving
 
 STREAM = {"Accept": "text/event-stream"}
 PRELOAD = "/admin/models/org/mini/preload"

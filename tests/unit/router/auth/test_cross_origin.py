@@ -7,7 +7,7 @@ import pytest
 
 from router.auth.guards import reject_cross_origin
 from router.config.settings import Settings
-from tests.testkit.served import Served, serve
+from tests.testkit.servers import Served, serve
 
 OPEN = Settings()
 EVERYONE = Settings(host="0.0.0.0", allow_anonymous=True)

@@ -10,7 +10,7 @@ from litestar.exceptions import NotAuthorizedException, PermissionDeniedExceptio
 from router.auth.guards import Keyring, keyring_of
 from router.auth.keys import Key, Scope
 from router.config.settings import Settings
-from tests.testkit.served import Served, serve
+from tests.testkit.servers import Served, serve
 
 CLIENT, ADMIN = "sk-client-hunter2", "sk-admin-hunter3"
 WORLD = "0.0.0.0"

@@ -15,8 +15,7 @@ from router.auth.guards import Keyring, keyring_of
 from router.auth.keys import ANONYMOUS, Key
 from router.auth.model_access import may_use
 from router.config.settings import Settings
-from tests.testkit.keyed_server import EMBED, Limited, bearer, limited, secret_of, write_keys
-from tests.testkit.served import REGISTRY
+from tests.testkit.servers import EMBED, REGISTRY, Limited, bearer, limited, secret_of, write_keys
 
 KEYS = {
     "web": {},

@@ -27,7 +27,7 @@ from engines.testing.engine import WIDTH, fake_vector
 from engines.types import Budget, EmbedCall, Event, HostSnapshot
 from router.backends.base import Backend
 from router.errors import classify
-from tests.testkit.scripted_host import BUDGET, BUDGET_BYTES, HOSTS, scripted
+from tests.testkit.backends import BUDGET, BUDGET_BYTES, HOSTS, scripted, until
 
 Opened = Callable[[], AbstractAsyncContextManager[Backend]]
 
@@ -55,16 +55,6 @@ async def serving(backend: Backend, *specs: ModelSpec, budget: Budget = BUDGET) 
 def known(host: HostSnapshot) -> int:
     """Models that the host has looked at, so that their sizes count."""
     return sum(status.state != "absent" for status in host.models)
-
-
-async def until(
-    backend: Backend, is_so: Callable[[tuple[HostSnapshot, ...]], bool], within_s: float = 30.0
-) -> tuple[HostSnapshot, ...]:
-    """The snapshots as soon as they are so; hosts elsewhere tell within a second."""
-    async with asyncio.timeout(within_s):
-        while not is_so(hosts := backend.snapshots()):  # noqa: ASYNC110 - snapshots come from elsewhere, without an event
-            await asyncio.sleep(0.02)
-    return hosts
 
 
 def loads(hosts: tuple[HostSnapshot, ...]) -> Counter[str]:

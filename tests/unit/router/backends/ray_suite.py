@@ -27,11 +27,10 @@ from router.backends.worker_config import WorkerConfig
 from router.config.settings import Settings
 from router.registry.generation import first_generation
 from router.registry.registry import Registry
-from tests.testkit.backend_clients import crowd
-from tests.testkit.scripted_host import BUDGET, HOSTS, open_scripted_host, scripted
+from tests.testkit.backends import BUDGET, HOSTS, crowd, open_scripted_host, scripted, until
+from tests.testkit.servers import serving as serving_app
 from tests.testkit.thread_loop import LOOP
-from tests.testkit.threaded_server import serving as serving_app
-from tests.unit.router.backends.conformance import Conformance, Opened, call, homes, known, serving, until
+from tests.unit.router.backends.conformance import Conformance, Opened, call, homes, known, serving
 
 import ray  # isort: skip
 from ray import serve  # isort: skip

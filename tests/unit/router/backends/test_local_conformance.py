@@ -8,13 +8,13 @@ import pytest
 from engines.errors import HostNotFound, InvalidValue
 from router.backends.base import Backend
 from router.backends.local import LocalBackend
-from tests.testkit.scripted_host import births
+from tests.testkit.backends import worker_configs
 from tests.unit.router.backends.conformance import Conformance, Opened
 
 
 @asynccontextmanager
 async def local() -> AsyncIterator[Backend]:
-    backend = LocalBackend([birth.open(birth, lambda _: None) for birth in births()], {})
+    backend = LocalBackend([birth.open(birth, lambda _: None) for birth in worker_configs()], {})
     await backend.start()
     yield backend
     await backend.aclose(grace_s=0)

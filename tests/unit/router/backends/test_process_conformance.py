@@ -12,16 +12,16 @@ from router.backends.base import Backend
 from router.backends.process.fleet import ProcessFleet
 from router.backends.process.worker import prepare_forkserver
 from router.backends.remote import RemoteBackend
-from tests.testkit.scripted_host import HOSTS, births, scripted
-from tests.unit.router.backends.conformance import Conformance, Opened, call, homes, serving, until
+from tests.testkit.backends import HOSTS, scripted, until, worker_configs
+from tests.unit.router.backends.conformance import Conformance, Opened, call, homes, serving
 
-prepare_forkserver(("router.backends.process.child", "tests.testkit.scripted_host"))
+prepare_forkserver(("router.backends.process.child", "tests.testkit.backends"))
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 @asynccontextmanager
 async def processes() -> AsyncIterator[RemoteBackend]:
-    backend = RemoteBackend(ProcessFleet(births(), 1, grace_s=5.0), {})
+    backend = RemoteBackend(ProcessFleet(worker_configs(), 1, grace_s=5.0), {})
     await backend.start()
     yield backend
     await backend.aclose(grace_s=0)

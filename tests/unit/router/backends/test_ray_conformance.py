@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("ray", reason="pip install 'embedyard[ray]'")
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[4]
 SUITE = Path(__file__).with_name("ray_suite.py")
 

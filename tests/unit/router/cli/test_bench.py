@@ -17,7 +17,7 @@ from router.config.settings import VARIABLES
 from router.loadgen import Phase
 from router.loadgen.progress import COLUMNS, Lines
 from router.loadgen.report import Measured, Report
-from tests.testkit.served import Served
+from tests.testkit.servers import Served
 
 ROOT = Path(__file__).parents[4]
 QUICK = ("--seconds", "0.3", "--rate", "60")

@@ -11,9 +11,8 @@ from router.app import create_app
 from router.cli.main import cli
 from router.config.settings import VARIABLES, Settings
 from router.registry.registry import parse_registry
-from tests.testkit.scripted_backend import ScriptedBackend, vector
-from tests.testkit.served import REGISTRY
-from tests.testkit.threaded_server import serving_in_thread
+from tests.testkit.backends import ScriptedBackend, vector
+from tests.testkit.servers import REGISTRY, serving_in_thread
 
 TEXTS = [f"text number {index * index}" for index in range(150)]
 

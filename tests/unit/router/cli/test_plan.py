@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner, Result
 from structlog.testing import capture_logs
 
+from benchmarks.lib.hub import LoopbackHub, not_found
 from engines.host import Host, HostConfig
 from engines.spec import ModelSpec
 from engines.testing.fakes import FakeFiles, FakeLoader, fake_runtime
@@ -17,9 +18,8 @@ from router.backends.local import LocalBackend
 from router.cli.main import cli
 from router.config.settings import VARIABLES, Settings
 from router.registry.registry import Registry
-from tests.testkit.hub import LoopbackHub, not_found
 from tests.testkit.model_folders import plain_model, sentence_model, tensors
-from tests.testkit.threaded_server import serving_in_thread
+from tests.testkit.servers import serving_in_thread
 
 ELEMENTS = 1_000_000
 WEIGHTS_MB = 4.0

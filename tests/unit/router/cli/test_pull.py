@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
+from benchmarks.lib import hub as loopback
+from benchmarks.lib.hub import LISTING, LoopbackHub
 from engines.hub import store as engines_hub
 from engines.hub.client import HubConfig
 from router.cli import pull
 from router.cli.pull import command
 from router.config.settings import VARIABLES
-from tests.testkit import hub as loopback
-from tests.testkit.hub import LISTING, LoopbackHub
 from tests.testkit.model_folders import plain_model, tensors
 
 REGISTRY = """\

@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 from engines.types import HostSnapshot
 from router.cli.serve import banner, command
 from router.config.settings import Settings
-from tests.testkit.served import REGISTRY
+from tests.testkit.servers import REGISTRY
 
 ROOT = Path(__file__).parents[4]
 YAML = "version: 1\nmodels:\n  - name: mini\n    source: org/mini\n"

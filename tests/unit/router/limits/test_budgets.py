@@ -40,9 +40,9 @@ def busiest(times: list[float]) -> int:
 async def test_requests_are_taken_until_none_is_left(store: LimitStore, clock: FakeClock) -> None:
     requests, limit = RequestBudget(store), Limit(2, WINDOW_S)
     first = await requests.take("key:web", limit)
-    clock.now += 10
+    clock.advance(10)
     second, refused = [await requests.take("key:web", limit) for _ in range(2)]
-    clock.now += refused[1].resets_in_s + 0.001
+    clock.advance(refused[1].resets_in_s + 0.001)
 
     assert first == (True, Balance(2, 1, 60.0))
     assert second == (True, Balance(2, 0, 50.0))
@@ -56,13 +56,13 @@ async def test_32_keys_that_ask_for_more_get_their_limit_and_nothing_else(store:
     rng = random.Random(7)
     limits = {f"key:{index}": Limit(10 + 9 * index, WINDOW_S) for index in range(32)}
     admitted: dict[str, list[float]] = {name: [] for name in limits}
-    began = clock.now
-    while clock.now < began + 3 * WINDOW_S:
-        clock.now += 0.2
+    began = clock.now_s
+    while clock.now_s < began + 3 * WINDOW_S:
+        clock.advance(0.2)
         for name, limit in limits.items():
             for _ in range(rng.randint(0, 2 + limit.amount // 80)):
                 if (await requests.take(name, limit))[0]:
-                    admitted[name].append(clock.now)
+                    admitted[name].append(clock.now_s)
 
     for name, limit in limits.items():
         assert busiest(admitted[name]) == limit.amount
@@ -73,10 +73,10 @@ async def test_tokens_are_known_after_the_work_and_close_the_door(tokens: TokenB
     limit = Limit(100, WINDOW_S)
     before = await tokens.look("key:web", limit)
     charged = await tokens.charge("key:web", limit, 60)
-    clock.now += 20
+    clock.advance(20)
     exactly = await tokens.charge("key:web", limit, 40)
     refused = await tokens.look("key:web", limit)
-    clock.now += refused.resets_in_s + 0.001
+    clock.advance(refused.resets_in_s + 0.001)
     again = await tokens.look("key:web", limit)
 
     assert before == Balance(100, 100, 0.0)
@@ -88,9 +88,9 @@ async def test_tokens_are_known_after_the_work_and_close_the_door(tokens: TokenB
 async def test_what_is_too_much_is_paid_for_in_the_next_window(tokens: TokenBudget, clock: FakeClock) -> None:
     limit = Limit(100, WINDOW_S)
     charged = await tokens.charge("key:web", limit, 150)
-    clock.now += WINDOW_S + 1
+    clock.advance(WINDOW_S + 1)
     half = await tokens.look("key:web", limit)
-    clock.now += half.resets_in_s + 0.001
+    clock.advance(half.resets_in_s + 0.001)
     again = await tokens.look("key:web", limit)
 
     assert charged == Balance(100, 0, 60.0)
@@ -101,9 +101,9 @@ async def test_what_is_too_much_is_paid_for_in_the_next_window(tokens: TokenBudg
 async def test_a_debt_is_one_window_at_most(tokens: TokenBudget, clock: FakeClock) -> None:
     limit = Limit(100, WINDOW_S)
     charged = await tokens.charge("key:web", limit, 100_000)
-    clock.now += WINDOW_S + 1
+    clock.advance(WINDOW_S + 1)
     still = await tokens.look("key:web", limit)
-    clock.now += still.resets_in_s + 0.001
+    clock.advance(still.resets_in_s + 0.001)
     again = await tokens.look("key:web", limit)
 
     assert charged == Balance(100, 0, 120.0)
@@ -147,7 +147,7 @@ async def test_a_request_of_a_whole_window_finds_room_in_an_empty_one(
 ) -> None:
     limit = Limit(amount, WINDOW_S)
     await tokens.charge("key:web", limit, 1)
-    clock.now += WINDOW_S + 1
+    clock.advance(WINDOW_S + 1)
 
     assert (await tokens.reserve("key:web", limit, amount))[0] is not None
 
@@ -156,9 +156,9 @@ async def test_a_reservation_lapses_when_its_server_died(tokens: TokenBudget, cl
     limit = Limit(100, WINDOW_S)
     lost, _ = await tokens.reserve("key:web", limit, 100)
     assert lost is not None
-    clock.now += WINDOW_S
+    clock.advance(WINDOW_S)
     held = await tokens.reserve("key:web", limit, 1)
-    clock.now += WINDOW_S
+    clock.advance(WINDOW_S)
     lapsed, _ = await tokens.reserve("key:web", limit, 60)
     await tokens.release(lost)
 
@@ -173,20 +173,20 @@ async def test_whatever_is_reserved_and_settled_no_window_holds_more(store: Limi
     running: list[tuple[float, Reservation]] = []
     charged: list[tuple[float, int]] = []
     for _ in range(4000):
-        clock.now += rng.random()
+        clock.advance(rng.random())
         server = rng.choice(servers)
         reservation, _ = await server.reserve("key:web", limit, rng.randint(1, 300))
         if reservation is not None:
-            running.append((clock.now + rng.choice((0.1, 2.0, 20.0)), reservation))
-        for ends_at, ending in [one for one in running if one[0] <= clock.now]:
+            running.append((clock.now_s + rng.choice((0.1, 2.0, 20.0)), reservation))
+        for ends_at, ending in [one for one in running if one[0] <= clock.now_s]:
             running.remove((ends_at, ending))
             used = rng.choice((0, ending.tokens // 2, ending.tokens))
             await server.settle(ending, used)
-            charged.append((clock.now, used))
-        recent = sum(used for at, used in charged if at >= clock.now - WINDOW_S)
+            charged.append((clock.now_s, used))
+        recent = sum(used for at, used in charged if at >= clock.now_s - WINDOW_S)
         assert recent + sum(one.tokens for _, one in running) <= limit.amount
 
-    assert sum(used for _, used in charged) > 0.4 * limit.amount * (clock.now - 1000.0) / WINDOW_S
+    assert sum(used for _, used in charged) > 0.4 * limit.amount * (clock.now_s - 1000.0) / WINDOW_S
 
 
 @pytest.mark.parametrize("amount", [100, 8192, 8193, 1_000_000, 60_000_000])
@@ -209,10 +209,10 @@ async def test_32_keys_get_their_tokens_on_the_average(tokens: TokenBudget, cloc
     rng = random.Random(11)
     limits = {f"key:{index}": Limit(1000 + 997 * index, WINDOW_S) for index in range(32)}
     used = dict.fromkeys(limits, 0)
-    began = clock.now
+    began = clock.now_s
     windows = 8
-    while clock.now < began + windows * WINDOW_S:
-        clock.now += 0.5
+    while clock.now_s < began + windows * WINDOW_S:
+        clock.advance(0.5)
         for name, limit in limits.items():
             if (await tokens.look(name, limit)).left:
                 cost = rng.randint(1, limit.amount // 10)
@@ -229,14 +229,14 @@ async def test_requests_side_by_side_cannot_multiply_a_budget(
 ) -> None:
     """Where estimates are a quarter of what is used, the debt of one window is what it costs."""
     limit, used = Limit(1000, WINDOW_S), 0
-    began = clock.now
-    while clock.now < began + 100 * WINDOW_S:
+    began = clock.now_s
+    while clock.now_s < began + 100 * WINDOW_S:
         asked = [await tokens.reserve("key:web", limit, estimate) for _ in range(50)]
         for reservation, _ in asked:
             if reservation is not None:
                 await tokens.settle(reservation, 100)
                 used += 100
-        clock.now += 1
+        clock.advance(1)
 
     assert used <= 1000 * 100 * windows_worth + 50 * 100
 

@@ -15,7 +15,7 @@ from structlog.testing import capture_logs
 from router.config.settings import Settings
 from router.errors import TooManyRequests
 from router.limits.limiter import Caller, ConcurrencyLimiter, Limiter
-from tests.testkit.keyed_server import EMBED, Limited, bearer, limited, write_keys
+from tests.testkit.servers import EMBED, Limited, bearer, limited, write_keys
 
 
 @pytest.fixture(autouse=True)

@@ -33,12 +33,10 @@ from router.limits import store as limit_store
 from router.limits.budgets import Limit
 from router.limits.limiter import RATE_HEADERS, Caller, Limiter, caller_of, duration, estimate_tokens
 from router.limits.store import PROBE_EVERY_S
+from tests.testkit.backends import ScriptedBackend
 from tests.testkit.clocks import FakeClock
-from tests.testkit.keyed_server import EMBED, Limited, bearer, limited, write_keys
 from tests.testkit.redis_server import RedisServer, needs_redis
-from tests.testkit.scripted_backend import ScriptedBackend
-from tests.testkit.served import REGISTRY
-from tests.testkit.threaded_server import serving
+from tests.testkit.servers import EMBED, REGISTRY, Limited, bearer, limited, serving, write_keys
 
 FAMILIES = ("requests", "tokens")
 
@@ -86,7 +84,7 @@ def test_durations_are_written_as_openai_writes_them(seconds: float, text: str) 
 
 def test_an_answer_says_what_is_left(three: Limited) -> None:
     first = three.embed(input="12345")
-    three.clock.now += 6.5
+    three.clock.advance(6.5)
     second = three.embed(input=["12345", "123"])
 
     assert (first.status_code, second.status_code) == (200, 200)
@@ -114,9 +112,9 @@ def test_only_requests_that_embed_are_counted(three: Limited) -> None:
 def test_one_request_too_many_is_refused_until_the_oldest_has_left(three: Limited) -> None:
     for _ in range(3):
         assert three.embed().status_code == 200
-        three.clock.now += 7
+        three.clock.advance(7)
     refused = three.embed()
-    three.clock.now += int(refused.headers["retry-after-ms"]) / 1000
+    three.clock.advance(int(refused.headers["retry-after-ms"]) / 1000)
     admitted, again = three.embed(), three.embed()
 
     assert refused.status_code == 429
@@ -144,7 +142,7 @@ def test_requests_with_mistakes_count_too(three: Limited) -> None:
 def test_what_an_estimate_fell_short_of_is_paid_for_in_the_next_window(three: Limited) -> None:
     large = three.embed(input="x" * 150)
     refused = three.embed()
-    three.clock.now += int(refused.headers["retry-after-ms"]) / 1000
+    three.clock.advance(int(refused.headers["retry-after-ms"]) / 1000)
     admitted = three.embed()
 
     assert large.status_code == 200
@@ -415,7 +413,7 @@ async def test_32_keys_at_once_get_what_is_theirs_in_every_window(tmp_path: Path
         for window in range(2):
             for _ in range(3):
                 await asyncio.gather(*(ask(client, name, window) for name in limits))
-                clock.now += 20.0001
+                clock.advance(20.0001)
 
     assert {(name, window): admitted[name, window] for name in limits for window in range(2)} == {
         (name, window): limit for name, limit in limits.items() for window in range(2)
@@ -432,7 +430,7 @@ def test_the_openai_client_waits_as_it_is_told() -> None:
             waiting = threads.submit(patient.embeddings.create, model="mini", input="a")
             while len(server.backend.calls) < 1 or not waiting.running():
                 time.sleep(0.002)
-            server.clock.now += 1.1
+            server.clock.advance(1.1)
             answer = waiting.result()
 
     assert caught.value.code == "rate_limit_exceeded"

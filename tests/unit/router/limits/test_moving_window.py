@@ -24,9 +24,9 @@ def windows(clock: FakeClock) -> MovingWindows:
 
 async def test_a_hit_counts_for_one_window_and_not_longer(windows: MovingWindows, clock: FakeClock) -> None:
     assert await windows.acquire_entry("a", 1, WINDOW_S)
-    clock.now += WINDOW_S
+    clock.advance(WINDOW_S)
     at_the_end = await windows.acquire_entry("a", 1, WINDOW_S)
-    clock.now += 0.001
+    clock.advance(0.001)
     after = await windows.acquire_entry("a", 1, WINDOW_S)
 
     assert (at_the_end, after) == (False, True)
@@ -47,10 +47,10 @@ async def test_keys_do_not_share(windows: MovingWindows) -> None:
 async def test_a_window_tells_its_oldest_hit_and_its_use(windows: MovingWindows, clock: FakeClock) -> None:
     empty = await windows.get_moving_window("a", 10, WINDOW_S)
     await windows.acquire_entry("a", 10, WINDOW_S, amount=2)
-    clock.now += 30
+    clock.advance(30)
     await windows.acquire_entry("a", 10, WINDOW_S, amount=5)
     both = await windows.get_moving_window("a", 10, WINDOW_S)
-    clock.now += 31
+    clock.advance(31)
     one = await windows.get_moving_window("a", 10, WINDOW_S)
     lowered = await windows.get_moving_window("a", 3, WINDOW_S)
 
@@ -63,10 +63,10 @@ async def test_a_window_tells_its_oldest_hit_and_its_use(windows: MovingWindows,
 async def test_keys_that_nobody_uses_are_forgotten(windows: MovingWindows, clock: FakeClock) -> None:
     for index in range(1000):
         await windows.acquire_entry(f"address:{index}", 5, WINDOW_S)
-        clock.now += 0.5
+        clock.advance(0.5)
 
     assert len(windows) < 400
-    clock.now += 10 * WINDOW_S
+    clock.advance(10 * WINDOW_S)
     await windows.acquire_entry("last", 5, WINDOW_S)
 
     assert len(windows) == 1
@@ -74,11 +74,11 @@ async def test_keys_that_nobody_uses_are_forgotten(windows: MovingWindows, clock
 
 async def test_a_counter_goes_up_and_down_and_is_forgotten(windows: MovingWindows, clock: FakeClock) -> None:
     up = [await windows.incr("a", 60, 5), await windows.incr("a", 60, 7)]
-    clock.now += 59
+    clock.advance(59)
     down = [await windows.incr("a", 60, -12), await windows.incr("a", 60, 3)]
-    clock.now += 59
+    clock.advance(59)
     kept = await windows.get("a"), await windows.get("b")
-    clock.now += 2
+    clock.advance(2)
 
     assert (up, down, kept) == ([5, 12], [0, 3], (3, 0))
     assert await windows.get("a") == 0
@@ -88,7 +88,7 @@ async def test_a_counter_goes_up_and_down_and_is_forgotten(windows: MovingWindow
 async def test_counters_that_nobody_uses_are_forgotten(windows: MovingWindows, clock: FakeClock) -> None:
     for index in range(1000):
         await windows.incr(f"address:{index}", WINDOW_S)
-        clock.now += 0.5
+        clock.advance(0.5)
 
     assert len(windows) < 400
 
@@ -113,19 +113,19 @@ async def test_no_window_ever_holds_more_than_the_limit(limit: int, steps: list[
     windows = MovingWindows(clock)
     admitted: list[tuple[float, int]] = []
     for wait_s, cost in steps:
-        clock.now += wait_s
-        used = sum(amount for at, amount in admitted if at >= clock.now - WINDOW_S)
+        clock.advance(wait_s)
+        used = sum(amount for at, amount in admitted if at >= clock.now_s - WINDOW_S)
         assert (await windows.get_moving_window("a", limit, WINDOW_S))[1] == used
         is_admitted = await windows.acquire_entry("a", limit, WINDOW_S, amount=cost)
         assert is_admitted == (used + cost <= limit)
         if is_admitted:
-            admitted.append((clock.now, cost))
+            admitted.append((clock.now_s, cost))
 
 
 async def test_many_tokens_cost_no_more_than_one(windows: MovingWindows, clock: FakeClock) -> None:
     rng = random.Random(1)
     for _ in range(2000):
         await windows.acquire_entry("a", 10**9, WINDOW_S, amount=rng.randrange(10**6))
-        clock.now += 0.05
+        clock.advance(0.05)
 
     assert len(windows._windows["a"].hits) <= WINDOW_S / 0.05 + 2

@@ -58,11 +58,11 @@ def store(faulty: FaultyWindows, clock: FakeClock) -> LimitStore:
 async def test_a_bucket_tells_what_is_left_and_when_it_grows(store: LimitStore, clock: FakeClock) -> None:
     untouched = await store.room(TEN)
     await store.hit(TEN, 4)
-    clock.now += 20
+    clock.advance(20)
     await store.hit(TEN)
     used = await store.room(TEN)
     full = await store.hit(TEN, 6)
-    clock.now += 40.5
+    clock.advance(40.5)
     grown = await store.room(TEN)
 
     assert untouched == Room(10, 0.0)

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from router.loadgen import Phase
+from router.loadgen import Phase, phases, session
 from router.loadgen.http_client import Target, encode
 from router.loadgen.progress import Silence
 from router.loadgen.report import Measured
@@ -27,7 +27,23 @@ def job(target: Target, *phases: Phase, seconds: float = 30.0) -> Job:
     return Job(target, [encode(target, ["text"])], phases, seconds)
 
 
-async def test_every_phase_is_measured_and_shown() -> None:
+class TickingTime:
+    """Fakes the module `time`: each look at the clock takes two milliseconds, however busy the machine is."""
+
+    def __init__(self) -> None:
+        self._now_s = 1000.0
+
+    def perf_counter(self) -> float:
+        self._now_s += 0.002
+        return self._now_s
+
+    process_time = perf_counter
+
+
+async def test_every_phase_is_measured_and_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    time = TickingTime()
+    monkeypatch.setattr(phases, "time", time)
+    monkeypatch.setattr(session, "time", time)
     shown: list[Measured] = []
 
     class Watched(Silence):

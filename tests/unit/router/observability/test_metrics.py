@@ -15,7 +15,7 @@ from router.observability import metrics
 from router.observability.recorder import MetricsRecorder
 from router.observability.request_context import RequestContext
 from tests.testkit.exposition import Exposition
-from tests.testkit.served import Served, serve
+from tests.testkit.servers import Served, serve
 
 EMBED = "/v1/embeddings"
 ANSWER = Embeddings(

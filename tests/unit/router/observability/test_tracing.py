@@ -17,9 +17,8 @@ from structlog.testing import capture_logs
 from engines.errors import EngineFailed
 from router.app import create_app
 from router.config.settings import Settings, SettingsError
-from tests.testkit.scripted_backend import ScriptedBackend
-from tests.testkit.served import REGISTRY
-from tests.testkit.threaded_server import serving_in_thread
+from tests.testkit.backends import ScriptedBackend
+from tests.testkit.servers import REGISTRY, serving_in_thread
 
 ROOT = Path(__file__).parents[4]
 EMBED = "/v1/embeddings"

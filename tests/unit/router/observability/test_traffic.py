@@ -7,25 +7,19 @@ import pytest
 from engines.types import Embeddings
 from router.observability.request_context import RequestContext
 from router.observability.traffic import STEP_S, STEPS, Traffic
-from tests.testkit.served import Served
-
-
-class Clock:
-    now_s = 1000.0
-
-    def __call__(self) -> float:
-        return self.now_s
+from tests.testkit.clocks import FakeClock
+from tests.testkit.servers import Served
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
+def clock() -> FakeClock:
+    return FakeClock()
 
 
 @pytest.fixture
-def traffic(clock: Clock) -> Traffic:
+def traffic(clock: FakeClock) -> Traffic:
     found = Traffic(clock)
-    clock.now_s += 3600
+    clock.advance(3600)
     return found
 
 
@@ -40,10 +34,10 @@ def visit(model: str = "mini", texts: int = 2, seconds: float = 0.1, status: int
     return made
 
 
-def test_texts_and_tokens_are_averaged_over_the_minute(traffic: Traffic, clock: Clock) -> None:
+def test_texts_and_tokens_are_averaged_over_the_minute(traffic: Traffic, clock: FakeClock) -> None:
     for _ in range(30):
         traffic.record(visit())
-        clock.now_s += 2.0
+        clock.advance(2.0)
     found = traffic.last_minute()["mini"]
 
     assert found.texts_per_s == pytest.approx(1.0, rel=0.05)
@@ -53,17 +47,17 @@ def test_texts_and_tokens_are_averaged_over_the_minute(traffic: Traffic, clock: 
 
 
 def test_a_young_server_is_not_measured_by_a_minute_it_has_not_lived() -> None:
-    clock = Clock()
+    clock = FakeClock()
     traffic = Traffic(clock)
-    clock.now_s += 10.0
+    clock.advance(10.0)
     traffic.record(visit(texts=50))
 
     assert traffic.last_minute()["mini"].texts_per_s == pytest.approx(5.0)
 
 
-def test_what_is_older_is_forgotten_step_by_step(traffic: Traffic, clock: Clock) -> None:
+def test_what_is_older_is_forgotten_step_by_step(traffic: Traffic, clock: FakeClock) -> None:
     traffic.record(visit(texts=10))
-    clock.now_s += 30.0
+    clock.advance(30.0)
     traffic.record(visit(texts=1))
     half, clock.now_s = traffic.last_minute()["mini"], clock.now_s + 36.0
     rest, clock.now_s = traffic.last_minute()["mini"], clock.now_s + 60.0

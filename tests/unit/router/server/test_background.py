@@ -20,14 +20,14 @@ from router.config.settings import Settings
 from router.observability.recorder import MetricsRecorder
 from router.registry.registry import Registry
 from router.server.background import time_the_loop, watching
+from tests.testkit.backends import ScriptedBackend
 from tests.testkit.exposition import Exposition
-from tests.testkit.scripted_backend import ScriptedBackend
-from tests.testkit.threaded_server import serving
+from tests.testkit.servers import serving
 
 EMBED = "/v1/embeddings"
 
 
-class Yard:
+class MonitoredServer:
     """A served host whose pulse a test takes."""
 
     def __init__(self, loader: FakeLoader) -> None:
@@ -45,8 +45,8 @@ class Yard:
 
 
 @asynccontextmanager
-async def served(loader: FakeLoader | None = None) -> AsyncIterator[Yard]:
-    server_state = Yard(loader or FakeLoader())
+async def served(loader: FakeLoader | None = None) -> AsyncIterator[MonitoredServer]:
+    server_state = MonitoredServer(loader or FakeLoader())
     app = create_app(Settings(), Registry(models=server_state.specs), server_state.backend)
     async with serving(app) as url, httpx.AsyncClient(base_url=url, timeout=10) as client:
         server_state.client = client

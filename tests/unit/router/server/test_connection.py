@@ -16,9 +16,8 @@ from router.app import create_app
 from router.config.settings import Settings
 from router.server import connection
 from router.server.connection import TimeoutHttpProtocol
-from tests.testkit.scripted_backend import ScriptedBackend
-from tests.testkit.served import REGISTRY
-from tests.testkit.threaded_server import QuietServer
+from tests.testkit.backends import ScriptedBackend
+from tests.testkit.servers import REGISTRY, QuietServer
 
 BODY = b'{"input": "a", "model": "mini"}'
 HEAD = (

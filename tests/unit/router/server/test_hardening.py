@@ -14,10 +14,8 @@ from engines.hub.client import HubConfig
 from router.app import create_app
 from router.auth.keys import Key
 from router.config.settings import Settings
-from tests.testkit.processes import process
-from tests.testkit.scripted_backend import ScriptedBackend
-from tests.testkit.served import REGISTRY, Served, serve
-from tests.testkit.threaded_server import serving_in_thread
+from tests.testkit.backends import ScriptedBackend
+from tests.testkit.servers import REGISTRY, Served, serve, serve_fake, serving_in_thread
 
 SECRET = "ey-hunter-secret"
 GUARDS = {
@@ -122,7 +120,7 @@ def test_no_path_is_remembered_at_any_length() -> None:
 
 def test_the_server_itself_refuses_a_head_without_end_and_what_is_no_http() -> None:
     """`embedyard serve`, not a protocol wired up by a test."""
-    with process("0", "1") as server:
+    with serve_fake("0", "1") as server:
         parts, answer = urlsplit(server.url), httpx.get(f"{server.url}/health")
         told = []
         for sent in (b"GET /health HTTP/1.1\r\nhost: x\r\n" + b"x: y\r\n" * 12_000, b"\x16\x03\x01 TLS?\r\n\r\n"):

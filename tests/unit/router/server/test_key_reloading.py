@@ -16,7 +16,7 @@ from router.auth.key_file import KeysError
 from router.config.settings import Settings
 from router.server.reloader import open_keyring, watch_keys
 from router.server.state import ServerState
-from tests.testkit.keyed_server import limited, write_keys
+from tests.testkit.servers import limited, write_keys
 
 
 class Desk(Struct):

@@ -28,8 +28,8 @@ from router.config.settings import Settings
 from router.registry.registry import Registry, read_registry
 from router.server.reloader import FileFingerprint, Reloader
 from router.server.state import ServerState
-from tests.testkit.scripted_backend import ScriptedBackend
-from tests.testkit.threaded_server import serving
+from tests.testkit.backends import ScriptedBackend
+from tests.testkit.servers import serving
 
 ROOT = Path(__file__).parents[4]
 RELOAD = "/admin/registry/reload"

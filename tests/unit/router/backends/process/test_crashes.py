@@ -4,24 +4,15 @@ import pytest
 
 from engines.errors import LoadFailed
 from router.backends.process.crashes import CrashCounter
-
-
-class Clock:
-    """Seconds, turned by hand."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.testkit.clocks import FakeClock
 
 
 def test_the_third_death_within_ten_minutes_quarantines_the_model() -> None:
-    clock = Clock()
+    clock = FakeClock()
     charges = CrashCounter(clock)
     for _ in range(2):
         charges.record_crash(["bad"])
-        clock.now += 100
+        clock.advance(100)
         charges.check("bad")
     charges.record_crash(["bad", "by chance"])
 
@@ -33,17 +24,17 @@ def test_the_third_death_within_ten_minutes_quarantines_the_model() -> None:
 
 
 def test_deaths_that_are_long_ago_do_not_count() -> None:
-    clock = Clock()
+    clock = FakeClock()
     charges = CrashCounter(clock)
     for _ in range(5):
         charges.record_crash(["unlucky"])
-        clock.now += 301
+        clock.advance(301)
 
     charges.check("unlucky")
 
 
 def test_a_quarantine_ends_by_itself_and_when_the_model_is_another_one() -> None:
-    clock = Clock()
+    clock = FakeClock()
     charges = CrashCounter(clock)
     for _ in range(3):
         charges.record_crash(["a", "b"])
@@ -51,12 +42,12 @@ def test_a_quarantine_ends_by_itself_and_when_the_model_is_another_one() -> None
 
     charges.check("a")
     assert charges.left_s("b") == 600.0
-    clock.now += 600
+    clock.advance(600)
     charges.check("b")
 
 
 def test_a_model_that_ran_beside_the_one_that_kills_is_not_quarantined_with_it() -> None:
-    charges = CrashCounter(Clock())
+    charges = CrashCounter(FakeClock())
     for _ in range(3):
         charges.record_crash(["busy", "bad"])
 
@@ -66,7 +57,7 @@ def test_a_model_that_ran_beside_the_one_that_kills_is_not_quarantined_with_it()
 
 
 def test_a_death_is_charged_once() -> None:
-    charges = CrashCounter(Clock())
+    charges = CrashCounter(FakeClock())
     for _ in range(3):
         charges.record_crash(["busy", "bad"])
     for _ in range(2):
@@ -79,7 +70,7 @@ def test_a_death_is_charged_once() -> None:
 
 
 def test_of_changing_company_the_one_that_was_always_there_is_the_cause() -> None:
-    charges = CrashCounter(Clock())
+    charges = CrashCounter(FakeClock())
     for other in ("x", "y", "z"):
         charges.record_crash(["bad", other])
 
@@ -90,7 +81,7 @@ def test_of_changing_company_the_one_that_was_always_there_is_the_cause() -> Non
 
 
 def test_a_death_of_which_nothing_is_known_is_nobodys() -> None:
-    charges = CrashCounter(Clock())
+    charges = CrashCounter(FakeClock())
     for _ in range(3):
         charges.record_crash([])
 

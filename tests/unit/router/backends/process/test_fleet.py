@@ -24,41 +24,17 @@ from router.backends.process.child import clipped
 from router.backends.process.fleet import Answer, ProcessFleet, find_devices_elsewhere
 from router.backends.process.worker import prepare_forkserver
 from router.backends.remote import RemoteBackend
-from tests.testkit.backend_clients import crowd
-from tests.testkit.scripted_host import births, open_broken_host, open_slow_host, scripted
-from tests.unit.router.backends.conformance import call, homes, loads, serving, until
+from tests.testkit.backends import crowd, open_broken_host, open_slow_host, scripted, until, worker_configs
+from tests.testkit.process_backend import WorkerProcesses
+from tests.unit.router.backends.conformance import call, homes, loads, serving
 
 ROOT = Path(__file__).parents[5]
-prepare_forkserver(("router.backends.process.child", "tests.testkit.scripted_host"))
-
-
-class Yard:
-    """A backend, and the processes behind it."""
-
-    def __init__(self, hosts: int, *specs: ModelSpec) -> None:
-        models = {spec.model_id: spec for spec in specs}
-        self.fleet = ProcessFleet([structs.replace(b, specs=models) for b in births()[:hosts]], 1, grace_s=5.0)
-        self.backend = RemoteBackend(self.fleet, models)
-
-    def pids(self) -> dict[str, int]:
-        return {host_id: worker.pid or 0 for host_id, worker in self.fleet.workers.items()}
-
-    def kill(self, host_id: str) -> None:
-        os.kill(self.pids()[host_id], signal.SIGKILL)
-
-    async def restarted(self, host_id: str, times: int) -> None:
-        def is_so(hosts: object) -> bool:
-            return any(
-                host.host_id == host_id and host.restarts == times and not host.is_draining
-                for host in self.backend.snapshots()
-            )
-
-        await until(self.backend, is_so)
+prepare_forkserver(("router.backends.process.child", "tests.testkit.backends"))
 
 
 @asynccontextmanager
-async def server_state(*specs: ModelSpec, hosts: int = 2) -> AsyncIterator[Yard]:
-    made = Yard(hosts, *specs)
+async def worker_processes(*specs: ModelSpec, hosts: int = 2) -> AsyncIterator[WorkerProcesses]:
+    made = WorkerProcesses(hosts, *specs)
     await made.backend.start()
     try:
         yield made
@@ -68,7 +44,7 @@ async def server_state(*specs: ModelSpec, hosts: int = 2) -> AsyncIterator[Yard]
 
 async def test_no_request_is_lost_when_one_of_two_hosts_is_killed_under_64_clients() -> None:
     models = [scripted(f"m{index}", embed_s=0.005) for index in range(4)]
-    async with server_state(*models) as here:
+    async with worker_processes(*models) as here:
         async with crowd(here.backend, *(spec.model_id for spec in models)) as clients:
             await clients.until(30)
             home = homes(here.backend.snapshots())["m0"][0]
@@ -83,7 +59,7 @@ async def test_no_request_is_lost_when_one_of_two_hosts_is_killed_under_64_clien
 
 
 async def test_the_only_host_comes_back_and_then_answers_what_it_had() -> None:
-    async with server_state(scripted("a", embed_s=0.1), hosts=1) as here:
+    async with worker_processes(scripted("a", embed_s=0.1), hosts=1) as here:
         await here.backend.preload("a")
         asked = [asyncio.create_task(here.backend.embed(call("a", str(index)))) for index in range(5)]
         await asyncio.sleep(0.03)
@@ -94,7 +70,7 @@ async def test_the_only_host_comes_back_and_then_answers_what_it_had() -> None:
 
 
 async def test_models_that_must_be_in_memory_come_back_unasked() -> None:
-    async with server_state(scripted("a", pinned=True), hosts=1) as here:
+    async with worker_processes(scripted("a", pinned=True), hosts=1) as here:
         await until(here.backend, lambda hosts: "a" in homes(hosts))
         here.kill("cpu:0")
         await here.restarted("cpu:0", 1)
@@ -102,7 +78,7 @@ async def test_models_that_must_be_in_memory_come_back_unasked() -> None:
 
 
 async def test_a_death_is_told_as_events_and_their_numbers_go_on() -> None:
-    async with server_state(scripted("a"), hosts=1) as here:
+    async with worker_processes(scripted("a"), hosts=1) as here:
         stream = here.backend.events()
         await here.backend.preload("a")
         here.kill("cpu:0")
@@ -123,7 +99,7 @@ async def test_a_death_is_told_as_events_and_their_numbers_go_on() -> None:
 async def test_a_request_that_kills_its_hosts_is_not_sent_a_third_time_and_its_model_is_kept_out(
     noted: dict[str, int],
 ) -> None:
-    async with server_state(scripted("bad", **noted), scripted("good")) as here:
+    async with worker_processes(scripted("bad", **noted), scripted("good")) as here:
         with pytest.raises(HostLost):
             await here.backend.embed(call("bad", "die"))
         deaths = sum(host.restarts for host in here.backend.snapshots())
@@ -144,7 +120,7 @@ async def test_a_request_that_kills_its_hosts_is_not_sent_a_third_time_and_its_m
 
 
 async def test_a_model_that_kills_its_host_while_it_loads_is_kept_out() -> None:
-    async with server_state(scripted("bad", dies_loading=1)) as here:
+    async with worker_processes(scripted("bad", dies_loading=1)) as here:
         for _ in range(2):
             with pytest.raises((HostLost, LoadFailed)) as caught:
                 await here.backend.embed(call("bad"))
@@ -153,7 +129,7 @@ async def test_a_model_that_kills_its_host_while_it_loads_is_kept_out() -> None:
 
 
 async def test_an_innocent_model_on_the_same_host_is_not_charged_when_the_other_was_noted() -> None:
-    async with server_state(scripted("bad", noted=1), scripted("good", embed_s=0.3), hosts=1) as here:
+    async with worker_processes(scripted("bad", noted=1), scripted("good", embed_s=0.3), hosts=1) as here:
         await here.backend.preload("good")
         asked = [asyncio.create_task(here.backend.embed(call("good"))) for _ in range(3)]
         for _ in range(2):
@@ -167,7 +143,7 @@ async def test_an_innocent_model_on_the_same_host_is_not_charged_when_the_other_
 
 
 async def test_models_that_only_waited_when_a_host_died_are_not_quarantined() -> None:
-    async with server_state(scripted("a"), scripted("b"), hosts=1) as here:
+    async with worker_processes(scripted("a"), scripted("b"), hosts=1) as here:
         for times in range(1, 4):
             asked = [asyncio.create_task(here.backend.embed(call(model, "wait"))) for model in "ab"]
             await until(
@@ -192,7 +168,7 @@ def test_a_note_that_is_too_long_loses_whole_names_from_its_beginning() -> None:
 
 
 async def test_a_host_that_cannot_be_made_ends_the_start_and_leaves_no_process() -> None:
-    fleet = ProcessFleet([structs.replace(birth, open=open_broken_host) for birth in births()[:2]], 1, 5.0)
+    fleet = ProcessFleet([structs.replace(birth, open=open_broken_host) for birth in worker_configs()[:2]], 1, 5.0)
     with pytest.raises(InvalidValue, match="is not here"):
         await RemoteBackend(fleet, {}).start()
 
@@ -200,7 +176,7 @@ async def test_a_host_that_cannot_be_made_ends_the_start_and_leaves_no_process()
 
 
 async def test_a_host_that_cannot_be_started_again_is_a_fault_and_the_other_serves_on() -> None:
-    async with server_state(scripted("a")) as here:
+    async with worker_processes(scripted("a")) as here:
         worker = here.fleet.workers["cpu:0"]
         worker.birth = structs.replace(worker.birth, open=open_broken_host)
         here.kill("cpu:0")
@@ -223,7 +199,7 @@ async def test_a_fork_server_that_dies_at_the_wrong_moment_is_tried_again(monkey
             raise failures.pop(0)
         start(process)
 
-    async with server_state(scripted("a"), hosts=1) as here:
+    async with worker_processes(scripted("a"), hosts=1) as here:
         monkeypatch.setattr(ForkServerProcess, "start", fail_first)
         here.kill("cpu:0")
         await here.restarted("cpu:0", 1)
@@ -233,7 +209,7 @@ async def test_a_fork_server_that_dies_at_the_wrong_moment_is_tried_again(monkey
 
 
 async def test_a_registry_that_is_read_while_a_worker_starts_reaches_it() -> None:
-    async with server_state(scripted("old"), hosts=1) as here:
+    async with worker_processes(scripted("old"), hosts=1) as here:
         worker, pid = here.fleet.workers["cpu:0"], here.pids()["cpu:0"]
         worker.birth = structs.replace(worker.birth, open=open_slow_host)
         here.kill("cpu:0")
@@ -250,7 +226,7 @@ async def test_a_registry_that_is_read_while_a_worker_starts_reaches_it() -> Non
 
 async def test_a_host_that_is_recycled_between_two_lives_counts_its_next_death(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("router.backends.process.worker._BACKOFF_S", (0.3,))
-    async with server_state(scripted("a"), hosts=1) as here:
+    async with worker_processes(scripted("a"), hosts=1) as here:
         here.kill("cpu:0")
         async with asyncio.timeout(10):
             while not here.backend.snapshots()[0].restarts:  # noqa: ASYNC110 - a snapshot comes without an event
@@ -261,14 +237,14 @@ async def test_a_host_that_is_recycled_between_two_lives_counts_its_next_death(m
 
 
 async def test_a_host_is_not_recycled_when_the_server_has_ended() -> None:
-    async with server_state(scripted("a"), hosts=1) as here:
+    async with worker_processes(scripted("a"), hosts=1) as here:
         worker = here.fleet.workers["cpu:0"]
     with pytest.raises(HostLost, match="the server ended"):
         await asyncio.wait_for(worker.restart(0.0), 5.0)
 
 
 async def test_signals_to_the_whole_group_do_not_end_a_worker_before_its_parent_says_so() -> None:
-    async with server_state(scripted("a"), hosts=1) as here:
+    async with worker_processes(scripted("a"), hosts=1) as here:
         for number in (signal.SIGINT, signal.SIGTERM):
             os.kill(here.pids()["cpu:0"], number)
         answer = await here.backend.embed(call("a"))
@@ -280,7 +256,7 @@ async def test_signals_to_the_whole_group_do_not_end_a_worker_before_its_parent_
 
 async def test_a_worker_that_hangs_is_killed_and_its_calls_go_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("router.backends.process.worker._MAX_SILENCE_S", 0.5)
-    async with server_state(scripted("a"), hosts=2) as here:
+    async with worker_processes(scripted("a"), hosts=2) as here:
         home = (await here.backend.preload("a")).host_id
         os.kill(here.pids()[home], signal.SIGSTOP)
         asked = asyncio.create_task(here.backend.embed(call("a")))
@@ -295,7 +271,8 @@ async def test_a_worker_that_hangs_is_killed_and_its_calls_go_elsewhere(monkeypa
 async def test_a_worker_whose_load_hangs_is_started_anew_and_its_calls_go_elsewhere(tmp_path: Path) -> None:
     spec = scripted("a", hang_s=60, once=tmp_path / "hung")
     quick = [
-        structs.replace(birth, settings=structs.replace(birth.settings, watchdog_seconds=0.1)) for birth in births()[:2]
+        structs.replace(birth, settings=structs.replace(birth.settings, watchdog_seconds=0.1))
+        for birth in worker_configs()[:2]
     ]
     backend = RemoteBackend(ProcessFleet(quick, 1, grace_s=5.0), {})
     await backend.start()
@@ -315,7 +292,7 @@ async def test_a_worker_is_not_killed_for_the_silence_of_a_server_that_stood_sti
     """As after Ctrl-Z and `fg`: the look comes before what the worker said meanwhile is read."""
     monkeypatch.setattr("router.backends.process.worker._MAX_SILENCE_S", 0.2)
     monkeypatch.setattr("engines.pause_detector.MAX_GAP_S", 0.5)
-    async with server_state(scripted("a"), hosts=1) as here:
+    async with worker_processes(scripted("a"), hosts=1) as here:
         before = here.pids()
         here.backend.check()
         time.sleep(1.0)  # noqa: ASYNC251  # the server stands still
@@ -331,7 +308,7 @@ async def test_a_worker_that_hangs_does_not_outlive_a_server_that_ends_and_costs
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("router.backends.process.worker._END_S", 0.5)
-    here = Yard(1, scripted("a"))
+    here = WorkerProcesses(1, scripted("a"))
     await here.backend.start()
     await here.backend.preload("a")
     pid = here.pids()["cpu:0"]
@@ -351,7 +328,7 @@ async def test_a_worker_that_hangs_does_not_outlive_a_server_that_ends_and_costs
 @pytest.mark.parametrize("end", ["SIGKILL", "exit"])
 def test_no_process_outlives_the_server_even_one_that_is_stopped(end: str) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.testkit.orphans"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-m", "tests.testkit.process_backend"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     assert process.stdin is not None
     assert process.stdout is not None
@@ -372,7 +349,7 @@ def test_no_process_outlives_the_server_even_one_that_is_stopped(end: str) -> No
 
 async def test_what_is_abandoned_while_a_worker_is_stopped_fills_no_memory() -> None:
     text = "x" * 2**20
-    async with server_state(scripted("a", embed_s=0.01), hosts=1) as here:
+    async with worker_processes(scripted("a", embed_s=0.01), hosts=1) as here:
         await here.backend.preload("a")
         os.kill(here.pids()["cpu:0"], signal.SIGSTOP)
         before = psutil.Process().memory_info().rss
@@ -391,7 +368,7 @@ async def test_what_is_abandoned_while_a_worker_is_stopped_fills_no_memory() -> 
 
 
 async def test_workers_end_when_their_parent_hangs_up() -> None:
-    here = Yard(1)
+    here = WorkerProcesses(1)
     await here.backend.start()
     pid = here.pids()["cpu:0"]
     worker = here.fleet.workers["cpu:0"]
@@ -402,7 +379,7 @@ async def test_workers_end_when_their_parent_hangs_up() -> None:
 
 
 async def test_a_new_budget_is_shared_by_the_hosts_of_one_device() -> None:
-    fleet = ProcessFleet(births()[:2], 2, grace_s=1.0)
+    fleet = ProcessFleet(worker_configs()[:2], 2, grace_s=1.0)
     backend: Backend = RemoteBackend(fleet, {})
     await backend.start()
     async with serving(backend, scripted("a")):

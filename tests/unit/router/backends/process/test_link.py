@@ -273,8 +273,9 @@ async def test_a_request_that_is_cancelled_while_it_runs_is_told_to_have_ended()
 @on_both_loops
 async def test_a_worker_tells_nothing_more_while_its_parent_does_not_read() -> None:
     service = SlowService()
-    async with channel(service, telling=True):
-        await asyncio.sleep(0.1)
+    async with channel(service, telling=True) as (worker, _):
+        while not service.looks or worker._writable.is_set():  # noqa: ASYNC110 - the transport's own flag
+            await asyncio.sleep(0.001)
         before = service.looks
         await asyncio.sleep(0.2)
         after = service.looks

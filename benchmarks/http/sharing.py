@@ -1,0 +1,209 @@
+"""Measures what sharing costs: queries beside a bulk request (`queries`), and two models on one device (`models`).
+
+    python -m benchmarks.http.sharing queries
+    python -m benchmarks.http.sharing models --models minilm minilm
+
+`queries`: single queries arrive at random moments, first alone and then while a request of 2,048 texts runs; the bulk
+request runs alone too. Over HTTP, default settings, interleaved rounds. `models`: each model alone, then both at once,
+in one process without HTTP; the shares are seconds of the device. With models of different sizes the sum is of parts:
+what each reaches beside the other over what it reaches alone.
+"""
+
+import argparse
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from msgspec import Struct
+
+from benchmarks.lib import workloads
+from benchmarks.lib.folders import resolve
+from benchmarks.lib.machine import Watch, warn_if_busy
+from benchmarks.lib.measure import SETTLE_S, interleave, percentile, quotient
+from benchmarks.lib.peers import interpreter
+from benchmarks.lib.report import RESULTS, Report, publish, run_command
+from benchmarks.lib.servers import make_requests, own_server, summary
+from benchmarks.lib.worker import Worker
+from router import loadgen as load
+from router.loadgen import Outcome
+from router.loadgen.http_client import Request, Target, encode
+
+BULK_TEXTS = 2048
+PER_S = 5.0
+IDLE_S = 20.0
+
+
+class Round(Struct, frozen=True):
+    """The four phases: queries alone, bulk alone, and both at once."""
+
+    idle: Outcome
+    alone: Outcome
+    queries: Outcome
+    bulk: Outcome
+
+
+def measure(target: Target, bulk: Request, queries: Sequence[Request], per_s: float, idle_s: float) -> Round:
+    """One round.
+
+    Raises:
+        OSError: a request failed.
+    """
+    idle = load.run(lambda: load.opened(target, queries, per_s, until=load.after_s(idle_s)))
+    alone = load.run(lambda: load.closed(target, [bulk], 1, until=load.after(1)))
+    beside, both = load.run(lambda: _both(target, bulk, queries, per_s))
+    for outcome in (idle, alone, beside, both):
+        if outcome.num_failed or not outcome.samples:
+            raise OSError(f"{outcome.num_failed} of {len(outcome.samples)} requests failed: {outcome.errors}")
+    return Round(idle, alone, beside, both)
+
+
+async def _both(target: Target, bulk: Request, queries: Sequence[Request], per_s: float) -> tuple[Outcome, Outcome]:
+    """Queries for as long as the bulk request runs."""
+    running = asyncio.create_task(load.closed(target, [bulk], 1, until=load.after(1)))
+    beside = await load.opened(target, queries, per_s, until=lambda sent, _gone_s: running.done() and sent > 0)
+    return beside, await running
+
+
+def rows_of_queries(rounds: Sequence[Round]) -> list[tuple[str, ...]]:
+    """Table rows: latencies of all rounds together, speeds by their medians."""
+    idle = [sample.latency_s for one in rounds for sample in one.idle.samples]
+    busy = [sample.latency_s for one in rounds for sample in one.queries.samples]
+    alone, both = [one.alone.texts_per_s for one in rounds], [one.bulk.texts_per_s for one in rounds]
+    share = quotient(both, alone)
+    return [
+        _latencies("single queries, nothing else runs", idle),
+        _latencies(f"single queries beside {rounds[0].bulk.samples[0].num_texts} texts", busy),
+        ("ratio", "", *(f"{percentile(busy, at) / percentile(idle, at):.2f}" for at in (0.5, 0.95, 0.99))),
+        ("bulk alone, texts/s", f"{median(alone):,.1f}", "", "", ""),
+        ("bulk beside the queries, texts/s", f"{median(both):,.1f}", "", "", ""),
+        ("share of its lone speed", str(share), "", "", ""),
+    ]
+
+
+def _latencies(name: str, samples: Sequence[float]) -> tuple[str, ...]:
+    return (name, str(len(samples)), *(f"{1000 * percentile(samples, at):.1f}" for at in (0.5, 0.95, 0.99)))
+
+
+def run_queries(
+    folder: Path, workload: str, num_texts: int, rounds: int, *, per_s: float = PER_S, idle_s: float = IDLE_S
+) -> Report:
+    """Measure a model folder."""
+    watch = Watch()
+    warn_if_busy(watch.machine)
+    texts = workloads.make(workload, num_texts, workloads.counter(folder)).texts
+    with own_server(folder) as target:
+        bulk, queries = encode(target, texts), make_requests(target, folder, "short", 1)
+        load.run(lambda: load.closed(target, [encode(target, texts[:64]), *queries], 1, until=load.after(20)))
+        found = [measure(target, bulk, queries, per_s, idle_s) for _ in range(rounds)]
+        machine = watch.machine
+    return Report(
+        name="fairness",
+        title=f"Queries beside a bulk request of {num_texts} × {workload}",
+        machine=machine,
+        settings={"model": folder.name, "rounds": rounds, "queries a second": per_s, "idle s": idle_s},
+        header=("what", "samples", "p50 ms", "p95 ms", "p99 ms"),
+        rows=rows_of_queries(found),
+        samples={
+            "rounds": [
+                {name: summary(getattr(one, name)) for name in ("idle", "alone", "queries", "bulk")} for one in found
+            ]
+        },
+        notes=("latency counts from the moment a query was due; queries arrive at random, whatever the server does",),
+    )
+
+
+def main_queries(argv: Sequence[str]) -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.http.sharing queries", description=__doc__)
+    parser.add_argument("--model", default="minilm")
+    parser.add_argument("--workload", default="passages", choices=workloads.NAMES, help="of the bulk request")
+    parser.add_argument("--texts", type=int, default=BULK_TEXTS, help="of the bulk request")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--per-second", type=float, default=PER_S)
+    parser.add_argument("--no-save", dest="results", action="store_const", const=None, default=RESULTS)
+    asked = parser.parse_args(argv)
+    report = run_queries(resolve(asked.model), asked.workload, asked.texts, asked.rounds, per_s=asked.per_second)
+    publish(report, asked.results)
+
+
+TEXTS_PER_REQUEST = 32
+CLIENTS = 4
+
+
+def run_models(
+    folders: Sequence[Path],
+    workload: str,
+    seconds: float,
+    rounds: int,
+    *,
+    texts: int = TEXTS_PER_REQUEST,
+    settle_s: float = SETTLE_S,
+) -> Report:
+    """Measure two model folders, perhaps the same one twice."""
+    watch = Watch()
+    warn_if_busy(watch.machine)
+    calls = workloads.make(workload, 8 * texts, workloads.counter(folders[0])).calls(texts)
+    answers: dict[str, list[dict[str, Any]]] = {"first": [], "second": [], "both": []}
+    with Worker("pair", "pair.py", [str(folder) for folder in folders], python=interpreter(None)) as pair:
+        pair.wait_until_warm()
+
+        def use(name: str, engines: Sequence[int]) -> float:
+            answers[name].append(pair.ask(engines=list(engines), calls=calls, clients=CLIENTS, seconds=seconds))
+            return float(sum(answers[name][-1]["texts_per_s"]))
+
+        runs = {
+            "first": lambda: use("first", [0]),
+            "second": lambda: use("second", [1]),
+            "both": lambda: use("both", [0, 1]),
+        }
+        interleave(runs, rounds, settle_s=settle_s)
+        machine = watch.machine
+    names = [folder.name for folder in folders]
+    return Report(
+        name=f"two-models-{'-'.join(names)}",
+        title=f"Two models on one device, {CLIENTS} clients each, {texts} × {workload} a request",
+        machine=machine,
+        settings={"models": names, "rounds": rounds, "seconds": seconds},
+        header=("", f"{names[0]} (1)", f"{names[1]} (2)", "sum"),
+        rows=rows_of_models(answers),
+        samples=answers,
+        notes=("the time is that of the device's turns; the sum is of parts of each one's lone speed",),
+    )
+
+
+def rows_of_models(answers: dict[str, list[dict[str, Any]]]) -> list[tuple[str, ...]]:
+    """Table rows: speeds alone and together, parts and their sum, shares of time."""
+    alone = [median(one["texts_per_s"][0] for one in answers[name]) for name in ("first", "second")]
+    both = [median(one["texts_per_s"][at] for one in answers["both"]) for at in (0, 1)]
+    parts = [own / lone for own, lone in zip(both, alone, strict=True)]
+    shares = [median(one["lane_s"][at] / sum(one["lane_s"]) for one in answers["both"]) for at in (0, 1)]
+    return [
+        ("alone, texts/s", *(f"{rate:,.1f}" for rate in alone), ""),
+        ("together, texts/s", *(f"{rate:,.1f}" for rate in both), f"{sum(both):,.1f}"),
+        ("part of its lone speed", *(f"{100 * part:.0f} %" for part in parts), f"{100 * sum(parts):.0f} %"),
+        ("share of the time", *(f"{100 * share:.0f} %" for share in shares), ""),
+    ]
+
+
+def main_models(argv: Sequence[str]) -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.http.sharing models", description=__doc__)
+    parser.add_argument("--models", nargs=2, default=["minilm", "minilm"])
+    parser.add_argument("--workload", default="mixed", choices=workloads.NAMES)
+    parser.add_argument("--seconds", type=float, default=8.0, help="of each phase")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--no-save", dest="results", action="store_const", const=None, default=RESULTS)
+    asked = parser.parse_args(argv)
+    folders = [resolve(model) for model in asked.models]
+    publish(run_models(folders, asked.workload, asked.seconds, asked.rounds), asked.results)
+
+
+def main() -> None:
+    """Run the command that is asked for."""
+    run_command({"queries": main_queries, "models": main_models})
+
+
+if __name__ == "__main__":
+    main()

