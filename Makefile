@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 LITELLM := $(VENV)/clients/litellm
 PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: help install install-test install-bench serve test check format bench bench-http bench-peers bench-diff gpu browser \
+.PHONY: help install install-test install-bench serve test smoke check format bench bench-http bench-peers bench-diff gpu browser \
         screenshots image image-steps sbom soak
 
 help:  ## this list
@@ -48,6 +48,12 @@ serve: install  ## serve registry.yaml on 127.0.0.1:6008
 
 test: install-test  ## the whole test suite, in JOBS processes
 	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
+SMOKE := tests/unit/engines/pool/test_state_machine.py tests/unit/engines/batching tests/unit/engines/models/test_transformer.py \
+         tests/unit/router/registry tests/unit/router/api/test_embeddings.py tests/integration/test_end_to_end.py
+
+smoke: install-test  ## a minute of tests: the pool, batching, vectors of real models, and the server end to end
+	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(SMOKE)
 
 check: install-test  ## format, lint, types, import contracts, known vulnerabilities
 	$(BIN)/ruff format --check .

@@ -24,7 +24,7 @@ from msgspec import Struct
 from benchmarks.lib import workloads
 from benchmarks.lib.folders import resolve
 from benchmarks.lib.machine import ROOT, Watch, warn_if_busy
-from benchmarks.lib.measure import percentile
+from benchmarks.lib.measure import percentile, with_progress
 from benchmarks.lib.report import RESULTS, Report, publish
 from benchmarks.lib.servers import Plan, Server, own, serving, write_registry
 from benchmarks.lib.worker import PEER_SCRIPTS
@@ -172,7 +172,7 @@ def run(folder: Path, names: Sequence[str], seconds: float, num_calls: int) -> R
     """All backends, one after the other."""
     watch = Watch()
     warn_if_busy(watch.machine)
-    found = {name: measure(name, folder, seconds, num_calls) for name in names}
+    found = {name: measure(name, folder, seconds, num_calls) for name in with_progress(names, "backend")}
     return Report(
         name="backends",
         title=f"The same load on three backends, {folder.name}, requests of 8 short texts",

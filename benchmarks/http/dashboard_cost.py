@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.lib.browser import open_chromium
 from benchmarks.lib.machine import ROOT, Watch, warn_if_busy
+from benchmarks.lib.measure import with_progress
 from benchmarks.lib.report import RESULTS, Report, publish
 from benchmarks.lib.servers import Server, own, serving
 from router import loadgen as load
@@ -42,7 +43,7 @@ def turns(
 ) -> tuple[list[float], list[float]]:
     """Cores without and with the page, one of each a round."""
     without, beside = [], []
-    for _ in range(rounds):
+    for _ in with_progress(range(rounds), "round"):
         driver.get("about:blank")
         time.sleep(1.0)
         without.append(cores(server, work))

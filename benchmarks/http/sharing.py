@@ -21,7 +21,7 @@ from msgspec import Struct
 from benchmarks.lib import workloads
 from benchmarks.lib.folders import resolve
 from benchmarks.lib.machine import Watch, warn_if_busy
-from benchmarks.lib.measure import SETTLE_S, interleave, percentile, quotient
+from benchmarks.lib.measure import SETTLE_S, interleave, percentile, quotient, with_progress
 from benchmarks.lib.peers import interpreter
 from benchmarks.lib.report import RESULTS, Report, publish, run_command
 from benchmarks.lib.servers import make_requests, own_server, summary
@@ -96,7 +96,7 @@ def run_queries(
     with own_server(folder) as target:
         bulk, queries = encode(target, texts), make_requests(target, folder, "short", 1)
         load.run(lambda: load.closed(target, [encode(target, texts[:64]), *queries], 1, until=load.after(20)))
-        found = [measure(target, bulk, queries, per_s, idle_s) for _ in range(rounds)]
+        found = [measure(target, bulk, queries, per_s, idle_s) for _ in with_progress(range(rounds), "round")]
         machine = watch.machine
     return Report(
         name="fairness",

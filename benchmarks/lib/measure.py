@@ -1,22 +1,27 @@
-"""How things are compared here: interleaved rounds (A B A B …), medians, ratios of medians, and the spread of pairs.
+"""Compares programs: interleaved rounds (A B A B …), medians, ratios of medians, and the spread of pairs.
 
 Knows nothing of models: a contestant is something that does given work and says how many seconds it took.
 """
 
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from msgspec import Struct
 
 from router.loadgen.results import percentile as percentile  # beside the other ways to sum up samples
 
+Item = TypeVar("Item")
 Run = Callable[[], float]
 """Does the work once; what it returns is the sample: seconds, or texts a second."""
 
 SETTLE_S = 0.3
 """Threads of torch, oneDNN and ONNX Runtime spin for a while after their work; the next one must not meet them."""
+
+PROGRESS_S = 10.0
+"""A benchmark that runs for longer tells how far it is."""
 
 
 class Contestant(Protocol):
@@ -61,11 +66,23 @@ def interleave(
     for warm_up in () if is_warm else runs.values():
         warm_up()
     samples: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(rounds):
+    for number in with_progress(range(rounds), "round"):
         for name in _rotated(list(runs), number):
             sleep(settle_s)
             samples[name].append(runs[name]())
     return samples
+
+
+def with_progress(items: Sequence[Item], what: str) -> Iterator[Item]:
+    """Yield the items; every few seconds, a line on stderr tells how far that is and how long it may still take."""
+    began_s = told_s = time.perf_counter()
+    for number, item in enumerate(items):
+        now_s = time.perf_counter()
+        if number and now_s - told_s >= PROGRESS_S:
+            told_s = now_s
+            left_s = (now_s - began_s) / number * (len(items) - number)
+            print(f"{what} {number} of {len(items)} done, about {left_s:.0f} s left", file=sys.stderr, flush=True)
+        yield item
 
 
 def _rotated(names: list[str], by: int) -> Iterator[str]:

@@ -29,6 +29,7 @@ from msgspec import Struct
 
 from benchmarks.lib.folders import resolve
 from benchmarks.lib.machine import Machine, Watch, usable_cores, warn_if_busy
+from benchmarks.lib.measure import with_progress
 from benchmarks.lib.report import RESULTS, Report, publish, run_command
 from benchmarks.lib.servers import Server, own, serving, write_registry
 from engines.device.scheduler import DeviceScheduler
@@ -75,7 +76,7 @@ def run_request(folder: Path, rounds: int) -> Report:
     with tempfile.TemporaryDirectory() as draft:
         registry = write_registry(Path(draft) / "registry.yaml", {MODEL: folder}, preload=False)
         with serving(own(registry, MODEL), first=ready) as server:
-            found = [measure_request(server.target) for _ in range(rounds + 1)]
+            found = [measure_request(server.target) for _ in with_progress(range(rounds + 1), "round")]
             machine = watch.machine
     return _report(folder, server, found, machine)
 
@@ -169,7 +170,7 @@ def run_selfcheck(model: str, rounds: int, cores: int) -> Report:
     lane = DeviceScheduler("bench", lambda: torch.set_num_threads(cores))
     with TemporaryDirectory() as state, closing(TokenizerThreads(cores)) as threads:
         loader = TorchLoader("cpu", lane, threads, LoaderSettings(canary_folder=Path(state)))
-        first, *rest = [measure_selfcheck(loader, folder) for _ in range(rounds + 1)]
+        first, *rest = [measure_selfcheck(loader, folder) for _ in with_progress(range(rounds + 1), "round")]
     lane.close()
     share = median(one.share for one in rest)
     loads, checks = [one.load_s for one in rest], [one.check_s for one in rest]

@@ -38,6 +38,7 @@ from msgspec import Struct, structs
 from benchmarks.lib import workloads
 from benchmarks.lib.folders import resolve
 from benchmarks.lib.machine import Watch, warn_if_busy
+from benchmarks.lib.measure import with_progress
 from benchmarks.lib.report import RESULTS, Report, publish, run_command
 from benchmarks.lib.servers import Server, own, serving, write_registry
 from benchmarks.lib.small_memory import CLIENTS, ROOM_FOR, Crowd, build_truths, crowd, unexplained
@@ -54,6 +55,7 @@ RSS_SHARE = 0.03
 """What the memory may have grown by, from the first quarter after the warm-up to the last."""
 _SAMPLE_S = 1.0
 _REST_S = 1.0
+_TOLD_EVERY = 60
 _KEPT_EVERY = 10
 _DRAWS = 16
 _MAX_BODY = "1MiB"
@@ -204,6 +206,9 @@ async def everything(server: Server, kinds: Sequence[Kind], seconds: float) -> t
         while True:
             await asyncio.sleep(_SAMPLE_S)
             samples.append(look(process, time.monotonic() - began_s))
+            if len(samples) % _TOLD_EVERY == 0:
+                told = f"{samples[-1].at_s:.0f} of {seconds:.0f} s, {samples[-1].rss_bytes / 1e6:,.0f} MB"
+                print(told, file=sys.stderr, flush=True)
 
     watching = asyncio.create_task(watch())
     outcomes = await asyncio.gather(*(kind.run(server.target, seconds) for kind in kinds))
@@ -353,7 +358,7 @@ def run_cycles(folder: Path, cycles: int) -> Report:
             httpx.Client(base_url=server.target.url, timeout=60) as client,
         ):
             process = psutil.Process(server.pid)
-            found = [cycle(client, process) for _ in range(cycles)]
+            found = [cycle(client, process) for _ in with_progress(range(cycles), "cycle")]
             machine = watch.machine
     moved = spread(found)
     return Report(

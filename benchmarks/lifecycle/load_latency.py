@@ -24,7 +24,7 @@ from msgspec import Struct
 from benchmarks.lib.folders import save_random
 from benchmarks.lib.hub import LoopbackHub
 from benchmarks.lib.machine import Watch, warn_if_busy
-from benchmarks.lib.measure import percentile
+from benchmarks.lib.measure import percentile, with_progress
 from benchmarks.lib.report import RESULTS, Report, publish
 from benchmarks.lib.servers import own, serving
 
@@ -159,7 +159,7 @@ async def measure(port: int, rounds: int, rate: float, quiet_s: float) -> tuple[
     found = []
     async with probing(port, rate) as probe:
         await asyncio.sleep(2.0)  # connections, threads and caches are warm then
-        for number in range(rounds):
+        for number in with_progress(range(rounds), "round"):
             quiet_from_s = time.perf_counter()
             await asyncio.sleep(quiet_s)
             loaded = await load(port, f"large-{number}")

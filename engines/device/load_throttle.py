@@ -1,9 +1,9 @@
 """Slows a load down while requests are served: between two of its steps it waits for the short tasks that run.
 
 Building a model is Python, and while it runs every step of a forward pass waits for the interpreter's lock
-(`benchmarks/lifecycle/load_latency.py` measures it). Between two modules that it makes, and two tensors that it puts in place,
-the load checks whether a short task runs, and lets it end first. That can cost the load `_CREDIT_S`, and beyond it as
-much time again as it works itself: a model still loads under traffic that never ends.
+(`benchmarks/lifecycle/load_latency.py` measures it). Between two modules that it makes, and two tensors that it puts in
+place, the load checks whether a short task runs, and lets it end first. That can cost the load `_CREDIT_S`, and beyond
+it as much time again as it works itself: a model still loads under traffic that never ends.
 """
 
 import threading

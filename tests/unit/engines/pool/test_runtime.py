@@ -33,10 +33,10 @@ def test_a_task_hangs_when_it_runs_for_longer_than_it_may() -> None:
 
 
 def test_a_task_does_not_hang_because_the_process_stood_still() -> None:
-    clock = SimpleNamespace(now_s=10.0)
-    lock = LoadLock(lambda: clock.now_s)
+    clock = FakeClock(10.0)
+    lock = LoadLock(clock)
     with lock.held(Task("the load of model 'a' on cuda:0", 600.0)):
-        clock.now_s += 3600
+        clock.advance(3600)
 
         assert lock.hung(awake_s=0.0) == ""
         assert lock.hung(awake_s=601.0) != ""
