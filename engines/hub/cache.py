@@ -1,14 +1,14 @@
-"""One repository's folder in the hub cache: blobs, snapshots, refs as huggingface_hub lays them out, and our manifest.
+"""Reads and writes one repository's folder in the hub cache: huggingface_hub's layout plus a manifest of our own.
 
     models--ORG--NAME/
         blobs/ETAG                      contents, named by their hash
-        snapshots/COMMIT/NAME           links to them
-        refs/REVISION                   the commit a branch or tag stood for
-        .embedyard/REVISION.json        our manifest: this revision's files were all here, and their hashes right
-        .embedyard/ETAG.part            a download that is under way, or was cut short
+        snapshots/COMMIT/NAME           links to blobs
+        refs/REVISION                   the commit that a branch or tag resolved to
+        .embedyard/REVISION.json        our manifest: all files of this revision were present with the right hashes
+        .embedyard/ETAG.part            a download in progress, or an interrupted one
 
-Only a manifest makes a model whole, and it is written last and at once: whatever a killed process leaves is not taken
-for a model. Knows no network.
+A model counts as complete only with a manifest, which is written last and atomically: the remains of a killed process
+are never taken for a model. Does not use the network.
 """
 
 import os
@@ -32,7 +32,7 @@ _LOCK_POLL_S = 1.0
 
 
 class Manifest(Struct, frozen=True, kw_only=True):
-    """The files of one commit that were verified together. `with_code`: Python files are among them."""
+    """The files of one commit that were verified together. `with_code`: Python files are included."""
 
     commit: str
     files: tuple[FileEntry, ...]
@@ -43,7 +43,7 @@ class Manifest(Struct, frozen=True, kw_only=True):
 class RepoCache:
     """The cached files of one repository at one revision.
 
-    `unwritten` holds the manifests of caches that cannot be written (an image layer, a read-only mount), by path.
+    `unwritten` keeps, by path, manifests of caches that cannot be written (an image layer, a read-only mount).
     """
 
     def __init__(self, cache_dir: Path, repo_id: str, revision: str, unwritten: dict[Path, Manifest]) -> None:
@@ -52,9 +52,9 @@ class RepoCache:
         self.revision = revision
         self._cache_dir = cache_dir
         self._folder = cache_dir / name
-        self._own = self._folder / ".embedyard"
+        self._private_folder = self._folder / ".embedyard"
         self._lock = cache_dir / ".locks" / name / "embedyard.lock"
-        self._manifest = self._own / f"{quote(revision, safe='')}.json"
+        self._manifest = self._private_folder / f"{quote(revision, safe='')}.json"
         self._unwritten = unwritten
 
     @property
@@ -62,49 +62,49 @@ class RepoCache:
         return str(self._folder)
 
     def path(self, commit: str, name: str = "") -> Path:
-        """Where a snapshot, or a file of it, is or will be."""
+        """Returns the path of a snapshot or of a file in it, which need not exist."""
         return self._folder / "snapshots" / commit / name
 
     def reader(self, commit: str) -> ReadRange:
-        """Reads pieces of the snapshot's files."""
+        """Returns a function that reads byte ranges of the snapshot's files."""
         return partial(read_range, self.path(commit))
 
-    def part_bytes(self, file: FileEntry) -> int:
-        """How much of a download is here already."""
+    def partial_bytes(self, file: FileEntry) -> int:
+        """Returns the size of the partial file that an interrupted download left; 0 without one."""
         try:
-            return (self._own / f"{file.etag}.part").stat().st_size
+            return (self._private_folder / f"{file.etag}.part").stat().st_size
         except OSError:
             return 0
 
-    def part(self, file: FileEntry) -> Path:
-        """Where a download of `file` grows."""
-        self._own.mkdir(parents=True, exist_ok=True)
-        return self._own / f"{file.etag}.part"
+    def partial_path(self, file: FileEntry) -> Path:
+        """Returns the path of the partial file for a download of `file`."""
+        self._private_folder.mkdir(parents=True, exist_ok=True)
+        return self._private_folder / f"{file.etag}.part"
 
     def manifest(self) -> Manifest | None:
-        """What was verified last for this revision; None when nothing was, or the manifest is unreadable."""
+        """Returns the manifest of this revision; None if there is none or it is unreadable."""
         try:
             return msgspec.json.decode(self._manifest.read_bytes(), type=Manifest)
         except (OSError, msgspec.DecodeError):
             return self._unwritten.get(self._manifest)
 
     def write_manifest(self, manifest: Manifest) -> None:
-        """Make the model whole: the manifest for us, the ref for other tools."""
+        """Marks the model as complete: writes the manifest, and the ref for other tools."""
         self._unwritten.pop(self._manifest, None)
         try:
-            _write(self._manifest, msgspec.json.encode(manifest))
+            _write_atomically(self._manifest, msgspec.json.encode(manifest))
             if self.revision != manifest.commit:
-                _write(self._folder / "refs" / self.revision, manifest.commit.encode())
+                _write_atomically(self._folder / "refs" / self.revision, manifest.commit.encode())
         except OSError:
             self._unwritten[self._manifest] = manifest
 
     def delete_manifest(self) -> None:
-        """The model is no longer known to be whole."""
+        """Marks the model as no longer known to be complete."""
         self._unwritten.pop(self._manifest, None)
         self._manifest.unlink(missing_ok=True)
 
     def known_commit(self) -> str | None:
-        """The commit that some tool resolved this revision to when it filled the cache."""
+        """Returns the commit that another tool resolved this revision to when it filled the cache."""
         if is_commit(self.revision):
             return self.revision
         try:
@@ -113,8 +113,8 @@ class RepoCache:
             return None
         return commit if is_commit(commit) else None
 
-    def listed(self, commit: str) -> Mapping[str, object] | None:
-        """The repository's full list of files, where `hf download` left it beside its snapshot; None elsewhere."""
+    def listed_files(self, commit: str) -> Mapping[str, object] | None:
+        """Returns the repository's full list of files if `hf download` cached it, else None."""
         try:
             listing = msgspec.json.decode((self._folder / "trees" / f"{commit}.json").read_bytes())
         except (OSError, msgspec.DecodeError):
@@ -123,11 +123,11 @@ class RepoCache:
         return files if isinstance(files, dict) else None
 
     def is_known_absent(self, commit: str, name: str) -> bool:
-        """Whether some tool asked the hub for this file and heard that there is none."""
+        """Returns whether another tool has recorded that the hub does not have this file."""
         return (self._folder / ".no_exist" / commit / name).exists()
 
     def entries(self, commit: str) -> Mapping[str, FileEntry]:
-        """The files of a snapshot; without an etag where the cache holds copies instead of links to blobs."""
+        """Returns the files of a snapshot; etags are empty where the cache holds copies instead of links to blobs."""
         root = self.path(commit)
         entries = {}
         for path in root.rglob("*"):
@@ -138,21 +138,21 @@ class RepoCache:
         return entries
 
     def link_blob(self, commit: str, file: FileEntry) -> bool:
-        """Let the snapshot show a blob that is here already; False when it is not."""
-        blob, shown = self._folder / "blobs" / file.etag, self.path(commit, file.name)
-        if not shown.exists() and blob.exists():
-            _show(blob, shown)
-        return shown.exists()
+        """Links an existing blob into the snapshot; returns whether the snapshot has the file."""
+        blob, link = self._folder / "blobs" / file.etag, self.path(commit, file.name)
+        if not link.exists() and blob.exists():
+            _link(blob, link)
+        return link.exists()
 
     def commit_blob(self, part: Path, commit: str, file: FileEntry) -> None:
-        """Turn a finished download into a file of the snapshot."""
+        """Moves a finished download to the blobs and links it into the snapshot."""
         blob = self._folder / "blobs" / file.etag
         blob.parent.mkdir(parents=True, exist_ok=True)
         part.replace(blob)
-        _show(blob, self.path(commit, file.name))
+        _link(blob, self.path(commit, file.name))
 
     def remove(self, commit: str, name: str) -> None:
-        """Delete a file from the snapshot together with what it links to."""
+        """Deletes a file from the snapshot together with the blob that it links to."""
         path = self.path(commit, name)
         while path.is_relative_to(self._cache_dir):
             target = Path(os.path.normpath(path.parent / path.readlink())) if path.is_symlink() else None
@@ -161,14 +161,14 @@ class RepoCache:
                 break
             path = target
 
-    def remove_parts(self) -> None:
-        """Delete what downloads left that nobody will go on with."""
-        for part in self._own.glob("*.part"):
+    def remove_partial_files(self) -> None:
+        """Deletes the partial files, once no download of this repository will resume them."""
+        for part in self._private_folder.glob("*.part"):
             part.unlink(missing_ok=True)
 
     @contextmanager
     def locked(self, check: Callable[[], None]) -> Iterator[None]:
-        """Keep other processes from downloading the same repository; `check` is called while waiting, and may raise."""
+        """Locks the repository against downloads by other processes; calls `check`, which may raise, while waiting."""
         self._lock.parent.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             while True:
@@ -182,35 +182,35 @@ class RepoCache:
 
 
 def is_commit(revision: str) -> bool:
-    """Whether a revision names its commit in full, and so never stands for another."""
+    """Returns whether a revision is a full commit hash, which can never move."""
     return _COMMIT.fullmatch(revision) is not None
 
 
-def _show(blob: Path, shown: Path) -> None:
-    """A relative link, so that the cache can be moved; the file itself where links are not allowed.
+def _link(blob: Path, link: Path) -> None:
+    """Creates `link` as a relative link to `blob`, so that the cache can be moved; moves the blob where links fail.
 
-    It appears at once and never goes away for a moment: another process may be looking.
+    The replacement is atomic: another process that reads `link` never finds it missing.
     """
-    shown.parent.mkdir(parents=True, exist_ok=True)
-    fresh = _fresh_name(shown)
+    link.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary_path(link)
     try:
-        fresh.symlink_to(os.path.relpath(blob, shown.parent))
+        temporary.symlink_to(os.path.relpath(blob, link.parent))
     except OSError:
-        fresh = blob
-    fresh.replace(shown)
+        temporary = blob
+    temporary.replace(link)
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Write a small file so that it is either the old or the new one, whatever happens."""
+def _write_atomically(path: Path, content: bytes) -> None:
+    """Writes a small file so that readers find the old or the new content, also after a crash."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = _fresh_name(path)
-    with fresh.open("wb") as file:
+    temporary = _temporary_path(path)
+    with temporary.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    fresh.replace(path)
+    temporary.replace(path)
 
 
-def _fresh_name(path: Path) -> Path:
-    """A name beside `path` that nobody else uses."""
+def _temporary_path(path: Path) -> Path:
+    """Returns an unused path in the folder of `path`."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")

@@ -1,10 +1,10 @@
-"""Talking to a model hub: what is in a repository, pieces of its files, whole files, verified.
+"""Lists a hub repository, reads byte ranges of its files, and downloads and verifies whole files.
 
-Built on huggingface_hub (addresses, headers, listing, errors). Whole files are streamed here, over plain HTTP, because
-the library's own download (2.4) neither resumes after a failed or killed run nor checks sha256, and retries for minutes
-where the hub hangs. hf-xet is left out: its buffers, up to a quarter of the memory, are in no budget of ours; it passes
-HF_ENDPOINT by; and it counts either compressed bytes or bytes already flushed. Hubs serve every xet file over HTTP too.
-Knows nothing of which files a model needs, nor of how a cache is laid out.
+Built on huggingface_hub (addresses, headers, listing, errors). Streams whole files itself, over plain HTTP, because the
+library's own download (2.4) neither resumes after a failed or killed run nor checks sha256, and retries for minutes
+when the hub hangs. Does not use hf-xet: its buffers, up to a quarter of the memory, are outside our budget; it ignores
+HF_ENDPOINT; and it counts either compressed bytes or bytes already flushed. Hubs serve every xet file over HTTP too.
+Knows neither which files a model needs nor how the cache is laid out.
 """
 
 import re
@@ -27,18 +27,16 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # documented 
 from msgspec import Struct, field
 
 from engines.errors import BrokenFiles, DiskFull, ShuttingDown
-from engines.hub.errors import HubRequest, is_transient, offline, retry_after_s, translate
+from engines.hub.errors import HubRequest, is_transient, offline_error, retry_after_s, translate_error
 from engines.hub.file_selection import is_safe
 from engines.hub.partial_file import FileEntry, FileHash, OnBytes, PartFile
 
 _COMMIT = re.compile("[0-9a-f]{40}")
-
-
 _ETAG = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 class Listing(Struct, frozen=True, kw_only=True):
-    """Everything in a repository at one commit."""
+    """All files of a repository at one commit."""
 
     repo_id: str
     commit: str
@@ -46,7 +44,7 @@ class Listing(Struct, frozen=True, kw_only=True):
 
 
 def read_listing(repo_id: str, info: ModelInfo) -> Listing:
-    """Our form of the hub's answer. Commits, etags and names become parts of paths, so nothing odd gets through.
+    """Converts the hub's answer. Validates commits, etags and names, because they become parts of paths.
 
     Raises:
         ValueError: no commit, no files, or a file without size or hash.
@@ -64,26 +62,23 @@ def read_listing(repo_id: str, info: ModelInfo) -> Listing:
 
 
 _LONGEST_WAIT_S = 20.0
-"""A hub that asks for more than this is reported instead of waited for: the pool tries again later."""
-
+"""A `Retry-After` above this is reported as an error instead of waited for: the pool tries again later."""
 
 _PROGRESS_BYTES = 1 << 20
-"""A broken try that brought at least so much is no failure."""
-
+"""An interrupted attempt that brought at least this much does not count as a failure."""
 
 _BROKEN_ANSWERS = (httpx2.HTTPError, OSError, ValueError, RuntimeError)
-"""What the libraries raise: HTTP and network, disk, nonsense in a body, a client closed while in use."""
-
+"""What the libraries raise: HTTP and network errors, disk errors, malformed bodies, a client closed while in use."""
 
 _T = TypeVar("_T")
 
 
 class HubConfig(Struct, frozen=True, kw_only=True):
-    """Where the hub is and how patient we are. The defaults are huggingface_hub's, thus HF_ENDPOINT, HF_HOME and so on.
+    """The hub's address, credentials, cache and retries. Defaults are huggingface_hub's (HF_ENDPOINT, HF_HOME, …).
 
-    `token`: None means the one of HF_TOKEN or of `hf auth login`, False none. `timeout_s`: the longest silence of a
-    connection. `attempts`: tries in a row that bring less than a megabyte; the pause between them begins at `backoff_s`
-    and doubles.
+    `token`: None uses HF_TOKEN or `hf auth login`, False sends none. `timeout_s`: connect and read timeout. `attempts`:
+    the most consecutive attempts that bring less than a megabyte; the pause between them starts at `backoff_s` and
+    doubles.
     """
 
     endpoint: str = field(default_factory=lambda: constants.ENDPOINT)
@@ -95,12 +90,12 @@ class HubConfig(Struct, frozen=True, kw_only=True):
     backoff_s: float = 1.0
 
     def __repr__(self) -> str:
-        """Without the token: configurations end up in logs."""
+        """Omits the token, since configurations end up in logs."""
         return f"HubConfig({self.endpoint}, offline={self.offline})"
 
 
 class HubClient:
-    """One hub. Threads may share it; `close` makes every running call end soon."""
+    """A client of one hub. Thread-safe; `close` ends running calls."""
 
     def __init__(self, config: HubConfig) -> None:
         self.config = config
@@ -108,11 +103,11 @@ class HubClient:
 
     @cached_property
     def _client(self) -> httpx2.Client:
-        # Not the library's shared client: that one is closed under everyone's feet when any request fails to connect.
+        # Not the library's shared client, which it closes for all users when any request fails to connect.
         return httpx2.Client(follow_redirects=True, timeout=self.config.timeout_s)
 
     def listing(self, repo_id: str, revision: str) -> Listing:
-        """Resolve the revision to a commit and list its files.
+        """Resolves the revision to a commit and lists its files.
 
         Raises:
             SourceError: unknown, forbidden, unreachable or offline.
@@ -120,22 +115,22 @@ class HubClient:
         api = HfApi(endpoint=self.config.endpoint, token=self.config.token)
         timeout_s = self.config.timeout_s
 
-        def ask() -> Listing:
+        def send() -> Listing:
             info = api.model_info(repo_id, revision=revision, files_metadata=True, timeout=timeout_s)
             return read_listing(repo_id, info)
 
-        return self._with_retries(ask, self._asked(repo_id, revision))
+        return self._with_retries(send, self._request(repo_id, revision))
 
     def read_range(self, listing: Listing, name: str, start: int, end: int) -> bytes:
-        """Bytes `start` up to, not including, `end` of a file, by a range request.
+        """Reads bytes `start` up to and excluding `end` of a file with a range request.
 
         Raises:
             SourceError: as for `listing`.
         """
 
-        def ask() -> bytes:
+        def send() -> bytes:
             with self._get(listing, name, start, end) as response:
-                # A server that knows no ranges answers 200 with the whole file.
+                # A server without range support answers 200 with the whole file.
                 skip = start if response.status_code == HTTPStatus.OK else 0
                 content = bytearray()
                 for chunk in response.iter_bytes():
@@ -144,10 +139,10 @@ class HubClient:
                         break
                 return bytes(content[skip : skip + end - start])
 
-        return self._with_retries(ask, self._asked(listing.repo_id, listing.commit, name))
+        return self._with_retries(send, self._request(listing.repo_id, listing.commit, name))
 
     def read_file(self, listing: Listing, name: str) -> bytes:
-        """The whole of a small file, its hash checked.
+        """Reads a small file whole and checks its hash.
 
         Raises:
             SourceError: as for `listing`.
@@ -160,43 +155,43 @@ class HubClient:
             digest.update(content)
             if digest.is_right():
                 return content
-        raise _corrupt(listing, file)
+        raise _corrupt_error(listing, file)
 
     def download(self, listing: Listing, file: FileEntry, path: Path, on_bytes: OnBytes) -> None:
-        """Bring a whole file to `path`, going on from what is there, and check its size and hash.
+        """Downloads a file to `path`, resuming from existing bytes, and checks its size and hash.
 
-        A file that arrives corrupt is fetched once more from the beginning.
+        Downloads a file that arrives corrupt once more from the beginning.
 
         Raises:
-            SourceError: as for `listing`, and when the disk refuses.
-            BrokenFiles: corrupt twice; `path` is gone then.
+            SourceError: as for `listing`, and when the disk cannot be written.
+            BrokenFiles: corrupt twice; `path` is then deleted.
         """
-        asked = self._asked(listing.repo_id, listing.commit, file.name)
+        request = self._request(listing.repo_id, listing.commit, file.name)
         for _ in range(2):
             part = PartFile(path, file, on_bytes)
             try:
-                self._with_retries(partial(self._stream, listing, part), asked, part)
+                self._with_retries(partial(self._stream, listing, part), request, part)
             except DiskFull:
                 path.unlink(missing_ok=True)
                 raise
             if part.is_right():
                 return
             part.discard()
-        raise _corrupt(listing, file)
+        raise _corrupt_error(listing, file)
 
     def close(self) -> None:
-        """End running calls with `ShuttingDown`, at the latest when their time-out passes; does not wait for them."""
+        """Ends running calls with `ShuttingDown`, at the latest after their timeout; does not wait for them."""
         self._closed.set()
         if "_client" in self.__dict__:
             self._client.close()
 
     def check_open(self) -> None:
-        """Raise `ShuttingDown` once the hub is closed."""
+        """Raises `ShuttingDown` once the client is closed."""
         if self._closed.is_set():
-            raise ShuttingDown("the server is shutting down; the download stops here and goes on at the next start")
+            raise ShuttingDown("the server is shutting down: the download resumes at the next start")
 
     def _stream(self, listing: Listing, part: PartFile) -> None:
-        """One request for the rest of a file. Returns when another one would not bring more."""
+        """Requests the rest of a file once. Returns when another request would not bring more."""
         with part.opened():
             before = part.done_bytes
             if before >= part.file.size_bytes:
@@ -211,7 +206,7 @@ class HubClient:
             except HfHubHTTPError as error:
                 if error.response.status_code != HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
                     raise
-                return  # the hub's file is shorter than the hub's listing says
+                return  # the hub's file is shorter than its listing says
             if before < part.done_bytes < part.file.size_bytes:
                 raise httpx2.RemoteProtocolError(f"{part.done_bytes} of {part.file.size_bytes} bytes")
 
@@ -225,41 +220,41 @@ class HubClient:
             hf_raise_for_status(response)
             yield response
 
-    def _with_retries(self, ask: Callable[[], _T], asked: HubRequest, part: PartFile | None = None) -> _T:
-        """Ask again while that may help: `attempts` times in a row that bring next to nothing."""
+    def _with_retries(self, send: Callable[[], _T], request: HubRequest, part: PartFile | None = None) -> _T:
+        """Sends a request and retries transient failures, up to `attempts` times without progress."""
         failures = 0
         while True:
             self.check_open()
             if self.config.offline:
-                raise offline(asked)
+                raise offline_error(request)
             before = part.done_bytes if part else 0
             try:
-                return ask()
+                return send()
             except _BROKEN_ANSWERS as error:
                 has_progress = part is not None and part.done_bytes - before >= _PROGRESS_BYTES
                 failures = 1 if has_progress else failures + 1
-                self._pause_or_give_up(error, failures, asked)
+                self._pause_or_give_up(error, failures, request)
 
-    def _pause_or_give_up(self, error: Exception, failures: int, asked: HubRequest) -> None:
+    def _pause_or_give_up(self, error: Exception, failures: int, request: HubRequest) -> None:
         self.check_open()
         wait_s = self.config.backoff_s * 2 ** (failures - 1)
         hub_wait_s = retry_after_s(error)
         if hub_wait_s is not None:
             wait_s = max(wait_s, hub_wait_s)
         if failures >= self.config.attempts or wait_s > _LONGEST_WAIT_S or not is_transient(error):
-            raise translate(error, asked) from error
+            raise translate_error(error, request) from error
         self._closed.wait(wait_s)
 
-    def _asked(self, repo_id: str, revision: str, file: str | None = None) -> HubRequest:
+    def _request(self, repo_id: str, revision: str, file: str | None = None) -> HubRequest:
         config = self.config
         return HubRequest(
             endpoint=config.endpoint, repo_id=repo_id, revision=revision, file=file, timeout_s=config.timeout_s
         )
 
 
-def _corrupt(listing: Listing, file: FileEntry) -> BrokenFiles:
+def _corrupt_error(listing: Listing, file: FileEntry) -> BrokenFiles:
     return BrokenFiles(
-        f"{file.name} of {listing.repo_id} arrived corrupt twice (size or hash are not what the hub lists): "
-        "check the mirror or proxy in between, or pin another 'revision'",
+        f"{file.name} of {listing.repo_id} arrived corrupt twice (size or hash differ from the hub's listing): check "
+        "any mirror or proxy, or pin another 'revision' in the registry",
         file=file.name,
     )

@@ -1,7 +1,7 @@
-"""Which files of a repository or folder make up the model. Pure: names in, names out; knows no disk and no network.
+"""Selects the files of a repository or folder that make up the model. Pure: uses neither disk nor network.
 
-One format of weights is taken: safetensors where there are any, else pytorch_model*.bin; never ONNX, OpenVINO,
-TensorFlow or Flax. Python files come along only where the registry trusts the model's code.
+Selects one format of weights: safetensors if there are any, else pytorch_model*.bin; never ONNX, OpenVINO, TensorFlow
+or Flax. Selects Python files only if the registry trusts the model's code.
 """
 
 from collections.abc import Callable, Collection
@@ -15,7 +15,7 @@ from msgspec import Struct
 from engines.errors import BrokenFiles, UnsupportedModel
 
 ReadFile = Callable[[str], bytes]
-"""File name → its whole content; only asked for small JSON files that exist."""
+"""Maps a file name to the whole content; called only for small JSON files that exist."""
 
 MODULES = "modules.json"
 CONFIG = "config.json"
@@ -25,33 +25,33 @@ _METADATA = (
     "special_tokens_map.json", "added_tokens.json", "chat_template*",
 )  # fmt: skip
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-"""In order of preference, as transformers has it."""
+"""In transformers' order of preference."""
 
 _WITH_CONFIG = ("Transformer", "Pooling", "Dense", "LayerNorm")
 _WITH_WEIGHTS = ("Transformer", "Dense", "LayerNorm")
-"""sentence-transformers modules that cannot be what they are without their config, or their weights."""
+"""sentence-transformers modules that require a config, or weights."""
 
 
 class Selection(Struct, frozen=True, kw_only=True):
-    """The files to have, by name; `weights` are those of them that hold tensors."""
+    """The names of the selected files; `weights` are those that hold tensors."""
 
     files: tuple[str, ...]
     weights: tuple[str, ...]
 
 
 class Module(Struct, frozen=True):
-    """One line of modules.json: the folder ("" is the root) and the last part of the module's type."""
+    """One entry of modules.json: the folder ("" is the root) and the last component of the module's type."""
 
     path: str
     kind: str
 
 
 def select(names: Collection[str], read: ReadFile, *, source: str, with_code: bool) -> Selection:
-    """Choose among `names` what is needed to run the model.
+    """Selects from `names` the files that are needed to run the model.
 
     Raises:
-        BrokenFiles: a file that the model's own lists name is not there.
-        UnsupportedModel: there are no weights in a format that we read.
+        BrokenFiles: a file that modules.json or a weight index names is missing.
+        UnsupportedModel: there are no weights in a supported format.
     """
     modules = read_modules(names, read)
     metadata = _metadata(names, {"", *(module.path for module in modules)}, with_code=with_code)
@@ -69,20 +69,22 @@ def select(names: Collection[str], read: ReadFile, *, source: str, with_code: bo
 
 
 def read_modules(names: Collection[str], read: ReadFile) -> tuple[Module, ...]:
-    """The module chain of modules.json; a plain transformers folder has one module, at its root."""
+    """Returns the module chain of modules.json; a plain transformers folder has one module at its root."""
     if MODULES not in names:
         return (Module("", "Transformer"),)
-    entries = _json(MODULES, read)
+    entries = _read_json(MODULES, read)
     if not isinstance(entries, list) or not entries:
         raise BrokenFiles(f"{MODULES} is not a list of modules", file=MODULES)
     try:
-        return tuple(Module(_folder(entry["path"]), str(entry["type"]).rsplit(".", 1)[-1]) for entry in entries)
+        return tuple(
+            Module(_normalize_folder(entry["path"]), str(entry["type"]).rsplit(".", 1)[-1]) for entry in entries
+        )
     except (TypeError, KeyError):
         raise BrokenFiles(f"{MODULES} has a module without path or type", file=MODULES) from None
 
 
 def is_safe(name: str) -> bool:
-    """Whether a name from a hub's listing stays inside the folder it is joined to."""
+    """Returns whether a name from a hub's listing stays inside the folder that it is joined to."""
     path = PurePosixPath(name)
     return bool(name) and not path.is_absolute() and ".." not in path.parts and "\\" not in name
 
@@ -98,48 +100,48 @@ def _metadata(names: Collection[str], folders: Collection[str], *, with_code: bo
 
 
 def _weights_entry(names: Collection[str], module: Module, source: str) -> str | None:
-    """The file that holds, or lists, a module's weights; None for a module without any."""
-    entry = next((name for name in (_join(module.path, weights) for weights in _WEIGHTS) if name in names), None)
+    """Returns the file that holds or indexes a module's weights; None for a module without weights."""
+    entry = next((name for name in (_join_path(module.path, weights) for weights in _WEIGHTS) if name in names), None)
     if entry is None and module.kind == "Transformer":
         raise UnsupportedModel(
-            f"'source' {source} holds no weights that can be read: neither model.safetensors nor pytorch_model.bin"
+            f"'source' {source} has no supported weights: neither model.safetensors nor pytorch_model.bin"
         )
     if entry is None and module.kind in _WITH_WEIGHTS:
-        raise _missing(_join(module.path, _WEIGHTS[0]), MODULES)
-    if module.kind in _WITH_CONFIG and _join(module.path, CONFIG) not in names:
-        raise _missing(_join(module.path, CONFIG), f"a {module.kind} module")
+        raise _missing_error(_join_path(module.path, _WEIGHTS[0]), MODULES)
+    if module.kind in _WITH_CONFIG and _join_path(module.path, CONFIG) not in names:
+        raise _missing_error(_join_path(module.path, CONFIG), f"a {module.kind} module")
     return entry
 
 
 def _shards(names: Collection[str], read: ReadFile, index: str) -> list[str]:
-    content = _json(index, read)
+    content = _read_json(index, read)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise BrokenFiles(f"{index} has no weight_map", file=index)
     folder = index.rpartition("/")[0]
-    shards = sorted({_join(folder, str(shard)) for shard in weight_map.values()})
+    shards = sorted({_join_path(folder, str(shard)) for shard in weight_map.values()})
     for shard in shards:
         if shard not in names:
-            raise _missing(shard, index)
+            raise _missing_error(shard, index)
     return shards
 
 
-def _missing(name: str, who: str) -> BrokenFiles:
-    return BrokenFiles(f"{name} is missing, and {who} needs it", file=name)
+def _missing_error(name: str, required_by: str) -> BrokenFiles:
+    return BrokenFiles(f"{name} is missing: {required_by} requires it", file=name)
 
 
-def _json(name: str, read: ReadFile) -> Any:
+def _read_json(name: str, read: ReadFile) -> Any:
     try:
         return msgspec.json.decode(read(name))
     except msgspec.DecodeError as error:
         raise BrokenFiles(f"{name} is not valid JSON: {error}", file=name) from None
 
 
-def _folder(path: object) -> str:
-    """A module's folder as names spell it: no dot, no slash at the ends."""
+def _normalize_folder(path: object) -> str:
+    """Normalizes a module's folder for joining: no dot, no leading or trailing slash."""
     posix = PurePosixPath(str(path)).as_posix().strip("/")
     return "" if posix == "." else posix
 
 
-def _join(folder: str, name: str) -> str:
+def _join_path(folder: str, name: str) -> str:
     return f"{folder}/{name}" if folder else name

@@ -1,11 +1,11 @@
-"""Which files of the hub's cache were hashed, and how it came out.
+"""Hashes files in the hub cache and remembers the results.
 
-A file is damaged after its download by a disk, a copy, or a person; its name says what should be in it. To hash it
-takes a second for a gigabyte and a half, so it is done once for each size, time and inode of a file, and never while a
-load is waited for, unless the file was written to since it was hashed.
+A disk, a copy or a person may damage a file after its download; the name of its blob is its expected hash. Hashing
+takes a second per 1.5 GB, so a file is hashed once for each size, mtime and inode, and never while a load waits,
+unless the file was written since its last check.
 
-`huggingface_hub` has the same check (`HfApi.verify_repo_checksums`, `hf cache verify`); but it asks the hub for the
-hashes, which may be away, and it cannot be paused.
+`huggingface_hub` has the same check (`HfApi.verify_repo_checksums`, `hf cache verify`), but it requests the hashes from
+the hub, which may be unreachable, and cannot be paused.
 """
 
 import errno
@@ -20,17 +20,17 @@ from msgspec import Struct
 from engines.hub.partial_file import FileEntry, FileHash
 from engines.storage import JsonStore
 
-GoOn = Callable[[], bool]
-"""HubRequest after each megabyte; False pauses."""
+ShouldContinue = Callable[[], bool]
+"""Called after each megabyte; False pauses the check."""
 
 Verdict = Literal["right", "wrong", "unknown", "written"]
-"""Of the hash of a file; `written`: its size or time are others than when it was hashed."""
+"""Result of a file's last hash check; `written`: its size or mtime differ from those at the check."""
 
 _READ_BYTES = 1 << 20
 
 
-class Hashed(Struct, frozen=True):
-    """How a file looked when it was hashed, and whether its hash was the one that it is named by."""
+class HashRecord(Struct, frozen=True):
+    """A file's size, mtime and inode when it was hashed, and whether the hash matched its etag."""
 
     size_bytes: int
     mtime_ns: int
@@ -39,60 +39,64 @@ class Hashed(Struct, frozen=True):
     is_right: bool = True
 
 
-class _Begun(Struct, frozen=True):
-    """A hash that was paused after so many bytes."""
+class _PausedHash(Struct, frozen=True):
+    """A hash computation that was paused after `num_bytes`."""
 
-    looks: Hashed
+    before: HashRecord
     digest: FileHash
     num_bytes: int
 
 
 class Verification:
-    """Remembers the hashes of cached files in one `JsonStore` for all models of a machine. Thread-safe.
+    """Checks cached files against their hashes; keeps the results of all models in one `JsonStore`. Thread-safe.
 
     Args:
-        path: None remembers them in memory only.
+        path: the store's file; None keeps results in memory only.
     """
 
     def __init__(self, path: Path | None = None) -> None:
         self._lock = threading.Lock()
-        self._kept: JsonStore[Hashed] = JsonStore(path, dict[str, Hashed])
-        self._begun: dict[str, _Begun] = {}
+        self._records: JsonStore[HashRecord] = JsonStore(path, dict[str, HashRecord])
+        self._paused: dict[str, _PausedHash] = {}
 
     def verdict(self, path: Path, file: FileEntry) -> Verdict:
-        """What is known of the file as it is now, without reading it.
+        """Returns the remembered result for the file in its current state, without reading it.
 
         Raises:
-            OSError: it is not there.
+            OSError: the file does not exist.
         """
-        looks = _look(path, file)
+        looks = _current_record(path, file)
         with self._lock:
-            known = self._kept.get(_key(path))
+            known = self._records.get(_key(path))
         if known is None or known.etag != file.etag:
             return "unknown"
         if (known.size_bytes, known.mtime_ns) != (looks.size_bytes, looks.mtime_ns):
             return "written"
         if known.inode != looks.inode:
-            return "unknown"  # an image or a volume that was mounted anew
+            return "unknown"  # a remounted image or volume
         return "right" if known.is_right else "wrong"
 
-    def note(self, path: Path, file: FileEntry, *, is_right: bool) -> None:
-        """The file has just been hashed, by whoever brought or needed it."""
+    def record(self, path: Path, file: FileEntry, *, is_right: bool) -> None:
+        """Stores the result of a hash that the caller has just computed."""
         if not file.etag:
             return
-        looks = _look(path, file, is_right=is_right)
+        looks = _current_record(path, file, is_right=is_right)
         with self._lock:
-            self._kept.put(_key(path), looks)
+            self._records.put(_key(path), looks)
 
-    def check(self, path: Path, file: FileEntry, go_on: GoOn = lambda: True, *, is_anew: bool = False) -> bool | None:
-        """Whether the file has its hash: as remembered, else by reading it. None: not yet, or its hash is not known.
+    def check(
+        self, path: Path, file: FileEntry, should_continue: ShouldContinue = lambda: True, *, is_anew: bool = False
+    ) -> bool | None:
+        """Returns whether the file matches its hash, as remembered or else by reading it.
+
+        None: the check was paused, the file changed meanwhile, or its hash is unknown.
 
         Args:
-            go_on: a check that it pauses is gone on with by the next call.
-            is_anew: read it even if the outcome is remembered: a disk may fail without a trace.
+            should_continue: the next call resumes a check that it paused.
+            is_anew: read the file even if a result is remembered: a disk may fail without changing mtime or size.
 
         Raises:
-            OSError: it cannot be read.
+            OSError: the file cannot be read.
         """
         if not file.etag:
             return None
@@ -100,46 +104,46 @@ class Verification:
         if verdict in ("right", "wrong") and not is_anew:
             return verdict == "right"
         with self._lock:
-            self._kept.refresh()  # another process of this machine may have done it
+            self._records.refresh()  # another process of this machine may have checked it
         if not is_anew and self.verdict(path, file) == "right":
             return True
         try:
-            is_right = self._read(path, file, go_on)
+            is_right = self._read(path, file, should_continue)
         except OSError as error:
             if error.errno != errno.EIO:
                 raise
             is_right = False
         if is_right is not None:
-            self.note(path, file, is_right=is_right)
+            self.record(path, file, is_right=is_right)
         return is_right
 
-    def _read(self, path: Path, file: FileEntry, go_on: GoOn) -> bool | None:
-        looks, key = _look(path, file), _key(path)
-        if looks.size_bytes != file.size_bytes:
+    def _read(self, path: Path, file: FileEntry, should_continue: ShouldContinue) -> bool | None:
+        before, key = _current_record(path, file), _key(path)
+        if before.size_bytes != file.size_bytes:
             return False
         with self._lock:
-            begun = self._begun.pop(key, None)
-        if begun is None or begun.looks != looks:
-            begun = _Begun(looks, FileHash(file), 0)
-        digest, num_bytes = begun.digest, begun.num_bytes
+            paused = self._paused.pop(key, None)
+        if paused is None or paused.before != before:
+            paused = _PausedHash(before, FileHash(file), 0)
+        digest, num_bytes = paused.digest, paused.num_bytes
         digest.resume()
         with path.open("rb") as content:
             content.seek(num_bytes)
             while chunk := content.read(_READ_BYTES):
                 digest.update(chunk)
                 num_bytes += len(chunk)
-                if not go_on():
+                if not should_continue():
                     with self._lock:
-                        self._begun = {key: _Begun(looks, digest, num_bytes)}
+                        self._paused = {key: _PausedHash(before, digest, num_bytes)}
                     return None
-        return digest.is_right() if _look(path, file) == looks else None
+        return digest.is_right() if _current_record(path, file) == before else None
 
 
 def _key(path: Path) -> str:
-    """One for all snapshots that show a blob."""
+    """Returns the path of the blob, which is the same for all snapshots that link to it."""
     return os.path.realpath(path)
 
 
-def _look(path: Path, file: FileEntry, *, is_right: bool = True) -> Hashed:
+def _current_record(path: Path, file: FileEntry, *, is_right: bool = True) -> HashRecord:
     stat = path.stat()
-    return Hashed(stat.st_size, stat.st_mtime_ns, stat.st_ino, file.etag, is_right)
+    return HashRecord(stat.st_size, stat.st_mtime_ns, stat.st_ino, file.etag, is_right)

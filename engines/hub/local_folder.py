@@ -1,7 +1,7 @@
-"""A folder on this machine, or inside an installed Python package, as the source of a model. Needs no network.
+"""Reads a model from a folder on this machine or inside an installed Python package. Does not use the network.
 
-Its files belong to whoever put them there: they are checked, never changed. Messages name files inside the folder,
-never where it is.
+The files belong to the operator: they are checked, never changed. Messages name files inside the folder, never its
+path.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,20 +20,20 @@ _FOLDER_STARTS = ("/", "./", "../", "~")
 
 
 def is_local(source: str) -> bool:
-    """Whether a registry's `source` is a folder or a package rather than a hub id."""
+    """Returns whether a registry's `source` is a folder or a package rather than a hub id."""
     return source.startswith((*_FOLDER_STARTS, PACKAGE)) or source in {".", ".."}
 
 
 def is_writable_in_place(source: str) -> bool:
-    """Whether somebody may write over the files while they are in use: those of a package are replaced, not changed."""
+    """Returns whether the files may be overwritten in use; those of a package are replaced, never changed in place."""
     return is_local(source) and not source.startswith(PACKAGE)
 
 
 class LocalFolder:
-    """The model in a folder, as it is now: make a new one to look again.
+    """The model in a folder, read once; create a new object to read the folder again.
 
     Raises:
-        SourceNotFound: (on use) no such folder or package.
+        SourceNotFound: (on use) the folder or package does not exist.
         BrokenFiles: (on use) a file is missing, truncated or corrupt.
     """
 
@@ -43,8 +43,8 @@ class LocalFolder:
         self._with_code = with_code
 
     def files(self) -> ModelFiles:
-        """The files, their headers checked. The revision changes when a file of the model does."""
-        with self._reading():
+        """Returns the files after checking their headers. The revision changes when a file of the model changes."""
+        with self._translate_read_errors():
             stats = {name: (self._root / name).stat() for name in self._selection.files}
             for name in self._selection.weights:
                 if name.endswith(".safetensors"):
@@ -56,12 +56,13 @@ class LocalFolder:
         )
 
     def count_weights(self) -> WeightCount:
-        """What the weight files hold, from their headers."""
-        with self._reading():
+        """Counts the weights from the headers of the files."""
+        with self._translate_read_errors():
             return count_weights(self._sizes, self._selection.weights, partial(read_range, self._root))
 
     @contextmanager
-    def _reading(self) -> Iterator[None]:
+    def _translate_read_errors(self) -> Iterator[None]:
+        """Raises `BrokenFiles`, naming the file, for an `OSError`."""
         try:
             yield
         except OSError as error:
@@ -73,12 +74,14 @@ class LocalFolder:
     def _root(self) -> Path:
         root = self._package_folder() if self._source.startswith(PACKAGE) else Path(self._source).expanduser()
         if not root.is_dir():
-            raise SourceNotFound(f"the folder in 'source' of {self._model_id} is not there: correct it in the registry")
+            raise SourceNotFound(
+                f"the folder in 'source' of {self._model_id} does not exist: correct it in the registry"
+            )
         return root.absolute()
 
     @cached_property
     def _sizes(self) -> Mapping[str, int]:
-        """Files at the top and one folder deep, where modules live."""
+        """Sizes of the files in the folder and in its direct subfolders, where modules are."""
         paths = (path for pattern in ("*", "*/*") for path in self._root.glob(pattern) if path.is_file())
         return {path.relative_to(self._root).as_posix(): path.stat().st_size for path in paths}
 
@@ -90,14 +93,16 @@ class LocalFolder:
         )  # fmt: skip
 
     def _package_folder(self) -> Path:
-        """Where the package lies, without importing it: its code need not run for its files to be read."""
+        """Returns the folder of the package without importing it, so that none of its code runs."""
         name, _, folder = self._source.removeprefix(PACKAGE).partition("/")
         spec = find_spec(name) if name.isidentifier() else None
         if spec is None or not spec.submodule_search_locations:
             raise SourceNotFound(
-                f"'source' of {self._model_id} names the Python package {name!r}, which is not installed here: "
-                "install it, or correct the registry"
+                f"'source' of {self._model_id} names the Python package {name!r}, which is not installed: install it, "
+                "or correct 'source' in the registry"
             )
         if folder and not is_safe(folder):
-            raise SourceNotFound(f"'source' of {self._model_id} leaves the package {name!r}: correct the registry")
+            raise SourceNotFound(
+                f"'source' of {self._model_id} points outside the package {name!r}: correct it in the registry"
+            )
         return Path(next(iter(spec.submodule_search_locations)), folder)

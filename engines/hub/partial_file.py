@@ -1,6 +1,6 @@
-"""A file on its way to the disk: what came so far, and the running hash that says at the end whether it is right.
+"""Writes a download to disk with a running hash, so that it can be resumed and is verified at the end.
 
-Also the hashes that hubs name files by, for files that are already here. Knows no network.
+Also hashes existing files the way hubs name them. Does not use the network.
 """
 
 import hashlib
@@ -14,20 +14,20 @@ from typing import BinaryIO
 from msgspec import Struct
 
 OnBytes = Callable[[int], None]
-"""Called with the bytes that have just come; negative when some that had come turned out to be useless."""
+"""Called with the number of bytes that arrived; negative when earlier bytes turned out to be unusable."""
 
 _READ_BYTES = 1 << 20
-"""Bytes hashed at a time: hashing and reading leave the interpreter lock alone, switching to them does not."""
+"""Bytes hashed at a time: hashing and reading release the GIL, switching between them does not."""
 
-_REST_EVERY_BYTES = 1 << 18
-_REST = 0.5
-"""Rest so much of the processor time that the bytes before took: two thirds of a core at the most."""
+_REST_INTERVAL_BYTES = 1 << 18
+_REST_SHARE = 0.5
+"""Sleep for this share of the CPU time spent on the preceding bytes: at most two thirds of a core are used."""
 
 _SHA256_DIGITS = 64
 
 
 class FileEntry(Struct, frozen=True, kw_only=True):
-    """A file of a model. `etag` is its sha256 (large files) or its git hash (small ones), in hex."""
+    """A file of a model. `etag` is its sha256 (large files) or its git blob hash (small files), in hex."""
 
     name: str
     size_bytes: int
@@ -35,11 +35,11 @@ class FileEntry(Struct, frozen=True, kw_only=True):
 
 
 class FileHash:
-    """The running hash of a file, to be compared with its etag: sha256, or git's sha1 of a blob.
+    """Computes the hash of a file to compare with its etag: sha256, or git's sha1 of a blob.
 
-    Everything that a fetch reads or receives passes here, so here it rests: on a machine with few cores a download at
-    full speed would else take the time that requests need (measured on two cores, 1 GB from loopback: the p99 of a
-    short task rises from 0.9 to 4.4 ms without rests, to 2.4 ms with them).
+    Throttles fetches, since all bytes that a fetch reads or receives pass through here: on a machine with few cores a
+    download at full speed takes CPU time from requests (measured on two cores, 1 GB from loopback: the p99 of a short
+    task rises from 0.9 to 4.4 ms without sleeps, to 2.4 ms with them).
     """
 
     def __init__(self, file: FileEntry) -> None:
@@ -51,14 +51,14 @@ class FileHash:
         self._rested_at_s = time.thread_time()
 
     def resume(self) -> None:
-        """Go on, on this thread."""
+        """Restarts the CPU time measurement on the current thread."""
         self._rested_at_s = time.thread_time()
 
     def update(self, data: bytes) -> None:
         self._hash.update(data)
         self._bytes += len(data)
-        if self._bytes >= _REST_EVERY_BYTES:
-            time.sleep(_REST * (time.thread_time() - self._rested_at_s))
+        if self._bytes >= _REST_INTERVAL_BYTES:
+            time.sleep(_REST_SHARE * (time.thread_time() - self._rested_at_s))
             self._bytes = 0
             self._rested_at_s = time.thread_time()
 
@@ -67,9 +67,9 @@ class FileHash:
 
 
 def is_intact(path: Path, file: FileEntry, on_bytes: OnBytes) -> bool:
-    """Whether what is at `path` has the size and the hash of `file`; only the size where the hash is not known.
+    """Returns whether the file at `path` has the size and hash of `file`; only the size if the hash is unknown.
 
-    Reads all of it when the size is right; nothing stays counted when it is wrong.
+    Reads the whole file if the size is right. Subtracts the reported bytes again if the hash is wrong.
     """
     if path.stat().st_size != file.size_bytes:
         return False
@@ -88,7 +88,7 @@ def is_intact(path: Path, file: FileEntry, on_bytes: OnBytes) -> bool:
 
 
 class PartFile:
-    """The beginning of `file`, at `path`. Use it within `opened`; one thread at a time."""
+    """The received part of `file`, stored at `path`. Use within `opened`, by one thread at a time."""
 
     def __init__(self, path: Path, file: FileEntry, on_bytes: OnBytes) -> None:
         self.file = file
@@ -101,10 +101,10 @@ class PartFile:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Open for appending. The first time, what an earlier run left is hashed and counts as done."""
+        """Opens the file for appending; the first time, hashes and counts the bytes that an earlier run left."""
         with self._path.open("a+b") as self._content:
             if not self._is_hashed:
-                self._hash_the_beginning()
+                self._hash_existing()
             yield
 
     def append(self, chunk: bytes) -> None:
@@ -114,14 +114,14 @@ class PartFile:
         self._on_bytes(len(chunk))
 
     def restart(self) -> None:
-        """Drop everything: the sender begins anew."""
+        """Drops all bytes, because the sender starts from the beginning."""
         self._content.truncate(0)
         self._on_bytes(-self.done_bytes)
         self.done_bytes = 0
         self._hash = FileHash(self.file)
 
     def is_right(self) -> bool:
-        """Whether the file is complete and its hash the listed one; if so it is on the disk to stay."""
+        """Returns whether the file is complete and has the listed hash; if so, flushes it to disk."""
         if self.done_bytes != self.file.size_bytes or not self._hash.is_right():
             return False
         with self._path.open("rb") as content:
@@ -129,11 +129,11 @@ class PartFile:
         return True
 
     def discard(self) -> None:
-        """Remove the file and take back what it counted."""
+        """Deletes the file and subtracts its bytes from the progress."""
         self._path.unlink(missing_ok=True)
         self._on_bytes(-self.done_bytes)
 
-    def _hash_the_beginning(self) -> None:
+    def _hash_existing(self) -> None:
         self._content.seek(0)
         while chunk := self._content.read(_READ_BYTES):
             self._hash.update(chunk)

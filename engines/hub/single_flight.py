@@ -1,6 +1,6 @@
-"""One fetch per model in this process, however many ask for it; everyone sees its progress and its outcome.
+"""Runs one fetch per model in this process, however many callers request it; all share its progress and its outcome.
 
-A fetch belongs to the model, not to whoever asked first: it runs on a thread of its own, and goes on when they leave.
+A fetch belongs to the model, not to its first caller: it runs on its own thread and continues when callers cancel.
 """
 
 import threading
@@ -10,55 +10,55 @@ from concurrent.futures import Future, wait
 from engines.protocols import Progress
 from engines.types import ModelFiles
 
-_LOOK_S = 0.1
-"""How often progress is looked at: often enough for eyes, and seldom enough to cost nothing."""
+_POLL_S = 0.1
+"""Interval of progress reports: smooth for people who watch, at negligible cost."""
 
 Work = Callable[["DownloadProgress"], ModelFiles]
 
 
 class DownloadProgress:
-    """Bytes done and bytes in all. One thread writes; those who wait look now and then."""
+    """Counts bytes done and in total. One thread writes; waiting threads poll."""
 
     def __init__(self) -> None:
         self.done_bytes = 0
         self.total_bytes = 0
 
     def expect(self, total_bytes: int) -> None:
-        """Start counting towards `total_bytes`."""
+        """Restarts the count with a new total."""
         self.done_bytes, self.total_bytes = 0, total_bytes
 
     def add(self, num_bytes: int) -> None:
-        """Count bytes that are here now; negative to take some back."""
+        """Counts bytes that arrived; negative to subtract bytes that turned out unusable."""
         self.done_bytes += num_bytes
 
 
 class SingleFlight:
-    """One running fetch. `wait` may be called from any number of threads."""
+    """Runs one fetch. Any number of threads may call `wait`."""
 
     def __init__(self, work: Work, on_end: Callable[[], None]) -> None:
-        self._tally = DownloadProgress()
+        self._progress = DownloadProgress()
         self._outcome: Future[ModelFiles] = Future()
-        # A daemon: a download must not keep the process from ending, and what it leaves is never taken for whole.
+        # Daemon: a download must not keep the process from exiting, and a partial one is never taken for complete.
         threading.Thread(target=self._run, args=(work, on_end), name="embedyard-fetch", daemon=True).start()
 
     def wait(self, on_progress: Progress) -> ModelFiles:
-        """The outcome, reporting progress from the calling thread meanwhile, also when there is none.
+        """Returns the outcome; until then reports progress from the calling thread, also when it stands still.
 
         Raises:
             Exception: whatever the fetch raised.
         """
         while True:
-            is_over = bool(wait([self._outcome], _LOOK_S).done)
-            if self._tally.total_bytes:
-                on_progress(self._tally.done_bytes, self._tally.total_bytes)
+            is_over = bool(wait([self._outcome], _POLL_S).done)
+            if self._progress.total_bytes:
+                on_progress(self._progress.done_bytes, self._progress.total_bytes)
             if is_over:
                 return self._outcome.result()
 
     def _run(self, work: Work, on_end: Callable[[], None]) -> None:
         try:
-            files = work(self._tally)
-        except BaseException as error:  # noqa: BLE001  # handed to every waiter, who would wait for ever otherwise
-            on_end()  # before waiters wake: one who asks again must start anew
+            files = work(self._progress)
+        except BaseException as error:  # noqa: BLE001  # re-raised in every waiter, which would otherwise wait for ever
+            on_end()  # before waiters wake: a waiter that retries must start a new fetch
             self._outcome.set_exception(error)
         else:
             on_end()
@@ -66,20 +66,20 @@ class SingleFlight:
 
 
 class SingleFlights:
-    """The running fetches, by what they bring."""
+    """Holds the running fetches by key."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._flights: dict[Hashable, SingleFlight] = {}
 
     def join(self, key: Hashable, work: Work) -> SingleFlight:
-        """The running fetch of `key`, or a new one doing `work`."""
+        """Returns the running fetch of `key`, or starts one that does `work`."""
         with self._lock:
             flight = self._flights.get(key)
             if flight is None:
-                flight = self._flights[key] = SingleFlight(work, lambda: self._forget(key))
+                flight = self._flights[key] = SingleFlight(work, lambda: self._remove(key))
             return flight
 
-    def _forget(self, key: Hashable) -> None:
+    def _remove(self, key: Hashable) -> None:
         with self._lock:
             self._flights.pop(key, None)

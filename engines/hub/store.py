@@ -1,7 +1,7 @@
-"""Where models' files come from: hub repositories, folders and installed packages behind one `Files`.
+"""Provides model files from hub repositories, local folders and installed packages behind one `Files` interface.
 
-Owns the kinds of source and the rule that a process fetches a model once, however many hosts ask. The work is done in
-`repository` (hub ids) and `local_folder`. Knows neither devices nor what the files are used for.
+Owns the kinds of source and the rule that a process downloads a model once, however many hosts request it. Delegates
+to `repository` (hub ids) and `local_folder`. Knows neither devices nor what the files are used for.
 """
 
 import shutil
@@ -15,9 +15,9 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from engines.errors import BadModel, BrokenFiles, HubUnreachable, SourceNotFound
 from engines.hub.cache import Manifest, RepoCache, is_commit
 from engines.hub.client import HubClient, HubConfig
-from engines.hub.errors import not_a_source
+from engines.hub.errors import invalid_source_error
 from engines.hub.file_selection import is_safe
-from engines.hub.file_verification import GoOn, Verification
+from engines.hub.file_verification import ShouldContinue, Verification
 from engines.hub.local_folder import LocalFolder, is_local
 from engines.hub.repository import FreeBytes, Repository
 from engines.hub.single_flight import SingleFlights
@@ -30,23 +30,23 @@ log = structlog.get_logger(__name__)
 
 _MAIN = "main"
 
-_SILENCE_S = 5.0
-"""A fetch that follows a question within so long does not wait once more for a hub that had no answer."""
+_RECENT_FAILURE_S = 5.0
+"""A fetch this soon after a failed size lookup reports that failure instead of waiting for the hub again."""
 
 
 def free_disk_bytes(path: str) -> int:
-    """Free bytes on the disk that holds `path`, which need not exist yet."""
+    """Returns the free bytes on the disk that holds `path`, which need not exist yet."""
     existing = next(parent for parent in (Path(path), *Path(path).absolute().parents) if parent.exists())
     return shutil.disk_usage(existing).free
 
 
 class ModelStore:
-    """`Files` of `engines/protocols.py`. Threads may share it.
+    """Implements `Files` of `engines/protocols.py`. Thread-safe.
 
     Args:
-        config: where the hub and its cache are; by default what huggingface_hub reads from the environment.
-        free_bytes: free bytes on the disk of a path.
-        verification: the hashes that were read; by default remembered as long as this object lives.
+        config: hub and cache locations; defaults to what huggingface_hub reads from the environment.
+        free_bytes: returns the free bytes on the disk of a path.
+        verification: results of earlier hash checks; by default kept in memory only.
     """
 
     def __init__(
@@ -61,12 +61,12 @@ class ModelStore:
         self._free_bytes = free_bytes
         self._verification = verification or Verification()
         self._flights = SingleFlights()
-        self._unwritten: dict[Path, Manifest] = {}
+        self._unwritten_manifests: dict[Path, Manifest] = {}
         self._counts: dict[tuple[str, str | None], WeightCount] = {}
-        self._silences: dict[tuple[str, str | None], tuple[float, str]] = {}
+        self._recent_failures: dict[tuple[str, str | None], tuple[float, str]] = {}
 
     def locate(self, spec: ModelSpec) -> ModelFiles | None:
-        """The model's files when they are whole on disk, without touching the network; None when they are not."""
+        """Returns the model's files if they are complete on disk, else None. Never uses the network."""
         try:
             if is_local(spec.source):
                 return self._folder(spec).files()
@@ -75,13 +75,13 @@ class ModelStore:
             return None
 
     def fetch(self, spec: ModelSpec, on_progress: Progress, *, refresh: bool = False) -> ModelFiles:
-        """Bring the files to disk, verified; calls for the same files share one download.
+        """Downloads and verifies the files if needed; concurrent calls for the same files share one download.
 
-        `refresh` hashes what is here, discards what is damaged, and asks the hub what a branch or tag stands for now.
+        `refresh` hashes the files on disk, discards damaged ones, and resolves a branch or tag on the hub again.
 
         Raises:
-            SourceError, BrokenFiles: see `engines/errors.py`; the message names the cure.
-            UnsupportedModel: no weights in a format that we read.
+            SourceError, BrokenFiles: see `engines/errors.py`; the message names the remedy.
+            UnsupportedModel: no weights in a supported format.
             ShuttingDown: the store was closed.
         """
         if is_local(spec.source):
@@ -93,65 +93,74 @@ class ModelStore:
             located = None if refresh and not is_commit(spec.revision or _MAIN) else repository.locate()
             if located is None:
                 key = (spec.source, spec.revision, spec.trust_remote_code)
-                silence = self._silence(spec)
-                flight = self._flights.join(key, lambda tally: repository.fetch(tally, self._free_bytes, silence))
+                hub_failure = self._recent_failure(spec)
+                flight = self._flights.join(
+                    key, lambda progress: repository.fetch(progress, self._free_bytes, hub_failure)
+                )
                 return flight.wait(on_progress)
             files = located
         on_progress(files.size_bytes, files.size_bytes)
         return files
 
     def is_current(self, spec: ModelSpec, files: ModelFiles) -> bool:
-        """Whether the files are still those that were found."""
+        """Returns whether the files on disk are still the ones in `files`."""
         if is_local(spec.source):
             return self.locate(spec) == files
         return self._repository(spec).is_current(files)
 
-    def verify(self, spec: ModelSpec, files: ModelFiles, go_on: GoOn = lambda: True, *, is_anew: bool = False) -> None:
-        """Hold the files of a hub against their hashes; of a local folder's nobody knows any.
+    def verify(
+        self,
+        spec: ModelSpec,
+        files: ModelFiles,
+        should_continue: ShouldContinue = lambda: True,
+        *,
+        is_anew: bool = False,
+    ) -> None:
+        """Checks the hashes of files from a hub; does nothing for a local folder, whose hashes are unknown.
 
         Args:
-            go_on: asked all the time; what it pauses is gone on with by the next call.
-            is_anew: also those whose hash was right the last time.
+            should_continue: called after each megabyte; False pauses the check, and the next call resumes it.
+            is_anew: also hash files that passed the last check.
 
         Raises:
             BrokenFiles: a file is damaged.
-            FilesChanged: a file was replaced since.
+            FilesChanged: a file was replaced since `files` were located.
         """
         if not is_local(spec.source):
-            self._repository(spec).verify(files, go_on, is_anew=is_anew)
+            self._repository(spec).verify(files, should_continue, is_anew=is_anew)
 
     def discard(self, spec: ModelSpec, file: str | None) -> bool:
-        """Remove a corrupt file (or all, when None); False where the files are not ours to remove."""
+        """Deletes a corrupt file (all files when None); returns False for local sources, which are never deleted."""
         if is_local(spec.source):
             return False
         self._repository(spec).discard(file)
         return True
 
     def weight_bytes(self, spec: ModelSpec, device: str) -> int | None:
-        """Bytes of the weights on `device` in the spec's dtype, before any download; None when unknown.
+        """Returns the bytes of the weights on `device` in the spec's dtype, before any download; None when unknown.
 
-        Exact for safetensors, but for heads that an embedder drops (`WeightCount.bytes_in`). Blocks: it may ask
-        the hub for a listing and a few kilobytes of each weight file.
+        Exact for safetensors, except for heads that an embedder drops (`WeightCount.bytes_in`). Blocks: it may request
+        a listing and a few kilobytes of each weight file from the hub.
         """
         try:
             return self._count(spec).bytes_in(target_dtype(spec.dtype, device))
         except HubUnreachable as error:
-            self._silences[spec.source, spec.revision] = time.monotonic(), str(error)
+            self._recent_failures[spec.source, spec.revision] = time.monotonic(), str(error)
             return None
         except (BadModel, OSError):
             return None
 
     def close(self) -> None:
-        """Let running downloads end with `ShuttingDown`; what they brought is gone on with at the next start."""
+        """Ends running downloads with `ShuttingDown`; the next start resumes their partial files."""
         self._hub.close()
 
-    def _silence(self, spec: ModelSpec) -> str:
-        """What was said of the hub when it was asked for the size a moment ago, and had no answer; told once."""
-        since_s, message = self._silences.pop((spec.source, spec.revision), (0.0, ""))
-        return message if time.monotonic() < since_s + _SILENCE_S else ""
+    def _recent_failure(self, spec: ModelSpec) -> str:
+        """Returns, once, the error of a size lookup that failed in the last `_RECENT_FAILURE_S` seconds; else ""."""
+        since_s, message = self._recent_failures.pop((spec.source, spec.revision), (0.0, ""))
+        return message if time.monotonic() < since_s + _RECENT_FAILURE_S else ""
 
     def _count(self, spec: ModelSpec) -> WeightCount:
-        """Counts that cost requests are kept until the files are here; those of local files are read anew."""
+        """Counts the weights; caches counts that cost hub requests until the files are on disk."""
         if is_local(spec.source):
             return self._folder(spec).count_weights()
         repository = self._repository(spec)
@@ -170,15 +179,17 @@ class ModelStore:
         try:
             validate_repo_id(spec.source)
         except HFValidationError as error:
-            raise not_a_source(spec.source) from error
+            raise invalid_source_error(spec.source) from error
         if not is_safe(revision):
-            raise SourceNotFound(f"{revision!r} is no revision of {spec.source}: correct 'revision' in the registry")
-        cache = RepoCache(Path(self._config.cache_dir), spec.source, revision, self._unwritten)
+            raise SourceNotFound(
+                f"{revision!r} is not a valid revision of {spec.source}: correct 'revision' in the registry"
+            )
+        cache = RepoCache(Path(self._config.cache_dir), spec.source, revision, self._unwritten_manifests)
         return Repository(self._hub, cache, self._verification, with_code=spec.trust_remote_code)
 
 
 def _discard_damaged(repository: Repository) -> None:
-    """The first file that is damaged: to discard it forgets that the others were verified, so a fetch hashes them."""
+    """Discards the first damaged file and with it the manifest, so that the next fetch hashes the other files."""
     try:
         repository.verify(None, lambda: True, is_anew=True)
     except BrokenFiles as error:

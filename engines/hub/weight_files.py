@@ -1,7 +1,7 @@
-"""Weight files: are they whole, and how many bytes will they take on a device.
+"""Checks that weight files are complete and computes their size on a device.
 
-Owns the safetensors header (8 bytes of length, a JSON of tensors, then the data) and the byte arithmetic.
-Does not know where the bytes come from: a `ReadRange` answers for a folder and for a hub alike.
+Owns the safetensors header (8 bytes of length, a JSON of tensors, then the data) and the byte arithmetic. Reads bytes
+through a `ReadRange`, which serves folders and hubs alike.
 """
 
 import math
@@ -15,16 +15,16 @@ from msgspec import Struct
 from engines.errors import BrokenFiles
 
 ReadRange = Callable[[str, int, int], bytes]
-"""(file, start, end) → the bytes from `start` up to, not including, `end`."""
+"""(file, start, end) → the bytes from `start` up to and excluding `end`."""
 
 DTYPE_BITS: Mapping[str, int] = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
     "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
 }  # fmt: skip
-"""Bits of one element, as the safetensors format names its types."""
+"""Bits per element of the safetensors dtypes."""
 
 BYTES_OF: Mapping[str, int] = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-"""Bytes of one element of the types that models are stored and run in."""
+"""Bytes per element of the dtypes that models are stored and run in."""
 
 _CONFIG = "config.json"
 _LENGTH_BYTES = 8
@@ -33,10 +33,10 @@ _FIRST_READ_BYTES = 128 * 1024  # holds nearly every header, so that one request
 
 
 class WeightCount(Struct, frozen=True, kw_only=True):
-    """What a model's weight files hold, before a dtype is chosen.
+    """The contents of a model's weight files, before a dtype is chosen.
 
     `float_elements` are converted on loading, `fixed_bytes` (integers, booleans) are not. `pickled_bytes` is the size
-    of pytorch_model.bin files, whose `stored_dtype` is what config.json says.
+    of pytorch_model.bin files, whose `stored_dtype` comes from config.json.
     """
 
     float_elements: int = 0
@@ -45,9 +45,9 @@ class WeightCount(Struct, frozen=True, kw_only=True):
     stored_dtype: str = "float32"
 
     def bytes_in(self, dtype: str) -> int:
-        """Bytes of the weights once loaded in `dtype`.
+        """Returns the bytes of the weights once loaded in `dtype`.
 
-        An upper bound: it counts every tensor of the files, and an embedder drops the heads (`cls`, `lm_head`,
+        An upper bound: it counts every tensor in the files, while an embedder drops the heads (`cls`, `lm_head`,
         `pooler`). For pickled files it is an estimate from their size.
         """
         element_bytes = BYTES_OF[dtype]
@@ -56,7 +56,7 @@ class WeightCount(Struct, frozen=True, kw_only=True):
 
 
 class TensorEntry(Struct, frozen=True):
-    """One tensor of a header; `start` and `end` are its bytes within the data part."""
+    """One tensor of a header; `start` and `end` are byte offsets in the data section."""
 
     name: str
     dtype: str
@@ -74,23 +74,23 @@ class TensorEntry(Struct, frozen=True):
 
 
 def target_dtype(dtype: str, device: str) -> str:
-    """The dtype a model runs in: `auto` is float32 on CPU and bfloat16 on a GPU."""
+    """Returns the dtype that a model runs in: `auto` is float32 on CPU and bfloat16 on a GPU."""
     if dtype != "auto":
         return dtype
     return "float32" if device.split(":")[0] == "cpu" else "bfloat16"
 
 
 def read_header(file: str, size_bytes: int, read: ReadRange) -> tuple[TensorEntry, ...]:
-    """The tensors of a safetensors file of `size_bytes`, after checking that they fill it exactly.
+    """Returns the tensors of a safetensors file of `size_bytes`, after checking that they fill it exactly.
 
     Raises:
-        BrokenFiles: truncated, overlong, or no safetensors file at all.
+        BrokenFiles: truncated, overlong, or not a safetensors file.
     """
     head = read(file, 0, min(size_bytes, _FIRST_READ_BYTES))
     length = int.from_bytes(head[:_LENGTH_BYTES], "little")
     data_start = _LENGTH_BYTES + length
     if len(head) < _LENGTH_BYTES or length > _MAX_HEADER_BYTES or data_start > size_bytes:
-        raise _broken(file, f"its header claims {length} bytes, and the file has {size_bytes}")
+        raise _broken_error(file, f"its header claims {length} bytes, but the file has {size_bytes}")
     if data_start > len(head):
         head += read(file, len(head), data_start)
     tensors = _tensors(file, head[_LENGTH_BYTES:data_start])
@@ -99,7 +99,7 @@ def read_header(file: str, size_bytes: int, read: ReadRange) -> tuple[TensorEntr
 
 
 def count_weights(sizes: Mapping[str, int], weights: Iterable[str], read: ReadRange) -> WeightCount:
-    """Add up the weight files of a model; `sizes` has the bytes of all its files.
+    """Sums up the weight files of a model; `sizes` holds the bytes of all its files.
 
     Raises:
         BrokenFiles: a safetensors header is broken.
@@ -117,14 +117,14 @@ def count_weights(sizes: Mapping[str, int], weights: Iterable[str], read: ReadRa
 
 
 def read_range(folder: Path, file: str, start: int, end: int) -> bytes:
-    """A `ReadRange` for files in a folder, once the folder is given."""
+    """Reads a byte range of a file in `folder`; with the folder bound it is a `ReadRange`."""
     with (folder / file).open("rb") as content:
         content.seek(start)
         return content.read(end - start)
 
 
 def _stored_dtype(pickled: Sequence[str], sizes: Mapping[str, int], read: ReadRange) -> str:
-    """The dtype that config.json says its weights are stored in; older configs say nothing, and mean float32."""
+    """Returns the dtype of the stored weights according to config.json; float32 for older configs without one."""
     configs = [f"{folder}{_CONFIG}" for folder in dict.fromkeys(file[: file.rfind("/") + 1] for file in pickled)]
     config_json = next((read(name, 0, sizes[name]) for name in configs if name in sizes), b"{}")
     try:
@@ -140,7 +140,7 @@ def _tensors(file: str, header: bytes) -> tuple[TensorEntry, ...]:
         entries = msgspec.json.decode(header)
         return tuple(_tensor(name, entry) for name, entry in entries.items() if name != "__metadata__")
     except (msgspec.DecodeError, AttributeError, KeyError, TypeError, ValueError, RecursionError):
-        raise _broken(file, "its header is not a safetensors header") from None
+        raise _broken_error(file, "it has no valid safetensors header") from None
 
 
 def _tensor(name: str, entry: dict[str, Any]) -> TensorEntry:
@@ -150,20 +150,23 @@ def _tensor(name: str, entry: dict[str, Any]) -> TensorEntry:
 
 
 def _check_offsets(file: str, tensors: Iterable[TensorEntry], data_bytes: int) -> None:
-    """Tensors lie back to back from the first byte to the last, each as long as its shape says."""
+    """Checks that the tensors fill the data section without gaps and that their sizes match their shapes.
+
+    Raises:
+        BrokenFiles: they do not.
+    """
     position = 0
     for tensor in sorted(tensors, key=lambda tensor: (tensor.start, tensor.end)):
         bits = DTYPE_BITS.get(tensor.dtype)
         if tensor.start != position or tensor.end < tensor.start:
-            raise _broken(file, f"tensor {tensor.name} begins at byte {tensor.start} instead of {position}")
+            raise _broken_error(file, f"tensor {tensor.name} starts at byte {tensor.start} instead of {position}")
         if bits is not None and (tensor.end - tensor.start) * 8 != tensor.elements * bits:
-            raise _broken(
-                file, f"tensor {tensor.name} takes {tensor.end - tensor.start} bytes, its shape says otherwise"
-            )
+            num_bytes, needed_bytes = tensor.end - tensor.start, tensor.elements * bits // 8
+            raise _broken_error(file, f"tensor {tensor.name} has {num_bytes} bytes, but its shape needs {needed_bytes}")
         position = tensor.end
     if position != data_bytes:
-        raise _broken(file, f"its tensors take {position} bytes, and the file holds {data_bytes}")
+        raise _broken_error(file, f"its tensors take {position} bytes, but the file holds {data_bytes}")
 
 
-def _broken(file: str, why: str) -> BrokenFiles:
-    return BrokenFiles(f"{file} is truncated or corrupt: {why}", file=file)
+def _broken_error(file: str, reason: str) -> BrokenFiles:
+    return BrokenFiles(f"{file} is truncated or corrupt: {reason}", file=file)

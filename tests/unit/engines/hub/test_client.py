@@ -1,4 +1,4 @@
-"""What a hub can do to a download, and what comes of it. Real sockets, a hub on loopback."""
+"""Tests the hub client against the faults of a hub. Real sockets, a hub on loopback."""
 
 import contextlib
 import hashlib
@@ -44,7 +44,7 @@ def server(tmp_path: Path) -> Iterator[LoopbackHub]:
 
 
 class Open(Protocol):
-    """Opens a client of the hub; it is closed when the test ends."""
+    """Opens a client of the hub; the fixture closes it when the test ends."""
 
     def __call__(self, *, token: str | bool = False, timeout_s: float = 5.0, **options: Any) -> HubClient: ...
 
@@ -68,7 +68,7 @@ def hub(open_hub: Open) -> HubClient:
 
 
 class Downloading:
-    """One file on its way to `path`, and the count of its bytes."""
+    """Downloads one file to `path` and counts its bytes."""
 
     def __init__(self, hub: HubClient, tmp_path: Path, name: str = BIG) -> None:
         self.hub = hub
@@ -342,7 +342,7 @@ def test_every_refusal_says_what_to_do(
 
 
 class Pauses(threading.Event):
-    """Stands for a hub's closing: writes down how long it is waited for, and never happens."""
+    """Replaces a client's `_closed` event: records the timeouts of its waits and is never set."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -504,7 +504,7 @@ def caught(call: Callable[[], object]) -> BaseException:
 
 
 def add_to_listing(monkeypatch: pytest.MonkeyPatch, server: LoopbackHub, name: str, oid: str = "0" * 40) -> None:
-    """Let the hub list one file more."""
+    """Adds a file to the hub's listing."""
     repo = server.repo(REPO)
     assert repo is not None
     commit = repo.refs["main"]

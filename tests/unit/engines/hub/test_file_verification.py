@@ -1,4 +1,4 @@
-"""A file is hashed once for each size, time and inode; what is remembered is never trusted of another file."""
+"""Tests that a file is hashed once for each size, mtime and inode, and that no result is used for another file."""
 
 import errno
 import hashlib
@@ -26,7 +26,7 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Sizes of the chunks that are hashed."""
+    """Records the sizes of the hashed chunks."""
     sizes: list[int] = []
 
     class Counting(FileHash):
@@ -39,7 +39,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def _damage(path: Path) -> None:
-    """One byte, as a disk would: neither size nor time tell."""
+    """Changes one byte and keeps size and mtime, as a failing disk does."""
     stat = path.stat()
     with path.open("r+b") as content:
         content.seek(1_000_000)
@@ -52,7 +52,7 @@ def _write(path: Path) -> None:
 
 
 def _remount(path: Path) -> None:
-    """Another inode, as after a start from an image."""
+    """Gives the file another inode, as a start from an image does."""
     stat = path.stat()
     copy = path.with_name("copy")
     copy.write_bytes(path.read_bytes())

@@ -1,4 +1,4 @@
-"""A model in memory does not notice what happens to its local folder; the next load takes the folder as it is."""
+"""Tests that changes to a local folder do not affect a loaded model, and that the next load uses the changed folder."""
 
 import asyncio
 import os
@@ -102,7 +102,7 @@ def test_a_model_whose_weights_are_read_takes_as_many_bytes_as_a_mapped_one(
 
 
 def _replace(folder: Path, other: Path) -> None:
-    """The other model's files, under the names of this one's."""
+    """Replaces the folder's files by those of another model, under the same names."""
     shutil.rmtree(folder)
     shutil.copytree(other, folder)
 
@@ -148,7 +148,7 @@ async def test_a_folder_that_changed_before_its_first_load_is_served_as_it_is(
 
 
 class Loads:
-    """Reads of models, and what happens in the midst of each."""
+    """Intercepts the reading of models and runs a callback during each."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.during: list[Callable[[], None]] = []
@@ -207,7 +207,7 @@ async def test_a_folder_that_has_gone_is_said_so_and_served_when_it_is_back(
         await _ask(server, truths[NAME])
 
     assert gone.status_code == 503
-    assert "is not there" in gone.json()["error"]["message"]
+    assert "does not exist" in gone.json()["error"]["message"]
 
 
 def test_files_are_current_until_one_of_them_is_written(truths: dict[str, Truth], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Sources become folders that are whole, or an error that says what to do. A hub on loopback, real sockets."""
+"""Tests that a source yields complete files or an error that names the remedy. A hub on loopback, real sockets."""
 
 import contextlib
 import json
@@ -71,7 +71,7 @@ def cache(tmp_path: Path) -> Path:
 
 
 class Stores:
-    """Opens stores on one hub and one cache; each stands for a process."""
+    """Opens stores on one hub and one cache; each represents a process."""
 
     def __init__(self, server: LoopbackHub, cache: Path) -> None:
         self._server = server
@@ -113,7 +113,7 @@ def spec(source: str | Path = REPO, *, revision: str | None = None, trust_remote
 
 
 def quiet(done_bytes: int, total_bytes: int) -> None:
-    """Progress that nobody looks at."""
+    """Ignores the progress."""
 
 
 def names(files: ModelFiles) -> set[str]:
@@ -272,7 +272,7 @@ def test_code_comes_along_only_where_it_is_trusted(server: LoopbackHub, store: M
     assert store.locate(spec(trust_remote_code=True)) is None
     trusted = store.fetch(spec(trust_remote_code=True), quiet)
     assert "model.py" in names(trusted)
-    # A spec without trust does not take the code away from the other.
+    # A spec without trust does not remove the code that another spec needs.
     store.fetch(spec(), quiet, refresh=True)
     assert store.locate(spec(trust_remote_code=True)) == trusted
 
@@ -366,7 +366,7 @@ def test_a_model_that_does_not_fit_on_the_disk_is_refused_before_its_download(
     server.add(REPO, sentence_model(tmp_path / "repo", {"big": np.zeros(1_000_000, np.float32)}))
     store = stores.open(free_bytes=lambda path: 3_999_999)
 
-    with pytest.raises(DiskFull, match=r"needs 4\.0 MB more on disk, and 4\.0 MB are free"):
+    with pytest.raises(DiskFull, match=r"needs 4\.0 MB more on disk, but 4\.0 MB are free"):
         store.fetch(spec(), quiet)
 
     assert server.downloads(REPO, WEIGHTS) == 0
@@ -441,7 +441,7 @@ def test_what_is_no_hub_id_is_refused(store: ModelStore, source: str) -> None:
 
 
 def test_a_revision_cannot_leave_the_cache(store: ModelStore, server: LoopbackHub) -> None:
-    with pytest.raises(SourceNotFound, match="is no revision"):
+    with pytest.raises(SourceNotFound, match="is not a valid revision"):
         store.fetch(spec(revision="../../x"), quiet)
 
     assert server.requests == []
@@ -546,7 +546,7 @@ def test_a_cache_that_takes_no_manifest_still_serves(
     def refuse(path: Path, content: bytes) -> None:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr("engines.hub.cache._write", refuse)
+    monkeypatch.setattr("engines.hub.cache._write_atomically", refuse)
     store = stores.open(offline=True)
     files = store.fetch(spec(), quiet)
 
@@ -564,7 +564,7 @@ def test_a_cache_of_other_tools_is_verified_and_used(
     steps: list[tuple[int, int]] = []
     files = store.fetch(spec(), lambda done, total: steps.append((done, total)))
 
-    assert server.downloads(REPO) - before == 1  # modules.json, which says what is needed
+    assert server.downloads(REPO) - before == 1  # modules.json, which lists the needed modules
     assert steps[-1] == (files.size_bytes, files.size_bytes)
     assert store.locate(spec()) == files
 
@@ -628,7 +628,7 @@ def test_a_file_known_not_to_exist_is_not_missed(
 ) -> None:
     server.add(REPO, plain_model(tmp_path / "repo"))
     for name in ("config.json", "tokenizer.json", "modules.json", WEIGHTS):
-        with contextlib.suppress(OSError):  # modules.json is not there, and the cache remembers that
+        with contextlib.suppress(OSError):  # modules.json does not exist, and the cache records that
             hf_hub_download(REPO, name, cache_dir=cache, endpoint=server.url, token=False)
 
     files = stores.open(offline=True).fetch(spec(), quiet)
@@ -736,7 +736,7 @@ def test_a_caller_that_leaves_does_not_end_the_download(server: LoopbackHub, sto
 
 
 def test_two_processes_download_once(server: LoopbackHub, stores: Stores, cache: Path, tmp_path: Path) -> None:
-    """Two stores stand for two processes: they share nothing but the cache and its lock."""
+    """Two stores represent two processes: they share nothing but the cache and its lock."""
     server.add(REPO, plain_model(tmp_path / "repo"))
     hold = loopback.Hold(after_bytes=1000)
     server.fail(REPO, hold, file=WEIGHTS)
@@ -762,7 +762,7 @@ def test_a_file_that_is_put_in_place_again_is_never_missed(tmp_path: Path) -> No
     is_over = threading.Event()
 
     def put() -> None:
-        part = cache.part(file)
+        part = cache.partial_path(file)
         part.write_bytes(b"x")
         cache.commit_blob(part, "c", file)
 
@@ -799,7 +799,7 @@ def test_closing_the_store_ends_its_downloads(server: LoopbackHub, stores: Store
 
 @pytest.fixture
 def local() -> Iterator[ModelStore]:
-    """A store that must not touch the network."""
+    """A store that must not use the network."""
     store = ModelStore(HubConfig(endpoint="http://hub.invalid", offline=True))
     yield store
     store.close()
@@ -860,12 +860,12 @@ def test_a_package_is_read_without_importing_it(
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("/no/such/folder", "the folder in 'source' of m is not there"),
+        ("/no/such/folder", "the folder in 'source' of m does not exist"),
         ("package:no_such_package/m", "'no_such_package', which is not installed"),
         ("package:", "is not installed"),
         ("package:a.b/c", "is not installed"),
-        ("package:numpy/../../secret", "leaves the package"),
-        ("package:numpy/no_such_folder", "is not there"),
+        ("package:numpy/../../secret", "points outside the package"),
+        ("package:numpy/no_such_folder", "does not exist"),
     ],
 )
 def test_a_source_that_is_not_there_is_said_so(local: ModelStore, source: str, message: str) -> None:
@@ -1040,11 +1040,11 @@ def test_the_environment_is_huggingface_hubs() -> None:
     ]  # fmt: skip
 
 
-# ---- damage that only a hash tells ----
+# ---- damage that only a hash detects ----
 
 
 def damage(files: ModelFiles, name: str = WEIGHTS) -> None:
-    """One byte of the data, as a disk would: size, header and time stay."""
+    """Changes one byte of the data and keeps size, header and mtime, as a failing disk does."""
     blob = (Path(files.path) / name).resolve()
     stat = blob.stat()
     with blob.open("r+b") as file:

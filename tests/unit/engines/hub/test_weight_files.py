@@ -1,4 +1,4 @@
-"""Headers are checked to the byte, and byte counts are exact."""
+"""Tests the checks of safetensors headers and the byte counts of weights."""
 
 import json
 from functools import partial
@@ -16,7 +16,7 @@ FILE = "model.safetensors"
 
 
 def safetensors(header: dict[str, Any] | bytes, data: bytes = b"", *, length: int | None = None) -> bytes:
-    """A file by hand, so that every field can be wrong."""
+    """Builds a file by hand, so that every field can be wrong."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return (len(text) if length is None else length).to_bytes(8, "little") + text + data
 
