@@ -126,7 +126,7 @@ class Rig:
         self.device = torch.device(device)
         self.lane = open_scheduler(device, cores)
         self.threads = TokenizerThreads(cores)
-        self._loader = TorchLoader(device, self.lane, self.threads, LoaderSettings(paces=TuningStore(None)))
+        self._loader = TorchLoader(device, self.lane, self.threads, LoaderSettings(tuning_store=TuningStore(None)))
         self._loop = asyncio.new_event_loop()
 
     def load(self, folder: Path, **spec: Any) -> EmbeddingEngine:

@@ -74,7 +74,7 @@ class Machine:
         self._lanes: list[DeviceScheduler] = []
         self._measurements = Measurements(folder / "measurements.json" if folder else None)
         self._loader_settings = structs.replace(
-            config.loader, canary_folder=folder / "canaries" if folder else None, paces=TuningStore(folder)
+            config.loader, canary_folder=folder / "canaries" if folder else None, tuning_store=TuningStore(folder)
         )
         self.hosts = tuple(self._host(device, config, specs) for device in find_devices(config.devices))
 
@@ -110,7 +110,7 @@ class Machine:
         settings = self._loader_settings
         if device == "cpu":  # elsewhere nothing is held twice, and to read a GPU's memory takes a context
             room = config.budget.of(device_memory(device).read().total_bytes) // COPY_SHARE
-            settings = structs.replace(settings, largest_copy=min(MAX_PREPACKED_BYTES, room))
+            settings = structs.replace(settings, max_prepacked_bytes=min(MAX_PREPACKED_BYTES, room))
         loader = TorchLoader(device, lane, self._threads, settings)
         conditions = conditions_of(settings, lane.num_threads)
         if config.note is None or not isinstance(lane, JournaledScheduler):
@@ -124,7 +124,7 @@ def conditions_of(settings: LoaderSettings, num_threads: int) -> str:
     of at most so many tokens, and a budget decides how large second copies of weights may be.
     """
     tokens = settings.max_batch_tokens or "default"
-    return f"threads={num_threads} tokens={tokens} copies={settings.largest_copy}"
+    return f"threads={num_threads} tokens={tokens} copies={settings.max_prepacked_bytes}"
 
 
 def find_devices(wanted: Sequence[str]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""What a model folder says about itself, read from its JSON files. Loads no weights and runs no code of the folder.
+"""Reads a model folder's JSON files. Loads no weights and runs no code of the folder.
 
 The files are those of sentence-transformers: `modules.json`, `sentence_bert_config.json`,
 `config_sentence_transformers.json`, and each module's `config.json`.
@@ -16,12 +16,18 @@ from engines.spec import PoolingMode
 Json = dict[str, Any]
 
 
-# Keys of the Transformer module that change what it computes and that we do not do.
-_UNDONE = ("query_expansion", "query_length", "document_length", "processing_kwargs", "tokenizer_name_or_path")
+# Keys of the Transformer module that change its output and that are not implemented here.
+_UNSUPPORTED_KEYS = (
+    "query_expansion",
+    "query_length",
+    "document_length",
+    "processing_kwargs",
+    "tokenizer_name_or_path",
+)
 
 
-# Arguments of `from_pretrained` that change how a model is loaded, and not what it computes.
-_HARMLESS_MODEL_KWARGS = frozenset({
+# Arguments of `from_pretrained` that change how a model is loaded, not what it computes.
+_IGNORED_MODEL_KWARGS = frozenset({
     "add_pooling_layer", "attn_implementation", "device_map", "dtype", "low_cpu_mem_usage", "torch_dtype",
     "trust_remote_code", "use_safetensors",
 })  # fmt: skip
@@ -41,15 +47,15 @@ _LEGACY_POOLING: dict[str, PoolingMode] = {
 }
 
 
-def pooling_of(config: Json, file: str, *, is_settled: bool = False) -> tuple[PoolingMode, ...]:
-    """The modes of a `Pooling` config in either vocabulary; neither given means sentence-transformers' default, mean.
+def pooling_of(config: Json, file: str, *, is_overridden: bool = False) -> tuple[PoolingMode, ...]:
+    """Returns the modes of a `Pooling` config in the current or legacy keys; without any, sentence-transformers' mean.
 
     Args:
         file: the config's name, for messages.
-        is_settled: the registry names the pooling, so that a contradiction does not matter.
+        is_overridden: the registry sets the pooling, so that a contradiction does not matter.
 
     Raises:
-        UnsupportedModel: a mode that is not known, or two vocabularies that contradict each other.
+        UnsupportedModel: an unknown mode, or current and legacy keys that contradict each other.
     """
     legacy = tuple(mode for key, mode in _LEGACY_POOLING.items() if config.get(key))
     named = config.get("pooling_mode")
@@ -58,59 +64,62 @@ def pooling_of(config: Json, file: str, *, is_settled: bool = False) -> tuple[Po
     modes = (named,) if isinstance(named, str) else tuple(named)
     unknown = [mode for mode in modes if mode not in get_args(PoolingMode)]
     if unknown:
-        raise UnsupportedModel(f"{file} names the pooling {unknown[0]!r}; known are {', '.join(get_args(PoolingMode))}")
-    if legacy and set(legacy) != set(modes) and not is_settled:
         raise UnsupportedModel(
-            f"{file} says {' + '.join(modes)} (pooling_mode) and also {' + '.join(legacy)} (the older keys); say which "
-            "in the registry with `pooling`"
+            f"{file} names the unsupported pooling {unknown[0]!r}; supported: {', '.join(get_args(PoolingMode))}"
+        )
+    if legacy and set(legacy) != set(modes) and not is_overridden:
+        raise UnsupportedModel(
+            f"{file} states two poolings, {' + '.join(modes)} (pooling_mode) and {' + '.join(legacy)} (legacy keys); "
+            "set `pooling` in the registry"
         )
     return modes
 
 
 def check_transformer(config: Json, name: str) -> None:
-    """Refuse what would change the vectors and is not done here.
+    """Rejects settings that change the vectors and are not supported.
 
     Args:
-        config: the Transformer module's own config, of the file `name`.
+        config: the Transformer module's own config.
+        name: its file name, for messages.
 
     Raises:
         UnsupportedModel: naming the key.
     """
-    undone = [key for key in _UNDONE if config.get(key)]
+    unsupported = [key for key in _UNSUPPORTED_KEYS if config.get(key)]
     options = {**(config.get("model_kwargs") or {}), **(config.get("model_args") or {})}
-    undone += [f"model_kwargs.{key}" for key in options if key not in _HARMLESS_MODEL_KWARGS]
-    if undone:
-        raise UnsupportedModel(f"{name} sets {undone[0]!r}, which may change the vectors and is not supported")
+    unsupported += [f"model_kwargs.{key}" for key in options if key not in _IGNORED_MODEL_KWARGS]
+    if unsupported:
+        raise UnsupportedModel(f"{name} sets {unsupported[0]!r}, which may change the vectors and is not supported")
     task = config.get("transformer_task", "feature-extraction")
     if task != "feature-extraction":
-        raise UnsupportedModel(f"{name} asks for the task {task!r}; only 'feature-extraction' gives embeddings here")
+        raise UnsupportedModel(f"{name} sets the task {task!r}; only 'feature-extraction' is supported")
     modalities = config.get("modality_config") or {"text": _PLAIN_TEXT}
     if "message" in modalities:
-        raise UnsupportedModel(f"{name} puts texts into a chat template ('message'), which is not supported")
+        raise UnsupportedModel(f"{name} applies a chat template ('message'), which is not supported")
     output = config.get("module_output_name") or "token_embeddings"
-    if not _is_plain(modalities.get("text")) or output != "token_embeddings":
+    if not _gives_last_hidden_state(modalities.get("text")) or output != "token_embeddings":
         raise UnsupportedModel(
-            f"{name} takes its vectors from {modalities.get('text')} as {output!r}; only the last hidden state of a "
+            f"{name} takes vectors from {modalities.get('text')} as {output!r}; only the last hidden state of a "
             "forward pass is supported"
         )
 
 
-def _is_plain(text: object) -> bool:
-    """Whether texts give their last hidden state; the output's name may stand in a list of one."""
+def _gives_last_hidden_state(text: object) -> bool:
+    """Returns whether texts yield the last hidden state; the output's name may be in a list of one."""
     if not isinstance(text, dict):
         return False
     output = text.get("method_output_name")
     return text.get("method") == "forward" and output in ("last_hidden_state", ["last_hidden_state"])
 
 
-_OFFICIAL = "sentence_transformers."
+_ST_PREFIX = "sentence_transformers."
 
 
 PLACEHOLDER_PROMPTS = ("query", "document")
-"""Prompt names that every model has, empty unless it says otherwise."""
+"""Prompt names that every model has; empty unless the folder defines them."""
 
 
-_OWN = "config_sentence_transformers.json"
+_ST_CONFIG = "config_sentence_transformers.json"
 
 
 _TRANSFORMER_CONFIGS = tuple(
@@ -120,25 +129,25 @@ _TRANSFORMER_CONFIGS = tuple(
 
 
 _MAX_JSON_BYTES = 32 * 2**20
-"""An index of the weights of a model of 100,000 tensors has 10 MB."""
+"""Limit of a JSON file: the weight index of a model with 100,000 tensors has 10 MB."""
 
 
 class ModuleRef(Struct, frozen=True):
-    """One line of `modules.json`: the class's last path component, and the subfolder of its files ('' is the root)."""
+    """One entry of `modules.json`: the last component of its class name, and its subfolder ('' is the root)."""
 
     kind: str
     path: str
 
     def file(self, name: str) -> str:
-        """The name, inside the model folder, of a file of this module."""
+        """Returns the name of one of the module's files, relative to the model folder."""
         return f"{self.path}/{name}" if self.path else name
 
 
 class Folder(Struct, frozen=True, kw_only=True):
-    """A model folder's own word, before any weight is read.
+    """The configuration of a model folder, without weights.
 
     `modules` is None without a `modules.json`. `transformer` is the Transformer module's own config.
-    `truncate_dim` is the width to which sentence-transformers cuts this model's vectors by default.
+    `truncate_dim` is the width to which sentence-transformers truncates this model's vectors by default.
     """
 
     root: Path
@@ -151,71 +160,75 @@ class Folder(Struct, frozen=True, kw_only=True):
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Widths that a vector may be cut to, as far as the folder says: its Matryoshka widths and its default one."""
+        """The widths that vectors may be truncated to, as stated: the Matryoshka widths and the default one."""
         return (*self.matryoshka_widths, *(() if self.truncate_dim is None else (self.truncate_dim,)))
 
     @property
     def weights(self) -> Path:
-        """Where the transformer's config, tokenizer and weights lie."""
+        """The folder of the transformer's config, tokenizer and weights."""
         return self.root / (self.modules[0].path if self.modules else "")
 
 
 def read_folder(root: Path) -> Folder:
-    """Read what the folder says.
+    """Reads a folder's configuration.
 
     Raises:
-        BrokenFiles: a file that must be there is not, or is no JSON.
-        UnsupportedModel: a module is not sentence-transformers' own, or asks for what we do not do.
+        BrokenFiles: a required file is missing, or a file is not valid JSON.
+        UnsupportedModel: a module does not belong to sentence-transformers, or needs an unsupported feature.
     """
     modules = _read_modules(root)
-    own = read_json(root, _OWN) or {}
-    _check_kind(own)
+    st_config = read_json(root, _ST_CONFIG) or {}
+    _check_kind(st_config)
     where = modules[0].path if modules else ""
-    width = own.get("truncate_dim")
+    width = st_config.get("truncate_dim")
     return Folder(
         root=root,
         modules=modules,
         transformer=_read_transformer(root, where),
-        prompts=_read_prompts(own),
-        default_prompt=own.get("default_prompt_name"),
-        matryoshka_widths=_read_widths(root, where, own),
+        prompts=_read_prompts(st_config),
+        default_prompt=st_config.get("default_prompt_name"),
+        matryoshka_widths=_read_widths(root, where, st_config),
         truncate_dim=width if isinstance(width, int) and width > 0 else None,
     )
 
 
-def _read_prompts(own: Json) -> dict[str, str]:
-    """Prompts by name. sentence-transformers writes an empty `query` and `document` for models that have neither; left
-    in, they would hide prompts of the same family with other names (`search_query`, `passage`).
+def _read_prompts(st_config: Json) -> dict[str, str]:
+    """Returns the prompts by name, without empty placeholders.
+
+    sentence-transformers writes an empty `query` and `document` for models that have neither; left in, they would hide
+    prompts of the same family with other names (`search_query`, `passage`).
 
     Raises:
-        BrokenFiles: they are no texts by name.
+        BrokenFiles: the prompts are not a map of names to texts.
     """
-    given = own.get("prompts") or {}
+    given = st_config.get("prompts") or {}
     if not isinstance(given, dict) or not all(isinstance(text, str | None) for text in given.values()):
-        raise BrokenFiles(f"{_OWN} has `prompts` that are no texts by name; fetch the model again", file=_OWN)
+        raise BrokenFiles(
+            f"`prompts` in {_ST_CONFIG} is not a map of names to texts; fetch the model again", file=_ST_CONFIG
+        )
     prompts = {name: text or "" for name, text in given.items()}
     return {name: text for name, text in prompts.items() if text or name not in PLACEHOLDER_PROMPTS}
 
 
-def _check_kind(own: Json) -> None:
-    """A SparseEncoder, CrossEncoder or MultiVectorEncoder saves alike, and its vectors are something else.
+def _check_kind(st_config: Json) -> None:
+    """Rejects a SparseEncoder, CrossEncoder or MultiVectorEncoder, which save the same files but give other vectors.
 
     Raises:
         UnsupportedModel
     """
-    kind = own.get("model_type") or "SentenceTransformer"
+    kind = st_config.get("model_type") or "SentenceTransformer"
     if kind != "SentenceTransformer":
         raise UnsupportedModel(
-            f"{_OWN} says that this is a {kind}; only a SentenceTransformer gives the single dense vectors that "
-            "are served here"
+            f"{_ST_CONFIG} declares a {kind}; only a SentenceTransformer, which gives one dense vector a text, is "
+            "supported"
         )
 
 
 def read_json(root: Path, name: str) -> Json | None:
-    """A JSON object of the folder, or None where there is no such file.
+    """Reads a JSON object of the folder; returns None if the file does not exist.
 
     Raises:
-        BrokenFiles: the file is no JSON object.
+        BrokenFiles: the file is not a JSON object.
     """
     try:
         _check_size(root / name, name)
@@ -227,7 +240,7 @@ def read_json(root: Path, name: str) -> Json | None:
             f"{name} cannot be read: {error.__class__.__name__}; fetch the model again", file=name
         ) from error
     if not isinstance(content, dict):
-        raise BrokenFiles(f"{name} holds no JSON object; fetch the model again", file=name)
+        raise BrokenFiles(f"{name} is not a JSON object; fetch the model again", file=name)
     return content
 
 
@@ -235,15 +248,15 @@ def _check_size(path: Path, name: str) -> None:
     size_bytes = path.stat().st_size
     if size_bytes > _MAX_JSON_BYTES:
         raise BrokenFiles(
-            f"{name} has {size_bytes} bytes, and a config may have {_MAX_JSON_BYTES}; fetch the model again", file=name
+            f"{name} has {size_bytes} bytes, but the limit is {_MAX_JSON_BYTES}; fetch the model again", file=name
         )
 
 
 def require_json(root: Path, name: str) -> Json:
-    """A JSON object that must be there.
+    """Reads a required JSON object of the folder.
 
     Raises:
-        BrokenFiles: it is missing, or no JSON object.
+        BrokenFiles: the file is missing or not a JSON object.
     """
     content = read_json(root, name)
     if content is None:
@@ -252,7 +265,7 @@ def require_json(root: Path, name: str) -> Json:
 
 
 def _read_modules(root: Path) -> tuple[ModuleRef, ...] | None:
-    """In the order of the file, as sentence-transformers runs them; `idx` is for people."""
+    """Reads `modules.json` in file order, as sentence-transformers runs the modules; it ignores `idx` too."""
     name = "modules.json"
     try:
         _check_size(root / name, name)
@@ -262,7 +275,7 @@ def _read_modules(root: Path) -> tuple[ModuleRef, ...] | None:
         return None
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise BrokenFiles(
-            f"{name} is no list of modules ({type(error).__name__}); fetch the model again", file=name
+            f"{name} is not a list of modules ({type(error).__name__}); fetch the model again", file=name
         ) from error
     if not refs:
         raise BrokenFiles(f"{name} lists no module; fetch the model again", file=name)
@@ -270,14 +283,14 @@ def _read_modules(root: Path) -> tuple[ModuleRef, ...] | None:
 
 
 def _module_ref(kind: str, path: str) -> ModuleRef:
-    """Both vocabularies, `sentence_transformers.models.Pooling` and the longer one of ≥ 5.4, end in the class's name.
+    """Parses a module's class name: both `sentence_transformers.models.Pooling` and the longer names of ≥ 5.4.
 
-    A name outside the package is the repository's own code, even when it ends alike (`custom_st.Transformer`).
+    A name outside the package is the repository's own code, even with the same class name (`custom_st.Transformer`).
     """
-    if not kind.startswith(_OFFICIAL):
+    if not kind.startswith(_ST_PREFIX):
         raise UnsupportedModel(
             f"modules.json names {kind!r}, which is the repository's own code and not a module of "
-            "sentence-transformers; such models cannot be served exactly, so use one whose modules are all known"
+            "sentence-transformers; use a model without custom modules"
         )
     if path.startswith(("/", "\\")) or ".." in Path(path).parts:
         raise UnsupportedModel(f"modules.json points to {path!r}, outside the model folder")
@@ -295,9 +308,9 @@ def _read_transformer(root: Path, where: str) -> Json:
     return config
 
 
-def _read_widths(root: Path, where: str, own: Json) -> tuple[int, ...]:
-    """Matryoshka widths, where a folder states them: `matryoshka_dims` or `matryoshka_dimensions` of its configs."""
-    for config in (own, read_json(root / where, "config.json") or {}):
+def _read_widths(root: Path, where: str, st_config: Json) -> tuple[int, ...]:
+    """Reads the Matryoshka widths from `matryoshka_dims` or `matryoshka_dimensions` of the folder's configs."""
+    for config in (st_config, read_json(root / where, "config.json") or {}):
         for key in ("matryoshka_dims", "matryoshka_dimensions"):
             widths = config.get(key)
             if isinstance(widths, list) and all(isinstance(width, int) and width > 0 for width in widths):

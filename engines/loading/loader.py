@@ -1,4 +1,4 @@
-"""Model folder → engine on a device. One loader a device; the caller holds the process-wide load lock.
+"""Builds an engine from a model folder. One loader per device; the caller holds the process-wide load lock.
 
 transformers' loading is not thread-safe (four threads, a hundred loads: four models came out silently wrong), which
 is why `LOAD_LOCK` exists and why nothing else in this process may call `from_pretrained`.
@@ -39,10 +39,10 @@ _BATCH_TOKENS = {"cpu": 512, "cuda": 16384}
 
 
 class LoaderSettings(Struct, frozen=True, kw_only=True):
-    """What the server's settings say to engines; `None` means the device's default.
+    """The server's settings for engines; `None` means the device's default.
 
-    `largest_copy`: bytes of second copies of weights that a model may hold where that is faster.
-    `paces`: how large batches should be, where that is not set; None tries nothing out.
+    `max_prepacked_bytes`: bytes of prepacked copies of weights that a model may hold where that is faster.
+    `tuning_store`: tuned batch sizes, for models without a set one; None disables tuning.
     """
 
     max_batch_tokens: int | None = None
@@ -51,8 +51,8 @@ class LoaderSettings(Struct, frozen=True, kw_only=True):
     batch_timeout_s: float = 0.0
     target_dim: int | None = None
     canary_folder: Path | None = None
-    largest_copy: int = MAX_PREPACKED_BYTES
-    paces: TuningStore | None = None
+    max_prepacked_bytes: int = MAX_PREPACKED_BYTES
+    tuning_store: TuningStore | None = None
 
 
 class TorchLoader:
@@ -60,24 +60,26 @@ class TorchLoader:
 
     Args:
         device: `cpu` or `cuda:N`.
-        lane: where the engines take turns.
-        threads: where they tokenise.
-        settings: their limits.
+        scheduler: runs the engines' batches on the device.
+        threads: tokenise the engines' requests.
+        settings: the engines' limits.
     """
 
-    def __init__(self, device: str, lane: DeviceScheduler, threads: TokenizerThreads, settings: LoaderSettings) -> None:
+    def __init__(
+        self, device: str, scheduler: DeviceScheduler, threads: TokenizerThreads, settings: LoaderSettings
+    ) -> None:
         self._device = torch.device(device)
-        self._scheduler = lane
+        self._scheduler = scheduler
         self._threads = threads
         self._settings = settings
         self._canaries = Canaries(settings.canary_folder)
-        if self._device.type == "cpu":  # threads that read weights beside each other take cores from who is served
+        if self._device.type == "cpu":  # threads that read weights in parallel take cores from requests
             os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
         transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # untyped upstream
         transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # untyped upstream
 
     def load(self, spec: ModelSpec, files: ModelFiles) -> EmbeddingEngine:
-        """Build the engine; see `Loader.load`."""
+        """Builds the engine; see `Loader.load`."""
         try:
             with warnings.catch_warnings(), throttled_load(LoadThrottle(self._scheduler.wait_for_short_tasks)):
                 warnings.simplefilter("ignore")
@@ -90,7 +92,7 @@ class TorchLoader:
     def _load(self, spec: ModelSpec, files: ModelFiles) -> EmbeddingEngine:
         folder = read_folder(Path(files.path))
         encoder, tokenizer, dtype = build(folder, spec, self._device)
-        encoder.largest_copy, encoder.num_threads = self._settings.largest_copy, self._scheduler.num_threads
+        encoder.largest_copy, encoder.num_threads = self._settings.max_prepacked_bytes, self._scheduler.num_threads
         prompts = {**folder.prompts, **spec.prompts}
         info = ModelInfo(
             dimensions=encoder.dimensions,
@@ -101,42 +103,45 @@ class TorchLoader:
             prompts=prompts,
             matryoshka=spec.matryoshka or Matryoshka(widths=folder.widths),
         )
-        settled = with_default_prompt(spec, folder.default_prompt, prompts)
+        resolved = with_default_prompt(spec, folder.default_prompt, prompts)
         key = fingerprint([spec.model_id, files.revision, dtype, self._device.type, spec.pooling, spec.max_tokens])
 
         def check() -> tuple[ModelInfo, int, int]:
             encoder.pause = self._scheduler.preemption_point
             vectors, notes = select_forward_path(encoder, tokenizer, dtype, self._canaries.known(key))
             if self._device.type != "cpu":
-                encoder.pause = lambda: None  # kernels that wait on the device cannot be overtaken
-            self._canaries.compare(key, vectors, dtype, _written_s(files))
+                encoder.pause = lambda: None  # kernels queued on the device cannot be preempted
+            self._canaries.compare(key, vectors, dtype, _last_written_s(files))
             encoder.recheck = partial(check_again, tokenizer=tokenizer, dtype=dtype, vectors=vectors)
             found = structs.replace(info, attention=encoder.attention, path=encoder.path, notes=notes)
             return found, size + encoder.extra_bytes(), workspace
 
         tokens, tuner = self._batch_tokens(spec, encoder, tokenizer, f"{files.revision} {dtype}")
         limits = self._limits(tokens, folder.truncate_dim)
-        # On a GPU batches run one after the other, whatever was handed to it.
-        num_turns = self._scheduler.num_threads if encoder.is_reentrant and self._device.type == "cpu" else 1
+        # On a GPU batches run one after the other, however many are queued there.
+        num_concurrent = self._scheduler.num_threads if encoder.is_reentrant and self._device.type == "cpu" else 1
         largest = max(CANDIDATES[self._device.type]) if tuner is not None else tokens
-        workspace = num_turns * workspace_bytes(encoder, largest)
-        parts = Parts(encoder, tokenizer, settled, info, tuner)
-        # The cache is main memory, which is a CPU's budget and no GPU's.
+        workspace = num_concurrent * workspace_bytes(encoder, largest)
+        parts = Parts(encoder, tokenizer, resolved, info, tuner)
+        # The vector cache is in main memory, which is part of a CPU's budget but not of a GPU's.
         size = weight_bytes(encoder) + (spec.cache_bytes if self._device.type == "cpu" else 0)
-        return EmbeddingEngine(parts, self._scheduler, self._threads, limits, check, self._release, size)
+        return EmbeddingEngine(parts, self._scheduler, self._threads, limits, check, self._free_memory, size)
 
     def _batch_tokens(
         self, spec: ModelSpec, encoder: CheckableEncoder, tokenizer: Tokenizer, weights: str
     ) -> tuple[int, BatchSizeTuner | None]:
-        """Tokens a batch, and who finds out better. Three cases: 1. somebody has set them; 2. they were found out
-        before, or nobody is to; 3. they will be found out."""
-        given, paces = spec.max_batch_tokens or self._settings.max_batch_tokens, self._settings.paces
-        if given is not None or paces is None:
-            return given or _BATCH_TOKENS[self._device.type], None  # (1), (2)
+        """Returns the tokens per batch and a tuner, if any.
+
+        Three cases: 1. the size is set in the registry or the settings, or tuning is disabled; 2. it was tuned before;
+        3. it will be tuned.
+        """
+        given, tuning_store = spec.max_batch_tokens or self._settings.max_batch_tokens, self._settings.tuning_store
+        if given is not None or tuning_store is None:
+            return given or _BATCH_TOKENS[self._device.type], None  # (1)
         key = fingerprint([weights, device_name(self._device), self._scheduler.num_threads, torch.__version__])
-        pace = paces.get(key)
-        if pace is not None:
-            return pace.batch_tokens, None  # (2)
+        tuned = tuning_store.get(key)
+        if tuned is not None:
+            return tuned.batch_tokens, None  # (2)
         num_parts = encoder.num_layers if self._device.type == "cpu" else 1
         tuner = BatchSizeTuner(
             encoder,
@@ -144,7 +149,7 @@ class TorchLoader:
             BatchSizeSearch(CANDIDATES[self._device.type], num_parts),
             own_s=self._scheduler.task_elapsed_s,
             finish=finisher(self._device),
-            keep=partial(paces.put, key),
+            keep=partial(tuning_store.put, key),
         )
         return _BATCH_TOKENS[self._device.type], tuner  # (3)
 
@@ -157,8 +162,8 @@ class TorchLoader:
             target_dim=settings.target_dim or truncate_dim,
         )
 
-    def _release(self) -> None:
-        """Give freed memory back: Python's cycles, torch's cache, and the C library's arenas."""
+    def _free_memory(self) -> None:
+        """Returns freed memory to the system: Python's cycles, torch's cache, and the C library's arenas."""
         gc.collect()
         if self._device.type == "cuda":
             with CAPTURING:
@@ -168,22 +173,23 @@ class TorchLoader:
             trim(0)
 
 
-def _written_s(files: ModelFiles) -> float:
-    """When a file of a hub's was written last; 0 for a local folder, whose revision changes with its files."""
+def _last_written_s(files: ModelFiles) -> float:
+    """Returns the latest mtime of files from a hub; 0 for a local folder, whose revision changes with its files."""
     paths = Path(files.path).rglob("*") if files.stamp else ()
     return max((path.stat().st_mtime for path in paths if path.is_file()), default=0.0)
 
 
 def with_default_prompt(spec: ModelSpec, stated: str | None, prompts: Mapping[str, str]) -> ModelSpec:
-    """The spec with its default prompt settled: the registry's, else the folder's (`default_prompt_name`).
+    """Returns the spec with its default prompt: the registry's, else the folder's (`default_prompt_name`).
 
     Raises:
-        UnsupportedModel: no prompt has that name; leaving it out in silence would be a wrong vector.
+        UnsupportedModel: no prompt has that name; omitting it silently would give wrong vectors.
     """
     name = spec.default_prompt or stated
     if name is not None and name not in (*prompts, *PLACEHOLDER_PROMPTS):
         known = ", ".join(sorted(prompts)) or "none"
         raise UnsupportedModel(
-            f"the default prompt is {name!r}, but the prompts are {known}; name one, or add it to `prompts`"
+            f"the default prompt is {name!r}, but the model's prompts are {known}: choose one of them, or add "
+            f"{name!r} to `prompts` in the registry"
         )
     return structs.replace(spec, default_prompt=name)

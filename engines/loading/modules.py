@@ -1,6 +1,6 @@
-"""The sentence-transformers modules behind the transformer: pooling, dense, layer norm, normalise, on tensors.
+"""Builds the embedding head from the modules after the transformer: pooling, dense, layer norm, normalise.
 
-A chain turns packed hidden states `[T, H]` into one float32 vector a text `[n, D]`. Each step reads and writes named
+The head turns packed hidden states `[T, H]` into one float32 vector per text `[n, D]`. Each step reads and writes named
 tensors, as sentence-transformers' `features` do: `token_embeddings` `[T, *]` and `sentence_embedding` `[n, *]`.
 """
 
@@ -18,81 +18,84 @@ from engines.models.head import SENTENCE, EmbeddingHead
 from engines.spec import PoolingMode
 
 
-def build_chain(
+def build_head(
     folder: Folder, hidden_size: int, device: torch.device, pooling: tuple[PoolingMode, ...] | None
 ) -> EmbeddingHead:
-    """The chain of a folder.
+    """Builds the embedding head of a folder.
 
     Args:
-        pooling: modes that replace the folder's own; without a `modules.json` they are the whole chain.
+        pooling: modes that replace the folder's own; without a `modules.json` they are the whole head.
 
     Raises:
         BrokenFiles, UnsupportedModel.
     """
-    chain = EmbeddingHead(hidden_size, pooling)
-    behind = (folder.modules or ())[1:]
-    if not any(ref.kind == "Pooling" for ref in behind):
-        _add_unstated_pooling(chain, folder, pooling)
-    for ref in behind:
+    head = EmbeddingHead(hidden_size, pooling)
+    modules = (folder.modules or ())[1:]
+    if not any(ref.kind == "Pooling" for ref in modules):
+        _add_unstated_pooling(head, folder, pooling)
+    for ref in modules:
         build = _BUILDERS.get(ref.kind)
         if build is None:
             raise UnsupportedModel(
-                f"modules.json holds a {ref.kind!r} module; known are {', '.join(_BUILDERS)}. The model cannot be "
-                "served exactly without it: use one that is made of known modules"
+                f"modules.json names the unsupported module {ref.kind!r}; supported: {', '.join(_BUILDERS)}; use a "
+                "model that is made of these"
             )
-        build(chain, folder.root, ref, device)
-    return chain
+        build(head, folder.root, ref, device)
+    return head
 
 
-def _add_unstated_pooling(chain: EmbeddingHead, folder: Folder, pooling: tuple[PoolingMode, ...] | None) -> None:
-    """Mean for a folder without `modules.json` and for static embeddings, as sentence-transformers does.
+def _add_unstated_pooling(head: EmbeddingHead, folder: Folder, pooling: tuple[PoolingMode, ...] | None) -> None:
+    """Adds mean pooling for a folder without `modules.json` and for static embeddings, as sentence-transformers does.
 
     Raises:
-        UnsupportedModel: a `modules.json` without pooling, and nothing in the registry.
+        UnsupportedModel: neither `modules.json` nor the registry states a pooling.
     """
     if folder.modules is None or folder.modules[0].kind == "StaticEmbedding":
-        chain.add_pooling(("mean",))
+        head.add_pooling(("mean",))
     elif pooling is not None:
-        chain.add_pooling(pooling)
+        head.add_pooling(pooling)
     else:
         raise UnsupportedModel(
-            "modules.json has no Pooling module; say which in the registry: `pooling: mean`, `cls` or `last_token`"
+            "modules.json has no Pooling module; set `pooling` in the registry: `mean`, `cls` or `last_token`"
         )
 
 
-def _add_pooling(chain: EmbeddingHead, root: Path, ref: ModuleRef, device: torch.device) -> None:
+def _add_pooling(head: EmbeddingHead, root: Path, ref: ModuleRef, device: torch.device) -> None:
     file = ref.file("config.json")
     config = require_json(root, file)
-    modes = pooling_of(config, file, is_settled=chain.override is not None)
-    chain.add_pooling(modes, include_prompt=config.get("include_prompt", True))
+    modes = pooling_of(config, file, is_overridden=head.override is not None)
+    head.add_pooling(modes, include_prompt=config.get("include_prompt", True))
 
 
-def _add_dense(chain: EmbeddingHead, root: Path, ref: ModuleRef, device: torch.device) -> None:
+def _add_dense(head: EmbeddingHead, root: Path, ref: ModuleRef, device: torch.device) -> None:
     config = require_json(root, ref.file("config.json"))
     source = config.get("module_input_name") or SENTENCE
-    wide = _width_before(chain, ref, source)
-    narrow = config.get("out_features")
-    if type(narrow) is not int or narrow < 1:
+    in_width = _input_width(head, ref, source)
+    out_width = config.get("out_features")
+    if type(out_width) is not int or out_width < 1:
         file = ref.file("config.json")
-        raise BrokenFiles(f"{file} says out_features = {narrow!r}, which is no width; fetch the model again", file=file)
-    if config.get("in_features") != wide:
+        raise BrokenFiles(
+            f"out_features in {file} is {out_width!r}, which is not a positive integer; fetch the model again",
+            file=file,
+        )
+    if config.get("in_features") != in_width:
         raise UnsupportedModel(
-            f"{ref.file('config.json')} takes vectors {config.get('in_features')} wide, but gets {wide}; is `pooling` "
-            "in the registry right?"
+            f"in_features in {ref.file('config.json')} is {config.get('in_features')}, but the vectors have width "
+            f"{in_width}: check `pooling` in the registry"
         )
     weights = read_module_weights(root, ref)
-    weight = weights.take("linear.weight", device, (narrow, wide))
-    bias = weights.take("linear.bias", device, (narrow,)) if config.get("bias", True) else None
+    weight = weights.take("linear.weight", device, (out_width, in_width))
+    bias = weights.take("linear.bias", device, (out_width,)) if config.get("bias", True) else None
     activation = _activation(config.get("activation_function", "torch.nn.modules.activation.Tanh"), ref)
-    residual = _residual(config, weights, device, (narrow, wide))
-    weights.finish()
-    chain.weights += [tensor for tensor in (weight, bias) if tensor is not None]
+    residual = _residual(config, weights, device, (out_width, in_width))
+    weights.check_all_taken()
+    head.weights += [tensor for tensor in (weight, bias) if tensor is not None]
 
     def dense(x: Tensor) -> Tensor:
         out = activation(linear(x, weight, bias))
         return out if residual is None else out + residual(x)
 
-    chain.add(dense, source, config.get("module_output_name") or source, narrow)
+    head.add(dense, source, config.get("module_output_name") or source, out_width)
 
 
 def _residual(
@@ -107,44 +110,48 @@ def _residual(
 
 
 def _activation(name: object, ref: ModuleRef) -> Callable[[Tensor], Tensor]:
-    """A class of `torch.nn` by its dotted name; anything else is foreign code, and Tanh in its place would be wrong."""
+    """Returns an activation of `torch.nn` by its dotted name.
+
+    Raises:
+        UnsupportedModel: anything else, which is foreign code; a default in its place would give wrong vectors.
+    """
     is_torch = isinstance(name, str) and name.startswith("torch.nn.")
     kind = getattr(nn, str(name).rsplit(".", 1)[-1], None) if is_torch else None
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise UnsupportedModel(
-            f"{ref.file('config.json')} names the activation {name!r}; only classes of torch.nn are run"
+            f"{ref.file('config.json')} names the activation {name!r}; only classes of torch.nn are supported"
         )
     module: nn.Module = kind()
     return module
 
 
-def _add_layer_norm(chain: EmbeddingHead, root: Path, ref: ModuleRef, device: torch.device) -> None:
-    width = _width_before(chain, ref, SENTENCE)
+def _add_layer_norm(head: EmbeddingHead, root: Path, ref: ModuleRef, device: torch.device) -> None:
+    width = _input_width(head, ref, SENTENCE)
     weights = read_module_weights(root, ref)
     weight, bias = weights.take("norm.weight", device, (width,)), weights.take("norm.bias", device, (width,))
-    weights.finish()
-    chain.weights += [weight, bias]
-    chain.add(lambda x: layer_norm(x, (width,), weight, bias), SENTENCE, SENTENCE, width)
+    weights.check_all_taken()
+    head.weights += [weight, bias]
+    head.add(lambda x: layer_norm(x, (width,), weight, bias), SENTENCE, SENTENCE, width)
 
 
-def _add_normalize(chain: EmbeddingHead, root: Path, ref: ModuleRef, device: torch.device) -> None:
+def _add_normalize(head: EmbeddingHead, root: Path, ref: ModuleRef, device: torch.device) -> None:
     config = read_json(root, ref.file("config.json")) or {}
     source = config.get("module_input_name") or SENTENCE
-    width = _width_before(chain, ref, source)
-    chain.add(lambda x: normalize(x, dim=-1), source, config.get("module_output_name") or source, width)
+    width = _input_width(head, ref, source)
+    head.add(lambda x: normalize(x, dim=-1), source, config.get("module_output_name") or source, width)
 
 
-def _add_nothing(chain: EmbeddingHead, root: Path, ref: ModuleRef, device: torch.device) -> None:
-    """Dropout: does nothing when a model is used and not trained."""
+def _skip_dropout(head: EmbeddingHead, root: Path, ref: ModuleRef, device: torch.device) -> None:
+    """Skips Dropout, which does nothing at inference."""
 
 
-def _width_before(chain: EmbeddingHead, ref: ModuleRef, source: str) -> int:
-    if source not in chain.widths:
+def _input_width(head: EmbeddingHead, ref: ModuleRef, source: str) -> int:
+    if source not in head.widths:
         raise UnsupportedModel(
-            f"{ref.path} ({ref.kind}) reads {source!r}, but the modules before it give {', '.join(chain.widths)}; the "
+            f"{ref.path} ({ref.kind}) reads {source!r}, but the modules before it give {', '.join(head.widths)}; the "
             "order in modules.json is wrong: fetch the model again"
         )
-    return chain.widths[source]
+    return head.widths[source]
 
 
 _BUILDERS: dict[str, Callable[[EmbeddingHead, Path, ModuleRef, torch.device], None]] = {
@@ -152,5 +159,5 @@ _BUILDERS: dict[str, Callable[[EmbeddingHead, Path, ModuleRef, torch.device], No
     "Dense": _add_dense,
     "LayerNorm": _add_layer_norm,
     "Normalize": _add_normalize,
-    "Dropout": _add_nothing,
+    "Dropout": _skip_dropout,
 }

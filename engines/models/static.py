@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engines.errors import BrokenFiles
 from engines.inputs.tokenizer import Ids
 from engines.layers.packing import PackedLayout
 from engines.models.base import PART_TOKENS, Attention, ForwardPath, Recheck, Size
@@ -83,13 +82,3 @@ class StaticEncoder:
     def token_bytes(self) -> int:
         """See `Encoder`: a token's row and its copy."""
         return 2 * self._table.shape[1] * self._table.dtype.itemsize
-
-
-def _check_mapping(mapping: Tensor, num_rows: int, most: int, file: str) -> None:
-    is_fine = mapping.ndim == 1 and 0 < len(mapping) <= most and mapping.min() >= 0 and mapping.max() < num_rows
-    if not is_fine:
-        raise BrokenFiles(
-            f"'mapping' in {file} has {mapping.numel()} entries for a table of {num_rows} rows, which do not fit each "
-            "other or the tokenizer; fetch the model again",
-            file=file,
-        )

@@ -44,7 +44,7 @@ MEGABYTES = {
 }
 NOT_ON_DISK, BROKEN = "gte-multilingual-base", "jina-embeddings-v3"
 REASON = UnsupportedModel(
-    "config.json names code of the model's own repository, which stays off; read it, then set "
+    "config.json names code from the model's own repository, which is disabled; review it, then set "
     "`trust_remote_code: true` and a 40-hex `revision` in the registry"
 )
 GIGABYTE = 10**9

@@ -1,4 +1,4 @@
-"""A folder whose weights are not whole, or not for us, is refused with the file and the cure."""
+"""Tests that a folder with incomplete or unsupported weights is rejected, naming the file and the remedy."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ WEIGHTS = "model.safetensors"
 
 @pytest.fixture
 def folder(kit: Kit, tmp_path: Path) -> Path:
-    """A copy of a small BERT to be broken."""
+    """A copy of a small BERT for a test to break."""
     return _copy(kit, "bert-cls", tmp_path / "bert")
 
 
@@ -35,7 +35,7 @@ def _copy(kit: Kit, name: str, target: Path) -> Path:
 
 
 def _bare(kit: Kit, name: str, target: Path) -> Path:
-    """The folder of a recipe without anything of sentence-transformers."""
+    """Copies a recipe's folder without the files of sentence-transformers."""
     _copy(kit, name, target)
     for file in ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"):
         (target / file).unlink()
@@ -120,11 +120,11 @@ def test_a_tensor_that_would_be_random_is_named(kit: Kit, folder: Path) -> None:
 
     assert isinstance(error, BrokenFiles)
     assert error.file == WEIGHTS
-    assert f"lacks 1 tensors that the model needs, {lost!r} first" in str(error)
+    assert f"lacks 1 tensors that the model needs (first: {lost!r})" in str(error)
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(kit: Kit, folder: Path) -> None:
-    """jina-embeddings-v2 says that it is a BERT; without its own code most of its weights would be random."""
+    """jina-embeddings-v2 declares itself a BERT; without its own code most of its weights would be random."""
     weights = {
         name.replace("intermediate.dense", "mlp.gated_layers"): value
         for name, value in load_file(folder / WEIGHTS).items()
@@ -147,13 +147,13 @@ def test_weights_of_other_shapes_than_the_config_says_are_refused(kit: Kit, fold
     error = refusal(kit, folder)
 
     assert isinstance(error, BrokenFiles)
-    assert f"{WEIGHTS} does not fit config.json" in str(error)
+    assert f"{WEIGHTS} does not match config.json" in str(error)
 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"model_type": "no-such-model"}, "a model type that the installed transformers does not know"),
+        ({"model_type": "no-such-model"}, "a model type that the installed transformers does not support"),
         ({"model_type": "own", "auto_map": {"AutoConfig": "own.C", "AutoModel": "own.M"}}, "trust_remote_code: true"),
         ({"hidden_size": "wide"}, "config.json cannot be read"),
     ],
@@ -206,7 +206,7 @@ def test_an_encoder_with_a_decoder_is_refused(kit: Kit, tmp_path: Path) -> None:
     transformer(config).save_pretrained(tmp_path)  # type: ignore[operator]  # nn.Module types attributes as tensors or modules
     tokenizer.save_pretrained(tmp_path)
 
-    assert "bart is an encoder with a decoder" in str(refusal(kit, tmp_path))
+    assert "bart is an encoder-decoder" in str(refusal(kit, tmp_path))
 
 
 def test_an_encoder_without_modules_is_pooled_by_its_mean(kit: Kit, tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def test_a_model_that_is_not_for_text_is_refused(kit: Kit, folder: Path) -> None
     lines[0]["type"] = "sentence_transformers.models.CLIPModel"
     (folder / "modules.json").write_text(json.dumps(lines))
 
-    assert "begins with a 'CLIPModel' module" in str(refusal(kit, folder))
+    assert "starts with the module 'CLIPModel'" in str(refusal(kit, folder))
 
 
 OWN_CODE = """\

@@ -1,4 +1,4 @@
-"""What a folder says about itself: every JSON file believed, or refused by name."""
+"""Tests the reading of a folder's JSON files: each is used, or rejected by name."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ PLAIN = {"text": {"method": "forward", "method_output_name": "last_hidden_state"
 
 @pytest.fixture
 def folder(kit: Kit, tmp_path: Path) -> Path:
-    """A copy of a small BERT to be broken."""
+    """A copy of a small BERT for a test to break."""
     return Path(shutil.copytree(kit.recipe_folder("bert-cls"), tmp_path / "bert"))
 
 
@@ -100,7 +100,7 @@ def test_both_vocabularies_are_read_by_their_last_word(tmp_path: Path, kind: str
 def test_what_is_no_dense_embedder_is_refused(tmp_path: Path, kind: str) -> None:
     (tmp_path / "config_sentence_transformers.json").write_text(json.dumps({"model_type": kind}))
 
-    with pytest.raises(UnsupportedModel, match=rf"config_sentence_transformers\.json says that this is a {kind}"):
+    with pytest.raises(UnsupportedModel, match=rf"config_sentence_transformers\.json declares a {kind}"):
         read_folder(tmp_path)
 
 
@@ -109,7 +109,7 @@ def test_prompts_that_are_no_texts_are_named(tmp_path: Path, prompts: object) ->
     (tmp_path / "config_sentence_transformers.json").write_text(json.dumps({"prompts": prompts}))
 
     with pytest.raises(
-        BrokenFiles, match=r"config_sentence_transformers\.json has `prompts` that are no texts by name"
+        BrokenFiles, match=r"`prompts` in config_sentence_transformers\.json is not a map of names to texts"
     ):
         read_folder(tmp_path)
 
@@ -126,7 +126,7 @@ def test_prompts_that_are_no_texts_are_named(tmp_path: Path, prompts: object) ->
         ({"model_kwargs": {"num_hidden_layers": 2}}, "model_kwargs.num_hidden_layers"),
         ({"transformer_task": "fill-mask"}, "fill-mask"),
         ({"modality_config": {**PLAIN, "message": {"method": "forward"}}}, "chat template"),
-        ({"modality_config": {"image": {"method": "get_image_features"}}}, "takes its vectors from None"),
+        ({"modality_config": {"image": {"method": "get_image_features"}}}, "takes vectors from None"),
         (
             {"modality_config": {"text": {"method": "get_text_features", "method_output_name": "pooler_output"}}},
             "get_text_features",
@@ -199,7 +199,7 @@ def test_widths_are_read_where_a_folder_states_them(
 def test_a_default_prompt_that_is_not_there_is_refused(kit: Kit, folder: Path) -> None:
     edit_json(folder / "config_sentence_transformers.json", default_prompt_name="sts")
 
-    with pytest.raises(BadModel, match="the default prompt is 'sts', but the prompts are none"):
+    with pytest.raises(BadModel, match="the default prompt is 'sts', but the model's prompts are none"):
         kit.load(folder)
 
 

@@ -1,4 +1,4 @@
-"""The loader: model folder to engine."""
+"""Tests the loader, from a model folder to an engine."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -87,7 +87,9 @@ async def test_the_default_prompt_of_the_registry_goes_in_front(load: TorchLoade
 def test_a_default_prompt_that_nobody_defines_is_refused() -> None:
     spec = ModelSpec(model_id="m", source="x")
 
-    with pytest.raises(UnsupportedModel, match="default prompt is 'search', but the prompts are document, query"):
+    with pytest.raises(
+        UnsupportedModel, match="default prompt is 'search', but the model's prompts are document, query"
+    ):
         with_default_prompt(spec, "search", {"query": "q", "document": "d"})
 
 

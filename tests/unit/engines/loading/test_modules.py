@@ -1,4 +1,4 @@
-"""The chain behind the transformer: what it computes is in test_parity; here is what it refuses."""
+"""Tests what the embedding head rejects; test_parity compares what it computes."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ DENSE = "2_Dense"
 
 @pytest.fixture
 def folder(kit: Kit, tmp_path: Path) -> Path:
-    """A copy of a BERT with Dense and Normalize, to be broken."""
+    """A copy of a BERT with Dense and Normalize for a test to break."""
     return Path(shutil.copytree(kit.recipe_folder("bert-dense-identity"), tmp_path / "bert"))
 
 
@@ -84,7 +84,7 @@ def test_dense_weights_that_do_not_fit_their_config_are_named(kit: Kit, folder: 
     error = refusal(kit, folder)
 
     assert isinstance(error, BrokenFiles)
-    assert f"is 64 x {WIDTH}, but 32 x {WIDTH} is needed" in str(error)
+    assert f"is 64 x {WIDTH}, but {DENSE}/config.json needs 32 x {WIDTH}" in str(error)
 
 
 def test_a_dense_that_takes_another_width_is_refused(kit: Kit, folder: Path) -> None:
@@ -92,7 +92,7 @@ def test_a_dense_that_takes_another_width_is_refused(kit: Kit, folder: Path) -> 
     error = refusal(kit, folder)
 
     assert isinstance(error, UnsupportedModel)
-    assert f"{DENSE}/config.json takes vectors {WIDTH} wide, but gets {2 * WIDTH}" in str(error)
+    assert f"in_features in {DENSE}/config.json is {WIDTH}, but the vectors have width {2 * WIDTH}" in str(error)
 
 
 @pytest.mark.parametrize(
@@ -125,8 +125,9 @@ def test_an_unknown_module_is_refused_by_name(kit: Kit, folder: Path, kind: str)
     error = refusal(kit, folder)
 
     assert isinstance(error, UnsupportedModel)
-    assert f"modules.json holds a {kind!r} module; known are Pooling, Dense, LayerNorm, Normalize, Dropout" in str(
-        error
+    assert (
+        f"modules.json names the unsupported module {kind!r}; supported: Pooling, Dense, LayerNorm, Normalize, Dropout"
+        in str(error)
     )
 
 
@@ -171,7 +172,7 @@ def test_a_pooling_that_contradicts_itself_is_refused_until_the_registry_settles
     error = refusal(kit, folder)
 
     assert isinstance(error, UnsupportedModel)
-    assert "1_Pooling/config.json says mean (pooling_mode) and also cls (the older keys)" in str(error)
+    assert "1_Pooling/config.json states two poolings, mean (pooling_mode) and cls (legacy keys)" in str(error)
     assert_same(embed(kit.load(folder, pooling=("mean",)), TEXTS), embed(kit.engine("bert-dense-identity"), TEXTS))
 
 
@@ -194,7 +195,9 @@ def test_pooling_modes_are_read_in_both_vocabularies(config: dict[str, Any], mod
 def test_an_unknown_pooling_is_refused(kit: Kit, folder: Path) -> None:
     edit_json(folder / "1_Pooling/config.json", pooling_mode="attention")
 
-    with pytest.raises(UnsupportedModel, match=r"1_Pooling/config\.json names the pooling 'attention'; known are cls"):
+    with pytest.raises(
+        UnsupportedModel, match=r"1_Pooling/config\.json names the unsupported pooling 'attention'; supported: cls"
+    ):
         kit.load(folder)
 
 

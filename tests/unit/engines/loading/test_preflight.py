@@ -1,4 +1,4 @@
-"""Files that ask for more memory than they hold weights are refused before they get it."""
+"""Tests that a folder whose config needs more memory than its weight files hold is rejected before allocation."""
 
 import os
 import shutil
@@ -25,13 +25,13 @@ WEIGHTS = "model.safetensors"
 
 @pytest.fixture
 def folder(kit: Kit, tmp_path: Path) -> Path:
-    """A copy of a small BERT to be broken."""
+    """A copy of a small BERT for a test to break."""
     return Path(shutil.copytree(kit.recipe_folder("bert-dense-identity"), tmp_path / "bert"))
 
 
 @pytest.fixture
 def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Folders whose weights transformers was told to load, apart from the one that `refusal` loads afterwards."""
+    """Records the folders whose weights transformers loads, except the intact one that `refusal` loads afterwards."""
     loaded: list[str] = []
     load = AutoModel.from_pretrained
 
@@ -65,7 +65,7 @@ def test_a_config_of_a_larger_model_is_refused_before_any_weight_is_read(
 
     assert isinstance(error, BrokenFiles)
     assert error.file == "config.json"
-    assert "parameters, and the weight files hold" in str(error)
+    assert "parameters, but the weight files hold" in str(error)
     assert folder.name not in nothing_is_loaded
 
 
@@ -77,7 +77,7 @@ def test_things_without_end_are_not_even_counted(
     error = refusal(kit, folder)
 
     assert isinstance(error, BrokenFiles)
-    assert f"config.json says {key} = 1000000000, and 1024 is the most" in str(error)
+    assert f"{key} in config.json is 1000000000, but the limit is 1024" in str(error)
     assert folder.name not in nothing_is_loaded
 
 
@@ -91,7 +91,7 @@ def test_numbers_that_no_tensor_can_have_are_refused(kit: Kit, folder: Path, key
 
 
 def test_computed_tables_are_bounded_too(kit: Kit) -> None:
-    """GPT-J's sines are no weights."""
+    """GPT-J's sines are computed, not stored."""
     folder = kit.recipe_folder("bert-cls")
     config = configure(GPTJConfig, n_embd=48, n_layer=1, n_head=4, rotary_dim=4, vocab_size=900, n_positions=10**8)
 

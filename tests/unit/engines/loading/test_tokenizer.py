@@ -1,4 +1,4 @@
-"""A folder's tokenizer: its limits, its special tokens, and what is refused because a vector would be wrong."""
+"""Tests a folder's tokenizer: its limits, its special tokens, and the rejection of what would give wrong vectors."""
 
 import json
 import shutil
@@ -25,11 +25,11 @@ def _copy(kit: Kit, name: str, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("bert-cls", "knows [CLS] and [SEP] but adds neither"),
-        ("xlm-roberta-cls", "knows <s> and </s> but adds neither"),
-        ("t5-mean-dense", "knows </s>, but appends none"),
-        ("qwen3-last", "the vector is the last token's, but the tokenizer appends no end token"),
-        ("mistral-last", "the vector is the last token's, but the tokenizer appends no end token"),
+        ("bert-cls", "defines [CLS] and [SEP] but does not add both"),
+        ("xlm-roberta-cls", "defines <s> and </s> but does not add both"),
+        ("t5-mean-dense", "defines </s> but does not append it"),
+        ("qwen3-last", "pooling takes the last token, but the tokenizer appends no end token"),
+        ("mistral-last", "pooling takes the last token, but the tokenizer appends no end token"),
     ],
 )
 def test_a_tokenizer_that_lost_its_post_processor_is_refused(kit: Kit, tmp_path: Path, name: str, says: str) -> None:
@@ -63,7 +63,7 @@ def test_segments_other_than_zero_are_refused(kit: Kit, tmp_path: Path) -> None:
     for piece in processor["single"]:
         next(iter(piece.values()))["type_id"] = 1
     edit_json(folder / "tokenizer.json", post_processor=processor)
-    # Made anew by BERT's own class, transformers would put its own template in place.
+    # Loaded with BERT's own class, transformers would replace the template by its own.
     edit_json(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
     edit_json(folder / "tokenizer_config.json", model_input_names=["input_ids", "token_type_ids", "attention_mask"])
 
@@ -71,7 +71,7 @@ def test_segments_other_than_zero_are_refused(kit: Kit, tmp_path: Path) -> None:
 
 
 class Odd:
-    """transformers' tokenizer with one thing changed."""
+    """Wraps transformers' tokenizer and changes one result."""
 
     def __init__(self, owner: Any, **changes: Any) -> None:
         self._owner = owner
@@ -89,13 +89,13 @@ class Odd:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"cut": lambda ids: [*ids[:-2], ids[-1]]}, "truncates in a way of its own"),
+        ({"cut": lambda ids: [*ids[:-2], ids[-1]]}, "has a custom truncation"),
         (
             {"text": lambda ids: [*ids, *([3] * (len(ids) % 2))]},
-            "does not put the same special tokens around every text",
+            "does not add the same special tokens around every text",
         ),
-        ({"text": lambda ids: ids[::-1]}, "does not put the same special tokens around every text"),
-        ({"backend_tokenizer": None}, "has no fast form; add a tokenizer.json"),
+        ({"text": lambda ids: ids[::-1]}, "does not add the same special tokens around every text"),
+        ({"backend_tokenizer": None}, "has no fast form: add a tokenizer.json"),
     ],
 )
 def test_a_tokenizer_with_ways_of_its_own_is_refused(
@@ -168,7 +168,7 @@ def test_a_limit_that_is_no_number_is_named(kit: Kit, tmp_path: Path, stated: ob
 
 
 def test_lower_case_is_not_done_twice(kit: Kit, tmp_path: Path) -> None:
-    """sentence-transformers leaves a normaliser alone that already lowers; in another order letters could differ."""
+    """sentence-transformers keeps a normaliser that lowercases already; in another order letters could differ."""
     folder = _copy(kit, "bert-lower-case", tmp_path)
     steps = [{"type": "NFKC"}, {"type": "Lowercase"}]
     edit_json(folder / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": steps})

@@ -248,7 +248,7 @@ def test_a_path_that_fails_later_is_replaced_and_the_batch_runs_again(
         return packed_attention(*args, **options)
 
     replace_attention(narrow)
-    engine = kit.load(kit.recipe_folder("bert-cls"), settings=LoaderSettings(largest_copy=0))
+    engine = kit.load(kit.recipe_folder("bert-cls"), settings=LoaderSettings(max_prepacked_bytes=0))
     wanted = encode(kit.reference("bert-cls"), TEXTS)
 
     assert engine.info.attention == "packed"
@@ -288,7 +288,7 @@ def fault(replace_attention: Callable[[Callable[..., Any]], None]) -> TransientF
 
 
 def _load_packed(kit: Kit) -> EmbeddingEngine:
-    return kit.load(kit.recipe_folder("bert-cls"), settings=LoaderSettings(largest_copy=0))
+    return kit.load(kit.recipe_folder("bert-cls"), settings=LoaderSettings(max_prepacked_bytes=0))
 
 
 def test_after_one_passing_error_the_fast_path_comes_back(kit: Kit, clock: FakeClock, fault: TransientFault) -> None:
@@ -359,7 +359,7 @@ def test_a_model_that_is_not_for_text_is_refused(kit: Kit, tmp_path: Path) -> No
     config = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=16)
     ViTModel(config).save_pretrained(folder)
 
-    with pytest.raises(UnsupportedModel, match=r"config\.json describes a vit, which has no table of tokens"):
+    with pytest.raises(UnsupportedModel, match=r"config\.json describes a vit, which has no token embedding table"):
         kit.load(folder, pooling=("mean",))
 
 
