@@ -1,6 +1,6 @@
-"""The real hosts of this machine: its devices, a lane and a loader for each, one store of files for all.
+"""Builds the hosts of this machine: a scheduler and a loader for each device, one model store for all.
 
-The composition root of this package; importing it imports torch, so the door (`engines/host.py`) does not.
+The composition root of `engines`. Importing it imports torch, so `engines/host.py`, the public interface, does not.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +11,7 @@ import torch
 from msgspec import Struct, structs
 
 from engines.batching.autotune import TuningStore
-from engines.device import torch_runtime as cores
+from engines.device import torch_runtime
 from engines.device.crash_journal import CrashJournal, JournaledLoader, JournaledScheduler
 from engines.device.memory import device_memory
 from engines.device.scheduler import DeviceScheduler
@@ -31,19 +31,18 @@ from engines.types import Budget
 
 __all__ = ["LoaderSettings", "Machine", "MachineConfig", "find_devices"]
 
-# Up to so many cores the forward passes take them all; beyond, one is left to the event loop.
+# Up to this many cores, forward passes use them all; beyond, one is left to the event loop.
 _SHARED_CORES = 2
-
 
 _GPU_THREADS = 2
 
 
 class MachineConfig(Struct, frozen=True, kw_only=True):
-    """What the server's settings say about this machine.
+    """The server's settings for this machine.
 
-    `devices`: `auto`, `cpu`, `cuda`, `cuda:N`, several of them; `cores`: those that this process may use.
-    `hub`: None is what huggingface_hub reads from the environment. `host_id`: of the only host, where a device's
-    name is not enough. `note`: see `engines/device/crash_journal.py`; None where nobody would read it.
+    `devices`: any of `auto`, `cpu`, `cuda`, `cuda:N`. `cores`: the number that this process may use. `hub`: None uses
+    huggingface_hub's environment. `host_id`: the only host's id, if the device's name is not unique. `note`: receives
+    crash journal notes (`engines/device/crash_journal.py`); None keeps no journal.
     """
 
     devices: tuple[str, ...] = ("auto",)
@@ -60,10 +59,10 @@ class MachineConfig(Struct, frozen=True, kw_only=True):
 
 
 class Machine:
-    """All hosts of this process, and what they share.
+    """All hosts of this process and their shared resources.
 
     Args:
-        config: the machine's part.
+        config: the machine's settings.
         specs: the models that may be served.
     """
 
@@ -71,7 +70,7 @@ class Machine:
         folder = config.state_folder
         self._threads = TokenizerThreads(config.tokenizer_threads)
         self._store = ModelStore(config.hub, verification=Verification(folder / "verified.json" if folder else None))
-        self._lanes: list[DeviceScheduler] = []
+        self._schedulers: list[DeviceScheduler] = []
         self._measurements = Measurements(folder / "measurements.json" if folder else None)
         self._loader_settings = structs.replace(
             config.loader, canary_folder=folder / "canaries" if folder else None, tuning_store=TuningStore(folder)
@@ -79,21 +78,21 @@ class Machine:
         self.hosts = tuple(self._host(device, config, specs) for device in find_devices(config.devices))
 
     def close(self) -> None:
-        """End the threads; the hosts must be closed before."""
+        """Ends the threads; the hosts must be closed before."""
         self._store.close()
-        for lane in self._lanes:
-            lane.close()
+        for scheduler in self._schedulers:
+            scheduler.close()
         self._threads.close()
 
     @property
     def schedulers(self) -> Sequence[DeviceScheduler]:
-        """One for each host, in their order."""
-        return self._lanes
+        """The hosts' schedulers, in the order of the hosts."""
+        return self._schedulers
 
     def _host(self, device: str, config: MachineConfig, specs: Mapping[str, ModelSpec]) -> Host:
-        lane, loader, conditions = self._lane_and_loader(device, config)
-        self._lanes.append(lane)
-        own = HostConfig(
+        scheduler, loader, conditions = self._scheduler_and_loader(device, config)
+        self._schedulers.append(scheduler)
+        host_config = HostConfig(
             host_id=config.host_id or device,
             device=device,
             budget=config.budget,
@@ -101,41 +100,42 @@ class Machine:
             watchdog_s=config.watchdog_s,
             rules=config.rules,
         )
-        world = structs.replace(default_runtime(own, self._measurements), health=lane.health)
-        return Host(own, specs, self._store, loader, world)
+        runtime = structs.replace(default_runtime(host_config, self._measurements), health=scheduler.health)
+        return Host(host_config, specs, self._store, loader, runtime)
 
-    def _lane_and_loader(self, device: str, config: MachineConfig) -> tuple[DeviceScheduler, Loader, str]:
-        """Also says what the bytes of a model depend on here (`HostConfig.conditions`)."""
-        lane = open_scheduler(device, config.cores, DeviceScheduler if config.note is None else JournaledScheduler)
+    def _scheduler_and_loader(self, device: str, config: MachineConfig) -> tuple[DeviceScheduler, Loader, str]:
+        """Builds a device's scheduler and loader; also returns the settings that memory use depends on."""
+        scheduler = open_scheduler(device, config.cores, DeviceScheduler if config.note is None else JournaledScheduler)
         settings = self._loader_settings
-        if device == "cpu":  # elsewhere nothing is held twice, and to read a GPU's memory takes a context
-            room = config.budget.of(device_memory(device).read().total_bytes) // COPY_SHARE
-            settings = structs.replace(settings, max_prepacked_bytes=min(MAX_PREPACKED_BYTES, room))
-        loader = TorchLoader(device, lane, self._threads, settings)
-        conditions = conditions_of(settings, lane.num_threads)
-        if config.note is None or not isinstance(lane, JournaledScheduler):
-            return lane, loader, conditions
-        lane.journal = CrashJournal(config.note)
-        return lane, JournaledLoader(loader, lane), conditions
+        if device == "cpu":  # GPUs prepack nothing, and reading a GPU's memory takes a CUDA context
+            max_bytes = config.budget.of(device_memory(device).read().total_bytes) // COPY_SHARE
+            settings = structs.replace(settings, max_prepacked_bytes=min(MAX_PREPACKED_BYTES, max_bytes))
+        loader = TorchLoader(device, scheduler, self._threads, settings)
+        conditions = conditions_of(settings, scheduler.num_threads)
+        if config.note is None or not isinstance(scheduler, JournaledScheduler):
+            return scheduler, loader, conditions
+        scheduler.journal = CrashJournal(config.note)
+        return scheduler, JournaledLoader(loader, scheduler), conditions
 
 
 def conditions_of(settings: LoaderSettings, num_threads: int) -> str:
-    """The settings on which the measured bytes of a model depend: as many batches as threads are in work at once, each
-    of at most so many tokens, and a budget decides how large second copies of weights may be.
+    """Returns the settings that a model's measured bytes depend on, as a key of measurements (`HostConfig.conditions`).
+
+    These are the number of batches that run at once (one per thread), their tokens, and the limit of prepacked weights.
     """
     tokens = settings.max_batch_tokens or "default"
     return f"threads={num_threads} tokens={tokens} copies={settings.max_prepacked_bytes}"
 
 
-def find_devices(wanted: Sequence[str]) -> tuple[str, ...]:
-    """The devices behind `DEVICE`: `auto` is every GPU there is, else the CPU.
+def find_devices(device_settings: Sequence[str]) -> tuple[str, ...]:
+    """Resolves the setting `DEVICE`: `auto` is every GPU, or the CPU without one.
 
     Raises:
-        InvalidValue: a GPU is asked for that is not here.
+        InvalidValue: it names a GPU that this machine does not have.
     """
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     found: list[str] = []
-    for device in wanted:
+    for device in device_settings:
         if device == "auto":
             found += [f"cuda:{index}" for index in range(num_gpus)] or ["cpu"]
         else:
@@ -143,17 +143,17 @@ def find_devices(wanted: Sequence[str]) -> tuple[str, ...]:
     for device in found:
         if device != "cpu" and int(device.removeprefix("cuda:")) >= num_gpus:
             raise InvalidValue(
-                f"DEVICE names {device}, but this machine has {num_gpus} CUDA devices that torch can use"
+                f"DEVICE names {device}, but torch finds {num_gpus} CUDA devices on this machine: choose another DEVICE"
             )
     return tuple(dict.fromkeys(found))
 
 
 def open_scheduler(device: str, num_cores: int, kind: type[DeviceScheduler] = DeviceScheduler) -> DeviceScheduler:
-    """The lane of a device; a CPU's has a thread for each core that the forward passes may take.
+    """Starts the scheduler of a device; a CPU's has one thread for each core that forward passes may use.
 
-    A GPU's has two: while one waits for a batch, the other makes the next one ready and hands it to the device.
+    A GPU's has two: while one waits for a batch, the other prepares the next one and queues it on the device.
     """
     if device != "cpu":
         return kind(device, partial(torch.cuda.set_device, torch.device(device)), num_threads=_GPU_THREADS)
     num_threads = num_cores if num_cores <= _SHARED_CORES else num_cores - 1
-    return kind(device, cores.prepare, num_threads=num_threads, use_cores=cores.set_threads)
+    return kind(device, torch_runtime.prepare, num_threads=num_threads, use_cores=torch_runtime.set_threads)

@@ -1,7 +1,8 @@
-"""What models would take on a device of this machine, before any was loaded: for lists and plans without a server.
+"""Forecasts the memory that models need on a device of this machine, before any is loaded and without a server.
 
-Knows files, earlier measurements and budgets; needs neither torch nor an event loop. It is also the door for commands
-that run without a server: the names that are imported `as` themselves are for them.
+Uses files, earlier measurements and budgets; needs neither torch nor an event loop. It is also the public interface of
+`engines` for commands that run without a server: they may use the names in `__all__` and import nothing of the packages
+behind them. `find_devices` is not among these, because it needs torch: it is in `engines/machine.py`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,15 +10,13 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from engines.device.memory import DeviceMemory
-from engines.device.memory import device_memory as device_memory
+from engines.device.memory import DeviceMemory, device_memory
 from engines.errors import BadModel
-from engines.hub.client import HubConfig as HubConfig
-from engines.hub.store import ModelStore as ModelStore
+from engines.hub.client import HubConfig
+from engines.hub.store import ModelStore
 from engines.hub.weight_files import read_header, read_range
 from engines.loading.folder import Json, ModuleRef, pooling_of, read_folder, read_json, require_json
-from engines.pool.estimates import Estimates
-from engines.pool.estimates import Measurements as Measurements
+from engines.pool.estimates import Estimates, Measurements
 from engines.pool.eviction import total_bytes
 from engines.pool.runtime import HostConfig, device_matches
 from engines.pool.slot import NO_MEMORY, MemoryNeed
@@ -27,23 +26,35 @@ from engines.protocols import Files
 from engines.spec import ModelSpec
 from engines.types import Budget, ModelFiles, Plan
 
-_HIDDEN = ("hidden_size", "d_model", "dim", "n_embd", "emb_dim")
-"""What architectures call the width of their hidden states."""
+__all__ = [
+    "Device",
+    "Forecast",
+    "Forecaster",
+    "HubConfig",
+    "Measurements",
+    "ModelStore",
+    "device_memory",
+    "native_width",
+    "plan_best",
+    "plan_on",
+    "read_device",
+    "total_need_bytes",
+]
 
+_HIDDEN_WIDTH_KEYS = ("hidden_size", "d_model", "dim", "n_embd", "emb_dim")
+"""Config keys of the width of the hidden states, by architecture."""
 
-_POOLED = ("embedding_dimension", "word_embedding_dimension")
-"""What sentence-transformers calls the width of what it pools, now and before."""
+_POOLED_WIDTH_KEYS = ("embedding_dimension", "word_embedding_dimension")
+"""sentence-transformers' keys of the width that a Pooling module receives, current and legacy."""
 
-
-_PROJECTING = ("embedding_gemma2_text",)
-"""Architectures whose hidden states leave through a projection, `embedding_dim` wide."""
-
+_PROJECTED_TYPES = ("embedding_gemma2_text",)
+"""Model types whose hidden states pass through a projection of width `embedding_dim`."""
 
 _STATIC_TABLES = ("embedding.weight", "embeddings")
 
 
 def native_width(root: Path, spec: ModelSpec) -> int | None:
-    """The width that the engine will have; None where the files do not say, or are no model."""
+    """Returns the width of the engine's vectors; None if the files do not state it or are not a model."""
     try:
         return _width(root, spec)
     except (BadModel, OSError, KeyError, TypeError, ValueError, StopIteration):
@@ -52,19 +63,19 @@ def native_width(root: Path, spec: ModelSpec) -> int | None:
 
 def _width(root: Path, spec: ModelSpec) -> int:
     folder = read_folder(root)
-    first, *behind = folder.modules or (ModuleRef("Transformer", ""),)
+    first, *rest = folder.modules or (ModuleRef("Transformer", ""),)
     if first.kind == "StaticEmbedding":
         return _table_width(root, first)
     config = require_json(folder.weights, "config.json")
-    width = _pooled_width(root, behind) or _hidden_width(config)
-    if not behind:
+    width = _pooled_width(root, rest) or _hidden_width(config)
+    if not rest:
         return width * len(spec.pooling or ("mean",))
-    for module in behind:
-        width = _after(module, width, root, spec)
+    for module in rest:
+        width = _width_after(module, width, root, spec)
     return width
 
 
-def _after(module: ModuleRef, width: int, root: Path, spec: ModelSpec) -> int:
+def _width_after(module: ModuleRef, width: int, root: Path, spec: ModelSpec) -> int:
     name = module.file("config.json")
     if module.kind == "Pooling":
         return width * len(spec.pooling or pooling_of(require_json(root, name), name))
@@ -74,18 +85,18 @@ def _after(module: ModuleRef, width: int, root: Path, spec: ModelSpec) -> int:
 
 
 def _hidden_width(config: Json) -> int:
-    """Models that also see or hear keep the figures of their text half apart."""
+    """Reads the width of the hidden states; multimodal configs keep it in their `text_config`."""
     text = config.get("text_config") or config
-    projected = text.get("embedding_dim") if text.get("model_type") in _PROJECTING else None
-    return int(projected or next(text[key] for key in _HIDDEN if key in text))
+    projected = text.get("embedding_dim") if text.get("model_type") in _PROJECTED_TYPES else None
+    return int(projected or next(text[key] for key in _HIDDEN_WIDTH_KEYS if key in text))
 
 
-def _pooled_width(root: Path, behind: Sequence[ModuleRef]) -> int | None:
-    """What the Pooling module says that it gets, where it comes first: models may project what they give."""
-    if not behind or behind[0].kind != "Pooling":
+def _pooled_width(root: Path, rest: Sequence[ModuleRef]) -> int | None:
+    """Returns the input width of a Pooling module that comes first; models may project their hidden states."""
+    if not rest or rest[0].kind != "Pooling":
         return None
-    config = require_json(root, behind[0].file("config.json"))
-    width = next((config[key] for key in _POOLED if key in config), None)
+    config = require_json(root, rest[0].file("config.json"))
+    width = next((config[key] for key in _POOLED_WIDTH_KEYS if key in config), None)
     return width if isinstance(width, int) and width > 0 else None
 
 
@@ -98,7 +109,10 @@ def _table_width(root: Path, module: ModuleRef) -> int:
 
 
 class Forecast(Struct, frozen=True, kw_only=True):
-    """One model. `files` None: not whole on disk; `need` None: nobody knows what it takes; `width` as the files say."""
+    """The forecast of one model.
+
+    `files`: None if not complete on disk. `need`: None if unknown. `width`: of its vectors; None if not stated.
+    """
 
     model_id: str
     files: ModelFiles | None = None
@@ -107,34 +121,34 @@ class Forecast(Struct, frozen=True, kw_only=True):
 
 
 class Device(Struct, frozen=True, kw_only=True):
-    """A device that models could be loaded onto."""
+    """A device that models can be loaded onto."""
 
     name: str
     budget_bytes: int
 
 
-def read_config(device: str, budget: Budget, memory: DeviceMemory | None = None) -> Device:
-    """A device of this machine, with the bytes that the budget leaves to models."""
+def read_device(device: str, budget: Budget, memory: DeviceMemory | None = None) -> Device:
+    """Reads a device's memory and returns the device with its budget for models in bytes."""
     reading = (memory or device_memory(device)).read()
     return Device(name=device, budget_bytes=budget.of(reading.total_bytes))
 
 
 class Forecaster:
-    """Looks models up for one kind of device.
+    """Forecasts models for one kind of device.
 
     Args:
-        files: where they come from.
-        measurements: what they took when they were loaded here.
+        files: locates the models' files.
+        measurements: memory that earlier loads on this machine took.
         device: `cpu` or `cuda:N`.
     """
 
     def __init__(self, files: Files, measurements: Measurements, device: str) -> None:
         self._files = files
-        guess = HostConfig(host_id=device, device=device).workspace_bytes
-        self._estimates = Estimates(files, measurements, device, guess)
+        default_workspace = HostConfig(host_id=device, device=device).workspace_bytes
+        self._estimates = Estimates(files, measurements, device, default_workspace)
 
     def forecast(self, spec: ModelSpec, *, ask_hub: bool = False) -> Forecast:
-        """From the disk; with `ask_hub` also a few kilobytes of the hub's, where the files are not here."""
+        """Forecasts a model from its files on disk; without them, if `ask_hub`, from a few kilobytes of the hub's."""
         files = self._files.locate(spec)
         need = self._estimates.estimate(spec, files) if files or ask_hub else None
         width = native_width(Path(files.path), spec) if files else None
@@ -142,7 +156,7 @@ class Forecaster:
 
 
 def plan_on(device: Device, spec: ModelSpec, forecast: Forecast) -> Plan:
-    """What the pool would plan for the model on that device, if nothing else were loaded."""
+    """Returns the pool's plan for the model on that device with nothing else loaded."""
     core = PoolStateMachine({spec.model_id: spec}, budget_bytes=device.budget_bytes)
     slot = core.state.current[spec.model_id]
     slot.files, slot.need = forecast.files, forecast.need
@@ -151,11 +165,11 @@ def plan_on(device: Device, spec: ModelSpec, forecast: Forecast) -> Plan:
 
 
 def plan_best(devices: Sequence[Device], spec: ModelSpec, forecast: Forecast) -> Plan | None:
-    """The plan on the device that suits the model and leaves it most room; None when none suits."""
+    """Returns the plan on the matching device with the most free bytes; None if no device matches the model."""
     plans = [plan_on(device, spec, forecast) for device in devices if device_matches(device.name, spec.device)]
     return max(plans, key=lambda plan: (plan.fits, plan.free_bytes), default=None)
 
 
-def together_bytes(forecasts: Mapping[str, Forecast]) -> int:
-    """What all of them take at once; those that nobody knows count nothing."""
+def total_need_bytes(forecasts: Mapping[str, Forecast]) -> int:
+    """Returns the bytes that all models need at once; models of unknown size count 0."""
     return total_bytes(forecast.need or NO_MEMORY for forecast in forecasts.values())

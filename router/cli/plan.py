@@ -80,11 +80,11 @@ def _look(models: tuple[str, ...], settings: Settings, registry: Registry) -> tu
         Measurements,
         ModelStore,
         plan_best,
-        read_config,
+        read_device,
     )
 
     budget = settings.memory_budget or registry.memory_budget
-    devices = [read_config(name, budget) for name in _devices(settings)]
+    devices = [read_device(name, budget) for name in _devices(settings)]
     store = ModelStore()
     try:
         forecaster = Forecaster(store, Measurements(settings.state_dir / "measurements.json"), devices[0].name)
@@ -112,9 +112,9 @@ def _homeless(spec: ModelSpec) -> Plan:
 
 
 def _together(forecasts: dict[str, "Forecast"], devices: "list[Device]") -> str:
-    from engines.planner import together_bytes
+    from engines.planner import total_need_bytes
 
-    need, budget = together_bytes(forecasts), sum(device.budget_bytes for device in devices)
+    need, budget = total_need_bytes(forecasts), sum(device.budget_bytes for device in devices)
     unknown = [model_id for model_id, forecast in forecasts.items() if forecast.need is None]
     end = f"; of {', '.join(unknown)} the size is not known" if unknown else ""
     verdict = "they fit at once" if need <= budget else "they take turns"

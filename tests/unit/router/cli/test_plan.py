@@ -81,7 +81,7 @@ def test_several_are_summed_up(hub: LoopbackHub) -> None:
 def test_what_can_never_fit_says_so_and_exits_1(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEMORY_BUDGET", "16MiB")
     big = plan("local", "remote", "--json")
-    monkeypatch.setattr("engines.planner.read_config", tiny)
+    monkeypatch.setattr("engines.planner.read_device", tiny)
     result = plan("local")
 
     assert big.exit_code == 0, "a guess of the workspace keeps nobody out"
