@@ -179,7 +179,7 @@ class BatchSizeTuner:
         self._is_running = False
 
     def _time(self, tokens: int) -> float:
-        texts = trial_texts(tokens, self._tokenizer.rules.vocab_size, self._tokenizer.max_tokens)
+        texts = trial_texts(tokens, self._tokenizer.limits.vocab_size, self._tokenizer.max_tokens)
         begun_s = self._own_s()
         self._encoder(texts)
         self._finish()

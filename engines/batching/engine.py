@@ -131,7 +131,7 @@ class EmbeddingEngine:
     async def _embed(self, reading: TextReading | IdReading, output: OutputSpec, origin: Origin) -> Embeddings:
         loop = asyncio.get_running_loop()
         begun = time.monotonic()
-        encoded = reading.now() if _is_inline(reading) else await self._threads.run(reading)
+        encoded = reading.run_all() if _is_inline(reading) else await self._threads.run(reading)
         job = PendingRequest(encoded, output, loop, time.monotonic(), origin)
         known = self._cache.fill(job) if self._cache is not None else ()
         missing = [index for index in range(len(job.ids)) if index not in known] if known else None

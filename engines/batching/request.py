@@ -126,7 +126,7 @@ def prepare_inputs(
     Raises:
         InvalidRequest: they cannot be read as the call says.
     """
-    truncate = call.truncate or spec.truncate or tokenizer.rules.truncate
+    truncate = call.truncate or spec.truncate or tokenizer.limits.truncate
     if call.token_ids:
         if call.input_type is not None or call.instruction is not None or call.prompt is not None:
             raise InvalidValue("token ids are taken verbatim: no prompt can be put in front of them", param="input")

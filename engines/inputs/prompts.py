@@ -1,6 +1,6 @@
-"""Which prompt goes in front of a text: pure, and byte for byte what the model's files or the registry say.
+"""Selects the prompt for a request's texts. Pure; uses prompts byte for byte as the files or the registry state them.
 
-A prompt is plain string concatenation, as sentence-transformers does it, so every space counts.
+A prompt is concatenated with the text, as in sentence-transformers, so every space counts.
 """
 
 from collections.abc import Mapping
@@ -10,8 +10,8 @@ from msgspec import Struct
 from engines.errors import InvalidValue, PromptNotFound
 from engines.types import EmbedCall
 
-# Names that clients use for one thing; the first that the model has is taken, in sentence-transformers' order for
-# `encode_query` and `encode_document`. A model without any of them takes such texts as they are.
+# Equivalent prompt names; the first that the model has is used, in sentence-transformers' order for `encode_query` and
+# `encode_document`. A model without any of them gets the texts without a prompt.
 _FAMILIES = (
     ("query", "search_query"),
     ("document", "passage", "corpus", "search_document", "search_passage"),
@@ -19,31 +19,31 @@ _FAMILIES = (
 
 
 class PromptTemplate(Struct, frozen=True):
-    """What stands before and behind a text."""
+    """The strings to put before and after a text."""
 
     before: str = ""
     behind: str = ""
 
     def apply(self, text: str) -> str:
-        """The text inside its frame."""
+        """Returns the text with the prompt around it."""
         return f"{self.before}{text}{self.behind}"
 
     @property
     def num_chars(self) -> int:
-        """What it adds to each text."""
+        """The characters that the template adds to each text."""
         return len(self.before) + len(self.behind)
 
     def head(self, text: str, size: int) -> str:
-        """The first `size` characters of the framed text, without joining the rest."""
-        for_text = max(size - len(self.before), 0)
-        for_behind = max(for_text - len(text), 0)
-        return f"{self.before[:size]}{text[:for_text]}{self.behind[:for_behind]}"
+        """Returns the first `size` characters of `apply(text)` without building the rest."""
+        num_text = max(size - len(self.before), 0)
+        num_behind = max(num_text - len(text), 0)
+        return f"{self.before[:size]}{text[:num_text]}{self.behind[:num_behind]}"
 
     def tail(self, text: str, size: int) -> str:
-        """The last `size` characters of the framed text, without joining the rest."""
-        for_text = max(size - len(self.behind), 0)
-        for_before = max(for_text - len(text), 0)
-        return f"{_last(self.before, for_before)}{_last(text, for_text)}{_last(self.behind, size)}"
+        """Returns the last `size` characters of `apply(text)` without building the rest."""
+        num_text = max(size - len(self.behind), 0)
+        num_before = max(num_text - len(text), 0)
+        return f"{_last(self.before, num_before)}{_last(text, num_text)}{_last(self.behind, size)}"
 
 
 def _last(text: str, size: int) -> str:
@@ -53,12 +53,12 @@ def _last(text: str, size: int) -> str:
 def select_prompt(
     call: EmbedCall, prompts: Mapping[str, str], default_prompt: str | None, instruction_template: str | None
 ) -> PromptTemplate:
-    """The frame of a call's texts. There are four cases:
+    """Returns the prompt template of a call. Four cases:
 
-    1. `prompt`: verbatim in front; excludes the other two.
-    2. `instruction`: put into the model's template.
-    3. `input_type`: a prompt of that name, or of its family (query, document).
-    4. none: the model's default prompt if it has one, which is what `SentenceTransformer.encode` does.
+    1. `prompt`: prepended verbatim; excludes the other two.
+    2. `instruction`: inserted into the model's instruction template.
+    3. `input_type`: the prompt of that name, or of an equivalent name (query, document).
+    4. none: the model's default prompt, if any, as `SentenceTransformer.encode` does.
 
     Raises:
         InvalidValue: fields that exclude each other, or an instruction for a model without a template.
@@ -69,18 +69,18 @@ def select_prompt(
             raise InvalidValue("prompt excludes input_type and instruction: send one of them", param="prompt")
         return PromptTemplate(call.prompt)
     if call.instruction is not None:  # (2)
-        return _instruct(call, instruction_template)
+        return _apply_instruction(call, instruction_template)
     if call.input_type is not None:  # (3)
         return PromptTemplate(_named_prompt(call.input_type, prompts))
     return PromptTemplate(prompts.get(default_prompt, "") if default_prompt else "")  # (4)
 
 
-def _instruct(call: EmbedCall, template: str | None) -> PromptTemplate:
+def _apply_instruction(call: EmbedCall, template: str | None) -> PromptTemplate:
     if template is None:
-        raise InvalidValue("this model takes no instruction; use input_type or prompt", param="instruction")
+        raise InvalidValue("this model does not support instruction: use input_type or prompt", param="instruction")
     if call.input_type is not None and call.input_type not in _FAMILIES[0]:
         raise InvalidValue(
-            f"instruction describes a query, but input_type is {call.input_type!r}: send one of them",
+            f"instruction applies to queries, but input_type is {call.input_type!r}: send one of them",
             param="instruction",
         )
     before, _, behind = template.partition("{text}")
@@ -95,4 +95,4 @@ def _named_prompt(name: str, prompts: Mapping[str, str]) -> str:
         if name in family:
             return next((prompts[other] for other in family if other in prompts), "")
     known = sorted({*prompts, "query", "document"})
-    raise PromptNotFound(f"this model has no prompt named {name!r}; it has {', '.join(known)}", param="input_type")
+    raise PromptNotFound(f"this model has no prompt named {name!r}: use one of {', '.join(known)}", param="input_type")

@@ -1,4 +1,4 @@
-"""Token ids: the steps in which a request becomes ids, and ids that a client sends itself, which are taken verbatim."""
+"""Splits the reading of a request into bounded steps, and checks and truncates token ids sent by clients."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -17,23 +17,23 @@ Ids = NDArray[np.int64]
 NO_IDS: Ids = np.empty(0, np.int64)
 
 PIECE_CHARS = 1 << 16
-"""The most characters, or ids of a client, of one step, unless a single text has more: 10 to 60 ms, and 3 ms."""
+"""The most characters, or client token ids, per step unless a single text has more: 10 to 60 ms, or 3 ms for ids."""
 
 Item = TypeVar("Item")
 
 Step = Callable[[], Sequence["Step"]]
-"""A bounded part of a request's reading, and what it leaves to be done."""
+"""Does a bounded part of the reading of a request; returns the steps that remain."""
 
 
 def run_steps(first: Step) -> None:
-    """Run a step and all that follow, in order."""
+    """Runs a step and all steps that follow, in order."""
     waiting = deque([first])
     while waiting:
         waiting.extend(waiting.popleft()())
 
 
 def pieces(items: Sequence[Item], cost: Callable[[Item], int]) -> Iterator[Sequence[Item]]:
-    """Cut a list where a piece costs `PIECE_CHARS`; an item is never cut."""
+    """Splits a list into pieces that cost up to `PIECE_CHARS`; never splits an item."""
     start, chars = 0, 0
     for index, item in enumerate(items):
         more = cost(item)
@@ -46,7 +46,10 @@ def pieces(items: Sequence[Item], cost: Callable[[Item], int]) -> Iterator[Seque
 
 
 class TokenizedRequest(Struct, frozen=True):
-    """One request's texts as ids, in input order. `prompt_tokens` is what pooling may leave out of every text."""
+    """The token ids of a request's texts, in input order.
+
+    `truncated`: indexes of truncated inputs. `prompt_tokens`: leading tokens of each text that pooling may exclude.
+    """
 
     ids: tuple[Ids, ...]
     truncated: tuple[int, ...] = ()
@@ -54,12 +57,12 @@ class TokenizedRequest(Struct, frozen=True):
 
     @property
     def token_counts(self) -> tuple[int, ...]:
-        """Tokens of each text, special tokens included."""
+        """The number of tokens of each text, special tokens included."""
         return tuple(len(ids) for ids in self.ids)
 
 
 class IdChecks:
-    """What a model asks of rows of ids: see `engines.inputs.tokenizer.TokenizerLimits`."""
+    """Checks rows of token ids against a model's limits (`engines.inputs.tokenizer.TokenizerLimits`)."""
 
     def __init__(
         self, prefix: Sequence[int], suffix: Sequence[int], max_tokens: int, vocab_size: int, *, takes_empty: bool
@@ -70,8 +73,10 @@ class IdChecks:
         self._vocab_size = vocab_size
         self._takes_empty = takes_empty
 
-    def take(self, index: int, row: Sequence[int], truncate: Truncate, *, must_be_framed: bool) -> tuple[Ids, bool]:
-        """The ids that are kept of a client's row, and whether it was cut.
+    def check_and_truncate(
+        self, index: int, row: Sequence[int], truncate: Truncate, *, must_be_framed: bool
+    ) -> tuple[Ids, bool]:
+        """Returns the ids to keep of a client's row, and whether the row was truncated.
 
         Raises:
             InvalidTokenId, ContextLengthExceeded, InvalidValue: naming the input by its `index`.
@@ -79,41 +84,41 @@ class IdChecks:
         taken = self._as_ids(index, row)
         self.check_not_empty(index, taken)
         if must_be_framed and not (self._has_prefix(taken) and self._has_suffix(taken)):
-            raise self._not_framed(index)
+            raise self._unframed_error(index)
         is_long = len(taken) > self._max_tokens
         if is_long and truncate == "error":
-            raise self.too_long(index, len(taken))
-        return (self._cut(taken, truncate) if is_long else taken), is_long
+            raise self.too_long_error(index, len(taken))
+        return (self._truncate(taken, truncate) if is_long else taken), is_long
 
     def check(self, index: int, row: Ids) -> None:
-        """Every id is an embedding of the model.
+        """Checks that every id has an embedding in the model.
 
         Raises:
-            InvalidTokenId: naming the first that is not.
+            InvalidTokenId: naming the first id without one.
         """
         bad = row[(row < 0) | (row >= self._vocab_size)]
         if len(bad):
-            raise self._not_an_id(index, int(bad[0]))
+            raise self._invalid_id_error(index, int(bad[0]))
 
     def check_not_empty(self, index: int, row: Ids) -> None:
-        """There are ids, unless the model has a vector for a text without any.
+        """Checks that a row has ids, unless the model has a vector for an empty row.
 
         Raises:
             InvalidValue: naming the input.
         """
         if not len(row) and not self._takes_empty:
-            raise InvalidValue(f"input[{index}] has no token; leave it out", param="input")
+            raise InvalidValue(f"input[{index}] has no tokens: leave it out", param="input")
 
-    def too_long(self, index: int, num_tokens: int) -> ContextLengthExceeded:
-        """The refusal of a row that may not be cut."""
+    def too_long_error(self, index: int, num_tokens: int) -> ContextLengthExceeded:
+        """Returns the error for a row that is too long and must not be truncated."""
         return ContextLengthExceeded(
-            f"input[{index}] has at least {num_tokens} tokens, but this model reads {self._max_tokens}; shorten it, or "
-            'let it be cut with "truncate": "end"',
+            f"input[{index}] has at least {num_tokens} tokens, but this model's limit is {self._max_tokens}: shorten "
+            'it, or send "truncate": "end"',
             param="input",
         )
 
     def _as_ids(self, index: int, row: Sequence[int]) -> Ids:
-        """In parts, between which other threads get their turn: ten million numbers take half a second."""
+        """Converts a row in parts, so that other threads can run in between: ten million numbers take half a second."""
         parts = []
         for start in range(0, len(row), PIECE_CHARS):
             part = row[start : start + PIECE_CHARS]
@@ -121,11 +126,11 @@ class IdChecks:
                 parts.append(np.asarray(part, dtype=np.int64))
             except OverflowError:
                 bad = next(number for number in part if not 0 <= number < self._vocab_size)
-                raise self._not_an_id(index, bad) from None
+                raise self._invalid_id_error(index, bad) from None
             self.check(index, parts[-1])
         return np.concatenate(parts) if parts else NO_IDS
 
-    def _cut(self, row: Ids, truncate: Truncate) -> Ids:
+    def _truncate(self, row: Ids, truncate: Truncate) -> Ids:
         head = self._prefix if self._has_prefix(row) else NO_IDS
         tail = self._suffix if self._has_suffix(row) else NO_IDS
         body = row[len(head) : len(row) - len(tail)]
@@ -136,35 +141,34 @@ class IdChecks:
         return np.array_equal(row[: len(self._prefix)], self._prefix)
 
     def _has_suffix(self, row: Ids) -> bool:
-        """Behind the prefix: a row of one id is not both."""
+        """Returns whether the suffix ends the row after its prefix: a row of one id is not both."""
         behind = row[len(self._prefix) :] if self._has_prefix(row) else row
         return np.array_equal(behind[max(len(behind) - len(self._suffix), 0) :], self._suffix)
 
-    def _not_an_id(self, index: int, bad: int) -> InvalidTokenId:
+    def _invalid_id_error(self, index: int, bad: int) -> InvalidTokenId:
         return InvalidTokenId(
-            f"input[{index}] holds token id {bad}, but this model's ids are 0 to {self._vocab_size - 1}; "
-            "they must come from its own tokenizer. LangChain sends OpenAI's ids unless it is made with "
+            f"input[{index}] holds token id {bad}, but this model's ids are 0 to {self._vocab_size - 1}: "
+            "use the model's own tokenizer or send texts. LangChain sends OpenAI's ids unless it is created with "
             "check_embedding_ctx_length=False",
             param="input",
         )
 
-    def _not_framed(self, index: int) -> InvalidTokenId:
+    def _unframed_error(self, index: int) -> InvalidTokenId:
         ends = (("begin", self._prefix), ("end", self._suffix))
-        frame = " and ".join(f"{verb} with {special.tolist()}" for verb, special in ends if len(special))
+        missing = " and ".join(f"{verb} with {special.tolist()}" for verb, special in ends if len(special))
         return InvalidTokenId(
-            f"input[{index}] is a row of token ids that does not {frame}, the special tokens that this model's own "
-            "tokenizer puts around a text; ids of another tokenizer would give a wrong vector. LangChain sends "
-            "OpenAI's ids unless it is made with check_embedding_ctx_length=False. Send texts, or let the registry say "
-            "`unframed_token_ids: true` for this model",
+            f"input[{index}] holds token ids that do not {missing}, this model's special tokens, so they may come from "
+            "another tokenizer: send texts, or set `unframed_token_ids: true` for this model in the registry. "
+            "LangChain sends OpenAI's ids unless it is created with check_embedding_ctx_length=False",
             param="input",
         )
 
 
 class IdReading:
-    """The token ids of one request on their way to rows: checked and cut.
+    """Reads the token ids of one request: checks and truncates them.
 
     Attributes:
-        num_chars: how many ids there are, which cost no more than as many characters.
+        num_chars: the number of ids, each of which costs at most as much as a character.
     """
 
     def __init__(
@@ -177,24 +181,24 @@ class IdReading:
         self._rows: list[tuple[Ids, bool]] = [(NO_IDS, False)] * len(rows)
         self.num_chars = sum(map(len, rows))
 
-    def begin(self) -> list[Step]:
-        """The first step: in which pieces the rows are read."""
+    def plan_steps(self) -> list[Step]:
+        """Returns one step for each piece of the rows; is itself the first step."""
         indexes = range(len(self._given))
         return [partial(self._read, piece) for piece in pieces(indexes, lambda index: len(self._given[index]))]
 
-    def now(self) -> TokenizedRequest:
-        """All steps and their result."""
-        run_steps(self.begin)
+    def run_all(self) -> TokenizedRequest:
+        """Runs all steps and returns the result."""
+        run_steps(self.plan_steps)
         return self.result()
 
     def result(self) -> TokenizedRequest:
-        """All ids, when all steps have run."""
+        """Returns all ids; call it when all steps have run."""
         long = tuple(index for index, (_, is_long) in enumerate(self._rows) if is_long)
         return TokenizedRequest(tuple(ids for ids, _ in self._rows), long)
 
     def _read(self, indexes: Sequence[int]) -> list[Step]:
         for index in indexes:
-            self._rows[index] = self._checks.take(
+            self._rows[index] = self._checks.check_and_truncate(
                 index, self._given[index], self._truncate, must_be_framed=self._must_be_framed
             )
         return []

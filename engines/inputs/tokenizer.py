@@ -1,10 +1,10 @@
-"""Text to token ids, as the model's own tokenizer means it. Runs off the event loop; keeps no state between calls.
+"""Converts texts to token ids exactly as the model's own tokenizer does. Runs off the event loop; keeps no state.
 
-Truncation is done here on ids, between the special tokens that the post-processor puts around a text, so that one
-tokenizer object serves every kind of cut at once; `tokenizer_files.py` proves at load time that this is the same.
+Truncates ids, between the special tokens that the post-processor adds, so that one tokenizer object serves every kind
+of truncation at once; `engines/loading/tokenizer.py` checks at load time that the result is the tokenizer's own.
 
-A request is read in steps (`TextReading`, `IdReading`), each of which takes a bounded time and may bring further ones.
-`Tokenizer.encode` runs them at once; `TokenizerThreads` runs those of a large request in turns with others'.
+A request is read in steps (`TextReading`, `IdReading`), each of which takes a bounded time and may return more steps.
+`Tokenizer.encode` runs them at once; `TokenizerThreads` interleaves those of a large request with other requests'.
 """
 
 import re
@@ -32,90 +32,86 @@ from engines.inputs.token_ids import (
 )
 from engines.spec import Truncate
 
-# Between two words, or in front of a mark behind a Chinese or Japanese word, tokenisers separate.
+__all__ = ["IdReading", "Ids", "TextReading", "TokenizedRequest", "Tokenizer", "TokenizerBackend", "TokenizerLimits"]
+
+# Tokenisers split between two words, and before a punctuation mark after a Chinese or Japanese word.
 _BOUNDARY = re.compile(r"(?<=[^\W_]) (?=[^\W_])|(?<=[぀-ヿ一-鿿])(?=[、。，！？；：])")
 
 
 _CHARS_PER_TOKEN = 8
-"""Of a text longer than twice this for each token that is kept, only a part is tokenised at first."""
+"""A text longer than twice this for each kept token is tokenised only in part at first."""
 
+_CLIP_GROWTH = 8
+"""Factor by which each next part is longer."""
 
-_GROWTH = 8
-"""By so much each next part is longer."""
-
-
-_LEAST_CHARS = 1 << 18
-
-
-_MOST_CHARS = 1 << 21
+_MIN_CHARS = 1 << 18
+_MAX_CHARS = 1 << 21
 
 
 def first_cap(num_tokens: int) -> int:
-    """Characters of the first clips, where so many tokens are to be read."""
-    return min(num_tokens * _CHARS_PER_TOKEN, _MOST_CHARS // 2)
+    """Returns the characters of the first clips for `num_tokens` tokens to read."""
+    return min(num_tokens * _CHARS_PER_TOKEN, _MAX_CHARS // 2)
 
 
 def max_chars(num_tokens: int) -> int:
-    """The most of one text that is ever tokenised at once: it takes up to a second and 270 bytes for each million
-    characters and each character. Never less than the first clips of a text.
+    """Returns the most characters of one text that are tokenised at once, at least the first clips of a text.
+
+    Tokenising takes up to a second for each million characters, and 270 bytes for each character.
     """
-    return max(2 * first_cap(num_tokens), _LEAST_CHARS)
+    return max(2 * first_cap(num_tokens), _MIN_CHARS)
 
 
 def next_cap(cap: int, most_chars: int) -> int | None:
-    """Characters of longer clips; None where there are none."""
-    return min(cap * _GROWTH, most_chars // 2) if 2 * cap < most_chars else None
+    """Returns the characters of the next longer clips; None if `most_chars` allows none."""
+    return min(cap * _CLIP_GROWTH, most_chars // 2) if 2 * cap < most_chars else None
 
 
 def clips(text: str, cap: int, *, keep_end: bool) -> tuple[str, str] | None:
-    """Two clips of `cap` to `2 × cap` characters from the kept side of a text; None where only the whole text will do.
+    """Returns two clips of `cap` to `2 × cap` characters from the kept side of a text; None if it needs the whole text.
 
-    Text without boundaries is clipped anywhere on the right: tokenisers work from left to right.
+    A text without boundaries can be clipped anywhere on the right, since tokenisers work from left to right.
     """
     if len(text) <= 2 * cap:
         return None
     low, high = (len(text) - 2 * cap, len(text) - cap) if keep_end else (cap, 2 * cap)
-    places = [match.start() for match in _BOUNDARY.finditer(text, low, high)]
-    if len(places) >= 2:
-        return (text[places[-1] :], text[places[0] :]) if keep_end else (text[: places[0]], text[: places[-1]])
+    cuts = [match.start() for match in _BOUNDARY.finditer(text, low, high)]
+    if len(cuts) >= 2:
+        return (text[cuts[-1] :], text[cuts[0] :]) if keep_end else (text[: cuts[0]], text[: cuts[-1]])
     if keep_end:
         return None
-    end = _place_before(text, cap + 1)
-    return text[: _place_before(text, end - 1)], text[:end]
+    end = _cut_position(text, cap + 1)
+    return text[: _cut_position(text, end - 1)], text[:end]
 
 
-def _place_before(text: str, place: int) -> int:
-    """The last place up to `place` where a cut changes nothing far in front of it.
+def _cut_position(text: str, position: int) -> int:
+    """Returns the last position up to `position` where a cut changes nothing far before it.
 
-    Two things reach back from behind a cut as far as a run of characters does: Unicode sorts combining marks by their
-    class, and a special token may swallow the white space in front of it (RoBERTa's `<mask>`).
+    Two things after a cut can affect a whole run of characters before it: Unicode sorts combining marks by their class,
+    and a special token may absorb the white space before it (RoBERTa's `<mask>`).
     """
-    while place > 0 and combining(text[place]):
-        place -= 1
-    return len(text[: max(place, 0)].rstrip())
+    while position > 0 and combining(text[position]):
+        position -= 1
+    return len(text[: max(position, 0)].rstrip())
 
 
-__all__ = ["Backend", "IdReading", "Ids", "TextReading", "TokenizedRequest", "Tokenizer", "TokenizerLimits"]
+_MIN_MARGIN_TOKENS = 128
 
 
-_LEAST_MARGIN_TOKENS = 128
-
-
-class Backend(Protocol):
+class TokenizerBackend(Protocol):
     """The part of `tokenizers.Tokenizer` that is used."""
 
     def encode_batch_fast(self, input: Sequence[str], *, add_special_tokens: bool) -> Sequence[Any]:
-        """Ids of many texts in one call that releases the GIL."""
+        """Encodes many texts in one call that releases the GIL."""
 
 
 class TokenizerLimits(Struct, frozen=True, kw_only=True):
-    """What a model asks of its ids.
+    """A model's limits on token ids.
 
-    `prefix`, `suffix`: ids that the post-processor puts around a text. `max_tokens`: the longest input that the model
-    reads, special tokens included. `vocab_size`: ids at and above are not embeddings of the model; the tokenizer may
-    know such ids when `has_foreign_ids`. `truncate`: the end that the tokenizer's own files cut. `takes_empty`:
-    whether a text may have no token at all. `counts_prompt`: whether pooling wants to know the prompt's tokens.
-    `max_word_chars`: a longer word is one unknown token (WordPiece).
+    `prefix`, `suffix`: ids that the post-processor adds around a text. `max_tokens`: the longest input, special tokens
+    included. `vocab_size`: ids from here on have no embedding; the tokenizer may yield such ids if `has_foreign_ids`.
+    `truncate`: the side that the tokenizer's own files truncate. `takes_empty`: whether a text may have no tokens.
+    `counts_prompt`: whether pooling needs the number of prompt tokens. `max_word_chars`: a longer word becomes one
+    unknown token (WordPiece).
     """
 
     prefix: tuple[int, ...] = ()
@@ -130,13 +126,15 @@ class TokenizerLimits(Struct, frozen=True, kw_only=True):
 
     @property
     def margin_tokens(self) -> int:
-        """How many tokens behind the kept ones a clip of a text must have: more than its last word can have, because
-        that word may turn out to be longer than the tokenizer reads."""
-        return max(_LEAST_MARGIN_TOKENS, self.max_word_chars + 1)
+        """The tokens that a clip must have beyond the kept ones.
+
+        More than its last word can have, because the whole word may be longer than the tokenizer's word limit.
+        """
+        return max(_MIN_MARGIN_TOKENS, self.max_word_chars + 1)
 
     @property
     def room(self) -> int:
-        """Tokens of a text that fit between the special tokens."""
+        """The number of tokens that fit between the special tokens."""
         return self.max_tokens - len(self.prefix) - len(self.suffix)
 
 
@@ -145,64 +143,67 @@ class Tokenizer:
 
     Args:
         backend: the fast tokenizer, without truncation and padding.
-        rules: what the model asks for.
+        limits: the model's limits.
     """
 
-    def __init__(self, backend: Backend, rules: TokenizerLimits) -> None:
-        if rules.room < 1:
-            special = len(rules.prefix) + len(rules.suffix)
-            raise UnsupportedModel(f"max_tokens is {rules.max_tokens}, but {special} are special tokens; raise it")
-        self.rules = rules
-        self.room = rules.room
-        self.first_cap = first_cap(rules.room + 2 * rules.margin_tokens)
-        self.max_chars = max_chars(rules.room + 2 * rules.margin_tokens)
+    def __init__(self, backend: TokenizerBackend, limits: TokenizerLimits) -> None:
+        if limits.room < 1:
+            special = len(limits.prefix) + len(limits.suffix)
+            raise UnsupportedModel(
+                f"max_tokens is {limits.max_tokens}, but {special} of these are special tokens: raise `max_tokens` in "
+                "the registry"
+            )
+        self.limits = limits
+        self.room = limits.room
+        self.first_cap = first_cap(limits.room + 2 * limits.margin_tokens)
+        self.max_chars = max_chars(limits.room + 2 * limits.margin_tokens)
         self._backend = backend
         self._ids = IdChecks(
-            rules.prefix, rules.suffix, rules.max_tokens, rules.vocab_size, takes_empty=rules.takes_empty
+            limits.prefix, limits.suffix, limits.max_tokens, limits.vocab_size, takes_empty=limits.takes_empty
         )
 
     @property
     def max_tokens(self) -> int:
-        """The longest input that the model reads, special tokens included."""
-        return self.rules.max_tokens
+        """The longest input in tokens, special tokens included."""
+        return self.limits.max_tokens
 
     def limited_to(self, max_tokens: int) -> "Tokenizer":
-        """The same tokenizer with another limit."""
-        return Tokenizer(self._backend, structs.replace(self.rules, max_tokens=max_tokens))
+        """Returns the same tokenizer with another `max_tokens`."""
+        return Tokenizer(self._backend, structs.replace(self.limits, max_tokens=max_tokens))
 
-    def encode(self, texts: Sequence[str], frame: PromptTemplate, truncate: Truncate) -> TokenizedRequest:
-        """Ids of all texts.
+    def encode(self, texts: Sequence[str], template: PromptTemplate, truncate: Truncate) -> TokenizedRequest:
+        """Encodes texts.
 
         Raises:
-            ContextLengthExceeded: a text is longer than the model reads, and `truncate` is `error`.
-            InvalidValue: a text has no token at all, or what is kept of it cannot be told from a part of it.
+            ContextLengthExceeded: a text exceeds the model's limit, and `truncate` is `error`.
+            InvalidValue: a text has no tokens, or the longest allowed part of it does not determine its kept tokens.
         """
-        return self.read(texts, frame, truncate).now()
+        return self.read(texts, template, truncate).run_all()
 
     def take_ids(
         self, rows: Sequence[Sequence[int]], truncate: Truncate, *, must_be_framed: bool = False
     ) -> TokenizedRequest:
-        """Token ids from the client, verbatim; too long ones are cut and keep the special tokens that they end in.
+        """Checks token ids from a client; truncates long rows but keeps the special tokens at their ends.
 
         Raises:
-            InvalidTokenId: an id is not of this model, or the model's special tokens do not stand around a row that
-                `must_be_framed`.
+            InvalidTokenId: an id is not in this model's vocabulary, or a row that `must_be_framed` lacks the model's
+                special tokens at its ends.
             ContextLengthExceeded, InvalidValue: as `encode`.
         """
-        return self.read_ids(rows, truncate, must_be_framed=must_be_framed).now()
+        return self.read_ids(rows, truncate, must_be_framed=must_be_framed).run_all()
 
-    def read(self, texts: Sequence[str], frame: PromptTemplate, truncate: Truncate) -> "TextReading":
-        """What `encode` does, in steps."""
-        return TextReading(self, texts, frame, truncate)
+    def read(self, texts: Sequence[str], template: PromptTemplate, truncate: Truncate) -> "TextReading":
+        """Returns the work of `encode` in steps."""
+        return TextReading(self, texts, template, truncate)
 
     def read_ids(self, rows: Sequence[Sequence[int]], truncate: Truncate, *, must_be_framed: bool) -> "IdReading":
-        """What `take_ids` does, in steps."""
+        """Returns the work of `take_ids` in steps."""
         return IdReading(self._ids, rows, truncate, must_be_framed=must_be_framed)
 
-    # What readings are made of.
+    # Used by readings.
 
     def encode_clips(self, clipped: Sequence[tuple[str, ...]], *, keep_end: bool) -> list[list[int] | None]:
-        """Ids without special tokens of each whole text (a tuple of one) or pair of clips; None where two disagree."""
+        """Encodes whole texts (tuples of one) and pairs of clips, bare; returns None for each pair that disagrees."""
         flat = list(chain.from_iterable(clipped))
         rows = chain.from_iterable(self.encode_bare(piece) for piece in pieces(flat, len))
         found: list[list[int] | None] = []
@@ -212,15 +213,15 @@ class Tokenizer:
             found.append(row if agree else None)
         return found
 
-    def close(self, index: int, row: list[int], truncate: Truncate) -> Ids:
-        """The ids that are kept of a text, with its special tokens.
+    def add_special_tokens(self, index: int, row: list[int], truncate: Truncate) -> Ids:
+        """Truncates a text's ids and adds the special tokens.
 
         Raises:
             ContextLengthExceeded, InvalidValue, InvalidTokenId: naming the input by its `index`.
         """
         if truncate == "error" and len(row) > self.room:
-            raise self._ids.too_long(index, len(row) + len(self.rules.prefix) + len(self.rules.suffix))
-        limits = self.rules
+            raise self._ids.too_long_error(index, len(row) + len(self.limits.prefix) + len(self.limits.suffix))
+        limits = self.limits
         if len(row) > self.room:
             row = row[-self.room :] if truncate == "start" else row[: self.room]
         ids = np.array([*limits.prefix, *row, *limits.suffix], np.int64)
@@ -231,162 +232,164 @@ class Tokenizer:
         return ids
 
     def count_prompt(self, prompt: str, truncate: Truncate) -> int:
-        """Tokens of the prompt alone, as sentence-transformers counts them: cut like a text, and a last special token
-        is not its own."""
-        if not self.rules.counts_prompt:
+        """Counts the tokens of a prompt as sentence-transformers does: truncated like a text, without a last special
+        token."""
+        if not self.limits.counts_prompt:
             return 0
-        lenient = Tokenizer(self._backend, structs.replace(self.rules, takes_empty=True, has_foreign_ids=False))
+        lenient = Tokenizer(self._backend, structs.replace(self.limits, takes_empty=True, has_foreign_ids=False))
         encoded = lenient.encode([prompt], PromptTemplate(), "end" if truncate == "error" else truncate)
-        return len(encoded.ids[0]) - min(len(self.rules.suffix), 1)
+        return len(encoded.ids[0]) - min(len(self.limits.suffix), 1)
 
-    def unclear(self, index: int, num_chars: int, *, keep_end: bool) -> InvalidValue:
-        """The refusal of a text so long and so even that a part of it does not show what is kept."""
+    def undecidable_error(self, index: int, num_chars: int, *, keep_end: bool) -> InvalidValue:
+        """Returns the error for a long text whose longest allowed part does not determine the tokens to keep."""
         return InvalidValue(
             f"input[{index}] has {num_chars} characters, and its {'last' if keep_end else 'first'} {self.max_chars} do "
-            f"not show which {self.max_tokens} tokens to keep, because they hold no words or few tokens: shorten it",
+            f"not determine which {self.max_tokens} tokens to keep (no word boundaries, or too few tokens): shorten it",
             param="input",
         )
 
     def encode_bare(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids without special tokens, all in one call.
+        """Encodes texts without special tokens, in one call.
 
         Raises:
-            InvalidValue: a text that is none.
+            InvalidValue: a text is not valid Unicode, or the tokenizer cannot encode it.
         """
         try:
             return [row.ids for row in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
         except UnicodeEncodeError as error:
             raise InvalidValue(
-                "input holds a lone surrogate, which is no text in any encoding", param="input"
+                "input holds a lone surrogate, which is not valid Unicode: remove it", param="input"
             ) from error
-        # The tokenizers library raises bare exceptions, and PyO3's PanicException is not even one of those.
+        # The tokenizers library raises bare exceptions, and PyO3's PanicException is not even an `Exception`.
         except BaseException as error:
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             raise InvalidValue(
-                f"the model's tokenizer cannot read this input ({type(error).__name__}); leave out what is no text",
+                f"the model's tokenizer cannot encode this input ({type(error).__name__}): remove unusual characters",
                 param="input",
             ) from error
 
     def _agree(self, first: list[int], second: list[int], *, keep_end: bool) -> bool:
-        """Whether two clips of a text show it to be too long, and give the same tokens to keep."""
+        """Returns whether two clips prove that a text is too long and give the same tokens to keep."""
         room = self.room
-        if min(len(first), len(second)) < room + self.rules.margin_tokens:
+        if min(len(first), len(second)) < room + self.limits.margin_tokens:
             return False
         return first[-room:] == second[-room:] if keep_end else first[:room] == second[:room]
 
 
 class TextReading:
-    """The texts of one request on their way to ids: equal ones are tokenised once, long ones in part.
+    """Tokenises the texts of one request: equal texts once, long texts in part.
 
-    Its steps may run on any thread and beside each other: each writes the rows of its own inputs.
+    Its steps may run on any thread and in parallel: each writes the rows of its own inputs.
 
     Attributes:
-        num_chars: of all texts, each in its frame: what is to be read at the most.
+        num_chars: characters of all texts with their prompts, an upper bound of what is tokenised.
         rows: the kept ids of each input, special tokens included.
     """
 
-    def __init__(self, tokenizer: Tokenizer, texts: Sequence[str], frame: PromptTemplate, truncate: Truncate) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, texts: Sequence[str], template: PromptTemplate, truncate: Truncate
+    ) -> None:
         self._tokenizer = tokenizer
         self._texts = texts
-        self._frame = frame
-        self._frame_chars = frame.num_chars
+        self._template = template
+        self._template_chars = template.num_chars
         self._truncate = truncate
         self._keep_end = truncate == "start"
         self._is_long = [False] * len(texts)
         self._prompt_tokens = 0
-        self._num_whole_chars = min(2 * tokenizer.first_cap, PIECE_CHARS)
-        self.num_chars = self._frame_chars * len(texts) + sum(map(len, texts))
+        self._max_unclipped_chars = min(2 * tokenizer.first_cap, PIECE_CHARS)
+        self.num_chars = self._template_chars * len(texts) + sum(map(len, texts))
         self.rows: list[Ids] = [NO_IDS] * len(texts)
 
-    def begin(self) -> list[Step]:
-        """The first step: which texts are equal, and in which pieces they are read."""
+    def plan_steps(self) -> list[Step]:
+        """Groups equal texts and returns one step for each piece; is itself the first step."""
         self._count_prompt()
         return self._steps(range(len(self._texts)), self._tokenizer.first_cap)
 
-    def now(self) -> TokenizedRequest:
-        """All steps and their result, for a request that need not wait for turns."""
-        if self.num_chars > self._num_whole_chars:
-            run_steps(self.begin)
+    def run_all(self) -> TokenizedRequest:
+        """Runs all steps at once and returns the result, for a request that does not take turns."""
+        if self.num_chars > self._max_unclipped_chars:
+            run_steps(self.plan_steps)
             return self.result()
         self._count_prompt()
         tokenizer, truncate, room = self._tokenizer, self._truncate, self._tokenizer.room
-        texts = [self._frame.apply(text) for text in self._texts] if self._frame_chars else self._texts
+        texts = [self._template.apply(text) for text in self._texts] if self._template_chars else self._texts
         rows = tokenizer.encode_bare(texts)
-        self.rows = [tokenizer.close(index, row, truncate) for index, row in enumerate(rows)]
-        return self._answer(tuple([index for index, row in enumerate(rows) if len(row) > room]))
+        self.rows = [tokenizer.add_special_tokens(index, row, truncate) for index, row in enumerate(rows)]
+        return self._build_result(tuple([index for index, row in enumerate(rows) if len(row) > room]))
 
     def result(self) -> TokenizedRequest:
-        """All ids, when all steps have run.
+        """Returns all ids; call it when all steps have run.
 
         Raises:
-            InvalidValue: a prompt that pooling leaves out is all that is left of a text.
+            InvalidValue: truncation leaves only the prompt of a text, which pooling excludes.
         """
-        return self._answer(tuple(index for index, is_long in enumerate(self._is_long) if is_long))
+        return self._build_result(tuple(index for index, is_long in enumerate(self._is_long) if is_long))
 
     def _steps(self, indexes: Sequence[int], cap: int) -> list[Step]:
-        """One step for each piece of these texts, of which up to `2 × cap` characters are looked at."""
+        """Returns one step for each piece of these texts; a step tokenises up to `2 × cap` characters of each text."""
         equal: dict[str, list[int]] = {}
         for index in indexes:
             text = self._texts[index]
-            is_short = self._frame_chars + len(text) <= 2 * cap
-            equal.setdefault(text if is_short else self._side(text, 2 * cap + 1), []).append(index)
+            is_short = self._template_chars + len(text) <= 2 * cap
+            equal.setdefault(text if is_short else self._kept_side(text, 2 * cap + 1), []).append(index)
         groups = list(equal.values())
         return [partial(self._read, piece, cap) for piece in pieces(groups, partial(self._cost, cap=cap))]
 
     def _cost(self, group: Sequence[int], cap: int) -> int:
-        num_chars = self._frame_chars + len(self._texts[group[0]])
+        num_chars = self._template_chars + len(self._texts[group[0]])
         return num_chars if num_chars <= 2 * cap else 3 * cap
 
-    def _side(self, text: str, size: int) -> str:
-        return self._frame.tail(text, size) if self._keep_end else self._frame.head(text, size)
+    def _kept_side(self, text: str, size: int) -> str:
+        return self._template.tail(text, size) if self._keep_end else self._template.head(text, size)
 
     def _read(self, groups: Sequence[Sequence[int]], cap: int) -> list[Step]:
-        """Tokenise one text of each group for all of it; steps with longer clips for those that these do not settle."""
+        """Tokenises one text of each group; returns steps with longer clips for groups whose clips disagree."""
         clipped: list[tuple[Sequence[int], tuple[str, ...]]] = []
-        unsettled: list[Sequence[int]] = []
+        undecided: list[Sequence[int]] = []
         for group in groups:
-            side = self._side(self._texts[group[0]], 2 * cap + 1)
+            side = self._kept_side(self._texts[group[0]], 2 * cap + 1)
             parts = (side,) if len(side) <= 2 * cap else clips(side, cap, keep_end=self._keep_end)
             if parts is None:
-                unsettled.append(group)
+                undecided.append(group)
             else:
                 clipped.append((group, parts))
         rows = self._tokenizer.encode_clips([parts for _, parts in clipped], keep_end=self._keep_end)
         for (group, _), row in zip(clipped, rows, strict=True):
             if row is None:
-                unsettled.append(group)
+                undecided.append(group)
             else:
-                self._settle(group, row)
-        return [step for group in unsettled for step in self._look_further(group, cap)]
+                self._store(group, row)
+        return [step for group in undecided for step in self._try_longer_clips(group, cap)]
 
-    def _settle(self, group: Sequence[int], row: list[int]) -> None:
-        ids = self._tokenizer.close(group[0], row, self._truncate)
+    def _store(self, group: Sequence[int], row: list[int]) -> None:
+        ids = self._tokenizer.add_special_tokens(group[0], row, self._truncate)
         is_long = len(row) > self._tokenizer.room
         for index in group:
             self.rows[index], self._is_long[index] = ids, is_long
 
-    def _look_further(self, group: Sequence[int], cap: int) -> list[Step]:
+    def _try_longer_clips(self, group: Sequence[int], cap: int) -> list[Step]:
         longer = next_cap(cap, self._tokenizer.max_chars)
         if longer is None:
-            num_chars = self._frame_chars + len(self._texts[group[0]])
-            raise self._tokenizer.unclear(group[0], num_chars, keep_end=self._keep_end)
+            num_chars = self._template_chars + len(self._texts[group[0]])
+            raise self._tokenizer.undecidable_error(group[0], num_chars, keep_end=self._keep_end)
         return self._steps(group, longer)
 
-    def _answer(self, long: tuple[int, ...]) -> TokenizedRequest:
+    def _build_result(self, long: tuple[int, ...]) -> TokenizedRequest:
         if self._prompt_tokens:
-            self._refuse_prompts_alone()
+            self._check_not_prompt_only()
         return TokenizedRequest(tuple(self.rows), long, self._prompt_tokens)
 
     def _count_prompt(self) -> None:
-        if self._frame.before:
-            self._prompt_tokens = self._tokenizer.count_prompt(self._frame.before, self._truncate)
+        if self._template.before:
+            self._prompt_tokens = self._tokenizer.count_prompt(self._template.before, self._truncate)
 
-    def _refuse_prompts_alone(self) -> None:
+    def _check_not_prompt_only(self) -> None:
         for index, ids in enumerate(self.rows):
             if len(ids) <= self._prompt_tokens:
                 raise InvalidValue(
                     f"input[{index}] has {len(ids)} tokens, and the first {self._prompt_tokens} are its prompt, which "
-                    "this model leaves out of the vector: nothing is left; shorten the prompt",
+                    "this model excludes from the vector: shorten the prompt",
                     param="input",
                 )

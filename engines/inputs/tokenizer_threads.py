@@ -1,4 +1,4 @@
-"""The threads on which requests are tokenised: small ones at once, large ones in steps that take turns."""
+"""Tokenises requests on threads: small ones in one call, large ones in steps that take turns with other requests."""
 
 import asyncio
 import ctypes
@@ -15,32 +15,32 @@ _TRIM_AFTER_S = 2.0
 
 
 class Reading(Protocol):
-    """A request on its way to ids."""
+    """A request to tokenise."""
 
     num_chars: int
 
-    def begin(self) -> Sequence[Step]:
-        """The first step."""
+    def plan_steps(self) -> Sequence[Step]:
+        """Returns the steps; is itself the first step."""
 
-    def now(self) -> TokenizedRequest:
-        """All steps and their result."""
+    def run_all(self) -> TokenizedRequest:
+        """Runs all steps and returns the result."""
 
     def result(self) -> TokenizedRequest:
-        """The result, when all steps have run."""
+        """Returns the result; called when all steps have run."""
 
 
 class TokenizerThreads:
     """Tokenises requests off the event loop.
 
-    A large request has at most one step on each thread; what is left of it queues again behind others' steps, and is
-    dropped when its caller leaves. A small one has threads of its own: it waits for no step of a large one.
+    A large request runs at most one step on each thread; its other steps queue behind those of other requests and are
+    dropped when it is cancelled. Small requests have their own threads, so they never wait for a step of a large one.
 
     Args:
-        num_threads: for large requests, and as many for small ones; each is started when first needed.
+        num_threads: threads for large requests, and as many for small ones; each starts when first needed.
     """
 
     def __init__(self, num_threads: int) -> None:
-        # The library's own threads take a whole call's texts before they look at another call: a call of two short
+        # The library's own threads finish all texts of a call before they start another call: a call of two short
         # texts, on the event loop, waited for 2,048 long ones.
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         self._num_threads = num_threads
@@ -50,39 +50,39 @@ class TokenizerThreads:
         self._num_ended = 0
 
     async def run(self, reading: Reading) -> TokenizedRequest:
-        """Run all steps of a request. Cancelling drops those that have not begun.
+        """Runs all steps of a request. Cancelling drops the steps that have not started.
 
         Raises:
-            InvalidRequest: as the steps do; of several refusals, the one of the earliest step.
+            InvalidRequest: as the steps do; of several errors, the one of the earliest step.
         """
         loop = asyncio.get_running_loop()
         if reading.num_chars <= PIECE_CHARS:
-            return await loop.run_in_executor(self._small, reading.now)
-        waiting = deque(enumerate(await loop.run_in_executor(self._large, reading.begin)))
+            return await loop.run_in_executor(self._small, reading.run_all)
+        waiting = deque(enumerate(await loop.run_in_executor(self._large, reading.plan_steps)))
         failures: dict[int, Exception] = {}
-        lanes = [self._run_waiting(waiting, failures) for _ in range(min(self._num_threads, len(waiting)))]
-        await asyncio.gather(*lanes)
+        workers = [self._run_waiting(waiting, failures) for _ in range(min(self._num_threads, len(waiting)))]
+        await asyncio.gather(*workers)
         if failures:
             raise failures[min(failures)]
         return reading.result()
 
     async def _run_waiting(self, waiting: deque[tuple[int, Step]], failures: dict[int, Exception]) -> None:
-        """Run steps one after the other, until none is left or one fails."""
+        """Runs steps one after the other until none is left or one fails."""
         loop = asyncio.get_running_loop()
         while waiting and not failures:
             number, step = waiting.popleft()
             try:
-                further = await loop.run_in_executor(self._large, step)
-            except Exception as error:  # noqa: BLE001  # it is raised again where all lanes have ended
+                next_steps = await loop.run_in_executor(self._large, step)
+            except Exception as error:  # noqa: BLE001  # re-raised when all workers have ended
                 failures[number] = error
             else:
-                waiting.extend((number, later) for later in further)
+                waiting.extend((number, next_step) for next_step in next_steps)
 
     @contextmanager
     def heavy(self) -> Iterator[None]:
-        """Around a request that takes much memory: when the last of them has gone, it is given back to the system.
+        """Encloses a request that takes much memory: after the last of them, freed memory returns to the system.
 
-        The C library keeps what was freed: 87 MB after ten requests of 2,048 texts of 500 words.
+        The C library keeps freed memory: 87 MB after ten requests of 2,048 texts of 500 words.
         """
         self._num_heavy += 1
         try:
@@ -94,11 +94,11 @@ class TokenizerThreads:
 
     def _trim_if_quiet(self, num_ended: int) -> None:
         if num_ended == self._num_ended and not self._num_heavy:
-            with suppress(RuntimeError):  # the threads have ended, and with them the server
+            with suppress(RuntimeError):  # the threads were shut down with the server
                 self._large.submit(_trim_heap)
 
     def close(self) -> None:
-        """Take no more work; what runs is not waited for."""
+        """Stops accepting work; does not wait for running steps."""
         self._small.shutdown(wait=False, cancel_futures=True)
         self._large.shutdown(wait=False, cancel_futures=True)
 

@@ -1,8 +1,7 @@
-"""Whether a tokenizer belongs to its model: its files are there, its words fit the table of tokens, and it tells texts
-apart.
+"""Checks that a tokenizer belongs to its model: files exist, size fits the embedding table, texts get different ids.
 
-transformers makes an empty vocabulary of five special tokens where a folder has no tokenizer file, and a tokenizer of
-another model loads without complaint: with both, wrong vectors are served with status 200.
+transformers creates a vocabulary of five special tokens for a folder without a tokenizer file, and loads another
+model's tokenizer without complaint: both would serve wrong vectors with status 200.
 """
 
 import re
@@ -13,35 +12,37 @@ from tokenizers import Tokenizer as FastTokenizer
 from engines.errors import BrokenFiles, UnsupportedModel
 
 MAX_FILE_BYTES = 128 * 2**20
-"""The largest known tokenizer.json (Gemma's, 262,144 pieces) has 33 MB, and takes ten times that while it is read."""
+"""Limit of a tokenizer file: the largest known (Gemma's, 262,144 pieces) has 33 MB and takes ten times that to read."""
 
 _FILES = re.compile(
     r"tokenizer\.json|vocab.*|merges\.txt|.*\.model|.*\.tiktoken|bpe\.codes|tekken\.json|.*tokenizer.*\.py"
 )
-"""Where a vocabulary may stand; tokenizer_config.json alone holds none."""
+"""Files that may hold a vocabulary; tokenizer_config.json holds none."""
 
-_FEWEST = 0.5
-"""Of the table's rows, the tokenizer must know this share: ByT5's knows 67 %, tables padded to a round size 98 %."""
+_MIN_KNOWN_SHARE = 0.5
+"""The tokenizer must know this share of the table's rows: ByT5's knows 67 %, tables padded to a round size 98 %."""
 
-_FOREIGN = 0.05
-_FOREIGN_AT_LEAST = 128
-"""Tokens that the table has no row for: somebody added some and did not resize the model. Texts with one of those are
-refused by themselves; more than this share is another model's tokenizer."""
+_MAX_EXTRA_SHARE = 0.05
+_MIN_EXTRA_LIMIT = 128
+"""Limits of tokens without a row in the table, which appear when tokens were added without resizing the model.
+
+A text with such a token is rejected by itself; above these limits the tokenizer belongs to another model.
+"""
 
 PROBES = (
     "The quick brown fox jumps over the lazy dog.", "Über den Dächern schlägt die Uhr.", "中文文本与标点。",
     "日本語のテキスト", "Съешь ещё этих мягких булок", "نص عربي قصير", "हिन्दी में एक वाक्य", "한국어 문장입니다",
     "ข้อความภาษาไทย", "def f(x): return x + 1", "3.14159 2026", "ACGTACGT TTGACA", "MKTAYIAKQR", "CC(=O)Oc1ccccc1",
 )  # fmt: skip
-"""Texts of which any tokenizer of texts (or of genes, proteins and molecules) knows some."""
+"""Any tokenizer of texts (or of genes, proteins and molecules) knows some tokens of these."""
 
 
-_RARE = "\U00013000\U00013050 \ue000"
-"""Hieroglyphs and a private character: bytes or the unknown token, for vocabularies without a name for the latter."""
+_RARE_TEXT = "\U00013000\U00013050 \ue000"
+"""Hieroglyphs and a private-use character: yield bytes or the unknown token, which not every vocabulary names."""
 
 
 def check_tokenizer_files(folder: Path) -> None:
-    """Refuse a folder without a vocabulary, or with one that is too large to be read.
+    """Rejects a folder without a vocabulary, or with one that is too large to read.
 
     Raises:
         BrokenFiles: naming the file.
@@ -49,8 +50,8 @@ def check_tokenizer_files(folder: Path) -> None:
     found = [path for path in folder.iterdir() if _FILES.fullmatch(path.name)]
     if not found:
         raise BrokenFiles(
-            "tokenizer.json is missing, and there is no other file with a vocabulary; fetch the model again, or save "
-            "its tokenizer into the folder",
+            "tokenizer.json is missing, and no other file holds a vocabulary; fetch the model again, or save its "
+            "tokenizer into the folder",
             file="tokenizer.json",
         )
     for path in found:
@@ -58,7 +59,7 @@ def check_tokenizer_files(folder: Path) -> None:
 
 
 def check_size(path: Path, file: str) -> None:
-    """Refuse a vocabulary that would fill the memory.
+    """Rejects a vocabulary that would exhaust the memory.
 
     Raises:
         BrokenFiles: naming `file`.
@@ -66,33 +67,33 @@ def check_size(path: Path, file: str) -> None:
     size_bytes = path.stat().st_size
     if size_bytes > MAX_FILE_BYTES:
         raise BrokenFiles(
-            f"{file} has {size_bytes} bytes, and a tokenizer's file may have {MAX_FILE_BYTES}; fetch the model again",
+            f"{file} has {size_bytes} bytes, but the limit is {MAX_FILE_BYTES}; fetch the model again",
             file=file,
         )
 
 
 def check_vocabulary(backend: FastTokenizer, num_rows: int) -> None:
-    """Refuse a vocabulary that is not that of a model with `num_rows` tokens.
+    """Rejects a vocabulary that does not belong to a model with an embedding table of `num_rows`.
 
     Raises:
-        UnsupportedModel: it is far smaller or larger than the table, or tells no text from another.
+        UnsupportedModel: it is far smaller or larger than the table, or gives the same ids for all texts.
     """
     size = backend.get_vocab_size()
-    if size < _FEWEST * num_rows or size - num_rows > max(_FOREIGN_AT_LEAST, _FOREIGN * num_rows):
+    if size < _MIN_KNOWN_SHARE * num_rows or size - num_rows > max(_MIN_EXTRA_LIMIT, _MAX_EXTRA_SHARE * num_rows):
         raise UnsupportedModel(
-            f"the tokenizer knows {size} tokens, and the model has a row for each of {num_rows}: it is another "
-            "model's, or not whole; fetch the model again, or save the model's own tokenizer into the folder"
+            f"the tokenizer has {size} tokens, but the model's embedding table has {num_rows} rows: it is incomplete "
+            "or belongs to another model; fetch the model again, or save the model's own tokenizer into the folder"
         )
     if len(_known_ids(backend)) < min(2, num_rows):
         raise UnsupportedModel(
-            f"the tokenizer knows no word of {len(PROBES)} texts in ten scripts, so that all vectors would be alike; "
-            "fetch the model again, or save the model's own tokenizer into the folder"
+            f"the tokenizer knows no word of {len(PROBES)} texts in ten scripts, so all vectors would be alike; fetch "
+            "the model again, or save the model's own tokenizer into the folder"
         )
 
 
 def _known_ids(backend: FastTokenizer) -> set[int]:
-    """The ids of the probes, but for those that stand for what is unknown."""
-    *probes, rare = backend.encode_batch_fast([*PROBES, _RARE], add_special_tokens=False)
+    """Returns the ids of the probes without those of unknown tokens."""
+    *probes, rare = backend.encode_batch_fast([*PROBES, _RARE_TEXT], add_special_tokens=False)
     unknown = getattr(backend.model, "unk_token", None)
     unknown_ids = {*rare.ids, *(() if unknown is None else (backend.token_to_id(unknown),))}
     return {token_id for probe in probes for token_id in probe.ids} - unknown_ids

@@ -174,7 +174,7 @@ def _check_truncation(tokenizer: Tokenizer, reference: Any, backend: FastTokeniz
     small = tokenizer.limited_to(min(tokenizer.max_tokens, 64))
     theirs = reference(text, truncation=True, max_length=small.max_tokens)["input_ids"]
     backend.no_truncation()  # the call above enabled truncation in the shared backend
-    if small.encode([text], PromptTemplate(), small.rules.truncate).ids[0].tolist() != list(theirs):
+    if small.encode([text], PromptTemplate(), small.limits.truncate).ids[0].tolist() != list(theirs):
         raise UnsupportedModel(
             "the tokenizer has a custom truncation, which cannot be reproduced; save it again with the standard "
             "truncation of the tokenizers library"

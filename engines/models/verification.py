@@ -52,7 +52,7 @@ def probe_inputs(tokenizer: Tokenizer, window: int | None = None) -> list[Ids]:
         window: of the model's sliding attention; where a short text can reach beyond it, the longest one does.
     """
     short, long = tokenizer.encode((_SHORT, _LONG), PromptTemplate(), "end").ids
-    first, behind = len(tokenizer.rules.prefix), len(short) - len(tokenizer.rules.suffix)
+    first, behind = len(tokenizer.limits.prefix), len(short) - len(tokenizer.limits.suffix)
     backwards = np.concatenate([short[:first], short[first:behind][::-1], short[behind:]])
     wanted = min((window or 0) + _BEYOND_WINDOW, tokenizer.max_tokens)
     if window is not None and window <= _LARGEST_PROBED_WINDOW and len(long) < wanted:

@@ -66,12 +66,12 @@ def test_a_model_finds_its_pace_in_idle_time_and_knows_it_the_next_time(kit: Kit
             found.set()
 
     paces = Noticing(tmp_path)
-    settings = LoaderSettings(paces=paces)
+    settings = LoaderSettings(tuning_store=paces)
     engine = kit.load(kit.recipe_folder("bert-cls"), settings=settings)
     assert found.wait(100)
     expected = embed(kit.engine("bert-cls"), ["a text", "another"])
     assert_same(embed(engine, ["a text", "another"]), expected)
-    again = kit.load(kit.recipe_folder("bert-cls"), settings=LoaderSettings(paces=TuningStore(tmp_path)))
+    again = kit.load(kit.recipe_folder("bert-cls"), settings=LoaderSettings(tuning_store=TuningStore(tmp_path)))
 
     (pace,) = TuningStore(tmp_path)._kept._known.values()
     assert again._limit().max_tokens == pace.batch_tokens == engine._limit().max_tokens
@@ -81,7 +81,7 @@ def test_a_model_finds_its_pace_in_idle_time_and_knows_it_the_next_time(kit: Kit
 
 
 def test_a_size_that_somebody_has_set_is_not_tried_out(kit: Kit, tmp_path: Path) -> None:
-    settings = LoaderSettings(paces=TuningStore(tmp_path), max_batch_tokens=77)
+    settings = LoaderSettings(tuning_store=TuningStore(tmp_path), max_batch_tokens=77)
     engine = kit.load(kit.recipe_folder("bert-cls"), settings=settings)
 
     assert engine._tuner is None

@@ -1,4 +1,4 @@
-"""Long and odd texts: what is kept of a part is what would be kept of the whole, and nothing costs more than it may."""
+"""Tests long and odd texts: tokens kept from a part equal those kept from the whole, at a bounded cost."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ ODDITIES = (
 
 
 class Counted:
-    """A real backend that counts the characters it is handed."""
+    """A real backend that counts the characters that it encodes."""
 
     def __init__(self, backend: FastTokenizer) -> None:
         self._backend = backend
@@ -45,7 +45,7 @@ def counted(family: Callable[[], Any], max_tokens: int = 512) -> tuple[Counted, 
 
 
 def odd_text(chance: random.Random) -> str:
-    """Up to 30,000 characters: runs of one oddity, mixtures, and any characters at all."""
+    """Generates up to 30,000 characters: runs of one oddity, mixtures, and arbitrary characters."""
     parts = []
     for _ in range(chance.randint(1, 6)):
         kind = chance.random()
@@ -97,7 +97,7 @@ def test_a_mark_that_unicode_sorts_to_the_front_of_a_long_run_is_seen() -> None:
 
 
 def test_white_space_that_a_special_token_swallows_is_not_kept() -> None:
-    """As RoBERTa's `<mask>` does with the white space in front of it."""
+    """RoBERTa's `<mask>` absorbs the white space before it."""
     backend = FastTokenizer.from_str(vocabularies.roberta().backend_tokenizer.to_str())
     backend.add_special_tokens([AddedToken("<swallows>", lstrip=True, special=True)])
     text = "word" + " " * 20_000 + "<swallows> and words"
@@ -126,7 +126,9 @@ def test_a_word_is_seen_to_its_end_where_the_tokenizer_gives_up_on_long_ones_lat
 @pytest.mark.parametrize("letter", ["x", " ", "\x00"])
 def test_eight_megabytes_that_are_one_token_or_none_are_refused_and_not_read(letter: str, truncate: Truncate) -> None:
     backend, capped = counted(vocabularies.bert)
-    with pytest.raises(InvalidValue, match=r"input\[1\] has 8000000 characters, and its (first|last) 262144 do not"):
+    with pytest.raises(
+        InvalidValue, match=r"input\[1\] has 8000000 characters, and its (first|last) 262144 do not determine"
+    ):
         capped.encode(["a text", letter * 8_000_000], BARE, truncate)
 
     assert backend.characters < 600_000
@@ -163,12 +165,14 @@ def test_of_a_long_prompt_only_what_is_near_the_text_is_read_where_the_start_is_
 
 def test_a_refusal_of_a_long_text_tells_at_least_how_many_tokens_it_has() -> None:
     _, capped = counted(vocabularies.bert)
-    with pytest.raises(ContextLengthExceeded, match=r"input\[0\] has at least \d{4} tokens, but this model reads 512"):
+    with pytest.raises(
+        ContextLengthExceeded, match=r"input\[0\] has at least \d{4} tokens, but this model's limit is 512"
+    ):
         capped.encode(["a few words " * 100_000], BARE, "error")
 
 
 def test_a_text_that_the_tokenizer_cannot_read_is_the_callers_fault() -> None:
     """A unigram model without an unknown token raises a bare exception."""
     backend = FastTokenizer(models.Unigram([("a", -1.0)], None, False))
-    with pytest.raises(InvalidValue, match="tokenizer cannot read this input"):
+    with pytest.raises(InvalidValue, match="tokenizer cannot encode this input"):
         Tokenizer(backend, TokenizerLimits(max_tokens=4, vocab_size=9)).encode(["b"], BARE, "end")

@@ -1,4 +1,4 @@
-"""Which prompt goes in front, byte for byte."""
+"""Tests the selection of prompts, byte for byte."""
 
 from typing import Any
 
@@ -44,7 +44,7 @@ def test_an_input_type_is_a_prompts_name_or_one_of_its_family(
 
 def test_an_unknown_name_is_refused_with_those_that_exist() -> None:
     with pytest.raises(
-        PromptNotFound, match="no prompt named 'sts'; it has clustering, document, query, search_"
+        PromptNotFound, match="no prompt named 'sts': use one of clustering, document, query, search_"
     ) as caught:
         frame(NOMIC, input_type="sts")
     assert caught.value.param == "input_type"
@@ -86,7 +86,7 @@ def test_fields_that_exclude_each_other_are_refused(call: dict[str, str], param:
 
 
 def test_an_instruction_without_a_template_is_refused() -> None:
-    with pytest.raises(InvalidValue, match="this model takes no instruction; use input_type or prompt"):
+    with pytest.raises(InvalidValue, match="this model does not support instruction: use input_type or prompt"):
         frame(E5, instruction="i")
 
 

@@ -1,4 +1,4 @@
-"""Texts to ids: cuts at both ends, ids taken verbatim, and huge texts that cost no more than what is kept of them."""
+"""Tests the tokenizer: truncation on both sides, ids used verbatim, and huge texts that cost little."""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -17,21 +17,21 @@ from engines.inputs import token_ids
 from engines.inputs import tokenizer as clipping
 from engines.inputs import tokenizer as tokenize
 from engines.inputs.prompts import PromptTemplate
-from engines.inputs.tokenizer import Backend, TokenizedRequest, Tokenizer, TokenizerLimits, clips
+from engines.inputs.tokenizer import TokenizedRequest, Tokenizer, TokenizerBackend, TokenizerLimits, clips
 from engines.spec import Truncate
 
 BARE = PromptTemplate()
 
 
 class Encoding:
-    """What a backend gives for one text."""
+    """A backend's result for one text."""
 
     def __init__(self, ids: list[int]) -> None:
         self.ids = ids
 
 
 class Letters:
-    """A backend with an id for each letter; it counts what it is handed."""
+    """A backend with an id for each letter; counts the characters that it encodes."""
 
     def __init__(self) -> None:
         self.handed: list[int] = []
@@ -43,7 +43,7 @@ class Letters:
 
 
 class Calls(Letters):
-    """Remembers how many characters came with each call."""
+    """Records the characters of each call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Calls(Letters):
 
 
 class Counted:
-    """A real backend that counts the characters it is handed."""
+    """A real backend that counts the characters that it encodes."""
 
     def __init__(self, backend: FastTokenizer) -> None:
         self._backend = backend
@@ -66,13 +66,13 @@ class Counted:
         return self._backend.encode_batch_fast(input, add_special_tokens=add_special_tokens)
 
 
-def tokenizer(backend: Backend | None = None, **rules: Any) -> Tokenizer:
+def tokenizer(backend: TokenizerBackend | None = None, **rules: Any) -> Tokenizer:
     wanted = {"prefix": (1,), "suffix": (2,), "max_tokens": 8, "vocab_size": 200, **rules}
     return Tokenizer(backend or Letters(), TokenizerLimits(**wanted))
 
 
 def letters(encoded: TokenizedRequest) -> list[str]:
-    """Ids as text; the special ones as `<` and `>`."""
+    """Renders ids as text, special ones as `<` and `>`."""
     return ["".join({1: "<", 2: ">"}.get(id, chr(id)) for id in row.tolist()) for row in encoded.ids]
 
 
@@ -95,7 +95,7 @@ def test_a_text_that_just_fits_is_not_cut() -> None:
 
 def test_a_long_text_may_be_an_error_instead() -> None:
     with pytest.raises(
-        ContextLengthExceeded, match=r"input\[1\] has at least 9 tokens, but this model reads 8"
+        ContextLengthExceeded, match=r"input\[1\] has at least 9 tokens, but this model's limit is 8"
     ) as caught:
         tokenizer().encode(["abc", "abcdefg"], BARE, "error")
     assert caught.value.param == "input"
@@ -208,14 +208,14 @@ def test_a_text_without_any_token_is_refused_unless_the_model_has_a_vector_for_i
         assert bare.take_ids([[]], "end").token_counts == (0,)
         return
 
-    with pytest.raises(InvalidValue, match=r"input\[1\] has no token"):
+    with pytest.raises(InvalidValue, match=r"input\[1\] has no tokens"):
         bare.encode(["a", ""], BARE, "end")
-    with pytest.raises(InvalidValue, match=r"input\[0\] has no token"):
+    with pytest.raises(InvalidValue, match=r"input\[0\] has no tokens"):
         bare.take_ids([[]], "end")
 
 
 def test_a_limit_must_leave_room() -> None:
-    with pytest.raises(UnsupportedModel, match="max_tokens is 2, but 2 are special tokens; raise it"):
+    with pytest.raises(UnsupportedModel, match="max_tokens is 2, but 2 of these are special tokens: raise"):
         tokenizer(max_tokens=2)
     assert tokenizer().limited_to(3).max_tokens == 3
 
@@ -245,7 +245,7 @@ def _families(name: Callable[[], Any]) -> str:
 @settings(max_examples=20, deadline=None)
 @given(text=_long)
 def test_a_cap_on_characters_never_shows(family: Callable[[], Any], truncate: Truncate, text: str) -> None:
-    """A limit of four tokens, of two characters each, makes a text of a thousand characters a huge one."""
+    """With a limit of four tokens of two characters each, a text of a thousand characters counts as huge."""
     owner = family()
     bare = owner.backend_tokenizer.encode(text, add_special_tokens=False).ids
     with pytest.MonkeyPatch.context() as patch:
@@ -282,12 +282,12 @@ def test_ten_megabytes_without_a_word_are_cut_at_the_end_and_refused_at_the_star
 
     assert capped.encode([huge], BARE, "end").ids[0].tolist() == shorter[:512]
     assert backend.characters < 30_000
-    with pytest.raises(InvalidValue, match=r"input\[0\] has 10000000 characters, and its last 262144 do not show"):
+    with pytest.raises(InvalidValue, match=r"input\[0\] has 10000000 characters, and its last 262144 do not determine"):
         capped.encode([huge], BARE, "start")
 
 
 def test_a_long_text_of_few_tokens_is_read_to_its_end() -> None:
-    """One unknown word of a hundred thousand letters is one token, and words follow."""
+    """A text of one unknown word of 100,000 letters, which is one token, and further words."""
     owner = vocabularies.bert()
     whole = "x" * 100_000 + " " + " ".join(SENTENCES[:3])
     capped = Tokenizer(owner.backend_tokenizer, TokenizerLimits(max_tokens=20, vocab_size=10**6))
@@ -313,7 +313,7 @@ def test_long_texts_keep_their_places_among_short_ones() -> None:
     assert encoded.truncated == (1, 3)
 
 
-# Where to clip.
+# Clip positions.
 
 
 @given(words=st.lists(st.text("ab", min_size=1, max_size=9), min_size=60, max_size=200), cap=st.integers(20, 50))
@@ -390,7 +390,7 @@ def test_a_row_without_them_is_refused_with_the_cure(
     prefix: tuple[int, ...], suffix: tuple[int, ...], row: str, frame: str
 ) -> None:
     good = [*prefix, 65, *suffix]
-    with pytest.raises(InvalidTokenId, match=rf"input\[1\] .* does not {frame}, .*check_embedding_ctx_length=False"):
+    with pytest.raises(InvalidTokenId, match=rf"input\[1\] .* do not {frame}, .*check_embedding_ctx_length=False"):
         tokenizer(prefix=prefix, suffix=suffix).take_ids([good, _ids(row)], "end", must_be_framed=True)
 
 

@@ -1,4 +1,4 @@
-"""Where requests are tokenised: nobody waits for more than a step of somebody else's large request."""
+"""Tests the tokenizer threads: no request waits for more than one step of another large request."""
 
 import asyncio
 import threading
@@ -15,16 +15,16 @@ DONE = TokenizedRequest(())
 
 
 class Scripted:
-    """A request whose steps are given."""
+    """A request with given steps."""
 
     def __init__(self, steps: Sequence[Step], num_chars: int = PIECE_CHARS + 1) -> None:
         self._steps = steps
         self.num_chars = num_chars
 
-    def begin(self) -> Sequence[Step]:
+    def plan_steps(self) -> Sequence[Step]:
         return self._steps
 
-    def now(self) -> TokenizedRequest:
+    def run_all(self) -> TokenizedRequest:
         for step in self._steps:
             step()
         return DONE
@@ -34,7 +34,7 @@ class Scripted:
 
 
 class Gate:
-    """A step that takes until it is opened."""
+    """A step that blocks until it is released."""
 
     def __init__(self) -> None:
         self.begun, self._opened = threading.Event(), threading.Event()
@@ -81,7 +81,7 @@ async def test_large_requests_take_turns_step_by_step(threads: TokenizerThreads)
     first = asyncio.create_task(threads.run(Scripted([gate, *(noting(done, f"first {n}") for n in range(20))])))
     await asyncio.to_thread(gate.begun.wait)
     second = asyncio.create_task(threads.run(Scripted([noting(done, f"second {n}") for n in range(20)])))
-    await asyncio.sleep(0)  # it has asked for its first step
+    await asyncio.sleep(0)  # it has submitted its first step
     gate.open()
     await asyncio.gather(first, second)
 

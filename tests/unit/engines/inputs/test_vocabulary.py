@@ -1,4 +1,4 @@
-"""A tokenizer that is not its model's is refused: every vector would be wrong, with status 200."""
+"""Tests that another model's tokenizer is rejected: every vector would be wrong, with status 200."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from tests.testkit.refusals import refusal
 
 @pytest.fixture
 def folder(kit: Kit, tmp_path: Path) -> Path:
-    """A copy of a small BERT whose tokenizer is to be broken."""
+    """A copy of a small BERT for a test to break its tokenizer."""
     return _copy(kit, "bert-cls", tmp_path)
 
 
@@ -36,7 +36,7 @@ def test_a_folder_without_any_tokenizer_file_is_refused(kit: Kit, tmp_path: Path
 
     assert isinstance(error, BrokenFiles)
     assert error.file == "tokenizer.json"
-    assert "tokenizer.json is missing, and there is no other file with a vocabulary" in str(error)
+    assert "tokenizer.json is missing, and no other file holds a vocabulary" in str(error)
 
 
 def test_a_config_of_a_tokenizer_is_no_tokenizer(kit: Kit, folder: Path) -> None:
@@ -53,7 +53,7 @@ def test_an_empty_vocabulary_is_refused(kit: Kit, folder: Path) -> None:
     error = refusal(kit, folder)
 
     assert isinstance(error, UnsupportedModel)
-    assert "the tokenizer knows 5 tokens, and the model has a row for each of 900" in str(error)
+    assert "the tokenizer has 5 tokens, but the model's embedding table has 900 rows" in str(error)
 
 
 @pytest.mark.parametrize("name", ["xlm-roberta-cls", "static"])
@@ -68,7 +68,7 @@ def test_a_larger_models_tokenizer_is_refused(kit: Kit, tmp_path: Path, name: st
         pieces |= {f"piece{index}": len(pieces) + index for index in range(400)}
     target.write_text(json.dumps(content))
 
-    assert "it is another model's, or not whole" in str(refusal(kit, folder))
+    assert "it is incomplete or belongs to another model" in str(refusal(kit, folder))
 
 
 def test_a_vocabulary_that_knows_no_word_is_refused(kit: Kit, folder: Path) -> None:
@@ -89,18 +89,18 @@ def test_a_huge_tokenizer_is_refused_before_it_is_read(kit: Kit, tmp_path: Path,
 
     assert isinstance(error, BrokenFiles)
     assert error.file == str(target.relative_to(folder))
-    assert f"has {MAX_FILE_BYTES + 1} bytes, and a tokenizer's file may have {MAX_FILE_BYTES}" in str(error)
+    assert f"has {MAX_FILE_BYTES + 1} bytes, but the limit is {MAX_FILE_BYTES}" in str(error)
 
 
 @pytest.mark.parametrize("num_rows", [772, 899, 900, 1024, 1343, 1800])
 def test_tables_somewhat_larger_or_smaller_are_fine(num_rows: int) -> None:
-    """Padded to a round size, ByT5's 259 of 384, or tokens added without a row."""
+    """Tables padded to a round size, ByT5's 259 of 384, or tokens added without a row."""
     check_vocabulary(vocabularies.bert().backend_tokenizer, num_rows)
 
 
 @pytest.mark.parametrize("num_rows", [5, 300, 771, 1801, 30_522])
 def test_tables_of_other_models_are_not(num_rows: int) -> None:
-    with pytest.raises(UnsupportedModel, match=f"900 tokens, and the model has a row for each of {num_rows}"):
+    with pytest.raises(UnsupportedModel, match=f"900 tokens, but the model's embedding table has {num_rows} rows"):
         check_vocabulary(vocabularies.bert().backend_tokenizer, num_rows)
 
 

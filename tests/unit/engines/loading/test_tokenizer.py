@@ -54,7 +54,7 @@ def test_the_registry_may_confirm_that_the_texts_own_last_token_is_meant(kit: Ki
 def test_the_last_id_is_the_end_token(kit: Kit) -> None:
     tokenizer = kit.engine("qwen3-last")._tokenizer
 
-    assert tokenizer.rules.suffix == (vocabularies.qwen().eos_token_id,)
+    assert tokenizer.limits.suffix == (vocabularies.qwen().eos_token_id,)
 
 
 def test_segments_other_than_zero_are_refused(kit: Kit, tmp_path: Path) -> None:
