@@ -1,12 +1,12 @@
-"""A model hub on loopback: the hub's real protocol over HTTP, serving folders, and breaking where it is told to.
+"""Serves folders as a model hub on loopback: the hub's real protocol over HTTP, with scripted faults.
 
     with LoopbackHub() as hub:
         hub.add("org/name", folder)
         hub.fail("org/name", Cut(after_bytes=1000), file="model.safetensors", times=1)
         store = ModelStore(HubConfig(endpoint=hub.url, cache_dir=..., token=False))
 
-Small files are answered where they are asked for, large ones (git-lfs) by a redirect to a second server, as the real
-hub sends clients to its CDN. Every request is kept in `hub.requests`.
+Serves small files directly and redirects requests for large ones (git-lfs) to a second server, as the real hub does to
+its CDN. Records every request in `hub.requests`.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from typing import ClassVar, Self, cast
 from urllib.parse import unquote, urlsplit
 
 LISTING = "<listing>"
-"""As `file` of `LoopbackHub.fail`: the repository's listing (`/api/models/...`) instead of one of its files."""
+"""As `file` of `LoopbackHub.fail`: the repository's listing (`/api/models/...`) instead of a file."""
 
 _LARGE_SUFFIXES = (".safetensors", ".bin", ".onnx", ".h5", ".msgpack", ".pt")
 _PIECE_BYTES = 1 << 20
@@ -38,7 +38,7 @@ _POLL_S = 0.005
 
 @dataclass(frozen=True)
 class Status:
-    """Answer with an error status instead."""
+    """Answers with an error status."""
 
     code: int
     error_code: str = ""
@@ -48,7 +48,7 @@ class Status:
 
 
 def gated() -> Status:
-    """A repository whose licence the caller has not accepted."""
+    """Returns the answer for a repository whose licence the client has not accepted."""
     return Status(403, "GatedRepo", "Access to this model is restricted and you are not in the authorized list.")
 
 
@@ -70,37 +70,37 @@ def server_error(code: int = 503) -> Status:
 
 @dataclass(frozen=True)
 class Cut:
-    """Close the connection after so many bytes of each answer's body."""
+    """Closes the connection after `after_bytes` of each answer's body."""
 
     after_bytes: int
 
 
 @dataclass(frozen=True)
 class Corrupt:
-    """Send one byte wrong."""
+    """Sends one wrong byte."""
 
     at_byte: int = 0
 
 
 @dataclass(frozen=True)
 class Shorter:
-    """Send a file that is so many bytes shorter than listed, as if it were the whole."""
+    """Sends a file `by_bytes` shorter than listed, as if it were complete."""
 
     by_bytes: int
 
 
 @dataclass(frozen=True)
 class Slow:
-    """Send no faster than this."""
+    """Limits the speed of an answer."""
 
     bytes_per_s: int
 
 
 @dataclass(frozen=True)
 class Hold:
-    """Send so many bytes of the body, then nothing until `release` (or the fault is healed).
+    """Sends `after_bytes` of the body, then nothing until `release` is set (or the fault is healed).
 
-    `reached` tells the test that the bytes are sent. With `after_bytes=None` not even the headers come.
+    Sets `reached` once the bytes are sent. With `after_bytes=None` it holds back the headers too.
     """
 
     after_bytes: int | None = None
@@ -110,12 +110,12 @@ class Hold:
 
 @dataclass(frozen=True)
 class IgnoreRange:
-    """Answer range requests with the whole file."""
+    """Answers range requests with the whole file."""
 
 
 @dataclass(frozen=True)
 class NotAHub:
-    """Answer as a captive portal does: a page of HTML, status 200."""
+    """Answers as a captive portal does: an HTML page with status 200."""
 
 
 Fault = Status | Cut | Corrupt | Shorter | Slow | Hold | IgnoreRange | NotAHub
@@ -126,7 +126,7 @@ Fault = Status | Cut | Corrupt | Shorter | Slow | Hold | IgnoreRange | NotAHub
 
 @dataclass(frozen=True)
 class HubFile:
-    """One file at one commit. `oid` is its git hash, `sha256` is set for large files."""
+    """A file at one commit. `oid` is its git hash; `sha256` is set for large files."""
 
     name: str
     path: Path
@@ -141,7 +141,7 @@ class HubFile:
 
 @dataclass
 class Repo:
-    """One repository: its commits, and the commits that its branches and tags stand for."""
+    """A repository: its commits, and the commits that its branches and tags point to."""
 
     token: str | None
     is_gated: bool
@@ -154,8 +154,8 @@ class Repo:
 
 
 @dataclass(frozen=True)
-class HubRequest:
-    """One request as it came. `file` is `LISTING` for a listing; `is_content`: it was answered with file content."""
+class RecordedRequest:
+    """A received request. `file` is `LISTING` for a listing; `is_content`: the answer carried file content."""
 
     method: str
     repo_id: str
@@ -167,7 +167,7 @@ class HubRequest:
 
 
 @dataclass
-class _Scripted:
+class _ScriptedFault:
     repo_id: str
     file: str | None
     fault: Fault
@@ -180,13 +180,13 @@ class _Scripted:
 
 
 class LoopbackHub:
-    """The hub; a context manager. Methods may be called while it serves."""
+    """The hub, a context manager. Its methods may be called while it serves."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._repos: dict[str, Repo] = {}
-        self._faults: list[_Scripted] = []
-        self._requests: list[HubRequest] = []
+        self._faults: list[_ScriptedFault] = []
+        self._requests: list[RecordedRequest] = []
         self._sockets: set[socket.socket] = set()
         self.closing = threading.Event()
         self._servers = [self._server(_HubHandler), self._server(_CdnHandler)]
@@ -201,13 +201,13 @@ class LoopbackHub:
         return self._url(1)
 
     @property
-    def requests(self) -> list[HubRequest]:
+    def requests(self) -> list[RecordedRequest]:
         """All requests so far."""
         with self._lock:
             return list(self._requests)
 
     def downloads(self, repo_id: str, file: str = "*") -> int:
-        """How many answers carried content of these files (a pattern), whole or in part."""
+        """Counts the answers that carried content of these files (a pattern), whole or in part."""
         return sum(
             request.is_content and request.repo_id == repo_id and fnmatchcase(request.file, file)
             for request in self.requests
@@ -216,9 +216,9 @@ class LoopbackHub:
     def add(
         self, repo_id: str, folder: Path, *, revision: str = "main", token: str | None = None, is_gated: bool = False
     ) -> str:
-        """Serve a folder as the newest commit of `revision`; returns the commit. Use another folder for another commit.
+        """Serves a folder as the newest commit of `revision`; returns the commit. Another commit needs another folder.
 
-        `token`: who may see it (private). `is_gated`: only who has that token may read its files.
+        `token`: required to see the repository (private). `is_gated`: the token is required only to read its files.
         """
         files = {file.name: file for file in _files(folder)}
         commit = _sha1("\n".join(f"{file.name} {file.etag}" for file in files.values()).encode())
@@ -233,15 +233,15 @@ class LoopbackHub:
             del self._repos[repo_id]
 
     def fail(self, repo_id: str, fault: Fault, *, file: str | None = None, times: int | None = None) -> None:
-        """From now on, break answers for this file (a pattern, or LISTING; None: all of the repository).
+        """Applies a fault to answers for this file (a pattern, or LISTING; None: the whole repository).
 
-        `times`: that many answers, then no more.
+        `times`: the number of answers to break; None breaks all.
         """
         with self._lock:
-            self._faults.insert(0, _Scripted(repo_id, file, fault, times))
+            self._faults.insert(0, _ScriptedFault(repo_id, file, fault, times))
 
     def heal(self, repo_id: str | None = None) -> None:
-        """Stop failing; held answers go on."""
+        """Removes faults; held answers continue."""
         with self._lock:
             healed = [scripted for scripted in self._faults if repo_id in {None, scripted.repo_id}]
             self._faults = [scripted for scripted in self._faults if scripted not in healed]
@@ -267,14 +267,14 @@ class LoopbackHub:
         for connection in sockets:
             _shut(connection)
 
-    # What the handlers use.
+    # Used by the handlers.
 
     def repo(self, repo_id: str) -> Repo | None:
         with self._lock:
             return self._repos.get(repo_id)
 
     def fault(self, repo_id: str, file: str, wanted: Callable[[Fault], bool]) -> Fault | None:
-        """The newest fault that applies; uses up one of its times."""
+        """Returns the newest fault that applies and uses up one of its `times`."""
         with self._lock:
             for scripted in self._faults:
                 if scripted.applies(repo_id, file) and wanted(scripted.fault):
@@ -283,7 +283,7 @@ class LoopbackHub:
                     return scripted.fault
         return None
 
-    def log(self, request: HubRequest) -> None:
+    def log(self, request: RecordedRequest) -> None:
         with self._lock:
             self._requests.append(request)
 
@@ -310,7 +310,7 @@ class _Server(ThreadingHTTPServer):
         self.hub = hub
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Clients that hang up are what tests do."""
+        """Ignores clients that disconnect, as tests do."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -332,7 +332,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def finish(self) -> None:
         self.hub.connected(self.connection, is_open=False)
-        with contextlib.suppress(OSError):  # the client went away first
+        with contextlib.suppress(OSError):  # the client disconnected first
             super().finish()
 
     def log_message(self, format: str, *args: object) -> None:
@@ -347,24 +347,24 @@ class _Handler(BaseHTTPRequestHandler):
     def respond(self) -> None:
         raise NotImplementedError
 
-    def note(self, repo_id: str, file: str, *, is_content: bool) -> None:
+    def record(self, repo_id: str, file: str, *, is_content: bool) -> None:
         self.hub.log(
-            HubRequest(
+            RecordedRequest(
                 self.command, repo_id, file, self.headers.get("Range"), self.token is not None, is_content, self.is_cdn
             )
         )
 
-    def is_broken_off(self, repo_id: str, file: str) -> bool:
-        """Answer with a fault that leaves no room for a right answer; False when there is none."""
+    def sent_early_fault(self, repo_id: str, file: str) -> bool:
+        """Answers with a fault that replaces the right answer; returns False if there is none."""
         early = self.hub.fault(repo_id, file, _is_early)
         if early is None:
             return False
         if isinstance(early, Status):
-            self.note(repo_id, file, is_content=False)
+            self.record(repo_id, file, is_content=False)
             self.fail(early)
             return True
         if isinstance(early, NotAHub):
-            self.note(repo_id, file, is_content=False)
+            self.record(repo_id, file, is_content=False)
             self.body(b"<html>Please log in to the hotel's network</html>", "text/html")
             return True
         assert isinstance(early, Hold)
@@ -398,18 +398,18 @@ class _Handler(BaseHTTPRequestHandler):
     def send_file(self, repo_id: str, commit: str, file: HubFile) -> None:
         fault = self.hub.fault(repo_id, file.name, lambda fault: not _is_early(fault))
         size = file.size - (fault.by_bytes if isinstance(fault, Shorter) else 0)
-        asked = None if isinstance(fault, IgnoreRange) else self.headers.get("Range")
-        start, end = _range(asked, size)
+        range_header = None if isinstance(fault, IgnoreRange) else self.headers.get("Range")
+        start, end = _range(range_header, size)
         if start >= size > 0:
-            self.note(repo_id, file.name, is_content=False)
+            self.record(repo_id, file.name, is_content=False)
             self.send_response(416)
             self.send_header("Content-Range", f"bytes */{size}")
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
-        self.note(repo_id, file.name, is_content=self.command == "GET")
-        self.send_response(206 if asked else 200)
-        if asked:
+        self.record(repo_id, file.name, is_content=self.command == "GET")
+        self.send_response(206 if range_header else 200)
+        if range_header:
             self.send_header("Content-Range", f"bytes {start}-{end - 1}/{size}")
         self.send_header("Accept-Ranges", "bytes")
         self.send_header("X-Repo-Commit", commit)
@@ -422,7 +422,7 @@ class _Handler(BaseHTTPRequestHandler):
     def send_pieces(self, file: HubFile, start: int, end: int, fault: Fault | None) -> None:
         with file.path.open("rb") as content:
             if not isinstance(fault, Corrupt | Cut | Hold | Slow):
-                # No Python between the disk and the socket: large files cost the tests' own process next to nothing.
+                # sendfile: large files cost the test's own process next to no CPU time.
                 self.connection.sendfile(content, start, end - start)
                 return
             content.seek(start)
@@ -476,23 +476,23 @@ class _HubHandler(_Handler):
         self.fail(Status(404))
 
     def answer(self, kind: str, repo_id: str, revision: str, file: str) -> None:
-        if self.is_broken_off(repo_id, file):
+        if self.sent_early_fault(repo_id, file):
             return
         repo = self.hub.repo(repo_id)
         commit = repo.resolve(revision) if repo is not None else None
         refusal = self.refusal(repo, commit, file)
         if refusal is not None or repo is None or commit is None:
-            self.note(repo_id, file, is_content=False)
+            self.record(repo_id, file, is_content=False)
             self.fail(refusal or not_found())
         elif kind == "resolve":
             self.resolve(repo_id, commit, repo.commits[commit][file])
         else:
-            self.note(repo_id, file, is_content=False)
+            self.record(repo_id, file, is_content=False)
             render = _tree if kind == "tree" else _info
             self.body(json.dumps(render(repo_id, repo, commit)).encode())
 
     def refusal(self, repo: Repo | None, commit: str | None, file: str) -> Status | None:
-        """What the real hub says to who may not, or who asks for what is not there."""
+        """Returns the real hub's answer to a request without permission or for a missing file; None if it is fine."""
         if repo is None or (repo.token is not None and not repo.is_gated and self.token != repo.token):
             return unauthorized() if self.token is None else not_found()
         if commit is None:
@@ -507,7 +507,7 @@ class _HubHandler(_Handler):
         if file.sha256 is None:
             self.send_file(repo_id, commit, file)
             return
-        self.note(repo_id, file.name, is_content=False)
+        self.record(repo_id, file.name, is_content=False)
         self.send_response(302)
         self.send_header("Location", f"{self.hub.cdn_url}/{repo_id}/resolve/{commit}/{file.name}")
         self.send_header("X-Repo-Commit", commit)
@@ -518,7 +518,7 @@ class _HubHandler(_Handler):
 
 
 class _CdnHandler(_Handler):
-    """Contents of large files, to whoever has the address."""
+    """Serves the contents of large files to any client with the address."""
 
     is_cdn = True
 
@@ -536,7 +536,7 @@ class _CdnHandler(_Handler):
 
 
 def _is_early(fault: Fault) -> bool:
-    """Whether a fault strikes before the headers of an answer."""
+    """Returns whether a fault applies before the headers of an answer."""
     return isinstance(fault, Status | NotAHub) or (isinstance(fault, Hold) and fault.after_bytes is None)
 
 
@@ -577,8 +577,8 @@ def _tree(repo_id: str, repo: Repo, commit: str) -> list[dict[str, object]]:
     return entries
 
 
-def _range(asked: str | None, size: int) -> tuple[int, int]:
-    match = re.fullmatch(r"bytes=(\d+)-(\d*)", asked or "")
+def _range(range_header: str | None, size: int) -> tuple[int, int]:
+    match = re.fullmatch(r"bytes=(\d+)-(\d*)", range_header or "")
     if match is None:
         return 0, size
     return int(match[1]), min(int(match[2]) + 1 if match[2] else size, size)

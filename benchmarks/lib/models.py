@@ -1,6 +1,6 @@
-"""Small models with random weights in sentence-transformers' own save format: one recipe for each family and pooling.
+"""Builds small models with random weights in sentence-transformers' save format: a recipe for each family and pooling.
 
-Weights are drawn wide enough that texts differ visibly; with the usual initialisation all vectors are nearly
+The weights have enough variance that texts differ clearly; with the usual initialisation all vectors are nearly
 parallel, and a comparison by cosine would prove nothing.
 """
 
@@ -73,10 +73,10 @@ _GROUPED: dict[str, Any] = {**_SHAPE, "num_key_value_heads": 2, "max_position_em
 
 
 class Recipe(Struct, frozen=True, kw_only=True):
-    """One model to build.
+    """A model to build.
 
-    `spec` is what a registry would add. `padded_because` is part of the note that an engine without a packed path
-    gives; empty means packed.
+    `spec`: the registry's fields for it. `padded_because`: part of the note of an engine without a packed path; empty
+    means packed.
     """
 
     name: str
@@ -98,26 +98,26 @@ RECIPES: dict[str, Recipe] = {}
 def recipe(
     name: str, family: str, pooling: str, *, spec: dict[str, Any] | None = None, padded_because: str = ""
 ) -> Callable[[Callable[[Path], None]], Callable[[Path], None]]:
-    """Enter a builder into `RECIPES`."""
+    """Registers a builder in `RECIPES`."""
 
-    def enter(build: Callable[[Path], None]) -> Callable[[Path], None]:
+    def register(build: Callable[[Path], None]) -> Callable[[Path], None]:
         RECIPES[name] = Recipe(
             name=name, family=family, pooling=pooling, build=build, spec=spec or {}, padded_because=padded_because
         )
         return build
 
-    return enter
+    return register
 
 
 def reference(folder: Path, **options: Any) -> SentenceTransformer:
-    """sentence-transformers on the same folder, in float32 on the CPU."""
+    """Loads the same folder with sentence-transformers, in float32 on the CPU."""
     with quiet():
         return SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": torch.float32}, **options)
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the libraries' advice, their bars and their warnings."""
+    """Silences the libraries' logs, progress bars and warnings."""
     disable(WARNING)
     try:
         with warnings.catch_warnings():
@@ -128,7 +128,7 @@ def quiet() -> Iterator[None]:
 
 
 def transformer(config: Any, *, seed: int = 7, kind: Any = AutoModel) -> nn.Module:
-    """A model of that configuration whose weights make texts differ."""
+    """Builds a model of a configuration with weights that give different texts different vectors."""
     torch.manual_seed(seed)
     build = kind.from_config if kind is AutoModel else kind
     model: nn.Module = build(config).eval()
@@ -138,9 +138,9 @@ def transformer(config: Any, *, seed: int = 7, kind: Any = AutoModel) -> nn.Modu
 
 @torch.no_grad()
 def randomise(module: nn.Module) -> None:
-    """Tables with unit variance, projections that keep it, and norms and biases that are not all the same.
+    """Draws tables with unit variance, projections that preserve it, and varied norms and biases.
 
-    What is the same for every text (positions, segments, biases) is kept small, as it pulls all vectors together.
+    Terms that are the same for every text (positions, segments, biases) stay small, since they make all vectors alike.
     """
     for name, parameter in module.named_parameters():
         if parameter.ndim == 1:
@@ -164,10 +164,10 @@ def save(
     max_length: int | None = 160,
     **options: Any,
 ) -> None:
-    """Write the folder as sentence-transformers 6 does: transformer, then the modules behind it.
+    """Writes the folder as sentence-transformers 6 does: the transformer, then the other modules.
 
     Args:
-        options: of SentenceTransformer, as `prompts` and `default_prompt_name`.
+        options: of SentenceTransformer, such as `prompts` and `default_prompt_name`.
     """
     with quiet(), TemporaryDirectory() as draft:
         model.save_pretrained(draft)  # type: ignore[operator]  # nn.Module types attributes as tensors or modules
@@ -178,12 +178,12 @@ def save(
 
 
 def edit_json(path: Path, **changes: Any) -> None:
-    """Change keys of a JSON object on disk."""
+    """Changes keys of a JSON object on disk."""
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def to_legacy(folder: Path, *, max_length: int | None, do_lower_case: bool = False) -> None:
-    """Rewrite a folder into the form that sentence-transformers 2 to 5.3 saved."""
+    """Rewrites a folder into the format of sentence-transformers 2 to 5.3."""
     lines = json.loads((folder / "modules.json").read_text())
     for line in lines:
         kind = line["type"].rsplit(".", 1)[-1]
@@ -209,21 +209,21 @@ def _to_pickle(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
 
 
-def dense(wide: int, narrow: int, activation: nn.Module | None, seed: int = 3, **options: Any) -> Dense:
-    """A Dense module with weights of its own."""
+def dense(in_width: int, out_width: int, activation: nn.Module | None, seed: int = 3, **options: Any) -> Dense:
+    """Builds a Dense module with random weights."""
     torch.manual_seed(seed)
-    module = Dense(wide, narrow, activation_function=activation, **options)
+    module = Dense(in_width, out_width, activation_function=activation, **options)
     randomise(module)
     return module
 
 
 def configure(kind: Any, **values: Any) -> Any:
-    """A config with keys that its class takes, but does not declare."""
+    """Builds a config with keys that its class accepts but does not declare."""
     return kind(**values)
 
 
 def bert_config(tokenizer: PreTrainedTokenizerFast, **changes: Any) -> BertConfig:
-    """The smallest BERT that is still one."""
+    """Returns the config of a minimal BERT."""
     return BertConfig(vocab_size=len(tokenizer), max_position_embeddings=256, **{**_SHAPE, **changes})
 
 
@@ -232,7 +232,7 @@ def _save_bert(folder: Path, *behind: nn.Module, **options: Any) -> None:
     save(folder, transformer(bert_config(tokenizer)), tokenizer, behind, **options)
 
 
-# BERT, once for every kind of module behind it.
+# BERT, once for every kind of module after it.
 
 
 @recipe("bert-cls", "bert", "cls")
@@ -522,7 +522,7 @@ def _gemma2(folder: Path) -> None:
         query_pre_attn_scalar=12, **_GROUPED,
     )  # fmt: skip
     model = transformer(config)
-    # Gemma multiplies its embeddings: left so, the end token would be all that its own vector says.
+    # Gemma multiplies its embeddings: unchanged, the vector of the end token would depend on that token alone.
     model.get_parameter("embed_tokens.weight").data.mul_(0.1)
     save(folder, model, tokenizer, [Pooling(WIDTH, "lasttoken"), Normalize()])
 
@@ -551,7 +551,7 @@ def _jamba(folder: Path) -> None:
     save(folder, transformer(config), tokenizer, [Pooling(WIDTH, "mean")])
 
 
-# No transformer at all.
+# Models without a transformer.
 
 
 @recipe("static", "StaticEmbedding", "mean")

@@ -1,4 +1,4 @@
-"""Tokenizers trained on the spot, each with the model, the normaliser and the post-processor of its family."""
+"""Trains small tokenizers, each with the model, the normaliser and the post-processor of its family."""
 
 import math
 import unicodedata
@@ -29,8 +29,10 @@ def _wrap(tokenizer: Tokenizer, **names: Any) -> PreTrainedTokenizerFast:
 
 
 def _wordpiece(specials: list[str], unknown: str, lowercase: bool) -> Tokenizer:
-    """Pieces are whole words and the commonest beginnings and continuations of words; the library's own trainer
-    would choose others in every run."""
+    """Builds a WordPiece model from whole words and the most frequent beginnings and continuations of words.
+
+    The library's own trainer would choose other pieces in every run.
+    """
     normalizer, pre_tokenizer = normalizers.BertNormalizer(lowercase=lowercase), pre_tokenizers.BertPreTokenizer()
     sentences = [normalizer.normalize_str(sentence) for sentence in SENTENCES]
     words = [word for sentence in sentences for word, _ in pre_tokenizer.pre_tokenize_str(sentence)]
@@ -91,7 +93,7 @@ def roberta(max_length: int = 512) -> PreTrainedTokenizerFast:
 
 @cache
 def xlm_roberta(max_length: int = 512) -> PreTrainedTokenizerFast:
-    """XLM-R, CamemBERT: unigram over white space turned visible, `<s> … </s>`."""
+    """XLM-R, CamemBERT: unigram after replacing white space by `▁`, `<s> … </s>`."""
     tokenizer = _unigram(["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
     tokenizer.post_processor = _surround(tokenizer, ["<s>"], ["</s>"])
     return _wrap(
@@ -111,7 +113,7 @@ def t5(*, with_specials: bool = True, max_length: int = 512) -> PreTrainedTokeni
 
 @cache
 def qwen(*, with_specials: bool = True, max_length: int = 512) -> PreTrainedTokenizerFast:
-    """Qwen: byte-level BPE behind its own regex, `… <|endoftext|>`; without it, as a chat model's tokenizer."""
+    """Qwen: byte-level BPE after its own regex, `… <|endoftext|>`; without it, as a chat model's tokenizer."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -132,11 +134,11 @@ def qwen(*, with_specials: bool = True, max_length: int = 512) -> PreTrainedToke
 
 @cache
 def llama(*, with_end: bool = True, max_length: int = 512) -> PreTrainedTokenizerFast:
-    """Llama and Mistral: BPE of the whole text with bytes to fall back on, `<s> …` and, for embedders, `</s>`."""
+    """Llama and Mistral: BPE of the whole text with byte fallback, `<s> …` and, for embedders, `</s>`."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     specials = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    # Pieces are learnt word by word, as SentencePiece does, and used without any cut in front.
+    # Pieces are learnt word by word, as SentencePiece does, and applied without pre-tokenisation.
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
     trainer = trainers.BpeTrainer(vocab_size=_VOCAB_SIZE, special_tokens=specials, show_progress=False)
     tokenizer.train_from_iterator(_TRAINING, trainer)
@@ -149,14 +151,14 @@ def llama(*, with_end: bool = True, max_length: int = 512) -> PreTrainedTokenize
 
 @cache
 def gemma(max_length: int = 512) -> PreTrainedTokenizerFast:
-    """Gemma: BPE behind spaces turned visible, `<bos> … <eos>`."""
+    """Gemma: BPE after replacing spaces by `▁`, `<bos> … <eos>`."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", behavior="merged_with_next")
     specials = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256))]
     trainer = trainers.BpeTrainer(vocab_size=_VOCAB_SIZE, special_tokens=specials, show_progress=False)
     tokenizer.train_from_iterator(_TRAINING, trainer)
-    # As in the original: the normaliser leaves no space to split at, so a text is one piece.
+    # As in the original: the normaliser leaves no spaces to split at, so a text is one piece.
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous")
     tokenizer.post_processor = _surround(tokenizer, ["<bos>"], ["<eos>"])
     return _wrap(
@@ -167,7 +169,7 @@ def gemma(max_length: int = 512) -> PreTrainedTokenizerFast:
 
 @cache
 def bare() -> Tokenizer:
-    """Word pieces and no special token around them: what static embeddings use."""
+    """WordPiece without special tokens around a text, as static embeddings use."""
     return _wordpiece(["[PAD]", "[UNK]"], "[UNK]", True)
 
 
@@ -180,8 +182,10 @@ def _train_bytes(tokenizer: Tokenizer, specials: list[str]) -> None:
 
 
 def _unigram(specials: list[str]) -> Tokenizer:
-    """Pieces are the commonest parts of words, scored by how common they are; the library's own trainer would give
-    other scores in every run."""
+    """Builds a unigram model from the most frequent parts of words, scored by frequency.
+
+    The library's own trainer would give other scores in every run.
+    """
     counts = Counter(
         word[start:end]
         for sentence in SENTENCES

@@ -125,7 +125,7 @@ class EmbeddingEngine:
         """See `Engine.embed`. Cancelling drops what has not been cut."""
         output = output_spec(call, self._info, normalize=self._spec.normalize, target_dim=self._limits.target_dim)
         reading = prepare_inputs(call, self._tokenizer, self._spec, self._info.prompts)
-        with self._threads.heavy() if reading.num_chars > _HEAVY_CHARS else nullcontext():
+        with self._threads.trim_heap_after() if reading.num_chars > _HEAVY_CHARS else nullcontext():
             return await self._embed(reading, output, Origin(call.caller, self._spec.cache_shared))
 
     async def _embed(self, reading: TextReading | IdReading, output: OutputSpec, origin: Origin) -> Embeddings:

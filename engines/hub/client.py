@@ -29,7 +29,7 @@ from msgspec import Struct, field
 from engines.errors import BrokenFiles, DiskFull, ShuttingDown
 from engines.hub.errors import HubRequest, is_transient, offline_error, retry_after_s, translate_error
 from engines.hub.file_selection import is_safe
-from engines.hub.partial_file import FileEntry, FileHash, OnBytes, PartFile
+from engines.hub.partial_file import FileEntry, FileHash, OnBytes, PartialFile
 
 _COMMIT = re.compile("[0-9a-f]{40}")
 _ETAG = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
@@ -168,7 +168,7 @@ class HubClient:
         """
         request = self._request(listing.repo_id, listing.commit, file.name)
         for _ in range(2):
-            part = PartFile(path, file, on_bytes)
+            part = PartialFile(path, file, on_bytes)
             try:
                 self._with_retries(partial(self._stream, listing, part), request, part)
             except DiskFull:
@@ -190,7 +190,7 @@ class HubClient:
         if self._closed.is_set():
             raise ShuttingDown("the server is shutting down: the download resumes at the next start")
 
-    def _stream(self, listing: Listing, part: PartFile) -> None:
+    def _stream(self, listing: Listing, part: PartialFile) -> None:
         """Requests the rest of a file once. Returns when another request would not bring more."""
         with part.opened():
             before = part.done_bytes
@@ -220,7 +220,7 @@ class HubClient:
             hf_raise_for_status(response)
             yield response
 
-    def _with_retries(self, send: Callable[[], _T], request: HubRequest, part: PartFile | None = None) -> _T:
+    def _with_retries(self, send: Callable[[], _T], request: HubRequest, part: PartialFile | None = None) -> _T:
         """Sends a request and retries transient failures, up to `attempts` times without progress."""
         failures = 0
         while True:

@@ -87,7 +87,7 @@ def is_intact(path: Path, file: FileEntry, on_bytes: OnBytes) -> bool:
     return False
 
 
-class PartFile:
+class PartialFile:
     """The received part of `file`, stored at `path`. Use within `opened`, by one thread at a time."""
 
     def __init__(self, path: Path, file: FileEntry, on_bytes: OnBytes) -> None:

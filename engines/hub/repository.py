@@ -194,9 +194,9 @@ class Repository:
             # Another process may have downloaded some of them while this one waited for the lock.
             missing = [file for file in files if not self._is_present(listing.commit, file, progress)]
             need_bytes = sum(file.size_bytes - self._cache.partial_bytes(file) for file in missing)
-            here_bytes = free_bytes(self._cache.folder)
-            if need_bytes > here_bytes:
-                raise disk_full_error(self._repo_id, need_bytes, here_bytes)
+            available_bytes = free_bytes(self._cache.folder)
+            if need_bytes > available_bytes:
+                raise disk_full_error(self._repo_id, need_bytes, available_bytes)
             for file in missing:
                 self._cache.remove(listing.commit, file.name)  # missing or wrong
                 part = self._cache.partial_path(file)

@@ -134,8 +134,8 @@ class IdChecks:
         head = self._prefix if self._has_prefix(row) else NO_IDS
         tail = self._suffix if self._has_suffix(row) else NO_IDS
         body = row[len(head) : len(row) - len(tail)]
-        room = self._max_tokens - len(head) - len(tail)
-        return np.concatenate([head, body[-room:] if truncate == "start" else body[:room], tail])
+        max_body_tokens = self._max_tokens - len(head) - len(tail)
+        return np.concatenate([head, body[-max_body_tokens:] if truncate == "start" else body[:max_body_tokens], tail])
 
     def _has_prefix(self, row: Ids) -> bool:
         return np.array_equal(row[: len(self._prefix)], self._prefix)

@@ -133,7 +133,7 @@ class TokenizerLimits(Struct, frozen=True, kw_only=True):
         return max(_MIN_MARGIN_TOKENS, self.max_word_chars + 1)
 
     @property
-    def room(self) -> int:
+    def max_text_tokens(self) -> int:
         """The number of tokens that fit between the special tokens."""
         return self.max_tokens - len(self.prefix) - len(self.suffix)
 
@@ -147,16 +147,16 @@ class Tokenizer:
     """
 
     def __init__(self, backend: TokenizerBackend, limits: TokenizerLimits) -> None:
-        if limits.room < 1:
+        if limits.max_text_tokens < 1:
             special = len(limits.prefix) + len(limits.suffix)
             raise UnsupportedModel(
                 f"max_tokens is {limits.max_tokens}, but {special} of these are special tokens: raise `max_tokens` in "
                 "the registry"
             )
         self.limits = limits
-        self.room = limits.room
-        self.first_cap = first_cap(limits.room + 2 * limits.margin_tokens)
-        self.max_chars = max_chars(limits.room + 2 * limits.margin_tokens)
+        self.max_text_tokens = limits.max_text_tokens
+        self.first_cap = first_cap(limits.max_text_tokens + 2 * limits.margin_tokens)
+        self.max_chars = max_chars(limits.max_text_tokens + 2 * limits.margin_tokens)
         self._backend = backend
         self._ids = IdChecks(
             limits.prefix, limits.suffix, limits.max_tokens, limits.vocab_size, takes_empty=limits.takes_empty
@@ -219,11 +219,11 @@ class Tokenizer:
         Raises:
             ContextLengthExceeded, InvalidValue, InvalidTokenId: naming the input by its `index`.
         """
-        if truncate == "error" and len(row) > self.room:
+        if truncate == "error" and len(row) > self.max_text_tokens:
             raise self._ids.too_long_error(index, len(row) + len(self.limits.prefix) + len(self.limits.suffix))
         limits = self.limits
-        if len(row) > self.room:
-            row = row[-self.room :] if truncate == "start" else row[: self.room]
+        if len(row) > self.max_text_tokens:
+            row = row[-self.max_text_tokens :] if truncate == "start" else row[: self.max_text_tokens]
         ids = np.array([*limits.prefix, *row, *limits.suffix], np.int64)
         if not len(ids):
             self._ids.check_not_empty(index, ids)
@@ -271,10 +271,14 @@ class Tokenizer:
 
     def _agree(self, first: list[int], second: list[int], *, keep_end: bool) -> bool:
         """Returns whether two clips prove that a text is too long and give the same tokens to keep."""
-        room = self.room
-        if min(len(first), len(second)) < room + self.limits.margin_tokens:
+        max_text_tokens = self.max_text_tokens
+        if min(len(first), len(second)) < max_text_tokens + self.limits.margin_tokens:
             return False
-        return first[-room:] == second[-room:] if keep_end else first[:room] == second[:room]
+        return (
+            first[-max_text_tokens:] == second[-max_text_tokens:]
+            if keep_end
+            else first[:max_text_tokens] == second[:max_text_tokens]
+        )
 
 
 class TextReading:
@@ -313,11 +317,11 @@ class TextReading:
             run_steps(self.plan_steps)
             return self.result()
         self._count_prompt()
-        tokenizer, truncate, room = self._tokenizer, self._truncate, self._tokenizer.room
+        tokenizer, truncate, max_text_tokens = self._tokenizer, self._truncate, self._tokenizer.max_text_tokens
         texts = [self._template.apply(text) for text in self._texts] if self._template_chars else self._texts
         rows = tokenizer.encode_bare(texts)
         self.rows = [tokenizer.add_special_tokens(index, row, truncate) for index, row in enumerate(rows)]
-        return self._build_result(tuple([index for index, row in enumerate(rows) if len(row) > room]))
+        return self._build_result(tuple([index for index, row in enumerate(rows) if len(row) > max_text_tokens]))
 
     def result(self) -> TokenizedRequest:
         """Returns all ids; call it when all steps have run.
@@ -365,7 +369,7 @@ class TextReading:
 
     def _store(self, group: Sequence[int], row: list[int]) -> None:
         ids = self._tokenizer.add_special_tokens(group[0], row, self._truncate)
-        is_long = len(row) > self._tokenizer.room
+        is_long = len(row) > self._tokenizer.max_text_tokens
         for index in group:
             self.rows[index], self._is_long[index] = ids, is_long
 

@@ -79,7 +79,7 @@ class TokenizerThreads:
                 waiting.extend((number, next_step) for next_step in next_steps)
 
     @contextmanager
-    def heavy(self) -> Iterator[None]:
+    def trim_heap_after(self) -> Iterator[None]:
         """Encloses a request that takes much memory: after the last of them, freed memory returns to the system.
 
         The C library keeps freed memory: 87 MB after ten requests of 2,048 texts of 500 words.

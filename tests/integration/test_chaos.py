@@ -35,7 +35,7 @@ from benchmarks.lib.small_memory import (
 )
 from benchmarks.lib.workloads import mixed
 from engines.batching.runner import Runner
-from engines.hub.partial_file import PartFile
+from engines.hub.partial_file import PartialFile
 from engines.loading.loader import TorchLoader
 from engines.pool.slot import PoolPolicy
 from engines.spec import ModelSpec
@@ -186,20 +186,20 @@ async def test_a_disk_that_fills_up_during_a_download_is_said_so_and_the_next_tr
     name = "bert-cls"
     written = 0
 
-    def write_until_full(part: PartFile, chunk: bytes, append: Callable[[PartFile, bytes], None]) -> None:
+    def write_until_full(part: PartialFile, chunk: bytes, append: Callable[[PartialFile, bytes], None]) -> None:
         nonlocal written
         written += len(chunk)
         if written > 150_000:
             raise OSError(28, "No space left on device", str(tmp_path))
         append(part, chunk)
 
-    append = PartFile.append
+    append = PartialFile.append
     with LoopbackHub() as hub:
         hub.add("org/model", truths[name].folder)
         specs = {name: specs_of({name: truths[name]}, source="org/model")[name]}
         rules = PoolPolicy(retry_s=(0.2, 0.3))
         async with real_server(specs, rules=rules, hub=hub_config(hub, tmp_path)) as server:
-            monkeypatch.setattr(PartFile, "append", lambda part, chunk: write_until_full(part, chunk, append))
+            monkeypatch.setattr(PartialFile, "append", lambda part, chunk: write_until_full(part, chunk, append))
             answers = await asyncio.gather(*(server.embed(name) for _ in range(3)))
             left = parts(tmp_path)
             health = await server.client.get("/health")

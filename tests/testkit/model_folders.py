@@ -1,4 +1,4 @@
-"""Small folders that look like models: the files of one, with weights that nobody runs."""
+"""Writes small folders with the files of a model and weights that are never run."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ Tensors = Mapping[str, NDArray[np.generic]]
 
 
 def tensors(num_elements: int = 1000, *, seed: int = 0) -> Tensors:
-    """A float32 matrix and the int64 buffer that BERT models carry."""
+    """Returns a float32 matrix and the int64 buffer that BERT models have."""
     rng = np.random.default_rng(seed)
     return {
         "encoder.weight": rng.standard_normal((num_elements // 10, 10)).astype(np.float32),
@@ -36,7 +36,7 @@ def write_weights(path: Path, weights: Tensors) -> None:
 
 
 def plain_model(folder: Path, weights: Tensors | None = None) -> Path:
-    """A transformers folder without modules.json, with what a hub repository has around it."""
+    """Writes a transformers folder without modules.json, with the usual other files of a hub repository."""
     write_json(folder / "config.json", {"model_type": "bert", "hidden_size": 10})
     write_json(folder / "tokenizer.json", {"version": "1.0"})
     write_json(folder / "tokenizer_config.json", {"model_max_length": 16})
@@ -49,7 +49,7 @@ def plain_model(folder: Path, weights: Tensors | None = None) -> Path:
 
 
 def sentence_model(folder: Path, weights: Tensors | None = None, *, dense: bool = False) -> Path:
-    """A sentence-transformers folder: a chain of modules, and formats that we do not want beside the weights."""
+    """Writes a sentence-transformers folder: a chain of modules, and weights in formats that must not be selected."""
     plain_model(folder, weights)
     modules = [("", TRANSFORMER), ("1_Pooling", POOLING), *([("2_Dense", DENSE)] if dense else []), ("3_N", NORMALIZE)]
     write_modules(folder, modules)
@@ -71,7 +71,7 @@ def write_modules(folder: Path, modules: Sequence[tuple[str, str]]) -> None:
 
 
 def sharded_model(folder: Path, num_shards: int = 3) -> Path:
-    """A model whose weights are spread over several files with an index."""
+    """Writes a model whose weights are split over several files with an index."""
     plain_model(folder)
     (folder / "model.safetensors").unlink()
     weight_map = {}

@@ -381,7 +381,7 @@ def test_a_disk_that_fills_up_on_the_way_is_said_so_and_freed(
     def full(part: object, chunk: bytes) -> None:
         raise OSError(28, "No space left on device", "/secret/path")
 
-    monkeypatch.setattr("engines.hub.partial_file.PartFile.append", full)
+    monkeypatch.setattr("engines.hub.partial_file.PartialFile.append", full)
 
     with pytest.raises(DiskFull, match="filled up") as caught:
         store.fetch(spec(), quiet)

@@ -142,8 +142,8 @@ async def test_memory_is_given_back_once_when_the_last_large_request_has_gone(mo
     monkeypatch.setattr(tokenizer_threads, "_TRIM_AFTER_S", 0)
     threads = TokenizerThreads(1)
 
-    with threads.heavy():
-        with threads.heavy():
+    with threads.trim_heap_after():
+        with threads.trim_heap_after():
             pass
         await threads.run(Scripted([]))
         assert not trimmed.acquire(blocking=False)

@@ -152,7 +152,7 @@ def test_a_model_without_any_limit_reads_eight_thousand_tokens(kit: Kit, tmp_pat
 
 
 def test_a_limit_without_room_for_text_is_refused(kit: Kit) -> None:
-    with pytest.raises(UnsupportedModel, match="max_tokens is 2, but 2 are special tokens"):
+    with pytest.raises(UnsupportedModel, match="max_tokens is 2, but 2 of these are special tokens"):
         kit.load(kit.recipe_folder("bert-cls"), max_tokens=2)
     assert kit.load(kit.recipe_folder("bert-cls"), max_tokens=3).info.max_tokens == 3
 
