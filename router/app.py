@@ -31,7 +31,7 @@ from router.registry.registry import Registry
 from router.server.application import Application
 from router.server.background import watching
 from router.server.reloader import Reloader, keys_watched, open_keyring
-from router.server.state import ServerState, provide_spec, provide_state
+from router.server.state import ServerState, provide_spec
 
 _CONTROLLERS = (
     EmbeddingsController, ModelsController, AdminController, HealthController, MetricsController, DashboardController,
@@ -76,11 +76,7 @@ def create_app(
     skins = [_SKINS[name] for name in settings.skins]
     return Application(
         route_handlers=[*_CONTROLLERS, *skins],
-        dependencies={
-            "server_state": Provide(provide_state, sync_to_thread=False),
-            "spec": Provide(provide_spec, sync_to_thread=False),
-            "reloader": Provide(lambda: reloader, sync_to_thread=False),
-        },
+        dependencies={"spec": Provide(provide_spec, sync_to_thread=False)},
         exception_handlers={Exception: answer_error},
         lifespan=[
             lambda _: aclosing(observers),

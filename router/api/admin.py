@@ -19,7 +19,7 @@ from router.api.event_stream import event_messages, parse_last_event_id, preload
 from router.api.models import slots_by_model
 from router.api.openapi import BEARER, BODY, GUARDED, LOADING, failures
 from router.auth.guards import requires
-from router.observability.traffic import STEP_S, Traffic
+from router.observability.traffic import STEP_S, traffic_of
 from router.registry.registry import Changes
 from router.schemas.admin import (
     DeviceMemory,
@@ -32,8 +32,8 @@ from router.schemas.admin import (
     SlotList,
 )
 from router.server.application import while_client_stays
-from router.server.reloader import Reloader
-from router.server.state import ServerState, provide_any_spec
+from router.server.reloader import reloader_of
+from router.server.state import ServerState, provide_any_spec, state_of
 
 _EVENT_STREAM = ResponseSpec(
     str,
@@ -53,16 +53,14 @@ class AdminController(Controller):
     dependencies = {"spec": Provide(provide_any_spec, sync_to_thread=False)}  # noqa: RUF012 - as Litestar types it
 
     @get("/models", responses=failures(*GUARDED), summary="List the slots")
-    async def list_slots(self, server_state: NamedDependency[ServerState]) -> SlotList:
+    async def list_slots(self, request: Request[Any, Any, Any]) -> SlotList:
         """Every model on every device."""
-        return SlotList(data=[slot for slots in slots_by_model(server_state).values() for slot in slots])
+        return SlotList(data=[slot for slots in slots_by_model(state_of(request)).values() for slot in slots])
 
     @get("/models/{model_id:str}", responses=failures(*GUARDED, "model_not_found"), summary="One model's slots")
-    async def retrieve_slots(
-        self, server_state: NamedDependency[ServerState], spec: NamedDependency[ModelSpec]
-    ) -> ModelSlots:
+    async def retrieve_slots(self, request: Request[Any, Any, Any], spec: NamedDependency[ModelSpec]) -> ModelSlots:
         """One model on every device."""
-        return _model_slots(server_state, spec)
+        return _model_slots(state_of(request), spec)
 
     @post(
         "/models/{model_id:str}/preload",
@@ -75,7 +73,6 @@ class AdminController(Controller):
     async def preload(
         self,
         request: Request[Any, Any, Any],
-        server_state: NamedDependency[ServerState],
         spec: NamedDependency[ModelSpec],
         data: JSONBody[PreloadRequest | None] = None,
     ) -> Response[ModelSlots]:
@@ -84,7 +81,7 @@ class AdminController(Controller):
         With `Accept: text/event-stream` the answer is a stream at once: this model's events as in /admin/events, then
         one event `done` with its slots, or one `error` with the error's envelope.
         """
-        wanted = data or PreloadRequest()
+        server_state, wanted = state_of(request), data or PreloadRequest()
         if wants_stream(request):
             return ServerSentEvent(_preload_stream(request, server_state, spec, wanted))  # type: ignore[return-value]  # a Response of another body
         async with while_client_stays(request):
@@ -103,12 +100,12 @@ class AdminController(Controller):
     )
     async def evict(
         self,
-        server_state: NamedDependency[ServerState],
+        request: Request[Any, Any, Any],
         spec: NamedDependency[ModelSpec],
         data: JSONBody[EvictRequest | None] = None,
     ) -> ModelSlots:
         """Running requests finish first; then it is freed on every device."""
-        wanted = data or EvictRequest()
+        server_state, wanted = state_of(request), data or EvictRequest()
         await server_state.backend.evict(spec.model_id, force=wanted.force, timeout_s=wanted.timeout)
         return _model_slots(server_state, spec)
 
@@ -118,28 +115,29 @@ class AdminController(Controller):
         responses=failures(*GUARDED, "invalid_value", "not_found", "host_lost"),
         summary="Start a host anew",
     )
-    async def recycle(self, server_state: NamedDependency[ServerState], host_id: FromPath[str]) -> Memory:
+    async def recycle(self, request: Request[Any, Any, Any], host_id: FromPath[str]) -> Memory:
         """Its requests finish, its process ends, another one takes its place and loads what was ready: the sure cure
         for a leak. Other hosts serve on. Answers with all devices when the new one takes work.
         """
-        await server_state.backend.recycle(unquote(host_id))
-        return Memory(devices=[_device(host) for host in server_state.backend.snapshots()])
+        backend = state_of(request).backend
+        await backend.recycle(unquote(host_id))
+        return Memory(devices=[_device(host) for host in backend.snapshots()])
 
     @get("/memory", responses=failures(*GUARDED), summary="Memory of the devices")
-    async def memory(self, server_state: NamedDependency[ServerState]) -> Memory:
+    async def memory(self, request: Request[Any, Any, Any]) -> Memory:
         """Each device's bytes, and its residents in eviction order."""
-        return Memory(devices=[_device(host) for host in server_state.backend.snapshots()])
+        return Memory(devices=[_device(host) for host in state_of(request).backend.snapshots()])
 
     @get("/traffic", responses=failures(*GUARDED), summary="The last minute")
     async def last_minute(self, request: Request[Any, Any, Any]) -> LastMinute:
         """Texts, tokens and latencies of the models that answered within it."""
-        traffic: Traffic = request.app.state.traffic
-        found = traffic.last_minute().items()
+        found = traffic_of(request).last_minute().items()
         return LastMinute(step_s=STEP_S, data=[ModelTraffic(id=name, **structs.asdict(each)) for name, each in found])
 
     @get("/plan", responses=failures(*GUARDED, "invalid_value", "model_not_found"), summary="Plan a load")
-    async def plan(self, server_state: NamedDependency[ServerState], model: FromQuery[str | None] = None) -> Plan:
+    async def plan(self, request: Request[Any, Any, Any], model: FromQuery[str | None] = None) -> Plan:
         """What loading a model would do, without doing it; without `model`, the default one."""
+        server_state = state_of(request)
         return await server_state.backend.plan(server_state.registry.resolve(model).model_id)
 
     @post(
@@ -148,17 +146,18 @@ class AdminController(Controller):
         responses=failures(*GUARDED, "invalid_value", "shutting_down"),
         summary="Read the registry again",
     )
-    async def reload_registry(self, reloader: NamedDependency[Reloader]) -> Changes:
+    async def reload_registry(self, request: Request[Any, Any, Any]) -> Changes:
         """All or nothing: what was added, removed, changed in place, or replaced; or every mistake in the file."""
-        return await reloader.reload()
+        return await reloader_of(request).reload()
 
     @get("/events", responses={200: _EVENT_STREAM} | failures(*GUARDED), summary="Follow what happens")
     async def events(
         self,
-        server_state: NamedDependency[ServerState],
+        request: Request[Any, Any, Any],
         last_event_id: Annotated[str, HeaderParameter(name="Last-Event-ID")] = "",
     ) -> ServerSentEvent:
         """State changes and download progress as they happen; `Last-Event-ID` brings what was missed."""
+        server_state = state_of(request)
         after = parse_last_event_id(last_event_id)
         return ServerSentEvent(event_messages(server_state.backend.events(after), after, server_state.draining))
 

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from litestar import Controller, Request, Response, get
-from litestar.di import NamedDependency
 from litestar.exceptions import NotAuthorizedException, NotFoundException
 from litestar.params import FromPath
 
 from router.api.assets import Asset
-from router.server.state import ServerState
+from router.server.state import ServerState, state_of
 
 _PAGE = Path(__file__).parent.parent / "dashboard" / "page"
 _HEADERS = {
@@ -34,11 +33,9 @@ class DashboardController(Controller):
     include_in_schema = False
 
     @get("/")
-    async def page(
-        self, request: Request[Any, Any, Any], server_state: NamedDependency[ServerState]
-    ) -> Response[bytes]:
+    async def page(self, request: Request[Any, Any, Any]) -> Response[bytes]:
         """The dashboard. It is told whether a key is needed: to find out by a refusal would be an error in its log."""
-        return _assets()[_OPEN if _is_open(server_state) else _GUARDED].answer(request, _HEADERS)
+        return _assets()[_OPEN if _is_open(state_of(request)) else _GUARDED].answer(request, _HEADERS)
 
     @get("/dashboard/{name:str}")
     async def asset(self, request: Request[Any, Any, Any], name: FromPath[str]) -> Response[bytes]:

@@ -4,26 +4,30 @@ import asyncio
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import structlog
 from litestar import Request
+from litestar.datastructures import ResponseHeader
 from litestar.exceptions import PermissionDeniedException
+from litestar.handlers import HTTPRouteHandler
+from litestar.openapi import ResponseSpec
 from msgspec import Struct, structs
 
 from engines.errors import EngineFailed, InvalidRequest, NonFiniteEmbedding
 from engines.spec import Calibration, ModelSpec
 from engines.types import EmbedCall, Embeddings, ModelStatus
-from router.api.decoding import decode_token_ids, embed_call
+from router.api.decoding import StrictRequest, decode_token_ids, embed_call
 from router.api.encoding import check_ranges
-from router.auth.guards import key_of
+from router.api.openapi import BEARER, EMBEDDING, failures
+from router.auth.guards import Connection, Guard, key_of, requires
 from router.auth.model_access import resolve
 from router.errors import ClientLeft
-from router.limits.limiter import estimate_tokens, permit_of
+from router.limits.limiter import RATE_HEADERS, acquire_permit, estimate_tokens, permit_of
 from router.observability.request_context import context_of
 from router.schemas.inference import EmbeddingRequest
 from router.server.application import while_client_stays
-from router.server.state import ServerState
+from router.server.state import ServerState, state_of
 
 log = structlog.get_logger()
 
@@ -34,6 +38,58 @@ _KEEP_ALIVE = (
 """Refused rather than left aside: who asked for it would rely on it."""
 _SHORT = 256
 """Characters, or ids, of inputs that every model reads whole: what a model reads need not be looked up for them."""
+
+
+_HEADERS = (
+    ResponseHeader(
+        name="Server-Timing",
+        description="Where the time went: load, tokenize, queue, forward, in milliseconds.",
+        documentation_only=True,
+    ),
+    ResponseHeader(
+        name="x-embed-truncated",
+        description="Indexes of the truncated inputs; absent if none was.",
+        documentation_only=True,
+    ),
+    *(ResponseHeader(name=name, description=words, documentation_only=True) for name, words in RATE_HEADERS.items()),
+)
+_GUARDS = (requires("embed"), acquire_permit)
+
+
+class InferenceRoute(HTTPRouteHandler):
+    """Decorates a POST route that runs a model, and gives it what all of them share.
+
+    That is: a key with the scope `embed`, a permit of the limiter, strict decoding of the body, status 200, and the
+    headers and errors of the OpenAPI document. Guards get this handler itself. Litestar copies the handler for each
+    guard of each request, which costs 17 µs a guard, and ours do not write to it.
+
+    Args:
+        path: below the controller's path.
+        summary: title in the OpenAPI document.
+        returns: type of the answer in the OpenAPI document.
+        description: of the answer.
+    """
+
+    def __init__(
+        self, path: str | None = None, *, summary: str, returns: Any, description: str = "Vectors in input order"
+    ) -> None:
+        super().__init__(
+            path,
+            http_method="POST",
+            status_code=200,
+            guards=_GUARDS,
+            request_class=StrictRequest,
+            response_headers=_HEADERS,
+            security=BEARER,
+            summary=summary,
+            responses={200: ResponseSpec(returns, generate_examples=False, description=description)}
+            | failures(*EMBEDDING),
+        )
+
+    async def authorize_connection(self, connection: Connection) -> None:
+        """Run all guards in order."""
+        for guard in self.resolve_guards():
+            await cast(Guard, guard)(connection, self)
 
 
 class Answer(Struct, frozen=True):
@@ -59,11 +115,12 @@ class Answer(Struct, frozen=True):
         return headers
 
 
-async def embed(request: Request[Any, Any, Any], server_state: ServerState, wanted: EmbeddingRequest) -> Answer:
+async def embed(request: Request[Any, Any, Any], wanted: EmbeddingRequest) -> Answer:
     """Embed as `wanted` says, which for a skin is what its request means in our words.
 
     A model that is not in memory is loaded first. The work ends when the client leaves.
     """
+    server_state = state_of(request)
     spec = resolve(request, server_state.registry, wanted.model)
     call = embed_call(wanted, spec.model_id, load_timeout_s=server_state.settings.load_timeout_s)
     caller = server_state.keyring.caller_of(key_of(request))

@@ -15,7 +15,7 @@ from router.auth.guards import key_of, requires
 from router.auth.model_access import may_use
 from router.schemas.admin import Slot
 from router.schemas.inference import Model, ModelList
-from router.server.state import ServerState
+from router.server.state import ServerState, state_of
 
 _NEAREST_FIRST: tuple[State, ...] = (
     "ready", "warming", "loading", "waiting_space", "fetching", "draining", "unloading", "cold", "failed", "absent",
@@ -32,26 +32,25 @@ class ModelsController(Controller):
     security = BEARER
 
     @get(responses=failures(*GUARDED), summary="List the models")
-    async def list_models(
-        self, request: Request[Any, Any, Any], server_state: NamedDependency[ServerState]
-    ) -> ModelList:
+    async def list_models(self, request: Request[Any, Any, Any]) -> ModelList:
         """Those that the key may use, in memory or not."""
-        found = visible_slots(request, server_state).items()
+        server_state = state_of(request)
+        found = visible_slots(request).items()
         specs = server_state.registry.models
         return ModelList(
             data=[_model(server_state, specs[model_id], slots) for model_id, slots in found if model_id in specs]
         )
 
     @get("/{model_id:str}", responses=failures(*GUARDED, "model_not_found", "model_not_allowed"), summary="One model")
-    async def retrieve_model(
-        self, server_state: NamedDependency[ServerState], spec: NamedDependency[ModelSpec]
-    ) -> Model:
+    async def retrieve_model(self, request: Request[Any, Any, Any], spec: NamedDependency[ModelSpec]) -> Model:
         """By id or alias."""
+        server_state = state_of(request)
         return _model(server_state, spec, slots_by_model(server_state)[spec.model_id])
 
 
-def visible_slots(request: Request[Any, Any, Any], server_state: ServerState) -> dict[str, list[Slot]]:
+def visible_slots(request: Request[Any, Any, Any]) -> dict[str, list[Slot]]:
     """The same as `slots_by_model`, of those models that the key of the request may use."""
+    server_state = state_of(request)
     key, registry = key_of(request), server_state.registry
     return {name: slots for name, slots in slots_by_model(server_state).items() if may_use(key, registry, name)}
 

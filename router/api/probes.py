@@ -5,17 +5,16 @@ import time
 from typing import Any
 
 from litestar import Controller, Request, Response, get
-from litestar.di import NamedDependency
 from litestar.handlers import BaseRouteHandler
 from litestar.openapi import ResponseSpec
 
 from router.api.openapi import BEARER, GUARDED, failures
 from router.auth.guards import Connection, is_foreign, requires
-from router.limits.limiter import Limiter
+from router.limits.limiter import limiter_of
 from router.observability.exporter import MetricsExporter, ServerSample
-from router.observability.recorder import MetricsRecorder
+from router.observability.recorder import recorder_of
 from router.schemas.admin import Status
-from router.server.state import ServerState
+from router.server.state import state_of
 from router.version import embedyard_version
 
 _TEXT = ResponseSpec(
@@ -28,8 +27,8 @@ _requires_admin = requires("admin")
 
 async def _local_or_admin(connection: Connection, handler: BaseRouteHandler) -> None:
     """On loopback it is open to programs of this machine, and to no page in a browser there."""
-    server_state: ServerState = connection.app.state.server_state
-    if not server_state.settings.is_loopback or is_foreign(connection, server_state.settings):
+    settings = state_of(connection).settings
+    if not settings.is_loopback or is_foreign(connection, settings):
         await _requires_admin(connection, handler)
 
 
@@ -41,22 +40,19 @@ class MetricsController(Controller):
     security = BEARER
 
     @get("/metrics", responses={200: _TEXT} | failures(*GUARDED), summary="What was counted and measured")
-    async def metrics(
-        self, request: Request[Any, Any, Any], server_state: NamedDependency[ServerState]
-    ) -> Response[bytes]:
+    async def metrics(self, request: Request[Any, Any, Any]) -> Response[bytes]:
         """Open when the server listens on loopback, else for keys with the scope `admin`."""
-        meters: MetricsRecorder = request.app.state.meters
-        limiter: Limiter = request.app.state.limiter
-        reading = ServerSample(
+        server_state = state_of(request)
+        sample = ServerSample(
             hosts=server_state.backend.snapshots(),
             faults=frozenset(server_state.backend.check()),
             is_ready=server_state.is_ready,
             version=embedyard_version(),
             now_s=time.time(),
-            is_limit_storage_up=not limiter.store.is_down,
+            is_limit_storage_up=not limiter_of(request).store.is_down,
         )
-        scrape = MetricsExporter(meters, reading)
-        body, content_type = await asyncio.to_thread(scrape.text, request.headers.get("accept", ""))
+        exporter = MetricsExporter(recorder_of(request), sample)
+        body, content_type = await asyncio.to_thread(exporter.text, request.headers.get("accept", ""))
         if content_type.startswith("text/"):
             content_type = content_type.removesuffix("; charset=utf-8")  # Litestar adds its own
         return Response(body, media_type=content_type)
@@ -68,13 +64,13 @@ class HealthController(Controller):
     tags = ("health",)
 
     @get("/health", responses=failures("device_down"), summary="Is it alive?")
-    async def health(self, server_state: NamedDependency[ServerState]) -> Status:
+    async def health(self, request: Request[Any, Any, Any]) -> Status:
         """200 as long as the process serves; 503 with the reason when it must be restarted."""
-        server_state.check_health()
+        state_of(request).check_health()
         return Status(status="ok")
 
     @get("/ready", responses=failures("shutting_down", "device_down"), summary="Does it take work?")
-    async def ready(self, server_state: NamedDependency[ServerState]) -> Status:
+    async def ready(self, request: Request[Any, Any, Any]) -> Status:
         """200 when new work is taken, 503 while the server drains, or when no device can do any."""
-        server_state.check_ready()
+        state_of(request).check_ready()
         return Status(status="ready")

@@ -6,7 +6,7 @@ Keys are kept and compared as SHA-256 digests, each comparison in constant time 
 import hmac
 import time
 from collections.abc import Callable, Coroutine, Iterable
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from litestar.connection import ASGIConnection
@@ -152,17 +152,28 @@ def keyring_of(settings: Settings, filed: Iterable[Key] = ()) -> Keyring:
     return Keyring(keys, open_scopes)
 
 
+class _Auth(Protocol):
+    """The part of `ServerState` that guards read; its class is in a layer above this one."""
+
+    keyring: Keyring
+    settings: Settings
+
+
+def _auth_of(connection: Connection) -> _Auth:
+    auth: _Auth = connection.app.state.server_state
+    return auth
+
+
 def requires(scope: Scope) -> Guard:
     """A guard for controllers whose routes need `scope`. A coroutine, because Litestar runs others on a thread."""
 
     async def guard(connection: Connection, _: BaseRouteHandler) -> None:
         began_s = time.perf_counter()
-        server_state = connection.app.state.server_state
-        keyring: Keyring = server_state.keyring
-        key = keyring.admit(connection.headers.get("authorization"), scope)
+        auth = _auth_of(connection)
+        key = auth.keyring.admit(connection.headers.get("authorization"), scope)
         connection.scope["state"]["key"] = key
         if key.is_anonymous:
-            _refuse_foreign_pages(connection, server_state.settings)
+            _refuse_foreign_pages(connection, auth.settings)
         else:
             context_of(connection).set_key(key.id)
         context_of(connection).stage("auth", began_s)

@@ -10,12 +10,12 @@ from ipaddress import IPv6Address, ip_address
 from math import ceil
 from typing import cast
 
-from litestar.handlers import BaseRouteHandler, HTTPRouteHandler
+from litestar.handlers import BaseRouteHandler
 from litestar.types import HTTPReceiveMessage, Receive
 from msgspec import Struct
 
 from engines.types import EmbedCall
-from router.auth.guards import Connection, Guard, key_of
+from router.auth.guards import Connection, key_of
 from router.auth.keys import Key
 from router.config.settings import Settings
 from router.errors import RateLimitExceeded, RequestExceedsLimit, TooManyRequests
@@ -419,19 +419,15 @@ def duration(seconds: float) -> str:
     return "".join([*parts, f"{ms / 1000:g}s"])
 
 
-class InferenceRoute(HTTPRouteHandler):
-    """Decorates routes that embed. Litestar copies a route for each of its guards, for each request: 17 µs a guard, and
-    ours do not touch it."""
-
-    async def authorize_connection(self, connection: Connection) -> None:
-        """Ask all guards in turn."""
-        for guard in self.resolve_guards():
-            await cast(Guard, guard)(connection, self)
+def limiter_of(connection: Connection) -> Limiter:
+    """Return the limiter of the server that a connection belongs to."""
+    limiter: Limiter = connection.app.state.limiter
+    return limiter
 
 
 async def acquire_permit(connection: Connection, _: BaseRouteHandler) -> None:
     """A guard for routes that embed; it stands behind that of `router/auth/guards.py`."""
-    limiter: Limiter = connection.app.state.limiter
+    limiter = limiter_of(connection)
     visit = context_of(connection)
     address = connection.client.host if connection.client else "unknown"
     caller = caller_of(key_of(connection), address, limiter.settings)

@@ -4,8 +4,9 @@ Nothing else in the server counts: what is measured below comes back with answer
 """
 
 from collections.abc import AsyncIterator, Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from litestar.connection import ASGIConnection
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 from prometheus_client.process_collector import ProcessCollector
 
@@ -154,3 +155,9 @@ class EventMetrics:
         if event.done_bytes > seen:
             self._meters.add(metrics.DOWNLOAD_BYTES, event.model_id, amount=event.done_bytes - seen)
             self._fetched_bytes[event.model_id] = event.done_bytes
+
+
+def recorder_of(connection: ASGIConnection[Any, Any, Any, Any]) -> MetricsRecorder:
+    """Return the metrics of the server that a connection belongs to."""
+    recorder: MetricsRecorder = connection.app.state.meters
+    return recorder

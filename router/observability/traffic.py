@@ -8,7 +8,9 @@ import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable
+from typing import Any
 
+from litestar.connection import ASGIConnection
 from msgspec import Struct
 
 from router.observability.request_context import RequestContext
@@ -105,3 +107,9 @@ def _percentile(counts: Counter[int], share: float) -> float:
         if left <= 0:
             break
     return math.exp(bucket * _RESOLUTION)
+
+
+def traffic_of(connection: ASGIConnection[Any, Any, Any, Any]) -> Traffic:
+    """Return the traffic counters of the server that a connection belongs to."""
+    traffic: Traffic = connection.app.state.traffic
+    return traffic

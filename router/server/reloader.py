@@ -14,7 +14,7 @@ from msgspec import structs
 
 from engines.errors import EngineError
 from engines.types import Budget
-from router.auth.guards import Keyring, keyring_of
+from router.auth.guards import Connection, Keyring, keyring_of
 from router.auth.key_file import KeysError, read_keys
 from router.config.settings import Settings
 from router.registry.registry import Changes, Registry, RegistryError, diff, open_registry
@@ -171,3 +171,9 @@ class Reloader:
     def _new_budget(self, registry: Registry, changes: Changes) -> Budget | None:
         """`MEMORY_BUDGET` overrules the file."""
         return registry.memory_budget if changes.is_budget_changed and self._settings.memory_budget is None else None
+
+
+def reloader_of(connection: Connection) -> Reloader:
+    """Return the reloader of the server that a connection belongs to."""
+    reloader: Reloader = connection.app.state.reloader
+    return reloader

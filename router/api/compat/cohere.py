@@ -7,21 +7,13 @@ from typing import Any
 
 import msgspec
 from litestar import Controller, MediaType, Request, Response
-from litestar.di import NamedDependency
-from litestar.openapi import ResponseSpec
 from litestar.params import JSONBody
 
 from engines.spec import Truncate
-from router.api.decoding import StrictRequest
-from router.api.embeddings import HEADERS
 from router.api.encoding import OutputFormat, encode_rows, is_scalar
-from router.api.inference import Answer, embed, rename_error_params
-from router.api.openapi import BEARER, EMBEDDING, failures
-from router.auth.guards import requires
-from router.limits.limiter import InferenceRoute, acquire_permit
+from router.api.inference import Answer, InferenceRoute, embed, rename_error_params
 from router.schemas.compat import CohereMeta, CohereRequest, CohereResponse, CohereType, CohereUnits, CohereVersion
 from router.schemas.inference import EmbeddingRequest
-from router.server.state import ServerState
 
 _INLINE_CHARS = 2**16
 """Texts of more characters are sent back by a thread: 58 MiB would stop the event loop for 0.1 s."""
@@ -33,27 +25,13 @@ class CohereController(Controller):
     """For clients of Cohere."""
 
     tags = ("skins",)
-    guards = (requires("embed"),)
-    security = BEARER
 
-    @InferenceRoute(
-        "/v2/embed",
-        http_method="POST",
-        status_code=200,
-        guards=(acquire_permit,),
-        request_class=StrictRequest,
-        response_headers=HEADERS,
-        summary="Embed texts (Cohere)",
-        responses={200: ResponseSpec(CohereResponse, generate_examples=False, description="Vectors by type")}
-        | failures(*EMBEDDING),
-    )
-    async def cohere_embed(
-        self, request: Request[Any, Any, Any], data: JSONBody[CohereRequest], server_state: NamedDependency[ServerState]
-    ) -> Response[bytes]:
+    @InferenceRoute("/v2/embed", summary="Embed texts (Cohere)", returns=CohereResponse, description="Vectors by type")
+    async def cohere_embed(self, request: Request[Any, Any, Any], data: JSONBody[CohereRequest]) -> Response[bytes]:
         """Several types of one forward pass."""
         kinds: list[CohereType] = list(dict.fromkeys(data.embedding_types or ("float",)))
         with rename_error_params(input="texts", dimensions="output_dimension", output_dtype="embedding_types"):
-            answer = await embed(request, server_state, _in_our_words(data, kinds))
+            answer = await embed(request, _in_our_words(data, kinds))
             body = await _encode(data, kinds, answer)
         return Response(body, media_type=MediaType.JSON, headers=answer.headers)
 

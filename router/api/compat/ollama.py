@@ -6,19 +6,14 @@ from typing import Any
 
 import msgspec
 from litestar import Controller, MediaType, Request, Response, get
-from litestar.di import NamedDependency
-from litestar.openapi import ResponseSpec
 from litestar.params import JSONBody
 
 from engines.spec import Truncate
-from router.api.decoding import StrictRequest
-from router.api.embeddings import HEADERS
 from router.api.encoding import encode_rows
-from router.api.inference import embed
+from router.api.inference import InferenceRoute, embed
 from router.api.models import visible_slots
-from router.api.openapi import BEARER, EMBEDDING, GUARDED, failures
+from router.api.openapi import BEARER, GUARDED, failures
 from router.auth.guards import requires
-from router.limits.limiter import InferenceRoute, acquire_permit
 from router.registry.registry import Registry
 from router.schemas.admin import Slot
 from router.schemas.compat import (
@@ -31,7 +26,7 @@ from router.schemas.compat import (
     OllamaRunning,
 )
 from router.schemas.inference import EmbeddingRequest
-from router.server.state import ServerState
+from router.server.state import state_of
 
 _LATEST = ":latest"
 _TRUNCATE: dict[bool | None, Truncate] = {True: "end", False: "error"}
@@ -42,26 +37,12 @@ class OllamaController(Controller):
 
     path = "/api"
     tags = ("skins",)
-    guards = (requires("embed"),)
-    security = BEARER
 
-    @InferenceRoute(
-        "/embed",
-        http_method="POST",
-        status_code=200,
-        guards=(acquire_permit,),
-        request_class=StrictRequest,
-        response_headers=HEADERS,
-        summary="Embed texts (Ollama)",
-        responses={200: ResponseSpec(OllamaResponse, generate_examples=False, description="Vectors in input order")}
-        | failures(*EMBEDDING),
-    )
-    async def ollama_embed(
-        self, request: Request[Any, Any, Any], data: JSONBody[OllamaRequest], server_state: NamedDependency[ServerState]
-    ) -> Response[bytes]:
+    @InferenceRoute("/embed", summary="Embed texts (Ollama)", returns=OllamaResponse)
+    async def ollama_embed(self, request: Request[Any, Any, Any], data: JSONBody[OllamaRequest]) -> Response[bytes]:
         """A model that is not in memory is loaded first."""
         started_at_s = time.perf_counter()
-        answer = await embed(request, server_state, _in_our_words(data, server_state.registry))
+        answer = await embed(request, _in_our_words(data, state_of(request).registry))
         rows = await encode_rows(answer.embeddings)
         head = {
             "model": data.model,
@@ -72,23 +53,29 @@ class OllamaController(Controller):
         body = msgspec.json.encode(head)[:-1] + b',"embeddings":' + rows + b"}"
         return Response(body, media_type=MediaType.JSON, headers=answer.headers)
 
-    @get("/tags", responses=failures(*GUARDED), summary="List the models (Ollama)")
-    async def ollama_tags(
-        self, request: Request[Any, Any, Any], server_state: NamedDependency[ServerState]
-    ) -> OllamaModels:
+    @get(
+        "/tags",
+        guards=(requires("embed"),),
+        security=BEARER,
+        responses=failures(*GUARDED),
+        summary="List the models (Ollama)",
+    )
+    async def ollama_tags(self, request: Request[Any, Any, Any]) -> OllamaModels:
         """Those that may be served, in memory or not."""
         return OllamaModels(
-            models=[
-                _model(slots[0], server_state.started_at_s) for slots in visible_slots(request, server_state).values()
-            ]
+            models=[_model(slots[0], state_of(request).started_at_s) for slots in visible_slots(request).values()]
         )
 
-    @get("/ps", responses=failures(*GUARDED), summary="List the models in memory (Ollama)")
-    async def ollama_ps(
-        self, request: Request[Any, Any, Any], server_state: NamedDependency[ServerState]
-    ) -> OllamaProcesses:
+    @get(
+        "/ps",
+        guards=(requires("embed"),),
+        security=BEARER,
+        responses=failures(*GUARDED),
+        summary="List the models in memory (Ollama)",
+    )
+    async def ollama_ps(self, request: Request[Any, Any, Any]) -> OllamaProcesses:
         """One entry for each device that holds the model."""
-        slots = (slot for slots in visible_slots(request, server_state).values() for slot in slots)
+        slots = (slot for slots in visible_slots(request).values() for slot in slots)
         return OllamaProcesses(models=[_running(slot) for slot in slots if slot.state == "ready"])
 
 

@@ -3,23 +3,18 @@
 from typing import Any
 
 from litestar import Controller, MediaType, Request, Response, get
-from litestar.di import NamedDependency
-from litestar.openapi import ResponseSpec
 from litestar.params import JSONBody
 
 from engines.spec import Truncate
-from router.api.decoding import StrictRequest
-from router.api.embeddings import HEADERS
 from router.api.encoding import encode_rows
-from router.api.inference import embed, rename_error_params
+from router.api.inference import InferenceRoute, embed, rename_error_params
 from router.api.models import slots_by_model
-from router.api.openapi import BEARER, EMBEDDING, GUARDED, failures
+from router.api.openapi import BEARER, GUARDED, failures
 from router.auth.guards import requires
 from router.auth.model_access import resolve
-from router.limits.limiter import InferenceRoute, acquire_permit
 from router.schemas.compat import TeiEmbeddingType, TeiInfo, TeiModelType, TeiRequest
 from router.schemas.inference import MAX_INPUTS, EmbeddingRequest
-from router.server.state import ServerState
+from router.server.state import state_of
 from router.version import embedyard_version
 
 
@@ -27,32 +22,25 @@ class TeiController(Controller):
     """For clients of text-embeddings-inference; they name no model, so the default one answers."""
 
     tags = ("skins",)
-    guards = (requires("embed"),)
-    security = BEARER
 
-    @InferenceRoute(
-        "/embed",
-        http_method="POST",
-        status_code=200,
-        guards=(acquire_permit,),
-        request_class=StrictRequest,
-        response_headers=HEADERS,
-        summary="Embed texts (text-embeddings-inference)",
-        responses={200: ResponseSpec(list[list[float]], generate_examples=False, description="Vectors in input order")}
-        | failures(*EMBEDDING),
-    )
-    async def tei_embed(
-        self, request: Request[Any, Any, Any], data: JSONBody[TeiRequest], server_state: NamedDependency[ServerState]
-    ) -> Response[bytes]:
+    @InferenceRoute("/embed", summary="Embed texts (text-embeddings-inference)", returns=list[list[float]])
+    async def tei_embed(self, request: Request[Any, Any, Any], data: JSONBody[TeiRequest]) -> Response[bytes]:
         """The vectors alone, as numbers."""
         with rename_error_params(input="inputs", input_type="prompt_name"):
-            answer = await embed(request, server_state, _in_our_words(data))
+            answer = await embed(request, _in_our_words(data))
         body = await encode_rows(answer.embeddings)
         return Response(body, media_type=MediaType.JSON, headers=answer.headers)
 
-    @get("/info", responses=failures(*GUARDED), summary="The default model (text-embeddings-inference)")
-    async def tei_info(self, request: Request[Any, Any, Any], server_state: NamedDependency[ServerState]) -> TeiInfo:
+    @get(
+        "/info",
+        guards=(requires("embed"),),
+        security=BEARER,
+        responses=failures(*GUARDED),
+        summary="The default model (text-embeddings-inference)",
+    )
+    async def tei_info(self, request: Request[Any, Any, Any]) -> TeiInfo:
         """The limits are the server's."""
+        server_state = state_of(request)
         spec = resolve(request, server_state.registry, None)
         nearest = slots_by_model(server_state)[spec.model_id][0]
         info, settings = nearest.info, server_state.settings

@@ -1,0 +1,39 @@
+"""What all routes that run a model share, whatever API they speak."""
+
+from litestar.handlers import HTTPRouteHandler
+
+from router.api.decoding import StrictRequest
+from router.api.inference import InferenceRoute
+from router.app import create_app
+from router.config.settings import Settings
+from router.limits.limiter import acquire_permit
+from tests.testkit.scripted_backend import ScriptedBackend
+from tests.testkit.served import REGISTRY
+
+INFERENCE_PATHS = {"/v1/embeddings", "/m/{model_id}/v1/embeddings", "/embed", "/v2/embed", "/api/embed"}
+
+
+def inference_routes() -> dict[str, HTTPRouteHandler]:
+    app = create_app(Settings(), REGISTRY, ScriptedBackend("mini"))
+    handlers = [
+        (route.path_format, handler) for route in app.routes for handler in getattr(route, "route_handlers", ())
+    ]
+    return {path: handler for path, handler in handlers if isinstance(handler, InferenceRoute)}
+
+
+def test_every_api_that_embeds_has_an_inference_route() -> None:
+    assert inference_routes().keys() == INFERENCE_PATHS
+
+
+def test_an_inference_route_checks_the_key_once_and_then_takes_a_permit() -> None:
+    for handler in inference_routes().values():
+        guards = handler.resolve_guards()
+
+        assert len(guards) == 2
+        assert guards[1] is acquire_permit
+
+
+def test_an_inference_route_decodes_strictly_and_answers_with_200() -> None:
+    for handler in inference_routes().values():
+        assert handler.resolve_request_class() is StrictRequest
+        assert handler.status_code == 200
