@@ -1,4 +1,4 @@
-"""`/admin`: what is in memory, and an operator's commands."""
+"""`/admin`: the state of models and devices, and the commands that change it."""
 
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
@@ -39,12 +39,12 @@ _EVENT_STREAM = ResponseSpec(
     str,
     media_type="text/event-stream",
     generate_examples=False,
-    description="Events named `state` and `progress`, their data the JSON of one event; comments keep it open",
+    description="Events named `state` and `progress`; `data` is one event as JSON. Comments keep the connection open.",
 )
 
 
 class AdminController(Controller):
-    """For operators and the dashboard."""
+    """The API of operators and the dashboard."""
 
     path = "/admin"
     tags = ("admin",)
@@ -54,19 +54,23 @@ class AdminController(Controller):
 
     @get("/models", responses=failures(*GUARDED), summary="List the slots")
     async def list_slots(self, request: Request[Any, Any, Any]) -> SlotList:
-        """Every model on every device."""
+        """Lists every model on every device."""
         return SlotList(data=[slot for slots in slots_by_model(state_of(request)).values() for slot in slots])
 
-    @get("/models/{model_id:str}", responses=failures(*GUARDED, "model_not_found"), summary="One model's slots")
+    @get("/models/{model_id:str}", responses=failures(*GUARDED, "model_not_found"), summary="Show the slots of a model")
     async def retrieve_slots(self, request: Request[Any, Any, Any], spec: NamedDependency[ModelSpec]) -> ModelSlots:
-        """One model on every device."""
+        """Shows one model on every device."""
         return _model_slots(state_of(request), spec)
 
     @post(
         "/models/{model_id:str}/preload",
         status_code=200,
         request_class=StrictRequest,
-        responses={202: ResponseSpec(ModelSlots, generate_examples=False, description="On its way; not waited for")}
+        responses={
+            202: ResponseSpec(
+                ModelSlots, generate_examples=False, description="The load was started; the answer does not wait for it"
+            )
+        }
         | failures(*GUARDED, *BODY, *LOADING, "model_not_found", "not_found"),
         summary="Load a model",
     )
@@ -76,10 +80,10 @@ class AdminController(Controller):
         spec: NamedDependency[ModelSpec],
         data: JSONBody[PreloadRequest | None] = None,
     ) -> Response[ModelSlots]:
-        """It is loaded where it fits best, or on the host that is named; also when the client does not wait, or leaves.
+        """Loads the model where it fits best, or on the given host. The load goes on if the client does not wait.
 
-        With `Accept: text/event-stream` the answer is a stream at once: this model's events as in /admin/events, then
-        one event `done` with its slots, or one `error` with the error's envelope.
+        With `Accept: text/event-stream` the answer is a stream of this model's events as in /admin/events, followed by
+        one event `done` with its slots, or one event `error` with the error envelope.
         """
         server_state, wanted = state_of(request), data or PreloadRequest()
         if wants_stream(request):
@@ -96,7 +100,7 @@ class AdminController(Controller):
         status_code=200,
         request_class=StrictRequest,
         responses=failures(*GUARDED, *BODY, "model_not_found", "model_in_use", "model_pinned"),
-        summary="Free a model",
+        summary="Evict a model",
     )
     async def evict(
         self,
@@ -104,7 +108,7 @@ class AdminController(Controller):
         spec: NamedDependency[ModelSpec],
         data: JSONBody[EvictRequest | None] = None,
     ) -> ModelSlots:
-        """Running requests finish first; then it is freed on every device."""
+        """Waits for running requests, then frees the model on every device."""
         server_state, wanted = state_of(request), data or EvictRequest()
         await server_state.backend.evict(spec.model_id, force=wanted.force, timeout_s=wanted.timeout)
         return _model_slots(server_state, spec)
@@ -113,30 +117,32 @@ class AdminController(Controller):
         "/hosts/{host_id:str}/recycle",
         status_code=200,
         responses=failures(*GUARDED, "invalid_value", "not_found", "host_lost"),
-        summary="Start a host anew",
+        summary="Restart a host",
     )
     async def recycle(self, request: Request[Any, Any, Any], host_id: FromPath[str]) -> Memory:
-        """Its requests finish, its process ends, another one takes its place and loads what was ready: the sure cure
-        for a leak. Other hosts serve on. Answers with all devices when the new one takes work.
+        """Finishes the host's requests, ends its process, starts a new one and loads the models that were ready.
+
+        This frees memory that leaked. Other hosts keep serving. Answers with all devices once the new process takes
+        work.
         """
         backend = state_of(request).backend
         await backend.recycle(unquote(host_id))
         return Memory(devices=[_device(host) for host in backend.snapshots()])
 
-    @get("/memory", responses=failures(*GUARDED), summary="Memory of the devices")
+    @get("/memory", responses=failures(*GUARDED), summary="Show the memory of the devices")
     async def memory(self, request: Request[Any, Any, Any]) -> Memory:
-        """Each device's bytes, and its residents in eviction order."""
+        """Shows the memory of each device, and its models in eviction order."""
         return Memory(devices=[_device(host) for host in state_of(request).backend.snapshots()])
 
-    @get("/traffic", responses=failures(*GUARDED), summary="The last minute")
+    @get("/traffic", responses=failures(*GUARDED), summary="Show the traffic of the last minute")
     async def last_minute(self, request: Request[Any, Any, Any]) -> LastMinute:
-        """Texts, tokens and latencies of the models that answered within it."""
+        """Shows texts, tokens and latencies of the models that answered in the last minute."""
         found = traffic_of(request).last_minute().items()
         return LastMinute(step_s=STEP_S, data=[ModelTraffic(id=name, **structs.asdict(each)) for name, each in found])
 
     @get("/plan", responses=failures(*GUARDED, "invalid_value", "model_not_found"), summary="Plan a load")
     async def plan(self, request: Request[Any, Any, Any], model: FromQuery[str | None] = None) -> Plan:
-        """What loading a model would do, without doing it; without `model`, the default one."""
+        """Shows what loading a model would do, without loading it. Without `model`: the default model."""
         server_state = state_of(request)
         return await server_state.backend.plan(server_state.registry.resolve(model).model_id)
 
@@ -144,19 +150,19 @@ class AdminController(Controller):
         "/registry/reload",
         status_code=200,
         responses=failures(*GUARDED, "invalid_value", "shutting_down"),
-        summary="Read the registry again",
+        summary="Reload the registry",
     )
     async def reload_registry(self, request: Request[Any, Any, Any]) -> Changes:
-        """All or nothing: what was added, removed, changed in place, or replaced; or every mistake in the file."""
+        """Applies the whole file and lists the changes, or applies nothing and lists every mistake in the file."""
         return await reloader_of(request).reload()
 
-    @get("/events", responses={200: _EVENT_STREAM} | failures(*GUARDED), summary="Follow what happens")
+    @get("/events", responses={200: _EVENT_STREAM} | failures(*GUARDED), summary="Follow the events")
     async def events(
         self,
         request: Request[Any, Any, Any],
         last_event_id: Annotated[str, HeaderParameter(name="Last-Event-ID")] = "",
     ) -> ServerSentEvent:
-        """State changes and download progress as they happen; `Last-Event-ID` brings what was missed."""
+        """Streams state changes and download progress; with `Last-Event-ID` it starts after that event."""
         server_state = state_of(request)
         after = parse_last_event_id(last_event_id)
         return ServerSentEvent(event_messages(server_state.backend.events(after), after, server_state.draining))
@@ -165,7 +171,7 @@ class AdminController(Controller):
 def _preload_stream(
     request: Request[Any, Any, Any], server_state: ServerState, spec: ModelSpec, wanted: PreloadRequest
 ) -> AsyncIterator[ServerSentEventMessage]:
-    async def own_events() -> AsyncIterator[Event]:
+    async def events_of_model() -> AsyncIterator[Event]:
         async for event in server_state.backend.events():
             if event.model_id == spec.model_id:
                 yield event
@@ -174,7 +180,7 @@ def _preload_stream(
         await server_state.backend.preload(spec.model_id, pin=wanted.pin, wait=True, host_id=wanted.host)
         return _model_slots(server_state, spec)
 
-    return preload_messages(request, own_events(), preload)
+    return preload_messages(request, events_of_model(), preload)
 
 
 def _model_slots(server_state: ServerState, spec: ModelSpec) -> ModelSlots:

@@ -1,6 +1,6 @@
-"""`GET /` and the files of its page, open to everyone: the data behind it needs a key with the scope `admin`.
+"""`GET /`: the dashboard and its files. They need no key; the data that the page fetches needs the scope `admin`.
 
-Knows no models. The page is plain HTML, CSS and ES modules in `router/dashboard/page/`, sent as they are.
+The page is plain HTML, CSS and ES modules in `router/dashboard/page/`, served unchanged.
 """
 
 from functools import cache
@@ -28,18 +28,18 @@ _MARKS = (b'data-admin="key"', b'data-admin="open"')
 
 
 class DashboardController(Controller):
-    """The page, and what it is made of."""
+    """The page and its files."""
 
     include_in_schema = False
 
     @get("/")
     async def page(self, request: Request[Any, Any, Any]) -> Response[bytes]:
-        """The dashboard. It is told whether a key is needed: to find out by a refusal would be an error in its log."""
+        """Serves the page and tells it if a key is needed: a try without one would log an error in the browser."""
         return _assets()[_OPEN if _is_open(state_of(request)) else _GUARDED].answer(request, _HEADERS)
 
     @get("/dashboard/{name:str}")
     async def asset(self, request: Request[Any, Any, Any], name: FromPath[str]) -> Response[bytes]:
-        """A style sheet, a module or the icon."""
+        """Serves a style sheet, a module or the icon."""
         if name not in _assets():
             raise NotFoundException
         return _assets()[name].answer(request, _HEADERS)
@@ -55,6 +55,6 @@ def _is_open(server_state: ServerState) -> bool:
 
 @cache
 def _assets() -> dict[str, Asset]:
-    """Every file by its name; a name that is not among them reaches no file."""
+    """Return all files by name. Only these names are served, so no path reaches another file."""
     found = {path.name: Asset.of(path.read_bytes(), path.suffix) for path in _PAGE.iterdir()}
     return found | {_OPEN: Asset.of((_PAGE / _GUARDED).read_bytes().replace(*_MARKS), ".html")}

@@ -1,7 +1,7 @@
-"""Request bytes → Structs and `EmbedCall`. Strict: a string is not a number, and a request holds one kind of input.
+"""Decodes request bodies into Structs and `EmbedCall`. Strict: `"256"` is not 256, and inputs are of one kind.
 
-Checked here is what needs no model, so that a hopeless request never loads one; widths, prompts and token ids are
-the engine's to judge.
+Everything that needs no model is checked here, so that an invalid request never loads one. The engine checks widths,
+prompts and token ids.
 """
 
 import asyncio
@@ -24,67 +24,67 @@ from router.errors import ClientLeft, EmptyInput, InvalidJson, TooManyInputs
 from router.schemas.compat import CohereRequest, OllamaRequest, TeiRequest
 from router.schemas.inference import MAX_IDS, MAX_IDS_OF_TEXT, MAX_INPUTS, MAX_WIDTH, EmbeddingRequest, Input, TokenId
 
-_CURE = "send texts instead; with LangChain, set check_embedding_ctx_length=False"
+_REMEDY = "send texts instead; with LangChain, set check_embedding_ctx_length=False"
 
 
 async def decode_token_ids(encoding_name: str, rows: Sequence[Sequence[int]]) -> tuple[str, ...]:
-    """The text of each row. On a thread, because the first use of an encoding reads megabytes.
+    """Decode each row of token ids to text. Runs on a thread, because the first use of an encoding reads megabytes.
 
     Raises:
-        InvalidTokenId: an id is not of this encoding, or this server does not have the encoding.
+        InvalidTokenId: an id is not in this encoding, or the encoding is not available on this server.
     """
     return await asyncio.to_thread(_decode, encoding_name, rows)
 
 
 def _decode(encoding_name: str, rows: Sequence[Sequence[int]]) -> tuple[str, ...]:
     encoding = _encoding(encoding_name)
-    return tuple(_text(encoding, encoding_name, index, row) for index, row in enumerate(rows))
+    return tuple(_decode_row(encoding, encoding_name, index, row) for index, row in enumerate(rows))
 
 
 def _encoding(name: str) -> Any:
     try:
-        import tiktoken  # late: it need not be installed
+        import tiktoken  # imported late: it is optional
     except ImportError:
         raise InvalidTokenId(
-            f"input holds token ids, and this server cannot read them: tiktoken is not installed; {_CURE}",
+            f"Token ids are not supported here: tiktoken is not installed; {_REMEDY}",
             param="input",
         ) from None
     try:
         return tiktoken.get_encoding(name)
-    except (OSError, ValueError):  # no network and no cached file; a file that is not what it should be
+    except (OSError, ValueError):  # no network and no cached file, or a corrupt file
         raise InvalidTokenId(
-            f"input holds token ids, and this server cannot read them: it could not get the file of {name}; {_CURE}",
+            f"Token ids are not supported here: the file of the encoding {name} could not be downloaded; {_REMEDY}",
             param="input",
         ) from None
 
 
-def _text(encoding: Any, name: str, index: int, row: Sequence[int]) -> str:
+def _decode_row(encoding: Any, name: str, index: int, row: Sequence[int]) -> str:
     try:
         text: str = encoding.decode(row)
     except (KeyError, OverflowError):
         raise InvalidTokenId(
-            f"input[{index}] holds a token id that {name} does not have; {_CURE}", param="input"
+            f"input[{index}] contains a token id that is not in the encoding {name}; {_REMEDY}", param="input"
         ) from None
     return text
 
 
 Items = tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]
-"""Texts and token ids; one of the two is empty."""
+"""Texts, and rows of token ids; one of the two is empty."""
 
 
 _INLINE_BYTES = 2**16
-"""A larger body is decoded on a thread. Here that takes 1.4 ms at the most; a thread and back costs 0.1 ms."""
+"""Larger bodies are decoded on a thread. On the event loop this size takes at most 1.4 ms; a thread costs 0.1 ms."""
 
 
-_SHARED_BYTES = 2**20
-"""A larger body is decoded on a thread of its own, one after the other: each takes up to a second of the interpreter,
-so that two at once are no faster, and take twice the memory."""
+_PARALLEL_BYTES = 2**20
+"""Larger bodies are decoded one at a time on one thread of their own: each holds the GIL for up to a second, so two at
+once would be no faster and take twice the memory."""
 
 
 _ITEMS_FIELDS: dict[Any, str] = {
     EmbeddingRequest: "input", TeiRequest: "inputs", CohereRequest: "texts", OllamaRequest: "input",
 }  # fmt: skip
-"""Where a request holds its texts or token ids."""
+"""The field of each request that holds its texts or token ids."""
 
 
 _MISSING = re.compile(r"Object missing required field `(?P<field>\w+)`")
@@ -105,33 +105,33 @@ _ARRAY = ord("[")
 _FAULTY_BYTE = re.compile(r"\(byte (?P<at>\d+)\)")
 
 
-_HALF_A_PAIR = re.compile(
+_LONE_SURROGATE = re.compile(
     rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F]"
 )
 
 
 _NEAR_BYTES = 16
-"""How far from half of a surrogate pair msgspec finds fault with what follows it."""
+"""Most bytes between a lone surrogate and the byte at which msgspec reports the error."""
 
 
-_decoding = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
+_executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
 
 
 class StrictRequest(Request[Any, Any, Any]):
-    """Decodes a JSON body straight into the Struct that the handler declares as `data`, which documents it too.
+    """Decodes a JSON body directly into the Struct that the handler declares as `data`.
 
-    Litestar's own way decodes twice, and takes `"256"` for 256.
+    Litestar's own decoding parses twice, and accepts `"256"` for 256.
     """
 
     async def json(self) -> Any:
         body = await self.body()
-        # Requests refer to themselves in circles, so a body would stay until the garbage collector comes by: ten of
-        # 58 MiB, one after the other, took 580 MiB.
+        # Requests are in reference cycles, so their bodies would stay until the next garbage collection: ten of 58 MiB,
+        # one after the other, took 580 MiB.
         self._body = self._connection_state.body = b""
         wanted = self.route_handler.parsed_data_field.annotation  # type: ignore[union-attr]  # only called for handlers that declare data
         if len(body) <= _INLINE_BYTES:
             return decode_body(body, wanted)
-        executor = None if len(body) <= _SHARED_BYTES else _decoding
+        executor = None if len(body) <= _PARALLEL_BYTES else _executor
         return await asyncio.get_running_loop().run_in_executor(executor, decode_body, body, wanted)
 
     async def body(self) -> bytes:
@@ -140,35 +140,40 @@ class StrictRequest(Request[Any, Any, Any]):
         except InternalServerException:
             raise ClientLeft from None
         if not body and self.route_handler.parsed_data_field.is_required:  # type: ignore[union-attr]  # as above
-            raise InvalidJson("The body is empty: send a JSON object")
+            raise InvalidJson("Empty request body: send a JSON object")
         return body
 
 
 def decode_body(body: bytes, wanted: Any) -> Any:
-    """The Struct that a body holds.
+    """Decode a body into the Struct `wanted`.
 
     Raises:
-        InvalidJson, InvalidValue, InvalidTokenId; of a large body also TooManyInputs.
+        InvalidJson, InvalidValue, InvalidTokenId; for a large body also TooManyInputs.
     """
-    with _told(body):
+    with _translate_errors(body):
         if len(body) > _INLINE_BYTES and wanted in _ITEMS_FIELDS:
             return _decode_in_stages(body, wanted)
         return _decoder(wanted).decode(body)
 
 
 @contextmanager
-def _told(content: Any, place: str = "") -> Iterator[None]:
-    """Inside, what msgspec raises on `content` becomes our errors; `place` is where in the body the content stands."""
+def _translate_errors(content: Any, place: str = "") -> Iterator[None]:
+    """Raise msgspec's errors inside the block as errors of the API.
+
+    Args:
+        content: what is being decoded.
+        place: its path in the body.
+    """
     try:
         yield
     except msgspec.ValidationError as error:
         raise _invalid_value(error, place) from None
     except msgspec.DecodeError as error:
-        raise InvalidJson(_why_no_json(error, content)) from None
+        raise InvalidJson(_explain_invalid_json(error, content)) from None
     except UnicodeDecodeError:
-        raise InvalidJson("The body is not JSON: it is not UTF-8") from None
+        raise InvalidJson("Invalid JSON: the body is not UTF-8") from None
     except RecursionError:
-        raise InvalidJson("The body is nested too deeply to be read") from None
+        raise InvalidJson("Invalid JSON: the body is nested too deeply") from None
 
 
 @cache
@@ -177,59 +182,67 @@ def _decoder(wanted: Any) -> msgspec.json.Decoder[Any]:
 
 
 def _invalid_value(error: msgspec.ValidationError, place: str) -> InvalidRequest:
-    """msgspec says "Expected `int`, got `str` - at `$.dimensions`": the field, and then the fault.
+    """Parse msgspec's message, such as "Expected `int`, got `str` - at `$.dimensions`", into an error with `param`.
 
-    The fault may quote what the client sent, at any length, so it is searched from its end.
+    The message may quote what the client sent, at any length, so it is searched from its end.
     """
     what, _, path = str(error).rpartition(" - at `$")
     what, path = (what, path.removesuffix("`")) if what else (path, "")
     if missing := _MISSING.match(what):
-        return InvalidValue(f"{missing['field']}: is required", param=missing["field"])
+        return InvalidValue(f"{missing['field']} is required", param=missing["field"])
     where = place + path.removeprefix(".")
     param = re.split(r"[.\[]", where, maxsplit=1)[0] or None
     if param in _ITEMS_FIELDS.values() and _BEYOND_64_BITS.match(what):
-        return InvalidTokenId(f"{where} holds a number of more than 64 bits, which is no token id", param=param)
+        return InvalidTokenId(f"{where} is not a token id: it has more than 64 bits", param=param)
     refusal = DimensionsNotSupported if _TOO_WIDE.match(what) else InvalidValue
     return refusal(f"{where or 'body'}: {what}", param=param)
 
 
-def _why_no_json(error: msgspec.DecodeError, content: Any) -> str:
+def _explain_invalid_json(error: msgspec.DecodeError, content: Any) -> str:
     fault = _FAULTY_BYTE.search(str(error))
     at = int(fault["at"]) if fault else len(content)
-    if _HALF_A_PAIR.search(content[max(0, at - _NEAR_BYTES) : at + _NEAR_BYTES]):
+    if _LONE_SURROGATE.search(content[max(0, at - _NEAR_BYTES) : at + _NEAR_BYTES]):
         return (
-            "The body holds half of a surrogate pair (\\ud800 to \\udfff), which is no character: send both halves, or "
-            "\\ufffd in its place"
+            "Invalid JSON: the body contains a lone surrogate (\\ud800 to \\udfff): send both halves of the pair, or "
+            "\\ufffd instead"
         )
-    return f"The body is not JSON: {error}"
+    return f"Invalid JSON: {error}"
 
 
-# A large body is decoded in stages, because msgspec holds the interpreter's lock for a whole call, and builds a whole
-# list before it looks at its length. 58 MiB in one call: `[[1],[1],…]` 8.1 s, `[1,1,…]` 0.7 s. In stages: 0.1 s (once
-# over everything, without building anything), then one item a call.
+# A large body is decoded in stages, because msgspec holds the GIL during a call, and builds a whole list before it
+# checks the length. 58 MiB in one call: `[[1],[1],…]` 8.1 s, `[1,1,…]` 0.7 s. In stages: 0.1 s for one pass that builds
+# nothing, then one call per item.
 
 
 class _Stages(Struct, frozen=True):
-    """How a request is decoded in stages. `envelope`: the same Struct, its items as they came."""
+    """The decoders of one request type.
+
+    Attributes:
+        field: the field of the items.
+        envelope: decodes the request, with its items left as raw JSON.
+        whole: decodes the whole field.
+        item: decodes one item.
+        allows_ids: whether an item may be token ids.
+    """
 
     field: str
     envelope: msgspec.json.Decoder[Any]
     whole: msgspec.json.Decoder[Any]
     item: msgspec.json.Decoder[Any]
-    is_of_ids: bool
+    allows_ids: bool
 
 
 @cache
 def _stages(wanted: Any) -> _Stages:
     field = _ITEMS_FIELDS[wanted]
-    is_of_ids = wanted is EmbeddingRequest
+    allows_ids = wanted is EmbeddingRequest
     envelope = msgspec.defstruct("Envelope", [(field, msgspec.Raw)], bases=(wanted,), frozen=True, kw_only=True)
     return _Stages(
         field=field,
         envelope=msgspec.json.Decoder(envelope),
         whole=msgspec.json.Decoder(wanted.__annotations__[field]),
-        item=msgspec.json.Decoder(str | TokenId | tuple[TokenId, ...] if is_of_ids else str),
-        is_of_ids=is_of_ids,
+        item=msgspec.json.Decoder(str | TokenId | tuple[TokenId, ...] if allows_ids else str),
+        allows_ids=allows_ids,
     )
 
 
@@ -241,66 +254,66 @@ _first_items = msgspec.json.Decoder(
         frozen=True,
     )
 )
-"""Of an array no more than its first items, as they came: what an array-like Struct has no field for is skipped."""
+"""Splits an array into its first items as raw JSON; an array-like Struct skips items that it has no field for."""
 
 
 def _decode_in_stages(body: bytes, wanted: Any) -> Any:
     stages = _stages(wanted)
     envelope = stages.envelope.decode(body)
     raw = memoryview(getattr(envelope, stages.field))
-    with _told(raw, stages.field):
-        if stages.is_of_ids and _IDS_BEGIN.match(raw):
+    with _translate_errors(raw, stages.field):
+        if stages.allows_ids and _IDS_BEGIN.match(raw):
             items: Any = [_decode_item(stages, raw, stages.field)]
         elif raw[0] == _ARRAY:
-            items = _decode_items(stages, raw)
+            items = _decode_split_input(stages, raw)
         else:
             items = stages.whole.decode(raw)
     rest = {name: getattr(envelope, name) for name in wanted.__struct_fields__ if name != stages.field}
     return wanted(**rest, **{stages.field: items})
 
 
-def _decode_items(stages: _Stages, raw: memoryview) -> list[Any]:
+def _decode_split_input(stages: _Stages, raw: memoryview) -> list[Any]:
     found = [memoryview(item) for item in structs.astuple(_first_items.decode(raw)) if item is not msgspec.UNSET]
     if len(found) > MAX_INPUTS:
         raise TooManyInputs(
-            f"{stages.field} holds more than {MAX_INPUTS} items, and a request {MAX_INPUTS} at most: split it",
+            f"{stages.field} has at least {len(found)} items (maximum {MAX_INPUTS} per request); split the request",
             param=stages.field,
         )
     items: list[Any] = []
     num_ids = 0
     for index, item in enumerate(found):
         place = f"{stages.field}[{index}]"
-        with _told(item, place):
+        with _translate_errors(item, place):
             items.append(_decode_item(stages, item, place))
         num_ids += len(items[-1]) if isinstance(items[-1], tuple) else 0
         if num_ids > MAX_IDS:
             raise InvalidValue(
-                f"{stages.field} holds more than {MAX_IDS} token ids, and a request {MAX_IDS} at most: split it",
+                f"{stages.field} has at least {num_ids} token ids (maximum {MAX_IDS} per request); split the request",
                 param=stages.field,
             )
     return items
 
 
 def _decode_item(stages: _Stages, raw: memoryview, place: str) -> Any:
-    """A text, or its token ids; those are counted before they are built."""
+    """Decode a text or its token ids; ids are counted before the list is built."""
     if len(raw) > 2 * MAX_IDS_OF_TEXT and raw[0] == _ARRAY:
         num_ids = bytes(raw).count(b",") + 1
         if num_ids > MAX_IDS_OF_TEXT:
             raise InvalidValue(
-                f"{place} holds {num_ids} token ids, and a text {MAX_IDS_OF_TEXT} at most: cut it", param=stages.field
+                f"{place} has {num_ids} token ids (maximum {MAX_IDS_OF_TEXT} per text); shorten it", param=stages.field
             )
     return stages.item.decode(raw)
 
 
 def embed_call(request: EmbeddingRequest, model_id: str, *, load_timeout_s: float) -> EmbedCall:
-    """The call that a request asks for.
+    """Build the engine's call for a request.
 
     Raises:
         EmptyInput, TooManyInputs, InvalidValue.
     """
-    texts, token_ids = _items(request.input)
+    texts, token_ids = _split_input(request.input)
     if request.prompt is not None and (request.input_type is not None or request.instruction is not None):
-        raise InvalidValue("prompt excludes input_type and instruction: send one of them", param="prompt")
+        raise InvalidValue("prompt cannot be combined with input_type or instruction: send one of them", param="prompt")
     return EmbedCall(
         model_id=model_id,
         texts=texts,
@@ -316,22 +329,22 @@ def embed_call(request: EmbeddingRequest, model_id: str, *, load_timeout_s: floa
     )
 
 
-def _items(given: Input) -> Items:
-    """There are four forms: a text, texts, the token ids of a text, token ids of texts."""
+def _split_input(given: Input) -> Items:
+    """Split `input` into texts and token ids. It has four forms: a text, texts, ids of a text, ids of texts."""
     items = [given] if isinstance(given, str) else given
     if not items:
-        raise EmptyInput("input is an empty list: send at least one text", param="input")
+        raise EmptyInput("input is empty: send at least one text", param="input")
     kinds = {type(item) for item in items}
     if len(kinds) > 1:
-        raise InvalidValue("input mixes texts and token ids: send one kind a request", param="input")
+        raise InvalidValue("input mixes texts and token ids: send one kind per request", param="input")
     if kinds == {int}:
         return (), (tuple(items),)  # type: ignore[arg-type]  # all of one kind, just checked
     if len(items) > MAX_INPUTS:
         raise TooManyInputs(
-            f"input holds {len(items)} items, and a request {MAX_INPUTS} at most: split it", param="input"
+            f"input has {len(items)} items (maximum {MAX_INPUTS} per request); split the request", param="input"
         )
     if not all(items):
-        raise EmptyInput(f"input {items.index(next(i for i in items if not i))} is empty", param="input")  # type: ignore[arg-type]  # as above
+        raise EmptyInput(f"input[{items.index(next(i for i in items if not i))}] is empty", param="input")  # type: ignore[arg-type]  # as above
     if kinds == {str}:
         return tuple(items), ()  # type: ignore[arg-type]  # as above
     return (), tuple(tuple(ids) for ids in items)  # type: ignore[arg-type]  # as above
@@ -343,4 +356,4 @@ def _keep_alive_s(request: EmbeddingRequest) -> float | None:
     try:
         return parse_keep_alive_s(request.keep_alive)
     except ValueError as error:
-        raise InvalidValue(f"keep_alive: needs {error}", param="keep_alive") from None
+        raise InvalidValue(f"keep_alive must be {error}", param="keep_alive") from None

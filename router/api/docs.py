@@ -1,4 +1,4 @@
-"""`/docs` and `/docs/openapi.json`, with no internet: the assets lie in `router/dashboard/`."""
+"""`/docs` and `/docs/openapi.json`. They need no internet: the assets are in `router/dashboard/`."""
 
 import asyncio
 from functools import cache
@@ -13,7 +13,7 @@ from litestar.openapi.spec import Components, SecurityScheme, Tag
 from litestar.params import FromPath
 
 from router.api.assets import Asset
-from router.api.openapi import TrueDocument
+from router.api.openapi import OpenApiJson
 from router.version import embedyard_version
 
 _DASHBOARD = Path(__file__).parent.parent / "dashboard"
@@ -24,19 +24,19 @@ _ASSETS = {
     "docs.js": "docs/docs.js",
 }
 _PAGE = "docs/index.html"
-_ONLY_OURS = (
+_CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 _DESCRIPTION = (
-    "Embeddings of many models behind OpenAI's API. Every failure has the same envelope and every answer carries "
-    "`x-request-id`. 429 and 503 say in `Retry-After` and `retry-after-ms` when to ask again; `x-should-retry: false` "
-    "stands where that would not help."
+    "Embeddings of many models with OpenAI's API. Every error has the same envelope, and every response has the header "
+    "`x-request-id`. Responses 429 and 503 say in `Retry-After` and `retry-after-ms` when to retry; "
+    "`x-should-retry: false` means that a retry would fail again."
 )
 
 
 class SwaggerPage(OpenAPIRenderPlugin):
-    """Swagger UI from our own files; Litestar's plugin links to a CDN."""
+    """Renders Swagger UI with local files; Litestar's plugin links to a CDN."""
 
     def __init__(self) -> None:
         super().__init__(path="/")
@@ -50,10 +50,10 @@ class SwaggerPage(OpenAPIRenderPlugin):
 
 @get("/assets/{name:str}")
 async def docs_asset(request: Request[Any, Any, Any], name: FromPath[str]) -> Response[bytes]:
-    """One file of the page."""
+    """Serves one file of the page."""
     if name not in _ASSETS:
         raise NotFoundException
-    asset = await asyncio.to_thread(_asset, _ASSETS[name])  # the first time, packing the largest takes 0.1 s
+    asset = await asyncio.to_thread(_asset, _ASSETS[name])  # compressing the largest takes 0.1 s, once
     return asset.answer(request, {})
 
 
@@ -66,32 +66,34 @@ def _read(path: str) -> bytes:
     return (_DASHBOARD / path).read_bytes()
 
 
-def _in_our_envelope(response: Response[Any]) -> Response[Any]:
-    """Litestar answers unknown paths below its documentation with a page of its own."""
+def _after_request(response: Response[Any]) -> Response[Any]:
+    """Answer unknown paths below /docs with the error envelope; Litestar sends a page of its own."""
     if response.status_code == 404:
         raise NotFoundException
-    response.headers.setdefault("content-security-policy", _ONLY_OURS)
+    response.headers.setdefault("content-security-policy", _CONTENT_SECURITY_POLICY)
     return response
 
 
 def openapi_config() -> OpenAPIConfig:
-    """The document is generated from the handlers and the wire Structs."""
+    """Configure the OpenAPI document, which is generated from the handlers and the schemas."""
     return OpenAPIConfig(
         title="Embedyard",
         version=embedyard_version(),
         description=_DESCRIPTION,
         use_handler_docstrings=True,
         operation_id_creator=lambda handler, *_: handler.handler_name,
-        openapi_router=Router("/docs", route_handlers=[], include_in_schema=False, after_request=_in_our_envelope),
-        render_plugins=[SwaggerPage(), TrueDocument()],
+        openapi_router=Router("/docs", route_handlers=[], include_in_schema=False, after_request=_after_request),
+        render_plugins=[SwaggerPage(), OpenApiJson()],
         components=Components(
             security_schemes={"BearerToken": SecurityScheme(type="http", scheme="bearer", description="API_KEY")}
         ),
         tags=[
-            Tag(name="embeddings", description="Texts in, vectors out."),
-            Tag(name="skins", description="The same for clients of other servers; `SKINS` switches each off."),
-            Tag(name="models", description="What may be served."),
-            Tag(name="admin", description="What is in memory; needs a key with the scope `admin`."),
-            Tag(name="health", description="For probes; open."),
+            Tag(name="embeddings", description="Compute vectors of texts."),
+            Tag(name="skins", description="The APIs of other embedding servers; `SKINS` selects them."),
+            Tag(name="models", description="The models in the registry."),
+            Tag(
+                name="admin", description="Models in memory and operator commands; needs a key with the scope `admin`."
+            ),
+            Tag(name="health", description="Probes; no key needed."),
         ],
     )

@@ -1,4 +1,4 @@
-"""The backend's events as a server-sent stream. Knows no routes."""
+"""Turns the backend's events into server-sent events."""
 
 import asyncio
 import re
@@ -19,31 +19,31 @@ EVENT_STREAM = "text/event-stream"
 _MAX_EVENTS = 1024
 
 
-_LAST_EVENTS_S = 0.1
-"""How long the stream waits for events that were on their way when the preload ended."""
+_LINGER_S = 0.1
+"""How long the stream stays open after the preload has ended, for events still in transit."""
 
 
 def wants_stream(request: Request[Any, Any, Any]) -> bool:
-    """Whether the client asks for events by name; `*/*` does not."""
+    """Whether the client accepts `text/event-stream` explicitly; `*/*` does not count."""
     return EVENT_STREAM in request.headers.get("accept", "").lower()
 
 
-async def _follow(events: AsyncIterator[Event], queue: asyncio.Queue[Event | None]) -> None:
+async def _forward(events: AsyncIterator[Event], queue: asyncio.Queue[Event | None]) -> None:
     async for event in events:
         _put(queue, event)
 
 
 def _put(queue: asyncio.Queue[Event | None], event: Event | None) -> None:
-    """A client that reads slowly loses the oldest events, as on `/admin/events`."""
+    """Add an event; if the queue is full, drop the oldest, as on `/admin/events`."""
     if queue.full():
         queue.get_nowait()
     queue.put_nowait(event)
 
 
-def _ending(request: Request[Any, Any, Any], loading: asyncio.Task[msgspec.Struct]) -> ServerSentEventMessage:
+def _final_message(request: Request[Any, Any, Any], loading: asyncio.Task[msgspec.Struct]) -> ServerSentEventMessage:
     try:
         return _message("done", loading.result())
-    except Exception as error:  # noqa: BLE001  # told as every route tells its errors
+    except Exception as error:  # noqa: BLE001  # answered like the errors of every route
         return _message("error", describe(request, error)[1])
 
 
@@ -52,7 +52,7 @@ def _message(name: str, content: msgspec.Struct) -> ServerSentEventMessage:
 
 
 HEARTBEAT_S = 15.0
-"""Proxies cut connections that are silent for a minute or less."""
+"""Proxies close connections that are idle for a minute or less."""
 
 
 async def preload_messages(
@@ -62,16 +62,16 @@ async def preload_messages(
     *,
     heartbeat_s: float = HEARTBEAT_S,
 ) -> AsyncIterator[ServerSentEventMessage]:
-    """`events` as `/admin/events` tells them; then one `done` with what `preload` gave, or one `error`.
+    """Stream `events`, then one `done` with the result of `preload`, or one `error`.
 
-    A client that leaves ends the waiting, and not the load.
+    A client that disconnects cancels the waiting, not the load.
     """
     loop = asyncio.get_running_loop()
     queue: asyncio.Queue[Event | None] = asyncio.Queue(_MAX_EVENTS)
-    follower = loop.create_task(_follow(events, queue))
-    await asyncio.sleep(0)  # lets `events` subscribe before anything happens
+    forwarder = loop.create_task(_forward(events, queue))
+    await asyncio.sleep(0)  # lets `events` subscribe before the load starts
     loading = loop.create_task(preload())
-    loading.add_done_callback(lambda _: loop.call_later(_LAST_EVENTS_S, _put, queue, None))
+    loading.add_done_callback(lambda _: loop.call_later(_LINGER_S, _put, queue, None))
     try:
         yield ServerSentEventMessage(data=None, comment="open")
         while True:
@@ -83,23 +83,23 @@ async def preload_messages(
             if event is None:
                 break
             yield _message(event.kind, event)
-        yield _ending(request, loading)
+        yield _final_message(request, loading)
     finally:
-        follower.cancel()
+        forwarder.cancel()
         loading.cancel()
-        await asyncio.gather(follower, loading, return_exceptions=True)
+        await asyncio.gather(forwarder, loading, return_exceptions=True)
 
 
 _MAX_ID_CHARS = 2**14
-"""It is said again with each event; 256 hosts take half of it."""
+"""The id is repeated with each event; 256 hosts take half of this."""
 
 
 _SEQ = re.compile(r"[0-9]{1,18}", re.ASCII)
-"""A number that every host can be told: it has 64 bits."""
+"""At most 18 digits, so that the number fits into 64 bits."""
 
 
 def parse_last_event_id(text: str) -> dict[str, int]:
-    """The last `seq` seen of each host, as `event_messages` wrote it. What cannot be read is left out."""
+    """Parse the id that `event_messages` wrote: the last `seq` of each host. Invalid parts are ignored."""
     if len(text) > _MAX_ID_CHARS:
         return {}
     return {host_id: int(seq) for host_id, seq in parse_qsl(text) if _SEQ.fullmatch(seq)}
@@ -112,15 +112,15 @@ async def event_messages(
     *,
     heartbeat_s: float = HEARTBEAT_S,
 ) -> AsyncIterator[ServerSentEventMessage]:
-    """Each event under an id that names the last `seq` of every host; a comment when nothing happens.
+    """Stream each event with an id that holds the last `seq` of every host, and a comment as heartbeat.
 
-    Ends when `closing` is set: a stream that stayed open would hold the server's shutdown.
+    Ends when `closing` is set: an open stream would delay the server's shutdown.
     """
     seen = dict(after)
     closed = asyncio.create_task(closing.wait())
     upcoming = asyncio.ensure_future(anext(events))
     try:
-        await asyncio.sleep(0)  # lets `events` subscribe before the client hears from us
+        await asyncio.sleep(0)  # lets `events` subscribe before the client gets the first byte
         yield ServerSentEventMessage(data=None, comment="open")
         while not closed.done():
             await asyncio.wait({upcoming, closed}, timeout=heartbeat_s, return_when=asyncio.FIRST_COMPLETED)

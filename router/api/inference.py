@@ -1,4 +1,4 @@
-"""From what a client wants to the engines' answer: the one path that OpenAI's route and every skin share."""
+"""Runs a model for a request: the path that OpenAI's route and all compatibility routes share."""
 
 import asyncio
 import time
@@ -31,13 +31,13 @@ from router.server.state import ServerState, state_of
 
 log = structlog.get_logger()
 
-_KEEP_ALIVE = (
-    "This key may not set keep_alive, which moves a model that others use: leave it out, or give the key "
-    "`keep_alive: true` in KEYS_FILE"
+_KEEP_ALIVE_REFUSED = (
+    "This key may not set keep_alive, because other keys use the same models: omit it, or set `keep_alive: true` for "
+    "the key in KEYS_FILE"
 )
-"""Refused rather than left aside: who asked for it would rely on it."""
+"""Refused rather than ignored: the client would rely on it."""
 _SHORT = 256
-"""Characters, or ids, of inputs that every model reads whole: what a model reads need not be looked up for them."""
+"""Characters, or token ids. Every model reads inputs of this length whole, so its limit need not be looked up."""
 
 
 _HEADERS = (
@@ -93,7 +93,7 @@ class InferenceRoute(HTTPRouteHandler):
 
 
 class Answer(Struct, frozen=True):
-    """The vectors, the id of the model that computed them, also when an alias was asked, and its calibration."""
+    """The vectors, the id of the model that computed them (never an alias), and its calibration."""
 
     model_id: str
     embeddings: Embeddings
@@ -106,7 +106,7 @@ class Answer(Struct, frozen=True):
 
     @property
     def headers(self) -> dict[str, str]:
-        """`Server-Timing` in milliseconds, and the inputs that were cut, if any."""
+        """`Server-Timing` in milliseconds, and the indexes of truncated inputs, if any."""
         spent = self.embeddings.timings
         parts = {"load": spent.load_s, "tokenize": spent.tokenize_s, "queue": spent.queue_s, "forward": spent.forward_s}
         headers = {"server-timing": ", ".join(f"{name};dur={seconds * 1000:.1f}" for name, seconds in parts.items())}
@@ -116,9 +116,9 @@ class Answer(Struct, frozen=True):
 
 
 async def embed(request: Request[Any, Any, Any], wanted: EmbeddingRequest) -> Answer:
-    """Embed as `wanted` says, which for a skin is what its request means in our words.
+    """Embed the inputs of `wanted`; compatibility routes translate their requests into it.
 
-    A model that is not in memory is loaded first. The work ends when the client leaves.
+    A model that is not in memory is loaded first. The work is cancelled if the client disconnects.
     """
     server_state = state_of(request)
     spec = resolve(request, server_state.registry, wanted.model)
@@ -127,7 +127,7 @@ async def embed(request: Request[Any, Any, Any], wanted: EmbeddingRequest) -> An
     if caller:
         call = structs.replace(call, caller=caller)
     if call.keep_alive_s is not None and not server_state.keyring.may_keep_alive(key_of(request)):
-        raise PermissionDeniedException(_KEEP_ALIVE)
+        raise PermissionDeniedException(_KEEP_ALIVE_REFUSED)
     check_ranges(spec, (wanted.output_dtype,), call.num_items, wanted.normalize)
     if call.token_ids and spec.token_encoding is not None:
         texts = await decode_token_ids(spec.token_encoding, call.token_ids)
@@ -151,34 +151,37 @@ async def _run(
 async def _run_counted(
     request: Request[Any, Any, Any], server_state: ServerState, spec: ModelSpec, call: EmbedCall
 ) -> Embeddings:
-    """The same where the caller's tokens are limited. Four cases:
+    """Run a call of a caller with a token limit, and charge its tokens. Four cases:
 
-    1. answered: the tokens that the model read are charged, whatever becomes of the answer.
-    2. the client left: as many as were reserved, because nobody tells how far its work had come; none as long as the
-       model was not in memory.
-    3. the forward pass failed: as many as were reserved, or a text that makes it fail would compute for nothing.
-    4. refused, or failed before it ran: none.
+    1. answered: the tokens that the model read, whether or not the answer arrives.
+    2. the client disconnected: the tokens reserved, because the progress of its work is unknown; none if the model was
+       not in memory.
+    3. the forward pass failed: the tokens reserved, or a text that makes it fail would be computed for free.
+    4. refused, or failed before the forward pass: none.
     """
-    ticket = permit_of(request)
-    longest = _longest(server_state, spec, call)
-    await ticket.reserve(estimate_tokens(call, longest), is_certain=longest is not None)
+    permit = permit_of(request)
+    max_tokens = _max_tokens(server_state, spec, call)
+    await permit.reserve(estimate_tokens(call, max_tokens), is_certain=max_tokens is not None)
     used = 0
     try:
         embeddings = await _run(request, server_state, spec, call)
         used = sum(embeddings.token_counts)  # (1)
         return embeddings
     except (ClientLeft, asyncio.CancelledError):
-        used = ticket.reserved_tokens if _is_ready(server_state, spec.model_id) else 0  # (2)
+        used = permit.reserved_tokens if _is_ready(server_state, spec.model_id) else 0  # (2)
         raise
     except (EngineFailed, NonFiniteEmbedding):
-        used = ticket.reserved_tokens  # (3)
+        used = permit.reserved_tokens  # (3)
         raise
     finally:
-        await ticket.settle(used)
+        await permit.settle(used)
 
 
-def _longest(server_state: ServerState, spec: ModelSpec, call: EmbedCall) -> int | None:
-    """Tokens that the model reads of one input; None where an input is long and the model has never been in memory."""
+def _max_tokens(server_state: ServerState, spec: ModelSpec, call: EmbedCall) -> int | None:
+    """Return the most tokens that the model reads of one input; None if unknown.
+
+    It is unknown if an input is long, and the model has never been in memory.
+    """
     if spec.max_tokens is not None:
         return spec.max_tokens
     if max(map(len, call.texts or call.token_ids)) <= _SHORT:
@@ -200,7 +203,7 @@ def _statuses(server_state: ServerState, model_id: str) -> Iterator[ModelStatus]
 
 @contextmanager
 def rename_error_params(**names: str) -> Iterator[None]:
-    """Inside, a refusal names the request's fields as the skin spells them: `rename_error_params(input="texts")`."""
+    """Rename `param` in errors raised inside the block to the names of a compatibility API: `input="texts"`."""
     try:
         yield
     except InvalidRequest as error:

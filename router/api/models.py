@@ -1,4 +1,4 @@
-"""`GET /v1/models`: what may be served, in OpenAI's words, and beside them what this server knows."""
+"""`GET /v1/models`: the registered models in OpenAI's format, with additional fields."""
 
 from collections.abc import Sequence
 from pathlib import PurePath
@@ -24,7 +24,7 @@ _NEAREST_FIRST: tuple[State, ...] = (
 
 
 class ModelsController(Controller):
-    """OpenAI's model list."""
+    """OpenAI's models API."""
 
     path = "/v1/models"
     tags = ("models",)
@@ -33,7 +33,7 @@ class ModelsController(Controller):
 
     @get(responses=failures(*GUARDED), summary="List the models")
     async def list_models(self, request: Request[Any, Any, Any]) -> ModelList:
-        """Those that the key may use, in memory or not."""
+        """Lists the models that the key may use, in memory or not."""
         server_state = state_of(request)
         found = visible_slots(request).items()
         specs = server_state.registry.models
@@ -41,22 +41,27 @@ class ModelsController(Controller):
             data=[_model(server_state, specs[model_id], slots) for model_id, slots in found if model_id in specs]
         )
 
-    @get("/{model_id:str}", responses=failures(*GUARDED, "model_not_found", "model_not_allowed"), summary="One model")
+    @get(
+        "/{model_id:str}", responses=failures(*GUARDED, "model_not_found", "model_not_allowed"), summary="Show a model"
+    )
     async def retrieve_model(self, request: Request[Any, Any, Any], spec: NamedDependency[ModelSpec]) -> Model:
-        """By id or alias."""
+        """Shows a model by id or alias."""
         server_state = state_of(request)
         return _model(server_state, spec, slots_by_model(server_state)[spec.model_id])
 
 
 def visible_slots(request: Request[Any, Any, Any]) -> dict[str, list[Slot]]:
-    """The same as `slots_by_model`, of those models that the key of the request may use."""
+    """Return the slots of the models that the key of the request may use, as `slots_by_model` does."""
     server_state = state_of(request)
     key, registry = key_of(request), server_state.registry
     return {name: slots for name, slots in slots_by_model(server_state).items() if may_use(key, registry, name)}
 
 
 def slots_by_model(server_state: ServerState) -> dict[str, list[Slot]]:
-    """Every model's slots on all hosts, the one nearest to serving first; a model that no host knows is absent."""
+    """Return each model's slots on all hosts, the slot nearest to serving first.
+
+    A model that no host reports gets one slot in the state `absent`.
+    """
     found: dict[str, list[Slot]] = {model_id: [] for model_id in server_state.registry.models}
     for host in server_state.backend.snapshots():
         for status in host.models:
@@ -108,6 +113,6 @@ def _owner(model_id: str) -> str:
 
 
 def _public_source(source: str) -> str:
-    """Clients may know which folder a model came from, not where on this machine it lies."""
+    """Return the source as clients may see it: a local folder by its name, never its path."""
     is_local = source.startswith(("/", ".", "~"))
     return f"local:{PurePath(source).name}" if is_local else source

@@ -1,6 +1,6 @@
-"""The OpenAPI document: Litestar's, from the handlers, and in it the schemas of the wire as msgspec decodes them.
+"""Builds the OpenAPI document: Litestar's, with msgspec's JSON Schemas of the requests and responses.
 
-Litestar's own schemas of Structs lose bounds and defaults, and call an optional body required.
+Litestar's own schemas of Structs lose bounds and defaults, and mark an optional body as required.
 """
 
 from collections import defaultdict
@@ -17,47 +17,44 @@ from litestar.openapi.spec import Example
 from engines.types import Plan
 from router.errors import TABLE, Row
 from router.registry.registry import Changes
-from router.schemas import admin
-from router.schemas import compat as skin_schema
-from router.schemas import inference as schema
+from router.schemas import admin, compat, inference
 
 BEARER = [{"BearerToken": list[str]()}]
 GUARDED = ("invalid_api_key", "insufficient_scope")
-"""Codes of every route that needs a key."""
+"""Error codes of every route that needs a key."""
 BODY = ("invalid_json", "invalid_value", "body_too_large")
-"""Codes of every route that reads a body."""
+"""Error codes of every route that reads a body."""
 LOADING = (
     "model_too_large", "model_loading", "model_load_failed", "out_of_memory", "shutting_down", "device_down",
     "host_lost",
 )  # fmt: skip
-"""Codes of every route that may load a model."""
+"""Error codes of every route that may load a model."""
 
 EMBEDDING = (
     *GUARDED, *BODY, *LOADING, "empty_input", "too_many_inputs", "context_length_exceeded", "dimensions_not_supported",
     "prompt_not_found", "invalid_token_id", "model_not_found", "queue_full", "non_finite_embedding",
     "model_not_allowed", "rate_limit_exceeded", "too_many_requests",
 )  # fmt: skip
-"""Codes of every route that embeds."""
+"""Error codes of every route that embeds."""
 
 _WIRE = (
-    schema.EmbeddingRequest, schema.EmbeddingResponse, schema.ErrorEnvelope, schema.Model, schema.ModelList,
-    admin.Slot, admin.SlotList, admin.ModelSlots, admin.PreloadRequest, admin.EvictRequest, admin.Memory,
-    admin.LastMinute, admin.ModelTraffic,
-    admin.Status, Plan, Changes, *skin_schema.WIRE,
+    inference.EmbeddingRequest, inference.EmbeddingResponse, inference.ErrorEnvelope, inference.Model,
+    inference.ModelList, admin.Slot, admin.SlotList, admin.ModelSlots, admin.PreloadRequest, admin.EvictRequest,
+    admin.Memory, admin.LastMinute, admin.ModelTraffic, admin.Status, Plan, Changes, *compat.WIRE,
 )  # fmt: skip
 _TEXT = {"type": "string", "minLength": 1}
 _IDS = {
-    "type": "array", "minItems": 1, "maxItems": schema.MAX_IDS_OF_TEXT, "items": {"type": "integer", "minimum": 0},
+    "type": "array", "minItems": 1, "maxItems": inference.MAX_IDS_OF_TEXT, "items": {"type": "integer", "minimum": 0},
 }  # fmt: skip
-_MANY = {"type": "array", "minItems": 1, "maxItems": schema.MAX_INPUTS}
+_MANY = {"type": "array", "minItems": 1, "maxItems": inference.MAX_INPUTS}
 _INPUT_FORMS = [_TEXT, _MANY | {"items": _TEXT}, _IDS, _MANY | {"items": _IDS}]
 _REQUEST_EXAMPLE = {"model": "all-MiniLM-L6-v2", "input": ["The cat sits outside", "A man is playing guitar"]}
 
 
 def failures(*codes: str) -> dict[int, ResponseSpec]:
-    """The failures of a route, by their codes, each with an example from the error table.
+    """Return the error responses of a route by status, each code with an example from the error table.
 
-    Two are possible everywhere: a crash, and a parameter or a Host header that cannot be read.
+    Two codes are added to every route: `internal_error`, and `invalid_value` for an invalid parameter or Host header.
     """
     by_status: defaultdict[int, list[Example]] = defaultdict(list)
     for error, row in TABLE.items():
@@ -66,7 +63,7 @@ def failures(*codes: str) -> dict[int, ResponseSpec]:
             by_status[row.status].append(_example(error, row))
     return {
         status: ResponseSpec(
-            schema.ErrorEnvelope,
+            inference.ErrorEnvelope,
             generate_examples=False,
             description=f"`code`: {', '.join(example.summary or '' for example in examples)}",
             examples=examples,
@@ -78,12 +75,12 @@ def failures(*codes: str) -> dict[int, ResponseSpec]:
 
 def _example(error: type[Exception], row: Row) -> Example:
     message = (getdoc(error) or "").partition("\n")[0]
-    detail = schema.ErrorDetail(message=message, type=row.type, param=None, code=row.code)
-    return Example(summary=row.code, value=msgspec.to_builtins(schema.ErrorEnvelope(error=detail)))
+    detail = inference.ErrorDetail(message=message, type=row.type, param=None, code=row.code)
+    return Example(summary=row.code, value=msgspec.to_builtins(inference.ErrorEnvelope(error=detail)))
 
 
-class TrueDocument(JsonRenderPlugin):
-    """`openapi.json` with schemas that say what the decoder does."""
+class OpenApiJson(JsonRenderPlugin):
+    """Renders `openapi.json` with the schemas that the decoder uses."""
 
     def __init__(self) -> None:
         super().__init__(path="/openapi.json", media_type=MediaType.JSON)
@@ -98,7 +95,7 @@ class TrueDocument(JsonRenderPlugin):
 
 
 def wire_schemas(structs: Sequence[type[msgspec.Struct]]) -> dict[str, Any]:
-    """The JSON Schemas of the wire, under their names."""
+    """Return the JSON Schemas of requests and responses by name."""
     _, schemas = msgspec.json.schema_components(structs, ref_template="#/components/schemas/{name}")
     request = schemas["EmbeddingRequest"]
     request["properties"]["input"]["anyOf"] = _INPUT_FORMS
@@ -107,7 +104,7 @@ def wire_schemas(structs: Sequence[type[msgspec.Struct]]) -> dict[str, Any]:
 
 
 def _corrected(operation: dict[str, Any]) -> dict[str, Any]:
-    """A body that may be null may be left out; and examples say `param: null`, which Litestar drops."""
+    """Mark a nullable body as optional, and put `param: null` back into examples, which Litestar drops."""
     for response in operation["responses"].values():
         for content in response.get("content", {}).values():
             for example in content.get("examples", {}).values():

@@ -1,4 +1,4 @@
-"""Whether the process lives, and whether it takes work. Open to everyone, so that probes need no key."""
+"""`/health`, `/ready` and `/metrics`. The probes need no key."""
 
 import asyncio
 import time
@@ -18,7 +18,7 @@ from router.server.state import state_of
 from router.version import embedyard_version
 
 _TEXT = ResponseSpec(
-    str, media_type="text/plain", generate_examples=False, description="Prometheus' text format, or OpenMetrics"
+    str, media_type="text/plain", generate_examples=False, description="Prometheus text format, or OpenMetrics"
 )
 
 
@@ -26,22 +26,22 @@ _requires_admin = requires("admin")
 
 
 async def _local_or_admin(connection: Connection, handler: BaseRouteHandler) -> None:
-    """On loopback it is open to programs of this machine, and to no page in a browser there."""
+    """Require an admin key, except from programs on this machine if the server listens on loopback."""
     settings = state_of(connection).settings
     if not settings.is_loopback or is_foreign(connection, settings):
         await _requires_admin(connection, handler)
 
 
 class MetricsController(Controller):
-    """For Prometheus."""
+    """The metrics for Prometheus."""
 
     tags = ("health",)
     guards = (_local_or_admin,)
     security = BEARER
 
-    @get("/metrics", responses={200: _TEXT} | failures(*GUARDED), summary="What was counted and measured")
+    @get("/metrics", responses={200: _TEXT} | failures(*GUARDED), summary="Scrape the metrics")
     async def metrics(self, request: Request[Any, Any, Any]) -> Response[bytes]:
-        """Open when the server listens on loopback, else for keys with the scope `admin`."""
+        """Needs a key with the scope `admin`, unless the server listens on loopback."""
         server_state = state_of(request)
         sample = ServerSample(
             hosts=server_state.backend.snapshots(),
@@ -59,18 +59,18 @@ class MetricsController(Controller):
 
 
 class HealthController(Controller):
-    """For load balancers and orchestrators."""
+    """The probes of load balancers and orchestrators."""
 
     tags = ("health",)
 
-    @get("/health", responses=failures("device_down"), summary="Is it alive?")
+    @get("/health", responses=failures("device_down"), summary="Liveness probe")
     async def health(self, request: Request[Any, Any, Any]) -> Status:
-        """200 as long as the process serves; 503 with the reason when it must be restarted."""
+        """Answers 200 while the process works, 503 with the reason if it must be restarted."""
         state_of(request).check_health()
         return Status(status="ok")
 
-    @get("/ready", responses=failures("shutting_down", "device_down"), summary="Does it take work?")
+    @get("/ready", responses=failures("shutting_down", "device_down"), summary="Readiness probe")
     async def ready(self, request: Request[Any, Any, Any]) -> Status:
-        """200 when new work is taken, 503 while the server drains, or when no device can do any."""
+        """Answers 200 if the server takes new work, 503 while it drains or if no device works."""
         state_of(request).check_ready()
         return Status(status="ready")

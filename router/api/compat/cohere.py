@@ -1,4 +1,4 @@
-"""Cohere's `POST /v2/embed`, over the same core."""
+"""Cohere's `POST /v2/embed`."""
 
 import asyncio
 import uuid
@@ -16,28 +16,28 @@ from router.schemas.compat import CohereMeta, CohereRequest, CohereResponse, Coh
 from router.schemas.inference import EmbeddingRequest
 
 _INLINE_CHARS = 2**16
-"""Texts of more characters are sent back by a thread: 58 MiB would stop the event loop for 0.1 s."""
+"""The answer repeats the texts; longer ones are encoded on a thread, as 58 MiB would block the event loop for 0.1 s."""
 _BASE64 = OutputFormat(encoding="base64")
 _TRUNCATE: dict[str | None, Truncate] = {"NONE": "error", "START": "start", "END": "end"}
 
 
 class CohereController(Controller):
-    """For clients of Cohere."""
+    """The API of Cohere, version 2."""
 
     tags = ("skins",)
 
     @InferenceRoute("/v2/embed", summary="Embed texts (Cohere)", returns=CohereResponse, description="Vectors by type")
     async def cohere_embed(self, request: Request[Any, Any, Any], data: JSONBody[CohereRequest]) -> Response[bytes]:
-        """Several types of one forward pass."""
+        """Computes the vectors once and returns them in each requested type."""
         kinds: list[CohereType] = list(dict.fromkeys(data.embedding_types or ("float",)))
         with rename_error_params(input="texts", dimensions="output_dimension", output_dtype="embedding_types"):
-            answer = await embed(request, _in_our_words(data, kinds))
+            answer = await embed(request, _to_embedding_request(data, kinds))
             body = await _encode(data, kinds, answer)
         return Response(body, media_type=MediaType.JSON, headers=answer.headers)
 
 
-def _in_our_words(data: CohereRequest, kinds: Sequence[CohereType]) -> EmbeddingRequest:
-    """One kind stands for all: of those asked for, the one that asks most of the request."""
+def _to_embedding_request(data: CohereRequest, kinds: Sequence[CohereType]) -> EmbeddingRequest:
+    """Translate the request, with the strictest of the requested types: int8 and uint8 need ranges."""
     return EmbeddingRequest(
         input=[*data.texts],
         model=data.model,
@@ -55,8 +55,8 @@ def _is_large(data: CohereRequest) -> bool:
 async def _encode(data: CohereRequest, kinds: list[CohereType], answer: Answer) -> bytes:
     parts = []
     for kind in kinds:
-        form = _BASE64 if kind == "base64" else OutputFormat(dtype=kind, calibration=answer.calibration)
-        rows = await encode_rows(answer.embeddings, form)
+        output = _BASE64 if kind == "base64" else OutputFormat(dtype=kind, calibration=answer.calibration)
+        rows = await encode_rows(answer.embeddings, output)
         parts.append(b'"' + kind.encode() + b'":' + rows)
     meta = CohereMeta(api_version=CohereVersion(), billed_units=CohereUnits(input_tokens=answer.num_tokens))
     head = {"id": str(uuid.uuid4()), "response_type": "embeddings_by_type", "texts": data.texts, "meta": meta}

@@ -1,4 +1,4 @@
-"""Ollama's `POST /api/embed`, `GET /api/tags` and `GET /api/ps`, over the same core."""
+"""Ollama's `POST /api/embed`, `GET /api/tags` and `GET /api/ps`."""
 
 import time
 from datetime import UTC, datetime
@@ -33,16 +33,16 @@ _TRUNCATE: dict[bool | None, Truncate] = {True: "end", False: "error"}
 
 
 class OllamaController(Controller):
-    """For clients of Ollama."""
+    """The API of Ollama."""
 
     path = "/api"
     tags = ("skins",)
 
     @InferenceRoute("/embed", summary="Embed texts (Ollama)", returns=OllamaResponse)
     async def ollama_embed(self, request: Request[Any, Any, Any], data: JSONBody[OllamaRequest]) -> Response[bytes]:
-        """A model that is not in memory is loaded first."""
+        """Loads the model first if it is not in memory."""
         started_at_s = time.perf_counter()
-        answer = await embed(request, _in_our_words(data, state_of(request).registry))
+        answer = await embed(request, _to_embedding_request(data, state_of(request).registry))
         rows = await encode_rows(answer.embeddings)
         head = {
             "model": data.model,
@@ -61,7 +61,7 @@ class OllamaController(Controller):
         summary="List the models (Ollama)",
     )
     async def ollama_tags(self, request: Request[Any, Any, Any]) -> OllamaModels:
-        """Those that may be served, in memory or not."""
+        """Lists the models that the key may use, in memory or not."""
         return OllamaModels(
             models=[_model(slots[0], state_of(request).started_at_s) for slots in visible_slots(request).values()]
         )
@@ -74,12 +74,12 @@ class OllamaController(Controller):
         summary="List the models in memory (Ollama)",
     )
     async def ollama_ps(self, request: Request[Any, Any, Any]) -> OllamaProcesses:
-        """One entry for each device that holds the model."""
+        """Lists loaded models, one entry for each device that holds one."""
         slots = (slot for slots in visible_slots(request).values() for slot in slots)
         return OllamaProcesses(models=[_running(slot) for slot in slots if slot.state == "ready"])
 
 
-def _in_our_words(data: OllamaRequest, registry: Registry) -> EmbeddingRequest:
+def _to_embedding_request(data: OllamaRequest, registry: Registry) -> EmbeddingRequest:
     return EmbeddingRequest(
         input=data.input if isinstance(data.input, str) else [*data.input],
         model=_model_name(data.model, registry),
@@ -90,13 +90,13 @@ def _in_our_words(data: OllamaRequest, registry: Registry) -> EmbeddingRequest:
 
 
 def _model_name(name: str, registry: Registry) -> str:
-    """Ollama's clients add the tag `:latest` to names without one."""
+    """Remove the tag `:latest`, which Ollama's clients add to names without a tag."""
     is_known = name in registry.models or name in registry.aliases
     return name if is_known else name.removesuffix(_LATEST)
 
 
 def _keep_alive(given: float | str | None) -> float | str | None:
-    """Every negative time means for ever."""
+    """Translate every negative duration into -1: never unload when idle."""
     is_negative = (
         given[:1] == "-" and given[1:2].isdigit() if isinstance(given, str) else given is not None and given < 0
     )

@@ -1,4 +1,4 @@
-"""text-embeddings-inference's `POST /embed` and `GET /info`, over the same core."""
+"""The `POST /embed` and `GET /info` of text-embeddings-inference (TEI)."""
 
 from typing import Any
 
@@ -19,15 +19,15 @@ from router.version import embedyard_version
 
 
 class TeiController(Controller):
-    """For clients of text-embeddings-inference; they name no model, so the default one answers."""
+    """The API of text-embeddings-inference. Its clients name no model, so they get the default model."""
 
     tags = ("skins",)
 
     @InferenceRoute("/embed", summary="Embed texts (text-embeddings-inference)", returns=list[list[float]])
     async def tei_embed(self, request: Request[Any, Any, Any], data: JSONBody[TeiRequest]) -> Response[bytes]:
-        """The vectors alone, as numbers."""
+        """Returns only the vectors, as numbers."""
         with rename_error_params(input="inputs", input_type="prompt_name"):
-            answer = await embed(request, _in_our_words(data))
+            answer = await embed(request, _to_embedding_request(data))
         body = await encode_rows(answer.embeddings)
         return Response(body, media_type=MediaType.JSON, headers=answer.headers)
 
@@ -36,10 +36,10 @@ class TeiController(Controller):
         guards=(requires("embed"),),
         security=BEARER,
         responses=failures(*GUARDED),
-        summary="The default model (text-embeddings-inference)",
+        summary="Show the default model (text-embeddings-inference)",
     )
     async def tei_info(self, request: Request[Any, Any, Any]) -> TeiInfo:
-        """The limits are the server's."""
+        """Shows the default model and the limits of the server."""
         server_state = state_of(request)
         spec = resolve(request, server_state.registry, None)
         nearest = slots_by_model(server_state)[spec.model_id][0]
@@ -61,7 +61,7 @@ class TeiController(Controller):
         )
 
 
-def _in_our_words(data: TeiRequest) -> EmbeddingRequest:
+def _to_embedding_request(data: TeiRequest) -> EmbeddingRequest:
     return EmbeddingRequest(
         input=data.inputs if isinstance(data.inputs, str) else [*data.inputs],
         model=data.model,
@@ -73,7 +73,7 @@ def _in_our_words(data: TeiRequest) -> EmbeddingRequest:
 
 
 def _truncate(data: TeiRequest) -> Truncate | None:
-    """Three cases: 1. refused by wish. 2. the end that was named, or a plain yes. 3. nothing said: the model's own."""
+    """Translate truncation. Three cases: 1. off: an error. 2. on, or with a direction: that end. 3. not given: None."""
     if data.truncate is False:
         return "error"  # (1)
     if data.truncation_direction is not None:

@@ -152,7 +152,7 @@ def test_a_message_holds_both_numbers_and_the_remedy(served: Served) -> None:
     near = served.client.post(EMBED, json={"input": "a", "model": "mnii"}).json()["error"]["message"]
     method = served.client.post("/admin/models/BAAI/bge-m3").json()["error"]["message"]
 
-    assert many == "input holds 2049 items, and a request 2048 at most: split it"
+    assert many == "input has 2049 items (maximum 2048 per request); split the request"
     assert "1048577 bytes" in large
     assert "1048576" in large
     assert "did you mean mini?" in near

@@ -1,4 +1,4 @@
-"""`/admin` over real sockets: slots, commands, memory, plans and the event stream."""
+"""Tests `/admin` over real sockets: slots, commands, memory, plans and the event stream."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -136,7 +136,7 @@ async def test_events_are_streamed_as_they_happen(app: Litestar, backend: Script
     assert backend.asked_after == {}
 
 
-async def test_a_stream_goes_on_where_it_broke(app: Litestar, backend: ScriptedBackend) -> None:
+async def test_a_stream_resumes_after_the_last_event_id(app: Litestar, backend: ScriptedBackend) -> None:
     backend.remembered = [event(8), event(4, "cuda:0")]
     async with (
         serving(app) as url,
@@ -149,7 +149,7 @@ async def test_a_stream_goes_on_where_it_broke(app: Litestar, backend: ScriptedB
     assert ids == ["id: cpu=8&cuda%3A0=3", "id: cpu=8&cuda%3A0=4"]
 
 
-async def test_a_reader_that_leaves_is_forgotten(app: Litestar, backend: ScriptedBackend) -> None:
+async def test_a_reader_that_disconnects_is_unsubscribed(app: Litestar, backend: ScriptedBackend) -> None:
     async with serving(app) as url, httpx.AsyncClient(base_url=url) as client:
         metrics_alone = backend.num_subscribers
         async with client.stream("GET", "/admin/events") as answer:
@@ -176,10 +176,10 @@ async def test_a_drain_ends_the_streams(app: Litestar) -> None:
     assert [line for line in rest if line.startswith(("id", "data"))] == []
 
 
-async def test_a_silent_stream_still_says_something() -> None:
+async def test_an_idle_stream_sends_heartbeats() -> None:
     messages = event_messages(silence(), {}, asyncio.Event(), heartbeat_s=0.01)
     comments = [(await anext(messages)).comment for _ in range(3)]
-    await messages.aclose()  # type: ignore[attr-defined]  # an async generator, behind the narrower type
+    await messages.aclose()  # type: ignore[attr-defined]  # it is an async generator
 
     assert comments == ["open", "still here", "still here"]
 

@@ -1,4 +1,4 @@
-"""Skins: what they ask of the core, what they answer, and how they refuse."""
+"""Tests the compatibility routes: the calls they make, their answers and their errors."""
 
 import base64
 from typing import Any
@@ -15,17 +15,17 @@ from tests.testkit.servers import REGISTRY, Served
 
 TWO = ["one", "three"]
 ROWS = [pytest.approx(vector(text), rel=1e-6) for text in TWO]
-SKINS = {
+APIS = {
     "tei": ("/embed", "inputs", {}),
     "cohere": ("/v2/embed", "texts", {"model": "mini"}),
     "ollama": ("/api/embed", "input", {"model": "mini"}),
     "path": ("/m/BAAI/bge-m3/v1/embeddings", "input", {}),
 }
-"""Route, the name of the texts, and what else is obligatory."""
+"""Path, field of the texts, and other required fields of each API."""
 
 
-def ask(served: Served, skin: str, texts: Any, **fields: Any) -> Any:
-    path, name, more = SKINS[skin]
+def ask(served: Served, api: str, texts: Any, **fields: Any) -> Any:
+    path, name, more = APIS[api]
     return served.client.post(path, json={name: texts, **more, **fields})
 
 
@@ -43,7 +43,7 @@ def test_tei_answers_with_the_vectors_alone(served: Served) -> None:
     assert "forward;dur=30.5" in answer.headers["server-timing"]
 
 
-def test_tei_asks_in_our_words(served: Served) -> None:
+def test_tei_requests_are_translated(served: Served) -> None:
     ask(served, "tei", "one", prompt_name="query", normalize=False, dimensions=4, model="BAAI/bge-m3")
     call = call_of(served)
 
@@ -91,7 +91,7 @@ def test_cohere_answers_by_type(served: Served) -> None:
 
 
 @pytest.mark.parametrize(("truncate", "meant"), [("NONE", "error"), ("START", "start"), ("END", "end"), (None, None)])
-def test_cohere_asks_in_our_words(served: Served, truncate: str | None, meant: str | None) -> None:
+def test_cohere_requests_are_translated(served: Served, truncate: str | None, meant: str | None) -> None:
     ask(served, "cohere", TWO, input_type="search_query", output_dimension=4, truncate=truncate)
     call = call_of(served)
 
@@ -109,7 +109,7 @@ def test_ollama_answers_as_ollama(served: Served) -> None:
 @pytest.mark.parametrize(
     ("keep_alive", "seconds"), [("5m", 300.0), (0, 0.0), (-1, -1.0), (-5.5, -1.0), ("-1m", -1.0), (None, None)]
 )
-def test_ollama_asks_in_our_words(served: Served, keep_alive: object, seconds: float | None) -> None:
+def test_ollama_requests_are_translated(served: Served, keep_alive: object, seconds: float | None) -> None:
     ask(served, "ollama", "one", model="mini:latest", keep_alive=keep_alive, truncate=False, dimensions=4)
     call = call_of(served)
 
@@ -135,14 +135,16 @@ def test_the_model_in_the_path_wins(served: Served) -> None:
     assert (encoded.status_code, encoded.json()["model"]) == (200, "BAAI/bge-m3")
 
 
-@pytest.mark.parametrize("skin", SKINS)
+@pytest.mark.parametrize("api", APIS)
 @pytest.mark.parametrize(
     ("texts", "code"),
     [([], "empty_input"), (["a", ""], "empty_input"), (["a"] * 2049, "too_many_inputs"), (5, "invalid_value")],
     ids=["none", "an empty one", "too many", "a number"],
 )
-def test_a_skin_names_the_field_as_its_clients_do(served: Served, skin: str, texts: object, code: str) -> None:
-    assert_envelope(ask(served, skin, texts), 400, code, SKINS[skin][1])
+def test_a_compatibility_route_names_the_field_as_its_clients_do(
+    served: Served, api: str, texts: object, code: str
+) -> None:
+    assert_envelope(ask(served, api, texts), 400, code, APIS[api][1])
     assert served.backend.calls == []
 
 
@@ -159,7 +161,7 @@ def test_cohere_takes_one_text_of_a_calibrated_model(served: Served) -> None:
 
 
 @pytest.mark.parametrize(
-    ("skin", "fields", "status", "code", "param"),
+    ("api", "fields", "status", "code", "param"),
     [
         ("tei", {"truncate": "yes"}, 400, "invalid_value", "truncate"),
         ("tei", {"truncation_direction": "up"}, 400, "invalid_value", "truncation_direction"),
@@ -177,10 +179,10 @@ def test_cohere_takes_one_text_of_a_calibrated_model(served: Served) -> None:
         ("path", {"dimensions": True}, 400, "invalid_value", "dimensions"),
     ],
 )
-def test_a_bad_request_to_a_skin_is_answered_with(
-    served: Served, skin: str, fields: dict[str, Any], status: int, code: str, param: str | None
+def test_a_bad_request_to_a_compatibility_route_is_answered_with(
+    served: Served, api: str, fields: dict[str, Any], status: int, code: str, param: str | None
 ) -> None:
-    path, name, more = SKINS[skin]
+    path, name, more = APIS[api]
     answer = served.client.post(path, json={name: TWO, **more, **fields})
 
     assert_envelope(answer, status, code, param)
@@ -193,17 +195,17 @@ def test_an_unknown_model_in_the_path_is_not_found(served: Served) -> None:
     assert_envelope(answer, 404, "model_not_found", None)
 
 
-@pytest.mark.parametrize("skin", SKINS)
-def test_each_skin_is_off_when_it_is_not_listed(skin: str) -> None:
-    others = tuple(other for other in SKINS if other != skin)
-    routes = {settings: _paths(settings) for settings in [(), others, tuple(SKINS)]}
-    path = SKINS[skin][0].replace("BAAI/bge-m3", "{model_id:str}")
+@pytest.mark.parametrize("api", APIS)
+def test_each_compatibility_api_is_off_unless_it_is_listed(api: str) -> None:
+    others = tuple(other for other in APIS if other != api)
+    routes = {settings: _paths(settings) for settings in [(), others, tuple(APIS)]}
+    path = APIS[api][0].replace("BAAI/bge-m3", "{model_id:str}")
 
-    assert path in routes[tuple(SKINS)]
+    assert path in routes[tuple(APIS)]
     assert path not in routes[others]
-    assert len(routes[()]) == len(routes[tuple(SKINS)]) - 7
+    assert len(routes[()]) == len(routes[tuple(APIS)]) - 7
     assert "/v1/embeddings" in routes[()]
 
 
-def _paths(skins: tuple[str, ...]) -> set[str]:
-    return {route.path for route in create_app(Settings(skins=skins), REGISTRY, ScriptedBackend("mini")).routes}
+def _paths(apis: tuple[str, ...]) -> set[str]:
+    return {route.path for route in create_app(Settings(skins=apis), REGISTRY, ScriptedBackend("mini")).routes}

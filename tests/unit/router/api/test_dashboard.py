@@ -1,4 +1,4 @@
-"""The page's files over HTTP; `tests/browser/` sees what a browser makes of them."""
+"""Tests the files of the dashboard over HTTP; `tests/browser/` tests them in a browser."""
 
 import re
 from collections.abc import Iterator

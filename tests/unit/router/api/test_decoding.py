@@ -1,4 +1,4 @@
-"""Bodies into requests: what is bounded, and that large bodies mean the same as small ones."""
+"""Tests the decoding of bodies: its limits, and that large bodies decode like small ones."""
 
 import json
 import threading
@@ -28,7 +28,7 @@ from router.schemas.inference import (
 from tests.testkit.servers import serving
 
 PADDING = b'"padding": "' + b"x" * 2**16 + b'", '
-"""Makes a body a large one; the field is unknown, and means nothing."""
+"""An unknown field, ignored, that makes a body large."""
 LONG_NAME = "x" * (MAX_NAME_CHARS + 1)
 LONG_TIME = "1" * (MAX_QUANTITY_CHARS + 1)
 ITEMS = [
@@ -60,7 +60,7 @@ def test_no_item_of_a_large_body_is_changed(items: list[Any]) -> None:
 
 
 def _meaning(body: bytes, wanted: type[Any], field: str) -> object:
-    """The call that a body leads to, or the kind and field of its refusal."""
+    """Return the call of a body, or the class and field of its error."""
     try:
         decoded = decode_body(body, wanted)
         given = getattr(decoded, field)
@@ -81,11 +81,11 @@ def _meaning(body: bytes, wanted: type[Any], field: str) -> object:
     ],
 )
 def test_the_2049th_item_is_not_decoded(wanted: type[Any], field: str, items: bytes) -> None:
-    """Nothing that comes after the last item that counts is looked at, not even for its kind."""
+    """Items after the limit are skipped without a check of their type."""
     many = b", ".join([items] * (MAX_INPUTS + 1) + [b'{"no": "item"}'])
     body = b"{" + PADDING + b'"model": "m", "%s": [%s]}' % (field.encode(), many)
 
-    with pytest.raises(TooManyInputs, match=f"{field} holds more than 2048 items, and a request 2048 at most") as found:
+    with pytest.raises(TooManyInputs, match=rf"{field} has at least 2049 items \(maximum 2048 per request\)") as found:
         decode_body(body, wanted)
     assert found.value.param == field
 
@@ -95,7 +95,9 @@ def test_one_text_has_so_many_token_ids_at_most(form: bytes) -> None:
     most, more = (b'{"input": ' + form % b",".join([b"7"] * count) + b"}" for count in _around(MAX_IDS_OF_TEXT))
 
     assert len(decode_body(most, EmbeddingRequest).input[-1]) == MAX_IDS_OF_TEXT
-    with pytest.raises(InvalidValue, match=f"holds {MAX_IDS_OF_TEXT + 1} token ids, and a text {MAX_IDS_OF_TEXT} at"):
+    with pytest.raises(
+        InvalidValue, match=rf"has {MAX_IDS_OF_TEXT + 1} token ids \(maximum {MAX_IDS_OF_TEXT} per text"
+    ):
         decode_body(more, EmbeddingRequest)
 
 
@@ -104,7 +106,9 @@ def test_one_request_has_so_many_token_ids_at_most() -> None:
     most, more = (b'{"input": [' + b",".join(rows) + b"]}" for rows in ([row] * 8, [row] * 8 + [b"[7]"]))
 
     assert sum(map(len, decode_body(most, EmbeddingRequest).input)) == MAX_IDS
-    with pytest.raises(InvalidValue, match=f"input holds more than {MAX_IDS} token ids"):
+    with pytest.raises(
+        InvalidValue, match=rf"input has at least {MAX_IDS + 1} token ids \(maximum {MAX_IDS} per request"
+    ):
         decode_body(more, EmbeddingRequest)
 
 
@@ -143,31 +147,31 @@ def test_no_field_is_longer_than_what_it_names(wanted: type[Any], body: dict[str
 )
 @pytest.mark.parametrize("form", ["[%s]", "[[1], [%s]]"])
 @pytest.mark.parametrize("padding", [b"", PADDING], ids=["small", "large"])
-def test_a_token_id_of_more_than_64_bits_is_told_at_once(digits: str, form: str, padding: bytes) -> None:
-    """It could not be sent to an engine in another process, and was a crash there."""
-    with pytest.raises(InvalidTokenId, match=r"input\S* holds a number of more than 64 bits") as found:
+def test_a_token_id_of_more_than_64_bits_is_refused(digits: str, form: str, padding: bytes) -> None:
+    """Such an id could not be sent to an engine in another process, and crashed it."""
+    with pytest.raises(InvalidTokenId, match=r"input\S* is not a token id: it has more than 64 bits") as found:
         decode_body(b"{" + padding + f'"input": {form % digits}}}'.encode(), EmbeddingRequest)
     assert found.value.param == "input"
 
 
 @pytest.mark.parametrize("text", ["\\ud800", "\\udc00", "\\ud800 and more", "\\ud83d\\ude00\\ude00", "\\udbff\\n"])
 @pytest.mark.parametrize("padding", [b"", PADDING], ids=["small", "large"])
-def test_half_of_a_surrogate_pair_is_called_so(text: str, padding: bytes) -> None:
+def test_a_lone_surrogate_is_named_in_the_error(text: str, padding: bytes) -> None:
     body = b"{" + padding + f'"input": ["{text}"]}}'.encode()
 
-    with pytest.raises(InvalidJson, match="half of a surrogate pair"):
+    with pytest.raises(InvalidJson, match=r"lone surrogate .* send both halves"):
         decode_body(body, EmbeddingRequest)
 
 
-def test_what_a_client_quotes_is_not_taken_for_a_place() -> None:
+def test_a_path_quoted_by_the_client_is_not_taken_for_the_param() -> None:
     with pytest.raises(InvalidValue) as found:
         decode_body(b'{"input": "a", "truncate": "x - at `$.model`"}', EmbeddingRequest)
     assert found.value.param == "truncate"
 
 
 @pytest.mark.parametrize("body", [{"input": "a"}, {"input": 5}], ids=["taken", "refused"])
-async def test_a_body_is_gone_when_it_is_decoded(app: Litestar, monkeypatch: pytest.MonkeyPatch, body: object) -> None:
-    """Requests hold themselves in circles, so what a request keeps stays until the garbage collector comes by."""
+async def test_a_body_is_freed_once_it_is_decoded(app: Litestar, monkeypatch: pytest.MonkeyPatch, body: object) -> None:
+    """Requests are in reference cycles, so a body that they keep stays until the next garbage collection."""
     requests: list[decode.StrictRequest] = []
     taken = decode.StrictRequest.body
 

@@ -1,4 +1,4 @@
-"""The documentation needs no internet, and the OpenAPI document is true: what it says is what the server does."""
+"""Tests that `/docs` needs no internet, and that the OpenAPI document describes what the server does."""
 
 import re
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ LEFT_TO_WORDS = {
     "ranges of one vector", "an unknown duration", "a negative duration", "prompt and input type",
     "prompt and instruction", "a body too large", "an unknown model", "an empty model", "a path as model",
 }  # fmt: skip
-"""Bad bodies that a JSON Schema cannot tell from good ones."""
+"""Invalid bodies that a JSON Schema accepts."""
 ROWS = {"type": "array", "items": {"type": "array", "items": {"type": "number"}}}
 GOOD_BODIES: list[dict[str, Any]] = [
     {"input": "a"},
@@ -68,7 +68,7 @@ def keyed() -> Iterator[Served]:
 
 
 def validator(document: Document, schema: Document) -> jsonschema.Draft202012Validator:
-    """A validator of one schema of the document; its references lead into the document."""
+    """Return a validator of one schema; its references are resolved in the document."""
     return jsonschema.Draft202012Validator(schema | {"components": document["components"]})
 
 

@@ -1,4 +1,4 @@
-"""`POST /v1/embeddings` over real sockets: what it answers, to whom, and what happens to a client that leaves."""
+"""Tests `POST /v1/embeddings` over real sockets: answers, access, and clients that disconnect."""
 
 import asyncio
 import base64
@@ -31,7 +31,7 @@ def sdk(served: Served) -> Iterator[openai.OpenAI]:
 
 
 def as_float32(numbers: list[float]) -> list[float]:
-    """What a client has that keeps vectors as float32: exactly what was sent."""
+    """Round numbers to float32, as a client does that stores vectors so; the result is exactly what was sent."""
     return [float(component) for component in np.array(numbers, np.float32)]
 
 
@@ -155,8 +155,8 @@ def test_codes_of_a_calibrated_model_mean_the_same_in_every_request(served: Serv
 @pytest.mark.parametrize(
     ("fields", "words", "is_work_done"),
     [
-        ({"normalize": False}, "vectors with normalize true", False),
-        ({"dimensions": 4}, "calibrated for vectors of 8 components, and these have 4", True),
+        ({"normalize": False}, "made with normalize=true", False),
+        ({"dimensions": 4}, "calibration of this model has 8 components, the vectors have 4", True),
     ],
 )
 def test_a_calibration_is_of_one_kind_of_vectors(
@@ -201,7 +201,7 @@ def test_one_log_line_a_request_without_texts_or_keys(served: Served) -> None:
         served.client.get("/v1/models/BAAI/bge-m3", headers=headers)
         served.client.get("/health", headers=headers)
         while len(own := [line for line in lines if line["request_id"] == "r-7"]) < 3:
-            time.sleep(0.002)  # a line is written when its answer is out
+            time.sleep(0.002)  # the log line is written after the answer
     embed, model, health = own
 
     assert embed.pop("ms") >= 0
@@ -286,13 +286,13 @@ def test_the_openai_client_asks_again_only_where_it_helps(served: Served, failur
 
 
 async def eventually(condition: Callable[[], bool]) -> None:
-    """Wait for what another task is about to do; the suite's timeout is the limit."""
+    """Wait until the condition is true; the timeout of the test suite is the limit."""
     while not condition():  # noqa: ASYNC110 - what is waited for happens inside the server and has no event
         await asyncio.sleep(0.005)
 
 
 def send_raw(url: str, body: bytes, length: int) -> socket.socket:
-    """A connection on which a request was sent, and nothing read."""
+    """Open a connection, send a request, and read nothing."""
     address = urlsplit(url)
     head = f"POST {EMBED} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n"
     connection = socket.create_connection((str(address.hostname), int(address.port or 0)))
@@ -329,7 +329,9 @@ async def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_crash(
     assert backend.calls == []
 
 
-async def test_a_patient_client_gets_its_answer_after_the_watch_began(app: Litestar, backend: ScriptedBackend) -> None:
+async def test_a_client_that_stays_gets_its_answer_after_the_watch_began(
+    app: Litestar, backend: ScriptedBackend
+) -> None:
     gate = backend.gates["cold"] = asyncio.Event()
     asyncio.get_running_loop().call_later(0.4, gate.set)
     async with serving(app) as url, httpx.AsyncClient(base_url=url) as client:

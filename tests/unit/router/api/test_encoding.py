@@ -1,4 +1,4 @@
-"""Vectors → bytes: exact as float32, and quantised as sentence-transformers does it."""
+"""Tests the encoding of vectors: exact as float32, quantized as sentence-transformers does it."""
 
 import asyncio
 import base64
@@ -23,7 +23,7 @@ DTYPES: tuple[OutputDtype, ...] = ("int8", "uint8", "binary", "ubinary")
 
 @pytest.fixture(scope="module")
 def reference() -> Callable[..., Any]:
-    """`quantize_embeddings`; its import takes seconds, so only the tests that need it pay."""
+    """Return `quantize_embeddings`; its import takes seconds, so it is a fixture."""
     from sentence_transformers.util.quantization import quantize_embeddings
 
     found: Callable[..., Any] = quantize_embeddings
@@ -90,7 +90,7 @@ def test_quantisation_is_that_of_sentence_transformers(
     reference: Callable[..., Any], dtype: OutputDtype, rows: int, width: int
 ) -> None:
     vectors = matrix(rows, width, seed=rows)
-    vectors[:, 0] = 0.25  # a component that never changes, and has no range
+    vectors[:, 0] = 0.25  # a constant component has no range
     vectors[0, 1] = 0.0  # neither positive nor negative
     expected = reference(vectors, precision=dtype)
     found = quantize(vectors, dtype)
@@ -105,7 +105,7 @@ CALIBRATED = ModelSpec(model_id="m", source="o/m", calibration=Calibration(lowes
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8"])
 def test_one_vector_has_no_ranges(reference: Callable[..., Any], dtype: OutputDtype) -> None:
-    with pytest.raises(InvalidValue, match="1 input was sent, at least 2") as caught:
+    with pytest.raises(InvalidValue, match="needs at least 2 inputs to compute ranges, got 1") as caught:
         check_ranges(SPEC, ("float", dtype), 1, None)
     with pytest.raises(ValueError, match="single embedding"):
         reference(matrix(1, 8), precision=dtype)
@@ -121,7 +121,7 @@ def test_ranges_are_asked_for_only_where_they_are_needed() -> None:
     ):
         check_ranges(spec, dtypes, num_items, None)
     check_ranges(CALIBRATED, ("int8",), 1, True)
-    with pytest.raises(InvalidValue, match="is of vectors with normalize true"):
+    with pytest.raises(InvalidValue, match="calibration, which was made with normalize=true"):
         check_ranges(CALIBRATED, ("int8",), 2, False)
 
 
@@ -131,7 +131,7 @@ def test_calibrated_codes_are_those_of_sentence_transformers_ranges(
     reference: Callable[..., Any], dtype: OutputDtype, rows: int
 ) -> None:
     vectors, ranges = matrix(rows, 64), np.stack([np.full(64, -0.2), np.linspace(0.1, 0.3, 64)]).astype(np.float32)
-    ranges[:, 3] = 0.1  # a component that never changed
+    ranges[:, 3] = 0.1  # a constant component
     calibration = Calibration(lowest=tuple(map(float, ranges[0])), highest=tuple(map(float, ranges[1])))
 
     found = quantize(vectors, dtype, calibration)
@@ -153,7 +153,7 @@ def test_one_number_is_the_range_of_every_component_at_any_width(reference: Call
 def test_a_calibration_of_another_width_is_refused_with_both_numbers() -> None:
     calibration = Calibration(lowest=(-0.5,), highest=(0.5,) * 8)
 
-    with pytest.raises(InvalidValue, match="for vectors of 8 components, and these have 4: leave dimensions out"):
+    with pytest.raises(InvalidValue, match="has 8 components, the vectors have 4: omit dimensions"):
         quantize(matrix(3, 4), "uint8", calibration)
     assert quantize(matrix(3, 4), "ubinary", calibration).shape == (3, 1)
 

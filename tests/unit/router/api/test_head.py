@@ -1,4 +1,4 @@
-"""HEAD: what GET would answer, without the body."""
+"""Tests HEAD: the answer of GET without its body."""
 
 import httpx
 import pytest
@@ -8,7 +8,7 @@ from structlog.testing import capture_logs
 from tests.testkit.servers import Served, serving
 
 OWN = {"date", "x-request-id", "content-length"}
-"""Headers that differ from one answer to the next."""
+"""Headers that differ between answers."""
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_what_cannot_be_got_has_no_head(served: Served, path: str) -> None:
 
 
 async def test_the_head_of_a_stream_is_whole_and_ends_it(app: Litestar) -> None:
-    """Else it would hold its connection, and the server's end."""
+    """A stream that stays open would keep the connection and delay the shutdown."""
     async with serving(app) as url, httpx.AsyncClient(base_url=url, timeout=10) as client:
         with capture_logs() as lines:
             head = await client.head("/admin/events")

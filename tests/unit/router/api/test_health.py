@@ -1,4 +1,4 @@
-"""Probes: open to everyone, and honest while the server drains."""
+"""Tests the probes: no key needed, and 503 from /ready while the server drains."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""What all routes that run a model share, whatever API they speak."""
+"""Tests what all inference routes share."""
 
 from litestar.handlers import HTTPRouteHandler
 

@@ -1,4 +1,4 @@
-"""`/v1/models`: OpenAI's list, ids with slashes, and what the server knows beside it."""
+"""Tests `/v1/models`: OpenAI's format, ids with slashes, and the additional fields."""
 
 import openai
 import pytest

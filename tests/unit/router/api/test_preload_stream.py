@@ -1,4 +1,4 @@
-"""`POST /admin/models/{id}/preload` as a stream: progress over a real socket, and both endings."""
+"""Tests `POST /admin/models/{id}/preload` as a stream over a real socket: progress, `done` and `error`."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -38,7 +38,7 @@ async def served(files: FakeFiles, workers: InlineWorkers | None = None) -> Asyn
 
 
 async def messages(answer: httpx.Response) -> list[tuple[str, Any]]:
-    """(event, data) of each message until the stream ends."""
+    """Return (event, data) of each message until the stream ends."""
     found: list[tuple[str, Any]] = []
     name = ""
     async for line in answer.aiter_lines():
@@ -49,7 +49,7 @@ async def messages(answer: httpx.Response) -> list[tuple[str, Any]]:
     return found
 
 
-async def test_a_preload_streams_its_way_and_ends_with_the_slots() -> None:
+async def test_a_preload_streams_its_progress_and_ends_with_the_slots() -> None:
     async with (
         served(FakeFiles(on_disk=["other"])) as client,
         client.stream("POST", PRELOAD, headers=STREAM, json={"pin": True}) as answer,
@@ -94,7 +94,7 @@ async def test_an_unknown_model_is_refused_before_any_stream() -> None:
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
 
 
-async def test_who_accepts_anything_gets_no_stream() -> None:
+async def test_a_client_that_accepts_any_type_gets_no_stream() -> None:
     async with served(FakeFiles()) as client:
         answer = await client.post(PRELOAD, headers={"Accept": "*/*"})
 
@@ -123,10 +123,10 @@ async def test_a_slow_load_keeps_its_stream_alive(app: Litestar, backend: Script
         await asyncio.Event().wait()
         return Status(status="ok")
 
-    request: Request[Any, Any, Any] = Request({"type": "http", "headers": [], "app": app})  # type: ignore[arg-type]  # as much of a scope as is read
+    request: Request[Any, Any, Any] = Request({"type": "http", "headers": [], "app": app})  # type: ignore[arg-type]  # the keys that are read
     stream = preload_messages(request, silence(), forever, heartbeat_s=0.01)
     comments = [(await anext(stream)).comment for _ in range(3)]
-    await stream.aclose()  # type: ignore[attr-defined]  # an async generator, behind the narrower type
+    await stream.aclose()  # type: ignore[attr-defined]  # it is an async generator
 
     assert comments == ["open", "still here", "still here"]
 
@@ -143,7 +143,7 @@ async def test_a_client_that_reads_slowly_loses_events_and_sees_the_end(app: Lit
         await are_all_out.wait()
         return Status(status="ok")
 
-    request: Request[Any, Any, Any] = Request({"type": "http", "headers": [], "app": app})  # type: ignore[arg-type]  # as much of a scope as is read
+    request: Request[Any, Any, Any] = Request({"type": "http", "headers": [], "app": app})  # type: ignore[arg-type]  # the keys that are read
     stream = preload_messages(request, chatter(), preload)
     await anext(stream)
     await are_all_out.wait()

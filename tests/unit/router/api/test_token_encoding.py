@@ -1,4 +1,4 @@
-"""Token ids of another tokenizer: decoded where tiktoken can, and refused with the cure where it cannot."""
+"""Tests token ids of another tokenizer: decoded by tiktoken, or refused with a remedy."""
 
 import sys
 
@@ -14,7 +14,7 @@ CURE = "check_embedding_ctx_length=False"
 
 @pytest.fixture(autouse=True)
 def encoding(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A token for each byte: the real encoding is a download."""
+    """Install an encoding with one token per byte, as the real one is a download."""
     bytes_alone = {bytes([byte]): byte for byte in range(256)}
     made = tiktoken.Encoding(NAME, pat_str=r"[\s\S]", mergeable_ranks=bytes_alone, special_tokens={"<|end|>": 256})
     monkeypatch.setitem(tiktoken.registry.ENCODINGS, NAME, made)
