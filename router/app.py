@@ -1,4 +1,4 @@
-"""The composition root: builds the parts of one server and hands each what it needs. There is no module-level app."""
+"""Composition root: builds the parts of a server and connects them. There is no module-level app."""
 
 import asyncio
 import time
@@ -36,7 +36,7 @@ from router.server.state import ServerState, provide_spec
 _CONTROLLERS = (
     EmbeddingsController, ModelsController, AdminController, HealthController, MetricsController, DashboardController,
 )  # fmt: skip
-_SKINS: dict[str, type[Controller]] = {
+_COMPATIBILITY_APIS: dict[str, type[Controller]] = {
     "tei": TeiController,
     "cohere": CohereController,
     "ollama": OllamaController,
@@ -53,13 +53,18 @@ def create_app(
     limit_clock: Callable[[], float] | None = None,
     watch_registry: bool = False,
 ) -> Litestar:
-    """The server as an ASGI app. Its lifespan starts the backend, and at the end drains and closes it.
+    """Build the server as an ASGI app. Its lifespan starts the backend, and drains and closes it at the end.
 
-    `limit_clock`: seconds, for the moving windows of limits. `watch_registry`: reload when the file changes that
-    `REGISTRY` names.
+    Args:
+        settings: of the server.
+        registry: the models to serve.
+        backend: runs the models.
+        wall_clock: Unix time in seconds.
+        limit_clock: seconds, for the moving windows of limits.
+        watch_registry: reload the registry when the file changes that `REGISTRY` names.
 
     Raises:
-        KeysError, SettingsError: the keys file, the storage of limits or the traces cannot be used.
+        KeysError, SettingsError: the keys file, the storage of limits or the tracing exporter cannot be used.
     """
     server_state = ServerState(settings, registry, backend, open_keyring(settings), int(wall_clock()))
     reloader = Reloader(server_state)
@@ -73,9 +78,9 @@ def create_app(
         "meters": meters,
         "traffic": traffic,
     }
-    skins = [_SKINS[name] for name in settings.skins]
+    compatibility_apis = [_COMPATIBILITY_APIS[name] for name in settings.skins]
     return Application(
-        route_handlers=[*_CONTROLLERS, *skins],
+        route_handlers=[*_CONTROLLERS, *compatibility_apis],
         dependencies={"spec": Provide(provide_spec, sync_to_thread=False)},
         exception_handlers={Exception: answer_error},
         lifespan=[

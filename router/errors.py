@@ -1,7 +1,6 @@
-"""The one table: exception → status, `type`, `code`, and whether asking again can help.
+"""Maps every exception to an error response: status, `type`, `code`, and whether a retry can succeed.
 
-Every failure leaves the server through `answer_error`, in one envelope. Nothing else here writes a response, and
-no other module knows a status code of a failure.
+All errors leave the server through `answer_error`, in one envelope. No other module knows the status of an error.
 """
 
 import math
@@ -33,43 +32,43 @@ log = structlog.get_logger()
 
 _MAX_MESSAGE_CHARS = 1000
 _MAX_LIST_CHARS = 40_000
-"""For the mistakes of a registry: an operator wants all of them."""
+"""For a registry, whose mistakes are all listed."""
 
 
 class InvalidJson(engine.InvalidRequest):
-    """The body is not JSON."""
+    """The request body is not valid JSON."""
 
 
 class EmptyInput(engine.InvalidRequest):
-    """An empty string or list where a text is needed."""
+    """The input is an empty string or list."""
 
 
 class TooManyInputs(engine.InvalidRequest):
-    """More inputs than one request may hold."""
+    """The request has more inputs than the maximum."""
 
 
 class ModelNotAllowed(engine.EngineError):
-    """The key may not use this model."""
+    """This key may not use this model."""
 
 
 class RateLimitExceeded(engine.Busy):
-    """The caller has used up its requests or tokens of this window."""
+    """The caller has used all requests or tokens of the current window."""
 
 
 class RequestExceedsLimit(engine.EngineError):
-    """One request has more tokens than a whole window admits; no waiting helps."""
+    """One request has more tokens than the limit of a whole window, so a retry would fail again."""
 
 
 class TooManyRequests(engine.Busy):
-    """The caller, or the whole server, has as many requests running as it may have."""
+    """The caller or the server has reached its limit of concurrent requests."""
 
 
 class ClientLeft(Exception):
-    """The client hung up before its answer was ready; the answer goes nowhere, the log line says 499."""
+    """The client disconnected before its answer was ready. Nothing is sent; the log shows status 499."""
 
 
 class Row(NamedTuple):
-    """How one exception is answered. `should_retry` false tells SDKs not to try again where they otherwise would."""
+    """The response to an exception. `should_retry` false tells SDKs not to retry where they otherwise would."""
 
     status: int
     type: str
@@ -85,9 +84,9 @@ def _server(status: int, code: str, *, should_retry: bool = True) -> Row:
     return Row(status, "server_error", code, should_retry)
 
 
-CRASH = _server(500, "internal_error")
+INTERNAL_ERROR = _server(500, "internal_error")
 _LOAD_FAILED = _server(503, "model_load_failed")
-_LOAD_HOPELESS = _server(503, "model_load_failed", should_retry=False)
+_LOAD_FAILED_FOR_GOOD = _server(503, "model_load_failed", should_retry=False)
 
 TABLE: dict[type[Exception], Row] = {
     InvalidJson: _invalid("invalid_json"),
@@ -117,16 +116,16 @@ TABLE: dict[type[Exception], Row] = {
     engine.ModelInUse: Row(409, "conflict_error", "model_in_use"),
     engine.ModelPinned: Row(409, "conflict_error", "model_pinned", should_retry=False),
     engine.NonFiniteEmbedding: _server(500, "non_finite_embedding", should_retry=False),
-    engine.EngineFailed: CRASH,
-    engine.UnsupportedModel: _LOAD_HOPELESS,
+    engine.EngineFailed: INTERNAL_ERROR,
+    engine.UnsupportedModel: _LOAD_FAILED_FOR_GOOD,
     engine.BrokenFiles: _LOAD_FAILED,
     engine.FilesChanged: _LOAD_FAILED,
-    engine.SelfCheckFailed: _LOAD_HOPELESS,
-    engine.SourceNotFound: _LOAD_HOPELESS,
-    engine.AccessDenied: _LOAD_HOPELESS,
+    engine.SelfCheckFailed: _LOAD_FAILED_FOR_GOOD,
+    engine.SourceNotFound: _LOAD_FAILED_FOR_GOOD,
+    engine.AccessDenied: _LOAD_FAILED_FOR_GOOD,
     engine.HubUnreachable: _LOAD_FAILED,
-    engine.OfflineMode: _LOAD_HOPELESS,
-    engine.DiskFull: _LOAD_HOPELESS,
+    engine.OfflineMode: _LOAD_FAILED_FOR_GOOD,
+    engine.DiskFull: _LOAD_FAILED_FOR_GOOD,
     ClientException: _invalid("invalid_value"),
     ValidationException: _invalid("invalid_value"),
     NotAuthorizedException: _invalid("invalid_api_key", 401),
@@ -136,8 +135,8 @@ TABLE: dict[type[Exception], Row] = {
     RequestEntityTooLarge: _invalid("body_too_large", 413),
     TooManyRequestsException: Row(429, "rate_limit_error", "rate_limit_exceeded"),
     ServiceUnavailableException: _server(503, "shutting_down"),
-    # Parents: for what is added below them one day.
-    engine.EngineError: CRASH,
+    # Base classes, for subclasses that are added later.
+    engine.EngineError: INTERNAL_ERROR,
     engine.InvalidRequest: _invalid("invalid_value"),
     engine.Busy: Row(429, "rate_limit_error", "too_many_requests"),
     engine.Unavailable: _server(503, "model_loading"),
@@ -146,32 +145,32 @@ TABLE: dict[type[Exception], Row] = {
     engine.SourceError: _LOAD_FAILED,
 }  # fmt: skip
 
-_HOPELESS_KINDS = {"no_device"} | {
+_KINDS_NOT_TO_RETRY = {"no_device"} | {
     error.kind for error, row in TABLE.items() if issubclass(error, engine.BadModel) and not row.should_retry
 }
 
 
 def classify(error: Exception) -> Row | None:
-    """The row of the nearest class; None for what nobody foresaw: a crash."""
-    if isinstance(error, engine.LoadFailed) and error.kind in _HOPELESS_KINDS:
-        return _LOAD_HOPELESS
+    """Return the row of the nearest base class; None for an unexpected exception."""
+    if isinstance(error, engine.LoadFailed) and error.kind in _KINDS_NOT_TO_RETRY:
+        return _LOAD_FAILED_FOR_GOOD
     return next((TABLE[cls] for cls in type(error).__mro__ if cls in TABLE), None)
 
 
 def answer_error(request: Request[Any, Any, Any], error: Exception) -> Response[ErrorEnvelope]:
-    """The contract's answer to any exception."""
+    """Return the error response for any exception."""
     row, envelope = describe(request, error)
     context_of(request).code = row.code
     return Response(envelope, status_code=row.status, headers=_headers(row, error))
 
 
 def describe(request: Request[Any, Any, Any], error: Exception) -> tuple[Row, ErrorEnvelope]:
-    """Any exception in the contract's words; a crash is logged here, once, with its traceback."""
+    """Return the row and the envelope for any exception. Logs an unexpected one, once, with its traceback."""
     row = classify(error)
     if row is None:
         log.error("request.crashed", exc_info=error)
-        row = CRASH
-        message = f"The server failed on this request. Its log has the details under {_request_id(request)}."
+        row = INTERNAL_ERROR
+        message = f"Internal error: see the server's log for {_request_id(request)}"
     else:
         message = _message(request, error)
     limit = _MAX_LIST_CHARS if isinstance(error, RegistryError) else _MAX_MESSAGE_CHARS
@@ -200,29 +199,29 @@ def _message(request: Request[Any, Any, Any], error: Exception) -> str:
         return _too_large(request)
     if isinstance(error, MethodNotAllowedException):
         allowed = [name for name in (error.headers or {}).get("allow", "").split(", ") if name != "OPTIONS"]
-        return f"{request.method} is not possible on {unquote(request.url.path)}; it takes {' or '.join(allowed)}."
-    if rejected := _rejected(error):
+        return f"Method {request.method} is not allowed for {unquote(request.url.path)}: use {' or '.join(allowed)}"
+    if rejected := _rejected_params(error):
         return "; ".join(f"{entry.get('key', 'request')}: {entry['message']}" for entry in rejected)
     if isinstance(error, NotFoundException):
-        return f"There is no {request.method} {unquote(request.url.path)} here; /docs lists the routes."
+        return f"No route {request.method} {unquote(request.url.path)}: see /docs for all routes"
     return error.detail if isinstance(error, HTTPException) else str(error)
 
 
 def _too_large(request: Request[Any, Any, Any]) -> str:
     limit = request.route_handler.resolve_request_max_body_size()
     sent = request.headers.get("content-length", f"more than {limit}")
-    return f"The body has {sent} bytes, and this server reads {limit} at most: send fewer inputs a request."
+    return f"Request body too large: {sent} bytes (MAX_BODY_BYTES={limit}); send fewer inputs per request"
 
 
-def _rejected(error: Exception) -> list[dict[str, str]]:
-    """Litestar lists the parameters that did not convert under `extra`."""
+def _rejected_params(error: Exception) -> list[dict[str, str]]:
+    """Return the parameters that Litestar could not convert, which it lists in `extra`."""
     return error.extra if isinstance(error, ValidationException) and isinstance(error.extra, list) else []
 
 
 def _param(error: Exception) -> str | None:
     if isinstance(error, engine.InvalidRequest):
         return error.param
-    return next((entry.get("key") for entry in _rejected(error)), None)
+    return next((entry.get("key") for entry in _rejected_params(error)), None)
 
 
 def _request_id(request: Request[Any, Any, Any]) -> str:

@@ -9,7 +9,7 @@ from litestar.handlers import BaseRouteHandler
 from litestar.openapi import ResponseSpec
 
 from router.api.openapi import BEARER, GUARDED, failures
-from router.auth.guards import Connection, is_foreign, requires
+from router.auth.guards import Connection, is_cross_origin, requires
 from router.limits.limiter import limiter_of
 from router.observability.exporter import MetricsExporter, ServerSample
 from router.observability.recorder import recorder_of
@@ -28,7 +28,7 @@ _requires_admin = requires("admin")
 async def _local_or_admin(connection: Connection, handler: BaseRouteHandler) -> None:
     """Require an admin key, except from programs on this machine if the server listens on loopback."""
     settings = state_of(connection).settings
-    if not settings.is_loopback or is_foreign(connection, settings):
+    if not settings.is_loopback or is_cross_origin(connection, settings):
         await _requires_admin(connection, handler)
 
 

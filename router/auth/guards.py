@@ -1,6 +1,6 @@
-"""Who may come in: bearer keys, their scopes and their models. Knows no routes; a controller says what it needs.
+"""Authenticates requests: bearer keys, their scopes, and the origin of requests without a key.
 
-Keys are kept and compared as SHA-256 digests, each comparison in constant time and all of them always made.
+Keys are stored and compared as SHA-256 digests. Each comparison takes constant time, and all keys are always compared.
 """
 
 import hmac
@@ -18,34 +18,35 @@ from router.config.setting_values import is_loopback
 from router.config.settings import Settings
 from router.observability.request_context import context_of
 
-_NAME = (
-    "This server listens on its own machine only and needs no key, so it answers to that machine's names only, and "
-    "not to {host!r}: ask 127.0.0.1 or localhost. Or set API_KEY, or ALLOW_ANONYMOUS=true if every name shall do."
+_HOST_REFUSED = (
+    "Host {host!r} is not allowed, because this server needs no key: use 127.0.0.1 or localhost, set API_KEY, or set "
+    "ALLOW_ANONYMOUS=true to allow every host name"
 )
 
 
-_PAGE = (
-    "This server needs no key, so it takes no requests from pages of {origin!r}: set CORS_ORIGINS to let them in, or "
-    "API_KEY."
+_ORIGIN_REFUSED = (
+    "Origin {origin!r} is not allowed, because this server needs no key: add it to CORS_ORIGINS, or set API_KEY"
 )
 
 
 def reject_cross_origin(settings: Settings, host: str, origin: str) -> str:
-    """Why a request without a key is refused; empty when it is not.
+    """Return why a request without a key is refused; empty if it is allowed.
 
     Args:
-        host, origin: the headers; browsers always send the first, and nothing but browsers the second.
+        settings: of the server.
+        host: the header; browsers always send it.
+        origin: the header; only browsers send it.
     """
-    knows_its_names = settings.is_loopback and not settings.allow_anonymous
-    if host and knows_its_names and not is_loopback(_hostname(f"//{host}")):
-        return _NAME.format(host=host[:100])
-    if origin and not ({"*", origin.rstrip("/")} & set(settings.cors_origins)) and not _is_own(origin, host):
-        return _PAGE.format(origin=origin[:100])
+    checks_host = settings.is_loopback and not settings.allow_anonymous
+    if host and checks_host and not is_loopback(_hostname(f"//{host}")):
+        return _HOST_REFUSED.format(host=host[:100])
+    if origin and not ({"*", origin.rstrip("/")} & set(settings.cors_origins)) and not _is_same_origin(origin, host):
+        return _ORIGIN_REFUSED.format(origin=origin[:100])
     return ""
 
 
-def _is_own(origin: str, host: str) -> bool:
-    """A proxy may have taken the port away from `host`."""
+def _is_same_origin(origin: str, host: str) -> bool:
+    """Whether a page was served by this server. A proxy may have removed the port from `host`."""
     try:
         netloc = urlsplit(origin).netloc
     except ValueError:  # http://[
@@ -70,14 +71,14 @@ Connection = ASGIConnection[Any, Any, Any, Any]
 Guard = Callable[[Connection, BaseRouteHandler], Coroutine[Any, Any, None]]
 
 
-_NO_KEY = "This server needs a key: send the header 'Authorization: Bearer KEY'."
+_MISSING_KEY = "Missing API key: send the header 'Authorization: Bearer KEY'"
 
 
-_WRONG_KEY = "This key is not known here: check the header 'Authorization: Bearer KEY'."
+_INVALID_KEY = "Invalid API key: check the header 'Authorization: Bearer KEY'"
 
 
 class Keyring:
-    """All keys of the server. `open_scopes` need none."""
+    """All keys of the server. `open_scopes` need no key."""
 
     def __init__(self, keys: Iterable[Key], open_scopes: Iterable[Scope] = ()) -> None:
         self.keys = tuple(keys)
@@ -86,11 +87,11 @@ class Keyring:
         self._is_shared = num_callers > 1
 
     def admit(self, authorization: str | None, scope: Scope) -> Key:
-        """The key in this `Authorization` header, if it may do what `scope` covers; `ANONYMOUS` where none is needed.
+        """Return the key in the `Authorization` header if it has the scope; `ANONYMOUS` if the scope needs no key.
 
         Raises:
-            NotAuthorizedException: no key, or an unknown one.
-            PermissionDeniedException: a key without that scope.
+            NotAuthorizedException: the key is missing or unknown.
+            PermissionDeniedException: the key lacks the scope.
         """
         scheme, _, secret = (authorization or "").partition(" ")
         is_given = scheme.lower() == "bearer" and bool(secret.strip())
@@ -100,20 +101,20 @@ class Keyring:
         if scope in self._open_scopes:
             return ANONYMOUS
         if key is None:
-            raise NotAuthorizedException(_WRONG_KEY if is_given else _NO_KEY)
+            raise NotAuthorizedException(_INVALID_KEY if is_given else _MISSING_KEY)
         raise PermissionDeniedException(
-            f"This key has the scope {', '.join(sorted(key.scopes))}; this route needs {scope}."
+            f"Insufficient scope: this key has {', '.join(sorted(key.scopes))}, this route needs {scope}"
         )
 
     def caller_of(self, key: Key) -> str:
-        """The name by which engines tell this key's requests from those of others; empty where there are no others."""
+        """Return the name under which engines schedule this key's requests; empty if only one key can embed."""
         return key.id if self._is_shared else ""
 
     def may_keep_alive(self, key: Key) -> bool:
-        """Whether requests with this key may say `keep_alive`, which evicts a model, or holds memory, for everybody.
+        """Whether requests with this key may set `keep_alive`, which evicts a model or holds memory for all keys.
 
-        Three cases: 1. the key says so itself. 2. who embeds without a key may where everything is open. 3. any other
-        may where it has no neighbours, or is an operator's.
+        Three cases: 1. the key sets it itself. 2. no key: allowed if all scopes are open. 3. another key: allowed if it
+        is the only one that can embed, or has the scope `admin`.
         """
         if key.keep_alive is not None:
             return key.keep_alive  # (1)
@@ -128,14 +129,14 @@ class Keyring:
 
 
 def keyring_of(settings: Settings, filed: Iterable[Key] = ()) -> Keyring:
-    """The keys of the environment, and those of `KEYS_FILE`. There are five cases:
+    """Build the keyring from the environment and `KEYS_FILE`. There are five cases:
 
-    1. no key: everything is open (settings refuse to listen to the world this way unless told to).
-    2. `API_KEY` alone: it opens everything.
-    3. `API_KEY` and `ADMIN_API_KEY`: each opens its own side only.
-    4. `ADMIN_API_KEY` alone: it opens everything; where no key was needed before, embedding still needs none.
-    5. `KEYS_FILE`: its keys open what they say, those of the environment as above; nothing is open without a key,
-       even as long as the file holds none.
+    1. no key: all scopes are open (the settings refuse to listen on other interfaces without ALLOW_ANONYMOUS).
+    2. `API_KEY` alone: it has all scopes.
+    3. `API_KEY` and `ADMIN_API_KEY`: the first has the scope `embed`, the second `admin`.
+    4. `ADMIN_API_KEY` alone: it has all scopes; on loopback or with ALLOW_ANONYMOUS, embedding still needs no key.
+    5. `KEYS_FILE`: its keys have their own scopes, those of the environment as above; nothing is open without a key,
+       even while the file holds none.
     """
     client, admin = settings.api_key, settings.admin_api_key
     is_open = (settings.is_loopback or settings.allow_anonymous) and settings.keys_file is None  # (5)
@@ -165,7 +166,7 @@ def _auth_of(connection: Connection) -> _Auth:
 
 
 def requires(scope: Scope) -> Guard:
-    """A guard for controllers whose routes need `scope`. A coroutine, because Litestar runs others on a thread."""
+    """Return a guard that requires a key with the scope; a coroutine, because Litestar runs others on a thread."""
 
     async def guard(connection: Connection, _: BaseRouteHandler) -> None:
         began_s = time.perf_counter()
@@ -173,7 +174,7 @@ def requires(scope: Scope) -> Guard:
         key = auth.keyring.admit(connection.headers.get("authorization"), scope)
         connection.scope["state"]["key"] = key
         if key.is_anonymous:
-            _refuse_foreign_pages(connection, auth.settings)
+            _refuse_cross_origin(connection, auth.settings)
         else:
             context_of(connection).set_key(key.id)
         context_of(connection).stage("auth", began_s)
@@ -181,23 +182,23 @@ def requires(scope: Scope) -> Guard:
     return guard
 
 
-def is_foreign(connection: Connection, settings: Settings) -> bool:
-    """Whether a request comes from a web page that is not this server's."""
-    return bool(_why_foreign(connection, settings))
+def is_cross_origin(connection: Connection, settings: Settings) -> bool:
+    """Whether a request comes from a web page of another origin, or names another host."""
+    return bool(_explain_cross_origin(connection, settings))
 
 
-def _refuse_foreign_pages(connection: Connection, settings: Settings) -> None:
-    why = _why_foreign(connection, settings)
-    if why:
-        raise PermissionDeniedException(why)
+def _refuse_cross_origin(connection: Connection, settings: Settings) -> None:
+    reason = _explain_cross_origin(connection, settings)
+    if reason:
+        raise PermissionDeniedException(reason)
 
 
-def _why_foreign(connection: Connection, settings: Settings) -> str:
+def _explain_cross_origin(connection: Connection, settings: Settings) -> str:
     headers = connection.headers
     return reject_cross_origin(settings, headers.get("host", ""), headers.get("origin", ""))
 
 
 def key_of(connection: Connection) -> Key:
-    """The key that the guard admitted."""
+    """Return the key that the guard admitted."""
     key: Key = connection.scope["state"]["key"]
     return key

@@ -1,6 +1,6 @@
-"""`KEYS_FILE` changed in place: entries come and go as lines of text, so that comments and order stay as they are.
+"""Edits `KEYS_FILE` in place: entries are added and removed as lines of text, so comments and order are kept.
 
-Every change is read back before it is kept: it has the keys that it should have, or it is not made.
+Every change is parsed before it is written: if it does not hold exactly the expected keys, it is not made.
 """
 
 import json
@@ -16,15 +16,15 @@ from router.auth.key_file import KeysError, parse_keys
 from router.auth.keys import Key
 from router.config.yaml_document import read_text
 
-_PRIVATE = 0o600
+_OWNER_ONLY = 0o600
 
 
 class EditError(Exception):
-    """The change cannot be made; the file is as it was."""
+    """The change cannot be made; the file is unchanged."""
 
 
 def entry_text(key: Key) -> str:
-    """A key as an entry of the file; what is left out is the default."""
+    """Format a key as an entry of the file; defaults are omitted."""
     lines = [
         f"- id: {_quoted(key.id)}",
         f'  sha256: "{key.digest.hex()}"',
@@ -39,20 +39,20 @@ def entry_text(key: Key) -> str:
 
 
 def _quoted(key_id: str) -> str:
-    """`123`, `1.5` and `no` are not text in YAML."""
+    """Quote an id that YAML would not read as text, such as `123`, `1.5` and `no`."""
     return key_id if isinstance(yaml.safe_load(key_id), str) else json.dumps(key_id)
 
 
 def with_key(text: str, key: Key) -> str:
-    """The text with one more entry at its end.
+    """Return the text with an entry appended.
 
     Raises:
         KeysError: the text has mistakes.
-        EditError: there is a key of that id, or the list is written in a way that cannot be continued.
+        EditError: a key has this id already, or the list is written in a form that cannot be extended.
     """
     keys = parse_keys(text)
     if any(known.id == key.id for known in keys):
-        raise EditError(f"there is a key called {key.id} already: choose another name, or revoke that one first")
+        raise EditError(f"a key named {key.id} exists already: choose another name, or revoke that key first")
     node = yaml.compose(text, yaml.SafeLoader)
     indent = 0
     if isinstance(node, yaml.SequenceNode) and not node.value:  # `[]`
@@ -61,31 +61,31 @@ def with_key(text: str, key: Key) -> str:
         indent = node.start_mark.column
     head = text if not text or text.endswith("\n") else text + "\n"
     added = "".join(" " * indent + line for line in entry_text(key).splitlines(keepends=True))
-    return _checked(head + added, (*keys, key))
+    return _verified(head + added, (*keys, key))
 
 
 def without_key(text: str, key_id: str) -> str:
-    """The text without the entry of that id. Comments stay, but for those on its own lines.
+    """Return the text without the entry of that id. Comments are kept, except those on the lines of the entry.
 
     Raises:
         KeysError: the text has mistakes.
-        EditError: there is no such key, or its entry does not stand on lines of its own.
+        EditError: there is no such key, or its entry shares a line with another.
     """
     keys = parse_keys(text)
     index = next((index for index, key in enumerate(keys) if key.id == key_id), None)
     if index is None:
-        raise EditError(f"there is no key called {key_id}; there are: {', '.join(key.id for key in keys) or 'none'}")
+        raise EditError(f"no key named {key_id}; known keys: {', '.join(key.id for key in keys) or 'none'}")
     node = yaml.compose(text, yaml.SafeLoader)
-    assert isinstance(node, yaml.SequenceNode)  # it was just read as a list
+    assert isinstance(node, yaml.SequenceNode)  # parse_keys accepted it as a list
     lines = text.splitlines(keepends=True)
     first, last = node.value[index].start_mark.line, _last_line(node.value[index])
     while first > 0 and not lines[first].lstrip().startswith("-"):
         first -= 1
-    return _checked("".join(lines[:first] + lines[last + 1 :]), keys[:index] + keys[index + 1 :])
+    return _verified("".join(lines[:first] + lines[last + 1 :]), keys[:index] + keys[index + 1 :])
 
 
 def _last_line(node: yaml.Node) -> int:
-    """Where its last word stands; the end of a block reaches over the comments below it."""
+    """Return the line of the node's last value; the end mark of a block is after the comments that follow it."""
     if isinstance(node, yaml.MappingNode) and not node.flow_style:
         return max(_last_line(value) for _, value in node.value)
     if isinstance(node, yaml.SequenceNode) and not node.flow_style:
@@ -94,33 +94,33 @@ def _last_line(node: yaml.Node) -> int:
     return end.line if end.column else end.line - 1
 
 
-def _checked(text: str, wanted: tuple[Key, ...]) -> str:
+def _verified(text: str, wanted: tuple[Key, ...]) -> str:
     try:
         found = parse_keys(text)
     except KeysError:
         found = None
     if found != wanted:
-        raise EditError("the file is not written as one entry a paragraph, so it must be changed by hand")
+        raise EditError("the entries of the file are not on lines of their own: edit the file by hand")
     return text
 
 
 def edit_file(path: Path, change: Callable[[str], str], *, may_make: bool) -> None:
-    """Put `change` of the file's text in its place; `may_make`: a file that is not there is an empty one.
+    """Replace the file's text by `change` of it; `may_make`: treat a missing file as empty.
 
     Raises:
         ValueError: the file cannot be read.
-        KeysError, EditError: what `change` raises.
-        OSError: it cannot be written.
+        KeysError, EditError: raised by `change`.
+        OSError: the file cannot be written.
     """
     with _locked(path):
         is_new = may_make and not path.exists()
-        text = "" if is_new else read_text(path, "make it with `embedyard keys create`")
+        text = "" if is_new else read_text(path, "create it with `embedyard keys create`")
         write_atomically(path, change(text))
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """One change at a time, also of several processes. Where the system has no such locks, without."""
+    """Hold a lock on the folder, so that processes edit one at a time. Does nothing on systems without flock."""
     try:
         import fcntl
     except ImportError:
@@ -135,31 +135,31 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a file's content as a whole, its rights and its owner kept; a new file is its owner's alone.
+    """Replace a file's content atomically and keep its mode and owner; a new file is readable by its owner only.
 
     Raises:
-        OSError: the folder cannot be written to, or the disk is full; the file is as it was.
+        OSError: the folder is not writable, or the disk is full; the file is unchanged.
     """
-    target = path.resolve()  # a link stays a link
+    target = path.resolve()  # keep a symbolic link
     descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        _take_after(target, name)
+        _copy_mode_and_owner(target, name)
         Path(name).replace(target)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
 
 
-def _take_after(target: Path, name: str) -> None:
+def _copy_mode_and_owner(target: Path, name: str) -> None:
     try:
         old = target.stat()
     except FileNotFoundError:
-        Path(name).chmod(_PRIVATE)
+        Path(name).chmod(_OWNER_ONLY)
         return
     Path(name).chmod(old.st_mode & 0o777)
-    with suppress(PermissionError):  # only root may give files away
+    with suppress(PermissionError):  # only root may change the owner
         os.chown(name, old.st_uid, old.st_gid)

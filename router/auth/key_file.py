@@ -1,6 +1,6 @@
-"""`KEYS_FILE` → keys: its entries as Structs, and rules between them. Every mistake is reported at once, with its line.
+"""Reads `KEYS_FILE`: its entries as Structs, and rules between them. Reports all mistakes at once, with their lines.
 
-No message repeats what the file holds: whoever puts a key where its hash belongs should not find it in the log.
+No message quotes the file, because it may hold a key by mistake where a hash belongs.
 """
 
 import re
@@ -16,7 +16,7 @@ from router.config.yaml_document import Document, FileError, KeyPath, Mistake, r
 from router.config.yaml_schema import check_shape
 
 ENVIRONMENT_IDS = ("API_KEY", "ADMIN_API_KEY")
-"""Ids of the keys that the settings hold."""
+"""Ids of the keys in the settings."""
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 _DIGEST = re.compile(r"[0-9a-fA-F]{64}", re.ASCII)
@@ -29,22 +29,24 @@ class KeysError(FileError):
 
 
 def read_id(value: object) -> str:
-    """A key's name in logs, metrics and limits."""
+    """Validate a key's id, its name in logs, metrics and limits."""
     if not isinstance(value, str) or not _ID.fullmatch(value):
-        raise ValueError("a name of up to 64 letters, digits, dots, dashes and underscores, a letter or digit first")
+        raise ValueError(
+            "a name of up to 64 letters, digits, dots, dashes and underscores, starting with a letter or digit"
+        )
     if value in ENVIRONMENT_IDS:
-        raise ValueError(f"another name: {value} is the key that the setting of this name holds")
+        raise ValueError(f"another name: {value} is the key of the setting of this name")
     return value
 
 
 def _read_digest(value: object) -> str:
     if not isinstance(value, str) or not _DIGEST.fullmatch(value):
-        raise ValueError("the 64 hexadecimal digits of the key's SHA-256, in quotes; `embedyard keys create` makes one")
+        raise ValueError("the SHA-256 of the key as 64 hexadecimal digits in quotes; `embedyard keys create` prints it")
     return value
 
 
 def read_pattern(value: object) -> str:
-    """A model name, or a pattern of names."""
+    """Validate a model name, or a pattern of names."""
     if not isinstance(value, str) or not value.isprintable() or not re.fullmatch(r"\S+", value):
         raise ValueError('a model name or a pattern such as "BAAI/*", in quotes')
     return value
@@ -58,7 +60,7 @@ Count = Annotated[int, Meta(ge=1)]
 
 
 class KeyEntry(Struct, forbid_unknown_fields=True, kw_only=True):
-    """One key, as the file spells it."""
+    """One entry of the file."""
 
     id: Annotated[str, _read_by(read_id)]
     sha256: Annotated[str, _read_by(_read_digest)]
@@ -70,7 +72,7 @@ class KeyEntry(Struct, forbid_unknown_fields=True, kw_only=True):
     keep_alive: bool | UnsetType = UNSET
 
     def to_key(self) -> Key:
-        """Left out: the scope `embed`, every model, the server's limits."""
+        """Build the key. Defaults: the scope `embed`, all models, the server's limits."""
         given = {name: value for name, value in structs.asdict(self).items() if value is not UNSET}
         digest = bytes.fromhex(given.pop("sha256"))
         scopes = frozenset(given.pop("scopes", ("embed",)))
@@ -79,20 +81,20 @@ class KeyEntry(Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 def read_keys(path: Path) -> tuple[Key, ...]:
-    """The keys of a file, in its order.
+    """Read the keys of a file, in its order.
 
     Raises:
         KeysError: with every mistake.
     """
     try:
-        text = read_text(path, "make it with `embedyard keys create`, or take KEYS_FILE out of the settings")
+        text = read_text(path, "create it with `embedyard keys create`, or unset KEYS_FILE")
     except ValueError as error:
         raise KeysError((Mistake((), str(error)),)) from None
     return parse_keys(text)
 
 
 def parse_keys(text: str) -> tuple[Key, ...]:
-    """The keys of a YAML text; one without any content holds none.
+    """Parse the keys of a YAML text; an empty text holds none.
 
     Raises:
         KeysError: with every mistake.
@@ -102,14 +104,14 @@ def parse_keys(text: str) -> tuple[Key, ...]:
         return ()
     if document.value is not None:
         check_shape(document, list[KeyEntry])
-        _are_unique(document, "id", "another key has this id")
-        _are_unique(document, "sha256", "another key has this hash, so the two are the same key")
+        _check_unique(document, "id", "another key has this id")
+        _check_unique(document, "sha256", "another entry has this hash, so both are the same key")
     if document.mistakes:
         raise KeysError(document.mistakes)
     return tuple(entry.to_key() for entry in msgspec.convert(document.value, list[KeyEntry]))
 
 
-def _are_unique(document: Document, field: str, what: str) -> None:
+def _check_unique(document: Document, field: str, what: str) -> None:
     seen: dict[str, KeyPath] = {}
     for index, entry in _entries(document):
         value = entry.get(field)

@@ -1,4 +1,4 @@
-"""`Key`: who may do what, and how much of it. A leaf; it holds the hash of a key and never the key itself."""
+"""`Key`: the permissions and limits of a bearer key. It holds the hash of the key, never the key itself."""
 
 import secrets
 from collections.abc import Iterable
@@ -15,10 +15,13 @@ _RANDOM_BYTES = 32
 
 
 class Key(Struct, frozen=True, kw_only=True):
-    """A key as the server keeps it. `None` for a limit: what the server's settings say.
+    """A key as the server stores it. A limit of `None` means the server's setting.
 
-    `models` are patterns of model names: `*` stands for any characters, slashes too. `keep_alive`: whether its requests
-    may say how long a model stays in memory; None: as `Keyring.may_keep_alive` decides.
+    Attributes:
+        id: the name of the key in logs, metrics and limits.
+        digest: SHA-256 of the key; empty for `ANONYMOUS`.
+        models: patterns of model names; `*` matches any characters, including slashes.
+        keep_alive: whether its requests may set `keep_alive`; None: `Keyring.may_keep_alive` decides.
     """
 
     id: str
@@ -32,16 +35,16 @@ class Key(Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, key_id: str, secret: str, *scopes: Scope) -> "Key":
-        """A key without limits of its own."""
+        """Build a key with the limits of the server."""
         return cls(id=key_id, digest=digest_of(secret), scopes=frozenset(scopes))
 
     @property
     def is_anonymous(self) -> bool:
-        """Whether it stands for those who came without a key."""
+        """Whether this stands for requests without a key."""
         return not self.digest
 
     def may_use(self, names: Iterable[str]) -> bool:
-        """Whether a model that goes by these names is allowed."""
+        """Whether a model with these names is allowed."""
         return any(fnmatchcase(name, pattern) for name in names for pattern in self.models)
 
     def __repr__(self) -> str:
@@ -52,10 +55,10 @@ ANONYMOUS = Key(id="anonymous", digest=b"", scopes=frozenset(("embed", "admin"))
 
 
 def digest_of(secret: str) -> bytes:
-    """SHA-256 of a key. No salt and no stretching: keys are random, and every request pays for this."""
+    """Hash a key with SHA-256. No salt and no stretching: keys are random, and each request pays for the hash."""
     return sha256(secret.encode("latin-1", "replace")).digest()
 
 
 def new_secret() -> str:
-    """A key that nobody has: 256 random bits, and a prefix by which people and scanners know it."""
+    """Generate a key of 256 random bits, with a prefix that people and secret scanners recognize."""
     return _PREFIX + secrets.token_urlsafe(_RANDOM_BYTES)

@@ -22,7 +22,7 @@ DOWNLOADED, BROKEN = "gte-multilingual-base", "jina-embeddings-v3"
 def test_a_wrong_key_is_refused_in_the_servers_words(page: Page) -> None:
     page.open()
     page.sign_in("wrong")
-    page.wait(lambda: "not known here" in page.text(".door .error"))
+    page.wait(lambda: "Invalid API key" in page.text(".door .error"))
     stored = page.driver.execute_script("return [sessionStorage.length, localStorage.length]")
 
     assert page.text(".model") == ""

@@ -1,4 +1,4 @@
-"""Every failure has the contract's status, type, code and param, and tells neither paths nor traces."""
+"""Tests that every error has the contract's status, type, code and param, and shows no path or traceback."""
 
 from typing import Any
 
@@ -156,7 +156,7 @@ def test_a_message_holds_both_numbers_and_the_remedy(served: Served) -> None:
     assert "1048577 bytes" in large
     assert "1048576" in large
     assert "did you mean mini?" in near
-    assert method == "POST is not possible on /admin/models/BAAI/bge-m3; it takes GET."
+    assert method == "Method POST is not allowed for /admin/models/BAAI/bge-m3: use GET"
 
 
 def test_a_405_names_the_methods_allowed(served: Served) -> None:

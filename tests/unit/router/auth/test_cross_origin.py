@@ -1,4 +1,4 @@
-"""Web pages that send requests to a server without keys, behind their reader's back."""
+"""Tests requests that web pages of other origins send to a server without keys."""
 
 from collections.abc import Iterator
 
@@ -31,7 +31,7 @@ EVICT = "/admin/models/mini/evict"
         (EVERYONE, "yard.example.com", "https://yard.example.com:8443"),
     ],
 )
-def test_own_pages_and_programs_are_welcome(settings: Settings, host: str, origin: str) -> None:
+def test_own_pages_and_programs_are_allowed(settings: Settings, host: str, origin: str) -> None:
     assert reject_cross_origin(settings, host, origin) == ""
 
 
@@ -52,7 +52,7 @@ def test_own_pages_and_programs_are_welcome(settings: Settings, host: str, origi
         (Settings(cors_origins=("https://a.example",)), "127.0.0.1", "https://b.example", "CORS_ORIGINS"),
     ],
 )
-def test_others_are_told_what_would_let_them_in(settings: Settings, host: str, origin: str, part: str) -> None:
+def test_a_refusal_names_the_setting_that_would_allow_it(settings: Settings, host: str, origin: str, part: str) -> None:
     assert part in reject_cross_origin(settings, host, origin)
 
 
@@ -61,7 +61,7 @@ def keyed() -> Iterator[Served]:
     yield from serve(Settings(api_key="k"))
 
 
-def test_a_page_can_neither_move_models_nor_embed(served: Served) -> None:
+def test_a_page_can_neither_load_models_nor_embed(served: Served) -> None:
     simple = {"origin": "https://evil.example", "content-type": "text/plain"}
     moved = served.client.post(EVICT, content=b"{}", headers=simple)
     embedded = served.client.post("/v1/embeddings", content=b'{"input": "a"}', headers=simple)
@@ -76,7 +76,7 @@ def test_a_page_can_neither_move_models_nor_embed(served: Served) -> None:
 @pytest.mark.parametrize(
     "origin", ["http://[", "http://[::1", "http://]", "http://a]:b[", "://", "\xff", "http://\xbd"]
 )
-def test_an_origin_that_is_no_address_is_foreign(served: Served, origin: str) -> None:
+def test_an_origin_that_is_no_address_is_refused(served: Served, origin: str) -> None:
     answer = served.client.get("/v1/models", headers={b"origin": origin.encode("latin-1")})
 
     assert (answer.status_code, answer.json()["error"]["type"]) == (403, "permission_error")
@@ -86,7 +86,7 @@ def test_an_origin_that_is_no_address_is_foreign(served: Served, origin: str) ->
     "headers", [{"origin": "https://evil.example"}, {"host": "evil.example"}, {"origin": "http://["}]
 )
 def test_a_page_reads_no_metrics(served: Served, keyed: Served, headers: dict[str, str]) -> None:
-    """They are open to programs of the server's own machine, keys or not."""
+    """Metrics need no key on loopback, but web pages may not read them."""
     refused = served.client.get("/metrics", headers=headers)
     without_key = keyed.client.get("/metrics", headers=headers)
     with_key = keyed.client.get("/metrics", headers=headers | {"authorization": "Bearer k"})

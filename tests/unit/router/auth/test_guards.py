@@ -1,4 +1,4 @@
-"""Keys and scopes: who may come in, told by unit and over a real socket."""
+"""Tests keys and scopes, as units and over a real socket."""
 
 from collections.abc import Iterator
 
@@ -22,7 +22,7 @@ def keyed() -> Iterator[Served]:
 
 
 def opens(settings: Settings, secret: str | None) -> set[Scope]:
-    """The scopes that a key opens on a server with these settings."""
+    """Return the scopes that a key has on a server with these settings."""
     found: set[Scope] = set()
     scopes: tuple[Scope, ...] = ("embed", "admin")
     for scope in scopes:
@@ -105,7 +105,9 @@ CLOSED = [
 
 
 @pytest.mark.parametrize(("method", "path", "scope"), CLOSED)
-def test_a_closed_route_tells_a_stranger_nothing(keyed: Served, method: str, path: str, scope: Scope) -> None:
+def test_a_guarded_route_tells_nothing_without_a_key_of_its_scope(
+    keyed: Served, method: str, path: str, scope: Scope
+) -> None:
     nobody = keyed.client.request(method, path, content=b"{")
     wrong = keyed.client.request(method, path, headers={"authorization": "Bearer hunter0"})
     other = ADMIN if scope == "embed" else CLIENT
@@ -116,9 +118,10 @@ def test_a_closed_route_tells_a_stranger_nothing(keyed: Served, method: str, pat
         assert answer.json()["error"]["code"] == "invalid_api_key"
         assert answer.json()["error"]["type"] == "invalid_request_error"
         assert answer.headers["www-authenticate"] == "Bearer"
+    granted = "admin" if scope == "embed" else "embed"
     assert misplaced.status_code == 403
     assert misplaced.json()["error"] == {
-        "message": f"This key has the scope {'admin' if scope == 'embed' else 'embed'}; this route needs {scope}.",
+        "message": f"Insufficient scope: this key has {granted}, this route needs {scope}",
         "type": "permission_error",
         "param": None,
         "code": "insufficient_scope",
@@ -126,7 +129,7 @@ def test_a_closed_route_tells_a_stranger_nothing(keyed: Served, method: str, pat
     assert "hunter" not in nobody.text + wrong.text + misplaced.text
 
 
-def test_every_route_is_closed_unless_the_contract_says_open(keyed: Served) -> None:
+def test_every_route_needs_a_key_unless_the_contract_says_open(keyed: Served) -> None:
     document = keyed.client.get("/docs/openapi.json").json()
     closed = {(method.upper(), path) for path, item in document["paths"].items() for method in item}
     closed -= {("GET", "/health"), ("GET", "/ready")}
@@ -136,7 +139,7 @@ def test_every_route_is_closed_unless_the_contract_says_open(keyed: Served) -> N
         assert keyed.client.request(method, path).status_code == 401
 
 
-def test_the_right_key_comes_in(keyed: Served) -> None:
+def test_the_right_key_is_admitted(keyed: Served) -> None:
     with openai.OpenAI(base_url=f"{keyed.url}/v1", api_key=CLIENT, max_retries=0) as client:
         answer = client.embeddings.create(model="mini", input="a")
     admin = httpx.get(f"{keyed.url}/admin/memory", headers={"authorization": f"Bearer {ADMIN}"})

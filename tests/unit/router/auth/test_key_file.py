@@ -1,4 +1,4 @@
-"""`KEYS_FILE`: what it may hold, every mistake at once, and that no message repeats a value."""
+"""Tests `KEYS_FILE`: valid entries, all mistakes at once, and that no message quotes a value."""
 
 from hashlib import sha256
 from pathlib import Path
@@ -52,7 +52,7 @@ def test_a_file_may_hold_no_key(text: str) -> None:
     assert parse_keys(text) == ()
 
 
-def test_every_mistake_is_told_with_its_line_and_key() -> None:
+def test_every_mistake_is_reported_with_its_line_and_key() -> None:
     text = f"""\
 - id: web
   sha256: "{HASH[:-1]}"
@@ -115,7 +115,7 @@ SECRET = "ey-AbCdEfGhIjKlMnOpQrStUvWxYz0123456789-_AbCdE"
         f"- &{SECRET} {{id: web, sha256: *{SECRET}}}",
     ],
 )
-def test_no_message_repeats_what_the_file_holds(text: str) -> None:
+def test_no_message_quotes_the_file(text: str) -> None:
     with pytest.raises(KeysError) as caught:
         parse_keys(text)
 
@@ -124,7 +124,7 @@ def test_no_message_repeats_what_the_file_holds(text: str) -> None:
     assert "line" in str(caught.value)
 
 
-def test_a_file_that_is_not_there_is_told_by_name_with_the_cure(tmp_path: Path) -> None:
+def test_a_missing_file_is_reported_by_name_with_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(KeysError) as caught:
         read_keys(tmp_path / "keys.yaml")
 

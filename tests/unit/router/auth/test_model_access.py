@@ -1,4 +1,4 @@
-"""Keys of `KEYS_FILE` over real sockets: what each opens, which models it may use and see, and that none ever shows."""
+"""Tests keys of `KEYS_FILE` over real sockets: their scopes and models, and that no key is ever shown."""
 
 import json
 from collections.abc import Iterator
@@ -143,7 +143,7 @@ def test_unknown_names_suggest_only_what_the_key_may_use(keyed: Limited) -> None
     assert {error["code"] for error in (everything, nothing, own)} == {"model_not_found"}
 
 
-def test_operators_move_models_that_their_key_may_not_embed_with(keyed: Limited) -> None:
+def test_operators_manage_models_that_their_key_may_not_embed_with(keyed: Limited) -> None:
     headers = bearer("mini")
     preload = keyed.client.post("/admin/models/BAAI/bge-m3/preload", headers=headers)
     plan = keyed.client.get("/admin/plan?model=cold", headers=headers)
@@ -228,7 +228,7 @@ def test_a_model_is_allowed_by_any_of_its_names() -> None:
 EVICT_NOW = {"input": "a", "keep_alive": 0}
 
 
-def test_calls_say_whose_they_are_where_keys_share_a_server(tmp_path: Path) -> None:
+def test_calls_name_their_key_if_several_keys_embed(tmp_path: Path) -> None:
     path = write_keys(tmp_path / "keys.yaml", {"web": {}, "lab": {}})
     with limited(Settings(keys_file=path)) as server:
         for key_id in ("web", "lab"):
@@ -242,14 +242,14 @@ def test_calls_say_whose_they_are_where_keys_share_a_server(tmp_path: Path) -> N
     ("settings", "key_id"),
     [(Settings(), None), (Settings(api_key=secret_of("env"), admin_api_key=secret_of("ops")), "env")],
 )
-def test_who_has_no_neighbours_has_everything(settings: Settings, key_id: str | None) -> None:
+def test_the_only_caller_is_not_named_and_may_set_keep_alive(settings: Settings, key_id: str | None) -> None:
     with limited(settings) as server:
         assert server.embed(key_id, keep_alive=0).status_code == 200
         assert [(call.caller, call.keep_alive_s) for call in server.backend.calls] == [("", 0.0)]
 
 
 @pytest.mark.parametrize("path", [EMBED, "/m/mini/v1/embeddings", "/api/embed"])
-def test_one_of_several_keys_may_not_move_a_model_that_others_use(tmp_path: Path, path: str) -> None:
+def test_one_of_several_keys_may_not_set_keep_alive(tmp_path: Path, path: str) -> None:
     keys: dict[str, dict[str, object]] = {
         "web": {}, "ops": {"scopes": ["embed", "admin"]}, "lab": {"keep_alive": True},
     }  # fmt: skip
@@ -279,19 +279,19 @@ def test_one_of_several_keys_may_not_move_a_model_that_others_use(tmp_path: Path
         (Keyring([], ["embed"]), structs.replace(ANONYMOUS, keep_alive=True), True),
     ],
 )
-def test_who_may_say_how_long_a_model_stays(keyring: Keyring, key: Key, may: bool) -> None:
+def test_which_keys_may_set_keep_alive(keyring: Keyring, key: Key, may: bool) -> None:
     assert keyring.may_keep_alive(key) is may
 
 
 def test_no_key_ever_shows(keyed: Limited) -> None:
-    """Not in a log, an answer, a repr or a metric; the key's id stands in the log instead."""
+    """Neither logs, answers, reprs nor metrics show a key; the log shows its id."""
     texts: list[str] = []
     with capture_logs(processors=[merge_contextvars]) as lines:
         for name in (*KEYS, "env", "stranger"):
             for body in ({"input": "a"}, {"input": [], "model": secret_of(name)}, {"input": "a", "model": "cold"}):
                 answer = keyed.client.post(EMBED, json=body, headers=bearer(name))
                 texts.append(answer.headers.get("x-request-id", "") + str(dict(answer.headers)))
-                if body.get("model") != secret_of(name):  # what a client calls a model is told back to it
+                if body.get("model") != secret_of(name):  # an error quotes the model name of the request
                     texts.append(answer.text)
         keyed.backend.failures["mini"] = RuntimeError(f"with {secret_of('web')}")
         texts.append(keyed.embed("web").text)
@@ -307,4 +307,4 @@ def test_no_key_ever_shows(keyed: Limited) -> None:
     assert len(crashes) == 1
     assert "hunter" not in "".join(texts)
     named = {line["key"] for line in lines if line["event"] == "request.done" and "key" in line}
-    assert named == {*KEYS, "ADMIN_API_KEY"} - {"ops"}  # it has no scope for any route asked here
+    assert named == {*KEYS, "ADMIN_API_KEY"} - {"ops"}  # it lacks the scopes of these routes

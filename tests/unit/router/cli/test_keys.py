@@ -128,7 +128,7 @@ def test_a_round_of_create_list_and_revoke(path: Path) -> None:
         (("create", "web", "--scope", "root"), "embed"),
         (("create", "web", "--requests-per-minute", "0"), "x>=1"),
         (("create", "ops"), "already"),
-        (("revoke", "nobody"), "there are: ops"),
+        (("revoke", "nobody"), "known keys: ops"),
         (("revoke", "ops", "--file", "nowhere.yaml"), "no file nowhere.yaml"),
         (("list", "--file", "nowhere.yaml"), "no file nowhere.yaml"),
         (("create", "web", "--file", "no/where.yaml"), "cannot be written"),
