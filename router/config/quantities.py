@@ -1,7 +1,6 @@
-"""How people write quantities: sizes (`20GiB`), durations (`10m`), memory budgets (`80%`), devices (`cuda:0`).
+"""Parses quantities: sizes (`20GiB`), durations (`10m`), memory budgets (`80%`) and devices (`cuda:0`).
 
-Every parser raises `ValueError` whose text says what is allowed; it never repeats the value, because the
-caller knows whether the value may be shown.
+Every parser raises `ValueError` with a text that says what is allowed. It never quotes the value, which may be secret.
 """
 
 import re
@@ -10,15 +9,15 @@ from engines.spec import NEVER_IDLE
 from engines.types import Budget
 
 DEVICE_PATTERN = r"^(auto|cpu|cuda(:[0-9]+)?)$"
-"""One device, as `DEVICE` and a model's `device` spell it."""
+"""One device in `DEVICE` or in a model's `device`."""
 KEEP_ALIVE_PATTERN = r"^\s*(-1|[0-9]+(\.[0-9]+)?|([0-9]+(\.[0-9]+)?(ms|s|m|h|d))+)\s*$"
 BUDGET_PATTERN = r"^\s*[0-9]+(\.[0-9]+)?\s*(%|[kKmMgGtT]?[iI]?[bB]?)\s*$"
 SIZE_PATTERN = r"^\s*[0-9]+(\.[0-9]+)?\s*[kKmMgGtT]?[iI]?[bB]?\s*$"
-"""The forms of keep-alives, budgets and sizes for JSON Schema, which knows no bounds of numbers inside a text."""
+"""Patterns of keep-alives, budgets and sizes for JSON Schema, which cannot bound numbers inside a string."""
 
 SIZE_ALLOWED = "a size such as 500MB, 20GiB or a whole number of bytes"
 DURATION_ALLOWED = "a duration such as 30s, 10m, 1h30m or a number of seconds"
-KEEP_ALIVE_ALLOWED = f"{DURATION_ALLOWED}, 0 (leave after each request) or -1 (stay until memory is needed)"
+KEEP_ALIVE_ALLOWED = f"{DURATION_ALLOWED}, 0 (unload after each request) or -1 (stay until memory is needed)"
 BUDGET_ALLOWED = "a percentage such as 80%, or a size such as 20GiB"
 CACHE_ALLOWED = "a size such as 256MiB, with the unit and at least 1MiB, or 0 for none"
 
@@ -28,9 +27,9 @@ _BYTES_OF: dict[str, int] = {"": 1, "b": 1} | {
     for ending, base in (("b", 1000), ("ib", 1024))
 }
 _MAX_CHARS = 64
-"""Of any quantity. Clients send some of them, and nothing that they send may be matched at any length."""
+"""Most characters of a quantity. Clients send some, and regular expressions must not run on input of any length."""
 _MAX_DURATION_S = 1e9
-"""31 years stand for all that is longer: event loops raise on timers of more than some 10¹⁰ to 10¹⁶ seconds."""
+"""31 years. Longer durations are clipped, because event loops raise on timers of more than 10¹⁰ to 10¹⁶ seconds."""
 _SECONDS_OF = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE | re.ASCII)
 _DURATION = re.compile(r"(?:\d+(?:\.\d+)?(?:ms|s|m|h|d))+", re.ASCII)
@@ -42,7 +41,7 @@ _MIN_CACHE_BYTES = 2**20
 
 
 def parse_bytes(value: object) -> int:
-    """`500MB` (powers of 1000), `20GiB` (powers of 1024) or a number of bytes; the case of the unit is free."""
+    """Parse `500MB` (powers of 1000), `20GiB` (powers of 1024) or a number of bytes; units are case-insensitive."""
     match = _SIZE.fullmatch(_text(value)) if isinstance(value, str | int) else None
     factor = _BYTES_OF.get(match[2].lower()) if match else None
     if match is None or factor is None or isinstance(value, bool):
@@ -51,7 +50,7 @@ def parse_bytes(value: object) -> int:
 
 
 def parse_cache_bytes(value: object) -> int:
-    """A size, or 0 for none. A cache needs its unit, too: `256` would be room for a quarter of a vector."""
+    """Parse the size of a cache, or 0 for none. The unit is required: `256` would hold a quarter of a vector."""
     try:
         size_bytes = parse_bytes(value)
     except ValueError:
@@ -62,7 +61,7 @@ def parse_cache_bytes(value: object) -> int:
 
 
 def parse_duration_s(value: object) -> float:
-    """Seconds of `10m`, `1h30m`, `45`, `1.5`. Zero is a duration; negative ones are not."""
+    """Parse `10m`, `1h30m`, `45` or `1.5` into seconds. Zero is allowed, negative durations are not."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ValueError(DURATION_ALLOWED)
     text = _text(value)
@@ -76,7 +75,7 @@ def parse_duration_s(value: object) -> float:
 
 
 def parse_keep_alive_s(value: object) -> float:
-    """A duration, or -1 for "never leaves by idleness" (`NEVER_IDLE`)."""
+    """Parse a duration, or -1 for "never unload when idle" (`NEVER_IDLE`)."""
     if not isinstance(value, bool) and _text(value) in ("-1", "-1.0"):
         return NEVER_IDLE
     try:
@@ -86,7 +85,7 @@ def parse_keep_alive_s(value: object) -> float:
 
 
 def parse_budget(value: object) -> Budget:
-    """`80%` (more than 0, at most 100) or a size. A size needs its unit: `20` would be twenty bytes."""
+    """Parse `80%` (above 0, at most 100) or a size. The unit is required: `20` would be twenty bytes."""
     text = _text(value) if isinstance(value, str) else ""
     if text.endswith("%") and _NUMBER.fullmatch(text[:-1].strip()):
         percentage = float(text[:-1])
@@ -103,16 +102,16 @@ def parse_budget(value: object) -> Budget:
 
 
 def _text(value: object) -> str:
-    """A quantity as it is written; empty, which is none, where it is too long to be one."""
+    """Return a quantity as text; empty, which no parser accepts, if it is too long."""
     try:
         text = value if isinstance(value, str) else str(value)
-    except ValueError:  # a whole number of more than 4,300 digits
+    except ValueError:  # Python refuses to print integers of more than 4,300 digits
         return ""
     return text.strip() if len(text) <= _MAX_CHARS else ""
 
 
 def parse_device(value: object) -> str:
-    """One device: `auto`, `cpu`, `cuda` or `cuda:N`."""
+    """Parse one device: `auto`, `cpu`, `cuda` or `cuda:N`."""
     if isinstance(value, str) and _DEVICE.fullmatch(value.strip()):
         return value.strip()
     raise ValueError("auto, cpu, cuda or cuda:N")

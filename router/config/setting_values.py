@@ -1,6 +1,6 @@
-"""Reads each kind of setting from its text. A leaf; `router/config/settings.py` lists the variables and their kinds.
+"""Parses the text of each kind of setting; `router/config/settings.py` lists the variables and their parsers.
 
-Every reader raises `ValueError` whose text says what is allowed, and never repeats the text: it may be a key.
+Every parser raises `ValueError` with a text that says what is allowed. It never quotes the value, which may be a key.
 """
 
 import re
@@ -13,15 +13,15 @@ from router.config.quantities import SIZE_ALLOWED, parse_bytes, parse_device, pa
 
 HOST_ALLOWED = "an address or host name without a port, such as 127.0.0.1, 0.0.0.0, ::1 or localhost"
 SKINS = ("tei", "cohere", "ollama", "path")
-"""The APIs of other servers that this one speaks, too."""
+"""The compatibility APIs: those of other embedding servers, and `path` (the model in the path)."""
 _WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 _ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^\s/,]+", re.ASCII)
 _STORAGE = re.compile(r"async\+[a-z0-9+.-]+://\S*", re.ASCII)
 
 
-@lru_cache(maxsize=64)  # asked for every request; few, because clients choose what they send as a host
+@lru_cache(maxsize=64)  # called for every request; bounded, because clients choose the Host header
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach `host`. A name other than `localhost` counts as reachable from outside."""
+    """Whether only this machine can reach `host`. Names other than `localhost` count as reachable from outside."""
     try:
         return ip_address(host).is_loopback
     except ValueError:
@@ -29,7 +29,7 @@ def is_loopback(host: str) -> bool:
 
 
 def integer(low: int, high: int | None = None) -> Callable[[str], int]:
-    """A whole number in decimal digits, `low` and `high` included."""
+    """Return a parser of whole numbers from `low` to `high`, both included."""
     allowed = f"a whole number, {low} or more" if high is None else f"a whole number from {low} to {high}"
 
     def read(text: str) -> int:
@@ -41,7 +41,7 @@ def integer(low: int, high: int | None = None) -> Callable[[str], int]:
 
 
 def or_off(read: Callable[[str], int]) -> Callable[[str], int | None]:
-    """`off` and `none` switch a limit off; everything else is for `read`."""
+    """Return a parser that reads `off` and `none` as None, and everything else with `read`."""
 
     def read_or_off(text: str) -> int | None:
         if text.lower() in ("off", "none"):
@@ -55,9 +55,9 @@ def or_off(read: Callable[[str], int]) -> Callable[[str], int | None]:
 
 
 def duration_s(low_s: float = 0.0, high_s: float | None = None) -> Callable[[str], float]:
-    """A duration between the bounds, in seconds."""
+    """Return a parser of durations between the bounds, in seconds."""
     allowed = f"a duration such as 30s, 10m or a number of seconds, {low_s:g} s or more"
-    allowed += f" and {high_s:g} s at the most" if high_s is not None else ""
+    allowed += f" and at most {high_s:g} s" if high_s is not None else ""
 
     def read(text: str) -> float:
         try:
@@ -72,7 +72,7 @@ def duration_s(low_s: float = 0.0, high_s: float | None = None) -> Callable[[str
 
 
 def window_s(text: str) -> int:
-    """A rate limit's window: whole seconds, because the counters know no parts of a second."""
+    """Parse the window of a rate limit: whole seconds, because the counters have no fractions of a second."""
     seconds = duration_s(1.0)(text)
     if seconds != int(seconds):
         raise ValueError("a duration of whole seconds, 1 s or more")
@@ -80,7 +80,7 @@ def window_s(text: str) -> int:
 
 
 def size_bytes(text: str) -> int:
-    """A size of at least one byte."""
+    """Parse a size of at least one byte."""
     size = parse_bytes(text)
     if size < 1:
         raise ValueError(f"{SIZE_ALLOWED}, 1 byte or more")
@@ -88,7 +88,7 @@ def size_bytes(text: str) -> int:
 
 
 def boolean(text: str) -> bool:
-    """`true` or `false`, and the other words people use for them."""
+    """Parse `true` or `false`, or one of their synonyms."""
     try:
         return _WORDS[text.lower()]
     except KeyError:
@@ -96,7 +96,7 @@ def boolean(text: str) -> bool:
 
 
 def one_of(*words: str) -> Callable[[str], str]:
-    """One of the words, in any case; comes out in lower case."""
+    """Return a parser of one of the words, in any case; the result is lower case."""
 
     def read(text: str) -> str:
         if text.lower() not in words:
@@ -107,7 +107,7 @@ def one_of(*words: str) -> Callable[[str], str]:
 
 
 def host(text: str) -> str:
-    """Where to listen. IPv6 addresses may stand in brackets."""
+    """Parse the address to listen on. IPv6 addresses may be in brackets."""
     bare = text.removeprefix("[").removesuffix("]")
     try:
         return str(ip_address(bare))
@@ -118,69 +118,71 @@ def host(text: str) -> str:
 
 
 def key(text: str) -> str:
-    """A bearer key: what a header can carry without quoting."""
+    """Parse a bearer key: printable ASCII without spaces, as a header holds it without quoting."""
     if not (text.isascii() and text.isprintable()) or " " in text:
         raise ValueError("printable ASCII characters without spaces")
     return text
 
 
 def devices(text: str) -> tuple[str, ...]:
-    """`auto` alone, or a comma list without repetitions."""
+    """Parse `auto`, or a comma-separated list of different devices."""
     names = tuple(part.strip() for part in text.split(","))
     try:
         found = tuple(map(parse_device, names))
     except ValueError as error:
-        raise ValueError(f"{error}, or a comma list such as cuda:0,cuda:1") from None
+        raise ValueError(f"{error}, or a comma-separated list such as cuda:0,cuda:1") from None
     if len(set(found)) != len(found) or ("auto" in found and len(found) > 1):
-        raise ValueError("auto alone, or a comma list of different devices such as cuda:0,cuda:1")
+        raise ValueError("auto alone, or a comma-separated list of different devices such as cuda:0,cuda:1")
     return found
 
 
 def storage(text: str) -> str:
-    """A storage URI of the `limits` package in its asyncio form."""
+    """Parse a storage URI of the `limits` package, in its asyncio form."""
     if not _STORAGE.fullmatch(text):
         raise ValueError(
-            "a storage URI that begins with async+, such as async+memory:// or async+redis://localhost:6379"
+            "a storage URI that starts with async+, such as async+memory:// or async+redis://localhost:6379"
         )
     return text
 
 
 def web_address(text: str) -> str:
-    """An `http` or `https` address."""
+    """Parse an `http` or `https` address."""
     if not re.fullmatch(r"https?://[^\s/]\S*", text, re.ASCII):
         raise ValueError("an address such as http://localhost:4318")
     return text
 
 
 def origins(text: str) -> tuple[str, ...]:
-    """Origins that browsers may call from: `*`, or a comma list of `https://host[:port]`."""
+    """Parse the origins that may call from browsers: `*`, or a comma-separated list of `https://host[:port]`."""
     found = tuple(part.strip().rstrip("/") for part in text.split(","))
     if not all(_ORIGIN.fullmatch(origin) for origin in found):
-        raise ValueError("* or a comma list of origins such as https://app.example.com")
+        raise ValueError("* or a comma-separated list of origins such as https://app.example.com")
     return found
 
 
 def networks(text: str) -> tuple[str, ...]:
-    """Addresses and networks of proxies. `*` would let every client choose its address."""
+    """Parse addresses and networks of proxies. `*` is refused: it would let every client choose its own address."""
     found = tuple(part.strip() for part in text.split(","))
     try:
         return tuple(str(ip_network(network)) if "/" in network else str(ip_address(network)) for network in found)
     except ValueError:
-        raise ValueError("a comma list of addresses and networks of proxies, such as 127.0.0.1,10.0.0.0/8") from None
+        raise ValueError(
+            "a comma-separated list of addresses and networks of proxies, such as 127.0.0.1,10.0.0.0/8"
+        ) from None
 
 
 def skins(text: str) -> tuple[str, ...]:
-    """A comma list of `SKINS`, or `none`."""
+    """Parse a comma-separated list of `SKINS`, or `none`."""
     found = tuple(part.strip().lower() for part in text.split(","))
     if found == ("none",):
         return ()
     if not set(found) <= set(SKINS):
-        raise ValueError(f"none, or a comma list of {', '.join(SKINS)}")
+        raise ValueError(f"none, or a comma-separated list of {', '.join(SKINS)}")
     return tuple(skin for skin in SKINS if skin in found)
 
 
 def path(text: str) -> Path:
-    """A file or folder; `~` is the user's home."""
+    """Parse a path; `~` is the user's home folder."""
     try:
         return Path(text).expanduser()
     except RuntimeError:

@@ -1,6 +1,6 @@
-"""Environment and `.env` → one frozen `Settings`. The only reader of `os.environ`; knows nothing of models.
+"""Reads the environment and `.env` into a frozen `Settings`. No other module reads `os.environ` for settings.
 
-`VARIABLES` lists every variable with the way it is read; the defaults stand in `Settings`.
+`VARIABLES` lists every variable with its parser; the defaults are in `Settings`.
 """
 
 import io
@@ -21,21 +21,21 @@ from router.config.setting_values import is_loopback
 DOTENV = Path(".env")
 _STATE_DIR = "~/.cache/embedyard"
 _EXPOSED = (
-    "HOST={host} can be reached from other machines, but no key is set: set API_KEY (or ADMIN_API_KEY, or KEYS_FILE), "
-    "keep HOST=127.0.0.1, or set ALLOW_ANONYMOUS=true if everyone who can reach it may use it"
+    "HOST={host} is reachable from other machines, but no key is set: set API_KEY (or ADMIN_API_KEY, or KEYS_FILE), "
+    "set HOST=127.0.0.1, or set ALLOW_ANONYMOUS=true to serve everyone without a key"
 )
-_SAME_KEYS = "ADMIN_API_KEY is the same as API_KEY, so every client would be an admin: choose another, or leave it out"
+_SAME_KEYS = "ADMIN_API_KEY equals API_KEY, so every client would be an admin: use another key, or unset it"
 
 
 def usable_cores() -> int:
-    """Cores this process may run on, which in a container are fewer than the machine has."""
+    """Return the number of cores this process may run on; in a container these can be fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Settings(Struct, frozen=True, kw_only=True):
-    """The server's settings, named after their variables; `_s` is added where a time lacks its unit.
+    """The server's settings, named after their variables, with `_s` added to times without a unit.
 
-    `None` means off, or: decided elsewhere (`max_batch_tokens` by the device, `memory_budget` and `backend` by the
+    `None` means off, or chosen elsewhere (`max_batch_tokens` by the device, `memory_budget` and `backend` by the
     registry).
     """
 
@@ -89,7 +89,7 @@ class Settings(Struct, frozen=True, kw_only=True):
 
 
 class Variable(Struct, frozen=True):
-    """One environment variable: the `Settings` field it fills, and the reader of its text."""
+    """One environment variable, its parser, and the field of `Settings` that it sets."""
 
     name: str
     read: Callable[[str], object]
@@ -142,16 +142,16 @@ VARIABLES = (
 
 
 class SettingsError(Exception):
-    """Every mistake in the environment and `.env`, one sentence each; none shows a key."""
+    """All mistakes in the environment and `.env`, one sentence each; none shows a key."""
 
     def __init__(self, mistakes: tuple[str, ...]) -> None:
         self.mistakes = mistakes
-        noun = "setting cannot" if len(mistakes) == 1 else "settings cannot"
-        super().__init__("\n".join([f"{len(mistakes)} {noun} be used:", *(f"  {mistake}" for mistake in mistakes)]))
+        noun = "invalid setting" if len(mistakes) == 1 else "invalid settings"
+        super().__init__("\n".join([f"{len(mistakes)} {noun}:", *(f"  {mistake}" for mistake in mistakes)]))
 
 
 def load_settings(dotenv: Path = DOTENV, flags: Mapping[str, str] = MappingProxyType({})) -> Settings:
-    """The settings of this process. `flags` are a command's options under their variables' names, and win over all.
+    """Read the settings of this process. `flags`: command-line options by variable name, which override all others.
 
     Raises:
         SettingsError: with every mistake.
@@ -160,14 +160,14 @@ def load_settings(dotenv: Path = DOTENV, flags: Mapping[str, str] = MappingProxy
 
 
 def export_hub_variables(dotenv: Path = DOTENV) -> None:
-    """Put the `HF_*` and `OTEL_*` of `.env` into the environment, where the libraries that they are for read them."""
+    """Copy the `HF_*` and `OTEL_*` variables of `.env` into the environment, where their libraries read them."""
     for name, text in _read_dotenv(dotenv)[0].items():
         if name.startswith(("HF_", "OTEL_")):
             os.environ.setdefault(name, text)
 
 
 def read_settings(environ: Mapping[str, str], dotenv: Path | None = None) -> Settings:
-    """`environ` wins over `.env`; an empty value counts as not set.
+    """Read the settings. `environ` overrides `.env`; an empty value counts as not set.
 
     Raises:
         SettingsError: with every mistake.
@@ -201,7 +201,7 @@ def _cross_checks(found: Mapping[str, Any], *, is_keyed: bool) -> list[str]:
 
 
 def _read_dotenv(path: Path | None) -> tuple[dict[str, str], list[str]]:
-    """The file's variables, and its mistakes. No interpolation: a `$` in a key is a `$`. No file: nothing."""
+    """Read the variables of the file, and its mistakes, without interpolation: a `$` in a key is a `$`."""
     if path is None or not path.is_file():
         return {}, []
     try:

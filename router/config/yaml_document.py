@@ -1,6 +1,6 @@
-"""YAML text → plain values that remember their lines. Knows YAML, and nothing of models or keys.
+"""Reads YAML into plain values and keeps the line of each.
 
-PyYAML alone forgets line numbers and lets the last of two equal keys win in silence; both would mislead here.
+PyYAML alone drops line numbers, and silently keeps the last of duplicate keys.
 """
 
 import re
@@ -17,17 +17,17 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _MAX_HARMLESS_CHARS = 24
 _MAX_SHOWN_CHARS = 60
 _MAX_DEPTH = 32
-"""Of mappings and lists in each other; a registry has five. PyYAML composes by recursion, and 500 are too many."""
+"""Most nested mappings and lists; a registry has five. PyYAML recurses, and fails at 500."""
 _MAX_REPEATED = 100_000
-"""Values that a file may hold more than once by its aliases: nine lists of nine aliases each are a billion."""
+"""Most values that aliases may repeat: nine lists of nine aliases each would be a billion."""
 _COLLECTION_TAGS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 
 KeyPath = tuple[str | int, ...]
-"""Where a value stands: `("models", 2, "pooling")`."""
+"""The path of a value: `("models", 2, "pooling")`."""
 
 
 class Mistake(Struct, frozen=True):
-    """One thing wrong in the file: where, in which entry (its name, if known), and what to do."""
+    """One mistake in a file: its path and line, the name of its entry if known, and the remedy."""
 
     path: KeyPath
     message: str
@@ -41,13 +41,13 @@ class Mistake(Struct, frozen=True):
 
 
 def show_path(path: KeyPath) -> str:
-    """`models[2].prompts.query`."""
+    """Format a path: `models[2].prompts.query`."""
     shown = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
     return shown.removeprefix(".")
 
 
 class FileError(Exception):
-    """A file cannot be used; `mistakes` holds every reason, in the order of the file."""
+    """A file is invalid. `mistakes`: all of them, in the order of the file."""
 
     file: ClassVar[str] = "the file"
 
@@ -58,14 +58,14 @@ class FileError(Exception):
 
 
 class Document:
-    """The file's value, the lines of its keys, and the mistakes found so far.
+    """The value of a file, the lines of its keys, and the mistakes found so far.
 
-    One mistake a place: what is wrong in two ways is reported once, for the first reason found.
+    It holds one mistake per path, the first one found.
 
     Args:
-        entries: where the list stands whose items people know by a name.
-        label: the key under which an item has its name.
-        is_secret: mistakes never repeat what the file holds, for it may be a secret in the wrong place.
+        entries: the path of the list whose items have names.
+        label: the key that holds the name of an item.
+        is_secret: never quote the file in mistakes, because it may hold a secret in the wrong place.
     """
 
     def __init__(self, *, entries: KeyPath = ("models",), label: str = "name", is_secret: bool = False) -> None:
@@ -77,30 +77,30 @@ class Document:
         self._mistakes: dict[KeyPath, tuple[str, int | None]] = {}
 
     def add(self, path: KeyPath, message: str, *, line: int | None = None) -> None:
-        """Note a mistake; the line is that of the key, or of what should have held it."""
+        """Add a mistake. The default line is that of the key, or of its nearest parent."""
         line = line or self.line(path)
         if self.is_secret:
             path = tuple("…" if isinstance(part, str) and len(part) > _MAX_HARMLESS_CHARS else part for part in path)
         self._mistakes.setdefault(path, (message, line))
 
     def quote(self, text: str) -> str:
-        """A text of the file as a message may repeat it."""
+        """Return a text of the file as messages may quote it."""
         return "…" if self.is_secret else text
 
     @property
     def mistakes(self) -> tuple[Mistake, ...]:
-        """All mistakes in the order of the file."""
+        """All mistakes, in the order of the file."""
         found = (Mistake(path, text, line, self._name(path)) for path, (text, line) in self._mistakes.items())
         return tuple(sorted(found, key=lambda mistake: mistake.line or 0))
 
     def line(self, path: KeyPath) -> int | None:
-        """The line of the place, or of the nearest thing around it."""
+        """Return the line of the path, or of its nearest parent."""
         while path not in self._lines and path:
             path = path[:-1]
         return self._lines.get(path)
 
-    def keep(self, path: KeyPath, line: int) -> None:
-        """Remember where a key or list item stands; the first one wins."""
+    def set_line(self, path: KeyPath, line: int) -> None:
+        """Store the line of a key or list item; the first one is kept."""
         self._lines.setdefault(path, line)
 
     def _name(self, path: KeyPath) -> str | None:
@@ -117,23 +117,27 @@ class Document:
         return name if isinstance(name, str) and not (self.is_secret and len(name) > _MAX_HARMLESS_CHARS) else None
 
 
-def read_text(path: Path, cure: str) -> str:
-    """A file's text; `cure` is what to do when there is no such file.
+def read_text(path: Path, remedy: str) -> str:
+    """Read the text of a file.
+
+    Args:
+        path: of the file.
+        remedy: what to do if the file does not exist.
 
     Raises:
-        ValueError: what keeps it from being read, with the file's name and not its path.
+        ValueError: why it cannot be read, with the file's name but not its path.
     """
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise ValueError(f"there is no file {path.name}: {cure}") from None
+        raise ValueError(f"there is no file {path.name}: {remedy}") from None
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise ValueError(f"{path.name} cannot be read: {reason}") from None
 
 
 def read_document(text: str, document: Document | None = None) -> Document:
-    """The value of a YAML text; syntax errors and repeated keys are mistakes of the document."""
+    """Read a YAML text into a document; syntax errors and duplicate keys become mistakes of the document."""
     document = document or Document()
     try:
         loader = _Loader(text)
@@ -145,7 +149,7 @@ def read_document(text: str, document: Document | None = None) -> Document:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML, and no deeper than `_MAX_DEPTH`."""
+    """PyYAML's safe loader with a limit of `_MAX_DEPTH` nested collections."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -175,7 +179,7 @@ def _add_syntax_error(document: Document, error: yaml.YAMLError) -> None:
 
 
 class _Reader:
-    """Nodes → values, one method a kind of node."""
+    """Converts YAML nodes to values, with one method per kind of node."""
 
     def __init__(self, loader: yaml.SafeLoader, document: Document) -> None:
         self._loader = loader
@@ -191,7 +195,7 @@ class _Reader:
             self._document.add(path, "an anchor cannot contain itself", line=node.start_mark.line + 1)
             return None
         self._count(node)
-        self._document.keep(path, node.start_mark.line + 1)
+        self._document.set_line(path, node.start_mark.line + 1)
         self._open.append(node)
         try:
             if isinstance(node, yaml.CollectionNode) and node.tag not in _COLLECTION_TAGS:
@@ -217,7 +221,7 @@ class _Reader:
             line = key_node.start_mark.line + 1
             if key_node.tag == "tag:yaml.org,2002:merge":
                 self._document.add(
-                    (*path, "<<"), "merging is not supported: write the keys out, or use defaults", line=line
+                    (*path, "<<"), "merge keys (<<) are not supported: write the keys out, or use defaults", line=line
                 )
                 continue
             if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != "tag:yaml.org,2002:str":
@@ -226,16 +230,16 @@ class _Reader:
                 continue
             key = key_node.value
             if key in seen:
-                self._document.add((*path, key), f"written twice, first on line {seen[key]}: remove one", line=line)
+                self._document.add((*path, key), f"duplicate key, first on line {seen[key]}: remove one", line=line)
                 continue
             seen[key] = line
-            self._document.keep((*path, key), line)
+            self._document.set_line((*path, key), line)
             yield key, self.read(value_node, (*path, key))
 
     def _scalar(self, node: yaml.Node, path: KeyPath) -> Any:
         with suppress(yaml.YAMLError, ValueError):
             value = self._loader.construct_object(node)
-            if _is_sane(value):
+            if _is_supported(value):
                 return value
         shown = repr(node.value if len(node.value) <= _MAX_SHOWN_CHARS else f"{node.value[:_MAX_SHOWN_CHARS]}...")
         self._document.add(
@@ -244,9 +248,8 @@ class _Reader:
         return None
 
 
-def _is_sane(value: object) -> bool:
-    """No number of more than 64 bits, which no setting needs and Python may refuse to print; no half of a surrogate
-    pair, which no model reads and no message carries."""
+def _is_supported(value: object) -> bool:
+    """Whether a value can be used and printed: no integer of more than 64 bits, no lone surrogate."""
     if isinstance(value, int):
         return value.bit_length() <= 64
     return not (isinstance(value, str) and _SURROGATE.search(value))

@@ -1,7 +1,4 @@
-"""Does a document have the shape of a type? Walks both together and notes every mistake, not only the first.
-
-msgspec itself stops at the first mistake, which sends people round in circles. Knows no key of any file by name.
-"""
+"""Checks a YAML document against a type and reports all mistakes; msgspec itself stops at the first."""
 
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
@@ -15,18 +12,18 @@ _SCALARS: dict[type[mi.Type], type] = {mi.StrType: str, mi.BoolType: bool, mi.Fl
 
 
 def check_shape(document: Document, shape: Any) -> None:
-    """Note everything in `document` that `shape`, a Struct or a list of them, does not allow."""
-    _Walk(document).check(mi.type_info(shape), document.value, ())
+    """Add a mistake for everything in `document` that `shape`, a Struct or a list of them, does not allow."""
+    _Checker(document).check(mi.type_info(shape), document.value, ())
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """` (did you mean x?)`, or nothing."""
+    """Return ` (did you mean x?)` with the nearest known word, or an empty text."""
     close = get_close_matches(word, list(known), n=1)
     return f" (did you mean {close[0]}?)" if close else ""
 
 
 def show(value: object) -> str:
-    """A value as people wrote it, short enough for a message."""
+    """Format a value for a message, shortened."""
     if value is None:
         return "nothing"
     if isinstance(value, dict | list):
@@ -36,8 +33,8 @@ def show(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-class _Walk:
-    """A document held against types, one kind of type after the other."""
+class _Checker:
+    """Checks the values of a document against types recursively."""
 
     def __init__(self, document: Document) -> None:
         self._document = document
@@ -56,17 +53,17 @@ class _Walk:
                 for index, item in enumerate(value):
                     self.check(kind.item_type, item, (*path, index))
             case _ if not _is_allowed(kind, value):
-                hint = nearest(value, _words(kind)) if isinstance(value, str) else ""
-                self._document.add(path, f"needs {_wanted(kind)}{self._got(value)}{hint}")
+                hint = nearest(value, _literals(kind)) if isinstance(value, str) else ""
+                self._document.add(path, f"needs {_describe_type(kind)}{self._describe_value(value)}{hint}")
 
-    def _got(self, value: object) -> str:
+    def _describe_value(self, value: object) -> str:
         return "" if self._document.is_secret else f"; got {show(value)}"
 
     def _check_parsed(self, parse: Callable[[object], object], value: object, path: KeyPath) -> None:
         try:
             parse(value)
         except ValueError as error:
-            self._document.add(path, f"needs {error}{self._got(value)}")
+            self._document.add(path, f"needs {error}{self._describe_value(value)}")
 
     def _check_struct(self, kind: mi.StructType, value: Mapping[str, Any], path: KeyPath) -> None:
         fields = {field.encode_name: field for field in kind.fields}
@@ -86,7 +83,7 @@ class _Walk:
 
 
 def _fits(kind: mi.Type, value: object) -> bool:
-    """Whether a member of a union is meant: containers by their kind, whatever is in them."""
+    """Whether a value belongs to this member of a union. Containers are matched by their kind, not their content."""
     if isinstance(value, list | dict):
         return isinstance(kind, mi.ListType) if isinstance(value, list) else isinstance(kind, mi.StructType)
     return _is_allowed(kind, value)
@@ -100,21 +97,21 @@ def _is_allowed(kind: mi.Type, value: object) -> bool:
     return type(value) is _SCALARS.get(type(kind))
 
 
-def _words(kind: mi.Type) -> list[str]:
-    """The words that a value of this kind may be."""
+def _literals(kind: mi.Type) -> list[str]:
+    """Return the literal values of a type."""
     if isinstance(kind, mi.UnionType):
-        return [word for member in kind.types for word in _words(member)]
+        return [word for member in kind.types for word in _literals(member)]
     return list(map(str, kind.values)) if isinstance(kind, mi.LiteralType) else []
 
 
-def _wanted(kind: mi.Type) -> str:
+def _describe_type(kind: mi.Type) -> str:
     match kind:
         case mi.LiteralType(values=(only,)):
             return str(only)
         case mi.LiteralType():
             return f"one of {', '.join(map(str, kind.values))}"
         case mi.UnionType():
-            return " or ".join(map(_wanted, kind.types))
+            return " or ".join(map(_describe_type, kind.types))
         case mi.IntType():
             return "a whole number" if kind.ge is None else f"a whole number, {kind.ge} or more"
         case mi.FloatType():

@@ -1,8 +1,7 @@
-"""What may stand in `registry.yaml`: its keys as Structs, from which both checks and JSON Schema are derived.
+"""The keys of `registry.yaml` as Structs, from which both the checks and the JSON Schema are derived.
 
-A value with a form of its own names the function that reads it (`parse`), which raises `ValueError` saying what is
-allowed. What the keys mean is told in `router/registry/json_schema.py`; rules between keys are in
-`router/registry/rules.py`.
+A value with a syntax of its own names its parser (`parse`), which raises `ValueError` with what is allowed. The keys
+are documented in `router/registry/json_schema.py`; rules between keys are in `router/registry/rules.py`.
 """
 
 import re
@@ -53,17 +52,17 @@ _PLACEHOLDER = re.compile(r"\{(\w*)\}")
 
 
 def is_commit(read_revision: object) -> bool:
-    """Whether a revision is a full commit: 40 hexadecimal digits."""
+    """Whether a revision is a full commit hash of 40 hexadecimal digits."""
     return isinstance(read_revision, str) and _COMMIT.fullmatch(read_revision) is not None
 
 
 def is_hub_id(read_source: object) -> bool:
-    """Whether a source names a repository of the hub."""
+    """Whether a source is a repository on the hub."""
     return isinstance(read_source, str) and _HUB_ID.fullmatch(read_source) is not None
 
 
 def read_name(value: object) -> str:
-    """A model's name or alias. It travels in URLs, so it has no empty parts, no `.` and no `..` between slashes."""
+    """Validate a model's name or alias. It is used in URLs, so no part between slashes is empty, `.` or `..`."""
     if not isinstance(value, str) or not value.isprintable() or not re.fullmatch(NAME_PATTERN, value):
         raise ValueError(_NAME_ALLOWED)
     if len(value) > MAX_NAME_CHARS or {".", ".."} & set(value.split("/")):
@@ -72,7 +71,7 @@ def read_name(value: object) -> str:
 
 
 def read_source(value: object) -> str:
-    """Where a model's files are, as `ModelSpec.source` defines it."""
+    """Validate the location of a model's files, as `ModelSpec.source` defines it."""
     if not isinstance(value, str) or not value.isprintable():
         raise ValueError(SOURCE_ALLOWED)
     if value.startswith("package:"):
@@ -84,33 +83,33 @@ def read_source(value: object) -> str:
 
 
 def read_revision(value: object) -> str:
-    """A branch, a tag or a commit. YAML reads a bare `1234567` as a number."""
+    """Validate a branch, a tag or a commit. YAML reads an unquoted `1234567` as a number."""
     if not isinstance(value, str) or not re.fullmatch(r"\S+", value):
         raise ValueError("a branch, a tag or a commit; put it in quotes if it looks like a number")
     return value
 
 
 def read_prompt_name(value: object) -> str:
-    """What a request may send as `input_type`."""
+    """Validate the name of a prompt, which requests send as `input_type`."""
     if not isinstance(value, str) or not value.strip() or not value.isprintable():
         raise ValueError("a name such as query or document")
     return value
 
 
 def read_prompt(value: object) -> str:
-    r"""A text to put in front. A backslash followed by an n is a line break that lost its double quotes."""
+    r"""Validate a prompt. A literal `\n` is a line break without the double quotes that it needs."""
     if not isinstance(value, str):
         raise ValueError("text in double quotes")
     if r"\n" in value:
-        raise ValueError(r'a line break where it has the two characters \n: put the text in "double quotes"')
+        raise ValueError(r'a line break instead of the characters \n: put the text in "double quotes"')
     return value
 
 
 def read_template(value: object) -> str:
-    """An instruct model's query template.
+    """Validate the query template of an instruct model.
 
-    `{text}` stands exactly once, for the input; `{task}` at least once, for the request's `instruction`, which would
-    otherwise be lost in silence. Another word in braces is a misspelling; all other braces are plain characters.
+    `{text}` occurs exactly once, for the input; `{task}` at least once, for the request's `instruction`, which would
+    otherwise be silently ignored. Any other word in braces is a misspelling; other braces are plain characters.
     """
     text = read_prompt(value)
     found = _PLACEHOLDER.findall(text)
@@ -177,13 +176,13 @@ Poolings = Annotated[list[PoolingName], Meta(min_length=1)]
 
 
 class MemorySection(Struct, forbid_unknown_fields=True, kw_only=True):
-    """How much memory models may take."""
+    """The memory that models may use."""
 
     budget: MemoryBudget
 
 
 class MatryoshkaRule(Struct, forbid_unknown_fields=True, kw_only=True):
-    """The widths a vector may be cut to: either `min` or `widths`."""
+    """The widths to which vectors may be truncated: either `min` or `widths`."""
 
     min: Count | UnsetType = UNSET
     widths: Widths | UnsetType = UNSET
@@ -191,14 +190,14 @@ class MatryoshkaRule(Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class CalibrationRule(Struct, forbid_unknown_fields=True, kw_only=True):
-    """The range of each component of the vectors."""
+    """The range of values of each component."""
 
     lowest: Bounds
     highest: Bounds
 
 
 class Defaults(Struct, forbid_unknown_fields=True, kw_only=True):
-    """Values for every model that does not say otherwise."""
+    """Default values for all models."""
 
     dtype: Dtype | UnsetType = UNSET
     device: Device | UnsetType = UNSET
@@ -235,7 +234,7 @@ class Entry(Defaults, forbid_unknown_fields=True, kw_only=True):
 
 
 class RegistryFile(Struct, forbid_unknown_fields=True, kw_only=True):
-    """The models that an Embedyard server may serve."""
+    """The models of an Embedyard server."""
 
     version: Literal[1]
     models: list[Entry]

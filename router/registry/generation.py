@@ -1,8 +1,8 @@
-"""The registry that all hosts shall serve, and its generation: one protocol for worker processes and for a cluster.
+"""Versions the registry that all hosts must serve: one protocol for worker processes and for a cluster.
 
-A host takes what is of a higher generation than its own. It is told at its hello, at every reload, and whenever it
-shows a lower one. The counter goes on from the highest that was seen on any host (Lamport 1978), so what was read last
-holds, whatever the age of its file: a registry that was rolled back is as new as any. Pure.
+A host accepts a registry of a higher generation than its own. It gets one when it connects, at every reload, and
+whenever it reports a lower generation. The counter continues from the highest one seen on any host (Lamport 1978), so
+the registry that was read last is the newest, whatever the age of its file, also after a rollback. Pure.
 """
 
 import hashlib
@@ -16,15 +16,15 @@ from engines.types import Budget
 
 
 def first_generation(specs: Mapping[str, ModelSpec]) -> Generation:
-    """Of a registry that no host has been told of yet."""
+    """Return the generation of a registry that was not sent to any host yet."""
     return Generation(0, _digest(specs))
 
 
 class DesiredRegistry:
-    """What this router has read last, as it is told to hosts.
+    """The registry that this router read last, as it is sent to hosts.
 
     Attributes:
-        message: tells a host all of it.
+        message: the whole registry, as a message to a host.
     """
 
     def __init__(self, specs: Mapping[str, ModelSpec]) -> None:
@@ -34,35 +34,35 @@ class DesiredRegistry:
 
     @property
     def generation(self) -> Generation:
-        """Of this registry."""
+        """The generation of this registry."""
         return self.message.generation
 
     def change(self, specs: Mapping[str, ModelSpec], budget: Budget | None) -> None:
-        """It was read again, so it is newer than all that was seen. Without a budget, the last one holds."""
+        """Replace the registry by a newly read one, with a generation above all seen. None keeps the last budget."""
         self._is_settled = True
         self.message = Reload(specs=specs, budget=budget or self.message.budget)
-        self._count(self._highest + 1, _digest(specs))
+        self._set_generation(self._highest + 1, _digest(specs))
 
-    def hear(self, shown: Generation) -> None:
-        """A host serves this. Another router's newer registry is left alone, and the next reload here beats it."""
+    def observe(self, shown: Generation) -> None:
+        """Record the generation of a host. Another router's newer registry stays until the next reload here."""
         self._highest = max(self._highest, shown.counter)
         if self._is_settled and shown.digest == self.generation.digest and shown > self.generation:
-            self._count(shown.counter, shown.digest)
+            self._set_generation(shown.counter, shown.digest)
 
     def settle(self, shown: Iterable[Generation]) -> None:
-        """The first hosts were heard: a start is a reload, unless they serve the same already."""
+        """Set the generation once the first hosts reported: a start counts as a reload, unless they serve the same."""
         newest = max(shown, default=None)
         if self._is_settled or newest is None:
             return
         self._is_settled = True
         digest = self.generation.digest
-        self._count(newest.counter if newest.digest == digest else newest.counter + 1, digest)
+        self._set_generation(newest.counter if newest.digest == digest else newest.counter + 1, digest)
 
-    def is_lacking(self, shown: Generation) -> bool:
-        """Whether a host that serves this must be told."""
+    def is_outdated(self, shown: Generation) -> bool:
+        """Whether a host with this generation must be sent the registry."""
         return self._is_settled and shown < self.generation
 
-    def _count(self, counter: int, digest: str) -> None:
+    def _set_generation(self, counter: int, digest: str) -> None:
         self._highest = max(self._highest, counter)
         self.message = msgspec.structs.replace(self.message, generation=Generation(counter, digest))
 

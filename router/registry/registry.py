@@ -1,8 +1,8 @@
-"""`registry.yaml` → a frozen `Registry`: which models may be served, and under which names.
+"""Reads `registry.yaml` into a frozen `Registry`: the models to serve, and their names.
 
-Every mistake in the file is reported at once, with its key path and line. Knows neither devices nor which models are
-in memory. Reading is a walk: `yaml_document` (YAML with lines) → `yaml_shape` (keys and kinds, against the Structs of
-`registry_file`) → `registry_rules` (rules between keys) → `registry_spec` (entries → `ModelSpec`).
+All mistakes in the file are reported at once, with key path and line. Reading has four steps:
+`router/config/yaml_document.py` (YAML with lines), `router/config/yaml_schema.py` (keys and types, against the Structs
+of `router/registry/file.py`), `router/registry/rules.py` (rules between keys), `to_spec` (entries to `ModelSpec`).
 """
 
 from collections.abc import Callable
@@ -37,11 +37,11 @@ from router.registry.file import read_source as check_source
 from router.registry.rules import check_rules
 
 _POOLING_MODES = {"mean_sqrt_len": "mean_sqrt_len_tokens", "last_token": "lasttoken"}
-"""The registry's own spellings of sentence-transformers' modes."""
+"""Names in the registry for pooling modes that sentence-transformers calls differently."""
 
 
 def to_spec(entry: Entry, defaults: Defaults | UnsetType) -> ModelSpec:
-    """What the entry says, else what the defaults say, else what `ModelSpec` says."""
+    """Build the spec of an entry; missing values come from the defaults, else from `ModelSpec`."""
     given = (_given(defaults) if defaults else {}) | _given(entry)
     given.pop("aliases", None)
     given["model_id"] = given.pop("name")
@@ -78,20 +78,20 @@ def _given(struct: Struct) -> dict[str, Any]:
 
 
 class Changes(Struct, frozen=True, kw_only=True):
-    """Model ids by what has to happen to them, each in the order of its registry."""
+    """The differences between two registries: model ids by kind of change, in the order of their registry."""
 
     added: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
     updated: tuple[str, ...] = ()
     """Changed in place: aliases, or fields of `engines.spec.IN_PLACE`."""
     replaced: tuple[str, ...] = ()
-    """Need a new generation: the engine must be loaded again."""
+    """Need a new generation: the engine must be reloaded."""
     is_default_changed: bool = False
     is_budget_changed: bool = False
 
     @property
     def is_empty(self) -> bool:
-        """Whether the registries mean the same."""
+        """Whether the registries are equivalent."""
         return self == Changes()
 
 
@@ -99,20 +99,23 @@ DEFAULT_BUDGET = Budget(fraction=0.8)
 
 
 _MAX_LIKELY, _MAX_COMPARED = 64, 16
-"""Of the names that share most pairs of characters with an unknown one: how many are looked at, and how many difflib
-compares. It takes 0.1 ms a name, so a client that sends unknown names to 1,000 models would stop the server."""
+"""Of the names that share most character pairs with an unknown one: how many are considered, and how many difflib
+compares. It takes 0.1 ms per name, so a client that sends unknown names to 1,000 models would block the server."""
 
 
 class RegistryError(FileError):
-    """The registry cannot be used."""
+    """The registry is invalid."""
 
     file = "the registry"
 
 
 class Registry(Struct, frozen=True, kw_only=True):
-    """Which models may be served. `models` is keyed by `model_id`; `aliases` lead to one of these keys.
+    """The models to serve.
 
-    `backend`: where they run; None when the file does not say.
+    Attributes:
+        models: by `model_id`.
+        aliases: alias to `model_id`.
+        backend: where the models run; None if the file does not set it.
     """
 
     version: int = 1
@@ -123,29 +126,29 @@ class Registry(Struct, frozen=True, kw_only=True):
     aliases: dict[str, str] = {}
 
     def resolve(self, name: str | None, may_suggest: Callable[[str], bool] = lambda _: True) -> ModelSpec:
-        """The model a request means: by name, else by alias, else (no name at all) the default.
+        """Return the model of a name or alias; for None, the default model.
 
         Raises:
-            ModelNotFound: nothing is called so; the message suggests the nearest names of the models that
-                `may_suggest` admits.
-            InvalidValue: no name, and no default.
+            ModelNotFound: no model has this name. The message suggests the nearest names of models for which
+                `may_suggest` is true.
+            InvalidValue: `name` is None, and there is no default model.
         """
         if name is None:
             if self.default_model is None:
                 raise InvalidValue(
-                    "model is missing, and this server has no default model: name one; GET /v1/models lists them",
+                    "model is required, because this server has no default model: GET /v1/models lists all models",
                     param="model",
                 )
             return self.models[self.default_model]
         spec = self.models.get(name) or self.models.get(self.aliases.get(name, ""))
         if spec is None:
             raise ModelNotFound(
-                f"no model is called {_shorten(name)!r}{self._nearest(name, may_suggest)}; GET /v1/models lists them"
+                f"Model {_shorten(name)!r} not found{self._nearest(name, may_suggest)}; GET /v1/models lists all models"
             )
         return spec
 
     def aliases_of(self, model_id: str) -> tuple[str, ...]:
-        """The other names of a model, in the order of the file."""
+        """Return the aliases of a model, in the order of the file."""
         return tuple(alias for alias, target in self.aliases.items() if target == model_id)
 
     def _nearest(self, name: str, may_suggest: Callable[[str], bool]) -> str:
@@ -159,7 +162,7 @@ class Registry(Struct, frozen=True, kw_only=True):
 
 
 def diff(old: Registry, new: Registry) -> Changes:
-    """What leads from `old` to `new`."""
+    """Return the changes from `old` to `new`."""
     kept = [model_id for model_id in new.models if model_id in old.models]
     replaced = {model_id for model_id in kept if not is_same_engine(old.models[model_id], new.models[model_id])}
     return Changes(
@@ -178,20 +181,20 @@ def _differs(model_id: str, old: Registry, new: Registry) -> bool:
 
 
 def read_registry(path: Path) -> Registry:
-    """The registry in a file.
+    """Read the registry in a file.
 
     Raises:
         RegistryError: with every mistake.
     """
     try:
-        text = read_text(path, "give its path in REGISTRY, or write one (registry.yaml is an example)")
+        text = read_text(path, "set REGISTRY to its path, or create one (registry.yaml is an example)")
     except ValueError as error:
         _refuse(str(error))
     return parse_registry(text)
 
 
 def open_registry(settings: Settings) -> Registry:
-    """The registry that the settings ask for. `MODEL_PATH` alone is enough: then there need be no file.
+    """Read the registry that the settings name. With `MODEL_PATH` the file is optional.
 
     Raises:
         RegistryError: with every mistake.
@@ -201,7 +204,7 @@ def open_registry(settings: Settings) -> Registry:
 
 
 def parse_registry(text: str) -> Registry:
-    """The registry in a YAML text.
+    """Parse the registry in a YAML text.
 
     Raises:
         RegistryError: with every mistake.
@@ -216,16 +219,16 @@ def parse_registry(text: str) -> Registry:
 
 
 def with_model_path(registry: Registry, settings: Settings) -> Registry:
-    """The registry with `MODEL_PATH` as its default model. There are four cases:
+    """Return the registry with `MODEL_PATH` as its default model. There are four cases:
 
-    1. not set: the registry as it is.
+    1. not set: the registry unchanged.
     2. an existing folder: registered under its base name. A model of that name keeps its prompts and limits, because
-       the folder is most likely a copy of it; it loses its revision and the leave to run remote code.
+       the folder is most likely a copy of it; its revision and `trust_remote_code` are reset.
     3. a name, alias or source in the registry: that model.
     4. another hub id or package: registered under its base name, with the full id as alias.
 
     Raises:
-        RegistryError: none of these, or the base name belongs to a model from elsewhere.
+        RegistryError: none of these, or another model has the base name.
     """
     given = settings.model_path
     if given is None:  # (1)
@@ -242,10 +245,10 @@ def with_model_path(registry: Registry, settings: Settings) -> Registry:
     if given in names:  # (3)
         return structs.replace(registry, default_model=names[given])
     if not is_hub_id(given) and not given.startswith("package:"):
-        _refuse(f"MODEL_PATH={given}: there is no such folder")
+        _refuse(f"MODEL_PATH={given}: folder not found")
     base = given.rpartition("/")[2]  # (4)
     if base in names:
-        _refuse(f"MODEL_PATH={given}: {base!r} is another model of the registry; give this one its own entry there")
+        _refuse(f"MODEL_PATH={given}: the name {base!r} is used by another model: add this one to the registry")
     return _with_default(registry, ModelSpec(model_id=base, source=given))
 
 
@@ -253,7 +256,7 @@ def _existing_folder(given: str) -> Path | None:
     try:
         folder = Path(given).expanduser().absolute()
         return folder if folder.is_dir() else None
-    except (OSError, RuntimeError):  # a name too long for the disk; a ~user that nobody knows
+    except (OSError, RuntimeError):  # the name is too long for the file system, or ~user is unknown
         return None
 
 

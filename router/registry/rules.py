@@ -1,7 +1,6 @@
-"""Rules between the keys of `registry.yaml`: names that clash, keys that need or exclude each other.
+"""Checks rules between the keys of `registry.yaml`: duplicate names, and keys that require or exclude each other.
 
-The document may still hold wrong values here, so that every mistake comes out at once: rules look at what has the
-right kind and pass over the rest.
+The document may still hold invalid values, because all mistakes are reported at once: rules skip values of wrong types.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -13,15 +12,15 @@ from router.config.yaml_schema import nearest
 from router.registry.file import is_commit, is_hub_id
 
 _LARGEST = 1e30
-"""No component of a vector is so large, and float32 ends not far above."""
+"""Larger than any component of a vector, and near the maximum of float32."""
 
 Rule = Callable[[Document, Mapping[str, Any], KeyPath], None]
 
 
 def check_rules(document: Document) -> None:
-    """Note every broken rule."""
-    _names_are_unique(document)
-    _default_model_exists(document)
+    """Add a mistake for every broken rule."""
+    _check_unique_names(document)
+    _check_default_model(document)
     for index, entry in _entries(document):
         for rule in _ENTRY_RULES:
             rule(document, entry, ("models", index))
@@ -36,7 +35,7 @@ def _entries(document: Document) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 
 def _names(document: Document) -> Iterator[tuple[str, KeyPath]]:
-    """Every name and alias with its place: names first, because an alias must give way to a name."""
+    """Yield all names and aliases with their paths; names first, so that a duplicate is reported at the alias."""
     for index, entry in _entries(document):
         if isinstance(entry.get("name"), str):
             yield entry["name"], ("models", index, "name")
@@ -47,7 +46,7 @@ def _names(document: Document) -> Iterator[tuple[str, KeyPath]]:
                 yield alias, ("models", index, "aliases", number)
 
 
-def _names_are_unique(document: Document) -> None:
+def _check_unique_names(document: Document) -> None:
     seen: dict[str, KeyPath] = {}
     for name, path in _names(document):
         first = seen.setdefault(name, path)
@@ -55,18 +54,18 @@ def _names_are_unique(document: Document) -> None:
             continue
         what = "the name" if first[-1] == "name" else "an alias"
         whose = "this model" if first[1] == path[1] else f"models[{first[1]}], line {document.line(first)}"
-        document.add(path, f"{name!r} is already {what} of {whose}: names and aliases must differ")
+        document.add(path, f"{name!r} is already {what} of {whose}: names and aliases must be unique")
 
 
-def _default_model_exists(document: Document) -> None:
+def _check_default_model(document: Document) -> None:
     default = document.value.get("default_model") if isinstance(document.value, dict) else None
     known = dict(_names(document))
     if isinstance(default, str) and default not in known:
-        hint = nearest(default, known) or "; name one of the models below"
-        document.add(("default_model",), f"no model is called {default!r}{hint}")
+        hint = nearest(default, known) or "; use one of the models below"
+        document.add(("default_model",), f"no model named {default!r}{hint}")
 
 
-def _remote_code_is_pinned(document: Document, entry: Mapping[str, Any], path: KeyPath) -> None:
+def _check_remote_code_revision(document: Document, entry: Mapping[str, Any], path: KeyPath) -> None:
     if entry.get("trust_remote_code") is not True or is_commit(entry.get("revision")):
         return
     if is_hub_id(entry.get("source")):
@@ -74,64 +73,68 @@ def _remote_code_is_pinned(document: Document, entry: Mapping[str, Any], path: K
         document.add(
             (*path, key),
             "trust_remote_code runs code of the repository, so revision must be a full commit of 40 hexadecimal digits "
-            "that you have looked at: a branch or a tag can change overnight",
+            "that you have reviewed: a branch or a tag can change",
         )
 
 
-def _revision_is_of_the_hub(document: Document, entry: Mapping[str, Any], path: KeyPath) -> None:
+def _check_revision_has_hub_source(document: Document, entry: Mapping[str, Any], path: KeyPath) -> None:
     source = entry.get("source")
     if "revision" in entry and isinstance(source, str) and not is_hub_id(source):
-        document.add((*path, "revision"), "only a hub id has revisions: remove it, or give a hub id as source")
+        document.add((*path, "revision"), "only hub repositories have revisions: remove it, or use a hub id as source")
 
 
-def _default_prompt_exists(document: Document, entry: Mapping[str, Any], path: KeyPath) -> None:
+def _check_default_prompt(document: Document, entry: Mapping[str, Any], path: KeyPath) -> None:
     prompts, default = entry.get("prompts"), entry.get("default_prompt")
     if isinstance(prompts, dict) and isinstance(default, str) and default not in prompts:
         hint = nearest(default, prompts) or f"; prompts are {', '.join(prompts) or 'none'}"
-        document.add((*path, "default_prompt"), f"no prompt is called {default!r}{hint}")
+        document.add((*path, "default_prompt"), f"no prompt named {default!r}{hint}")
 
 
-def _matryoshka_is_one_of_two(document: Document, entry: Mapping[str, Any], path: KeyPath) -> None:
+def _check_matryoshka(document: Document, entry: Mapping[str, Any], path: KeyPath) -> None:
     rule = entry.get("matryoshka")
-    if not isinstance(rule, dict) or rule.keys() - {"min", "widths", "layer_norm"}:  # a misspelt key says more
+    if not isinstance(rule, dict) or rule.keys() - {
+        "min",
+        "widths",
+        "layer_norm",
+    }:  # an unknown key is reported instead
         return
     if ("min" in rule) == ("widths" in rule):
-        document.add((*path, "matryoshka"), "needs either min (every width from there) or widths (a list)")
+        document.add((*path, "matryoshka"), "needs either min (all widths from there) or widths (a list)")
 
 
-def _calibration_is_a_range(document: Document, entry: Mapping[str, Any], path: KeyPath) -> None:
+def _check_calibration(document: Document, entry: Mapping[str, Any], path: KeyPath) -> None:
     rule = entry.get("calibration")
     lowest, highest = (_bounds(rule.get(key)) if isinstance(rule, dict) else None for key in ("lowest", "highest"))
     if lowest is None or highest is None:
         return
     path, width = (*path, "calibration"), max(len(lowest), len(highest))
     if not all(abs(number) < _LARGEST for number in (*lowest, *highest)):
-        document.add(path, "needs numbers that are components of vectors: finite, and not huge")
+        document.add(path, f"needs finite numbers below {_LARGEST:g}")
     elif not {len(lowest), len(highest)} <= {1, width}:
-        document.add(path, f"lowest has {len(lowest)} numbers and highest {len(highest)}: both need one a component")
+        document.add(path, f"lowest has {len(lowest)} numbers and highest {len(highest)}: both need one per component")
     elif any(map(gt, lowest * (width // len(lowest)), highest * (width // len(highest)))):
         document.add(path, "lowest must not be above highest in any component")
 
 
-def _token_ids_mean_one_thing(document: Document, entry: Mapping[str, Any], path: KeyPath) -> None:
+def _check_token_id_keys(document: Document, entry: Mapping[str, Any], path: KeyPath) -> None:
     if entry.get("unframed_token_ids") is True and "token_encoding" in entry:
         document.add(
             (*path, "unframed_token_ids"),
-            "excludes token_encoding, which turns token ids into texts: remove one of them",
+            "cannot be combined with token_encoding, which decodes token ids to texts: remove one of them",
         )
 
 
 def _bounds(value: object) -> list[Any] | None:
-    """The numbers of one side; None where something else stands there, of which the shape tells."""
+    """Return the numbers of one bound; None if its type is wrong, which the schema check reports."""
     values: list[Any] = value if isinstance(value, list) else [value]
     return values if values and all(type(number) in (int, float) for number in values) else None
 
 
 _ENTRY_RULES: tuple[Rule, ...] = (
-    _remote_code_is_pinned,
-    _revision_is_of_the_hub,
-    _default_prompt_exists,
-    _matryoshka_is_one_of_two,
-    _calibration_is_a_range,
-    _token_ids_mean_one_thing,
+    _check_remote_code_revision,
+    _check_revision_has_hub_source,
+    _check_default_prompt,
+    _check_matryoshka,
+    _check_calibration,
+    _check_token_id_keys,
 )

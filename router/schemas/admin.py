@@ -1,4 +1,4 @@
-"""TODO router/schemas/admin.py."""
+"""Requests and responses of `/admin` and of the probes."""
 
 from typing import Annotated, Literal
 
@@ -9,26 +9,26 @@ from router.schemas.inference import Name
 
 
 class Slot(ModelStatus, frozen=True, kw_only=True):
-    """One model on one device. Times are Unix seconds; bytes are charged against the device's budget."""
+    """One model on one device. Times are Unix seconds; bytes count against the device's memory budget."""
 
     id: str
 
 
 class SlotList(Struct, frozen=True, kw_only=True):
-    """Every slot of every device."""
+    """All slots of all devices."""
 
     object: Literal["list"] = "list"
     data: list[Slot]
 
 
 class ModelSlots(Slot, frozen=True, kw_only=True):
-    """The slot nearest to serving, and under `slots` that model's slots on all devices."""
+    """The slot of a model that is nearest to serving, and in `slots` its slots on all devices."""
 
     slots: list[Slot]
 
 
 class PreloadRequest(Struct, frozen=True, kw_only=True):
-    """`wait`: answer when the model is ready. `pin`: only an operator may evict it. `host`: there and nowhere else."""
+    """`wait`: answer once the model is ready. `pin`: never evict it automatically. `host`: load it only there."""
 
     wait: bool = True
     pin: bool = False
@@ -36,16 +36,16 @@ class PreloadRequest(Struct, frozen=True, kw_only=True):
 
 
 class EvictRequest(Struct, frozen=True, kw_only=True):
-    """`force`: also a pinned model. `timeout`: seconds to wait for running requests."""
+    """`force`: evict a pinned model too. `timeout`: seconds to wait for running requests."""
 
     force: bool = False
     timeout: Annotated[float, Meta(ge=0, le=3600)] = 30.0
 
 
 class DeviceMemory(Struct, frozen=True, kw_only=True):
-    """One device. `used_bytes` is weights, `workspace_bytes` is reserved for the largest forward pass.
+    """One device. `used_bytes`: weights. `workspace_bytes`: reserved for the largest forward pass.
 
-    `residents` are model ids in eviction order, the next to leave first.
+    `residents`: ids of the models in memory, the next to be evicted first.
     """
 
     host_id: str
@@ -60,7 +60,7 @@ class DeviceMemory(Struct, frozen=True, kw_only=True):
 
 
 class ModelTraffic(Struct, frozen=True, kw_only=True):
-    """One model's last minute. `texts_per_s_by_step`: the steps that are over, oldest first."""
+    """The traffic of one model in the last minute. `texts_per_s_by_step`: the completed steps, oldest first."""
 
     id: str
     texts_per_s: float
@@ -71,7 +71,7 @@ class ModelTraffic(Struct, frozen=True, kw_only=True):
 
 
 class LastMinute(Struct, frozen=True, kw_only=True):
-    """Models that answered within it; a step has `step_s` seconds."""
+    """The models that answered in the last minute; a step has `step_s` seconds."""
 
     object: Literal["list"] = "list"
     step_s: float
@@ -79,12 +79,12 @@ class LastMinute(Struct, frozen=True, kw_only=True):
 
 
 class Memory(Struct, frozen=True, kw_only=True):
-    """All devices of this server."""
+    """The memory of all devices."""
 
     devices: list[DeviceMemory]
 
 
 class Status(Struct, frozen=True, kw_only=True):
-    """That the server is alive, or ready."""
+    """`ok`: the server is alive. `ready`: it takes new work."""
 
     status: Literal["ok", "ready"]

@@ -1,6 +1,6 @@
-"""Structs of the compatibility routes: what clients of other embedding servers send and get. A leaf.
+"""Requests and responses of the compatibility routes, for clients of other embedding servers.
 
-Only what their clients read is answered; fields that they send and we have no use for are ignored.
+Responses have the fields that these clients read. Request fields that this server does not use are ignored.
 """
 
 from typing import Annotated, Literal
@@ -9,51 +9,53 @@ from msgspec import Meta, Struct, field
 
 from router.schemas.inference import MAX_INPUTS, KeepAlive, Name, Width
 
-_TEXTS = f"1 to {MAX_INPUTS} texts; none of them empty."
+_TEXTS = f"1 to {MAX_INPUTS} texts, none empty."
 _TEXT_SCHEMA = {"type": "string", "minLength": 1}
 _TEXTS_SCHEMA = {"type": "array", "minItems": 1, "maxItems": MAX_INPUTS, "items": _TEXT_SCHEMA}
 _FORMS_SCHEMA = {"anyOf": [_TEXT_SCHEMA, _TEXTS_SCHEMA]}
-"""For the document alone: decoding leaves these bounds to `router/api/decoding.py`, which has a code for each."""
+"""For the OpenAPI document only: `router/api/decoding.py` checks these bounds and has an error code for each."""
 _MAX_TYPES = 16
-"""Of vectors in one answer; there are six, and a client may repeat itself."""
+"""Most vector types in one request. There are six; a client may repeat some."""
 CohereType = Literal["float", "int8", "uint8", "binary", "ubinary", "base64"]
 
 
 class TeiRequest(Struct, frozen=True, kw_only=True):
-    """text-embeddings-inference: texts for the default model."""
+    """TEI's request: texts for the default model."""
 
     inputs: Annotated[
         str | list[str],
         Meta(description=f"One text, or {_TEXTS}", extra_json_schema=_FORMS_SCHEMA, examples=["a text"]),
     ]
-    model: Annotated[Name | None, Meta(description="Our addition: a model other than the default.")] = None
+    model: Annotated[Name | None, Meta(description="Extension: a model other than the default.")] = None
     normalize: bool | None = None
     truncate: Annotated[
         bool | None,
-        Meta(description="false: an input longer than the model reads is refused. Null: as the model has it."),
+        Meta(description="false: refuse inputs that are longer than the model's limit. Null: the model's default."),
     ] = None
     truncation_direction: Annotated[
         Literal["left", "right", "Left", "Right"] | None,
-        Meta(description="The end that is cut off; `right` by default."),
+        Meta(description="The end that is truncated; default `right`."),
     ] = None
-    prompt_name: Annotated[Name | None, Meta(description="A prompt of the model, put in front.")] = None
+    prompt_name: Annotated[
+        Name | None, Meta(description="Name of a prompt of the model, which is prepended to each text.")
+    ] = None
     dimensions: Width | None = None
 
 
 class TeiEmbeddingType(Struct, frozen=True, kw_only=True):
-    """How vectors are pooled; null: as the model's own files say."""
+    """The pooling of the model; null: as its own files specify."""
 
     pooling: str | None
 
 
 class TeiModelType(Struct, frozen=True, kw_only=True):
-    """What kind of model it is: one that embeds."""
+    """The type of the model: an embedding model."""
 
     embedding: TeiEmbeddingType
 
 
 class TeiInfo(Struct, frozen=True, kw_only=True):
-    """The default model. Null: not known before it was loaded."""
+    """The default model. Null: unknown until the model is loaded."""
 
     model_id: str
     model_sha: str | None
@@ -69,30 +71,33 @@ class TeiInfo(Struct, frozen=True, kw_only=True):
 
 
 class CohereRequest(Struct, frozen=True, kw_only=True):
-    """Cohere's API, version 2: texts only, no images."""
+    """Cohere's request, API version 2: texts only, no images."""
 
     texts: Annotated[list[str], Meta(description=_TEXTS, extra_json_schema=_TEXTS_SCHEMA)]
     model: Name
     input_type: Annotated[
         Name | None,
-        Meta(description="Picks the prompt put in front.", examples=["search_query", "search_document"]),
+        Meta(
+            description="Selects the prompt that is prepended to each text.",
+            examples=["search_query", "search_document"],
+        ),
     ] = None
     embedding_types: Annotated[
         Annotated[list[CohereType], Meta(max_length=_MAX_TYPES)] | None,
         Meta(
-            description="`float` by default; `base64` is of float32. `int8` and `uint8` need a calibrated model, or at "
-            "least two texts."
+            description="Default `float`; `base64` encodes float32. `int8` and `uint8` need a calibrated model or two "
+            "texts."
         ),
     ] = None
     truncate: Annotated[
         Literal["NONE", "START", "END"] | None,
-        Meta(description="`NONE`: an input longer than the model reads is refused."),
+        Meta(description="`NONE`: refuse inputs that are longer than the model's limit."),
     ] = None
     output_dimension: Width | None = None
 
 
 class CohereEmbeddings(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One list of vectors for each type asked for."""
+    """One list of vectors for each requested type."""
 
     float_: list[list[float]] | None = field(name="float", default=None)
     int8: list[list[int]] | None = None
@@ -103,26 +108,26 @@ class CohereEmbeddings(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class CohereVersion(Struct, frozen=True, kw_only=True):
-    """The version of the API that answers."""
+    """The version of the API."""
 
     version: str = "2"
 
 
 class CohereUnits(Struct, frozen=True, kw_only=True):
-    """Tokens run through the model, special tokens included."""
+    """Tokens that the model processed, including special tokens."""
 
     input_tokens: int
 
 
 class CohereMeta(Struct, frozen=True, kw_only=True):
-    """What the answer cost."""
+    """The API version and the tokens used."""
 
     api_version: CohereVersion
     billed_units: CohereUnits
 
 
 class CohereResponse(Struct, frozen=True, kw_only=True):
-    """The vectors by type, each in the order of the texts."""
+    """The vectors by type, in the order of the texts."""
 
     id: str
     response_type: Literal["embeddings_by_type"]
@@ -132,22 +137,26 @@ class CohereResponse(Struct, frozen=True, kw_only=True):
 
 
 class OllamaRequest(Struct, frozen=True, kw_only=True):
-    """Ollama: `model` may end in `:latest`, as its clients write it."""
+    """Ollama's request. `model` may end in `:latest`, as its clients write it."""
 
     model: Name
     input: Annotated[str | list[str], Meta(description=f"One text, or {_TEXTS}", extra_json_schema=_FORMS_SCHEMA)]
     truncate: Annotated[
         bool | None,
-        Meta(description="false: an input longer than the model reads is refused. Null: as the model has it."),
+        Meta(description="false: refuse inputs that are longer than the model's limit. Null: the model's default."),
     ] = None
     keep_alive: Annotated[
-        KeepAlive | None, Meta(description="Seconds, a duration, 0 or any negative number.", examples=["5m", -1])
+        KeepAlive | None,
+        Meta(
+            description="Seconds, a duration, 0 (unload at once), or a negative number (never unload when idle).",
+            examples=["5m", -1],
+        ),
     ] = None
     dimensions: Width | None = None
 
 
 class OllamaResponse(Struct, frozen=True, kw_only=True):
-    """The vectors in input order. Durations are nanoseconds."""
+    """The vectors in input order. Durations are in nanoseconds."""
 
     model: str
     embeddings: list[list[float]]
@@ -157,7 +166,7 @@ class OllamaResponse(Struct, frozen=True, kw_only=True):
 
 
 class OllamaDetails(Struct, frozen=True, kw_only=True):
-    """What Ollama's clients show of a model."""
+    """The details of a model that Ollama's clients show."""
 
     quantization_level: str
     parent_model: str = ""
@@ -168,7 +177,7 @@ class OllamaDetails(Struct, frozen=True, kw_only=True):
 
 
 class OllamaModel(Struct, frozen=True, kw_only=True):
-    """A model that may be served. `size` is bytes in memory, 0 if unknown; `digest` is the revision of its files."""
+    """A registered model. `size`: bytes in memory, 0 if unknown. `digest`: the revision of its files."""
 
     name: str
     model: str
@@ -179,13 +188,13 @@ class OllamaModel(Struct, frozen=True, kw_only=True):
 
 
 class OllamaModels(Struct, frozen=True, kw_only=True):
-    """All of them."""
+    """The models that the key may use."""
 
     models: list[OllamaModel]
 
 
 class OllamaRunning(Struct, frozen=True, kw_only=True):
-    """A model in memory. `expires_at` is null when idleness never sends it away."""
+    """A loaded model. `expires_at` is null if the model is never unloaded when idle."""
 
     name: str
     model: str
@@ -198,7 +207,7 @@ class OllamaRunning(Struct, frozen=True, kw_only=True):
 
 
 class OllamaProcesses(Struct, frozen=True, kw_only=True):
-    """All that are in memory, on any device."""
+    """The loaded models on all devices."""
 
     models: list[OllamaRunning]
 

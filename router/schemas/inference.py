@@ -1,6 +1,6 @@
-"""The wire: what clients send and what they get. A leaf: it knows the engines' records and nothing of HTTP.
+"""Requests and responses of OpenAI's API, and the error envelope.
 
-The OpenAPI document is generated from these Structs, so a description here is a description there.
+The OpenAPI document is generated from these Structs, including the descriptions.
 """
 
 from typing import Annotated, Literal
@@ -14,15 +14,15 @@ MAX_INPUTS = 2048
 
 
 MAX_IDS_OF_TEXT = 2**20
-"""Token ids of one text: no model reads more."""
+"""Most token ids in one text; no model reads more."""
 
 
 MAX_IDS = 2**23
-"""Token ids of one request: LangChain's largest, 1,000 texts of 8,191 ids, is smaller."""
+"""Most token ids in one request; LangChain's largest, 1,000 texts of 8,191 ids, is smaller."""
 
 
 MAX_NAME_CHARS = 1024
-"""Of whatever a request names or is called by: models, prompts, hosts, users."""
+"""Most characters in a name in a request: models, prompts, hosts, users."""
 
 
 MAX_QUANTITY_CHARS = 64
@@ -38,7 +38,7 @@ OutputDtype = Literal["float", "int8", "uint8", "binary", "ubinary"]
 
 
 TokenId = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
-"""Whether a number is an id of the model is the engine's to say; more than 64 bits do not travel to one."""
+"""64 bits, which is what can be sent to an engine; the engine checks whether the model has the id."""
 
 
 Name = Annotated[str, Meta(max_length=MAX_NAME_CHARS)]
@@ -51,23 +51,23 @@ Width = Annotated[int, Meta(ge=1, le=MAX_WIDTH)]
 
 
 Input = str | list[str | TokenId | tuple[TokenId, ...]]
-"""msgspec admits one array type in a union, so `router/api/decoding.py` checks that a request holds one kind only."""
+"""msgspec allows one array type in a union, so `router/api/decoding.py` checks that all items are of one kind."""
 
 
 class EmbeddingRequest(Struct, frozen=True, kw_only=True):
-    """Texts (or token ids) to embed. Unknown fields are ignored, and null means: not given."""
+    """Texts or token ids to embed. Unknown fields are ignored; null means not given."""
 
     input: Annotated[
         Input,
         Meta(
             description=f"One text, 1 to {MAX_INPUTS} texts, the token ids of one text, or of 1 to {MAX_INPUTS} texts. "
-            "One kind a request; nothing in it may be empty.",
+            "All items must be of one kind, and none may be empty.",
             examples=["The cat sits outside", ["first text", "second text"], [101, 4937, 102]],
         ),
     ]
     model: Annotated[
         Name | None,
-        Meta(description="A model id or alias of GET /v1/models; without one, the registry's default model."),
+        Meta(description="A model id or alias from GET /v1/models. Default: the registry's default model."),
     ] = None
     encoding_format: Annotated[
         EncodingFormat | None,
@@ -77,53 +77,53 @@ class EmbeddingRequest(Struct, frozen=True, kw_only=True):
     ] = None
     dimensions: Annotated[
         Width | None,
-        Meta(description="Cut vectors to this width and normalise them again, where the model admits it."),
+        Meta(description="Truncate vectors to this width and normalize them again, if the model supports it."),
     ] = None
     user: Annotated[Name | None, Meta(description="Accepted for compatibility; not used.")] = None
     input_type: Annotated[
         Name | None,
         Meta(
-            description="`query`, `document`, or any prompt name of the model: picks the prompt put in front. "
-            "Without it no prompt is added.",
+            description="`query`, `document` or another prompt name of the model: selects the prompt to prepend. "
+            "Default: the model's default prompt, if it has one.",
             examples=["query", "document"],
         ),
     ] = None
     instruction: Annotated[
-        str | None, Meta(description="The task of an instruct model, put into its query template.")
+        str | None, Meta(description="The task for an instruct model, which is inserted into its query template.")
     ] = None
     prompt: Annotated[
-        str | None, Meta(description="Put in front verbatim; excludes `input_type` and `instruction`.")
+        str | None, Meta(description="Text to prepend verbatim; cannot be combined with `input_type` or `instruction`.")
     ] = None
     truncate: Annotated[
         Truncate | None,
         Meta(
-            description="Which end of an input longer than the model reads is cut off (default `end`), or `error`. "
-            "The header x-embed-truncated names the inputs that were cut."
+            description="The end at which too long inputs are truncated (default `end`), or `error` to refuse them. "
+            " The header x-embed-truncated lists the truncated inputs."
         ),
     ] = None
     normalize: Annotated[
-        bool | None, Meta(description="false: the vector as the model's own modules leave it. Default true.")
+        bool | None, Meta(description="false: return vectors as the model's own modules output them. Default true.")
     ] = None
     output_dtype: Annotated[
         OutputDtype | None,
         Meta(
-            description="Quantisation as sentence-transformers defines it. `int8` and `uint8` take their ranges from "
-            "the model's calibration in the registry; without one from the vectors of this request, of which there "
-            "must be two at least."
+            description="Quantization as sentence-transformers defines it. `int8` and `uint8` use the ranges of "
+            "the model's calibration in the registry, or else those of the vectors of this request, which must have at "
+            "least two inputs."
         ),
     ] = None
     keep_alive: Annotated[
         KeepAlive | None,
         Meta(
-            description="How long the model stays without work after this request: seconds, a duration, "
-            "0 (leave at once) or -1 (stay until memory is needed).",
+            description="How long the model stays in memory when idle after this request: seconds, a duration, "
+            "0 (unload at once) or -1 (stay until memory is needed).",
             examples=[300, "10m", 0, -1],
         ),
     ] = None
 
 
 class Embedding(Struct, frozen=True, kw_only=True):
-    """One vector: numbers, or base64 of its bytes."""
+    """One vector, as numbers or base64."""
 
     object: Literal["embedding"]
     index: int
@@ -131,14 +131,14 @@ class Embedding(Struct, frozen=True, kw_only=True):
 
 
 class Usage(Struct, frozen=True, kw_only=True):
-    """Tokens run through the model, special tokens included."""
+    """Tokens that the model processed, including special tokens."""
 
     prompt_tokens: int
     total_tokens: int
 
 
 class EmbeddingResponse(Struct, frozen=True, kw_only=True):
-    """The vectors in input order. `model` is the id of the model that computed them, also when an alias was asked."""
+    """The vectors in input order. `model`: the id of the model that computed them, even if an alias was requested."""
 
     object: Literal["list"]
     data: list[Embedding]
@@ -147,7 +147,7 @@ class EmbeddingResponse(Struct, frozen=True, kw_only=True):
 
 
 class ErrorDetail(Struct, frozen=True, kw_only=True):
-    """What went wrong: `message` for people, `code` for programs, `param` names the request field."""
+    """One error: `message` for people, `code` for programs, `param`: the request field."""
 
     message: str
     type: str
@@ -156,13 +156,13 @@ class ErrorDetail(Struct, frozen=True, kw_only=True):
 
 
 class ErrorEnvelope(Struct, frozen=True, kw_only=True):
-    """Every failure, whatever its cause, looks like this."""
+    """The body of every error response."""
 
     error: ErrorDetail
 
 
 class Model(Struct, frozen=True, kw_only=True):
-    """OpenAI's model object, and beside it what this server knows. Null: not known before the model was loaded."""
+    """OpenAI's model object, with additional fields. Null: unknown until the model is loaded."""
 
     id: str
     object: Literal["model"] = "model"

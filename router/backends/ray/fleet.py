@@ -288,7 +288,7 @@ class RayFleet:
         shown = await asyncio.gather(*(self._look_at(host_id) for host_id in asked))
         self._desired.settle([generation for generation in shown if generation is not None])
         pairs = zip(asked, shown, strict=True)
-        lacking = [host for host, generation in pairs if generation and self._desired.is_lacking(generation)]
+        lacking = [host for host, generation in pairs if generation and self._desired.is_outdated(generation)]
         await asyncio.gather(*(self._tell_registry(host_id) for host_id in lacking))
 
     async def _look_at(self, host_id: str) -> Generation | None:
@@ -309,7 +309,7 @@ class RayFleet:
     def _hear(self, host_id: str, seen: HostReport) -> None:
         self._board.note(seen.snapshot)
         self._faults[host_id] = seen.fault
-        self._desired.hear(seen.generation)
+        self._desired.observe(seen.generation)
         for event in seen.events:
             if event.seq > self.feed.last_seq(host_id):
                 self.feed.add(event)

@@ -110,7 +110,7 @@ async def answered(*_: object) -> int:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("--model", "minni"), "404: no model is called 'minni'"),
+        (("--model", "minni"), "404: Model 'minni' not found"),
         (("--file", "none.txt"), "none.txt: No such file"),
         (("--rate", "0"), "0.0 is not in the range"),
         (("--format", "int8"), "'int8' is not one of"),

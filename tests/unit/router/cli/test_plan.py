@@ -150,7 +150,9 @@ def test_a_server_says_who_would_leave(hub: LoopbackHub, server: str, monkeypatc
     ]
 
 
-@pytest.mark.parametrize(("key", "words"), [("wrong", "set ADMIN_API_KEY or API_KEY"), ("boss", "no model is called")])
+@pytest.mark.parametrize(
+    ("key", "words"), [("wrong", "set ADMIN_API_KEY or API_KEY"), ("boss", "Model 'nobody' not found")]
+)
 def test_what_a_server_refuses_is_told(
     hub: LoopbackHub, server: str, monkeypatch: pytest.MonkeyPatch, key: str, words: str
 ) -> None:

@@ -1,4 +1,4 @@
-"""Quantities as people write them, and what is refused."""
+"""Tests the parsers of quantities."""
 
 from collections.abc import Callable
 

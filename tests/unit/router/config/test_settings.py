@@ -1,4 +1,4 @@
-"""Environment and `.env`: what wins, what is refused, and that keys stay secret."""
+"""Tests the settings: precedence of environment and `.env`, refused values, and that keys stay secret."""
 
 import ast
 import os
@@ -219,7 +219,7 @@ def test_repr_hides_the_keys() -> None:
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "[::]", "192.168.1.5", "yard.example.com"])
-def test_an_open_host_without_a_key_is_refused_with_the_cure(host: str) -> None:
+def test_a_reachable_host_without_a_key_is_refused_with_the_remedy(host: str) -> None:
     found = mistakes({"HOST": host})
 
     assert len(found) == 1
@@ -231,7 +231,7 @@ def test_an_open_host_without_a_key_is_refused_with_the_cure(host: str) -> None:
     "opening",
     [{"API_KEY": "sk"}, {"ADMIN_API_KEY": "sk"}, {"KEYS_FILE": "keys.yaml"}, {"ALLOW_ANONYMOUS": "true"}],
 )
-def test_an_open_host_with_a_key_or_consent_is_served(opening: dict[str, str]) -> None:
+def test_a_reachable_host_with_a_key_or_allow_anonymous_is_served(opening: dict[str, str]) -> None:
     settings = read_settings({"HOST": "0.0.0.0", **opening})
 
     assert not settings.is_loopback
@@ -247,7 +247,7 @@ def test_an_unreadable_key_is_not_also_called_missing() -> None:
 
 
 def test_one_key_for_clients_and_admins_is_refused() -> None:
-    assert "ADMIN_API_KEY is the same as API_KEY" in mistakes({"API_KEY": "sk", "ADMIN_API_KEY": "sk"})[0]
+    assert "ADMIN_API_KEY equals API_KEY" in mistakes({"API_KEY": "sk", "ADMIN_API_KEY": "sk"})[0]
 
 
 def test_off_switches_a_limit_off() -> None:

@@ -1,4 +1,4 @@
-"""YAML that is no mistake of a person's: each is one sentence with a line, whichever file it is in."""
+"""Tests hostile YAML: each case is reported as one sentence with a line, in every kind of file."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ LAUGHS = "a: &a [x]\n" + "".join(
     f"{name}: &{name} [{NINE.format(*[before] * 9)}]\n"
     for before, name in zip("abcdefghijk", "bcdefghijkl", strict=True)
 )
-"""Thirty lines that hold 9¹¹ values."""
+"""Thirty lines that expand to 9¹¹ values."""
 REPEATED = "- &m {a: 1, b: 2}\n" + "- *m\n" * 1000
 ODD = {
     "aliases of aliases": (LAUGHS, "repeat more than 100000 values"),

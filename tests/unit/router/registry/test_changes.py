@@ -1,4 +1,4 @@
-"""What a reload would have to do."""
+"""Tests the differences between two registries."""
 
 from typing import Any
 
@@ -38,7 +38,7 @@ OTHER: dict[str, Any] = {
     "unframed_token_ids": True,
     "calibration": Calibration(lowest=(-1.0,), highest=(1.0,)),
 }
-"""Another value for every field, so that a new field cannot be forgotten."""
+"""Another value for every field; a test checks that no field is missing."""
 
 SPEC = ModelSpec(model_id="a", source="o/a")
 

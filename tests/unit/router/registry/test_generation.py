@@ -1,4 +1,4 @@
-"""Whose registry holds: what was read last, whatever the age of its file; and every host is told until it serves it."""
+"""Tests that the registry that was read last is the newest, and is sent to every host until the host serves it."""
 
 from engines.rpc.messages import Generation
 from engines.spec import ModelSpec
@@ -11,10 +11,10 @@ BUDGET = Budget(fraction=0.5)
 
 
 def settled(specs: dict[str, ModelSpec], *shown: Generation) -> DesiredRegistry:
-    """A router that has started, and heard these hosts."""
+    """Return the desired registry of a router that has seen these generations."""
     desired = DesiredRegistry(specs)
     for generation in shown:
-        desired.hear(generation)
+        desired.observe(generation)
     desired.settle(shown)
     return desired
 
@@ -30,7 +30,7 @@ def test_every_reload_is_newer_than_all_that_was_seen_also_one_that_rolls_back()
     first = desired.generation
     desired.change(NEW, None)
     second = desired.generation
-    desired.hear(Generation(7, "of another router"))
+    desired.observe(Generation(7, "of another router"))
     desired.change(OLD, None)
     third = desired.generation
 
@@ -39,53 +39,53 @@ def test_every_reload_is_newer_than_all_that_was_seen_also_one_that_rolls_back()
     assert desired.message.specs == OLD
 
 
-def test_a_reload_that_changes_nothing_is_told_again() -> None:
+def test_a_reload_without_changes_is_sent_again() -> None:
     desired = settled(OLD, Generation(3, first_generation(OLD).digest))
     desired.change(OLD, None)
 
-    assert desired.is_lacking(Generation(3, first_generation(OLD).digest))
+    assert desired.is_outdated(Generation(3, first_generation(OLD).digest))
 
 
-def test_a_router_that_starts_with_what_hosts_serve_tells_only_those_that_are_behind() -> None:
+def test_a_router_that_starts_with_the_registry_of_the_hosts_updates_only_those_behind() -> None:
     served, born = Generation(5, first_generation(OLD).digest), first_generation(NEW)
     desired = settled(OLD, born, served)
 
     assert desired.generation == served
-    assert (desired.is_lacking(born), desired.is_lacking(served)) == (True, False)
+    assert (desired.is_outdated(born), desired.is_outdated(served)) == (True, False)
 
 
-def test_a_router_that_starts_with_another_registry_brings_it() -> None:
+def test_a_router_that_starts_with_another_registry_sends_it() -> None:
     served = Generation(5, first_generation(OLD).digest)
     desired = settled(NEW, served)
 
     assert desired.generation == Generation(6, first_generation(NEW).digest)
-    assert desired.is_lacking(served)
+    assert desired.is_outdated(served)
 
 
-def test_before_any_host_was_heard_nobody_is_told_and_the_first_ones_decide() -> None:
+def test_no_host_is_outdated_before_the_first_hosts_reported() -> None:
     desired = settled(NEW)
-    early = desired.is_lacking(Generation(0, ""))
+    early = desired.is_outdated(Generation(0, ""))
     desired.settle([Generation(2, first_generation(OLD).digest)])
 
     assert not early
     assert desired.generation.counter == 3
 
 
-def test_what_another_router_has_read_later_is_left_alone_and_beaten_by_the_next_reload() -> None:
+def test_another_routers_newer_registry_stays_until_the_next_reload() -> None:
     desired = settled(OLD, first_generation(OLD))
     theirs = Generation(4, first_generation(NEW).digest)
-    desired.hear(theirs)
-    left_alone = not desired.is_lacking(theirs)
+    desired.observe(theirs)
+    left_alone = not desired.is_outdated(theirs)
     desired.change(OLD, None)
 
     assert left_alone
-    assert desired.is_lacking(theirs)
+    assert desired.is_outdated(theirs)
 
 
 def test_two_routers_that_read_the_same_agree_on_one_generation() -> None:
     desired = settled(OLD, first_generation(OLD))
     theirs = Generation(4, first_generation(OLD).digest)
-    desired.hear(theirs)
+    desired.observe(theirs)
 
     assert desired.generation == theirs
 
@@ -96,8 +96,8 @@ def test_two_reloads_of_the_same_count_end_alike_on_every_host() -> None:
     other.change({}, None)
     higher = max(one.generation, other.generation)
 
-    assert [desired.is_lacking(higher) for desired in (one, other)] == [False, False]
-    assert one.is_lacking(other.generation) != other.is_lacking(one.generation)
+    assert [desired.is_outdated(higher) for desired in (one, other)] == [False, False]
+    assert one.is_outdated(other.generation) != other.is_outdated(one.generation)
 
 
 def test_a_budget_holds_until_there_is_another_one() -> None:

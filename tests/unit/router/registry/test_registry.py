@@ -1,4 +1,4 @@
-"""`registry.yaml`: what it becomes, every mistake at once, and how names are resolved."""
+"""Tests `registry.yaml`: reading it, reporting all mistakes at once, and resolving names."""
 
 import difflib
 from collections.abc import Iterable
@@ -47,7 +47,7 @@ def mistakes(text: str) -> list[str]:
 
 
 def one(entry: str, *, top: str = "") -> ModelSpec:
-    """The one model of a file, with more keys in flow style."""
+    """Return the only model of a file, with more keys in flow style."""
     return parse_registry(f"version: 1\n{top}\nmodels:\n- {{name: m, source: a/b, {entry}}}\n").models["m"]
 
 
@@ -134,7 +134,7 @@ def test_every_key_reaches_the_spec() -> None:
     assert registry.memory_budget == Budget(size_bytes=20 * 2**30)
 
 
-def test_defaults_hold_where_a_model_says_nothing() -> None:
+def test_defaults_hold_where_a_model_sets_nothing() -> None:
     top = "defaults: {dtype: float16, keep_alive: 1h, max_tokens: 128, truncate: start, normalize: false}"
 
     spec = one("max_tokens: 512, normalize: true", top=top)
@@ -328,13 +328,13 @@ def test_a_source_of_no_known_kind_is_refused(source: object) -> None:
     assert "package:NAME/SUB/FOLDER" in found[0]
 
 
-def test_token_ids_are_decoded_or_taken_as_they_come() -> None:
+def test_token_ids_are_decoded_or_used_unframed_but_not_both() -> None:
     entry = "name: m, source: o/m, token_encoding: cl100k_base"
     found = mistakes(f"{{version: 1, models: [{{{entry}, unframed_token_ids: true}}]}}")
 
     assert found == [
-        "line 1, models[0].unframed_token_ids (m): excludes token_encoding, which turns token ids into texts: remove "
-        "one of them"
+        "line 1, models[0].unframed_token_ids (m): cannot be combined with token_encoding, which decodes token ids to "
+        "texts: remove one of them"
     ]
 
 
@@ -343,7 +343,7 @@ def test_only_the_hub_has_revisions(source: str) -> None:
     found = mistakes(f"{{version: 1, models: [{{name: m, source: '{source}', revision: main}}]}}")
 
     assert found == [
-        "line 1, models[0].revision (m): only a hub id has revisions: remove it, or give a hub id as source"
+        "line 1, models[0].revision (m): only hub repositories have revisions: remove it, or use a hub id as source"
     ]
 
 
@@ -381,17 +381,19 @@ models:
 """)
 
     assert found == [
-        "line 3, models[0].aliases[0] (a): 'b' is already the name of models[1], line 4: names and aliases must differ",
-        "line 4, models[1].aliases[0] (b): 'x' is already an alias of models[0], line 3: names and aliases must differ",
+        "line 3, models[0].aliases[0] (a): 'b' is already the name of models[1], line 4: "
+        "names and aliases must be unique",
+        "line 4, models[1].aliases[0] (b): 'x' is already an alias of models[0], line 3: "
+        "names and aliases must be unique",
     ]
 
 
-def test_a_key_written_twice_is_refused() -> None:
+def test_a_duplicate_key_is_refused() -> None:
     found = mistakes("version: 1\nmodels:\n- name: a\n  source: o/a\n  name: b\nversion: 1\n")
 
     assert found == [
-        "line 5, models[0].name (a): written twice, first on line 3: remove one",
-        "line 6, version: written twice, first on line 1: remove one",
+        "line 5, models[0].name (a): duplicate key, first on line 3: remove one",
+        "line 6, version: duplicate key, first on line 1: remove one",
     ]
 
 
@@ -413,14 +415,14 @@ def test_a_key_written_twice_is_refused() -> None:
         ("{version: 1, models: [], memory: 80%}", "memory: needs a mapping with budget; got '80%'"),
         ("{version: 1, models: [], 7: x}", "line 1, 7: a key must be text: put it in quotes"),
         ("{version: 1, models: [], ? [a] : x}", "a key must be text"),
-        ("{version: 1, models: [], <<: {a: 1}}", "merging is not supported"),
+        ("{version: 1, models: [], <<: {a: 1}}", "merge keys (<<) are not supported"),
         ("{version: 1, models: &m [*m]}", "an anchor cannot contain itself"),
         (
             "{version: 1, models: !!python/name:os.system []}",
             "line 1, models: the tag tag:yaml.org,2002:python/name:os.system is",
         ),
         ("{version: 1, models: [{name: !secret x, source: a/b}]}", "'x' cannot be read"),
-        ("{version: 1, models: [], default_model: m}", "no model is called 'm'; name one of the models below"),
+        ("{version: 1, models: [], default_model: m}", "no model named 'm'; use one of the models below"),
     ],
 )
 def test_a_broken_file_is_explained(text: str, words: str) -> None:
@@ -431,7 +433,7 @@ def test_a_broken_file_is_explained(text: str, words: str) -> None:
 
 
 def test_a_missing_file_is_a_mistake(tmp_path: Path) -> None:
-    with pytest.raises(RegistryError, match=r"there is no file none\.yaml: give its path in REGISTRY"):
+    with pytest.raises(RegistryError, match=r"there is no file none\.yaml: set REGISTRY to its path"):
         read_registry(tmp_path / "none.yaml")
 
 
@@ -465,20 +467,20 @@ TWO = parse_registry("""
         (None, "small"),
     ],
 )
-def test_names_aliases_and_silence_are_resolved(name: str | None, model_id: str) -> None:
+def test_names_aliases_and_no_name_are_resolved(name: str | None, model_id: str) -> None:
     assert TWO.resolve(name).model_id == model_id
 
 
 def test_an_unknown_name_suggests_the_nearest() -> None:
     with pytest.raises(
-        ModelNotFound, match=r"no model is called 'baai/bge_m3'; did you mean BAAI/bge-m3\b.*GET /v1/models"
+        ModelNotFound, match=r"Model 'baai/bge_m3' not found; did you mean BAAI/bge-m3\b.*GET /v1/models"
     ):
         TWO.resolve("baai/bge_m3")
 
 
 @pytest.mark.parametrize("name", ["", "zzz", "x" * 100_000])
 def test_a_strange_name_gets_a_short_answer(name: str) -> None:
-    with pytest.raises(ModelNotFound, match="GET /v1/models lists them") as caught:
+    with pytest.raises(ModelNotFound, match="GET /v1/models lists all models") as caught:
         TWO.resolve(name)
 
     assert len(str(caught.value)) < 200
@@ -558,11 +560,11 @@ def test_a_folder_wins_over_an_alias_of_its_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given_path", "words"),
     [
-        ("/no/such/folder", "there is no such folder"),
-        ("~nobody-of-that-name/m", "there is no such folder"),
-        ("/" + "x" * 5000, "there is no such folder"),
-        ("a/b/c", "there is no such folder"),
-        ("someone/small", "'small' is another model of the registry"),
+        ("/no/such/folder", "folder not found"),
+        ("~nobody-of-that-name/m", "folder not found"),
+        ("/" + "x" * 5000, "folder not found"),
+        ("a/b/c", "folder not found"),
+        ("someone/small", "the name 'small' is used by another model"),
         ("package:9", r"needs package:NAME/SUB/FOLDER"),
     ],
 )
@@ -633,7 +635,7 @@ def files(draw: st.DrawFn) -> dict[str, Any]:
 
 
 def expected(entry: dict[str, Any]) -> ModelSpec:
-    """The same mapping as the registry's, written down a second time."""
+    """Map a random file to specs, independently of the code under test."""
     values = {key: value for key, value in entry.items() if key != "aliases"}
     values["model_id"] = values.pop("name")
     values["keep_alive_s"] = float(values.pop("keep_alive", NEVER_IDLE))
