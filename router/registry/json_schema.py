@@ -20,8 +20,7 @@ MEANINGS = {
     "default_model": "Name or alias of the model for requests without `model`. Default: none, so `model` is required.",
     "memory": "The memory that models may use.",
     "backend": "Where the models run: local (in the server process), process (one worker process per device) or ray "
-    "(hosts "
-    "on a Ray cluster). Default: process with several GPUs, else local. Overridden by the environment variable "
+    "(hosts on a Ray cluster). Default: process with several GPUs, else local. Overridden by the environment variable "
     "BACKEND.",
     "defaults": "Default values for all models.",
     "budget": "Share of each device's memory for models: 80% or 20GiB. Overridden by the environment variable "
@@ -36,43 +35,37 @@ MEANINGS = {
     "max_tokens": "Maximum input length in tokens. Default: from the model's own files.",
     "max_batch_tokens": "Maximum tokens in one forward pass. Default: chosen for the device.",
     "normalize": "Whether vectors are normalized to length 1, unless a request sets `normalize`. Default: true.",
-    "truncate": "The end at which too long inputs are truncated, unless a request sets `truncate`; error refuses them. "
-    "Default: end.",
+    "truncate": "The end at which too long inputs are truncated, unless a request sets `truncate`; error refuses "
+    "them. Default: end.",
     "keep_alive": "Idle time before the model is unloaded: 10m, 1h30m, 90 (seconds), 0 (after each request) or -1 "
-    "(never, "
-    "the default).",
+    "(never, the default).",
     "pinned": "Never evict the model for others once it is loaded. Default: false.",
     "preload": "Load the model at start, not at the first request. Default: false.",
     "cache": "Size of the cache of vectors, so that repeated texts are not computed again: 256MiB. Default: 0 (no "
     "cache).",
     "cache_shared": "Whether keys share the cache. Faster if they send the same texts, but the response time then "
-    "reveals "
-    "whether another key has sent a text. Default: false.",
+    "reveals whether another key has sent a text. Default: false.",
     "replicas": "Maximum number of devices that load the model at once, when one is too busy for it. Default: 1.",
     "pooling": "Overrides the model's own pooling. The results of a list are concatenated in its order.",
-    "prompts": "Prompt name (query, document, …) → text that is prepended to inputs. Added to the model's own prompts, "
-    "and overrides them. Use double quotes: every space counts.",
+    "prompts": "Prompt name (query, document, …) → text that is prepended to inputs. Added to the model's own "
+    "prompts, and overrides them. Use double quotes: every space counts.",
     "default_prompt": "Name of the prompt for requests without `input_type`. Default: from the model's own files.",
     "instruction_template": "Query template of an instruct model: {task} is the request's `instruction`, {text} the "
-    "input. "
-    "{text} must occur exactly once, {task} at least once.",
+    "input. {text} must occur exactly once, {task} at least once.",
     "matryoshka": "Widths that `dimensions` may request besides the full one: a list, {min: 32} or {widths: [256]}.",
     "min": "All widths from this one to the full one are allowed.",
     "widths": "These widths are allowed besides the full one.",
     "layer_norm": "Apply a layer norm over the full width before truncation (nomic-embed-text-v1.5). Default: false.",
     "calibration": "Ranges of the components, so that output_dtype int8 and uint8 mean the same in all requests, even "
-    "with "
-    "one text. `embedyard calibrate` prints them. Default: the ranges of each request.",
+    "with one text. `embedyard calibrate` prints them. Default: the ranges of each request.",
     "lowest": "Smallest value of each component: a list as long as a vector, or one number for all components.",
     "highest": "Largest value of each component: a list as long as a vector, or one number for all components.",
     "description": "One line for choosing a model: languages, width, size, context length.",
     "license": "SPDX identifier, or the vendor's name of the license.",
     "token_encoding": "The encoding of token ids in requests, if not the model's own; tiktoken, if installed, decodes "
-    "them. "
-    "LangChain's OpenAI client sends cl100k_base.",
+    "them. LangChain's OpenAI client sends cl100k_base.",
     "unframed_token_ids": "Accept token ids without the special tokens that the model's tokenizer adds ([CLS] … "
-    "[SEP]). "
-    "Default: false, because such ids may come from another tokenizer.",
+    "[SEP]). Default: false, because such ids may come from another tokenizer.",
 }
 
 

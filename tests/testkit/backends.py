@@ -84,7 +84,7 @@ class ScriptedBackend:
 
     async def embed(self, call: EmbedCall) -> Embeddings:
         self.calls.append(call)
-        await self._obey(call.model_id)
+        await self._run_script(call.model_id)
         items = call.texts or call.token_ids
         width = call.dimensions or WIDTH
         matrix = np.array([vector(item, width) for item in items], dtype="<f4")
@@ -100,19 +100,19 @@ class ScriptedBackend:
         self, model_id: str, *, pin: bool = False, wait: bool = True, host_id: str | None = None
     ) -> ModelStatus:
         self.commands.append(("preload", model_id, pin, wait, *([host_id] if host_id else [])))
-        await self._obey(model_id)
+        await self._run_script(model_id)
         return self._status(model_id) if wait else ModelStatus(
             model_id=model_id, state="loading", host_id="cpu", device="cpu", source="s"
         )  # fmt: skip
 
     async def evict(self, model_id: str, *, force: bool = False, timeout_s: float = 30.0) -> tuple[ModelStatus, ...]:
         self.commands.append(("evict", model_id, force, timeout_s))
-        await self._obey(model_id)
+        await self._run_script(model_id)
         return ()
 
     async def recycle(self, host_id: str) -> None:
         self.commands.append(("recycle", host_id))
-        await self._obey(host_id)
+        await self._run_script(host_id)
 
     async def plan(self, model_id: str) -> Plan:
         return Plan(model_id=model_id, host_id="cpu", state="cold", fits=True, need_bytes=10, free_bytes=20)
@@ -159,7 +159,7 @@ class ScriptedBackend:
             gate.set()
         self.is_closed = True
 
-    async def _obey(self, model_id: str) -> None:
+    async def _run_script(self, model_id: str) -> None:
         self.running[model_id] += 1
         try:
             await asyncio.sleep(self.delays_s.get(model_id, 0.0))

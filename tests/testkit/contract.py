@@ -1,4 +1,4 @@
-"""The errors of the HTTP contract, and bodies that must be refused."""
+"""The error codes of the HTTP contract, and request bodies that must be refused."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ CODES = {
     500: {"internal_error", "non_finite_embedding", "model_too_large"},
     503: {"model_loading", "model_load_failed", "shutting_down", "out_of_memory", "device_down", "host_lost"},
 }  # fmt: skip
-"""The contract's codes by status."""
+"""Error codes of the contract by status."""
 
 
 TYPES = {
@@ -44,11 +44,11 @@ BAD_BODIES: list[tuple[str, Any, int, str, str | None]] = [
     ("no JSON at all", b"hello", 400, "invalid_json", None),
     ("an empty body", b"", 400, "invalid_json", None),
     ("bytes that are not UTF-8", b'{"input": "\xff"}', 400, "invalid_json", None),
-    ("half a surrogate pair", b'{"input": "\\ud800"}', 400, "invalid_json", None),
-    ("something after the JSON", b'{"input": "a"} b', 400, "invalid_json", None),
+    ("a lone surrogate", b'{"input": "\\ud800"}', 400, "invalid_json", None),
+    ("text after the JSON", b'{"input": "a"} b', 400, "invalid_json", None),
     ("NaN", b'{"input": "a", "keep_alive": NaN}', 400, "invalid_json", None),
     ("a byte order mark", b'\xef\xbb\xbf{"input": "a"}', 400, "invalid_json", None),
-    ("brackets without end", b'{"extra":' + b"[" * 100_000, 400, "invalid_json", None),
+    ("unclosed brackets", b'{"extra":' + b"[" * 100_000, 400, "invalid_json", None),
     ("deep nesting", b'{"extra":' + b"[" * 100_000 + b"]" * 100_000 + b"}", 400, "invalid_json", None),
     ("an array", [1], 400, "invalid_value", None),
     ("null", b"null", 400, "invalid_value", None),
@@ -68,14 +68,14 @@ BAD_BODIES: list[tuple[str, Any, int, str, str | None]] = [
     ("texts and lists of ids", {"input": ["a", [1]]}, 400, "invalid_value", "input"),
     ("lists of texts", {"input": [["a"]]}, 400, "invalid_value", "input"),
     ("fractions as ids", {"input": [1.5]}, 400, "invalid_value", "input"),
-    ("truth as an id", {"input": [True]}, 400, "invalid_value", "input"),
+    ("a boolean as an id", {"input": [True]}, 400, "invalid_value", "input"),
     ("null among texts", {"input": ["a", None]}, 400, "invalid_value", "input"),
     ("an object among texts", {"input": [{"text": "a"}]}, 400, "invalid_value", "input"),
     ("dimensions as text", {"input": "a", "dimensions": "256"}, 400, "invalid_value", "dimensions"),
-    ("no dimensions", {"input": "a", "dimensions": 0}, 400, "invalid_value", "dimensions"),
+    ("zero dimensions", {"input": "a", "dimensions": 0}, 400, "invalid_value", "dimensions"),
     ("negative dimensions", {"input": "a", "dimensions": -4}, 400, "invalid_value", "dimensions"),
-    ("half a dimension", {"input": "a", "dimensions": 1.5}, 400, "invalid_value", "dimensions"),
-    ("a truth of dimensions", {"input": "a", "dimensions": True}, 400, "invalid_value", "dimensions"),
+    ("a fraction as dimensions", {"input": "a", "dimensions": 1.5}, 400, "invalid_value", "dimensions"),
+    ("a boolean as dimensions", {"input": "a", "dimensions": True}, 400, "invalid_value", "dimensions"),
     ("an unknown encoding", {"input": "a", "encoding_format": "hex"}, 400, "invalid_value", "encoding_format"),
     ("a number as encoding", {"input": "a", "encoding_format": 5}, 400, "invalid_value", "encoding_format"),
     ("a number as model", {"input": "a", "model": 5}, 400, "invalid_value", "model"),
@@ -87,13 +87,13 @@ BAD_BODIES: list[tuple[str, Any, int, str, str | None]] = [
     ("a list as instruction", {"input": "a", "instruction": ["x"]}, 400, "invalid_value", "instruction"),
     ("a number as prompt", {"input": "a", "prompt": 5}, 400, "invalid_value", "prompt"),
     ("an unknown truncation", {"input": "a", "truncate": "middle"}, 400, "invalid_value", "truncate"),
-    ("a word as truth", {"input": "a", "normalize": "yes"}, 400, "invalid_value", "normalize"),
-    ("a number as truth", {"input": "a", "normalize": 1}, 400, "invalid_value", "normalize"),
+    ("a word as a boolean", {"input": "a", "normalize": "yes"}, 400, "invalid_value", "normalize"),
+    ("a number as a boolean", {"input": "a", "normalize": 1}, 400, "invalid_value", "normalize"),
     ("an unknown dtype", {"input": "a", "output_dtype": "int4"}, 400, "invalid_value", "output_dtype"),
-    ("ranges of one vector", {"input": "a", "output_dtype": "int8"}, 400, "invalid_value", "output_dtype"),
+    ("int8 with one input", {"input": "a", "output_dtype": "int8"}, 400, "invalid_value", "output_dtype"),
     ("an unknown duration", {"input": "a", "keep_alive": "soon"}, 400, "invalid_value", "keep_alive"),
     ("a negative duration", {"input": "a", "keep_alive": -2}, 400, "invalid_value", "keep_alive"),
-    ("truth as a duration", {"input": "a", "keep_alive": True}, 400, "invalid_value", "keep_alive"),
+    ("a boolean as a duration", {"input": "a", "keep_alive": True}, 400, "invalid_value", "keep_alive"),
     ("prompt and input type", {"input": "a", "prompt": "q", "input_type": "query"}, 400, "invalid_value", "prompt"),
     ("prompt and instruction", {"input": "a", "prompt": "q", "instruction": "t"}, 400, "invalid_value", "prompt"),
     ("a body too large", {"input": "a" * MAX_BODY_BYTES}, 413, "body_too_large", None),

@@ -9,7 +9,7 @@ from router.api.decoding import decode_token_ids
 
 tiktoken = pytest.importorskip("tiktoken")
 NAME = "cl100k_base"
-CURE = "check_embedding_ctx_length=False"
+REMEDY = "check_embedding_ctx_length=False"
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +32,7 @@ async def test_half_a_character_is_shown_as_such() -> None:
 
 @pytest.mark.parametrize("token_id", [257, 10**6, 2**32, 10**30, -1])
 async def test_an_id_that_the_encoding_lacks_is_refused(token_id: int) -> None:
-    with pytest.raises(InvalidTokenId, match=CURE) as caught:
+    with pytest.raises(InvalidTokenId, match=REMEDY) as caught:
         await decode_token_ids(NAME, [(1, 2), (3, token_id)])
 
     assert "input[1]" in str(caught.value)
@@ -42,7 +42,7 @@ async def test_an_id_that_the_encoding_lacks_is_refused(token_id: int) -> None:
 async def test_without_tiktoken_the_refusal_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tiktoken", None)
 
-    with pytest.raises(InvalidTokenId, match=f"tiktoken is not installed.*{CURE}"):
+    with pytest.raises(InvalidTokenId, match=f"tiktoken is not installed.*{REMEDY}"):
         await decode_token_ids(NAME, [(1,)])
 
 
@@ -53,6 +53,6 @@ async def test_an_encoding_that_cannot_be_had_is_a_refusal(error: Exception, mon
 
     monkeypatch.setattr(tiktoken, "get_encoding", fail)
 
-    with pytest.raises(InvalidTokenId, match=f"{NAME}.*{CURE}") as caught:
+    with pytest.raises(InvalidTokenId, match=f"{NAME}.*{REMEDY}") as caught:
         await decode_token_ids(NAME, [(1,)])
     assert "/secret" not in str(caught.value)

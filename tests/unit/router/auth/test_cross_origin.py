@@ -25,10 +25,10 @@ EVICT = "/admin/models/mini/evict"
         (OPEN, "localhost", "https://localhost:8443"),
         (Settings(cors_origins=("https://a.example",)), "127.0.0.1:6008", "https://a.example"),
         (Settings(cors_origins=("*",)), "127.0.0.1:6008", "null"),
-        (Settings(allow_anonymous=True), "yard.example.com", ""),
+        (Settings(allow_anonymous=True), "server.example.com", ""),
         (EVERYONE, "10.0.0.5:6008", ""),
-        (EVERYONE, "yard.example.com", "https://yard.example.com"),
-        (EVERYONE, "yard.example.com", "https://yard.example.com:8443"),
+        (EVERYONE, "server.example.com", "https://server.example.com"),
+        (EVERYONE, "server.example.com", "https://server.example.com:8443"),
     ],
 )
 def test_own_pages_and_programs_are_allowed(settings: Settings, host: str, origin: str) -> None:
@@ -48,7 +48,7 @@ def test_own_pages_and_programs_are_allowed(settings: Settings, host: str, origi
         (OPEN, "127.0.0.1:6008", "http://[", "CORS_ORIGINS"),
         (OPEN, "127.0.0.1", "http://[::1", "CORS_ORIGINS"),
         (OPEN, "127.0.0.1", "http://\u2100.example", "CORS_ORIGINS"),
-        (EVERYONE, "yard.example.com", "https://evil.example", "CORS_ORIGINS"),
+        (EVERYONE, "server.example.com", "https://evil.example", "CORS_ORIGINS"),
         (Settings(cors_origins=("https://a.example",)), "127.0.0.1", "https://b.example", "CORS_ORIGINS"),
     ],
 )
@@ -103,7 +103,7 @@ def test_the_page_of_the_server_itself_can(served: Served) -> None:
 
 
 def test_with_a_key_it_does_not_matter_where_a_request_comes_from(keyed: Served) -> None:
-    headers = {"authorization": "Bearer k", "origin": "https://a.example", "host": "yard.example.com"}
+    headers = {"authorization": "Bearer k", "origin": "https://a.example", "host": "server.example.com"}
 
     assert keyed.client.get("/admin/models", headers=headers).status_code == 200
     assert httpx.get(f"{keyed.url}/admin/models", headers={"origin": "https://a.example"}).status_code == 401

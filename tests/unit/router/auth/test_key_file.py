@@ -11,7 +11,7 @@ from router.auth.keys import ANONYMOUS, Key, new_secret
 HASH = sha256(b"ey-web").hexdigest()
 OTHER = sha256(b"ey-ops").hexdigest()
 FULL = f"""
-# who may come in
+# the keys
 - id: web
   sha256: "{HASH}"
   scopes: [embed, admin]

@@ -218,13 +218,13 @@ def test_repr_hides_the_keys() -> None:
         assert "port=6008" in shown
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "[::]", "192.168.1.5", "yard.example.com"])
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "[::]", "192.168.1.5", "server.example.com"])
 def test_a_reachable_host_without_a_key_is_refused_with_the_remedy(host: str) -> None:
     found = mistakes({"HOST": host})
 
     assert len(found) == 1
-    for cure in ("API_KEY", "KEYS_FILE", "HOST=127.0.0.1", "ALLOW_ANONYMOUS=true"):
-        assert cure in found[0]
+    for remedy in ("API_KEY", "KEYS_FILE", "HOST=127.0.0.1", "ALLOW_ANONYMOUS=true"):
+        assert remedy in found[0]
 
 
 @pytest.mark.parametrize(

@@ -117,10 +117,10 @@ REGISTRIES = st.lists(SPECS, max_size=4).map(lambda specs: registry(*specs))
 @given(REGISTRIES, REGISTRIES)
 def test_every_model_is_in_one_place_and_the_way_back_mirrors_the_way_there(old: Registry, new: Registry) -> None:
     there, back = diff(old, new), diff(new, old)
-    told = [*there.added, *there.removed, *there.updated, *there.replaced]
+    listed = [*there.added, *there.removed, *there.updated, *there.replaced]
 
-    assert len(told) == len(set(told))
+    assert len(listed) == len(set(listed))
     assert (set(there.added), set(there.removed)) == (set(back.removed), set(back.added))
     assert (set(there.updated), set(there.replaced)) == (set(back.updated), set(back.replaced))
     for model_id in old.models.keys() & new.models.keys():
-        assert (model_id in told) == (old.models[model_id] != new.models[model_id])
+        assert (model_id in listed) == (old.models[model_id] != new.models[model_id])
