@@ -17,7 +17,7 @@ from tests.testkit.servers import Served, serve
 
 Document = dict[str, Any]
 LEFT_TO_WORDS = {
-    "ranges of one vector", "an unknown duration", "a negative duration", "prompt and input type",
+    "int8 with one input", "an unknown duration", "a negative duration", "prompt and input type",
     "prompt and instruction", "a body too large", "an unknown model", "an empty model", "a path as model",
 }  # fmt: skip
 """Invalid bodies that a JSON Schema accepts."""
