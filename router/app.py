@@ -68,14 +68,14 @@ def create_app(
     """
     server_state = ServerState(settings, registry, backend, open_keyring(settings), int(wall_clock()))
     reloader = Reloader(server_state)
-    meters, traffic = MetricsRecorder(), Traffic()
-    observers = open_observers(settings, meters, traffic)
+    recorder, traffic = MetricsRecorder(), Traffic()
+    observers = open_observers(settings, recorder, traffic)
     limiter = Limiter(settings, open_store(settings, limit_clock))
     parts = {
         "server_state": server_state,
         "reloader": reloader,
         "limiter": limiter,
-        "meters": meters,
+        "recorder": recorder,
         "traffic": traffic,
     }
     compatibility_apis = [_COMPATIBILITY_APIS[name] for name in settings.skins]
@@ -87,7 +87,7 @@ def create_app(
             lambda _: aclosing(observers),
             lambda _: aclosing(limiter.store),
             lambda _: keys_watched(server_state),
-            lambda _: watching(backend, meters),
+            lambda _: watching(backend, recorder),
             _lifespan(server_state, reloader if watch_registry else None),
         ],
         state=State(parts | {"observers": observers}),

@@ -159,5 +159,5 @@ class EventMetrics:
 
 def recorder_of(connection: ASGIConnection[Any, Any, Any, Any]) -> MetricsRecorder:
     """Return the metrics of the server that a connection belongs to."""
-    recorder: MetricsRecorder = connection.app.state.meters
+    recorder: MetricsRecorder = connection.app.state.recorder
     return recorder
