@@ -7,8 +7,8 @@ from router.api.inference import InferenceRoute
 from router.app import create_app
 from router.config.settings import Settings
 from router.limits.limiter import acquire_permit
-from tests.testkit.scripted_backend import ScriptedBackend
-from tests.testkit.served import REGISTRY
+from tests.testkit.backends import ScriptedBackend
+from tests.testkit.servers import REGISTRY
 
 INFERENCE_PATHS = {"/v1/embeddings", "/m/{model_id}/v1/embeddings", "/embed", "/v2/embed", "/api/embed"}
 
