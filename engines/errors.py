@@ -1,7 +1,7 @@
-"""Everything that can go wrong below the HTTP edge. Knows no status codes: `router/errors.py` maps each class once.
+"""The errors that `engines` raises. They carry no HTTP status: `router/errors.py` maps each class once.
 
 EngineError
-├── InvalidRequest (param)                the caller's fault; asking again does not help
+├── InvalidRequest (param)                the request is wrong; a retry fails again
 │   ├── InvalidValue
 │   ├── ContextLengthExceeded
 │   ├── DimensionsNotSupported
@@ -9,31 +9,31 @@ EngineError
 │   └── InvalidTokenId
 ├── ModelNotFound                         no such model on this host
 ├── HostNotFound                          no such host
-├── Busy (retry_after_s)                  the caller may ask again
+├── Busy (retry_after_s)                  a limit is reached; retry later
 │   └── QueueFull
-├── Unavailable (retry_after_s)           the server cannot now
-│   ├── ModelLoading                      the wait for a cold model ran out
+├── Unavailable (retry_after_s)           the server cannot serve the request now
+│   ├── ModelLoading                      the model was not ready within the load time-out
 │   ├── LoadFailed (kind)                 the model failed to load and is quarantined
 │   ├── ShuttingDown
-│   ├── DeviceDown                        its thread died, or a forward pass hangs
-│   ├── HostLost                          its process or node ended under the request
+│   ├── DeviceDown                        the device's thread died, or a forward pass hangs
+│   ├── HostLost                          the host's process or node died during the request
 │   └── OutOfMemory
-├── ModelTooLarge                         no device could ever hold it
+├── ModelTooLarge                         the model exceeds the memory budget of every device
 ├── Conflict
 │   ├── ModelInUse
 │   └── ModelPinned
 ├── NonFiniteEmbedding (index)
 ├── EngineFailed                          a forward pass raised
-└── BadModel                              a model's files refuse to become a model (raised while loading)
-    ├── UnsupportedModel                  the files are whole, but ask for something we do not do
+└── BadModel                              the model's files cannot be loaded
+    ├── UnsupportedModel                  the files are complete but need an unsupported feature
     ├── BrokenFiles (path)                missing, truncated or corrupt
-    ├── FilesChanged                      others than those that were looked at before
-    ├── SelfCheckFailed                   loads, but computes wrong vectors
-    └── SourceError                       the files cannot be had
+    ├── FilesChanged                      the files were replaced after they were found
+    ├── SelfCheckFailed                   the model loads, but computes wrong vectors
+    └── SourceError                       the files cannot be obtained
         ├── SourceNotFound
         ├── AccessDenied                  gated, private, or bad token
         ├── HubUnreachable                network, timeouts, 429, 5xx
-        ├── OfflineMode                   not cached, and the network is forbidden
+        ├── OfflineMode                   not cached, and the network is disabled
         └── DiskFull
 """
 
@@ -46,19 +46,19 @@ _NO_MEMORY = re.compile(
     r"|bad allocation|_STATUS_ALLOC_FAILED|cudaErrorMemoryAllocation",
     re.IGNORECASE,
 )
-"""How allocators of torch (CPU and CUDA), cuBLAS, cuDNN, ONNX Runtime and the C library say that there is no room."""
+"""Out-of-memory messages of torch (CPU and CUDA), cuBLAS, cuDNN, ONNX Runtime and the C library."""
 
 
 class EngineError(Exception):
-    """Base of all; `str()` is a message fit for the caller: both numbers, the remedy, no path, no secret."""
+    """Base class of all errors. `str()` is the message for the client: both numbers, the remedy, no path, no secret."""
 
 
 class InvalidRequest(EngineError):
-    """The request can never be served as asked.
+    """The request is invalid; a retry fails again.
 
     Args:
-        message: what was wrong, with both numbers, and what to do.
-        param: the request field at fault, as the client spelt it.
+        message: the cause with both numbers, and the remedy.
+        param: the name of the invalid request field, as the client wrote it.
     """
 
     param: str | None
@@ -69,15 +69,15 @@ class InvalidRequest(EngineError):
 
 
 class InvalidValue(InvalidRequest):
-    """A field's value is out of its bounds."""
+    """A field's value is outside its allowed range."""
 
 
 class ContextLengthExceeded(InvalidRequest):
-    """An input is longer than the model reads, and the caller asked for an error instead of a cut."""
+    """An input exceeds the model's maximum tokens, and the request asked for an error instead of truncation."""
 
 
 class DimensionsNotSupported(InvalidRequest):
-    """The model cannot be cut to that width."""
+    """The model's vectors cannot be truncated to that width."""
 
 
 class PromptNotFound(InvalidRequest):
@@ -89,15 +89,15 @@ class InvalidTokenId(InvalidRequest):
 
 
 class ModelNotFound(EngineError):
-    """No model of that id is known here."""
+    """This host serves no model of that id."""
 
 
 class HostNotFound(EngineError):
-    """No host of that id is known here."""
+    """No host of that id exists."""
 
 
 class Busy(EngineError):
-    """Refused now, welcome later."""
+    """A limit is reached; the client may retry after `retry_after_s`."""
 
     def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
@@ -105,11 +105,11 @@ class Busy(EngineError):
 
 
 class QueueFull(Busy):
-    """The model's queue has no room for the whole request."""
+    """The model's queue cannot hold all texts of the request."""
 
 
 class Unavailable(EngineError):
-    """The server, not the caller, is why this cannot be served now."""
+    """The server cannot serve a valid request now; the client may retry after `retry_after_s`."""
 
     def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
@@ -117,13 +117,13 @@ class Unavailable(EngineError):
 
 
 class ModelLoading(Unavailable):
-    """The model was still loading when the caller's patience ended; the load goes on."""
+    """The model was not ready within the load time-out; the load continues."""
 
 
 class LoadFailed(Unavailable):
-    """The model could not be loaded and is quarantined for `retry_after_s`.
+    """The model failed to load and is quarantined for `retry_after_s`.
 
-    `kind` is the machine-readable cause: the `kind` of the error underneath.
+    `kind` is the machine-readable cause: the `kind` of the underlying error.
     """
 
     def __init__(self, message: str, *, retry_after_s: float = 10.0, kind: str = "load") -> None:
@@ -132,19 +132,19 @@ class LoadFailed(Unavailable):
 
 
 class ShuttingDown(Unavailable):
-    """The host drains and admits nothing new."""
+    """The host is shutting down and admits no new requests."""
 
 
 class DeviceDown(Unavailable):
-    """The device does not answer any more; the server must be restarted."""
+    """The device does not respond; the server must be restarted."""
 
 
 class HostLost(Unavailable):
-    """The process or the node that had the request ended before it was answered."""
+    """The host's process or node died before it answered the request."""
 
 
 class OutOfMemory(Unavailable):
-    """The device ran out of memory. `stage`: `load`, no memory for the model on this host; `run`, for a single text."""
+    """The device ran out of memory. `stage`: `load`, while loading the model; `run`, in a forward pass of one text."""
 
     def __init__(self, message: str, *, retry_after_s: float = 1.0, stage: str = "run") -> None:
         super().__init__(message, retry_after_s=retry_after_s)
@@ -152,23 +152,23 @@ class OutOfMemory(Unavailable):
 
 
 class ModelTooLarge(EngineError):
-    """The model would not fit on any device even when everything else had left."""
+    """The model exceeds the memory budget even when all other models are evicted."""
 
 
 class Conflict(EngineError):
-    """An operator's command contradicts the state of the model."""
+    """An operator's command conflicts with the model's state."""
 
 
 class ModelInUse(Conflict):
-    """Requests still run on the model."""
+    """The model has running requests, or its load cannot be interrupted."""
 
 
 class ModelPinned(Conflict):
-    """The model is pinned and leaves only when forced."""
+    """The model is pinned; only a forced eviction frees it."""
 
 
 class NonFiniteEmbedding(EngineError):
-    """A vector came out with NaN or infinity; `index` is the input's index in the request."""
+    """A vector contains NaN or infinity; `index` is the input's index in the request."""
 
     def __init__(self, message: str, *, index: int) -> None:
         super().__init__(message)
@@ -176,17 +176,17 @@ class NonFiniteEmbedding(EngineError):
 
 
 class EngineFailed(EngineError):
-    """A forward pass raised something that is nobody's input's fault."""
+    """A forward pass raised an unexpected error that the input did not cause."""
 
 
 class BadModel(EngineError):
-    """The model's files do not become a model. `kind` names the class for logs, metrics and quarantine."""
+    """The model's files cannot be loaded. `kind` names the class for logs, metrics and quarantine."""
 
     kind: ClassVar[str] = "bad_model"
 
 
 class UnsupportedModel(BadModel):
-    """The files are whole but ask for something that is not supported; the message names the registry key."""
+    """The files are complete but need an unsupported feature; the message names the registry key."""
 
     kind = "unsupported_model"
 
@@ -202,7 +202,7 @@ class BrokenFiles(BadModel):
 
 
 class FilesChanged(BadModel):
-    """The files are not those that were looked at, or were written while they were read. They are looked at again."""
+    """The files were replaced after they were found, or written while they were read. The pool locates them again."""
 
     kind = "files_changed"
 
@@ -214,7 +214,7 @@ class SelfCheckFailed(BadModel):
 
 
 class SourceError(BadModel):
-    """The files cannot be had."""
+    """The files cannot be obtained."""
 
     kind = "source_error"
 
@@ -232,31 +232,32 @@ class AccessDenied(SourceError):
 
 
 class HubUnreachable(SourceError):
-    """Network trouble, a time-out, too many requests, or the hub's own failure."""
+    """A network error, a time-out, HTTP 429, or HTTP 5xx of the hub."""
 
     kind = "hub_unreachable"
 
 
 class OfflineMode(SourceError):
-    """The files are not on disk and the network is switched off."""
+    """The files are not on disk, and offline mode disables the network."""
 
     kind = "offline_mode"
 
 
 class DiskFull(SourceError):
-    """The disk has no room for the model."""
+    """The disk has too little free space for the model."""
 
     kind = "disk_full"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator refused, whichever it was. Known by words where its errors have no class of their own:
-    `RuntimeError: DefaultCPUAllocator: can't allocate memory`, ONNX Runtime's `Failed to allocate memory`."""
+    """Tells whether the error is an out-of-memory error of any allocator. Some have no class of their own and are
+    recognized by their message: `RuntimeError: DefaultCPUAllocator: can't allocate memory`, ONNX Runtime's `Failed to
+    allocate memory`."""
     if isinstance(error, MemoryError | OutOfMemory):
         return True
     if isinstance(error, EngineError):
         return False
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    is_torchs = any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
-    return is_torchs or _NO_MEMORY.search(str(error)) is not None
+    is_torch_oom = any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
+    return is_torch_oom or _NO_MEMORY.search(str(error)) is not None

@@ -1,4 +1,6 @@
-"""The door: one device, its pool and its engines. Unaware of other devices, of where it runs, and of who calls.
+"""`Host`, the public interface of `engines`: one device, its model pool and its engines.
+
+A host does not depend on other devices, on the process it runs in, or on the transport of its callers.
 
 host = Host(config, specs, files, loader)
 await host.start()
@@ -26,7 +28,8 @@ log = structlog.get_logger(__name__)
 
 
 class Host:
-    """The models of one device. All calls come from one event loop; errors are those of `engines/errors.py`."""
+    """Serves the models of one device. Call it from one event loop only; it raises the errors of
+    `engines/errors.py`."""
 
     def __init__(
         self,
@@ -34,109 +37,112 @@ class Host:
         specs: Mapping[str, ModelSpec],
         files: Files,
         loader: Loader,
-        world: HostRuntime | None = None,
+        runtime: HostRuntime | None = None,
     ) -> None:
-        """`files` may be shared with other hosts: then a model is fetched once for all of them.
+        """Creates the host; nothing is loaded yet.
 
-        Of `specs`, the host serves those that may run on its device. It loads none of them unasked.
+        `files` may be shared with other hosts, so that each model is downloaded once for all of them.
+        The host serves those of `specs` whose `device` matches its own.
         """
         self.config = config
-        world = world or default_runtime(config)
-        self._time = world.time
-        self._pulse = world.health
-        self._awake = PauseDetector()
+        runtime = runtime or default_runtime(config)
+        self._time = runtime.time
+        self._read_health = runtime.health
+        self._pauses = PauseDetector()
         self.fault = ""
-        self._pool = ModelPool(config, self._own(specs), files, loader, world)
+        self._pool = ModelPool(config, self._own(specs), files, loader, runtime)
 
     def __repr__(self) -> str:
         return f"<Host {self.config.host_id} on {self.config.device}: {self._pool!r}>"
 
     async def start(self) -> None:
-        """Read the device and look what is on disk; afterwards calls are served."""
+        """Reads the device's memory and finds the models that are on disk. Call it before anything else."""
         await self._pool.start()
 
     async def embed(self, call: EmbedCall) -> Embeddings:
-        """Texts in, vectors out; a cold model is waited for as long as the call allows.
+        """Embeds the texts of the call; loads the model first, waiting for at most `call.load_timeout_s`.
 
         Raises:
-            DeviceDown: since the last `check`, or because of it.
+            DeviceDown: the last `check` found a fault, or one finds it while the call runs.
         """
         if self.fault:
             raise DeviceDown(self.fault)
-        asked_s = self._time.now_s()
+        began_s = self._time.now_s()
         async with self._pool.lease(call) as engine:
-            load_s = self._time.now_s() - asked_s
+            load_s = self._time.now_s() - began_s
             answer = await engine.embed(call)
         return msgspec.structs.replace(answer, timings=msgspec.structs.replace(answer.timings, load_s=load_s))
 
     async def preload(
         self, model_id: str, *, pin: bool = False, wait: bool = True, may_move: bool = False
     ) -> ModelStatus:
-        """Load the model; returns when it is ready, or at once when `wait` is false.
+        """Loads the model; returns once it is ready, or immediately if `wait` is false.
 
-        With `may_move` another host is asked where it cannot be had here, so nothing of the wish stays then.
+        With `may_move` the caller tries another host after a failure, so a failed preload leaves no pin and no retry.
         """
         return await self._pool.preload(model_id, pin=pin, wait=wait, may_move=may_move)
 
     async def evict(self, model_id: str, *, force: bool = False, timeout_s: float = 30.0) -> ModelStatus:
-        """Wait for the running requests, then free the model.
+        """Waits until the model's running requests have ended, then frees its memory.
 
         Raises:
-            ModelPinned: pinned, and not forced.
-            ModelInUse: requests were still running at the time-out; the model serves on.
+            ModelPinned: the model is pinned and `force` is false.
+            ModelInUse: requests were still running after `timeout_s`; the model stays ready.
         """
         return await self._pool.evict(model_id, force=force, timeout_s=timeout_s)
 
     async def reload(self, specs: Mapping[str, ModelSpec], budget: Budget | None = None) -> None:
-        """Serve these models from now on, in this much memory; only what changed is touched."""
+        """Replaces the registry, and the memory budget if one is given; models whose entry is unchanged are not
+        touched."""
         if budget is not None:
             self._pool.set_budget(budget)
         self._pool.reload(self._own(specs))
 
     async def aclose(self, *, grace_s: float = 30.0) -> None:
-        """Admit nothing new, finish what was admitted within the grace time, free everything."""
+        """Shuts down: refuses new requests, lets admitted ones finish within `grace_s`, frees all memory."""
         await self._pool.aclose(grace_s)
 
     def state(self, model_id: str) -> State | None:
-        """Where the model stands here, None when this host does not serve it; cheap enough for every request."""
+        """Returns the model's state on this host, None if it is not served here; cheap enough for every request."""
         return self._pool.state_of(model_id)
 
     def plan(self, model_id: str) -> Plan:
-        """What loading the model would do, without doing it."""
+        """Predicts what loading the model would do, without doing it."""
         return self._pool.plan(model_id)
 
     async def size(self, model_id: str) -> None:
-        """Learn what the model takes before it is planned: from its files, or a few kilobytes of them from the hub."""
+        """Estimates the memory that the model needs, for `plan`: from its files, or from a few kilobytes read from the
+        hub."""
         await self._pool.size(model_id)
 
     def status(self, model_id: str) -> ModelStatus:
-        """One model here.
+        """Returns the status of one model.
 
         Raises:
-            ModelNotFound: not served by this host.
+            ModelNotFound: this host does not serve it.
         """
         return self._pool.status(model_id)
 
     def snapshot(self) -> HostSnapshot:
-        """Everything here, now; never blocks."""
+        """Returns the present state of the device and of all its models; never blocks."""
         return self._pool.snapshot()
 
     def check(self) -> str:
-        """Look whether the device still answers, and loads end; what is wrong, empty when nothing is.
+        """Checks that the device responds and that loads finish; returns the fault, or an empty string.
 
-        Calls that wait for what will not come are told at once: to be called every second or so. While a load hangs,
-        models that are in memory serve on. In time that nobody else needs it
-        also has files hashed.
+        Call it about once a second. When the device is down, every running and waiting call fails at once. While a
+        load hangs, the calls that wait for a load fail and models in memory go on serving. When the host is idle,
+        it also starts to hash model files.
         """
-        awake_s = self._awake.seconds_since_pause(self._time.now_s())
-        pulse = self._pulse().capped(awake_s)
-        fault = describe_fault(self.config.device, pulse, self.config.watchdog_s)
+        since_pause_s = self._pauses.seconds_since_pause(self._time.now_s())
+        health = self._read_health().capped(since_pause_s)
+        fault = describe_fault(self.config.device, health, self.config.watchdog_s)
         if fault and not self.fault:
             log.error("device.down", host=self.config.host_id, fault=fault)
         if fault:
             self._pool.interrupt(lambda: DeviceDown(fault))
         self.fault = fault
-        hung = self._pool.check(awake_s)
+        hung = self._pool.check(since_pause_s)
         if not fault and not hung:
             self._pool.verify_if_idle()
         if fault or not hung:
@@ -144,15 +150,15 @@ class Host:
         return f"nothing can be loaded on host {self.config.host_id}: {hung} (WATCHDOG_SECONDS); restart the server"
 
     def events(self, after: int | None = None) -> AsyncIterator[Event]:
-        """Events from this call on; with `after`, the remembered ones since that `seq` first."""
+        """Yields events from this call on; with `after`, the retained events with a higher `seq` first."""
         return self._pool.log.follow(after)
 
     def events_since(self, after: int) -> tuple[Event, ...]:
-        """The remembered events after that `seq`, now."""
+        """Returns the retained events with a `seq` higher than `after`."""
         return tuple(self._pool.log.since(after))
 
     async def event_arrived(self, after: int) -> bool:
-        """Wait for an event after that `seq`; False when there will be none."""
+        """Waits for an event with a `seq` higher than `after`; returns False if the log is closed first."""
         return await self._pool.log.arrived(after)
 
     def _own(self, specs: Mapping[str, ModelSpec]) -> dict[str, ModelSpec]:

@@ -1,4 +1,4 @@
-"""Protocols that the pool depends on; tests put fakes in their place (`engines/testing/fakes.py`).
+"""Protocols that the pool depends on: `Engine`, `Files`, `Loader`; `engines/testing/fakes.py` implements fakes.
 
 `Files` and `Loader` block and are called on threads; `Engine.embed` and `Engine.warm_up` run on the event loop.
 """
@@ -13,90 +13,91 @@ Clock = Callable[[], float]
 """Seconds from an arbitrary start, never going back (`time.monotonic`)."""
 
 Progress = Callable[[int, int], None]
-"""Called from the fetching thread with (bytes done, bytes in all); perhaps often, and with the same figures again."""
+"""Called on the downloading thread with (bytes done, total bytes); may be called often and with repeated figures."""
 
 
 class Engine(Protocol):
-    """One model on one device. `warm_up` comes first; after it the byte figures are measured, not estimated."""
+    """One model on one device. Call `warm_up` first; after it the byte figures are measured, not estimated."""
 
     @property
     def info(self) -> ModelInfo:
-        """What the model is: widths, limits, prompts."""
+        """The model's widths, limits and prompts."""
 
     @property
     def weight_bytes(self) -> int:
-        """Device memory that stays as long as the engine lives."""
+        """Device memory that the engine holds until `close`."""
 
     @property
     def workspace_bytes(self) -> int:
-        """Device memory that one forward pass needs on top, at the most."""
+        """Additional device memory that the largest forward pass needs."""
 
     @property
     def queue_items(self) -> int:
-        """Texts admitted and not yet run."""
+        """Texts admitted whose batch has not run yet."""
 
     async def warm_up(self) -> None:
-        """Run, measure and check the model once.
+        """Runs the model once: measures its memory and verifies its vectors.
 
         Raises:
-            SelfCheckFailed: its vectors are not those of the reference.
-            OutOfMemory: the device could not run it.
+            SelfCheckFailed: its vectors differ from those of the reference.
+            OutOfMemory: the device ran out of memory.
         """
 
     async def embed(self, call: EmbedCall) -> Embeddings:
-        """Texts in, vectors out. Cancelling drops what has not run yet.
+        """Embeds the texts of the call. Cancelling drops the texts that have not run yet.
 
         Raises:
             InvalidRequest, QueueFull, NonFiniteEmbedding, OutOfMemory, EngineFailed.
         """
 
     def close(self) -> None:
-        """Free everything, device memory included; blocks, so call it on a thread. No call may be running."""
+        """Frees everything, device memory included. Blocks, so call it on a thread; no call may be running."""
 
 
 class Files(Protocol):
-    """Where model files come from."""
+    """Finds, downloads, verifies and deletes model files."""
 
     def locate(self, spec: ModelSpec) -> ModelFiles | None:
-        """The model's files when they are whole on disk, without touching the network; None when they are not."""
+        """Returns the model's files if all of them are on disk, else None. Does not use the network."""
 
     def fetch(self, spec: ModelSpec, on_progress: Progress) -> ModelFiles:
-        """Bring the files to disk, verified. Safe to call again after any failure.
+        """Downloads the files and verifies them. Safe to call again after any failure.
 
         Raises:
             SourceError, BrokenFiles.
         """
 
     def is_current(self, spec: ModelSpec, files: ModelFiles) -> bool:
-        """Whether the files are still those that `locate` or `fetch` found. Cheap enough for every load."""
+        """Tells whether the files are still those that `locate` or `fetch` returned. Cheap enough for every load."""
 
     def verify(self, spec: ModelSpec, files: ModelFiles, go_on: Callable[[], bool], *, is_anew: bool = False) -> None:
-        """Hash what has not been hashed since it was written, or all of it when `is_anew`; returns early, and goes on
-        in the next call, when `go_on` says no.
+        """Hashes the files that were written since their last hash, or all files if `is_anew`.
+
+        Returns early when `go_on` returns False; the next call continues there.
 
         Raises:
             BrokenFiles: a file is damaged.
-            FilesChanged: a file was replaced since they were found.
+            FilesChanged: a file was replaced after `locate` or `fetch` returned it.
         """
 
     def discard(self, spec: ModelSpec, file: str | None) -> bool:
-        """Remove a corrupt file (or all, when None) so that the next `fetch` brings it anew.
+        """Deletes a corrupt file (all files if None), so that the next `fetch` downloads it again.
 
-        Returns False where nothing may be removed: a local folder, an installed package.
+        Returns False if the files may not be deleted: a local folder, an installed package.
         """
 
     def weight_bytes(self, spec: ModelSpec, device: str) -> int | None:
-        """Bytes of the weights on `device` in the spec's dtype, without downloading them.
+        """Computes the bytes of the weights on `device` in the spec's dtype, without downloading them.
 
-        From the safetensors headers (by range requests where the files are not here); None when unknown.
+        Reads the safetensors headers, by range requests if the files are not on disk; None if unknown.
         """
 
 
 class Loader(Protocol):
-    """Folder → engine on the loader's device."""
+    """Builds engines from model folders, on one device."""
 
     def load(self, spec: ModelSpec, files: ModelFiles) -> Engine:
-        """Build the engine; blocks. Only one load runs in a process at a time: the caller holds the load lock.
+        """Builds the engine; blocks. The caller holds the load lock: only one load runs in a process at a time.
 
         Raises:
             BadModel, OutOfMemory.

@@ -1,4 +1,4 @@
-"""`ModelSpec`: everything the registry says about one model. A leaf: it knows neither files nor devices."""
+"""`ModelSpec`: one model's registry entry. Imports nothing of the project."""
 
 from typing import Literal
 
@@ -10,14 +10,14 @@ PoolingMode = Literal["cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmea
 """Pooling modes as sentence-transformers names them; several are concatenated in the order given."""
 
 NEVER_IDLE = -1.0
-"""`keep_alive_s` of a model that never leaves by idleness."""
+"""`keep_alive_s` of a model that is never evicted for idleness."""
 
 
 class Matryoshka(Struct, frozen=True, kw_only=True):
-    """Which widths a model's vectors may be cut to.
+    """The widths that a model's vectors may be truncated to (Matryoshka representation learning).
 
     Either `widths` (a list) or `minimum` (every width from there to the native one).
-    `layer_norm`: a layer norm over the full width comes before the cut (nomic-embed-text-v1.5's model card).
+    `layer_norm`: apply a layer norm over the full width before truncating (nomic-embed-text-v1.5's model card).
     """
 
     widths: tuple[int, ...] = ()
@@ -25,36 +25,36 @@ class Matryoshka(Struct, frozen=True, kw_only=True):
     layer_norm: bool = False
 
     def allows(self, width: int, native: int) -> bool:
-        """Whether a vector of `native` components may be cut to `width`."""
+        """Tells whether a vector of `native` components may be truncated to `width`."""
         if self.minimum is not None:
             return self.minimum <= width <= native
         return width == native or width in self.widths
 
     def describe(self, native: int) -> str:
-        """The allowed widths in words, for messages and `/v1/models`."""
+        """Formats the allowed widths for messages and `/v1/models`."""
         if self.minimum is not None:
             return f"any of {self.minimum} to {native}"
         return ", ".join(map(str, sorted({*self.widths, native})))
 
 
 class Calibration(Struct, frozen=True, kw_only=True):
-    """The range of each component of a model's vectors, over texts like those to come: what int8 codes divide evenly.
+    """The range of each component of a model's vectors over representative texts; int8 quantization divides it evenly.
 
-    One number a component of the full width, or one number in all that stands for each of them at any width.
+    `lowest` and `highest` hold one number per component of the full width, or one number for all components.
     """
 
     lowest: tuple[float, ...]
     highest: tuple[float, ...]
 
     def covers(self, width: int) -> bool:
-        """Whether it says what vectors of `width` components need."""
+        """Tells whether the ranges apply to vectors of `width` components."""
         return {len(self.lowest), len(self.highest)} <= {1, width}
 
 
 class ModelSpec(Struct, frozen=True, kw_only=True):
-    """One model of the registry, defaults applied. `None` means: what the model's own files say.
+    """One model of the registry, defaults applied. `None` means: the value from the model's own files.
 
-    `replicas`: on how many hosts at the most a busy model may be at the same time.
+    `replicas`: the maximum number of hosts that hold a busy model at the same time.
 
     `source` is a hub id, a local folder (absolute, or starting with `./` or `../` or `~`),
     or `package:NAME/SUB/FOLDER` for files inside an installed Python package.
@@ -91,10 +91,10 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
 IN_PLACE = frozenset(
     {"keep_alive_s", "pinned", "preload", "replicas", "description", "license", "token_encoding", "calibration"}
 )
-"""The fields of a `ModelSpec` that a running engine never sees. Every other one shapes its vectors or its memory
-(`max_batch_tokens` too: the workspace was measured for it), so a change of it needs a new generation."""
+"""The fields of a `ModelSpec` that change without a reload, as no engine reads them. Every other field affects vectors
+or memory (`max_batch_tokens` too: the workspace was measured for it), so changing it loads a new generation."""
 
 
 def is_same_engine(old: ModelSpec, new: ModelSpec) -> bool:
-    """Whether an engine built for `old` serves `new`: they differ in the pool's wishes and in words only."""
+    """Tells whether an engine built for `old` can serve `new`: they differ in `IN_PLACE` fields only."""
     return old == structs.replace(new, **{name: getattr(old, name) for name in IN_PLACE})

@@ -1,6 +1,6 @@
-"""One JSON file of values by key, kept between starts. Several processes may write it: what it held is kept.
+"""Stores values by key in a JSON file between starts. Several processes may write the same file: keys are merged.
 
-Not for threads: whoever shares one guards it.
+Not thread-safe: threads that share a store need a lock.
 """
 
 import os
@@ -16,11 +16,11 @@ Value = TypeVar("Value")
 
 
 class JsonStore(Generic[Value]):
-    """Values by key.
+    """A dictionary in memory, backed by one JSON file.
 
     Args:
-        path: the file; None keeps them in memory only.
-        kind: `dict[str, Value]`, as msgspec reads it.
+        path: the file; None keeps the values in memory only.
+        kind: the type that msgspec decodes the file to, `dict[str, Value]`.
     """
 
     def __init__(self, path: Path | None, kind: Any) -> None:
@@ -29,15 +29,18 @@ class JsonStore(Generic[Value]):
         self._known = self._read()
 
     def get(self, key: str) -> Value | None:
-        """What is known."""
+        """Returns the value in memory, None if there is none; does not read the file."""
         return self._known.get(key)
 
     def refresh(self) -> None:
-        """Learn what other processes have written. Blocks on the disk."""
+        """Reads the keys that other processes have written. Blocks on the disk."""
         self._known = {**self._known, **self._read()}
 
     def put(self, key: str, value: Value) -> None:
-        """Blocks on the disk. A disk that cannot be written costs the next start a measurement, so it only warns."""
+        """Sets a value and writes the file; blocks on the disk.
+
+        A failed write only logs a warning: it costs the next start one measurement.
+        """
         self._known = {**self._read(), **self._known, key: value}
         if self._path is not None:
             self._write(self._path)
@@ -46,14 +49,14 @@ class JsonStore(Generic[Value]):
         if self._path is None or not self._path.exists():
             return {}
         try:
-            known: dict[str, Value] = msgspec.json.decode(self._path.read_bytes(), type=self._kind)
+            values: dict[str, Value] = msgspec.json.decode(self._path.read_bytes(), type=self._kind)
         except (OSError, msgspec.DecodeError) as error:
             log.warning("measurements.ignored", file=self._path.name, error=str(error))
             return {}
-        return known
+        return values
 
     def _write(self, path: Path) -> None:
-        """Whole or not at all: a reader never sees half a file."""
+        """Replaces the file atomically: a reader never sees half of it."""
         part = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

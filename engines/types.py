@@ -1,6 +1,6 @@
-"""What crosses a thread, a process or a network between the router and an engine: frozen, plain, no live objects.
+"""Records that cross a thread, a process or the network between router and engine: frozen, without live objects.
 
-Vectors travel as bytes: little-endian float32, row after row, so that a record can be sent as it is.
+Vectors are bytes: little-endian float32, row after row, so that a record is sent without conversion.
 """
 
 import hashlib
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 
 class Budget(Struct, frozen=True):
-    """How much of a device's memory models may take: a part of it, or that many bytes. Exactly one is not None."""
+    """The part of a device's memory that models may use: a fraction or bytes. Exactly one of the two is not None."""
 
     fraction: float | None = None
     size_bytes: int | None = None
 
     def of(self, total_bytes: int) -> int:
-        """The budget in bytes on a device that has `total_bytes`; never more than it has."""
+        """Returns the budget in bytes on a device with `total_bytes`, at most `total_bytes`."""
         if self.size_bytes is not None:
             return min(self.size_bytes, total_bytes)
         return int(total_bytes * (self.fraction or 0.0))
@@ -35,7 +35,7 @@ class Budget(Struct, frozen=True):
 
 
 def format_bytes(size_bytes: int) -> str:
-    """About three digits and a decimal unit, as device makers count: `9.1 GB`, `512 B`."""
+    """Formats bytes with about three digits and a decimal unit (1 GB = 10**9 B): `9.1 GB`, `512 B`."""
     size = float(size_bytes)
     for unit in ("B", "kB", "MB", "GB"):
         if abs(size) < 999.5:
@@ -48,19 +48,17 @@ State = Literal[
     "absent", "fetching", "cold", "waiting_space", "loading", "warming", "ready", "draining", "unloading",
     "failed", "retired",
 ]  # fmt: skip
-"""The states of a slot in the pool; `engines/pool/state_machine.py` draws the machine."""
+"""The states of a slot in the pool; `engines/pool/state_machine.py` has the diagram."""
 
 
 class EmbedCall(Struct, frozen=True, kw_only=True):
-    """One client request, decoded. Exactly one of `texts` and `token_ids` is not empty.
+    """One decoded embedding request. Exactly one of `texts` and `token_ids` is not empty.
 
-    `None` means the model's own default. `input_type`, `instruction` and `prompt` choose the prompt as
-    `engines/inputs/tokenizer.py` documents; `token_ids` are taken verbatim. `load_timeout_s` is how long the call waits
-    for a cold model; `keep_alive_s` overrides the model's idle time from this request on (0: leave after it).
-    `may_move`: another host could take the call, so it is refused rather than made to wait for memory that other
-    processes hold.
-    `caller` tells those apart who share the server: none fills a queue alone, none learns what another has asked. Empty
-    where there is nobody else.
+    `None` means the model's default. `input_type`, `instruction` and `prompt` select the prompt as
+    `engines/inputs/prompts.py` documents; `token_ids` are used verbatim. `load_timeout_s` limits the wait for a cold
+    model; `keep_alive_s` overrides the model's idle time from this request on (0: evict after it). `may_move`: another
+    host can take the call, so it fails instead of waiting for memory that other processes hold. `caller` identifies
+    the client for fair queueing and for isolation in the vector cache; empty if there is only one.
     """
 
     model_id: str
@@ -79,15 +77,15 @@ class EmbedCall(Struct, frozen=True, kw_only=True):
 
     @property
     def num_items(self) -> int:
-        """How many vectors the answer will hold."""
+        """The number of vectors in the result."""
         return len(self.texts) or len(self.token_ids)
 
 
 class Timings(Struct, frozen=True, kw_only=True):
-    """Where the time of one call went, in seconds of wall clock; the parts do not overlap.
+    """The time that each stage of one call took, in seconds of wall clock; stages do not overlap.
 
-    `load_s`: waiting for a lease. `tokenize_s`: texts to ids. `queue_s`: from admission to the start of the
-    first batch that held one of its texts. `forward_s`: from there to the last vector.
+    `load_s`: waiting for a lease. `tokenize_s`: texts to token ids. `queue_s`: from admission to the start of the
+    first batch with one of its texts. `forward_s`: from there to the last vector.
     """
 
     load_s: float = 0.0
@@ -97,7 +95,7 @@ class Timings(Struct, frozen=True, kw_only=True):
 
 
 class Batch(Struct, frozen=True, kw_only=True):
-    """One forward pass: texts, their real tokens, and the tokens computed, padding included."""
+    """Counts of one forward pass: texts, their tokens, and the computed tokens, padding included."""
 
     texts: int
     tokens: int
@@ -105,12 +103,12 @@ class Batch(Struct, frozen=True, kw_only=True):
 
 
 class Embeddings(Struct, frozen=True, kw_only=True):
-    """The answer to one `EmbedCall`, rows in input order.
+    """The result of one `EmbedCall`, rows in input order.
 
     `vectors`: float32 little-endian, `num_items × dimensions`. `token_counts`: tokens run through the model for
-    each input, special tokens included. `truncated`: indexes of the inputs that were cut. `batches`: forward passes
-    to be counted with this answer; one that several answers shared is told with the first of them only. `reused`:
-    inputs that were under way already, for another request or twice in this one; `recalled`: those found in the cache.
+    each input, special tokens included. `truncated`: indexes of the truncated inputs. `batches`: the forward passes
+    to count with this result; one that several results share is reported with the first only. `deduplicated`: inputs
+    that were pending already, for another request or twice in this one. `cache_hits`: inputs found in the vector cache.
     """
 
     vectors: bytes
@@ -123,18 +121,18 @@ class Embeddings(Struct, frozen=True, kw_only=True):
     cache_hits: int = 0
 
     def array(self) -> "NDArray[np.float32]":
-        """A read-only view of the vectors, shape `[num_items, dimensions]`."""
-        import numpy as np  # late: commands that only read budgets start without it
+        """Returns a read-only view of the vectors, shape `[num_items, dimensions]`."""
+        import numpy as np  # imported late: CLI commands that only need budgets start faster without it
 
         return np.frombuffer(self.vectors, dtype="<f4").reshape(len(self.token_counts), self.dimensions)
 
 
 class ModelFiles(Struct, frozen=True, kw_only=True):
-    """A model's files, whole and on disk.
+    """A model's files, complete and on disk.
 
-    `revision` is the commit, or for a folder without one a fingerprint of names, sizes and times.
-    `size_bytes` is what they take on disk. `stamp`: another one when a file was replaced or written to, though its
-    content should be the same; empty where `revision` tells that.
+    `revision` is the commit, or for a folder without one a fingerprint of names, sizes and times. `size_bytes` is
+    their size on disk. `stamp` changes when a file is replaced or written, even if `revision` stays the same; empty
+    if `revision` covers that.
     """
 
     path: str
@@ -144,11 +142,11 @@ class ModelFiles(Struct, frozen=True, kw_only=True):
 
 
 class ModelInfo(Struct, frozen=True, kw_only=True):
-    """What a loaded engine knows of itself.
+    """Properties of a loaded engine.
 
-    `attention`: `packed` (no padding), `padded`, or `unpadded` (one length a batch). `path`: the forward path in use
-    (`engines/models/transformer.py` lists them). `is_fallback`: the path that was chosen at load failed, and the
-    slowest one is in use until that is tried again. `notes`: what fell back and why.
+    `attention`: `packed` (no padding), `padded`, or `unpadded` (one length per batch). `path`: the forward path in use
+    (`engines/models/transformer.py` lists them). `is_fallback`: the path selected at load failed, and the slowest
+    path is in use until the selected one is retried. `notes`: each fallback and its reason.
     """
 
     dimensions: int
@@ -163,10 +161,11 @@ class ModelInfo(Struct, frozen=True, kw_only=True):
 
 
 class ModelStatus(Struct, frozen=True, kw_only=True):
-    """One slot of one host, as operators see it. Times are Unix seconds; bytes are charged against the budget.
+    """The status of one model on one host. Times are Unix seconds; `weight_bytes` and `workspace_bytes` are charged
+    against the budget.
 
-    `need_bytes`: weights when it is resident, estimated or measured; 0 when nothing is known. `need_workspace_bytes`:
-    what its largest forward pass takes on top; a guess until it was loaded once.
+    `need_bytes`: its weights when resident, estimated or measured; 0 if unknown. `need_workspace_bytes`: the
+    additional memory of its largest forward pass; a guess until the first load.
     """
 
     model_id: str
@@ -196,14 +195,13 @@ class ModelStatus(Struct, frozen=True, kw_only=True):
 
 
 class HostSnapshot(Struct, frozen=True, kw_only=True):
-    """One device at one moment. `residents` are model ids in eviction order, the next to leave first.
+    """The state of one device at one moment. `residents` are model ids in eviction order, the next victim first.
 
-    `used_bytes` is the sum of all charged weights (loading and unloading ones too), `workspace_bytes` the largest
-    workspace: engines of a device take turns, so their workspaces do not add up. `claimed_bytes`: weights of models
-    that wait for memory here and are not charged yet. `ceiling_bytes`: what this process could have of the device at
-    most, others using it too, where it was read of late; None where it was not. `stuck`: why nothing can be loaded or
-    freed there, because a load does not end; empty when it can. `restarts`: how often the process that it lives in has
-    died and was started anew.
+    `used_bytes` is the sum of all charged weights (of loading and unloading models too), `workspace_bytes` the largest
+    workspace: engines of a device run one at a time, so their workspaces do not add up. `claimed_bytes`: weights of
+    models that wait for memory here and are not charged yet. `ceiling_bytes`: the memory that this process could use at
+    most beside other processes, as of a recent reading; None without one. `stuck`: the load that hangs and blocks all
+    loads and unloads; empty if none does. `restarts`: how often the host's process has died and was restarted.
     """
 
     host_id: str
@@ -223,16 +221,15 @@ class HostSnapshot(Struct, frozen=True, kw_only=True):
 
 
 class Event(Struct, frozen=True, kw_only=True):
-    """One step of one slot. `kind` `state`: `source → target` and why. `kind` `progress`: bytes of a download.
+    """One change of one slot. `kind` `state`: `source → target` and its cause. `kind` `progress`: bytes of a download.
 
-    `seq` rises by one on each host; `time_s` is Unix time; `cause` is for people and, for an eviction, names its
-    claimant; `claimant` holds that model id for programs. `missing_bytes`: not 0 when the two models take turns
-    because they cannot both fit; so much more memory would end it.
+    `seq` rises by one on each host; `time_s` is Unix time; `cause` is text for people, and names the claimant of an
+    eviction; `claimant` holds that model id for programs. `missing_bytes`: not 0 when the two models take turns
+    because they do not fit together; that much more memory would end the thrashing.
 
-    For programs: `reason` is why a model leaves (`room, over_budget, idle, operator, registry, shutdown, damaged`, on
-    the step to `unloading`) or the kind of a failure; `seconds` how long a load took (on `ready`) or the model stayed
-    (on `unloading`); `estimated_bytes` and `measured_bytes` what a load was admitted with, and what it turned out to
-    take.
+    For programs: `reason` is why a model is evicted (`room, over_budget, idle, operator, registry, shutdown, damaged`,
+    on the step to `unloading`) or the kind of a failure; `seconds` is the duration of the load (on `ready`) or of the
+    residency (on `unloading`); `estimated_bytes` is what a load was admitted with, `measured_bytes` what it took.
     """
 
     seq: int
@@ -254,7 +251,7 @@ class Event(Struct, frozen=True, kw_only=True):
 
 
 class Plan(Struct, frozen=True, kw_only=True):
-    """What loading a model would do, without doing it. `seconds` is an estimate from earlier loads, None if unknown."""
+    """The predicted effect of loading a model. `seconds` is an estimate from earlier loads, None if unknown."""
 
     model_id: str
     host_id: str
@@ -268,5 +265,5 @@ class Plan(Struct, frozen=True, kw_only=True):
 
 
 def fingerprint(parts: Sequence[object]) -> str:
-    """A short stable name for a sequence of printable values (40 hex digits, as long as a commit)."""
+    """Hashes a sequence of printable values to 40 hex digits, the length of a commit."""
     return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:40]

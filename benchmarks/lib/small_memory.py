@@ -39,7 +39,7 @@ EIGHT = (
 )  # fmt: skip
 """Eight families, so that no two engines are alike."""
 
-QUICK = PoolPolicy(min_residency_s=0.3, residency_loads=0.5, patience_s=0.3)
+QUICK = PoolPolicy(min_residency_s=0.3, residency_loads=0.5, overdue_after_s=0.3)
 """The pool's own rules, in a hurry: what takes a minute in earnest takes seconds."""
 
 

@@ -1,18 +1,18 @@
-"""How outside work ends for a slot: files, loads, warm-ups, unloads, and what follows a failure.
+"""Handles the results of asynchronous work: files, loads, warm-ups, unloads; retries or quarantines after failures.
 
-Every handler first takes the work back (`finish`), so a report that nobody waits for is a bug that shows at once.
+Every handler first calls `PoolState.finish`, which raises if that work was not running.
 """
 
 from collections.abc import Callable
 
 from engines.pool.eviction import total_bytes
 from engines.pool.messages import (
-    Damaged,
     Discard,
     DownloadCompleted,
     DownloadErrored,
     DownloadProgressed,
     Emit,
+    FilesDamaged,
     FilesDiscarded,
     FilesFound,
     FilesLocated,
@@ -32,7 +32,7 @@ from engines.pool.state import PoolState
 
 
 class CompletionHandlers:
-    """The half of the pool's handlers that the shell's reports go to."""
+    """The state machine's handlers for the results of asynchronous work."""
 
     def __init__(self, state: PoolState, jitter: Callable[[], float]) -> None:
         self.state = state
@@ -45,7 +45,7 @@ class CompletionHandlers:
             DownloadErrored: self._fetch_failed,
             DownloadProgressed: self._fetch_progress,
             FilesDiscarded: self._discarded,
-            Damaged: self._damaged,
+            FilesDamaged: self._damaged,
             LoadCompleted: self._loaded,
             LoadErrored: self._load_failed,
             WarmUpCompleted: self._warmed,
@@ -68,10 +68,10 @@ class CompletionHandlers:
         return True
 
     def _located(self, event: FilesLocated) -> None:
-        """Five cases:
+        """Handles the end of the search on disk. Five cases:
 
-        1. replaced meanwhile;  2. on disk: cold;  3. known never to fit: refused before the download;
-        4. not wanted any more;  5. download it.
+        1. replaced in the meantime;  2. on disk: cold;  3. certainly too large: refused before the download;
+        4. no longer requested;  5. download the files.
         """
         slot = self.state.finish(event.slot_id, "locate")
         slot.need = event.need
@@ -79,12 +79,12 @@ class CompletionHandlers:
             self.state.retire(slot)  # (1)
         elif event.files is not None:
             slot.files = event.files
-            self._cold(slot, "found on disk")  # (2)
+            self._become_cold(slot, "found on disk")  # (2)
         elif self.state.is_too_large(slot.need):
             self._refuse(slot)
-            self.state.move(slot, "absent", "never fits: not downloaded")  # (3)
+            self.state.move(slot, "absent", "too large: not downloaded")  # (3)
         elif slot.claim is None:
-            self.state.move(slot, "absent", "not wanted any more")  # (4)
+            self.state.move(slot, "absent", "no longer requested")  # (4)
         else:
             self.state.start(slot, StartFetch(slot.slot_id, slot.spec))  # (5)
 
@@ -94,9 +94,9 @@ class CompletionHandlers:
         if slot.is_retired:
             self.state.retire(slot)
             return
-        self._cold(slot, "files are on disk")
+        self._become_cold(slot, "files are on disk")
 
-    def _cold(self, slot: Slot, cause: str) -> None:
+    def _become_cold(self, slot: Slot, cause: str) -> None:
         if self.state.is_too_large(slot.need):
             self._refuse(slot)
         self.state.move(slot, "cold", cause)
@@ -109,7 +109,7 @@ class CompletionHandlers:
         self._after_failure(self.state.finish(event.slot_id, "locate", "fetch"), event.failure)
 
     def _fetch_progress(self, event: DownloadProgressed) -> bool:
-        """A report may arrive after the end of its download: it is dropped."""
+        """Emits a progress event; drops a report that arrives after the end of its download."""
         slot = self.state.slots.get(event.slot_id)
         if slot is not None and slot.work == "fetch":
             slot.fetched_bytes, slot.fetch_total_bytes = event.done_bytes, event.total_bytes
@@ -135,12 +135,12 @@ class CompletionHandlers:
         elif slot.failure is not None:
             self._quarantine(slot, slot.failure)
 
-    def _damaged(self, event: Damaged) -> None:
-        """Three cases:
+    def _damaged(self, event: FilesDamaged) -> None:
+        """Handles damaged files. Three cases:
 
-        1. other files meanwhile, or on its way;
-        2. in memory: what it gives may be wrong, so it leaves, and comes back from good files;
-        3. not in memory: the next load sees it, and fetches them.
+        1. the slot has other files by now, or is changing state: ignored;
+        2. ready: its vectors may be wrong, so it is evicted, and reloaded from files downloaded again;
+        3. cold: the next load detects the damage and downloads the files again.
         """
         slot = self.state.slots.get(event.slot_id)
         if slot is None or slot.is_retired or slot.files != event.files or slot.state not in ("ready", "cold"):
@@ -154,7 +154,7 @@ class CompletionHandlers:
     # ---- engines ----
 
     def _loaded(self, event: LoadCompleted) -> None:
-        """Nobody needs it any more: it goes as it came. Else it warms up."""
+        """Warms the engine up, or unloads it if its slot is retired, or the host drains and no request waits for it."""
         slot = self.state.finish(event.slot_id, "load")
         slot.failure = None
         if slot.is_retired or (self.state.is_draining and not slot.waiters):
@@ -166,16 +166,16 @@ class CompletionHandlers:
     def _load_failed(self, event: LoadErrored) -> None:
         slot = self.state.finish(event.slot_id, "load")
         if not slot.is_retired:
-            self._end_eviction(slot)
+            self._clear_preload_if_evicted(slot)
             slot.leaving_cause = None
         self.state.notify_evictors(slot)
         self._after_failure(slot, event.failure)
 
     def _warmed(self, event: WarmUpCompleted) -> None:
-        """Four cases, the true bytes being known now:
+        """Charges the measured bytes. Four cases:
 
-        1. replaced meanwhile: unloaded;  2. over the budget all alone: refused and unloaded;
-        3. ready: all who wait are granted in this step;  4. and if somebody wants it gone, it drains after them.
+        1. replaced in the meantime: unloaded;  2. larger than the whole budget: refused and unloaded;
+        3. ready: all waiters are granted in this step;  4. and if it is being evicted, it drains after them.
         """
         slot = self.state.finish(event.slot_id, "warm")
         slot.load_s = self.state.now_s - slot.load_began_at_s
@@ -208,14 +208,14 @@ class CompletionHandlers:
         self.state.unload(slot, f"failed to warm up ({event.failure.kind})")
 
     def _unloaded(self, event: UnloadCompleted) -> None:
-        """Only now are the bytes free. Three cases: 1. retired 2. it was no good 3. cold."""
+        """Frees the charged bytes. Three cases: 1. retired 2. unloaded because of a failure 3. cold."""
         slot = self.state.finish(event.slot_id, "unload")
         failure, slot.failure = slot.failure, None
         if slot.is_retired:
             self.state.retire(slot)  # (1)
             return
         if failure is not None:
-            self._end_eviction(slot)
+            self._clear_preload_if_evicted(slot)
         slot.leaving_cause = slot.leaving_for = None
         self.state.notify_evictors(slot)
         if failure is not None:
@@ -223,19 +223,19 @@ class CompletionHandlers:
         else:
             self.state.move(slot, "cold", "its memory is free")  # (3)
 
-    def _end_eviction(self, slot: Slot) -> None:
-        """A failed load is not tried again for those who wanted the model before an operator wanted it away."""
+    def _clear_preload_if_evicted(self, slot: Slot) -> None:
+        """Drops pin and preload of an evicted model after a failure, so that it is not retried."""
         if slot.leaving_cause == EVICTED:
-            self.state.forget_wishes(slot)
+            self.state.clear_preload(slot)
 
     # ---- failures ----
 
     def _after_failure(self, slot: Slot, failure: LoadFailure) -> None:
-        """Nothing is held in memory any more. Five cases:
+        """Retries or quarantines a slot that holds no memory any more. Five cases:
 
-        1. retired;  2. out of memory, for the first time: a higher estimate, and once more;
-        3. broken files, for the first time: remove them, and fetch once more;
-        4. other files than expected, for the first time: look at them again;  5. quarantine.
+        1. retired;  2. out of memory for the first time: retry with a higher estimate;
+        3. broken files for the first time: delete them and download them again;
+        4. changed files for the first time: locate them again;  5. quarantine.
         """
         slot.failure = failure
         may_retry = not self.state.is_draining
@@ -244,21 +244,21 @@ class CompletionHandlers:
         elif failure.is_oom and slot.need and not slot.had_oom and may_retry and slot.state != "fetching":
             slot.had_oom = True
             slot.need = slot.need.scaled(self.state.rules.oom_growth)
-            self.state.move(slot, "cold", "out of memory: once more with a higher estimate")  # (2)
+            self.state.move(slot, "cold", "out of memory: retrying with a higher estimate")  # (2)
         elif failure.is_broken and not slot.had_refetch and may_retry:
             slot.had_refetch, slot.files = True, None
             if slot.state != "fetching":
-                self.state.move(slot, "fetching", "broken files: fetching them once more")
+                self.state.move(slot, "fetching", "broken files: downloading them again")
             self.state.start(slot, Discard(slot.slot_id, slot.spec, failure.file))  # (3)
         elif failure.is_changed and not slot.had_refetch and may_retry:
             slot.had_refetch, slot.files = True, None
-            self.state.move(slot, "fetching", "its files have changed: looking at them again")
+            self.state.move(slot, "fetching", "files changed: locating them again")
             self.state.start(slot, StartLocate(slot.slot_id, slot.spec))  # (4)
         else:
             self._quarantine(slot, failure)  # (5)
 
     def _quarantine(self, slot: Slot, failure: LoadFailure) -> None:
-        """Longer each time, and longer still where only a person can help; all waiters get the cause now."""
+        """Blocks loads for a delay that doubles each time, longer if only a person can help; fails all waiters now."""
         first_s, longest_s = self.state.rules.retry_denied_s if failure.is_denied else self.state.rules.retry_s
         delay_s = min(longest_s, first_s * 2.0**slot.attempts) * (0.9 + 0.2 * self._jitter())
         slot.attempts += 1
@@ -266,5 +266,5 @@ class CompletionHandlers:
         if failure.is_broken or failure.is_changed:
             slot.files = None
         slot.claim, slot.leaving_cause = None, None
-        self.state.move(slot, "failed", f"{failure.kind}: {failure.message}; next attempt in {delay_s:.0f} s")
+        self.state.move(slot, "failed", f"{failure.kind}: {failure.message}; next attempt after {delay_s:.0f} s")
         self.state.fail_waiters(slot, lambda: load_error(slot, failure, self.state.now_s))

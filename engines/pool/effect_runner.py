@@ -1,6 +1,6 @@
-"""Outside work for the pool: each effect that takes time, done on a thread or the loop, and reported as an event.
+"""Executes the pool's slow effects on threads or the event loop, and returns their results as events.
 
-It decides nothing. Whatever is raised becomes a `ErrorRecord`, so that no waiter is ever left without an answer.
+Makes no decisions. Every exception becomes a `LoadFailure`, so that no waiter is left without an outcome.
 """
 
 import asyncio
@@ -47,32 +47,32 @@ from engines.pool.messages import (
     WarmUpCompleted,
     WarmUpErrored,
 )
-from engines.pool.runtime import Task, Workers
+from engines.pool.runtime import LoaderTask, Workers
 from engines.pool.slot import LoadFailure, MemoryNeed, Slot
 from engines.protocols import Engine, Files, Loader
 from engines.spec import ModelSpec
 from engines.types import Budget, ModelFiles
 
-LOOK_S = 5.0
-"""How long a look around is waited for; what has not been seen by then is seen later, or when it is asked for."""
+SCAN_S = 5.0
+"""How long `DiskScanner.scan` waits; slower searches go on in the background."""
 
 
 log = structlog.get_logger(__name__)
 
 
 PROGRESS_S = 0.2
-"""Download progress is reported at most this often for each model."""
+"""Minimum interval between two progress reports of one download."""
 
 
 _SLOWEST_BYTES_PER_S = 20e6
 
 
-_SLOWER = 10.0
-"""A load may read so slowly, and take so many times as long as the last one did."""
+_LOAD_TIME_FACTOR = 10.0
+"""A load hangs if it reads more slowly than that, and takes more than so many times as long as the last one."""
 
 
 class EffectRunner:
-    """Everything the pool's machine cannot do itself, on one device. `report` is for progress, from any thread."""
+    """Executes effects for one device and holds its engines. `report` passes download progress on, from any thread."""
 
     def __init__(
         self,
@@ -92,7 +92,7 @@ class EffectRunner:
         self._report = report
         self._hang_s = hang_s
         self._is_closed = False
-        self._doers: dict[type, Callable[[Any], Awaitable[PoolEvent]]] = {
+        self._runners: dict[type, Callable[[Any], Awaitable[PoolEvent]]] = {
             StartLocate: self._locate,
             StartFetch: self._fetch,
             Discard: self._discard,
@@ -101,40 +101,40 @@ class EffectRunner:
             StartUnload: self._unload,
         }
 
-    async def do(self, effect: Effect) -> PoolEvent:
-        """How it ended; never raises."""
-        return await self._doers[type(effect)](effect)
+    async def run(self, effect: Effect) -> PoolEvent:
+        """Executes the effect and returns its result as an event; never raises."""
+        return await self._runners[type(effect)](effect)
 
     async def read(self, memory: DeviceMemory, budget: Budget, last_bytes: int) -> BudgetChanged:
-        """A device that cannot be read keeps its last budget."""
+        """Reads the device and returns its budget, the last one if the reading fails."""
         try:
-            reading = await self._workers.load(memory.read, Task("reading the memory", self._hang_s))
-        except Exception:  # a driver's hiccup must not stop the queue for memory
+            reading = await self._workers.load(memory.read, LoaderTask("reading the memory", self._hang_s))
+        except Exception:  # a driver error must not stop the queue for memory
             log.exception("memory.unreadable")
             return BudgetChanged(last_bytes)
         return BudgetChanged(budget.of(reading.total_bytes), reading.ceiling_bytes)
 
-    async def look_around(self, slot_id: int, spec: ModelSpec) -> FilesFound | None:
-        """Is it on disk already? Without the network, and without consequences when it is not."""
+    async def find_on_disk(self, slot_id: int, spec: ModelSpec) -> FilesFound | None:
+        """Finds the model's files on disk without the network; None if they are not there or cannot be read."""
 
-        def look() -> FilesFound | None:
+        def find() -> FilesFound | None:
             files = self._files.locate(spec)
             need = self._estimates.estimate(spec, files) if files else None
             return FilesFound(slot_id, files, need) if files and need else None
 
         try:
-            return await self._workers.look(look)
+            return await self._workers.read_disk(find)
         except Exception as error:  # noqa: BLE001  # only a look; a request would tell what is wrong
             log.warning("model.not_located", model=spec.model_id, error=str(error))
             return None
 
     async def size(self, slot_id: int, spec: ModelSpec) -> SizeEstimated | None:
-        """How much will it take? Asks the hub where the files are not here; None when nobody knows."""
-        need = await self._ask_size(spec)
+        """Estimates the memory that the model needs, from the hub if the files are not on disk; None if unknown."""
+        need = await self._estimate_undownloaded(spec)
         return SizeEstimated(slot_id, need) if need else None
 
     def close(self) -> None:
-        """Running downloads end at their next progress report."""
+        """Makes running downloads end at their next progress report."""
         self._is_closed = True
 
     # ---- files ----
@@ -145,119 +145,120 @@ class EffectRunner:
             return files, self._estimates.estimate(effect.spec, files) if files else None
 
         try:
-            files, need = await self._workers.look(locate)
+            files, need = await self._workers.read_disk(locate)
             if files is None:
-                need = await self._ask_size(effect.spec)
+                need = await self._estimate_undownloaded(effect.spec)
         except Exception as error:  # noqa: BLE001  # becomes the waiters' answer
             return DownloadErrored(effect.slot_id, load_failure_of(error, effect.spec))
         return FilesLocated(effect.slot_id, files, need)
 
-    async def _ask_size(self, spec: ModelSpec) -> MemoryNeed | None:
-        """The size of a model whose files are not here."""
-        on_thread = self._workers.look if is_local(spec.source) else self._workers.ask
+    async def _estimate_undownloaded(self, spec: ModelSpec) -> MemoryNeed | None:
+        """Estimates the size of a model whose files are not on disk."""
+        on_thread = self._workers.read_disk if is_local(spec.source) else self._workers.query_hub
         return await on_thread(partial(self._estimates.estimate, spec, None))
 
     async def _fetch(self, effect: StartFetch) -> PoolEvent:
         def fetch() -> DownloadCompleted:
             files = self._files.fetch(effect.spec, self._progress(effect.slot_id))
             need = self._estimates.estimate(effect.spec, files)
-            assert need is not None, "files that are here have a size"
+            assert need is not None, "files on disk have a size"
             return DownloadCompleted(effect.slot_id, files, need)
 
-        on_thread = self._workers.look if is_local(effect.spec.source) else self._workers.fetch
+        on_thread = self._workers.read_disk if is_local(effect.spec.source) else self._workers.fetch
         try:
             return await on_thread(fetch)
         except Exception as error:  # noqa: BLE001  # becomes the waiters' answer
             return DownloadErrored(effect.slot_id, load_failure_of(error, effect.spec))
 
     def _progress(self, slot_id: int) -> Callable[[int, int], None]:
-        """Throttled here, on the fetching thread, so that a fast download does not flood the loop.
+        """Returns a progress callback that throttles on the downloading thread, so that fast downloads do not flood the
+        loop.
 
-        Called again and again: what was held back is told before a hub's silence, not after it.
+        `Files.fetch` calls it repeatedly, so figures held back are reported even when the hub stalls.
         """
-        last_s, told = -PROGRESS_S, (0, 0)
+        last_s, reported = -PROGRESS_S, (0, 0)
 
         def on_progress(done_bytes: int, total_bytes: int) -> None:
-            nonlocal last_s, told
+            nonlocal last_s, reported
             if self._is_closed:
                 raise ShuttingDown("the host closed during the download")
             now_s = time.monotonic()
-            is_news = (done_bytes, total_bytes) != told
-            if is_news and (now_s - last_s >= PROGRESS_S or done_bytes >= total_bytes):
-                last_s, told = now_s, (done_bytes, total_bytes)
+            is_new = (done_bytes, total_bytes) != reported
+            if is_new and (now_s - last_s >= PROGRESS_S or done_bytes >= total_bytes):
+                last_s, reported = now_s, (done_bytes, total_bytes)
                 self._report(DownloadProgressed(slot_id, done_bytes, total_bytes))
 
         return on_progress
 
     async def _discard(self, effect: Discard) -> PoolEvent:
         try:
-            is_removed = await self._workers.look(partial(self._files.discard, effect.spec, effect.file))
-        except Exception:  # what cannot be removed cannot be fetched anew
+            is_removed = await self._workers.read_disk(partial(self._files.discard, effect.spec, effect.file))
+        except Exception:  # a file that cannot be deleted cannot be downloaded again
             log.exception("model.not_discarded", model=effect.spec.model_id)
             is_removed = False
         return FilesDiscarded(effect.slot_id, is_removed)
 
     async def verify(self, spec: ModelSpec, files: ModelFiles, go_on: Callable[[], bool]) -> LoadFailure | None:
-        """What is wrong with the files; None when nothing is, or when `go_on` has said no."""
-        return await self._workers.look(partial(self._verified, spec, files, go_on))
+        """Hashes the files; returns the damage found, None if there is none or `go_on` returned False."""
+        return await self._workers.read_disk(partial(self._verify_files, spec, files, go_on))
 
-    def _verified(
+    def _verify_files(
         self, spec: ModelSpec, files: ModelFiles, go_on: Callable[[], bool], *, is_anew: bool = False
     ) -> LoadFailure | None:
         try:
             self._files.verify(spec, files, go_on, is_anew=is_anew)
         except BadModel as error:
             return load_failure_of(error, spec)
-        except Exception:  # a disk that cannot be read now
+        except Exception:  # the disk cannot be read at the moment
             log.exception("model.not_verified", model=spec.model_id)
         return None
 
-    async def _failure(self, error: Exception, load: StartLoad) -> LoadFailure:
-        """Why a load or its check failed. Where the model is no good its files are hashed: damage on the disk is what
-        fetching them again can cure, and what a person would look for last."""
+    async def _diagnose(self, error: Exception, load: StartLoad) -> LoadFailure:
+        """Returns the cause of a failed load or warm-up. After a `BadModel` the files are hashed: a new download
+        repairs damage on the disk, which a person would suspect last."""
         if not isinstance(error, BadModel) or isinstance(error, FilesChanged):
             return load_failure_of(error, load.spec)
         is_anew = isinstance(error, SelfCheckFailed | BrokenFiles)
-        verified = partial(self._verified, load.spec, load.files, lambda: not self._is_closed, is_anew=is_anew)
-        return await self._workers.look(verified) or load_failure_of(error, load.spec)
+        verified = partial(self._verify_files, load.spec, load.files, lambda: not self._is_closed, is_anew=is_anew)
+        return await self._workers.read_disk(verified) or load_failure_of(error, load.spec)
 
     # ---- engines ----
 
     async def _load(self, effect: StartLoad) -> PoolEvent:
         try:
-            task = Task(f"the load of model {effect.spec.model_id!r}", load_limit_s(effect.need, self._hang_s))
-            engine = await self._workers.load(partial(self._load_current, effect.spec, effect.files), task)
+            task = LoaderTask(f"the load of model {effect.spec.model_id!r}", load_limit_s(effect.need, self._hang_s))
+            engine = await self._workers.load(partial(self._load_unchanged, effect.spec, effect.files), task)
         except Exception as error:  # noqa: BLE001  # becomes the waiters' answer
-            return LoadErrored(effect.slot_id, await self._failure(error, effect))
+            return LoadErrored(effect.slot_id, await self._diagnose(error, effect))
         self.engines[effect.slot_id], self._loads[effect.slot_id] = engine, effect
         return LoadCompleted(effect.slot_id)
 
-    def _load_current(self, spec: ModelSpec, files: ModelFiles) -> Engine:
-        """The engine of files that are the expected ones before and after they are read: an operator may replace a
-        local folder at any time, and an engine of half of each would give wrong vectors.
+    def _load_unchanged(self, spec: ModelSpec, files: ModelFiles) -> Engine:
+        """Loads the engine and checks before and after that the files are the expected ones: an operator may replace a
+        local folder at any time, and an engine built from old and new files would compute wrong vectors.
 
         Raises:
-            FilesChanged: they are not.
+            FilesChanged: the files have changed.
             BadModel, OutOfMemory: see `Loader.load`.
         """
-        self._check_current(spec, files)
+        self._check_unchanged(spec, files)
         try:
             engine = self._loader.load(spec, files)
         except BadModel:
-            self._check_current(spec, files)
+            self._check_unchanged(spec, files)
             raise
         try:
-            self._check_current(spec, files)
+            self._check_unchanged(spec, files)
         except FilesChanged:
             engine.close()
             raise
         return engine
 
-    def _check_current(self, spec: ModelSpec, files: ModelFiles) -> None:
+    def _check_unchanged(self, spec: ModelSpec, files: ModelFiles) -> None:
         if not self._files.is_current(spec, files):
             raise FilesChanged(
-                "its files changed while it was loaded; ask again once they are written, or give each version a folder "
-                "of its own and name that in 'source'"
+                "the files changed during the load; retry once they are written, or put each version in its own folder "
+                "and set 'source' to it"
             )
 
     async def _warm(self, effect: StartWarm) -> PoolEvent:
@@ -265,72 +266,72 @@ class EffectRunner:
         try:
             await engine.warm_up()
         except Exception as error:  # noqa: BLE001  # becomes the waiters' answer
-            return WarmUpErrored(effect.slot_id, await self._failure(error, self._loads[effect.slot_id]))
+            return WarmUpErrored(effect.slot_id, await self._diagnose(error, self._loads[effect.slot_id]))
         return WarmUpCompleted(effect.slot_id, engine.weight_bytes, engine.workspace_bytes)
 
     async def _unload(self, effect: StartUnload) -> PoolEvent:
-        """An engine that cannot be closed is given up: its memory is lost, and the next reading will show it."""
+        """Closes the engine. If that fails, its memory is lost, which the next reading of the device shows."""
         try:
             del self._loads[effect.slot_id]
             close = self.engines.pop(effect.slot_id).close
-            await self._workers.load(close, Task("freeing a model", self._hang_s))
-        except Exception:  # the slot must not stay unloading for ever
+            await self._workers.load(close, LoaderTask("freeing a model", self._hang_s))
+        except Exception:  # the slot must not stay in `unloading` forever
             log.exception("model.not_closed", slot=effect.slot_id)
         return UnloadCompleted(effect.slot_id)
 
-    async def remember(self, spec: ModelSpec, files: ModelFiles, measurement: Measurement) -> None:
-        """For the next start."""
-        await self._workers.look(partial(self._estimates.remember, spec, files, measurement))
+    async def save_measurement(self, spec: ModelSpec, files: ModelFiles, measurement: Measurement) -> None:
+        """Saves the measurement for later estimates."""
+        await self._workers.read_disk(partial(self._estimates.save, spec, files, measurement))
 
 
 class DiskScanner:
-    """Looks on threads, and tells the pool's machine by `step`. `spawn` keeps the tasks until they end."""
+    """Finds files and sizes of models that no request needs yet; passes results to `step`. `spawn` holds the tasks."""
 
     def __init__(
         self,
-        work: EffectRunner,
+        runner: EffectRunner,
         step: Callable[[PoolEvent], None],
         spawn: Callable[[Coroutine[None, None, None]], asyncio.Task[None]],
     ) -> None:
-        self._work = work
+        self._runner = runner
         self._step = step
         self._spawn = spawn
 
-    async def look_around(self, slots: Iterable[Slot]) -> None:
-        """On disk, without the network, all at once."""
-        looks = [self._spawn(self._look(slot)) for slot in slots]
-        if looks:
-            await asyncio.wait(looks, timeout=LOOK_S)
+    async def scan(self, slots: Iterable[Slot]) -> None:
+        """Searches the disk for all slots concurrently, without the network; returns after `SCAN_S` at the latest."""
+        searches = [self._spawn(self._search(slot)) for slot in slots]
+        if searches:
+            await asyncio.wait(searches, timeout=SCAN_S)
 
     async def size(self, slot: Slot) -> None:
-        """Where it is not known yet: on disk, else a few kilobytes of the hub's."""
+        """Estimates an unknown size: from the disk, else from a few kilobytes read from the hub."""
         if slot.need is None:
-            await self._look(slot)
+            await self._search(slot)
         if slot.need is None:
-            self._tell(await self._work.size(slot.slot_id, slot.spec))
+            self._step_if_found(await self._runner.size(slot.slot_id, slot.spec))
 
-    async def _look(self, slot: Slot) -> None:
-        self._tell(await self._work.look_around(slot.slot_id, slot.spec))
+    async def _search(self, slot: Slot) -> None:
+        self._step_if_found(await self._runner.find_on_disk(slot.slot_id, slot.spec))
 
-    def _tell(self, event: PoolEvent | None) -> None:
+    def _step_if_found(self, event: PoolEvent | None) -> None:
         if event is not None:
             self._step(event)
 
 
 def load_limit_s(need: MemoryNeed, hang_s: float) -> float:
-    """How long a load may take before it counts as hanging: generous, for a slow disk is no reason to give up."""
-    return hang_s + need.weight_bytes / _SLOWEST_BYTES_PER_S + _SLOWER * (need.load_s or 0.0)
+    """Returns how long a load may take before it counts as hanging; generous, as slow disks are legitimate."""
+    return hang_s + need.weight_bytes / _SLOWEST_BYTES_PER_S + _LOAD_TIME_FACTOR * (need.load_s or 0.0)
 
 
 def load_failure_of(error: Exception, spec: ModelSpec | None) -> LoadFailure:
-    """What clients may hear of it; the rest goes to the log."""
+    """Converts an exception to a failure that is safe to show to clients; logs details that are not."""
     if isinstance(error, BrokenFiles):
         return LoadFailure(kind=error.kind, message=str(error), file=error.file)
     if isinstance(error, BadModel):
         return LoadFailure(kind=error.kind, message=str(error))
     if isinstance(error, OutOfMemory | MemoryError):
         return LoadFailure(kind="out_of_memory", message=str(error) or "the device ran out of memory")
-    if is_out_of_memory(error):  # by its words, which may hold what no client should see
+    if is_out_of_memory(error):  # recognized by its message, which may hold details that no client may see
         return LoadFailure(kind="out_of_memory", message="the device ran out of memory")
     if isinstance(error, EngineError):
         return LoadFailure(kind="load", message=str(error))

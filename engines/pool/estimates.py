@@ -1,4 +1,4 @@
-"""What models took when they were last loaded, kept on disk; and from it, or from their files, what they will take."""
+"""Estimates the memory that a model needs, from earlier measurements on disk or from its files."""
 
 import threading
 from pathlib import Path
@@ -13,7 +13,7 @@ from engines.types import ModelFiles
 
 
 class Measurement(Struct, frozen=True, kw_only=True):
-    """Measured after a warm-up."""
+    """Memory and load time of a model, measured after its warm-up."""
 
     weight_bytes: int
     workspace_bytes: int
@@ -21,32 +21,32 @@ class Measurement(Struct, frozen=True, kw_only=True):
 
 
 class Measurements:
-    """One JSON file for all hosts of a machine (`JsonStore`).
+    """Stores measurements in one JSON file for all hosts of a machine (`JsonStore`). Thread-safe.
 
     Args:
         path: the file; None keeps the measurements in memory only.
     """
 
     def __init__(self, path: Path | None = None) -> None:
-        self._lock = threading.Lock()  # hosts share this object, each from threads of its own
-        self._kept: JsonStore[Measurement] = JsonStore(path, dict[str, Measurement])
+        self._lock = threading.Lock()  # hosts share this object and use it from different threads
+        self._store: JsonStore[Measurement] = JsonStore(path, dict[str, Measurement])
 
     def get(self, key: str) -> Measurement | None:
         with self._lock:
-            return self._kept.get(key)
+            return self._store.get(key)
 
     def put(self, key: str, measurement: Measurement) -> None:
-        """Blocks on the disk."""
+        """Saves a measurement; blocks on the disk."""
         with self._lock:
-            self._kept.put(key, measurement)
+            self._store.put(key, measurement)
 
 
 class Estimates:
-    """What a model will take on one device. Blocks, sometimes on the network: call it on a thread.
+    """Estimates memory on one device. Blocks, sometimes on the network: call it on a thread.
 
     Args:
-        workspace_bytes: the guess for a model that never ran here.
-        conditions: what the bytes depend on beside the model and the device (`HostConfig.conditions`).
+        workspace_bytes: the guess for a model without a measurement.
+        conditions: the settings that the bytes depend on (`HostConfig.conditions`).
     """
 
     def __init__(
@@ -59,18 +59,21 @@ class Estimates:
         self._conditions = conditions
 
     def estimate(self, spec: ModelSpec, files: ModelFiles | None) -> MemoryNeed | None:
-        """What is remembered is a guess, for settings and software change: only the headers can refuse a model.
+        """Estimates the model's memory; None if unknown.
 
-        1. measured before under these very settings;  2. measured under others: no less than the headers tell;
-        3. the headers tell the weights;  4. only the size on disk is known: a guess;  5. nothing is known.
+        Measurements count as guesses, as settings and software change: only weights from safetensors headers are
+        certain and can refuse a model. Five cases:
+
+        1. measured under the same settings;  2. measured under other settings: at least the weights of the headers;
+        3. weights from the headers;  4. only the size on disk is known: a guess;  5. nothing is known.
         """
-        same, other = self._remembered(spec, files) if files else (None, None)
+        same, other = self._find_measurements(spec, files) if files else (None, None)
         weight_bytes = self._files.weight_bytes(spec, self._device)
         if same is not None:
-            return _guess(same, same.weight_bytes, min(weight_bytes or 0, same.weight_bytes))  # (1)
+            return _need_of(same, same.weight_bytes, min(weight_bytes or 0, same.weight_bytes))  # (1)
         if other is not None:
             least_bytes = weight_bytes or 0
-            return _guess(other, max(least_bytes, other.weight_bytes), least_bytes)  # (2)
+            return _need_of(other, max(least_bytes, other.weight_bytes), least_bytes)  # (2)
         if weight_bytes is not None:
             return MemoryNeed(
                 weight_bytes=weight_bytes, workspace_bytes=self._workspace_bytes, weights_known=True
@@ -79,20 +82,21 @@ class Estimates:
             return MemoryNeed(weight_bytes=files.size_bytes, workspace_bytes=self._workspace_bytes)  # (4)
         return None  # (5)
 
-    def remember(self, spec: ModelSpec, files: ModelFiles, measurement: Measurement) -> None:
-        """Next time it is known."""
+    def save(self, spec: ModelSpec, files: ModelFiles, measurement: Measurement) -> None:
+        """Saves a measurement for later estimates."""
         for key in self._keys(spec, files):
             self._measurements.put(key, measurement)
 
-    def _remembered(self, spec: ModelSpec, files: ModelFiles) -> tuple[Measurement | None, Measurement | None]:
-        """What it took under these settings, and what it took last under any."""
+    def _find_measurements(self, spec: ModelSpec, files: ModelFiles) -> tuple[Measurement | None, Measurement | None]:
+        """Returns the measurements under these settings and under any settings."""
         exact, plain = self._keys(spec, files)
         return self._measurements.get(exact), self._measurements.get(plain)
 
     def _keys(self, spec: ModelSpec, files: ModelFiles) -> tuple[str, str]:
-        """Under these settings, and under any: the weights, their type, the kind of device, and the largest batch.
+        """Returns the store's keys for these settings and for any settings: revision, dtype, kind of device, largest
+        batch.
 
-        A vector cache counts as weights where it is in the device's memory.
+        A vector cache in the device's memory (CPU) counts as weights.
         """
         kind = self._device.partition(":")[0]
         plain = f"{files.revision} {spec.dtype} {kind} {spec.max_batch_tokens or 'default'}"
@@ -101,8 +105,8 @@ class Estimates:
         return f"{plain} {self._conditions}".rstrip(), plain
 
 
-def _guess(measured: Measurement, weight_bytes: int, least_weight_bytes: int) -> MemoryNeed:
-    """What it took last is what it will take, but for the weights."""
+def _need_of(measured: Measurement, weight_bytes: int, least_weight_bytes: int) -> MemoryNeed:
+    """Builds an estimate from a measurement, with other weights."""
     return MemoryNeed(
         weight_bytes=weight_bytes,
         workspace_bytes=measured.workspace_bytes,

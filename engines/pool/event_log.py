@@ -1,4 +1,4 @@
-"""The last events of a host, numbered; anyone may follow along. A slow follower loses events, never holds one up."""
+"""Retains the last events of a host for any number of followers. A slow follower loses events; it never blocks."""
 
 import asyncio
 from collections import deque
@@ -14,7 +14,7 @@ log = structlog.get_logger(__name__)
 
 
 class EventLog:
-    """A ring of events. `seq` rises by one; a gap in what a follower sees means: read the snapshot again."""
+    """A ring buffer of events. `seq` rises by one; a follower that sees a gap has to read the snapshot again."""
 
     def __init__(self, host_id: str, max_events: int = 2048) -> None:
         self._host_id = host_id
@@ -24,13 +24,13 @@ class EventLog:
         self.last_seq = 0
 
     async def arrived(self, after: int) -> bool:
-        """Wait for an event after that `seq`; False when there will be none."""
+        """Waits for an event with a `seq` higher than `after`; returns False if the log is closed first."""
         while self.last_seq <= after and not self._is_closed:
             await self._arrival.wait()
         return self.last_seq > after
 
     def record(self, effect: Emit, time_s: float) -> None:
-        """Number it, remember it, wake the followers; nobody is waited for."""
+        """Numbers and retains an event and wakes the followers, without waiting for them."""
         self.last_seq += 1
         event = Event(
             seq=self.last_seq,
@@ -45,30 +45,30 @@ class EventLog:
             done_bytes=effect.done_bytes,
             total_bytes=effect.total_bytes,
             missing_bytes=effect.missing_bytes,
-            **structs.asdict(effect.facts),
+            **structs.asdict(effect.details),
         )
         self._ring.append(event)
         self._wake()
         if event.kind == "state":
             log.info("model.state", model=event.model_id, source=event.source, target=event.target, cause=event.cause)
-        if event.missing_bytes:  # memory is too small for the traffic: worth a person's attention
+        if event.missing_bytes:  # memory is too small for the traffic: an operator should see it
             log.warning("model.thrash", model=event.model_id, claimant=event.claimant, missing=event.missing_bytes)
 
     def close(self) -> None:
-        """Followers end once they have seen what is remembered."""
+        """Closes the log; followers end after the retained events."""
         self._is_closed = True
         self._wake()
 
     def follow(self, after: int | None = None) -> AsyncIterator[Event]:
-        """Events from this call on; with `after`, the remembered ones since that `seq` first.
+        """Yields events from this call on; with `after`, the retained events with a higher `seq` first.
 
-        A number from an earlier life of the host, larger than any given out here, brings all that is remembered.
+        An `after` larger than any number of this log, from before a restart of the host, yields all retained events.
         """
         seen = self.last_seq if after is None else after if after <= self.last_seq else 0
         return self._follow(seen)
 
     def since(self, after: int) -> list[Event]:
-        """The remembered events after that `seq`, for those who come and look instead of following."""
+        """Returns the retained events with a higher `seq`, for callers that poll."""
         return self._since(after if after <= self.last_seq else 0)
 
     async def _follow(self, seen: int) -> AsyncIterator[Event]:
@@ -83,7 +83,7 @@ class EventLog:
             await self._arrival.wait()
 
     def _since(self, seen: int) -> list[Event]:
-        """A copy: the ring turns while a follower is busy with an event."""
+        """Copies the newer events, as the ring changes while a follower handles one."""
         newer: list[Event] = []
         for event in reversed(self._ring):
             if event.seq <= seen:

@@ -1,8 +1,8 @@
-"""Bytes and victims: pure functions of slots and numbers. They decide; `engines/pool/admission.py` acts.
+"""Memory arithmetic and the choice of victims: pure functions, which `engines/pool/admission.py` applies.
 
     Σ weights + the largest workspace ≤ limit
 
-because the engines of a device take turns on one lane, so their workspaces do not add up.
+because the engines of a device run one at a time, so their workspaces do not add up.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,7 +11,7 @@ from engines.pool.slot import LEAVING, NO_MEMORY, MemoryNeed, PoolPolicy, Slot
 
 
 def total_bytes(needs: Iterable[MemoryNeed]) -> int:
-    """What these models take together."""
+    """Returns the bytes that these models need together: the sum of weights and the largest workspace."""
     weights = workspace = 0
     for need in needs:
         weights += need.weight_bytes
@@ -20,17 +20,18 @@ def total_bytes(needs: Iterable[MemoryNeed]) -> int:
 
 
 def charges(slots: Iterable[Slot], *others: MemoryNeed) -> list[MemoryNeed]:
-    """What is charged for the slots, and more needs beside them."""
+    """Returns the needs that are charged for the slots, followed by `others`."""
     return [slot.reserved for slot in slots] + list(others)
 
 
 def never_fits(need: MemoryNeed, immovable: Iterable[Slot], budget_bytes: int) -> bool:
-    """Whether what is known for certain overflows the budget beside models that will not leave."""
+    """Tells whether the certain part of `need` exceeds the budget beside models that cannot be evicted."""
     return total_bytes(charges(immovable, need.known())) > budget_bytes
 
 
 def can_be_victim(slot: Slot, rules: PoolPolicy, now_s: float, *, even_leased: bool) -> bool:
-    """Ready, not pinned, past its minimum residency, and not leased, unless a claim is overdue (`even_leased`)."""
+    """Tells whether the model may be evicted: ready, not pinned, past its minimum residency, and without leases (unless
+    `even_leased`: a claim is overdue)."""
     return (
         slot.state == "ready"
         and not slot.is_pinned
@@ -40,7 +41,8 @@ def can_be_victim(slot: Slot, rules: PoolPolicy, now_s: float, *, even_leased: b
 
 
 def victim_order(slot: Slot) -> tuple[bool, int, float]:
-    """Idle before busy, then least recently used; used in the same second: the cheapest to reload per byte freed."""
+    """Sort key for eviction: idle before busy, then least recently used (to the second), then fastest reload per
+    byte."""
     seconds_per_byte = (slot.load_s or 0.0) / max(1, slot.reserved.weight_bytes)
     return bool(slot.leases), int(slot.used_at_s), seconds_per_byte
 
@@ -48,9 +50,9 @@ def victim_order(slot: Slot) -> tuple[bool, int, float]:
 def choose_victims(
     charged: Sequence[Slot], candidates: Iterable[Slot], need: MemoryNeed, limit_bytes: int
 ) -> tuple[Slot, ...] | None:
-    """As few of `candidates`, in eviction order, as must leave for `need` to fit; None when all of them do not do.
+    """Chooses as few `candidates` as possible, in eviction order, so that `need` fits; None if all are not enough.
 
-    All or nothing: a model never leaves for a claim that would still not fit.
+    All or nothing: no model is evicted for a claim that would still not fit.
     """
     staying = {slot.slot_id: slot for slot in charged}
     victims: list[Slot] = []
@@ -61,7 +63,7 @@ def choose_victims(
         victims.append(slot)
     if total_bytes(charges(staying.values(), need)) > limit_bytes:
         return None
-    for slot in reversed(victims[:]):  # an early small victim may be spared by a later large one
+    for slot in reversed(victims[:]):  # a later large victim may make an earlier small one unnecessary
         if total_bytes(charges(staying.values(), slot.reserved, need)) <= limit_bytes:
             staying[slot.slot_id] = slot
             victims.remove(slot)
@@ -69,23 +71,23 @@ def choose_victims(
 
 
 def without_leaving(charged: Iterable[Slot]) -> list[Slot]:
-    """Those that stay once every drain and unload under way is done."""
+    """Returns the slots that remain charged once all drains and unloads in progress are done."""
     return [slot for slot in charged if slot.state not in LEAVING]
 
 
 def may_pass(need: MemoryNeed, older: Sequence[MemoryNeed], stayers: Iterable[Slot], limit_bytes: int) -> bool:
-    """Whether a younger claim that fits now leaves room for all older ones too, so that it delays none of them.
+    """Tells whether a younger claim leaves enough memory for all older ones, so that it delays none of them.
 
-    `stayers`: pinned models, and all that were loaded since the oldest claim began: they will not leave for it soon.
+    `stayers`: pinned models and all models loaded since the oldest claim began, which will not be evicted soon.
     """
     return total_bytes(charges(stayers, *older, need)) <= limit_bytes
 
 
 def missing_bytes(staying: Iterable[Slot], need: MemoryNeed, limit_bytes: int) -> int:
-    """How much more memory would have let `need` fit without evicting anyone."""
+    """Returns the bytes that are missing for `need` to fit beside `staying`; 0 if it fits."""
     return max(0, total_bytes(charges(staying, need)) - limit_bytes)
 
 
 def deficit_bytes(charged: Iterable[Slot], budget_bytes: int) -> int:
-    """How far measured models overshoot the budget; until it is paid nothing is loaded."""
+    """Returns the bytes by which loaded models exceed the budget; nothing is loaded until it is 0."""
     return missing_bytes(charged, NO_MEMORY, budget_bytes)

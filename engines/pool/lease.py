@@ -1,4 +1,4 @@
-"""Who waits on the pool and who holds a lease, as futures and tasks of one event loop."""
+"""Waiting calls and leases of the pool, as futures and tasks of one event loop."""
 
 import asyncio
 from collections.abc import Callable
@@ -10,22 +10,23 @@ from engines.protocols import Engine
 
 
 class Callers:
-    """Every caller is known by a number: first as a waiter, then as the holder of a lease."""
+    """Holds the future of every waiting call by `waiter_id`, and all leases."""
 
     def __init__(self) -> None:
         self._futures: dict[int, asyncio.Future[Engine | None]] = {}
         self.leases: set[Lease] = set()
         self._last_id = 0
 
-    def admit(self) -> tuple[int, asyncio.Future[Engine | None]]:
-        """A new number, and the future that its answer will come through."""
+    def register(self) -> tuple[int, asyncio.Future[Engine | None]]:
+        """Creates a waiter id and the future that receives its outcome."""
         self._last_id += 1
         future: asyncio.Future[Engine | None] = asyncio.get_running_loop().create_future()
         self._futures[self._last_id] = future
         return self._last_id, future
 
-    def answer(self, waiter_id: int, outcome: Engine | EngineError | None) -> None:
-        """A caller cancelled in this tick has a dead future by now; its own handler gives everything back."""
+    def resolve(self, waiter_id: int, outcome: Engine | EngineError | None) -> None:
+        """Sets the outcome of a waiter. Does nothing if its future is done: a call cancelled in this tick releases its
+        own lease."""
         future = self._futures.get(waiter_id)
         if future is None or future.done():
             return
@@ -34,23 +35,22 @@ class Callers:
         else:
             future.set_result(outcome)
 
-    def forget(self, waiter_id: int) -> None:
+    def unregister(self, waiter_id: int) -> None:
         del self._futures[waiter_id]
 
-    def interrupt(self, make_error: Callable[[], EngineError]) -> None:
-        """End every lease's block, and every wait for one; each caller gets an error of its own."""
+    def interrupt_all(self, make_error: Callable[[], EngineError]) -> None:
+        """Interrupts all leases and fails all waiters, each with its own error object."""
         for lease in self.leases:
             lease.interrupt(make_error())
         for waiter_id in self._futures:
-            self.answer(waiter_id, make_error())
+            self.resolve(waiter_id, make_error())
 
 
 class Lease:
-    """`async with`: the call's model, ready, and not to be freed inside the block.
+    """Async context manager that enters with the call's engine, ready, and keeps it in memory inside the block.
 
-    Granted without a suspension when the model is ready. Whatever happens, and wherever the caller is cancelled, the
-    lease goes back: also one granted in the very tick in which the caller was cancelled. A class and not a generator:
-    it is on the path of every request.
+    Enters without suspending if the model is ready. The lease is always released, wherever the caller is cancelled,
+    even if it was granted in the same tick. A class and not a generator, as it is on the path of every request.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Lease:
         self._interruption: EngineError | None = None
 
     async def __aenter__(self) -> Engine:
-        waiter_id, future = self._callers.admit()
+        waiter_id, future = self._callers.register()
         try:
             self._step(self._acquire(waiter_id))
             engine = await future
@@ -73,8 +73,8 @@ class Lease:
             self._step(LeaseCancelled(waiter_id))
             raise
         finally:
-            self._callers.forget(waiter_id)
-        assert engine is not None, "a grant comes with an engine"
+            self._callers.unregister(waiter_id)
+        assert engine is not None, "a granted lease has an engine"
         self._waiter_id, self._task = waiter_id, asyncio.current_task()
         self._callers.leases.add(self)
         return engine
@@ -84,15 +84,15 @@ class Lease:
     ) -> None:
         self._callers.leases.discard(self)
         self._step(LeaseReleased(self._waiter_id))
-        if kind is asyncio.CancelledError and self._interruption is not None and self._was_alone():
+        if kind is asyncio.CancelledError and self._interruption is not None and self._is_sole_cancellation():
             raise self._interruption from None
 
     def interrupt(self, error: EngineError) -> None:
-        """Cancel what the block awaits; its caller gets the error."""
+        """Cancels the block; its caller gets the error."""
         if self._task is not None and self._interruption is None:
             self._interruption, self._cancels_before = error, self._task.cancelling()
             self._task.cancel()
 
-    def _was_alone(self) -> bool:
-        """Whether the cancellation was `interrupt`'s alone, and not its owner's as well."""
+    def _is_sole_cancellation(self) -> bool:
+        """Tells whether only `interrupt` cancelled the task, and not its owner too."""
         return self._task is not None and self._task.uncancel() <= self._cancels_before

@@ -1,6 +1,6 @@
-"""What goes into the pool's state machine: what callers ask, and how outside work ended. Frozen, without behaviour.
+"""Messages of the pool's state machine: events go in, effects come out. Frozen records.
 
-A waiter, a lease and an operator's command are all known by an integer that the shell draws: `waiter_id`.
+`waiter_id` identifies a waiting request, its lease, or an operator's command; `ModelPool` assigns it.
 """
 
 from collections.abc import Mapping
@@ -16,41 +16,41 @@ from engines.types import ModelFiles, State
 
 
 class Grant(Struct, frozen=True):
-    """The waiter holds a lease on the slot's engine from this step on."""
+    """Gives the waiter a lease on the slot's engine, held from this step on."""
 
     waiter_id: int
     slot_id: int
 
 
 class Done(Struct, frozen=True):
-    """The eviction that `waiter_id` asked for is complete."""
+    """Completes the eviction that `waiter_id` requested."""
 
     waiter_id: int
 
 
 class Fail(Struct, frozen=True):
-    """The waiter gets this error; it holds nothing."""
+    """Fails the waiter with this error; it holds no lease."""
 
     waiter_id: int
     error: EngineError
 
 
 class StartLocate(Struct, frozen=True):
-    """Look on disk, else ask for the size. Ends in `FilesLocated` or `DownloadErrored`."""
+    """Finds the files on disk, else asks the hub for their size. Ends in `FilesLocated` or `DownloadErrored`."""
 
     slot_id: int
     spec: ModelSpec
 
 
 class StartFetch(Struct, frozen=True):
-    """Bring the files. Ends in `DownloadCompleted` or `DownloadErrored`."""
+    """Downloads the files. Ends in `DownloadCompleted` or `DownloadErrored`."""
 
     slot_id: int
     spec: ModelSpec
 
 
 class Discard(Struct, frozen=True):
-    """Remove a corrupt file, or all. Ends in `FilesDiscarded`."""
+    """Deletes a corrupt file, all files if None. Ends in `FilesDiscarded`."""
 
     slot_id: int
     spec: ModelSpec
@@ -58,11 +58,11 @@ class Discard(Struct, frozen=True):
 
 
 class ReadMemory(Struct, frozen=True):
-    """Read the device. Ends in `BudgetChanged`."""
+    """Reads the device's memory. Ends in `BudgetChanged`."""
 
 
 class StartLoad(Struct, frozen=True):
-    """Build the engine; `need` is charged already. Ends in `LoadCompleted` or `LoadErrored`."""
+    """Builds the engine; `need` is charged already. Ends in `LoadCompleted` or `LoadErrored`."""
 
     slot_id: int
     spec: ModelSpec
@@ -71,19 +71,19 @@ class StartLoad(Struct, frozen=True):
 
 
 class StartWarm(Struct, frozen=True):
-    """Warm the engine up. Ends in `WarmUpCompleted` or `WarmUpErrored`."""
+    """Warms the engine up. Ends in `WarmUpCompleted` or `WarmUpErrored`."""
 
     slot_id: int
 
 
 class StartUnload(Struct, frozen=True):
-    """Free the engine; nobody holds a lease on it. Ends in `UnloadCompleted`, whatever happens."""
+    """Frees the engine, which has no leases. Always ends in `UnloadCompleted`."""
 
     slot_id: int
 
 
 class ArmTimer(Struct, frozen=True):
-    """Send a `TimerFired` at this moment and at no other; None: no timer."""
+    """Sets the only timer: it sends `TimerFired` at `at_s`; None cancels it."""
 
     at_s: float | None
 
@@ -92,7 +92,7 @@ _BY_CAUSE = {EVICTED: "operator", SHUTDOWN: "shutdown", DAMAGED: "damaged"}
 
 
 class EventDetails(Struct, frozen=True, kw_only=True):
-    """See `engines.types.Event`."""
+    """The fields of `engines.types.Event` for programs."""
 
     reason: str = ""
     seconds: float = 0.0
@@ -104,9 +104,9 @@ NO_DETAILS = EventDetails()
 
 
 class Emit(Struct, frozen=True):
-    """Tell the world. The shell adds number, time and host to make an `engines.types.Event` of it.
+    """Publishes an event; `EventLog` adds number, time and host to make an `engines.types.Event` of it.
 
-    `missing_bytes`: not 0 when two models take turns because they cannot both fit; so many bytes would end it.
+    `missing_bytes`: not 0 when two models take turns because they do not fit together; that many bytes would end it.
     """
 
     slot_id: int
@@ -119,7 +119,7 @@ class Emit(Struct, frozen=True):
     done_bytes: int = 0
     total_bytes: int = 0
     missing_bytes: int = 0
-    facts: EventDetails = NO_DETAILS
+    details: EventDetails = NO_DETAILS
 
 
 Effect = (
@@ -129,10 +129,10 @@ Effect = (
 
 
 def event_details(slot: Slot, target: State, now_s: float) -> EventDetails:
-    """What the slot's step from its present state to `target` means. Four cases:
+    """Returns the event fields for the slot's step from its present state to `target`. Four cases:
 
-    1. a load has succeeded;  2. an eviction: its requests have ended;
-    3. a fetch, load or warm-up has failed, whether it is tried again or not;  4. nothing to count.
+    1. a load has succeeded;  2. an eviction begins to free memory: its requests have ended;
+    3. a download, load or warm-up has failed, whether it is retried or not;  4. any other step.
     """
     step = (slot.state, target)
     if step == ("warming", "ready"):
@@ -140,15 +140,15 @@ def event_details(slot: Slot, target: State, now_s: float) -> EventDetails:
             seconds=slot.load_s or 0.0, estimated_bytes=slot.estimated_bytes, measured_bytes=slot.reserved.total_bytes
         )  # (1)
     if step == ("draining", "unloading"):
-        return EventDetails(reason=_why_it_leaves(slot), seconds=now_s - slot.ready_at_s)  # (2)
+        return EventDetails(reason=_eviction_reason(slot), seconds=now_s - slot.ready_at_s)  # (2)
     is_failure = target == "failed" or (slot.state in ("loading", "unloading") and target in ("cold", "fetching"))
     if is_failure and slot.failure is not None:
         return EventDetails(reason=slot.failure.kind)  # (3)
     return NO_DETAILS  # (4)
 
 
-def _why_it_leaves(slot: Slot) -> str:
-    """One word of a short list: people read the cause, programs count these."""
+def _eviction_reason(slot: Slot) -> str:
+    """Returns the eviction's reason from a fixed list, for metrics; `cause` is the text for people."""
     cause = slot.leaving_cause or ""
     if slot.is_retired:
         return "registry"
@@ -160,11 +160,11 @@ def _why_it_leaves(slot: Slot) -> str:
 NEVER = float("inf")
 
 
-# ---- events: what callers ask -------------------------------------------------------------------------------
+# ---- events: requests and commands -------------------------------------------------------------------------------
 
 
 class LeaseRequested(Struct, frozen=True):
-    """A request wants a lease. Answered by exactly one `Grant` or `Fail`, unless it cancels first."""
+    """A request needs a lease. Exactly one `Grant` or `Fail` follows, unless it is cancelled first."""
 
     waiter_id: int
     model_id: str
@@ -174,21 +174,22 @@ class LeaseRequested(Struct, frozen=True):
 
 
 class LeaseCancelled(Struct, frozen=True):
-    """Whoever `waiter_id` is has gone: stop waiting, give back the lease, or give up the eviction. Never an error."""
+    """The caller of `waiter_id` was cancelled: remove the waiter, release its lease, or cancel its eviction. Never
+    fails."""
 
     waiter_id: int
 
 
 class LeaseReleased(Struct, frozen=True):
-    """The lease granted to `waiter_id` ends."""
+    """The request `waiter_id` has finished with its lease."""
 
     waiter_id: int
 
 
 class PreloadRequested(Struct, frozen=True):
-    """Load without a request; an operator's word, so it also ends a quarantine.
+    """An operator preloads a model; this also ends a quarantine.
 
-    `is_tentative`: where the load fails, another host is asked, so the model is neither pinned nor tried again here.
+    `is_tentative`: the caller tries another host if the load fails, so the model is neither pinned nor retried here.
     """
 
     model_id: str
@@ -197,7 +198,7 @@ class PreloadRequested(Struct, frozen=True):
 
 
 class EvictionRequested(Struct, frozen=True):
-    """An operator wants the model's memory back. Answered by exactly one `Done` or `Fail`, unless it cancels first."""
+    """An operator evicts a model. Exactly one `Done` or `Fail` follows, unless it is cancelled first."""
 
     waiter_id: int
     model_id: str
@@ -205,24 +206,24 @@ class EvictionRequested(Struct, frozen=True):
 
 
 class RegistryReloaded(Struct, frozen=True):
-    """The registry's models from now on."""
+    """The registry has changed to these models."""
 
     specs: Mapping[str, ModelSpec]
 
 
 class DrainRequested(Struct, frozen=True):
-    """Shut down: admit nothing new, let what was admitted finish, free everything."""
+    """The host shuts down: refuse new requests, let admitted ones finish, free all memory."""
 
 
 class TimerFired(Struct, frozen=True):
-    """Time passed."""
+    """The time set by `ArmTimer` has come."""
 
 
-# ---- events: how outside work ended -------------------------------------------------------------------------
+# ---- events: results of asynchronous work -------------------------------------------------------------------------
 
 
 class FilesFound(Struct, frozen=True):
-    """The look around at start: the files are on disk already. Old news unless the model is absent."""
+    """The scan at start found the files on disk. Ignored unless the model is absent."""
 
     slot_id: int
     files: ModelFiles
@@ -230,14 +231,15 @@ class FilesFound(Struct, frozen=True):
 
 
 class SizeEstimated(Struct, frozen=True):
-    """What the model takes, asked for without any wish to load it. Old news when that is known already."""
+    """The model's size was estimated without a request to load it. Ignored if the size is known already."""
 
     slot_id: int
     need: MemoryNeed
 
 
 class FilesLocated(Struct, frozen=True):
-    """Looked on disk. `files` None: not whole there; `need` None: the size is unknown until the download is done."""
+    """The search on disk has ended. `files` None: not complete; `need` None: size unknown until the download is
+    done."""
 
     slot_id: int
     files: ModelFiles | None
@@ -245,7 +247,7 @@ class FilesLocated(Struct, frozen=True):
 
 
 class DownloadCompleted(Struct, frozen=True):
-    """The files are on disk, verified."""
+    """The files are on disk and verified."""
 
     slot_id: int
     files: ModelFiles
@@ -253,14 +255,14 @@ class DownloadCompleted(Struct, frozen=True):
 
 
 class DownloadErrored(Struct, frozen=True):
-    """Looking, asking or downloading failed."""
+    """The search on disk, the request to the hub or the download failed."""
 
     slot_id: int
     failure: LoadFailure
 
 
 class DownloadProgressed(Struct, frozen=True):
-    """A download came this far."""
+    """A running download reports its progress."""
 
     slot_id: int
     done_bytes: int
@@ -268,14 +270,14 @@ class DownloadProgressed(Struct, frozen=True):
 
 
 class FilesDiscarded(Struct, frozen=True):
-    """A corrupt file is gone, or may not be removed."""
+    """A corrupt file was deleted, or may not be deleted (`is_removed` false)."""
 
     slot_id: int
     is_removed: bool
 
 
-class Damaged(Struct, frozen=True):
-    """The files that a model was loaded from, or will be, are not what they should be. Old news for other files."""
+class FilesDamaged(Struct, frozen=True):
+    """Verification found damaged or replaced files. Ignored if the slot has other files by now."""
 
     slot_id: int
     files: ModelFiles
@@ -283,33 +285,33 @@ class Damaged(Struct, frozen=True):
 
 
 class BudgetChanged(Struct, frozen=True):
-    """The device was read. `ceiling_bytes`: what this process could have at most now; others use the device too."""
+    """The device was read. `ceiling_bytes`: the memory that this process can use at most beside other processes now."""
 
     budget_bytes: int
     ceiling_bytes: int | None = None
 
 
-class Blocked(Struct, frozen=True):
-    """Nothing can be loaded or freed here: why, in words; empty when that is over."""
+class LoadsBlocked(Struct, frozen=True):
+    """A load hangs, so nothing can be loaded or freed; `reason` describes it, and is empty once it has ended."""
 
     reason: str
 
 
 class LoadCompleted(Struct, frozen=True):
-    """The engine exists."""
+    """The engine was built."""
 
     slot_id: int
 
 
 class LoadErrored(Struct, frozen=True):
-    """No engine came of it, and no memory is held."""
+    """The load failed; it holds no memory."""
 
     slot_id: int
     failure: LoadFailure
 
 
 class WarmUpCompleted(Struct, frozen=True):
-    """The engine ran once; these are measured."""
+    """The engine ran once; its memory is measured."""
 
     slot_id: int
     weight_bytes: int
@@ -317,14 +319,14 @@ class WarmUpCompleted(Struct, frozen=True):
 
 
 class WarmUpErrored(Struct, frozen=True):
-    """The engine exists and is no good; it must be unloaded."""
+    """The warm-up failed; the engine must be unloaded."""
 
     slot_id: int
     failure: LoadFailure
 
 
 class UnloadCompleted(Struct, frozen=True):
-    """The memory is free."""
+    """The engine's memory is free."""
 
     slot_id: int
 
@@ -345,9 +347,9 @@ PoolEvent = (
     | DownloadErrored
     | DownloadProgressed
     | FilesDiscarded
-    | Damaged
+    | FilesDamaged
     | BudgetChanged
-    | Blocked
+    | LoadsBlocked
     | LoadCompleted
     | LoadErrored
     | WarmUpCompleted

@@ -1,6 +1,6 @@
-"""Runs the pool on an event loop: carries effects out, and turns outcomes, timers and callers into events.
+"""Runs the pool's state machine on an event loop: executes its effects; turns calls, timers and results into events.
 
-It lives on one event loop and decides nothing. Every change is one synchronous `step`, so there is nothing to lock.
+Makes no decisions itself. Every change is one synchronous `step` on one event loop, so no locks are needed.
 """
 
 import asyncio
@@ -17,7 +17,6 @@ from engines.pool.idle_verification import IdleVerification
 from engines.pool.lease import Callers, Lease
 from engines.pool.messages import (
     ArmTimer,
-    Blocked,
     BudgetChanged,
     Done,
     DrainRequested,
@@ -28,6 +27,7 @@ from engines.pool.messages import (
     Grant,
     LeaseCancelled,
     LeaseRequested,
+    LoadsBlocked,
     PoolEvent,
     PreloadRequested,
     ReadMemory,
@@ -37,11 +37,11 @@ from engines.pool.messages import (
 )
 from engines.pool.reasons import (
     EVICTED,
-    evicted_meanwhile,
+    cancelled_by_eviction,
+    eviction_timed_out,
+    interrupted_by_shutdown,
     load_hangs,
-    not_evicted,
     not_found,
-    shut_down,
     shutting_down,
 )
 from engines.pool.runtime import HostConfig, HostRuntime, Timer
@@ -55,53 +55,53 @@ from engines.types import Budget, EmbedCall, HostSnapshot, ModelStatus, Plan, St
 log = structlog.get_logger(__name__)
 
 INTERRUPT_S = 5.0
-"""How long requests that are interrupted at the end of the grace time get to let go."""
+"""How long `aclose` waits for interrupted requests to release their leases, after the grace time."""
 
 
 class ModelPool:
-    """The models of one device, for callers on its event loop. Nothing works before `start`."""
+    """Leases the models of one device to callers on its event loop. Call `start` first."""
 
     def __init__(
-        self, config: HostConfig, specs: Mapping[str, ModelSpec], files: Files, loader: Loader, world: HostRuntime
+        self, config: HostConfig, specs: Mapping[str, ModelSpec], files: Files, loader: Loader, runtime: HostRuntime
     ) -> None:
         self._config = config
-        self._world = world
-        self._core = PoolStateMachine(specs, budget_bytes=0, rules=config.rules, jitter=world.jitter)
-        self._state = self._core.state
-        estimates = Estimates(files, world.measurements, config.device, config.workspace_bytes, config.conditions)
-        self._work = EffectRunner(files, loader, estimates, world.workers, self._report, config.hang_s)
-        self._verification = IdleVerification(self._work, self._state, world.time, self.step, self._spawn)
-        self._scout = DiskScanner(self._work, self.step, self._spawn)
+        self._runtime = runtime
+        self._machine = PoolStateMachine(specs, budget_bytes=0, rules=config.rules, jitter=runtime.jitter)
+        self._state = self._machine.state
+        estimates = Estimates(files, runtime.measurements, config.device, config.workspace_bytes, config.conditions)
+        self._runner = EffectRunner(files, loader, estimates, runtime.workers, self._step_threadsafe, config.hang_s)
+        self._verification = IdleVerification(self._runner, self._state, runtime.time, self.step, self._spawn)
+        self._scanner = DiskScanner(self._runner, self.step, self._spawn)
         self._view = StatusView(config.host_id, config.device, self._to_unix_s)
         self._callers = Callers()
-        self.interrupt = self._callers.interrupt
+        self.interrupt = self._callers.interrupt_all
         self._tasks: set[asyncio.Task[None]] = set()
-        self._empty = asyncio.Event()
+        self._freed = asyncio.Event()
         self._timer: Timer | None = None
         self._total_bytes = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self.log = EventLog(config.host_id, config.max_events)
 
     def __repr__(self) -> str:
-        return repr(self._core).replace("<Pool", f"<Pool {self._config.host_id}")
+        return repr(self._machine).replace("<Pool", f"<Pool {self._config.host_id}")
 
     # ---- callers ----
 
     async def start(self) -> None:
-        """Read the device, and look what is on disk, so that sizes are known before the first model is placed."""
+        """Reads the device and finds models on disk, so that sizes are known before the first model is placed."""
         self._loop = asyncio.get_running_loop()
-        reading = await self._world.workers.look(self._world.memory.read)
+        reading = await self._runtime.workers.read_disk(self._runtime.memory.read)
         self._total_bytes = reading.total_bytes
         self.step(BudgetChanged(self._config.budget.of(reading.total_bytes), reading.ceiling_bytes))
-        await self._scout.look_around(list(self._state.current.values()))
+        await self._scanner.scan(list(self._state.current.values()))
 
     def lease(self, call: EmbedCall) -> Lease:
-        """`async with pool.lease(call) as engine`; see `Lease`.
+        """Returns a lease on the call's model: `async with pool.lease(call) as engine`; see `Lease`.
 
         Raises on entry:
             ModelNotFound, ModelTooLarge, ModelLoading, LoadFailed, OutOfMemory, ShuttingDown.
         """
-        deadline_s = self._world.time.now_s() + call.load_timeout_s
+        deadline_s = self._runtime.time.now_s() + call.load_timeout_s
 
         def acquire(waiter_id: int) -> LeaseRequested:
             return LeaseRequested(waiter_id, call.model_id, call.keep_alive_s, deadline_s, call.may_move)
@@ -109,10 +109,10 @@ class ModelPool:
         return Lease(self.step, self._callers, acquire)
 
     async def preload(self, model_id: str, *, pin: bool, wait: bool, may_move: bool = False) -> ModelStatus:
-        """Load without a request; with `may_move`, another host is asked where it fails here.
+        """Loads the model without a request; with `may_move`, the caller tries another host after a failure.
 
         Raises:
-            ModelInUse: an eviction came between; also what `lease` raises.
+            ModelInUse: an eviction evicted the model in the meantime. Also the errors of `lease`.
         """
         if self._state.is_draining:
             raise shutting_down()
@@ -129,61 +129,65 @@ class ModelPool:
             slot = self._slot(model_id)
             is_kept = slot.state == "ready" and slot.is_pinned
             if slot.leaving_cause == EVICTED or (pin and not is_kept):
-                raise evicted_meanwhile(slot)
+                raise cancelled_by_eviction(slot)
         return self.status(model_id)
 
     async def evict(self, model_id: str, *, force: bool, timeout_s: float) -> ModelStatus:
-        """Free the model after its requests; gives up at the time-out, and then it serves on."""
-        waiter_id, future = self._callers.admit()
+        """Evicts the model after its running requests; raises `ModelInUse` after `timeout_s`, and the model stays
+        ready."""
+        waiter_id, future = self._callers.register()
         self.step(EvictionRequested(waiter_id, model_id, force))
-        at_s = self._world.time.now_s() + timeout_s
-        timer = self._world.time.call_at(at_s, partial(self._give_up_eviction, waiter_id, timeout_s))
+        at_s = self._runtime.time.now_s() + timeout_s
+        timer = self._runtime.time.call_at(at_s, partial(self._time_out_eviction, waiter_id, timeout_s))
         try:
             await future
         finally:
             timer.cancel()
-            self._callers.forget(waiter_id)
+            self._callers.unregister(waiter_id)
             self.step(LeaseCancelled(waiter_id))
         return self.status(model_id)
 
     async def aclose(self, grace_s: float) -> None:
-        """Drain; interrupt what still runs after the grace time; free everything that can be freed."""
+        """Shuts down: drains, interrupts requests that still run after `grace_s`, frees all models."""
         self.step(DrainRequested())
-        if not await self._is_empty_within(grace_s):
+        if not await self._all_freed_within(grace_s):
             log.warning("pool.grace_over", host=self._config.host_id, leases=len(self._callers.leases))
-            self._callers.interrupt(shut_down)
-            await self._is_empty_within(INTERRUPT_S)
-        self._arm(None)
-        self._work.close()
+            self._callers.interrupt_all(interrupted_by_shutdown)
+            await self._all_freed_within(INTERRUPT_S)
+        self._arm_timer(None)
+        self._runner.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._world.workers.close()
+        self._runtime.workers.close()
         self.log.close()
 
     def reload(self, specs: Mapping[str, ModelSpec]) -> None:
-        """What is new is looked for on disk, as at the start."""
+        """Replaces the registry; finds new models on disk, as `start` does."""
         known = set(self._state.slots)
         self.step(RegistryReloaded(specs))
         new = [slot for slot in self._state.current.values() if slot.slot_id not in known]
-        self._spawn(self._scout.look_around(new))
+        self._spawn(self._scanner.scan(new))
 
     def set_budget(self, budget: Budget) -> None:
-        """From the next reading of the device on, which begins now; what is over it leaves as it may."""
+        """Sets the memory budget and reads the device; models over the budget are evicted under the usual rules."""
         self._config = structs.replace(self._config, budget=budget)
-        self._spawn(self._do(ReadMemory()))
+        self._spawn(self._run(ReadMemory()))
 
-    # ---- looking ----
+    # ---- status ----
 
-    def check(self, awake_s: float) -> str:
-        """Whether loads end. To be called every second or so; says why not, and tells those who wait for one."""
-        hung = self._world.workers.hung(awake_s)
+    def check(self, since_pause_s: float) -> str:
+        """Returns the load that hangs, or an empty string; fails the requests that wait for loads.
+
+        Call it every second. `since_pause_s`: seconds since the last pause of this process.
+        """
+        hung = self._runtime.workers.hung(since_pause_s)
         if hung != self._state.blocked:
             if hung:
                 log.error("load.hangs", host=self._config.host_id, hangs=hung)
             else:
                 log.warning("load.ended_late", host=self._config.host_id, hung=self._state.blocked)
-            self.step(Blocked(hung))
+            self.step(LoadsBlocked(hung))
         return hung
 
     def state_of(self, model_id: str) -> State | None:
@@ -192,17 +196,17 @@ class ModelPool:
 
     def status(self, model_id: str) -> ModelStatus:
         slot = self._slot(model_id)
-        return self._view.status(slot, self._work.engines.get(slot.slot_id), self._state.blocked)
+        return self._view.status(slot, self._runner.engines.get(slot.slot_id), self._state.blocked)
 
     def snapshot(self) -> HostSnapshot:
-        return self._view.snapshot(self._state, self._world.time.now_s(), self._total_bytes, self._work.engines)
+        return self._view.snapshot(self._state, self._runtime.time.now_s(), self._total_bytes, self._runner.engines)
 
     def plan(self, model_id: str) -> Plan:
         return self._view.plan(self._state, self._slot(model_id))
 
     async def size(self, model_id: str) -> None:
-        """Learn what the model takes, where that is not known."""
-        await self._scout.size(self._slot(model_id))
+        """Estimates the memory that the model needs, if it is unknown."""
+        await self._scanner.size(self._slot(model_id))
 
     def _slot(self, model_id: str) -> Slot:
         slot = self._state.current.get(model_id)
@@ -211,92 +215,94 @@ class ModelPool:
         return slot
 
     def verify_if_idle(self) -> None:
-        """Hash files while nobody asks for anything. Nothing happens where this is no call of the pool's own loop."""
+        """Starts to hash model files if the pool is idle. Does nothing when called outside the pool's event loop."""
         try:
             asyncio.get_running_loop()
-        except RuntimeError:  # Ray may check a replica from a thread
+        except RuntimeError:  # Ray may check the health of a replica on another thread
             return
-        self._verification.begin_if_idle()
+        self._verification.start_if_idle()
 
     # ---- one step ----
 
     def step(self, event: PoolEvent) -> None:
-        """The only way in. Effects are carried out before anything else can happen."""
-        for effect in self._core.handle(event, self._world.time.now_s()):
-            self._carry_out(effect)
+        """Passes one event to the state machine and executes all its effects before returning."""
+        for effect in self._machine.handle(event, self._runtime.time.now_s()):
+            self._execute(effect)
         if self._state.is_draining and not self._state.charged():
-            self._empty.set()
+            self._freed.set()
 
-    def _carry_out(self, effect: Effect) -> None:
+    def _execute(self, effect: Effect) -> None:
         match effect:
             case Grant():
-                self._callers.answer(effect.waiter_id, self._work.engines[effect.slot_id])
+                self._callers.resolve(effect.waiter_id, self._runner.engines[effect.slot_id])
             case Done():
-                self._callers.answer(effect.waiter_id, None)
+                self._callers.resolve(effect.waiter_id, None)
             case Fail():
-                self._callers.answer(effect.waiter_id, effect.error)
+                self._callers.resolve(effect.waiter_id, effect.error)
             case Emit():
-                self.log.record(effect, self._world.time.unix_s())
+                self.log.record(effect, self._runtime.time.unix_s())
             case ArmTimer():
-                self._arm(effect.at_s)
+                self._arm_timer(effect.at_s)
             case _:
-                self._spawn(self._do(effect))
+                self._spawn(self._run(effect))
 
-    def _arm(self, at_s: float | None) -> None:
+    def _arm_timer(self, at_s: float | None) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = None if at_s is None else self._world.time.call_at(at_s, partial(self.step, TimerFired()))
+        self._timer = None if at_s is None else self._runtime.time.call_at(at_s, partial(self.step, TimerFired()))
 
-    # ---- outside work ----
+    # ---- asynchronous work ----
 
     def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._ended)
+        task.add_done_callback(self._on_done)
         return task
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
+    def _on_done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             log.error("pool.broken", host=self._config.host_id, exc_info=task.exception())
 
-    async def _do(self, effect: Effect) -> None:
+    async def _run(self, effect: Effect) -> None:
         if isinstance(effect, ReadMemory):
-            event: PoolEvent = await self._work.read(self._world.memory, self._config.budget, self._state.budget_bytes)
+            event: PoolEvent = await self._runner.read(
+                self._runtime.memory, self._config.budget, self._state.budget_bytes
+            )
         else:
-            event = await self._work.do(effect)
+            event = await self._runner.run(effect)
         self.step(event)
         if isinstance(event, WarmUpCompleted):
-            await self._remember(event)
+            await self._save_measurement(event)
 
-    async def _remember(self, event: WarmUpCompleted) -> None:
+    async def _save_measurement(self, event: WarmUpCompleted) -> None:
         slot = self._state.slots[event.slot_id]
         if slot.files is not None and slot.load_s is not None:
             measured = Measurement(
                 weight_bytes=event.weight_bytes, workspace_bytes=event.workspace_bytes, load_s=slot.load_s
             )
-            await self._work.remember(slot.spec, slot.files, measured)
+            await self._runner.save_measurement(slot.spec, slot.files, measured)
 
-    def _report(self, event: PoolEvent) -> None:
-        """From a thread. A loop that has closed meanwhile has nobody left to tell."""
+    def _step_threadsafe(self, event: PoolEvent) -> None:
+        """Schedules a step from another thread; drops the event if the loop has closed."""
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self.step, event)
 
     # ---- time ----
 
     def _to_unix_s(self, at_s: float) -> float:
-        return self._world.time.unix_s() - (self._world.time.now_s() - at_s)
+        return self._runtime.time.unix_s() - (self._runtime.time.now_s() - at_s)
 
-    async def _is_empty_within(self, seconds: float) -> bool:
-        timer = self._world.time.call_at(self._world.time.now_s() + seconds, self._empty.set)
-        await self._empty.wait()
+    async def _all_freed_within(self, seconds: float) -> bool:
+        timer = self._runtime.time.call_at(self._runtime.time.now_s() + seconds, self._freed.set)
+        await self._freed.wait()
         timer.cancel()
         if self._state.charged():
-            self._empty.clear()
+            self._freed.clear()
             return False
         return True
 
-    def _give_up_eviction(self, waiter_id: int, timeout_s: float) -> None:
+    def _time_out_eviction(self, waiter_id: int, timeout_s: float) -> None:
         slot = self._state.holders.get(waiter_id)
         if slot is not None:
-            self._callers.answer(waiter_id, not_evicted(slot, timeout_s))
+            self._callers.resolve(waiter_id, eviction_timed_out(slot, timeout_s))

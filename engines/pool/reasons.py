@@ -1,4 +1,4 @@
-"""What the pool tells callers and operators: every message has both numbers and the remedy."""
+"""Error messages and event causes of the pool, for clients and operators: both numbers and the remedy."""
 
 from engines.errors import (
     EngineError,
@@ -20,108 +20,113 @@ IDLE = "idle for its keep_alive"
 
 
 def known_bytes(need: MemoryNeed | None) -> int:
+    """Returns the bytes that the model needs for certain."""
     return need.known().total_bytes if need else 0
 
 
 def too_large(slot: Slot, budget_bytes: int) -> ModelTooLarge:
     return ModelTooLarge(
-        f"model {slot.model_id!r} needs {format_bytes(known_bytes(slot.need))} and the memory budget is "
+        f"model {slot.model_id!r} needs {format_bytes(known_bytes(slot.need))}, but the memory budget is "
         f"{format_bytes(budget_bytes)}; raise the budget or choose a smaller model or dtype"
     )
 
 
 def load_error(slot: Slot, failure: LoadFailure, now_s: float) -> EngineError:
-    """The cause for those who waited, and for those who ask during the quarantine."""
+    """The error of requests that waited for a failed load, and of requests during the quarantine."""
     wait_s = max(0.1, slot.retry_at_s - now_s)
     message = f"model {slot.model_id!r} failed to load ({failure.kind}): {failure.message}; "
-    message += f"next attempt in {wait_s:.0f} s at the earliest"
+    message += f"retry after {wait_s:.0f} s"
     if failure.is_oom:
         return OutOfMemory(message, retry_after_s=wait_s, stage="load")
     return LoadFailed(message, retry_after_s=wait_s, kind=failure.kind)
 
 
 def not_found(model_id: str) -> ModelNotFound:
-    return ModelNotFound(f"no model {model_id!r} on this host; see the list of models")
+    return ModelNotFound(f"model {model_id!r} not found on this host; see the list of models")
 
 
 def shutting_down() -> ShuttingDown:
     return ShuttingDown("the server is shutting down; send the request to another one", retry_after_s=5.0)
 
 
-def shut_down() -> ShuttingDown:
-    """For those who had been admitted, at the end of the grace time."""
+def interrupted_by_shutdown() -> ShuttingDown:
+    """The error of admitted requests that still run at the end of the grace time."""
     return ShuttingDown("the server shut down before the request was done; send it again")
 
 
 def still_loading(slot: Slot) -> ModelLoading:
-    """What a caller hears whose patience ended; the load goes on."""
+    """The error of a request whose load time-out has passed; the load continues."""
     doing = {"fetching": "downloading", "waiting_space": "waiting for memory"}.get(slot.state, slot.state)
     if slot.state == "fetching" and slot.fetch_total_bytes:
         doing += f" ({format_bytes(slot.fetched_bytes)} of {format_bytes(slot.fetch_total_bytes)})"
     return ModelLoading(
-        f"model {slot.model_id!r} is still {doing} and was not ready in time; it goes on, ask again", retry_after_s=2.0
+        f"model {slot.model_id!r} was not ready in time: still {doing}; the load continues, retry later",
+        retry_after_s=2.0,
     )
 
 
 def load_hangs(slot: Slot, blocked: str) -> LoadFailed:
-    """What callers hear while nothing can be loaded."""
+    """The error of requests for models that are not loaded while a load hangs."""
     return LoadFailed(
-        f"model {slot.model_id!r} cannot be loaded: {blocked}, and nothing else can be loaded before it ends; if it "
-        "does not, restart the server (BACKEND=process restarts its workers by itself)",
+        f"model {slot.model_id!r} cannot be loaded: {blocked} and blocks all other loads; if it does not end, restart "
+        "the server (BACKEND=process restarts its workers automatically)",
         retry_after_s=30.0,
         kind="load_hangs",
     )
 
 
 def cannot_be_freed(slot: Slot, blocked: str) -> ModelInUse:
-    """What an operator hears while nothing can be freed."""
+    """The error of an eviction while a load hangs."""
     return ModelInUse(
-        f"model {slot.model_id!r} cannot be freed: {blocked}, and it cannot be stopped; restart the server, or ask "
-        "again when it has ended"
+        f"model {slot.model_id!r} cannot be freed: {blocked} and cannot be interrupted; retry when it has ended, or "
+        "restart the server"
     )
 
 
-def not_evicted(slot: Slot, timeout_s: float) -> ModelInUse:
-    """Why an eviction had not gone through at its time-out. Two cases: 1. it leaves; 2. it stays."""
+def eviction_timed_out(slot: Slot, timeout_s: float) -> ModelInUse:
+    """The error of an eviction at its time-out; the model stays loaded unless it is unloading."""
     if slot.state == "unloading":
         return ModelInUse(
-            f"model {slot.model_id!r} leaves, but its memory is not free after {timeout_s:g} s; look again"
+            f"model {slot.model_id!r} is unloading, but its memory is not free after {timeout_s:g} s; check again"
         )
     if slot.state in ("loading", "warming"):
-        reason = f"model {slot.model_id!r} is still {slot.state} after {timeout_s:g} s, and a load cannot be stopped"
+        reason = (
+            f"model {slot.model_id!r} is still {slot.state} after {timeout_s:g} s, and a load cannot be interrupted"
+        )
     else:
-        reason = f"{len(slot.leases)} requests still run on model {slot.model_id!r} after {timeout_s:g} s"
-    return ModelInUse(f"{reason}; it stays; try again later")
+        reason = f"model {slot.model_id!r} still has {len(slot.leases)} running requests after {timeout_s:g} s"
+    return ModelInUse(f"{reason}; the eviction was cancelled, retry later")
 
 
-def preloaded_meanwhile(slot: Slot) -> ModelInUse:
-    """What an operator hears whose eviction a later preload has overtaken."""
-    return ModelInUse(f"model {slot.model_id!r} was preloaded while its eviction waited; it stays")
+def cancelled_by_preload(slot: Slot) -> ModelInUse:
+    """The error of an eviction that a later preload has cancelled."""
+    return ModelInUse(f"model {slot.model_id!r} was preloaded before its eviction was done; the eviction was cancelled")
 
 
-def evicted_meanwhile(slot: Slot) -> ModelInUse:
-    """What an operator hears whose preload an eviction has overtaken."""
-    return ModelInUse(f"model {slot.model_id!r} was evicted before its preload was answered; preload it again")
+def cancelled_by_eviction(slot: Slot) -> ModelInUse:
+    """The error of a preload whose model was evicted meanwhile."""
+    return ModelInUse(f"model {slot.model_id!r} was evicted before its preload was done; preload it again")
 
 
-def kept_out(slot: Slot, pinned_bytes: int, budget_bytes: int) -> str:
-    """Why waiting for memory would not help."""
+def blocked_by_pinned(slot: Slot, pinned_bytes: int, budget_bytes: int) -> str:
+    """The message for a model that cannot fit beside the pinned models."""
     return (
-        f"model {slot.model_id!r} needs {format_bytes(known_bytes(slot.need))}, but pinned models hold "
-        f"{format_bytes(pinned_bytes)} of the budget of {format_bytes(budget_bytes)}; unpin one or raise the budget"
+        f"model {slot.model_id!r} needs {format_bytes(known_bytes(slot.need))}, but pinned models use "
+        f"{format_bytes(pinned_bytes)} of the memory budget of {format_bytes(budget_bytes)}; unpin a model or raise "
+        "the budget"
     )
 
 
-def held_by_others(slot: Slot, need: MemoryNeed, limit_bytes: int) -> str:
-    """Why a claim cannot be had now, whichever of our models left."""
+def blocked_by_others(slot: Slot, need: MemoryNeed, limit_bytes: int) -> str:
+    """The message for a model that does not fit because of other processes, whatever is evicted."""
     return (
-        f"model {slot.model_id!r} needs {format_bytes(need.total_bytes)}, and other processes leave "
-        f"{format_bytes(limit_bytes)} of this device's memory; end them, or ask again later"
+        f"model {slot.model_id!r} needs {format_bytes(need.total_bytes)}, but other processes leave only "
+        f"{format_bytes(limit_bytes)} of this device's memory; stop them or retry later"
     )
 
 
-def makes_room(claimant: Slot, need: MemoryNeed, missing_bytes: int, *, is_turn: bool) -> str:
-    """The cause of an eviction; the thrash of two models that cannot both fit is named as such."""
-    cause = f"makes room for {claimant.model_id}, which needs {format_bytes(need.total_bytes)}; "
+def eviction_cause(claimant: Slot, need: MemoryNeed, missing_bytes: int, *, is_turn: bool) -> str:
+    """The cause of an eviction for a claim; names the thrashing of two models that do not fit together (`is_turn`)."""
+    cause = f"evicted for {claimant.model_id}, which needs {format_bytes(need.total_bytes)}; "
     cause += f"{format_bytes(missing_bytes)} are missing"
     return f"{cause}, so the two take turns" if is_turn else cause

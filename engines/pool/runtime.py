@@ -1,4 +1,4 @@
-"""What a host is told at its birth: its settings, and the parts of the world that a test may replace."""
+"""Settings of a host (`HostConfig`) and its replaceable dependencies (`HostRuntime`): clock, threads, device memory."""
 
 import asyncio
 import random
@@ -22,32 +22,30 @@ from engines.types import Budget
 
 
 class Timer(Protocol):
-    """A callback that has not run yet."""
+    """A scheduled callback."""
 
     def cancel(self) -> None:
-        """Forget it; no effect once it ran."""
+        """Cancels the callback; no effect once it has run."""
 
 
 class Time(Protocol):
-    """Monotonic seconds, callbacks at a moment, and the wall clock."""
+    """A monotonic clock, timers, and the wall clock."""
 
     def now_s(self) -> float:
-        """Seconds from an arbitrary start, never going back."""
+        """Returns monotonic seconds since an arbitrary start."""
 
     def call_at(self, at_s: float, callback: Callable[[], None]) -> Timer:
-        """Run `callback` on the event loop at `at_s` of this clock, or soon when that is past."""
+        """Runs `callback` on the event loop at `at_s` of this clock, or soon if that has passed."""
 
     def unix_s(self) -> float:
-        """Seconds since 1970, for people and event streams."""
+        """Returns Unix seconds, for people and event streams."""
 
 
 class LoopTime:
-    """The running event loop's own clock."""
+    """The clock and timers of the running event loop."""
 
     def now_s(self) -> float:
-        return (
-            time.monotonic()
-        )  # what asyncio's loops count in; uvloop's own time is cached, and too coarse for timings
+        return time.monotonic()  # as asyncio's loops; uvloop caches its own time, too coarse for timings
 
     def call_at(self, at_s: float, callback: Callable[[], None]) -> Timer:
         return asyncio.get_running_loop().call_later(max(0.0, at_s - self.now_s()), callback)
@@ -59,28 +57,28 @@ class LoopTime:
 Result = TypeVar("Result")
 
 
-class Task(Struct, frozen=True):
-    """What a loader's thread is to do, in words, and for how long it may be at it before it counts as hanging."""
+class LoaderTask(Struct, frozen=True):
+    """Work for the loader's thread: a name for messages, and the seconds after which it counts as hanging."""
 
     name: str
     limit_s: float
 
 
 class LoadLock:
-    """A lock that knows what it is held for. A thread cannot be stopped, so all that can be done is to say so.
+    """A lock that records its task, to report one that hangs: a thread cannot be stopped.
 
     Args:
-        clock: seconds.
+        clock: monotonic seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._lock = threading.Lock()
         self._clock = clock
-        self._holder: tuple[Task, float] | None = None
+        self._holder: tuple[LoaderTask, float] | None = None
 
     @contextmanager
-    def held(self, task: Task) -> Iterator[None]:
-        """Inside, the task runs, and no other."""
+    def held(self, task: LoaderTask) -> Iterator[None]:
+        """Holds the lock for the task inside the block."""
         with self._lock:
             self._holder = (task, self._clock())
             try:
@@ -89,104 +87,105 @@ class LoadLock:
                 self._holder = None
 
     def locked(self) -> bool:
-        """Whether a task runs."""
+        """Tells whether a task runs."""
         return self._lock.locked()
 
-    def hung(self, awake_s: float = inf) -> str:
-        """Names the task that has been running for longer than it may; empty when none has. Thread-safe.
+    def hung(self, since_pause_s: float = inf) -> str:
+        """Describes the task if it has exceeded its limit, else returns an empty string. Callable from any thread.
 
         Args:
-            awake_s: seconds since this process last stood still; a task did nothing before, so no more of it count.
+            since_pause_s: seconds since the last pause of this process (`PauseDetector`); earlier time does not count,
+                as the task did not run.
         """
         holder = self._holder
-        if holder is None or min(self._clock() - holder[1], awake_s) <= holder[0].limit_s:
+        if holder is None or min(self._clock() - holder[1], since_pause_s) <= holder[0].limit_s:
             return ""
         return f"{holder[0].name} has been running for more than {holder[0].limit_s:.0f} s"
 
 
 LOAD_LOCK = LoadLock()
-"""One load at a time in a process, whatever the host: of 100 loads on four threads 88 failed and 4 were silently wrong.
+"""One load at a time in a process, for all hosts: of 100 loads on four threads 88 failed and 4 were silently wrong.
 
-Unloads take it too, so that none of them blurs what a load measures.
+Unloads hold it too, so that they do not distort the memory that a load measures.
 """
 
 
-_NUM_ASKERS = 16
-"""Questions are small, and a hub that is silent holds each of them for most of a minute."""
+_NUM_HUB_THREADS = 16
+"""Queries are small, but a hub that does not respond blocks each of them for most of a minute."""
 
 
 class Workers(Protocol):
-    """Where blocking work is done."""
+    """Runs blocking work."""
 
-    async def look(self, work: Callable[[], Result]) -> Result:
-        """Short work on disk: never behind a download, or a hub that does not answer."""
+    async def read_disk(self, work: Callable[[], Result]) -> Result:
+        """Runs short disk work, never queued behind downloads or hub queries."""
 
-    async def ask(self, work: Callable[[], Result]) -> Result:
-        """A question to the hub."""
+    async def query_hub(self, work: Callable[[], Result]) -> Result:
+        """Runs a query to the hub."""
 
     async def fetch(self, work: Callable[[], Result]) -> Result:
-        """A download, beside others."""
+        """Runs a download, concurrently with others."""
 
-    async def load(self, work: Callable[[], Result], task: Task) -> Result:
-        """Run after the loads, unloads and readings asked for before, of whatever host of this process."""
+    async def load(self, work: Callable[[], Result], task: LoaderTask) -> Result:
+        """Runs a load, an unload or a reading of the device; one at a time for all hosts of this process, in order."""
 
-    def hung(self, awake_s: float) -> str:
-        """Names what keeps every load of this process waiting, because it does not end; empty when nothing does.
+    def hung(self, since_pause_s: float) -> str:
+        """Describes the task that hangs and blocks all loads of this process; empty if none does.
 
         Args:
-            awake_s: seconds since this process last stood still.
+            since_pause_s: seconds since the last pause of this process.
         """
 
     def close(self) -> None:
-        """Take no more work; what runs is not waited for."""
+        """Accepts no more work; does not wait for running work."""
 
 
 class Threads:
-    """Real threads, started when first needed."""
+    """Thread pools, whose threads start when first needed."""
 
-    def __init__(self, name: str, num_fetchers: int = 4, load_lock: LoadLock = LOAD_LOCK) -> None:
+    def __init__(self, name: str, num_fetch_threads: int = 4, load_lock: LoadLock = LOAD_LOCK) -> None:
         self._name = name
-        self._lookers = ThreadPoolExecutor(4, thread_name_prefix=f"look-{name}")
-        self._askers = ThreadPoolExecutor(_NUM_ASKERS, thread_name_prefix=f"ask-{name}")
-        self._fetchers = ThreadPoolExecutor(num_fetchers, thread_name_prefix=f"fetch-{name}")
-        self._loader = ThreadPoolExecutor(1, thread_name_prefix=f"load-{name}")
+        self._disk_threads = ThreadPoolExecutor(4, thread_name_prefix=f"disk-{name}")
+        self._hub_threads = ThreadPoolExecutor(_NUM_HUB_THREADS, thread_name_prefix=f"hub-{name}")
+        self._fetch_threads = ThreadPoolExecutor(num_fetch_threads, thread_name_prefix=f"fetch-{name}")
+        self._load_thread = ThreadPoolExecutor(1, thread_name_prefix=f"load-{name}")
         self._load_lock = load_lock
 
-    async def look(self, work: Callable[[], Result]) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._lookers, work)
+    async def read_disk(self, work: Callable[[], Result]) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._disk_threads, work)
 
-    async def ask(self, work: Callable[[], Result]) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._askers, work)
+    async def query_hub(self, work: Callable[[], Result]) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._hub_threads, work)
 
     async def fetch(self, work: Callable[[], Result]) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._fetchers, work)
+        return await asyncio.get_running_loop().run_in_executor(self._fetch_threads, work)
 
-    async def load(self, work: Callable[[], Result], task: Task) -> Result:
-        named = Task(f"{task.name} on {self._name}", task.limit_s)
-        return await asyncio.get_running_loop().run_in_executor(self._loader, partial(self._locked, work, named))
+    async def load(self, work: Callable[[], Result], task: LoaderTask) -> Result:
+        named = LoaderTask(f"{task.name} on {self._name}", task.limit_s)
+        return await asyncio.get_running_loop().run_in_executor(self._load_thread, partial(self._locked, work, named))
 
-    def hung(self, awake_s: float) -> str:
-        return self._load_lock.hung(awake_s)
+    def hung(self, since_pause_s: float) -> str:
+        return self._load_lock.hung(since_pause_s)
 
-    def _locked(self, work: Callable[[], Result], task: Task) -> Result:
+    def _locked(self, work: Callable[[], Result], task: LoaderTask) -> Result:
         with self._load_lock.held(task):
             return work()
 
     def close(self) -> None:
-        for threads in (self._lookers, self._askers, self._fetchers, self._loader):
+        for threads in (self._disk_threads, self._hub_threads, self._fetch_threads, self._load_thread):
             threads.shutdown(wait=False, cancel_futures=True)
 
 
 class HostConfig(Struct, frozen=True, kw_only=True):
-    """One device.
+    """Settings of a host.
 
     Args:
         device: `cpu` or `cuda:N`.
-        workspace_bytes: the guess for a model that never ran here.
-        measurements: the file that remembers what models took; None forgets at the end.
-        conditions: settings on which the measured bytes depend, in any words; compared, and never read.
-        watchdog_s: how long a forward pass may run before the device counts as down; a load, and all else that its
-            thread does, has `hang_s`, and more for its bytes.
+        workspace_bytes: the guess for a model without a measurement.
+        measurements: the file that stores measurements; None keeps them in memory only.
+        conditions: the settings that measured bytes depend on, as opaque text that is only compared.
+        watchdog_s: how long a forward pass may run before the device counts as down. Work on the loader's thread may
+            run for `hang_s`, and a load for longer, by its bytes.
     """
 
     host_id: str
@@ -195,21 +194,22 @@ class HostConfig(Struct, frozen=True, kw_only=True):
     workspace_bytes: int = 512 * 2**20
     rules: PoolPolicy = PoolPolicy()
     max_events: int = 2048
-    num_fetchers: int = 4
+    num_fetch_threads: int = 4
     measurements: Path | None = None
     conditions: str = ""
     watchdog_s: float = 120.0
 
     @property
     def hang_s(self) -> float:
-        """As long as the self-check of a load may take (`engines/device/health.py`)."""
+        """The limit for work on the loader's thread, the same as for the self-check of a load
+        (`engines/device/health.py`)."""
         return 5.0 * self.watchdog_s
 
 
 class HostRuntime(Struct, frozen=True, kw_only=True):
-    """Clock, threads, device memory, chance. `measurements` is shared by all hosts of a process.
+    """The dependencies of a host that tests replace. `measurements` is shared by all hosts of a process.
 
-    `pulse`: how the device's lane goes.
+    `jitter`: random numbers in [0, 1). `health`: reads the health of the device's scheduler.
     """
 
     time: Time
@@ -221,15 +221,16 @@ class HostRuntime(Struct, frozen=True, kw_only=True):
 
 
 def default_runtime(config: HostConfig, measurements: Measurements | None = None) -> HostRuntime:
-    """The world as it is."""
+    """Builds the production dependencies."""
     return HostRuntime(
         time=LoopTime(),
-        workers=Threads(config.host_id, config.num_fetchers),
+        workers=Threads(config.host_id, config.num_fetch_threads),
         memory=device_memory(config.device),
         measurements=measurements or Measurements(config.measurements),
     )
 
 
 def device_matches(device: str, wish: str) -> bool:
-    """Whether a model whose registry entry says `device: wish` may run on `device`: `auto`, a kind, or one device."""
+    """Tells whether a model with `device: wish` in the registry may run on `device`; `wish`: `auto`, a kind, or a
+    device."""
     return wish in ("auto", device, device.partition(":")[0])

@@ -1,6 +1,6 @@
-"""A slot: one model (one generation of it) as the pool sees it. Plain records and their derived values.
+"""Records of the pool: `Slot` (one generation of one model), `MemoryNeed`, `PoolPolicy`, `Waiter`, `LoadFailure`.
 
-No decision is taken here, and no engine is held: the pool's shell keeps those by `slot_id`.
+They decide nothing and hold no engine; `EffectRunner` holds the engines by `slot_id`.
 """
 
 from typing import Literal
@@ -24,23 +24,29 @@ EDGES: dict[State, frozenset[State]] = {
     "failed": frozenset({"absent", "cold", "retired"}),
     "retired": frozenset(),
 }
-"""Every step a slot may take; `engines/pool/state_machine.py` draws it."""
+"""The allowed state transitions; `engines/pool/state_machine.py` has the diagram."""
 
 CHARGED: frozenset[State] = frozenset({"loading", "warming", "ready", "draining", "unloading"})
-"""States whose bytes count against the budget: from before the first byte is allocated until the last is freed."""
+"""States whose bytes count against the budget: from before the first byte is allocated until the last one is freed."""
 
 LEAVING: frozenset[State] = frozenset({"draining", "unloading"})
 
 Work = Literal["locate", "fetch", "discard", "load", "warm", "unload"]
-"""What the shell does for a slot outside the pool; at most one at a time."""
+"""The asynchronous work that runs for a slot; at most one at a time."""
 
 
 class PoolPolicy(Struct, frozen=True, kw_only=True):
-    """The pool's numbers. Seconds; `retry_*` are (first delay, longest delay) of the quarantine's doubling."""
+    """Tuning constants of the pool, in seconds.
+
+    A loaded model stays for `min_residency_s`, or `residency_loads` times its load time if that is longer. A claim or a
+    deficit is overdue after `overdue_after_s`. A reading of the device is valid for `reading_s`. `retry_*` are the
+    (first, longest) delay of the quarantine, which doubles. `oom_growth` scales an estimate after an out-of-memory
+    error.
+    """
 
     min_residency_s: float = 5.0
     residency_loads: float = 3.0
-    patience_s: float = 5.0
+    overdue_after_s: float = 5.0
     reading_s: float = 1.0
     retry_s: tuple[float, float] = (10.0, 300.0)
     retry_denied_s: tuple[float, float] = (60.0, 1800.0)
@@ -48,9 +54,10 @@ class PoolPolicy(Struct, frozen=True, kw_only=True):
 
 
 class MemoryNeed(Struct, frozen=True, kw_only=True):
-    """Bytes that a model takes. What is not `known` is a guess: enough to plan with, not to refuse a model for.
+    """Bytes that a model needs. A figure that is not `known` is a guess: it is predict_load with, but never refuses a
+    model.
 
-    `least_weight_bytes`: where the weights are a guess, what they take at least for certain.
+    `least_weight_bytes`: a certain lower bound of the weights where these are a guess.
     """
 
     weight_bytes: int = 0
@@ -62,28 +69,28 @@ class MemoryNeed(Struct, frozen=True, kw_only=True):
 
     @property
     def total_bytes(self) -> int:
-        """What the model takes when it is alone on the device."""
+        """The bytes that the model needs when it is alone on the device."""
         return self.weight_bytes + self.workspace_bytes
 
     def known(self) -> "MemoryNeed":
-        """Only what is certain."""
+        """Returns the need without its guesses."""
         return MemoryNeed(
             weight_bytes=self.weight_bytes if self.weights_known else self.least_weight_bytes,
             workspace_bytes=self.workspace_bytes if self.workspace_known else 0,
         )
 
     def scaled(self, factor: float) -> "MemoryNeed":
-        """After an out-of-memory: the figures were too low, whoever gave them."""
+        """Returns the need times `factor`, all of it a guess: an out-of-memory error proved the figures too low."""
         return MemoryNeed(
             weight_bytes=int(self.weight_bytes * factor),
             workspace_bytes=int(self.workspace_bytes * factor),
             load_s=self.load_s,
         )
 
-    def capped(self, room_bytes: int) -> "MemoryNeed":
-        """Guesses cut down to the room there can ever be, so that a guess alone never keeps a model out."""
-        weights = max(self.known().weight_bytes, min(self.weight_bytes, room_bytes))
-        rest = max(0, room_bytes - weights)
+    def capped(self, available_bytes: int) -> "MemoryNeed":
+        """Returns the need with its guesses capped to `available_bytes`, so that a guess never refuses a model."""
+        weights = max(self.known().weight_bytes, min(self.weight_bytes, available_bytes))
+        rest = max(0, available_bytes - weights)
         workspace = self.workspace_bytes if self.workspace_known else min(self.workspace_bytes, rest)
         return msgspec.structs.replace(self, weight_bytes=weights, workspace_bytes=workspace)
 
@@ -92,7 +99,7 @@ NO_MEMORY = MemoryNeed()
 
 
 class LoadFailure(Struct, frozen=True, kw_only=True):
-    """Why a fetch, a load or a warm-up failed; `message` is fit for clients."""
+    """The cause of a failed download, load or warm-up; `message` is safe to show to clients."""
 
     kind: str
     message: str
@@ -112,15 +119,13 @@ class LoadFailure(Struct, frozen=True, kw_only=True):
 
     @property
     def is_denied(self) -> bool:
-        """Nothing but a person can change it: ask less often."""
+        """Whether only a person can fix it, so that retries are rarer."""
         return self.kind in ("access_denied", "source_not_found")
 
 
 class Waiter(Struct, frozen=True):
-    """A request without a lease yet. `deadline_s` is when its patience ends, on the pool's clock.
-
-    `may_move`: another host could take it.
-    """
+    """A request that waits for a lease, until `deadline_s` of the pool's clock. `may_move`: another host can serve
+    it."""
 
     waiter_id: int
     keep_alive_s: float | None
@@ -129,12 +134,12 @@ class Waiter(Struct, frozen=True):
 
 
 class Slot(Struct, eq=False, kw_only=True):
-    """One generation of one model. `engines/pool/state.py` owns every change.
+    """One generation of one model. Only `engines/pool/state.py` and the pool's handlers change it.
 
-    `claim`: the place in the queue for memory; set by the first request or preload, kept until the model is ready
-    or has failed, whoever leaves meanwhile. `is_wanted`: somebody asked for residence, so a failure is tried again
-    unasked. `claimed_at_s`: when it began to wait for space. `evicted_for`: the last claimant it made room for.
-    `estimated_bytes`: what its last load was admitted with.
+    `claim`: the position in the queue for memory; set by the first request or preload and kept until the model is ready
+    or has failed, even if the request is cancelled. `is_wanted`: a preload asked for the model, so a failed load is
+    retried without a request. `claimed_at_s`: when it began to wait for memory. `evicted_for`: the last claimant that
+    it was evicted for. `estimated_bytes`: the estimate that its last load was admitted with.
     """
 
     slot_id: int
@@ -190,14 +195,14 @@ class Slot(Struct, eq=False, kw_only=True):
 
     @property
     def used_at_s(self) -> float:
-        """Last use, or the moment it became ready when nobody has used it since."""
+        """The time of its last use, or of becoming ready if it has not been used since."""
         return max(self.ready_at_s, self.last_used_at_s or 0.0)
 
     @property
     def idle_at_s(self) -> float:
-        """When an idle model's time is up. Only for `keep_alive_s >= 0`."""
+        """When the idle time of the model ends. Valid only for `keep_alive_s >= 0`."""
         return self.used_at_s + self.keep_alive_s
 
     def evictable_from_s(self, rules: PoolPolicy) -> float:
-        """The end of its minimum residency: before it, room is not made at its cost."""
+        """Returns the end of its minimum residency; before it, the model is not evicted for a claim."""
         return self.ready_at_s + max(rules.min_residency_s, rules.residency_loads * (self.load_s or 0.0))

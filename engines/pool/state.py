@@ -1,7 +1,6 @@
-"""The pool's memory: all slots, who waits, who holds a lease. Every change of a slot goes through here.
+"""The pool's state: all slots, waiters and leases, and the operations that change them.
 
-Small verbs only; when to use them is decided in `engines/pool/state_machine.py` (events) and
-`engines/pool/admission.py` (room).
+`engines/pool/state_machine.py` (events) and `engines/pool/admission.py` (memory) decide when to use them.
 """
 
 import heapq
@@ -35,7 +34,7 @@ _WORK: dict[type, Work] = {
 
 
 class PoolState:
-    """Slots by id (all generations) and by model (the current one), and the effects of the step in progress."""
+    """Holds slots by id (all generations) and by model (the current one), and the effects of the step in progress."""
 
     def __init__(self, specs: Mapping[str, ModelSpec], budget_bytes: int, rules: PoolPolicy) -> None:
         self.rules = rules
@@ -55,7 +54,7 @@ class PoolState:
         for spec in specs.values():
             self.add_slot(spec)
 
-    # ---- looking ----
+    # ---- queries ----
 
     def in_state(self, *states: State) -> list[Slot]:
         return [slot for slot in self.slots.values() if slot.state in states]
@@ -64,21 +63,21 @@ class PoolState:
         return [slot for slot in self.slots.values() if slot.state in CHARGED]
 
     def claims(self) -> list[Slot]:
-        """Those that wait for memory, oldest first."""
+        """Returns the slots that wait for memory, oldest claim first."""
         return sorted(self.in_state("waiting_space"), key=lambda slot: slot.claim or 0)
 
     def limit_bytes(self) -> int:
-        """The budget, or less while a fresh reading says that others use the device."""
+        """Returns the budget, or less if a valid reading shows that other processes use the device."""
         if self.ceiling_bytes is None or self.now_s >= self.ceiling_until_s:
             return self.budget_bytes
         return min(self.budget_bytes, self.ceiling_bytes)
 
     def is_too_large(self, need: MemoryNeed | None) -> bool:
-        """Known for certain not to fit even alone; a guess never refuses a model."""
+        """Tells whether the model certainly exceeds the budget even alone; a guess never refuses a model."""
         return need is not None and total_bytes([need.known()]) > self.budget_bytes
 
     def expired(self) -> Iterator[tuple[Slot, int]]:
-        """Waiters whose patience has ended; forgets the deadlines of those that left."""
+        """Yields the waiters past their deadline; drops the deadlines of requests that no longer wait."""
         while self._deadlines and (self._deadlines[0][0] <= self.now_s or self._is_stale(self._deadlines[0][1])):
             _, waiter_id = heapq.heappop(self._deadlines)
             if not self._is_stale(waiter_id):
@@ -100,12 +99,12 @@ class PoolState:
         return slot
 
     def move(self, slot: Slot, target: State, cause: str, claimant: str | None = None, missing_bytes: int = 0) -> None:
-        """The one place where a slot's state changes; every change is an event."""
+        """Changes a slot's state, the only place that does; emits an event."""
         if target not in EDGES[slot.state]:
             raise RuntimeError(f"bug: {slot.model_id} may not go from {slot.state} to {target} ({cause})")
         emit = Emit(
             slot.slot_id, slot.model_id, "state", slot.state, target, cause, claimant,
-            missing_bytes=missing_bytes, facts=event_details(slot, target, self.now_s),
+            missing_bytes=missing_bytes, details=event_details(slot, target, self.now_s),
         )  # fmt: skip
         self.effects.append(emit)
         slot.state = target
@@ -119,27 +118,27 @@ class PoolState:
             del self.slots[slot.slot_id]
 
     def start(self, slot: Slot, effect: Effect) -> None:
-        """Outside work begins; at most one piece for a slot."""
+        """Starts asynchronous work; at most one task per slot."""
         if slot.work is not None:
-            raise RuntimeError(f"bug: {slot.model_id} has {slot.work} under way and cannot start {effect!r}")
+            raise RuntimeError(f"bug: {slot.model_id} already runs {slot.work} and cannot start {effect!r}")
         slot.work = _WORK[type(effect)]
         self.effects.append(effect)
 
     def finish(self, slot_id: int, *work: Work) -> Slot:
-        """The slot whose outside work has just ended."""
+        """Marks the slot's asynchronous work as done; returns the slot."""
         slot = self.slots[slot_id]
         if slot.work not in work:
-            raise RuntimeError(f"bug: {slot.model_id} has {slot.work} under way, but {'/'.join(work)} ended")
+            raise RuntimeError(f"bug: {slot.model_id} runs {slot.work}, but {'/'.join(work)} ended")
         slot.work = None
         return slot
 
     def retire(self, slot: Slot) -> None:
-        """Last stop of a slot without memory or work; those who wait for it to go are told."""
+        """Removes a slot without memory or work; completes its evictions."""
         self.move(slot, "retired", slot.leaving_cause or "replaced")
         self.notify_evictors(slot)
 
     def drain(self, slot: Slot, cause: str, claimant: str | None = None, missing_bytes: int = 0) -> None:
-        """No new leases from now on; freed in this same step when there are none."""
+        """Stops granting leases on the slot; unloads it in this step if it has none."""
         self.move(slot, "draining", cause, claimant, missing_bytes)
         slot.leaving_cause, slot.leaving_for = cause, claimant
         self.unload_if_free(slot)
@@ -149,18 +148,18 @@ class PoolState:
             slot.evictions += 1
             slot.evicted_for = slot.leaving_for
             if slot.leaving_cause == EVICTED:
-                slot.operator_pin = False  # not before: an eviction that is given up leaves the pin
+                slot.operator_pin = False  # not earlier: a cancelled eviction keeps the pin
             self.unload(slot, slot.leaving_cause or "")
 
     def unload(self, slot: Slot, cause: str) -> None:
-        """The bytes stay charged until the shell says that they are free."""
+        """Starts to free the engine; its bytes stay charged until `UnloadCompleted`."""
         self.move(slot, "unloading", cause, slot.leaving_for)
         self.start(slot, StartUnload(slot.slot_id))
 
     # ---- claims, waiters, leases ----
 
     def make_claim(self, slot: Slot) -> None:
-        """A place in the queue for memory, kept whoever leaves."""
+        """Puts the slot in the queue for memory; cancelled requests do not remove it."""
         if slot.claim is None:
             slot.claim = self._next_claim
             self._next_claim += 1
@@ -170,8 +169,8 @@ class PoolState:
         if slot.state == "waiting_space":
             self.move(slot, "cold", cause)
 
-    def forget_wishes(self, slot: Slot) -> None:
-        """An operator wants the model away: it comes back for those who wait, and for nobody else."""
+    def clear_preload(self, slot: Slot) -> None:
+        """Drops pin and preload for an operator's eviction; keeps the claim only if requests wait."""
         slot.operator_pin = slot.is_wanted = False
         if not slot.waiters:
             self.drop_claim(slot, EVICTED)
@@ -191,12 +190,13 @@ class PoolState:
         self.effects.append(Grant(waiter.waiter_id, slot.slot_id))
 
     def grant_all(self, slot: Slot) -> None:
-        """In the step that made the slot ready, or the next claim would evict it before its waiters wake."""
+        """Grants all waiters in the step that made the slot ready; later, the next claim could evict it before they
+        wake."""
         waiters, slot.waiters = slot.waiters, {}
         for waiter in waiters.values():
             self.grant(slot, waiter)
 
-    def give_back(self, slot: Slot, waiter_id: int) -> None:
+    def end_lease(self, slot: Slot, waiter_id: int) -> None:
         slot.leases.remove(waiter_id)
         slot.last_used_at_s = self.now_s
         del self.holders[waiter_id]
@@ -206,7 +206,8 @@ class PoolState:
         self.effects.append(Fail(waiter_id, error))
 
     def fail_waiters(self, slot: Slot, make_error: Callable[[], EngineError]) -> None:
-        """Everyone gets an error of their own: a shared one would gather every caller's traceback."""
+        """Fails all waiters, each with its own error object: a shared one would collect the tracebacks of all
+        callers."""
         for waiter_id in list(slot.waiters):
             self.fail(slot, waiter_id, make_error())
 
@@ -217,7 +218,7 @@ class PoolState:
         slot.evictors = set()
 
     def fail_evictors(self, slot: Slot, make_error: Callable[[], EngineError]) -> None:
-        """Their eviction will not be."""
+        """Fails all pending evictions of the slot."""
         for waiter_id in slot.evictors:
             del self.holders[waiter_id]
             self.effects.append(Fail(waiter_id, make_error()))

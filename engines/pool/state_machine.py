@@ -1,21 +1,21 @@
-"""Which models are in this device's memory: a pure, synchronous, single-writer state machine.
+"""Decides which models are in one device's memory: a pure, synchronous, single-writer state machine.
 
     absent ─► fetching ─► cold ─► waiting_space ─► loading ─► warming ─► ready ─► draining ─► unloading ─► cold
                  │                     │              │          │                   │            │
                  │                     └─► cold       │          └─► unloading       └─► ready    │
-                 │                     kept out by    │              no good, or         the      │
-                 │                     pinned models  │              replaced            operator │
-                 │                                    │                                  gave up  │
-                 ├─► absent  never fits, unwanted     ├─► cold       out of memory, once          │
-                 │                                    ├─► fetching   broken or other files, once ◄┤
-                 │                                    ├─► unloading  nobody wants it now          │
+                 │                     blocked by     │              failed, or          eviction │
+                 │                     pinned models  │              replaced            given up │
+                 │                                    │                                           │
+                 ├─► absent  too large, unwanted      ├─► cold       out of memory, once          │
+                 │                                    ├─► fetching   broken or new files, once   ◄┤
+                 │                                    ├─► unloading  replaced, or shutting down   │
                  └─► failed ◄─────────────────────────┴───────────────────────────────────────────┘
                         └─► absent, cold  when the quarantine ends; on disk already: absent ─► cold
-    any state without memory or work ─► retired  gone from the registry, or replaced by a new generation
+    any state without memory or work ─► retired  removed from the registry, or replaced by a new generation
 
-`handle(event, now_s)` is the only door. It knows no loop, no thread, no clock and no engine; `engines/pool/pool.py`
-carries the effects out. Deciding who gets memory is `engines/pool/admission.py`, changing a slot
-`engines/pool/state.py`.
+`handle(event, now_s)` is the only entry. The machine uses no event loop, thread, clock or engine;
+`engines/pool/pool.py` executes the effects that it returns. `engines/pool/admission.py` decides which model gets
+memory; `engines/pool/state.py` changes slots.
 """
 
 from collections import Counter
@@ -26,7 +26,6 @@ from engines.errors import EngineError, ModelNotFound, ModelPinned
 from engines.pool.admission import Admission, end_quarantine
 from engines.pool.completions import CompletionHandlers
 from engines.pool.messages import (
-    Blocked,
     BudgetChanged,
     DrainRequested,
     Effect,
@@ -36,6 +35,7 @@ from engines.pool.messages import (
     LeaseCancelled,
     LeaseReleased,
     LeaseRequested,
+    LoadsBlocked,
     PoolEvent,
     PreloadRequested,
     RegistryReloaded,
@@ -44,11 +44,11 @@ from engines.pool.messages import (
 from engines.pool.reasons import (
     EVICTED,
     SHUTDOWN,
+    cancelled_by_preload,
     cannot_be_freed,
     load_error,
     load_hangs,
     not_found,
-    preloaded_meanwhile,
     shutting_down,
     too_large,
 )
@@ -63,7 +63,7 @@ CHANGED = "changed in the registry"
 
 
 def reload(state: PoolState, specs: Mapping[str, ModelSpec]) -> None:
-    """Four cases for each model: 1. removed 2. new 3. changed in place 4. a new generation."""
+    """Applies a new registry. Four cases for each model: 1. removed 2. new 3. changed in place 4. a new generation."""
     for model_id in [model_id for model_id in state.current if model_id not in specs]:
         _remove(state, state.current.pop(model_id))  # (1)
     for spec in specs.values():
@@ -78,14 +78,16 @@ def reload(state: PoolState, specs: Mapping[str, ModelSpec]) -> None:
 
 def _remove(state: PoolState, slot: Slot) -> None:
     state.fail_waiters(slot, lambda: ModelNotFound(f"model {slot.model_id!r} was removed from the registry"))
-    _leave(state, slot, REMOVED)
+    _retire_generation(state, slot, REMOVED)
 
 
 def _replace(state: PoolState, old: Slot, spec: ModelSpec) -> None:
-    """Waiters move on with their place in the queue; the new generation loads unasked where the old one was in use,
-    unless an operator wants that away."""
+    """Replaces a slot by a new generation, which takes over its waiters and its position in the queue for memory.
+
+    The new generation loads without a request if the old one was in use and is not being evicted by an operator.
+    """
     if old.leaving_cause == EVICTED:
-        state.forget_wishes(old)
+        state.clear_preload(old)
     new = state.add_slot(spec)
     new.operator_pin, new.is_wanted = old.operator_pin, old.is_wanted
     new.loads, new.evictions, new.claim = old.loads, old.evictions, old.claim
@@ -95,11 +97,11 @@ def _replace(state: PoolState, old: Slot, spec: ModelSpec) -> None:
         new.waiters[waiter.waiter_id] = waiter
         state.holders[waiter.waiter_id] = new
     old.waiters = {}
-    _leave(state, old, CHANGED)
+    _retire_generation(state, old, CHANGED)
 
 
-def _leave(state: PoolState, slot: Slot, cause: str) -> None:
-    """Two cases: 1. outside work or leases end first, and their end retires the slot; 2. it retires at once."""
+def _retire_generation(state: PoolState, slot: Slot, cause: str) -> None:
+    """Retires a generation. Two cases: 1. after its leases or its asynchronous work have ended; 2. at once."""
     slot.is_retired, slot.claim, slot.is_wanted, slot.leaving_cause = True, None, False, cause
     if slot.state == "ready":
         state.drain(slot, cause)  # (1)
@@ -108,7 +110,7 @@ def _leave(state: PoolState, slot: Slot, cause: str) -> None:
 
 
 class PoolStateMachine:
-    """All slots of one device. Called from one thread only; never blocks."""
+    """Decides for all slots of one device. Called from one thread only; never blocks."""
 
     def __init__(
         self,
@@ -118,7 +120,7 @@ class PoolStateMachine:
         rules: PoolPolicy | None = None,
         jitter: Callable[[], float] = lambda: 0.5,
     ) -> None:
-        """`jitter`: a number in [0, 1) for each failure, so that a fleet does not try again in step."""
+        """`jitter` returns a number in [0, 1) for each failure, so that hosts do not retry at the same moment."""
         self.state = PoolState(specs, budget_bytes, rules or PoolPolicy())
         self.admission = Admission(self.state)
         self._handlers: dict[type, Callable[..., bool | None]] = {
@@ -131,14 +133,15 @@ class PoolStateMachine:
             DrainRequested: self._drain,
             TimerFired: self._tick,
             BudgetChanged: self._budget_changed,
-            Blocked: self._blocked,
+            LoadsBlocked: self._blocked,
             **CompletionHandlers(self.state, jitter).handlers,
         }
 
     def handle(self, event: PoolEvent, now_s: float) -> list[Effect]:
-        """One step: the event, then everything that it made possible. `now_s` never goes back.
+        """Applies one event, then admits and evicts as it allows; returns the effects to execute. `now_s` never
+        decreases.
 
-        A handler that returns True has changed nothing that others could wait for.
+        A handler returns True if no other model can be affected; admission is skipped then (the warm path).
         """
         self.state.now_s, self.state.effects = now_s, []
         if not self._handlers[type(event)](event):
@@ -151,15 +154,15 @@ class PoolStateMachine:
         leases, waiters = sum(len(s.leases) for s in slots), sum(len(s.waiters) for s in slots)
         return f"<Pool [Models: {states or 'none'} | Leases: {leases} | Waiters: {waiters}]>"
 
-    # ---- what callers ask ----
+    # ---- requests and operators ----
 
     def _acquire(self, event: LeaseRequested) -> bool:
-        """Five cases:
+        """Grants, refuses or queues a request for a lease. Five cases:
 
-        1. the host drains;             2. no such model;
-        3. ready: granted in this step, whatever else goes on;
-        4. it cannot be had: the cause;
-        5. it waits, and the model has a claim from now on.
+        1. the host is shutting down: fails;             2. no such model: fails;
+        3. the model is ready: granted in this step, whatever else is in progress;
+        4. it cannot be loaded: fails with the cause;
+        5. the request waits, and the model has a claim from now on.
         """
         slot = self.state.current.get(event.model_id)
         waiter = Waiter(event.waiter_id, event.keep_alive_s, event.deadline_s, event.may_move)
@@ -172,7 +175,7 @@ class PoolStateMachine:
         if slot.state == "ready":
             self.state.grant(slot, waiter)  # (3)
             return True
-        error = self._why_not(slot)
+        error = self._refusal(slot)
         if error is not None:
             self.state.effects.append(Fail(event.waiter_id, error))  # (4)
             return True
@@ -182,10 +185,10 @@ class PoolStateMachine:
         self.state.make_claim(slot)
         return False
 
-    def _why_not(self, slot: Slot) -> EngineError | None:
-        """Why a model that is not ready cannot be waited for. Four cases:
+    def _refusal(self, slot: Slot) -> EngineError | None:
+        """Returns the error for a request whose model is not ready and cannot be loaded. Four cases:
 
-        1. quarantined;  2. nothing can be loaded, and its load is not over;  3. known never to fit;  4. it can.
+        1. quarantined;  2. a load hangs, and its own load is not complete;  3. certainly too large;  4. no error.
         """
         if slot.state == "failed" and self.state.now_s < slot.retry_at_s and slot.failure:
             return load_error(slot, slot.failure, self.state.now_s)  # (1)
@@ -196,46 +199,47 @@ class PoolStateMachine:
         return None  # (4)
 
     def _cancel(self, event: LeaseCancelled) -> bool:
-        """Four cases: 1. answered with an error 2. a waiter 3. a lease, perhaps of this very tick 4. an evictor."""
+        """Cancels by id. Four cases: 1. already failed 2. a waiter 3. a lease, perhaps granted in this tick 4. an
+        evictor."""
         slot = self.state.holders.get(event.waiter_id)
         if slot is None:
             return True  # (1)
-        if event.waiter_id in slot.waiters:  # (2): the claim stays, for a load belongs to the model
+        if event.waiter_id in slot.waiters:  # (2): the claim stays: a load belongs to the model, not to a request
             del slot.waiters[event.waiter_id], self.state.holders[event.waiter_id]
             return False
         if event.waiter_id in slot.leases:
-            return self._give_back(slot, event.waiter_id)  # (3)
+            return self._end_lease(slot, event.waiter_id)  # (3)
         slot.evictors.discard(event.waiter_id)  # (4)
         del self.state.holders[event.waiter_id]
-        self._undo_evict(slot)
+        self._abandon_eviction(slot)
         return False
 
     def _release(self, event: LeaseReleased) -> bool:
         slot = self.state.holders.get(event.waiter_id)
         if slot is None or event.waiter_id not in slot.leases:
-            raise RuntimeError(f"bug: lease {event.waiter_id} is given back, but nobody holds it")
-        return self._give_back(slot, event.waiter_id)
+            raise RuntimeError(f"bug: lease {event.waiter_id} was released but is not held")
+        return self._end_lease(slot, event.waiter_id)
 
-    def _give_back(self, slot: Slot, waiter_id: int) -> bool:
-        """Only a model's last lease can matter to anybody else."""
-        self.state.give_back(slot, waiter_id)
+    def _end_lease(self, slot: Slot, waiter_id: int) -> bool:
+        """Ends a lease; returns True if that cannot affect another model: only the end of the last lease can."""
+        self.state.end_lease(slot, waiter_id)
         self.state.unload_if_free(slot)
         return bool(slot.leases) or not self.admission.may_unblock_others(slot)
 
     def _preload(self, event: PreloadRequested) -> None:
-        """Five cases:
+        """Makes a claim without a request. Five cases:
 
-        1. no such model, shutting down or never to fit: nothing (a waiter beside it gets the error);
-        2. ready;  3. an operator's eviction has not gone through yet: the later word counts;
-        4. quarantined: an operator's word ends that;  5. on its way or leaving: its claim stands.
+        1. no such model, shutting down or too large: ignored (a waiting preload has a lease request that fails);
+        2. ready: only pinned;  3. an eviction has not finished: it is cancelled, as the later command counts;
+        4. quarantined: the quarantine ends;  5. any other state: the model has a claim from now on.
         """
         slot = self.state.current.get(event.model_id)
         if slot is None or self.state.is_draining or self.state.is_too_large(slot.need):
             return  # (1)
         slot.operator_pin = slot.operator_pin or (event.is_pin and not event.is_tentative)
         if slot.leaving_cause == EVICTED and slot.state != "unloading":
-            self.state.fail_evictors(slot, lambda: preloaded_meanwhile(slot))
-            self._stay(slot, "preloaded: the eviction was given up")  # (3)
+            self.state.fail_evictors(slot, lambda: cancelled_by_preload(slot))
+            self._cancel_eviction(slot, "eviction cancelled by a preload")  # (3)
         if slot.state == "ready":
             return  # (2)
         if slot.state == "failed":
@@ -244,20 +248,22 @@ class PoolStateMachine:
         self.state.make_claim(slot)  # (5)
 
     def _evict(self, event: EvictionRequested) -> None:
-        """Seven cases:
+        """Evicts a model for an operator. Seven cases:
 
-        1. no such model;  2. pinned, and not forced;  3. nothing can be freed;
-        4. not in memory and not getting there: done, and a claim that nobody waits for is dropped;
-        5. ready: drains;  6. on its way: drains once its waiters are granted;
-        7. leaving already: told then, and it does not come back for anybody but waiters.
+        1. no such model: fails;  2. pinned, and not forced: fails;  3. a load hangs, so nothing can be freed: fails;
+        4. not in memory and not loading: done; its claim is dropped unless requests wait for it;
+        5. ready: drains;  6. loading or warming: drains once its waiters have had their leases;
+        7. draining or unloading already: done when it is free; it is loaded again only for waiting requests.
         """
         slot = self.state.current.get(event.model_id)
         if slot is None:
             self.state.effects.append(Fail(event.waiter_id, not_found(event.model_id)))  # (1)
             return
-        is_evicted = slot.leaving_cause == EVICTED and slot.state != "unloading"  # else a preload may have come since
+        is_evicted = (
+            slot.leaving_cause == EVICTED and slot.state != "unloading"
+        )  # while unloading, a preload may have followed the eviction
         if slot.is_pinned and not event.is_forced and not is_evicted:
-            message = f"model {event.model_id!r} is pinned; evict it with force"
+            message = f"model {event.model_id!r} is pinned; set force to evict it"
             self.state.effects.append(Fail(event.waiter_id, ModelPinned(message)))  # (2)
             return
         if self.state.blocked and slot.state in CHARGED:
@@ -267,37 +273,38 @@ class PoolStateMachine:
         slot.evictors.add(event.waiter_id)
         self.state.holders[event.waiter_id] = slot
         if slot.state in ("absent", "fetching", "cold", "waiting_space", "failed"):
-            self.state.forget_wishes(slot)
+            self.state.clear_preload(slot)
             self.state.notify_evictors(slot)  # (4)
         elif slot.state == "ready":
             self.state.drain(slot, EVICTED)  # (5)
         elif slot.state in ("loading", "warming"):
             slot.leaving_cause = EVICTED  # (6)
         elif not is_evicted:
-            self.state.forget_wishes(slot)  # (7)
+            self.state.clear_preload(slot)  # (7)
 
-    def _undo_evict(self, slot: Slot) -> None:
-        """The last operator gave up: what still drains for them alone serves again, unless the host shuts down."""
+    def _abandon_eviction(self, slot: Slot) -> None:
+        """Undoes an eviction whose last operator has cancelled: the model serves again, unless the host is shutting
+        down."""
         if slot.evictors or slot.leaving_cause != EVICTED:
             return
         if self.state.is_draining:
             slot.leaving_cause = SHUTDOWN
             return
         if slot.state != "unloading":
-            self._stay(slot, "still in use: the eviction was given up")
+            self._cancel_eviction(slot, "still in use: the eviction was cancelled")
 
-    def _stay(self, slot: Slot, cause: str) -> None:
-        """An eviction under way is off."""
+    def _cancel_eviction(self, slot: Slot, cause: str) -> None:
+        """Cancels an eviction in progress: a draining model becomes ready again."""
         slot.leaving_cause = slot.leaving_for = None
         if slot.state == "draining":
             self.state.move(slot, "ready", cause)
             self.state.grant_all(slot)
             slot.claim, slot.is_wanted = None, False
 
-    def _blocked(self, event: Blocked) -> None:
-        """Nothing can be loaded or freed from now on, or it can again. Two cases for each model:
+    def _blocked(self, event: LoadsBlocked) -> None:
+        """Sets or clears the hanging load that blocks all loads and unloads. Two cases for each model:
 
-        1. its own work hangs, perhaps: that is an event;  2. it was to be freed, and cannot be: it serves on.
+        1. it is loading or unloading: an event reports the hang;  2. its eviction is cancelled: it stays ready.
         """
         self.state.blocked = event.reason
         for slot in list(self.state.slots.values()) if event.reason else ():
@@ -307,14 +314,14 @@ class PoolStateMachine:
                 )  # (1)
             self.state.fail_evictors(slot, partial(cannot_be_freed, slot, event.reason))
             if not slot.is_retired and not self.state.is_draining:
-                self._stay(slot, f"cannot be freed: {event.reason}")  # (2)
+                self._cancel_eviction(slot, f"cannot be freed: {event.reason}")  # (2)
 
     def _reload(self, event: RegistryReloaded) -> None:
         if not self.state.is_draining:
             reload(self.state, event.specs)
 
     def _drain(self, event: DrainRequested) -> None:
-        """What is ready or nearly so serves those it was loaded for; everybody else is sent away."""
+        """Begins the shutdown: ready, loading and warming models serve the requests that they have; all others fail."""
         self.state.is_draining = True
         for slot in list(self.state.slots.values()):
             slot.leaving_cause = slot.leaving_cause or SHUTDOWN

@@ -1,21 +1,21 @@
-"""The pool in records: what operators, placement and metrics see. Pure functions of slots; they change nothing."""
+"""Builds the records that operators, placement and metrics read. Pure functions of slots; they change nothing."""
 
 from collections.abc import Callable, Iterable, Sequence
 
 from engines.pool.admission import claimed_bytes
 from engines.pool.eviction import charges, choose_victims, missing_bytes, total_bytes, victim_order
-from engines.pool.reasons import kept_out, known_bytes
+from engines.pool.reasons import blocked_by_pinned, known_bytes
 from engines.pool.slot import CHARGED, LEAVING, NO_MEMORY, Slot
 from engines.pool.state import PoolState
 from engines.protocols import Engine
 from engines.types import HostSnapshot, ModelStatus, Plan, format_bytes
 
 _CEILING_S = 60.0
-"""So long a reading of the device tells placement to look elsewhere first; then it is worth another look."""
+"""How long placement uses a reading of the device; after that, the host is worth another try."""
 
 
 class StatusView:
-    """Where the slots are, and how the pool's clock reads on the wall."""
+    """Converts slots to public records; `to_unix_s` converts times of the pool's clock."""
 
     def __init__(self, host_id: str, device: str, to_unix_s: Callable[[float], float]) -> None:
         self.host_id = host_id
@@ -23,7 +23,7 @@ class StatusView:
         self.to_unix_s = to_unix_s
 
     def status(self, slot: Slot, engine: Engine | None, blocked: str = "") -> ModelStatus:
-        """One slot; `engine` when it has one. `blocked`: why nothing can be loaded or freed."""
+        """Builds the status of one slot. `engine`: None unless loaded. `blocked`: the load that hangs, or empty."""
         is_failed = slot.state == "failed"
         last_error = f"{slot.failure.kind}: {slot.failure.message}" if slot.failure else None
         if blocked and slot.work in ("load", "unload"):
@@ -58,7 +58,8 @@ class StatusView:
     def snapshot(
         self, state: PoolState, now_s: float, total_bytes_of_device: int, engines: dict[int, Engine]
     ) -> HostSnapshot:
-        """The device now. An old generation on its way out is charged, but only the current one is listed."""
+        """Builds the snapshot of the device. Old generations are charged until unloaded, but only current ones are
+        listed."""
         charged = state.charged()
         used = sum(slot.reserved.weight_bytes for slot in charged)
         workspace = max((slot.reserved.workspace_bytes for slot in charged), default=0)
@@ -81,9 +82,9 @@ class StatusView:
         )
 
     def plan(self, state: PoolState, slot: Slot) -> Plan:
-        """What loading would do if it began now and nobody were busy or young."""
+        """Predicts a load that begins now, as if no model were leased or within its minimum residency."""
         need = slot.need or NO_MEMORY
-        evict, fits, reason = planned(state, slot)
+        evict, fits, reason = predict_load(state, slot)
         return Plan(
             model_id=slot.model_id,
             host_id=self.host_id,
@@ -98,7 +99,7 @@ class StatusView:
 
 
 def residents(charged: Iterable[Slot]) -> tuple[str, ...]:
-    """Eviction order: those that leave already, those that may, those that load, and last the pinned."""
+    """Returns model ids in eviction order: leaving, ready, loading, and last pinned models."""
 
     def order(slot: Slot) -> tuple[int, tuple[bool, int, float]]:
         rank = 0 if slot.state in LEAVING else 3 if slot.is_pinned else 1 if slot.state == "ready" else 2
@@ -107,11 +108,11 @@ def residents(charged: Iterable[Slot]) -> tuple[str, ...]:
     return tuple(slot.model_id for slot in sorted(charged, key=order))
 
 
-def planned(state: PoolState, slot: Slot) -> tuple[Sequence[Slot], bool, str]:
-    """(who would leave, whether it fits, why). Six cases:
+def predict_load(state: PoolState, slot: Slot) -> tuple[Sequence[Slot], bool, str]:
+    """Returns (victims, whether it fits, reason). Six cases:
 
-    1. in memory or nearly;  2. never;  3. kept out by pinned models;
-    4. the size is unknown;  5. fits in free memory;  6. others leave.
+    1. in memory or loading;  2. larger than the budget;  3. does not fit beside pinned models;
+    4. the size is unknown;  5. fits in free memory;  6. fits once the victims are evicted.
     """
     if slot.state in CHARGED and slot.state not in LEAVING:
         return (), True, f"{slot.state} already"  # (1)
@@ -120,7 +121,7 @@ def planned(state: PoolState, slot: Slot) -> tuple[Sequence[Slot], bool, str]:
         reason = f"needs {format_bytes(known_bytes(slot.need))} of a budget of {format_bytes(budget)}: it can never fit"
         return (), False, reason  # (2)
     if slot.need is None:
-        return (), True, "its size is not known before its files are here"  # (4)
+        return (), True, "its size is unknown until its files are downloaded"  # (4)
     staying = [other for other in state.charged() if other is not slot]
     pinned = [other for other in staying if other.is_pinned]
     need = slot.need.capped(budget - total_bytes(charges(pinned)))
@@ -129,5 +130,5 @@ def planned(state: PoolState, slot: Slot) -> tuple[Sequence[Slot], bool, str]:
         return (), True, "fits in free memory"  # (5)
     victims = choose_victims(staying, [other for other in staying if not other.is_pinned], need, budget)
     if victims is None:
-        return (), False, kept_out(slot, total_bytes(charges(pinned)), budget)  # (3)
-    return victims, True, f"{format_bytes(missing)} are missing; others leave as they become idle"  # (6)
+        return (), False, blocked_by_pinned(slot, total_bytes(charges(pinned)), budget)  # (3)
+    return victims, True, f"{format_bytes(missing)} are missing; other models are evicted once idle"  # (6)

@@ -1,6 +1,7 @@
-"""Errors as records: how one crosses to another process or machine, and is raised there as what it was.
+"""Converts errors to records and back, so that they cross to another process or machine and keep their class.
 
-Exceptions are not pickled: those with required keywords would not come back, and a library's own would need it there.
+Exceptions are not pickled: those with required keyword arguments cannot be unpickled, and those of libraries would need
+the library on the other side.
 """
 
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ Detail = str | int | float | None
 
 
 class ErrorRecord(Struct, frozen=True, kw_only=True, tag=True):
-    """One `EngineError`: the name of its class, its message, and what else it carries (`param`, `retry_after_s`, …)."""
+    """One `EngineError`: the name of its class, its message, and its other attributes (`param`, `retry_after_s`, …)."""
 
     kind: str
     message: str
@@ -25,7 +26,8 @@ class ErrorRecord(Struct, frozen=True, kw_only=True, tag=True):
 
 
 def error_record_of(error: Exception) -> ErrorRecord:
-    """The record of an error. What nobody foresaw is logged here, where its traceback is, and crosses without it."""
+    """Converts an error to a record. An unexpected error is logged here with its traceback and crosses without
+    details."""
     if isinstance(error, EngineError):
         details = {name: value for name, value in vars(error).items() if isinstance(value, Detail)}
         return ErrorRecord(kind=type(error).__name__, message=str(error), details=details)
@@ -35,7 +37,7 @@ def error_record_of(error: Exception) -> ErrorRecord:
 
 
 def error_of(failure: ErrorRecord) -> EngineError:
-    """The error again. A class that this side does not know, of another version, becomes `EngineFailed`."""
+    """Restores the error from its record. An unknown class, from another version, becomes `EngineFailed`."""
     cls = _CLASSES.get(failure.kind, EngineFailed)
     error = cls.__new__(cls, failure.message)
     error.args = (failure.message,)

@@ -1,8 +1,8 @@
-"""What a host in another process is asked, and what it answers: one message a client request, with bytes in it.
+"""Requests to a host in another process, and its replies.
 
-A message is a MessagePack head and a raw body. The body holds vectors and nothing else, as `Embeddings` has them, so
-that no float is ever converted on the way. `pack` and `FrameDecoder` make frames of them for a stream of bytes; a
-transport that keeps messages apart by itself (Ray) takes heads and bodies as they are.
+A message is a MessagePack head and a raw body. The body holds only vectors, in the format of `Embeddings`, so that no
+float is converted. `pack` and `FrameDecoder` frame messages for a stream of bytes; transports that separate messages
+themselves (Ray) send heads and bodies as they are.
 """
 
 import struct
@@ -16,7 +16,7 @@ from engines.spec import ModelSpec
 from engines.types import Budget, EmbedCall, Embeddings, Event, HostSnapshot, ModelStatus, Plan
 
 _PREFIX = struct.Struct("<II")
-"""Bytes of the head, bytes of the body."""
+"""The prefix of a frame: bytes of the head, bytes of the body."""
 
 
 class Embed(Struct, frozen=True, kw_only=True, tag=True):
@@ -50,14 +50,15 @@ class PlanRequest(Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Generation(Struct, frozen=True, order=True, array_like=True):
-    """Which registry: `counter` grows with every reload, `digest` is of the content. Higher ones replace lower ones."""
+    """The version of a registry: `counter` grows with every reload, `digest` hashes the content. Higher versions
+    win."""
 
     counter: int = 0
     digest: str = ""
 
 
 class Reload(Struct, frozen=True, kw_only=True, tag=True):
-    """`Host.reload`, where `generation` is higher than the host's; answered by `CommandResult`."""
+    """`Host.reload`, unless `generation` is not higher than the host's; answered by `CommandResult`."""
 
     specs: Mapping[str, ModelSpec]
     budget: Budget | None = None
@@ -65,7 +66,7 @@ class Reload(Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Poll(Struct, frozen=True, kw_only=True, tag=True):
-    """Check the device, and tell what has happened since the event `after`; answered by `HostReport`."""
+    """Checks the device and asks for the events after `after`; answered by `HostReport`."""
 
     after: int = 0
 
@@ -77,19 +78,19 @@ class Drain(Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Cancel(Struct, frozen=True, kw_only=True, tag=True):
-    """Nobody waits for the request of that number any more; not answered, and the request by `Cancelled`."""
+    """Cancels the request of that number, which is answered by `Cancelled`; itself it has no reply."""
 
     number: int
 
 
 class EmbedResult(Struct, frozen=True, kw_only=True, tag=True):
-    """The body holds the vectors that are missing here."""
+    """The reply to `Embed`. Its vectors are in the body of the message."""
 
     embeddings: Embeddings
 
 
 class CommandResult(Struct, frozen=True, kw_only=True, tag=True):
-    """What became of an operator's command, and the whole host after it."""
+    """The result of an operator's command, with the snapshot of the host after it."""
 
     snapshot: HostSnapshot
     status: ModelStatus | None = None
@@ -97,7 +98,7 @@ class CommandResult(Struct, frozen=True, kw_only=True, tag=True):
 
 
 class HostReport(Struct, frozen=True, kw_only=True, tag=True):
-    """A look at a host. `generation`: of the registry that it serves."""
+    """The reply to `Poll`. `generation`: the version of the registry that the host serves."""
 
     snapshot: HostSnapshot
     events: tuple[Event, ...] = ()
@@ -106,7 +107,7 @@ class HostReport(Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Cancelled(Struct, frozen=True, kw_only=True, tag=True):
-    """The request was cancelled, and nothing of it is left."""
+    """The request was cancelled and has released everything."""
 
 
 Request = Embed | Preload | Evict | PlanRequest | Reload | Poll | Drain | Cancel
@@ -118,17 +119,17 @@ _replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
 
 
 def encode_request(request: Request) -> bytes:
-    """The head; requests have no body."""
+    """Encodes a request to its head; requests have no body."""
     return _encoder.encode(request)
 
 
 def decode_request(head: bytes) -> Request:
-    """The inverse of `encode_request`."""
+    """Decodes the head of a request."""
     return _requests.decode(head)
 
 
 def encode_reply(reply: Reply) -> tuple[bytes, bytes]:
-    """Head and body."""
+    """Encodes a reply to head and body."""
     if isinstance(reply, EmbedResult):
         bare = structs.replace(reply.embeddings, vectors=b"")
         return _encoder.encode(EmbedResult(embeddings=bare)), reply.embeddings.vectors
@@ -136,7 +137,7 @@ def encode_reply(reply: Reply) -> tuple[bytes, bytes]:
 
 
 def decode_reply(head: bytes, body: bytes) -> Reply:
-    """The inverse of `encode_reply`."""
+    """Decodes a reply from head and body."""
     reply = _replies.decode(head)
     if isinstance(reply, EmbedResult):
         return EmbedResult(embeddings=structs.replace(reply.embeddings, vectors=body))
@@ -144,7 +145,7 @@ def decode_reply(head: bytes, body: bytes) -> Reply:
 
 
 class Frame(Struct, frozen=True):
-    """One message of a stream. `number` joins a reply to its request; 0: nobody asked."""
+    """One message of a stream. `number` matches a reply to its request; 0: unsolicited."""
 
     number: int
     head: bytes
@@ -152,19 +153,19 @@ class Frame(Struct, frozen=True):
 
 
 def pack(frame: Frame) -> tuple[bytes, bytes]:
-    """A frame as it is written: everything but the body, and the body, which is not copied."""
+    """Encodes a frame to (prefix, number and head; body). The body is not copied."""
     head = frame.number.to_bytes(8, "little") + frame.head
     return _PREFIX.pack(len(head), len(frame.body)) + head, frame.body
 
 
 class FrameDecoder:
-    """Bytes as they arrive → frames."""
+    """Splits a stream of bytes into frames."""
 
     def __init__(self) -> None:
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> list[Frame]:
-        """The frames that are whole now."""
+        """Adds bytes; returns the frames that are now complete."""
         self._buffer += data
         with memoryview(self._buffer) as view:
             frames, taken = _cut(view)
@@ -183,7 +184,7 @@ def _cut(view: memoryview) -> tuple[list[Frame], int]:
 
 
 def _spans(view: memoryview) -> Iterator[tuple[int, int, int]]:
-    """(start of the head, bytes of the head, bytes of the body) of each whole frame."""
+    """Yields (start of the head, bytes of the head, bytes of the body) of each complete frame."""
     at = 0
     while len(view) - at >= _PREFIX.size:
         head_bytes, body_bytes = _PREFIX.unpack_from(view, at)

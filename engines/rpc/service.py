@@ -1,4 +1,4 @@
-"""Answers messages of `engines/rpc/messages.py` with a host of this process. Independent of the transport."""
+"""Executes requests of `engines/rpc/messages.py` on a host of this process, for any transport."""
 
 import asyncio
 from contextlib import suppress
@@ -25,11 +25,11 @@ from engines.types import ModelStatus
 
 
 class HostService:
-    """One host and the generation of the registry that it serves.
+    """Serves one host; tracks the generation of its registry.
 
     Args:
-        host: started by whoever made it.
-        generation: of the registry that the host was made with.
+        host: a started host.
+        generation: the version of the registry that the host was created with.
     """
 
     def __init__(self, host: Host, generation: Generation = Generation()) -> None:  # noqa: B008  # frozen
@@ -37,16 +37,16 @@ class HostService:
         self._generation = generation
 
     async def answer(self, request: Request) -> Reply:
-        """What the host says; errors are replies, too. Cancelling cancels what the host does for it."""
+        """Executes the request; errors become replies too. Cancelling it cancels the host's work."""
         try:
             if isinstance(request, Embed):
                 return EmbedResult(embeddings=await self.host.embed(request.call))
             return await self._command(request)
-        except Exception as error:  # noqa: BLE001  # it crosses, and is raised again where the answer is awaited
+        except Exception as error:  # noqa: BLE001  # sent as a record, and raised where the reply is awaited
             return error_record_of(error)
 
     def poll(self, after: int = 0) -> HostReport:
-        """The host now, and its events since `after`."""
+        """Checks the host; returns its snapshot and its events after `after`."""
         return HostReport(
             fault=self.host.check(),
             snapshot=self.host.snapshot(),
@@ -82,7 +82,8 @@ class HostService:
         return CommandResult(snapshot=self.host.snapshot(), plan=self.host.plan(request.model_id))
 
     async def _reload(self, request: Reload) -> None:
-        """Several routers may bring registries, and late ones must not undo newer ones."""
+        """Applies a registry with a higher generation only: several routers send registries, and late ones are
+        stale."""
         if request.generation > self._generation:
             await self.host.reload(request.specs, request.budget)
             self._generation = request.generation

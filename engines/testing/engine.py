@@ -1,4 +1,4 @@
-"""An engine without torch: vectors from a hash of the model and the text, so that a test can say what is right."""
+"""A fake engine without torch: its vectors are hashes of model and text, so that tests can compute the right ones."""
 
 import asyncio
 import hashlib
@@ -18,18 +18,18 @@ WORKSPACE_BYTES = 100
 VOCABULARY = 30_000
 
 Script = Mapping[str, Sequence[Exception | None]]
-"""By model id, what the first attempts raise; None, and every attempt after the last, succeeds."""
+"""By model id, the errors of the first attempts; None succeeds, and so do all later attempts."""
 
 
 def fake_vector(model_id: str, text: str | tuple[int, ...], width: int = WIDTH) -> NDArray[np.float32]:
-    """What `FakeEngine` answers: `width` components of a unit vector of `WIDTH`, normalised again after a cut."""
+    """Computes the vector that `FakeEngine` returns: `WIDTH` random components, cut to `width` and normalised."""
     digest = hashlib.blake2b(f"{model_id}\0{text}".encode(), digest_size=8).digest()
     raw = np.random.default_rng(int.from_bytes(digest, "little")).standard_normal(WIDTH)[:width]
     return (raw / np.linalg.norm(raw)).astype("<f4")
 
 
 class Attempts:
-    """Counts attempts by model, and raises what the script says."""
+    """Counts attempts by model and raises the scripted errors."""
 
     def __init__(self, script: Script | None) -> None:
         self._script = script or {}
@@ -45,15 +45,16 @@ class Attempts:
 
 
 class FakeEngine:
-    """One model. `running`, `cancelled` and `is_closed` show what became of its calls.
+    """Fakes one model. `running`, `cancelled` and `is_closed` record its calls.
 
-    A call on a freed engine, or freeing one under a call, is written down in `violations`: whoever checks it at the end
-    of a test finds what the pool's own error handling would have swallowed.
+    A call on a closed engine, or closing one during a call, is added to `violations`; a test that checks these at its
+    end finds misuse that the pool's error handling would hide.
 
     Args:
-        spec: its prompts, matryoshka and truncation are obeyed; a text has as many tokens as words, and two more.
-        embed_s, sleep: how long a call takes, and how to wait for it.
-        failures: what its first calls raise.
+        spec: prompts, matryoshka and truncation are applied; a text has one token per word, and two more.
+        embed_s, sleep: how long a call takes, and the function that waits for it.
+        failures: the errors of its first calls.
+        warm_failure: the error of `warm_up`.
     """
 
     def __init__(  # a script: every argument is optional and named
@@ -97,7 +98,7 @@ class FakeEngine:
             raise self._warm_failure
 
     async def embed(self, call: EmbedCall) -> Embeddings:
-        """As a real engine: the same fields are obeyed, the same errors raised."""
+        """Embeds as a real engine does: applies the same fields, raises the same errors."""
         if self.is_closed:
             self.violations.append(f"{self.spec.model_id} was used after it was freed")
         self.running += 1

@@ -1,8 +1,8 @@
-"""Engines, files and whole hosts that need no torch, for tests of everything above them. One line each:
+"""Fake engines, files and hosts without torch, for tests of the layers above them. One line each:
 
     FakeFiles(), FakeLoader(), FakeEngine(spec), fake_host("some-model", "another")
 
-Everything is scripted: bytes, delays, and failures by model and attempt. What is right is `fake_vector`.
+Bytes, delays and failures are scripted by model and attempt. `fake_vector` computes the expected vectors.
 """
 
 import asyncio
@@ -39,12 +39,12 @@ __all__ = [
 
 
 def fake_specs(*model_ids: str) -> dict[str, ModelSpec]:
-    """Specs that say nothing special."""
+    """Builds specs with default values."""
     return {model_id: ModelSpec(model_id=model_id, source=f"fake/{model_id}") for model_id in model_ids}
 
 
 def fake_runtime(total_bytes: int = 10**9, time: FakeTime | None = None) -> HostRuntime:
-    """No threads, a device of `total_bytes`; the loop's own clock, unless it is to be turned by hand."""
+    """Builds a runtime without threads, with a device of `total_bytes`; `time` replaces the event loop's clock."""
     return HostRuntime(
         time=time or LoopTime(),
         workers=InlineWorkers(),
@@ -59,24 +59,24 @@ def fake_host(
     budget_bytes: int = 10**6,
     files: Files | None = None,
     loader: Loader | None = None,
-    world: HostRuntime | None = None,
+    runtime: HostRuntime | None = None,
     host_id: str = "fake",
 ) -> Host:
-    """A host that is quick, whole and harmless; `await host.start()` before use."""
+    """Builds a host of fakes; `await host.start()` before use."""
     config = HostConfig(host_id=host_id, budget=Budget(size_bytes=budget_bytes), workspace_bytes=WORKSPACE_BYTES)
     specs: dict[str, ModelSpec] = {}
     for model in models:
         specs.update(fake_specs(model) if isinstance(model, str) else {model.model_id: model})
-    return Host(config, specs, files or FakeFiles(), loader or FakeLoader(), world or fake_runtime())
+    return Host(config, specs, files or FakeFiles(), loader or FakeLoader(), runtime or fake_runtime())
 
 
 class FakeFiles:
-    """Files that are there at once, or come when fetched.
+    """Fakes model files that are on disk, or are once fetched.
 
     Args:
-        on_disk: models whose files need no fetch; None: all of them.
-        weight_bytes: known sizes by model (default `WEIGHT_BYTES`); None for unknown.
-        failures: what fetches raise.
+        on_disk: models whose files are on disk; None: all of them.
+        weight_bytes: sizes by model (default `WEIGHT_BYTES`); None if unknown.
+        failures: the errors of fetches.
         pause: called with the model id on the thread of each fetch; it may block or sleep.
     """
 
@@ -99,7 +99,7 @@ class FakeFiles:
 
     @property
     def fetches(self) -> Counter[str]:
-        """How often each model was fetched."""
+        """The number of fetches by model."""
         return self._fetches.counts
 
     def locate(self, spec: ModelSpec) -> ModelFiles | None:
@@ -137,12 +137,12 @@ class FakeFiles:
 
 
 class FakeLoader:
-    """Engines at will.
+    """Builds fake engines.
 
     Args:
-        weight_bytes, workspace_bytes: what engines turn out to take, by model.
-        failures, warm_failures, embed_failures: what loads, warm-ups and calls raise.
-        embed_s, sleep: how long calls take; may be set later for engines to come.
+        weight_bytes, workspace_bytes: the measured bytes of engines, by model.
+        failures, warm_failures, embed_failures: the errors of loads, warm-ups and calls.
+        embed_s, sleep: how long calls take; setting them later affects engines loaded afterwards.
         pause: called with the model id on the loader's thread; it may block or sleep.
     """
 
@@ -172,12 +172,12 @@ class FakeLoader:
 
     @property
     def loads(self) -> Counter[str]:
-        """How often each model was loaded."""
+        """The number of loads by model."""
         return self._loads.counts
 
     @property
     def resident_bytes(self) -> int:
-        """Weights of all engines that are not closed."""
+        """The weights of all engines that are not closed."""
         return sum(engine.weight_bytes for engine in list(self.engines) if not engine.is_closed)
 
     def load(self, spec: ModelSpec, files: ModelFiles) -> FakeEngine:

@@ -1,4 +1,4 @@
-"""A world for tests: a clock turned by hand, threads that are not, a device of any size."""
+"""Fake dependencies of a host: a manual clock, workers without threads, a device of any size."""
 
 import asyncio
 import heapq
@@ -7,22 +7,22 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from engines.device.memory import MemoryReading
-from engines.pool.runtime import Task
+from engines.pool.runtime import LoaderTask
 
 Result = TypeVar("Result")
 
 TURNS = 60
-"""Turns of the event loop that any chain of callbacks in these tests needs at the most."""
+"""Enough iterations of the event loop for the longest chain of callbacks in these tests."""
 
 
 async def let_run(turns: int = TURNS) -> None:
-    """Let everything that can run, run."""
+    """Runs the event loop until everything that can run has run."""
     for _ in range(turns):
         await asyncio.sleep(0)
 
 
 class FakeTimer:
-    """See `engines.pool.runtime.Timer`."""
+    """Fakes `engines.pool.runtime.Timer`."""
 
     def __init__(self, callback: Callable[[], None]) -> None:
         self.callback: Callable[[], None] | None = callback
@@ -32,7 +32,7 @@ class FakeTimer:
 
 
 class FakeTime:
-    """A clock that stands still until told to go on (`engines.pool.runtime.Time`)."""
+    """A clock that stands still until `advance` (`engines.pool.runtime.Time`)."""
 
     def __init__(self, now_s: float = 1000.0) -> None:
         self._now_s = now_s
@@ -52,7 +52,7 @@ class FakeTime:
         return timer
 
     async def sleep(self, seconds: float) -> None:
-        """As `asyncio.sleep`, by this clock."""
+        """Sleeps like `asyncio.sleep`, by this clock."""
         if seconds <= 0:
             await asyncio.sleep(0)
             return
@@ -64,7 +64,7 @@ class FakeTime:
             timer.cancel()
 
     async def advance(self, seconds: float) -> None:
-        """Time passes: timers ring in order, and what they set off runs before the next one."""
+        """Advances the clock; timers fire in order, and their callbacks finish before the next one."""
         await let_run()
         until_s = self._now_s + seconds
         while self._timers and self._timers[0][0] <= until_s:
@@ -77,7 +77,7 @@ class FakeTime:
 
 
 class FakeMemory:
-    """Fakes `engines.device.memory.DeviceMemory`; set `ceiling_bytes` to what other processes leave."""
+    """Fakes `engines.device.memory.DeviceMemory`; set `ceiling_bytes` to the memory that other processes leave."""
 
     def __init__(self, total_bytes: int = 10**9) -> None:
         self.total_bytes = total_bytes
@@ -90,50 +90,50 @@ class FakeMemory:
 
 
 class InlineWorkers:
-    """Work runs on the event loop, a turn after it was asked for (`engines.pool.runtime.Workers`).
+    """Runs work on the event loop, in its next iteration (`engines.pool.runtime.Workers`).
 
-    Work of a kind (`look`, `ask`, `fetch`, `load`) can be held, so that a test decides when it ends.
+    Work of a kind (`read_disk`, `query_hub`, `fetch`, `load`) can be held, so that a test decides when it ends.
 
     Attributes:
-        hangs: set it to what is said to hang.
-        tasks: what was to be done on the loader's thread.
+        hangs: the return value of `hung`.
+        tasks: the tasks of the loader's thread so far.
     """
 
     def __init__(self) -> None:
         self.hangs = ""
-        self.tasks: list[Task] = []
+        self.tasks: list[LoaderTask] = []
         self._held: set[str] = set()
         self._gates: dict[str, list[asyncio.Future[None]]] = defaultdict(list)
 
     def hold(self, kind: str) -> None:
-        """Work of this kind waits from now on."""
+        """Holds work of this kind from now on."""
         self._held.add(kind)
 
     def release(self, kind: str) -> None:
-        """Held work of this kind goes on, in order."""
+        """Releases held work of this kind, in order."""
         self._held.discard(kind)
         for gate in self._gates.pop(kind, []):
             if not gate.done():
                 gate.set_result(None)
 
     def waiting(self, kind: str) -> int:
-        """How much work of this kind is held now."""
+        """Counts the held work of this kind."""
         return len(self._gates[kind])
 
-    async def look(self, work: Callable[[], Result]) -> Result:
-        return await self._run("look", work)
+    async def read_disk(self, work: Callable[[], Result]) -> Result:
+        return await self._run("read_disk", work)
 
-    async def ask(self, work: Callable[[], Result]) -> Result:
-        return await self._run("ask", work)
+    async def query_hub(self, work: Callable[[], Result]) -> Result:
+        return await self._run("query_hub", work)
 
     async def fetch(self, work: Callable[[], Result]) -> Result:
         return await self._run("fetch", work)
 
-    async def load(self, work: Callable[[], Result], task: Task) -> Result:
+    async def load(self, work: Callable[[], Result], task: LoaderTask) -> Result:
         self.tasks.append(task)
         return await self._run("load", work)
 
-    def hung(self, awake_s: float) -> str:
+    def hung(self, since_pause_s: float) -> str:
         return self.hangs
 
     async def _run(self, kind: str, work: Callable[[], Result]) -> Result:

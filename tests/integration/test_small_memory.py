@@ -24,7 +24,7 @@ from benchmarks.lib.small_memory import (
     specs_of,
     unexplained,
 )
-from engines.pool.runtime import LOAD_LOCK, Task
+from engines.pool.runtime import LOAD_LOCK, LoaderTask
 from engines.pool.slot import PoolPolicy
 from engines.types import Event
 
@@ -101,7 +101,7 @@ async def test_of_a_hundred_waiters_sixty_leave_and_no_lease_is_lost(truths: dic
     name = "bert-cls"
     rng = random.Random(3)
     async with real_server(specs_of({name: truths[name]})) as server:
-        with LOAD_LOCK.held(Task("a test", 60.0)):
+        with LOAD_LOCK.held(LoaderTask("a test", 60.0)):
             tasks = [asyncio.create_task(ask(server, truths[name], name, random.Random(seed))) for seed in range(100)]
             await asyncio.sleep(0)
             leavers = rng.sample(tasks, 60)
@@ -124,7 +124,7 @@ async def test_two_models_that_cannot_both_fit_take_turns(truths: dict[str, Trut
     specs = specs_of(pair, max_batch_tokens=512)  # or both would need less once trials have found smaller batches
     sizes = await measure(specs, state)
     budget = max(sum(size) for size in sizes.values()) + 1000
-    rules = PoolPolicy(min_residency_s=RESIDENCY_S, residency_loads=0.0, patience_s=0.2)
+    rules = PoolPolicy(min_residency_s=RESIDENCY_S, residency_loads=0.0, overdue_after_s=0.2)
     asked = Counter[str]()
     is_seen = asyncio.Event()
 

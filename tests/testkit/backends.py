@@ -210,7 +210,7 @@ BUDGET = Budget(size_bytes=BUDGET_BYTES)
 HOSTS = 3
 
 
-RULES = PoolPolicy(min_residency_s=0.1, residency_loads=0.0, patience_s=0.1, retry_s=(1.0, 2.0))
+RULES = PoolPolicy(min_residency_s=0.1, residency_loads=0.0, overdue_after_s=0.1, retry_s=(1.0, 2.0))
 
 
 def script_of(spec: ModelSpec) -> dict[str, str]:

@@ -1,6 +1,7 @@
-"""The world around a `PoolStateMachine`: callers, outside work and time, all by hand; and the invariants of the house.
+"""Simulates everything around a `PoolStateMachine`: requests, operators, asynchronous work and time; checks invariants.
 
-It keeps its own books from the effects alone and compares, so a pool that lies to itself is found out.
+It keeps its own model of the pool from the effects alone and compares the two after every step, so that inconsistent
+state of the pool is detected.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +12,6 @@ from msgspec import Struct
 from engines.pool.messages import (
     NEVER,
     ArmTimer,
-    Blocked,
     BudgetChanged,
     Discard,
     Done,
@@ -32,6 +32,7 @@ from engines.pool.messages import (
     LeaseRequested,
     LoadCompleted,
     LoadErrored,
+    LoadsBlocked,
     PoolEvent,
     PreloadRequested,
     ReadMemory,
@@ -59,7 +60,7 @@ PINNED_END = FAIR_END | {"removed from the registry", "changed in the registry"}
 
 
 class Violation(AssertionError):
-    """An invariant of the house does not hold."""
+    """An invariant of the pool does not hold."""
 
 
 def require(holds: bool, message: str) -> None:
@@ -67,8 +68,8 @@ def require(holds: bool, message: str) -> None:
         raise Violation(message)
 
 
-class View(Struct):
-    """What the world knows of a slot."""
+class SlotView(Struct):
+    """A slot as derived from events alone."""
 
     model_id: str
     state: State = "absent"
@@ -79,13 +80,13 @@ class View(Struct):
     load_s: float = 0.0
 
 
-def together(needs: Sequence[MemoryNeed]) -> int:
-    """Written anew, not imported: the sum that must stay under the budget."""
+def sum_needs(needs: Sequence[MemoryNeed]) -> int:
+    """Sums needs independently of `engines.pool.eviction.total_bytes`, so that a bug there is detected."""
     return sum(need.weight_bytes for need in needs) + max((need.workspace_bytes for need in needs), default=0)
 
 
 class Storm:
-    """One pool and everything that can happen to it. `truth`: the bytes each model really takes."""
+    """One pool and all events that can happen to it. `truth`: the bytes that each model measures."""
 
     def __init__(
         self,
@@ -102,7 +103,7 @@ class Storm:
         self.read_at_s = 0.0
         self.excused = 0
         self.work: list[Effect] = []
-        self.views: dict[int, View] = {}
+        self.views: dict[int, SlotView] = {}
         self.waiting: dict[int, str] = {}
         self.movers: set[int] = set()
         self.leases: dict[int, int] = {}
@@ -117,10 +118,10 @@ class Storm:
         self._departures: list[tuple[int, str]] = []
         self._sync_views()
 
-    # ---- what may happen ----
+    # ---- actions ----
 
     def acquire(
-        self, model_id: str, keep_alive_s: float | None = None, patience_s: float = NEVER, *, may_move: bool = False
+        self, model_id: str, keep_alive_s: float | None = None, timeout_s: float = NEVER, *, may_move: bool = False
     ) -> int:
         waiter_id = self._new_id()
         self.waiting[waiter_id] = model_id
@@ -128,14 +129,14 @@ class Storm:
         is_ready = any(view.model_id == model_id and view.state == "ready" for view in self.views.values())
         if may_move:
             self.movers.add(waiter_id)
-        effects = self.step(LeaseRequested(waiter_id, model_id, keep_alive_s, self.now_s + patience_s, may_move))
+        effects = self.step(LeaseRequested(waiter_id, model_id, keep_alive_s, self.now_s + timeout_s, may_move))
         if is_ready and not self.is_draining:
             granted = any(isinstance(effect, Grant) and effect.waiter_id == waiter_id for effect in effects)
             require(granted, f"{model_id} was ready, and a request for it had to wait")
         return waiter_id
 
     def cancel(self, waiter_id: int) -> None:
-        """Also for a lease that the caller has not seen yet."""
+        """Cancels a waiter, a lease (even one granted in this tick) or an eviction."""
         slot_id = self.leases.pop(waiter_id, None)
         if slot_id is not None:
             self.views[slot_id].leases -= 1
@@ -166,7 +167,7 @@ class Storm:
         return waiter_id
 
     def _want(self, model_id: str) -> None:
-        """Somebody asks for the model after those who wanted it away."""
+        """Records that the model is requested after its eviction."""
         self.evicted.discard(model_id)
         self.unopposed = {at: known for at, known in self.unopposed.items() if known[1] != model_id}
 
@@ -175,18 +176,18 @@ class Storm:
         self.step(RegistryReloaded(specs))
 
     def stray(self, slot_id: int) -> None:
-        """Reports that nobody waits for: the look around at start, a download's last words."""
+        """Sends late reports: of the scan at start, and the progress of a finished download."""
         view = self.views[slot_id]
         self.step(DownloadProgressed(slot_id, 1, 2))
-        self.step(FilesFound(slot_id, a_folder(), self._told(view.model_id, "ok")))
+        self.step(FilesFound(slot_id, a_folder(), self._estimate(view.model_id, "ok")))
 
     def block(self, reason: str) -> None:
-        """A load of this process hangs, here or on another host; or no longer."""
+        """A load of this process begins or ceases to hang, on this host or another."""
         self.blocked = reason
-        self.step(Blocked(reason))
+        self.step(LoadsBlocked(reason))
 
     def can_end(self, work: Effect) -> bool:
-        """While one load hangs, no other work of its kind ends."""
+        """Tells whether the work can end: a hanging load blocks all work on the loader's thread."""
         return not (self.blocked and isinstance(work, StartLoad | StartUnload | ReadMemory))
 
     def drain(self) -> None:
@@ -194,14 +195,14 @@ class Storm:
         self.step(DrainRequested())
 
     def advance(self, seconds: float) -> None:
-        """Time passes; the timer rings when its moment comes, and at no other."""
+        """Advances the clock; fires the timer exactly at its time."""
         until_s = self.now_s + seconds
         while self.timer_s is not None and self.timer_s <= until_s:
-            self._ring()
+            self._fire_timer()
         self.now_s = until_s
 
     def finish(self, index: int, fate: str = "ok", ceiling: int | None = None) -> None:
-        """Outside work ends, well or as `fate` says: a failure's kind, or `unknown`, `absent`, `low`, `kept`."""
+        """Ends asynchronous work with `fate`: `ok`, a failure's kind, or `unknown`, `absent`, `low`, `high`, `kept`."""
         work = self.work.pop(index)
         event = self._outcome(work, fate, ceiling)
         if isinstance(event, UnloadCompleted | LoadErrored):
@@ -216,7 +217,7 @@ class Storm:
         self.step(event)
 
     def settle(self) -> None:
-        """Outside work ends well, every lease is given back, timers ring: then nobody may be left waiting."""
+        """Completes all work, releases all leases, fires timers; then no request or operator may still wait."""
         if self.blocked:
             self.block("")
         for _ in range(3000):
@@ -225,20 +226,20 @@ class Storm:
             elif self.leases:
                 self.release(next(iter(self.leases)))
             elif self.timer_s is not None:
-                self._ring()
+                self._fire_timer()
             else:
                 break
         else:
-            raise Violation(f"does not come to rest: {self.core!r}")
+            raise Violation(f"does not settle: {self.core!r}")
         require(not self.waiting, f"requests {list(self.waiting.values())} wait for ever: {self.core!r}")
         require(not self.evictors, f"an operator waits for ever: {self.core!r}")
         for view in self.views.values():
             require(view.state in ("absent", "cold", "ready", "failed"), f"{view.model_id} is stuck in {view.state}")
-            require(not self.is_draining or view.state != "ready", f"{view.model_id} outlives the shutdown")
+            require(not self.is_draining or view.state != "ready", f"{view.model_id} is still ready after the shutdown")
         for slot in self.core.state.slots.values():
             require(slot.claim is None, f"{slot.model_id} still claims memory: a load was lost")
 
-    # ---- how outside work ends ----
+    # ---- results of asynchronous work ----
 
     def _outcome(self, work: Effect, fate: str, ceiling: int | None) -> PoolEvent:
         if isinstance(work, ReadMemory):
@@ -254,18 +255,18 @@ class Storm:
         if fate not in ("ok", "low", "high"):
             return self._failed(work, LoadFailure(kind=fate, message="scripted"))
         if isinstance(work, StartFetch):
-            return DownloadCompleted(slot_id, a_folder(), self._told(work.spec.model_id, fate))
+            return DownloadCompleted(slot_id, a_folder(), self._estimate(work.spec.model_id, fate))
         if isinstance(work, StartLoad):
             return LoadCompleted(slot_id)
         need = self.truth[self.views[slot_id].model_id]
         return WarmUpCompleted(slot_id, need.weight_bytes, need.workspace_bytes)
 
     def _located(self, work: StartLocate, fate: str) -> PoolEvent:
-        told = self._told(work.spec.model_id, fate)
+        estimate = self._estimate(work.spec.model_id, fate)
         if fate in ("ok", "low", "high"):
-            return FilesLocated(work.slot_id, a_folder(), told)
+            return FilesLocated(work.slot_id, a_folder(), estimate)
         if fate in ("absent", "unknown"):
-            return FilesLocated(work.slot_id, None, told if fate == "absent" else None)
+            return FilesLocated(work.slot_id, None, estimate if fate == "absent" else None)
         return DownloadErrored(work.slot_id, LoadFailure(kind=fate, message="scripted"))
 
     def _failed(self, work: StartFetch | StartLoad | StartWarm, failure: LoadFailure) -> PoolEvent:
@@ -275,17 +276,17 @@ class Storm:
             LoadErrored(work.slot_id, failure) if isinstance(work, StartLoad) else WarmUpErrored(work.slot_id, failure)
         )
 
-    def _told(self, model_id: str, fate: str) -> MemoryNeed:
-        """The estimate: exact weights and a guessed workspace, or all too low."""
+    def _estimate(self, model_id: str, fate: str) -> MemoryNeed:
+        """Returns an estimate: exact weights and a guessed workspace, or all too low or too high."""
         truth = self.truth[model_id]
-        if fate == "high":  # remembered from other settings, beside headers that say less
+        if fate == "high":  # measured under other settings, with smaller weights in the headers
             least = truth.weight_bytes * 2 // 3
             return MemoryNeed(weight_bytes=truth.weight_bytes * 2, workspace_bytes=90, least_weight_bytes=least)
         if fate == "low":
             return MemoryNeed(weight_bytes=truth.weight_bytes * 2 // 3, workspace_bytes=20, weights_known=True)
         return MemoryNeed(weight_bytes=truth.weight_bytes, workspace_bytes=60, weights_known=True)
 
-    # ---- one step, and what must hold after it ----
+    # ---- steps and invariants ----
 
     def step(self, event: PoolEvent) -> Sequence[Effect]:
         effects = self.core.handle(event, self.now_s)
@@ -296,25 +297,25 @@ class Storm:
         return effects
 
     def used(self) -> int:
-        return together([view.charge for view in self.views.values() if view.charge])
+        return sum_needs([view.charge for view in self.views.values() if view.charge])
 
     @property
     def limit(self) -> int:
-        """A reading of the device is believed for a second."""
+        """The budget, or less while a reading of the device is valid."""
         if self.ceiling is None or self.now_s >= self.read_at_s + RULES.reading_s:
             return self.budget
         return min(self.budget, self.ceiling)
 
     def _apply(self, effect: Effect) -> None:
         if isinstance(effect, Emit):
-            if effect.source != effect.target:  # else it only says something
+            if effect.source != effect.target:  # else it reports no transition
                 self._on_emit(effect)
         elif isinstance(effect, Grant):
             self._on_grant(effect)
         elif isinstance(effect, Fail | Done):
             self._on_answer(effect)
         elif isinstance(effect, ArmTimer):
-            require(effect.at_s is None or effect.at_s > self.now_s, "the timer rings without an end")
+            require(effect.at_s is None or effect.at_s > self.now_s, "the timer is armed for a time that has passed")
             self.timer_s = effect.at_s
         else:
             self._on_work(effect)
@@ -337,8 +338,9 @@ class Storm:
         if effect.target == "retired":
             del self.views[effect.slot_id]
 
-    def _on_departure(self, effect: Emit, view: View) -> None:
-        """Pinned models go only by an operator's word, young ones not for a claim, nobody for a claim in vain."""
+    def _on_departure(self, effect: Emit, view: SlotView) -> None:
+        """Checks an eviction: a pinned model only by an operator, none for a claim within its minimum residency or in
+        vain."""
         may_leave = not self.blocked or effect.cause in PINNED_END - {EVICTED}
         require(may_leave, f"{view.model_id} leaves, and its memory cannot be freed: {effect.cause}")
         if effect.cause not in PINNED_END:
@@ -403,22 +405,22 @@ class Storm:
             first_s = min(self.core.state.slots[slot_id].claimed_at_s for slot_id in older)
             stay = [v.charge for v in self.views.values() if v.charge and v.load_began_at_s >= first_s]
             needs = [self.core.admission.need(self.core.state.slots[slot_id]) for slot_id in older]
-            require(together([*stay, *needs]) <= self.limit, f"{view.model_id} takes memory that an older claim needs")
+            require(sum_needs([*stay, *needs]) <= self.limit, f"{view.model_id} takes memory that an older claim needs")
             self._check_promise(view, min(older, key=lambda slot_id: self.since[slot_id]))
 
-    def _check_promise(self, view: View, head: int) -> None:
-        """What leaves so that the oldest claim fits does not leave for a younger one."""
+    def _check_promise(self, view: SlotView, head: int) -> None:
+        """Checks that a younger claim does not take memory that is being freed for the oldest one."""
         stay = [v.charge for v in self.views.values() if v.charge and v.state not in ("draining", "unloading")]
         before = [charge for charge in stay if charge is not view.charge]
         need = self.core.admission.need(self.core.state.slots[head])
-        if together([*before, need]) <= self.limit:
-            require(together([*stay, need]) <= self.limit, f"{view.model_id} takes room that others leave for {head}")
+        if sum_needs([*before, need]) <= self.limit:
+            require(sum_needs([*stay, need]) <= self.limit, f"{view.model_id} takes room that others leave for {head}")
 
     def _can_be_had(self, slot_id: int) -> bool:
-        """Whether a claim would fit if all left that may; others who use the device can keep it out for long."""
+        """Tells whether a claim fits beside the pinned models; memory of other processes can prevent that for long."""
         slots = self.core.state.slots
         pinned = [v.charge for at, v in self.views.items() if v.charge and v.state == "ready" and slots[at].is_pinned]
-        return together([*pinned, self.core.admission.need(slots[slot_id])]) <= self.limit
+        return sum_needs([*pinned, self.core.admission.need(slots[slot_id])]) <= self.limit
 
     def _check(self) -> None:
         state = self.core.state
@@ -432,8 +434,8 @@ class Storm:
                 view.leases == len(slot.leases), f"{view.model_id} counts {len(slot.leases)} of {view.leases} leases"
             )
             require(not view.leases or view.state in ("ready", "draining"), f"{view.model_id}: leased and {view.state}")
-        charged = together([slot.reserved for slot in state.charged()])
-        require(charged == self.used(), f"the pool counts {charged} bytes, the world {self.used()}")
+        charged = sum_needs([slot.reserved for slot in state.charged()])
+        require(charged == self.used(), f"the pool charges {charged} bytes, the events {self.used()}")
         if self.used() <= self.budget:
             self.excused = 0
         require(self.used() <= max(self.budget, self.excused), f"{self.used()} of {self.budget} bytes")
@@ -447,13 +449,13 @@ class Storm:
     def _check_departure(self, slot_id: int, claimant: str) -> None:
         stay = [v.charge for v in self.views.values() if v.charge and v.state not in ("draining", "unloading")]
         need = self.core.admission.need(self.core.state.current[claimant])
-        require(together([*stay, need]) <= self.limit, f"{slot_id} left for {claimant}, which still does not fit")
+        require(sum_needs([*stay, need]) <= self.limit, f"{slot_id} left for {claimant}, which still does not fit")
         is_known = self.now_s < self.read_at_s + RULES.reading_s
         require(is_known, f"{slot_id} left for {claimant}, and nobody had looked whether that is enough")
 
-    # ---- small things ----
+    # ---- helpers ----
 
-    def _ring(self) -> None:
+    def _fire_timer(self) -> None:
         assert self.timer_s is not None
         self.now_s, self.timer_s = self.timer_s, None
         self.step(TimerFired())
@@ -461,7 +463,7 @@ class Storm:
     def _sync_views(self) -> None:
         for slot_id, slot in self.core.state.slots.items():
             if slot_id not in self.views:
-                self.views[slot_id] = View(slot.model_id)
+                self.views[slot_id] = SlotView(slot.model_id)
 
     def _new_id(self) -> int:
         self._next_id += 1
@@ -480,7 +482,7 @@ KEEP_ALIVES = (-1.0, -1.0, -1.0, 0.0, 3.0, 30.0)
 
 
 def random_specs(random: Random) -> dict[str, ModelSpec]:
-    """Up to six models; some pinned, some short-lived."""
+    """Draws up to six models; some pinned, some with a short keep_alive."""
     return {
         model_id: ModelSpec(
             model_id=model_id,
@@ -495,7 +497,7 @@ def random_specs(random: Random) -> dict[str, ModelSpec]:
 
 
 def random_truth(random: Random) -> dict[str, MemoryNeed]:
-    """True sizes: from a tenth of the budget to a little more than all of it."""
+    """Draws true sizes: from a tenth of the budget to slightly more than all of it."""
     return {
         model_id: MemoryNeed(
             weight_bytes=random.choice((100, 250, 300, 450, 600, 900, 990)),
@@ -506,7 +508,7 @@ def random_truth(random: Random) -> dict[str, MemoryNeed]:
 
 
 def random_storm(seed: int, make: Callable[..., PoolStateMachine] = PoolStateMachine, num_steps: int = 60) -> Storm:
-    """Anything that may happen, in any order, then rest. Every other host shuts down in the middle, or at the end."""
+    """Runs random actions, then `settle`. Half of the hosts shut down in the middle or at the end."""
     random = Random(seed)
     specs = random_specs(random)
     storm = Storm(specs, random_truth(random), make)
@@ -524,7 +526,7 @@ def random_storm(seed: int, make: Callable[..., PoolStateMachine] = PoolStateMac
 
 
 def random_step(storm: Storm, random: Random) -> None:
-    """Callers, outside work and time; `operator_step` is rare."""
+    """Draws one action of requests, asynchronous work or time; rarely `operator_step`."""
     models = [*storm.specs, "nobody"] if random.random() < 0.05 else list(storm.specs)
     roll = random.random()
     if roll < 0.02 or (storm.blocked and roll < 0.1):
@@ -538,24 +540,24 @@ def random_step(storm: Storm, random: Random) -> None:
     elif storm.leases and roll < 0.5:
         storm.release(random.choice(list(storm.leases)))
     elif roll < 0.72:
-        patience_s = random.choice((NEVER, NEVER, NEVER, 0.5, 20.0))
+        timeout_s = random.choice((NEVER, NEVER, NEVER, 0.5, 20.0))
         keep_alive_s = random.choice((None, None, None, 0.0, 2.0, -1.0))
-        storm.acquire(random.choice(models), keep_alive_s, patience_s, may_move=random.random() < 0.3)
+        storm.acquire(random.choice(models), keep_alive_s, timeout_s, may_move=random.random() < 0.3)
     elif roll < 0.88:
         storm.advance(random.choice((0.01, 0.3, 2.0, 6.0, 40.0)))
     elif roll < 0.94:
-        few = storm.evictors if random.random() < 0.5 else []  # operators are rare, and give up as others do
+        few = storm.evictors if random.random() < 0.5 else []  # operators are rare, and cancel as requests do
         storm.cancel(random.choice(few or [*storm.waiting, *storm.leases, *storm.evictors, 0]))
     else:
         operator_step(storm, random, random.choice(models))
 
 
 def operator_step(storm: Storm, random: Random, model_id: str) -> None:
-    """What people and stray reports do."""
+    """Draws one action of an operator, or a late report."""
     roll = random.random()
     going = [storm.core.state.holders[evictor].model_id for evictor in storm.evictors]
     if roll < 0.3:
-        if going and random.random() < 0.7:  # operators contradict each other
+        if going and random.random() < 0.7:  # operators issue conflicting commands
             model_id = random.choice(going)
         storm.preload(model_id, pin=random.random() < 0.3, is_tentative=random.random() < 0.3)
     elif roll < 0.7:

@@ -27,13 +27,13 @@ def main(embed_s: float, grace_s: float, *, does_hang: bool) -> None:
     configure_logging("json", "info")
     listener = listen("127.0.0.1", 0)
     loader = FakeLoader(embed_s=embed_s)
-    world = fake_runtime()
+    runtime = fake_runtime()
     if does_hang:
-        world = structs.replace(world, health=lambda: DeviceHealth(task_s=999.0 if is_busy(loader) else 0.0))
+        runtime = structs.replace(runtime, health=lambda: DeviceHealth(task_s=999.0 if is_busy(loader) else 0.0))
         threading.Thread(target=threading.Event().wait).start()  # as a thread that waits for the device
         server._PATIENCE_S = 1.0
     specs = fake_specs(MODEL)
-    backend = LocalBackend([fake_host(MODEL, loader=loader, world=world)], specs)
+    backend = LocalBackend([fake_host(MODEL, loader=loader, runtime=runtime)], specs)
     registry = Registry(models=specs, default_model=MODEL)
     app = create_app(Settings(grace_seconds=grace_s), registry, backend)
 

@@ -41,13 +41,13 @@ def test_the_door_does_not_import_torch() -> None:
 
 async def test_the_wait_for_a_cold_model_is_timed() -> None:
     time = FakeTime()
-    world = fake_runtime(time=time)
-    host = fake_host("a", loader=FakeLoader(embed_s=2, sleep=time.sleep), world=world)
+    runtime = fake_runtime(time=time)
+    host = fake_host("a", loader=FakeLoader(embed_s=2, sleep=time.sleep), runtime=runtime)
     await host.start()
     cold = asyncio.create_task(host.embed(call("a")))
-    world.workers.hold("load")  # type: ignore[attr-defined]  # the fake world's workers can be held
+    runtime.workers.hold("load")  # type: ignore[attr-defined]  # the fake workers can be held
     await time.advance(3)
-    world.workers.release("load")  # type: ignore[attr-defined]  # as above
+    runtime.workers.release("load")  # type: ignore[attr-defined]  # as above
     await time.advance(2)
     warm = asyncio.create_task(host.embed(call("a")))
     await time.advance(2)
@@ -77,7 +77,7 @@ async def test_a_snapshot_adds_up() -> None:
 
 async def test_residents_are_listed_in_the_order_in_which_they_would_leave() -> None:
     time = FakeTime()
-    host = fake_host("a", "b", "c", world=fake_runtime(time=time))
+    host = fake_host("a", "b", "c", runtime=fake_runtime(time=time))
     await host.start()
     await host.preload("c", pin=True)
     for model_id in "aba":
@@ -88,16 +88,16 @@ async def test_residents_are_listed_in_the_order_in_which_they_would_leave() -> 
 
 
 async def test_waiting_claims_are_counted_for_placement() -> None:
-    world = fake_runtime()
-    host = fake_host("a", "b", world=world)
+    runtime = fake_runtime()
+    host = fake_host("a", "b", runtime=runtime)
     await host.start()
-    world.workers.hold("load")  # type: ignore[attr-defined]  # the fake world's workers can be held
+    runtime.workers.hold("load")  # type: ignore[attr-defined]  # the fake workers can be held
     requests = [asyncio.create_task(host.embed(call(model_id))) for model_id in "ab"]
     await let_run()
 
     claimed = host.snapshot().claimed_bytes
 
-    world.workers.release("load")  # type: ignore[attr-defined]  # as above
+    runtime.workers.release("load")  # type: ignore[attr-defined]  # as above
     await asyncio.gather(*requests)
     assert (claimed, host.snapshot().claimed_bytes) == (2000, 0)
 
@@ -105,7 +105,7 @@ async def test_waiting_claims_are_counted_for_placement() -> None:
 async def test_a_plan_says_what_would_happen_without_doing_it() -> None:
     time = FakeTime()
     files = FakeFiles(weight_bytes={"huge": 10**7, "unknown": None})
-    host = fake_host("a", "b", "huge", "unknown", budget_bytes=1500, files=files, world=fake_runtime(time=time))
+    host = fake_host("a", "b", "huge", "unknown", budget_bytes=1500, files=files, runtime=fake_runtime(time=time))
     await host.start()
     assert host.plan("a").reason == "fits in free memory"
     await host.embed(call("a"))
@@ -119,13 +119,13 @@ async def test_a_plan_says_what_would_happen_without_doing_it() -> None:
         1100,
         400,
     )
-    assert plans["b"].reason == "600 B are missing; others leave as they become idle"
+    assert plans["b"].reason == "600 B are missing; other models are evicted once idle"
     assert (plans["huge"].fits, plans["huge"].evict) == (False, ())
     assert "it can never fit" in plans["huge"].reason
     assert host.state("b") == "cold"
     await host.preload("a", pin=True)
     assert not host.plan("b").fits
-    assert "pinned models hold 1.1 kB" in host.plan("b").reason
+    assert "pinned models use 1.1 kB" in host.plan("b").reason
     with pytest.raises(ModelNotFound):
         host.plan("nobody")
 
@@ -134,19 +134,19 @@ async def test_the_size_of_a_model_that_is_not_here_is_unknown_until_somebody_as
     host = fake_host("a", files=FakeFiles(on_disk=()))
     await host.start()
 
-    assert "not known" in host.plan("a").reason
+    assert "size is unknown" in host.plan("a").reason
 
 
 async def test_what_a_model_took_is_remembered() -> None:
     measurements = Measurements()
-    world = fake_runtime()
-    world = HostRuntime(time=world.time, workers=world.workers, memory=world.memory, measurements=measurements)
+    runtime = fake_runtime()
+    runtime = HostRuntime(time=runtime.time, workers=runtime.workers, memory=runtime.memory, measurements=measurements)
     loader = FakeLoader(weight_bytes={"a": 5000}, workspace_bytes={"a": 600})
-    host = fake_host("a", loader=loader, world=world)
+    host = fake_host("a", loader=loader, runtime=runtime)
     await host.start()
     await host.embed(call("a"))
     await let_run()
-    second = fake_host("a", loader=loader, world=world)
+    second = fake_host("a", loader=loader, runtime=runtime)
 
     await second.start()
 
@@ -155,22 +155,22 @@ async def test_what_a_model_took_is_remembered() -> None:
 
 
 async def test_a_remembered_size_over_the_budget_is_tried_and_only_a_fresh_measurement_refuses() -> None:
-    world = fake_runtime()
-    first = fake_host("a", loader=FakeLoader(weight_bytes={"a": 5000}), world=world)
+    runtime = fake_runtime()
+    first = fake_host("a", loader=FakeLoader(weight_bytes={"a": 5000}), runtime=runtime)
     await first.start()
     await first.embed(call("a"))
     await let_run()
     smaller = FakeLoader(weight_bytes={"a": 1200})
-    fits = fake_host("a", loader=smaller, world=world, budget_bytes=1500)
+    fits = fake_host("a", loader=smaller, runtime=runtime, budget_bytes=1500)
     still_large = FakeLoader(weight_bytes={"a": 5000})
-    does_not = fake_host("a", loader=still_large, world=world, budget_bytes=1500)
+    does_not = fake_host("a", loader=still_large, runtime=runtime, budget_bytes=1500)
     await fits.start()
     await does_not.start()
 
     assert fits.plan("a").fits
     assert (await fits.embed(call("a"))).dimensions == WIDTH
     for _ in range(2):
-        with pytest.raises(ModelTooLarge, match=r"needs 5\.1 kB and the memory budget is 1\.5 kB"):
+        with pytest.raises(ModelTooLarge, match=r"needs 5\.1 kB, but the memory budget is 1\.5 kB"):
             await does_not.embed(call("a"))
 
     assert (smaller.loads["a"], still_large.loads["a"]) == (1, 1)
@@ -266,7 +266,7 @@ async def test_a_model_that_can_never_fit_is_refused_before_its_download() -> No
     host = fake_host("a", files=files, budget_bytes=1500)
     await host.start()
 
-    with pytest.raises(ModelTooLarge, match=r"needs 2\.0 kB and the memory budget is 1\.5 kB"):
+    with pytest.raises(ModelTooLarge, match=r"needs 2\.0 kB, but the memory budget is 1\.5 kB"):
         await host.embed(call("a"))
 
     assert files.fetches["a"] == 0
@@ -316,9 +316,9 @@ class SilentHub(FakeFiles):
 async def test_a_silent_hub_holds_up_neither_models_on_disk_nor_local_folders() -> None:
     files = SilentHub(on_disk=("here",))
     away = [f"away-{index}" for index in range(8)]
-    world = structs.replace(fake_runtime(), workers=Threads("host"))
+    runtime = structs.replace(fake_runtime(), workers=Threads("host"))
     folder = ModelSpec(model_id="folder", source="/models/folder")
-    host = fake_host(*away, "here", folder, files=files, world=world)
+    host = fake_host(*away, "here", folder, files=files, runtime=runtime)
     await host.start()
     waiting = [asyncio.create_task(host.embed(call(model_id))) for model_id in away]
     await let_run()
@@ -382,7 +382,7 @@ class ChattyFiles(FakeFiles):
 def threaded_host(host_id: str, loader: FakeLoader, files: FakeFiles | None = None) -> Host:
     """A host on real threads and the loop's own clock."""
     base = fake_runtime()
-    world = HostRuntime(
+    runtime = HostRuntime(
         time=base.time,
         workers=Threads(host_id),
         memory=FakeMemory(),
@@ -390,4 +390,4 @@ def threaded_host(host_id: str, loader: FakeLoader, files: FakeFiles | None = No
         jitter=lambda: 0.5,
     )
     config = HostConfig(host_id=host_id, budget=Budget(size_bytes=10**6), workspace_bytes=100, rules=PoolPolicy())
-    return Host(config, fake_specs("a", "b", "c"), files or FakeFiles(), loader, world)
+    return Host(config, fake_specs("a", "b", "c"), files or FakeFiles(), loader, runtime)

@@ -43,7 +43,7 @@ class Device:
         self.time = FakeTime()
         self.loader = FakeLoader(embed_s=1000.0, sleep=self.time.sleep)
         runtime = structs.replace(fake_runtime(time=self.time), health=lambda: self.health)
-        self.host: Host = fake_host("a", "b", loader=self.loader, world=runtime)
+        self.host: Host = fake_host("a", "b", loader=self.loader, runtime=runtime)
 
 
 async def test_requests_that_wait_on_a_hanging_device_fail_and_new_ones_are_refused() -> None:
@@ -71,7 +71,7 @@ async def test_a_load_on_a_dead_device_is_not_waited_for() -> None:
     device = Device()
     device.loader._pause = lambda model_id: None
     await device.host.start()
-    device.host._pool._world.workers.hold("load")  # type: ignore[attr-defined]  # the fake runtime's can be held
+    device.host._pool._runtime.workers.hold("load")  # type: ignore[attr-defined]  # the fake runtime's can be held
     waiting = asyncio.create_task(device.host.embed(CALL))
     await let_run()
     device.health = DeviceHealth(is_alive=False)

@@ -166,7 +166,7 @@ def estimates(
 
 def test_a_measurement_outlives_the_process(tmp_path: Path) -> None:
     path = tmp_path / "new" / "measurements.json"
-    estimates(Measurements(path)).remember(SPEC, FILES, TOOK)
+    estimates(Measurements(path)).save(SPEC, FILES, TOOK)
 
     need = estimates(Measurements(path)).estimate(SPEC, FILES)
 
@@ -188,7 +188,7 @@ def test_another_revision_dtype_batch_or_kind_of_device_is_another_measurement(
     spec: ModelSpec, files: ModelFiles, device: str
 ) -> None:
     measurements = Measurements()
-    estimates(measurements).remember(SPEC, FILES, TOOK)
+    estimates(measurements).save(SPEC, FILES, TOOK)
 
     need = estimates(measurements, device=device).estimate(spec, files)
 
@@ -199,7 +199,7 @@ def test_another_revision_dtype_batch_or_kind_of_device_is_another_measurement(
 def test_what_is_remembered_can_never_refuse_a_model_but_its_headers_can() -> None:
     measurements = Measurements()
     large = Measurement(weight_bytes=5000, workspace_bytes=600, load_s=1.0)
-    estimates(measurements).remember(SPEC, FILES, large)
+    estimates(measurements).save(SPEC, FILES, large)
 
     need = estimates(measurements).estimate(SPEC, FILES)
     without_headers = estimates(measurements, FakeFiles(weight_bytes={"a": None})).estimate(SPEC, FILES)
@@ -217,7 +217,7 @@ def test_what_was_measured_under_other_settings_is_a_better_guess_but_no_less_th
     small = Measurement(weight_bytes=10, workspace_bytes=2, load_s=0.5)
     needs = []
     for took in (large, small):
-        estimates(measurements, conditions="threads=1").remember(SPEC, FILES, took)
+        estimates(measurements, conditions="threads=1").save(SPEC, FILES, took)
         needs.append(estimates(measurements, conditions="threads=2").estimate(SPEC, FILES))
 
     assert [need and (need.weight_bytes, need.workspace_bytes, need.load_s) for need in needs] == [
@@ -230,7 +230,7 @@ def test_what_was_measured_under_other_settings_is_a_better_guess_but_no_less_th
 def test_another_vector_cache_is_another_measurement() -> None:
     measurements = Measurements()
     cached = ModelSpec(model_id="a", source="x", cache_bytes=10**9)
-    estimates(measurements).remember(cached, FILES, TOOK)
+    estimates(measurements).save(cached, FILES, TOOK)
 
     need = estimates(measurements).estimate(SPEC, FILES)
 
@@ -239,7 +239,7 @@ def test_another_vector_cache_is_another_measurement() -> None:
 
 def test_devices_of_a_kind_share_what_was_measured() -> None:
     measurements = Measurements()
-    estimates(measurements, device="cuda:0").remember(SPEC, FILES, TOOK)
+    estimates(measurements, device="cuda:0").save(SPEC, FILES, TOOK)
 
     need = estimates(measurements, device="cuda:1").estimate(SPEC, FILES)
 

@@ -1,4 +1,4 @@
-"""What is known of models that nobody has loaded: asked for, and never at the cost of a download or a claim."""
+"""Sizes of models that were never loaded: estimated without a download and without a claim for memory."""
 
 from engines.pool.messages import SizeEstimated
 from engines.pool.slot import MemoryNeed
@@ -15,7 +15,7 @@ async def test_a_size_is_learned_without_fetching_or_wanting_the_model() -> None
     await host.size("a")
     after = host.plan("a")
 
-    assert (before.need_bytes, before.reason) == (0, "its size is not known before its files are here")
+    assert (before.need_bytes, before.reason) == (0, "its size is unknown until its files are downloaded")
     assert (after.need_bytes, after.fits, after.state) == (4000 + WORKSPACE_BYTES, True, "absent")
     assert files.fetches == {}
     assert (host.snapshot().claimed_bytes, host.snapshot().used_bytes) == (0, 0)
@@ -31,7 +31,7 @@ async def test_a_plan_names_who_would_leave_for_a_model_that_is_not_here() -> No
     plan = host.plan("b")
 
     assert (plan.evict, plan.fits) == (("a",), True)
-    assert plan.reason == "1.0 kB are missing; others leave as they become idle"
+    assert plan.reason == "1.0 kB are missing; other models are evicted once idle"
     await host.aclose()
 
 

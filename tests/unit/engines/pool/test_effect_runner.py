@@ -1,4 +1,4 @@
-"""Outside work: what is told of a download, and how often."""
+"""`EffectRunner`: which download progress it reports, and how often."""
 
 from types import SimpleNamespace
 
@@ -14,8 +14,8 @@ from engines.types import ModelFiles
 from tests.testkit.clocks import FakeClock
 
 
-class Telling(FakeFiles):
-    """A fetch that reports these figures, each so many seconds after the one before."""
+class ScriptedProgress(FakeFiles):
+    """A download that reports `figures`: (seconds since the last report, bytes done)."""
 
     def __init__(self, figures: list[tuple[float, int]], clock: FakeClock) -> None:
         super().__init__(on_disk=[])
@@ -32,10 +32,10 @@ class Telling(FakeFiles):
 async def reported(figures: list[tuple[float, int]], monkeypatch: pytest.MonkeyPatch) -> list[int]:
     clock = FakeClock(50.0)
     monkeypatch.setattr("engines.pool.effect_runner.time", SimpleNamespace(monotonic=clock))
-    files, told = Telling(figures, clock), list[PoolEvent]()
+    files, told = ScriptedProgress(figures, clock), list[PoolEvent]()
     estimates = Estimates(files, Measurements(), "cpu", 10)
-    work = EffectRunner(files, FakeLoader(), estimates, InlineWorkers(), told.append)
-    await work.do(StartFetch(0, fake_specs("a")["a"]))
+    runner = EffectRunner(files, FakeLoader(), estimates, InlineWorkers(), told.append)
+    await runner.run(StartFetch(0, fake_specs("a")["a"]))
     return [event.done_bytes for event in told if isinstance(event, DownloadProgressed)]
 
 

@@ -1,4 +1,4 @@
-"""What events say to programs: reasons, seconds and bytes of loads, evictions and failures."""
+"""Event fields for programs: reasons, seconds and bytes of loads, evictions and failures."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -29,7 +29,7 @@ async def embed(host: Host, model_id: str = "a", keep_alive_s: float | None = No
 
 
 async def steps(host: Host, source: State, target: State) -> list[Event]:
-    """The steps so far from one state to another; closes the host."""
+    """Closes the host and returns its events from one state to another."""
     stream: AsyncIterator[Event] = host.events(0)
     await host.aclose(grace_s=0)
     return [event async for event in stream if (event.source, event.target) == (source, target)]
@@ -38,7 +38,7 @@ async def steps(host: Host, source: State, target: State) -> list[Event]:
 async def test_a_load_tells_its_seconds_and_how_good_the_estimate_was() -> None:
     time = FakeTime()
     loader = FakeLoader(weight_bytes={"a": 3 * WEIGHT_BYTES}, sleep=time.sleep)
-    host = fake_host("a", loader=loader, world=fake_runtime(time=time))
+    host = fake_host("a", loader=loader, runtime=fake_runtime(time=time))
     await host.start()
     await embed(host)
 
@@ -48,13 +48,13 @@ async def test_a_load_tells_its_seconds_and_how_good_the_estimate_was() -> None:
 
 
 def host_load_s(event: Event) -> float:
-    """The words for people and the figure for programs agree."""
+    """Parses the seconds from the cause, the text for people."""
     return float(event.cause.removeprefix("loaded and warm after ").removesuffix(" s"))
 
 
 async def test_an_eviction_tells_how_long_the_model_stayed_and_for_whom_it_left() -> None:
     time = FakeTime()
-    host = fake_host("a", "b", budget_bytes=TAKES_BYTES, world=fake_runtime(time=time))
+    host = fake_host("a", "b", budget_bytes=TAKES_BYTES, runtime=fake_runtime(time=time))
     await host.start()
     await embed(host)
     waiting = asyncio.create_task(embed(host, "b"))
@@ -71,7 +71,7 @@ async def test_an_eviction_tells_how_long_the_model_stayed_and_for_whom_it_left(
 
 async def test_idleness_operators_and_the_registry_are_told_apart() -> None:
     time = FakeTime()
-    host = fake_host("a", "b", "c", world=fake_runtime(time=time))
+    host = fake_host("a", "b", "c", runtime=fake_runtime(time=time))
     await host.start()
     await embed(host, "a", keep_alive_s=10)
     await embed(host, "b")
@@ -89,7 +89,7 @@ async def test_idleness_operators_and_the_registry_are_told_apart() -> None:
 async def test_a_model_that_measures_too_large_beside_others_makes_one_leave() -> None:
     time = FakeTime()
     loader = FakeLoader(weight_bytes={"b": 2 * WEIGHT_BYTES})
-    host = fake_host("a", "b", budget_bytes=TAKES_BYTES + WEIGHT_BYTES, loader=loader, world=fake_runtime(time=time))
+    host = fake_host("a", "b", budget_bytes=TAKES_BYTES + WEIGHT_BYTES, loader=loader, runtime=fake_runtime(time=time))
     await host.start()
     await embed(host, "a")
     await embed(host, "b")

@@ -1,4 +1,4 @@
-"""Bytes and victims, as numbers."""
+"""Memory arithmetic and the choice of victims."""
 
 import pytest
 from hypothesis import given

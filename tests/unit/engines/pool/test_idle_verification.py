@@ -1,4 +1,4 @@
-"""Files are hashed while nobody asks for anything; a model with damaged ones leaves, and comes back from good ones."""
+"""Files are hashed while the host is idle; a model with damaged files is evicted, and reloaded after a new download."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -7,7 +7,7 @@ import pytest
 
 from engines.errors import BrokenFiles, FilesChanged, HubUnreachable, SelfCheckFailed
 from engines.host import Host
-from engines.pool.idle_verification import AGAIN_S, IDLE_S
+from engines.pool.idle_verification import IDLE_S, RECHECK_S
 from engines.spec import ModelSpec
 from engines.testing.fakes import FakeFiles, FakeLoader, FakeTime, fake_host, fake_runtime
 from engines.testing.runtime import let_run
@@ -15,11 +15,11 @@ from engines.types import EmbedCall, ModelFiles
 
 
 class Idle:
-    """A host that a watch checks every second."""
+    """A host that is checked every second."""
 
     def __init__(self, *models: str, files: FakeFiles, loader: FakeLoader) -> None:
         self.time, self.files, self.loader = FakeTime(), files, loader
-        self.host: Host = fake_host(*models, files=files, loader=loader, world=fake_runtime(time=self.time))
+        self.host: Host = fake_host(*models, files=files, loader=loader, runtime=fake_runtime(time=self.time))
 
     async def embed(self, model_id: str) -> None:
         await self.host.embed(EmbedCall(model_id=model_id, texts=("x",)))
@@ -79,7 +79,7 @@ async def test_a_request_pauses_what_is_under_way() -> None:
 
 async def test_a_model_is_looked_at_again_after_a_while() -> None:
     async with idle("a") as here:
-        await here.watch(AGAIN_S)
+        await here.watch(RECHECK_S)
         once = len(here.files.verified)
         await here.watch(2)
 
@@ -118,7 +118,7 @@ async def test_a_damaged_model_that_cannot_be_fetched_is_refused_and_says_why() 
 
 
 async def test_a_damaged_model_that_is_not_in_memory_says_so_and_is_fetched_when_it_is_asked_for() -> None:
-    class Damaged(FakeFiles):
+    class FilesDamaged(FakeFiles):
         def is_current(self, spec: ModelSpec, files: ModelFiles) -> bool:
             return spec.model_id not in self.damaged
 
@@ -130,7 +130,7 @@ async def test_a_damaged_model_that_is_not_in_memory_says_so_and_is_fetched_when
             self.damaged.discard(spec.model_id)
             return super().fetch(spec, on_progress)
 
-    files = Damaged()
+    files = FilesDamaged()
     async with idle("a", files=files) as here:
         files.damaged.add("a")
         await here.watch(3)

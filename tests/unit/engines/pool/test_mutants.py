@@ -1,4 +1,4 @@
-"""Do the storms bite? Each mutant breaks one decision of the pool, and the invariants must find it out."""
+"""Mutation tests of the storms: each mutant breaks one decision of the pool, and the invariants must detect it."""
 
 from collections.abc import Callable
 
@@ -21,7 +21,7 @@ MAX_STORMS = 1500
 
 
 def evict_while_leased(patch: Patch) -> None:
-    """A draining model is freed under the requests that run on it."""
+    """A draining model is freed while requests run on it."""
 
     def unload_if_free(self: PoolState, slot: Slot) -> None:
         if slot.state == "draining":
@@ -45,17 +45,17 @@ def grant_after_eviction_began(patch: Patch) -> None:
 
 
 def lost_wake_up_after_a_release(patch: Patch) -> None:
-    """The last lease is given back, and nobody looks who waited for it."""
+    """The end of the last lease does not run admission for the models that wait."""
 
-    def give_back(self: PoolStateMachine, slot: Slot, waiter_id: int) -> bool:
-        self.state.give_back(slot, waiter_id)
+    def end_lease(self: PoolStateMachine, slot: Slot, waiter_id: int) -> bool:
+        self.state.end_lease(slot, waiter_id)
         return True
 
-    patch.setattr(PoolStateMachine, "_give_back", give_back)
+    patch.setattr(PoolStateMachine, "_end_lease", end_lease)
 
 
 def lost_wake_up_by_time(patch: Patch) -> None:
-    """The end of a minimum residency is not a moment to wake at."""
+    """The timer ignores the ends of minimum residencies."""
 
     def mutant(state: PoolState, deficit_since_s: float | None) -> list[float]:
         matures = {slot.evictable_from_s(state.rules) for slot in state.in_state("ready")}
@@ -78,12 +78,12 @@ def double_load(patch: Patch) -> None:
 
 
 def bytes_credited_early(patch: Patch) -> None:
-    """An unload that is under way counts as done."""
+    """Bytes are credited when an unload starts, not when it ends."""
     patch.setattr(pool_state, "CHARGED", CHARGED - {"unloading"})
 
 
 def lease_leaked_by_a_cancelled_waiter(patch: Patch) -> None:
-    """A waiter that leaves in the tick in which it was granted takes the lease with it."""
+    """A waiter cancelled in the tick of its grant leaks the lease."""
     cancel = PoolStateMachine._cancel
 
     def mutant(self: PoolStateMachine, event: LeaseCancelled) -> bool:
@@ -94,7 +94,7 @@ def lease_leaked_by_a_cancelled_waiter(patch: Patch) -> None:
 
 
 def load_cancelled_with_its_first_requester(patch: Patch) -> None:
-    """The claim belongs to the request that asked first."""
+    """The claim is dropped when the first request is cancelled."""
     cancel = PoolStateMachine._cancel
 
     def mutant(self: PoolStateMachine, event: LeaseCancelled) -> bool:
@@ -107,7 +107,7 @@ def load_cancelled_with_its_first_requester(patch: Patch) -> None:
 
 
 def eviction_that_still_does_not_fit(patch: Patch) -> None:
-    """Whatever can leave leaves, whether or not that is enough."""
+    """All candidates are evicted even if the claim still does not fit."""
 
     def mutant(
         charged: list[Slot], candidates: list[Slot], need: MemoryNeed, limit_bytes: int
@@ -119,7 +119,7 @@ def eviction_that_still_does_not_fit(patch: Patch) -> None:
 
 
 def pinned_models_make_room(patch: Patch) -> None:
-    """Memory pressure counts as an operator's word."""
+    """Pinned models are evicted under memory pressure."""
 
     def mutant(slot: Slot, rules: PoolPolicy, now_s: float, *, even_leased: bool) -> bool:
         return slot.state == "ready" and now_s >= slot.evictable_from_s(rules) and (even_leased or not slot.leases)
@@ -128,7 +128,7 @@ def pinned_models_make_room(patch: Patch) -> None:
 
 
 def no_minimum_residency(patch: Patch) -> None:
-    """A model leaves as soon as it is idle, so two claims chase each other."""
+    """A model is evicted as soon as it is idle, so two claims evict each other in a loop."""
 
     def mutant(slot: Slot, rules: PoolPolicy, now_s: float, *, even_leased: bool) -> bool:
         return can_be_victim(slot, rules, now_s + 1e6, even_leased=even_leased)
@@ -137,7 +137,7 @@ def no_minimum_residency(patch: Patch) -> None:
 
 
 def the_youngest_claim_goes_first(patch: Patch) -> None:
-    """A large old claim starves behind small young ones."""
+    """Young small claims starve an old large one."""
 
     def mutant(self: PoolState) -> list[Slot]:
         return sorted(self.in_state("waiting_space"), key=lambda slot: -(slot.claim or 0))
@@ -146,7 +146,7 @@ def the_youngest_claim_goes_first(patch: Patch) -> None:
 
 
 def waiters_are_granted_a_step_late(patch: Patch) -> None:
-    """A model becomes ready, and its waiters are left for the next event."""
+    """Waiters are not granted in the step that makes their model ready."""
 
     def mutant(self: PoolState, slot: Slot) -> None:
         waiters, slot.waiters = slot.waiters, {}
@@ -156,7 +156,7 @@ def waiters_are_granted_a_step_late(patch: Patch) -> None:
 
 
 def both_outcomes_for_an_impatient_waiter(patch: Patch) -> None:
-    """A request is told that its patience ended, and gets a lease later all the same."""
+    """A request fails at its deadline and gets a lease later all the same."""
 
     def mutant(self: PoolState, slot: Slot, waiter_id: int, error: ModelLoading) -> None:
         self.effects.append(Fail(waiter_id, error))
@@ -165,7 +165,7 @@ def both_outcomes_for_an_impatient_waiter(patch: Patch) -> None:
 
 
 def a_deficit_is_forgotten(patch: Patch) -> None:
-    """A model measured too large is charged as it was estimated."""
+    """A model is charged its estimate instead of its measured bytes."""
     warmed = CompletionHandlers._warmed
 
     def mutant(self: CompletionHandlers, event: object) -> None:
@@ -179,12 +179,12 @@ def a_deficit_is_forgotten(patch: Patch) -> None:
 
 
 def the_reading_of_the_device_is_ignored(patch: Patch) -> None:
-    """Others use the device too, and the pool loads as if they did not."""
+    """The pool ignores the memory that other processes use."""
     patch.setattr(PoolState, "limit_bytes", lambda self: self.budget_bytes)
 
 
 def victims_leave_on_an_old_reading(patch: Patch) -> None:
-    """Nobody looks at the device before models leave for a claim."""
+    """Models are evicted for a claim without a valid reading of the device."""
     changed = PoolStateMachine._budget_changed
 
     def mutant(self: PoolStateMachine, event: BudgetChanged) -> None:
@@ -195,24 +195,24 @@ def victims_leave_on_an_old_reading(patch: Patch) -> None:
 
 
 def a_shutdown_is_undone_by_an_operator_who_gives_up(patch: Patch) -> None:
-    """What drained for an eviction serves again, although the host shuts down."""
-    undo = PoolStateMachine._undo_evict
+    """A cancelled eviction makes a model ready although the host is shutting down."""
+    undo = PoolStateMachine._abandon_eviction
 
     def mutant(self: PoolStateMachine, slot: Slot) -> None:
         was, self.state.is_draining = self.state.is_draining, False
         undo(self, slot)
         self.state.is_draining = was
 
-    patch.setattr(PoolStateMachine, "_undo_evict", mutant)
+    patch.setattr(PoolStateMachine, "_abandon_eviction", mutant)
 
 
 def a_load_that_hangs_is_told_to_nobody(patch: Patch) -> None:
-    """Who waits for a load waits for one that will not end."""
-    patch.setattr(admission.Admission, "_end_hopeless_waits", lambda self: None)
+    """Requests wait for loads that a hanging load blocks."""
+    patch.setattr(admission.Admission, "_fail_blocked_waiters", lambda self: None)
 
 
 def models_leave_while_nothing_can_be_freed(patch: Patch) -> None:
-    """An idle model that serves is given up for memory that will not come back."""
+    """Models are evicted while a hanging load keeps their memory from being freed."""
     assign = admission.Admission.assign
 
     def mutant(self: admission.Admission) -> None:
@@ -224,22 +224,22 @@ def models_leave_while_nothing_can_be_freed(patch: Patch) -> None:
 
 
 def nobody_is_sent_to_another_host(patch: Patch) -> None:
-    """Who could go elsewhere waits for memory that other processes hold."""
-    patch.setattr(admission.Admission, "_send_on", lambda self, slot, limit_bytes: None)
+    """Requests that another host can serve wait for memory that other processes hold."""
+    patch.setattr(admission.Admission, "_redirect_waiters", lambda self, slot, limit_bytes: None)
 
 
 def an_eviction_outlives_a_later_preload(patch: Patch) -> None:
-    """A model that was preloaded while its eviction waited leaves all the same."""
-    patch.setattr(PoolStateMachine, "_stay", lambda self, slot, cause: None)
+    """A preload does not cancel an earlier eviction."""
+    patch.setattr(PoolStateMachine, "_cancel_eviction", lambda self, slot, cause: None)
 
 
 def an_evicted_model_comes_back_unasked(patch: Patch) -> None:
-    """What was wanted before an operator wanted it away is still wanted."""
-    patch.setattr(PoolState, "forget_wishes", lambda self, slot: None)
+    """An eviction does not clear an earlier preload."""
+    patch.setattr(PoolState, "clear_preload", lambda self, slot: None)
 
 
 def the_largest_workspace_is_not_reserved(patch: Patch) -> None:
-    """Weights fill the budget to the brim."""
+    """Weights may use the whole budget, without a reserve for the workspace."""
 
     def mutant(charged: list[Slot], need: MemoryNeed, limit_bytes: int) -> int:
         return max(0, sum(slot.reserved.weight_bytes for slot in charged) + need.weight_bytes - limit_bytes)
@@ -276,7 +276,7 @@ MUTANTS: tuple[Callable[[Patch], None], ...] = (
 
 
 def storms_until_found(max_storms: int = MAX_STORMS) -> int:
-    """How many storms it takes; a mutant that merely crashes is not found: only a broken invariant counts."""
+    """Counts the storms until an invariant breaks; other exceptions do not count as detection."""
     for seed in range(max_storms):
         try:
             random_storm(seed)

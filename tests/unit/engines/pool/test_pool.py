@@ -1,4 +1,4 @@
-"""The shell on a real loop: a clock turned by hand, threads that are not, engines that note every misuse."""
+"""`ModelPool` on a real event loop, with a manual clock, inline workers, and engines that record every misuse."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -25,35 +25,39 @@ from engines.testing.runtime import FakeMemory, let_run
 from engines.types import EmbedCall, Embeddings, ModelStatus, State
 
 
-def call(model_id: str, text: str = "x", *, keep_alive_s: float | None = None, patience_s: float = 1e9) -> EmbedCall:
-    return EmbedCall(model_id=model_id, texts=(text,), keep_alive_s=keep_alive_s, load_timeout_s=patience_s)
+def call(
+    model_id: str, text: str = "x", *, keep_alive_s: float | None = None, load_timeout_s: float = 1e9
+) -> EmbedCall:
+    return EmbedCall(model_id=model_id, texts=(text,), keep_alive_s=keep_alive_s, load_timeout_s=load_timeout_s)
 
 
-class StartedHost:
-    """A started host and everything its test may turn."""
+class PoolHarness:
+    """A host and the fakes that its test controls."""
 
     def __init__(self, *models: str | ModelSpec, budget_bytes: int, loader: FakeLoader, files: FakeFiles) -> None:
         self.time = FakeTime()
-        self.world: HostRuntime = fake_runtime(time=self.time)
+        self.runtime: HostRuntime = fake_runtime(time=self.time)
         self.files = files
         self.loader = loader
-        self.host: Host = fake_host(*models, budget_bytes=budget_bytes, files=files, loader=loader, world=self.world)
+        self.host: Host = fake_host(
+            *models, budget_bytes=budget_bytes, files=files, loader=loader, runtime=self.runtime
+        )
 
     @property
     def workers(self) -> InlineWorkers:
-        assert isinstance(self.world.workers, InlineWorkers)
-        return self.world.workers
+        assert isinstance(self.runtime.workers, InlineWorkers)
+        return self.runtime.workers
 
     @property
     def memory(self) -> FakeMemory:
-        assert isinstance(self.world.memory, FakeMemory)
-        return self.world.memory
+        assert isinstance(self.runtime.memory, FakeMemory)
+        return self.runtime.memory
 
     def ask(self, call: EmbedCall) -> asyncio.Task[Embeddings]:
         return asyncio.create_task(self.host.embed(call))
 
     async def until(self, model_id: str, state: State) -> None:
-        """Stop in the very turn of the loop in which the model gets there."""
+        """Returns in the same iteration of the event loop in which the model reaches the state."""
         for _ in range(100):
             if self.host.state(model_id) == state:
                 return
@@ -65,14 +69,14 @@ class StartedHost:
 
 
 @asynccontextmanager
-async def yard(
+async def pool_harness(
     *models: str | ModelSpec,
     budget_bytes: int = 10**6,
     loader: FakeLoader | None = None,
     files: FakeFiles | None = None,
-) -> AsyncIterator[StartedHost]:
-    """At the end nothing is leased, nothing was misused, and everything is freed."""
-    made = StartedHost(*models, budget_bytes=budget_bytes, loader=loader or FakeLoader(), files=files or FakeFiles())
+) -> AsyncIterator[PoolHarness]:
+    """Runs a host; checks at the end that no lease is left, no engine was misused, and all memory is freed."""
+    made = PoolHarness(*models, budget_bytes=budget_bytes, loader=loader or FakeLoader(), files=files or FakeFiles())
     await made.host.start()
     yield made
     await let_run()
@@ -85,7 +89,7 @@ async def yard(
 
 
 async def test_a_cold_model_is_loaded_and_answers_with_right_vectors() -> None:
-    async with yard("a") as here:
+    async with pool_harness("a") as here:
         answer = await here.host.embed(call("a", "hello"))
 
         assert (answer.array()[0] == fake_vector("a", "hello")).all()
@@ -93,7 +97,7 @@ async def test_a_cold_model_is_loaded_and_answers_with_right_vectors() -> None:
 
 
 async def test_twenty_requests_for_a_cold_model_load_it_once() -> None:
-    async with yard("a", files=FakeFiles(on_disk=())) as here:
+    async with pool_harness("a", files=FakeFiles(on_disk=())) as here:
         answers = await asyncio.gather(*(here.host.embed(call("a", str(index))) for index in range(20)))
 
         assert all((answer.array()[0] == fake_vector("a", str(index))).all() for index, answer in enumerate(answers))
@@ -101,19 +105,19 @@ async def test_twenty_requests_for_a_cold_model_load_it_once() -> None:
 
 
 async def test_a_lease_on_a_ready_model_takes_no_turn_of_the_loop() -> None:
-    async with yard("a") as here:
+    async with pool_harness("a") as here:
         await here.host.embed(call("a"))
         lease = here.host._pool.lease(call("a"))
 
         entering = lease.__aenter__()
 
         with pytest.raises(StopIteration):
-            entering.send(None)  # a coroutine that ends at its first step never suspended
+            entering.send(None)  # a coroutine that ends at its first step has never suspended
         await lease.__aexit__(None, None, None)
 
 
 async def test_when_the_first_requester_disconnects_the_second_gets_its_answer() -> None:
-    async with yard("a") as here:
+    async with pool_harness("a") as here:
         here.workers.hold("load")
         first, second = here.ask(call("a", "one")), here.ask(call("a", "two"))
         await let_run()
@@ -128,11 +132,11 @@ async def test_when_the_first_requester_disconnects_the_second_gets_its_answer()
 
 @pytest.mark.parametrize("num_models", [1, 2])
 async def test_cancelled_after_any_number_of_steps_a_request_gives_back_its_lease(num_models: int) -> None:
-    """Every await of the way is reached: with two models, half of the requests must wait for an eviction."""
+    """Cancels at every await of a request: with two models, half of the requests must wait for an eviction."""
     survived = 0
     for steps in range(40):
         loader = FakeLoader(workspace_bytes={})
-        async with yard(*"ab"[:num_models], budget_bytes=1500, loader=loader) as here:
+        async with pool_harness(*"ab"[:num_models], budget_bytes=1500, loader=loader) as here:
             await here.host.embed(call("ab"[num_models - 1]))
             await here.time.advance(10)
             request = here.ask(call("a"))
@@ -149,7 +153,7 @@ async def test_cancelled_after_any_number_of_steps_a_request_gives_back_its_leas
 
 
 async def test_a_grant_and_a_cancellation_in_the_same_tick_leave_no_lease() -> None:
-    async with yard("a") as here:
+    async with pool_harness("a") as here:
         here.workers.hold("load")
         request = here.ask(call("a"))
         await let_run()
@@ -168,7 +172,7 @@ async def test_a_grant_and_a_cancellation_in_the_same_tick_leave_no_lease() -> N
 async def test_of_a_hundred_waiters_sixty_leave_at_random_and_nothing_leaks() -> None:
     for seed in range(10):
         random = Random(seed)
-        async with yard("a") as here:
+        async with pool_harness("a") as here:
             here.workers.hold("load")
             requests = [here.ask(call("a", str(index))) for index in range(100)]
             leaving = random.sample(range(100), 60)
@@ -188,7 +192,7 @@ async def test_of_a_hundred_waiters_sixty_leave_at_random_and_nothing_leaks() ->
 
 
 async def test_six_models_with_a_budget_for_two_over_300_interleaved_requests() -> None:
-    async with yard(*"abcdef", budget_bytes=2100, loader=FakeLoader(embed_s=0.05)) as here:
+    async with pool_harness(*"abcdef", budget_bytes=2100, loader=FakeLoader(embed_s=0.05)) as here:
         here.loader.sleep = here.time.sleep
         random = Random(1)
         asked = [(random.choice("abcdef"), f"text {index}") for index in range(300)]
@@ -211,7 +215,7 @@ async def test_six_models_with_a_budget_for_two_over_300_interleaved_requests() 
 
 
 async def test_two_models_that_cannot_both_fit_both_progress_under_constant_load() -> None:
-    async with yard("a", "b", budget_bytes=1500) as here:
+    async with pool_harness("a", "b", budget_bytes=1500) as here:
         here.loader.embed_s, here.loader.sleep = 0.5, here.time.sleep
         served = {"a": 0, "b": 0}
         followed = here.host.events()
@@ -234,12 +238,12 @@ async def test_two_models_that_cannot_both_fit_both_progress_under_constant_load
 
 
 async def test_a_caller_whose_patience_ends_is_told_and_the_load_goes_on() -> None:
-    async with yard("a") as here:
+    async with pool_harness("a") as here:
         here.workers.hold("load")
-        request = here.ask(call("a", patience_s=5))
+        request = here.ask(call("a", load_timeout_s=5))
         await here.time.advance(5)
 
-        with pytest.raises(ModelLoading, match="it goes on"):
+        with pytest.raises(ModelLoading, match="the load continues"):
             await request
 
         here.workers.release("load")
@@ -248,7 +252,7 @@ async def test_a_caller_whose_patience_ends_is_told_and_the_load_goes_on() -> No
 
 
 async def test_a_ready_model_answers_while_another_is_fetched_and_loaded() -> None:
-    async with yard("a", "b", files=FakeFiles(on_disk=("a",))) as here:
+    async with pool_harness("a", "b", files=FakeFiles(on_disk=("a",))) as here:
         await here.host.embed(call("a"))
         for kind in ("fetch", "load"):
             here.workers.hold(kind)
@@ -263,7 +267,7 @@ async def test_a_ready_model_answers_while_another_is_fetched_and_loaded() -> No
 
 async def test_a_quarantine_holds_and_ends_by_the_clock() -> None:
     files = FakeFiles(on_disk=(), failures={"a": [HubUnreachable("the hub answers 503")]})
-    async with yard("a", files=files) as here:
+    async with pool_harness("a", files=files) as here:
         with pytest.raises(LoadFailed, match="the hub answers 503") as failed:
             await here.host.embed(call("a"))
         assert (failed.value.kind, failed.value.retry_after_s) == ("hub_unreachable", 10)
@@ -282,7 +286,7 @@ async def test_a_quarantine_holds_and_ends_by_the_clock() -> None:
 
 async def test_every_waiter_hears_the_cause_of_a_failed_load() -> None:
     loader = FakeLoader(failures={"a": [RuntimeError("/secret/path/model.safetensors")]})
-    async with yard("a", loader=loader) as here:
+    async with pool_harness("a", loader=loader) as here:
         outcomes = await asyncio.gather(*(here.host.embed(call("a")) for _ in range(5)), return_exceptions=True)
 
         assert [type(outcome) for outcome in outcomes] == [LoadFailed] * 5
@@ -292,7 +296,7 @@ async def test_every_waiter_hears_the_cause_of_a_failed_load() -> None:
 
 async def test_a_failed_warm_up_frees_the_engine_and_is_told() -> None:
     loader = FakeLoader(warm_failures={"a": [SelfCheckFailed("cosine 0.2 to the reference")]})
-    async with yard("a", loader=loader) as here:
+    async with pool_harness("a", loader=loader) as here:
         with pytest.raises(LoadFailed, match=r"cosine 0\.2"):
             await here.host.embed(call("a"))
         await let_run()
@@ -305,7 +309,7 @@ async def test_a_failed_warm_up_frees_the_engine_and_is_told() -> None:
     "error", [OutOfMemory("no"), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
 )
 async def test_out_of_memory_evicts_and_tries_once_more(error: Exception) -> None:
-    async with yard("a", "b", budget_bytes=2300, loader=FakeLoader(failures={"b": [error]})) as here:
+    async with pool_harness("a", "b", budget_bytes=2300, loader=FakeLoader(failures={"b": [error]})) as here:
         await here.host.embed(call("a"))
         await here.time.advance(10)
 
@@ -317,7 +321,7 @@ async def test_out_of_memory_evicts_and_tries_once_more(error: Exception) -> Non
 
 async def test_a_broken_file_is_fetched_anew() -> None:
     loader = FakeLoader(failures={"a": [BrokenFiles("size differs", file="model.safetensors")]})
-    async with yard("a", loader=loader) as here:
+    async with pool_harness("a", loader=loader) as here:
         await here.host.embed(call("a"))
 
         assert here.files.discarded == [("a", "model.safetensors")]
@@ -325,7 +329,7 @@ async def test_a_broken_file_is_fetched_anew() -> None:
 
 
 async def test_others_using_the_device_are_seen_before_each_load() -> None:
-    async with yard("a") as here:
+    async with pool_harness("a") as here:
         here.memory.ceiling_bytes = 500
         request = here.ask(call("a"))
         await here.time.advance(3)
@@ -338,7 +342,7 @@ async def test_others_using_the_device_are_seen_before_each_load() -> None:
 
 
 async def test_an_unreadable_device_does_not_stop_the_queue() -> None:
-    async with yard("a") as here:
+    async with pool_harness("a") as here:
         healthy = here.memory.read
         here.memory.read = lambda: 1 / 0  # type: ignore[method-assign,assignment,return-value]  # a broken driver
 
@@ -349,7 +353,7 @@ async def test_an_unreadable_device_does_not_stop_the_queue() -> None:
 
 
 async def test_an_engine_that_cannot_be_closed_does_not_hold_up_the_next_model() -> None:
-    async with yard("a", "b", budget_bytes=1500) as here:
+    async with pool_harness("a", "b", budget_bytes=1500) as here:
         await here.host.embed(call("a"))
         broken = here.loader.engines[0]
         broken.close = lambda: 1 / 0  # type: ignore[method-assign,assignment]  # scripted
@@ -362,7 +366,7 @@ async def test_an_engine_that_cannot_be_closed_does_not_hold_up_the_next_model()
 
 
 async def test_keep_alive_0_frees_the_model_after_the_request() -> None:
-    async with yard("a") as here:
+    async with pool_harness("a") as here:
         await here.host.embed(call("a", keep_alive_s=0))
         await let_run()
 
@@ -370,7 +374,7 @@ async def test_keep_alive_0_frees_the_model_after_the_request() -> None:
 
 
 async def test_idle_models_leave_by_the_clock() -> None:
-    async with yard(ModelSpec(model_id="a", source="x", keep_alive_s=60)) as here:
+    async with pool_harness(ModelSpec(model_id="a", source="x", keep_alive_s=60)) as here:
         await here.host.embed(call("a"))
         await here.time.advance(40)
         await here.host.embed(call("a"))
@@ -383,7 +387,7 @@ async def test_idle_models_leave_by_the_clock() -> None:
 
 
 async def test_evict_waits_for_requests_and_reports() -> None:
-    async with yard("a") as here:
+    async with pool_harness("a") as here:
         here.loader.embed_s, here.loader.sleep = 5.0, here.time.sleep
         request = here.ask(call("a"))
         await let_run()
@@ -398,14 +402,16 @@ async def test_evict_waits_for_requests_and_reports() -> None:
 
 
 async def test_an_eviction_that_takes_too_long_gives_up_and_the_model_serves_on() -> None:
-    async with yard("a") as here:
+    async with pool_harness("a") as here:
         here.loader.embed_s, here.loader.sleep = 50.0, here.time.sleep
         request = here.ask(call("a"))
         await let_run()
         eviction = asyncio.create_task(here.host.evict("a", timeout_s=3))
         await here.time.advance(3)
 
-        with pytest.raises(ModelInUse, match="1 requests still run on model 'a' after 3 s"):
+        with pytest.raises(
+            ModelInUse, match="model 'a' still has 1 running requests after 3 s; the eviction was cancelled"
+        ):
             await eviction
 
         assert here.host.status("a").state == "ready"
@@ -414,7 +420,7 @@ async def test_an_eviction_that_takes_too_long_gives_up_and_the_model_serves_on(
 
 
 async def test_preload_waits_until_ready_or_not_at_all() -> None:
-    async with yard("a", "b") as here:
+    async with pool_harness("a", "b") as here:
         assert (await here.host.preload("a", pin=True)).state == "ready"
         assert here.host.status("a").pinned
         here.workers.hold("load")
@@ -428,8 +434,8 @@ async def test_preload_waits_until_ready_or_not_at_all() -> None:
             await here.host.preload("nobody", wait=False)
 
 
-async def begin_load(here: StartedHost, model_id: str) -> asyncio.Task[ModelStatus]:
-    """A preload that waits, and a load that is under way until "load" is released."""
+async def begin_load(here: PoolHarness, model_id: str) -> asyncio.Task[ModelStatus]:
+    """Starts a preload whose load runs until "load" is released."""
     here.workers.hold("load")
     asked = asyncio.create_task(here.host.preload(model_id))
     await let_run()
@@ -440,7 +446,7 @@ async def begin_load(here: StartedHost, model_id: str) -> asyncio.Task[ModelStat
 
 
 async def test_a_preload_after_an_eviction_is_answered_with_a_model_that_is_ready_and_pinned() -> None:
-    async with yard("a") as here:
+    async with pool_harness("a") as here:
         first = await begin_load(here, "a")
         evicting = asyncio.create_task(here.host.evict("a"))
         await let_run()
@@ -449,38 +455,43 @@ async def test_a_preload_after_an_eviction_is_answered_with_a_model_that_is_read
         here.workers.release("load")
         pinned = await pinning
 
-        with pytest.raises(ModelInUse, match="'a' was preloaded while its eviction waited; it stays"):
+        with pytest.raises(
+            ModelInUse, match="'a' was preloaded before its eviction was done; the eviction was cancelled"
+        ):
             await evicting
         assert (pinned.state, pinned.pinned, here.host.status("a").state) == ("ready", True, "ready")
         assert (await first).state == "ready"
 
 
 async def test_a_preload_that_a_later_eviction_has_overtaken_is_told_so() -> None:
-    async with yard("a") as here:
+    async with pool_harness("a") as here:
         preloading = await begin_load(here, "a")
         evicting = asyncio.create_task(here.host.evict("a"))
         await let_run()
         here.workers.release("load")
 
-        with pytest.raises(ModelInUse, match="'a' was evicted before its preload was answered; preload it again"):
+        with pytest.raises(ModelInUse, match="'a' was evicted before its preload was done; preload it again"):
             await preloading
         assert (await evicting).state == "cold"
 
 
 async def test_an_eviction_that_waits_for_a_load_says_so() -> None:
-    async with yard("a") as here:
+    async with pool_harness("a") as here:
         preloading = await begin_load(here, "a")
         evicting = asyncio.create_task(here.host.evict("a", timeout_s=5))
         await here.time.advance(6)
 
-        with pytest.raises(ModelInUse, match="'a' is still loading after 5 s, and a load cannot be stopped; it stays"):
+        with pytest.raises(
+            ModelInUse,
+            match="'a' is still loading after 5 s, and a load cannot be interrupted; the eviction was cancelled",
+        ):
             await evicting
         here.workers.release("load")
         assert (await preloading).state == "ready"
 
 
 async def test_shutdown_finishes_what_runs_and_refuses_what_comes() -> None:
-    async with yard("a") as here:
+    async with pool_harness("a") as here:
         here.loader.embed_s, here.loader.sleep = 5.0, here.time.sleep
         running = here.ask(call("a"))
         await let_run()
@@ -498,7 +509,7 @@ async def test_shutdown_finishes_what_runs_and_refuses_what_comes() -> None:
 
 
 async def test_at_the_end_of_the_grace_time_requests_are_interrupted_and_told() -> None:
-    async with yard("a", "b") as here:
+    async with pool_harness("a", "b") as here:
         here.loader.embed_s, here.loader.sleep = 500.0, here.time.sleep
         running = here.ask(call("a"))
         await let_run()
@@ -519,7 +530,7 @@ async def test_at_the_end_of_the_grace_time_requests_are_interrupted_and_told() 
 
 
 async def test_a_request_cancelled_by_its_owner_during_shutdown_stays_cancelled() -> None:
-    async with yard("a") as here:
+    async with pool_harness("a") as here:
         here.loader.embed_s, here.loader.sleep = 500.0, here.time.sleep
         running = here.ask(call("a"))
         await let_run()
@@ -533,7 +544,7 @@ async def test_a_request_cancelled_by_its_owner_during_shutdown_stays_cancelled(
 
 
 async def test_a_running_download_ends_when_the_host_closes() -> None:
-    here = StartedHost("a", budget_bytes=10**6, loader=FakeLoader(), files=FakeFiles(on_disk=()))
+    here = PoolHarness("a", budget_bytes=10**6, loader=FakeLoader(), files=FakeFiles(on_disk=()))
     await here.host.start()
     here.workers.hold("fetch")
     request = here.ask(call("a"))
@@ -547,7 +558,7 @@ async def test_a_running_download_ends_when_the_host_closes() -> None:
 
 
 async def test_reload_touches_only_what_changed() -> None:
-    async with yard("a", "b") as here:
+    async with pool_harness("a", "b") as here:
         await here.host.embed(call("a"))
         await here.host.embed(call("b"))
         specs = {

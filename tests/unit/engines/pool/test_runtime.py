@@ -1,4 +1,4 @@
-"""The lock that all loads of a process share, and what it says of one that does not end."""
+"""The lock that all loads of a process share, and how it reports a load that hangs."""
 
 import asyncio
 import threading
@@ -9,7 +9,7 @@ from msgspec import structs
 from engines.errors import LoadFailed
 from engines.host import Host
 from engines.pool.effect_runner import load_limit_s
-from engines.pool.runtime import LoadLock, Task, Threads
+from engines.pool.runtime import LoaderTask, LoadLock, Threads
 from engines.pool.slot import MemoryNeed
 from engines.testing.fakes import FakeLoader, fake_host, fake_runtime
 from engines.types import EmbedCall
@@ -23,7 +23,7 @@ def call(model_id: str) -> EmbedCall:
 def test_a_task_hangs_when_it_runs_for_longer_than_it_may() -> None:
     clock = FakeClock(10.0)
     lock = LoadLock(clock)
-    with lock.held(Task("the load of model 'a' on cuda:0", 600.0)):
+    with lock.held(LoaderTask("the load of model 'a' on cuda:0", 600.0)):
         clock.advance(600)
         assert lock.hung() == ""
         clock.advance(1)
@@ -35,11 +35,11 @@ def test_a_task_hangs_when_it_runs_for_longer_than_it_may() -> None:
 def test_a_task_does_not_hang_because_the_process_stood_still() -> None:
     clock = FakeClock(10.0)
     lock = LoadLock(clock)
-    with lock.held(Task("the load of model 'a' on cuda:0", 600.0)):
+    with lock.held(LoaderTask("the load of model 'a' on cuda:0", 600.0)):
         clock.advance(3600)
 
-        assert lock.hung(awake_s=0.0) == ""
-        assert lock.hung(awake_s=601.0) != ""
+        assert lock.hung(since_pause_s=0.0) == ""
+        assert lock.hung(since_pause_s=601.0) != ""
 
 
 def test_a_load_may_take_as_long_as_a_slow_disk_needs_and_far_longer_than_the_last_one() -> None:
@@ -49,7 +49,7 @@ def test_a_load_may_take_as_long_as_a_slow_disk_needs_and_far_longer_than_the_la
 
 
 async def test_when_a_load_hangs_the_other_hosts_of_the_process_say_so_too() -> None:
-    """Two devices, one load lock: the second one's loads wait for the first one's, which will not end."""
+    """Two devices share one load lock: the loads of the second wait for a load of the first that hangs."""
     gate, begun = threading.Event(), threading.Event()
     clock = FakeClock(10.0)
     lock = LoadLock(clock)
@@ -60,8 +60,8 @@ async def test_when_a_load_hangs_the_other_hosts_of_the_process_say_so_too() -> 
             assert gate.wait(20)
 
     def host(host_id: str, loader: FakeLoader) -> Host:
-        world = structs.replace(fake_runtime(), workers=Threads(host_id, load_lock=lock))
-        return fake_host("stuck", "cold", "warm", loader=loader, world=world, host_id=host_id)
+        runtime = structs.replace(fake_runtime(), workers=Threads(host_id, load_lock=lock))
+        return fake_host("stuck", "cold", "warm", loader=loader, runtime=runtime, host_id=host_id)
 
     one, two = host("one", FakeLoader(pause=pause)), host("two", FakeLoader())
     await one.start()

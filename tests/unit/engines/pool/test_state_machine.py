@@ -1,4 +1,5 @@
-"""The thirteen rules, each by example, on the pure pool. `test_pool_storms.py` has them all at once, at random."""
+"""The pool's thirteen rules (`house.md`), each by example, on the pure state machine; `test_storms.py` tests them at
+random."""
 
 from collections.abc import Mapping
 
@@ -45,7 +46,7 @@ def need(weight_bytes: int, workspace_bytes: int = 10) -> MemoryNeed:
 
 
 class Pool(Storm):
-    """A storm that is told what to do; its invariants are checked all the same."""
+    """A `Storm` driven by the test; its invariants are checked after every step."""
 
     def __init__(self, specs: Mapping[str, ModelSpec] | None = None, **weights: int) -> None:
         truth = {model_id: need(weight_bytes) for model_id, weight_bytes in weights.items()}
@@ -61,12 +62,12 @@ class Pool(Storm):
         return self.core.state.current[model_id].state
 
     def finish_all(self) -> None:
-        """Outside work ends well until there is none."""
+        """Completes all asynchronous work successfully."""
         while self.work:
             self.finish(0)
 
     def load(self, model_id: str) -> int:
-        """A lease on a cold model; the model is old enough to leave when this returns."""
+        """Leases a cold model and waits for the end of its minimum residency."""
         waiter_id = self.acquire(model_id)
         self.finish_all()
         assert waiter_id in self.leases
@@ -74,11 +75,11 @@ class Pool(Storm):
         return waiter_id
 
     def rest(self, model_id: str) -> None:
-        """Resident, idle, and old enough to leave."""
+        """Loads a model and releases it; it is past its minimum residency."""
         self.release(self.load(model_id))
 
     def error(self, waiter_id: int) -> Exception:
-        """What the waiter was told."""
+        """Returns the error of the waiter."""
         return next(effect.error for effect in self.seen if isinstance(effect, Fail) and effect.waiter_id == waiter_id)
 
     def causes(self, model_id: str) -> list[str]:
@@ -176,11 +177,11 @@ def test_a_lease_cancelled_in_the_tick_of_its_grant_is_given_back() -> None:
 def test_giving_back_a_lease_that_nobody_holds_is_a_bug_that_shows() -> None:
     pool = Pool(a=100)
 
-    with pytest.raises(RuntimeError, match="nobody holds it"):
+    with pytest.raises(RuntimeError, match="is not held"):
         pool.core.handle(LeaseReleased(7), 1.0)
 
 
-# ---- rules 4 to 6: who gets memory, and from whom ---------------------------------------------------------------
+# ---- rules 4 to 6: admission and eviction ---------------------------------------------------------------
 
 
 def test_the_oldest_claim_is_served_first_even_when_it_is_large() -> None:
@@ -326,7 +327,7 @@ def test_an_eviction_names_its_claimant() -> None:
 
     left = next(effect for effect in pool.seen if isinstance(effect, Emit) and effect.target == "draining")
     assert (left.model_id, left.claimant) == ("a", "b")
-    assert "makes room for b, which needs 660 B" in left.cause
+    assert "evicted for b, which needs 660 B" in left.cause
 
 
 def test_bytes_are_credited_only_when_the_unload_is_done() -> None:
@@ -361,7 +362,7 @@ def test_pinned_models_stay_and_what_cannot_fit_beside_them_is_told_at_once() ->
     pool.finish_all()
 
     assert isinstance(pool.error(waiter_id), OutOfMemory)
-    assert "needs 600 B, but pinned models hold 610 B of the budget of 1.0 kB" in str(pool.error(waiter_id))
+    assert "needs 600 B, but pinned models use 610 B of the memory budget of 1.0 kB" in str(pool.error(waiter_id))
     assert (pool.state("a"), pool.state("b")) == ("ready", "cold")
 
 
@@ -444,7 +445,7 @@ def test_a_model_measured_larger_than_the_budget_is_unloaded_and_said_to_be() ->
     pool.finish_all()
 
     assert isinstance(pool.error(waiter_id), ModelTooLarge)
-    assert "needs 1.0 kB and the memory budget is 1.0 kB" in str(pool.error(waiter_id))
+    assert "needs 1.0 kB, but the memory budget is 1.0 kB" in str(pool.error(waiter_id))
     assert pool.state("a") == "cold"
 
 
@@ -482,7 +483,7 @@ def test_a_request_that_another_host_could_take_does_not_wait_for_memory_that_ot
     error = pool.error(moving)
     assert isinstance(error, OutOfMemory)
     assert (error.stage, pool.state("a")) == ("load", "cold")
-    assert "needs 660 B, and other processes leave 300 B of this device's memory" in str(error)
+    assert "needs 660 B, but other processes leave only 300 B of this device's memory" in str(error)
     pool.advance(DAY_S)
     assert pool.work == []
 
@@ -513,7 +514,7 @@ def test_a_tentative_preload_that_fails_leaves_no_wish_and_no_pin() -> None:
 
 
 def test_a_claim_that_others_keep_out_does_not_hold_up_those_that_fit() -> None:
-    """Another process has most of the device: the oldest claim cannot be had, whoever leaves, and waits for its end."""
+    """Another process uses most of the device: the oldest claim does not fit, whatever is evicted, and waits for it."""
     pool = Pool(a=800, b=100)
     large = pool.acquire("a")
     pool.finish(0)
@@ -583,7 +584,7 @@ def test_out_of_memory_twice_is_told_to_everybody() -> None:
 
 
 def fail_to_fetch(pool: Pool, kind: str) -> float:
-    """One attempt; returns how long the quarantine is."""
+    """Fails one download; returns the length of the quarantine in seconds."""
     pool.acquire("a")
     pool.finish(0, "absent")
     pool.finish(0, kind)
@@ -811,7 +812,7 @@ def test_an_operator_who_wants_a_model_away_while_nothing_can_be_freed_hears_why
 
     for evictor in (*before, *after):
         assert isinstance(pool.error(evictor), ModelInUse)
-        assert f"cannot be freed: {HANGS}, and it cannot be stopped" in str(pool.error(evictor))
+        assert f"cannot be freed: {HANGS} and cannot be interrupted" in str(pool.error(evictor))
     assert pool.state("here") == "ready"
 
 
@@ -1019,7 +1020,7 @@ def test_a_preload_after_an_eviction_that_has_not_gone_through_keeps_the_model(n
     pool.preload("a", pin=True)
     pool.finish_all()
 
-    assert "was preloaded while its eviction waited; it stays" in str(pool.error(evictor))
+    assert "was preloaded before its eviction was done; the eviction was cancelled" in str(pool.error(evictor))
     assert (pool.state("a"), pool.core.state.current["a"].is_pinned) == ("ready", True)
 
 
@@ -1097,7 +1098,7 @@ def test_a_changed_registry_does_not_bring_back_what_an_operator_wants_away(num_
 
 def test_a_caller_whose_patience_ends_is_told_and_the_load_goes_on() -> None:
     pool = Pool(a=100)
-    waiter_id = pool.acquire("a", patience_s=3)
+    waiter_id = pool.acquire("a", timeout_s=3)
     pool.finish(0, "absent")
     pool.step(DownloadProgressed(0, 30_000_000, 90_000_000))
 

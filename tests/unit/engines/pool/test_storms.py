@@ -1,4 +1,4 @@
-"""Random storms on the pure pool; `tests/testkit/pool_storm.py` checks the invariants after every step."""
+"""Random events on the pure state machine; `tests/testkit/pool_storm.py` checks the invariants after every step."""
 
 from random import Random
 
@@ -22,7 +22,7 @@ def test_two_thousand_storms_break_no_invariant(first: int) -> None:
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """The same storms, but hypothesis chooses, and shrinks what it finds."""
+    """The same storms with hypothesis, which shrinks failing ones."""
 
     storm: Storm
 
@@ -31,10 +31,10 @@ class PoolMachine(RuleBasedStateMachine):
         random = Random(seed)
         self.storm = Storm(random_specs(random), random_truth(random))
 
-    @rule(data=st.data(), keep_alive_s=st.sampled_from((None, 0.0, -1.0)), patience_s=st.sampled_from((NEVER, 3.0)))
-    def acquire(self, data: st.DataObject, keep_alive_s: float | None, patience_s: float) -> None:
+    @rule(data=st.data(), keep_alive_s=st.sampled_from((None, 0.0, -1.0)), timeout_s=st.sampled_from((NEVER, 3.0)))
+    def acquire(self, data: st.DataObject, keep_alive_s: float | None, timeout_s: float) -> None:
         model_id, may_move = data.draw(st.sampled_from(sorted(self.storm.specs))), data.draw(st.booleans())
-        self.storm.acquire(model_id, keep_alive_s, patience_s, may_move=may_move)
+        self.storm.acquire(model_id, keep_alive_s, timeout_s, may_move=may_move)
 
     @precondition(lambda self: any(map(self.storm.can_end, self.storm.work)))
     @rule(data=st.data(), ceiling=st.sampled_from(CEILINGS))
@@ -78,7 +78,7 @@ class PoolMachine(RuleBasedStateMachine):
     @precondition(lambda self: not self.storm.is_draining)
     @rule(is_time=st.integers(0, 9))
     def shut_down(self, is_time: int) -> None:
-        if is_time == 0:  # rarely, or little else would be tried
+        if is_time == 0:  # rarely, as a shutdown ends most other actions
             self.storm.drain()
 
     def teardown(self) -> None:
@@ -91,7 +91,7 @@ TestPoolMachine.settings = settings(
     max_examples=250,
     stateful_step_count=40,
     deadline=None,
-    derandomize=True,  # the same storms on every run: a failure must not depend on the day
+    derandomize=True,  # the same storms on every run: failures are reproducible
     database=None,
     suppress_health_check=[HealthCheck.too_slow],
 )

@@ -1,4 +1,4 @@
-"""Errors that cross to another process come out as they went in."""
+"""Errors keep class, message and attributes across processes."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ ALL = [cls for cls in vars(errors).values() if isinstance(cls, type) and issubcl
 
 
 def crossed(error: Exception) -> EngineError:
-    """The error after a journey as bytes."""
+    """Encodes the error to bytes and decodes it again."""
     return error_of(msgspec.msgpack.decode(msgspec.msgpack.encode(error_record_of(error)), type=ErrorRecord))
 
 
@@ -38,7 +38,7 @@ def test_what_an_error_carries_beside_its_message_crosses() -> None:
 
 
 def test_what_nobody_foresaw_crosses_without_its_words() -> None:
-    """They may hold paths, texts and keys; the log of the host has them."""
+    """Unexpected messages may hold paths, texts and keys; only the host's log has them."""
     back = crossed(ValueError("/secret/path"))
 
     assert type(back) is EngineFailed

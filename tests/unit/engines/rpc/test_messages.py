@@ -1,4 +1,4 @@
-"""Messages between a router and its hosts: they come out as they went in, however the bytes arrive."""
+"""Messages between router and hosts survive encoding, framing and any split of the byte stream."""
 
 import random
 
@@ -96,11 +96,11 @@ def test_frames_come_out_whole_however_the_bytes_arrive(seed: int) -> None:
         for _ in range(40)
     ]
     stream = b"".join(part for frame in frames for part in pack(frame))
-    cutter = FrameDecoder()
+    decoder = FrameDecoder()
     found: list[Frame] = []
     while stream:
         size = chance.choice([1, 7, 8, 9, 100, 5000])
-        found += cutter.feed(stream[:size])
+        found += decoder.feed(stream[:size])
         stream = stream[size:]
 
     assert found == frames

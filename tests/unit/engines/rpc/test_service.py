@@ -1,4 +1,4 @@
-"""A host that is spoken to from elsewhere: which registries it takes."""
+"""`HostService`: which generations of the registry it applies."""
 
 from engines.rpc.messages import CommandResult, Generation, Reload, Reply
 from engines.rpc.service import HostService
@@ -6,7 +6,7 @@ from engines.testing.fakes import fake_host, fake_specs
 
 
 def served(reply: Reply) -> list[str]:
-    """The models of the host that answered."""
+    """Returns the model ids in the reply's snapshot."""
     assert isinstance(reply, CommandResult)
     return [status.model_id for status in reply.snapshot.models]
 

@@ -32,9 +32,9 @@ class MonitoredServer:
 
     def __init__(self, loader: FakeLoader) -> None:
         self.pulse = DeviceHealth()
-        world = structs.replace(fake_runtime(), health=lambda: self.pulse)
+        runtime = structs.replace(fake_runtime(), health=lambda: self.pulse)
         self.specs = fake_specs("a", "b")
-        self.backend = LocalBackend([fake_host("a", "b", loader=loader, world=world, host_id="cpu")], self.specs)
+        self.backend = LocalBackend([fake_host("a", "b", loader=loader, runtime=runtime, host_id="cpu")], self.specs)
         self.client: httpx.AsyncClient
 
     async def embed(self, model: str = "a") -> httpx.Response:
