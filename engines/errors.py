@@ -250,9 +250,11 @@ class DiskFull(SourceError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tells whether the error is an out-of-memory error of any allocator. Some have no class of their own and are
-    recognized by their message: `RuntimeError: DefaultCPUAllocator: can't allocate memory`, ONNX Runtime's `Failed to
-    allocate memory`."""
+    """Tells whether the error is an out-of-memory error of any allocator.
+
+    Some have no class of their own and are recognized by their message: `RuntimeError: DefaultCPUAllocator: can't
+    allocate memory`, ONNX Runtime's `Failed to allocate memory`.
+    """
     if isinstance(error, MemoryError | OutOfMemory):
         return True
     if isinstance(error, EngineError):

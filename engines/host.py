@@ -28,8 +28,10 @@ log = structlog.get_logger(__name__)
 
 
 class Host:
-    """Serves the models of one device. Call it from one event loop only; it raises the errors of
-    `engines/errors.py`."""
+    """Serves the models of one device.
+
+    Call it from one event loop only. It raises the errors of `engines/errors.py`.
+    """
 
     def __init__(
         self,
@@ -50,7 +52,7 @@ class Host:
         self._read_health = runtime.health
         self._pauses = PauseDetector()
         self.fault = ""
-        self._pool = ModelPool(config, self._own(specs), files, loader, runtime)
+        self._pool = ModelPool(config, self._matching_specs(specs), files, loader, runtime)
 
     def __repr__(self) -> str:
         return f"<Host {self.config.host_id} on {self.config.device}: {self._pool!r}>"
@@ -92,11 +94,10 @@ class Host:
         return await self._pool.evict(model_id, force=force, timeout_s=timeout_s)
 
     async def reload(self, specs: Mapping[str, ModelSpec], budget: Budget | None = None) -> None:
-        """Replaces the registry, and the memory budget if one is given; models whose entry is unchanged are not
-        touched."""
+        """Replaces the registry, and the budget if one is given; unchanged models are not touched."""
         if budget is not None:
             self._pool.set_budget(budget)
-        self._pool.reload(self._own(specs))
+        self._pool.reload(self._matching_specs(specs))
 
     async def aclose(self, *, grace_s: float = 30.0) -> None:
         """Shuts down: refuses new requests, lets admitted ones finish within `grace_s`, frees all memory."""
@@ -110,10 +111,9 @@ class Host:
         """Predicts what loading the model would do, without doing it."""
         return self._pool.plan(model_id)
 
-    async def size(self, model_id: str) -> None:
-        """Estimates the memory that the model needs, for `plan`: from its files, or from a few kilobytes read from the
-        hub."""
-        await self._pool.size(model_id)
+    async def estimate_size(self, model_id: str) -> None:
+        """Estimates the model's memory for `plan`, from its files or from a few kilobytes read from the hub."""
+        await self._pool.estimate_size(model_id)
 
     def status(self, model_id: str) -> ModelStatus:
         """Returns the status of one model.
@@ -161,5 +161,5 @@ class Host:
         """Waits for an event with a `seq` higher than `after`; returns False if the log is closed first."""
         return await self._pool.log.arrived(after)
 
-    def _own(self, specs: Mapping[str, ModelSpec]) -> dict[str, ModelSpec]:
+    def _matching_specs(self, specs: Mapping[str, ModelSpec]) -> dict[str, ModelSpec]:
         return {model_id: spec for model_id, spec in specs.items() if device_matches(self.config.device, spec.device)}

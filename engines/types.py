@@ -161,11 +161,11 @@ class ModelInfo(Struct, frozen=True, kw_only=True):
 
 
 class ModelStatus(Struct, frozen=True, kw_only=True):
-    """The status of one model on one host. Times are Unix seconds; `weight_bytes` and `workspace_bytes` are charged
-    against the budget.
+    """The status of one model on one host. Times are Unix seconds.
 
-    `need_bytes`: its weights when resident, estimated or measured; 0 if unknown. `need_workspace_bytes`: the
-    additional memory of its largest forward pass; a guess until the first load.
+    `weight_bytes` and `workspace_bytes` are charged against the budget. `need_bytes`: its weights when resident,
+    estimated or measured; 0 if unknown. `need_workspace_bytes`: the additional memory of its largest forward pass;
+    a guess until the first load.
     """
 
     model_id: str

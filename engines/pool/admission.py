@@ -70,8 +70,7 @@ class Admission:
         self._armed_at_s = None
 
     def may_unblock_others(self, slot: Slot) -> bool:
-        """Tells whether the end of this slot's last lease can affect other models; if not, the warm path skips
-        `assign`.
+        """Tells whether the end of this slot's last lease can affect other models; if not, `assign` is skipped.
 
         A model's idle time needs no new timer while an earlier one is armed: that one arms the next.
         """
@@ -145,8 +144,10 @@ class Admission:
         return (slot.need or NO_MEMORY).capped(self.state.budget_bytes - total_bytes(charges(pinned)))
 
     def _pinned(self) -> list[Slot]:
-        """Returns ready pinned models. One that still loads is charged by a guess, which must not refuse other
-        models."""
+        """Returns ready pinned models.
+
+        A pinned model that still loads is charged by a guess, which must not refuse other models.
+        """
         return [slot for slot in self.state.in_state("ready") if slot.is_pinned]
 
     def _reduce_deficit(self) -> None:
@@ -224,8 +225,10 @@ class Admission:
         ]
 
     def _evict(self, victim: Slot, claimant: Slot | None, need: MemoryNeed, missing: int) -> None:
-        """Evicts one victim. If the claimant was last evicted for this victim, the two models take turns, and more
-        memory would end the thrashing."""
+        """Evicts one victim.
+
+        If the claimant was last evicted for this victim, the two take turns, and more memory would end the thrashing.
+        """
         if claimant is None:
             self.state.drain(victim, f"memory is over the budget by {format_bytes(missing)}")
             return
@@ -250,8 +253,7 @@ class Admission:
         return is_on_its_way and not may_pass(need, [head], staying, limit)
 
     def _admit(self, slot: Slot) -> None:
-        """Starts a load once the device has been read in this step, as other processes use it too; else requests a
-        reading."""
+        """Starts a load if the device was read in this step, else requests a reading: other processes use it too."""
         if not self.is_fresh:
             self._read()
             return
@@ -275,8 +277,10 @@ class Admission:
         self.state.drop_claim(slot, message)
 
     def _redirect_waiters(self, slot: Slot, limit_bytes: int) -> None:
-        """Fails the waiters that another host can serve. Drops the claim if none is left: it would only delay other
-        models later."""
+        """Fails the waiters that another host can serve.
+
+        Drops the claim if none is left, as it would delay other models later.
+        """
         moving = [waiter_id for waiter_id, waiter in slot.waiters.items() if waiter.may_move]
         message = blocked_by_others(slot, self.need(slot), limit_bytes)
         for waiter_id in moving:
@@ -300,8 +304,10 @@ def end_quarantine(state: PoolState, slot: Slot, cause: str) -> None:
 
 
 def claimed_bytes(state: PoolState) -> int:
-    """Sums the weights of claims that are not charged yet; placement counts them, or bursts would over-commit a
-    host."""
+    """Sums the weights of claims that are not charged yet.
+
+    Placement counts them; otherwise a burst of requests would over-commit one host.
+    """
     return sum(
         s.need.weight_bytes for s in state.slots.values() if s.claim is not None and s.need and s.state not in CHARGED
     )

@@ -128,7 +128,7 @@ class EffectRunner:
             log.warning("model.not_located", model=spec.model_id, error=str(error))
             return None
 
-    async def size(self, slot_id: int, spec: ModelSpec) -> SizeEstimated | None:
+    async def estimate_size(self, slot_id: int, spec: ModelSpec) -> SizeEstimated | None:
         """Estimates the memory that the model needs, from the hub if the files are not on disk; None if unknown."""
         need = await self._estimate_undownloaded(spec)
         return SizeEstimated(slot_id, need) if need else None
@@ -214,8 +214,11 @@ class EffectRunner:
         return None
 
     async def _diagnose(self, error: Exception, load: StartLoad) -> LoadFailure:
-        """Returns the cause of a failed load or warm-up. After a `BadModel` the files are hashed: a new download
-        repairs damage on the disk, which a person would suspect last."""
+        """Returns the cause of a failed load or warm-up.
+
+        After a `BadModel` the files are hashed: a new download repairs damage on the disk, which a person would suspect
+        last.
+        """
         if not isinstance(error, BadModel) or isinstance(error, FilesChanged):
             return load_failure_of(error, load.spec)
         is_anew = isinstance(error, SelfCheckFailed | BrokenFiles)
@@ -234,8 +237,10 @@ class EffectRunner:
         return LoadCompleted(effect.slot_id)
 
     def _load_unchanged(self, spec: ModelSpec, files: ModelFiles) -> Engine:
-        """Loads the engine and checks before and after that the files are the expected ones: an operator may replace a
-        local folder at any time, and an engine built from old and new files would compute wrong vectors.
+        """Loads the engine; checks before and after that the files are the expected ones.
+
+        An operator may replace a local folder at any time, and an engine built from old and new files would compute
+        wrong vectors.
 
         Raises:
             FilesChanged: the files have changed.
@@ -303,12 +308,12 @@ class DiskScanner:
         if searches:
             await asyncio.wait(searches, timeout=SCAN_S)
 
-    async def size(self, slot: Slot) -> None:
+    async def estimate_size(self, slot: Slot) -> None:
         """Estimates an unknown size: from the disk, else from a few kilobytes read from the hub."""
         if slot.need is None:
             await self._search(slot)
         if slot.need is None:
-            self._step_if_found(await self._runner.size(slot.slot_id, slot.spec))
+            self._step_if_found(await self._runner.estimate_size(slot.slot_id, slot.spec))
 
     async def _search(self, slot: Slot) -> None:
         self._step_if_found(await self._runner.find_on_disk(slot.slot_id, slot.spec))

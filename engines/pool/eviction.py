@@ -30,8 +30,10 @@ def never_fits(need: MemoryNeed, immovable: Iterable[Slot], budget_bytes: int) -
 
 
 def can_be_victim(slot: Slot, rules: PoolPolicy, now_s: float, *, even_leased: bool) -> bool:
-    """Tells whether the model may be evicted: ready, not pinned, past its minimum residency, and without leases (unless
-    `even_leased`: a claim is overdue)."""
+    """Tells whether the model may be evicted: ready, not pinned, past its minimum residency, and not leased.
+
+    `even_leased`: a leased model may be evicted too, as a claim is overdue.
+    """
     return (
         slot.state == "ready"
         and not slot.is_pinned
@@ -41,8 +43,7 @@ def can_be_victim(slot: Slot, rules: PoolPolicy, now_s: float, *, even_leased: b
 
 
 def victim_order(slot: Slot) -> tuple[bool, int, float]:
-    """Sort key for eviction: idle before busy, then least recently used (to the second), then fastest reload per
-    byte."""
+    """Sorts idle before busy models, then least recently used (to the second), then fastest reload per byte."""
     seconds_per_byte = (slot.load_s or 0.0) / max(1, slot.reserved.weight_bytes)
     return bool(slot.leases), int(slot.used_at_s), seconds_per_byte
 

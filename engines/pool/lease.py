@@ -25,8 +25,10 @@ class Callers:
         return self._last_id, future
 
     def resolve(self, waiter_id: int, outcome: Engine | EngineError | None) -> None:
-        """Sets the outcome of a waiter. Does nothing if its future is done: a call cancelled in this tick releases its
-        own lease."""
+        """Sets the outcome of a waiter.
+
+        Does nothing if its future is done: a call cancelled in this tick releases its own lease.
+        """
         future = self._futures.get(waiter_id)
         if future is None or future.done():
             return

@@ -174,8 +174,7 @@ class LeaseRequested(Struct, frozen=True):
 
 
 class LeaseCancelled(Struct, frozen=True):
-    """The caller of `waiter_id` was cancelled: remove the waiter, release its lease, or cancel its eviction. Never
-    fails."""
+    """The caller of `waiter_id` was cancelled: ends its wait, its lease or its eviction. Never fails."""
 
     waiter_id: int
 
@@ -238,8 +237,10 @@ class SizeEstimated(Struct, frozen=True):
 
 
 class FilesLocated(Struct, frozen=True):
-    """The search on disk has ended. `files` None: not complete; `need` None: size unknown until the download is
-    done."""
+    """The search on disk has ended.
+
+    `files` None: not complete on disk. `need` None: the size is unknown until the download is done.
+    """
 
     slot_id: int
     files: ModelFiles | None

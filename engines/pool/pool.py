@@ -133,8 +133,12 @@ class ModelPool:
         return self.status(model_id)
 
     async def evict(self, model_id: str, *, force: bool, timeout_s: float) -> ModelStatus:
-        """Evicts the model after its running requests; raises `ModelInUse` after `timeout_s`, and the model stays
-        ready."""
+        """Evicts the model after its running requests.
+
+        Raises:
+            ModelInUse: it was not free after `timeout_s`, or a load hangs, or a preload cancelled the eviction.
+            ModelPinned: it is pinned and `force` is false.
+        """
         waiter_id, future = self._callers.register()
         self.step(EvictionRequested(waiter_id, model_id, force))
         at_s = self._runtime.time.now_s() + timeout_s
@@ -204,9 +208,9 @@ class ModelPool:
     def plan(self, model_id: str) -> Plan:
         return self._view.plan(self._state, self._slot(model_id))
 
-    async def size(self, model_id: str) -> None:
+    async def estimate_size(self, model_id: str) -> None:
         """Estimates the memory that the model needs, if it is unknown."""
-        await self._scanner.size(self._slot(model_id))
+        await self._scanner.estimate_size(self._slot(model_id))
 
     def _slot(self, model_id: str) -> Slot:
         slot = self._state.current.get(model_id)

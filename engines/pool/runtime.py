@@ -201,8 +201,7 @@ class HostConfig(Struct, frozen=True, kw_only=True):
 
     @property
     def hang_s(self) -> float:
-        """The limit for work on the loader's thread, the same as for the self-check of a load
-        (`engines/device/health.py`)."""
+        """The limit for work on the loader's thread, as for self-checks (`engines/device/health.py`)."""
         return 5.0 * self.watchdog_s
 
 
@@ -231,6 +230,5 @@ def default_runtime(config: HostConfig, measurements: Measurements | None = None
 
 
 def device_matches(device: str, wish: str) -> bool:
-    """Tells whether a model with `device: wish` in the registry may run on `device`; `wish`: `auto`, a kind, or a
-    device."""
+    """Tells whether a model whose `device` is `wish` (`auto`, a kind or a device) may run on `device`."""
     return wish in ("auto", device, device.partition(":")[0])

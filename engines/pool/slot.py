@@ -124,8 +124,10 @@ class LoadFailure(Struct, frozen=True, kw_only=True):
 
 
 class Waiter(Struct, frozen=True):
-    """A request that waits for a lease, until `deadline_s` of the pool's clock. `may_move`: another host can serve
-    it."""
+    """A request that waits for a lease.
+
+    `deadline_s`: the end of its wait, on the pool's clock. `may_move`: another host can serve it.
+    """
 
     waiter_id: int
     keep_alive_s: float | None

@@ -190,8 +190,10 @@ class PoolState:
         self.effects.append(Grant(waiter.waiter_id, slot.slot_id))
 
     def grant_all(self, slot: Slot) -> None:
-        """Grants all waiters in the step that made the slot ready; later, the next claim could evict it before they
-        wake."""
+        """Grants all waiters, in the step that made the slot ready.
+
+        Granted later, they could find the model evicted for the next claim.
+        """
         waiters, slot.waiters = slot.waiters, {}
         for waiter in waiters.values():
             self.grant(slot, waiter)
@@ -206,8 +208,7 @@ class PoolState:
         self.effects.append(Fail(waiter_id, error))
 
     def fail_waiters(self, slot: Slot, make_error: Callable[[], EngineError]) -> None:
-        """Fails all waiters, each with its own error object: a shared one would collect the tracebacks of all
-        callers."""
+        """Fails all waiters, each with its own error object; a shared one would collect all callers' tracebacks."""
         for waiter_id in list(slot.waiters):
             self.fail(slot, waiter_id, make_error())
 

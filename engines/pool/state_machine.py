@@ -199,8 +199,10 @@ class PoolStateMachine:
         return None  # (4)
 
     def _cancel(self, event: LeaseCancelled) -> bool:
-        """Cancels by id. Four cases: 1. already failed 2. a waiter 3. a lease, perhaps granted in this tick 4. an
-        evictor."""
+        """Cancels a request or an eviction. Four cases:
+
+        1. already failed;  2. a waiter;  3. a lease, perhaps granted in this tick;  4. an eviction.
+        """
         slot = self.state.holders.get(event.waiter_id)
         if slot is None:
             return True  # (1)
@@ -259,9 +261,8 @@ class PoolStateMachine:
         if slot is None:
             self.state.effects.append(Fail(event.waiter_id, not_found(event.model_id)))  # (1)
             return
-        is_evicted = (
-            slot.leaving_cause == EVICTED and slot.state != "unloading"
-        )  # while unloading, a preload may have followed the eviction
+        # while it is unloading, a preload may have followed the eviction
+        is_evicted = slot.leaving_cause == EVICTED and slot.state != "unloading"
         if slot.is_pinned and not event.is_forced and not is_evicted:
             message = f"model {event.model_id!r} is pinned; set force to evict it"
             self.state.effects.append(Fail(event.waiter_id, ModelPinned(message)))  # (2)
@@ -283,8 +284,7 @@ class PoolStateMachine:
             self.state.clear_preload(slot)  # (7)
 
     def _abandon_eviction(self, slot: Slot) -> None:
-        """Undoes an eviction whose last operator has cancelled: the model serves again, unless the host is shutting
-        down."""
+        """Undoes an eviction after its last operator cancelled it, unless the host is shutting down."""
         if slot.evictors or slot.leaving_cause != EVICTED:
             return
         if self.state.is_draining:

@@ -58,8 +58,10 @@ class StatusView:
     def snapshot(
         self, state: PoolState, now_s: float, total_bytes_of_device: int, engines: dict[int, Engine]
     ) -> HostSnapshot:
-        """Builds the snapshot of the device. Old generations are charged until unloaded, but only current ones are
-        listed."""
+        """Builds the snapshot of the device.
+
+        Old generations are charged until they are unloaded, but only current ones are listed.
+        """
         charged = state.charged()
         used = sum(slot.reserved.weight_bytes for slot in charged)
         workspace = max((slot.reserved.workspace_bytes for slot in charged), default=0)

@@ -26,8 +26,10 @@ class ErrorRecord(Struct, frozen=True, kw_only=True, tag=True):
 
 
 def error_record_of(error: Exception) -> ErrorRecord:
-    """Converts an error to a record. An unexpected error is logged here with its traceback and crosses without
-    details."""
+    """Converts an error to a record.
+
+    An unexpected error is logged here with its traceback; its record has only the name of its class.
+    """
     if isinstance(error, EngineError):
         details = {name: value for name, value in vars(error).items() if isinstance(value, Detail)}
         return ErrorRecord(kind=type(error).__name__, message=str(error), details=details)

@@ -43,15 +43,17 @@ class Evict(Struct, frozen=True, kw_only=True, tag=True):
 
 
 class PlanRequest(Struct, frozen=True, kw_only=True, tag=True):
-    """`Host.plan`, after `Host.size` has had `size_s` seconds; answered by `CommandResult` with a plan."""
+    """`Host.plan`, after at most `size_s` seconds of `Host.estimate_size`; answered by `CommandResult` with a plan."""
 
     model_id: str
     size_s: float
 
 
 class Generation(Struct, frozen=True, order=True, array_like=True):
-    """The version of a registry: `counter` grows with every reload, `digest` hashes the content. Higher versions
-    win."""
+    """The version of a registry; higher versions win.
+
+    `counter` grows with every reload, `digest` hashes the content.
+    """
 
     counter: int = 0
     digest: str = ""
@@ -168,22 +170,22 @@ class FrameDecoder:
         """Adds bytes; returns the frames that are now complete."""
         self._buffer += data
         with memoryview(self._buffer) as view:
-            frames, taken = _cut(view)
+            frames, taken = _split_frames(view)
         del self._buffer[:taken]
         return frames
 
 
-def _cut(view: memoryview) -> tuple[list[Frame], int]:
+def _split_frames(view: memoryview) -> tuple[list[Frame], int]:
     frames: list[Frame] = []
     at = 0
-    for start, head_bytes, body_bytes in _spans(view):
+    for start, head_bytes, body_bytes in _frame_spans(view):
         middle, at = start + head_bytes, start + head_bytes + body_bytes
         number = int.from_bytes(view[start : start + 8], "little")
         frames.append(Frame(number, bytes(view[start + 8 : middle]), bytes(view[middle:at])))
     return frames, at
 
 
-def _spans(view: memoryview) -> Iterator[tuple[int, int, int]]:
+def _frame_spans(view: memoryview) -> Iterator[tuple[int, int, int]]:
     """Yields (start of the head, bytes of the head, bytes of the body) of each complete frame."""
     at = 0
     while len(view) - at >= _PREFIX.size:

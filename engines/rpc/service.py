@@ -60,10 +60,10 @@ class HostService:
                 status = await self.host.preload(
                     request.model_id, pin=request.pin, wait=request.wait, may_move=request.may_move
                 )
-                return self._outcome(status)
+                return self._command_result(status)
             case Evict():
                 status = await self.host.evict(request.model_id, force=request.force, timeout_s=request.timeout_s)
-                return self._outcome(status)
+                return self._command_result(status)
             case PlanRequest():
                 return await self._plan(request)
             case Reload():
@@ -74,19 +74,18 @@ class HostService:
                 await self.host.aclose(grace_s=request.grace_s)
             case Embed() | Cancel():
                 raise AssertionError(f"{request} is not a command")
-        return self._outcome()
+        return self._command_result()
 
     async def _plan(self, request: PlanRequest) -> Reply:
         with suppress(TimeoutError):
-            await asyncio.wait_for(self.host.size(request.model_id), request.size_s)
+            await asyncio.wait_for(self.host.estimate_size(request.model_id), request.size_s)
         return CommandResult(snapshot=self.host.snapshot(), plan=self.host.plan(request.model_id))
 
     async def _reload(self, request: Reload) -> None:
-        """Applies a registry with a higher generation only: several routers send registries, and late ones are
-        stale."""
+        """Applies a registry of a higher generation; of several routers, older registries may arrive late."""
         if request.generation > self._generation:
             await self.host.reload(request.specs, request.budget)
             self._generation = request.generation
 
-    def _outcome(self, status: ModelStatus | None = None) -> CommandResult:
+    def _command_result(self, status: ModelStatus | None = None) -> CommandResult:
         return CommandResult(snapshot=self.host.snapshot(), status=status)

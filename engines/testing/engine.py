@@ -105,7 +105,7 @@ class FakeEngine:
         try:
             self._attempts.next(call.model_id)
             await self._sleep(self._embed_s)
-            return self._answer(call)
+            return self._embed_now(call)
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
@@ -117,7 +117,7 @@ class FakeEngine:
             self.violations.append(f"{self.spec.model_id} was freed under {self.running} requests")
         self.is_closed = True
 
-    def _answer(self, call: EmbedCall) -> Embeddings:
+    def _embed_now(self, call: EmbedCall) -> Embeddings:
         width = call.dimensions or WIDTH
         if width != WIDTH and not self.info.matryoshka.allows(width, WIDTH):
             allowed = self.info.matryoshka.describe(WIDTH)

@@ -81,7 +81,7 @@ class LocalBackend:
     async def plan(self, model_id: str) -> Plan:
         hosts = self._suitable(model_id)
         with suppress(TimeoutError):
-            await asyncio.wait_for(asyncio.gather(*(host.size(model_id) for host in hosts)), SIZE_S)
+            await asyncio.wait_for(asyncio.gather(*(host.estimate_size(model_id) for host in hosts)), SIZE_S)
         return self._ranked(model_id, hosts)[0].plan(model_id)
 
     async def reload(self, specs: Mapping[str, ModelSpec], budget: Budget | None = None) -> None:

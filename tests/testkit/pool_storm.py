@@ -339,8 +339,7 @@ class Storm:
             del self.views[effect.slot_id]
 
     def _on_departure(self, effect: Emit, view: SlotView) -> None:
-        """Checks an eviction: a pinned model only by an operator, none for a claim within its minimum residency or in
-        vain."""
+        """Checks an eviction: only operators evict pinned models, no claim evicts young models or in vain."""
         may_leave = not self.blocked or effect.cause in PINNED_END - {EVICTED}
         require(may_leave, f"{view.model_id} leaves, and its memory cannot be freed: {effect.cause}")
         if effect.cause not in PINNED_END:

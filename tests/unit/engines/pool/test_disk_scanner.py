@@ -12,7 +12,7 @@ async def test_a_size_is_learned_without_fetching_or_wanting_the_model() -> None
     host = fake_host("a", files=files)
     await host.start()
     before = host.plan("a")
-    await host.size("a")
+    await host.estimate_size("a")
     after = host.plan("a")
 
     assert (before.need_bytes, before.reason) == (0, "its size is unknown until its files are downloaded")
@@ -27,7 +27,7 @@ async def test_a_plan_names_who_would_leave_for_a_model_that_is_not_here() -> No
     host = fake_host("a", "b", files=files, budget_bytes=WEIGHT_BYTES + WORKSPACE_BYTES)
     await host.start()
     await host.embed(EmbedCall(model_id="a", texts=("x",)))
-    await host.size("b")
+    await host.estimate_size("b")
     plan = host.plan("b")
 
     assert (plan.evict, plan.fits) == (("a",), True)
@@ -38,7 +38,7 @@ async def test_a_plan_names_who_would_leave_for_a_model_that_is_not_here() -> No
 async def test_a_size_that_nobody_knows_stays_unknown() -> None:
     host = fake_host("a", files=FakeFiles(on_disk=[], weight_bytes={"a": None}))
     await host.start()
-    await host.size("a")
+    await host.estimate_size("a")
 
     assert host.plan("a").need_bytes == 0
     await host.aclose()
@@ -49,7 +49,7 @@ async def test_a_measured_size_is_not_asked_for_again() -> None:
     host = fake_host("a", files=files, loader=FakeLoader(weight_bytes={"a": 777}))
     await host.start()
     await host.embed(EmbedCall(model_id="a", texts=("x",)))
-    await host.size("a")
+    await host.estimate_size("a")
 
     assert host.snapshot().used_bytes == 777
     await host.aclose()
