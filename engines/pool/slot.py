@@ -54,7 +54,7 @@ class PoolPolicy(Struct, frozen=True, kw_only=True):
 
 
 class MemoryNeed(Struct, frozen=True, kw_only=True):
-    """Bytes that a model needs. A figure that is not `known` is a guess: it is predict_load with, but never refuses a
+    """Bytes that a model needs. A figure that is not `known` is a guess: it is used for planning, but never refuses a
     model.
 
     `least_weight_bytes`: a certain lower bound of the weights where these are a guess.

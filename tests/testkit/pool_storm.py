@@ -55,8 +55,8 @@ from engines.types import ModelFiles, State
 BUDGET = 1000
 RULES = PoolPolicy()
 EVICTED = "evicted by an operator"
-FAIR_END = frozenset({EVICTED, "the host shuts down"})
-PINNED_END = FAIR_END | {"removed from the registry", "changed in the registry"}
+OPERATOR_CAUSES = frozenset({EVICTED, "the host shuts down"})
+UNCONDITIONAL_CAUSES = OPERATOR_CAUSES | {"removed from the registry", "changed in the registry"}
 
 
 class Violation(AssertionError):
@@ -101,21 +101,21 @@ class Storm:
         self.budget = BUDGET
         self.ceiling: int | None = None
         self.read_at_s = 0.0
-        self.excused = 0
+        self.peak_allowance = 0
         self.work: list[Effect] = []
         self.views: dict[int, SlotView] = {}
         self.waiting: dict[int, str] = {}
-        self.movers: set[int] = set()
+        self.movable: set[int] = set()
         self.leases: dict[int, int] = {}
         self.evictors: list[int] = []
-        self.unopposed: dict[int, tuple[int, str]] = {}
+        self.sole_evictors: dict[int, tuple[int, str]] = {}
         self.evicted: set[str] = set()
-        self.last_word: dict[str, str] = {}
+        self.last_command: dict[str, str] = {}
         self.since: dict[int, int] = {}
         self.is_draining = False
         self.blocked = ""
         self._next_id = 0
-        self._departures: list[tuple[int, str]] = []
+        self._evictions: list[tuple[int, str]] = []
         self._sync_views()
 
     # ---- actions ----
@@ -125,14 +125,14 @@ class Storm:
     ) -> int:
         waiter_id = self._new_id()
         self.waiting[waiter_id] = model_id
-        self._want(model_id)
+        self._note_request(model_id)
         is_ready = any(view.model_id == model_id and view.state == "ready" for view in self.views.values())
         if may_move:
-            self.movers.add(waiter_id)
+            self.movable.add(waiter_id)
         effects = self.step(LeaseRequested(waiter_id, model_id, keep_alive_s, self.now_s + timeout_s, may_move))
         if is_ready and not self.is_draining:
             granted = any(isinstance(effect, Grant) and effect.waiter_id == waiter_id for effect in effects)
-            require(granted, f"{model_id} was ready, and a request for it had to wait")
+            require(granted, f"{model_id} is ready, but a request for it waits")
         return waiter_id
 
     def cancel(self, waiter_id: int) -> None:
@@ -150,10 +150,10 @@ class Storm:
         self.step(LeaseReleased(waiter_id))
 
     def preload(self, model_id: str, *, pin: bool = False, is_tentative: bool = False) -> None:
-        self._want(model_id)
+        self._note_request(model_id)
         slot = self.core.state.current.get(model_id)
         if slot is not None and not self.is_draining and not self.core.state.is_too_large(slot.need):
-            self.last_word[model_id] = "preload"
+            self.last_command[model_id] = "preload"
         self.step(PreloadRequested(model_id, pin, is_tentative))
 
     def evict(self, model_id: str, *, force: bool = False) -> int:
@@ -161,15 +161,15 @@ class Storm:
         self.evictors.append(waiter_id)
         slot = self.core.state.current.get(model_id)
         if slot is not None and model_id not in self.waiting.values():
-            self.unopposed[waiter_id] = (slot.slot_id, model_id)
-        self.last_word[model_id] = "evict"
+            self.sole_evictors[waiter_id] = (slot.slot_id, model_id)
+        self.last_command[model_id] = "evict"
         self.step(EvictionRequested(waiter_id, model_id, force))
         return waiter_id
 
-    def _want(self, model_id: str) -> None:
+    def _note_request(self, model_id: str) -> None:
         """Records that the model is requested after its eviction."""
         self.evicted.discard(model_id)
-        self.unopposed = {at: known for at, known in self.unopposed.items() if known[1] != model_id}
+        self.sole_evictors = {at: known for at, known in self.sole_evictors.items() if known[1] != model_id}
 
     def reload(self, specs: Mapping[str, ModelSpec]) -> None:
         self.specs = dict(specs)
@@ -210,10 +210,10 @@ class Storm:
         if isinstance(event, WarmUpCompleted):
             need = MemoryNeed(weight_bytes=event.weight_bytes, workspace_bytes=event.workspace_bytes)
             self.views[event.slot_id].charge = need
-            self.excused = max(self.excused, self.used())
+            self.peak_allowance = max(self.peak_allowance, self.used())
         if isinstance(event, BudgetChanged):
             self.budget, self.ceiling, self.read_at_s = event.budget_bytes, event.ceiling_bytes, self.now_s
-            self.excused = max(self.excused, self.used())
+            self.peak_allowance = max(self.peak_allowance, self.used())
         self.step(event)
 
     def settle(self) -> None:
@@ -330,7 +330,7 @@ class Storm:
         if effect.source == "warming" and effect.target == "ready":
             view.ready_at_s, view.load_s = self.now_s, self.now_s - view.load_began_at_s
         if effect.target == "draining":
-            self._on_departure(effect, view)
+            self._on_eviction(effect, view)
         if effect.source == "waiting_space" and effect.target != "loading":
             del self.since[effect.slot_id]
         if effect.target == "waiting_space":
@@ -338,24 +338,27 @@ class Storm:
         if effect.target == "retired":
             del self.views[effect.slot_id]
 
-    def _on_departure(self, effect: Emit, view: SlotView) -> None:
+    def _on_eviction(self, effect: Emit, view: SlotView) -> None:
         """Checks an eviction: only operators evict pinned models, no claim evicts young models or in vain."""
-        may_leave = not self.blocked or effect.cause in PINNED_END - {EVICTED}
-        require(may_leave, f"{view.model_id} leaves, and its memory cannot be freed: {effect.cause}")
-        if effect.cause not in PINNED_END:
+        may_leave = not self.blocked or effect.cause in UNCONDITIONAL_CAUSES - {EVICTED}
+        require(may_leave, f"{view.model_id} is evicted, but its memory cannot be freed: {effect.cause}")
+        if effect.cause not in UNCONDITIONAL_CAUSES:
             slot = self.core.state.slots[effect.slot_id]
-            require(not (slot.spec.pinned or slot.operator_pin), f"{view.model_id} is pinned and left: {effect.cause}")
+            require(
+                not (slot.spec.pinned or slot.operator_pin),
+                f"{view.model_id} is pinned and was evicted: {effect.cause}",
+            )
         if effect.cause == EVICTED:
-            is_last = self.last_word.get(view.model_id) == "evict"
-            require(is_last, f"{view.model_id} leaves for an operator, and was preloaded since")
+            is_last = self.last_command.get(view.model_id) == "evict"
+            require(is_last, f"{view.model_id} is evicted for an operator, but was preloaded since")
         if effect.claimant is None:
             return
         mature_s = view.ready_at_s + max(RULES.min_residency_s, RULES.residency_loads * view.load_s)
-        require(self.now_s >= mature_s, f"{view.model_id} had to leave before its minimum residency")
-        self._departures.append((effect.slot_id, effect.claimant))
+        require(self.now_s >= mature_s, f"{view.model_id} was evicted before its minimum residency")
+        self._evictions.append((effect.slot_id, effect.claimant))
 
     def _on_grant(self, effect: Grant) -> None:
-        require(effect.waiter_id in self.waiting, f"waiter {effect.waiter_id} gets a second outcome, or had gone")
+        require(effect.waiter_id in self.waiting, f"waiter {effect.waiter_id} gets a second outcome, or was cancelled")
         view = self.views[effect.slot_id]
         require(view.state == "ready", f"a lease on {view.model_id} is granted while it is {view.state}")
         del self.waiting[effect.waiter_id]
@@ -365,18 +368,18 @@ class Storm:
     def _on_answer(self, effect: Fail | Done) -> None:
         if effect.waiter_id in self.evictors:
             self.evictors.remove(effect.waiter_id)
-            slot_id, model_id = self.unopposed.pop(effect.waiter_id, (-1, ""))
+            slot_id, model_id = self.sole_evictors.pop(effect.waiter_id, (-1, ""))
             current = self.core.state.current.get(model_id)
             if isinstance(effect, Done) and current is not None and current.slot_id == slot_id:
                 self.evicted.add(model_id)
             return
-        require(effect.waiter_id in self.waiting, f"waiter {effect.waiter_id} gets a second outcome, or had gone")
+        require(effect.waiter_id in self.waiting, f"waiter {effect.waiter_id} gets a second outcome, or was cancelled")
         del self.waiting[effect.waiter_id]
 
     def _on_work(self, effect: Effect) -> None:
         if isinstance(effect, StartUnload):
             view = self.views[effect.slot_id]
-            require(view.leases == 0, f"{view.model_id} is freed under {view.leases} leases")
+            require(view.leases == 0, f"{view.model_id} is freed with {view.leases} leases")
         if isinstance(effect, StartLoad):
             self._on_load(effect)
         if isinstance(effect, StartFetch | StartLocate):
@@ -393,13 +396,13 @@ class Storm:
         same = [v for v in self.views.values() if v.model_id == view.model_id and v.state in ("loading", "warming")]
         in_work = [w for w in self.work if isinstance(w, StartLoad) and w.spec.model_id == view.model_id]
         require(len(same) == 1 and not in_work, f"{view.model_id} is loaded twice at once")
-        require(view.model_id not in self.evicted, f"{view.model_id} was evicted, and comes back for nobody")
+        require(view.model_id not in self.evicted, f"{view.model_id} was evicted and is loaded again without a request")
         require(not self.blocked, f"{view.model_id} is to be loaded while loads hang")
         require(view.charge is None, f"{view.model_id} is loaded while its last memory is not free")
         view.charge = effect.need
         require(self.used() <= self.limit, f"loading {view.model_id} takes {self.used()} of {self.limit} bytes")
         mine = self.since.pop(effect.slot_id)
-        older = [slot_id for slot_id, claim in self.since.items() if claim < mine and self._can_be_had(slot_id)]
+        older = [slot_id for slot_id, claim in self.since.items() if claim < mine and self._can_fit(slot_id)]
         if older:
             first_s = min(self.core.state.slots[slot_id].claimed_at_s for slot_id in older)
             stay = [v.charge for v in self.views.values() if v.charge and v.load_began_at_s >= first_s]
@@ -413,9 +416,11 @@ class Storm:
         before = [charge for charge in stay if charge is not view.charge]
         need = self.core.admission.need(self.core.state.slots[head])
         if sum_needs([*before, need]) <= self.limit:
-            require(sum_needs([*stay, need]) <= self.limit, f"{view.model_id} takes room that others leave for {head}")
+            require(
+                sum_needs([*stay, need]) <= self.limit, f"{view.model_id} takes memory that is being freed for {head}"
+            )
 
-    def _can_be_had(self, slot_id: int) -> bool:
+    def _can_fit(self, slot_id: int) -> bool:
         """Tells whether a claim fits beside the pinned models; memory of other processes can prevent that for long."""
         slots = self.core.state.slots
         pinned = [v.charge for at, v in self.views.items() if v.charge and v.state == "ready" and slots[at].is_pinned]
@@ -424,7 +429,9 @@ class Storm:
     def _check(self) -> None:
         state = self.core.state
         for slot in state.slots.values() if self.blocked else ():
-            require(not slot.waiters or slot.state == "warming", f"somebody waits for {slot.model_id} while loads hang")
+            require(
+                not slot.waiters or slot.state == "warming", f"a request waits for {slot.model_id} while loads hang"
+            )
             require(not slot.evictors, f"an operator waits for {slot.model_id}, which cannot be freed")
         for slot_id, view in self.views.items():
             slot = state.slots[slot_id]
@@ -436,21 +443,23 @@ class Storm:
         charged = sum_needs([slot.reserved for slot in state.charged()])
         require(charged == self.used(), f"the pool charges {charged} bytes, the events {self.used()}")
         if self.used() <= self.budget:
-            self.excused = 0
-        require(self.used() <= max(self.budget, self.excused), f"{self.used()} of {self.budget} bytes")
+            self.peak_allowance = 0
+        require(self.used() <= max(self.budget, self.peak_allowance), f"{self.used()} of {self.budget} bytes")
         for slot in state.claims():
-            stuck = self.movers.intersection(slot.waiters)
-            require(not stuck or self._can_be_had(slot.slot_id), f"{stuck} wait where others hold the memory")
-        for slot_id, claimant in self._departures:
-            self._check_departure(slot_id, claimant)
-        self._departures = []
+            stuck = self.movable.intersection(slot.waiters)
+            require(not stuck or self._can_fit(slot.slot_id), f"{stuck} wait where others hold the memory")
+        for slot_id, claimant in self._evictions:
+            self._check_eviction(slot_id, claimant)
+        self._evictions = []
 
-    def _check_departure(self, slot_id: int, claimant: str) -> None:
+    def _check_eviction(self, slot_id: int, claimant: str) -> None:
         stay = [v.charge for v in self.views.values() if v.charge and v.state not in ("draining", "unloading")]
         need = self.core.admission.need(self.core.state.current[claimant])
-        require(sum_needs([*stay, need]) <= self.limit, f"{slot_id} left for {claimant}, which still does not fit")
+        require(
+            sum_needs([*stay, need]) <= self.limit, f"{slot_id} was evicted for {claimant}, which still does not fit"
+        )
         is_known = self.now_s < self.read_at_s + RULES.reading_s
-        require(is_known, f"{slot_id} left for {claimant}, and nobody had looked whether that is enough")
+        require(is_known, f"{slot_id} was evicted for {claimant} without a valid reading of the device")
 
     # ---- helpers ----
 

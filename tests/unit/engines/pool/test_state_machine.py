@@ -74,7 +74,7 @@ class Pool(Storm):
         self.advance(10)
         return waiter_id
 
-    def rest(self, model_id: str) -> None:
+    def load_idle(self, model_id: str) -> None:
         """Loads a model and releases it; it is past its minimum residency."""
         self.release(self.load(model_id))
 
@@ -105,7 +105,7 @@ def test_a_cold_model_goes_through_every_state_and_grants_in_the_step_that_makes
 
 def test_a_request_for_a_ready_model_is_granted_at_once() -> None:
     pool = Pool(a=100)
-    pool.rest("a")
+    pool.load_idle("a")
 
     waiter_id = pool.acquire("a")
 
@@ -125,7 +125,7 @@ def test_twenty_requests_for_a_cold_model_are_one_download_and_one_load() -> Non
 
 def test_a_ready_model_serves_while_another_loads() -> None:
     pool = Pool(a=100, b=100)
-    pool.rest("a")
+    pool.load_idle("a")
     pool.acquire("b")
     pool.finish(0)
 
@@ -167,7 +167,7 @@ def test_a_load_that_everybody_left_still_ends_ready() -> None:
 
 def test_a_lease_cancelled_in_the_tick_of_its_grant_is_given_back() -> None:
     pool = Pool(a=100)
-    pool.rest("a")
+    pool.load_idle("a")
 
     pool.cancel(pool.acquire("a"))
 
@@ -262,7 +262,7 @@ def test_a_busy_model_drains_for_an_overdue_claim_and_new_requests_wait_their_tu
 def test_the_least_recently_used_model_leaves() -> None:
     pool = Pool(a=300, b=300, c=300, d=300)
     for model_id in "abc":
-        pool.rest(model_id)
+        pool.load_idle(model_id)
     pool.release(pool.acquire("a"))
     pool.advance(10)
     pool.acquire("d")
@@ -309,7 +309,7 @@ def test_a_slow_load_earns_a_longer_residency() -> None:
 
 def test_nobody_leaves_for_a_claim_that_would_still_not_fit() -> None:
     pool = Pool(a=300, b=300, c=900)
-    pool.rest("a")
+    pool.load_idle("a")
     pool.load("b")
     pool.acquire("c")
 
@@ -320,7 +320,7 @@ def test_nobody_leaves_for_a_claim_that_would_still_not_fit() -> None:
 
 def test_an_eviction_names_its_claimant() -> None:
     pool = Pool(a=600, b=600)
-    pool.rest("a")
+    pool.load_idle("a")
     pool.acquire("b")
 
     pool.finish_all()
@@ -332,7 +332,7 @@ def test_an_eviction_names_its_claimant() -> None:
 
 def test_bytes_are_credited_only_when_the_unload_is_done() -> None:
     pool = Pool(a=600, b=600)
-    pool.rest("a")
+    pool.load_idle("a")
     pool.acquire("b")
     pool.finish(0)
     pool.finish(0)
@@ -346,9 +346,9 @@ def test_bytes_are_credited_only_when_the_unload_is_done() -> None:
 
 def test_the_largest_workspace_is_reserved_once() -> None:
     pool = Pool(a=450, b=450)
-    pool.rest("a")
+    pool.load_idle("a")
 
-    pool.rest("b")
+    pool.load_idle("b")
 
     assert pool.used() == 450 + 450 + 10
 
@@ -356,7 +356,7 @@ def test_the_largest_workspace_is_reserved_once() -> None:
 def test_pinned_models_stay_and_what_cannot_fit_beside_them_is_told_at_once() -> None:
     specs = {**fake_specs("b"), "a": ModelSpec(model_id="a", source="x", pinned=True)}
     pool = Pool(specs, a=600, b=600)
-    pool.rest("a")
+    pool.load_idle("a")
     waiter_id = pool.acquire("b")
 
     pool.finish_all()
@@ -368,7 +368,7 @@ def test_pinned_models_stay_and_what_cannot_fit_beside_them_is_told_at_once() ->
 
 def test_keep_alive_ends_a_stay_and_a_lease_prolongs_it() -> None:
     pool = Pool({"a": ModelSpec(model_id="a", source="x", keep_alive_s=30)}, a=100)
-    pool.rest("a")
+    pool.load_idle("a")
     pool.advance(25)
     pool.release(pool.acquire("a"))
     pool.advance(29)
@@ -396,7 +396,7 @@ def test_a_request_with_keep_alive_0_is_the_last_one(of_spec: float) -> None:
 
 def test_a_request_with_keep_alive_never_keeps_the_model() -> None:
     pool = Pool({"a": ModelSpec(model_id="a", source="x", keep_alive_s=30)}, a=100)
-    pool.rest("a")
+    pool.load_idle("a")
 
     pool.release(pool.acquire("a", -1.0))
     pool.advance(DAY_S)
@@ -432,7 +432,7 @@ def test_a_model_of_unknown_size_is_downloaded_and_then_judged() -> None:
 def test_a_guessed_workspace_never_refuses_a_model() -> None:
     pool = Pool(a=985)
 
-    pool.rest("a")
+    pool.load_idle("a")
 
     assert pool.state("a") == "ready"
 
@@ -451,7 +451,7 @@ def test_a_model_measured_larger_than_the_budget_is_unloaded_and_said_to_be() ->
 
 def test_an_overshoot_is_a_deficit_that_others_pay_before_anything_loads() -> None:
     pool = Pool(a=300, b=900, c=100)
-    pool.rest("a")
+    pool.load_idle("a")
     pool.acquire("b")
     pool.finish(0, "low")
 
@@ -536,7 +536,7 @@ def test_a_claim_that_others_keep_out_does_not_hold_up_those_that_fit() -> None:
 
 def test_nobody_leaves_for_a_claim_that_others_keep_out() -> None:
     pool = Pool(a=300, b=800)
-    pool.rest("a")
+    pool.load_idle("a")
     waiter_id = pool.acquire("b")
     for _ in range(3):
         pool.advance(1)
@@ -553,7 +553,7 @@ def test_nobody_leaves_for_a_claim_that_others_keep_out() -> None:
 
 def test_out_of_memory_while_loading_raises_the_estimate_and_tries_once_more() -> None:
     pool = Pool(a=300, b=500)
-    pool.rest("a")
+    pool.load_idle("a")
     waiter_id = pool.acquire("b")
     pool.finish(0)
     pool.finish(0)
@@ -711,7 +711,7 @@ def test_a_model_that_fails_its_self_check_is_unloaded_and_its_memory_is_free() 
 
 def test_two_models_that_cannot_both_fit_take_turns_and_each_turn_serves_all_that_wait() -> None:
     pool = Pool(a=600, b=600)
-    pool.rest("a")
+    pool.load_idle("a")
     asked = [pool.acquire(model_id) for model_id in "babab"]
 
     while pool.waiting:
@@ -727,10 +727,10 @@ def test_two_models_that_cannot_both_fit_take_turns_and_each_turn_serves_all_tha
 
 def test_the_thrash_names_the_bytes_that_are_missing() -> None:
     pool = Pool(a=600, b=600)
-    pool.rest("a")
-    pool.rest("b")
+    pool.load_idle("a")
+    pool.load_idle("b")
 
-    pool.rest("a")
+    pool.load_idle("a")
 
     turn = [effect for effect in pool.seen if isinstance(effect, Emit) and effect.missing_bytes]
     assert [(effect.model_id, effect.claimant, effect.missing_bytes) for effect in turn[:1]] == [("b", "a", 210)]
@@ -764,7 +764,7 @@ HANGS = "the load of model 'a' has been running for more than 600 s"
 
 def test_while_a_load_hangs_everybody_who_waits_for_one_is_told_and_the_rest_is_served() -> None:
     pool = Pool(a=100, b=100, warm=100, here=100)
-    pool.rest("here")
+    pool.load_idle("here")
     warm = pool.acquire("warm")
     for _ in range(3):
         pool.finish(0)
@@ -874,7 +874,7 @@ def test_a_drain_serves_those_whose_model_is_nearly_there() -> None:
 
 def test_wishes_change_in_place() -> None:
     pool = Pool(a=100)
-    pool.rest("a")
+    pool.load_idle("a")
 
     pool.reload({"a": ModelSpec(model_id="a", source="fake/a", keep_alive_s=1.0, description="new words")})
     pool.advance(1)
@@ -885,7 +885,7 @@ def test_wishes_change_in_place() -> None:
 
 def test_more_copies_of_a_model_change_in_place() -> None:
     pool = Pool(a=100)
-    pool.rest("a")
+    pool.load_idle("a")
 
     pool.reload({"a": ModelSpec(model_id="a", source="fake/a", replicas=2)})
     pool.finish_all()
@@ -927,7 +927,7 @@ def test_a_removed_model_finishes_its_requests_and_is_gone() -> None:
 
 def test_an_untouched_model_is_not_touched() -> None:
     pool = Pool(a=100, b=100)
-    pool.rest("a")
+    pool.load_idle("a")
     before = len(pool.causes("a"))
 
     pool.reload({**fake_specs("a", "c")})
@@ -1067,7 +1067,7 @@ def test_a_load_that_fails_after_an_eviction_is_not_tried_again_for_nobody() -> 
 
 def test_an_eviction_of_a_model_that_leaves_already_takes_back_the_preload_before_it() -> None:
     pool = Pool({"a": ModelSpec(model_id="a", source="x", keep_alive_s=1.0)}, a=100)
-    pool.rest("a")
+    pool.load_idle("a")
     pool.advance(2)
     assert pool.state("a") == "unloading"
     pool.preload("a", pin=True)
