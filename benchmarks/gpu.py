@@ -140,7 +140,7 @@ class Rig:
 
     def embed(self, engine: EmbeddingEngine, texts: Sequence[str], **call: Any) -> Any:
         """Vectors of one call."""
-        return self._loop.run_until_complete(engine.embed(EmbedCall(model_id="m", texts=tuple(texts), **call))).array()
+        return self._loop.run_until_complete(engine.run(EmbedCall(model_id="m", texts=tuple(texts), **call))).array()
 
     def close(self) -> None:
         """End the threads."""

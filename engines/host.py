@@ -4,7 +4,7 @@ A host does not depend on other devices, on the process it runs in, or on the tr
 
 host = Host(config, specs, files, loader)
 await host.start()
-embeddings = await host.embed(EmbedCall(model_id="…", texts=("…",)))
+result = await host.run(EmbedCall(model_id="…", texts=("…",)))
 await host.aclose()
 """
 
@@ -20,7 +20,7 @@ from engines.pool.pool import ModelPool
 from engines.pool.runtime import HostConfig, HostRuntime, default_runtime, device_matches
 from engines.protocols import Files, Loader
 from engines.spec import ModelSpec
-from engines.types import Budget, EmbedCall, Embeddings, Event, HostSnapshot, ModelStatus, Plan, State
+from engines.types import Budget, Call, Event, HostSnapshot, ModelStatus, Plan, Result, State
 
 __all__ = ["Host", "HostConfig", "HostRuntime", "default_runtime", "device_matches"]
 
@@ -61,8 +61,8 @@ class Host:
         """Reads the device's memory and finds the models that are on disk. Call it before anything else."""
         await self._pool.start()
 
-    async def embed(self, call: EmbedCall) -> Embeddings:
-        """Embeds the texts of the call; loads the model first, waiting for at most `call.load_timeout_s`.
+    async def run(self, call: Call) -> Result:
+        """Answer one call; waits for a cold model as long as the call allows.
 
         Raises:
             DeviceDown: the last `check` found a fault, or one finds it while the call runs.
@@ -72,8 +72,8 @@ class Host:
         began_s = self._time.now_s()
         async with self._pool.lease(call) as engine:
             load_s = self._time.now_s() - began_s
-            answer = await engine.embed(call)
-        return msgspec.structs.replace(answer, timings=msgspec.structs.replace(answer.timings, load_s=load_s))
+            result = await engine.run(call)
+        return msgspec.structs.replace(result, timings=msgspec.structs.replace(result.timings, load_s=load_s))
 
     async def preload(
         self, model_id: str, *, pin: bool = False, wait: bool = True, may_move: bool = False

@@ -1,13 +1,13 @@
 """Protocols that the pool depends on: `Engine`, `Files`, `Loader`; `engines/testing/fakes.py` implements fakes.
 
-`Files` and `Loader` block and are called on threads; `Engine.embed` and `Engine.warm_up` run on the event loop.
+`Files` and `Loader` block and are called on threads; `Engine.run` and `Engine.warm_up` run on the event loop.
 """
 
 from collections.abc import Callable
 from typing import Protocol
 
 from engines.spec import ModelSpec
-from engines.types import EmbedCall, Embeddings, ModelFiles, ModelInfo
+from engines.types import Call, ModelFiles, ModelInfo, Result
 
 Clock = Callable[[], float]
 """Seconds from an arbitrary start, never going back (`time.monotonic`)."""
@@ -43,8 +43,8 @@ class Engine(Protocol):
             OutOfMemory: the device ran out of memory.
         """
 
-    async def embed(self, call: EmbedCall) -> Embeddings:
-        """Embeds the texts of the call. Cancelling drops the texts that have not run yet.
+    async def run(self, call: Call) -> Result:
+        """Answer one call. Cancelling drops what has not run yet.
 
         Raises:
             InvalidRequest, QueueFull, NonFiniteEmbedding, OutOfMemory, EngineFailed.

@@ -5,9 +5,9 @@ Vectors are bytes: little-endian float32, row after row, so that a record is sen
 
 import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self, TypedDict
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from engines.spec import Matryoshka, Truncate
 
@@ -51,34 +51,53 @@ State = Literal[
 """The states of a slot in the pool; `engines/pool/state_machine.py` has the diagram."""
 
 
-class EmbedCall(Struct, frozen=True, kw_only=True):
-    """One decoded embedding request. Exactly one of `texts` and `token_ids` is not empty.
+class BaseCall(Struct, frozen=True, kw_only=True):
+    """Fields that every kind of call has; pools, backends and transports read only these.
 
-    `None` means the model's default. `input_type`, `instruction` and `prompt` select the prompt as
-    `engines/inputs/prompts.py` documents; `token_ids` are used verbatim. `load_timeout_s` limits the wait for a cold
-    model; `keep_alive_s` overrides the model's idle time from this request on (0: evict after it). `may_move`: another
-    host can take the call, so it fails instead of waiting for memory that other processes hold. `caller` identifies
-    the client for fair queueing and for isolation in the vector cache; empty if there is only one.
+    `load_timeout_s` is how long the call waits for a cold model; `keep_alive_s` overrides the model's idle time from
+    this request on (0: evict after it). `None` means the model's own default.
+    `may_move`: another host could take the call, so it is refused rather than made to wait for memory that other
+    processes hold.
+    `caller` separates the users of one server: no caller fills a queue alone, and none learns what another has asked.
+    Empty where there is one user.
     """
 
     model_id: str
-    texts: tuple[str, ...] = ()
-    token_ids: tuple[tuple[int, ...], ...] = ()
-    dimensions: int | None = None
-    input_type: str | None = None
-    instruction: str | None = None
-    prompt: str | None = None
-    truncate: Truncate | None = None
-    normalize: bool | None = None
     keep_alive_s: float | None = None
     load_timeout_s: float = 300.0
     may_move: bool = False
     caller: str = ""
 
+
+class TextCall(BaseCall, frozen=True, kw_only=True):
+    """A call about independent inputs. Exactly one of `texts` and `token_ids` is not empty.
+
+    `input_type`, `instruction` and `prompt` choose the prompt as `engines/inputs/prompts.py` documents; `token_ids` are
+    taken verbatim. `None` means the model's own default.
+    """
+
+    texts: tuple[str, ...] = ()
+    token_ids: tuple[tuple[int, ...], ...] = ()
+    input_type: str | None = None
+    instruction: str | None = None
+    prompt: str | None = None
+    truncate: Truncate | None = None
+
     @property
     def num_items(self) -> int:
-        """The number of vectors in the result."""
+        """Returns the number of inputs, which is the number of rows of the result."""
         return len(self.texts) or len(self.token_ids)
+
+
+class EmbedCall(TextCall, frozen=True, kw_only=True, tag="embed"):
+    """Asks for one dense vector for each input, answered by `Embeddings`."""
+
+    dimensions: int | None = None
+    normalize: bool | None = None
+
+
+Call = EmbedCall
+"""All kinds of calls: a tagged union, by `type`. A new kind is a new member here."""
 
 
 class Timings(Struct, frozen=True, kw_only=True):
@@ -102,17 +121,26 @@ class Batch(Struct, frozen=True, kw_only=True):
     computed_tokens: int
 
 
-class Embeddings(Struct, frozen=True, kw_only=True):
-    """The result of one `EmbedCall`, rows in input order.
+class ResultDetails(TypedDict):
+    """Keyword arguments of every `BaseResult`, as an engine counts them."""
 
-    `vectors`: float32 little-endian, `num_items × dimensions`. `token_counts`: tokens run through the model for
-    each input, special tokens included. `truncated`: indexes of the truncated inputs. `batches`: the forward passes
-    to count with this result; one that several results share is reported with the first only. `deduplicated`: inputs
-    that were pending already, for another request or twice in this one. `cache_hits`: inputs found in the vector cache.
+    token_counts: tuple[int, ...]
+    truncated: tuple[int, ...]
+    timings: Timings
+    batches: tuple[Batch, ...]
+    deduplicated: int
+    cache_hits: int
+
+
+class BaseResult(Struct, frozen=True, kw_only=True):
+    """Fields that every kind of result has, and the split into head and body that transports need.
+
+    `token_counts`: tokens run through the model for each input, special tokens included. `truncated`: indexes of the
+    inputs that were cut. `batches`: forward passes to be counted with this result; one that several results shared is
+    reported with the first of them only. `deduplicated`: inputs that were already in the queue, for another request or
+    twice in this one; `cache_hits`: inputs found in the cache.
     """
 
-    vectors: bytes
-    dimensions: int
     token_counts: tuple[int, ...]
     truncated: tuple[int, ...] = ()
     timings: Timings = Timings()
@@ -120,11 +148,41 @@ class Embeddings(Struct, frozen=True, kw_only=True):
     deduplicated: int = 0
     cache_hits: int = 0
 
+    def split_body(self) -> tuple[Self, bytes]:
+        """Returns the result without its bulk, and the bulk as raw bytes that no transport converts or copies."""
+        return self, b""
+
+    def with_body(self, body: bytes) -> Self:
+        """Returns the result with the bulk that `split_body` took out."""
+        return self
+
+
+class Embeddings(BaseResult, frozen=True, kw_only=True, tag="embeddings"):
+    """The result of one `EmbedCall`, rows in input order.
+
+    `vectors`: float32 little-endian, `num_items × dimensions`.
+    """
+
+    vectors: bytes
+    dimensions: int
+
+    def split_body(self) -> tuple[Self, bytes]:
+        """See `BaseResult`; the body is `vectors`."""
+        return structs.replace(self, vectors=b""), self.vectors
+
+    def with_body(self, body: bytes) -> Self:
+        """See `BaseResult`."""
+        return structs.replace(self, vectors=body)
+
     def array(self) -> "NDArray[np.float32]":
         """Returns a read-only view of the vectors, shape `[num_items, dimensions]`."""
         import numpy as np  # imported late: CLI commands that only need budgets start faster without it
 
         return np.frombuffer(self.vectors, dtype="<f4").reshape(len(self.token_counts), self.dimensions)
+
+
+Result = Embeddings
+"""All kinds of results: a tagged union, by `type`. A new kind is a new member here."""
 
 
 class ModelFiles(Struct, frozen=True, kw_only=True):

@@ -74,7 +74,7 @@ def embed(engine: EmbeddingEngine, texts: list[str], **call: Any) -> Vectors:
 
 def answer(engine: EmbeddingEngine, **call: Any) -> Embeddings:
     """The whole answer to one request."""
-    return asyncio.run(engine.embed(EmbedCall(model_id="m", **call)))
+    return asyncio.run(engine.run(EmbedCall(model_id="m", **call)))
 
 
 def encode(model: SentenceTransformer, texts: list[str], **options: Any) -> Vectors:

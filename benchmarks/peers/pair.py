@@ -36,7 +36,7 @@ async def use(
         for call in itertools.cycle(calls):
             if time.perf_counter() - started >= seconds:
                 return
-            await engines[at].embed(call)
+            await engines[at].run(call)
             done[at] += len(call.texts)
 
     await asyncio.gather(*(client(at) for at in range(len(engines)) for _ in range(clients)))

@@ -15,8 +15,9 @@ from msgspec import Struct
 from engines.batching.autotune import BatchSizeTuner, TunedBatchSize
 from engines.batching.batch import BatchLimits, attribute_batch
 from engines.batching.cache import VectorCache
+from engines.batching.output import OutputDefaults, OutputSpec, output_spec
 from engines.batching.queue import Queue
-from engines.batching.request import Entry, Origin, OutputSpec, PendingRequest, output_spec, prepare_inputs
+from engines.batching.request import Entry, Origin, PendingRequest, prepare_inputs
 from engines.batching.runner import Failures, Runner
 from engines.device.scheduler import DeviceScheduler, Task, post
 from engines.errors import EngineError, ShuttingDown
@@ -24,7 +25,7 @@ from engines.inputs.tokenizer import IdReading, TextReading, TokenizedRequest, T
 from engines.inputs.tokenizer_threads import TokenizerThreads
 from engines.models.base import Encoder, ForwardPathFailed
 from engines.spec import ModelSpec
-from engines.types import EmbedCall, Embeddings, ModelInfo, Timings
+from engines.types import Call, ModelInfo, Result, Timings
 
 _INLINE_CHARS = 1000
 _INLINE_TEXTS = 16
@@ -95,6 +96,7 @@ class EmbeddingEngine:
         self._scheduler = lane
         self._threads = threads
         self._limits = limits
+        self._defaults = OutputDefaults(parts.spec.normalize, limits.target_dim)
         self._check: Callable[[], tuple[ModelInfo, int, int]] | None = check
         self._release = release
 
@@ -121,21 +123,21 @@ class EmbeddingEngine:
         self._check = None
         self._scheduler.attach(self)
 
-    async def embed(self, call: EmbedCall) -> Embeddings:
-        """See `Engine.embed`. Cancelling drops what has not been cut."""
-        output = output_spec(call, self._info, normalize=self._spec.normalize, target_dim=self._limits.target_dim)
+    async def run(self, call: Call) -> Result:
+        """See `Engine.run`. Cancelling drops what is in no batch yet."""
+        output = output_spec(call, self._info, self._defaults)
         reading = prepare_inputs(call, self._tokenizer, self._spec, self._info.prompts)
         with self._threads.trim_heap_after() if reading.num_chars > _HEAVY_CHARS else nullcontext():
-            return await self._embed(reading, output, Origin(call.caller, self._spec.cache_shared))
+            return await self._run(reading, output, Origin(call.caller, self._spec.cache_shared))
 
-    async def _embed(self, reading: TextReading | IdReading, output: OutputSpec, origin: Origin) -> Embeddings:
+    async def _run(self, reading: TextReading | IdReading, output: OutputSpec, origin: Origin) -> Result:
         loop = asyncio.get_running_loop()
         begun = time.monotonic()
         encoded = reading.run_all() if _is_inline(reading) else await self._threads.run(reading)
         job = PendingRequest(encoded, output, loop, time.monotonic(), origin)
         known = self._cache.fill(job) if self._cache is not None else ()
         missing = [index for index in range(len(job.ids)) if index not in known] if known else None
-        reused = self._queue.admit(job, missing)
+        deduplicated = self._queue.admit(job, missing)
         self._scheduler.notify()
         try:
             if job.rows_missing:
@@ -143,7 +145,7 @@ class EmbeddingEngine:
         except asyncio.CancelledError:
             self._queue.drop(job)
             raise
-        return self._answer(job, encoded, begun, reused=reused, recalled=len(known))
+        return self._result(job, encoded, begun, deduplicated=deduplicated, cache_hits=len(known))
 
     def close(self) -> None:
         """Free the model; blocks. Jobs still waiting are failed, so that nobody waits for ever."""
@@ -248,23 +250,22 @@ class EmbeddingEngine:
 
     # What a request needs before and after.
 
-    def _answer(
-        self, job: PendingRequest, encoded: TokenizedRequest, begun: float, *, reused: int, recalled: int
-    ) -> Embeddings:
+    def _result(
+        self, job: PendingRequest, encoded: TokenizedRequest, begun: float, *, deduplicated: int, cache_hits: int
+    ) -> Result:
         ended = time.monotonic()
         started = ended if job.started_at is None else job.started_at
         timings = Timings(
             tokenize_s=job.admitted_at - begun, queue_s=started - job.admitted_at, forward_s=ended - started
         )
-        return Embeddings(
-            vectors=job.rows.tobytes(),
-            dimensions=job.output.dimensions,
+        return job.output.pack(
+            job.rows,
             token_counts=encoded.token_counts,
             truncated=encoded.truncated,
             timings=timings,
             batches=tuple(job.batches),
-            deduplicated=reused,
-            cache_hits=recalled,
+            deduplicated=deduplicated,
+            cache_hits=cache_hits,
         )
 
 

@@ -1,41 +1,33 @@
-"""What a request asks of one model: its texts as ids, and the width and length of its vectors; or a refusal."""
+"""Defines a request on its way through one model: its inputs as ids, their queue entries, and its rows."""
 
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 from msgspec import Struct
-from numpy.typing import NDArray
 
-from engines.errors import DimensionsNotSupported, InvalidValue
+from engines.batching.output import OutputSpec, Row
+from engines.errors import InvalidValue
 from engines.inputs.prompts import select_prompt
 from engines.inputs.tokenizer import IdReading, Ids, TextReading, TokenizedRequest, Tokenizer
 from engines.spec import ModelSpec
-from engines.types import Batch, EmbedCall, ModelInfo
+from engines.types import Batch, TextCall
 
-Key = tuple[bytes, int, str]
-"""What a vector depends on, within one engine: the ids, and how many of them are a prompt that pooling leaves out; and
-who may know that it is there (`Origin.circle`)."""
-
-
-class OutputSpec(Struct, frozen=True):
-    """What a request wants of each vector; inputs that want the same are finished together."""
-
-    dimensions: int
-    normalized: bool
-    pre_norm: bool
+Key = tuple[bytes, int, str, type[OutputSpec]]
+"""What an output depends on within one engine: the ids, how many of them are a prompt that pooling leaves out, the
+callers that may learn that it exists (`Origin.circle`), and the kind of output."""
 
 
 class Origin(Struct, frozen=True):
-    """Whom a request is for.
+    """The caller of a request.
 
-    Vectors that are there already are had sooner, and so tell whoever guesses a text that somebody has asked for it.
-    They are therefore reused within a circle of callers only: one, or all of them where the registry says so.
+    An output that exists already is returned sooner, which tells a caller who guesses a text that another has asked for
+    it. Outputs are therefore reused within one caller's requests only, or among all callers where the registry says so.
 
     Args:
-        caller: empty where nobody is told apart.
-        is_open: whether callers share their vectors.
+        caller: empty where callers are not told apart.
+        is_open: whether callers share their outputs.
     """
 
     caller: str = ""
@@ -43,26 +35,28 @@ class Origin(Struct, frozen=True):
 
     @property
     def circle(self) -> str:
-        """What the keys of its texts hold."""
+        """Returns the part of a key that keeps callers apart; empty where they share."""
         return "" if self.is_open else self.caller
 
 
 NOBODY = Origin()
+"""The origin of requests on servers that do not tell callers apart."""
 
 
 class PendingRequest:
     """One request.
 
     Attributes:
-        caller: whom it is for; empty where nobody is told apart.
+        caller: empty where callers are not told apart.
         keys: of each input.
-        rows: float32 `[n, dimensions]`, filled row by row by whoever has the vectors.
-        pending: its own texts that are not yet cut, the longest last.
-        wanted: all texts that it waits for, its own or not.
-        left: rows still missing; the event loop counts it down.
-        done: resolved with None when all rows are there, or with the error.
-        started_at: when the first batch that holds one of its texts began.
-        batches: forward passes that its answer tells about; the lane's threads add to it.
+        output: what it wants of each input.
+        rows: one for each input, as `output.allocate` made them; the thread that has a row stores it.
+        unscheduled: its own entries that are in no batch yet, the longest last.
+        entries: all entries that it waits for, its own or not.
+        rows_missing: the event loop counts it down.
+        done: resolved with None when all rows are stored, or with the error.
+        started_at: when the first batch that holds one of its entries began.
+        batches: forward passes to be reported with its result; the scheduler's threads append to it.
     """
 
     def __init__(
@@ -75,9 +69,10 @@ class PendingRequest:
     ) -> None:
         self.ids = encoded.ids
         self.caller = origin.caller
-        self.keys: list[Key] = [(ids.tobytes(), encoded.prompt_tokens, origin.circle) for ids in encoded.ids]
+        circle, kind = origin.circle, type(output)
+        self.keys: list[Key] = [(ids.tobytes(), encoded.prompt_tokens, circle, kind) for ids in encoded.ids]
         self.output = output
-        self.rows: NDArray[np.float32] = np.empty((len(encoded.ids), output.dimensions), dtype=np.float32)
+        self.rows: Any = output.allocate(len(encoded.ids))
         self.unscheduled: list[Entry] = []
         self.entries: list[Entry] = []
         self.num_tokens = sum(len(ids) for ids in encoded.ids)
@@ -87,10 +82,17 @@ class PendingRequest:
         self.started_at: float | None = None
         self.batches: list[Batch] = []
 
+    def use_cached(self, cached: Mapping[int, Row]) -> None:
+        """Stores the rows of the inputs (by index) that the cache had; before the request is admitted."""
+        rows = self.output.finish_cached(list(cached.values()))
+        for index, row in zip(cached, rows, strict=True):
+            self.rows[index] = row
+        self.rows_missing -= len(cached)
+
 
 @dataclass(frozen=True)
 class RowTarget:
-    """One input of one job."""
+    """One input of one request."""
 
     job: PendingRequest
     index: int
@@ -98,9 +100,9 @@ class RowTarget:
 
 @dataclass(eq=False)
 class Entry:
-    """One distinct input under way, and all who want its vector.
+    """One distinct input in the queue or in a batch, and all requests that want its output.
 
-    `owner`: who has it among its `pending`, and whose share of a batch takes it; None once one has.
+    `owner`: the request that has it among its `unscheduled`, and whose share of a batch takes it; None once one has.
     """
 
     ids: Ids
@@ -110,18 +112,23 @@ class Entry:
 
     @property
     def prompt_tokens(self) -> int:
-        """Leading tokens that pooling leaves out."""
+        """Returns the number of leading tokens that pooling leaves out."""
         return self.key[1]
+
+    @property
+    def kind(self) -> type[OutputSpec]:
+        """Returns the kind of output that it waits for."""
+        return self.key[3]
 
 
 MAX_FRAME_CHARS = 1 << 24
-"""The most characters that prompts may add to a request, which carries them once and has them read with each input."""
+"""The most characters that prompts may add to a request: it carries a prompt once, and each input is read with it."""
 
 
 def prepare_inputs(
-    call: EmbedCall, tokenizer: Tokenizer, spec: ModelSpec, prompts: Mapping[str, str]
+    call: TextCall, tokenizer: Tokenizer, spec: ModelSpec, prompts: Mapping[str, str]
 ) -> TextReading | IdReading:
-    """The inputs on their way to ids, prompts in front, to be cut to what the model reads.
+    """Returns the inputs ready for tokenization, with their prompts, to be truncated to what the model reads.
 
     Raises:
         InvalidRequest: they cannot be read as the call says.
@@ -138,7 +145,7 @@ def prepare_inputs(
     return tokenizer.read(call.texts, frame, truncate)
 
 
-def _check_frame(call: EmbedCall, num_chars: int) -> None:
+def _check_frame(call: TextCall, num_chars: int) -> None:
     total = num_chars * len(call.texts)
     if total > MAX_FRAME_CHARS:
         param = "prompt" if call.prompt is not None else "instruction" if call.instruction is not None else "input_type"
@@ -147,21 +154,3 @@ def _check_frame(call: EmbedCall, num_chars: int) -> None:
             f"request may have {MAX_FRAME_CHARS}; shorten it, or send fewer inputs",
             param=param,
         )
-
-
-def output_spec(call: EmbedCall, info: ModelInfo, *, normalize: bool, target_dim: int | None) -> OutputSpec:
-    """Width and length of the vectors; `normalize` and `target_dim` where the call says nothing.
-
-    Raises:
-        DimensionsNotSupported: naming the widths that the model gives.
-    """
-    native, allowed = info.dimensions, info.matryoshka
-    width = call.dimensions
-    if width is None:
-        width = target_dim if target_dim is not None and target_dim <= native else native
-        width = width if allowed.allows(width, native) else native
-    elif not allowed.allows(width, native):
-        raise DimensionsNotSupported(
-            f"dimensions is {width}, but {call.model_id} gives {allowed.describe(native)}", param="dimensions"
-        )
-    return OutputSpec(width, normalize if call.normalize is None else call.normalize, allowed.layer_norm)

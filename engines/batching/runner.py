@@ -1,19 +1,17 @@
-"""Runs one batch on a thread of the lane: texts in, their jobs' rows filled. Knows no queue and no event loop."""
+"""Runs one batch on a thread of the scheduler and stores the requests' rows. Knows no queue and no event loop."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
-import numpy as np
 import structlog
 from msgspec import structs
-from numpy.typing import NDArray
-from torch import Tensor
 
 from engines.batching.batch import BatchLimits
+from engines.batching.output import Row
 from engines.batching.request import Entry, Key
-from engines.errors import EngineError, EngineFailed, NonFiniteEmbedding, OutOfMemory, is_out_of_memory
+from engines.errors import EngineError, EngineFailed, OutOfMemory, is_out_of_memory
 from engines.layers.packing import bucket_by_length
-from engines.layers.pooling import truncate_and_normalize
 from engines.models.base import Encoder, ForwardPathFailed
 from engines.protocols import Clock
 from engines.types import Batch, ModelInfo
@@ -21,15 +19,15 @@ from engines.types import Batch, ModelInfo
 log = structlog.get_logger(__name__)
 
 Failures = dict[int, EngineError]
-"""Errors by `id(job)`: a job that is not here got its rows."""
+"""Errors by `id(request)`: a request that is not here got its rows."""
 
 
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 30.0, 1800.0
-"""A limit that an out-of-memory has set is doubled after the first wait; one that it sets again soon lasts longer."""
+"""A limit that an out-of-memory has set is doubled after the first wait; one that is set again soon lasts longer."""
 
 
-class Room:
-    """The largest batch that a device is known to hold: halved when its memory does not suffice, grown back with time.
+class LearnedLimit:
+    """The largest batch that a device is known to hold: halved when memory does not suffice, doubled again with time.
 
     Args:
         clock: seconds.
@@ -43,7 +41,7 @@ class Room:
         self._grown_at_s = -_LONGEST_WAIT_S
 
     def within(self, max_tokens: int) -> int:
-        """So many tokens, or fewer where the device does not hold them now."""
+        """Returns `max_tokens`, or fewer where the device does not hold them now."""
         if self._max_tokens is None:
             return max_tokens
         if self._clock() - self._changed_at_s >= self._wait_s:
@@ -55,9 +53,9 @@ class Room:
         return self._max_tokens
 
     def halve(self, tokens: int) -> int:
-        """A batch of so many tokens did not fit; returns the new limit."""
+        """Lowers the limit because a batch of `tokens` did not fit; returns the new limit."""
         now_s = self._clock()
-        is_soon = now_s - self._grown_at_s < self._wait_s  # it has just been tried whether there is more room again
+        is_soon = now_s - self._grown_at_s < self._wait_s  # the limit has just been raised, which was too early
         self._wait_s = min(2 * self._wait_s, _LONGEST_WAIT_S) if is_soon else _FIRST_WAIT_S
         self._changed_at_s, self._grown_at_s = now_s, -_LONGEST_WAIT_S
         self._max_tokens = max(1, tokens // 2)
@@ -65,12 +63,12 @@ class Room:
 
 
 class Runner:
-    """The encoder of one engine, and what was learnt about the room on its device.
+    """Runs batches on the encoder of one engine, and remembers how large a batch its device holds.
 
     Args:
         encoder: what runs.
-        close: called with texts whose vectors are there, before they are handed to those who want them.
-        keep: called with the vectors of finite texts, `[n, D]` float32, as the encoder gives them; None keeps nothing.
+        close: called with entries whose outputs exist, before these are handed to the requests.
+        keep: called with what the cache keeps of entries whose outputs are finite; None keeps nothing.
         clock: seconds.
     """
 
@@ -78,25 +76,25 @@ class Runner:
         self,
         encoder: Encoder,
         close: Callable[[Sequence[Entry]], None] = lambda texts: None,
-        keep: Callable[[Sequence[Key], NDArray[np.float32]], None] | None = None,
+        keep: Callable[[Sequence[Key], Iterable[Row]], None] | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
         self._encoder = encoder
         self._close = close
         self._keep = keep
-        self._room = Room(clock)
+        self._learned = LearnedLimit(clock)
 
     @property
     def is_reentrant(self) -> bool:
-        """Whether several threads may run batches at once."""
+        """Tells whether several threads may run batches at once."""
         return self._encoder.is_reentrant
 
     def bound(self, limit: BatchLimits) -> BatchLimits:
-        """The same limit as far as this encoder and its device go."""
-        return BatchLimits(self._room.within(limit.max_tokens), limit.max_items, self._encoder.part_tokens)
+        """Returns the same limits, as far as this encoder and the memory of its device allow."""
+        return BatchLimits(self._learned.within(limit.max_tokens), limit.max_items, self._encoder.part_tokens)
 
     def described(self, info: ModelInfo) -> ModelInfo:
-        """What the model is, with the path that it takes now."""
+        """Returns the model's description, with the forward path in use now."""
         path, fallback = self._encoder.path, self._encoder.fallback
         if path == info.path and not fallback:
             return info
@@ -105,7 +103,7 @@ class Runner:
         return structs.replace(info, attention=attention, path=path, is_fallback=bool(fallback), notes=notes)
 
     def measure(self, texts: Sequence[Entry]) -> Batch:
-        """What a batch, sorted by length, takes on this encoder."""
+        """Returns what a batch, sorted by length, takes on this encoder."""
         lengths = [len(text.ids) for text in texts]
         tokens = computed = sum(lengths)
         if self._encoder.attention == "padded":
@@ -113,11 +111,15 @@ class Runner:
         return Batch(texts=len(lengths), tokens=tokens, computed_tokens=computed)
 
     def run(self, texts: Sequence[Entry]) -> Failures:
-        """Write the rows of a batch. A failed batch fails its own callers, and only them.
+        """Stores the rows of a batch. A failed batch fails its own requests, and only them.
 
         Raises:
-            ForwardPathFailed: run the texts again; nobody has been told anything.
+            ForwardPathFailed: run the texts again; no request has been answered.
         """
+        kinds = {text.kind for text in texts}
+        if len(kinds) > 1:  # each kind of output has its own head
+            batches = ([text for text in texts if text.kind is kind] for kind in kinds)
+            return {job: error for batch in batches for job, error in self.run(batch).items()}
         try:
             return self._run(texts)
         except ForwardPathFailed:
@@ -131,32 +133,33 @@ class Runner:
         return self._fail(texts, EngineFailed(message))
 
     def _run(self, texts: Sequence[Entry]) -> Failures:
-        vectors = self._forward_if_room(texts)
-        if vectors is None:
+        raw = self._forward_within_memory(texts)
+        if raw is None:
             return self._run_halves(texts)
         self._close(texts)
         if self._keep is not None:
-            rows = vectors.cpu().numpy()
-            good = np.isfinite(rows).all(axis=-1)
-            self._keep([text.key for text, is_good in zip(texts, good, strict=True) if is_good], rows[good])
-        return _write(texts, vectors)
+            rows, is_finite = texts[0].kind.cache_rows(raw)
+            kept = [index for index, is_good in enumerate(is_finite) if is_good]
+            self._keep([texts[index].key for index in kept], [rows[index] for index in kept])
+        return _store(texts, raw)
 
     def _fail(self, texts: Sequence[Entry], error: EngineError) -> Failures:
         self._close(texts)
-        return {id(want.job): error for text in texts for want in text.targets}
+        return {id(target.job): error for text in texts for target in text.targets}
 
     def _run_halves(self, texts: Sequence[Entry]) -> Failures:
-        """The device has no room for this batch: run it in two, and let smaller ones be cut for a while."""
+        """Runs a batch that the device's memory does not hold in two, and has smaller ones formed for a while."""
         tokens = sum(len(text.ids) for text in texts)
         if len(texts) == 1:
             raise OutOfMemory(f"the device has no memory to run one text of {tokens} tokens; try again later")
-        log.warning("engine.batch_halved", tokens=tokens, max_batch_tokens=self._room.halve(tokens))
+        log.warning("engine.batch_halved", tokens=tokens, max_batch_tokens=self._learned.halve(tokens))
         half = len(texts) // 2
         return {**self.run(texts[:half]), **self.run(texts[half:])}
 
-    def _forward_if_room(self, texts: Sequence[Entry]) -> Tensor | None:
-        """The vectors, or None where memory did not suffice. It returns before anything else is tried: as long as the
-        error is handled, its traceback holds the frames of the pass, and they the tensors that fill the memory."""
+    def _forward_within_memory(self, texts: Sequence[Entry]) -> Any | None:
+        """Returns the raw outputs, or None where memory did not suffice. It returns before anything else is tried: as
+        long as the error is handled, its traceback holds the frames of the pass, and they the tensors that fill the
+        memory."""
         try:
             return self._forward(texts)
         except Exception as error:
@@ -165,36 +168,21 @@ class Runner:
             log.warning("engine.no_room", texts=len(texts), reason=type(error).__name__)
             return None
 
-    def _forward(self, texts: Sequence[Entry]) -> Tensor:
+    def _forward(self, texts: Sequence[Entry]) -> Any:
         prompts = [text.prompt_tokens for text in texts]
-        return self._encoder([text.ids for text in texts], prompts if any(prompts) else None)
+        return texts[0].kind.encode(self._encoder, [text.ids for text in texts], prompts if any(prompts) else None)
 
 
-def _write(texts: Sequence[Entry], vectors: Tensor) -> Failures:
-    """Finish the vectors `[n, D]` as each job wants them, and put them into the jobs' rows."""
-    bad: Failures = {}
-    wants = [(row, want) for row, text in enumerate(texts) for want in text.targets]
-    for output in {want.job.output for _, want in wants}:
-        chosen = [(row, want) for row, want in wants if want.job.output == output]
-        rows = [row for row, _ in chosen]
-        finished = truncate_and_normalize(
-            vectors if rows == list(range(len(texts))) else vectors[rows],
-            dimensions=output.dimensions,
-            normalized=output.normalized,
-            pre_norm=output.pre_norm,
-        )
-        host = finished.cpu().numpy()  # the one moment at which a GPU is waited for
-        is_finite = np.isfinite(host).all(axis=-1)
-        for (_, want), vector, good in zip(chosen, host, is_finite, strict=True):
-            want.job.rows[want.index] = vector
-            if not good:
-                bad[id(want.job)] = _not_finite(want.index)
-    return bad
-
-
-def _not_finite(index: int) -> NonFiniteEmbedding:
-    return NonFiniteEmbedding(
-        f"the vector of input[{index}] is not finite: the model's dtype overflows on this text. Serve the model with "
-        "`dtype: float32` or `bfloat16`",
-        index=index,
-    )
+def _store(texts: Sequence[Entry], raw: Any) -> Failures:
+    """Finishes a batch's raw outputs as each request wants them, and stores them in the requests' rows."""
+    failures: Failures = {}
+    targets = [(index, target) for index, text in enumerate(texts) for target in text.targets]
+    for output in {target.job.output for _, target in targets}:
+        chosen = [(index, target) for index, target in targets if target.job.output == output]
+        indexes = [index for index, _ in chosen]
+        finished = output.finish(raw, None if indexes == list(range(len(texts))) else indexes)
+        for (_, target), row, is_finite in zip(chosen, finished.rows, finished.is_finite, strict=True):
+            target.job.rows[target.index] = row
+            if not is_finite:
+                failures[id(target.job)] = output.not_finite(target.index)
+    return failures

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from msgspec import Struct
 
 from engines.errors import InvalidValue, PromptNotFound
-from engines.types import EmbedCall
+from engines.types import TextCall
 
 # Equivalent prompt names; the first that the model has is used, in sentence-transformers' order for `encode_query` and
 # `encode_document`. A model without any of them gets the texts without a prompt.
@@ -51,7 +51,7 @@ def _last(text: str, size: int) -> str:
 
 
 def select_prompt(
-    call: EmbedCall, prompts: Mapping[str, str], default_prompt: str | None, instruction_template: str | None
+    call: TextCall, prompts: Mapping[str, str], default_prompt: str | None, instruction_template: str | None
 ) -> PromptTemplate:
     """Returns the prompt template of a call. Four cases:
 
@@ -75,7 +75,7 @@ def select_prompt(
     return PromptTemplate(prompts.get(default_prompt, "") if default_prompt else "")  # (4)
 
 
-def _apply_instruction(call: EmbedCall, template: str | None) -> PromptTemplate:
+def _apply_instruction(call: TextCall, template: str | None) -> PromptTemplate:
     if template is None:
         raise InvalidValue("this model does not support instruction: use input_type or prompt", param="instruction")
     if call.input_type is not None and call.input_type not in _FAMILIES[0]:

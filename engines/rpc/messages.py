@@ -1,28 +1,34 @@
-"""Requests to a host in another process, and its replies.
+"""Defines the messages between a router and a host in another process: one message each way for a client request.
 
-A message is a MessagePack head and a raw body. The body holds only vectors, in the format of `Embeddings`, so that no
-float is converted. `pack` and `FrameDecoder` frame messages for a stream of bytes; transports that separate messages
-themselves (Ray) send heads and bodies as they are.
+A message is a MessagePack head and a raw body. The body is what the result's own kind splits off
+(`BaseResult.split_body`; for `Embeddings` the vectors), so that no float is ever converted on the way. `pack` and
+`FrameDecoder` make frames of them for a stream of bytes; a transport that keeps messages apart by itself (Ray) takes
+heads and bodies as they are.
 """
 
 import struct
 from collections.abc import Iterator, Mapping
+from typing import Any, Generic, TypeVar
 
 import msgspec
-from msgspec import Struct, structs
+from msgspec import Struct
 
 from engines.rpc.errors import ErrorRecord
 from engines.spec import ModelSpec
-from engines.types import Budget, EmbedCall, Embeddings, Event, HostSnapshot, ModelStatus, Plan
+from engines.types import BaseCall, BaseResult, Budget, Call, Event, HostSnapshot, ModelStatus, Plan, Result
 
 _PREFIX = struct.Struct("<II")
 """The prefix of a frame: bytes of the head, bytes of the body."""
 
 
-class Embed(Struct, frozen=True, kw_only=True, tag=True):
-    """`Host.embed`; answered by `EmbedResult`."""
+CallKind = TypeVar("CallKind", bound=BaseCall)
+ResultKind = TypeVar("ResultKind", bound=BaseResult)
 
-    call: EmbedCall
+
+class Run(Struct, Generic[CallKind], frozen=True, kw_only=True, tag=True):
+    """`Host.run`; answered by `RunResult`."""
+
+    call: CallKind
 
 
 class Preload(Struct, frozen=True, kw_only=True, tag=True):
@@ -85,10 +91,10 @@ class Cancel(Struct, frozen=True, kw_only=True, tag=True):
     number: int
 
 
-class EmbedResult(Struct, frozen=True, kw_only=True, tag=True):
-    """The reply to `Embed`. Its vectors are in the body of the message."""
+class RunResult(Struct, Generic[ResultKind], frozen=True, kw_only=True, tag=True):
+    """What the call was answered with; the message's body holds what `BaseResult.split_body` took out."""
 
-    embeddings: Embeddings
+    result: ResultKind
 
 
 class CommandResult(Struct, frozen=True, kw_only=True, tag=True):
@@ -112,38 +118,47 @@ class Cancelled(Struct, frozen=True, kw_only=True, tag=True):
     """The request was cancelled and has released everything."""
 
 
-Request = Embed | Preload | Evict | PlanRequest | Reload | Poll | Drain | Cancel
-Reply = EmbedResult | CommandResult | HostReport | ErrorRecord | Cancelled
-
-_encoder = msgspec.msgpack.Encoder()
-_requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
-_replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
+Request = Run[Call] | Preload | Evict | PlanRequest | Reload | Poll | Drain | Cancel
+Reply = RunResult[Result] | CommandResult | HostReport | ErrorRecord | Cancelled
 
 
-def encode_request(request: Request) -> bytes:
-    """Encodes a request to its head; requests have no body."""
-    return _encoder.encode(request)
+class MessageCodec:
+    """Encodes and decodes messages. Thread-safe.
+
+    Args:
+        request: the union of all requests.
+        reply: the union of all replies.
+    """
+
+    def __init__(self, request: Any, reply: Any) -> None:
+        self._encoder = msgspec.msgpack.Encoder()
+        self._requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(request)
+        self._replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(reply)
+
+    def encode_request(self, request: Request) -> bytes:
+        """Returns the head; requests have no body."""
+        return self._encoder.encode(request)
+
+    def decode_request(self, head: bytes) -> Request:
+        """Inverts `encode_request`."""
+        return self._requests.decode(head)
+
+    def encode_reply(self, reply: Reply) -> tuple[bytes, bytes]:
+        """Returns head and body."""
+        if isinstance(reply, RunResult):
+            bare, body = reply.result.split_body()
+            return self._encoder.encode(RunResult(result=bare)), body
+        return self._encoder.encode(reply), b""
+
+    def decode_reply(self, head: bytes, body: bytes) -> Reply:
+        """Inverts `encode_reply`."""
+        reply = self._replies.decode(head)
+        return RunResult(result=reply.result.with_body(body)) if isinstance(reply, RunResult) else reply
 
 
-def decode_request(head: bytes) -> Request:
-    """Decodes the head of a request."""
-    return _requests.decode(head)
-
-
-def encode_reply(reply: Reply) -> tuple[bytes, bytes]:
-    """Encodes a reply to head and body."""
-    if isinstance(reply, EmbedResult):
-        bare = structs.replace(reply.embeddings, vectors=b"")
-        return _encoder.encode(EmbedResult(embeddings=bare)), reply.embeddings.vectors
-    return _encoder.encode(reply), b""
-
-
-def decode_reply(head: bytes, body: bytes) -> Reply:
-    """Decodes a reply from head and body."""
-    reply = _replies.decode(head)
-    if isinstance(reply, EmbedResult):
-        return EmbedResult(embeddings=structs.replace(reply.embeddings, vectors=body))
-    return reply
+_codec = MessageCodec(Request, Reply)
+encode_request, decode_request = _codec.encode_request, _codec.decode_request
+encode_reply, decode_reply = _codec.encode_reply, _codec.decode_reply
 
 
 class Frame(Struct, frozen=True):

@@ -9,8 +9,6 @@ from engines.rpc.messages import (
     Cancel,
     CommandResult,
     Drain,
-    Embed,
-    EmbedResult,
     Evict,
     Generation,
     HostReport,
@@ -20,6 +18,8 @@ from engines.rpc.messages import (
     Reload,
     Reply,
     Request,
+    Run,
+    RunResult,
 )
 from engines.types import ModelStatus
 
@@ -39,8 +39,8 @@ class HostService:
     async def answer(self, request: Request) -> Reply:
         """Executes the request; errors become replies too. Cancelling it cancels the host's work."""
         try:
-            if isinstance(request, Embed):
-                return EmbedResult(embeddings=await self.host.embed(request.call))
+            if isinstance(request, Run):
+                return RunResult(result=await self.host.run(request.call))
             return await self._command(request)
         except Exception as error:  # noqa: BLE001  # sent as a record, and raised where the reply is awaited
             return error_record_of(error)
@@ -72,7 +72,7 @@ class HostService:
                 return self.poll(request.after)
             case Drain():
                 await self.host.aclose(grace_s=request.grace_s)
-            case Embed() | Cancel():
+            case Run() | Cancel():
                 raise AssertionError(f"{request} is not a command")
         return self._command_result()
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from engines.errors import ContextLengthExceeded, DimensionsNotSupported, InvalidTokenId, PromptNotFound
 from engines.spec import Matryoshka, ModelSpec
-from engines.types import EmbedCall, Embeddings, ModelInfo, Timings
+from engines.types import Call, EmbedCall, Embeddings, ModelInfo, Result, Timings
 
 WIDTH = 16
 WEIGHT_BYTES = 1000
@@ -97,8 +97,8 @@ class FakeEngine:
         if self._warm_failure is not None:
             raise self._warm_failure
 
-    async def embed(self, call: EmbedCall) -> Embeddings:
-        """Embeds as a real engine does: applies the same fields, raises the same errors."""
+    async def run(self, call: Call) -> Result:
+        """As a real engine: the same fields are obeyed, the same errors raised."""
         if self.is_closed:
             self.violations.append(f"{self.spec.model_id} was used after it was freed")
         self.running += 1

@@ -145,7 +145,7 @@ async def _run(
     request: Request[Any, Any, Any], server_state: ServerState, spec: ModelSpec, call: EmbedCall
 ) -> Embeddings:
     async with while_client_stays(request):
-        return await server_state.backend.embed(call)
+        return await server_state.backend.run(call)
 
 
 async def _run_counted(

@@ -5,7 +5,7 @@ from typing import NoReturn, Protocol
 
 from engines.errors import HostNotFound, ModelNotFound
 from engines.spec import ModelSpec, is_same_engine
-from engines.types import Budget, EmbedCall, Embeddings, Event, HostSnapshot, ModelStatus, Plan
+from engines.types import Budget, Call, Event, HostSnapshot, ModelStatus, Plan, Result
 
 SIZE_S = 10.0
 """A plan waits no longer for a hub; it then says that the size is not known."""
@@ -20,8 +20,8 @@ class Backend(Protocol):
     async def start(self) -> None:
         """Open the hosts; afterwards calls are served. Preloads begin but are not waited for."""
 
-    async def embed(self, call: EmbedCall) -> Embeddings:
-        """Embed on the best host; waits for a cold model as long as the call allows."""
+    async def run(self, call: Call) -> Result:
+        """Answer one call on the best host; waits for a cold model as long as the call allows."""
 
     async def preload(
         self, model_id: str, *, pin: bool = False, wait: bool = True, host_id: str | None = None

@@ -6,7 +6,7 @@ from typing import Protocol
 from engines.errors import EngineError, HostLost
 from engines.rpc.messages import Reply, Request
 from engines.spec import ModelSpec
-from engines.types import Budget, EmbedCall, Embeddings, HostSnapshot
+from engines.types import Budget, Call, HostSnapshot, Result
 from router.backends.event_feed import EventFeed
 from router.backends.host_directory import HostDirectory
 
@@ -25,7 +25,7 @@ class RoutedCall:
         was_lost: whether a host was lost under it.
     """
 
-    def __init__(self, call: EmbedCall, spec: ModelSpec) -> None:
+    def __init__(self, call: Call, spec: ModelSpec) -> None:
         self.call = call
         self.spec = spec
         self.avoid: set[str] = set()
@@ -51,7 +51,7 @@ class Fleet(Protocol):
     async def open(self, specs: Mapping[str, ModelSpec], on_change: Callable[[], None]) -> None:
         """Reach the hosts; `on_change` is called when one has come that was not there, or is back."""
 
-    async def send(self, ticket: RoutedCall) -> Embeddings:
+    async def send(self, ticket: RoutedCall) -> Result:
         """Run the call on the best open host."""
 
     async def ask(self, host_id: str, request: Request) -> Reply:

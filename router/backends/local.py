@@ -10,7 +10,7 @@ from msgspec import structs
 from engines.errors import EngineError, InvalidValue
 from engines.host import Host
 from engines.spec import ModelSpec
-from engines.types import Budget, EmbedCall, Embeddings, Event, HostSnapshot, ModelStatus, Plan
+from engines.types import Budget, Call, Event, HostSnapshot, ModelStatus, Plan, Result
 from router.backends.base import SIZE_S, is_newly_wanted, is_wanted, no_host, no_model
 from router.backends.placement import AWAY, eligible_hosts, most_hopeful, moves_on, pick_replica_host, rank_hosts
 from router.backends.worker_config import machine_config
@@ -45,21 +45,21 @@ class LocalBackend:
         await asyncio.gather(*(host.start() for host in self._hosts.values()))
         await self._load_wanted(spec for spec in self._specs.values() if is_wanted(spec))
 
-    async def embed(self, call: EmbedCall) -> Embeddings:
+    async def run(self, call: Call) -> Result:
         """On the host where it is ready, else on the best; a host that cannot have it passes the call on."""
         hosts = self._suitable(call.model_id)
         if self._specs[call.model_id].replicas > 1:
             await self._spread(call.model_id, hosts)
         if len(hosts) == 1:
-            return await hosts[0].embed(call)
+            return await hosts[0].run(call)
         loop = asyncio.get_running_loop()
         until_s = loop.time() + call.load_timeout_s
 
-        async def embed(host: Host, may_move: bool) -> Embeddings:
+        async def run(host: Host, may_move: bool) -> Result:
             left_s = max(0.0, until_s - loop.time())
-            return await host.embed(structs.replace(call, load_timeout_s=left_s, may_move=may_move))
+            return await host.run(structs.replace(call, load_timeout_s=left_s, may_move=may_move))
 
-        return await self._at_the_first_that_can(call.model_id, hosts, embed)
+        return await self._at_the_first_that_can(call.model_id, hosts, run)
 
     async def preload(
         self, model_id: str, *, pin: bool = False, wait: bool = True, host_id: str | None = None

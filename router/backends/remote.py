@@ -15,7 +15,7 @@ from msgspec import structs
 from engines.errors import EngineError, HostLost, ShuttingDown
 from engines.rpc.messages import CommandResult, Evict, PlanRequest, Preload, Request
 from engines.spec import ModelSpec
-from engines.types import Budget, EmbedCall, Embeddings, Event, HostSnapshot, ModelStatus, Plan
+from engines.types import Budget, Call, EmbedCall, Event, HostSnapshot, ModelStatus, Plan, Result
 from router.backends.base import SIZE_S, is_newly_wanted, is_wanted, no_host, no_model
 from router.backends.fleet import Fleet, NotSent, RoutedCall
 from router.backends.placement import eligible_hosts, most_hopeful, moves_on
@@ -44,7 +44,7 @@ class RemoteBackend:
         await self._fleet.open(self._specs, self._on_change)
         await self._load_wanted(self._specs.values())
 
-    async def embed(self, call: EmbedCall) -> Embeddings:
+    async def run(self, call: Call) -> Result:
         spec = self._spec(call.model_id)
         ticket = RoutedCall(call, spec)
         loop = asyncio.get_running_loop()

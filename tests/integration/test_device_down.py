@@ -36,11 +36,11 @@ class Pair:
 async def test_a_device_that_is_down_is_passed_over() -> None:
     pair = Pair()
     await pair.backend.start()
-    await pair.backend.embed(CALL)
+    await pair.backend.run(CALL)
     home = "cuda:0" if pair.loads() == [1, 0] else "cuda:1"
     pair.pulses[home] = DeviceHealth(is_alive=False)
     faults = pair.backend.check()
-    await pair.backend.embed(CALL)
+    await pair.backend.run(CALL)
 
     assert list(faults) == [home]
     assert pair.loads() == [1, 1]
@@ -54,7 +54,7 @@ async def test_a_server_whose_devices_are_all_down_says_so_at_once() -> None:
     pair.backend.check()
 
     with pytest.raises(DeviceDown, match="restart the server"):
-        await pair.backend.embed(CALL)
+        await pair.backend.run(CALL)
 
 
 async def test_only_the_callers_of_the_device_that_is_down_are_told() -> None:
@@ -62,11 +62,11 @@ async def test_only_the_callers_of_the_device_that_is_down_are_told() -> None:
     await pair.backend.start()
     await pair.backend.preload("a")
     home = "cuda:0" if pair.loads() == [1, 0] else "cuda:1"
-    hurt = asyncio.create_task(pair.backend.embed(CALL))
+    hurt = asyncio.create_task(pair.backend.run(CALL))
     await let_run()
     pair.pulses[home] = DeviceHealth(is_alive=False)
     pair.backend.check()
-    well = asyncio.create_task(pair.backend.embed(CALL))
+    well = asyncio.create_task(pair.backend.run(CALL))
 
     with pytest.raises(DeviceDown):
         await hurt

@@ -34,6 +34,7 @@ from engines.testing.engine import FakeEngine, fake_vector
 from engines.testing.fakes import WEIGHT_BYTES, WORKSPACE_BYTES, FakeFiles, FakeMemory
 from engines.types import (
     Budget,
+    Call,
     EmbedCall,
     Embeddings,
     Event,
@@ -42,6 +43,7 @@ from engines.types import (
     ModelInfo,
     ModelStatus,
     Plan,
+    Result,
     Timings,
 )
 from router.backends.base import Backend
@@ -82,7 +84,7 @@ class ScriptedBackend:
     async def start(self) -> None:
         self.is_started = True
 
-    async def embed(self, call: EmbedCall) -> Embeddings:
+    async def run(self, call: Call) -> Result:
         self.calls.append(call)
         await self._run_script(call.model_id)
         items = call.texts or call.token_ids
@@ -243,7 +245,7 @@ class ScriptedEngine(FakeEngine):
         self._max_items = int(self._script.get("max_items", 1_000_000))
         self._note = note
 
-    async def embed(self, call: EmbedCall) -> Embeddings:
+    async def run(self, call: Call) -> Result:
         if self.running >= self._max_items:
             raise QueueFull(f"{self.running} texts wait for this model", retry_after_s=0.5)
         if "die" in call.texts:
@@ -256,7 +258,7 @@ class ScriptedEngine(FakeEngine):
                 await asyncio.sleep(30)
             finally:
                 self.running -= 1
-        return await super().embed(call)
+        return await super().run(call)
 
 
 class ScriptedLoader:
@@ -346,7 +348,7 @@ class Crowd:
         while not self._is_over:
             model, text, turn = self._models[(number + turn) % len(self._models)], f"{number} {turn}", turn + 1
             try:
-                answer = await self._backend.embed(EmbedCall(model_id=model, texts=(text,), load_timeout_s=60.0))
+                answer = await self._backend.run(EmbedCall(model_id=model, texts=(text,), load_timeout_s=60.0))
             except Exception as error:  # noqa: BLE001  # whatever it is, it is not an answer
                 self.wrong.append(f"{model}: {type(error).__name__}: {error}")
                 await asyncio.sleep(0.01)

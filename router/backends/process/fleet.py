@@ -14,9 +14,9 @@ from msgspec import structs
 
 from engines.errors import EngineError, InvalidValue
 from engines.rpc.errors import error_of, error_record_of
-from engines.rpc.messages import CommandResult, Embed, EmbedResult, HostReport, Preload, Reply, Request
+from engines.rpc.messages import CommandResult, HostReport, Preload, Reply, Request, Run, RunResult
 from engines.spec import ModelSpec, is_same_engine
-from engines.types import Budget, Embeddings, Event, HostSnapshot, ModelStatus
+from engines.types import Budget, Event, HostSnapshot, ModelStatus, Result
 from router.backends.event_feed import EventFeed
 from router.backends.fleet import RoutedCall
 from router.backends.host_directory import HostDirectory, emptied, hot
@@ -135,12 +135,12 @@ class ProcessFleet:
             await self.aclose(0.0)
             raise errors[0]
 
-    async def send(self, ticket: RoutedCall) -> Embeddings:
+    async def send(self, ticket: RoutedCall) -> Result:
         host_id = ticket.host_id = self.directory.ranked(ticket.spec, ticket.avoid)[0]
         with self.directory.in_flight(host_id, ticket.spec.model_id):
-            reply = await self._workers[host_id].ask(Embed(call=ticket.call))
-        assert isinstance(reply, EmbedResult), "a call is answered with vectors"
-        return reply.embeddings
+            reply = await self._workers[host_id].ask(Run(call=ticket.call))
+        assert isinstance(reply, RunResult), "a call is answered with a result"
+        return reply.result
 
     async def ask(self, host_id: str, request: Request) -> Reply:
         reply = await self._workers[host_id].ask(request)

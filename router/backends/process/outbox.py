@@ -9,7 +9,8 @@ from collections import Counter, deque
 
 from msgspec import Struct
 
-from engines.rpc.messages import Cancel, Embed, Request
+from engines.rpc.messages import Cancel, Request, Run
+from engines.types import Call
 
 MAX_BYTES = 256 * 2**20
 """Encoded requests that a worker holds: four bodies of `MAX_BODY_BYTES`. One request may be larger, and goes alone."""
@@ -40,7 +41,7 @@ class Outbox:
         self._max_bytes = max_bytes
         self._cancels: deque[int] = deque()
         self._commands: dict[int, Request] = {}
-        self._calls: dict[str, dict[int, Embed]] = {}
+        self._calls: dict[str, dict[int, Run[Call]]] = {}
         self._models: dict[int, str] = {}
         self._sent: dict[int, _Sent] = {}
         self._sent_commands: set[int] = set()
@@ -65,7 +66,7 @@ class Outbox:
 
     def put(self, number: int, request: Request) -> None:
         """Add a request."""
-        if isinstance(request, Embed):
+        if isinstance(request, Run):
             model_id = self._models[number] = request.call.model_id
             self._calls.setdefault(model_id, {})[number] = request
         else:

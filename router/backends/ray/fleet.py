@@ -18,8 +18,6 @@ from engines.errors import EngineError, HostLost, InvalidValue, QueueFull
 from engines.rpc.errors import ErrorRecord, error_of
 from engines.rpc.messages import (
     CommandResult,
-    Embed,
-    EmbedResult,
     Evict,
     Generation,
     HostReport,
@@ -28,11 +26,13 @@ from engines.rpc.messages import (
     Preload,
     Reply,
     Request,
+    Run,
+    RunResult,
     decode_reply,
     encode_request,
 )
 from engines.spec import ModelSpec
-from engines.types import Budget, Embeddings, HostSnapshot
+from engines.types import Budget, HostSnapshot, Result
 from router.backends.event_feed import EventFeed
 from router.backends.fleet import NotSent, RoutedCall
 from router.backends.host_directory import HostDirectory, hot
@@ -175,11 +175,11 @@ class RayFleet:
         await self._look_at_all()
         self._looking = asyncio.create_task(self._look_on())
 
-    async def send(self, ticket: RoutedCall) -> Embeddings:
+    async def send(self, ticket: RoutedCall) -> Result:
         limit_s = ticket.call.load_timeout_s + self._patience_s
-        reply = await self._request(RoutedRequest(ticket=ticket), Embed(call=ticket.call), limit_s)
-        assert isinstance(reply, EmbedResult), "a call is answered with vectors"
-        return reply.embeddings
+        reply = await self._request(RoutedRequest(ticket=ticket), Run(call=ticket.call), limit_s)
+        assert isinstance(reply, RunResult), "a call is answered with a result"
+        return reply.result
 
     async def ask(self, host_id: str, request: Request) -> Reply:
         reply = await self._request(RoutedRequest(to=host_id), request, limit_of(request))

@@ -44,12 +44,12 @@ async def test_the_wait_for_a_cold_model_is_timed() -> None:
     runtime = fake_runtime(time=time)
     host = fake_host("a", loader=FakeLoader(embed_s=2, sleep=time.sleep), runtime=runtime)
     await host.start()
-    cold = asyncio.create_task(host.embed(call("a")))
+    cold = asyncio.create_task(host.run(call("a")))
     runtime.workers.hold("load")  # type: ignore[attr-defined]  # the fake workers can be held
     await time.advance(3)
     runtime.workers.release("load")  # type: ignore[attr-defined]  # as above
     await time.advance(2)
-    warm = asyncio.create_task(host.embed(call("a")))
+    warm = asyncio.create_task(host.run(call("a")))
     await time.advance(2)
 
     timings = [(await cold).timings, (await warm).timings]
@@ -62,7 +62,7 @@ async def test_a_snapshot_adds_up() -> None:
     host = fake_host("a", "b", "c", budget_bytes=10_000, loader=loader)
     await host.start()
     for model_id in "ab":
-        await host.embed(call(model_id))
+        await host.run(call(model_id))
 
     seen = host.snapshot()
 
@@ -81,7 +81,7 @@ async def test_residents_are_listed_in_the_order_in_which_they_would_leave() -> 
     await host.start()
     await host.preload("c", pin=True)
     for model_id in "aba":
-        await host.embed(call(model_id))
+        await host.run(call(model_id))
         await time.advance(1)
 
     assert host.snapshot().residents == ("b", "a", "c")
@@ -92,7 +92,7 @@ async def test_waiting_claims_are_counted_for_placement() -> None:
     host = fake_host("a", "b", runtime=runtime)
     await host.start()
     runtime.workers.hold("load")  # type: ignore[attr-defined]  # the fake workers can be held
-    requests = [asyncio.create_task(host.embed(call(model_id))) for model_id in "ab"]
+    requests = [asyncio.create_task(host.run(call(model_id))) for model_id in "ab"]
     await let_run()
 
     claimed = host.snapshot().claimed_bytes
@@ -108,7 +108,7 @@ async def test_a_plan_says_what_would_happen_without_doing_it() -> None:
     host = fake_host("a", "b", "huge", "unknown", budget_bytes=1500, files=files, runtime=fake_runtime(time=time))
     await host.start()
     assert host.plan("a").reason == "fits in free memory"
-    await host.embed(call("a"))
+    await host.run(call("a"))
 
     plans = {model_id: host.plan(model_id) for model_id in ("a", "b", "huge", "unknown")}
 
@@ -144,7 +144,7 @@ async def test_what_a_model_took_is_remembered() -> None:
     loader = FakeLoader(weight_bytes={"a": 5000}, workspace_bytes={"a": 600})
     host = fake_host("a", loader=loader, runtime=runtime)
     await host.start()
-    await host.embed(call("a"))
+    await host.run(call("a"))
     await let_run()
     second = fake_host("a", loader=loader, runtime=runtime)
 
@@ -158,7 +158,7 @@ async def test_a_remembered_size_over_the_budget_is_tried_and_only_a_fresh_measu
     runtime = fake_runtime()
     first = fake_host("a", loader=FakeLoader(weight_bytes={"a": 5000}), runtime=runtime)
     await first.start()
-    await first.embed(call("a"))
+    await first.run(call("a"))
     await let_run()
     smaller = FakeLoader(weight_bytes={"a": 1200})
     fits = fake_host("a", loader=smaller, runtime=runtime, budget_bytes=1500)
@@ -168,10 +168,10 @@ async def test_a_remembered_size_over_the_budget_is_tried_and_only_a_fresh_measu
     await does_not.start()
 
     assert fits.plan("a").fits
-    assert (await fits.embed(call("a"))).dimensions == WIDTH
+    assert (await fits.run(call("a"))).dimensions == WIDTH
     for _ in range(2):
         with pytest.raises(ModelTooLarge, match=r"needs 5\.1 kB, but the memory budget is 1\.5 kB"):
-            await does_not.embed(call("a"))
+            await does_not.run(call("a"))
 
     assert (smaller.loads["a"], still_large.loads["a"]) == (1, 1)
 
@@ -179,7 +179,7 @@ async def test_a_remembered_size_over_the_budget_is_tried_and_only_a_fresh_measu
 async def test_events_are_numbered_and_can_be_caught_up_with() -> None:
     host = fake_host("a")
     await host.start()
-    await host.embed(call("a"))
+    await host.run(call("a"))
     seen: list[Event] = []
 
     async for event in host.events(after=1):
@@ -196,7 +196,7 @@ async def test_a_follower_begins_with_what_comes_after_its_call() -> None:
     host = fake_host("a")
     await host.start()
     followed = host.events()
-    await host.embed(call("a"))
+    await host.run(call("a"))
 
     assert (await anext(followed)).target == "waiting_space"
 
@@ -207,7 +207,7 @@ async def test_a_slow_follower_loses_events_and_sees_the_gap() -> None:
     await host.start()
     followed = host.events()
     for _ in range(5):
-        await host.embed(call("a"))
+        await host.run(call("a"))
         await host.evict("a")
 
     seqs = [(await anext(followed)).seq for _ in range(3)]
@@ -227,7 +227,7 @@ async def test_followers_end_when_the_host_closes() -> None:
     host = fake_host("a")
     await host.start()
     following = asyncio.create_task(_count(host))
-    await host.embed(call("a"))
+    await host.run(call("a"))
 
     await host.aclose()
 
@@ -243,7 +243,7 @@ async def test_a_model_for_another_device_is_not_served_here() -> None:
     await host.start()
 
     with pytest.raises(ModelNotFound):
-        await host.embed(call("a"))
+        await host.run(call("a"))
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ async def test_a_model_that_can_never_fit_is_refused_before_its_download() -> No
     await host.start()
 
     with pytest.raises(ModelTooLarge, match=r"needs 2\.0 kB, but the memory budget is 1\.5 kB"):
-        await host.embed(call("a"))
+        await host.run(call("a"))
 
     assert files.fetches["a"] == 0
 
@@ -287,7 +287,7 @@ async def test_two_hosts_with_real_threads_load_one_at_a_time_in_the_whole_proce
     for host in hosts:
         await host.start()
 
-    answers = await asyncio.gather(*(host.embed(call(model_id)) for host in hosts for model_id in "abc"))
+    answers = await asyncio.gather(*(host.run(call(model_id)) for host in hosts for model_id in "abc"))
 
     assert together == [1] * 6
     assert [bytes(answer.vectors) for answer in answers] == [fake_vector(m, "x").tobytes() for m in "abcabc"]
@@ -320,11 +320,11 @@ async def test_a_silent_hub_holds_up_neither_models_on_disk_nor_local_folders() 
     folder = ModelSpec(model_id="folder", source="/models/folder")
     host = fake_host(*away, "here", folder, files=files, runtime=runtime)
     await host.start()
-    waiting = [asyncio.create_task(host.embed(call(model_id))) for model_id in away]
+    waiting = [asyncio.create_task(host.run(call(model_id))) for model_id in away]
     await let_run()
     try:
         async with asyncio.timeout(5):
-            answers = [await host.embed(call(model_id)) for model_id in ("here", "folder")]
+            answers = [await host.run(call(model_id)) for model_id in ("here", "folder")]
     finally:
         files.gate.set()
 
@@ -345,11 +345,11 @@ async def test_the_loop_turns_while_a_thread_loads() -> None:
 
     host = threaded_host("host", FakeLoader(pause=pause))
     await host.start()
-    await host.embed(call("a"))
-    cold = asyncio.create_task(host.embed(call("b")))
+    await host.run(call("a"))
+    cold = asyncio.create_task(host.run(call("b")))
     await begun.wait()
 
-    await host.embed(call("a"))
+    await host.run(call("a"))
 
     assert not cold.done()
     gate.set()
@@ -361,7 +361,7 @@ async def test_download_progress_is_throttled_and_ends_with_the_whole() -> None:
     host = threaded_host("host", FakeLoader(), files=ChattyFiles(on_disk=()))
     await host.start()
     followed = host.events()
-    await host.embed(call("a"))
+    await host.run(call("a"))
     await host.aclose()
 
     progress = [event async for event in followed if event.kind == "progress"]

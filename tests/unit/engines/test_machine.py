@@ -29,7 +29,7 @@ async def test_a_machine_embeds_with_real_weights_and_leaves_no_thread_behind() 
     (host,) = machine.hosts
     await host.start()
 
-    answer = await host.embed(EmbedCall(model_id="m", texts=("one", "two")))
+    answer = await host.run(EmbedCall(model_id="m", texts=("one", "two")))
     resident = host.snapshot().residents
     await host.aclose()
     machine.close()
@@ -47,7 +47,7 @@ async def test_weights_are_held_twice_only_where_memory_is_not_short(budget_byte
     (host,) = machine.hosts
     await host.start()
 
-    await host.embed(EmbedCall(model_id="m", texts=("one",)))
+    await host.run(EmbedCall(model_id="m", texts=("one",)))
     used_bytes = host.snapshot().used_bytes
     await host.aclose()
     machine.close()
@@ -63,7 +63,7 @@ async def test_a_model_that_was_measured_under_a_larger_budget_is_served_under_a
         (host,) = machine.hosts
         await host.start()
 
-        answer = await host.embed(EmbedCall(model_id="m", texts=("one",)))
+        answer = await host.run(EmbedCall(model_id="m", texts=("one",)))
         await host.aclose()
         machine.close()
 

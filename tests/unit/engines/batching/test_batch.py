@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engines.batching.batch import BatchLimits, form_batch, split_for_threads
-from engines.batching.request import Entry, OutputSpec, PendingRequest, RowTarget
+from engines.batching.output import DenseOutput
+from engines.batching.request import Entry, PendingRequest, RowTarget
 from engines.inputs.tokenizer import TokenizedRequest
 
 LIMIT = BatchLimits(max_tokens=100, max_items=8)
@@ -25,7 +26,7 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
 def job(loop: asyncio.AbstractEventLoop, *lengths: int) -> PendingRequest:
     """A request whose texts wait, none of them twice."""
     encoded = TokenizedRequest(tuple(np.full(length, index) for index, length in enumerate(lengths)))
-    request = PendingRequest(encoded, OutputSpec(4, True, False), loop, 0.0)
+    request = PendingRequest(encoded, DenseOutput(4, True, False), loop, 0.0)
     texts = [Entry(ids, request.keys[index], [RowTarget(request, index)]) for index, ids in enumerate(encoded.ids)]
     request.unscheduled = sorted(texts, key=lambda text: len(text.ids))
     return request

@@ -4,11 +4,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.batching.cache import VectorCache
+from engines.batching.output import DenseOutput
 from engines.batching.request import Key
 
 
 def key(name: str) -> Key:
-    return name.encode(), 0, ""
+    return name.encode(), 0, "", DenseOutput
 
 
 def vectors(*firsts: float) -> NDArray[np.float32]:
@@ -26,9 +27,9 @@ def test_what_was_kept_is_found_by_its_place() -> None:
 
 def test_the_same_ids_behind_another_prompt_are_something_else() -> None:
     cache = VectorCache(10_000)
-    cache.keep([(b"a", 3, "")], vectors(1))
+    cache.keep([(b"a", 3, "", DenseOutput)], vectors(1))
 
-    assert cache.find([(b"a", 0, "")]) == {}
+    assert cache.find([(b"a", 0, "", DenseOutput)]) == {}
 
 
 def test_the_least_recently_used_leaves_first_and_the_bytes_are_kept() -> None:

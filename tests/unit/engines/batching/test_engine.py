@@ -15,7 +15,8 @@ from torch import Tensor
 
 from engines.batching.batch import BatchLimits, attribute_batch
 from engines.batching.engine import EmbeddingEngine, EngineLimits, Parts
-from engines.batching.request import Entry, OutputSpec, PendingRequest, RowTarget
+from engines.batching.output import DenseOutput
+from engines.batching.request import Entry, PendingRequest, RowTarget
 from engines.batching.runner import Runner
 from engines.device.scheduler import DeviceScheduler
 from engines.errors import (
@@ -73,7 +74,7 @@ class Bench:
 
     async def embed(self, *texts: str, **options: object) -> NDArray[np.float32]:
         call = EmbedCall(model_id="m", texts=texts, normalize=False, **options)  # type: ignore[arg-type]  # test options
-        return (await self.engine.embed(call)).array()
+        return (await self.engine.run(call)).array()
 
     async def hold_lane(self) -> Callable[[], Awaitable[object]]:
         """Keep the lane busy until what this gives back is called."""
@@ -164,7 +165,7 @@ async def test_warm_up_measures_and_the_answer_carries_counts_and_timings(open_b
     bench = open_bench()
     await bench.engine.warm_up()
 
-    answer = await bench.engine.embed(EmbedCall(model_id="m", texts=("abc", "x" * 100)))
+    answer = await bench.engine.run(EmbedCall(model_id="m", texts=("abc", "x" * 100)))
 
     assert bench.engine.workspace_bytes == 7
     assert answer.token_counts == (3, 64)
@@ -209,10 +210,10 @@ async def test_token_ids_are_taken_verbatim_and_take_no_prompt(open_bench: OpenB
     bench = open_bench()
     await bench.engine.warm_up()
 
-    answer = await bench.engine.embed(EmbedCall(model_id="m", token_ids=((5, 6),), normalize=False))
+    answer = await bench.engine.run(EmbedCall(model_id="m", token_ids=((5, 6),), normalize=False))
     assert answer.array().tolist() == [[5, 6, 11, 2]]
     with pytest.raises(InvalidValue, match="verbatim"):
-        await bench.engine.embed(EmbedCall(model_id="m", token_ids=((5, 6),), input_type="query"))
+        await bench.engine.run(EmbedCall(model_id="m", token_ids=((5, 6),), input_type="query"))
 
 
 async def test_text_that_is_no_text_is_refused(open_bench: OpenBench) -> None:
@@ -285,7 +286,7 @@ async def test_every_batch_is_told_with_exactly_one_answer(open_bench: OpenBench
     await bench.engine.warm_up()
     calls = [EmbedCall(model_id="m", texts=tuple("x" * size for size in range(1, 8))) for _ in range(6)]
 
-    answers = await asyncio.gather(*(bench.engine.embed(call) for call in calls))
+    answers = await asyncio.gather(*(bench.engine.run(call) for call in calls))
 
     told = sorted((batch.texts, batch.tokens) for answer in answers for batch in answer.batches)
     ran = sorted((len(batch), sum(batch)) for batch in bench.encoder.batches)
@@ -317,7 +318,7 @@ async def test_padding_counts_as_computed() -> None:
 
 def make_text(size: int) -> Entry:
     ids = np.ones(size, dtype=np.int64)
-    job = PendingRequest(TokenizedRequest((ids,)), OutputSpec(WIDTH, False, False), asyncio.get_running_loop(), 0.0)
+    job = PendingRequest(TokenizedRequest((ids,)), DenseOutput(WIDTH, False, False), asyncio.get_running_loop(), 0.0)
     return Entry(ids, job.keys[0], [RowTarget(job, 0)])
 
 
@@ -412,7 +413,7 @@ async def test_requests_for_the_same_text_share_one_computation(open_bench: Open
     await bench.engine.warm_up()
     release = await bench.hold_lane()
     calls = [EmbedCall(model_id="m", texts=texts, normalize=False) for texts in (("same", "a", "same"), ("same",))]
-    waiting = asyncio.gather(*(bench.engine.embed(call) for call in calls))
+    waiting = asyncio.gather(*(bench.engine.run(call) for call in calls))
     await bench.until_queued(2)
     await release()
 
@@ -463,8 +464,8 @@ async def test_a_cached_vector_is_not_computed_again_in_any_width(open_bench: Op
     await bench.embed("abc", "de")
     bench.encoder.batches.clear()
 
-    again = await bench.engine.embed(EmbedCall(model_id="m", texts=("de", "new", "abc"), normalize=False))
-    narrow = await bench.engine.embed(EmbedCall(model_id="m", texts=("abc",), normalize=False, dimensions=2))
+    again = await bench.engine.run(EmbedCall(model_id="m", texts=("de", "new", "abc"), normalize=False))
+    narrow = await bench.engine.run(EmbedCall(model_id="m", texts=("abc",), normalize=False, dimensions=2))
 
     assert bench.encoder.batches == [[3]]
     assert again.array().tolist() == [expected("de"), expected("new"), expected("abc")]
@@ -479,7 +480,7 @@ async def test_a_cache_tells_a_caller_nothing_of_another_unless_it_is_shared(
     bench = open_bench(cache_bytes=100_000, cache_shared=is_shared)
     await bench.engine.warm_up()
     calls = [EmbedCall(model_id="m", texts=("abc",), normalize=False, caller=caller) for caller in ("a", "b", "a")]
-    answers = [await bench.engine.embed(call) for call in calls]
+    answers = [await bench.engine.run(call) for call in calls]
 
     assert tuple(answer.cache_hits for answer in answers) == recalled
     assert [answer.array().tolist() for answer in answers] == [[expected("abc")]] * 3

@@ -51,7 +51,7 @@ def test_a_text_alone_is_the_same_as_in_a_crowd(kit: Kit, name: str) -> None:
 async def _at_once(engine: EmbeddingEngine, requests: list[list[int]]) -> list[Vectors]:
     """Every request in flight at the same time, on the one lane."""
     calls = [EmbedCall(model_id="m", texts=tuple(POOL[index] for index in request)) for request in requests]
-    return [answer.array() for answer in await asyncio.gather(*map(engine.embed, calls))]
+    return [answer.array() for answer in await asyncio.gather(*map(engine.run, calls))]
 
 
 @cache

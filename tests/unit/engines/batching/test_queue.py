@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engines.batching.batch import BatchLimits
+from engines.batching.output import DenseOutput
 from engines.batching.queue import Queue, Throughput
-from engines.batching.request import Entry, Origin, OutputSpec, PendingRequest
+from engines.batching.request import Entry, Origin, PendingRequest
 from engines.errors import QueueFull
 from engines.inputs.tokenizer import TokenizedRequest
 
@@ -41,7 +42,7 @@ def job(
     """A request; every letter is a token."""
     ids = tuple(np.array([ord(letter) for letter in text]) for text in texts)
     return PendingRequest(
-        TokenizedRequest(ids, prompt_tokens=prompt_tokens), OutputSpec(4, True, False), loop, at_s, origin
+        TokenizedRequest(ids, prompt_tokens=prompt_tokens), DenseOutput(4, True, False), loop, at_s, origin
     )
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from engines.batching.batch import BatchLimits
-from engines.batching.request import Entry, OutputSpec, PendingRequest, RowTarget
+from engines.batching.output import DenseOutput
+from engines.batching.request import Entry, PendingRequest, RowTarget
 from engines.batching.runner import Runner
 from engines.errors import EngineFailed, OutOfMemory
 from engines.inputs.tokenizer import Ids, TokenizedRequest
@@ -71,7 +72,7 @@ def _texts(*lengths: int) -> list[Entry]:
 
 def _text(length: int) -> Entry:
     ids = np.ones(length, dtype=np.int64)
-    job = PendingRequest(TokenizedRequest((ids,)), OutputSpec(4, False, False), asyncio.get_event_loop(), 0.0)
+    job = PendingRequest(TokenizedRequest((ids,)), DenseOutput(4, False, False), asyncio.get_event_loop(), 0.0)
     return Entry(ids, job.keys[0], [RowTarget(job, 0)])
 
 

@@ -49,7 +49,7 @@ class Device:
 async def test_requests_that_wait_on_a_hanging_device_fail_and_new_ones_are_refused() -> None:
     device = Device()
     await device.host.start()
-    running, waiting = (asyncio.create_task(device.host.embed(call)) for call in (CALL, CALL))
+    running, waiting = (asyncio.create_task(device.host.run(call)) for call in (CALL, CALL))
     await let_run()
     before = device.host.check()
     device.health = DeviceHealth(task_s=121.0)
@@ -62,7 +62,7 @@ async def test_requests_that_wait_on_a_hanging_device_fail_and_new_ones_are_refu
         assert isinstance(outcome, DeviceDown)
         assert "121 s" in str(outcome)
     with pytest.raises(DeviceDown):
-        await device.host.embed(CALL)
+        await device.host.run(CALL)
     assert device.host.status("a").leases == 0
     assert device.loader.violations == []
 
@@ -72,7 +72,7 @@ async def test_a_load_on_a_dead_device_is_not_waited_for() -> None:
     device.loader._pause = lambda model_id: None
     await device.host.start()
     device.host._pool._runtime.workers.hold("load")  # type: ignore[attr-defined]  # the fake runtime's can be held
-    waiting = asyncio.create_task(device.host.embed(CALL))
+    waiting = asyncio.create_task(device.host.run(CALL))
     await let_run()
     device.health = DeviceHealth(is_alive=False)
     device.host.check()
@@ -88,7 +88,7 @@ async def test_a_device_that_answers_again_serves_again() -> None:
     device.host.check()
     device.health = DeviceHealth()
     device.host.check()
-    task = asyncio.create_task(device.host.embed(CALL))
+    task = asyncio.create_task(device.host.run(CALL))
     await device.time.advance(2000)
 
     assert ((await task).array()[0] == fake_vector("a", "x")).all()
@@ -97,7 +97,7 @@ async def test_a_device_that_answers_again_serves_again() -> None:
 async def test_a_caller_that_is_cancelled_as_well_is_cancelled() -> None:
     device = Device()
     await device.host.start()
-    task = asyncio.create_task(device.host.embed(CALL))
+    task = asyncio.create_task(device.host.run(CALL))
     await let_run()
     device.health = DeviceHealth(task_s=121.0)
     device.host.check()

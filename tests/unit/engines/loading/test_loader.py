@@ -46,7 +46,7 @@ async def test_a_closed_engine_leaves_nothing_behind(load: TorchLoader) -> None:
 
     engine = await asyncio.to_thread(load.load, ModelSpec(model_id="m", source="package:m"), MINILM)
     await engine.warm_up()
-    await engine.embed(EmbedCall(model_id="m", texts=("text",)))
+    await engine.run(EmbedCall(model_id="m", texts=("text",)))
     assert engine._runner is not None
     encoder = weakref.ref(engine._runner._encoder)
 
@@ -77,8 +77,8 @@ async def test_the_default_prompt_of_the_registry_goes_in_front(load: TorchLoade
     engine = await asyncio.to_thread(load.load, spec, MINILM)
     await engine.warm_up()
 
-    default = await engine.embed(EmbedCall(model_id="m", texts=("text",)))
-    spelt = await engine.embed(EmbedCall(model_id="m", texts=("query: text",), prompt=""))
+    default = await engine.run(EmbedCall(model_id="m", texts=("text",)))
+    spelt = await engine.run(EmbedCall(model_id="m", texts=("query: text",), prompt=""))
 
     assert default.vectors == spelt.vectors
     engine.close()

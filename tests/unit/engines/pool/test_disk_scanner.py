@@ -26,7 +26,7 @@ async def test_a_plan_names_who_would_leave_for_a_model_that_is_not_here() -> No
     files = FakeFiles(on_disk=["a"])
     host = fake_host("a", "b", files=files, budget_bytes=WEIGHT_BYTES + WORKSPACE_BYTES)
     await host.start()
-    await host.embed(EmbedCall(model_id="a", texts=("x",)))
+    await host.run(EmbedCall(model_id="a", texts=("x",)))
     await host.estimate_size("b")
     plan = host.plan("b")
 
@@ -48,7 +48,7 @@ async def test_a_measured_size_is_not_asked_for_again() -> None:
     files = FakeFiles()
     host = fake_host("a", files=files, loader=FakeLoader(weight_bytes={"a": 777}))
     await host.start()
-    await host.embed(EmbedCall(model_id="a", texts=("x",)))
+    await host.run(EmbedCall(model_id="a", texts=("x",)))
     await host.estimate_size("a")
 
     assert host.snapshot().used_bytes == 777

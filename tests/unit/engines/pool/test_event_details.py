@@ -25,7 +25,7 @@ TAKES_BYTES = WEIGHT_BYTES + WORKSPACE_BYTES
 
 
 async def embed(host: Host, model_id: str = "a", keep_alive_s: float | None = None) -> None:
-    await host.embed(EmbedCall(model_id=model_id, texts=("x",), keep_alive_s=keep_alive_s))
+    await host.run(EmbedCall(model_id=model_id, texts=("x",), keep_alive_s=keep_alive_s))
 
 
 async def steps(host: Host, source: State, target: State) -> list[Event]:

@@ -22,7 +22,7 @@ class Idle:
         self.host: Host = fake_host(*models, files=files, loader=loader, runtime=fake_runtime(time=self.time))
 
     async def embed(self, model_id: str) -> None:
-        await self.host.embed(EmbedCall(model_id=model_id, texts=("x",)))
+        await self.host.run(EmbedCall(model_id=model_id, texts=("x",)))
 
     async def watch(self, seconds: float) -> None:
         for _ in range(int(seconds)):

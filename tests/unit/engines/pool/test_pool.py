@@ -54,7 +54,7 @@ class PoolHarness:
         return self.runtime.memory
 
     def ask(self, call: EmbedCall) -> asyncio.Task[Embeddings]:
-        return asyncio.create_task(self.host.embed(call))
+        return asyncio.create_task(self.host.run(call))
 
     async def until(self, model_id: str, state: State) -> None:
         """Returns in the same iteration of the event loop in which the model reaches the state."""
@@ -90,7 +90,7 @@ async def pool_harness(
 
 async def test_a_cold_model_is_loaded_and_answers_with_right_vectors() -> None:
     async with pool_harness("a") as here:
-        answer = await here.host.embed(call("a", "hello"))
+        answer = await here.host.run(call("a", "hello"))
 
         assert (answer.array()[0] == fake_vector("a", "hello")).all()
         assert here.host.status("a").state == "ready"
@@ -98,7 +98,7 @@ async def test_a_cold_model_is_loaded_and_answers_with_right_vectors() -> None:
 
 async def test_twenty_requests_for_a_cold_model_load_it_once() -> None:
     async with pool_harness("a", files=FakeFiles(on_disk=())) as here:
-        answers = await asyncio.gather(*(here.host.embed(call("a", str(index))) for index in range(20)))
+        answers = await asyncio.gather(*(here.host.run(call("a", str(index))) for index in range(20)))
 
         assert all((answer.array()[0] == fake_vector("a", str(index))).all() for index, answer in enumerate(answers))
         assert (here.files.fetches["a"], here.loader.loads["a"]) == (1, 1)
@@ -106,7 +106,7 @@ async def test_twenty_requests_for_a_cold_model_load_it_once() -> None:
 
 async def test_a_lease_on_a_ready_model_takes_no_turn_of_the_loop() -> None:
     async with pool_harness("a") as here:
-        await here.host.embed(call("a"))
+        await here.host.run(call("a"))
         lease = here.host._pool.lease(call("a"))
 
         entering = lease.__aenter__()
@@ -137,7 +137,7 @@ async def test_cancelled_after_any_number_of_steps_a_request_gives_back_its_leas
     for steps in range(40):
         loader = FakeLoader(workspace_bytes={})
         async with pool_harness(*"ab"[:num_models], budget_bytes=1500, loader=loader) as here:
-            await here.host.embed(call("ab"[num_models - 1]))
+            await here.host.run(call("ab"[num_models - 1]))
             await here.time.advance(10)
             request = here.ask(call("a"))
             await let_run(steps)
@@ -222,7 +222,7 @@ async def test_two_models_that_cannot_both_fit_both_progress_under_constant_load
 
         async def client(model_id: str) -> None:
             while True:
-                await here.host.embed(call(model_id))
+                await here.host.run(call(model_id))
                 served[model_id] += 1
 
         clients = [asyncio.create_task(client(model_id)) for model_id in "aabb"]
@@ -253,12 +253,12 @@ async def test_a_caller_whose_patience_ends_is_told_and_the_load_goes_on() -> No
 
 async def test_a_ready_model_answers_while_another_is_fetched_and_loaded() -> None:
     async with pool_harness("a", "b", files=FakeFiles(on_disk=("a",))) as here:
-        await here.host.embed(call("a"))
+        await here.host.run(call("a"))
         for kind in ("fetch", "load"):
             here.workers.hold(kind)
             cold = here.ask(call("b"))
             await let_run()
-            await here.host.embed(call("a"))
+            await here.host.run(call("a"))
             assert not cold.done()
             here.workers.release(kind)
             await cold
@@ -269,17 +269,17 @@ async def test_a_quarantine_holds_and_ends_by_the_clock() -> None:
     files = FakeFiles(on_disk=(), failures={"a": [HubUnreachable("the hub answers 503")]})
     async with pool_harness("a", files=files) as here:
         with pytest.raises(LoadFailed, match="the hub answers 503") as failed:
-            await here.host.embed(call("a"))
+            await here.host.run(call("a"))
         assert (failed.value.kind, failed.value.retry_after_s) == ("hub_unreachable", 10)
         assert here.host.status("a").last_error == "hub_unreachable: the hub answers 503"
         assert here.host.status("a").retry_at == here.time.unix_s() + 10
         await here.time.advance(9)
         with pytest.raises(LoadFailed):
-            await here.host.embed(call("a"))
+            await here.host.run(call("a"))
         assert files.fetches["a"] == 1
 
         await here.time.advance(1)
-        await here.host.embed(call("a"))
+        await here.host.run(call("a"))
 
         assert files.fetches["a"] == 2
 
@@ -287,7 +287,7 @@ async def test_a_quarantine_holds_and_ends_by_the_clock() -> None:
 async def test_every_waiter_hears_the_cause_of_a_failed_load() -> None:
     loader = FakeLoader(failures={"a": [RuntimeError("/secret/path/model.safetensors")]})
     async with pool_harness("a", loader=loader) as here:
-        outcomes = await asyncio.gather(*(here.host.embed(call("a")) for _ in range(5)), return_exceptions=True)
+        outcomes = await asyncio.gather(*(here.host.run(call("a")) for _ in range(5)), return_exceptions=True)
 
         assert [type(outcome) for outcome in outcomes] == [LoadFailed] * 5
         assert "RuntimeError; the server's log has the details" in str(outcomes[0])
@@ -298,7 +298,7 @@ async def test_a_failed_warm_up_frees_the_engine_and_is_told() -> None:
     loader = FakeLoader(warm_failures={"a": [SelfCheckFailed("cosine 0.2 to the reference")]})
     async with pool_harness("a", loader=loader) as here:
         with pytest.raises(LoadFailed, match=r"cosine 0\.2"):
-            await here.host.embed(call("a"))
+            await here.host.run(call("a"))
         await let_run()
 
         assert loader.resident_bytes == 0
@@ -310,10 +310,10 @@ async def test_a_failed_warm_up_frees_the_engine_and_is_told() -> None:
 )
 async def test_out_of_memory_evicts_and_tries_once_more(error: Exception) -> None:
     async with pool_harness("a", "b", budget_bytes=2300, loader=FakeLoader(failures={"b": [error]})) as here:
-        await here.host.embed(call("a"))
+        await here.host.run(call("a"))
         await here.time.advance(10)
 
-        await here.host.embed(call("b"))
+        await here.host.run(call("b"))
 
         assert here.loader.loads["b"] == 2
         assert here.host.status("a").state == "cold"
@@ -322,7 +322,7 @@ async def test_out_of_memory_evicts_and_tries_once_more(error: Exception) -> Non
 async def test_a_broken_file_is_fetched_anew() -> None:
     loader = FakeLoader(failures={"a": [BrokenFiles("size differs", file="model.safetensors")]})
     async with pool_harness("a", loader=loader) as here:
-        await here.host.embed(call("a"))
+        await here.host.run(call("a"))
 
         assert here.files.discarded == [("a", "model.safetensors")]
         assert here.files.fetches["a"] == 1
@@ -346,7 +346,7 @@ async def test_an_unreadable_device_does_not_stop_the_queue() -> None:
         healthy = here.memory.read
         here.memory.read = lambda: 1 / 0  # type: ignore[method-assign,assignment,return-value]  # a broken driver
 
-        answer = await here.host.embed(call("a"))
+        answer = await here.host.run(call("a"))
 
         here.memory.read = healthy  # type: ignore[method-assign]  # as above
         assert answer.dimensions == 16
@@ -354,12 +354,12 @@ async def test_an_unreadable_device_does_not_stop_the_queue() -> None:
 
 async def test_an_engine_that_cannot_be_closed_does_not_hold_up_the_next_model() -> None:
     async with pool_harness("a", "b", budget_bytes=1500) as here:
-        await here.host.embed(call("a"))
+        await here.host.run(call("a"))
         broken = here.loader.engines[0]
         broken.close = lambda: 1 / 0  # type: ignore[method-assign,assignment]  # scripted
         await here.time.advance(10)
 
-        await here.host.embed(call("b"))
+        await here.host.run(call("b"))
 
         assert here.host.status("a").state == "cold"
         broken.is_closed = True
@@ -367,7 +367,7 @@ async def test_an_engine_that_cannot_be_closed_does_not_hold_up_the_next_model()
 
 async def test_keep_alive_0_frees_the_model_after_the_request() -> None:
     async with pool_harness("a") as here:
-        await here.host.embed(call("a", keep_alive_s=0))
+        await here.host.run(call("a", keep_alive_s=0))
         await let_run()
 
         assert here.host.status("a").state == "cold"
@@ -375,9 +375,9 @@ async def test_keep_alive_0_frees_the_model_after_the_request() -> None:
 
 async def test_idle_models_leave_by_the_clock() -> None:
     async with pool_harness(ModelSpec(model_id="a", source="x", keep_alive_s=60)) as here:
-        await here.host.embed(call("a"))
+        await here.host.run(call("a"))
         await here.time.advance(40)
-        await here.host.embed(call("a"))
+        await here.host.run(call("a"))
         await here.time.advance(59)
         assert here.host.status("a").state == "ready"
 
@@ -498,7 +498,7 @@ async def test_shutdown_finishes_what_runs_and_refuses_what_comes() -> None:
         closing = asyncio.create_task(here.host.aclose(grace_s=30))
         await let_run()
         with pytest.raises(ShuttingDown):
-            await here.host.embed(call("a"))
+            await here.host.run(call("a"))
         with pytest.raises(ShuttingDown):
             await here.host.preload("a", wait=False)
 
@@ -559,8 +559,8 @@ async def test_a_running_download_ends_when_the_host_closes() -> None:
 
 async def test_reload_touches_only_what_changed() -> None:
     async with pool_harness("a", "b") as here:
-        await here.host.embed(call("a"))
-        await here.host.embed(call("b"))
+        await here.host.run(call("a"))
+        await here.host.run(call("b"))
         specs = {
             "a": ModelSpec(model_id="a", source="fake/a", description="new words"),
             "b": ModelSpec(model_id="b", source="fake/b", revision="v2"),

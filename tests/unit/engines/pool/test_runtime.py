@@ -66,10 +66,10 @@ async def test_when_a_load_hangs_the_other_hosts_of_the_process_say_so_too() -> 
     one, two = host("one", FakeLoader(pause=pause)), host("two", FakeLoader())
     await one.start()
     await two.start()
-    await two.embed(call("warm"))
-    waiting = asyncio.create_task(one.embed(call("stuck")))
+    await two.run(call("warm"))
+    waiting = asyncio.create_task(one.run(call("stuck")))
     assert await asyncio.to_thread(begun.wait, 10)
-    cold = asyncio.create_task(two.embed(call("cold")))
+    cold = asyncio.create_task(two.run(call("cold")))
     await asyncio.sleep(0)
     assert (one.check(), two.check()) == ("", "")
 
@@ -81,7 +81,7 @@ async def test_when_a_load_hangs_the_other_hosts_of_the_process_say_so_too() -> 
                 LoadFailed, match="the load of model 'stuck' on one has been running for more than 600 s"
             ):
                 await task
-        assert len((await two.embed(call("warm"))).token_counts) == 1
+        assert len((await two.run(call("warm"))).token_counts) == 1
         assert [text.partition(":")[0] for text in words] == [
             f"nothing can be loaded on host {at}" for at in ("one", "two")
         ]
@@ -92,7 +92,7 @@ async def test_when_a_load_hangs_the_other_hosts_of_the_process_say_so_too() -> 
     async with asyncio.timeout(10):
         while one.check() or two.check():  # noqa: ASYNC110 - a thread lets go of the lock
             await asyncio.sleep(0.01)
-    answers = [await two.embed(call("cold")), await one.embed(call("stuck"))]
+    answers = [await two.run(call("cold")), await one.run(call("stuck"))]
 
     assert [len(answer.token_counts) for answer in answers] == [1, 1]
     await one.aclose()

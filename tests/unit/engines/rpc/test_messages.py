@@ -10,8 +10,6 @@ from engines.rpc.messages import (
     Cancel,
     CommandResult,
     Drain,
-    Embed,
-    EmbedResult,
     Evict,
     Frame,
     FrameDecoder,
@@ -23,6 +21,8 @@ from engines.rpc.messages import (
     Reload,
     Reply,
     Request,
+    Run,
+    RunResult,
     decode_reply,
     decode_request,
     encode_reply,
@@ -51,9 +51,9 @@ VECTORS = Embeddings(
 @pytest.mark.parametrize(
     "request_",
     [
-        Embed(call=EmbedCall(model_id="a", texts=("ü\0", "x"), keep_alive_s=0, load_timeout_s=float("inf"))),
-        Embed(call=EmbedCall(model_id="a", token_ids=((1, 2), (3,)), normalize=False, truncate="start")),
-        Embed(call=EmbedCall(model_id="a", texts=("x",), caller="web")),
+        Run(call=EmbedCall(model_id="a", texts=("ü\0", "x"), keep_alive_s=0, load_timeout_s=float("inf"))),
+        Run(call=EmbedCall(model_id="a", token_ids=((1, 2), (3,)), normalize=False, truncate="start")),
+        Run(call=EmbedCall(model_id="a", texts=("x",), caller="web")),
         Preload(model_id="a", pin=True, wait=False),
         Evict(model_id="a", force=True, timeout_s=0.5),
         PlanRequest(model_id="a", size_s=1.0),
@@ -70,7 +70,7 @@ def test_a_request_comes_out_as_it_went_in(request_: Request) -> None:
 @pytest.mark.parametrize(
     "reply",
     [
-        EmbedResult(embeddings=VECTORS),
+        RunResult(result=VECTORS),
         CommandResult(snapshot=SNAPSHOT, status=STATUS, plan=PLAN),
         HostReport(snapshot=SNAPSHOT, events=(EVENT,), fault="hangs", generation=Generation(4, "cd")),
         error_record_of(QueueFull("full", retry_after_s=0.5)),
@@ -82,7 +82,7 @@ def test_a_reply_comes_out_as_it_went_in(reply: Reply) -> None:
 
 
 def test_vectors_travel_beside_the_head_and_are_not_touched() -> None:
-    head, body = encode_reply(EmbedResult(embeddings=VECTORS))
+    head, body = encode_reply(RunResult(result=VECTORS))
 
     assert body is VECTORS.vectors
     assert VECTORS.vectors not in head

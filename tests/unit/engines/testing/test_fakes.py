@@ -21,7 +21,7 @@ def call(*texts: str, **more: object) -> EmbedCall:
 
 
 async def test_vectors_depend_on_model_and_text_and_are_of_length_one() -> None:
-    answer = await FakeEngine(SPEC).embed(call("one", "two"))
+    answer = await FakeEngine(SPEC).run(call("one", "two"))
 
     rows = answer.array()
     assert (rows == np.stack([fake_vector("a", "one"), fake_vector("a", "two")])).all()
@@ -33,25 +33,25 @@ async def test_vectors_depend_on_model_and_text_and_are_of_length_one() -> None:
 async def test_prompts_widths_and_tokens_are_as_in_a_real_engine() -> None:
     engine = FakeEngine(SPEC)
 
-    query = await engine.embed(call("text", input_type="query", dimensions=8))
-    long = await engine.embed(call("one", "one two three"))
+    query = await engine.run(call("text", input_type="query", dimensions=8))
+    long = await engine.run(call("one", "one two three"))
 
     assert (query.array()[0] == fake_vector("a", "q: text", 8)).all()
     assert (long.token_counts, long.truncated) == ((3, 4), (1,))
     with pytest.raises(PromptNotFound):
-        await engine.embed(call("x", input_type="code"))
+        await engine.run(call("x", input_type="code"))
     with pytest.raises(DimensionsNotSupported):
-        await engine.embed(call("x", dimensions=7))
+        await engine.run(call("x", dimensions=7))
     with pytest.raises(ContextLengthExceeded):
-        await engine.embed(call("one two three", truncate="error"))
+        await engine.run(call("one two three", truncate="error"))
     with pytest.raises(InvalidTokenId):
-        await engine.embed(EmbedCall(model_id="a", token_ids=((1, 10**6),)))
+        await engine.run(EmbedCall(model_id="a", token_ids=((1, 10**6),)))
     assert engine.violations == []
 
 
 async def test_no_time_passes_but_by_the_clock() -> None:
     time = FakeTime()
-    task = asyncio.create_task(FakeEngine(SPEC, embed_s=5, sleep=time.sleep).embed(call("x")))
+    task = asyncio.create_task(FakeEngine(SPEC, embed_s=5, sleep=time.sleep).run(call("x")))
     await time.advance(4.9)
     assert not task.done()
 
@@ -63,7 +63,7 @@ async def test_no_time_passes_but_by_the_clock() -> None:
 async def test_cancellation_is_seen() -> None:
     time = FakeTime()
     engine = FakeEngine(SPEC, embed_s=5, sleep=time.sleep)
-    task = asyncio.create_task(engine.embed(call("x")))
+    task = asyncio.create_task(engine.run(call("x")))
     await let_run()
     assert engine.queue_items == 1
 
@@ -76,13 +76,13 @@ async def test_cancellation_is_seen() -> None:
 async def test_misuse_is_written_down() -> None:
     time = FakeTime()
     engine = FakeEngine(SPEC, embed_s=5, sleep=time.sleep)
-    task = asyncio.create_task(engine.embed(call("x")))
+    task = asyncio.create_task(engine.run(call("x")))
     await let_run()
 
     engine.close()
     await time.advance(5)
     await asyncio.gather(task, return_exceptions=True)
-    late = asyncio.create_task(engine.embed(call("x")))
+    late = asyncio.create_task(engine.run(call("x")))
     await time.advance(5)
 
     assert late.done()
@@ -105,7 +105,7 @@ async def test_one_line_makes_a_host_that_answers() -> None:
     host = fake_host("a", SPEC)
     await host.start()
 
-    assert (await host.embed(call("x"))).dimensions == 16
+    assert (await host.run(call("x"))).dimensions == 16
     assert list(fake_specs("a", "b")) == ["a", "b"]
     await host.aclose()
 

@@ -76,7 +76,7 @@ def homes(hosts: tuple[HostSnapshot, ...]) -> dict[str, list[str]]:
 
 async def refusal(backend: Backend, wanted: EmbedCall) -> Exception:
     with pytest.raises(Exception) as caught:
-        await backend.embed(wanted)
+        await backend.run(wanted)
     return caught.value
 
 
@@ -86,10 +86,10 @@ class Conformance:
     async def test_vectors_are_right_in_every_form_of_a_request(self, backend: Backend) -> None:
         spec = scripted("a", prompts={"query": "q: "}, matryoshka=Matryoshka(widths=(4,)), max_tokens=6)
         async with serving(backend, spec):
-            plain = await backend.embed(call("a", "one", "two"))
-            cut = await backend.embed(EmbedCall(model_id="a", texts=("one",), input_type="query", dimensions=4))
-            ids = await backend.embed(EmbedCall(model_id="a", token_ids=((1, 2, 3),)))
-            long = await backend.embed(call("a", "short", "far more words than it reads"))
+            plain = await backend.run(call("a", "one", "two"))
+            cut = await backend.run(EmbedCall(model_id="a", texts=("one",), input_type="query", dimensions=4))
+            ids = await backend.run(EmbedCall(model_id="a", token_ids=((1, 2, 3),)))
+            long = await backend.run(call("a", "short", "far more words than it reads"))
 
         assert (plain.array() == [fake_vector("a", "one"), fake_vector("a", "two")]).all()
         assert (cut.array()[0] == fake_vector("a", "q: one", 4)).all()
@@ -99,7 +99,7 @@ class Conformance:
     async def test_a_large_answer_comes_whole(self, backend: Backend) -> None:
         texts = tuple(f"text {index}" for index in range(2048))
         async with serving(backend, scripted("a")):
-            answer = await backend.embed(call("a", *texts))
+            answer = await backend.run(call("a", *texts))
 
         assert (answer.array()[[0, 1000, 2047]] == [fake_vector("a", texts[at]) for at in (0, 1000, 2047)]).all()
 
@@ -156,7 +156,7 @@ class Conformance:
     ) -> None:
         spec = scripted("a", load_error="ValueError", once=tmp_path / "failed", bytes=BUDGET_BYTES - 1000)
         async with serving(backend, spec):
-            answers = await asyncio.gather(*(backend.embed(call("a", f"{index}")) for index in range(3)))
+            answers = await asyncio.gather(*(backend.run(call("a", f"{index}")) for index in range(3)))
             hosts = await until(backend, lambda hosts: len(homes(hosts)) == 1)
 
         assert all((answer.array()[0] == fake_vector("a", f"{index}")).all() for index, answer in enumerate(answers))
@@ -176,13 +176,13 @@ class Conformance:
         async with serving(backend, scripted("a")):
             await backend.reload(specs_of(scripted("a"), scripted("b", device="cuda:7")))
             with pytest.raises(LoadFailed, match="is for device 'cuda:7', and this server has cpu"):
-                await backend.embed(call("b"))
+                await backend.run(call("b"))
 
     async def test_a_cold_herd_loads_each_model_once_on_one_host(self, backend: Backend) -> None:
         models = [scripted(f"m{index}", load_s=0.05) for index in range(6)]
         async with serving(backend, *models):
             wanted = [call(spec.model_id, str(index)) for index in range(60) for spec in models]
-            answers = await asyncio.gather(*map(backend.embed, wanted))
+            answers = await asyncio.gather(*map(backend.run, wanted))
             hosts = await until(backend, lambda hosts: len(homes(hosts)) == 6)
 
         assert loads(hosts) == {spec.model_id: 1 for spec in models}
@@ -196,7 +196,7 @@ class Conformance:
         models = [scripted(f"m{index}") for index in range(12)]
         async with serving(backend, *models):
             for _ in range(3):
-                await asyncio.gather(*(backend.embed(call(spec.model_id)) for spec in models))
+                await asyncio.gather(*(backend.run(call(spec.model_id)) for spec in models))
             hosts = await until(backend, lambda hosts: len(homes(hosts)) == 12)
 
         assert loads(hosts) == {spec.model_id: 1 for spec in models}
@@ -250,7 +250,7 @@ class Conformance:
     async def test_a_cancelled_call_lets_go_of_its_model(self, backend: Backend) -> None:
         async with serving(backend, scripted("a")):
             await backend.preload("a")
-            task = asyncio.create_task(backend.embed(call("a", "wait")))
+            task = asyncio.create_task(backend.run(call("a", "wait")))
             await until(backend, lambda hosts: sum(s.leases for host in hosts for s in host.models) == 1)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -260,8 +260,8 @@ class Conformance:
     async def test_a_full_queue_refuses_and_does_not_break(self, backend: Backend) -> None:
         async with serving(backend, scripted("a", max_items=4, embed_s=0.1)):
             await backend.preload("a")
-            outcomes = await asyncio.gather(*(backend.embed(call("a")) for _ in range(20)), return_exceptions=True)
-            after = await backend.embed(call("a"))
+            outcomes = await asyncio.gather(*(backend.run(call("a")) for _ in range(20)), return_exceptions=True)
+            after = await backend.run(call("a"))
 
         refused = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
         assert 8 <= len(refused) <= 16, "calls come to a host elsewhere one after the other"
@@ -302,7 +302,7 @@ class Conformance:
 
     async def test_a_new_registry_reaches_every_host(self, backend: Backend) -> None:
         async with serving(backend, scripted("a"), scripted("old")):
-            await backend.embed(call("a"))
+            await backend.run(call("a"))
             await backend.reload(specs_of(scripted("a"), scripted("new", preload=True)))
             hosts = await until(backend, lambda hosts: "new" in homes(hosts))
 
@@ -314,8 +314,8 @@ class Conformance:
         async with serving(backend, scripted("hot", replicas=2, embed_s=0.02), scripted("other", embed_s=0.02)):
             async with asyncio.timeout(15):
                 while len(homes(backend.snapshots()).get("hot", [])) < 2:
-                    await asyncio.gather(*(backend.embed(call(model_id)) for model_id in ("hot", "other") * 8))
-            await asyncio.gather(*(backend.embed(call("hot")) for _ in range(40)))
+                    await asyncio.gather(*(backend.run(call(model_id)) for model_id in ("hot", "other") * 8))
+            await asyncio.gather(*(backend.run(call("hot")) for _ in range(40)))
             hosts = backend.snapshots()
 
         assert loads(hosts) == {"hot": 2, "other": 1}
@@ -327,12 +327,12 @@ class Conformance:
             specs = specs_of(scripted("a", embed_s=0.3))
             await other.reload(specs, BUDGET)
             await other.preload("a")
-            begun = [asyncio.create_task(other.embed(call("a", str(index)))) for index in range(5)]
+            begun = [asyncio.create_task(other.run(call("a", str(index)))) for index in range(5)]
             await asyncio.sleep(0.05)
             closing = asyncio.create_task(other.aclose(grace_s=10))
             await asyncio.sleep(0.05)
             with pytest.raises(ShuttingDown):
-                await other.embed(call("a"))
+                await other.run(call("a"))
             answers = await asyncio.gather(*begun)
             await closing
 
@@ -342,7 +342,7 @@ class Conformance:
         async with opened() as other:
             await other.reload(specs_of(scripted("a")), BUDGET)
             await other.preload("a")
-            begun = asyncio.create_task(other.embed(call("a", "wait")))
+            begun = asyncio.create_task(other.run(call("a", "wait")))
             await asyncio.sleep(0.1)
             await other.aclose(grace_s=0.2)
             with pytest.raises(ShuttingDown):

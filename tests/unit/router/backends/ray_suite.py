@@ -140,7 +140,7 @@ class TestRay(Conformance):
             other = RemoteBackend(RayFleet(handle, REPLICAS, look_every_s=0.1), specs)
             await other.start()
             rolled_back = await until(other, lambda hosts: all(served(host) == ["old"] for host in hosts))
-            answer = await other.embed(call("old"))
+            answer = await other.run(call("old"))
             await other.aclose(grace_s=0)
 
         assert (len(rolled_back), len(answer.token_counts)) == (HOSTS, 1)

@@ -93,7 +93,7 @@ def test_the_local_backend_is_a_backend() -> None:
 
 async def test_a_herd_on_a_cold_model_goes_to_one_host() -> None:
     async with fleet(fake_specs("a"), FakeFiles(on_disk=()), cuda_0=5000, cuda_1=5000) as here:
-        answers = await asyncio.gather(*(here.backend.embed(call("a", str(index))) for index in range(30)))
+        answers = await asyncio.gather(*(here.backend.run(call("a", str(index))) for index in range(30)))
 
         assert sorted(here.loads("a")) == [0, 1]
         assert here.files.fetches["a"] == 1
@@ -104,7 +104,7 @@ async def test_a_herd_on_many_cold_models_does_not_over_commit_one_host() -> Non
     specs = fake_specs(*"abcdef")
     async with fleet(specs, cuda_0=3200, cuda_1=3200) as here:
         here.hold()
-        requests = [asyncio.create_task(here.backend.embed(call(model_id))) for model_id in specs]
+        requests = [asyncio.create_task(here.backend.run(call(model_id))) for model_id in specs]
         await let_run()
         here.release()
         await asyncio.gather(*requests)
@@ -116,7 +116,7 @@ async def test_a_herd_on_many_cold_models_does_not_over_commit_one_host() -> Non
 async def test_a_ready_model_is_answered_where_it_is() -> None:
     async with fleet(fake_specs("a"), cuda_0=5000, cuda_1=5000) as here:
         for index in range(5):
-            await here.backend.embed(call("a", str(index)))
+            await here.backend.run(call("a", str(index)))
 
         assert sorted(here.loads("a")) == [0, 1]
 
@@ -133,7 +133,7 @@ async def test_a_model_that_is_ready_twice_is_answered_by_the_less_busy_host() -
             loader.embed_s, loader.sleep = 1.0, wait
         for host in here.hosts.values():
             await host.preload("a")
-        requests = [asyncio.create_task(here.backend.embed(call("a"))) for _ in range(6)]
+        requests = [asyncio.create_task(here.backend.run(call("a"))) for _ in range(6)]
         await let_run()
 
         assert [host.status("a").leases for host in here.hosts.values()] == [3, 3]
@@ -160,7 +160,7 @@ async def test_a_copy_that_cannot_be_had_costs_no_request_anything(monkeypatch: 
             loader.embed_s, loader.sleep = 1.0, wait
         await here.hosts["cuda:0"].preload("a")
         monkeypatch.setattr(here.hosts["cuda:1"], "preload", refuse)
-        requests = [asyncio.create_task(here.backend.embed(call("a"))) for _ in range(2)]
+        requests = [asyncio.create_task(here.backend.run(call("a"))) for _ in range(2)]
         await let_run()
         gate.set()
         answers = await asyncio.gather(*requests)
@@ -175,8 +175,8 @@ async def test_a_model_stays_on_the_devices_that_its_entry_names() -> None:
         "b": ModelSpec(model_id="b", source="x", device="cpu"),
     }
     async with fleet(specs, cpu=5000, cuda_0=5000, cuda_1=5000) as here:
-        await here.backend.embed(call("a"))
-        await here.backend.embed(call("b"))
+        await here.backend.run(call("a"))
+        await here.backend.run(call("b"))
 
         assert (here.loads("a"), here.loads("b")) == ([0, 0, 1], [1, 0, 0])
 
@@ -184,13 +184,13 @@ async def test_a_model_stays_on_the_devices_that_its_entry_names() -> None:
 async def test_a_model_for_a_device_that_is_not_here_says_so() -> None:
     async with fleet({"a": ModelSpec(model_id="a", source="x", device="cuda:7")}, cpu=5000) as here:
         with pytest.raises(LoadFailed, match="is for device 'cuda:7', and this server has cpu"):
-            await here.backend.embed(call("a"))
+            await here.backend.run(call("a"))
 
 
 async def test_an_unknown_model_is_not_found() -> None:
     async with fleet(fake_specs("a"), cpu=5000) as here:
         with pytest.raises(ModelNotFound):
-            await here.backend.embed(call("nobody"))
+            await here.backend.run(call("nobody"))
         with pytest.raises(ModelNotFound):
             await here.backend.plan("nobody")
 
@@ -198,7 +198,7 @@ async def test_an_unknown_model_is_not_found() -> None:
 async def test_a_model_goes_to_the_one_device_that_is_large_enough() -> None:
     files = FakeFiles(on_disk=(), weight_bytes={"a": 4000})
     async with fleet(fake_specs("a"), files, cuda_0=2000, cuda_1=9000, cuda_2=3000) as here:
-        await here.backend.embed(call("a"))
+        await here.backend.run(call("a"))
 
         assert here.loads("a") == [0, 1, 0]
 
@@ -207,7 +207,7 @@ async def test_a_model_too_large_for_every_device_is_refused() -> None:
     files = FakeFiles(on_disk=(), weight_bytes={"a": 10_000})
     async with fleet(fake_specs("a"), files, cuda_0=2000, cuda_1=9000) as here:
         with pytest.raises(ModelTooLarge):
-            await here.backend.embed(call("a"))
+            await here.backend.run(call("a"))
         with pytest.raises(ModelTooLarge):
             await here.backend.preload("a")
 
@@ -232,9 +232,9 @@ async def test_a_load_that_fails_on_one_device_is_tried_on_another_before_anybod
         sick = await first_choice(here, "a")
         break_loads(here, sick, "a", error)
 
-        answers = await asyncio.gather(*(here.backend.embed(call("a", str(index))) for index in range(5)))
+        answers = await asyncio.gather(*(here.backend.run(call("a", str(index))) for index in range(5)))
         loads = here.loaders[sick].loads["a"]
-        again = await here.backend.embed(call("a"))
+        again = await here.backend.run(call("a"))
 
         assert all((answer.array()[0] == fake_vector("a", str(index))).all() for index, answer in enumerate(answers))
         assert len(again.token_counts) == 1
@@ -246,7 +246,7 @@ async def test_a_cold_model_that_failed_somewhere_goes_elsewhere_at_once() -> No
     async with fleet(fake_specs("a"), cuda_0=5000, cuda_1=5000) as here:
         sick = await first_choice(here, "a")
         break_loads(here, sick, "a", RuntimeError("CUDA error"))
-        await here.backend.embed(call("a"))
+        await here.backend.run(call("a"))
         await here.backend.evict("a")
 
         assert await first_choice(here, "a") != sick
@@ -257,7 +257,7 @@ async def test_when_no_device_can_load_it_the_caller_hears_when_to_ask_again() -
         for device in ("cuda:0", "cuda:1"):
             break_loads(here, device, "a", RuntimeError("CUDA error"))
         with pytest.raises(LoadFailed, match=r"'a' failed to load \(load\)"):
-            await here.backend.embed(call("a"))
+            await here.backend.run(call("a"))
 
         assert here.loads("a")[:2] == [1, 1]
 
@@ -266,7 +266,7 @@ async def test_what_every_device_would_say_alike_is_said_after_the_first() -> No
     files = FakeFiles(on_disk=(), failures={"a": [HubUnreachable("no hub")] * 9})
     async with fleet(fake_specs("a"), files, cuda_0=5000, cuda_1=5000) as here:
         with pytest.raises(LoadFailed, match="hub_unreachable"):
-            await here.backend.embed(call("a"))
+            await here.backend.run(call("a"))
 
         assert files.fetches["a"] == 1
 
@@ -278,7 +278,7 @@ async def test_a_device_whose_memory_other_processes_hold_passes_the_call_on() -
         assert isinstance(memory, FakeMemory)
         memory.ceiling_bytes = 300
 
-        answer = await asyncio.wait_for(here.backend.embed(call("a")), 5)
+        answer = await asyncio.wait_for(here.backend.run(call("a")), 5)
 
         assert (answer.array()[0] == fake_vector("a", "x")).all()
         assert here.loaders[taken].loads["a"] == 0
@@ -310,7 +310,7 @@ async def test_pinned_and_preloaded_models_are_loaded_once_each_at_the_start() -
 
 async def test_a_reload_brings_new_models_and_loads_those_that_are_wanted() -> None:
     async with fleet(fake_specs("a", "b"), cuda_0=5000, cuda_1=5000) as here:
-        await here.backend.embed(call("a"))
+        await here.backend.run(call("a"))
         specs = {**fake_specs("a"), "c": ModelSpec(model_id="c", source="x", preload=True)}
 
         await here.backend.reload(specs)
@@ -318,7 +318,7 @@ async def test_a_reload_brings_new_models_and_loads_those_that_are_wanted() -> N
 
         assert (sum(here.loads("a")), sum(here.loads("c"))) == (1, 1)
         with pytest.raises(ModelNotFound):
-            await here.backend.embed(call("b"))
+            await here.backend.run(call("b"))
         await here.backend.reload(specs)
         await let_run()
         assert sum(here.loads("c")) == 1
@@ -338,7 +338,7 @@ async def test_evict_frees_the_model_everywhere() -> None:
 
 async def test_a_plan_is_that_of_the_best_host() -> None:
     async with fleet(fake_specs("a", "b"), cuda_0=1500, cuda_1=1500) as here:
-        await here.backend.embed(call("a"))
+        await here.backend.run(call("a"))
         home = next(host.host_id for host in here.backend.snapshots() if host.residents)
 
         assert (await here.backend.plan("a")).host_id == home
@@ -349,7 +349,7 @@ async def test_a_plan_is_that_of_the_best_host() -> None:
 async def test_events_of_all_hosts_come_as_one_stream_and_can_be_caught_up_with() -> None:
     async with fleet(fake_specs("a", "b"), cuda_0=1500, cuda_1=1500) as here:
         followed = here.backend.events()
-        await asyncio.gather(*(here.backend.embed(call(model_id)) for model_id in "ab"))
+        await asyncio.gather(*(here.backend.run(call(model_id)) for model_id in "ab"))
         live = [await anext(followed) for _ in range(8)]
         assert isinstance(followed, AsyncIterator)
 
@@ -372,7 +372,7 @@ async def test_closing_ends_everything_and_tells_what_the_hosts_shared() -> None
 
         following = asyncio.create_task(follow())
         await let_run()
-        await here.backend.embed(call("a"))
+        await here.backend.run(call("a"))
 
         await here.backend.aclose()
         await following
@@ -381,4 +381,4 @@ async def test_closing_ends_everything_and_tells_what_the_hosts_shared() -> None
         assert here.closed == 1
         assert seen[-1].cause == "its memory is free"
         with pytest.raises(ShuttingDown):
-            await here.backend.embed(call("a"))
+            await here.backend.run(call("a"))

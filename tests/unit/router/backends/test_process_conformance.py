@@ -46,7 +46,7 @@ class TestProcess(Conformance):
             await backend.preload("b", host_id=name)
             await backend.recycle(name)
             hosts = await until(backend, lambda hosts: len(homes(hosts)) == 2)
-            answer = await backend.embed(call("a"))
+            answer = await backend.run(call("a"))
 
         assert homes(hosts) == {"a": [name], "b": [name]}
         assert [status.pinned for host in hosts if host.host_id == name for status in host.models] == [True, False]
@@ -56,10 +56,10 @@ class TestProcess(Conformance):
     async def test_calls_go_on_while_a_host_is_recycled(self, backend: Backend) -> None:
         async with serving(backend, scripted("a", embed_s=0.05)):
             home = (await backend.preload("a")).host_id
-            running = [asyncio.create_task(backend.embed(call("a", str(index)))) for index in range(20)]
+            running = [asyncio.create_task(backend.run(call("a", str(index)))) for index in range(20)]
             await asyncio.sleep(0.01)
             await backend.recycle(home)
-            answers = await asyncio.gather(*running, *(backend.embed(call("a")) for _ in range(20)))
+            answers = await asyncio.gather(*running, *(backend.run(call("a")) for _ in range(20)))
 
         assert [len(answer.token_counts) for answer in answers] == [1] * 40
 

@@ -81,7 +81,7 @@ def test_a_bound_on_latency_decides_the_exit_code(served: Served, bound: str, ex
 def test_failed_requests_are_told_and_decide_the_exit_code(
     served: Served, monkeypatch: pytest.MonkeyPatch, allowed: tuple[str, ...], exit_code: int
 ) -> None:
-    answers = served.backend.embed
+    answers = served.backend.run
 
     async def every_other(call: object) -> object:
         if len(served.backend.calls) % 2:
@@ -89,7 +89,7 @@ def test_failed_requests_are_told_and_decide_the_exit_code(
             raise QueueFull("8192 texts wait already")
         return await answers(call)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(served.backend, "embed", every_other)
+    monkeypatch.setattr(served.backend, "run", every_other)
     result = bench(served.url, *QUICK, "--no-report", *allowed)
 
     assert result.exit_code == exit_code

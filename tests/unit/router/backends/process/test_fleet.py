@@ -61,7 +61,7 @@ async def test_no_request_is_lost_when_one_of_two_hosts_is_killed_under_64_clien
 async def test_the_only_host_comes_back_and_then_answers_what_it_had() -> None:
     async with worker_processes(scripted("a", embed_s=0.1), hosts=1) as here:
         await here.backend.preload("a")
-        asked = [asyncio.create_task(here.backend.embed(call("a", str(index)))) for index in range(5)]
+        asked = [asyncio.create_task(here.backend.run(call("a", str(index)))) for index in range(5)]
         await asyncio.sleep(0.03)
         here.kill("cpu:0")
         answers = await asyncio.gather(*asked)
@@ -101,17 +101,17 @@ async def test_a_request_that_kills_its_hosts_is_not_sent_a_third_time_and_its_m
 ) -> None:
     async with worker_processes(scripted("bad", **noted), scripted("good")) as here:
         with pytest.raises(HostLost):
-            await here.backend.embed(call("bad", "die"))
+            await here.backend.run(call("bad", "die"))
         deaths = sum(host.restarts for host in here.backend.snapshots())
         with pytest.raises(LoadFailed, match="was running when its host's process died") as caught:
-            await here.backend.embed(call("bad", "die"))
+            await here.backend.run(call("bad", "die"))
         hosts = here.backend.snapshots()
         shown = {status.state for host in hosts for status in host.models if status.model_id == "bad"}
-        answer = await here.backend.embed(call("good"))
+        answer = await here.backend.run(call("good"))
         with pytest.raises(LoadFailed):
             await here.backend.preload("bad")
         await here.backend.reload({"bad": scripted("bad", embed_s=0.001), "good": scripted("good")})
-        mended = await here.backend.embed(call("bad"))
+        mended = await here.backend.run(call("bad"))
 
     assert deaths == 2
     assert (caught.value.kind, 500 < caught.value.retry_after_s <= 600) == ("kills_host", True)
@@ -123,7 +123,7 @@ async def test_a_model_that_kills_its_host_while_it_loads_is_kept_out() -> None:
     async with worker_processes(scripted("bad", dies_loading=1)) as here:
         for _ in range(2):
             with pytest.raises((HostLost, LoadFailed)) as caught:
-                await here.backend.embed(call("bad"))
+                await here.backend.run(call("bad"))
 
     assert isinstance(caught.value, LoadFailed)
 
@@ -131,12 +131,12 @@ async def test_a_model_that_kills_its_host_while_it_loads_is_kept_out() -> None:
 async def test_an_innocent_model_on_the_same_host_is_not_charged_when_the_other_was_noted() -> None:
     async with worker_processes(scripted("bad", noted=1), scripted("good", embed_s=0.3), hosts=1) as here:
         await here.backend.preload("good")
-        asked = [asyncio.create_task(here.backend.embed(call("good"))) for _ in range(3)]
+        asked = [asyncio.create_task(here.backend.run(call("good"))) for _ in range(3)]
         for _ in range(2):
             with pytest.raises((HostLost, LoadFailed)):
-                await here.backend.embed(call("bad", "die"))
+                await here.backend.run(call("bad", "die"))
         told = await asyncio.gather(*asked, return_exceptions=True)
-        after = await here.backend.embed(call("good"))
+        after = await here.backend.run(call("good"))
 
     assert all(not isinstance(error, LoadFailed) for error in told)
     assert len(after.token_counts) == 1
@@ -145,7 +145,7 @@ async def test_an_innocent_model_on_the_same_host_is_not_charged_when_the_other_
 async def test_models_that_only_waited_when_a_host_died_are_not_quarantined() -> None:
     async with worker_processes(scripted("a"), scripted("b"), hosts=1) as here:
         for times in range(1, 4):
-            asked = [asyncio.create_task(here.backend.embed(call(model, "wait"))) for model in "ab"]
+            asked = [asyncio.create_task(here.backend.run(call(model, "wait"))) for model in "ab"]
             await until(
                 here.backend,
                 lambda hosts: [status.leases for status in hosts[0].models] == [1, 1] and not hosts[0].is_draining,
@@ -155,7 +155,7 @@ async def test_models_that_only_waited_when_a_host_died_are_not_quarantined() ->
             for task in asked:
                 task.cancel()
             await asyncio.gather(*asked, return_exceptions=True)
-        answers = [await here.backend.embed(call(model)) for model in "ab"]
+        answers = [await here.backend.run(call(model)) for model in "ab"]
 
     assert [len(answer.token_counts) for answer in answers] == [1, 1]
 
@@ -184,7 +184,7 @@ async def test_a_host_that_cannot_be_started_again_is_a_fault_and_the_other_serv
             while not here.backend.check():  # noqa: ASYNC110 - a fault is looked for, as the server does
                 await asyncio.sleep(0.02)
         fault = here.backend.check()["cpu:0"]
-        answer = await here.backend.embed(call("a"))
+        answer = await here.backend.run(call("a"))
 
     assert "cannot be started: cpu:0 is not here" in fault
     assert len(answer.token_counts) == 1
@@ -203,7 +203,7 @@ async def test_a_fork_server_that_dies_at_the_wrong_moment_is_tried_again(monkey
         monkeypatch.setattr(ForkServerProcess, "start", fail_first)
         here.kill("cpu:0")
         await here.restarted("cpu:0", 1)
-        answer = await here.backend.embed(call("a"))
+        answer = await here.backend.run(call("a"))
 
     assert (failures, len(answer.token_counts)) == ([], 1)
 
@@ -217,7 +217,7 @@ async def test_a_registry_that_is_read_while_a_worker_starts_reaches_it() -> Non
             while worker.pid in (pid, None):  # noqa: ASYNC110 - it is forked on a thread
                 await asyncio.sleep(0.01)
         await here.backend.reload({"new": scripted("new")}, Budget(size_bytes=3000))
-        answer = await here.backend.embed(call("new"))
+        answer = await here.backend.run(call("new"))
         (host,) = here.backend.snapshots()
 
     assert len(answer.token_counts) == 1
@@ -247,7 +247,7 @@ async def test_signals_to_the_whole_group_do_not_end_a_worker_before_its_parent_
     async with worker_processes(scripted("a"), hosts=1) as here:
         for number in (signal.SIGINT, signal.SIGTERM):
             os.kill(here.pids()["cpu:0"], number)
-        answer = await here.backend.embed(call("a"))
+        answer = await here.backend.run(call("a"))
         pid = here.pids()["cpu:0"]
 
     assert len(answer.token_counts) == 1
@@ -259,7 +259,7 @@ async def test_a_worker_that_hangs_is_killed_and_its_calls_go_elsewhere(monkeypa
     async with worker_processes(scripted("a"), hosts=2) as here:
         home = (await here.backend.preload("a")).host_id
         os.kill(here.pids()[home], signal.SIGSTOP)
-        asked = asyncio.create_task(here.backend.embed(call("a")))
+        asked = asyncio.create_task(here.backend.run(call("a")))
         async with asyncio.timeout(10):
             while not asked.done():
                 here.backend.check()
@@ -278,7 +278,7 @@ async def test_a_worker_whose_load_hangs_is_started_anew_and_its_calls_go_elsewh
     await backend.start()
     await backend.reload({"a": spec})
 
-    answer = await asyncio.wait_for(backend.embed(call("a")), 30)
+    answer = await asyncio.wait_for(backend.run(call("a")), 30)
     hosts = await until(backend, lambda hosts: sum(host.restarts for host in hosts) == 1)
     await backend.aclose(grace_s=0)
 
@@ -297,7 +297,7 @@ async def test_a_worker_is_not_killed_for_the_silence_of_a_server_that_stood_sti
         here.backend.check()
         time.sleep(1.0)  # noqa: ASYNC251  # the server stands still
         here.backend.check()
-        answer = await here.backend.embed(call("a"))
+        answer = await here.backend.run(call("a"))
         after = here.pids()
 
     assert len(answer.token_counts) == 1
@@ -313,7 +313,7 @@ async def test_a_worker_that_hangs_does_not_outlive_a_server_that_ends_and_costs
     await here.backend.preload("a")
     pid = here.pids()["cpu:0"]
     os.kill(pid, signal.SIGSTOP)
-    asked = asyncio.create_task(here.backend.embed(call("a", "x" * 2**21)))
+    asked = asyncio.create_task(here.backend.run(call("a", "x" * 2**21)))
     await asyncio.sleep(0.05)
     began_s = time.monotonic()
     await here.backend.aclose(grace_s=3.0)
@@ -354,14 +354,14 @@ async def test_what_is_abandoned_while_a_worker_is_stopped_fills_no_memory() -> 
         os.kill(here.pids()["cpu:0"], signal.SIGSTOP)
         before = psutil.Process().memory_info().rss
         for _ in range(20):
-            asked = [asyncio.create_task(here.backend.embed(call("a", text))) for _ in range(10)]
+            asked = [asyncio.create_task(here.backend.run(call("a", text))) for _ in range(10)]
             await asyncio.sleep(0.02)
             for task in asked:
                 task.cancel()
             await asyncio.gather(*asked, return_exceptions=True)
         grown = psutil.Process().memory_info().rss - before
         os.kill(here.pids()["cpu:0"], signal.SIGCONT)
-        answer = await here.backend.embed(call("a"))
+        answer = await here.backend.run(call("a"))
 
     assert len(answer.token_counts) == 1
     assert grown < 30 * 2**20

@@ -14,13 +14,13 @@ from engines.rpc.errors import error_record_of
 from engines.rpc.messages import (
     Cancel,
     Cancelled,
-    Embed,
-    EmbedResult,
     Frame,
     FrameDecoder,
     HostReport,
     Reply,
     Request,
+    Run,
+    RunResult,
     decode_reply,
     decode_request,
     encode_reply,
@@ -28,7 +28,7 @@ from engines.rpc.messages import (
     pack,
 )
 from engines.rpc.service import HostService
-from engines.types import EmbedCall, Embeddings, HostSnapshot
+from engines.types import Call, EmbedCall, Embeddings, HostSnapshot
 from router.backends.fleet import NotSent
 from router.backends.process.child import WorkerConnection
 from router.backends.process.link import ParentConnection
@@ -44,8 +44,8 @@ SNAPSHOT = HostSnapshot(
 )  # fmt: skip
 
 
-def embed(text: str = "x") -> Embed:
-    return Embed(call=EmbedCall(model_id="a", texts=(text,)))
+def embed(text: str = "x") -> Run[Call]:
+    return Run(call=EmbedCall(model_id="a", texts=(text,)))
 
 
 def on_both_loops(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[NewLoop], None]:
@@ -104,7 +104,7 @@ async def linked(max_calls: int = 1000) -> AsyncIterator[tuple[ParentConnection,
     await link.ended.wait()
 
 
-async def abandoned(link: ParentConnection, requests: list[Embed]) -> None:
+async def abandoned(link: ParentConnection, requests: list[Run[Call]]) -> None:
     """All of them are asked, and all of their callers leave."""
     tasks = [asyncio.create_task(link.ask(request)) for request in requests]
     await asyncio.sleep(0.05)
@@ -125,8 +125,8 @@ async def test_what_a_worker_that_does_not_read_was_not_sent_is_forgotten_with_i
 
     assert kept[:2] == (0, 1), "the one that was being written"
     assert kept[2] < MIB
-    assert [type(request) for _, request in heard] == [Embed, Cancel, Embed]
-    assert cast(Embed, heard[2][1]).call.texts == ("later",)
+    assert [type(request) for _, request in heard] == [Run, Cancel, Run]
+    assert cast(Run[Call], heard[2][1]).call.texts == ("later",)
 
 
 @on_both_loops
@@ -136,14 +136,14 @@ async def test_a_caller_that_waits_for_room_is_served_when_there_is_some() -> No
         first = await peer.read()
         waiting = outbox.num_waiting
         for number, _ in first:
-            await peer.answer(number, EmbedResult(embeddings=ANSWER))
+            await peer.answer(number, RunResult(result=ANSWER))
         second = await peer.read()
         for number, _ in second:
-            await peer.answer(number, EmbedResult(embeddings=ANSWER))
+            await peer.answer(number, RunResult(result=ANSWER))
         answers = await asyncio.gather(*tasks)
 
     assert (len(first), waiting, len(second)) == (20, 10, 10)
-    assert answers == [EmbedResult(embeddings=ANSWER)] * 30
+    assert answers == [RunResult(result=ANSWER)] * 30
 
 
 @on_both_loops
@@ -152,7 +152,7 @@ async def test_an_abandoned_call_counts_until_the_worker_says_that_it_has_ended(
         await abandoned(link, [embed()])
         before = outbox.num_sent
         for number, request in await peer.read():
-            if isinstance(request, Embed):
+            if isinstance(request, Run):
                 await peer.answer(number, Cancelled())
         await asyncio.sleep(0.05)
         after = outbox.num_sent
@@ -209,7 +209,7 @@ class SlowService:
     async def answer(self, request: Request) -> Reply:
         self.begun += 1
         await asyncio.sleep(30)
-        return EmbedResult(embeddings=ANSWER)
+        return RunResult(result=ANSWER)
 
     def poll(self, after: int) -> HostReport:
         self.looks += 1

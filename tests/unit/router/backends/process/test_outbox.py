@@ -2,13 +2,13 @@
 
 import pytest
 
-from engines.rpc.messages import Cancel, Drain, Embed, Request
-from engines.types import EmbedCall
+from engines.rpc.messages import Cancel, Drain, Request, Run
+from engines.types import Call, EmbedCall
 from router.backends.process.outbox import OWN_CALLS, Outbox
 
 
-def embed(model_id: str = "a") -> Embed:
-    return Embed(call=EmbedCall(model_id=model_id, texts=("x",)))
+def embed(model_id: str = "a") -> Run[Call]:
+    return Run(call=EmbedCall(model_id=model_id, texts=("x",)))
 
 
 def filled(box: Outbox, *models: str) -> None:

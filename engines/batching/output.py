@@ -1,0 +1,176 @@
+"""Defines what a request gets for each of its inputs. `OutputSpec` is the one place that knows a kind of output.
+
+The queue, the batches, the runner and the cache handle every kind through `OutputSpec`. A new kind is a subclass of it,
+a call and a result in `engines/types.py`, and a function registered with `output_spec` that makes the one from the
+other.
+"""
+
+from collections.abc import Sequence
+from functools import singledispatch
+from typing import Any, NamedTuple, Unpack
+
+import numpy as np
+import torch
+from msgspec import Struct
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engines.errors import DimensionsNotSupported, EngineError, NonFiniteEmbedding
+from engines.inputs.tokenizer import Ids
+from engines.layers.pooling import truncate_and_normalize
+from engines.models.base import Encoder
+from engines.types import BaseCall, EmbedCall, Embeddings, ModelInfo, Result, ResultDetails
+
+Row = NDArray[Any]
+"""The output for one input, in main memory; its shape and dtype are the output kind's own."""
+
+Rows = Sequence[Row] | NDArray[Any]
+"""Rows of several inputs; one array where all have the same shape."""
+
+
+class FinishedRows(NamedTuple):
+    """Rows in main memory, in order, and for each whether all of its numbers are finite."""
+
+    rows: Rows
+    is_finite: NDArray[np.bool_]
+
+
+class OutputSpec(Struct, frozen=True):
+    """What a request wants of each input. Inputs with equal specs are finished together.
+
+    A kind of output is a subclass. Its class methods are the same for all requests of the kind, which share forward
+    passes, duplicates and cached rows; requests of different kinds share none of these. "Raw" outputs are what `encode`
+    returns; no other module looks into them.
+    """
+
+    @classmethod
+    def encode(cls, encoder: Encoder, texts: Sequence[Ids], prompt_tokens: Sequence[int] | None) -> Any:
+        """Runs one forward pass, with the head of this kind; returns the raw outputs of `texts`, on the device.
+
+        Raises:
+            ForwardPathFailed: run the texts again.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def cache_rows(cls, raw: Any) -> FinishedRows:
+        """Returns what the cache keeps of each text of a batch: enough for every spec of this kind."""
+        raise NotImplementedError
+
+    def finish(self, raw: Any, indexes: Sequence[int] | None) -> FinishedRows:
+        """Returns the rows of the texts at `indexes` of a batch (None: all of them), as this request wants them."""
+        raise NotImplementedError
+
+    def finish_cached(self, rows: Rows) -> Rows:
+        """Returns rows as this request wants them, from what `cache_rows` returned for them earlier."""
+        raise NotImplementedError
+
+    def allocate(self, num_items: int) -> Any:
+        """Returns a place for `num_items` rows: `allocated[index] = row` must store one."""
+        raise NotImplementedError
+
+    def pack(self, allocated: Any, **details: Unpack[ResultDetails]) -> Result:
+        """Returns the result, once all rows are stored in what `allocate` returned."""
+        raise NotImplementedError
+
+    def not_finite(self, index: int) -> EngineError:
+        """Returns the error of a request whose row `index` is not finite."""
+        raise NotImplementedError
+
+
+class DenseOutput(OutputSpec, frozen=True):
+    """One float32 vector for each input, answered by `Embeddings`. Raw outputs are the encoder's vectors, `[n, D]`.
+
+    The cache keeps the encoder's own vector, so that every width and quantisation is served from it.
+    """
+
+    dimensions: int
+    normalized: bool
+    pre_norm: bool
+
+    @classmethod
+    def encode(cls, encoder: Encoder, texts: Sequence[Ids], prompt_tokens: Sequence[int] | None) -> Tensor:
+        """See `OutputSpec`."""
+        return encoder(texts, prompt_tokens)
+
+    @classmethod
+    def cache_rows(cls, raw: Tensor) -> FinishedRows:
+        """See `OutputSpec`."""
+        return _finished(raw)
+
+    def finish(self, raw: Tensor, indexes: Sequence[int] | None) -> FinishedRows:
+        """See `OutputSpec`. Copying the rows to main memory is the one moment at which a GPU is waited for."""
+        return _finished(self._cut(raw if indexes is None else raw[indexes]))
+
+    def finish_cached(self, rows: Rows) -> NDArray[np.float32]:
+        """See `OutputSpec`."""
+        found: NDArray[np.float32] = self._cut(torch.from_numpy(np.stack(list(rows)))).numpy()
+        return found
+
+    def allocate(self, num_items: int) -> NDArray[np.float32]:
+        """See `OutputSpec`; `[num_items, dimensions]`."""
+        return np.empty((num_items, self.dimensions), dtype=np.float32)
+
+    def pack(self, allocated: NDArray[np.float32], **details: Unpack[ResultDetails]) -> Embeddings:
+        """See `OutputSpec`."""
+        return Embeddings(vectors=allocated.tobytes(), dimensions=self.dimensions, **details)
+
+    def not_finite(self, index: int) -> EngineError:
+        """See `OutputSpec`."""
+        return NonFiniteEmbedding(
+            f"the vector of input[{index}] is not finite: the model's dtype overflows on this text. Serve the model "
+            "with `dtype: float32` or `bfloat16`",
+            index=index,
+        )
+
+    def _cut(self, vectors: Tensor) -> Tensor:
+        return truncate_and_normalize(
+            vectors, dimensions=self.dimensions, normalized=self.normalized, pre_norm=self.pre_norm
+        )
+
+
+def _finished(vectors: Tensor) -> FinishedRows:
+    rows = vectors.cpu().numpy()
+    return FinishedRows(rows, np.isfinite(rows).all(axis=-1))
+
+
+class OutputDefaults(Struct, frozen=True):
+    """What a call that leaves it open gets: the registry's and the server's settings for the model.
+
+    Args:
+        normalize: whether vectors are brought to length one.
+        target_dim: width of vectors, where the model allows it; None is the model's own.
+    """
+
+    normalize: bool = True
+    target_dim: int | None = None
+
+
+@singledispatch
+def output_spec(call: BaseCall, info: ModelInfo, defaults: OutputDefaults) -> OutputSpec:
+    """Returns what a call asks of a model. Each kind of call registers a function of its own.
+
+    Raises:
+        InvalidRequest: the model does not give this.
+    """
+    raise NotImplementedError(f"no output is registered for {type(call).__name__}")
+
+
+@output_spec.register
+def _dense_output(call: EmbedCall, info: ModelInfo, defaults: OutputDefaults) -> DenseOutput:
+    """Returns the width and length of the vectors.
+
+    Raises:
+        DimensionsNotSupported: naming the widths that the model gives.
+    """
+    native, allowed = info.dimensions, info.matryoshka
+    width = call.dimensions
+    if width is None:
+        target_dim = defaults.target_dim
+        width = target_dim if target_dim is not None and target_dim <= native else native
+        width = width if allowed.allows(width, native) else native
+    elif not allowed.allows(width, native):
+        raise DimensionsNotSupported(
+            f"dimensions is {width}, but {call.model_id} gives {allowed.describe(native)}", param="dimensions"
+        )
+    return DenseOutput(width, defaults.normalize if call.normalize is None else call.normalize, allowed.layer_norm)
