@@ -17,7 +17,7 @@ from engines.loading.preflight import check_counts, check_proportions
 from engines.loading.static import build_static
 from engines.loading.tokenizer import ModelFacts, read_tokenizer
 from engines.models.adapters import Positions, drop_pooler, unused_weights
-from engines.models.base import CheckableEncoder
+from engines.models.base import EncoderConfig, LoadedEncoder
 from engines.models.cuda_graphs import capturer_for
 from engines.models.observation import observe
 from engines.models.transformer import TransformerEncoder
@@ -33,11 +33,11 @@ _ENCODER_ONLY_OF = ("t5", "mt5", "umt5")
 
 _INDEX = "model.safetensors.index.json"
 
-Built = tuple[CheckableEncoder, Tokenizer, str]
-"""An encoder, its tokenizer and the dtype of its weights."""
+Built = tuple[LoadedEncoder, Tokenizer, str]
+"""An encoder, its tokenizer, and the dtype of its weights."""
 
 
-def build(folder: Folder, spec: ModelSpec, device: torch.device) -> Built:
+def build(folder: Folder, spec: ModelSpec, encoder_config: EncoderConfig) -> Built:
     """Builds the encoder and tokenizer of a folder.
 
     Raises:
@@ -47,15 +47,16 @@ def build(folder: Folder, spec: ModelSpec, device: torch.device) -> Built:
         log.warning("model.remote_code_trusted", model=spec.model_id, source=spec.source, revision=spec.revision)
     kind = "Transformer" if folder.modules is None else folder.modules[0].kind
     if kind == "StaticEmbedding":
-        return build_static(folder, spec, device)
+        return build_static(folder, spec, encoder_config.device)
     if kind == "Transformer":
-        return _build_transformer(folder, spec, device)
+        return _build_transformer(folder, spec, encoder_config)
     raise UnsupportedModel(
         f"modules.json starts with the module {kind!r}; only Transformer and StaticEmbedding are supported there"
     )
 
 
-def _build_transformer(folder: Folder, spec: ModelSpec, device: torch.device) -> Built:
+def _build_transformer(folder: Folder, spec: ModelSpec, encoder_config: EncoderConfig) -> Built:
+    device = encoder_config.device
     if (folder.weights / "adapter_config.json").exists():
         raise UnsupportedModel(
             "adapter_config.json marks a PEFT adapter, which is not supported: merge it into its base model and serve "
@@ -78,8 +79,8 @@ def _build_transformer(folder: Folder, spec: ModelSpec, device: torch.device) ->
         counts_prompt=head.excludes_prompt,
     )
     tokenizer = read_tokenizer(folder, spec, facts)
-    notes = observed.why_not_packed(tokenizer.max_tokens)
-    encoder = TransformerEncoder(model, head, device, capturer_for(device), notes=notes)
+    against_packing = observed.why_not_packed(tokenizer.max_tokens)
+    encoder = TransformerEncoder(model, head, encoder_config, capturer_for(device), notes=against_packing)
     return encoder, tokenizer, str(dtype).removeprefix("torch.")
 
 

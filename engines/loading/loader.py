@@ -8,7 +8,7 @@ import ctypes
 import gc
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -27,10 +27,10 @@ from engines.inputs.tokenizer import Tokenizer
 from engines.inputs.tokenizer_threads import TokenizerThreads
 from engines.loading.builders import build
 from engines.loading.folder import PLACEHOLDER_PROMPTS, read_folder
-from engines.models.base import CheckableEncoder, weight_bytes, workspace_bytes
+from engines.models.base import EncoderConfig, LoadedEncoder, weight_bytes, workspace_bytes
 from engines.models.cuda_graphs import CAPTURING
 from engines.models.prepacked import MAX_PREPACKED_BYTES
-from engines.models.verification import Canaries, check_again, select_forward_path
+from engines.models.verification import Canaries, SelfCheck
 from engines.spec import Matryoshka, ModelSpec
 from engines.types import ModelFiles, ModelInfo, fingerprint
 
@@ -91,8 +91,8 @@ class TorchLoader:
 
     def _load(self, spec: ModelSpec, files: ModelFiles) -> EmbeddingEngine:
         folder = read_folder(Path(files.path))
-        encoder, tokenizer, dtype = build(folder, spec, self._device)
-        encoder.largest_copy, encoder.num_threads = self._settings.max_prepacked_bytes, self._scheduler.num_threads
+        self_check = SelfCheck(self._canaries)
+        encoder, tokenizer, dtype = build(folder, spec, self._encoder_config(self_check))
         prompts = {**folder.prompts, **spec.prompts}
         info = ModelInfo(
             dimensions=encoder.dimensions,
@@ -107,12 +107,7 @@ class TorchLoader:
         key = fingerprint([spec.model_id, files.revision, dtype, self._device.type, spec.pooling, spec.max_tokens])
 
         def check() -> tuple[ModelInfo, int, int]:
-            encoder.pause = self._scheduler.preemption_point
-            vectors, notes = select_forward_path(encoder, tokenizer, dtype, self._canaries.known(key))
-            if self._device.type != "cpu":
-                encoder.pause = lambda: None  # kernels queued on the device cannot be preempted
-            self._canaries.compare(key, vectors, dtype, _last_written_s(files))
-            encoder.recheck = partial(check_again, tokenizer=tokenizer, dtype=dtype, vectors=vectors)
+            notes = self_check.run(encoder.paths, tokenizer, dtype, key, _last_written_s(files))
             found = structs.replace(info, attention=encoder.attention, path=encoder.path, notes=notes)
             return found, size + encoder.extra_bytes(), workspace
 
@@ -127,8 +122,22 @@ class TorchLoader:
         size = weight_bytes(encoder) + (spec.cache_bytes if self._device.type == "cpu" else 0)
         return EmbeddingEngine(parts, self._scheduler, self._threads, limits, check, self._free_memory, size)
 
+    def _encoder_config(self, self_check: SelfCheck) -> EncoderConfig:
+        """Returns how an encoder of this device runs. On a GPU passes can be preempted in the check at load only: when
+        they serve, their kernels wait on the device already, and none can be overtaken."""
+        preemption_point: Callable[[], None] = self._scheduler.preemption_point
+        if self._device.type != "cpu":
+            preemption_point = self_check.while_running(preemption_point)
+        return EncoderConfig(
+            device=self._device,
+            num_threads=self._scheduler.num_threads,
+            max_prepacked_bytes=self._settings.max_prepacked_bytes,
+            preemption_point=preemption_point,
+            recheck=self_check.check_again,
+        )
+
     def _batch_tokens(
-        self, spec: ModelSpec, encoder: CheckableEncoder, tokenizer: Tokenizer, weights: str
+        self, spec: ModelSpec, encoder: LoadedEncoder, tokenizer: Tokenizer, weights: str
     ) -> tuple[int, BatchSizeTuner | None]:
         """Returns the tokens per batch and a tuner, if any.
 

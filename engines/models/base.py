@@ -1,8 +1,10 @@
-"""What an engine runs: token ids to vectors with one model on one device. Protocols, and what an encoder weighs."""
+"""Defines what an engine runs: token ids to vectors with one model on one device; and what the check at load needs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple, Protocol
 
+import torch
+from msgspec import Struct
 from torch import Tensor
 
 from engines.inputs.tokenizer import Ids
@@ -19,7 +21,7 @@ ForwardPath = Literal["graphed", "prepacked", "fused", "packed", "padded", "unpa
 
 
 def attention_of(path: ForwardPath) -> Attention:
-    """How texts share a pass on a path."""
+    """Returns how texts share a pass on a path."""
     return path if path in ("padded", "unpadded") else "packed"
 
 
@@ -34,105 +36,201 @@ class ForwardPathFailed(Exception):
     """A path failed where its check did not. The texts are to be run again: the next pass takes the plainest path."""
 
 
-class Encoder(Protocol):
-    """What an engine runs. Texts come sorted by length, and vectors leave in the same order.
+class PathForm(NamedTuple):
+    """Vectors `[len(rows), D]` of some of the texts that a path was asked for, by one of the forms that it has.
+
+    `rows`: indexes of these texts. `where`: follows the path's name in messages; empty for passes of any size.
+    """
+
+    rows: Sequence[int]
+    vectors: Tensor
+    where: str = ""
+
+
+class ForwardPaths(Protocol):
+    """The paths by which one model can run, as the check at load sees them. Nothing else may run meanwhile.
 
     Attributes:
-        part_tokens: of the smallest pass that is worth a thread of its own.
-        fallback: why the path that was chosen at load is not in use now; empty while it is.
-        pause: called before each layer; it may run other texts through this very encoder, if it is `is_reentrant`.
+        dimensions: width of the vectors.
+        window: tokens that sliding attention reaches, None without it.
+        notes: why a faster path is not worth trying.
     """
 
     dimensions: int
-    pause: Callable[[], None]
+    window: int | None
+    notes: tuple[str, ...]
+
+    @property
+    def path(self) -> ForwardPath:
+        """Returns the path in use."""
+
+    def candidate_paths(self) -> tuple[ForwardPath, ...]:
+        """Returns the paths worth trying, the fastest first; the last is the one that must be right."""
+
+    def switch_to(self, path: ForwardPath) -> None:
+        """Makes this the path in use."""
+
+    def forms(self, texts: Sequence[Ids]) -> Iterator[PathForm]:
+        """Runs texts, sorted by length, in every form that the path in use has; first all of them in one batch.
+
+        Forms differ by how many texts share a pass, by kernel, and by the size of the row. Those with the same `where`
+        come one after the other.
+        """
+
+    def reference(self, texts: Sequence[Ids]) -> Tensor:
+        """Returns the vectors `[n, D]` by the plain forward pass, no text in a pass with one of another length."""
+
+
+class Encoder(Protocol):
+    """What a runner needs. Texts come sorted by length, and vectors leave in the same order.
+
+    Attributes:
+        part_tokens: of the smallest pass that is worth a thread of its own.
+    """
+
+    dimensions: int
     part_tokens: int
 
     @property
     def attention(self) -> Attention:
-        """How texts share a pass."""
+        """Returns how texts share a pass."""
 
     @property
     def path(self) -> ForwardPath:
-        """The one in use."""
+        """Returns the path in use."""
 
     @property
     def fallback(self) -> str:
-        """Why the path that was chosen at load is not in use now; empty while it is."""
+        """Returns why the path that was chosen at load is not in use now; empty while it is."""
 
     @property
     def is_reentrant(self) -> bool:
-        """Whether several threads may call at once."""
+        """Tells whether several threads may call at once."""
 
     def __call__(self, texts: Sequence[Ids], prompt_tokens: Sequence[int] | None = None) -> Tensor:
-        """Float32 vectors `[n, dimensions]` on the device, as the model's own modules leave them.
+        """Returns float32 vectors `[n, dimensions]` on the device, as the model's own modules leave them.
 
         Raises:
             ForwardPathFailed: run the texts again.
         """
 
-    def reference(self, texts: Sequence[Ids], prompt_tokens: Sequence[int] | None = None) -> Tensor:
-        """The same, without company of another length, through the plain forward pass."""
 
-    def tensors(self) -> list[Tensor]:
-        """All weights and buffers."""
-
-    def token_bytes(self) -> int:
-        """Memory that one token of a batch needs while it runs, an upper estimate."""
-
-
-class CheckableEncoder(Encoder, Protocol):
-    """An encoder that has not been checked yet.
+class LoadedEncoder(Encoder, Protocol):
+    """What a loader needs besides.
 
     Attributes:
-        path: the one in use.
-        num_layers: between so many parts of about equal length a pass pauses.
-        window: tokens that sliding attention reaches, None without it.
-        notes: why a faster path is not worth trying.
-        largest_copy: bytes that a path may hold in second copies of weights.
+        num_layers: a pass can be preempted between so many parts of about equal length.
+    """
+
+    num_layers: int
+
+    @property
+    def paths(self) -> ForwardPaths:
+        """Returns the paths to be checked before the encoder serves."""
+
+    def tensors(self) -> list[Tensor]:
+        """Returns all weights and buffers."""
+
+    def token_bytes(self) -> int:
+        """Returns the memory that one token of a batch needs while it runs, an upper estimate."""
+
+    def extra_bytes(self) -> int:
+        """Returns the bytes that the path in use keeps in addition to `tensors`, an upper estimate."""
+
+
+def _no_preemption() -> None:
+    """Does nothing."""
+
+
+def _never_checked(paths: ForwardPaths) -> None:
+    raise NotImplementedError("a path that was not checked at load has nothing to be compared with")
+
+
+class EncoderConfig(Struct, frozen=True, kw_only=True):
+    """How an encoder runs, given once at construction.
+
+    Args:
+        device: where it runs.
         num_threads: that may run one pass together.
+        max_prepacked_bytes: bytes that a path may hold in second copies of weights.
+        preemption_point: called before each layer; it may run other texts through the same encoder, if that is
+            reentrant.
         recheck: called before a path that failed is used again; raises where its vectors are not right.
     """
 
-    largest_copy: int
-    num_threads: int
-    path: ForwardPath
-    num_layers: int
-    window: int | None
-    notes: tuple[str, ...]
-    recheck: "Recheck"
+    device: torch.device = torch.device("cpu")
+    num_threads: int = 1
+    max_prepacked_bytes: int = 0
+    preemption_point: Callable[[], None] = _no_preemption
+    recheck: Callable[[ForwardPaths], None] = _never_checked
+
+
+class SinglePathEncoder:
+    """Base of encoders that have one path and one form of it.
+
+    A subclass sets `dimensions` and defines `__call__`, `tensors` and `token_bytes`.
+    """
+
+    attention: Attention = "packed"
+    path: ForwardPath = "packed"
+    fallback = ""
+    is_reentrant = True
+    part_tokens = PART_TOKENS
+    num_layers = 1
+    dimensions: int
+
+    def __call__(self, texts: Sequence[Ids], prompt_tokens: Sequence[int] | None = None) -> Tensor:
+        """See `Encoder`."""
+        raise NotImplementedError
 
     @property
-    def sizes(self) -> tuple[Size, ...]:
-        """On the path in use, the sizes whose rows run in a form of their own; none where there is one for all."""
-
-    def encode_fixed(self, texts: Sequence[Ids], size: Size) -> Tensor:
-        """As a call that runs in a row of this size, which has room for the texts."""
+    def paths(self) -> ForwardPaths:
+        """See `LoadedEncoder`."""
+        return SinglePath(self)
 
     def extra_bytes(self) -> int:
-        """Bytes that the path in use keeps in addition to `tensors`, an upper estimate."""
+        """See `LoadedEncoder`; there are none."""
+        return 0
+
+
+class SinglePath:
+    """The `ForwardPaths` of an encoder that has one path. Its reference is each text alone."""
+
+    window: int | None = None
+    notes: tuple[str, ...] = ()
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+        self.dimensions = encoder.dimensions
+
+    @property
+    def path(self) -> ForwardPath:
+        """See `ForwardPaths`."""
+        return self._encoder.path
 
     def candidate_paths(self) -> tuple[ForwardPath, ...]:
-        """The paths worth trying, the fastest first; the last is the one that must be right."""
-
-    def encode_batched(self, texts: Sequence[Ids]) -> Tensor:
-        """As a call, with as much company for each text as the path allows, in each form that texts in company
-        may take: `[forms, n, dimensions]`."""
-
-    def encode_single(self, text: Ids) -> Tensor:
-        """As a call with this text only, in each form that few tokens may take: `[forms, dimensions]`."""
+        """See `ForwardPaths`."""
+        return (self.path,)
 
     def switch_to(self, path: ForwardPath) -> None:
-        """Run this way from now on; nothing may run meanwhile."""
+        """See `ForwardPaths`; there is one."""
+        assert path == self.path, "there is one path"
+
+    def forms(self, texts: Sequence[Ids]) -> Iterator[PathForm]:
+        """See `ForwardPaths`: all texts together, and the first alone."""
+        yield PathForm(range(len(texts)), self._encoder(texts))
+        yield PathForm([0], self._encoder(texts[:1]))
+
+    def reference(self, texts: Sequence[Ids]) -> Tensor:
+        """See `ForwardPaths`."""
+        return torch.cat([self._encoder([ids]) for ids in texts])
 
 
-Recheck = Callable[[CheckableEncoder], None]
-
-
-def weight_bytes(encoder: Encoder) -> int:
-    """Bytes of everything that stays on the device as long as the encoder lives."""
+def weight_bytes(encoder: LoadedEncoder) -> int:
+    """Returns the bytes of everything that stays on the device as long as the encoder lives."""
     return storage_bytes(encoder.tensors())
 
 
-def workspace_bytes(encoder: Encoder, batch_tokens: int) -> int:
-    """Bytes that a batch of `batch_tokens` needs while it runs, an upper estimate."""
+def workspace_bytes(encoder: LoadedEncoder, batch_tokens: int) -> int:
+    """Returns the bytes that a batch of `batch_tokens` needs while it runs, an upper estimate."""
     return batch_tokens * encoder.token_bytes()

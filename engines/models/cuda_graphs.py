@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache, partial
-from itertools import accumulate, pairwise
+from itertools import accumulate, cycle, pairwise
 from statistics import median
 from typing import Any, Protocol
 
@@ -282,6 +282,19 @@ class CudaGraphs:
         """Returns the vectors `[n, D]` of texts that fit into a row of this size."""
         with self._lock:
             return self._graphs[size](texts)
+
+
+def fill_row(size: Size, texts: Sequence[Ids]) -> list[int]:
+    """Returns which of the texts, sorted by length, over and over, make the fullest row of a size; sorted again."""
+    rows: list[int] = []
+    left = size.tokens
+    for row in cycle(reversed(range(len(texts)))):
+        if len(rows) == size.texts or left < len(texts[0]):
+            return sorted(rows)
+        if len(texts[row]) <= left:
+            rows.append(row)
+            left -= len(texts[row])
+    raise AssertionError("a cycle has no end")
 
 
 def kept_bytes(tokens: int, token_bytes: int) -> int:

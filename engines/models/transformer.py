@@ -39,14 +39,15 @@ from engines.models.adapters import Positions, adapt, layers_of, padding_id, swi
 from engines.models.base import (
     PART_TOKENS,
     Attention,
-    CheckableEncoder,
+    EncoderConfig,
     ForwardPath,
     ForwardPathFailed,
-    Recheck,
+    ForwardPaths,
+    PathForm,
     Size,
     attention_of,
 )
-from engines.models.cuda_graphs import CudaGraphs, FixedPackedLayout, GraphCapturer, kept_bytes
+from engines.models.cuda_graphs import CudaGraphs, FixedPackedLayout, GraphCapturer, fill_row, kept_bytes
 from engines.models.head import EmbeddingHead
 from engines.models.prepacked import PrepackedWeights
 from engines.protocols import Clock
@@ -159,7 +160,7 @@ class TransformerEncoder:
     Args:
         model: in eval mode, on the device.
         chain: the modules behind it.
-        device: where both live.
+        config: how to run; both live on its device.
         recorder: records passes there; None where that is not possible.
         notes: what else speaks against packing.
     """
@@ -168,13 +169,13 @@ class TransformerEncoder:
         self,
         model: Any,
         chain: EmbeddingHead,
-        device: torch.device,
+        config: EncoderConfig,
         recorder: GraphCapturer | None = None,
         *,
         notes: tuple[str, ...] = (),
     ) -> None:
         self._model = model
-        self._chain, self._device = chain, device
+        self._chain, self._config, self._device = chain, config, config.device
         self._state = PackedState()
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self._positions = Positions(model)
@@ -187,21 +188,25 @@ class TransformerEncoder:
         adapt(model, self._state)
         self._fused = [] if self.notes else fuse(model, self._state)
         self._copies = PrepackedWeights(model, self._fused)
-        can_record = has_varlen(device, model.dtype) and not self._rope.remembers
+        can_record = has_varlen(self._device, model.dtype) and not self._rope.remembers
         self._recorder = recorder if can_record else None
         self._graphs: CudaGraphs | None = None
         self.window: int | None = getattr(model.config.get_text_config(), "sliding_window", None)
         self.dimensions = chain.dimensions
         self.path: ForwardPath = "padded"
-        self.part_tokens, self.num_threads, self.largest_copy = PART_TOKENS, 1, prepacked.MAX_PREPACKED_BYTES
-        self.pause: Callable[[], None] = lambda: None
-        self.recheck: Recheck = _never_checked
+        self.part_tokens = PART_TOKENS
+        self._is_recording = False
         self._chosen: ForwardPath = "padded"
         self._failure = ""
         self._passes = PathFallback(self._leave, self._resume)
         self.num_layers = len(layers := layers_of(model))
         for layer in layers:
-            layer.register_forward_pre_hook(lambda *_: self.pause())
+            layer.register_forward_pre_hook(lambda *_: self._preemption_point())
+
+    @property
+    def paths(self) -> ForwardPaths:
+        """See `LoadedEncoder`."""
+        return self
 
     @property
     def attention(self) -> Attention:
@@ -231,27 +236,40 @@ class TransformerEncoder:
         with reserve_for_onnxruntime(self._copies.supports(layout, None)), self._passes.running_pass():
             return self._chain(self._hidden_or_fail_over(texts, layout), layout, prompt_tokens)
 
+    def forms(self, texts: Sequence[Ids]) -> Iterator[PathForm]:
+        """See `ForwardPaths`: in a batch and the first alone, by each kernel that such passes take; and in a full row
+        of each size that has a recorded pass."""
+        for vectors in self.encode_batched(texts):
+            yield PathForm(range(len(texts)), vectors)
+        for vector in self.encode_single(texts[0]):
+            yield PathForm([0], vector[None])
+        for size in self.sizes:
+            rows = fill_row(size, texts)
+            vectors = self.encode_fixed([texts[row] for row in rows], size)
+            yield PathForm(rows, vectors, f", in a row of {size.tokens} tokens,")
+
     @torch.inference_mode()
     def encode_batched(self, texts: Sequence[Ids]) -> Tensor:
-        """See `CheckableEncoder`: padded batches are not cut by length, however much padding that takes."""
+        """Returns vectors `[forms, n, D]`, with as many other texts beside each as the path allows, in each form that
+        a pass of many texts may take. Padded batches are not cut by length, however much padding that takes."""
         forms: tuple[KernelVariant, ...] = ("many", "prepacked") if self.path == "prepacked" else ("many",)
         return torch.stack([self._as_asked(texts, form) for form in forms])
 
     @torch.inference_mode()
     def encode_single(self, text: Ids) -> Tensor:
-        """See `CheckableEncoder`."""
+        """Returns vectors `[forms, D]` of a text alone, in each form that a pass of few tokens may take."""
         forms: tuple[KernelVariant, ...] = ("few", "shared") if self.path == "prepacked" else ("few",)
         return torch.cat([self._as_asked([text], form) for form in forms])
 
     @torch.inference_mode()
     def encode_fixed(self, texts: Sequence[Ids], size: Size) -> Tensor:
-        """See `CheckableEncoder`."""
+        """Returns vectors `[n, D]` of texts that fit into a row of this size, by its recorded pass."""
         assert self._graphs is not None, "it has a size"
         return self._graphs(texts, size)
 
     @torch.inference_mode()
     def reference(self, texts: Sequence[Ids], prompt_tokens: Sequence[int] | None = None) -> Tensor:
-        """See `Encoder`. It changes how the model runs, so that nothing else may run meanwhile."""
+        """See `ForwardPaths`. It changes how the model runs, so that nothing else may run meanwhile."""
         used = self.path
         switch_attention(self._model, "eager")
         try:
@@ -262,7 +280,7 @@ class TransformerEncoder:
 
     @torch.inference_mode()
     def switch_to(self, path: ForwardPath) -> None:
-        """See `CheckableEncoder`. Passes are recorded once, and forgotten with their path."""
+        """See `ForwardPaths`. Passes are recorded once, and forgotten with their path."""
         self.path = path
         self.part_tokens = prepacked.PART_TOKENS if path == "prepacked" else PART_TOKENS
         switch_attention(self._model, PACKED if self.attention == "packed" else self._own_attention)
@@ -270,10 +288,10 @@ class TransformerEncoder:
             self._graphs = None
         elif self._graphs is None:
             self._graphs = self._recorded()
-        self._copies.make(self.num_threads if path == "prepacked" else 0)
+        self._copies.make(self._config.num_threads if path == "prepacked" else 0)
 
     def candidate_paths(self) -> tuple[ForwardPath, ...]:
-        """See `CheckableEncoder`. Whether a path is right, `engines/models/verification.py` finds out."""
+        """See `ForwardPaths`. Whether a path is right, `engines/models/verification.py` finds out."""
         if self.notes:
             return ("padded", "unpadded")
         copied = self._copied_bytes()
@@ -282,11 +300,11 @@ class TransformerEncoder:
 
     @property
     def sizes(self) -> tuple[Size, ...]:
-        """See `CheckableEncoder`."""
+        """Returns the sizes whose rows run by a recorded pass on the path in use."""
         return self._graphs.sizes if self._graphs is not None else ()
 
     def extra_bytes(self) -> int:
-        """See `CheckableEncoder`."""
+        """See `LoadedEncoder`."""
         if self._graphs is not None:
             return kept_bytes(self._graphs.kept_tokens, self.token_bytes())
         return self._copied_bytes() if self.path == "prepacked" else 0
@@ -307,15 +325,20 @@ class TransformerEncoder:
         return int((8 * width + 3 * inner) * self._model.dtype.itemsize)
 
     def _copied_bytes(self) -> int:
-        return self._copies.size_bytes(self.largest_copy, self.num_threads)
+        return self._copies.size_bytes(self._config.max_prepacked_bytes, self._config.num_threads)
 
     def _recorded(self) -> CudaGraphs:
         assert self._recorder is not None, "paths() offers what can be done"
-        before, self.pause = self.pause, lambda: None  # what ran in a pause would be recorded too
+        self._is_recording = True
         try:
             return CudaGraphs(self._fixed, self._as_asked, self._positions.filler, self._device, self._recorder)
         finally:
-            self.pause = before
+            self._is_recording = False
+
+    def _preemption_point(self) -> None:
+        """Lets other texts run between two layers, but during a recording, in which they would be recorded too."""
+        if not self._is_recording:
+            self._config.preemption_point()
 
     def _fixed(self, layout: FixedPackedLayout) -> Tensor:
         """Returns the vectors of a row of a fixed size, also of its places without a text."""
@@ -364,7 +387,7 @@ class TransformerEncoder:
         """Switches back to the failed path if its vectors are right: the failure may have corrupted it."""
         try:
             self.switch_to(self._chosen)
-            self.recheck(self)
+            self._config.recheck(self)
         except Exception as error:  # noqa: BLE001  # whatever it is, the plainest path serves on
             log.warning("model.path_not_resumed", path=self._chosen, reason=str(error))
             self.switch_to("unpadded")
@@ -388,7 +411,7 @@ class TransformerEncoder:
         """Returns the hidden states of a packed row of ids `[T]`."""
         positions = self._positions(row, layout)
         if self._copies.supports(layout, self._form):
-            return self._copies(row, positions, layout, self._form, self.pause)
+            return self._copies(row, positions, layout, self._form, self._preemption_point)
         options: dict[str, Any] = {"position_ids": positions[None]} if self._takes_positions else {}
         with self._state.running(layout, is_fused=bool(self._fused) and self.path != "packed", variant=self._form):
             return self._forward(row[None], attention_mask=None, packed_layout=layout, **options)[0]
@@ -409,7 +432,3 @@ class TransformerEncoder:
     def _forward(self, input_ids: Tensor, **options: Any) -> Tensor:
         hidden: Tensor = self._model(input_ids=input_ids, **options).last_hidden_state
         return hidden
-
-
-def _never_checked(encoder: CheckableEncoder) -> None:
-    raise NotImplementedError("a path that was not checked at load has nothing to be compared with")

@@ -1,16 +1,17 @@
-"""The check that every engine passes before it serves: its fast path must give what the plain forward pass gives.
+"""Checks every engine before it serves: its fast path must give what the plain forward pass gives.
 
-A handful of fixed texts runs twice: together (and one of them alone) through the path that will serve, and by length
-through the reference attention. Beyond tolerance the engine falls back to padded batches; still beyond, it refuses
-to serve. The first good vectors of a (revision, dtype, device kind) are kept as its canary, and every later load
-must give them again: a broken file or library update is found before a client finds it. A load whose fast path gives
-its canary again is as sure as the one that left it, and spares the reference, which takes most of the check's time.
+A handful of fixed texts, the probes, runs twice: together (and one of them alone) through the path that will serve, and
+by length through the reference attention. Beyond tolerance the engine falls back to padded batches; still beyond, it
+refuses to serve. The first good vectors of a (revision, dtype, device kind) are kept as its canary, and every later
+load must give them again: a broken file or library update is found before a client finds it. A load whose fast path
+gives its canary again is as certain as the one that wrote it, and spares the reference, which takes most of the check's
+time.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from itertools import cycle
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ from torch import Tensor
 from engines.errors import EngineError, OutOfMemory, SelfCheckFailed, is_out_of_memory
 from engines.inputs.prompts import PromptTemplate
 from engines.inputs.tokenizer import Ids, Tokenizer
-from engines.models.base import CheckableEncoder, Size
+from engines.models.base import ForwardPaths
 from engines.types import fingerprint
 
 log = structlog.get_logger(__name__)
@@ -31,10 +32,10 @@ log = structlog.get_logger(__name__)
 # Cosine distance that rounding may cause, by dtype of the weights.
 TOLERANCE = {"float32": 1e-7, "bfloat16": 1e-3, "float16": 1e-3}
 
-# Rows of one text may differ this much (as `distance`) when it stands twice among others: rounding, and no more.
+# Rows of one text that is in a batch twice may differ this much (as `distance`): rounding, and no more.
 _TWICE = {"float32": 1e-11, "bfloat16": 1e-5, "float16": 1e-5}
 
-# Two lengths, and texts of one length, are what the paths differ in; each more would cost every load a forward.
+# Paths treat texts of one length and of two lengths differently; each further length would cost every load a pass.
 _SHORT = "The yard keeps."
 _LONG = "Über den Dächern, 两个人."
 
@@ -46,10 +47,10 @@ _MARK = fingerprint([_SHORT, _LONG, _BEYOND_WINDOW, _LARGEST_PROBED_WINDOW])[:8]
 
 
 def probe_inputs(tokenizer: Tokenizer, window: int | None = None) -> list[Ids]:
-    """The fixed texts as ids, sorted by length: a short one twice, its words backwards, and a longer one.
+    """Returns the probes as ids, sorted by length: a short text twice, its words backwards, and a longer one.
 
     Args:
-        window: of the model's sliding attention; where a short text can reach beyond it, the longest one does.
+        window: of the model's sliding attention; where a short text can be longer than it, the longest probe is.
     """
     short, long = tokenizer.encode((_SHORT, _LONG), PromptTemplate(), "end").ids
     first, behind = len(tokenizer.limits.prefix), len(short) - len(tokenizer.limits.suffix)
@@ -61,12 +62,12 @@ def probe_inputs(tokenizer: Tokenizer, window: int | None = None) -> list[Ids]:
 
 
 def select_forward_path(
-    encoder: CheckableEncoder, tokenizer: Tokenizer, dtype: str, known: NDArray[np.float32] | None = None
+    paths: ForwardPaths, tokenizer: Tokenizer, dtype: str, known: NDArray[np.float32] | None = None
 ) -> tuple[NDArray[np.float32], tuple[str, ...]]:
-    """Pick the fastest path that is right.
+    """Selects the fastest path that is right, and leaves it in use.
 
     Args:
-        known: the canary; a path that gives it again is right. Where none does, the reference decides as at first.
+        known: the canary; a path that gives it again is right. Where none does, the reference decides, as without it.
 
     Returns:
         The probes' vectors `[n, D]` through that path, and what fell back and why.
@@ -76,29 +77,29 @@ def select_forward_path(
         OutOfMemory: the device cannot run even these few texts.
     """
     try:
-        probes = probe_inputs(tokenizer, encoder.window)
-        if known is not None and known.shape == (len(probes), encoder.dimensions):
+        probes = probe_inputs(tokenizer, paths.window)
+        if known is not None and known.shape == (len(probes), paths.dimensions):
             with suppress(SelfCheckFailed):
-                return _fastest(encoder, probes, _Expected("its canary", torch.from_numpy(known), dtype))
-        return _fastest(encoder, probes, _reference(encoder, probes, dtype))
+                return _fastest(paths, probes, _Expected("its canary", torch.from_numpy(known), dtype))
+        return _fastest(paths, probes, _reference(paths, probes, dtype))
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         raise OutOfMemory("the device has no memory to run the first texts; other models or a batch fill it") from error
 
 
-def check_again(encoder: CheckableEncoder, tokenizer: Tokenizer, dtype: str, vectors: NDArray[np.float32]) -> None:
-    """Hold the path in use against the vectors of the check at load.
+def check_again(paths: ForwardPaths, tokenizer: Tokenizer, dtype: str, vectors: NDArray[np.float32]) -> None:
+    """Compares the path in use with the vectors of the check at load.
 
     Raises:
         SelfCheckFailed: it does not give them.
     """
     truth = _Expected("what the check at load found", torch.from_numpy(vectors), dtype)
-    _checked(encoder, probe_inputs(tokenizer, encoder.window), truth)
+    _checked(paths, probe_inputs(tokenizer, paths.window), truth)
 
 
 class _Expected(NamedTuple):
-    """What the probes' vectors must be, `[n, D]`, and who says so."""
+    """What the probes' vectors must be, `[n, D]`, and where they are from."""
 
     source: str
     vectors: Tensor
@@ -106,27 +107,27 @@ class _Expected(NamedTuple):
 
 
 def _fastest(
-    encoder: CheckableEncoder, probes: Sequence[Ids], truth: _Expected
+    paths: ForwardPaths, probes: Sequence[Ids], truth: _Expected
 ) -> tuple[NDArray[np.float32], tuple[str, ...]]:
-    *fast, last = encoder.candidate_paths()
-    notes = encoder.notes
+    *fast, last = paths.candidate_paths()
+    notes = paths.notes
     for path in fast:
         try:
-            encoder.switch_to(path)
-            return _checked(encoder, probes, truth), notes
+            paths.switch_to(path)
+            return _checked(paths, probes, truth), notes
         except Exception as error:  # architectures fail in their own ways; each means: not this path
             if is_out_of_memory(error):
                 raise
-            following = encoder.candidate_paths()[encoder.candidate_paths().index(path) + 1]
+            following = paths.candidate_paths()[paths.candidate_paths().index(path) + 1]
             notes = (*notes, f"{following}: {_reason(error)}")
             log.warning("model.path_not_taken", path=path, reason=str(error))
-    encoder.switch_to(last)
-    return _checked(encoder, probes, truth), notes
+    paths.switch_to(last)
+    return _checked(paths, probes, truth), notes
 
 
-def _reference(encoder: CheckableEncoder, probes: Sequence[Ids], dtype: str) -> _Expected:
+def _reference(paths: ForwardPaths, probes: Sequence[Ids], dtype: str) -> _Expected:
     try:
-        expected = encoder.reference(probes)
+        expected = paths.reference(probes)
     except Exception as error:
         if is_out_of_memory(error):
             raise
@@ -139,36 +140,34 @@ def _reference(encoder: CheckableEncoder, probes: Sequence[Ids], dtype: str) -> 
             f"the model's vectors are not finite in {dtype}; set another `dtype` in the registry (float32 is safest), "
             "or fetch the model again"
         )
-    if expected.shape[-1] != encoder.dimensions:
+    if expected.shape[-1] != paths.dimensions:
         raise SelfCheckFailed(
-            f"the model's vectors are {expected.shape[-1]} wide, but config.json says {encoder.dimensions}; such a "
+            f"the model's vectors are {expected.shape[-1]} wide, but config.json says {paths.dimensions}; such a "
             "model is not supported"
         )
     return _Expected("the reference forward pass", expected, dtype)
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, for people outside: foreign messages may hold paths, ours do not."""
+    """Describes an error for clients: messages of libraries may hold file names, our own do not."""
     is_ours = isinstance(error, EngineError | NotImplementedError)
     return str(error) if is_ours else f"{type(error).__name__} in the forward pass"
 
 
-def _checked(encoder: CheckableEncoder, probes: Sequence[Ids], truth: _Expected) -> NDArray[np.float32]:
-    forms, dtype = encoder.encode_batched(probes), truth.dtype
-    got, expected = forms[0], truth.vectors.to(forms.device)
-    alone = encoder.encode_single(probes[0])
-    same = expected[:1].expand(len(alone), -1)
-    all_forms = torch.cat([forms.flatten(0, 1), alone])
-    _compare(f"the {encoder.path} path", all_forms, torch.cat([expected.repeat(len(forms), 1), same]), truth)
-    for size in encoder.sizes:
-        rows = _filling(size, probes)
-        what = f"the {encoder.path} path, in a row of {size.tokens} tokens,"
-        _compare(what, encoder.encode_fixed([probes[row] for row in rows], size), expected[rows], truth)
+def _checked(paths: ForwardPaths, probes: Sequence[Ids], truth: _Expected) -> NDArray[np.float32]:
+    got: Tensor | None = None
+    for where, group in groupby(paths.forms(probes), lambda form: form.where):
+        forms = list(group)
+        got = forms[0].vectors if got is None else got
+        expected = truth.vectors.to(got.device)
+        wanted = torch.cat([expected[list(form.rows)] for form in forms])
+        _compare(f"the {paths.path} path{where}", torch.cat([form.vectors for form in forms]), wanted, truth)
+    assert got is not None, "a path has a form"
     twice = [row for row, ids in enumerate(probes) if np.array_equal(ids, probes[0])]
     apart = distance(got[twice[0], None], got[twice[-1], None])
-    if not apart <= _TWICE[dtype]:
+    if not apart <= _TWICE[truth.dtype]:
         raise SelfCheckFailed(
-            f"on the {encoder.path} path one text gets two vectors, {apart:.1e} apart: neighbours or chance show"
+            f"on the {paths.path} path one text gets two vectors, {apart:.1e} apart: neighbours or chance show"
         )
     return got.cpu().numpy()
 
@@ -182,21 +181,8 @@ def _compare(what: str, got: Tensor, expected: Tensor, truth: _Expected) -> None
         )
 
 
-def _filling(size: Size, probes: Sequence[Ids]) -> list[int]:
-    """Which probes, over and over, make the fullest row of that size; sorted, as the probes are."""
-    rows: list[int] = []
-    left = size.tokens
-    for row in cycle(reversed(range(len(probes)))):
-        if len(rows) == size.texts or left < len(probes[0]):
-            return sorted(rows)
-        if len(probes[row]) <= left:
-            rows.append(row)
-            left -= len(probes[row])
-    raise AssertionError("a cycle has no end")
-
-
 def distance(a: Tensor, b: Tensor) -> float:
-    """The worst `|a - b|² / (|a|² + |b|²)` over the rows of two `[n, D]`.
+    """Returns the worst `|a - b|² / (|a|² + |b|²)` over the rows of two `[n, D]`.
 
     That is `1 - cosine` where lengths are equal, more where they are not, and NaN where a row is not finite.
     """
@@ -206,7 +192,7 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 
 class Canaries:
-    """First good vectors on disk, one file for each key.
+    """Keeps the first good vectors on disk, one file for each key.
 
     Args:
         folder: where; None keeps nothing.
@@ -216,11 +202,11 @@ class Canaries:
         self._folder = folder
 
     def known(self, key: str) -> NDArray[np.float32] | None:
-        """The kept vectors of `key`; None when there are none, or nothing that can be read."""
+        """Returns the kept vectors of `key`; None when there are none, or none that can be read."""
         return None if self._folder is None else _read_vectors(self._path(self._folder, key))
 
     def compare(self, key: str, vectors: NDArray[np.float32], dtype: str, written_s: float = 0.0) -> None:
-        """Hold vectors against the kept ones of `key`, or keep them when there are none.
+        """Compares vectors with the kept ones of `key`, or keeps them when there are none.
 
         Args:
             written_s: when the model's files were written last, where their hashes are known to be right (Unix time).
@@ -263,10 +249,62 @@ def _read_vectors(path: Path) -> NDArray[np.float32] | None:
 
 
 def _write_vectors(path: Path, vectors: NDArray[np.float32]) -> None:
+    """Writes a canary; a disk that cannot be written is logged, as a model that is right may serve without one."""
     draft = path.with_suffix(".draft")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft.write_text(json.dumps(vectors.tolist()))
         draft.replace(path)
-    except OSError as error:  # a model that is right may serve without a canary
+    except OSError as error:
         log.warning("canary.not_kept", file=path.name, reason=str(error))
+
+
+class SelfCheck:
+    """The check of one engine: at load, and again before a path that failed is used again.
+
+    Made before the encoder, whose `EncoderConfig.recheck` is `check_again`.
+
+    Args:
+        canaries: vectors of earlier loads.
+    """
+
+    def __init__(self, canaries: Canaries) -> None:
+        self._canaries = canaries
+        self._is_running = False
+        self._passed: tuple[Tokenizer, str, NDArray[np.float32]] | None = None
+
+    def run(self, paths: ForwardPaths, tokenizer: Tokenizer, dtype: str, key: str, written_s: float) -> tuple[str, ...]:
+        """Selects the path that will serve, and compares its vectors with the canary of `key`.
+
+        Args:
+            written_s: see `Canaries.compare`.
+
+        Returns:
+            What fell back and why.
+
+        Raises:
+            SelfCheckFailed, OutOfMemory: see `select_forward_path` and `Canaries.compare`.
+        """
+        self._is_running = True
+        try:
+            vectors, notes = select_forward_path(paths, tokenizer, dtype, self._canaries.known(key))
+        finally:
+            self._is_running = False
+        self._canaries.compare(key, vectors, dtype, written_s)
+        self._passed = tokenizer, dtype, vectors
+        return notes
+
+    def check_again(self, paths: ForwardPaths) -> None:
+        """Compares the path in use with the vectors of the check at load.
+
+        Raises:
+            SelfCheckFailed: it does not give them.
+            NotImplementedError: the check at load has not passed.
+        """
+        if self._passed is None:
+            raise NotImplementedError("a path that was not checked at load has nothing to be compared with")
+        check_again(paths, *self._passed)
+
+    def while_running(self, preemption_point: Callable[[], None]) -> Callable[[], None]:
+        """Returns a function that calls `preemption_point` during the check at load, and else does nothing."""
+        return lambda: preemption_point() if self._is_running else None

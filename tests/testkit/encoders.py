@@ -41,7 +41,6 @@ class ScriptedEncoder:
     part_tokens = PART_TOKENS
 
     def __init__(self) -> None:
-        self.pause: Callable[[], None] = lambda: None
         self.batches: list[list[int]] = []
         self.before: Callable[[Sequence[Ids]], None] = lambda texts: None
 
@@ -50,15 +49,6 @@ class ScriptedEncoder:
         self.before(texts)
         rows = [[ids[0], ids[-1], ids.sum(), len(ids)] for ids in texts]
         return torch.tensor(np.array(rows, dtype=np.float32))
-
-    def reference(self, texts: Sequence[Ids], prompt_tokens: Sequence[int] | None = None) -> Tensor:
-        return self(texts, prompt_tokens)
-
-    def tensors(self) -> list[Tensor]:
-        return []
-
-    def token_bytes(self) -> int:
-        return 1
 
 
 class _OperationRecorder(ForbidHostSync):  # type: ignore[no-untyped-call]  # untyped upstream

@@ -566,7 +566,7 @@ async def test_an_encoder_that_remembers_runs_one_batch_at_a_time(open_bench: Op
 
     def alone(texts: Sequence[Ids]) -> None:
         assert inside.acquire(blocking=False), "two batches at once"
-        bench.encoder.pause()
+        bench.lane.preemption_point()
         inside.release()
 
     bench.encoder.before = alone

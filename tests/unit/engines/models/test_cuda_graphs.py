@@ -21,7 +21,7 @@ from engines.layers import attention
 from engines.layers.packing import PackedLayout
 from engines.loading import builders
 from engines.models import cuda_graphs as graphs
-from engines.models.base import Size, weight_bytes
+from engines.models.base import EncoderConfig, Size, weight_bytes
 from engines.models.cuda_graphs import SIZES, FixedPackedLayout, capturer_for, timed
 from engines.models.prepacked import PrepackedWeights
 from engines.models.transformer import TransformerEncoder
@@ -266,7 +266,10 @@ def test_nothing_is_recorded_for_a_model_that_keeps_state(
     forgetful = load(kit, "llama-mean")
     monkeypatch.setattr("engines.models.transformer.LengthAwareRope", lambda model: _StatefulRope())
 
-    assert TransformerEncoder(forgetful._model, forgetful._chain, CPU, recorder).candidate_paths()[0] == "packed"
+    assert (
+        TransformerEncoder(forgetful._model, forgetful._chain, EncoderConfig(), recorder).candidate_paths()[0]
+        == "packed"
+    )
 
 
 class _StatefulRope:
@@ -276,29 +279,40 @@ class _StatefulRope:
 # What happens around a recording.
 
 
-def test_nothing_runs_in_the_middle_of_a_recording(kit: Kit, recorder: FakeGraphCapturer) -> None:
+@pytest.fixture
+def paused(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """One item for each preemption point that encoders have passed."""
+    paused: list[None] = []
+    monkeypatch.setattr(kit.lane, "preemption_point", lambda: paused.append(None))
+    return paused
+
+
+def test_nothing_runs_in_the_middle_of_a_recording(kit: Kit, recorder: FakeGraphCapturer, paused: list[None]) -> None:
     encoder = load(kit, "bert-cls")
-    paused: list[str] = []
-    encoder.pause = lambda: paused.append(encoder.path)
     encoder.switch_to("packed")
+    paused.clear()
 
     encoder.switch_to("graphed")
     assert paused == []
     encoder(texts(encoder, 150, 150))
 
-    assert paused == ["graphed"] * encoder.num_layers
+    assert (len(paused), encoder.path) == (encoder.num_layers, "graphed")
 
 
-def test_pauses_come_back_after_a_recording_that_failed(kit: Kit, recorder: FakeGraphCapturer) -> None:
+def test_pauses_come_back_after_a_recording_that_failed(
+    kit: Kit, recorder: FakeGraphCapturer, paused: list[None]
+) -> None:
     encoder = load(kit, "bert-cls")
-    before = encoder.pause
     encoder.switch_to("packed")
     recorder.before = lambda: (_ for _ in ()).throw(RuntimeError)
 
     with pytest.raises(RuntimeError):
         encoder.switch_to("graphed")
+    encoder.switch_to("packed")
+    paused.clear()
+    encoder(texts(encoder, 5))
 
-    assert encoder.pause is before
+    assert len(paused) == encoder.num_layers
 
 
 def test_the_reference_needs_no_new_recording(kit: Kit, recorder: FakeGraphCapturer) -> None:

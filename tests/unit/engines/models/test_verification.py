@@ -25,11 +25,12 @@ from engines.layers.attention import PACKED, packed_attention
 from engines.layers.fused import FusedLayer
 from engines.loading.loader import LoaderSettings
 from engines.models import adapters, prepacked, transformer
-from engines.models.base import PART_TOKENS, Attention, Recheck, Size, attention_of
+from engines.models.base import Attention, PathForm, Size, attention_of
 from engines.models.base import ForwardPath as Way
+from engines.models.cuda_graphs import fill_row
 from engines.models.prepacked import Inputs, PrepackedEncoder
 from engines.models.transformer import FIRST_WAIT_S, LONGEST_WAIT_S, PathFallback, TransformerEncoder
-from engines.models.verification import Canaries, _filling, distance, probe_inputs, select_forward_path
+from engines.models.verification import Canaries, distance, probe_inputs, select_forward_path
 from tests.testkit.clocks import FakeClock
 
 TEXTS = list(SENTENCES)
@@ -465,26 +466,20 @@ class Scripted:
     def __init__(self, expected: Tensor, **paths: Tensor | Exception) -> None:
         self.dimensions = 2
         self.path: Way = "padded"
-        self.pause: Callable[[], None] = lambda: None
-        self.is_reentrant = True
-        self.part_tokens, self.num_threads, self.largest_copy = PART_TOKENS, 1, 0
-        self.num_layers = 1
         self.window: int | None = None
         self.notes: tuple[str, ...] = ()
         self.num_references = 0
         self.sizes: tuple[Size, ...] = ()
-        self.fallback = ""
-        self.recheck: Recheck = lambda encoder: None
         self._expected = expected
         self._paths = paths
 
-    def __call__(self, texts: Sequence[Ids], prompt_tokens: Sequence[int] | None = None) -> Tensor:
+    def encode(self, texts: Sequence[Ids]) -> Tensor:
         found = self._paths[self.path]
         if isinstance(found, Exception):
             raise found
         return found[: len(texts)]
 
-    def reference(self, texts: Sequence[Ids], prompt_tokens: Sequence[int] | None = None) -> Tensor:
+    def reference(self, texts: Sequence[Ids]) -> Tensor:
         self.num_references += 1
         if isinstance(self._expected, Exception):
             raise self._expected
@@ -497,26 +492,19 @@ class Scripted:
     def candidate_paths(self) -> tuple[Way, ...]:
         return tuple(self._paths)  # type: ignore[arg-type]  # named as the paths are
 
-    def encode_batched(self, texts: Sequence[Ids]) -> Tensor:
-        return self(texts)[None]
-
-    def encode_single(self, text: Ids) -> Tensor:
-        return self([text])
+    def forms(self, texts: Sequence[Ids]) -> Iterator[PathForm]:
+        yield PathForm(range(len(texts)), self.encode(texts))
+        yield PathForm([0], self.encode(texts[:1]))
+        for size in self.sizes:
+            rows = fill_row(size, texts)
+            vectors = self.encode_fixed([texts[row] for row in rows], size)
+            yield PathForm(rows, vectors, f", in a row of {size.tokens} tokens,")
 
     def encode_fixed(self, texts: Sequence[Ids], size: Size) -> Tensor:
-        return self(texts)
-
-    def extra_bytes(self) -> int:
-        return 0
+        return self.encode(texts)
 
     def switch_to(self, path: Way) -> None:
         self.path = path
-
-    def tensors(self) -> list[Tensor]:
-        return []
-
-    def token_bytes(self) -> int:
-        return 1
 
 
 GOOD = torch.tensor([[1.0, 2.0], [1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
@@ -637,7 +625,7 @@ def test_the_longest_probe_reaches_beyond_a_window_that_is_not_too_large(
 def test_a_row_of_a_fixed_size_is_checked_with_as_many_probes_as_it_takes(size: Size, rows: list[int]) -> None:
     probes = [np.arange(length) for length in (2, 2, 2, 5)]
 
-    assert _filling(size, probes) == rows
+    assert fill_row(size, probes) == rows
 
 
 def test_each_size_must_be_right(kit: Kit) -> None:
