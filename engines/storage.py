@@ -1,9 +1,8 @@
-"""Stores values by key in a JSON file between starts. Several processes may write the same file: keys are merged.
-
-Not thread-safe: threads that share a store need a lock.
-"""
+"""Writes small files whole or not at all; and keeps values by key in one JSON file between starts."""
 
 import os
+import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -14,9 +13,58 @@ log = structlog.get_logger(__name__)
 
 Value = TypeVar("Value")
 
+_PRIVATE, _BY_UMASK = 0o600, 0o666
+"""Permissions of a new file."""
+
+
+def temporary_path(path: Path) -> Path:
+    """Returns a path beside `path` that no thread or process uses."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+
+
+def write_atomically(path: Path, content: bytes, *, is_private: bool = False, is_durable: bool = True) -> None:
+    """Replaces a file's content as a whole: a reader sees the old or the new one. A link stays a link.
+
+    Args:
+        path: the file; its folder is made where it is missing.
+        is_private: a new file is readable by its owner only, and one that exists keeps its permissions and its owner.
+        is_durable: waits until the disk has the content, so that it survives a loss of power.
+
+    Raises:
+        OSError: the folder cannot be written to, or the disk is full; the file is as it was.
+    """
+    target = path.resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = temporary_path(target)
+    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _PRIVATE if is_private else _BY_UMASK)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            if is_durable:
+                os.fsync(file.fileno())
+        if is_private:
+            _copy_permissions(target, fresh)
+        fresh.replace(target)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
+
+
+def _copy_permissions(old: Path, new: Path) -> None:
+    try:
+        stat = old.stat()
+    except FileNotFoundError:
+        new.chmod(_PRIVATE)
+        return
+    new.chmod(stat.st_mode & 0o777)
+    if hasattr(os, "chown"):
+        with suppress(PermissionError):  # only root may give files away
+            os.chown(new, stat.st_uid, stat.st_gid)
+
 
 class JsonStore(Generic[Value]):
-    """A dictionary in memory, backed by one JSON file.
+    """Keeps values by key. Several processes may write the file: what others wrote is kept. Not thread-safe.
 
     Args:
         path: the file; None keeps the values in memory only.
@@ -29,18 +77,16 @@ class JsonStore(Generic[Value]):
         self._known = self._read()
 
     def get(self, key: str) -> Value | None:
-        """Returns the value in memory, None if there is none; does not read the file."""
+        """Returns the value of `key`; None when there is none."""
         return self._known.get(key)
 
     def refresh(self) -> None:
-        """Reads the keys that other processes have written. Blocks on the disk."""
+        """Reads what other processes have written. Blocks on the disk."""
         self._known = {**self._known, **self._read()}
 
     def put(self, key: str, value: Value) -> None:
-        """Sets a value and writes the file; blocks on the disk.
-
-        A failed write only logs a warning: it costs the next start one measurement.
-        """
+        """Sets a value and writes the file; blocks on the disk. A disk that cannot be written is only logged: the next
+        start has to measure again, and no more is lost."""
         self._known = {**self._read(), **self._known, key: value}
         if self._path is not None:
             self._write(self._path)
@@ -56,11 +102,8 @@ class JsonStore(Generic[Value]):
         return values
 
     def _write(self, path: Path) -> None:
-        """Replaces the file atomically: a reader never sees half of it."""
-        part = path.with_name(f".{path.name}.{os.getpid()}")
+        content = msgspec.json.format(msgspec.json.encode(self._known, order="deterministic"), indent=1)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_bytes(msgspec.json.format(msgspec.json.encode(self._known, order="deterministic"), indent=1))
-            part.replace(path)
+            write_atomically(path, content, is_durable=False)
         except OSError as error:
             log.warning("measurements.not_written", file=path.name, error=str(error))

@@ -13,7 +13,6 @@ are never taken for a model. Does not use the network.
 
 import os
 import re
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -26,6 +25,7 @@ from msgspec import Struct
 
 from engines.hub.partial_file import FileEntry
 from engines.hub.weight_files import ReadRange, read_range
+from engines.storage import temporary_path, write_atomically
 
 _COMMIT = re.compile("[0-9a-f]{40}")
 _LOCK_POLL_S = 1.0
@@ -92,9 +92,9 @@ class RepoCache:
         """Marks the model as complete: writes the manifest, and the ref for other tools."""
         self._unwritten.pop(self._manifest, None)
         try:
-            _write_atomically(self._manifest, msgspec.json.encode(manifest))
+            write_atomically(self._manifest, msgspec.json.encode(manifest))
             if self.revision != manifest.commit:
-                _write_atomically(self._folder / "refs" / self.revision, manifest.commit.encode())
+                write_atomically(self._folder / "refs" / self.revision, manifest.commit.encode())
         except OSError:
             self._unwritten[self._manifest] = manifest
 
@@ -192,25 +192,9 @@ def _link(blob: Path, link: Path) -> None:
     The replacement is atomic: another process that reads `link` never finds it missing.
     """
     link.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary_path(link)
+    temporary = temporary_path(link)
     try:
         temporary.symlink_to(os.path.relpath(blob, link.parent))
     except OSError:
         temporary = blob
     temporary.replace(link)
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    """Writes a small file so that readers find the old or the new content, also after a crash."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary_path(path)
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def _temporary_path(path: Path) -> Path:
-    """Returns an unused path in the folder of `path`."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")

@@ -25,6 +25,7 @@ from engines.errors import EngineError, OutOfMemory, SelfCheckFailed, is_out_of_
 from engines.inputs.prompts import PromptTemplate
 from engines.inputs.tokenizer import Ids, Tokenizer
 from engines.models.base import ForwardPaths
+from engines.storage import write_atomically
 from engines.types import fingerprint
 
 log = structlog.get_logger(__name__)
@@ -250,11 +251,8 @@ def _read_vectors(path: Path) -> NDArray[np.float32] | None:
 
 def _write_vectors(path: Path, vectors: NDArray[np.float32]) -> None:
     """Writes a canary; a disk that cannot be written is logged, as a model that is right may serve without one."""
-    draft = path.with_suffix(".draft")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(json.dumps(vectors.tolist()))
-        draft.replace(path)
+        write_atomically(path, json.dumps(vectors.tolist()).encode(), is_durable=False)
     except OSError as error:
         log.warning("canary.not_kept", file=path.name, reason=str(error))
 

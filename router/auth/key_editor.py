@@ -5,18 +5,16 @@ Every change is parsed before it is written: if it does not hold exactly the exp
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
 
+from engines.storage import write_atomically
 from router.auth.key_file import KeysError, parse_keys
 from router.auth.keys import Key
 from router.config.yaml_document import read_text
-
-_OWNER_ONLY = 0o600
 
 
 class EditError(Exception):
@@ -115,7 +113,7 @@ def edit_file(path: Path, change: Callable[[str], str], *, may_make: bool) -> No
     with _locked(path):
         is_new = may_make and not path.exists()
         text = "" if is_new else read_text(path, "create it with `embedyard keys create`")
-        write_atomically(path, change(text))
+        write_atomically(path, change(text).encode(), is_private=True)
 
 
 @contextmanager
@@ -132,34 +130,3 @@ def _locked(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(folder)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file's content atomically and keep its mode and owner; a new file is readable by its owner only.
-
-    Raises:
-        OSError: the folder is not writable, or the disk is full; the file is unchanged.
-    """
-    target = path.resolve()  # keep a symbolic link
-    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        _copy_mode_and_owner(target, name)
-        Path(name).replace(target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def _copy_mode_and_owner(target: Path, name: str) -> None:
-    try:
-        old = target.stat()
-    except FileNotFoundError:
-        Path(name).chmod(_OWNER_ONLY)
-        return
-    Path(name).chmod(old.st_mode & 0o777)
-    with suppress(PermissionError):  # only root may change the owner
-        os.chown(name, old.st_uid, old.st_gid)

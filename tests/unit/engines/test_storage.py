@@ -1,10 +1,12 @@
 """Values on disk: whole or not at all, and a disk that fails costs a measurement, not the server."""
 
+import os
 from pathlib import Path
 
+import pytest
 from structlog.testing import capture_logs
 
-from engines.storage import JsonStore
+from engines.storage import JsonStore, write_atomically
 
 
 def opened(path: Path | None) -> JsonStore[int]:
@@ -41,3 +43,51 @@ def test_a_disk_that_cannot_be_written_is_said_and_the_value_is_known_all_the_sa
 
     assert kept.get("a") == 1
     assert [line["event"] for line in lines] == ["measurements.not_written"]
+
+
+@pytest.mark.parametrize("is_private", [False, True])
+def test_a_write_that_fails_leaves_the_file_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_private: bool
+) -> None:
+    path = tmp_path / "file"
+    path.write_text("before")
+
+    def fail(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(path, b"after", is_private=is_private)
+
+    assert path.read_text() == "before"
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="permissions of POSIX")
+def test_a_new_file_has_the_permissions_of_any_other_unless_it_is_private(tmp_path: Path) -> None:
+    (tmp_path / "any").write_text("")
+    write_atomically(tmp_path / "open", b"x")
+    write_atomically(tmp_path / "private", b"x", is_private=True)
+
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes["open"] == modes["any"]
+    assert modes["private"] == 0o600
+
+
+@pytest.mark.skipif(os.name == "nt", reason="permissions of POSIX")
+def test_a_private_file_that_exists_keeps_its_permissions(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.touch(0o640)
+    path.chmod(0o640)
+    write_atomically(path, b"after", is_private=True)
+
+    assert (path.read_bytes(), path.stat().st_mode & 0o777) == (b"after", 0o640)
+
+
+def test_a_link_stays_a_link_and_folders_are_made(tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "deep" / "real")
+    write_atomically(link, b"content")
+
+    assert link.is_symlink()
+    assert (tmp_path / "deep" / "real").read_bytes() == b"content"

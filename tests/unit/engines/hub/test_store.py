@@ -546,7 +546,7 @@ def test_a_cache_that_takes_no_manifest_still_serves(
     def refuse(path: Path, content: bytes) -> None:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr("engines.hub.cache._write_atomically", refuse)
+    monkeypatch.setattr("engines.hub.cache.write_atomically", refuse)
     store = stores.open(offline=True)
     files = store.fetch(spec(), quiet)
 

@@ -1,7 +1,6 @@
 """`embedyard keys`: what it prints, what it writes, and that a file keeps its comments."""
 
 import json
-import os
 import re
 import stat
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from router.auth.key_editor import EditError, edit_file, with_key, without_key, write_atomically
+from router.auth.key_editor import EditError, edit_file, with_key, without_key
 from router.auth.key_file import parse_keys, read_keys
 from router.auth.keys import Key, digest_of
 from router.cli.main import cli
@@ -227,20 +226,6 @@ def test_a_link_stays_a_link(path: Path) -> None:
 
     assert path.is_symlink()
     assert [key.id for key in read_keys(real)] == ["web"]
-
-
-def test_a_write_that_fails_leaves_the_file_as_it_was(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path.write_text("before")
-
-    def fail(_: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="No space left"):
-        write_atomically(path, "after")
-
-    assert path.read_text() == "before"
-    assert list(path.parent.iterdir()) == [path]
 
 
 def test_many_hands_lose_no_key(path: Path) -> None:
