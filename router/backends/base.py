@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import NoReturn, Protocol
 
 from engines.errors import HostNotFound, ModelNotFound
-from engines.spec import ModelSpec, is_same_engine
+from engines.spec import ModelSpec
 from engines.types import Budget, Call, Event, HostSnapshot, ModelStatus, Plan, Result
 
 SIZE_S = 10.0
@@ -77,13 +77,3 @@ def no_model(model_id: str) -> NoReturn:
 def no_host(host_id: str, known: Iterable[str]) -> NoReturn:
     """Refuse a host that is not there."""
     raise HostNotFound(f"no host is called {host_id!r}; this server has {', '.join(known) or 'none now'}")
-
-
-def is_wanted(spec: ModelSpec) -> bool:
-    """Whether the model is to be in memory unasked."""
-    return spec.pinned or spec.preload
-
-
-def is_newly_wanted(old: ModelSpec | None, new: ModelSpec) -> bool:
-    """Wanted, and not so before, or not this engine."""
-    return is_wanted(new) and (old is None or not is_wanted(old) or not is_same_engine(old, new))

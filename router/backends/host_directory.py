@@ -6,14 +6,14 @@ claimed.
 """
 
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from msgspec import Struct, structs
 
 from engines.spec import ModelSpec
-from engines.types import HostSnapshot, ModelStatus
-from router.backends.placement import AWAY, eligible_hosts, pick_replica_host, rank_hosts
+from engines.types import HostSnapshot, ModelStatus, State
+from router.backends.placement import AWAY, eligible_hosts, not_resident, ranked_hosts, replica_host
 
 
 def hot(snapshot: HostSnapshot | None) -> list[ModelStatus]:
@@ -114,64 +114,19 @@ class HostDirectory:
         return [host_id for host_id in hosts if host_id not in avoid and not self._hosts[host_id].snapshot.is_draining]
 
     def ranked(self, spec: ModelSpec, avoid: Container[str] = ()) -> list[str]:
-        """Open hosts, best first. Two cases: 1. ready somewhere: the least busy of those; 2. `rank` decides."""
-        hosts = self.open_hosts(spec, avoid)
-        ready = [host_id for host_id in hosts if self._state(host_id, spec.model_id) == "ready"]
-        if ready:
-            return ready if len(ready) == 1 else sorted(ready, key=lambda host: self._load(host, spec.model_id))  # (1)
-        return rank_hosts(spec.model_id, self._need_bytes(spec.model_id, hosts), self._expected(hosts))  # (2)
+        """Returns the open hosts for a call, best first; see `ranked_hosts`."""
+        return ranked_hosts(spec.model_id, self._views(self.open_hosts(spec, avoid)))
 
     def pick_replica_host(self, spec: ModelSpec, calls: int) -> str | None:
-        """A host for one more copy, when so many calls keep all busy that have the model ready."""
-        hosts = self.open_hosts(spec)
-        ready = [host_id for host_id in hosts if self._state(host_id, spec.model_id) == "ready"]
-        if not ready or calls < len(ready):
-            return None
-        return pick_replica_host(spec, self._need_bytes(spec.model_id, hosts), self._expected(hosts))
+        """Returns a host for one more copy, when so many calls keep all busy that have the model ready."""
+        return replica_host(spec, self._views(self.open_hosts(spec)), calls)
 
     def not_resident(self, specs: Iterable[ModelSpec]) -> list[ModelSpec]:
-        """Those that no host has or expects, though some host serves them."""
-        return [
-            spec
-            for spec in specs
-            if (states := [page.statuses[spec.model_id].state for page in self._serving(spec.model_id)])
-            and all(state in AWAY for state in states)
-        ]
+        """Returns the models that no host has or is about to have, though some host serves them."""
+        return list(not_resident(specs, self._views(self._hosts)))
 
-    def _serving(self, model_id: str) -> Iterator["HostEntry"]:
-        return (page for page in self._hosts.values() if model_id in page.statuses)
-
-    def _state(self, host_id: str, model_id: str) -> str:
-        status = self._hosts[host_id].statuses.get(model_id)
-        return status.state if status is not None else "absent"
-
-    def _load(self, host_id: str, model_id: str) -> tuple[int, int]:
-        """Our own calls are counted now, those of other routers when the host tells."""
-        return self._running[host_id, model_id], self._hosts[host_id].statuses[model_id].leases
-
-    def _need_bytes(self, model_id: str, hosts: Sequence[str]) -> int:
-        found = [status for host_id in hosts if (status := self._hosts[host_id].statuses.get(model_id))]
-        return max((status.need_bytes + status.need_workspace_bytes for status in found), default=0)
-
-    def _expected(self, hosts: Sequence[str]) -> list[HostSnapshot]:
-        """The hosts' snapshots as they will be when what was sent has arrived."""
-        return [self._with_sent(self._hosts[host_id]) for host_id in hosts]
-
-    def _with_sent(self, page: "HostEntry") -> HostSnapshot:
-        snapshot = page.snapshot
-        sent = {
-            model_id
-            for host_id, model_id in self._running
-            if host_id == snapshot.host_id and model_id in page.statuses and page.statuses[model_id].state in AWAY
-        }
-        if not sent:
-            return snapshot
-        claimed = sum(page.statuses[model_id].need_bytes for model_id in sent)
-        models = tuple(
-            structs.replace(status, waiters=max(1, status.waiters)) if status.model_id in sent else status
-            for status in snapshot.models
-        )
-        return structs.replace(snapshot, models=models, claimed_bytes=snapshot.claimed_bytes + claimed)
+    def _views(self, hosts: Iterable[str]) -> list["DirectoryView"]:
+        return [DirectoryView(self._hosts[host_id], self._running) for host_id in hosts]
 
 
 class HostEntry(Struct, frozen=True):
@@ -179,3 +134,49 @@ class HostEntry(Struct, frozen=True):
 
     snapshot: HostSnapshot
     statuses: Mapping[str, ModelStatus]
+
+
+class DirectoryView:
+    """A `HostView` of what a host reported last and of the calls that run there from here."""
+
+    __slots__ = ("_entry", "_running")
+
+    def __init__(self, entry: HostEntry, running: Counter[tuple[str, str]]) -> None:
+        self._entry = entry
+        self._running = running
+
+    @property
+    def host_id(self) -> str:
+        """See `HostView`."""
+        return self._entry.snapshot.host_id
+
+    def state(self, model_id: str) -> State | None:
+        """See `HostView`."""
+        status = self._entry.statuses.get(model_id)
+        return status.state if status is not None else None
+
+    def load(self, model_id: str) -> tuple[int, ...]:
+        """See `HostView`. Our own calls are counted now, those of other routers when the host reports them."""
+        return self._running[self.host_id, model_id], self._entry.statuses[model_id].leases
+
+    def need_bytes(self, model_id: str) -> int:
+        """See `HostView`."""
+        status = self._entry.statuses.get(model_id)
+        return status.need_bytes + status.need_workspace_bytes if status is not None else 0
+
+    def snapshot(self) -> HostSnapshot:
+        """See `HostView`."""
+        snapshot, statuses = self._entry.snapshot, self._entry.statuses
+        sent = {
+            model_id
+            for host_id, model_id in self._running
+            if host_id == snapshot.host_id and model_id in statuses and statuses[model_id].state in AWAY
+        }
+        if not sent:
+            return snapshot
+        claimed = sum(statuses[model_id].need_bytes for model_id in sent)
+        models = tuple(
+            structs.replace(status, waiters=max(1, status.waiters)) if status.model_id in sent else status
+            for status in snapshot.models
+        )
+        return structs.replace(snapshot, models=models, claimed_bytes=snapshot.claimed_bytes + claimed)

@@ -1,4 +1,4 @@
-"""`Backend`: what controllers know of everything below them. Where the hosts live is this module's secret."""
+"""Runs calls on hosts in this process: the `Backend` of one process, with one host a device."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
@@ -10,9 +10,18 @@ from msgspec import structs
 from engines.errors import EngineError, InvalidValue
 from engines.host import Host
 from engines.spec import ModelSpec
-from engines.types import Budget, Call, Event, HostSnapshot, ModelStatus, Plan, Result
-from router.backends.base import SIZE_S, is_newly_wanted, is_wanted, no_host, no_model
-from router.backends.placement import AWAY, eligible_hosts, most_hopeful, moves_on, pick_replica_host, rank_hosts
+from engines.types import Budget, Call, Event, HostSnapshot, ModelStatus, Plan, Result, State
+from router.backends.base import SIZE_S, no_host, no_model
+from router.backends.placement import (
+    eligible_hosts,
+    is_newly_wanted,
+    is_wanted,
+    most_hopeful,
+    moves_on,
+    not_resident,
+    ranked_hosts,
+    replica_host,
+)
 from router.backends.worker_config import machine_config
 from router.config.settings import Settings, usable_cores
 from router.registry.registry import Registry
@@ -150,31 +159,54 @@ class LocalBackend:
         raise refusal
 
     def _ranked(self, model_id: str, hosts: Sequence[Host]) -> list[Host]:
-        """Best first. Two cases: 1. ready somewhere: the least busy of those; 2. `rank` decides."""
-        ready = [host for host in hosts if host.state(model_id) == "ready"]
-        if ready:
-            return ready if len(ready) == 1 else sorted(ready, key=lambda host: host.status(model_id).leases)  # (1)
-        need_bytes = max(host.plan(model_id).need_bytes for host in hosts)
-        ids = rank_hosts(model_id, need_bytes, [host.snapshot() for host in hosts])
-        return [self._hosts[host_id] for host_id in ids]  # (2)
+        """Returns hosts for a call, best first."""
+        return [self._hosts[host_id] for host_id in ranked_hosts(model_id, [HostInProcess(host) for host in hosts])]
 
     async def _spread(self, model_id: str, hosts: Sequence[Host]) -> None:
-        """One more copy begins to load when all that are ready are busy; nobody waits for it."""
-        ready = [host for host in hosts if host.state(model_id) == "ready"]
-        if ready and all(host.status(model_id).leases for host in ready):
-            need_bytes = max(host.plan(model_id).need_bytes for host in hosts)
-            snapshots = [host.snapshot() for host in hosts]
-            host_id = pick_replica_host(self._specs[model_id], need_bytes, snapshots)
-            if host_id is not None:
-                with suppress(EngineError):  # the model is ready elsewhere
-                    await self._hosts[host_id].preload(model_id, wait=False)
+        """Begins to load one more copy when all that are ready are busy, and does not wait for it."""
+        views = [HostInProcess(host) for host in hosts]
+        num_busy = sum(view.state(model_id) == "ready" and view.load(model_id) > (0,) for view in views)
+        host_id = replica_host(self._specs[model_id], views, num_busy)
+        if host_id is not None:
+            with suppress(EngineError):  # the model is ready elsewhere
+                await self._hosts[host_id].preload(model_id, wait=False)
 
     async def _load_wanted(self, specs: Iterable[ModelSpec]) -> None:
-        """Those that no host has or expects, in the registry's order."""
-        for spec in specs:
-            hosts = [host for host in self._hosts.values() if host.state(spec.model_id) is not None]
-            if hosts and all(host.state(spec.model_id) in AWAY for host in hosts):
-                await self._ranked(spec.model_id, hosts)[0].preload(spec.model_id, wait=False)
+        """Loads those that no host has or is about to have, in the registry's order."""
+        hosts = list(self._hosts.values())
+        for spec in not_resident(specs, [HostInProcess(host) for host in hosts]):
+            serving = [host for host in hosts if host.state(spec.model_id) is not None]
+            await self._ranked(spec.model_id, serving)[0].preload(spec.model_id, wait=False)
+
+
+class HostInProcess:
+    """A `HostView` of a host in this process."""
+
+    __slots__ = ("_host",)
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+
+    @property
+    def host_id(self) -> str:
+        """See `HostView`."""
+        return self._host.config.host_id
+
+    def state(self, model_id: str) -> State | None:
+        """See `HostView`."""
+        return self._host.state(model_id)
+
+    def load(self, model_id: str) -> tuple[int, ...]:
+        """See `HostView`."""
+        return (self._host.status(model_id).leases,)
+
+    def need_bytes(self, model_id: str) -> int:
+        """See `HostView`."""
+        return self._host.plan(model_id).need_bytes
+
+    def snapshot(self) -> HostSnapshot:
+        """See `HostView`; a call is counted as soon as its host has it."""
+        return self._host.snapshot()
 
 
 def open_local_backend(settings: Settings, registry: Registry) -> LocalBackend:

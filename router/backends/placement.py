@@ -1,19 +1,21 @@
-"""Which host should take a model: a pure function of snapshots, the same wherever the hosts live.
+"""The routing policy: which host gets a call, one more copy of a busy model, or a model that must be in memory.
 
-A host that only waits for memory is not the model's home yet, but the bytes it has promised count: otherwise a herd of
-cold models over-commits one host while another stands empty.
+It is pure, and the same for hosts of this process, of worker processes and of a cluster, which backends show it as
+`HostView`s. A host that only waits for memory does not have the model yet, but the bytes that it has promised count:
+otherwise many cold models at once over-commit one host while another is empty.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Protocol
 
 from engines.errors import EngineError, LoadFailed, ModelTooLarge, OutOfMemory, Unavailable
 from engines.host import device_matches
-from engines.spec import ModelSpec
+from engines.spec import ModelSpec, is_same_engine
 from engines.types import HostSnapshot, ModelStatus, State
 
 AWAY = ("absent", "cold", "failed")
-"""States of a model that a host neither has nor expects."""
+"""States of a model that a host neither has nor is about to have."""
 _RESIDENT = {"ready": 0, "warming": 1, "loading": 2}
 _EXPECTED = ("fetching", "waiting_space")
 
@@ -24,6 +26,76 @@ _FITS = 2
 _FAILED = 4
 _NOT_NOW = 5
 Key = tuple[int, float, bool, int]
+
+
+class HostView(Protocol):
+    """One host as the policy sees it. The questions about one model are cheap; the snapshot is for when it is cold."""
+
+    @property
+    def host_id(self) -> str:
+        """Returns the name of the host."""
+
+    def state(self, model_id: str) -> State | None:
+        """Returns the state of the model there; None when the host does not serve it."""
+
+    def load(self, model_id: str) -> tuple[int, ...]:
+        """Returns how busy a model is that is ready there; the lowest gets the next call."""
+
+    def need_bytes(self, model_id: str) -> int:
+        """Returns what the model takes there; 0 when that is unknown."""
+
+    def snapshot(self) -> HostSnapshot:
+        """Returns the whole host, with calls that are on their way to it counted as arrived."""
+
+
+def ranked_hosts(model_id: str, hosts: Sequence[HostView]) -> list[str]:
+    """Returns the ids of hosts for a call, best first. Two cases:
+
+    1. ready somewhere: only those hosts, the least busy first;
+    2. ready nowhere: all of them, by `rank_hosts`.
+    """
+    ready = [host for host in hosts if host.state(model_id) == "ready"]
+    if len(ready) > 1:
+        ready.sort(key=lambda host: host.load(model_id))
+    if ready:
+        return [host.host_id for host in ready]  # (1)
+    return rank_hosts(model_id, _need_bytes(model_id, hosts), [host.snapshot() for host in hosts])  # (2)
+
+
+def replica_host(spec: ModelSpec, hosts: Sequence[HostView], num_busy: int) -> str | None:
+    """Returns the host for one more copy of a model; None when none is needed or none may have it.
+
+    Args:
+        num_busy: calls that run, or hosts that have some; a copy is needed when there are as many as hosts have the
+            model ready.
+    """
+    num_ready = sum(host.state(spec.model_id) == "ready" for host in hosts)
+    if not num_ready or num_busy < num_ready:
+        return None
+    return pick_replica_host(spec, _need_bytes(spec.model_id, hosts), [host.snapshot() for host in hosts])
+
+
+def not_resident(specs: Iterable[ModelSpec], hosts: Sequence[HostView]) -> Iterator[ModelSpec]:
+    """Yields the models that no host has or is about to have, though some host serves them. Looks at each when it is
+    its turn, so that loads which were begun for the ones before count."""
+    for spec in specs:
+        states = [state for host in hosts if (state := host.state(spec.model_id)) is not None]
+        if states and all(state in AWAY for state in states):
+            yield spec
+
+
+def is_wanted(spec: ModelSpec) -> bool:
+    """Tells whether the model must be in memory before anyone asks for it."""
+    return spec.pinned or spec.preload
+
+
+def is_newly_wanted(old: ModelSpec | None, new: ModelSpec) -> bool:
+    """Tells whether a model must be in memory now that had not to be before, or was another engine."""
+    return is_wanted(new) and (old is None or not is_wanted(old) or not is_same_engine(old, new))
+
+
+def _need_bytes(model_id: str, hosts: Iterable[HostView]) -> int:
+    return max((host.need_bytes(model_id) for host in hosts), default=0)
 
 
 def eligible_hosts(spec: ModelSpec, devices: Mapping[str, str]) -> list[str]:

@@ -16,9 +16,9 @@ from engines.errors import EngineError, HostLost, ShuttingDown
 from engines.rpc.messages import CommandResult, Evict, PlanRequest, Preload, Request
 from engines.spec import ModelSpec
 from engines.types import Budget, Call, EmbedCall, Event, HostSnapshot, ModelStatus, Plan, Result
-from router.backends.base import SIZE_S, is_newly_wanted, is_wanted, no_host, no_model
+from router.backends.base import SIZE_S, no_host, no_model
 from router.backends.fleet import Fleet, NotSent, RoutedCall
-from router.backends.placement import eligible_hosts, most_hopeful, moves_on
+from router.backends.placement import eligible_hosts, is_newly_wanted, is_wanted, most_hopeful, moves_on
 
 log = structlog.get_logger()
 

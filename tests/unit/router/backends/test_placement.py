@@ -8,7 +8,15 @@ import pytest
 from engines.errors import EngineError, LoadFailed, ModelLoading, ModelTooLarge, OutOfMemory
 from engines.spec import ModelSpec
 from engines.types import HostSnapshot, ModelStatus, State
-from router.backends.placement import most_hopeful, moves_on, pick_replica_host, rank_hosts
+from router.backends.placement import (
+    most_hopeful,
+    moves_on,
+    not_resident,
+    pick_replica_host,
+    rank_hosts,
+    ranked_hosts,
+    replica_host,
+)
 
 
 def model(
@@ -213,3 +221,70 @@ def test_a_copy_goes_where_there_is_room_but_not_where_the_model_failed_or_the_h
     assert pick_replica_host(spec, 40, [home, host("b")]) == "b"
     assert pick_replica_host(spec, 40, [home, host("b", model("m", "failed"))]) is None
     assert pick_replica_host(spec, 40, [home, host("b", draining=True)]) is None
+
+
+class View:
+    """A `HostView` of a snapshot; it counts how often the whole is asked for."""
+
+    def __init__(self, snapshot: HostSnapshot, load: int = 0) -> None:
+        self.host_id = snapshot.host_id
+        self.states: dict[str, State] = {status.model_id: status.state for status in snapshot.models}
+        self.num_snapshots = 0
+        self._snapshot = snapshot
+        self._load = load
+
+    def state(self, model_id: str) -> State | None:
+        return self.states.get(model_id)
+
+    def load(self, model_id: str) -> tuple[int, ...]:
+        assert self.states[model_id] == "ready"
+        return (self._load,)
+
+    def need_bytes(self, model_id: str) -> int:
+        return 40
+
+    def snapshot(self) -> HostSnapshot:
+        self.num_snapshots += 1
+        return self._snapshot
+
+
+def ready(host_id: str, load: int) -> View:
+    return View(host(host_id, model("m", "ready", weight_bytes=40, leases=load)), load)
+
+
+def test_a_call_goes_to_the_least_busy_host_that_is_ready_and_needs_no_snapshot() -> None:
+    views = [View(host("cold")), ready("busy", 3), ready("idle", 1)]
+
+    assert ranked_hosts("m", views) == ["idle", "busy"]
+    assert [view.num_snapshots for view in views] == [0, 0, 0]
+
+
+def test_a_call_for_a_cold_model_goes_where_it_fits() -> None:
+    full = View(host("full", model("x", "ready", weight_bytes=90)))
+
+    assert ranked_hosts("m", [full, View(host("free"))]) == ["free", "full"]
+    assert ranked_hosts("m", []) == []
+
+
+@pytest.mark.parametrize(("num_busy", "found"), [(0, None), (1, None), (2, "free"), (9, "free")])
+def test_one_more_copy_is_needed_when_all_that_are_ready_are_busy(num_busy: int, found: str | None) -> None:
+    spec = ModelSpec(model_id="m", source="x", replicas=3)
+
+    assert replica_host(spec, [ready("a", 1), ready("b", 1), View(host("free"))], num_busy) == found
+
+
+def test_a_model_that_is_ready_nowhere_gets_no_copy() -> None:
+    assert replica_host(ModelSpec(model_id="m", source="x", replicas=3), [View(host("free"))], 9) is None
+
+
+def test_wanted_models_are_looked_at_in_turn_so_that_loads_begun_before_count() -> None:
+    specs = [ModelSpec(model_id=model_id, source="x") for model_id in ("m", "n", "elsewhere")]
+    view = View(host("a", model("m"), model("n", "failed")))
+    found = []
+    for spec in not_resident(specs, [view]):
+        found.append(spec.model_id)
+        view.states["n"] = "loading"
+
+    assert found == ["m"]
+    view.states = {"m": "waiting_space", "n": "cold"}
+    assert [spec.model_id for spec in not_resident(specs, [view])] == ["n"]
