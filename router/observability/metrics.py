@@ -1,7 +1,8 @@
 """Declares every metric once: name, kind, labels, meaning. A leaf; `recorder.py` keeps the values.
 
-`python -m router.observability.metrics` prints the README's table. Labels take few values: `model` is a registry name
-and never what a client has typed, `route` a template, `host` one per device, `code` a code of the error table or `ok`.
+`python -m router.observability.metrics` prints the table of docs/operations.md. Labels take few values: `model` is a
+registry name and never what a client has typed, `route` a template, `host` one per device, `code` a code of the error
+table or `ok`.
 """
 
 from typing import Literal
@@ -119,7 +120,7 @@ READ_AT_SCRAPE = frozenset({
 
 
 def markdown() -> str:
-    """The table of the README."""
+    """The table of metrics in docs/operations.md."""
     rows = [
         f"| `{metric.name}` | {metric.kind} | {' '.join(f'`{label}`' for label in metric.labels)} | {metric.meaning} |"
         for metric in ALL

@@ -1,4 +1,4 @@
-"""`make screenshots`: the page in light, in dark and on a phone, for the README, in a server that has seen work."""
+"""`make screenshots`: the page of a used server in light, in dark and on a phone, for README and docs/operations.md."""
 
 import base64
 import tempfile

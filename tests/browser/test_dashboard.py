@@ -264,7 +264,7 @@ def test_the_first_paint_needs_less_than_150_kb(page: Page, dashboard: Page) -> 
     received = page.received_bytes()
 
     assert 10_000 < received < 150_000
-    print(f"first paint: {received:,} bytes")  # noqa: T201 - for the README; shown by -rP
+    print(f"first paint: {received:,} bytes")  # noqa: T201 - for docs/operations.md; shown by -rP
 
 
 def test_the_documentation_wears_the_same_dress_and_knows_who_signed_in(dashboard: Page) -> None:

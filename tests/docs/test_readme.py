@@ -231,7 +231,7 @@ def test_every_path_that_a_page_names_exists(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_every_module_that_a_page_runs_exists(page: Path) -> None:
-    modules = re.findall(r"python -m\s((?:benchmarks|router)\.[\w.]*\w)", page.read_text())
+    modules = re.findall(r"python -m\s((?:benchmarks|router|tests)\.[\w.]*\w)", page.read_text())
 
     assert [module for module in modules if find_spec(module) is None] == []
 

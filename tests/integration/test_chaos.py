@@ -1,4 +1,4 @@
-"""What breaks, what its clients see, and that it passes. The README's table *Broken and recovered* names these tests.
+"""What breaks, what clients see, and that it passes. *Broken and recovered* in docs/operations.md names these tests.
 
 Faults of the hub are in `test_hub_faults.py`, of Redis in `router/test_limit_store.py` and `router/test_limits.py`, the
 end of a server in `router/test_server.py`.
