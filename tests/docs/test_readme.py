@@ -243,6 +243,21 @@ def test_every_module_that_the_architecture_names_exists() -> None:
     assert [module for module in modules if not (ROOT / module).is_file() and "NAME" not in module] == []
 
 
+def test_the_table_of_threads_names_every_kind_of_thread() -> None:
+    sources = "\n".join(
+        path.read_text() for package in ("engines", "router") for path in (ROOT / package).rglob("*.py")
+    )
+    kinds = set(
+        re.findall(r"thread_name_prefix=f?\"([a-z-]+)", sources)
+        + re.findall(r"Thread\([^\n]*name=\"([a-z-]+)", sources)
+        + re.findall(r"names = \[f\"([a-z-]+)\{", sources)
+    )
+    table = (DOCS / "architecture.md").read_text().partition("## Threads")[2].partition("\n## ")[0]
+
+    assert {"load-", "tokenize", "device-", "embedyard-fetch"} <= kinds
+    assert sorted(kind for kind in kinds if f"`{kind}" not in table) == []
+
+
 def test_the_drawing_of_the_pool_has_the_edges_of_the_state_machine() -> None:
     drawn = set(re.findall(r"^    (\w+) --> (\w+)", (DOCS / "architecture.md").read_text(), re.MULTILINE))
 
