@@ -61,9 +61,9 @@ def max_chars(num_tokens: int) -> int:
     return max(2 * first_cap(num_tokens), _MIN_CHARS)
 
 
-def next_cap(cap: int, most_chars: int) -> int | None:
-    """Returns the characters of the next longer clips; None if `most_chars` allows none."""
-    return min(cap * _CLIP_GROWTH, most_chars // 2) if 2 * cap < most_chars else None
+def next_cap(cap: int, limit_chars: int) -> int | None:
+    """Returns the characters of the next longer clips; None if `limit_chars` allows none."""
+    return min(cap * _CLIP_GROWTH, limit_chars // 2) if 2 * cap < limit_chars else None
 
 
 def clips(text: str, cap: int, *, keep_end: bool) -> tuple[str, str] | None:

@@ -72,13 +72,13 @@ def test_odd_texts_keep_the_tokens_of_the_whole_text_prompt_and_all(
     backend = family().backend_tokenizer
     for _ in range(60):
         text, num = odd_text(chance), chance.choice([1, 4, 30])
-        frame = PromptTemplate(
+        template = PromptTemplate(
             odd_text(chance)[: chance.choice([0, 5, 3000])], odd_text(chance)[: chance.choice([0, 5, 3000])]
         )
-        whole = backend.encode(frame.apply(text), add_special_tokens=False).ids
+        whole = backend.encode(template.apply(text), add_special_tokens=False).ids
         rules = TokenizerLimits(max_tokens=num, vocab_size=10**6, takes_empty=True)
 
-        encoded = Tokenizer(backend, rules).encode([text, text], frame, truncate)
+        encoded = Tokenizer(backend, rules).encode([text, text], template, truncate)
 
         assert [ids.tolist() for ids in encoded.ids] == [kept(whole, num, truncate)] * 2
         assert encoded.truncated == ((0, 1) if len(whole) > num else ())

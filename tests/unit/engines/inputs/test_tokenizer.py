@@ -102,21 +102,21 @@ def test_a_long_text_may_be_an_error_instead() -> None:
 
 
 def test_a_prompt_counts_as_text_and_can_be_cut_away() -> None:
-    frame = PromptTemplate("q: ", "!")
+    template = PromptTemplate("q: ", "!")
 
-    assert letters(tokenizer().encode(["ab"], frame, "end")) == ["<q: ab!>"]
-    assert letters(tokenizer().encode(["abcdef"], frame, "end")) == ["<q: abc>"]
-    assert letters(tokenizer().encode(["abcdef"], frame, "start")) == ["<bcdef!>"]
+    assert letters(tokenizer().encode(["ab"], template, "end")) == ["<q: ab!>"]
+    assert letters(tokenizer().encode(["abcdef"], template, "end")) == ["<q: abc>"]
+    assert letters(tokenizer().encode(["abcdef"], template, "start")) == ["<bcdef!>"]
 
 
 @pytest.mark.parametrize(
     ("suffix", "counts", "tokens"), [((2,), True, 4), ((), True, 4), ((2, 2), True, 5), ((2,), False, 0)]
 )
 def test_a_prompts_tokens_are_counted_where_pooling_asks(suffix: tuple[int, ...], counts: bool, tokens: int) -> None:
-    frame = PromptTemplate("q: ")
+    template = PromptTemplate("q: ")
     asked = tokenizer(suffix=suffix, counts_prompt=counts)
 
-    assert asked.encode(["ab"], frame, "end").prompt_tokens == tokens
+    assert asked.encode(["ab"], template, "end").prompt_tokens == tokens
     assert asked.encode(["ab"], BARE, "end").prompt_tokens == 0
 
 
