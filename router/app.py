@@ -29,8 +29,8 @@ from router.observability.recorder import MetricsRecorder
 from router.observability.traffic import Traffic
 from router.registry.registry import Registry
 from router.server.application import Application
-from router.server.background import watching
-from router.server.reloader import Reloader, keys_watched, open_keyring
+from router.server.background import background_tasks
+from router.server.reloader import Reloader, open_keyring, watched_keys
 from router.server.state import ServerState, provide_spec
 
 _CONTROLLERS = (
@@ -86,8 +86,8 @@ def create_app(
         lifespan=[
             lambda _: aclosing(observers),
             lambda _: aclosing(limiter.store),
-            lambda _: keys_watched(server_state),
-            lambda _: watching(backend, recorder),
+            lambda _: watched_keys(server_state),
+            lambda _: background_tasks(backend, recorder),
             _lifespan(server_state, reloader if watch_registry else None),
         ],
         state=State(parts | {"observers": observers}),

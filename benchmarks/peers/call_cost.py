@@ -41,7 +41,7 @@ def open_fake_host(config: WorkerConfig, note: CrashNote) -> Host:
     return Host(settings, config.specs, FakeFiles(), FakeLoader(), runtime)
 
 
-def births() -> list[WorkerConfig]:
+def worker_configs() -> list[WorkerConfig]:
     from benchmarks.peers.call_cost import open_fake_host  # not of __main__, which workers cannot import
 
     return [
@@ -56,20 +56,20 @@ def births() -> list[WorkerConfig]:
 def make(name: str) -> Backend:
     """A backend before two hosts of fake engines."""
     if name == "local":
-        return LocalBackend([birth.open(birth, lambda _: None) for birth in births()], {"a": SPEC})
+        return LocalBackend([config.open(config, lambda _: None) for config in worker_configs()], {"a": SPEC})
     from router.backends.remote import RemoteBackend
 
     if name == "process":
         from router.backends.process.fleet import ProcessFleet
 
-        return RemoteBackend(ProcessFleet(births(), 1, grace_s=1.0), {"a": SPEC})
+        return RemoteBackend(ProcessFleet(worker_configs(), 1, grace_s=1.0), {"a": SPEC})
     from router.backends.ray.deploy import Plan, connect, deploy, serve
     from router.backends.ray.environment import APP, DEPLOYMENT
     from router.backends.ray.fleet import RayFleet
     from router.backends.ray.replica_directory import REPLICAS
 
     connect(None)
-    deploy(births()[0], Plan(hosts=HOSTS, cpus=0.5))
+    deploy(worker_configs()[0], Plan(hosts=HOSTS, cpus=0.5))
     fleet = RayFleet(serve.get_deployment_handle(DEPLOYMENT, APP), REPLICAS)
     return RemoteBackend(fleet, {"a": SPEC})
 

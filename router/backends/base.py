@@ -1,4 +1,4 @@
-"""TODO router/backends/base.py."""
+"""`Backend`: the interface between the API and the hosts that run models, wherever those are."""
 
 from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import NoReturn, Protocol
@@ -7,18 +7,18 @@ from engines.errors import HostNotFound, ModelNotFound
 from engines.spec import ModelSpec
 from engines.types import Budget, Call, Event, HostSnapshot, ModelStatus, Plan, Result
 
-SIZE_S = 10.0
-"""A plan waits no longer for a hub; it then says that the size is not known."""
+SIZE_TIMEOUT_S = 10.0
+"""Timeout of the hub query for a model's size in `plan`; past it the plan reports the size as unknown."""
 
 
 class Backend(Protocol):
-    """All hosts together. Every call names models by their `model_id`, never by an alias.
+    """Runs calls on a set of hosts. Every call names models by their `model_id`, never by an alias.
 
-    Errors are those of `engines/errors.py`, whatever lies between.
+    Raises the errors of `engines/errors.py`, whatever transport lies between.
     """
 
     async def start(self) -> None:
-        """Open the hosts; afterwards calls are served. Preloads begin but are not waited for."""
+        """Open the hosts; afterwards calls are served. Starts preloads without waiting for them."""
 
     async def run(self, call: Call) -> Result:
         """Answer one call on the best host; waits for a cold model as long as the call allows."""
@@ -26,10 +26,10 @@ class Backend(Protocol):
     async def preload(
         self, model_id: str, *, pin: bool = False, wait: bool = True, host_id: str | None = None
     ) -> ModelStatus:
-        """Load the model where it fits best, or on one host; returns when it is ready, at once when `wait` is false.
+        """Load the model on the best host, or on `host_id`; returns when it is ready, at once when `wait` is false.
 
         Raises:
-            HostNotFound: there is no such host.
+            HostNotFound: no host has this id.
         """
 
     async def evict(self, model_id: str, *, force: bool = False, timeout_s: float = 30.0) -> tuple[ModelStatus, ...]:
@@ -41,39 +41,39 @@ class Backend(Protocol):
         """
 
     async def plan(self, model_id: str) -> Plan:
-        """What loading the model would do, without doing it. May ask the hub for its size."""
+        """Predict what loading the model would do, without loading it. May query the hub for its size."""
 
     async def reload(self, specs: Mapping[str, ModelSpec], budget: Budget | None = None) -> None:
-        """Serve these models from now on, in this much memory; only what changed is touched."""
+        """Replace the served models and the memory budget; unchanged models are not touched."""
 
     async def recycle(self, host_id: str) -> None:
-        """Drain the host, end what it runs in, start it anew, and bring back what was ready there.
+        """Drain the host, restart its process, and reload the models that were ready there.
 
-        Returns when the host takes work again; its models may still be on their way.
+        Returns when the host accepts calls again; its models may still be loading.
 
         Raises:
-            HostNotFound: there is no such host.
-            InvalidValue: hosts of this backend cannot be started anew.
+            HostNotFound: no host has this id.
+            InvalidValue: hosts of this backend cannot be restarted.
         """
 
     def snapshots(self) -> tuple[HostSnapshot, ...]:
-        """The state of every host now; never blocks."""
+        """Return the state of every host; never blocks."""
 
     def check(self) -> Mapping[str, str]:
-        """What is wrong with hosts whose device is down, by host id; their callers are told at once. Never blocks."""
+        """Return the faults of hosts whose device is down, by host id, and fail their pending calls. Never blocks."""
 
     def events(self, after: Mapping[str, int] | None = None) -> AsyncIterator[Event]:
-        """Events of all hosts as they happen; with `after` (host id → seq), the remembered ones since come first."""
+        """Stream events of all hosts; with `after` (host id → seq), buffered events since then come first."""
 
     async def aclose(self, *, grace_s: float = 30.0) -> None:
-        """Admit nothing new, finish what was admitted within the grace time, free everything."""
+        """Refuse new calls, finish the admitted ones within the grace time, free everything."""
 
 
-def no_model(model_id: str) -> NoReturn:
-    """Refuse a model that no registry names."""
-    raise ModelNotFound(f"no model {model_id!r} is served here; see the list of models")
+def raise_model_not_found(model_id: str) -> NoReturn:
+    """Raise ModelNotFound for a model that is not in the registry."""
+    raise ModelNotFound(f"model {model_id!r} not found; GET /v1/models lists the served models")
 
 
-def no_host(host_id: str, known: Iterable[str]) -> NoReturn:
+def raise_host_not_found(host_id: str, known: Iterable[str]) -> NoReturn:
     """Refuse a host that is not there."""
     raise HostNotFound(f"no host is called {host_id!r}; this server has {', '.join(known) or 'none now'}")

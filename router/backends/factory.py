@@ -1,4 +1,4 @@
-"""Which backend serves: what the settings and the registry say, else what suits the machine's devices."""
+"""Chooses the backend: from settings or registry, else by the machine's devices."""
 
 import re
 from pathlib import Path
@@ -16,10 +16,10 @@ _DEV = Path("/dev")
 
 
 def open_backend(settings: Settings, registry: Registry) -> Backend:
-    """The backend, not started. Three cases: 1. named;  2. more than one GPU: `process`;  3. `local`.
+    """Create the backend, not started. Three cases: 1. named;  2. more than one GPU: `process`;  3. `local`.
 
     Raises:
-        InvalidValue: a device is asked for that is not here, or a library is missing.
+        InvalidValue: a requested device does not exist, or a library is missing.
     """
     named = settings.backend or registry.backend
     if named == "ray":
@@ -36,7 +36,7 @@ def open_backend(settings: Settings, registry: Registry) -> Backend:
 
 
 def may_have_gpus(wanted: tuple[str, ...], dev: Path = _DEV) -> bool:
-    """Whether `DEVICE` may mean several GPUs. HubRequest before anything imports torch, so the device files must do."""
+    """Whether `DEVICE` may mean several GPUs. Called before torch is imported, so it counts device files in /dev."""
     if wanted == ("auto",):
         return sum(re.fullmatch(r"nvidia\d+", path.name) is not None for path in dev.glob("nvidia*")) > 1
     return len(wanted) > 1
@@ -47,7 +47,7 @@ def _open_ray(settings: Settings, registry: Registry) -> Backend:
         from router.backends.ray.fleet import open_ray_backend
     except ImportError as error:
         raise InvalidValue(
-            "BACKEND=ray needs Ray, which is not installed: pip install 'embedyard[ray]', the same version as on the "
-            "cluster's nodes"
+            "BACKEND=ray needs Ray, which is not installed: pip install 'embedyard[ray]', in the version that "
+            "the cluster's nodes have"
         ) from error
     return open_ray_backend(settings, registry)

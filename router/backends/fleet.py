@@ -1,4 +1,4 @@
-"""`Fleet`: what `RemoteBackend` needs of hosts that live elsewhere, whether in worker processes or on a cluster."""
+"""`Fleet`: the interface between `RemoteBackend` and remote hosts (worker processes or a Ray cluster)."""
 
 from collections.abc import Callable, Mapping
 from typing import Protocol
@@ -12,17 +12,17 @@ from router.backends.host_directory import HostDirectory
 
 
 class NotSent(HostLost):
-    """No host was open when the call was to be sent, so nothing was lost; it may be sent when one is."""
+    """Raised before a call was sent, because no host was open; sending it later is safe."""
 
 
 class RoutedCall:
-    """One call on its way.
+    """Tracks one call over its attempts on hosts.
 
     Attributes:
-        avoid: hosts that it must not go to (again).
-        host_id: where it went last.
-        refusal: why the hosts in `avoid` could not have it: of their reasons the most hopeful.
-        was_lost: whether a host was lost under it.
+        avoid: hosts that it must not be sent to (again).
+        host_id: the host of the last attempt.
+        refusal: the error of the hosts in `avoid`; of several, the one that allows the earliest retry.
+        was_lost: whether a host was lost while it ran the call.
     """
 
     def __init__(self, call: Call, spec: ModelSpec) -> None:
@@ -35,33 +35,33 @@ class RoutedCall:
 
 
 class Fleet(Protocol):
-    """The hosts, and the way to them. All calls come from one event loop.
+    """Connects to the hosts and sends requests to them. All calls come from one event loop.
 
-    Errors are those of `engines/errors.py`; `HostLost` says that a host ended before it had answered.
+    Raises the errors of `engines/errors.py`; `HostLost` when a host ended before it had answered.
     """
 
     @property
     def directory(self) -> HostDirectory:
-        """What is known of them."""
+        """Snapshots of the hosts, and the calls in flight to them."""
 
     @property
     def feed(self) -> EventFeed:
-        """What has happened there."""
+        """Events of the hosts."""
 
     async def open(self, specs: Mapping[str, ModelSpec], on_change: Callable[[], None]) -> None:
-        """Reach the hosts; `on_change` is called when one has come that was not there, or is back."""
+        """Connect to the hosts; calls `on_change` when a host appears or is back."""
 
-    async def send(self, ticket: RoutedCall) -> Result:
+    async def send(self, routed: RoutedCall) -> Result:
         """Run the call on the best open host."""
 
     async def ask(self, host_id: str, request: Request) -> Reply:
-        """Ask one host, and bring the ledger up to date with what it says."""
+        """Send a request to one host, and update the directory from its reply."""
 
     async def reload(self, specs: Mapping[str, ModelSpec], budget: Budget | None) -> None:
-        """Bring a new registry to every host, and to those that come later."""
+        """Send a new registry to every host, and to those that appear later."""
 
     async def recycle(self, host_id: str) -> None:
-        """See `Backend.recycle`; the host is known."""
+        """See `Backend.recycle`; `host_id` has been checked."""
 
     def faults(self) -> Mapping[str, str]:
         """See `Backend.check`."""
@@ -70,7 +70,7 @@ class Fleet(Protocol):
         """See `Backend.snapshots`."""
 
     def quarantine(self, model_id: str) -> None:
-        """Raise LoadFailed for a model that must not run now because of what it did to hosts."""
+        """Raise LoadFailed for a model that is quarantined because hosts crashed while it ran."""
 
     async def aclose(self, grace_s: float) -> None:
-        """End what belongs to this server."""
+        """Stop the hosts and tasks that belong to this server."""

@@ -1,8 +1,7 @@
-"""Who gets which model where hosts live elsewhere: what they told last, and what was sent to them since.
+"""`HostDirectory`: the last snapshot of every remote host, and the calls sent to it since. Chooses hosts for calls.
 
-A snapshot is older than the calls that are on their way to its host. So a placement counts from the moment it is
-chosen: as long as a call runs on a host that does not show its model yet, the model is expected there and its bytes are
-claimed.
+A snapshot is older than the calls in flight to its host. So a placement counts from the moment it is chosen: while a
+call runs on a host whose snapshot does not show the model yet, the model is expected there and its bytes are claimed.
 """
 
 from collections import Counter
@@ -13,20 +12,20 @@ from msgspec import Struct, structs
 
 from engines.spec import ModelSpec
 from engines.types import HostSnapshot, ModelStatus, State
-from router.backends.placement import AWAY, eligible_hosts, not_resident, ranked_hosts, replica_host
+from router.backends.placement import NOT_LOADED, eligible_hosts, not_resident, ranked_hosts, replica_host
 
 
-def hot(snapshot: HostSnapshot | None) -> list[ModelStatus]:
-    """What was ready on a host, the most recently used first."""
+def ready_models(snapshot: HostSnapshot | None) -> list[ModelStatus]:
+    """Return the models that are ready on a host, most recently used first."""
     ready = [status for status in snapshot.models if status.state == "ready"] if snapshot is not None else []
     return sorted(ready, key=lambda status: -(status.last_used_at or 0.0))
 
 
-def emptied(snapshot: HostSnapshot) -> HostSnapshot:
-    """The host with nothing in memory, closed to calls."""
+def without_models(snapshot: HostSnapshot) -> HostSnapshot:
+    """Return the snapshot with every model unloaded, closed to calls."""
     gone = dict.fromkeys(("weight_bytes", "workspace_bytes", "leases", "waiters", "queue_items"), 0)
     models = tuple(
-        status if status.state in AWAY else structs.replace(status, state="cold", info=None, **gone)
+        status if status.state in NOT_LOADED else structs.replace(status, state="cold", info=None, **gone)
         for status in snapshot.models
     )
     return structs.replace(
@@ -42,46 +41,46 @@ def emptied(snapshot: HostSnapshot) -> HostSnapshot:
 
 
 class HostDirectory:
-    """One router's view of the hosts. Lives on one event loop."""
+    """Holds one router's view of the hosts. Used from one event loop only."""
 
     def __init__(self) -> None:
         self._hosts: dict[str, HostEntry] = {}
         self._running: Counter[tuple[str, str]] = Counter()
 
-    # ---- what hosts tell ----
+    # ---- snapshots ----
 
     def update(self, snapshot: HostSnapshot) -> None:
-        """What a host is like now."""
+        """Replace the host's snapshot."""
         self._hosts[snapshot.host_id] = HostEntry(snapshot, {status.model_id: status for status in snapshot.models})
 
     def close(self, host_id: str) -> None:
-        """The host takes nothing new, whatever its last snapshot said."""
-        page = self._hosts.get(host_id)
-        if page is not None:
-            self.update(structs.replace(page.snapshot, is_draining=True))
+        """Send the host no new calls, until its next snapshot."""
+        entry = self._hosts.get(host_id)
+        if entry is not None:
+            self.update(structs.replace(entry.snapshot, is_draining=True))
 
     def forget(self, host_id: str) -> None:
-        """The host will not come back under this name."""
+        """Remove a host whose id will not be used again."""
         self._hosts.pop(host_id, None)
 
     def snapshots(self) -> tuple[HostSnapshot, ...]:
-        """Of all hosts."""
-        return tuple(page.snapshot for page in self._hosts.values())
+        """Return the snapshots of all hosts."""
+        return tuple(entry.snapshot for entry in self._hosts.values())
 
     def snapshot(self, host_id: str) -> HostSnapshot | None:
-        """Of one host."""
-        page = self._hosts.get(host_id)
-        return page.snapshot if page is not None else None
+        """Return the snapshot of one host; None when it is unknown."""
+        entry = self._hosts.get(host_id)
+        return entry.snapshot if entry is not None else None
 
     def running(self, host_id: str) -> list[str]:
-        """The models that calls from here run on there."""
+        """Return the models for which calls of this router run on the host."""
         return [model_id for (host, model_id), count in self._running.items() if host == host_id and count]
 
-    # ---- what is sent to them ----
+    # ---- calls in flight ----
 
     @contextmanager
     def in_flight(self, host_id: str, model_id: str) -> Iterator[None]:
-        """A call to the host about the model runs inside the block."""
+        """Count a call to the host for the model while the block runs."""
         self.begin(host_id, model_id)
         try:
             yield
@@ -89,11 +88,11 @@ class HostDirectory:
             self.end(host_id, model_id)
 
     def begin(self, host_id: str, model_id: str) -> None:
-        """A call begins; `end` must follow."""
+        """Count a call; `end` must follow."""
         self._running[host_id, model_id] += 1
 
     def end(self, host_id: str, model_id: str) -> None:
-        """A call that had begun has ended."""
+        """Uncount a call that has ended."""
         self._running[host_id, model_id] -= 1
         if not self._running[host_id, model_id]:
             del self._running[host_id, model_id]
@@ -101,14 +100,14 @@ class HostDirectory:
     # ---- choosing ----
 
     def devices(self) -> dict[str, str]:
-        """Host id → device, of all hosts."""
-        return {host_id: page.snapshot.device for host_id, page in self._hosts.items()}
+        """Return the device of every host, by host id."""
+        return {host_id: entry.snapshot.device for host_id, entry in self._hosts.items()}
 
     def open_hosts(self, spec: ModelSpec, avoid: Container[str] = ()) -> list[str]:
-        """Hosts that take the model's calls now; empty while all of them drain or start.
+        """Return the hosts that take calls for the model now; empty while all of them drain or start.
 
         Raises:
-            LoadFailed: the registry lets it run on none.
+            LoadFailed: the registry allows it on none of the devices.
         """
         hosts = eligible_hosts(spec, self.devices()) if self._hosts else []
         return [host_id for host_id in hosts if host_id not in avoid and not self._hosts[host_id].snapshot.is_draining]
@@ -130,7 +129,7 @@ class HostDirectory:
 
 
 class HostEntry(Struct, frozen=True):
-    """One host: its last snapshot, and the same by model."""
+    """One host's last snapshot, and its models' statuses by model id."""
 
     snapshot: HostSnapshot
     statuses: Mapping[str, ModelStatus]
@@ -170,7 +169,7 @@ class DirectoryView:
         sent = {
             model_id
             for host_id, model_id in self._running
-            if host_id == snapshot.host_id and model_id in statuses and statuses[model_id].state in AWAY
+            if host_id == snapshot.host_id and model_id in statuses and statuses[model_id].state in NOT_LOADED
         }
         if not sent:
             return snapshot

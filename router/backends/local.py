@@ -11,13 +11,13 @@ from engines.errors import EngineError, InvalidValue
 from engines.host import Host
 from engines.spec import ModelSpec
 from engines.types import Budget, Call, Event, HostSnapshot, ModelStatus, Plan, Result, State
-from router.backends.base import SIZE_S, no_host, no_model
+from router.backends.base import SIZE_TIMEOUT_S, raise_host_not_found, raise_model_not_found
 from router.backends.placement import (
+    earliest_retry,
     eligible_hosts,
     is_newly_wanted,
     is_wanted,
-    most_hopeful,
-    moves_on,
+    may_succeed_elsewhere,
     not_resident,
     ranked_hosts,
     replica_host,
@@ -30,17 +30,17 @@ Answer = TypeVar("Answer")
 
 
 class LocalBackend:
-    """One host per device, all in this process and on this event loop.
+    """Runs one host per device, all in this process and on this event loop.
 
-    The hosts share one `Files`, so a model is fetched once for all of them.
+    The hosts share one `Files`, so a model is downloaded once for all of them.
 
-    A placement is on record as soon as it is chosen: the host's slot has the claim before this loop does anything else,
-    and `rank` reads slots.
+    A placement counts as soon as it is chosen: the host's slot has the claim before this loop runs another task, and
+    `rank_hosts` reads slots.
 
     Args:
         hosts: at least one.
-        specs: the models to serve, as the hosts know them.
-        on_close: called when all hosts are closed, for what they shared.
+        specs: the models to serve, the same as the hosts have.
+        on_close: called when all hosts are closed, to close what they share.
     """
 
     def __init__(
@@ -55,10 +55,10 @@ class LocalBackend:
         await self._load_wanted(spec for spec in self._specs.values() if is_wanted(spec))
 
     async def run(self, call: Call) -> Result:
-        """On the host where it is ready, else on the best; a host that cannot have it passes the call on."""
-        hosts = self._suitable(call.model_id)
+        """Run the call where the model is ready, else on the best host; when that cannot load it, on the next one."""
+        hosts = self._eligible(call.model_id)
         if self._specs[call.model_id].replicas > 1:
-            await self._spread(call.model_id, hosts)
+            await self._add_replica_if_busy(call.model_id, hosts)
         if len(hosts) == 1:
             return await hosts[0].run(call)
         loop = asyncio.get_running_loop()
@@ -68,7 +68,7 @@ class LocalBackend:
             left_s = max(0.0, until_s - loop.time())
             return await host.run(structs.replace(call, load_timeout_s=left_s, may_move=may_move))
 
-        return await self._at_the_first_that_can(call.model_id, hosts, run)
+        return await self._try_hosts(call.model_id, hosts, run)
 
     async def preload(
         self, model_id: str, *, pin: bool = False, wait: bool = True, host_id: str | None = None
@@ -76,11 +76,11 @@ class LocalBackend:
         async def preload(host: Host, may_move: bool) -> ModelStatus:
             return await host.preload(model_id, pin=pin, wait=wait, may_move=may_move)
 
-        return await self._at_the_first_that_can(model_id, self._suitable(model_id, host_id), preload)
+        return await self._try_hosts(model_id, self._eligible(model_id, host_id), preload)
 
     async def evict(self, model_id: str, *, force: bool = False, timeout_s: float = 30.0) -> tuple[ModelStatus, ...]:
-        """Everywhere at once; all hosts are heard before one's refusal is raised."""
-        evictions = (host.evict(model_id, force=force, timeout_s=timeout_s) for host in self._suitable(model_id))
+        """Evict on all hosts at once; waits for all of them before the first error is raised."""
+        evictions = (host.evict(model_id, force=force, timeout_s=timeout_s) for host in self._eligible(model_id))
         outcomes = await asyncio.gather(*evictions, return_exceptions=True)
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
@@ -88,25 +88,25 @@ class LocalBackend:
         return tuple(outcome for outcome in outcomes if isinstance(outcome, ModelStatus))
 
     async def plan(self, model_id: str) -> Plan:
-        hosts = self._suitable(model_id)
+        hosts = self._eligible(model_id)
         with suppress(TimeoutError):
-            await asyncio.wait_for(asyncio.gather(*(host.estimate_size(model_id) for host in hosts)), SIZE_S)
+            await asyncio.wait_for(asyncio.gather(*(host.estimate_size(model_id) for host in hosts)), SIZE_TIMEOUT_S)
         return self._ranked(model_id, hosts)[0].plan(model_id)
 
     async def reload(self, specs: Mapping[str, ModelSpec], budget: Budget | None = None) -> None:
-        """A model that was wanted before, and left, is not loaded again because another one changed."""
+        """See `Backend`. A wanted model that was evicted is not loaded again because another one changed."""
         before, self._specs = self._specs, dict(specs)
         for host in self._hosts.values():
             await host.reload(specs, budget)
         await self._load_wanted(spec for spec in specs.values() if is_newly_wanted(before.get(spec.model_id), spec))
 
     async def recycle(self, host_id: str) -> None:
-        """Never possible: who ends the process ends the server."""
+        """Raise InvalidValue: ending a host's process would end the server."""
         if host_id not in self._hosts:
-            no_host(host_id, self._hosts)
+            raise_host_not_found(host_id, self._hosts)
         raise InvalidValue(
-            f"host {host_id!r} runs in the server's own process, so it cannot be started anew alone: restart the "
-            "server, or serve with BACKEND=process"
+            f"host {host_id!r} runs in the server's own process and cannot be restarted alone: restart the server, "
+            "or serve with BACKEND=process"
         )
 
     def snapshots(self) -> tuple[HostSnapshot, ...]:
@@ -117,7 +117,7 @@ class LocalBackend:
 
     def events(self, after: Mapping[str, int] | None = None) -> AsyncIterator[Event]:
         known = after or {}
-        return merged([host.events(known.get(host_id)) for host_id, host in self._hosts.items()])
+        return merge_streams([host.events(known.get(host_id)) for host_id, host in self._hosts.items()])
 
     async def aclose(self, *, grace_s: float = 30.0) -> None:
         await asyncio.gather(*(host.aclose(grace_s=grace_s) for host in self._hosts.values()))
@@ -126,23 +126,23 @@ class LocalBackend:
 
     # ---- choosing ----
 
-    def _suitable(self, model_id: str, host_id: str | None = None) -> list[Host]:
-        """Hosts on whose device the registry lets the model run; those that are down only when there is no other."""
+    def _eligible(self, model_id: str, host_id: str | None = None) -> list[Host]:
+        """Return the hosts on whose device the model may run; those that are down only when there is no other."""
         spec = self._specs.get(model_id)
         if spec is None:
-            no_model(model_id)
+            raise_model_not_found(model_id)
         if host_id is not None and host_id not in self._hosts:
-            no_host(host_id, self._hosts)
+            raise_host_not_found(host_id, self._hosts)
         devices = {name: host.config.device for name, host in self._hosts.items() if host_id in (None, name)}
         hosts = [self._hosts[name] for name in eligible_hosts(spec, devices)]
         return [host for host in hosts if not host.fault] or hosts
 
-    async def _at_the_first_that_can(
+    async def _try_hosts(
         self, model_id: str, hosts: Sequence[Host], ask: Callable[[Host, bool], Awaitable[Answer]]
     ) -> Answer:
-        """Ask the best host, and the next one where that cannot have the model; nobody is told before all have failed.
+        """Call the best host, then the next one when it cannot load the model; raises only after all have failed.
 
-        They are ranked anew each time, for much may have happened during a load that failed.
+        Ranks the rest again each time, because their state may have changed during the failed load.
         """
         left = list(hosts)
         refusal: EngineError | None = None
@@ -152,9 +152,9 @@ class LocalBackend:
             try:
                 return await ask(host, bool(left))
             except EngineError as error:
-                if not moves_on(error):
+                if not may_succeed_elsewhere(error):
                     raise
-                refusal = most_hopeful(refusal, error)
+                refusal = earliest_retry(refusal, error)
         assert refusal is not None, "there is at least one host"
         raise refusal
 
@@ -162,8 +162,8 @@ class LocalBackend:
         """Returns hosts for a call, best first."""
         return [self._hosts[host_id] for host_id in ranked_hosts(model_id, [HostInProcess(host) for host in hosts])]
 
-    async def _spread(self, model_id: str, hosts: Sequence[Host]) -> None:
-        """Begins to load one more copy when all that are ready are busy, and does not wait for it."""
+    async def _add_replica_if_busy(self, model_id: str, hosts: Sequence[Host]) -> None:
+        """Start loading one more replica when every ready one is busy; does not wait for the load."""
         views = [HostInProcess(host) for host in hosts]
         num_busy = sum(view.state(model_id) == "ready" and view.load(model_id) > (0,) for view in views)
         host_id = replica_host(self._specs[model_id], views, num_busy)
@@ -210,10 +210,10 @@ class HostInProcess:
 
 
 def open_local_backend(settings: Settings, registry: Registry) -> LocalBackend:
-    """One host for each device of this machine, not started yet.
+    """Create one host for each device of this machine, not started.
 
     Raises:
-        InvalidValue: a device is asked for that is not here.
+        InvalidValue: a requested device does not exist.
     """
     from engines.machine import Machine  # late: torch takes seconds to import
 
@@ -222,8 +222,8 @@ def open_local_backend(settings: Settings, registry: Registry) -> LocalBackend:
     return LocalBackend(machine.hosts, registry.models, machine.close)
 
 
-async def merged(streams: Sequence[AsyncIterator[Event]]) -> AsyncIterator[Event]:
-    """Several streams as one, in the order of arrival; it ends when all have ended."""
+async def merge_streams(streams: Sequence[AsyncIterator[Event]]) -> AsyncIterator[Event]:
+    """Merge streams in order of arrival; ends when all have ended."""
     upcoming = {asyncio.ensure_future(anext(stream)): stream for stream in streams}
     try:
         while upcoming:

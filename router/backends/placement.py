@@ -14,13 +14,13 @@ from engines.host import device_matches
 from engines.spec import ModelSpec, is_same_engine
 from engines.types import HostSnapshot, ModelStatus, State
 
-AWAY = ("absent", "cold", "failed")
+NOT_LOADED = ("absent", "cold", "failed")
 """States of a model that a host neither has nor is about to have."""
 _RESIDENT = {"ready": 0, "warming": 1, "loading": 2}
 _EXPECTED = ("fetching", "waiting_space")
 
 _OF_THE_HOST = frozenset({"load", "out_of_memory", "self_check_failed", "load_hangs"})
-"""Kinds of failed loads that may be the host's fault; others are the files' or the hub's, the same everywhere."""
+"""Kinds of `LoadFailed` that may be caused by the host; the others come from the files or the hub, on every host."""
 
 _FITS = 2
 _FAILED = 4
@@ -80,7 +80,7 @@ def not_resident(specs: Iterable[ModelSpec], hosts: Sequence[HostView]) -> Itera
     its turn, so that loads which were begun for the ones before count."""
     for spec in specs:
         states = [state for host in hosts if (state := host.state(spec.model_id)) is not None]
-        if states and all(state in AWAY for state in states):
+        if states and all(state in NOT_LOADED for state in states):
             yield spec
 
 
@@ -99,7 +99,7 @@ def _need_bytes(model_id: str, hosts: Iterable[HostView]) -> int:
 
 
 def eligible_hosts(spec: ModelSpec, devices: Mapping[str, str]) -> list[str]:
-    """The hosts (id → device) on whose device the registry lets the model run.
+    """Return the ids of the hosts (`devices`: id → device) on whose device the registry lets the model run.
 
     Raises:
         LoadFailed: there is none.
@@ -107,7 +107,7 @@ def eligible_hosts(spec: ModelSpec, devices: Mapping[str, str]) -> list[str]:
     found = [host_id for host_id, device in devices.items() if device_matches(device, spec.device)]
     if not found:
         raise LoadFailed(
-            f"model {spec.model_id!r} is for device {spec.device!r}, and this server has "
+            f"model {spec.model_id!r} requires device {spec.device!r}; this server has "
             f"{', '.join(dict.fromkeys(devices.values()))}; change its `device` in the registry, or DEVICE",
             retry_after_s=300.0,
             kind="no_device",
@@ -115,15 +115,15 @@ def eligible_hosts(spec: ModelSpec, devices: Mapping[str, str]) -> list[str]:
     return found
 
 
-def moves_on(error: EngineError) -> bool:
-    """Whether another host may have the model that this one could not."""
+def may_succeed_elsewhere(error: EngineError) -> bool:
+    """Whether another host may load the model after this one failed with `error`."""
     if isinstance(error, LoadFailed):
         return error.kind in _OF_THE_HOST
     return isinstance(error, ModelTooLarge) or (isinstance(error, OutOfMemory) and error.stage == "load")
 
 
-def most_hopeful(one: EngineError | None, other: EngineError) -> EngineError:
-    """Of what two hosts said, what the caller is told: rather that it may ask again, and rather soon."""
+def earliest_retry(one: EngineError | None, other: EngineError) -> EngineError:
+    """Return the error to report of two hosts' errors: the one that allows the earlier retry."""
     return other if one is None or _wait_s(other) < _wait_s(one) else one
 
 
@@ -132,24 +132,24 @@ def _wait_s(error: EngineError) -> float:
 
 
 def rank_hosts(model_id: str, need_bytes: int, snapshots: Iterable[HostSnapshot]) -> list[str]:
-    """Host ids, best first. `need_bytes`: what the model takes, 0 when unknown.
+    """Rank host ids for a model, best first. `need_bytes`: memory the model needs, 0 when unknown.
 
-    1. where it is resident, the readier first;
-    2. where it fits into free memory that nobody has claimed;
-    3. where others must leave, the longest idle first;
-    4. where it failed to load and has not been tried since;
-    5. where it cannot be had now: too busy, too small, held by other processes, or draining.
-    Within each: a host that expects the model already, then rendezvous hashing.
+    1. it is resident: ready, then warming, then loading;
+    2. it fits into free, unclaimed memory;
+    3. other models must be evicted, the longest idle first;
+    4. its last load failed there and was not retried since;
+    5. it cannot be loaded now: the host is too busy, too small, draining, or other processes hold the memory.
+    Within each tier: hosts that expect the model already come first, then rendezvous hashing decides.
     """
     keys = {host.host_id: _key(model_id, need_bytes, host) for host in snapshots}
     return sorted(keys, key=lambda host_id: keys[host_id])
 
 
 def pick_replica_host(spec: ModelSpec, need_bytes: int, snapshots: Sequence[HostSnapshot]) -> str | None:
-    """Where one more copy of a busy model may go, as `replicas` in the registry allows; None when it may not.
+    """Choose a host for one more replica of a busy model, within `replicas` of the registry; None when there is none.
 
-    A copy takes free memory only: it would be no gain if another model had to leave for it, and come back. Where the
-    model failed to load its quarantine holds: a preload, as an operator's, would end it, with every busy request.
+    A replica takes free memory only: evicting another model for it, which is then loaded again, gains nothing. Hosts
+    where the model failed to load are skipped: a preload would end the quarantine, and each busy request starts one.
     """
     having = [host for host in snapshots if _has_or_expects(spec.model_id, host)]
     if len(having) >= spec.replicas:
@@ -165,7 +165,7 @@ def pick_replica_host(spec: ModelSpec, need_bytes: int, snapshots: Sequence[Host
 
 def _has_or_expects(model_id: str, host: HostSnapshot) -> bool:
     status = _status(model_id, host)
-    return status is not None and (status.state not in AWAY or status.waiters > 0)
+    return status is not None and (status.state not in NOT_LOADED or status.waiters > 0)
 
 
 def _state(model_id: str, host: HostSnapshot) -> State | None:
@@ -201,16 +201,16 @@ def _tier(need_bytes: int, host: HostSnapshot, status: ModelStatus | None, *, is
 
 
 def _free_bytes(host: HostSnapshot) -> int:
-    """What of the budget neither our models nor other processes hold."""
+    """Return the part of the budget that neither this server's models nor other processes use."""
     if host.ceiling_bytes is None:
         return host.free_bytes
     return min(host.free_bytes, host.ceiling_bytes - host.used_bytes - host.workspace_bytes)
 
 
 def _last_victim_used_at(host: HostSnapshot, missing_bytes: int) -> float | None:
-    """When the most recently used of those that must leave was used; None when all that may leave are not enough.
+    """Return when the most recently used of the needed victims was used; None when evicting all is not enough.
 
-    Older claims take the first victims, for their bytes are part of `missing_bytes`.
+    Older claims take the first victims, because their bytes are part of `missing_bytes`.
     """
     statuses = {status.model_id: status for status in host.models}
     for model_id in host.residents:
@@ -224,5 +224,5 @@ def _last_victim_used_at(host: HostSnapshot, missing_bytes: int) -> float | None
 
 
 def _weight(model_id: str, host_id: str) -> int:
-    """Rendezvous hashing: hosts come and go, and only their own models move."""
+    """Compute the rendezvous hash: when hosts come or go, only their own models move."""
     return int.from_bytes(hashlib.blake2b(f"{model_id}\0{host_id}".encode(), digest_size=8).digest())

@@ -1,4 +1,4 @@
-"""Settings → hosts with real devices, wherever they run. Importing it is cheap; what it opens imports torch."""
+"""`WorkerConfig`: how a process creates its host. Importing this is cheap; `open_real_host` imports torch."""
 
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from engines.machine import MachineConfig
 
 CrashNote = Callable[[str], None]
-"""Told which models a host runs from now on, one a line: the last word of a process that dies of one of them."""
+"""Called with the models that a host runs from now on, one a line, so that a crash can be attributed to them."""
 
 
 class WorkerConfig(Struct, frozen=True, kw_only=True):
-    """All that a process or a replica is told to make its one host.
+    """Everything a worker process or a replica needs to create its one host.
 
-    `device`: `auto` takes the first there is. `cores`: its share of the machine's. `generation`: of `specs`.
-    `open`: makes the host, not started; a test gives its own.
+    `device`: `auto` takes the first one found. `cores`: its share of the machine's. `generation`: of `specs`.
+    `open`: creates the host, not started; tests pass their own.
     """
 
     host_id: str
@@ -36,7 +36,7 @@ class WorkerConfig(Struct, frozen=True, kw_only=True):
 
 
 def machine_config(settings: Settings, budget: Budget, devices: tuple[str, ...], cores: int) -> "MachineConfig":
-    """What the settings say about this machine."""
+    """Derive the `MachineConfig` from the settings."""
     from engines.machine import LoaderSettings, MachineConfig  # late: torch takes seconds to import
 
     return MachineConfig(
@@ -56,26 +56,26 @@ def machine_config(settings: Settings, budget: Budget, devices: tuple[str, ...],
     )
 
 
-def open_real_host(birth: WorkerConfig, note: CrashNote) -> Host:
-    """One host on a device of this machine.
+def open_real_host(config: WorkerConfig, note: CrashNote) -> Host:
+    """Create one host on a device of this machine.
 
     Raises:
-        InvalidValue: the device is not here.
+        InvalidValue: the device does not exist.
     """
     from engines.machine import Machine, find_devices  # late, as above
 
-    device = find_devices((birth.device,))[0]
-    config = machine_config(birth.settings, birth.budget, (device,), birth.cores)
-    return Machine(structs.replace(config, host_id=birth.host_id, note=note), birth.specs).hosts[0]
+    device = find_devices((config.device,))[0]
+    machine = machine_config(config.settings, config.budget, (device,), config.cores)
+    return Machine(structs.replace(machine, host_id=config.host_id, note=note), config.specs).hosts[0]
 
 
-def share(budget: Budget, parts: int) -> Budget:
-    """The budget of each of so many hosts that share one device's memory."""
+def divide_budget(budget: Budget, parts: int) -> Budget:
+    """Divide the budget among hosts that share one device's memory."""
     if budget.size_bytes is not None:
         return Budget(size_bytes=budget.size_bytes // parts)
     return Budget(fraction=(budget.fraction or 0.0) / parts)
 
 
-def cores_each(hosts: int) -> int:
-    """The share of this process's cores for each of so many hosts."""
+def divide_cores(hosts: int) -> int:
+    """Divide this process's cores among hosts."""
     return max(1, usable_cores() // hosts)

@@ -71,7 +71,7 @@ def _serve(settings: Settings, registry: Registry, listener: socket.socket) -> N
     from router.app import create_app
     from router.backends.factory import open_backend
     from router.observability.logs import configure_logging
-    from router.server.uvicorn_server import run_until_told_to_stop
+    from router.server.uvicorn_server import run_server
 
     configure_logging(settings.log_format, settings.log_level)
     backend = open_backend(settings, registry)
@@ -80,7 +80,7 @@ def _serve(settings: Settings, registry: Registry, listener: socket.socket) -> N
     def announce() -> None:
         click.echo(banner(settings, registry, backend.snapshots(), port))
 
-    run_until_told_to_stop(create_app(settings, registry, backend, watch_registry=True), listener, announce)
+    run_server(create_app(settings, registry, backend, watch_registry=True), listener, announce)
 
 
 def banner(settings: Settings, registry: Registry, hosts: tuple[HostSnapshot, ...], port: int) -> str:

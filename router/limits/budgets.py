@@ -1,8 +1,8 @@
-"""Requests and tokens that one caller may have in a window.
+"""Budgets of requests and tokens per caller and window.
 
-How many tokens a request takes is known when its work is done, so an estimate is reserved before, and exchanged for
-what was used. What an estimate fell short of is a debt: it counts like any use, but for one window longer, and is one
-window's tokens at most. All of it is kept in the storage: it outlives a restart, and several servers count together.
+The tokens of a request are known only when it ends, so an estimate is reserved first and then replaced by the actual
+use. Use beyond the estimate is a debt: it counts like any use, but for one window longer, up to one window's tokens.
+All of it is kept in the storage: it survives restarts, and several servers share it.
 """
 
 from msgspec import Struct, structs
@@ -10,21 +10,21 @@ from msgspec import Struct, structs
 from router.limits.store import Bucket, Counter, LimitStore, Room
 
 _MAX_UNITS = 8192
-"""Storages of the `limits` package keep one entry for every unit of a cost. Large token budgets are counted in units
-of several tokens, so that a request costs Redis thousands of entries at most, not a million."""
+"""Storages of the `limits` package keep one entry per unit of cost. Large token budgets are counted in units of several
+tokens, so that a request costs Redis thousands of entries at most, not a million."""
 _MAX_TRIES = 8
 _MAX_ACCOUNTS = 10_000
 
 
 class Limit(Struct, frozen=True):
-    """So many in so many seconds."""
+    """At most `amount` per window of `window_s` seconds."""
 
     amount: int
     window_s: int
 
 
 class Balance(Struct, frozen=True):
-    """What a limit has left. `resets_in_s`: until the oldest use no longer counts, 0 when there is none."""
+    """What is left of a limit. `resets_in_s`: seconds until the oldest use expires, 0 without use."""
 
     limit: int
     left: int
@@ -32,13 +32,13 @@ class Balance(Struct, frozen=True):
 
 
 class RequestBudget:
-    """Requests of all callers, each known by a name."""
+    """Counts requests per caller name."""
 
     def __init__(self, store: LimitStore) -> None:
         self._store = store
 
-    async def take(self, name: str, limit: Limit) -> tuple[bool, Balance]:
-        """Take one request, if there is one left; and what is left then.
+    async def acquire(self, name: str, limit: Limit) -> tuple[bool, Balance]:
+        """Count one request if the limit allows it; returns whether it did, and the balance.
 
         Raises:
             StoreDown.
@@ -50,9 +50,9 @@ class RequestBudget:
 
 
 class Reservation(Struct, frozen=True):
-    """Tokens set aside for one running request. It lapses by itself after one to two windows, should its server die.
+    """Tokens reserved for one running request. Expires after one to two windows, in case the server dies.
 
-    `slice`: the window's number, in whose counter it stands.
+    `slice`: number of the window whose counter it is in.
     """
 
     name: str
@@ -66,30 +66,30 @@ class Reservation(Struct, frozen=True):
 
 
 class TokenBudget:
-    """Tokens of all callers, each known by a name."""
+    """Counts tokens per caller name."""
 
     def __init__(self, store: LimitStore) -> None:
         self._store = store
-        self._loose: dict[str, int] = {}
-        """Tokens by caller that were used and are not yet a whole unit; the one thing that this process alone knows."""
+        self._remainders: dict[str, int] = {}
+        """Used tokens by caller that do not make a whole unit yet; the only state that is local to this process."""
 
     def __len__(self) -> int:
-        return len(self._loose)
+        return len(self._remainders)
 
-    async def look(self, name: str, limit: Limit) -> Balance:
-        """What is left, requests that still run left aside. Who has nothing left has something after `resets_in_s`.
+    async def balance_of(self, name: str, limit: Limit) -> Balance:
+        """Return the balance, ignoring reservations of running requests. At 0, some is left again after `resets_in_s`.
 
         Raises:
             StoreDown.
         """
         account = _Account(name, limit)
         used, owed = await self._store.rooms(account.used, account.owed)
-        return account.balance(used, owed, self._loose.get(name, 0))
+        return account.balance(used, owed, self._remainders.get(name, 0))
 
     async def reserve(self, name: str, limit: Limit, tokens: int) -> tuple[Reservation | None, Balance]:
-        """Set tokens aside, if there are so many; and what is left for this request and later ones.
+        """Reserve tokens if the limit allows it; returns the reservation or None, and what was left before it.
 
-        Reserved first and checked then: of requests side by side each sees those before it, on whichever server.
+        Reserves first and checks then: of concurrent requests each sees the earlier ones, on every server.
 
         Raises:
             StoreDown.
@@ -97,44 +97,46 @@ class TokenBudget:
         number = int(self._store.clock() // limit.window_s)
         reservation = Reservation(name, limit, tokens, number)
         others = await self._store.add(reservation.counter, tokens) - tokens
-        is_kept = False
+        is_reserved = False
         try:
             others += max(0, await self._store.count(_counter(name, limit, number - 1)))
-            balance = await self.look(name, limit)
+            balance = await self.balance_of(name, limit)
             balance = structs.replace(balance, left=max(0, balance.left - max(0, others)))
-            loose = self._loose.get(name, 0)  # left aside, or a request of all that a window admits would never fit
-            is_kept = bool(balance.left) and tokens <= balance.left + loose
+            remainder = self._remainders.get(
+                name, 0
+            )  # not counted, else a request for a whole window's tokens would never fit
+            is_reserved = bool(balance.left) and tokens <= balance.left + remainder
         finally:
-            if not is_kept:
+            if not is_reserved:
                 await self.release(reservation)
-        return reservation if is_kept else None, balance
+        return reservation if is_reserved else None, balance
 
     async def release(self, reservation: Reservation) -> int:
-        """Give back what was set aside; the tokens that other requests of its window have set aside.
+        """Give back a reservation; returns the tokens that other requests have reserved in its window.
 
         Raises:
-            StoreDown: it will lapse.
+            StoreDown: the reservation expires by itself.
         """
         if self._store.clock() >= (reservation.slice + 2) * reservation.limit.window_s:
-            return 0  # its counter is gone, and would come back below 0
+            return 0  # its counter has expired, and would be recreated below 0
         return max(0, await self._store.add(reservation.counter, -reservation.tokens))
 
     async def charge(self, name: str, limit: Limit, tokens: int) -> Balance:
-        """Take tokens that were used, also more than are left; and what is left then.
+        """Count used tokens, even beyond the limit; returns the balance.
 
         Raises:
-            StoreDown: nothing was taken.
+            StoreDown: nothing was counted.
         """
         account = _Account(name, limit)
-        units, loose = divmod(self._loose.pop(name, 0) + tokens, account.unit)
-        self._note_loose(name, loose)
+        units, remainder = divmod(self._remainders.pop(name, 0) + tokens, account.unit)
+        self._store_remainder(name, remainder)
         if units and not await self._store.hit(account.used, units):
-            excess = await self._take(account.used, units)
-            await self._take(account.owed, excess)  # what does not fit is forgiven
-        return account.balance(*await self._store.rooms(account.used, account.owed), loose)
+            excess = await self._take_up_to(account.used, units)
+            await self._take_up_to(account.owed, excess)  # what exceeds the debt's bucket is dropped
+        return account.balance(*await self._store.rooms(account.used, account.owed), remainder)
 
     async def settle(self, reservation: Reservation, tokens: int) -> Balance:
-        """Exchange a reservation for what was used; taken before it is given back, so that nobody slips between.
+        """Replace a reservation by the actual use. Counts before it releases, so that no request fits in between.
 
         Raises:
             StoreDown.
@@ -143,28 +145,28 @@ class TokenBudget:
         others = await self.release(reservation)
         return structs.replace(balance, left=max(0, balance.left - others))
 
-    async def _take(self, bucket: Bucket, units: int) -> int:
-        """Take what there is of so many units; how many could not be taken."""
-        for _ in range(_MAX_TRIES):  # another server may be faster between a look and a hit
+    async def _take_up_to(self, bucket: Bucket, units: int) -> int:
+        """Take up to so many units; returns how many could not be taken."""
+        for _ in range(_MAX_TRIES):  # another server may take some between the read and the hit
             taken = min(units, (await self._store.room(bucket)).left)
             if not taken or await self._store.hit(bucket, taken):
                 return units - taken
         return units
 
-    def _note_loose(self, name: str, tokens: int) -> None:
+    def _store_remainder(self, name: str, tokens: int) -> None:
         if tokens:
-            self._loose[name] = tokens
-        if len(self._loose) > _MAX_ACCOUNTS:  # addresses come and go; one of them is forgiven less than a unit
-            del self._loose[next(iter(self._loose))]
+            self._remainders[name] = tokens
+        if len(self._remainders) > _MAX_ACCOUNTS:  # addresses come and go; dropping one loses less than a unit
+            del self._remainders[next(iter(self._remainders))]
 
 
 class _Account:
-    """The two buckets of a caller. Both count in units of several tokens where a limit is large.
+    """The two buckets of a caller. For large limits both count in units of several tokens.
 
     Attributes:
-        used: what was used within one window.
-        owed: what was used beyond the limit, within two: it counts in the window in which it was used, which is full
-            anyway, and in the next.
+        used: use within one window.
+        owed: use beyond the limit, within two windows: it counts in the window of its use, which is full anyway, and
+            in the next one.
     """
 
     def __init__(self, name: str, limit: Limit) -> None:
@@ -174,9 +176,9 @@ class _Account:
         self.used = Bucket(f"tokens/{name}/{self.unit}", self._units, limit.window_s)
         self.owed = Bucket(f"debt/{name}/{self.unit}", self._units, 2 * limit.window_s)
 
-    def balance(self, used: Room, owed: Room, loose_tokens: int) -> Balance:
-        """What the rooms of both leave. Three cases: 1. the debt alone fills a window. 2. something was used in this
-        one. 3. there is a debt, or nothing.
+    def balance(self, used: Room, owed: Room, remainder_tokens: int) -> Balance:
+        """Compute the balance from both buckets. Three cases: 1. the debt alone fills a window. 2. there was use in
+        this one. 3. there is a debt, or nothing.
         """
         amount = self._limit.amount
         if not owed.left:
@@ -185,9 +187,9 @@ class _Account:
         taken = 2 * self._units - used.left - owed.left
         if taken >= self._units:
             return Balance(amount, 0, resets_in_s)
-        return Balance(amount, max(0, amount - taken * self.unit - loose_tokens), resets_in_s)
+        return Balance(amount, max(0, amount - taken * self.unit - remainder_tokens), resets_in_s)
 
 
 def _counter(name: str, limit: Limit, number: int) -> Counter:
-    """Of what is reserved in the window of that number; it lives until the end of the next."""
+    """Return the counter of reservations in window `number`; it expires at the end of the next window."""
     return Counter(f"reserved/{name}/{limit.window_s}/{number}", 2 * limit.window_s + 1)

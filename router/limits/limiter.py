@@ -1,7 +1,7 @@
-"""How much a caller may ask for: how many requests at once, how many in a window, and how many tokens.
+"""`Limiter`: limits per caller on concurrent requests, requests per window, and tokens per window.
 
-All of it is checked at the door, before the body is read, but for the tokens of the request itself: they are reserved
-when its inputs are known, and exchanged for what it used when it ends. Knows no models.
+All are checked before the body is read, except the request's own tokens: they are reserved when its inputs are known,
+and replaced by the actual use when it ends. Independent of models.
 """
 
 from collections import Counter
@@ -29,18 +29,18 @@ _MINUTE_S = 60
 _BODY_BYTES = 64 * 2**20
 
 
-_INCOMING_BYTES = 512 * 2**20
-"""Of bodies that are being read, together; half of it for one caller. Four of the largest bodies fit in any case."""
+_MAX_INCOMING_BYTES = 512 * 2**20
+"""Total bytes of bodies being received; one caller may have half of it. Always fits four bodies of maximum size."""
 
 
 _SUBSCRIBER_BITS = 64
-"""An IPv6 subscriber has a whole network of this prefix, and may take another address for each request."""
+"""An IPv6 subscriber has a whole network of this prefix, and may use another address for each request."""
 
 
 class Caller(Struct, frozen=True):
-    """Whose requests are counted together, and how many there may be; `None`: no limit.
+    """A caller whose requests are counted together, and its limits; `None`: no limit.
 
-    `name` is that of the counters; `words` stand for the caller in messages.
+    `name` identifies the counters; `label` stands for the caller in messages.
     """
 
     name: str
@@ -51,12 +51,12 @@ class Caller(Struct, frozen=True):
 
 
 def caller_of(key: Key, address: str, settings: Settings) -> Caller:
-    """A key's own limits win over the server's. Callers without a key are known by their address."""
+    """Identify the caller. A key's own limits override the server's; callers without a key are counted by address."""
     requests = _limit(key.requests_per_minute, settings.rate_limit_requests, settings.rate_limit_window_s)
     tokens = _limit(key.tokens_per_minute, settings.rate_limit_tokens, settings.rate_limit_window_s)
     if key.is_anonymous:
-        return Caller(f"address:{_subscriber(address)}", "This address", requests, tokens)
-    return Caller(f"key:{key.id}", "This key", requests, tokens, key.max_concurrent)
+        return Caller(f"address:{_subscriber(address)}", "this address", requests, tokens)
+    return Caller(f"key:{key.id}", "this key", requests, tokens, key.max_concurrent)
 
 
 def _limit(per_minute: int | None, of_server: int | None, window_s: int) -> Limit | None:
@@ -79,83 +79,84 @@ def _subscriber(address: str) -> str:
 
 
 class ConcurrencyLimiter:
-    """How many requests are inside, of each caller and of all, and how many bytes of bodies that are on their way.
+    """Counts running requests, per caller and in total, and bytes of bodies being received.
 
-    A request counts for its caller from its head on, and for the server once its body is there: whoever sends a body
-    byte by byte takes what is his own, and no place that somebody else could have.
+    A request counts for its caller from its head on, and for the server once its body is complete: a client that sends
+    a body byte by byte uses up its own limit, and none of the server's.
     """
 
-    def __init__(self, max_inside: int, max_body_bytes: int = _BODY_BYTES) -> None:
-        """`max_body_bytes`: of one body."""
-        self._max_inside = max_inside
-        self._max_incoming_bytes = max(4 * max_body_bytes, _INCOMING_BYTES)
+    def __init__(self, max_running: int, max_body_bytes: int = _BODY_BYTES) -> None:
+        """`max_body_bytes`: maximum size of one body."""
+        self._max_running = max_running
+        self._max_incoming_bytes = max(4 * max_body_bytes, _MAX_INCOMING_BYTES)
         self._admitted: Counter[str] = Counter()
         self._incoming_bytes: Counter[str] = Counter()
-        self.num_inside = 0
+        self.num_running = 0
         self.incoming_bytes = 0
 
     def admit(self, caller: Caller) -> None:
-        """Let the caller send one more body.
+        """Count a request for its caller, before its body is received.
 
         Raises:
-            TooManyRequests: the caller, or the server, has no room for the request.
+            TooManyRequests: the concurrency limit of the caller or of the server is reached.
         """
         of_caller = self._admitted[caller.name]
         if caller.max_concurrent is not None and of_caller >= caller.max_concurrent:
             raise TooManyRequests(
-                f"{caller.label} has {of_caller} requests running, and may have {caller.max_concurrent} at once: "
-                "wait for an answer before the next"
+                f"Concurrency limit reached: {caller.label} has {of_caller} of {caller.max_concurrent} requests "
+                "running; wait for a response before the next request"
             )
-        self._check_places()
+        self._check_capacity()
         self._admitted[caller.name] += 1
 
     def acquire(self) -> None:
-        """Give a request whose body is there its place.
+        """Count a request whose body is complete as running.
 
         Raises:
-            TooManyRequests: there is none.
+            TooManyRequests: the concurrency limit of the server is reached.
         """
-        self._check_places()
-        self.num_inside += 1
+        self._check_capacity()
+        self.num_running += 1
 
     def release(self) -> None:
-        """One of those that had a place has gone."""
-        self.num_inside -= 1
+        """Uncount a running request."""
+        self.num_running -= 1
 
-    def dismiss(self, caller: Caller) -> None:
-        """One of those that were admitted has gone."""
+    def release_admission(self, caller: Caller) -> None:
+        """Uncount a request for its caller."""
         _subtract(self._admitted, caller, 1)
 
     def receive(self, caller: Caller, num_bytes: int) -> None:
-        """Count a piece of a body that is not whole yet.
+        """Count a chunk of an incomplete body.
 
         Raises:
-            TooManyRequests: the bodies of this caller, or of all, are too much; nothing was counted.
+            TooManyRequests: the bodies of this caller, or of all callers, are too large; nothing was counted.
         """
         limit = self._max_incoming_bytes // 2
         of_caller = self._incoming_bytes[caller.name] + num_bytes
         if of_caller > limit:
             raise TooManyRequests(
-                f"{caller.label} is sending bodies of {of_caller} bytes, and may send {limit} at once: send fewer "
-                "requests at a time"
+                f"Limit of incoming bodies reached: {caller.label} is sending {of_caller} bytes (maximum {limit}); "
+                "send fewer requests at a time"
             )
         if self.incoming_bytes + num_bytes > self._max_incoming_bytes:
             raise TooManyRequests(
-                f"The server is reading bodies of {self.incoming_bytes} bytes, and reads {self._max_incoming_bytes} "
-                "at once: try again"
+                f"Limit of incoming bodies reached: the server is receiving {self.incoming_bytes} bytes (maximum "
+                f"{self._max_incoming_bytes}); retry"
             )
         self._incoming_bytes[caller.name] = of_caller
         self.incoming_bytes += num_bytes
 
-    def received(self, caller: Caller, num_bytes: int) -> None:
-        """A body of which so much was counted is whole, or will never be."""
+    def end_body(self, caller: Caller, num_bytes: int) -> None:
+        """Uncount the chunks of a body that is complete or was abandoned."""
         self.incoming_bytes -= num_bytes
         _subtract(self._incoming_bytes, caller, num_bytes)
 
-    def _check_places(self) -> None:
-        if self.num_inside >= self._max_inside:
+    def _check_capacity(self) -> None:
+        if self.num_running >= self._max_running:
             raise TooManyRequests(
-                f"The server has {self.num_inside} requests running, and runs {self._max_inside} at once: try again"
+                f"Concurrency limit reached: {self.num_running} requests running "
+                f"(MAX_CONCURRENT_REQUESTS={self._max_running}); retry"
             )
 
 
@@ -166,12 +167,12 @@ def _subtract(counts: Counter[str], caller: Caller, amount: int) -> None:
 
 
 RATE_HEADERS = {
-    f"x-ratelimit-{word}-{family}": f"{meaning}; absent where there is no such limit."
+    f"x-ratelimit-{word}-{family}": f"{meaning}; absent without such a limit."
     for family in ("requests", "tokens")
     for word, meaning in (
-        ("limit", f"The {family} that a window admits"),
-        ("remaining", f"The {family} that are left"),
-        ("reset", "In how long the oldest use no longer counts: 6m0s, 1s, 120ms"),
+        ("limit", f"Maximum {family} per window"),
+        ("remaining", f"Remaining {family}"),
+        ("reset", "Time until the oldest use expires: 6m0s, 1s, 120ms"),
     )
 }
 
@@ -185,16 +186,16 @@ _SAMPLE_CHARS = 256
 _SPECIAL_TOKENS = 2
 
 
-_RUNNING_S = 1.0
-"""When to ask again where running requests hold the tokens, and nothing was used yet."""
+_RETRY_RUNNING_S = 1.0
+"""Retry-After when running requests have reserved the tokens, and nothing was used yet."""
 
 
 _TICK_S = 0.001
-"""What is told in whole milliseconds must not be told too short."""
+"""Added to waits, which are rounded to milliseconds and must not be too short."""
 
 
 class Limiter:
-    """The limits of one server."""
+    """Holds the limits of one server."""
 
     def __init__(self, settings: Settings, store: LimitStore) -> None:
         self.settings = settings
@@ -206,23 +207,23 @@ class Limiter:
 
 
 class RequestPermit:
-    """One request's way past the limits: `enter`, its body through `receiving`, `reserve` when its inputs are known,
-    `settle` when its work has ended, and in any case `leave`.
+    """Takes one request through the limits: `acquire`, then `receiving` for its body, `reserve` when its inputs are
+    known, `settle` when its work has ended, and in any case `release`.
 
     Args:
-        headers: of the answer, to be filled with what is left.
+        headers: of the response; the `x-ratelimit-*` headers are added to them.
     """
 
     def __init__(self, limiter: Limiter, caller: Caller, headers: dict[str, str]) -> None:
         self._limiter = limiter
         self._caller = caller
         self._headers = headers
-        self._is_admitted = self._is_inside = False
+        self._is_admitted = self._is_running = False
         self._body_bytes = 0
         self._reservation: Reservation | None = None
 
     async def acquire(self) -> None:
-        """Let the caller send the request's body.
+        """Admit the request, before its body is received.
 
         Raises:
             TooManyRequests, RateLimitExceeded.
@@ -231,64 +232,64 @@ class RequestPermit:
         self._is_admitted = True
         try:
             await self._check_tokens()
-            await self._take_request()
+            await self._count_request()
         except StoreDown:
-            self._let_in_or_refuse()
+            self._check_fail_open()
 
     def receiving(self, receive: Receive) -> Receive:
-        """Count what comes of the body; once it is whole, the request takes its place.
+        """Wrap `receive` to count the body; once it is complete, the request counts as running.
 
-        What is returned raises TooManyRequests where there is no room.
+        The wrapper raises TooManyRequests when a limit is reached.
         """
 
-        async def receive_some() -> HTTPReceiveMessage:
+        async def count_and_receive() -> HTTPReceiveMessage:
             message = cast(HTTPReceiveMessage, await receive())
-            if self._is_inside or message["type"] != "http.request":
+            if self._is_running or message["type"] != "http.request":
                 return message
-            door = self._limiter.concurrency
+            concurrency = self._limiter.concurrency
             if message["more_body"]:
-                door.receive(self._caller, len(message["body"]))
+                concurrency.receive(self._caller, len(message["body"]))
                 self._body_bytes += len(message["body"])
             else:
-                self._forget_body()
-                door.acquire()
-                self._is_inside = True
+                self._end_body()
+                concurrency.acquire()
+                self._is_running = True
             return message
 
-        return cast(Receive, receive_some)
+        return cast(Receive, count_and_receive)
 
     async def reserve(self, tokens: int, *, is_certain: bool) -> None:
-        """Set tokens aside for this request; `settle` must follow. Without a limit of tokens it does nothing.
+        """Reserve tokens for this request; `settle` must follow. Does nothing without a token limit.
 
         Args:
-            tokens: about as many as it will take.
-            is_certain: whether it cannot be far fewer, so that more than a window admits are refused for good. Else it
-                may have a whole window to itself.
+            tokens: estimate of the use.
+            is_certain: whether the estimate is close, so that more than a window admits is refused for good. Else such
+                a request may have a whole window to itself.
 
         Raises:
-            RateLimitExceeded: running requests and those before leave too few.
-            RequestExceedsLimit: no window admits so many.
+            RateLimitExceeded: too few tokens are left beside running and earlier requests.
+            RequestExceedsLimit: the request needs more tokens than a window admits.
         """
         caller = self._caller
         if caller.tokens is None:
             return
         if tokens > caller.tokens.amount and is_certain:
             raise RequestExceedsLimit(
-                f"This request has about {tokens} tokens, and {caller.label.lower()} may use {caller.tokens.amount} in "
-                f"{caller.tokens.window_s} s: send fewer or shorter inputs a request"
+                f"Request too large: about {tokens} tokens, and the limit of {caller.label} is "
+                f"{caller.tokens.amount} per {caller.tokens.window_s} s; send fewer or shorter inputs per request"
             )
         tokens = min(tokens, caller.tokens.amount)
         try:
             self._reservation, balance = await self._limiter.tokens.reserve(caller.name, caller.tokens, tokens)
         except StoreDown:
-            self._let_in_or_refuse()
+            self._check_fail_open()
             return
         self._headers |= headers_of("tokens", balance)
         if self._reservation is None:
-            raise _too_few_left(caller, caller.tokens, tokens, balance)
+            raise _insufficient(caller, caller.tokens, tokens, balance)
 
     async def settle(self, tokens: int) -> None:
-        """Give back what was reserved and count what was used; a storage that is down forgets it."""
+        """Release the reservation and count the actual use; neither is counted while the storage is down."""
         caller, reservation, self._reservation = self._caller, self._reservation, None
         if caller.tokens is None:
             return
@@ -298,58 +299,56 @@ class RequestPermit:
                 await budget.release(reservation)
             elif reservation is not None:
                 self._headers |= headers_of("tokens", await budget.settle(reservation, tokens))
-            elif tokens:  # the storage was down then
+            elif tokens:  # the storage was down at `reserve`
                 self._headers |= headers_of("tokens", await budget.charge(caller.name, caller.tokens, tokens))
         except StoreDown:
             return
 
     @property
     def reserved_tokens(self) -> int:
-        """What is set aside for this request now."""
+        """Tokens reserved for this request now."""
         return self._reservation.tokens if self._reservation is not None else 0
 
     @property
     def counts_tokens(self) -> bool:
-        """Whether the caller has a limit of tokens."""
+        """Whether the caller has a token limit."""
         return self._caller.tokens is not None
 
     def release(self) -> None:
-        """Make room for another request; called again, it does nothing."""
-        door = self._limiter.concurrency
-        self._forget_body()
-        if self._is_inside:
-            self._is_inside = False
-            door.release()
+        """Uncount the request. Idempotent."""
+        concurrency = self._limiter.concurrency
+        self._end_body()
+        if self._is_running:
+            self._is_running = False
+            concurrency.release()
         if self._is_admitted:
             self._is_admitted = False
-            door.dismiss(self._caller)
+            concurrency.release_admission(self._caller)
 
-    def _forget_body(self) -> None:
+    def _end_body(self) -> None:
         if self._body_bytes:
-            self._limiter.concurrency.received(self._caller, self._body_bytes)
+            self._limiter.concurrency.end_body(self._caller, self._body_bytes)
             self._body_bytes = 0
 
-    def _let_in_or_refuse(self) -> None:
-        """What a storage that is down means."""
+    def _check_fail_open(self) -> None:
+        """Raise when the storage is down, unless RATE_LIMIT_ON_ERROR is `open`."""
         if not self._limiter.fails_open:
-            raise RateLimitExceeded(
-                "The storage of the limits does not answer, and without it no request is let in: try again"
-            ) from None
+            raise RateLimitExceeded("Rate limit storage unavailable (RATE_LIMIT_ON_ERROR=closed); retry") from None
 
     async def _check_tokens(self) -> None:
         caller = self._caller
         if caller.tokens is None:
             return
-        balance = await self._limiter.tokens.look(caller.name, caller.tokens)
+        balance = await self._limiter.tokens.balance_of(caller.name, caller.tokens)
         self._headers |= headers_of("tokens", balance)
         if not balance.left:
             raise _exceeded(caller, "tokens", caller.tokens, balance)
 
-    async def _take_request(self) -> None:
+    async def _count_request(self) -> None:
         caller = self._caller
         if caller.requests is None:
             return
-        is_taken, balance = await self._limiter.requests.take(caller.name, caller.requests)
+        is_taken, balance = await self._limiter.requests.acquire(caller.name, caller.requests)
         self._headers |= headers_of("requests", balance)
         if not is_taken:
             raise _exceeded(caller, "requests", caller.requests, balance)
@@ -358,29 +357,30 @@ class RequestPermit:
 def _exceeded(caller: Caller, what: str, limit: Limit, balance: Balance) -> RateLimitExceeded:
     wait_s = balance.resets_in_s + _TICK_S
     return RateLimitExceeded(
-        f"{caller.label} has used its {limit.amount} {what} in {limit.window_s} s: try again in {duration(wait_s)}",
+        f"Rate limit reached: {caller.label} has used its {limit.amount} {what} per {limit.window_s} s; retry in "
+        f"{duration(wait_s)}",
         retry_after_s=wait_s,
     )
 
 
-def _too_few_left(caller: Caller, limit: Limit, tokens: int, balance: Balance) -> RateLimitExceeded:
-    wait_s = (balance.resets_in_s or _RUNNING_S) + _TICK_S
+def _insufficient(caller: Caller, limit: Limit, tokens: int, balance: Balance) -> RateLimitExceeded:
+    wait_s = (balance.resets_in_s or _RETRY_RUNNING_S) + _TICK_S
     return RateLimitExceeded(
-        f"This request has about {tokens} tokens, and {caller.label.lower()} has {balance.left} left of its "
-        f"{limit.amount} in {limit.window_s} s, running requests counted: try again in {duration(wait_s)}",
+        f"Rate limit reached: the request has about {tokens} tokens, and {caller.label} has {balance.left} left "
+        f"of {limit.amount} per {limit.window_s} s, including running requests; retry in {duration(wait_s)}",
         retry_after_s=wait_s,
     )
 
 
 def estimate_tokens(call: EmbedCall, longest: int | None) -> int:
-    """About how many tokens a request will take, without a tokenizer, whose time is what the limit is to save.
+    """Estimate the tokens of a request without a tokenizer, whose time the limit is meant to save.
 
-    Told when the body has been decoded: its length alone says little where characters are escaped and token ids are
-    written as numbers. Ids are counted. Texts are judged by their bytes in UTF-8, four a token (with MiniLM's tokenizer
-    5.1 in English prose, 3.6 in code, 3.0 in Chinese), of a sample: what it costs must not grow with a text.
+    Uses the decoded body: the body's length alone says little when characters are escaped and token ids are written as
+    numbers. Token ids are counted. Texts are estimated at four UTF-8 bytes per token (measured with MiniLM's tokenizer:
+    5.1 in English prose, 3.6 in code, 3.0 in Chinese) from a sample, so that the cost does not grow with a text.
 
     Args:
-        longest: tokens that the model reads of one input; None where that is not known.
+        longest: maximum tokens that the model reads of one input; None when unknown.
     """
     if call.token_ids:
         sizes = [len(ids) for ids in call.token_ids]
@@ -399,7 +399,7 @@ def _text_tokens(text: str) -> int:
 
 
 def headers_of(family: str, balance: Balance) -> dict[str, str]:
-    """`x-ratelimit-*` of one family, `requests` or `tokens`, as OpenAI names and writes them."""
+    """Build the `x-ratelimit-*` headers of one family, `requests` or `tokens`, with OpenAI's names and format."""
     return {
         f"x-ratelimit-limit-{family}": str(balance.limit),
         f"x-ratelimit-remaining-{family}": str(balance.left),
@@ -408,7 +408,7 @@ def headers_of(family: str, balance: Balance) -> dict[str, str]:
 
 
 def duration(seconds: float) -> str:
-    """`6m0s`, `1s`, `8.64s`, `120ms`: rounded up to milliseconds."""
+    """Format a duration, rounded up to milliseconds: `6m0s`, `1s`, `8.64s`, `120ms`."""
     ms = ceil(round(seconds * 1000, 3))
     if 0 < ms < 1000:
         return f"{ms}ms"
@@ -426,19 +426,19 @@ def limiter_of(connection: Connection) -> Limiter:
 
 
 async def acquire_permit(connection: Connection, _: BaseRouteHandler) -> None:
-    """A guard for routes that embed; it stands behind that of `router/auth/guards.py`."""
+    """Admit a request. A guard of inference routes; runs after that of `router/auth/guards.py`."""
     limiter = limiter_of(connection)
-    visit = context_of(connection)
+    context = context_of(connection)
     address = connection.client.host if connection.client else "unknown"
     caller = caller_of(key_of(connection), address, limiter.settings)
-    ticket = RequestPermit(limiter, caller, visit.headers)
-    visit.on_finish(ticket.release)
-    connection.scope["state"]["ticket"] = ticket
-    await ticket.acquire()
-    connection.receive = ticket.receiving(connection.receive)
+    permit = RequestPermit(limiter, caller, context.headers)
+    context.on_finish(permit.release)
+    connection.scope["state"]["permit"] = permit
+    await permit.acquire()
+    connection.receive = permit.receiving(connection.receive)
 
 
 def permit_of(connection: Connection) -> RequestPermit:
-    """The ticket with which a request came in."""
-    ticket: RequestPermit = connection.scope["state"]["ticket"]
-    return ticket
+    """Return the permit of a request."""
+    permit: RequestPermit = connection.scope["state"]["permit"]
+    return permit

@@ -1,6 +1,6 @@
-"""The counters behind limits, wherever they are kept: the `limits` package, a deadline, and outages told once.
+"""`LimitStore`: counters in a storage of the `limits` package, with a timeout and one log line per outage.
 
-Knows neither keys nor requests.
+Independent of keys and requests.
 """
 
 import asyncio
@@ -24,30 +24,31 @@ from router.config.settings import Settings, SettingsError
 
 
 class Window(Struct):
-    """The hits of one key: when, and at what cost; the oldest first."""
+    """The hits of one key as (time, cost), oldest first."""
 
     hits: deque[tuple[float, int]] = field(default_factory=deque)
     used: int = 0
     expires_at: float = 0.0
 
-    def forget(self, before: float) -> None:
-        """Drop hits older than that."""
+    def drop_before(self, before: float) -> None:
+        """Drop hits older than `before`."""
         while self.hits and self.hits[0][0] < before:
             self.used -= self.hits.popleft()[1]
 
 
 class Number(Struct):
-    """A counter."""
+    """A counter with an expiry."""
 
     value: int = 0
     expires_at: float = 0.0
 
 
 class MovingWindows(MemoryStorage):
-    """A hit counts until it is older than the window: two hits exactly one window apart are in one window.
+    """In-memory storage of moving windows. A hit counts until it is older than the window: two hits exactly one window
+    apart are in one window.
 
     Args:
-        clock: seconds that never go back.
+        clock: monotonic seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -61,7 +62,7 @@ class MovingWindows(MemoryStorage):
         return len(self._windows) + len(self._numbers)
 
     async def incr(self, key: str, expiry: float, amount: int = 1) -> int:
-        """Add to a counter; one that was 0 lives for `expiry` seconds from now, as in Redis."""
+        """Add to a counter and return it; one that was 0 expires `expiry` seconds from now, as in Redis."""
         now = self._clock()
         self._sweep(now, expiry)
         number = self._numbers.get(key)
@@ -73,16 +74,16 @@ class MovingWindows(MemoryStorage):
         return number.value
 
     async def get(self, key: str) -> int:
-        """What a counter is; 0 without one."""
+        """Return a counter's value; 0 when it does not exist."""
         number = self._numbers.get(key)
         return 0 if number is None or number.expires_at < self._clock() else number.value
 
     async def acquire_entry(self, key: str, limit: int, expiry: int, amount: int = 1) -> bool:
-        """Count a hit of this cost, if the window has room for all of it."""
+        """Count a hit of this cost if it fits into the window as a whole."""
         now = self._clock()
         self._sweep(now, expiry)
         window = self._windows.setdefault(key, Window())
-        window.forget(now - expiry)
+        window.drop_before(now - expiry)
         if window.used + amount > limit:
             return False
         window.hits.append((now, amount))
@@ -91,29 +92,29 @@ class MovingWindows(MemoryStorage):
         return True
 
     async def get_moving_window(self, key: str, limit: int, expiry: int) -> tuple[float, int]:
-        """When the oldest hit was (now, if there is none), and the cost of all hits; never above `limit`."""
+        """Return the time of the oldest hit (now without hits), and the cost of all hits, at most `limit`."""
         now = self._clock()
         window = self._windows.get(key)
         if window is None:
             return now, 0
-        window.forget(now - expiry)
+        window.drop_before(now - expiry)
         return window.hits[0][0] if window.hits else now, min(window.used, limit)
 
     async def clear(self, key: str) -> None:
-        """Forget the hits of a key."""
+        """Delete the hits of a key."""
         self._windows.pop(key, None)
         self._numbers.pop(key, None)
         await super().clear(key)
 
     async def reset(self) -> int | None:
-        """Forget everything."""
+        """Delete everything."""
         count = len(self)
         self._windows.clear()
         self._numbers.clear()
         return count + (await super().reset() or 0)
 
     def _sweep(self, now: float, expiry: float) -> None:
-        """Once a window: drop the keys that nobody has used for one, or addresses would pile up."""
+        """Drop expired keys once per window, otherwise addresses would pile up."""
         if now < self._sweep_at:
             return
         self._sweep_at = now + expiry
@@ -127,16 +128,16 @@ log = structlog.get_logger()
 T = TypeVar("T")
 
 
-DEADLINE_S = 1.0
-"""Longer than any healthy storage takes, also when this server is busy; shorter than clients wait. Whoever meets an
-outage first waits so long, once: afterwards every call fails at once until a probe has been answered."""
+STORE_TIMEOUT_S = 1.0
+"""Longer than any healthy storage takes, also when this server is busy; shorter than clients wait. Only the calls that
+meet an outage first wait so long: afterwards every call fails at once until a probe succeeds."""
 
 
-PROBE_EVERY_S = 1.0
+PROBE_INTERVAL_S = 1.0
 
 
 _MAX_CONNECTIONS = 16
-"""A call takes a fraction of a millisecond: a herd of requests had better wait its turn than open a herd of these."""
+"""A call takes a fraction of a millisecond: under load, waiting for a connection beats opening many."""
 
 
 _REDIS = re.compile(r"async\+(redis(?:s|\+\w+)?)://")
@@ -146,11 +147,11 @@ _NAMESPACE = "embedyard"
 
 
 class StoreDown(Exception):
-    """The storage did not answer in time, or failed."""
+    """The storage timed out or failed."""
 
 
 class Bucket(Struct, frozen=True):
-    """One counter: what is counted (`name` holds for whom), and how much of it a window of so many seconds admits."""
+    """A moving window: `name` (what is counted, and for which caller), and the `amount` that it admits."""
 
     name: str
     amount: int
@@ -158,14 +159,14 @@ class Bucket(Struct, frozen=True):
 
 
 class Counter(Struct, frozen=True):
-    """A number that goes up and down, and is forgotten so many seconds after it was 0."""
+    """A number that goes up and down, and expires so many seconds after it was last 0."""
 
     name: str
     expires_in_s: int
 
 
 class Room(Struct, frozen=True):
-    """What a bucket has left, and in how many seconds its oldest hit will have left it; 0 when it is untouched."""
+    """What is left in a bucket, and the seconds until its oldest hit expires; 0 without hits."""
 
     left: int
     grows_in_s: float
@@ -175,7 +176,7 @@ _PROBE = Bucket("probe", 1, 1)
 
 
 class _Item(RateLimitItemPerSecond):
-    """A window whose counter survives a changed amount: else a new limit would begin with a fresh window."""
+    """A limit whose key does not depend on the amount: a changed limit keeps its window."""
 
     def key_for(self, *identifiers: bytes | str | float) -> str:
         return "/".join(map(str, (self.namespace, *identifiers, self.multiples)))
@@ -184,16 +185,16 @@ class _Item(RateLimitItemPerSecond):
 class LimitStore:
     """Moving windows and counters in a storage of the `limits` package.
 
-    While the storage is down, a task of its own probes it once a second; calls fail at once.
+    While the storage is down, a task probes it once a second; calls fail at once.
 
     Attributes:
-        clock: seconds, as the storage counts them.
+        clock: seconds, on the storage's time scale.
         num_outages: how often it went down.
         is_down: whether it is down now.
     """
 
     def __init__(self, storage: Storage, clock: Callable[[], float], *, is_own_memory: bool = False) -> None:
-        """`is_own_memory`: the storage needs no deadline, which takes as long as all else that is done here."""
+        """`is_own_memory`: the storage needs no timeout, which would cost as much as the rest of a call."""
         self._storage = storage
         self._is_own_memory = is_own_memory
         self._limiter = MovingWindowRateLimiter(storage)
@@ -204,51 +205,51 @@ class LimitStore:
         self.is_down = False
 
     async def hit(self, bucket: Bucket, cost: int = 1) -> bool:
-        """Take `cost` out of a bucket; false, and nothing taken, when it has not so much left.
+        """Take `cost` from a bucket; returns false, and takes nothing, when less is left.
 
         Raises:
             StoreDown.
         """
-        return await self._ask(lambda: self._limiter.hit(_item(bucket), bucket.name, cost=cost))
+        return await self._call(lambda: self._limiter.hit(_item(bucket), bucket.name, cost=cost))
 
     async def room(self, bucket: Bucket) -> Room:
-        """What a bucket has left.
+        """Return what is left in a bucket.
 
         Raises:
             StoreDown.
         """
-        return await self._ask(lambda: self._room(bucket))
+        return await self._call(lambda: self._room(bucket))
 
     async def rooms(self, first: Bucket, second: Bucket) -> tuple[Room, Room]:
-        """The same of two, within one deadline.
+        """Return what is left in two buckets, within one timeout.
 
         Raises:
             StoreDown.
         """
 
-        async def ask() -> tuple[Room, Room]:
+        async def call() -> tuple[Room, Room]:
             return await self._room(first), await self._room(second)
 
-        return await self._ask(ask)
+        return await self._call(call)
 
     async def add(self, counter: Counter, amount: int) -> int:
-        """Add to a counter, or take from it where `amount` is negative; what it is then.
+        """Add to a counter (`amount` may be negative); returns its new value.
 
         Raises:
             StoreDown.
         """
-        return await self._ask(lambda: self._storage.incr(_key(counter), counter.expires_in_s, amount))
+        return await self._call(lambda: self._storage.incr(_key(counter), counter.expires_in_s, amount))
 
     async def count(self, counter: Counter) -> int:
-        """What a counter is.
+        """Return a counter's value.
 
         Raises:
             StoreDown.
         """
-        return await self._ask(lambda: self._storage.get(_key(counter)))
+        return await self._call(lambda: self._storage.get(_key(counter)))
 
     async def aclose(self) -> None:
-        """Stop probing and hang up; for the latter the package itself has no word."""
+        """Stop probing and close the connections, for which the package has no method."""
         self._is_closed = True
         if self._probe is not None:
             self._probe.cancel()
@@ -263,20 +264,20 @@ class LimitStore:
             return Room(bucket.amount, 0.0)
         return Room(max(0, stats.remaining), min(max(0.0, stats.reset_time - self.clock()), float(bucket.window_s)))
 
-    async def _ask(self, ask: Callable[[], Awaitable[T]]) -> T:
+    async def _call(self, call: Callable[[], Awaitable[T]]) -> T:
         if self._is_own_memory:
-            return await ask()
+            return await call()
         if self.is_down:
             raise StoreDown
         try:
-            async with asyncio.timeout(DEADLINE_S):
-                return await ask()
-        except Exception as error:  # noqa: BLE001 - each storage has errors of its own, and none may fail a request
-            self._note_failure(error)
+            async with asyncio.timeout(STORE_TIMEOUT_S):
+                return await call()
+        except Exception as error:  # noqa: BLE001 - each storage has its own errors, and none may fail a request
+            self._on_failure(error)
             raise StoreDown from None
 
-    def _note_failure(self, error: Exception) -> None:
-        """Once an outage. The error's text stays out of the log: it may hold the address, and with it a password."""
+    def _on_failure(self, error: Exception) -> None:
+        """Log once per outage. Without the error's text, which may contain the address with a password."""
         if self.is_down or self._is_closed:
             return
         self.is_down = True
@@ -285,11 +286,11 @@ class LimitStore:
         self._probe = asyncio.create_task(self._probe_until_up())
 
     async def _probe_until_up(self) -> None:
-        """Write as requests do: a Redis that is full, or a replica, answers a ping and refuses every hit."""
+        """Probe with a hit: a Redis that is full, or a replica, answers a ping but refuses every hit."""
         while self.is_down:
-            await asyncio.sleep(PROBE_EVERY_S)
+            await asyncio.sleep(PROBE_INTERVAL_S)
             with suppress(Exception):
-                async with asyncio.timeout(DEADLINE_S):
+                async with asyncio.timeout(STORE_TIMEOUT_S):
                     await self._limiter.hit(_item(_PROBE), _PROBE.name)
                 self.is_down = False
         log.warning("limits.storage_up")
@@ -309,10 +310,10 @@ def _item_of(amount: int, window_s: int) -> RateLimitItem:
 
 
 def open_store(settings: Settings, clock: Callable[[], float] | None = None) -> LimitStore:
-    """The storage that `RATE_LIMIT_STORAGE` names. `clock` is for tests, and for counters in memory only.
+    """Open the storage of `RATE_LIMIT_STORAGE`. `clock` is for tests, and applies to counters in memory only.
 
     Raises:
-        SettingsError: there is no such storage, or the package that speaks to it is missing.
+        SettingsError: the storage is unknown, or its package is missing.
     """
     uri = settings.rate_limit_storage
     if uri.startswith("async+memory:"):
@@ -321,16 +322,16 @@ def open_store(settings: Settings, clock: Callable[[], float] | None = None) -> 
     try:
         storage = storage_from_string(uri, **_options(uri))
         if not isinstance(storage, Storage):
-            _refuse("needs a storage URI that begins with async+")
-        return LimitStore(storage, time.time)  # the storages of the package count in Unix time
+            _reject("must be a storage URI that begins with async+")
+        return LimitStore(storage, time.time)  # the package's storages use Unix time
     except ConfigurationError:
-        _refuse("this storage is unknown, its address is incomplete, or its package is missing")
+        _reject("unknown storage, incomplete address, or missing package")
     except (NotImplementedError, ValueError):
-        _refuse("this storage cannot count in moving windows: use async+memory:// or async+redis://host:6379")
+        _reject("this storage does not support moving windows: use async+memory:// or async+redis://host:6379")
 
 
 def _options(uri: str) -> dict[str, Any]:
-    """redis-py for Redis: it has no dependencies, and one quick second try finds connections that have died."""
+    """Use redis-py for Redis: it has no dependencies; a single immediate retry replaces dead connections."""
     match = _REDIS.match(uri)
     if match is None:
         return {}
@@ -339,16 +340,16 @@ def _options(uri: str) -> dict[str, Any]:
         from redis.asyncio.retry import Retry
         from redis.backoff import NoBackoff
     except ImportError:
-        _refuse("Redis needs one more package: pip install 'embedyard[redis]'")
+        _reject("Redis requires another package: pip install 'embedyard[redis]'")
     options: dict[str, Any] = {"implementation": "redispy", "retry": Retry(NoBackoff(), 1)}
     if match[1] in ("redis", "rediss", "redis+unix"):
         url = uri.removeprefix("async+").replace("redis+unix:", "unix:")
         pool = BlockingConnectionPool.from_url(
-            url, max_connections=_MAX_CONNECTIONS, timeout=DEADLINE_S, retry=options.pop("retry")
+            url, max_connections=_MAX_CONNECTIONS, timeout=STORE_TIMEOUT_S, retry=options.pop("retry")
         )
         options["connection_pool"] = pool
     return options
 
 
-def _refuse(what: str) -> NoReturn:
+def _reject(what: str) -> NoReturn:
     raise SettingsError((f"RATE_LIMIT_STORAGE: {what}",))

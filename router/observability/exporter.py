@@ -1,4 +1,4 @@
-"""What `GET /metrics` answers: the counted values, and states and bytes as the hosts' snapshots have them now."""
+"""`MetricsExporter`: writes `GET /metrics`: recorded values, and states and bytes from the hosts' snapshots."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -16,7 +16,7 @@ _RECENT_S = 600.0
 
 
 class ServerSample(Struct, frozen=True):
-    """The server at one moment. `faults`: host ids whose device is down. `now_s`: Unix time."""
+    """State of the server at one scrape. `faults`: host ids whose device is down. `now_s`: Unix time."""
 
     hosts: Sequence[HostSnapshot]
     faults: frozenset[str]
@@ -27,38 +27,38 @@ class ServerSample(Struct, frozen=True):
 
 
 class MetricsExporter:
-    """One answer. Nothing in it belongs to the event loop, so that it can be written on a thread."""
+    """Writes one response. Touches nothing of the event loop, so that it can run on a thread."""
 
-    def __init__(self, meters: MetricsRecorder, reading: ServerSample) -> None:
-        self._meters = meters
-        self._reading = reading
+    def __init__(self, recorder: MetricsRecorder, sample: ServerSample) -> None:
+        self._recorder = recorder
+        self._sample = sample
 
     def text(self, accept: str) -> tuple[bytes, str]:
-        """The body and its content type, in the format that suits the `Accept` header."""
+        """Return the body and its content type, in the format of the `Accept` header."""
         try:
             encode, content_type = choose_encoder(accept)
-        except (TypeError, ValueError):  # prometheus-client compares versions that are none
+        except (TypeError, ValueError):  # prometheus-client fails on malformed versions
             encode, content_type = choose_encoder("")
         return encode(self), content_type
 
     def collect(self) -> Iterator[Family]:
-        """All families, as prometheus-client wants them."""
-        yield from self._meters.registry.collect()
+        """Yield all metric families to prometheus-client."""
+        yield from self._recorder.registry.collect()
         read = [metric for metric in metrics.ALL if metric in metrics.READ_AT_SCRAPE]
         families = {metric: GaugeMetricFamily(metric.name, metric.meaning, labels=metric.labels) for metric in read}
-        for metric, labels, value in samples(self._reading):
+        for metric, labels, value in samples(self._sample):
             families[metric].add_metric(labels, value)
         yield from families.values()
 
 
-def samples(reading: ServerSample) -> Iterator[tuple[Metric, tuple[str, ...], float]]:
-    """Every value that is read at a scrape, with its labels."""
-    yield metrics.BUILD_INFO, (reading.version,), 1.0
-    yield metrics.READY, (), float(reading.is_ready)
-    yield metrics.LIMIT_STORAGE_UP, (), float(reading.is_limit_storage_up)
-    for host in reading.hosts:
-        yield metrics.DEVICE_UP, (host.host_id,), float(host.host_id not in reading.faults)
-        yield from _of_host(host, reading.now_s)
+def samples(sample: ServerSample) -> Iterator[tuple[Metric, tuple[str, ...], float]]:
+    """Yield every value that is read at a scrape, with its labels."""
+    yield metrics.BUILD_INFO, (sample.version,), 1.0
+    yield metrics.READY, (), float(sample.is_ready)
+    yield metrics.LIMIT_STORAGE_UP, (), float(sample.is_limit_storage_up)
+    for host in sample.hosts:
+        yield metrics.DEVICE_UP, (host.host_id,), float(host.host_id not in sample.faults)
+        yield from _of_host(host, sample.now_s)
         for model in host.models:
             yield from _of_model(model)
 
@@ -88,7 +88,7 @@ def _of_model(model: ModelStatus) -> Iterator[tuple[Metric, tuple[str, ...], flo
 
 
 def working_set_bytes(host: HostSnapshot, now_s: float) -> int:
-    """Weights of all models used lately, in memory or not, and the largest workspace beside them."""
+    """Sum the weights of all recently used models, in memory or not, and the largest workspace."""
     recent = [model for model in host.models if _is_recent(model, now_s)]
     return sum(model.need_bytes for model in recent) + _largest_workspace(recent)
 

@@ -1,6 +1,6 @@
-"""Logs: how lines look and where they go. Every module logs through structlog; other libraries' logs join here.
+"""Configures logging: format and destination. Every module logs through structlog; other libraries' logs are merged.
 
-Tracebacks are plain: structlog's richer ones print local variables, and those hold texts and keys.
+Tracebacks are plain: structlog's richer ones print local variables, which hold texts and keys.
 """
 
 import logging
@@ -27,17 +27,17 @@ class LineWriter:
     PYTHONUNBUFFERED, let another process's line come between (three processes, 6,000 lines: six were not JSON).
 
     Args:
-        stream: written to as it is where it has no file underneath.
+        stream: used directly when it has no file descriptor.
     """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._fd: int | None = None
-        with suppress(OSError, AttributeError, ValueError):  # a test's stand-in has none
+        with suppress(OSError, AttributeError, ValueError):  # a test's stream has none
             self._fd = stream.fileno()
 
     def write(self, text: str) -> None:
-        """Write it all. A log that cannot be written is no reason for a request to fail."""
+        """Write the text. Errors are ignored: an unwritable log must not fail a request."""
         with suppress(OSError):
             if self._fd is None:
                 self._stream.write(text)
@@ -46,17 +46,17 @@ class LineWriter:
             while data:
                 try:
                     data = data[os.write(self._fd, data) :]
-                except BlockingIOError:  # a terminal that another program has set so
+                except BlockingIOError:  # another program made the terminal non-blocking
                     select([], [self._fd], [])
 
     def flush(self) -> None:
-        """As a stream has it; there is nothing to flush, unless underneath."""
+        """Flush the stream; with a file descriptor there is no buffer."""
         if self._fd is None:
             self._stream.flush()
 
 
 def configure_logging(log_format: str, log_level: str) -> None:
-    """Write to stderr: `json`, one object a line; `console`, for eyes; `auto`, by whether stderr is a terminal."""
+    """Log to stderr: `json`, one object per line; `console`, for people; `auto`, `console` on a terminal."""
     as_json = log_format == "json" or (log_format == "auto" and not sys.stderr.isatty())
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
@@ -72,7 +72,7 @@ def configure_logging(log_format: str, log_level: str) -> None:
         )
     )
     level = logging.getLevelNamesMapping()[log_level.upper()]
-    lines = cast(TextIO, LineWriter(sys.stderr))  # all that both libraries use of a stream
+    lines = cast(TextIO, LineWriter(sys.stderr))  # has all that both libraries use of a stream
     structlog.configure(
         processors=[*shared, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(level),
@@ -82,16 +82,23 @@ def configure_logging(log_format: str, log_level: str) -> None:
     _adopt_other_libraries(lines, shared, renderer, max(level, logging.WARNING))
 
 
-def log_request(visit: RequestContext) -> None:
-    """The one line of a request that has ended; the id of the request, the model and the key come by context."""
-    log = _log.warning if visit.status >= 500 else _log.debug if visit.route in POLLED_ROUTES else _log.info
-    more: dict[str, object] = {"code": visit.code} if visit.code != "ok" else {}
-    if visit.trace_id:
-        more["trace_id"] = visit.trace_id
-    if visit.answer is not None:
-        more |= {"inputs": len(visit.answer.token_counts), "tokens": sum(visit.answer.token_counts)}
-        more |= {f"{stage.name}_ms": _ms(stage.seconds) for stage in visit.stages}
-    log("request.done", method=visit.method, route=visit.route, status=visit.status, ms=_ms(visit.seconds), **more)
+def log_request(context: RequestContext) -> None:
+    """Log a request that has ended; structlog's context adds the request id, the model and the key."""
+    log = _log.warning if context.status >= 500 else _log.debug if context.route in POLLED_ROUTES else _log.info
+    more: dict[str, object] = {"code": context.code} if context.code != "ok" else {}
+    if context.trace_id:
+        more["trace_id"] = context.trace_id
+    if context.answer is not None:
+        more |= {"inputs": len(context.answer.token_counts), "tokens": sum(context.answer.token_counts)}
+        more |= {f"{stage.name}_ms": _ms(stage.seconds) for stage in context.stages}
+    log(
+        "request.done",
+        method=context.method,
+        route=context.route,
+        status=context.status,
+        ms=_ms(context.seconds),
+        **more,
+    )
 
 
 def _ms(seconds: float) -> float:
@@ -103,7 +110,7 @@ def _to_json(event: object, *, default: Callable[[object], object]) -> str:
 
 
 def _adopt_other_libraries(lines: TextIO, shared: list[Processor], renderer: Processor, level: int) -> None:
-    """Their warnings and errors only: what they tell at info level is not about requests or models."""
+    """Log other libraries at level warning and above: their info lines are not about requests or models."""
     handler = logging.StreamHandler(lines)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(

@@ -83,7 +83,7 @@ ESTIMATE_RATIO = _histogram(
 )
 DOWNLOAD_BYTES = _counter("download_bytes", "model", "Bytes of model files brought to disk")
 
-# ---- states and bytes, read when somebody asks ----
+# ---- states and bytes, read at each scrape ----
 
 MODEL_STATE = _gauge("model_state", "model host state", "1 for the state that the model is in; other states are absent")
 QUEUE_DEPTH = _gauge("queue_depth", "model host", "Texts admitted and not yet run")
@@ -116,7 +116,7 @@ READ_AT_SCRAPE = frozenset({
     FREE_BYTES, BUDGET_BYTES, DEVICE_BYTES, WORKING_SET_BYTES, DEVICE_UP, HOST_RESTARTS, READY, LIMIT_STORAGE_UP,
     BUILD_INFO,
 })  # fmt: skip
-"""Those that no value is kept of between two scrapes."""
+"""Metrics whose values are not stored between scrapes."""
 
 
 def markdown() -> str:

@@ -1,4 +1,4 @@
-"""Who hears of every request: metrics, traffic, log, and traces where they are on. Each is told once, at its end."""
+"""`Observers`: passes every request to metrics, traffic, log and traces, once, when it has ended."""
 
 import asyncio
 from typing import Protocol
@@ -11,58 +11,57 @@ from router.observability.traffic import Traffic
 from router.version import embedyard_version
 
 _NOT_INSTALLED = (
-    "OTEL_EXPORTER_OTLP_ENDPOINT asks for traces, but OpenTelemetry is not installed: pip install 'embedyard[otel]', "
-    "or leave it out"
+    "OTEL_EXPORTER_OTLP_ENDPOINT is set, but OpenTelemetry is not installed: pip install 'embedyard[otel]', or unset it"
 )
 
 
-class Recorder(Protocol):
-    """Traces; a protocol, because OpenTelemetry is installed only where it is wanted."""
+class TraceRecorder(Protocol):
+    """The interface of `Traces`; a protocol, because OpenTelemetry is optional."""
 
-    def record(self, visit: RequestContext) -> None:
-        """A visit that has ended."""
+    def record(self, context: RequestContext) -> None:
+        """Export a request that has ended."""
 
     def close(self) -> None:
-        """Send what is left; may block for some seconds."""
+        """Send what is left; may block for seconds."""
 
 
-def open_observers(settings: Settings, meters: MetricsRecorder, traffic: Traffic) -> "Observers":
-    """Traces are on when the settings name a collector.
+def open_observers(settings: Settings, recorder: MetricsRecorder, traffic: Traffic) -> "Observers":
+    """Create the observers; with traces when the settings name a collector.
 
     Raises:
-        SettingsError: they do, but OpenTelemetry is not installed.
+        SettingsError: a collector is set, but OpenTelemetry is not installed.
     """
     if settings.otlp_endpoint is None:
-        return Observers(meters, traffic)
+        return Observers(recorder, traffic)
     try:
         from router.observability.tracing import open_traces
     except ImportError as error:
         raise SettingsError((_NOT_INSTALLED,)) from error
-    return Observers(meters, traffic, open_traces(settings.otlp_endpoint, embedyard_version()))
+    return Observers(recorder, traffic, open_traces(settings.otlp_endpoint, embedyard_version()))
 
 
 class Observers:
-    """All of them together."""
+    """Calls all observers."""
 
-    def __init__(self, meters: MetricsRecorder, traffic: Traffic, traces: Recorder | None = None) -> None:
-        self._meters = meters
+    def __init__(self, recorder: MetricsRecorder, traffic: Traffic, traces: TraceRecorder | None = None) -> None:
+        self._recorder = recorder
         self._traffic = traffic
         self._traces = traces
 
     async def aclose(self) -> None:
-        """What has not been sent is, unless nobody takes it."""
+        """Send the remaining traces."""
         if self._traces is not None:
             await asyncio.to_thread(self._traces.close)
 
-    def begin(self, visit: RequestContext) -> None:
-        """A request has come in."""
-        self._meters.in_flight.inc()
+    def begin(self, context: RequestContext) -> None:
+        """Count a request as in flight."""
+        self._recorder.in_flight.inc()
 
-    def end(self, visit: RequestContext) -> None:
-        """It has been answered, or its client has left."""
-        self._meters.in_flight.dec()
+    def end(self, context: RequestContext) -> None:
+        """Record a request that was answered, or whose client has disconnected."""
+        self._recorder.in_flight.dec()
         if self._traces is not None:
-            self._traces.record(visit)
-        log_request(visit)
-        self._meters.record(visit)
-        self._traffic.record(visit)
+            self._traces.record(context)
+        log_request(context)
+        self._recorder.record(context)
+        self._traffic.record(context)

@@ -1,6 +1,6 @@
-"""The values of the metrics that are counted: from visits when they end, and from the events of the hosts.
+"""`MetricsRecorder`: holds the recorded metrics. Fed with requests when they end, and with events of the hosts.
 
-Nothing else in the server counts: what is measured below comes back with answers and events, and ends here.
+Nothing else in the server counts: measurements come back with results and events, and are recorded here.
 """
 
 from collections.abc import AsyncIterator, Callable
@@ -30,11 +30,11 @@ _STAGES = {
 Child = TypeVar("Child")
 
 
-disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter, of no use here
+disable_created_metrics()  # type: ignore[no-untyped-call]  # a second, unused series for each counter
 
 
 class MetricsRecorder:
-    """One server's values. `registry` holds them, and those of the process (memory, CPU, open files)."""
+    """Holds one server's values in `registry`, together with those of the process (memory, CPU, open files)."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -52,25 +52,25 @@ class MetricsRecorder:
         self._children: dict[tuple[Metric, tuple[str, ...]], object] = {}
 
     def add(self, metric: Metric, *labels: str, amount: float = 1.0) -> None:
-        """Count; `labels` in the order of the declaration."""
+        """Increment a counter; `labels` in the order of the declaration."""
         self._child(metric, labels, self._counters[metric].labels).inc(amount)
 
     def observe(self, metric: Metric, *labels: str, value: float) -> None:
-        """One value of a histogram."""
+        """Add a value to a histogram."""
         if labels:
             self._child(metric, labels, self._histograms[metric].labels).observe(value)
         else:
             self._histograms[metric].observe(value)
 
-    def record(self, visit: RequestContext) -> None:
-        """A visit that has ended."""
-        self.add(metrics.REQUESTS, visit.route or "other", visit.model, str(visit.status), visit.code)
-        if visit.status in _REFUSALS and visit.route not in PROBES:
-            self.add(metrics.REJECTED, visit.model, visit.code)
-        if visit.answer is not None and visit.status == 200:
-            self.observe(metrics.REQUEST_SECONDS, visit.model, value=visit.seconds)
-            self._record_stages(visit.model, visit.stages)
-            self._record_answer(visit.model, visit.answer)
+    def record(self, context: RequestContext) -> None:
+        """Record a request that has ended."""
+        self.add(metrics.REQUESTS, context.route or "other", context.model, str(context.status), context.code)
+        if context.status in _REFUSALS and context.route not in PROBES:
+            self.add(metrics.REJECTED, context.model, context.code)
+        if context.answer is not None and context.status == 200:
+            self.observe(metrics.REQUEST_SECONDS, context.model, value=context.seconds)
+            self._record_stages(context.model, context.stages)
+            self._record_result(context.model, context.answer)
 
     def _record_stages(self, model: str, stages: list[Stage]) -> None:
         for stage in stages:
@@ -78,16 +78,16 @@ class MetricsRecorder:
             if metric is not None:
                 self.observe(metric, model, value=stage.seconds)
 
-    def _record_answer(self, model: str, answer: Embeddings) -> None:
-        self.add(metrics.INPUTS, model, amount=len(answer.token_counts))
-        self.add(metrics.PROMPT_TOKENS, model, amount=sum(answer.token_counts))
-        if answer.truncated:
-            self.add(metrics.TRUNCATED, model, amount=len(answer.truncated))
-        if answer.deduplicated:
-            self.add(metrics.REUSED, model, amount=answer.deduplicated)
-        if answer.cache_hits:
-            self.add(metrics.CACHED, model, amount=answer.cache_hits)
-        for batch in answer.batches:
+    def _record_result(self, model: str, result: Embeddings) -> None:
+        self.add(metrics.INPUTS, model, amount=len(result.token_counts))
+        self.add(metrics.PROMPT_TOKENS, model, amount=sum(result.token_counts))
+        if result.truncated:
+            self.add(metrics.TRUNCATED, model, amount=len(result.truncated))
+        if result.deduplicated:
+            self.add(metrics.REUSED, model, amount=result.deduplicated)
+        if result.cache_hits:
+            self.add(metrics.CACHED, model, amount=result.cache_hits)
+        for batch in result.batches:
             self._record_batch(model, batch)
 
     def _record_batch(self, model: str, batch: Batch) -> None:
@@ -96,7 +96,7 @@ class MetricsRecorder:
         self.observe(metrics.PACKING, model, value=batch.tokens / max(1, batch.computed_tokens))
 
     def _child(self, metric: Metric, labels: tuple[str, ...], make: Callable[..., Child]) -> Child:
-        """The values under these labels, looked up once: prometheus-client takes a lock and several calls to."""
+        """Return the values of these labels. Cached: prometheus-client takes a lock and several calls per lookup."""
         child = self._children.get((metric, labels))
         if child is None:
             child = self._children[metric, labels] = make(*labels)
@@ -104,44 +104,44 @@ class MetricsRecorder:
 
 
 class EventMetrics:
-    """Counts every event once."""
+    """Records metrics from events."""
 
-    def __init__(self, meters: MetricsRecorder) -> None:
-        self._meters = meters
+    def __init__(self, recorder: MetricsRecorder) -> None:
+        self._recorder = recorder
         self._fetched_bytes: dict[str, int] = {}
         self._fetching: dict[str, set[str]] = {}
 
     async def follow(self, events: AsyncIterator[Event]) -> None:
-        """Until the stream ends."""
+        """Record events until the stream ends."""
         async for event in events:
             self.count(event)
 
     def count(self, event: Event) -> None:
-        """Five cases: 1. progress of a download  2. loaded  3. evicted  4. a failure  5. nothing to count."""
+        """Record an event. Five cases: 1. download progress  2. loaded  3. evicted  4. a failure  5. none of these."""
         if event.kind == "progress":
             self._count_download(event)  # (1)
             return
-        self._note_fetch(event)
+        self._track_fetch(event)
         model, step = event.model_id, (event.source, event.target)
         if step == ("warming", "ready"):
             self._count_load(event)  # (2)
         elif step == ("draining", "unloading"):
-            self._meters.add(metrics.EVICTIONS, model, event.reason)  # (3)
-            self._meters.observe(metrics.EVICTION_AGE_SECONDS, model, value=event.seconds)
+            self._recorder.add(metrics.EVICTIONS, model, event.reason)  # (3)
+            self._recorder.observe(metrics.EVICTION_AGE_SECONDS, model, value=event.seconds)
         elif event.reason:
-            self._meters.add(metrics.LOAD_FAILURES, model, event.reason)  # (4)
+            self._recorder.add(metrics.LOAD_FAILURES, model, event.reason)  # (4)
         if event.missing_bytes and event.claimant is not None:
-            self._meters.add(metrics.TURNS, event.claimant)
+            self._recorder.add(metrics.TURNS, event.claimant)
 
     def _count_load(self, event: Event) -> None:
-        self._meters.add(metrics.LOADS, event.model_id, event.host_id)
-        self._meters.observe(metrics.LOAD_SECONDS, event.model_id, value=event.seconds)
+        self._recorder.add(metrics.LOADS, event.model_id, event.host_id)
+        self._recorder.observe(metrics.LOAD_SECONDS, event.model_id, value=event.seconds)
         if event.estimated_bytes:
             ratio = event.measured_bytes / event.estimated_bytes
-            self._meters.observe(metrics.ESTIMATE_RATIO, event.model_id, value=ratio)
+            self._recorder.observe(metrics.ESTIMATE_RATIO, event.model_id, value=ratio)
 
-    def _note_fetch(self, event: Event) -> None:
-        """Hosts share a download, and each tells its progress: it is over when the last of them leaves it."""
+    def _track_fetch(self, event: Event) -> None:
+        """Track which hosts fetch a model. They share a download, and each reports it; it ends with the last."""
         hosts = self._fetching.setdefault(event.model_id, set())
         if event.target == "fetching":
             hosts.add(event.host_id)
@@ -151,9 +151,9 @@ class EventMetrics:
             self._fetched_bytes.pop(event.model_id, None)
 
     def _count_download(self, event: Event) -> None:
-        seen = self._fetched_bytes.get(event.model_id, 0)
-        if event.done_bytes > seen:
-            self._meters.add(metrics.DOWNLOAD_BYTES, event.model_id, amount=event.done_bytes - seen)
+        counted_bytes = self._fetched_bytes.get(event.model_id, 0)
+        if event.done_bytes > counted_bytes:
+            self._recorder.add(metrics.DOWNLOAD_BYTES, event.model_id, amount=event.done_bytes - counted_bytes)
             self._fetched_bytes[event.model_id] = event.done_bytes
 
 

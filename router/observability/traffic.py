@@ -1,7 +1,7 @@
-"""The last minute of each model, for whoever watches: counted in steps of five seconds, and forgotten after twelve.
+"""`Traffic`: statistics of the last minute per model, in twelve steps of five seconds, for the dashboard.
 
 `/metrics` has the same and more, but its text is long with many models, and its histograms are too coarse for a minute
-of one model. Knows no routes; belongs to the event loop.
+of one model. Independent of routes; used from the event loop only.
 """
 
 import math
@@ -23,7 +23,7 @@ _SHORTEST_S = 1e-4
 
 
 class MinuteStats(Struct, frozen=True):
-    """One model. `texts_per_s_by_step`: the steps that are over, oldest first; `p50_s` and `p95_s` are right to 3 %."""
+    """Statistics of one model. `texts_per_s_by_step`: completed steps, oldest first; `p50_s`, `p95_s`: within 3 %."""
 
     texts_per_s: float
     tokens_per_s: float
@@ -33,7 +33,7 @@ class MinuteStats(Struct, frozen=True):
 
 
 class _Step:
-    """`seconds`: requests by the logarithm of how long they took."""
+    """Counts of one step. `seconds`: requests by logarithmic duration bucket."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -42,21 +42,21 @@ class _Step:
 
 
 class Traffic:
-    """`clock`: seconds that never go back."""
+    """Records requests per model and step. `clock`: monotonic seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._began_s = clock()
         self._steps: dict[str, deque[_Step]] = {}
 
-    def record(self, visit: RequestContext) -> None:
-        """A visit that has ended. Only embeddings that were answered count."""
-        if visit.answer is None or visit.status != 200:
+    def record(self, context: RequestContext) -> None:
+        """Count a request that has ended, if it returned embeddings."""
+        if context.answer is None or context.status != 200:
             return
-        step = self._step(visit.model)
-        step.texts += len(visit.answer.token_counts)
-        step.tokens += sum(visit.answer.token_counts)
-        step.seconds[_bucket(visit.seconds)] += 1
+        step = self._step(context.model)
+        step.texts += len(context.answer.token_counts)
+        step.tokens += sum(context.answer.token_counts)
+        step.seconds[_bucket(context.seconds)] += 1
 
     def _step(self, model_id: str) -> _Step:
         number = int(self._clock() // STEP_S)
@@ -68,7 +68,7 @@ class Traffic:
         return steps[-1]
 
     def last_minute(self) -> dict[str, MinuteStats]:
-        """Every model that answered within it."""
+        """Return the statistics of every model with traffic in the last minute."""
         now_s = self._clock()
         number = int(now_s // STEP_S)
         window_s = max(1.0, min(STEPS * STEP_S + now_s % STEP_S, now_s - self._began_s))
@@ -95,12 +95,12 @@ def _minute(steps: list[_Step], now: int, window_s: float) -> MinuteStats:
 
 
 def _bucket(seconds: float) -> int:
-    """Each is 5 % longer than the one before."""
+    """Return the duration's bucket; each is 5 % longer than the previous one."""
     return round(math.log(max(seconds, _SHORTEST_S)) / _RESOLUTION)
 
 
 def _percentile(counts: Counter[int], share: float) -> float:
-    """The middle of the bucket in which it lies."""
+    """Return the middle of the bucket that contains the percentile."""
     left = share * counts.total()
     for bucket in sorted(counts):
         left -= counts[bucket]

@@ -1,7 +1,6 @@
-"""What happens around every request, before Litestar's router and after its answer: visits, folded ids, left clients,
-HEAD, refused preflights.
+"""`Application`: wraps Litestar's router: request contexts, model ids in paths, disconnects, HEAD, CORS preflights.
 
-Litestar's own middleware runs behind its router, so it sees neither unknown routes nor the path as it came.
+Litestar's own middleware runs behind its router, so it sees neither unknown routes nor the original path.
 """
 
 import asyncio
@@ -29,21 +28,21 @@ from router.errors import ClientLeft, answer_error
 from router.observability.observers import Observers
 from router.observability.request_context import RequestContext, header
 
-_FOLDED = (
+_MODEL_ID_ROUTES = (
     ("/v1/models/", ()),
     ("/admin/models/", ("/preload", "/evict")),
     ("/m/", ("/v1/embeddings",)),
 )
-"""Where a path holds a model id, and what may follow it."""
+"""Path prefixes before a model id, and the suffixes that may follow it."""
 _MAX_PATH_CHARS = 2048
-"""Litestar keeps the last 1,024 paths with what they lead to, and a client may choose 64 KiB for each. No path of this
-server is as long as this, so what is cut is unknown."""
-_PATIENCE_S = 0.25
-"""Warm requests are done by then, and do not pay for a task that watches their client (65 µs)."""
+"""Litestar caches the routes of the last 1,024 paths, and a client may send 64 KiB for each. No route of this server is
+as long as this, so a truncated path leads to a 404."""
+_WATCH_AFTER_S = 0.25
+"""Warm requests have ended by then, and save the task that watches for a disconnect (65 µs)."""
 
 
 class Application(Litestar):
-    """Litestar, and around its router: folded model ids, and a visit for whoever observes requests."""
+    """Litestar with encoded model ids in paths, and a `RequestContext` for the observers."""
 
     async def __call__(
         self,
@@ -59,48 +58,46 @@ class Application(Litestar):
         if is_head:
             http = {**http, "method": "GET"}
         http["path"] = fold_model_id(http["path"][:_MAX_PATH_CHARS])
-        visit = RequestContext(http, cast(Send, send), is_last=self.state.server_state.draining.is_set)
+        context = RequestContext(http, cast(Send, send), is_last=self.state.server_state.draining.is_set)
         observers: Observers = self.state.observers
-        observers.begin(visit)
-        asked, answer = _without_body(visit.send) if is_head else (cast(Receive, receive), visit.send)
+        observers.begin(context)
+        receive_body, answer = _without_body(context.send) if is_head else (cast(Receive, receive), context.send)
         try:
-            if not await self._refuse_preflight(http, asked, answer):
-                await super().__call__(http, asked, answer)
+            if not await self._refuse_preflight(http, receive_body, answer):
+                await super().__call__(http, receive_body, answer)
         finally:
             if is_head:
                 http["method"] = "HEAD"
-            visit.finish()
-            observers.end(visit)
+            context.finish()
+            observers.end(context)
 
     async def _refuse_preflight(self, scope: HTTPScope, receive: Receive, send: Send) -> bool:
-        """Answer a browser that asks for a page of an origin that may not call; Litestar would, in plain text."""
+        """Answer a preflight of a forbidden origin with the JSON envelope; Litestar would answer in plain text."""
         if scope["method"] != "OPTIONS" or self.cors_config is None:
             return False
         origin = header(scope, b"origin")
         if not origin or self.cors_config.is_origin_allowed(origin):
             return False
         request = Request[Any, Any, Any](scope, receive, send)
-        refusal = ClientException(
-            f"Pages of {origin[:100]!r} may not call this server: CORS_ORIGINS names those that may"
-        )
+        refusal = ClientException(f"Origin {origin[:100]!r} is not allowed; add it to CORS_ORIGINS")
         await answer_error(request, refusal).to_asgi_response(app=None, request=request)(scope, receive, send)
         return True
 
 
 def _without_body(send: Send) -> tuple[Receive, Send]:
-    """For HEAD: what GET would answer, and of that the head. After it the client counts as one that has left, which
-    ends streams of events."""
-    is_over = asyncio.Event()
+    """Wrap `send` for HEAD: pass the head of GET's response only. After it `receive` reports a disconnect, which ends
+    event streams."""
+    has_ended = asyncio.Event()
 
     async def receive() -> HTTPDisconnectEvent:
-        await is_over.wait()
+        await has_ended.wait()
         return {"type": "http.disconnect"}
 
     async def send_head(message: Message) -> None:
         if message["type"] == "http.response.start":
             await send(message)
-        elif not is_over.is_set():
-            is_over.set()
+        elif not has_ended.is_set():
+            has_ended.set()
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     return receive, send_head
@@ -109,9 +106,9 @@ def _without_body(send: Send) -> tuple[Receive, Send]:
 def fold_model_id(path: str) -> str:
     """Percent-encode the model id in a path, slashes too: `/admin/models/BAAI/bge-m3/evict` → `…/BAAI%2Fbge-m3/evict`.
 
-    Litestar's `{id:path}` swallows the rest of a path, so nothing could follow it; a folded id is one plain segment.
+    Litestar's `{id:path}` matches the rest of a path, so nothing could follow it; an encoded id is a single segment.
     """
-    for prefix, verbs in _FOLDED:
+    for prefix, verbs in _MODEL_ID_ROUTES:
         if path.startswith(prefix):
             rest = path.removeprefix(prefix).strip("/")
             verb = next((verb for verb in verbs if rest.endswith(verb)), "")
@@ -121,10 +118,10 @@ def fold_model_id(path: str) -> str:
 
 @asynccontextmanager
 async def while_client_stays(request: Request[Any, Any, Any]) -> AsyncIterator[None]:
-    """Cancel what runs inside when the client hangs up; Litestar does not. The request's body must have been read.
+    """Cancel the block when the client disconnects; Litestar does not. The request's body must have been read.
 
     Raises:
-        ClientLeft: the client is gone.
+        ClientLeft: the client disconnected.
     """
     loop = asyncio.get_running_loop()
     watchers: list[asyncio.Task[None]] = []
@@ -136,7 +133,7 @@ async def while_client_stays(request: Request[Any, Any, Any]) -> AsyncIterator[N
 
     try:
         async with asyncio.timeout(None) as leave:
-            timer = loop.call_later(_PATIENCE_S, lambda: watchers.append(loop.create_task(watch())))
+            timer = loop.call_later(_WATCH_AFTER_S, lambda: watchers.append(loop.create_task(watch())))
             try:
                 yield
             finally:

@@ -1,4 +1,4 @@
-"""Tasks that run as long as the server does: devices are looked at, events counted, the event loop timed."""
+"""Background tasks of the server: device checks, event metrics, event loop lag."""
 
 import asyncio
 import time
@@ -13,15 +13,15 @@ from router.observability.recorder import EventMetrics, MetricsRecorder
 
 log = structlog.get_logger()
 
-CHECK_EVERY_S = 1.0
-LAG_EVERY_S = 0.25
+CHECK_INTERVAL_S = 1.0
+LAG_INTERVAL_S = 0.25
 
 
 @asynccontextmanager
-async def watching(backend: Backend, meters: MetricsRecorder) -> AsyncIterator[None]:
-    """The tasks run inside the block. Enter it before the backend starts, so that no event is missed."""
-    works = [EventMetrics(meters).follow(backend.events()), check_devices(backend), time_the_loop(meters)]
-    tasks = [asyncio.create_task(_logged(work)) for work in works]
+async def background_tasks(backend: Backend, recorder: MetricsRecorder) -> AsyncIterator[None]:
+    """Run the tasks inside the block. Enter it before the backend starts, so that no event is missed."""
+    coroutines = [EventMetrics(recorder).follow(backend.events()), check_devices(backend), measure_loop_lag(recorder)]
+    tasks = [asyncio.create_task(_logged(coroutine)) for coroutine in coroutines]
     try:
         yield
     finally:
@@ -30,25 +30,25 @@ async def watching(backend: Backend, meters: MetricsRecorder) -> AsyncIterator[N
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def check_devices(backend: Backend, every_s: float = CHECK_EVERY_S) -> None:
-    """Whoever waits on a device that is down is told within a second."""
+async def check_devices(backend: Backend, every_s: float = CHECK_INTERVAL_S) -> None:
+    """Check the devices every second: requests that wait for a device that is down fail then."""
     while True:
         backend.check()
         await asyncio.sleep(every_s)
 
 
-async def time_the_loop(meters: MetricsRecorder, every_s: float = LAG_EVERY_S) -> None:
-    """How late the loop is: whatever blocks it delays every request alike."""
+async def measure_loop_lag(recorder: MetricsRecorder, every_s: float = LAG_INTERVAL_S) -> None:
+    """Measure the event loop's lag: what blocks the loop delays every request."""
     while True:
         began_s = time.perf_counter()
         await asyncio.sleep(every_s)
         late_s = time.perf_counter() - began_s - every_s
-        meters.observe(metrics.LOOP_LAG_SECONDS, value=max(0.0, late_s))
+        recorder.observe(metrics.LOOP_LAG_SECONDS, value=max(0.0, late_s))
 
 
-async def _logged(work: Coroutine[None, None, None]) -> None:
-    """A task that nobody awaits would fail in silence."""
+async def _logged(coroutine: Coroutine[None, None, None]) -> None:
+    """Log the exception of a task that is not awaited."""
     try:
-        await work
+        await coroutine
     except Exception:
         log.exception("watch.ended")

@@ -1,6 +1,6 @@
-"""The registry read again while the server runs: on demand, on SIGHUP, or because the file has changed.
+"""Reloads the registry and the key file while the server runs: on demand, on SIGHUP, or when a file changes.
 
-All or nothing: a file with mistakes changes nothing. What a change means for models in memory is the pool's business.
+All or nothing: a file with mistakes changes nothing. The pool applies the changes to models in memory.
 """
 
 import asyncio
@@ -23,12 +23,12 @@ from router.server.state import ServerState
 log = structlog.get_logger()
 
 
-LOOK_AT_KEYS_EVERY_S = 0.4
-"""A change counts when the file has lain still between two looks, so it takes up to three of them."""
+KEYS_POLL_INTERVAL_S = 0.4
+"""A change is applied when the file is the same in two polls in a row, so it takes up to three polls."""
 
 
 def open_keyring(settings: Settings) -> Keyring:
-    """The keys of the settings, and those of the file that they name.
+    """Load the keys from the settings and from the key file.
 
     Raises:
         KeysError: with every mistake in the file.
@@ -37,8 +37,8 @@ def open_keyring(settings: Settings) -> Keyring:
 
 
 @asynccontextmanager
-async def keys_watched(server_state: ServerState) -> AsyncIterator[None]:
-    """Inside, the yard's keyring follows the file, if there is one."""
+async def watched_keys(server_state: ServerState) -> AsyncIterator[None]:
+    """Reload the keyring when the key file changes, while the block runs; does nothing without a key file."""
     watch = asyncio.create_task(watch_keys(server_state)) if server_state.settings.keys_file else None
     try:
         yield
@@ -49,21 +49,21 @@ async def keys_watched(server_state: ServerState) -> AsyncIterator[None]:
                 await watch
 
 
-async def watch_keys(server_state: ServerState, every_s: float = LOOK_AT_KEYS_EVERY_S) -> None:
-    """Read the file whenever it differs from what was read last. Runs until it is cancelled.
+async def watch_keys(server_state: ServerState, interval_s: float = KEYS_POLL_INTERVAL_S) -> None:
+    """Load the key file whenever it differs from what was loaded last. Runs until it is cancelled.
 
-    The first look leads to a reading, too: the file may have changed since the server began to start.
+    Loads it after the first poll, too: the file may have changed since the server started.
     """
     path = server_state.settings.keys_file
     if path is None:
         return
     seen: FileFingerprint | None = await asyncio.to_thread(fingerprint_file, path)
-    read: FileFingerprint | str | None = "nothing yet"
+    loaded: FileFingerprint | str | None = "nothing yet"
     while True:
-        await asyncio.sleep(every_s)
+        await asyncio.sleep(interval_s)
         before, seen = seen, await asyncio.to_thread(fingerprint_file, path)
-        if seen == before and seen != read:
-            read = seen
+        if seen == before and seen != loaded:
+            loaded = seen
             await _reload(server_state)
 
 
@@ -73,7 +73,7 @@ async def _reload(server_state: ServerState) -> None:
     except KeysError as error:
         log.error("keys.invalid", mistakes=[str(mistake) for mistake in error.mistakes])
         return
-    except Exception:  # the watch goes on
+    except Exception:  # keep watching
         log.exception("keys.not_reloaded")
         return
     if keyring.keys == server_state.keyring.keys:
@@ -89,12 +89,12 @@ async def _reload(server_state: ServerState) -> None:
     )
 
 
-LOOK_EVERY_S = 1.0
-"""Between two looks at the file; a stat costs microseconds, and needs nothing that every disk does not have."""
+POLL_INTERVAL_S = 1.0
+"""A stat takes microseconds and works on every file system."""
 
 
 class FileFingerprint(NamedTuple):
-    """What a file's content cannot change without. The inode is for editors that put a new file in its place."""
+    """Identifies a version of a file. The inode is for editors that replace the file."""
 
     mtime_ns: int
     size_bytes: int
@@ -102,7 +102,7 @@ class FileFingerprint(NamedTuple):
 
 
 def fingerprint_file(path: Path) -> FileFingerprint | None:
-    """The file now; None where there is none."""
+    """Take the file's fingerprint; None when it does not exist."""
     try:
         stat = path.stat()
     except OSError:
@@ -111,29 +111,29 @@ def fingerprint_file(path: Path) -> FileFingerprint | None:
 
 
 class Reloader:
-    """Brings the yard's registry up to date. It alone replaces it."""
+    """Reloads the registry of `ServerState`; nothing else replaces it."""
 
     def __init__(self, server_state: ServerState) -> None:
         self._server_state = server_state
         self._settings = server_state.settings
         self._last: asyncio.Task[Changes] | None = None
-        self._read: FileFingerprint | str | None = "nothing yet"
+        self._loaded: FileFingerprint | str | None = "nothing yet"
 
     async def reload(self) -> Changes:
-        """Read the file now, and serve what it says; goes on when the caller leaves.
+        """Load the file now and apply it; continues when the caller is cancelled.
 
-        Reloads never overlap: one that is asked for meanwhile reads the file once more after this one.
+        Reloads never overlap: a second one loads the file again after the first.
 
         Raises:
-            RegistryError: with every mistake; nothing has changed.
-            ShuttingDown: too late.
+            RegistryError: with every mistake; nothing was changed.
+            ShuttingDown: the server is shutting down.
         """
         self._last = task = asyncio.create_task(self._after(self._last))
         task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
         return await asyncio.shield(task)
 
     async def reload_and_log(self) -> None:
-        """The same where nobody waits for an answer; what was wrong goes to the log."""
+        """Reload, and log errors instead of raising them."""
         try:
             await self.reload()
         except RegistryError as error:
@@ -141,25 +141,25 @@ class Reloader:
             log.error("registry.invalid", file=self._settings.registry.name, mistakes=mistakes)
         except EngineError as error:
             log.warning("registry.not_reloaded", reason=str(error))
-        except Exception:  # the watch goes on
+        except Exception:  # keep watching
             log.exception("registry.not_reloaded")
 
-    async def watch(self, every_s: float = LOOK_EVERY_S) -> None:
-        """Reload whenever the file differs from what was read last. Runs until it is cancelled.
+    async def watch(self, interval_s: float = POLL_INTERVAL_S) -> None:
+        """Reload whenever the file differs from what was loaded last. Runs until it is cancelled.
 
-        A file that is being written may be right and yet not whole, so it must have lain still since the last look.
+        A half-written file may be valid, so a change is applied only when the file is the same in two polls.
         """
         seen: FileFingerprint | None = None
         while True:
-            await asyncio.sleep(every_s)
+            await asyncio.sleep(interval_s)
             before, seen = seen, await asyncio.to_thread(fingerprint_file, self._settings.registry)
-            if seen == before and seen != self._read:
+            if seen == before and seen != self._loaded:
                 await self.reload_and_log()
 
     async def _after(self, previous: asyncio.Task[Changes] | None) -> Changes:
         if previous is not None:
             await asyncio.wait({previous})
-        self._read = await asyncio.to_thread(fingerprint_file, self._settings.registry)
+        self._loaded = await asyncio.to_thread(fingerprint_file, self._settings.registry)
         registry = await asyncio.to_thread(open_registry, self._settings)
         changes = diff(self._server_state.registry, registry)
         await self._server_state.backend.reload(registry.models, self._new_budget(registry, changes))
@@ -169,7 +169,7 @@ class Reloader:
         return changes
 
     def _new_budget(self, registry: Registry, changes: Changes) -> Budget | None:
-        """`MEMORY_BUDGET` overrules the file."""
+        """Return the new budget; None when unchanged, or overridden by `MEMORY_BUDGET`."""
         return registry.memory_budget if changes.is_budget_changed and self._settings.memory_budget is None else None
 
 

@@ -1,4 +1,4 @@
-"""Holds what all controllers share (`ServerState`), and drains the server at its end."""
+"""`ServerState`: shared by all handlers; drains the server at shutdown."""
 
 import asyncio
 from typing import Annotated, Any
@@ -20,9 +20,9 @@ ModelId = Annotated[str, PathParameter(description="An id or alias; it may hold 
 
 
 class ServerState:
-    """Settings, registry, keys and backend of one server.
+    """Holds the settings, registry, keys and backend of one server.
 
-    `registry` and `keyring` are replaced as a whole when their files are read again.
+    `registry` and `keyring` are replaced as a whole when their files are reloaded.
     """
 
     def __init__(self, settings: Settings, registry: Registry, backend: Backend, keyring: Keyring, now_s: int) -> None:
@@ -35,34 +35,34 @@ class ServerState:
         self._closing: asyncio.Task[None] | None = None
 
     def begin_drain(self) -> None:
-        """Admit nothing new from now on. Called again, it does nothing."""
+        """Start to drain: admit no new requests. Idempotent."""
         if self._closing is None:
             self.draining.set()
             self._closing = asyncio.create_task(self.backend.aclose(grace_s=self.settings.grace_seconds))
 
     async def close(self) -> None:
-        """Drain, and wait until everything is freed."""
+        """Drain, and wait until the backend is closed."""
         self.begin_drain()
         if self._closing is not None:
             await self._closing
 
     @property
     def is_ready(self) -> bool:
-        """Whether any host takes new work, and can do it."""
+        """Whether any host accepts requests and has no fault."""
         if self.draining.is_set():
             return False
         faults = self.backend.check()
         return any(not host.is_draining and host.host_id not in faults for host in self.backend.snapshots())
 
     def check_ready(self) -> None:
-        """Raise when no host takes new work: DeviceDown with the reason where one is down, else ShuttingDown."""
+        """Raise when no host accepts requests: DeviceDown with the reason when a device is down, else ShuttingDown."""
         if not self.is_ready:
             if not self.draining.is_set():
                 self.check_health()
-            raise ShuttingDown("The server takes no new work: it is shutting down")
+            raise ShuttingDown("The server is shutting down")
 
     def check_health(self) -> None:
-        """Raise DeviceDown when a device does not answer: a supervisor then starts the server anew."""
+        """Raise DeviceDown when a device does not respond: a supervisor then restarts the server."""
         faults = self.backend.check()
         if faults:
             raise DeviceDown("; ".join(faults.values()), retry_after_s=10.0)

@@ -24,7 +24,7 @@ from router.backends.local import LocalBackend
 from router.config.settings import Settings
 from router.observability.logs import configure_logging
 from router.registry.registry import Registry
-from router.server.uvicorn_server import listen, run_until_told_to_stop
+from router.server.uvicorn_server import listen, run_server
 
 MINI = ModelSpec(
     model_id="all-MiniLM-L6-v2",
@@ -126,7 +126,7 @@ def main(port: int, key: str | None, *, real: bool, gpus: int, download_s: float
         sys.stdout.write(f"http://127.0.0.1:{listener.getsockname()[1]}\n")
         sys.stdout.flush()
 
-    run_until_told_to_stop(app, listener, announce)
+    run_server(app, listener, announce)
 
 
 if __name__ == "__main__":

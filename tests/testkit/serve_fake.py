@@ -18,7 +18,7 @@ from router.config.settings import Settings
 from router.observability.logs import configure_logging
 from router.registry.registry import Registry
 from router.server import uvicorn_server as server
-from router.server.uvicorn_server import listen, run_until_told_to_stop
+from router.server.uvicorn_server import listen, run_server
 
 MODEL = "mini"
 
@@ -31,7 +31,7 @@ def main(embed_s: float, grace_s: float, *, does_hang: bool) -> None:
     if does_hang:
         runtime = structs.replace(runtime, health=lambda: DeviceHealth(task_s=999.0 if is_busy(loader) else 0.0))
         threading.Thread(target=threading.Event().wait).start()  # as a thread that waits for the device
-        server._PATIENCE_S = 1.0
+        server._FORCED_EXIT_MARGIN_S = 1.0
     specs = fake_specs(MODEL)
     backend = LocalBackend([fake_host(MODEL, loader=loader, runtime=runtime)], specs)
     registry = Registry(models=specs, default_model=MODEL)
@@ -41,7 +41,7 @@ def main(embed_s: float, grace_s: float, *, does_hang: bool) -> None:
         sys.stdout.write(f"http://127.0.0.1:{listener.getsockname()[1]}\n")
         sys.stdout.flush()
 
-    run_until_told_to_stop(app, listener, announce)
+    run_server(app, listener, announce)
 
 
 def is_busy(loader: FakeLoader) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 from router.app import create_app
 from router.config.settings import Settings
 from router.observability.logs import configure_logging
-from router.server.uvicorn_server import listen, run_until_told_to_stop
+from router.server.uvicorn_server import listen, run_server
 from tests.testkit.backends import ScriptedBackend
 from tests.testkit.servers import REGISTRY
 
@@ -30,7 +30,7 @@ def main() -> None:
         sys.stdout.write(f"http://127.0.0.1:{listener.getsockname()[1]}\n")
         sys.stdout.flush()
 
-    run_until_told_to_stop(app, listener, announce)
+    run_server(app, listener, announce)
     sys.stdout.write(f"{gc.get_freeze_count()}\n")
 
 

@@ -1,9 +1,9 @@
-"""`BACKEND=process`: one worker process a device. The door is `router.backends.process.fleet.ProcessFleet`.
+"""`BACKEND=process`: one worker process per device. The entry point is `router.backends.process.fleet.ProcessFleet`.
 
-fleet       all workers together: who gets a call, and what a death means
-worker      one worker's life: forked, watched, forked anew
+fleet       all workers: routes calls, and handles crashes
+worker      supervises one process: forks, watches and restarts it
 link        the parent's end of a worker's socket
-outbox      which requests to a worker are sent, wait, or are forgotten
-child       the worker's end, and its `main`
-charges     which models were running when workers died
+outbox      the queue of requests to one worker
+child       the worker's end of the socket, and its `main`
+crashes     counts crashes by model, and quarantines models
 """

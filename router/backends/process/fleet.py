@@ -1,4 +1,4 @@
-"""`ProcessFleet`: all workers together. Which of them gets a call, and what the death of one means."""
+"""`ProcessFleet`: routes calls to worker processes, and handles their crashes."""
 
 import asyncio
 import multiprocessing
@@ -19,28 +19,26 @@ from engines.spec import ModelSpec, is_same_engine
 from engines.types import Budget, Event, HostSnapshot, ModelStatus, Result
 from router.backends.event_feed import EventFeed
 from router.backends.fleet import RoutedCall
-from router.backends.host_directory import HostDirectory, emptied, hot
-from router.backends.placement import AWAY
+from router.backends.host_directory import HostDirectory, ready_models, without_models
+from router.backends.placement import NOT_LOADED
 from router.backends.process.crashes import CrashCounter
 from router.backends.process.worker import Worker, WorkerCallbacks, prepare_forkserver
 from router.backends.remote import RemoteBackend
-from router.backends.worker_config import WorkerConfig, cores_each, open_real_host, share
+from router.backends.worker_config import WorkerConfig, divide_budget, divide_cores, open_real_host
 from router.config.settings import Settings
 from router.registry.generation import DesiredRegistry
 from router.registry.registry import Registry
 
-Answer = Connection
-
 
 def open_process_backend(settings: Settings, registry: Registry, devices: tuple[str, ...]) -> RemoteBackend:
-    """One worker a GPU; on a CPU `CPU_HOSTS` of them, which share its cores and its memory."""
+    """Create one worker per GPU; on a CPU, `CPU_HOSTS` workers that share its cores and memory."""
     prepare_forkserver()
-    births = [birth for device in devices for birth in _births(device, settings, registry, len(devices))]
-    parts = settings.cpu_hosts if devices == ("cpu",) else 1
-    return RemoteBackend(ProcessFleet(births, parts, settings.grace_seconds), registry.models)
+    configs = [config for device in devices for config in _worker_configs(device, settings, registry, len(devices))]
+    hosts_per_device = settings.cpu_hosts if devices == ("cpu",) else 1
+    return RemoteBackend(ProcessFleet(configs, hosts_per_device, settings.grace_seconds), registry.models)
 
 
-def _report_devices(answer: Answer, wanted: tuple[str, ...]) -> None:
+def _report_devices(answer: Connection, wanted: tuple[str, ...]) -> None:
     from engines.machine import find_devices  # late: in the child alone
 
     try:
@@ -50,12 +48,12 @@ def _report_devices(answer: Answer, wanted: tuple[str, ...]) -> None:
 
 
 def find_devices_elsewhere(
-    wanted: tuple[str, ...], report: Callable[[Answer, tuple[str, ...]], None] = _report_devices
+    wanted: tuple[str, ...], report: Callable[[Connection, tuple[str, ...]], None] = _report_devices
 ) -> tuple[str, ...]:
-    """As `engines.machine.find_devices`, asked in a child: this process must not touch CUDA before it forks.
+    """Run `engines.machine.find_devices` in a child: this process must not touch CUDA before it forks.
 
     Raises:
-        InvalidValue: a GPU is asked for that is not here.
+        InvalidValue: a requested GPU does not exist.
     """
     prepare_forkserver()
     context = multiprocessing.get_context("forkserver")
@@ -66,7 +64,7 @@ def find_devices_elsewhere(
     try:
         found = ours.recv()
     except EOFError:
-        raise InvalidValue("the devices of this machine cannot be read: the process that looked has died") from None
+        raise InvalidValue("cannot detect the devices of this machine: the probing process crashed") from None
     finally:
         ours.close()
         process.join()
@@ -75,16 +73,16 @@ def find_devices_elsewhere(
     return found
 
 
-def _births(device: str, settings: Settings, registry: Registry, num_devices: int) -> list[WorkerConfig]:
+def _worker_configs(device: str, settings: Settings, registry: Registry, num_devices: int) -> list[WorkerConfig]:
     hosts = settings.cpu_hosts if device == "cpu" else 1
     budget = settings.memory_budget or registry.memory_budget
     return [
         WorkerConfig(
             host_id=f"{device}:{index}" if device == "cpu" else device,
             device=device,
-            cores=cores_each(max(hosts, num_devices)),
+            cores=divide_cores(max(hosts, num_devices)),
             specs=registry.models,
-            budget=share(budget, hosts),
+            budget=divide_budget(budget, hosts),
             settings=settings,
             open=open_real_host,
         )
@@ -99,27 +97,27 @@ class ProcessFleet:
     """See `Fleet`.
 
     Args:
-        births: one for each host.
-        parts: how many of them share one device's memory.
-        grace_s: how long a host that is recycled may finish what it has.
+        configs: one per host.
+        hosts_per_device: how many hosts share one device's memory.
+        grace_s: how long a host that is recycled may take to finish its calls.
     """
 
-    def __init__(self, births: Sequence[WorkerConfig], parts: int, grace_s: float) -> None:
+    def __init__(self, configs: Sequence[WorkerConfig], hosts_per_device: int, grace_s: float) -> None:
         self.directory = HostDirectory()
         self.feed = EventFeed()
-        self._charges = CrashCounter(time.monotonic)
-        self._parts = parts
+        self._crashes = CrashCounter(time.monotonic)
+        self._hosts_per_device = hosts_per_device
         self._grace_s = grace_s
         self._desired = DesiredRegistry({})
         self._specs: Mapping[str, ModelSpec] = {}
         self._bases: dict[str, int] = {}
         self._restarts: Counter[str] = Counter()
         self._on_change: Callable[[], None] = lambda: None
-        self._workers = {birth.host_id: Worker(birth, self._ears(birth.host_id)) for birth in births}
+        self._workers = {config.host_id: Worker(config, self._callbacks(config.host_id)) for config in configs}
 
     @property
     def workers(self) -> Mapping[str, Worker]:
-        """By host id."""
+        """The workers by host id."""
         return self._workers
 
     async def open(self, specs: Mapping[str, ModelSpec], on_change: Callable[[], None]) -> None:
@@ -127,7 +125,7 @@ class ProcessFleet:
         self._desired = DesiredRegistry(specs)
         self._on_change = on_change
         for worker in self._workers.values():
-            worker.birth = structs.replace(worker.birth, specs=specs, generation=self._desired.generation)
+            worker.config = structs.replace(worker.config, specs=specs, generation=self._desired.generation)
         starts = (worker.start() for worker in self._workers.values())
         outcomes = await asyncio.gather(*starts, return_exceptions=True)
         errors = [outcome for outcome in outcomes if outcome is not None]
@@ -135,10 +133,10 @@ class ProcessFleet:
             await self.aclose(0.0)
             raise errors[0]
 
-    async def send(self, ticket: RoutedCall) -> Result:
-        host_id = ticket.host_id = self.directory.ranked(ticket.spec, ticket.avoid)[0]
-        with self.directory.in_flight(host_id, ticket.spec.model_id):
-            reply = await self._workers[host_id].ask(Run(call=ticket.call))
+    async def send(self, routed: RoutedCall) -> Result:
+        host_id = routed.host_id = self.directory.ranked(routed.spec, routed.avoid)[0]
+        with self.directory.in_flight(host_id, routed.spec.model_id):
+            reply = await self._workers[host_id].ask(Run(call=routed.call))
         assert isinstance(reply, RunResult), "a call is answered with a result"
         return reply.result
 
@@ -152,21 +150,21 @@ class ProcessFleet:
         for model_id, spec in specs.items():
             old = self._specs.get(model_id)
             if old is not None and not is_same_engine(old, spec):
-                self._charges.clear(model_id)
+                self._crashes.clear(model_id)
         self._specs = specs
-        self._desired.change(specs, share(budget, self._parts) if budget is not None else None)
+        self._desired.change(specs, divide_budget(budget, self._hosts_per_device) if budget is not None else None)
         message = self._desired.message
         for worker in self._workers.values():
-            told = structs.replace(worker.birth, specs=specs, generation=message.generation)
-            worker.birth = structs.replace(told, budget=message.budget or told.budget)
-        await asyncio.gather(*(self._tell(host_id, message) for host_id in self._workers))
+            config = structs.replace(worker.config, specs=specs, generation=message.generation)
+            worker.config = structs.replace(config, budget=message.budget or config.budget)
+        await asyncio.gather(*(self._ask_quietly(host_id, message) for host_id in self._workers))
 
     async def recycle(self, host_id: str) -> None:
         before = self.directory.snapshot(host_id)
         self.directory.close(host_id)
         await self._workers[host_id].restart(self._grace_s)
-        for status in hot(before):
-            await self._tell(host_id, Preload(model_id=status.model_id, pin=status.pinned, wait=False))
+        for status in ready_models(before):
+            await self._ask_quietly(host_id, Preload(model_id=status.model_id, pin=status.pinned, wait=False))
 
     def faults(self) -> Mapping[str, str]:
         for worker in self._workers.values():
@@ -177,87 +175,87 @@ class ProcessFleet:
         return tuple(self._with_quarantine(snapshot) for snapshot in self.directory.snapshots())
 
     def quarantine(self, model_id: str) -> None:
-        self._charges.check(model_id)
+        self._crashes.check(model_id)
 
     async def aclose(self, grace_s: float) -> None:
         await asyncio.gather(*(worker.aclose(grace_s) for worker in self._workers.values()))
 
-    # ---- what workers tell ----
+    # ---- callbacks of workers ----
 
-    def _ears(self, host_id: str) -> WorkerCallbacks:
+    def _callbacks(self, host_id: str) -> WorkerCallbacks:
         return WorkerCallbacks(
-            on_report=partial(self._seen, host_id),
-            on_crash=partial(self._died, host_id),
-            on_exit=partial(self._ended, host_id),
-            on_restart=partial(self._back, host_id),
+            on_report=partial(self._on_report, host_id),
+            on_crash=partial(self._on_crash, host_id),
+            on_exit=partial(self._on_exit, host_id),
+            on_restart=partial(self._on_restart, host_id),
         )
 
-    def _seen(self, host_id: str, seen: HostReport) -> None:
-        """Numbers go on from one life to the next, so that followers miss nothing."""
-        self.directory.update(structs.replace(seen.snapshot, restarts=self._restarts[host_id]))
+    def _on_report(self, host_id: str, report: HostReport) -> None:
+        """Store the report. Event numbers continue across restarts, so that subscribers miss nothing."""
+        self.directory.update(structs.replace(report.snapshot, restarts=self._restarts[host_id]))
         base = self._bases.get(host_id, 0)
-        for event in seen.events:
+        for event in report.events:
             self.feed.add(structs.replace(event, seq=base + event.seq))
 
     def _with_quarantine(self, snapshot: HostSnapshot) -> HostSnapshot:
-        """Models that no host is asked for now are shown as failed."""
-        kept_out = {model_id: left_s for model_id in self._specs if (left_s := self._charges.left_s(model_id))}
-        if not kept_out:
+        """Show quarantined models as failed."""
+        quarantined = {model_id: left_s for model_id in self._specs if (left_s := self._crashes.left_s(model_id))}
+        if not quarantined:
             return snapshot
         models = tuple(
             structs.replace(
                 status,
                 state="failed",
-                last_error=self._charges.reason(status.model_id),
-                retry_at=time.time() + kept_out[status.model_id],
+                last_error=self._crashes.reason(status.model_id),
+                retry_at=time.time() + quarantined[status.model_id],
             )
-            if status.model_id in kept_out
+            if status.model_id in quarantined
             else status
             for status in snapshot.models
         )
         return structs.replace(snapshot, models=models)
 
-    def _died(self, host_id: str, running: str) -> None:
-        """Three cases: 1. it had noted what it ran;  2. not, and one model had calls or loads there;  3. several had:
-        they waited, or were loaded, and nobody is charged."""
+    def _on_crash(self, host_id: str, running: str) -> None:
+        """Count the crash. Three cases: 1. the worker had noted what it ran;  2. it had not, and one model had calls or
+        loads there;  3. several had: they may have waited, so none is counted."""
         self._restarts[host_id] += 1
-        suspects = running.splitlines() or self._suspects(host_id)
-        self._charges.record_crash(suspects if running or len(suspects) == 1 else ())
+        suspects = running.splitlines() or self._guess_running(host_id)
+        self._crashes.record_crash(suspects if running or len(suspects) == 1 else ())
         snapshot = self.directory.snapshot(host_id)
         if snapshot is not None:
             self.directory.update(structs.replace(snapshot, is_draining=True, restarts=self._restarts[host_id]))
 
-    def _suspects(self, host_id: str) -> list[str]:
+    def _guess_running(self, host_id: str) -> list[str]:
         snapshot = self.directory.snapshot(host_id)
         models = snapshot.models if snapshot is not None else ()
         loading = {status.model_id for status in models if status.state in ("loading", "warming")}
         return list(loading | set(self.directory.running(host_id)))
 
-    def _ended(self, host_id: str, death: str) -> None:
-        died = f"the worker process of host {host_id} died ({death})"
-        self._empty(host_id, died if death else f"host {host_id} is started anew")
+    def _on_exit(self, host_id: str, ended_by: str) -> None:
+        crashed = f"the worker process of host {host_id} crashed ({ended_by})"
+        self._mark_unloaded(host_id, crashed if ended_by else f"host {host_id} is restarting")
 
-    def _back(self, host_id: str) -> None:
+    def _on_restart(self, host_id: str) -> None:
         log.info("worker.back", host=host_id)
         self._on_change()
 
-    def _empty(self, host_id: str, cause: str) -> None:
-        """Nothing is in memory there any more, and nothing can be had there for the moment."""
+    def _mark_unloaded(self, host_id: str, cause: str) -> None:
+        """Mark every model of the host as unloaded, and close the host to calls."""
         snapshot = self.directory.snapshot(host_id)
         if snapshot is not None:
             for status in snapshot.models:
-                if status.state not in AWAY:
-                    self.feed.add(_loss(status, self.feed.last_seq(host_id) + 1, cause))
-            self.directory.update(emptied(snapshot))
+                if status.state not in NOT_LOADED:
+                    self.feed.add(_loss_event(status, self.feed.last_seq(host_id) + 1, cause))
+            self.directory.update(without_models(snapshot))
         self._bases[host_id] = self.feed.last_seq(host_id)
 
-    async def _tell(self, host_id: str, request: Request) -> None:
-        """A worker that is between two lives learns it at its next birth, or has nothing to be told any more."""
+    async def _ask_quietly(self, host_id: str, request: Request) -> None:
+        """Send a request, ignoring failures: a worker that restarts gets the current registry with its config."""
         with suppress(EngineError):
             await self.ask(host_id, request)
 
 
-def _loss(status: ModelStatus, seq: int, cause: str) -> Event:
+def _loss_event(status: ModelStatus, seq: int, cause: str) -> Event:
     return Event(
         seq=seq,
         time_s=time.time(),

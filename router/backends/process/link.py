@@ -1,7 +1,7 @@
-"""The parent's end of a worker's socket: many requests at once, and what the worker tells unasked.
+"""The parent's end of a worker's socket: concurrent requests, and the worker's own reports.
 
-Requests are written only while the socket takes them (`pause_writing`), so what a worker does not read waits in the
-outbox, from where it can be withdrawn.
+Requests are written only while the socket accepts them (`pause_writing`), so what a worker does not read stays in the
+outbox, where it can be withdrawn.
 """
 
 import asyncio
@@ -26,18 +26,18 @@ from router.backends.process.outbox import Outbox
 
 
 class ParentConnection(asyncio.Protocol):
-    """One worker.
+    """Multiplexes requests over the socket of one worker.
 
     Attributes:
-        hello: its first word, that it is ready; or why it is not.
-        ended: set when the socket is closed: the worker is gone, or soon will be.
+        hello: the first report, which says that the host is ready; or the error that prevented it.
+        ended: set when the socket is closed: the worker has exited, or soon will.
 
     Args:
-        name: for messages.
+        name: host id, for messages.
         outbox: decides what is sent.
-        on_bytes: called whenever something has come: the worker lives.
-        on_seen: called with every word after the first.
-        on_end: called when the socket is closed, before those who wait for answers are told.
+        on_bytes: called whenever data arrives: the worker is alive.
+        on_report: called with every report after the first.
+        on_end: called when the socket is closed, before pending requests fail.
     """
 
     def __init__(
@@ -45,16 +45,16 @@ class ParentConnection(asyncio.Protocol):
         name: str,
         outbox: Outbox,
         on_bytes: Callable[[], None],
-        on_seen: Callable[[HostReport], None],
+        on_report: Callable[[HostReport], None],
         on_end: Callable[[], None],
     ) -> None:
         self._name = name
         self._outbox = outbox
         self._on_bytes = on_bytes
-        self._on_seen = on_seen
+        self._on_report = on_report
         self._on_end = on_end
         self._is_writable = False
-        self._cutter = FrameDecoder()
+        self._decoder = FrameDecoder()
         self._waiting: dict[int, asyncio.Future[Reply]] = {}
         self._last_number = 0
         self._transport: asyncio.Transport | None = None
@@ -63,9 +63,7 @@ class ParentConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's has no such parent
-        self._transport.set_write_buffer_limits(
-            high=0
-        )  # what the socket does not take at once shall wait in the outbox
+        self._transport.set_write_buffer_limits(high=0)  # what the socket does not accept at once stays in the outbox
         self._is_writable = True
         self._flush()
 
@@ -78,8 +76,8 @@ class ParentConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._on_bytes()
-        for frame in self._cutter.feed(data):
-            self._take(frame)
+        for frame in self._decoder.feed(data):
+            self._handle(frame)
         self._flush()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -91,15 +89,15 @@ class ParentConnection(asyncio.Protocol):
                 future.set_exception(self._lost(self._outbox.is_waiting(number)))
         if not self.hello.done():
             self.hello.set_exception(self._lost())
-            self.hello.exception()  # nobody may be waiting for it
+            self.hello.exception()  # marks it as retrieved: there may be no waiter
 
     async def ask(self, request: Request) -> Reply:
-        """The worker's reply. Cancelling withdraws the request, or cancels what the worker does for it.
+        """Send a request and return the reply. Cancelling withdraws it, or cancels its task in the worker.
 
         Raises:
-            EngineError: as the host raised it.
-            HostLost: the worker ended first.
-            NotSent: it ended before the request was sent.
+            EngineError: raised by the host.
+            HostLost: the worker ended before it replied.
+            NotSent: the worker ended before the request was sent.
         """
         if self.ended.is_set():
             raise self._lost()
@@ -122,17 +120,17 @@ class ParentConnection(asyncio.Protocol):
         return reply
 
     def close(self) -> None:
-        """Hang up: the worker ends by that. At once: one that does not read would hold back the end for ever."""
+        """Abort the connection, which ends the worker. A graceful close would hang on a worker that does not read."""
         if self._transport is not None:
             self._transport.abort()
 
-    def _take(self, frame: Frame) -> None:
+    def _handle(self, frame: Frame) -> None:
         reply = decode_reply(frame.head, frame.body)
         if frame.number:
             self._outbox.end(frame.number)
             self._deliver(frame.number, reply)
         elif isinstance(reply, HostReport) and self.hello.done():
-            self._on_seen(reply)
+            self._on_report(reply)
         elif isinstance(reply, HostReport):
             self.hello.set_result(reply)
         elif isinstance(reply, ErrorRecord) and not self.hello.done():
@@ -143,12 +141,12 @@ class ParentConnection(asyncio.Protocol):
         if future is None or future.done():
             return
         if isinstance(reply, Cancelled):
-            future.set_exception(HostLost(f"host {self._name} interrupted the request; ask again"))
+            future.set_exception(HostLost(f"host {self._name} interrupted the request; retry it"))
         else:
             future.set_result(reply)
 
     def _flush(self) -> None:
-        """Write what may be written now."""
+        """Write requests while the socket accepts them."""
         while self._is_writable and self._transport is not None and not self._transport.is_closing():
             popped = self._outbox.pop()
             if popped is None:
@@ -156,11 +154,11 @@ class ParentConnection(asyncio.Protocol):
             number, request = popped
             try:
                 head = encode_request(request)
-            except Exception as error:  # noqa: BLE001  # it is its caller's, whoever's turn it is to write
+            except Exception as error:  # noqa: BLE001  # belongs to the request's caller, not to the task that happens to write
                 self._outbox.end(number)
                 self._fail(number, error)
                 continue
-            self._outbox.weigh(number, len(head))
+            self._outbox.record_size(number, len(head))
             self._transport.write(pack(Frame(number, head, b""))[0])  # requests have no body
 
     def _fail(self, number: int, error: Exception) -> None:
@@ -170,4 +168,4 @@ class ParentConnection(asyncio.Protocol):
 
     def _lost(self, is_not_sent: bool = False) -> EngineError:
         cls = NotSent if is_not_sent else HostLost
-        return cls(f"the worker process of host {self._name} ended before it answered; ask again")
+        return cls(f"the worker process of host {self._name} ended before it replied; retry the request")

@@ -1,8 +1,8 @@
-"""The requests to one worker: those that wait in this process, and those that the worker has. Pure.
+"""`Outbox`: the queue of requests to one worker, and the requests that the worker has. Pure.
 
-A worker that does not read (stopped, hung, busy) must not fill this process with requests, so few are under way at a
-time and the rest waits here as it came, not encoded. A request that is withdrawn while it waits is never sent. One
-that was withdrawn later counts until the worker says that it has ended, because it takes memory there until then.
+A worker that does not read (stopped, hung, busy) must not fill this process's memory with requests, so few are in
+flight at a time and the rest waits here, not encoded. A request that is withdrawn while it waits is never sent. One
+that is withdrawn later counts until the worker reports its end, because it takes memory there until then.
 """
 
 from collections import Counter, deque
@@ -15,21 +15,21 @@ from engines.types import Call
 MAX_BYTES = 256 * 2**20
 """Encoded requests that a worker holds: four bodies of `MAX_BODY_BYTES`. One request may be larger, and goes alone."""
 OWN_BYTES, OWN_CALLS = 8 * 2**20, 16
-"""What every model may have under way whatever the others have: a cold model's large requests wait in the worker for
-minutes, and must not keep those of a ready one here."""
+"""Guaranteed to every model, whatever the others have in flight: a cold model's large requests wait in the worker for
+minutes, and must not block those of a ready one."""
 
 
 class _Sent(Struct):
-    """A call that the worker has."""
+    """A call that was sent and has not ended."""
 
     model_id: str
     size_bytes: int = 0
 
 
 class Outbox:
-    """Decides what is sent next. Three kinds: 1. cancellations;  2. commands;  3. calls, models in turn.
+    """Decides what is sent next: 1. cancellations;  2. commands;  3. calls, round-robin over models.
 
-    The first two are few and small, and are never held back here.
+    The first two are few and small, and are never delayed.
 
     Args:
         max_calls: calls that the worker may hold.
@@ -51,17 +51,17 @@ class Outbox:
 
     @property
     def num_waiting(self) -> int:
-        """Requests that were not sent yet."""
+        """Number of requests not sent yet."""
         return len(self._models) + len(self._commands)
 
     @property
     def num_sent(self) -> int:
-        """Calls that the worker has, including those that were cancelled and have not ended."""
+        """Number of calls that the worker has, including cancelled ones that have not ended."""
         return len(self._sent)
 
     @property
     def sent_bytes(self) -> int:
-        """Their encoded bytes."""
+        """Encoded bytes of the calls that the worker has."""
         return self._total_bytes
 
     def put(self, number: int, request: Request) -> None:
@@ -77,14 +77,14 @@ class Outbox:
         return number in self._models or number in self._commands
 
     def withdraw(self, number: int) -> None:
-        """Nobody waits for the answer. Three cases: 1. not sent: forget it;  2. sent: cancel it;  3. ended: nothing."""
+        """Withdraw a request. Three cases: 1. not sent: drop it;  2. sent: cancel it;  3. ended: do nothing."""
         if number in self._sent or number in self._sent_commands:
             self._cancels.append(number)  # (2)
         elif self._commands.pop(number, None) is None:
             self._forget(number)  # (1)
 
     def pop(self) -> tuple[int, Request] | None:
-        """The request to send now, with its number; None when there is none, or the worker has enough."""
+        """Take the request to send now, with its number; None when there is none, or the limits are reached."""
         if self._cancels:
             return 0, Cancel(number=self._cancels.popleft())
         if self._commands:
@@ -93,8 +93,8 @@ class Outbox:
             return number, self._commands.pop(number)
         return self._pop_call()
 
-    def weigh(self, number: int, size_bytes: int) -> None:
-        """Note how many bytes a request took that was just popped."""
+    def record_size(self, number: int, size_bytes: int) -> None:
+        """Record the encoded size of a request that was just popped."""
         sent = self._sent.get(number)
         if sent is not None:
             sent.size_bytes = size_bytes
@@ -102,7 +102,7 @@ class Outbox:
             self._total_bytes += size_bytes
 
     def end(self, number: int) -> None:
-        """The worker has answered, or says that a cancelled request has ended."""
+        """Release a request that the worker has answered, or reported as cancelled."""
         self._sent_commands.discard(number)
         sent = self._sent.pop(number, None)
         if sent is not None:
@@ -114,18 +114,18 @@ class Outbox:
 
     def _pop_call(self) -> tuple[int, Request] | None:
         for model_id, calls in self._calls.items():
-            if self._has_room(model_id):
+            if self._may_send(model_id):
                 number = next(iter(calls))
                 request = calls[number]
                 self._forget(number)
                 if model_id in self._calls:
-                    self._calls[model_id] = self._calls.pop(model_id)  # to the end: models in turn
+                    self._calls[model_id] = self._calls.pop(model_id)  # to the end: round-robin over models
                 self._sent[number] = _Sent(model_id)
                 self._sent_calls[model_id] += 1
                 return number, request
         return None
 
-    def _has_room(self, model_id: str) -> bool:
+    def _may_send(self, model_id: str) -> bool:
         if len(self._sent) < self._max_calls and self._total_bytes < self._max_bytes:
             return True
         return self._sent_calls[model_id] < OWN_CALLS and self._sent_bytes[model_id] < OWN_BYTES

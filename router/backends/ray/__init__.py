@@ -1,12 +1,11 @@
 """`BACKEND=ray`: hosts on a Ray cluster, one a device, as one Serve deployment. Needs `embedyard[ray]`.
 
-    environment     what Ray reads from the environment, set before anything imports it
-    replica         the deployment's class: one host
-    deploy          puts the deployment on a cluster: `embedyard ray deploy`
-    request_router  Serve's choice of a replica, made by our placement
-    board           what this process knows of the replicas; the way between Serve's router and the fleet
-    fleet           the door: `RayFleet`
-    opening         settings and registry → the backend
+    environment        environment variables of Ray, set before anything imports it
+    replica            the deployment's class: one host
+    deploy             deploys to a cluster: `embedyard ray deploy`
+    request_router     chooses Serve's replica by `router/backends/placement.py`
+    replica_directory  snapshots of the replicas; shared by Serve's router and the fleet
+    fleet              the entry point: `RayFleet`, `open_ray_backend`
 
 Nothing outside this package and `router/cli/ray_deploy.py` imports Ray.
 """

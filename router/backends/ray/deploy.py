@@ -1,4 +1,4 @@
-"""Puts the hosts on a cluster, as one Serve deployment with a replica for each device."""
+"""Deploys the hosts to a Ray cluster, as one Serve deployment with a replica for each device."""
 
 import socket
 
@@ -15,13 +15,13 @@ from router.config.settings import Settings, load_settings
 from router.registry.generation import first_generation
 from router.registry.registry import Registry, open_registry
 
-_KNOCK_S = 10.0
+_CONNECT_TIMEOUT_S = 10.0
 _HEALTH_TIMEOUT_S = 30.0
-"""A load may hold a host's interpreter for seconds."""
+"""A load may hold a host's interpreter lock for seconds."""
 
 
 class Plan(Struct, frozen=True, kw_only=True):
-    """How many hosts, and what of a node each of them takes."""
+    """Number of hosts, and the node resources that each of them takes."""
 
     hosts: int
     gpus: float = 0.0
@@ -29,59 +29,59 @@ class Plan(Struct, frozen=True, kw_only=True):
 
 
 def connect(address: str | None) -> None:
-    """Join the cluster; `None` is the one that `RAY_ADDRESS` names, or that runs on this machine.
+    """Connect to the cluster; `None` means the one in `RAY_ADDRESS`, else the one on this machine.
 
     Raises:
-        InvalidValue: there is none.
+        InvalidValue: no cluster answers.
     """
     if ray.is_initialized():
         return
     address = address or named_address()
     try:
-        _knock(address)
+        _check_reachable(address)
         ray.init(address=address or "auto", log_to_driver=False, logging_level="warning", namespace=APP)
     except (OSError, RuntimeError, ValueError) as error:
         raise InvalidValue(
-            f"no Ray cluster answers at {address or 'this machine'}: start one with `ray start --head`, or name its "
+            f"no Ray cluster answers at {address or 'this machine'}: start one with `ray start --head`, or set its "
             f"address in RAY_ADDRESS ({type(error).__name__}: {str(error).splitlines()[0]})"
         ) from error
 
 
-def _knock(address: str | None) -> None:
-    """Raise OSError where nobody listens: Ray itself would try for minutes."""
+def _check_reachable(address: str | None) -> None:
+    """Raise OSError when nothing listens at the address: Ray itself would retry for minutes."""
     host, colon, port = (address or "").rpartition(":")
     if colon and port.isdigit() and "/" not in host:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_S).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_S).close()
 
 
 def one_per_device(cpus: float) -> Plan:
-    """A host for each GPU of the cluster; where there is none, one for each node."""
+    """Plan one host per GPU of the cluster; without GPUs, one per node."""
     gpus = int(ray.cluster_resources().get("GPU", 0))
     if gpus:
         return Plan(hosts=gpus, gpus=1.0, cpus=cpus)
     return Plan(hosts=max(1, sum(node["Alive"] for node in ray.nodes())), cpus=cpus)
 
 
-def deploy(birth: WorkerConfig, plan: Plan) -> None:
-    """Put the hosts there, or bring those that are there up to date; returns when all of them are ready."""
+def deploy(config: WorkerConfig, plan: Plan) -> None:
+    """Create or update the deployment; returns when all hosts are ready."""
     serve.start(proxy_location="Disabled")
-    serve.run(application(birth, plan), name=APP, route_prefix=None, blocking=False)
+    serve.run(application(config, plan), name=APP, route_prefix=None, blocking=False)
 
 
 def remove() -> None:
-    """End the hosts."""
+    """Delete the deployment."""
     serve.delete(APP)
 
 
-def application(birth: WorkerConfig, plan: Plan) -> serve.Application:
-    """The deployment, with its arguments."""
-    settings = birth.settings
+def application(config: WorkerConfig, plan: Plan) -> serve.Application:
+    """Build the Serve application of the deployment."""
+    settings = config.settings
     deployment = serve.deployment(
         HostReplica,
         name=DEPLOYMENT,
         num_replicas=plan.hosts,
         ray_actor_options={"num_gpus": plan.gpus, "num_cpus": plan.cpus},
-        max_ongoing_requests=settings.max_concurrent_requests + 16,  # operators' calls, beside a full house
+        max_ongoing_requests=settings.max_concurrent_requests + 16,  # spare ones for operators' calls
         max_queued_requests=settings.max_concurrent_requests,
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=_HEALTH_TIMEOUT_S,
@@ -92,11 +92,11 @@ def application(birth: WorkerConfig, plan: Plan) -> serve.Application:
             request_routing_stats_timeout_s=_HEALTH_TIMEOUT_S,
         ),
     )
-    return deployment.bind(birth)
+    return deployment.bind(config)
 
 
 def worker_config_of(settings: Settings, registry: Registry, plan: Plan) -> WorkerConfig:
-    """What every replica is told. Its device is the first that its node gives it."""
+    """Build the config of every replica. A replica takes the first device that its node assigns to it."""
     return WorkerConfig(
         host_id="",
         device="cuda" if plan.gpus else "cpu",
@@ -110,7 +110,7 @@ def worker_config_of(settings: Settings, registry: Registry, plan: Plan) -> Work
 
 
 def from_environment(args: dict[str, str]) -> serve.Application:
-    """The application for a Serve config file (`import_path: router.backends.ray.deploy:from_environment`).
+    """Build the application for a Serve config file (`import_path: router.backends.ray.deploy:from_environment`).
 
     Args:
         args: `hosts`, `gpus` and `cpus` of a `Plan`.

@@ -1,4 +1,4 @@
-"""One host as a replica of the Serve deployment. Runs on a node of the cluster; knows nothing of routers."""
+"""`HostReplica`: one host as a replica of the Serve deployment. Runs on a node of the cluster."""
 
 import os
 from typing import Any
@@ -18,37 +18,37 @@ log = structlog.get_logger()
 
 
 class HostReplica:
-    """One device of one node. Its host id is the replica's own, so that a router can name it to Serve."""
+    """Serves one device of one node. Its host id is the replica's id, so that a router can name it to Serve."""
 
-    async def __init__(self, birth: WorkerConfig) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(self, config: WorkerConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         host_id = serve.get_replica_context().replica_id.unique_id
-        configure_logging(birth.settings.log_format, birth.settings.log_level)
+        configure_logging(config.settings.log_format, config.settings.log_level)
         structlog.contextvars.bind_contextvars(host=host_id)
-        self._host = birth.open(structs.replace(birth, host_id=host_id), lambda _: None)
+        self._host = config.open(structs.replace(config, host_id=host_id), lambda _: None)
         await self._host.start()
-        self._service = HostService(self._host, birth.generation)
+        self._service = HostService(self._host, config.generation)
 
     async def ask(self, head: bytes) -> tuple[bytes, bytes]:
-        """One request of `engines/rpc/messages.py`; errors are answers, too, so nothing is ever raised into Ray."""
+        """Answer one request of `engines/rpc/messages.py`; errors are encoded as replies, never raised into Ray."""
         return encode_reply(await self._service.answer(decode_request(head)))
 
     async def leave(self, grace_s: float) -> None:
-        """Drain, and end the process: Serve starts another one in its place."""
+        """Drain and exit the process: Serve starts another replica in its place."""
         await self._service.answer(Drain(grace_s=grace_s))
         log.info("replica.leaves")
         os._exit(0)
 
     def record_routing_stats(self) -> dict[str, Any]:
-        """What is in memory, for the routers. Called by Serve."""
+        """Return the snapshot for the routers. Called by Serve."""
         return {"snapshot": msgspec.to_builtins(self._host.snapshot())}
 
     def record_replica_metadata(self) -> dict[str, Any]:
-        """What does not change. Called by Serve."""
+        """Return the constant properties of the host. Called by Serve."""
         snapshot = self._host.snapshot()
         return {"device": snapshot.device, "budget_bytes": snapshot.budget_bytes}
 
     def check_health(self) -> None:
-        """Called by Serve, which replaces a replica that raises.
+        """Raise when the host is faulty. Called by Serve, which then replaces the replica.
 
         Raises:
             DeviceDown: the device's thread has died, or a forward pass hangs.
@@ -58,6 +58,6 @@ class HostReplica:
             raise DeviceDown(fault)
 
     async def __del__(self) -> None:
-        """Called by Serve when the replica is to end."""
+        """Close the host. Called by Serve when it stops the replica."""
         if hasattr(self, "_host"):
             await self._host.aclose(grace_s=0.0)

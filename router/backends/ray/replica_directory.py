@@ -1,7 +1,7 @@
-"""What this process knows of the replicas, and which calls are on their way to them.
+"""`ReplicaDirectory`: the replicas, and the requests in flight to them, for one router process.
 
-Serve makes the request router by itself and pickles its class by value, so nothing can be handed to it: both it and the
-fleet find the board here. All of it lives on one event loop, because `RAY_SERVE_THROUGHPUT_OPTIMIZED` keeps Serve's
+Serve creates the request router by itself and pickles its class by value, so nothing can be passed to it: it and the
+fleet share `REPLICAS`. All of it lives on one event loop, because `RAY_SERVE_THROUGHPUT_OPTIMIZED` keeps Serve's
 router on the loop of its caller.
 """
 
@@ -18,101 +18,101 @@ from router.backends.host_directory import HostDirectory
 
 
 class RoutedRequest:
-    """One request to a replica. `to`: which one; None when the best for the ticket's model is to be chosen.
+    """One request to a replica. `to`: its id; None to choose the best one for the model of `call`.
 
-    `limit`: of the wait for its answer. `is_sent`: false when it was given up because no replica could take it.
+    `limit`: timeout of the reply. `is_sent`: false when it was given up because no replica could take it.
     """
 
-    def __init__(self, *, ticket: RoutedCall | None = None, to: str | None = None) -> None:
-        self.ticket = ticket
+    def __init__(self, *, call: RoutedCall | None = None, to: str | None = None) -> None:
+        self.call = call
         self.to = to
         self.limit: asyncio.Timeout | None = None
         self.is_sent = True
 
     def give_up(self) -> None:
-        """End the wait: Serve would look for a replica until there is one, and keep others from being routed."""
+        """End the wait for a reply: Serve would retry until a replica takes it, and route no others meanwhile."""
         if self.is_sent and self.limit is not None:
             self.limit.reschedule(asyncio.get_running_loop().time())
         self.is_sent = False
 
 
 class ReplicaDirectory:
-    """The replicas as Serve's controller and the hosts themselves tell of them.
+    """Tracks the replicas from reports of Serve's controller and of the hosts.
 
     Attributes:
-        running: ids of the replicas that run, as Serve says.
-        on_change: called when a host takes calls that did not before: it is new, or it is back.
+        running: ids of the running replicas, according to Serve.
+        on_change: called when a host starts to take calls: it is new, or back.
     """
 
     def __init__(self) -> None:
-        self.ledger = HostDirectory()
+        self.directory = HostDirectory()
         self.running: frozenset[str] = frozenset()
         self.on_change: Callable[[], None] = lambda: None
-        self._errands: dict[str, RoutedRequest] = {}
-        self._last_errand = 0
+        self._requests: dict[str, RoutedRequest] = {}
+        self._last_name = 0
 
-    # ---- the fleet's side ----
+    # ---- called by the fleet ----
 
-    def begin(self, errand: RoutedRequest) -> str:
-        """Put an errand on the board; the name that its request carries."""
-        self._last_errand += 1
-        name = str(self._last_errand)
-        self._errands[name] = errand
+    def begin(self, routed: RoutedRequest) -> str:
+        """Register a request; returns the name that Serve passes to `choose`."""
+        self._last_name += 1
+        name = str(self._last_name)
+        self._requests[name] = routed
         return name
 
     def end(self, name: str) -> None:
-        """The request has its answer, or nobody waits for it any more."""
-        errand = self._errands.pop(name)
-        if errand.ticket is not None and errand.to is not None:
-            self.ledger.end(errand.to, errand.ticket.spec.model_id)
+        """Remove a request that was answered or cancelled."""
+        routed = self._requests.pop(name)
+        if routed.call is not None and routed.to is not None:
+            self.directory.end(routed.to, routed.call.spec.model_id)
 
-    def note(self, snapshot: HostSnapshot) -> None:
-        """What a host that runs is like now."""
-        before = self.ledger.snapshot(snapshot.host_id)
+    def update(self, snapshot: HostSnapshot) -> None:
+        """Replace the snapshot of a running host."""
+        before = self.directory.snapshot(snapshot.host_id)
         if snapshot.host_id in self.running:
-            self.ledger.update(snapshot)
+            self.directory.update(snapshot)
             if before is None or (before.is_draining and not snapshot.is_draining):
                 self.on_change()
 
-    # ---- the request router's side ----
+    # ---- called by the request router ----
 
-    def see(self, stats: Mapping[str, Mapping[str, Any]]) -> None:
-        """These replicas run now; what they say of themselves counts until they are asked directly."""
-        known = self.ledger.devices().keys()
+    def set_running(self, stats: Mapping[str, Mapping[str, Any]]) -> None:
+        """Set the running replicas; uses the snapshots in their stats for new ones, until these are polled."""
+        known = self.directory.devices().keys()
         self.running = frozenset(stats)
         for host_id in known - self.running:
-            self.ledger.forget(host_id)
+            self.directory.forget(host_id)
         for host_id in self.running - known:
             if "snapshot" in stats[host_id]:
-                self.note(msgspec.convert(stats[host_id]["snapshot"], HostSnapshot))
+                self.update(msgspec.convert(stats[host_id]["snapshot"], HostSnapshot))
 
     def choose(self, name: str, running: Collection[str]) -> str | None:
-        """The replica for a request; None when none can take it now, and then the request is given up.
+        """Choose the replica for a request; None when none can take it now, and then the request is given up.
 
-        A placement counts from here on: a herd on cold models must not find every host as empty as the first did.
+        A placement counts from here on: concurrent requests for cold models must not all see an empty host.
         """
-        errand = self._errands.get(name)
-        if errand is None:
-            return None  # its caller has left
-        chosen = self._best(errand, errand.ticket, running) if errand.ticket is not None else errand.to
+        routed = self._requests.get(name)
+        if routed is None:
+            return None  # cancelled by its caller
+        chosen = self._choose_best(routed, routed.call, running) if routed.call is not None else routed.to
         if chosen not in running:
-            errand.give_up()
+            routed.give_up()
             return None
         return chosen
 
-    def _best(self, errand: RoutedRequest, ticket: RoutedCall, running: Collection[str]) -> str | None:
-        model_id = ticket.spec.model_id
-        if errand.to is not None:
-            self.ledger.end(errand.to, model_id)  # chosen before, and refused
-            errand.to = None
+    def _choose_best(self, routed: RoutedRequest, call: RoutedCall, running: Collection[str]) -> str | None:
+        model_id = call.spec.model_id
+        if routed.to is not None:
+            self.directory.end(routed.to, model_id)  # chosen before, and refused
+            routed.to = None
         try:
-            hosts = [host_id for host_id in self.ledger.ranked(ticket.spec, ticket.avoid) if host_id in running]
+            hosts = [host_id for host_id in self.directory.ranked(call.spec, call.avoid) if host_id in running]
         except LoadFailed:
             return None
         if hosts:
-            errand.to = ticket.host_id = hosts[0]
-            self.ledger.begin(hosts[0], model_id)
-        return errand.to
+            routed.to = call.host_id = hosts[0]
+            self.directory.begin(hosts[0], model_id)
+        return routed.to
 
 
 REPLICAS = ReplicaDirectory()

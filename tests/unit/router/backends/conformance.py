@@ -175,7 +175,7 @@ class Conformance:
     async def test_a_model_for_a_device_that_is_not_here_says_so(self, backend: Backend) -> None:
         async with serving(backend, scripted("a")):
             await backend.reload(specs_of(scripted("a"), scripted("b", device="cuda:7")))
-            with pytest.raises(LoadFailed, match="is for device 'cuda:7', and this server has cpu"):
+            with pytest.raises(LoadFailed, match="requires device 'cuda:7'; this server has cpu"):
                 await backend.run(call("b"))
 
     async def test_a_cold_herd_loads_each_model_once_on_one_host(self, backend: Backend) -> None:
@@ -214,7 +214,7 @@ class Conformance:
 
     async def test_a_preload_on_a_host_that_is_not_there_is_refused(self, backend: Backend) -> None:
         async with serving(backend, scripted("a")):
-            with pytest.raises(HostNotFound, match="no host is called 'nobody'; this server has "):
+            with pytest.raises(HostNotFound, match="host 'nobody' not found; this server has "):
                 await backend.preload("a", host_id="nobody")
 
     async def test_a_preload_that_is_not_waited_for_goes_on(self, backend: Backend) -> None:

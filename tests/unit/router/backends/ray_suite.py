@@ -66,7 +66,7 @@ def cluster() -> Iterator[Cluster]:
 @asynccontextmanager
 async def routed() -> AsyncIterator[RemoteBackend]:
     handle = serve.get_deployment_handle(DEPLOYMENT, APP)
-    backend = RemoteBackend(RayFleet(handle, REPLICAS, grace_s=2.0, look_every_s=0.1), {})
+    backend = RemoteBackend(RayFleet(handle, REPLICAS, grace_s=2.0, poll_interval_s=0.1), {})
     await backend.start()
     yield backend
     await backend.aclose(grace_s=0)
@@ -137,7 +137,7 @@ class TestRay(Conformance):
         async with serving(backend, scripted("new")):
             handle = serve.get_deployment_handle(DEPLOYMENT, APP)
             specs = {"old": scripted("old")}
-            other = RemoteBackend(RayFleet(handle, REPLICAS, look_every_s=0.1), specs)
+            other = RemoteBackend(RayFleet(handle, REPLICAS, poll_interval_s=0.1), specs)
             await other.start()
             rolled_back = await until(other, lambda hosts: all(served(host) == ["old"] for host in hosts))
             answer = await other.run(call("old"))
@@ -148,7 +148,7 @@ class TestRay(Conformance):
     async def test_the_metrics_of_all_hosts_are_those_of_the_server(self, cluster: Cluster, backend: Backend) -> None:
         spec = scripted("a")
         async with serving(backend, spec):
-            fleet = RayFleet(serve.get_deployment_handle(DEPLOYMENT, APP), REPLICAS, look_every_s=0.1)
+            fleet = RayFleet(serve.get_deployment_handle(DEPLOYMENT, APP), REPLICAS, poll_interval_s=0.1)
             registry = Registry(models={"a": spec}, default_model="a")
             app = create_app(Settings(), registry, RemoteBackend(fleet, registry.models))
             async with serving_app(app) as url, httpx.AsyncClient(base_url=url) as client:
@@ -209,5 +209,5 @@ async def test_the_same_deployment_can_be_made_from_the_environment(
     assert deployment.num_replicas == 3
     assert deployment.ray_actor_options["num_gpus"] == 1
     assert deployment.max_ongoing_requests > 100
-    (birth,) = deployment.init_args
-    assert birth.generation == first_generation(birth.specs)
+    (config,) = deployment.init_args
+    assert config.generation == first_generation(config.specs)

@@ -183,7 +183,7 @@ async def test_a_model_stays_on_the_devices_that_its_entry_names() -> None:
 
 async def test_a_model_for_a_device_that_is_not_here_says_so() -> None:
     async with fleet({"a": ModelSpec(model_id="a", source="x", device="cuda:7")}, cpu=5000) as here:
-        with pytest.raises(LoadFailed, match="is for device 'cuda:7', and this server has cpu"):
+        with pytest.raises(LoadFailed, match="requires device 'cuda:7'; this server has cpu"):
             await here.backend.run(call("a"))
 
 

@@ -14,7 +14,7 @@ from tests.unit.router.backends.conformance import Conformance, Opened
 
 @asynccontextmanager
 async def local() -> AsyncIterator[Backend]:
-    backend = LocalBackend([birth.open(birth, lambda _: None) for birth in worker_configs()], {})
+    backend = LocalBackend([config.open(config, lambda _: None) for config in worker_configs()], {})
     await backend.start()
     yield backend
     await backend.aclose(grace_s=0)

@@ -9,8 +9,8 @@ from engines.errors import EngineError, LoadFailed, ModelLoading, ModelTooLarge,
 from engines.spec import ModelSpec
 from engines.types import HostSnapshot, ModelStatus, State
 from router.backends.placement import (
-    most_hopeful,
-    moves_on,
+    earliest_retry,
+    may_succeed_elsewhere,
     not_resident,
     pick_replica_host,
     rank_hosts,
@@ -181,16 +181,16 @@ def ready_at(host_id: str) -> HostSnapshot:
     ],
 )
 def test_what_may_be_the_hosts_fault_is_tried_on_another(error: EngineError, expected: bool) -> None:
-    assert moves_on(error) is expected
+    assert may_succeed_elsewhere(error) is expected
 
 
 def test_the_caller_is_told_what_may_pass_soonest() -> None:
     never, late, soon = ModelTooLarge("x"), LoadFailed("x", retry_after_s=300), OutOfMemory("x", retry_after_s=10)
 
-    assert most_hopeful(None, never) is never
-    assert most_hopeful(never, late) is late
-    assert most_hopeful(late, soon) is most_hopeful(soon, late) is soon
-    assert most_hopeful(late, never) is late
+    assert earliest_retry(None, never) is never
+    assert earliest_retry(never, late) is late
+    assert earliest_retry(late, soon) is earliest_retry(soon, late) is soon
+    assert earliest_retry(late, never) is late
 
 
 def test_among_equals_models_spread_and_a_lost_host_moves_only_its_own() -> None:

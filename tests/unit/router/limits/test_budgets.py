@@ -39,16 +39,16 @@ def busiest(times: list[float]) -> int:
 
 async def test_requests_are_taken_until_none_is_left(store: LimitStore, clock: FakeClock) -> None:
     requests, limit = RequestBudget(store), Limit(2, WINDOW_S)
-    first = await requests.take("key:web", limit)
+    first = await requests.acquire("key:web", limit)
     clock.advance(10)
-    second, refused = [await requests.take("key:web", limit) for _ in range(2)]
+    second, refused = [await requests.acquire("key:web", limit) for _ in range(2)]
     clock.advance(refused[1].resets_in_s + 0.001)
 
     assert first == (True, Balance(2, 1, 60.0))
     assert second == (True, Balance(2, 0, 50.0))
     assert refused == (False, Balance(2, 0, 50.0))
-    assert (await requests.take("key:web", limit))[0]
-    assert (await requests.take("key:other", limit))[0]
+    assert (await requests.acquire("key:web", limit))[0]
+    assert (await requests.acquire("key:other", limit))[0]
 
 
 async def test_32_keys_that_ask_for_more_get_their_limit_and_nothing_else(store: LimitStore, clock: FakeClock) -> None:
@@ -61,7 +61,7 @@ async def test_32_keys_that_ask_for_more_get_their_limit_and_nothing_else(store:
         clock.advance(0.2)
         for name, limit in limits.items():
             for _ in range(rng.randint(0, 2 + limit.amount // 80)):
-                if (await requests.take(name, limit))[0]:
+                if (await requests.acquire(name, limit))[0]:
                     admitted[name].append(clock.now_s)
 
     for name, limit in limits.items():
@@ -71,13 +71,13 @@ async def test_32_keys_that_ask_for_more_get_their_limit_and_nothing_else(store:
 
 async def test_tokens_are_known_after_the_work_and_close_the_door(tokens: TokenBudget, clock: FakeClock) -> None:
     limit = Limit(100, WINDOW_S)
-    before = await tokens.look("key:web", limit)
+    before = await tokens.balance_of("key:web", limit)
     charged = await tokens.charge("key:web", limit, 60)
     clock.advance(20)
     exactly = await tokens.charge("key:web", limit, 40)
-    refused = await tokens.look("key:web", limit)
+    refused = await tokens.balance_of("key:web", limit)
     clock.advance(refused.resets_in_s + 0.001)
-    again = await tokens.look("key:web", limit)
+    again = await tokens.balance_of("key:web", limit)
 
     assert before == Balance(100, 100, 0.0)
     assert charged == Balance(100, 40, 60.0)
@@ -89,9 +89,9 @@ async def test_what_is_too_much_is_paid_for_in_the_next_window(tokens: TokenBudg
     limit = Limit(100, WINDOW_S)
     charged = await tokens.charge("key:web", limit, 150)
     clock.advance(WINDOW_S + 1)
-    half = await tokens.look("key:web", limit)
+    half = await tokens.balance_of("key:web", limit)
     clock.advance(half.resets_in_s + 0.001)
-    again = await tokens.look("key:web", limit)
+    again = await tokens.balance_of("key:web", limit)
 
     assert charged == Balance(100, 0, 60.0)
     assert half == Balance(100, 50, 59.0)
@@ -102,9 +102,9 @@ async def test_a_debt_is_one_window_at_most(tokens: TokenBudget, clock: FakeCloc
     limit = Limit(100, WINDOW_S)
     charged = await tokens.charge("key:web", limit, 100_000)
     clock.advance(WINDOW_S + 1)
-    still = await tokens.look("key:web", limit)
+    still = await tokens.balance_of("key:web", limit)
     clock.advance(still.resets_in_s + 0.001)
-    again = await tokens.look("key:web", limit)
+    again = await tokens.balance_of("key:web", limit)
 
     assert charged == Balance(100, 0, 120.0)
     assert still == Balance(100, 0, 59.0)
@@ -116,7 +116,7 @@ async def test_a_debt_outlives_the_server_and_counts_for_all_of_them(store: Limi
     await TokenBudget(store).charge("key:web", limit, 170)
 
     assert await TokenBudget(store).charge("key:web", limit, 10) == Balance(100, 0, 60.0)
-    assert (await TokenBudget(store).look("key:other", limit)).left == 100
+    assert (await TokenBudget(store).balance_of("key:other", limit)).left == 100
 
 
 async def test_requests_at_once_get_what_is_there_and_not_more(store: LimitStore) -> None:
@@ -194,7 +194,7 @@ async def test_large_budgets_are_counted_in_units_and_lose_nothing(tokens: Token
     limit = Limit(amount, WINDOW_S)
     rng = random.Random(amount)
     used = 0
-    balance = await tokens.look("key:web", limit)
+    balance = await tokens.balance_of("key:web", limit)
     while balance.left:
         cost = rng.randint(1, max(1, amount // 50))
         balance = await tokens.charge("key:web", limit, cost)
@@ -214,7 +214,7 @@ async def test_32_keys_get_their_tokens_on_the_average(tokens: TokenBudget, cloc
     while clock.now_s < began + windows * WINDOW_S:
         clock.advance(0.5)
         for name, limit in limits.items():
-            if (await tokens.look(name, limit)).left:
+            if (await tokens.balance_of(name, limit)).left:
                 cost = rng.randint(1, limit.amount // 10)
                 await tokens.charge(name, limit, cost)
                 used[name] += cost

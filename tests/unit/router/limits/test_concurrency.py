@@ -37,13 +37,13 @@ def open_request(url: str, head: str, receive_bytes: int | None = None) -> socke
     return connection
 
 
-def door(server: Limited) -> ConcurrencyLimiter:
+def concurrency_of(server: Limited) -> ConcurrencyLimiter:
     limiter: Limiter = server.app.state.limiter
     return limiter.concurrency
 
 
 def inside(server: Limited) -> int:
-    return door(server).num_inside
+    return concurrency_of(server).num_running
 
 
 def test_a_request_is_running_until_its_answer_is_read(tmp_path: Path) -> None:
@@ -78,11 +78,11 @@ def test_bodies_that_trickle_take_no_place_of_others(tmp_path: Path) -> None:
     with limited(Settings(keys_file=keys, max_concurrent_requests=2)) as server, ExitStack() as stack:
         for _ in range(8):
             stack.enter_context(open_request(server.url, head))
-        while door(server).incoming_bytes < 8:
+        while concurrency_of(server).incoming_bytes < 8:
             time.sleep(0.002)
         others = [server.embed("lab").status_code for _ in range(3)]
         stack.close()
-        while door(server).incoming_bytes:
+        while concurrency_of(server).incoming_bytes:
             time.sleep(0.002)
 
     assert others == [200] * 3
@@ -94,10 +94,10 @@ def test_a_body_that_trickles_counts_for_its_own_key(tmp_path: Path) -> None:
     head = f"Authorization: {bearer('web')['authorization']}\r\nContent-Length: 1000\r\n\r\n{{"
     with limited(Settings(keys_file=keys)) as server:
         with open_request(server.url, head):
-            while door(server).incoming_bytes < 1:
+            while concurrency_of(server).incoming_bytes < 1:
                 time.sleep(0.002)
             meanwhile = server.embed("web").status_code
-        while door(server).incoming_bytes:
+        while concurrency_of(server).incoming_bytes:
             time.sleep(0.002)
         after = server.embed("web").status_code
 
@@ -112,7 +112,7 @@ def test_a_body_that_is_there_when_there_is_no_place_is_refused(tmp_path: Path) 
         server.backend.delays_s["cold"] = 0.3
         with open_request(server.url, head) as late:
             late.sendall(body[:1])
-            while door(server).incoming_bytes < 1:
+            while concurrency_of(server).incoming_bytes < 1:
                 time.sleep(0.002)
             running = threads.submit(server.embed, "web", model="cold")
             while not inside(server):
@@ -125,20 +125,20 @@ def test_a_body_that_is_there_when_there_is_no_place_is_refused(tmp_path: Path) 
 
     assert answer.startswith(b"HTTP/1.1 429 ")
     assert status == 200
-    assert door(server).incoming_bytes == 0
+    assert concurrency_of(server).incoming_bytes == 0
 
 
 def test_bodies_on_their_way_are_so_many_bytes_of_a_caller_and_of_all() -> None:
     mib = 2**20
     room = ConcurrencyLimiter(10, max_body_bytes=256 * mib)
-    web, lab, ops = (Caller(f"key:{name}", "This key") for name in ("web", "lab", "ops"))
+    web, lab, ops = (Caller(f"key:{name}", "this key") for name in ("web", "lab", "ops"))
     room.receive(web, 512 * mib)
-    with pytest.raises(TooManyRequests, match="This key is sending bodies of 536870913 bytes, and may send 536870912"):
+    with pytest.raises(TooManyRequests, match=r"this key is sending 536870913 bytes \(maximum 536870912\)"):
         room.receive(web, 1)
     room.receive(lab, 512 * mib)
-    with pytest.raises(TooManyRequests, match="The server is reading bodies of 1073741824 bytes, and reads 1073741824"):
+    with pytest.raises(TooManyRequests, match=r"receiving 1073741824 bytes \(maximum 1073741824\)"):
         room.receive(ops, 1)
-    room.received(web, 512 * mib)
+    room.end_body(web, 512 * mib)
     room.receive(ops, 512 * mib)
 
     assert room.incoming_bytes == 1024 * mib

@@ -32,7 +32,7 @@ from router.config.settings import Settings
 from router.limits import store as limit_store
 from router.limits.budgets import Limit
 from router.limits.limiter import RATE_HEADERS, Caller, Limiter, caller_of, duration, estimate_tokens
-from router.limits.store import PROBE_EVERY_S
+from router.limits.store import PROBE_INTERVAL_S
 from tests.testkit.backends import ScriptedBackend
 from tests.testkit.clocks import FakeClock
 from tests.testkit.redis_server import RedisServer, needs_redis
@@ -119,7 +119,7 @@ def test_one_request_too_many_is_refused_until_the_oldest_has_left(three: Limite
 
     assert refused.status_code == 429
     assert refused.json()["error"] == {
-        "message": "This address has used its 3 requests in 60 s: try again in 39.001s",
+        "message": "Rate limit reached: this address has used its 3 requests per 60 s; retry in 39.001s",
         "type": "rate_limit_error",
         "param": None,
         "code": "rate_limit_exceeded",
@@ -148,7 +148,9 @@ def test_what_an_estimate_fell_short_of_is_paid_for_in_the_next_window(three: Li
     assert large.status_code == 200
     assert told(large, "tokens") == ("100", "0", "1m0s")
     assert refused.status_code == 429
-    assert refused.json()["error"]["message"] == ("This address has used its 100 tokens in 60 s: try again in 1m0.001s")
+    assert refused.json()["error"]["message"] == (
+        "Rate limit reached: this address has used its 100 tokens per 60 s; retry in 1m0.001s"
+    )
     assert refused.headers["retry-after"] == "61"
     assert told(admitted, "tokens")[:2] == ("100", "49")
 
@@ -195,8 +197,8 @@ async def test_requests_at_once_cannot_take_more_than_a_window_admits() -> None:
     assert Counter(answer.status_code for answer in answers) == {200: 3, 429: 9}
     assert used == 90
     assert first.json()["error"]["message"] == (
-        "This request has about 30 tokens, and this address has 10 left of its 100 in 60 s, running requests counted: "
-        "try again in 1.001s"
+        "Rate limit reached: the request has about 30 tokens, and this address has 10 left of 100 per 60 s, including "
+        "running requests; retry in 1.001s"
     )
     assert (first.headers["retry-after"], first.headers["retry-after-ms"]) == ("2", "1001")
     assert told(first, "tokens")[:2] == ("100", "10")
@@ -213,8 +215,8 @@ def test_a_request_larger_than_a_window_is_refused_for_good(three: Limited) -> N
 
     assert refused.status_code == 429
     assert refused.json()["error"] == {
-        "message": "This request has about 101 tokens, and this address may use 100 in 60 s: send fewer or shorter "
-        "inputs a request",
+        "message": "Request too large: about 101 tokens, and the limit of this address is 100 per 60 s; send fewer or "
+        "shorter inputs per request",
         "type": "rate_limit_error",
         "param": None,
         "code": "rate_limit_exceeded",
@@ -240,7 +242,7 @@ async def test_a_long_text_counts_as_much_as_the_model_reads() -> None:
         await running
 
     assert second.status_code == 429
-    assert "has 488 left of its 1000" in second.json()["error"]["message"]
+    assert "has 488 left of 1000" in second.json()["error"]["message"]
 
 
 def test_a_model_that_was_never_in_memory_may_take_a_window_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,7 +330,7 @@ def wait_for(server: Limited, running: int) -> None:
 
 def inside(server: Limited) -> int:
     limiter: Limiter = server.app.state.limiter
-    return limiter.concurrency.num_inside
+    return limiter.concurrency.num_running
 
 
 def test_a_key_has_so_many_requests_at_once_and_so_has_the_server(few: Limited) -> None:
@@ -345,12 +347,16 @@ def test_a_key_has_so_many_requests_at_once_and_so_has_the_server(few: Limited) 
     assert [job.result().status_code for job in running] == [200, 200, 200]
     assert (of_key.status_code, of_server.status_code) == (429, 429)
     assert of_key.json()["error"] == {
-        "message": "This key has 2 requests running, and may have 2 at once: wait for an answer before the next",
+        "message": "Concurrency limit reached: this key has 2 of 2 requests running; wait for a response before the "
+        "next request",
         "type": "rate_limit_error",
         "param": None,
         "code": "too_many_requests",
     }
-    assert of_server.json()["error"]["message"] == "The server has 3 requests running, and runs 3 at once: try again"
+    assert (
+        of_server.json()["error"]["message"]
+        == "Concurrency limit reached: 3 requests running (MAX_CONCURRENT_REQUESTS=3); retry"
+    )
     assert (of_server.headers["retry-after"], of_server.headers["retry-after-ms"]) == ("1", "1000")
     assert (operator.status_code, after.status_code) == (200, 200)
 
@@ -474,9 +480,9 @@ def test_a_keys_own_limits_win_over_the_servers() -> None:
     plain = Key(id="web", digest=b"d", scopes=frozenset())
     own = Key(id="web", digest=b"d", scopes=frozenset(), requests_per_minute=7, tokens_per_minute=9, max_concurrent=2)
 
-    assert caller_of(plain, "::1", settings) == Caller("key:web", "This key", Limit(100, 3600), Limit(5000, 3600))
-    assert caller_of(own, "::1", settings) == Caller("key:web", "This key", Limit(7, 60), Limit(9, 60), 2)
-    assert caller_of(plain, "::1", Settings()) == Caller("key:web", "This key")
+    assert caller_of(plain, "::1", settings) == Caller("key:web", "this key", Limit(100, 3600), Limit(5000, 3600))
+    assert caller_of(own, "::1", settings) == Caller("key:web", "this key", Limit(7, 60), Limit(9, 60), 2)
+    assert caller_of(plain, "::1", Settings()) == Caller("key:web", "this key")
 
 
 def free_port() -> int:
@@ -525,8 +531,8 @@ def test_a_redis_that_hangs_keeps_one_request_waiting_and_no_other(
             before = server.embed()
             redis.pause()
             first = server.embed()
-            monkeypatch.setattr(limit_store, "DEADLINE_S", 1000.0)  # who asks Redis from now on does not come back
-            until_s, statuses = time.monotonic() + 2 * PROBE_EVERY_S, set()
+            monkeypatch.setattr(limit_store, "STORE_TIMEOUT_S", 1000.0)  # who asks Redis from now on does not come back
+            until_s, statuses = time.monotonic() + 2 * PROBE_INTERVAL_S, set()
             while time.monotonic() < until_s:
                 statuses.add(server.embed().status_code)
     finally:

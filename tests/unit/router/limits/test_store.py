@@ -83,7 +83,7 @@ async def test_a_changed_limit_does_not_begin_with_a_fresh_window(store: LimitSt
 async def test_an_outage_is_logged_once_and_so_is_its_end(
     store: LimitStore, faulty: FaultyWindows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(limit_store, "PROBE_EVERY_S", 0.0)
+    monkeypatch.setattr(limit_store, "PROBE_INTERVAL_S", 0.0)
     faulty.fault = ConnectionError("redis://user:hunter2@cache is away")
     with capture_logs() as lines:
         for _ in range(3):
@@ -120,12 +120,12 @@ async def test_while_it_is_down_few_calls_try_the_storage(store: LimitStore, fau
 async def test_a_storage_that_hangs_is_down_and_keeps_nobody_else_waiting(
     store: LimitStore, faulty: FaultyWindows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(limit_store, "DEADLINE_S", 0.01)
-    monkeypatch.setattr(limit_store, "PROBE_EVERY_S", 0.0)
+    monkeypatch.setattr(limit_store, "STORE_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(limit_store, "PROBE_INTERVAL_S", 0.0)
     faulty.hangs = True
     with pytest.raises(StoreDown):
         await store.hit(TEN)
-    monkeypatch.setattr(limit_store, "DEADLINE_S", 1000.0)
+    monkeypatch.setattr(limit_store, "STORE_TIMEOUT_S", 1000.0)
     while faulty.calls < 2:  # noqa: ASYNC110  # until a probe hangs too, for longer than this test may take
         await asyncio.sleep(0)
     for _ in range(20):
@@ -140,7 +140,7 @@ async def test_a_storage_that_hangs_is_down_and_keeps_nobody_else_waiting(
 async def test_closing_ends_the_probes(
     store: LimitStore, faulty: FaultyWindows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(limit_store, "PROBE_EVERY_S", 0.0)
+    monkeypatch.setattr(limit_store, "PROBE_INTERVAL_S", 0.0)
     faulty.fault = ConnectionError()
     before = asyncio.all_tasks()
     with pytest.raises(StoreDown):
@@ -155,7 +155,7 @@ async def test_closing_ends_the_probes(
 async def test_a_storage_that_comes_back_is_found_without_any_request(
     store: LimitStore, faulty: FaultyWindows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(limit_store, "PROBE_EVERY_S", 0.0)
+    monkeypatch.setattr(limit_store, "PROBE_INTERVAL_S", 0.0)
     faulty.fault = ConnectionError()
     with pytest.raises(StoreDown):
         await store.hit(TEN)
@@ -198,7 +198,7 @@ def redis(tmp_path: Path) -> Iterator[RedisServer]:
 @pytest.fixture
 async def shared(redis: RedisServer, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[list[LimitStore]]:
     """Three servers with one Redis, which a busy machine may keep waiting."""
-    monkeypatch.setattr(limit_store, "DEADLINE_S", 20.0)
+    monkeypatch.setattr(limit_store, "STORE_TIMEOUT_S", 20.0)
     stores = [open_store(Settings(rate_limit_storage=redis.uri)) for _ in range(3)]
     yield stores
     for store in stores:
@@ -250,7 +250,7 @@ async def test_servers_share_reservations_and_debts_through_redis(shared: list[L
     reserved = [reservation for reservation, _ in asked if reservation is not None]
     for reservation in reserved:
         await servers[0].settle(reservation, 30)
-    restarted = await TokenBudget(shared[2]).look("key:web", limit)
+    restarted = await TokenBudget(shared[2]).balance_of("key:web", limit)
     debt = await shared[1].room(Bucket("debt/key:web/1", 100, 120))
 
     assert len(reserved) == 5
@@ -261,7 +261,7 @@ async def test_servers_share_reservations_and_debts_through_redis(shared: list[L
 async def test_redis_may_go_and_come_back(
     shared: list[LimitStore], redis: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(limit_store, "PROBE_EVERY_S", 0.0)
+    monkeypatch.setattr(limit_store, "PROBE_INTERVAL_S", 0.0)
     store = shared[0]
     before = await asyncio.gather(*(store.hit(Bucket("many", 1000, 60)) for _ in range(200)))
     redis.stop()

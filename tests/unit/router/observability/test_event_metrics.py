@@ -21,7 +21,7 @@ def progress(done_bytes: int, model: str = "m", host: str = "cpu") -> Event:
     )  # fmt: skip
 
 
-def tally(events: Sequence[Event]) -> Exposition:
+def recorded(events: Sequence[Event]) -> Exposition:
     meters = MetricsRecorder()
     counting = EventMetrics(meters)
     for event in events:
@@ -30,7 +30,7 @@ def tally(events: Sequence[Event]) -> Exposition:
 
 
 def test_a_load_is_counted_with_its_seconds_and_its_estimate() -> None:
-    exposition = tally(
+    exposition = recorded(
         [
             step("loading", "warming"),
             step("warming", "ready", seconds=2.5, estimated_bytes=100, measured_bytes=120),
@@ -44,7 +44,7 @@ def test_a_load_is_counted_with_its_seconds_and_its_estimate() -> None:
 
 
 def test_an_eviction_is_counted_by_cause_with_its_age() -> None:
-    exposition = tally(
+    exposition = recorded(
         [
             step("ready", "draining", claimant="other", missing_bytes=7),
             step("draining", "unloading", reason="room", seconds=30.0, claimant="other"),
@@ -61,7 +61,7 @@ def test_an_eviction_is_counted_by_cause_with_its_age() -> None:
 
 
 def test_failures_are_counted_by_kind_also_those_that_are_tried_again() -> None:
-    exposition = tally(
+    exposition = recorded(
         [
             step("loading", "cold", reason="out_of_memory"),
             step("loading", "failed", reason="out_of_memory"),
@@ -74,7 +74,7 @@ def test_failures_are_counted_by_kind_also_those_that_are_tried_again() -> None:
 
 
 def test_a_download_that_two_hosts_share_is_counted_once() -> None:
-    exposition = tally(
+    exposition = recorded(
         [
             step("absent", "fetching", host="cuda:0"),
             progress(40, host="cuda:0"),
@@ -92,7 +92,7 @@ def test_a_download_that_two_hosts_share_is_counted_once() -> None:
 
 
 def test_a_download_begun_anew_is_counted_anew() -> None:
-    exposition = tally(
+    exposition = recorded(
         [
             step("absent", "fetching"), progress(80), step("fetching", "failed", reason="hub_unreachable"),
             step("failed", "absent"), step("absent", "fetching"), progress(100), step("fetching", "cold"),

@@ -19,7 +19,7 @@ from router.backends.local import LocalBackend
 from router.config.settings import Settings
 from router.observability.recorder import MetricsRecorder
 from router.registry.registry import Registry
-from router.server.background import time_the_loop, watching
+from router.server.background import background_tasks, measure_loop_lag
 from tests.testkit.backends import ScriptedBackend
 from tests.testkit.exposition import Exposition
 from tests.testkit.servers import serving
@@ -104,13 +104,13 @@ async def test_a_dead_device_fails_health_with_its_name() -> None:
 
 
 async def test_a_loop_that_is_held_up_is_seen() -> None:
-    meters = MetricsRecorder()
-    timing = asyncio.create_task(time_the_loop(meters, every_s=0.001))
+    recorder = MetricsRecorder()
+    timing = asyncio.create_task(measure_loop_lag(recorder, every_s=0.001))
     await asyncio.sleep(0.005)
     time.sleep(0.06)  # noqa: ASYNC251  # it is what holds the loop up
     await asyncio.sleep(0.005)
     timing.cancel()
-    exposition = Exposition(generate_latest(meters.registry).decode())
+    exposition = Exposition(generate_latest(recorder.registry).decode())
 
     held_up = exposition("embedyard_event_loop_lag_seconds_count") - exposition(
         "embedyard_event_loop_lag_seconds_bucket", le="0.05"
@@ -126,7 +126,7 @@ async def test_a_task_that_fails_is_logged() -> None:
 
     backend.check = fail  # type: ignore[method-assign]  # a bug below
     with capture_logs() as lines:
-        async with watching(backend, MetricsRecorder()):
+        async with background_tasks(backend, MetricsRecorder()):
             await asyncio.sleep(0.01)
 
     assert [line["event"] for line in lines] == ["watch.ended"]

@@ -29,9 +29,9 @@ HEAD = (
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in earnest, only sooner."""
-    monkeypatch.setattr(connection, "HEAD_S", 0.3)
-    monkeypatch.setattr(connection, "BODY_S", 0.3)
-    monkeypatch.setattr(connection, "WRITE_S", 0.3)
+    monkeypatch.setattr(connection, "HEAD_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(connection, "BODY_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(connection, "WRITE_TIMEOUT_S", 0.3)
 
 
 @contextmanager

@@ -7,7 +7,14 @@ from structlog.testing import capture_logs
 from uvicorn.server import ServerState
 
 from router.server import connection
-from router.server.connection import BODY_S, BODY_TOTAL_S, HEAD_S, LAST_WRITE_S, PIECE_BYTES, WRITE_S
+from router.server.connection import (
+    BODY_TIMEOUT_S,
+    BODY_TOTAL_TIMEOUT_S,
+    CHUNK_BYTES,
+    HEAD_TIMEOUT_S,
+    MIN_WRITE_TIMEOUT_S,
+    WRITE_TIMEOUT_S,
+)
 from tests.testkit.http_connections import LARGE, Answering, Connected, settled
 
 GET = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
@@ -48,7 +55,7 @@ async def test_a_request_is_not_over_before_its_answer_has_left(connect: Connect
 
     assert set(inside) == {1}
     assert app.num_inside == 0
-    assert client.transport.most_waiting <= PIECE_BYTES
+    assert client.transport.most_waiting <= CHUNK_BYTES
     assert client.transport.sent.endswith(b"x" * LARGE)
 
 
@@ -93,7 +100,7 @@ async def test_the_first_of_two_requests_hears_that_its_client_has_left(connect:
     app.gate.clear()
     client = connect(app)
     await client.send(GET + GET)
-    running = client.protocol._running
+    running = client.protocol._current
     client.transport.lose()
 
     assert running is not None
@@ -125,7 +132,7 @@ async def test_who_reads_slowly_and_without_a_pause_gets_all_of_it(connect: Conn
         await client.loop.advance(1.0)
         await client.read(90_000)
 
-    assert client.loop.now_s > 3 * WRITE_S
+    assert client.loop.now_s > 3 * WRITE_TIMEOUT_S
     assert not client.transport.was_aborted
     assert client.transport.sent.endswith(b"x" * 20_000_000)
 
@@ -134,7 +141,7 @@ async def test_less_than_a_piece_a_minute_is_progress_too(connect: Connect) -> N
     client = connect(Answering(), room=0)
     await client.send(GET)
     for _ in range(20):
-        await client.loop.advance(WRITE_S / 2)
+        await client.loop.advance(WRITE_TIMEOUT_S / 2)
         await client.read(1000)
 
     assert not client.transport.was_aborted
@@ -145,11 +152,11 @@ async def test_who_stops_reading_is_let_go_of(connect: Connect) -> None:
     client = connect(app, room=1_000_000)
     with capture_logs() as lines:
         await client.send(GET)
-        await client.loop.advance(0.9 * WRITE_S)
+        await client.loop.advance(0.9 * WRITE_TIMEOUT_S)
         await client.read(1)
-        await client.loop.advance(0.9 * WRITE_S)
+        await client.loop.advance(0.9 * WRITE_TIMEOUT_S)
         was_aborted = client.transport.was_aborted
-        await client.loop.advance(0.4 * WRITE_S)
+        await client.loop.advance(0.4 * WRITE_TIMEOUT_S)
 
     assert (was_aborted, client.transport.was_aborted) == (False, True)
     assert app.num_inside == 0
@@ -161,7 +168,7 @@ async def test_so_is_who_does_not_read_a_short_answer(connect: Connect, head: by
     """Closing a transport waits for what it has not sent."""
     client = connect(Answering(10), room=20)
     await client.send(head)
-    await client.loop.advance(1.3 * WRITE_S)
+    await client.loop.advance(1.3 * WRITE_TIMEOUT_S)
 
     assert client.transport.is_lost
 
@@ -170,9 +177,9 @@ async def test_a_shutdown_waits_less_for_those_who_do_not_read(connect: Connect)
     client = connect(Answering(), room=0)
     await client.send(GET)
     client.protocol.shutdown()
-    await client.loop.advance(0.9 * LAST_WRITE_S)
+    await client.loop.advance(0.9 * MIN_WRITE_TIMEOUT_S)
     early = client.transport.was_aborted
-    await client.loop.advance(0.5 * LAST_WRITE_S)
+    await client.loop.advance(0.5 * MIN_WRITE_TIMEOUT_S)
 
     assert (early, client.transport.was_aborted) == (False, True)
 
@@ -186,15 +193,15 @@ async def test_who_does_not_read_goes_first_when_much_is_unread(
     for client in (reading, idle):
         await client.send(GET)
         await client.read(CREDITS)
-    await idle.loop.advance(2 * LAST_WRITE_S)
+    await idle.loop.advance(2 * MIN_WRITE_TIMEOUT_S)
     while_few_are = idle.transport.was_aborted
     await few.send(GET)
     await few.read(CREDITS)
-    for _ in range(int(LAST_WRITE_S) + 2):
+    for _ in range(int(MIN_WRITE_TIMEOUT_S) + 2):
         await reading.read(1000)
         await reading.loop.advance(1)
         await idle.loop.advance(1)
-    await few.loop.advance(2 * LAST_WRITE_S)
+    await few.loop.advance(2 * MIN_WRITE_TIMEOUT_S)
 
     assert (while_few_are, idle.transport.was_aborted) == (False, True)
     assert (reading.transport.was_aborted, few.transport.was_aborted) == (False, False)
@@ -204,11 +211,11 @@ async def test_a_body_that_trickles_is_waited_for_so_long_and_not_longer(connect
     app = Answering()
     client = connect(app)
     await client.send(post(1000))
-    while not client.transport.is_lost and client.loop.now_s < 10 * BODY_TOTAL_S:
+    while not client.transport.is_lost and client.loop.now_s < 10 * BODY_TOTAL_TIMEOUT_S:
         await client.loop.advance(20)
         await client.send(b"x")
 
-    assert client.loop.now_s <= BODY_TOTAL_S + 20
+    assert client.loop.now_s <= BODY_TOTAL_TIMEOUT_S + 20
     assert client.transport.sent.startswith(b"HTTP/1.1 408 ")
     assert app.num_inside == 0
 
@@ -222,7 +229,7 @@ async def test_a_large_body_has_time_for_its_size(connect: Connect) -> None:
         await client.loop.advance(1)
         await client.send(b"x" * piece)
 
-    assert client.loop.now_s > 2 * BODY_TOTAL_S
+    assert client.loop.now_s > 2 * BODY_TOTAL_TIMEOUT_S
     assert client.transport.sent.startswith(b"HTTP/1.1 200 ")
 
 
@@ -230,7 +237,7 @@ async def test_a_body_that_stops_halfway_has_no_more_time_for_what_came(connect:
     client = connect(Answering())
     await client.send(post(9_000_000))
     await client.send(b"x" * 5_000_000)
-    await client.loop.advance(BODY_S)
+    await client.loop.advance(BODY_TIMEOUT_S)
 
     assert client.transport.sent.startswith(b"HTTP/1.1 408 ")
 
@@ -241,7 +248,7 @@ async def test_a_body_that_the_server_does_not_read_yet_is_not_late(connect: Con
     client = connect(app)
     await client.send(GET)
     await client.send(post(500_000) + b"x" * 100_000)
-    await client.loop.advance(3 * BODY_TOTAL_S)
+    await client.loop.advance(3 * BODY_TOTAL_TIMEOUT_S)
     app.gate.set()
     await settled()
     await client.send(b"x" * 400_000)
@@ -254,7 +261,7 @@ async def test_a_request_that_was_answered_gets_no_second_answer_for_its_body(co
     app.does_read = False
     client = connect(app)
     await client.send(post(1000))
-    await client.loop.advance(BODY_S)
+    await client.loop.advance(BODY_TIMEOUT_S)
 
     assert client.transport.sent.count(b"HTTP/1.1") == 1
     assert client.transport.is_lost
@@ -290,7 +297,7 @@ async def test_an_empty_line_keeps_no_connection(connect: Connect) -> None:
     await client.send(GET)
     await client.loop.advance(10)
     await client.send(b"\r\n")
-    await client.loop.advance(HEAD_S)
+    await client.loop.advance(HEAD_TIMEOUT_S)
 
     assert client.transport.is_lost
 
@@ -345,6 +352,6 @@ async def test_who_does_not_read_goes_first_when_no_connection_is_free(
     monkeypatch.setattr(connection, "MAX_CONNECTIONS", 1)
     client = connect(Answering(), room=0)
     await client.send(GET)
-    await client.loop.advance(2 * LAST_WRITE_S)
+    await client.loop.advance(2 * MIN_WRITE_TIMEOUT_S)
 
     assert client.transport.was_aborted

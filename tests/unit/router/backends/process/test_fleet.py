@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -20,8 +21,8 @@ from engines.rpc.errors import error_record_of
 from engines.spec import ModelSpec
 from engines.types import Budget, Event
 from router.backends.base import Backend
-from router.backends.process.child import clipped
-from router.backends.process.fleet import Answer, ProcessFleet, find_devices_elsewhere
+from router.backends.process.child import fit_lines
+from router.backends.process.fleet import ProcessFleet, find_devices_elsewhere
 from router.backends.process.worker import prepare_forkserver
 from router.backends.remote import RemoteBackend
 from tests.testkit.backends import crowd, open_broken_host, open_slow_host, scripted, until, worker_configs
@@ -89,7 +90,7 @@ async def test_a_death_is_told_as_events_and_their_numbers_go_on() -> None:
             while [event.target for event in seen].count("ready") < 2:
                 seen.append(await anext(stream))
 
-    lost = next(event for event in seen if "died (signal 9)" in event.cause)
+    lost = next(event for event in seen if "crashed (signal 9)" in event.cause)
     assert (lost.source, lost.target, lost.model_id) == ("ready", "cold", "a")
     numbers = [event.seq for event in seen]
     assert numbers == sorted(set(numbers))
@@ -103,7 +104,7 @@ async def test_a_request_that_kills_its_hosts_is_not_sent_a_third_time_and_its_m
         with pytest.raises(HostLost):
             await here.backend.run(call("bad", "die"))
         deaths = sum(host.restarts for host in here.backend.snapshots())
-        with pytest.raises(LoadFailed, match="was running when its host's process died") as caught:
+        with pytest.raises(LoadFailed, match="was running in 3 crashes of a worker process") as caught:
             await here.backend.run(call("bad", "die"))
         hosts = here.backend.snapshots()
         shown = {status.state for host in hosts for status in host.models if status.model_id == "bad"}
@@ -161,15 +162,15 @@ async def test_models_that_only_waited_when_a_host_died_are_not_quarantined() ->
 
 
 def test_a_note_that_is_too_long_loses_whole_names_from_its_beginning() -> None:
-    assert clipped(b"org/one\norg/two", 15) == b"org/one\norg/two"
-    assert clipped(b"org/one\norg/two", 14) == b"org/two"
-    assert clipped(b"org/one\norg/two", 7) == b"org/two"
-    assert clipped(b"org/one\norg/two", 6) == b""
+    assert fit_lines(b"org/one\norg/two", 15) == b"org/one\norg/two"
+    assert fit_lines(b"org/one\norg/two", 14) == b"org/two"
+    assert fit_lines(b"org/one\norg/two", 7) == b"org/two"
+    assert fit_lines(b"org/one\norg/two", 6) == b""
 
 
 async def test_a_host_that_cannot_be_made_ends_the_start_and_leaves_no_process() -> None:
-    fleet = ProcessFleet([structs.replace(birth, open=open_broken_host) for birth in worker_configs()[:2]], 1, 5.0)
-    with pytest.raises(InvalidValue, match="is not here"):
+    fleet = ProcessFleet([structs.replace(config, open=open_broken_host) for config in worker_configs()[:2]], 1, 5.0)
+    with pytest.raises(InvalidValue, match="does not exist"):
         await RemoteBackend(fleet, {}).start()
 
     assert [pid for pid in (worker.pid for worker in fleet.workers.values()) if pid and is_running(pid)] == []
@@ -178,7 +179,7 @@ async def test_a_host_that_cannot_be_made_ends_the_start_and_leaves_no_process()
 async def test_a_host_that_cannot_be_started_again_is_a_fault_and_the_other_serves_on() -> None:
     async with worker_processes(scripted("a")) as here:
         worker = here.fleet.workers["cpu:0"]
-        worker.birth = structs.replace(worker.birth, open=open_broken_host)
+        worker.config = structs.replace(worker.config, open=open_broken_host)
         here.kill("cpu:0")
         async with asyncio.timeout(10):
             while not here.backend.check():  # noqa: ASYNC110 - a fault is looked for, as the server does
@@ -186,7 +187,7 @@ async def test_a_host_that_cannot_be_started_again_is_a_fault_and_the_other_serv
         fault = here.backend.check()["cpu:0"]
         answer = await here.backend.run(call("a"))
 
-    assert "cannot be started: cpu:0 is not here" in fault
+    assert "cannot be started: cpu:0 does not exist" in fault
     assert len(answer.token_counts) == 1
 
 
@@ -211,7 +212,7 @@ async def test_a_fork_server_that_dies_at_the_wrong_moment_is_tried_again(monkey
 async def test_a_registry_that_is_read_while_a_worker_starts_reaches_it() -> None:
     async with worker_processes(scripted("old"), hosts=1) as here:
         worker, pid = here.fleet.workers["cpu:0"], here.pids()["cpu:0"]
-        worker.birth = structs.replace(worker.birth, open=open_slow_host)
+        worker.config = structs.replace(worker.config, open=open_slow_host)
         here.kill("cpu:0")
         async with asyncio.timeout(10):
             while worker.pid in (pid, None):  # noqa: ASYNC110 - it is forked on a thread
@@ -239,7 +240,7 @@ async def test_a_host_that_is_recycled_between_two_lives_counts_its_next_death(m
 async def test_a_host_is_not_recycled_when_the_server_has_ended() -> None:
     async with worker_processes(scripted("a"), hosts=1) as here:
         worker = here.fleet.workers["cpu:0"]
-    with pytest.raises(HostLost, match="the server ended"):
+    with pytest.raises(HostLost, match="the server shut down"):
         await asyncio.wait_for(worker.restart(0.0), 5.0)
 
 
@@ -271,8 +272,8 @@ async def test_a_worker_that_hangs_is_killed_and_its_calls_go_elsewhere(monkeypa
 async def test_a_worker_whose_load_hangs_is_started_anew_and_its_calls_go_elsewhere(tmp_path: Path) -> None:
     spec = scripted("a", hang_s=60, once=tmp_path / "hung")
     quick = [
-        structs.replace(birth, settings=structs.replace(birth.settings, watchdog_seconds=0.1))
-        for birth in worker_configs()[:2]
+        structs.replace(config, settings=structs.replace(config.settings, watchdog_seconds=0.1))
+        for config in worker_configs()[:2]
     ]
     backend = RemoteBackend(ProcessFleet(quick, 1, grace_s=5.0), {})
     await backend.start()
@@ -307,7 +308,7 @@ async def test_a_worker_is_not_killed_for_the_silence_of_a_server_that_stood_sti
 async def test_a_worker_that_hangs_does_not_outlive_a_server_that_ends_and_costs_one_grace_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("router.backends.process.worker._END_S", 0.5)
+    monkeypatch.setattr("router.backends.process.worker._EXIT_TIMEOUT_S", 0.5)
     here = WorkerProcesses(1, scripted("a"))
     await here.backend.start()
     await here.backend.preload("a")
@@ -389,15 +390,15 @@ async def test_a_new_budget_is_shared_by_the_hosts_of_one_device() -> None:
     assert len(hosts) == 2
 
 
-def report_two(answer: Answer, wanted: tuple[str, ...]) -> None:
+def report_two(answer: Connection, wanted: tuple[str, ...]) -> None:
     answer.send(("cuda:0", "cuda:1"))
 
 
-def report_none(answer: Answer, wanted: tuple[str, ...]) -> None:
+def report_none(answer: Connection, wanted: tuple[str, ...]) -> None:
     answer.send(error_record_of(InvalidValue(f"DEVICE names {wanted[0]}, but this machine has 0 CUDA devices")))
 
 
-def report_nothing(answer: Answer, wanted: tuple[str, ...]) -> None:
+def report_nothing(answer: Connection, wanted: tuple[str, ...]) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -405,7 +406,7 @@ def test_devices_are_looked_for_in_another_process() -> None:
     assert find_devices_elsewhere(("auto",), report_two) == ("cuda:0", "cuda:1")
     with pytest.raises(InvalidValue, match="DEVICE names cuda:99, but this machine has 0"):
         find_devices_elsewhere(("cuda:99",), report_none)
-    with pytest.raises(InvalidValue, match="the process that looked has died"):
+    with pytest.raises(InvalidValue, match="the probing process crashed"):
         find_devices_elsewhere(("auto",), report_nothing)
 
 

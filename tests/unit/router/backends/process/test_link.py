@@ -204,7 +204,7 @@ class SlowService:
     def __init__(self) -> None:
         self.host = self
         self.begun = 0
-        self.looks = 0
+        self.num_polls = 0
 
     async def answer(self, request: Request) -> Reply:
         self.begun += 1
@@ -212,7 +212,7 @@ class SlowService:
         return RunResult(result=ANSWER)
 
     def poll(self, after: int) -> HostReport:
-        self.looks += 1
+        self.num_polls += 1
         return HostReport(snapshot=SNAPSHOT, fault="x" * 100_000)
 
     async def event_arrived(self, after: int) -> bool:
@@ -274,10 +274,10 @@ async def test_a_request_that_is_cancelled_while_it_runs_is_told_to_have_ended()
 async def test_a_worker_tells_nothing_more_while_its_parent_does_not_read() -> None:
     service = SlowService()
     async with channel(service, telling=True) as (worker, _):
-        while not service.looks or worker._writable.is_set():  # noqa: ASYNC110 - the transport's own flag
+        while not service.num_polls or worker._writable.is_set():  # noqa: ASYNC110 - the transport's own flag
             await asyncio.sleep(0.001)
-        before = service.looks
+        before = service.num_polls
         await asyncio.sleep(0.2)
-        after = service.looks
+        after = service.num_polls
 
     assert 0 < before == after < 50

@@ -22,7 +22,7 @@ def send(box: Outbox, size_bytes: int = 1) -> list[int]:
     numbers = []
     while (popped := box.pop()) is not None:
         numbers.append(popped[0])
-        box.weigh(popped[0], size_bytes)
+        box.record_size(popped[0], size_bytes)
     return numbers
 
 
@@ -109,7 +109,7 @@ def test_a_call_larger_than_all_bounds_is_sent_alone() -> None:
     box = Outbox(max_calls=10, max_bytes=100)
     filled(box, "a", "a")
     first = box.pop()
-    box.weigh(1, 10**9)
+    box.record_size(1, 10**9)
 
     assert first is not None
     assert box.pop() is None
