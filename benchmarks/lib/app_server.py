@@ -1,4 +1,4 @@
-"""The app under uvicorn on a free port: real sockets, because in-process clients hide disconnects and buffering."""
+"""Serves an app with uvicorn on a free port: real sockets, as in-process clients hide disconnects and buffering."""
 
 import asyncio
 import threading
@@ -12,7 +12,7 @@ from router.server.connection import TimeoutHttpProtocol
 
 
 class QuietServer(uvicorn.Server):
-    """uvicorn that leaves the signals of the test process alone."""
+    """uvicorn without signal handlers."""
 
     @contextmanager
     def capture_signals(self) -> Generator[None]:
@@ -35,7 +35,7 @@ def _server(app: Litestar) -> QuietServer:
 
 @asynccontextmanager
 async def serving(app: Litestar) -> AsyncIterator[str]:
-    """The app's URL, served on this loop: what the app does can be watched and awaited from the test."""
+    """Serve the app on this event loop, so that the test can observe and await it; yields the URL."""
     server = _server(app)
     task = asyncio.create_task(server.serve())
     while not server.started and not task.done():  # noqa: ASYNC110 - uvicorn has a flag, and no event
@@ -51,7 +51,7 @@ async def serving(app: Litestar) -> AsyncIterator[str]:
 
 @contextmanager
 def serving_in_thread(app: Litestar) -> Iterator[str]:
-    """The app's URL, served on a loop of its own: for blocking clients, and for one server to many tests."""
+    """Serve the app on its own thread, for blocking clients, and for one server in many tests; yields the URL."""
     server = _server(app)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

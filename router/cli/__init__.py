@@ -1,4 +1,4 @@
 """The subcommands of `embedyard`, one module each, with the click command in `command`.
 
-`router/cli/main.py` imports them one at a time; nothing here imports another.
+`router/cli/main.py` imports each on use; subcommands do not import each other.
 """

@@ -1,4 +1,4 @@
-"""`embedyard bench`: how a running server, ours or another, holds up under load."""
+"""`embedyard bench`: load-tests a running OpenAI-compatible server."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,21 +18,21 @@ if TYPE_CHECKING:
     from router.loadgen import Phase
     from router.loadgen.http_client import Target
     from router.loadgen.report import Measured, Report
-    from router.loadgen.session import Screen
+    from router.loadgen.session import Progress
 
-FAILED = 1
-MISTAKES = 2
-INTERRUPTED = 130
-"""Exit codes: a bound was exceeded; nothing could be measured; Ctrl+C ended it early."""
+EXIT_FAILED = 1
+EXIT_INVALID = 2
+EXIT_INTERRUPTED = 130
+"""Exit codes: a bound was exceeded; nothing could be measured; interrupted by Ctrl+C."""
 
 _DEFAULT_RATE = 10.0
 
 
-_BUSY = "this client was the bottleneck ({:.2f} cores, {:.0f} ms late): take the figures as the least the server can do"
+_CLIENT_BOUND = "the client was the bottleneck ({:.2f} cores, {:.0f} ms late): the figures are a lower bound"
 
 
-class Asked(Struct, frozen=True, kw_only=True):
-    """The options, as they are described in `--help`."""
+class BenchOptions(Struct, frozen=True, kw_only=True):
+    """The options of the command, see `--help`."""
 
     url: str
     model: str | None
@@ -55,7 +55,7 @@ class Asked(Struct, frozen=True, kw_only=True):
 
     @property
     def phases(self) -> "list[Phase]":
-        """The loads, in their order."""
+        """The load phases, in order."""
         from router.loadgen import Phase
 
         rates = self.rates or (() if self.clients else (_DEFAULT_RATE,))
@@ -63,12 +63,12 @@ class Asked(Struct, frozen=True, kw_only=True):
 
     @property
     def fields(self) -> dict[str, object]:
-        """Of every request, beside the model and its input."""
+        """Extra fields of every request."""
         given = {"dimensions": self.dimensions, "input_type": self.input_type}
         return {name: value for name, value in given.items() if value is not None}
 
-    def is_met_by(self, phase: "Measured") -> bool:
-        """Whether a load stayed within the bounds."""
+    def is_within_bounds(self, phase: "Measured") -> bool:
+        """Whether a phase stayed within the bounds."""
         if phase.latency_s is None or 100 * phase.failed > self.max_errors * phase.requests:
             return False
         return self.max_p95 is None or 1000 * phase.latency_s.p95 <= self.max_p95
@@ -78,70 +78,72 @@ class Asked(Struct, frozen=True, kw_only=True):
     epilog="""
 \b
 Examples:
-  embedyard bench http://127.0.0.1:6008                      10 requests a second for 10 seconds
-  embedyard bench URL --rate 20 --rate 40 --rate 80          where does it stop keeping up?
-  embedyard bench URL --clients 32 --texts 16                32 clients, each waiting for its answer
+  embedyard bench http://127.0.0.1:6008                      10 requests per second for 10 seconds
+  embedyard bench URL --rate 20 --rate 40 --rate 80          find the saturation point
+  embedyard bench URL --clients 32 --texts 16                32 clients, each waiting for its response
   embedyard bench URL --rate 50 --max-p95 100 && ./deploy    exit code 1 when p95 is above 100 ms
   embedyard bench URL --json | jq '.phases[].latency_s.p99'
 """
 )
 @click.argument("url", metavar="URL")
-@click.option("--model", help="As the server calls it. Default: the first that it lists.")
-@click.option("--api-key", metavar="KEY", help="Default: API_KEY of this setup, for servers on this machine.")
+@click.option("--model", help="Model id. Default: the first one listed by the server.")
+@click.option("--api-key", metavar="KEY", help="Default: API_KEY from the settings, for servers on this machine.")
 @click.option("--rate", "rates", type=click.FloatRange(0, min_open=True), multiple=True, metavar="N",
-              help="Requests a second, at random moments, whether or not the server keeps up. Again for another load. "
-                   "Default: 10.")  # fmt: skip
+              help="Requests per second at random times, whether or not the server keeps up. Repeatable: one phase "
+                   "each. Default: 10.")  # fmt: skip
 @click.option("--clients", type=click.IntRange(1), multiple=True, metavar="N",
-              help="So many clients, each waiting for its answer, instead of or after the rates.")  # fmt: skip
+              help="Number of clients, each waiting for its response. Repeatable; run after the rates.")  # fmt: skip
 @click.option("--seconds", type=click.FloatRange(0, min_open=True), default=10.0, show_default=True,
-              help="Of each load.")  # fmt: skip
-@click.option("--texts", type=click.IntRange(1), default=1, show_default=True, help="In a request.")
-@click.option("--words", type=click.IntRange(1), default=12, show_default=True, help="In a text.")
-@click.option("--file", type=click.Path(path_type=Path, dir_okay=False), help="Texts of your own, one a line.")
-@click.option("--dimensions", type=click.IntRange(1), help="As in the API.")
-@click.option("--input-type", help="As in the API: query or document.")
+              help="Duration of each phase.")  # fmt: skip
+@click.option("--texts", type=click.IntRange(1), default=1, show_default=True, help="Texts per request.")
+@click.option("--words", type=click.IntRange(1), default=12, show_default=True, help="Words per text.")
+@click.option("--file", type=click.Path(path_type=Path, dir_okay=False), help="File with texts, one per line.")
+@click.option("--dimensions", type=click.IntRange(1), help="`dimensions` of the requests.")
+@click.option("--input-type", help="`input_type` of the requests: query or document.")
 @click.option("--format", "encoding_format", type=click.Choice(["base64", "float"]), default="base64",
-              show_default=True, help="Of the vectors.")  # fmt: skip
+              show_default=True, help="`encoding_format` of the vectors.")  # fmt: skip
 @click.option("--timeout", type=click.FloatRange(0, min_open=True), default=60.0, show_default=True, metavar="SECONDS",
-              help="An answer that takes longer is an error.")  # fmt: skip
-@click.option("--max-p95", type=click.FloatRange(0), metavar="MS", help="Exit with 1 when a load's p95 is above.")
+              help="Timeout of a request.")  # fmt: skip
+@click.option("--max-p95", type=click.FloatRange(0), metavar="MS", help="Exit with code 1 when a p95 exceeds MS.")
 @click.option("--max-errors", type=click.FloatRange(0, 100), default=0.0, show_default=True, metavar="PERCENT",
-              help="Exit with 1 when more of a load's requests fail.")  # fmt: skip
+              help="Exit with code 1 when more of a phase's requests fail.")  # fmt: skip
 @click.option("--report", type=click.Path(path_type=Path), default="embedyard-bench", show_default=True, metavar="PATH",
-              help="Where PATH.json and PATH.png are written.")  # fmt: skip
-@click.option("--no-report", is_flag=True, help="Write neither.")
+              help="Write PATH.json and PATH.png.")  # fmt: skip
+@click.option("--no-report", is_flag=True, help="Write no report.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(**options: Any) -> None:
-    """Put load on the OpenAI-compatible server at URL, and say how it holds up.
+    """Load-test the OpenAI-compatible server at URL.
 
-    Latency counts from the moment a request was due, so that a server that stalls cannot hide it. A first request
-    brings the model into memory and is not counted. Exit code 0: every load stayed within bounds; 1: one did not; 2:
-    nothing could be measured; 130: Ctrl+C ended it early, and the report tells of what was measured until then.
+    Latency is measured from the time a request was due, so that a stalling server cannot hide it. A warm-up request
+    loads the model and is not counted.
+
+    Exit code 0: every phase stayed within the bounds; 1: one did not; 2: nothing could be measured; 130: interrupted by
+    Ctrl+C, the report has the measurements until then.
     """
-    asked = Asked(**options)
+    chosen = BenchOptions(**options)
     from router.loadgen import run
     from router.loadgen.report import as_json
     from router.loadgen.requests import CannotMeasure
 
     try:
         _allow_many_connections()
-        report = run(lambda: _measured(asked))
+        report = run(lambda: _run_bench(chosen))
     except (CannotMeasure, SettingsError) as error:
         click.echo(str(error), err=True)
-        raise SystemExit(MISTAKES) from None
-    if asked.as_json:
+        raise SystemExit(EXIT_INVALID) from None
+    if chosen.as_json:
         click.echo(as_json(report))
-    _explain(report.phases)
-    if not asked.no_report:
-        _save(report, asked.report)
+    _print_failures(report.phases)
+    if not chosen.no_report:
+        _save(report, chosen.report)
     if not report.is_whole:
-        raise SystemExit(INTERRUPTED)
-    if not all(map(asked.is_met_by, report.phases)):
-        raise SystemExit(FAILED)
+        raise SystemExit(EXIT_INTERRUPTED)
+    if not all(map(chosen.is_within_bounds, report.phases)):
+        raise SystemExit(EXIT_FAILED)
 
 
 def _allow_many_connections() -> None:
-    """An open load has as many connections as the server is behind; the usual limit of 1024 files is soon reached."""
+    """Raise the limit of open files: an open load needs a connection per unanswered request, often more than 1024."""
     try:
         import resource
     except ImportError:  # Windows has no such limit
@@ -151,29 +153,29 @@ def _allow_many_connections() -> None:
 
 
 def _own_key(url: str) -> str | None:
-    """This setup's key, for a server on this machine; somebody else's would only learn it."""
+    """Return the key from the settings for a server on this machine; other servers must not see it."""
     return load_settings().api_key if is_loopback(urlsplit(url).hostname or "") else None
 
 
-async def _measured(asked: Asked) -> "Report":
+async def _run_bench(chosen: BenchOptions) -> "Report":
     from router.loadgen.http_client import Target, encode
     from router.loadgen.report import Report, now
-    from router.loadgen.requests import calls, first, with_model
+    from router.loadgen.requests import make_texts, resolve_model, warm_up
     from router.loadgen.session import Job, measure
 
-    target = Target(asked.url, asked.model or "", asked.api_key or _own_key(asked.url), asked.timeout)
-    target = with_model(target)
-    texts = calls(asked.texts, asked.words, asked.file)
-    requests = [encode(target, call, asked.encoding_format, **asked.fields) for call in texts]
-    started_at, dimensions = now(), await first(target, requests[0])
-    with _screen(asked, target, dimensions) as screen:
-        phases, is_whole = await measure(Job(target, requests, asked.phases, asked.seconds), screen)
+    target = Target(chosen.url, chosen.model or "", chosen.api_key or _own_key(chosen.url), chosen.timeout)
+    target = resolve_model(target)
+    texts = make_texts(chosen.texts, chosen.words, chosen.file)
+    requests = [encode(target, call, chosen.encoding_format, **chosen.fields) for call in texts]
+    started_at, dimensions = now(), await warm_up(target, requests[0])
+    with _open_progress(chosen, target, dimensions) as progress:
+        phases, is_whole = await measure(Job(target, requests, chosen.phases, chosen.seconds), progress)
     return Report(
-        url=asked.url,
+        url=chosen.url,
         model=target.model,
         dimensions=dimensions,
-        texts_per_request=asked.texts,
-        words=None if asked.file else asked.words,
+        texts_per_request=chosen.texts,
+        words=None if chosen.file else chosen.words,
         started_at=started_at,
         embedyard=embedyard_version(),
         is_whole=is_whole,
@@ -182,36 +184,38 @@ async def _measured(asked: Asked) -> "Report":
 
 
 @contextmanager
-def _screen(asked: Asked, target: "Target", dimensions: int) -> "Iterator[Screen]":
-    from router.loadgen.progress import Lines, LiveTable, Silence
+def _open_progress(chosen: BenchOptions, target: "Target", dimensions: int) -> "Iterator[Progress]":
+    from router.loadgen.progress import Lines, LiveTable, NoProgress
 
-    if asked.as_json:
-        yield Silence()
+    if chosen.as_json:
+        yield NoProgress()
     elif not is_terminal():
         yield Lines(click.echo, lambda line: click.echo(line, err=True))
     else:
-        from rich.console import Console  # only for a terminal, as in the other commands
+        from rich.console import Console  # only for a terminal: importing it is slow
         from rich.live import Live
 
         console = Console()
-        heading = f"{target.model} at {target.url}: {asked.texts} texts a request, vectors of {dimensions}"
+        heading = f"{target.model} at {target.url}: {chosen.texts} texts per request, {dimensions} dimensions"
         console.print(heading, markup=False, highlight=False)
         with Live(console=console, auto_refresh=False) as live:
             yield LiveTable(live)
 
 
-def _explain(phases: "Sequence[Measured]") -> None:
-    """What a table does not say."""
+def _print_failures(phases: "Sequence[Measured]") -> None:
+    """Print failures, and warn when the client was the bottleneck."""
     for phase in phases:
         for kind, failure in phase.failures.items():
             click.echo(f"{phase.load}: {failure.count} × {kind}: {failure.message}", err=True)
-        if phase.is_clients_own:
-            click.echo(f"{phase.load}: {_BUSY.format(phase.client_cores, 1000 * phase.client_late_p99_s)}", err=True)
+        if phase.is_client_bound:
+            click.echo(
+                f"{phase.load}: {_CLIENT_BOUND.format(phase.client_cores, 1000 * phase.client_late_p99_s)}", err=True
+            )
 
 
 def _save(report: "Report", stem: Path) -> None:
-    """Both files; that a picture cannot be made is no failure of the measurement."""
-    from router.loadgen.plot import NoPicture, draw
+    """Write both files; a missing plot is not an error."""
+    from router.loadgen.plot import PlotError, draw
     from router.loadgen.report import save
 
     json_path, png_path = stem.with_name(f"{stem.name}.json"), stem.with_name(f"{stem.name}.png")
@@ -219,9 +223,9 @@ def _save(report: "Report", stem: Path) -> None:
         save(report, json_path)
         click.echo(f"report: {json_path}", err=True)
         draw(report, png_path)
-        click.echo(f"picture: {png_path}", err=True)
-    except NoPicture as error:
+        click.echo(f"plot: {png_path}", err=True)
+    except PlotError as error:
         click.echo(str(error), err=True)
     except OSError as error:
-        click.echo(f"{stem} cannot be written: {error.strerror}; name another place with --report", err=True)
-        raise SystemExit(MISTAKES) from None
+        click.echo(f"{stem} cannot be written: {error.strerror}; choose another path with --report", err=True)
+        raise SystemExit(EXIT_INVALID) from None

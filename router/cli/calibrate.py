@@ -1,4 +1,4 @@
-"""`embedyard calibrate`: the range of each component of a model's vectors, to be pasted into the registry."""
+"""`embedyard calibrate`: computes the range of each component of a model's vectors, for the registry."""
 
 from pathlib import Path
 
@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from router.cli.client import RemoteError, get
 from router.config.settings import SettingsError, load_settings
 
-MISTAKES = 2
-"""The exit code when the texts, the model or the address must be put right."""
+EXIT_INVALID = 2
+"""Exit code for an invalid text file, model or address."""
 
 FEW_TEXTS = 100
-_AT_ONCE = 64
+_TEXTS_PER_REQUEST = 64
 _URL = "http://127.0.0.1:6008"
 
 
@@ -37,51 +37,52 @@ Examples:
 )
 @click.argument("model")
 @click.argument("texts", type=click.Path(path_type=Path))
-@click.option("--url", default=_URL, show_default=True, help="The server that runs the model.")
-@click.option("--dimensions", type=click.IntRange(1), help="The width that clients ask for, if not the full one.")
-@click.option("--input-type", help="The prompt that clients ask for, such as document.")
+@click.option("--url", default=_URL, show_default=True, help="Server that runs the model.")
+@click.option("--dimensions", type=click.IntRange(1), help="Dimensions that clients request; default: all.")
+@click.option("--input-type", help="Input type that clients send, e.g. document.")
 def command(model: str, texts: Path, url: str, dimensions: int | None, input_type: str | None) -> None:
     """Print the `calibration` of MODEL for the registry: ranges for `output_dtype` int8 and uint8.
 
-    TEXTS holds one text a line, a few hundred at least, like those that will be embedded. A running server embeds them.
+    TEXTS has one text per line, at least a few hundred, similar to those that will be embedded. A running server
+    embeds them.
 
-    Exit code 0, or 2: the texts, the model or the address must be put right.
+    Exit code 0: success; 2: invalid text file, model or address.
     """
     try:
-        lines = _read(texts)
+        lines = _read_texts(texts)
         settings = load_settings()
         key = settings.api_key or settings.admin_api_key
-        asked = {"model": model, "dimensions": dimensions, "input_type": input_type}
-        blocks = [lines[start : start + _AT_ONCE] for start in range(0, len(lines), _AT_ONCE)]
-        answers = [get(url, "/v1/embeddings", _Rows, key, body=asked | {"input": block}) for block in blocks]
+        request_fields = {"model": model, "dimensions": dimensions, "input_type": input_type}
+        blocks = [lines[start : start + _TEXTS_PER_REQUEST] for start in range(0, len(lines), _TEXTS_PER_REQUEST)]
+        responses = [get(url, "/v1/embeddings", _Rows, key, body=request_fields | {"input": block}) for block in blocks]
     except (SettingsError, RemoteError, ValueError) as error:
         click.echo(str(error), err=True)
-        raise SystemExit(MISTAKES) from None
-    vectors = np.array([row.embedding for answer in answers for row in answer.data], np.float32)
+        raise SystemExit(EXIT_INVALID) from None
+    vectors = np.array([row.embedding for response in responses for row in response.data], np.float32)
     if len(lines) < FEW_TEXTS:
-        click.echo(f"warning: {len(lines)} texts hardly show the ranges of {vectors.shape[1]} components", err=True)
-    click.echo(f"    # of {answers[0].model}, from {len(lines)} texts; goes into its entry in the registry")
+        click.echo(f"warning: {len(lines)} texts are too few for the ranges of {vectors.shape[1]} components", err=True)
+    click.echo(f"    # of {responses[0].model}, from {len(lines)} texts; add to its entry in the registry")
     click.echo("    calibration:")
-    click.echo(f"      lowest: {_shown(vectors.min(axis=0))}")
-    click.echo(f"      highest: {_shown(vectors.max(axis=0))}")
+    click.echo(f"      lowest: {_yaml_list(vectors.min(axis=0))}")
+    click.echo(f"      highest: {_yaml_list(vectors.max(axis=0))}")
 
 
-def _read(path: Path) -> list[str]:
-    """The lines that are not blank.
+def _read_texts(path: Path) -> list[str]:
+    """Read the non-blank lines.
 
     Raises:
-        ValueError: saying what is wrong with the file.
+        ValueError: the file is unreadable or too short.
     """
     try:
         lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise ValueError(f"{path} cannot be read: {reason}") from None
     if len(lines) < 2:
-        raise ValueError(f"{path} has {len(lines)} lines with text, and a range needs at least 2")
+        raise ValueError(f"{path} has {len(lines)} lines with text; at least 2 are required")
     return lines
 
 
-def _shown(numbers: NDArray[np.float32]) -> str:
-    """One line of YAML, which takes `1e-05` for a text; five decimals are finer than the 256 steps that they make."""
+def _yaml_list(numbers: NDArray[np.float32]) -> str:
+    """Format one line of YAML, which parses `1e-05` as a string; five decimals are finer than the 256 steps."""
     return f"[{', '.join(f'{number:.5f}' for number in numbers)}]"

@@ -1,4 +1,4 @@
-"""`embedyard check`: is the registry right, and would `serve` accept the settings?"""
+"""`embedyard check`: validates the registry, the settings and the key file."""
 
 from pathlib import Path
 from typing import NoReturn
@@ -13,12 +13,12 @@ from router.config.settings import SettingsError, load_settings
 from router.config.yaml_document import FileError, show_path
 from router.registry.registry import RegistryError, read_registry
 
-MISTAKES = 2
-"""The exit code when something must be put right."""
+EXIT_INVALID = 2
+"""Exit code for an invalid registry, settings or key file."""
 
 
-class Place(Struct, frozen=True, kw_only=True):
-    """One mistake and where it is; a setting has no file and no line, but its name stands in the message."""
+class MistakeRecord(Struct, frozen=True, kw_only=True):
+    """One mistake and its location; a setting has no file and line, but its name is in the message."""
 
     message: str
     file: str | None = None
@@ -27,37 +27,37 @@ class Place(Struct, frozen=True, kw_only=True):
     entry: str | None = None
 
 
-class Verdict(Struct, frozen=True, kw_only=True):
-    """What `--json` prints. `models` is empty as long as there are mistakes."""
+class CheckResult(Struct, frozen=True, kw_only=True):
+    """The output of `--json`. `models` is empty when there are mistakes."""
 
     models: tuple[str, ...] = ()
-    mistakes: tuple[Place, ...] = ()
+    mistakes: tuple[MistakeRecord, ...] = ()
 
 
 @click.command(
     epilog="""
 \b
 Examples:
-  embedyard check                    the registry that REGISTRY names, and the settings
-  embedyard check staging.yaml       that file alone
+  embedyard check                    the registry in REGISTRY, and the settings
+  embedyard check staging.yaml       only this file
   embedyard check && embedyard serve
   embedyard check --json | jq -r '.mistakes[] | "\\(.file):\\(.line): \\(.message)"'
 """
 )
 @click.argument("registry", required=False, type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="The models, or every mistake with its place.")
+@click.option("--json", "as_json", is_flag=True, help="Print the models, or every mistake with its location, as JSON.")
 def command(registry: Path | None, *, as_json: bool) -> None:
-    """Say whether REGISTRY (default: the one the settings name), the settings and KEYS_FILE are right.
+    """Validate REGISTRY (default: from the settings), the settings and KEYS_FILE.
 
-    One line per model, and exit code 0. Every mistake with its line and key, and exit code 2.
+    Prints one line per model, or every mistake with its line and key. Exit code 0: valid; 2: mistakes.
     """
     path = registry or _checked_settings(as_json=as_json)
     try:
         found = read_registry(path)
     except RegistryError as error:
-        _refuse(error, path, as_json=as_json)
+        _exit_invalid(error, path, as_json=as_json)
     if as_json:
-        _print(Verdict(models=tuple(found.models)))
+        _print(CheckResult(models=tuple(found.models)))
         return
     for spec in found.models.values():
         click.echo(_line(spec, is_default=spec.model_id == found.default_model))
@@ -68,35 +68,37 @@ def _checked_settings(*, as_json: bool) -> Path:
     try:
         settings = load_settings()
     except SettingsError as error:
-        _refuse(error, None, as_json=as_json)
+        _exit_invalid(error, None, as_json=as_json)
     if settings.keys_file is not None:
         try:
             keys = read_keys(settings.keys_file)
         except KeysError as error:
-            _refuse(error, settings.keys_file, as_json=as_json)
+            _exit_invalid(error, settings.keys_file, as_json=as_json)
         if not as_json:
             click.echo(f"{settings.keys_file}: {len(keys)} keys, no mistakes")
     return settings.registry
 
 
-def _refuse(error: SettingsError | FileError, file: Path | None, *, as_json: bool) -> NoReturn:
+def _exit_invalid(error: SettingsError | FileError, file: Path | None, *, as_json: bool) -> NoReturn:
     if as_json:
-        _print(Verdict(mistakes=tuple(_places(error, file))))
+        _print(CheckResult(mistakes=tuple(_records(error, file))))
     else:
         click.echo(f"{file}: {error}" if file else str(error), err=True)
-    raise SystemExit(MISTAKES) from None
+    raise SystemExit(EXIT_INVALID) from None
 
 
-def _places(error: SettingsError | FileError, file: Path | None) -> list[Place]:
+def _records(error: SettingsError | FileError, file: Path | None) -> list[MistakeRecord]:
     if isinstance(error, SettingsError):
-        return [Place(message=message) for message in error.mistakes]
+        return [MistakeRecord(message=message) for message in error.mistakes]
     return [
-        Place(message=each.message, file=str(file), line=each.line, key=show_path(each.path) or None, entry=each.entry)
+        MistakeRecord(
+            message=each.message, file=str(file), line=each.line, key=show_path(each.path) or None, entry=each.entry
+        )
         for each in error.mistakes
     ]
 
 
-def _print(verdict: Verdict) -> None:
+def _print(verdict: CheckResult) -> None:
     click.echo(msgspec.json.format(msgspec.json.encode(verdict), indent=2))
 
 

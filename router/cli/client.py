@@ -1,4 +1,4 @@
-"""Questions of the command line to a running server. A client library would take longer to import than the answer."""
+"""HTTP client of the command line for a running server. An HTTP library would take longer to import than a request."""
 
 import json
 import urllib.error
@@ -12,13 +12,13 @@ from router.config.setting_values import is_loopback
 
 Answer = TypeVar("Answer")
 
-_PATIENCE_S = 30.0
+_TIMEOUT_S = 30.0
 
 
 class RemoteError(Exception):
-    """The server did not answer as it should; the message says what to do.
+    """A request to the server failed; the message has the remedy.
 
-    `status` is the answer's, None when there was none.
+    `status`: HTTP status of the response, None without one.
     """
 
     def __init__(self, message: str, status: int | None = None) -> None:
@@ -26,38 +26,38 @@ class RemoteError(Exception):
         self.status = status
 
 
-def get(url: str, path: str, kind: type[Answer], key: str | None = None, *, body: object = None) -> Answer:
-    """The JSON behind `path` of the server at `url`, as `kind`; with a `body`, what the server answers to that.
+def get(url: str, path: str, response_type: type[Answer], key: str | None = None, *, body: object = None) -> Answer:
+    """Request `path` from the server at `url` and decode its JSON as `response_type`; a POST when there is a `body`.
 
     Raises:
-        RemoteError: no server, no leave, or an answer that is not Embedyard's.
+        RemoteError: no server, no permission, or not an Embedyard response.
     """
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     content = None if body is None else msgspec.json.encode(body)
     try:
         request = urllib.request.Request(url.rstrip("/") + path, content, headers)
-        with _opener(url).open(request, timeout=_PATIENCE_S) as answer:
-            return msgspec.json.decode(answer.read(), type=kind)
+        with _opener(url).open(request, timeout=_TIMEOUT_S) as response:
+            return msgspec.json.decode(response.read(), type=response_type)
     except urllib.error.HTTPError as error:
-        raise RemoteError(_refusal(url, error), error.code) from None
+        raise RemoteError(_error_message(url, error), error.code) from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", None) or error
-        raise RemoteError(f"no server answers at {url} ({reason}): start one, or correct --url") from None
+        raise RemoteError(f"no server answers at {url} ({reason}); start one, or correct --url") from None
     except msgspec.DecodeError:
-        raise RemoteError(f"what answers at {url} is not Embedyard: correct --url") from None
+        raise RemoteError(f"the server at {url} is not Embedyard; correct --url") from None
 
 
 def _opener(url: str) -> urllib.request.OpenerDirector:
-    """A proxy of the environment is not asked for this machine's own server."""
+    """Create an opener that uses no proxy for this machine's own server."""
     host = urlsplit(url).hostname or ""
     return urllib.request.build_opener(*[urllib.request.ProxyHandler({})] if is_loopback(host) else [])
 
 
-def _refusal(url: str, error: urllib.error.HTTPError) -> str:
+def _error_message(url: str, error: urllib.error.HTTPError) -> str:
     try:
         message: Any = json.loads(error.read())["error"]["message"]
     except (ValueError, KeyError, TypeError):
-        return f"{url} answered {error.code}: is it Embedyard?"
+        return f"{url} answered {error.code}; is it Embedyard?"
     if error.code in (401, 403):
-        return f"{message} (set ADMIN_API_KEY or API_KEY as the server has it)"
+        return f"{message} (set ADMIN_API_KEY or API_KEY to the server's key)"
     return str(message)

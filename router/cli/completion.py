@@ -1,4 +1,4 @@
-"""`embedyard completion`: the script that lets a shell complete commands and options."""
+"""`embedyard completion`: prints shell completion scripts; completes model names and key ids."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from router.registry.registry import open_registry
 
 
 def model_names(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
-    """Models and aliases of the registry that the command would use, in its order."""
+    """Complete models and aliases of the command's registry, in its order."""
     given = ctx.params.get("registry")
     try:
         found = open_registry(load_settings(flags={"REGISTRY": str(given)} if given else {}))
@@ -22,7 +22,7 @@ def model_names(ctx: click.Context, _: click.Parameter, incomplete: str) -> list
 
 
 def key_ids(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
-    """Keys of the file that the command would use."""
+    """Complete key ids of the command's key file."""
     try:
         path = ctx.params.get("file") or load_settings().keys_file
         return [key.id for key in read_keys(Path(path)) if key.id.startswith(incomplete)] if path else []
@@ -48,5 +48,5 @@ def command(ctx: click.Context, shell: str) -> None:
     """Print the completion script for SHELL."""
     completer = get_completion_class(shell)
     if completer is None:
-        raise click.UsageError(f"this version of click has no completion for {shell}")
+        raise click.UsageError(f"this version of click does not support completion for {shell}")
     click.echo(completer(ctx.find_root().command, {}, "embedyard", "_EMBEDYARD_COMPLETE").source())

@@ -1,4 +1,4 @@
-"""`embedyard doctor`: what is installed, what is here, and what to do where something is wrong."""
+"""`embedyard doctor`: diagnoses the installation, settings, devices, disk and network."""
 
 import os
 import shutil
@@ -24,20 +24,29 @@ from router.registry.registry import Registry, RegistryError, open_registry
 Verdict = Literal["ok", "warn", "fail"]
 
 
-PACKAGES = ("embedyard", "torch", "transformers", "tokenizers", "safetensors", "huggingface-hub", "litestar", "uvicorn")
+PACKAGES = (
+    "embedyard",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "huggingface-hub",
+    "litestar",
+    "uvicorn",
+)
 
 
-LITTLE_DISK_BYTES, NO_DISK_BYTES = 10 * 10**9, 10**9
+LOW_DISK_BYTES, MIN_DISK_BYTES = 10 * 10**9, 10**9
 
 
-_HUB_PATIENCE_S = 5.0
+_HUB_TIMEOUT_S = 5.0
 
 
-_HARDLY = 0.5
+_MIN_FREE_FRACTION = 0.5
 
 
 class Finding(Struct, frozen=True):
-    """One thing looked at. `fail`: serving would not work; `warn`: it would, with a limit. `cure`: what to do."""
+    """Result of one check. `fail`: serving would not work; `warn`: it would, with a limitation. `cure`: the remedy."""
 
     name: str
     verdict: Verdict
@@ -45,30 +54,30 @@ class Finding(Struct, frozen=True):
     cure: str = ""
 
 
-def examine() -> Iterator[Finding]:
-    """Everything, causes before their consequences; what cannot be looked at because of a failure is left out."""
-    yield packages()
+def run_checks() -> Iterator[Finding]:
+    """Run all checks, causes before consequences; skips checks that depend on a failed one."""
+    yield check_packages()
     try:
         settings = load_settings()
     except SettingsError as error:
-        yield Finding("settings", "fail", str(error), "put the named variables right, in the environment or in .env")
+        yield Finding("settings", "fail", str(error), "correct the named variables in the environment or in .env")
         return
     yield Finding("settings", "ok", _access(settings))
     if settings.keys_file is not None:
         yield keys(settings.keys_file)
-    yield from devices(settings, _registry_budget(settings))
+    yield from check_devices(settings, _registry_budget(settings))
     try:
         registry = open_registry(settings)
     except RegistryError as error:
-        yield Finding("registry", "fail", str(error), "put the named keys right; registry.yaml explains each of them")
+        yield Finding("registry", "fail", str(error), "correct the named keys; registry.yaml documents each of them")
     else:
         yield models(registry)
-    yield from places(settings)
-    yield hub()
+    yield from check_disk(settings)
+    yield check_hub()
 
 
-def packages() -> Finding:
-    """The libraries that serving needs."""
+def check_packages() -> Finding:
+    """Check that the libraries for serving are installed."""
     found = {name: _version(name) for name in PACKAGES}
     detail = ", ".join(f"{name} {number}" for name, number in found.items() if number)
     missing = [name for name, number in found.items() if number is None and name != "embedyard"]
@@ -87,28 +96,28 @@ def _version(name: str) -> str | None:
 def _access(settings: Settings) -> str:
     guards = {"API_KEY": settings.api_key, "ADMIN_API_KEY": settings.admin_api_key, "KEYS_FILE": settings.keys_file}
     given = [name for name, value in guards.items() if value]
-    opened = f"guarded by {', '.join(given)}" if given else "open to everyone who can reach it"
+    opened = f"guarded by {', '.join(given)}" if given else "open to everyone who can connect"
     return f"would listen on {settings.host}:{settings.port}, {opened}"
 
 
 def keys(path: Path) -> Finding:
-    """`KEYS_FILE`."""
+    """Check `KEYS_FILE`."""
     try:
         return Finding("keys", "ok", f"{len(read_keys(path))} keys")
     except KeysError as error:
-        return Finding("keys", "fail", str(error), "put the named entries right; embedyard keys create makes new ones")
+        return Finding("keys", "fail", str(error), "correct the named entries, or run embedyard keys create")
 
 
 def _registry_budget(settings: Settings) -> Budget:
-    """As `serve` takes it; a registry that cannot be read is told of elsewhere."""
+    """Return the memory budget as `serve` would; an invalid registry is reported by another check."""
     try:
         return settings.memory_budget or open_registry(settings).memory_budget
     except RegistryError:
         return Registry().memory_budget
 
 
-def devices(settings: Settings, budget: Budget) -> Iterator[Finding]:
-    """The devices that `DEVICE` names, and what models may take of each now."""
+def check_devices(settings: Settings, budget: Budget) -> Iterator[Finding]:
+    """Check the devices of `DEVICE`, and the memory that models may use on each now."""
     from engines.machine import find_devices  # late: torch takes seconds to import
     from engines.planner import device_memory
 
@@ -124,15 +133,15 @@ def devices(settings: Settings, budget: Budget) -> Iterator[Finding]:
         detail = f"{format_bytes(reading.total_bytes)}, budget {format_bytes(size)}"
         if device == "cpu":
             detail += f", {usable_cores()} cores"
-        if free < size * _HARDLY:
-            cure = "end what else uses this memory, or lower MEMORY_BUDGET"
+        if free < size * _MIN_FREE_FRACTION:
+            cure = "stop other processes that use this memory, or lower MEMORY_BUDGET"
             yield Finding(device, "warn", f"{detail}, of which only {format_bytes(free)} are free now", cure)
         else:
             yield Finding(device, "ok", detail)
 
 
 def models(registry: Registry) -> Finding:
-    """How much of the registry is on disk. Local models that are missing will not come from anywhere."""
+    """Check how many models are on disk. Missing local models cannot be downloaded."""
     from engines.planner import ModelStore  # late: brings huggingface_hub
 
     store = ModelStore()
@@ -148,45 +157,45 @@ def models(registry: Registry) -> Finding:
     return Finding("registry", "ok", detail)
 
 
-def places(settings: Settings) -> Iterator[Finding]:
-    """Where models and measurements are kept."""
+def check_disk(settings: Settings) -> Iterator[Finding]:
+    """Check the folders of models and measurements."""
     from engines.planner import HubConfig  # late, as above
 
     cache = Path(HubConfig().cache_dir)
-    free_bytes = shutil.disk_usage(_existing(cache)).free
+    free_bytes = shutil.disk_usage(_existing_parent(cache)).free
     detail = f"{format_bytes(free_bytes)} free for models"
-    if not os.access(_existing(cache), os.W_OK):
-        yield Finding("disk", "fail", "the models' folder cannot be written", "set HF_HOME to a folder of your own")
-    elif free_bytes < NO_DISK_BYTES:
-        yield Finding("disk", "fail", detail, "make room, or set HF_HOME to a folder on a larger disk")
-    elif free_bytes < LITTLE_DISK_BYTES:
-        yield Finding("disk", "warn", detail, "large models will not fit; HF_HOME may name a larger disk")
+    if not os.access(_existing_parent(cache), os.W_OK):
+        yield Finding("disk", "fail", "the model folder is not writable", "set HF_HOME to a writable folder")
+    elif free_bytes < MIN_DISK_BYTES:
+        yield Finding("disk", "fail", detail, "free some space, or set HF_HOME to a folder on a larger disk")
+    elif free_bytes < LOW_DISK_BYTES:
+        yield Finding("disk", "warn", detail, "large models will not fit; set HF_HOME to a folder on a larger disk")
     else:
         yield Finding("disk", "ok", detail)
-    if not os.access(_existing(settings.state_dir), os.W_OK):
-        cure = "set STATE_DIR to a folder of your own; without one, every start measures anew"
-        yield Finding("state", "warn", "STATE_DIR cannot be written", cure)
+    if not os.access(_existing_parent(settings.state_dir), os.W_OK):
+        cure = "set STATE_DIR to a writable folder; without one, measurements are repeated at every start"
+        yield Finding("state", "warn", "STATE_DIR is not writable", cure)
 
 
-def _existing(path: Path) -> Path:
-    """The path, or what will be its parent once it is made."""
+def _existing_parent(path: Path) -> Path:
+    """Return the path, or its nearest parent that exists."""
     return next((folder for folder in (path, *path.parents) if folder.exists()), Path("/"))
 
 
-def hub() -> Finding:
-    """Whether the hub answers at all; that it refuses one page is no failure of the network."""
+def check_hub() -> Finding:
+    """Check that the hub responds; an HTTP error is a response, too."""
     from engines.planner import HubConfig  # late, as above
 
     config = HubConfig()
     parts = urlsplit(config.endpoint)
     shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
     if config.offline:
-        return Finding("hub", "ok", "HF_HUB_OFFLINE is set: only models on disk are served")
+        return Finding("hub", "ok", "offline (HF_HUB_OFFLINE is set): only models on disk are served")
     request = urllib.request.Request(f"{shown}{parts.path}", method="HEAD")
-    if _answers(lambda: urllib.request.urlopen(request, timeout=_HUB_PATIENCE_S).close()):
-        return Finding("hub", "ok", f"{shown} answers")
-    cure = "check the network and HTTPS_PROXY, name a mirror in HF_ENDPOINT, or bring the files to disk another way"
-    return Finding("hub", "warn", f"{shown} does not answer: models that are not on disk cannot be loaded", cure)
+    if _answers(lambda: urllib.request.urlopen(request, timeout=_HUB_TIMEOUT_S).close()):
+        return Finding("hub", "ok", f"{shown} is reachable")
+    cure = "check the network and HTTPS_PROXY, set HF_ENDPOINT to a mirror, or copy the files to disk"
+    return Finding("hub", "warn", f"{shown} is not reachable: models that are not on disk cannot be loaded", cure)
 
 
 def _answers(ask: Callable[[], None]) -> bool:
@@ -199,8 +208,8 @@ def _answers(ask: Callable[[], None]) -> bool:
     return True
 
 
-FAILED = 1
-"""The exit code when serving would not work."""
+EXIT_FAILED = 1
+"""Exit code when serving would not work."""
 
 
 _STYLES = {"ok": "green", "warn": "yellow", "fail": "red"}
@@ -210,18 +219,18 @@ _STYLES = {"ok": "green", "warn": "yellow", "fail": "red"}
     epilog="""
 \b
 Examples:
-  embedyard doctor                   a table; in a pipe, one finding a line
-  embedyard doctor --json            for programs
+  embedyard doctor                   a table; in a pipe, one finding per line
+  embedyard doctor --json            JSON, for programs
   embedyard doctor && embedyard serve
 """
 )
-@click.option("--json", "as_json", is_flag=True, help="A JSON list of findings.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list of findings.")
 def command(*, as_json: bool) -> None:
-    """Look for what is wrong with this machine or setup, and say what to do.
+    """Diagnose this machine and its configuration, and print remedies.
 
-    Exit code 0: serving would work, perhaps within limits; 1: it would not.
+    Exit code 0: serving would work, perhaps with limitations; 1: it would not.
     """
-    findings = tuple(examine())
+    findings = tuple(run_checks())
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(findings), indent=2))
     elif is_terminal():
@@ -230,7 +239,7 @@ def command(*, as_json: bool) -> None:
         for finding in findings:
             click.echo("\t".join(_cells(finding)))
     if any(finding.verdict == "fail" for finding in findings):
-        raise SystemExit(FAILED)
+        raise SystemExit(EXIT_FAILED)
 
 
 def _cells(finding: Finding) -> tuple[str, ...]:
@@ -245,8 +254,8 @@ def _print_table(findings: Sequence[Finding]) -> None:
 
     table = Table(box=None, pad_edge=False, show_header=False)
     for finding in findings:
-        said = Text(finding.detail)
+        text = Text(finding.detail)
         if finding.cure:
-            said.append(f"\n→ {finding.cure}", style="bold")
-        table.add_row(Text(finding.verdict, style=_STYLES[finding.verdict]), Text(finding.name), said)
+            text.append(f"\n→ {finding.cure}", style="bold")
+        table.add_row(Text(finding.verdict, style=_STYLES[finding.verdict]), Text(finding.name), text)
     Console().print(table)

@@ -1,4 +1,4 @@
-"""`embedyard keys`: make, list and revoke the keys of `KEYS_FILE`. A key itself is shown once, when it is made."""
+"""`embedyard keys`: creates, lists and revokes keys in `KEYS_FILE`. A key is shown once, when it is created."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,15 +15,15 @@ from router.cli.completion import key_ids
 from router.cli.output import print_rows
 from router.config.settings import SettingsError, load_settings
 
-MISTAKES = 2
-"""The exit code when something must be put right."""
+EXIT_INVALID = 2
+"""Exit code for an invalid command or key file."""
 COLUMNS = ("id", "scopes", "models", "requests/min", "tokens/min", "at once")
 
-_SOON = "A running server knows it within two seconds."
+_APPLIED_SOON = "A running server applies it within two seconds."
 
 
 def _checked_by(read: Callable[[object], str]) -> Callable[..., tuple[str, ...] | str]:
-    """A click callback that lets the keys file's own reader judge."""
+    """Create a click callback that validates with the key file's own reader."""
 
     def callback(_: click.Context, __: click.Parameter, given: tuple[str, ...] | str) -> tuple[str, ...] | str:
         try:
@@ -34,15 +34,15 @@ def _checked_by(read: Callable[[object], str]) -> Callable[..., tuple[str, ...] 
     return callback
 
 
-_FILE = click.option("--file", type=click.Path(path_type=Path, dir_okay=False), help="Another file than KEYS_FILE.")
+_FILE = click.option("--file", type=click.Path(path_type=Path, dir_okay=False), help="Key file, instead of KEYS_FILE.")
 
 
 @click.group(
     epilog="""
 \b
 Examples:
-  embedyard keys create web                          the key, once; its entry goes into KEYS_FILE
-  embedyard keys create web > key.txt                the key alone, for another program
+  embedyard keys create web                          prints the key once; adds its hash to KEYS_FILE
+  embedyard keys create web > key.txt                only the key, for another program
   embedyard keys create lab --model "BAAI/*" --tokens-per-minute 1000000
   embedyard keys create ops --scope embed --scope admin
   embedyard keys list
@@ -50,25 +50,31 @@ Examples:
 """
 )
 def command() -> None:
-    """Make, list and revoke the keys of KEYS_FILE, which holds their hashes only.
+    """Create, list and revoke the keys of KEYS_FILE, which holds only their hashes.
 
-    Exit code 0, or 2: the file or the command must be put right.
+    Exit code 0: success; 2: invalid command or key file.
     """
 
 
 @command.command("create")
 @click.argument("key_id", metavar="NAME", callback=_checked_by(read_id))
 @click.option("--scope", "scopes", type=click.Choice(["embed", "admin"]), multiple=True, help="Default: embed.")
-@click.option("--model", "models", multiple=True, callback=_checked_by(read_pattern), help='As "BAAI/*". Default: all.')
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    callback=_checked_by(read_pattern),
+    help='Pattern such as "BAAI/*". Default: all.',
+)
 @click.option("--requests-per-minute", type=click.IntRange(1), help="Default: what the server's settings say.")
 @click.option("--tokens-per-minute", type=click.IntRange(1), help="Default: what the server's settings say.")
-@click.option("--max-concurrent", type=click.IntRange(1), help="Requests at once. Default: no limit of its own.")
+@click.option("--max-concurrent", type=click.IntRange(1), help="Concurrent requests. Default: no limit per key.")
 @click.option(
     "--keep-alive/--no-keep-alive",
     default=None,
-    help="Whether its requests may say how long a model stays. Default: with the scope admin, or as the only key.",
+    help="Whether its requests may set `keep_alive`. Default: with the scope admin, or as the only key.",
 )
-@click.option("--print", "is_printed", is_flag=True, help="Show the entry instead of writing it.")
+@click.option("--print", "is_printed", is_flag=True, help="Print the entry instead of writing it.")
 @_FILE
 def create(  # noqa: PLR0913 - one argument an option
     key_id: str,
@@ -82,9 +88,9 @@ def create(  # noqa: PLR0913 - one argument an option
     keep_alive: bool | None,
     is_printed: bool,
 ) -> None:
-    """Make the key NAME: print it, and put its hash into the file.
+    """Create the key NAME: print it, and add its hash to the file.
 
-    The key alone goes to standard output, everything else to standard error.
+    Only the key goes to standard output, everything else to standard error.
     """
     secret = new_secret()
     key = Key(
@@ -99,19 +105,19 @@ def create(  # noqa: PLR0913 - one argument an option
     )
     path = None if is_printed else _path(file)
     if path is None:
-        click.echo(f"Its entry for KEYS_FILE:\n\n{entry_text(key)}", err=True)
+        click.echo(f"Entry for KEYS_FILE:\n\n{entry_text(key)}", err=True)
     else:
         _change(path, lambda text: with_key(text, key))
-        click.echo(f"{key_id} stands in {path}. {_SOON}", err=True)
-    click.echo("The key, which is nowhere stored and never shown again:", err=True)
+        click.echo(f"Added {key_id} to {path}. {_APPLIED_SOON}", err=True)
+    click.echo("The key, which is not stored and not shown again:", err=True)
     click.echo(secret)
 
 
 @command.command("list")
-@click.option("--json", "as_json", is_flag=True, help="A JSON list with every field but the hash.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list with all fields except the hash.")
 @_FILE
 def show(file: Path | None, *, as_json: bool) -> None:
-    """Show who has a key, and what it opens."""
+    """List the keys with their scopes, models and limits."""
     try:
         keys = read_keys(_required(file))
     except KeysError as error:
@@ -126,14 +132,14 @@ def show(file: Path | None, *, as_json: bool) -> None:
 @click.argument("key_id", metavar="NAME", shell_complete=key_ids)
 @_FILE
 def revoke(key_id: str, file: Path | None) -> None:
-    """Take the key NAME out of the file: it opens nothing any more. Its running requests are finished."""
+    """Remove the key NAME from the file. Its running requests are finished."""
     path = _required(file)
     _change(path, lambda text: without_key(text, key_id), may_make=False)
-    click.echo(f"{key_id} is out of {path}. {_SOON}", err=True)
+    click.echo(f"Removed {key_id} from {path}. {_APPLIED_SOON}", err=True)
 
 
 def _path(given: Path | None) -> Path | None:
-    """Where the keys are; None when no file is named anywhere."""
+    """Return the path of the key file; None when none is set."""
     if given is not None:
         return given
     try:
@@ -145,7 +151,7 @@ def _path(given: Path | None) -> Path | None:
 def _required(given: Path | None) -> Path:
     path = _path(given)
     if path is None:
-        _fail("there is no keys file: set KEYS_FILE, or name one with --file")
+        _fail("no key file: set KEYS_FILE, or pass --file")
     return path
 
 
@@ -172,4 +178,4 @@ def _cells(key: Key) -> tuple[str, ...]:
 
 def _fail(message: str) -> NoReturn:
     click.echo(message, err=True)
-    raise SystemExit(MISTAKES)
+    raise SystemExit(EXIT_INVALID)

@@ -1,7 +1,7 @@
-"""`embedyard`: finds the subcommand and runs it. Each lives in `router/cli/NAME.py` as `command`.
+"""`embedyard`: the command group. Each subcommand is `command` in `router/cli/NAME.py`.
 
-A subcommand is imported only when it is asked for, so that `embedyard check` never pays for torch or the server, and
-`.env` can set `HF_*` before anything imports huggingface_hub.
+Subcommands are imported on use, so that `embedyard check` does not import torch or the server, and `.env` can set
+`HF_*` before anything imports huggingface_hub.
 """
 
 import importlib
@@ -13,37 +13,37 @@ from router.config.settings import export_hub_variables
 
 SUMMARIES = {
     "serve": "Serve the models of the registry.",
-    "check": "Say whether the registry and the settings are right.",
+    "check": "Validate the registry and the settings.",
     "models": "Show the models of the registry.",
     "pull": "Download models ahead of time.",
-    "plan": "Say what loading models would need, without loading them.",
-    "calibrate": "Print a model's ranges for int8 vectors.",
-    "keys": "Make API keys.",
-    "bench": "Measure a running server, this one or any other with OpenAI's API.",
-    "ray": "Put hosts on a Ray cluster.",
-    "doctor": "Look for what is wrong with this machine or setup.",
-    "completion": "Print the completion script for a shell.",
+    "plan": "Predict what loading models would need, without loading them.",
+    "calibrate": "Compute a model's ranges for int8 vectors.",
+    "keys": "Create, list and revoke API keys.",
+    "bench": "Load-test a running server with an OpenAI-compatible API.",
+    "ray": "Deploy hosts to a Ray cluster.",
+    "doctor": "Diagnose this machine and its configuration.",
+    "completion": "Print a shell completion script.",
 }
-"""One line each for `--help`, which must not import them all."""
+"""One line each for `--help`, which must not import the modules."""
 
 MODULES = {"ray": "ray_deploy"}
-"""Modules of commands that are not called as the command is."""
+"""Commands whose module has another name."""
 
 EXAMPLES = """
 \b
 Examples:
-  embedyard check                    is registry.yaml right? are the settings?
-  embedyard serve                    serve it on http://127.0.0.1:6008
-  embedyard models                   what is in the registry
-  embedyard doctor                   what is wrong, and what to do
-  embedyard COMMAND --help           more about one command
+  embedyard check                    validate registry.yaml and the settings
+  embedyard serve                    serve on http://127.0.0.1:6008
+  embedyard models                   list the models of the registry
+  embedyard doctor                   find problems and their remedies
+  embedyard COMMAND --help           help for one command
 
 Settings come from the environment and from .env; .env.example lists them all.
 """
 
 
 class LazyGroup(click.Group):
-    """A group whose subcommands are modules, imported on demand."""
+    """A click group that imports the modules of its subcommands on use."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(SUMMARIES)
@@ -65,17 +65,19 @@ def _print_version(ctx: click.Context, _option: click.Parameter, is_asked: bool)
     try:
         click.echo(f"embedyard {version('embedyard')}")
     except PackageNotFoundError:
-        click.echo("embedyard, run from its source folder without being installed")
+        click.echo("embedyard (run from source, not installed)")
     ctx.exit()
 
 
 @click.group(cls=LazyGroup, epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Show it.")
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Show the version."
+)
 def cli() -> None:
     """One embeddings server for many models: OpenAI-compatible, loads on demand, evicts under a memory budget."""
 
 
 def main() -> None:
-    """The `embedyard` command."""
+    """Run the `embedyard` command."""
     export_hub_variables()
     cli(prog_name="embedyard")

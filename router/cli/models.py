@@ -1,4 +1,4 @@
-"""`embedyard models`: what is in the registry, what of it is here, and with `--url` what is in a server's memory."""
+"""`embedyard models`: lists the registry's models, their size on disk, and with `--url` their state on a server."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,19 +27,19 @@ _NEAREST_FIRST = ("ready", "warming", "loading", "waiting_space", "fetching", "d
 \b
 Examples:
   embedyard models                   a table
-  embedyard models | cut -f1         the names: in a pipe, one model a line, columns parted by tabs
-  embedyard models --json            everything, for programs
-  embedyard models --url http://127.0.0.1:6008    with the states of a running server
+  embedyard models | cut -f1         names only: in a pipe, one model per line, tab-separated
+  embedyard models --json            all fields, for programs
+  embedyard models --url http://127.0.0.1:6008    with states on a running server
 """
 )
-@click.option("--url", help="Ask the server that runs there for states and memory.")
-@click.option("--registry", type=click.Path(path_type=Path), help="Another file than the settings name.")
-@click.option("--json", "as_json", is_flag=True, help="A JSON list with every field.")
+@click.option("--url", help="Server to query for states and memory.")
+@click.option("--registry", type=click.Path(path_type=Path), help="Registry file, instead of REGISTRY.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list with all fields.")
 def command(url: str | None, registry: Path | None, *, as_json: bool) -> None:
     """Show the models of the registry: state, size on disk, size in memory, dimensions, licence.
 
-    Memory is what a model took when it was last loaded here; after a ~ it is an estimate from its files, weights alone.
-    Exit code 0, or 2: the registry, the settings or the address must be put right.
+    Memory is the size of the last load on this machine; with a ~ it is an estimate from the files, weights only.
+    Exit code 0: success; 2: invalid registry, settings or address.
     """
     try:
         settings = load_settings(flags={"REGISTRY": str(registry)} if registry else {})
@@ -57,7 +57,7 @@ def command(url: str | None, registry: Path | None, *, as_json: bool) -> None:
 
 
 def _slots(url: str, settings: Settings) -> dict[str, Slot]:
-    """Each model's slot nearest to serving."""
+    """Return each model's slot whose state is nearest to `ready`."""
     key = settings.admin_api_key or settings.api_key
     slots = get(url, "/admin/models", SlotList, key).data
     nearest = sorted(slots, key=lambda slot: -_NEAREST_FIRST.index(slot.state) if slot.state in _NEAREST_FIRST else -99)
@@ -66,13 +66,15 @@ def _slots(url: str, settings: Settings) -> dict[str, Slot]:
 
 def _forecasts(registry: Registry, settings: Settings) -> "list[tuple[ModelSpec, Forecast]]":
     from engines.planner import (
-        Forecaster,  # these bring huggingface_hub, which a mistake need not wait for
+        Forecaster,  # late: these import huggingface_hub
         Measurements,
         ModelStore,
     )
 
-    wish = settings.device[0]
-    device = ("cuda" if _GPU_DRIVER.exists() else "cpu") if wish == "auto" else wish  # torch would take seconds to tell
+    wanted = settings.device[0]
+    device = (
+        ("cuda" if _GPU_DRIVER.exists() else "cpu") if wanted == "auto" else wanted
+    )  # importing torch would take seconds
     store = ModelStore()
     try:
         forecaster = Forecaster(store, Measurements(settings.state_dir / "measurements.json"), device)
@@ -82,7 +84,7 @@ def _forecasts(registry: Registry, settings: Settings) -> "list[tuple[ModelSpec,
 
 
 class Row:
-    """One model, as the table and the JSON tell it. `slots` None: no server was asked."""
+    """One row of the table or the JSON list. `slots` None: no server was queried."""
 
     def __init__(self, spec: ModelSpec, forecast: "Forecast", slots: dict[str, Slot] | None) -> None:
         self.spec = spec
@@ -92,14 +94,14 @@ class Row:
 
     @property
     def state(self) -> str:
-        """The server's word, else what the disk says; a model that the server does not have is none of its."""
+        """State on the server, if one was queried, else on disk."""
         if self._is_live:
             return self._slot.state if self._slot else "not served"
         return "cold" if self._forecast.files else "absent"
 
     @property
     def memory_bytes(self) -> int | None:
-        """What it takes now, else what it took, else its weights."""
+        """Memory used now, else at the last load, else the size of the weights."""
         if self._slot is not None and self._slot.weight_bytes:
             return self._slot.weight_bytes + self._slot.workspace_bytes
         need = self._forecast.need
@@ -107,19 +109,19 @@ class Row:
 
     @property
     def is_estimate(self) -> bool:
-        """Whether the memory was never measured."""
+        """Whether `memory_bytes` is not measured."""
         need = self._forecast.need
         is_resident = self._slot is not None and self._slot.weight_bytes > 0
         return not is_resident and need is not None and not need.workspace_known
 
     @property
     def dimensions(self) -> int | None:
-        """The model's own width."""
+        """Native dimensions of the model."""
         info = self._slot.info if self._slot else None
         return info.dimensions if info else self._forecast.width
 
     def cells(self) -> tuple[str, ...]:
-        """In the order of `COLUMNS`."""
+        """Format the row, in the order of `COLUMNS`."""
         files, memory = self._forecast.files, self.memory_bytes
         return (
             self.spec.model_id,
@@ -133,7 +135,7 @@ class Row:
         )
 
     def record(self, registry: Registry) -> dict[str, object]:
-        """Everything, for programs."""
+        """Return all fields, for `--json`."""
         files = self._forecast.files
         return {
             **msgspec.structs.asdict(self.spec),
@@ -149,7 +151,7 @@ class Row:
 
 
 def _widths(native: int | None, matryoshka: Matryoshka | None) -> str:
-    """The model's own width, and those below it that may be asked for: `1024 (32+)`, `768 (256, 512)`."""
+    """Format the native dimensions and the smaller ones on offer: `1024 (32+)`, `768 (256, 512)`."""
     shown = "" if native is None else str(native)
     if matryoshka is None:
         return shown

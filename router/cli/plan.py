@@ -1,4 +1,4 @@
-"""`embedyard plan`: what loading models would need and whom it would send away, without loading anything."""
+"""`embedyard plan`: predicts what loading models would need and evict, without loading anything."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,9 +19,9 @@ from router.registry.registry import Registry, RegistryError, open_registry
 if TYPE_CHECKING:
     from engines.planner import Device, Forecast
 
-DOES_NOT_FIT = 1
-MISTAKES = 2
-"""Exit codes: a model has no room; the command, the registry, the settings or the address must be put right."""
+EXIT_DOES_NOT_FIT = 1
+EXIT_INVALID = 2
+"""Exit codes: a model does not fit; invalid command, registry, settings or address."""
 
 COLUMNS = ("name", "device", "state", "needs", "free", "fits", "would leave", "load", "why")
 
@@ -30,27 +30,29 @@ COLUMNS = ("name", "device", "state", "needs", "free", "fits", "would leave", "l
     epilog="""
 \b
 Examples:
-  embedyard plan bge-m3                        this machine, when nothing else is in memory
-  embedyard plan bge-m3 m3e-base               and whether both fit at once
-  embedyard plan bge-m3 --url http://127.0.0.1:6008    a running server, as it is now
+  embedyard plan bge-m3                        on this machine, with nothing else in memory
+  embedyard plan bge-m3 m3e-base               also whether both fit at once
+  embedyard plan bge-m3 --url http://127.0.0.1:6008    on a running server, as it is now
 """
 )
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...", shell_complete=model_names)
-@click.option("--url", help="Ask the server that runs there.")
-@click.option("--registry", type=click.Path(path_type=Path), help="Another file than REGISTRY names.")
-@click.option("--json", "as_json", is_flag=True, help="A JSON list of plans.")
+@click.option("--url", help="Plan on the server at this address.")
+@click.option("--registry", type=click.Path(path_type=Path), help="Registry file, instead of REGISTRY.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list of plans.")
 def command(models: tuple[str, ...], *, url: str | None, registry: Path | None, as_json: bool) -> None:
-    """Say what loading MODELs would need, without loading them.
+    """Predict what loading MODELs would need, without loading them.
 
-    Sizes are those of earlier loads, else of the files, else of the hub's headers (a few kilobytes, no download). Exit
-    code 0: each has room, 1: some have not, 2: a mistake.
+    Sizes come from earlier loads, else from the files, else from headers on the hub (a few kilobytes, no download).
+    Exit code 0: every model fits; 1: some do not; 2: invalid command, registry, settings or address.
     """
     try:
         settings = load_settings(flags={"REGISTRY": str(registry)} if registry else {})
-        plans, summary = _ask(url, models, settings) if url else _look(models, settings, open_registry(settings))
+        plans, summary = (
+            _plan_on_server(url, models, settings) if url else _plan_locally(models, settings, open_registry(settings))
+        )
     except (SettingsError, RegistryError, ModelNotFound, InvalidValue, RemoteError) as error:
         click.echo(str(error), err=True)
-        raise SystemExit(MISTAKES) from None
+        raise SystemExit(EXIT_INVALID) from None
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(plans), indent=2))
     else:
@@ -58,21 +60,21 @@ def command(models: tuple[str, ...], *, url: str | None, registry: Path | None, 
         if summary:
             click.echo(summary, err=True)
     if not all(plan.fits for plan in plans):
-        raise SystemExit(DOES_NOT_FIT)
+        raise SystemExit(EXIT_DOES_NOT_FIT)
 
 
-def _ask(url: str, models: tuple[str, ...], settings: Settings) -> tuple[list[Plan], str]:
-    """A running server."""
+def _plan_on_server(url: str, models: tuple[str, ...], settings: Settings) -> tuple[list[Plan], str]:
+    """Plan on a running server."""
     key = settings.admin_api_key or settings.api_key
     return [get(url, f"/admin/plan?model={quote(name, safe='')}", Plan, key) for name in models], ""
 
 
-def _look(models: tuple[str, ...], settings: Settings, registry: Registry) -> tuple[list[Plan], str]:
-    """This machine, empty.
+def _plan_locally(models: tuple[str, ...], settings: Settings, registry: Registry) -> tuple[list[Plan], str]:
+    """Plan on this machine, with nothing in memory.
 
     Raises:
-        ModelNotFound: no such model in the registry.
-        InvalidValue: no such device.
+        ModelNotFound: the model is not in the registry.
+        InvalidValue: the device does not exist.
     """
     specs = {spec.model_id: spec for spec in map(registry.resolve, models)}
     from engines.planner import (  # these bring huggingface_hub
@@ -91,12 +93,12 @@ def _look(models: tuple[str, ...], settings: Settings, registry: Registry) -> tu
         forecasts = {model_id: forecaster.forecast(spec, ask_hub=True) for model_id, spec in specs.items()}
     finally:
         store.close()
-    plans = [plan_best(devices, spec, forecasts[model_id]) or _homeless(spec) for model_id, spec in specs.items()]
-    return plans, _together(forecasts, devices) if len(specs) > 1 else ""
+    plans = [plan_best(devices, spec, forecasts[model_id]) or _no_device(spec) for model_id, spec in specs.items()]
+    return plans, _summary(forecasts, devices) if len(specs) > 1 else ""
 
 
 def _devices(settings: Settings) -> tuple[str, ...]:
-    """torch knows the GPUs, and takes seconds to be asked."""
+    """Return the devices; imports torch, which takes seconds, only when there may be GPUs."""
     if set(settings.device) == {"cpu"}:
         return ("cpu",)
     from engines.machine import find_devices
@@ -104,19 +106,19 @@ def _devices(settings: Settings) -> tuple[str, ...]:
     return find_devices(settings.device)
 
 
-def _homeless(spec: ModelSpec) -> Plan:
+def _no_device(spec: ModelSpec) -> Plan:
     return Plan(
         model_id=spec.model_id, host_id="", state="absent", fits=False, need_bytes=0, free_bytes=0,
-        reason=f"it is for device {spec.device}, and DEVICE does not name that",
+        reason=f"requires device {spec.device}, which is not in DEVICE",
     )  # fmt: skip
 
 
-def _together(forecasts: dict[str, "Forecast"], devices: "list[Device]") -> str:
+def _summary(forecasts: dict[str, "Forecast"], devices: "list[Device]") -> str:
     from engines.planner import total_need_bytes
 
     need, budget = total_need_bytes(forecasts), sum(device.budget_bytes for device in devices)
     unknown = [model_id for model_id, forecast in forecasts.items() if forecast.need is None]
-    end = f"; of {', '.join(unknown)} the size is not known" if unknown else ""
+    end = f"; size of {', '.join(unknown)} not known" if unknown else ""
     verdict = "they fit at once" if need <= budget else "they take turns"
     return f"together {format_bytes(need)} of {format_bytes(budget)}: {verdict}{end}"
 

@@ -1,4 +1,4 @@
-"""`embedyard pull`: bring models to disk before anyone asks for them, and bring branches up to date."""
+"""`embedyard pull`: downloads models ahead of time, and updates models that follow a branch."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
     from engines.planner import ModelStore
     from engines.types import ModelFiles
 
-FAILED = 1
-MISTAKES = 2
-"""Exit codes: a model could not be had; the command, the registry or the settings must be put right."""
+EXIT_FAILED = 1
+EXIT_INVALID = 2
+"""Exit codes: a download failed; invalid command, registry or settings."""
 
 _STEPS = 10
-_LONG_BYTES = 10_000_000
-"""In a pipe a download says so many times how far it is, if it is at least so large."""
+_MIN_PROGRESS_BYTES = 10_000_000
+"""In a pipe, downloads of at least so many bytes print their progress in so many steps."""
 
 
 class Report(Protocol):
-    """Where progress and outcomes go: bars on a terminal, lines elsewhere."""
+    """Shows progress and results: bars on a terminal, lines elsewhere."""
 
     def begin(self, spec: ModelSpec) -> None: ...
 
@@ -44,43 +44,43 @@ class Report(Protocol):
     epilog="""
 \b
 Examples:
-  embedyard pull bge-m3              one model, by its name or an alias
+  embedyard pull bge-m3              one model, by id or alias
   embedyard pull --all               every model of the registry
   embedyard pull --all && embedyard serve
 """
 )
 @click.argument("models", nargs=-1, metavar="[MODEL]...", shell_complete=model_names)
-@click.option("--all", "wants_all", is_flag=True, help="Every model of the registry.")
-@click.option("--registry", type=click.Path(path_type=Path), help="Another file than REGISTRY names.")
-def command(models: tuple[str, ...], *, wants_all: bool, registry: Path | None) -> None:
-    """Download models and verify them; what was downloaded in part is gone on with.
+@click.option("--all", "is_all", is_flag=True, help="Every model of the registry.")
+@click.option("--registry", type=click.Path(path_type=Path), help="Registry file, instead of REGISTRY.")
+def command(models: tuple[str, ...], *, is_all: bool, registry: Path | None) -> None:
+    """Download and verify models; resumes partial downloads.
 
-    A model without a pinned revision is brought to the hub's newest. Exit code 0: all are here, 1: some are not, 2: a
-    mistake in the command or the registry.
+    A model without a pinned revision is updated to the newest one on the hub. Exit code 0: all models are on disk; 1:
+    some are not; 2: invalid command, registry or settings.
     """
-    if bool(models) == wants_all:
-        raise click.UsageError("name models, or say --all")
+    if bool(models) == is_all:
+        raise click.UsageError("name models, or pass --all")
     try:
         settings = load_settings(flags={"REGISTRY": str(registry)} if registry else {})
         found = with_model_path(_registry(settings), settings)
-        specs = tuple(found.models.values()) if wants_all else tuple(found.resolve(name) for name in models)
+        specs = tuple(found.models.values()) if is_all else tuple(found.resolve(name) for name in models)
     except (SettingsError, RegistryError, ModelNotFound) as error:
         click.echo(str(error), err=True)
-        raise SystemExit(MISTAKES) from None
+        raise SystemExit(EXIT_INVALID) from None
     if not _pull_all(specs):
-        raise SystemExit(FAILED)
+        raise SystemExit(EXIT_FAILED)
 
 
 def _registry(settings: Settings) -> Registry:
-    """`MODEL_PATH` alone is enough: then there need be no file."""
+    """Read the registry; with `MODEL_PATH` the file is optional."""
     if settings.model_path and not settings.registry.exists():
         return Registry()
     return read_registry(settings.registry)
 
 
 def _pull_all(specs: tuple[ModelSpec, ...]) -> bool:
-    """Pull one model after the other; returns whether all are here."""
-    from engines.planner import ModelStore  # brings huggingface_hub, which a usage error need not wait for
+    """Pull one model after the other; returns whether all are on disk."""
+    from engines.planner import ModelStore  # late: imports huggingface_hub
 
     store = ModelStore()
     try:
@@ -92,16 +92,16 @@ def _pull_all(specs: tuple[ModelSpec, ...]) -> bool:
 
 
 def _pull(store: "ModelStore", spec: ModelSpec, report: Report) -> bool:
-    """One model. What is here already stays good when the hub cannot be asked for anything newer."""
+    """Pull one model. Files on disk are enough when the hub is not reachable for an update."""
     report.begin(spec)
     try:
         files = store.fetch(spec, report.progress, refresh=True)
     except (HubUnreachable, OfflineMode) as error:
-        kept = store.locate(spec)
-        if kept is None:
+        files_on_disk = store.locate(spec)
+        if files_on_disk is None:
             report.end(f"failed  {spec.model_id}  {error}", is_error=True)
             return False
-        report.end(f"{_ok(spec, kept)}  (not asked for newer: {error})")
+        report.end(f"{_ok(spec, files_on_disk)}  (not checked for updates: {error})")
     except BadModel as error:
         report.end(f"failed  {spec.model_id}  {error}", is_error=True)
         return False
@@ -119,7 +119,7 @@ def _reporting() -> Iterator[Report]:
     if not is_terminal():
         yield Lines()
         return
-    from rich.console import Console  # only for a terminal: it costs more than the rest of the command
+    from rich.console import Console  # only for a terminal: importing it takes longer than the rest of the command
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (
@@ -130,7 +130,7 @@ def _reporting() -> Iterator[Report]:
 
 
 class Lines:
-    """A line now and then, for logs: none of them is ever rewritten."""
+    """Prints lines, for logs."""
 
     def begin(self, spec: ModelSpec) -> None:
         self._model_id = spec.model_id
@@ -138,8 +138,8 @@ class Lines:
 
     def progress(self, done_bytes: int, total_bytes: int) -> None:
         step = done_bytes * _STEPS // max(1, total_bytes)
-        # The first figures are what was here before; only what comes on top is news.
-        if self._step is not None and self._step < step < _STEPS and total_bytes >= _LONG_BYTES:
+        # The first figures are of files on disk already; only what is downloaded now is progress.
+        if self._step is not None and self._step < step < _STEPS and total_bytes >= _MIN_PROGRESS_BYTES:
             click.echo(f"...  {self._model_id}  {format_bytes(done_bytes)} of {format_bytes(total_bytes)}")
         self._step = step
 
@@ -148,7 +148,7 @@ class Lines:
 
 
 class Bars:
-    """A bar for the model on its way; its outcome stays as a line above."""
+    """Shows a bar for the current model; results stay as lines above."""
 
     def __init__(self, progress: "Progress") -> None:
         self._progress = progress

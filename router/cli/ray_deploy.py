@@ -1,4 +1,4 @@
-"""`embedyard ray`: hosts on a Ray cluster. Ray is imported only when one of these runs."""
+"""`embedyard ray`: deploys hosts to a Ray cluster. Ray is imported only when a subcommand runs."""
 
 import click
 
@@ -7,8 +7,8 @@ from router.config.settings import SettingsError, load_settings
 from router.config.yaml_document import FileError
 from router.registry.registry import open_registry
 
-MISTAKES = 2
-"""The exit code when something must be put right."""
+EXIT_INVALID = 2
+"""Exit code for invalid settings or registry, or when no cluster is reachable."""
 
 
 @click.group(
@@ -16,31 +16,33 @@ MISTAKES = 2
     epilog="""
 \b
 Examples:
-  ray start --head                              a cluster of this machine alone
-  embedyard ray deploy                          a host for each GPU of the cluster, else for each node
-  BACKEND=ray embedyard serve                   a router; any number of them, on any machine of the cluster
-  embedyard ray deploy --hosts 4 --cpus 8       four hosts of eight cores each
+  ray start --head                              a cluster of this machine only
+  embedyard ray deploy                          one host per GPU of the cluster, else per node
+  BACKEND=ray embedyard serve                   a router; any number, on any machine of the cluster
+  embedyard ray deploy --hosts 4 --cpus 8       four hosts with eight cores each
   embedyard ray remove
 """,
 )
 def command() -> None:
-    """Put hosts on a Ray cluster (pip install 'embedyard[ray]').
+    """Deploy hosts to a Ray cluster (pip install 'embedyard[ray]').
 
-    Exit code 0: done; 2: something must be put right first, and the message says what.
+    Exit code 0: success; 2: invalid settings or registry, or no cluster is reachable.
     """
 
 
 @command.command()
-@click.option("--hosts", type=click.IntRange(1), help="How many; left out, one for each GPU, else for each node.")
-@click.option("--gpus", type=click.FloatRange(0), default=0.0, help="GPUs of each, with --hosts.", show_default=True)
-@click.option("--cpus", type=click.FloatRange(0.1), default=1.0, help="Cores of each.", show_default=True)
-@click.option("--address", help="Of the cluster, instead of RAY_ADDRESS.")
+@click.option("--hosts", type=click.IntRange(1), help="Number of hosts. Default: one per GPU, else one per node.")
+@click.option("--gpus", type=click.FloatRange(0), default=0.0, help="GPUs per host, with --hosts.", show_default=True)
+@click.option("--cpus", type=click.FloatRange(0.1), default=1.0, help="Cores per host.", show_default=True)
+@click.option("--address", help="Address of the cluster, instead of RAY_ADDRESS.")
 def deploy(hosts: int | None, gpus: float, cpus: float, address: str | None) -> None:
-    """Deploy the hosts with the registry and settings of this machine, or bring them up to date."""
+    """Deploy or update the hosts with the registry and settings of this machine."""
     try:
         settings = load_settings()
         registry = open_registry(settings)
-        from router.backends.ray import deploy as ray_deploy  # late: takes seconds, and mistakes above are told at once
+        from router.backends.ray import (
+            deploy as ray_deploy,  # late: takes seconds, and the mistakes above are reported first
+        )
 
         ray_deploy.connect(address)
         plan = ray_deploy.Plan(hosts=hosts, gpus=gpus, cpus=cpus) if hosts else ray_deploy.one_per_device(cpus)
@@ -53,9 +55,9 @@ def deploy(hosts: int | None, gpus: float, cpus: float, address: str | None) -> 
 
 
 @command.command()
-@click.option("--address", help="Of the cluster, instead of RAY_ADDRESS.")
+@click.option("--address", help="Address of the cluster, instead of RAY_ADDRESS.")
 def remove(address: str | None) -> None:
-    """End the hosts; what they have begun is finished within GRACE_SECONDS."""
+    """Remove the hosts; running requests are finished within GRACE_SECONDS."""
     try:
         from router.backends.ray import deploy as ray_deploy  # late, as above
 
@@ -69,4 +71,4 @@ def remove(address: str | None) -> None:
 
 def _fail(message: str) -> None:
     click.echo(message, err=True)
-    raise SystemExit(MISTAKES)
+    raise SystemExit(EXIT_INVALID)

@@ -1,4 +1,4 @@
-"""`embedyard serve`: settings and registry in, a running server out."""
+"""`embedyard serve`: runs the server with the settings and the registry."""
 
 import shlex
 import socket
@@ -14,41 +14,42 @@ from router.config.settings import Settings, SettingsError, load_settings
 from router.config.yaml_document import FileError
 from router.registry.registry import Registry, open_registry
 
-MISTAKES = 2
-"""The exit code when something must be put right."""
+EXIT_INVALID = 2
+"""Exit code for an invalid registry, settings or address."""
 
 
 @click.command(
     epilog="""
 \b
 Examples:
-  embedyard serve                             what registry.yaml names, on http://127.0.0.1:6008
+  embedyard serve                             the models of registry.yaml, on http://127.0.0.1:6008
   embedyard serve --port 8080
-  MODEL_PATH=./my-model embedyard serve       one folder
+  MODEL_PATH=./my-model embedyard serve       a single model folder
 """
 )
-@click.option("--registry", type=click.Path(path_type=Path), help="Another file than REGISTRY names.")
-@click.option("--host", help="Where to listen, instead of HOST.")
-@click.option("--port", help="On which port, instead of PORT; 0 takes a free one.")
+@click.option("--registry", type=click.Path(path_type=Path), help="Registry file, instead of REGISTRY.")
+@click.option("--host", help="Address to listen on, instead of HOST.")
+@click.option("--port", help="Port to listen on, instead of PORT; 0 takes a free one.")
 def command(registry: Path | None, host: str | None, port: str | None) -> None:
-    """Serve the models of the registry until SIGTERM or Ctrl+C, then finish what was begun.
+    """Serve the models of the registry until SIGTERM or Ctrl+C, then finish running requests.
 
-    Exit code 0 after such an end; 2: the registry, the settings or the address must be put right.
+    Exit code 0: shut down by a signal; 1: forced exit with unfinished requests; 2: invalid registry, settings or
+    address.
     """
     given = {"REGISTRY": registry and str(registry), "HOST": host, "PORT": port}
     try:
         settings = load_settings(flags={name: text for name, text in given.items() if text})
         found = open_registry(settings)
-        _check_door(settings)
+        _check_keys_and_limits(settings)
         with _listener(settings) as listener:
             _serve(settings, found, listener)
     except (SettingsError, FileError, InvalidValue) as error:
         click.echo(str(error), err=True)
-        raise SystemExit(MISTAKES) from None
+        raise SystemExit(EXIT_INVALID) from None
 
 
-def _check_door(settings: Settings) -> None:
-    """Keys and the storage of limits are opened with the app; their mistakes are told before anything slow begins."""
+def _check_keys_and_limits(settings: Settings) -> None:
+    """Validate the key file and the limit storage early; the app opens them after slow imports."""
     from router.limits.store import open_store
 
     if settings.keys_file is not None:
@@ -62,12 +63,12 @@ def _listener(settings: Settings) -> socket.socket:
     try:
         return listen(settings.host, settings.port)
     except OSError as error:
-        reason = f"HOST={settings.host}, PORT={settings.port}: {error.strerror}; choose another, or stop what uses it"
+        reason = f"HOST={settings.host}, PORT={settings.port}: {error.strerror}; choose another, or stop its process"
         raise SettingsError((reason,)) from None
 
 
 def _serve(settings: Settings, registry: Registry, listener: socket.socket) -> None:
-    # Late: these bring torch and the server, and mistakes above should be told at once.
+    # late: these import torch and the server, and the mistakes above are reported first
     from router.app import create_app
     from router.backends.factory import open_backend
     from router.observability.logs import configure_logging
@@ -84,15 +85,15 @@ def _serve(settings: Settings, registry: Registry, listener: socket.socket) -> N
 
 
 def banner(settings: Settings, registry: Registry, hosts: tuple[HostSnapshot, ...], port: int) -> str:
-    """What is served, where, with how much memory, and a request to try."""
+    """Format the start message: address, models, devices, memory, and an example request."""
     shown = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
     url = f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
     names = [f"{name} (default)" if name == registry.default_model else name for name in registry.models]
     devices = [f"{host.device}: {_gib(host.budget_bytes)} of {_gib(host.total_bytes)} for models" for host in hosts]
     example = registry.default_model or next(iter(registry.models), "")
     lines = [f"Embedyard serves {url}  (documentation: {url}/docs)", *map("  model   {}".format, names)]
-    outlook = plan_capacity(registry, hosts)
-    memory = [f"memory  {outlook}"] if outlook.num_known else []
+    capacity = plan_capacity(registry, hosts)
+    memory = [f"memory  {capacity}"] if capacity.num_known else []
     lines += [f"  {line}" for line in (*map("device  {}".format, devices), *memory)]
     return "\n".join([*lines, "Try:", f"  {_curl(settings, url, example)}"])
 

@@ -1,7 +1,6 @@
-"""Load on any OpenAI-compatible embeddings server: what `embedyard bench` and `benchmarks/` send, and how they time it.
+"""Load generator for OpenAI-compatible embeddings servers, used by `embedyard bench` and `benchmarks/`.
 
-The server itself never imports this, and this knows no server: `http_client` speaks the API, `phases` decides when each
-request leaves, `outcome` sums up.
+The server never imports this package. `http_client` sends requests, `phases` schedules them, `results` summarizes.
 """
 
 from router.loadgen.phases import Clients, Phase, Until, Watch, after, after_s, closed, opened, run, send

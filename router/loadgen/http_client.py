@@ -1,6 +1,6 @@
-"""The embeddings API as bytes on a socket: requests encoded beforehand, answers left as they come.
+"""Minimal HTTP/1.1 client for the embeddings API: sends pre-encoded requests, and leaves responses undecoded.
 
-One connection carries one request at a time. Speaks HTTP/1.1 and no other, and knows no particular server.
+A connection carries one request at a time.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 
 class Target(Struct, frozen=True):
-    """An OpenAI-compatible server and one of its models. `timeout_s`: how long an answer may take."""
+    """An OpenAI-compatible server and one of its models. `timeout_s`: of a request."""
 
     url: str
     model: str
@@ -28,7 +28,7 @@ class Target(Struct, frozen=True):
 
     @property
     def is_tls(self) -> bool:
-        """Whether it is spoken to in HTTPS."""
+        """Whether the URL is HTTPS."""
         return urlsplit(self.url).scheme == "https"
 
     @property
@@ -39,86 +39,86 @@ class Target(Struct, frozen=True):
 
     @property
     def path(self) -> str:
-        """Of embeddings; the URL may end in `/v1` or before it."""
+        """Path of the embeddings route; the URL may or may not end in `/v1`."""
         return f"{urlsplit(self.url).path.rstrip('/').removesuffix('/v1')}/v1/embeddings"
 
     @property
     def headers(self) -> dict[str, str]:
-        """Of every request."""
+        """Headers of every request."""
         key = {"Authorization": f"Bearer {self.api_key}"} if self.api_key is not None else {}
         return {"Content-Type": "application/json", **key}
 
 
 class Request(Struct, frozen=True):
-    """One request, ready to be written."""
+    """One encoded request."""
 
     data: bytes
     num_texts: int
 
 
-class Answer(Struct, frozen=True):
-    """One answer, not decoded."""
+class Response(Struct, frozen=True):
+    """One response, not decoded."""
 
     status: int
     body: bytes
 
 
 def encode(target: Target, texts: Sequence[str], encoding_format: str = "base64", **fields: object) -> Request:
-    """`POST /v1/embeddings` as bytes."""
+    """Encode a `POST /v1/embeddings`."""
     body = msgspec.json.encode(
         {"model": target.model, "input": list(texts), "encoding_format": encoding_format, **fields}
     )
-    host = urlsplit(target.url).netloc  # as it stands there: without the port where it is the usual one
+    host = urlsplit(target.url).netloc  # as in the URL: without the default port
     headers = {"Host": host, **target.headers, "Content-Length": str(len(body))}
     lines = [f"POST {target.path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
     return Request("\r\n".join(lines).encode() + body, len(texts))
 
 
 def vectors(target: Target, texts: Sequence[str], encoding_format: str = "base64") -> NDArray[np.float32]:
-    """One request, checked and decoded: `[n, D]`.
+    """Send one request, check and decode the response: float32 `[n, D]`.
 
     Raises:
-        OSError: the server cannot be reached, or its answer is not one.
+        OSError: the server is unreachable, or its response is invalid.
     """
     body = msgspec.json.encode({"model": target.model, "input": list(texts), "encoding_format": encoding_format})
-    items = sorted(_exchange(target, "POST", target.path, body)["data"], key=lambda item: item["index"])
+    items = sorted(_request_json(target, "POST", target.path, body)["data"], key=lambda item: item["index"])
     if len(items) != len(texts):
         raise OSError(f"{target.url} answered {len(items)} vectors for {len(texts)} texts")
     return np.stack([_decode(item["embedding"]) for item in items])
 
 
 def models(target: Target) -> list[str]:
-    """What the server says it serves.
+    """List the model ids of the server.
 
     Raises:
-        OSError: it cannot be reached, or does not say.
+        OSError: the server is unreachable, or its response is invalid.
     """
-    answer = _exchange(target, "GET", target.path.replace("/embeddings", "/models"))
+    response = _request_json(target, "GET", target.path.replace("/embeddings", "/models"))
     try:
-        return [str(model["id"]) for model in answer["data"]]
+        return [str(model["id"]) for model in response["data"]]
     except (KeyError, TypeError):
-        raise OSError(f"{target.url} does not say which models it serves") from None
+        raise OSError(f"{target.url} does not list its models") from None
 
 
-def _exchange(target: Target, method: str, path: str, body: bytes | None = None) -> Any:
-    """One request on a connection of its own; the JSON of its answer."""
+def _request_json(target: Target, method: str, path: str, body: bytes | None = None) -> Any:
+    """Send one request on a new connection; returns the JSON of the response."""
     kind = http.client.HTTPSConnection if target.is_tls else http.client.HTTPConnection
     connection = kind(*target.address, timeout=target.timeout_s)
     try:
         connection.request(method, path, body, target.headers)
-        answer = connection.getresponse()
-        content = answer.read()
-        if answer.status != 200:
-            raise OSError(f"{target.url} answered {answer.status}: {refusal(content)[1]}")
+        response = connection.getresponse()
+        content = response.read()
+        if response.status != 200:
+            raise OSError(f"{target.url} answered {response.status}: {refusal(content)[1]}")
         return json.loads(content)
     except (http.client.HTTPException, ValueError) as error:
-        raise OSError(f"{target.url} answered nothing that can be read: {error}") from None
+        raise OSError(f"{target.url} sent an unreadable response: {error}") from None
     finally:
         connection.close()
 
 
 def refusal(body: bytes) -> tuple[str, str]:
-    """Code and message of an answer that is a failure; of one that is not OpenAI's, its first words."""
+    """Return code and message of an error response; without OpenAI's envelope, the start of its body."""
     try:
         error = json.loads(body)["error"]
         return str(error.get("code") or ""), str(error["message"])
@@ -133,43 +133,43 @@ def _decode(embedding: str | list[float]) -> NDArray[np.float32]:
 
 
 class Connection(asyncio.Protocol):
-    """One kept-alive connection with one request under way at most."""
+    """A keep-alive connection with at most one request in flight."""
 
     def __init__(self) -> None:
         self.is_open = False
-        self._waiting: asyncio.Future[Answer] | None = None
+        self._pending: asyncio.Future[Response] | None = None
         self._transport: Any = None
-        self._begin()
+        self._reset()
 
     @classmethod
     async def open(cls, target: Target) -> "Connection":
         """Connect.
 
         Raises:
-            OSError: nobody listens there.
+            OSError: nothing listens there.
         """
         host, port = target.address
         _, connection = await asyncio.get_running_loop().create_connection(cls, host, port, ssl=target.is_tls or None)
         return connection
 
-    async def ask(self, request: Request) -> Answer:
-        """Send and wait for the whole answer.
+    async def ask(self, request: Request) -> Response:
+        """Send a request and wait for the whole response.
 
         Raises:
-            ConnectionError: the server closed the connection, or answered something that is not HTTP.
+            ConnectionError: the server closed the connection, or the response is not HTTP.
         """
         if not self.is_open:
             raise ConnectionResetError("the connection is closed")
-        self._waiting = asyncio.get_running_loop().create_future()
+        self._pending = asyncio.get_running_loop().create_future()
         self._transport.write(request.data)
-        return await self._waiting
+        return await self._pending
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         self.is_open = False
         self._transport.close()
 
-    # ---- what the transport says ----
+    # ---- callbacks of the transport ----
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
@@ -184,39 +184,39 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.is_open = False
-        if self._is_answering and not self._has_length and exc is None:
-            self._settle()
+        if self._in_response and not self._has_length and exc is None:
+            self._finish_response()
         self._fail("the server closed the connection")
 
-    # ---- what the parser says ----
+    # ---- callbacks of the parser ----
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if name.lower() in (b"content-length", b"transfer-encoding"):
             self._has_length = True
 
     def on_headers_complete(self) -> None:
-        self._is_answering = self._parser.get_status_code() >= 200  # those below are notes before the answer
+        self._in_response = self._parser.get_status_code() >= 200  # 1xx are informational
 
     def on_body(self, body: bytes) -> None:
         self._parts.append(body)
 
     def on_message_complete(self) -> None:
-        if self._is_answering:
-            self._settle()
+        if self._in_response:
+            self._finish_response()
 
-    def _begin(self) -> None:
+    def _reset(self) -> None:
         self._parser = httptools.HttpResponseParser(self)
         self._parts: list[bytes] = []
-        self._is_answering = False
+        self._in_response = False
         self._has_length = False
 
-    def _settle(self) -> None:
-        answer = Answer(self._parser.get_status_code(), b"".join(self._parts))
+    def _finish_response(self) -> None:
+        response = Response(self._parser.get_status_code(), b"".join(self._parts))
         self.is_open = self.is_open and self._parser.should_keep_alive()
-        self._begin()
-        if self._waiting is not None and not self._waiting.done():
-            self._waiting.set_result(answer)
+        self._reset()
+        if self._pending is not None and not self._pending.done():
+            self._pending.set_result(response)
 
     def _fail(self, reason: str) -> None:
-        if self._waiting is not None and not self._waiting.done():
-            self._waiting.set_exception(ConnectionResetError(reason))
+        if self._pending is not None and not self._pending.done():
+            self._pending.set_exception(ConnectionResetError(reason))

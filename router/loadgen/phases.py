@@ -1,7 +1,7 @@
-"""Load on an embeddings server: closed (so many clients) or open (so many requests a second).
+"""Generates load: closed (a number of clients) or open (a rate of requests).
 
-Requests are encoded before the clock starts and answers are not decoded, so that the client takes little of the cores
-that it may share with the server; what it does take is in every outcome. Knows the API, but no particular server.
+Requests are encoded before the clock starts and responses are not decoded, so that the client takes little of the cores
+that it may share with the server; every outcome has what it does take.
 """
 
 import asyncio
@@ -20,15 +20,15 @@ from router.loadgen.results import Outcome, Sample
 
 Result = TypeVar("Result")
 Until = Callable[[int, float], bool]
-"""Given requests sent and seconds gone by: whether to send no more. What is under way is waited for."""
+"""Given the number of requests sent and the seconds elapsed: whether to stop. Requests in flight are awaited."""
 Watch = Callable[[Sample, bytes], None]
-"""Told of every request when it is done, with the body of its answer (empty: there was none)."""
+"""Called with every completed request and the body of its response (empty without one)."""
 
 _SEED = 7
 
 
 class Phase(Struct, frozen=True):
-    """One load: closed with so many clients, or open with so many requests a second."""
+    """One load: closed with `clients`, or open with `per_s` requests per second."""
 
     clients: int = 0
     per_s: float = 0.0
@@ -38,7 +38,7 @@ class Phase(Struct, frozen=True):
 
 
 class Clients:
-    """The connections of one phase and what was measured on them."""
+    """Holds the connections of one phase and the samples measured on them."""
 
     def __init__(self, target: Target, watch: Watch | None = None) -> None:
         self._target = target
@@ -51,17 +51,17 @@ class Clients:
         self._started_cpu_s = time.process_time()
 
     async def send(self, request: Request, due_s: float) -> None:
-        """One request on a free connection, or on a new one; a failure is a sample too."""
+        """Send one request on an idle or a new connection, and record a sample, also of a failure."""
         status, body, late_s = 0, b"", time.perf_counter() - due_s
         try:
             status, body = await self._ask(request)
         except TimeoutError:
-            self._failed("timed out", f"no answer within {self._target.timeout_s:g} s")
+            self._count_failure("timed out", f"no response within {self._target.timeout_s:g} s")
         except OSError as error:
-            self._failed(_kind(error), str(error))
+            self._count_failure(_kind(error), str(error))
         if status not in (0, 200):
             code, message = refusal(body)
-            self._failed(f"{status} {code}".rstrip(), message)
+            self._count_failure(f"{status} {code}".rstrip(), message)
         sample = Sample(due_s, time.perf_counter() - due_s, request.num_texts, status, late_s)
         self._samples.append(sample)
         if self._watch is not None:
@@ -72,16 +72,16 @@ class Clients:
         try:
             async with asyncio.timeout(self._target.timeout_s):
                 connection = await self._connection()
-                answer = await connection.ask(request)
+                response = await connection.ask(request)
         except BaseException:
             if connection is not None:
-                connection.close()  # its answer may still come: not for the next one to get
+                connection.close()  # its response may still arrive, and must not answer the next request
             raise
         self._idle.append(connection)
-        return answer.status, answer.body
+        return response.status, response.body
 
     async def _connection(self) -> Connection:
-        """The one used last, if the server has not closed it."""
+        """Return the most recently used open connection, else a new one."""
         while self._idle:
             connection = self._idle.pop()
             if connection.is_open:
@@ -89,12 +89,12 @@ class Clients:
             connection.close()
         return await Connection.open(self._target)
 
-    def _failed(self, kind: str, message: str) -> None:
+    def _count_failure(self, kind: str, message: str) -> None:
         self._errors[kind] += 1
         self._messages.setdefault(kind, message)
 
     def close(self) -> Outcome:
-        """Hang up and sum up."""
+        """Close the connections and return the outcome."""
         wall_s = time.perf_counter() - self._started_s
         cpu_s = time.process_time() - self._started_cpu_s
         for connection in self._idle:
@@ -109,21 +109,21 @@ class Clients:
 
 
 def _kind(error: OSError) -> str:
-    """In words that say whose fault it is."""
+    """Name the kind of failure."""
     if isinstance(error, ConnectionRefusedError):
         return "refused to connect"
     if isinstance(error, ConnectionError):
-        return "hung up"
+        return "connection closed"
     return "this client ran out of file descriptors" if error.errno == errno.EMFILE else type(error).__name__
 
 
 async def closed(
     target: Target, requests: Sequence[Request], num_clients: int, *, until: Until, watch: Watch | None = None
 ) -> Outcome:
-    """So many clients, each sending its next request when its last is answered.
+    """Run `num_clients` clients, each of which sends its next request when the previous one is answered.
 
     Args:
-        requests: sent in this order, again from the front when all are sent.
+        requests: sent in this order, cyclically.
     """
     clients, sequence, sent = Clients(target, watch), itertools.cycle(requests), itertools.count()
     started_s = time.perf_counter()
@@ -139,29 +139,29 @@ async def closed(
 async def opened(
     target: Target, requests: Sequence[Request], per_s: float, *, until: Until, watch: Watch | None = None
 ) -> Outcome:
-    """Arrivals at random (Poisson, always the same ones), whether or not the earlier ones are answered.
+    """Send requests at random times (Poisson, seeded), whether or not earlier ones are answered.
 
-    Latency counts from the moment a request was due: a server that stalls cannot hide it by delaying the client.
+    Latency is measured from when a request was due: a stalling server cannot hide it by delaying the client.
     """
     clients, sequence, rng = Clients(target, watch), itertools.cycle(requests), random.Random(_SEED)
     started_s = due_s = time.perf_counter()
-    under_way: set[asyncio.Task[None]] = set()
+    in_flight: set[asyncio.Task[None]] = set()
     for sent in itertools.count():
         due_s += rng.expovariate(per_s)
         await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
         if until(sent, time.perf_counter() - started_s):
             break
         task = asyncio.create_task(clients.send(next(sequence), due_s))
-        under_way.add(task)
-        task.add_done_callback(under_way.discard)
-    await asyncio.gather(*under_way)
+        in_flight.add(task)
+        task.add_done_callback(in_flight.discard)
+    await asyncio.gather(*in_flight)
     return clients.close()
 
 
 async def send(
     target: Target, requests: Sequence[Request], phase: Phase, *, until: Until, watch: Watch | None = None
 ) -> Outcome:
-    """One phase, of either kind."""
+    """Run one phase of either kind."""
     if phase.clients:
         return await closed(target, requests, phase.clients, until=until, watch=watch)
     return await opened(target, requests, phase.per_s, until=until, watch=watch)
@@ -169,16 +169,16 @@ async def send(
 
 def after_s(seconds: float) -> Until:
     """Stop sending after so many seconds."""
-    return lambda _sent, gone_s: gone_s >= seconds
+    return lambda _sent, elapsed_s: elapsed_s >= seconds
 
 
 def after(num_requests: int) -> Until:
     """Stop sending after so many requests."""
-    return lambda sent, _gone_s: sent >= num_requests
+    return lambda sent, _elapsed_s: sent >= num_requests
 
 
 def run(work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
-    """Run on the lightest event loop there is."""
+    """Run on uvloop where it is installed, else on asyncio's loop."""
     try:
         import uvloop
     except ImportError:  # Windows has none

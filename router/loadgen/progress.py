@@ -1,4 +1,4 @@
-"""A run as it is watched: a live table on a terminal, plain lines in a pipe, nothing when a program reads the JSON."""
+"""Shows the progress of a run: a live table on a terminal, plain lines in a pipe, nothing with `--json`."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 COLUMNS = ("load", "seconds", "requests", "texts/s", "tokens/s", "p50 ms", "p95 ms", "p99 ms", "errors")
-NOTHING = Figures(
+NO_FIGURES = Figures(
     seconds=0.0, requests=0, failed=0, texts_per_s=0.0, tokens_per_s=None, latency_s=None, texts_each_s=()
 )
 _BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -20,7 +20,7 @@ _SHOWN_S = 24
 
 
 def cells(load: str, figures: Figures | Measured) -> tuple[str, ...]:
-    """In the order of `COLUMNS`."""
+    """Format a row, in the order of `COLUMNS`."""
     tokens = "–" if figures.tokens_per_s is None else rate(figures.tokens_per_s)
     return (
         load,
@@ -34,55 +34,56 @@ def cells(load: str, figures: Figures | Measured) -> tuple[str, ...]:
 
 
 def rate(per_s: float) -> str:
-    """Three digits that count."""
+    """Format a rate with about three significant digits."""
     return f"{per_s:.1f}" if per_s < 100 else f"{per_s:.0f}"
 
 
 def percentiles(latency: Latency | None) -> tuple[str, str, str]:
-    """p50, p95 and p99 in milliseconds."""
+    """Format p50, p95 and p99 in milliseconds."""
     if latency is None:
         return ("–", "–", "–")
     return milliseconds(latency.p50), milliseconds(latency.p95), milliseconds(latency.p99)
 
 
 def milliseconds(seconds: float) -> str:
-    """Of a latency."""
+    """Format a latency in milliseconds."""
     return f"{1000 * seconds:.1f}" if seconds < 1 else f"{1000 * seconds:.0f}"
 
 
 def spark(values: Sequence[int]) -> str:
-    """The last values as one line of blocks."""
+    """Draw the last values as a line of block characters."""
     shown = values[-_SHOWN_S:]
     top = max(shown, default=0)
     return "".join(_BLOCKS[-(-value * (len(_BLOCKS) - 1) // top)] if top else _BLOCKS[0] for value in shown)
 
 
-class Silence:
-    """For `--json`."""
+class NoProgress:
+    """Shows nothing, for `--json`."""
 
     every_s = 60.0
 
     def begin(self, phase: Phase) -> None:
-        """Nothing is said."""
+        """Do nothing."""
 
     def update(self, figures: Figures) -> None:
-        """Nothing is said."""
+        """Do nothing."""
 
     def end(self, measured: Measured) -> None:
-        """Nothing is said."""
+        """Do nothing."""
 
 
 class Lines:
-    """For a pipe: each phase's figures when it is over, and a word now and then that it goes on.
+    """Prints lines, for a pipe: each phase's figures at its end, and a status line every few seconds.
 
     Args:
-        say: takes the figures, parted by tabs. tell: takes what is not for programs.
+        print_result: receives the figures, tab-separated.
+        print_status: receives status lines, which are not for programs.
     """
 
     every_s = 5.0
 
-    def __init__(self, say: Callable[[str], None], tell: Callable[[str], None]) -> None:
-        self._say, self._tell = say, tell
+    def __init__(self, print_result: Callable[[str], None], print_status: Callable[[str], None]) -> None:
+        self._print_result, self._print_status = print_result, print_status
         self._load = ""
 
     def begin(self, phase: Phase) -> None:
@@ -90,16 +91,16 @@ class Lines:
 
     def update(self, figures: Figures) -> None:
         named = zip(COLUMNS[1:], cells(self._load, figures)[1:], strict=True)
-        self._tell(f"...  {self._load}: {', '.join(f'{name} {value}' for name, value in named)}")
+        self._print_status(f"...  {self._load}: {', '.join(f'{name} {value}' for name, value in named)}")
 
     def end(self, measured: Measured) -> None:
-        self._say("\t".join(cells(measured.load, measured)))
+        self._print_result("\t".join(cells(measured.load, measured)))
 
 
 class LiveTable:
-    """For a terminal: one row a phase, the last one alive, with its texts in each second as a line.
+    """Shows a live table, for a terminal: one row per phase, with a sparkline of texts per second.
 
-    Drawing takes about 5 ms of the loop that sends: once a second, that is less than a p99 notices.
+    Drawing takes about 5 ms of the sending loop: once per second, which does not affect a p99.
     """
 
     every_s = 1.0
@@ -111,7 +112,7 @@ class LiveTable:
 
     def begin(self, phase: Phase) -> None:
         self._load = str(phase)
-        self.update(NOTHING)  # the first drawing takes longer than the others, so it comes before the load
+        self.update(NO_FIGURES)  # the first drawing takes longest, so it happens before the load
 
     def update(self, figures: Figures) -> None:
         self._live.update(self._table(figures), refresh=True)

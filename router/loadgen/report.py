@@ -1,4 +1,4 @@
-"""What a run of `embedyard bench` found, as it is kept in JSON. Durations are in seconds."""
+"""`Report`: the results of a run of `embedyard bench`, as written in JSON. Durations are in seconds."""
 
 import time
 from datetime import UTC, datetime
@@ -8,21 +8,21 @@ import msgspec
 from msgspec import Struct
 
 from router.loadgen.phases import Phase
-from router.loadgen.results import Figures, Latency, Moment, Outcome, Tally
+from router.loadgen.results import Figures, Latency, Moment, Outcome, PhaseStats
 
 
 class Failure(Struct, frozen=True):
-    """Failures of one kind, and what was said of the first of them."""
+    """Number of failures of one kind, and the message of the first one."""
 
     count: int
     message: str
 
 
 class Measured(Struct, frozen=True, kw_only=True):
-    """One phase.
+    """Results of one phase.
 
-    `client_cores`: cores this client kept busy; `client_late_p99_s`: how late it was with one request in a hundred.
-    Where the one nears 1, or the other the latencies, the client was measured and not the server.
+    `client_cores`: cores this client used; `client_late_p99_s`: p99 of how late it sent requests. When the former is
+    near 1, or the latter near the latencies, the client was the bottleneck and not the server.
     """
 
     load: str
@@ -40,18 +40,16 @@ class Measured(Struct, frozen=True, kw_only=True):
     timeline: list[Moment]
 
     @property
-    def is_clients_own(self) -> bool:
-        """Whether these figures are the client's limits rather than the server's."""
+    def is_client_bound(self) -> bool:
+        """Whether the client was the bottleneck."""
         p50_s = self.latency_s.p50 if self.latency_s else 0.0
         return self.client_cores > 0.9 or self.client_late_p99_s > max(0.02, p50_s)
 
 
 class Report(Struct, frozen=True, kw_only=True):
-    """A run. `dimensions`: of the vectors that came; `words` None: the texts came from a file.
+    """Results of a run. `dimensions`: of the received vectors; `words` None: the texts came from a file.
 
-    `is_whole`: false when Ctrl+C ended it early.
-
-    `embedyard`: the version that measured, which need not be that of the server.
+    `is_whole`: false when it was interrupted by Ctrl+C. `embedyard`: version of this client, not of the server.
     """
 
     url: str
@@ -65,9 +63,9 @@ class Report(Struct, frozen=True, kw_only=True):
     phases: list[Measured]
 
 
-def summed_up(phase: Phase, outcome: Outcome, tally: Tally) -> Measured:
-    """One phase that is over."""
-    figures: Figures = tally.figures(time.perf_counter())
+def summarize(phase: Phase, outcome: Outcome, stats: PhaseStats) -> Measured:
+    """Build the results of a completed phase."""
+    figures: Figures = stats.figures(time.perf_counter())
     return Measured(
         load=str(phase),
         clients=phase.clients,
@@ -80,26 +78,26 @@ def summed_up(phase: Phase, outcome: Outcome, tally: Tally) -> Measured:
         latency_s=figures.latency_s,
         failures={kind: Failure(n, outcome.messages.get(kind, "")) for kind, n in outcome.errors.items()},
         client_cores=outcome.client_cores,
-        client_late_p99_s=tally.late_p99_s(),
-        timeline=tally.timeline(),
+        client_late_p99_s=stats.late_p99_s(),
+        timeline=stats.timeline(),
     )
 
 
 def now() -> str:
-    """For `started_at`."""
+    """Return the current time for `started_at`."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def as_json(report: Report) -> str:
-    """For people, too."""
+    """Encode the report as indented JSON."""
     return msgspec.json.format(msgspec.json.encode(report), indent=2).decode()
 
 
 def save(report: Report, path: Path) -> None:
-    """Write it.
+    """Write the report as JSON.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(as_json(report) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What must be right before a load begins: the address, the model, the texts, and one answer."""
+"""Prepares a load: validates the address, chooses the model, generates or reads the texts, and warms up."""
 
 import asyncio
 import itertools
@@ -33,14 +33,14 @@ _WORDS = tuple(_PROSE.split())
 _SEED = 7
 
 
-def made(num_texts: int, num_words: int) -> list[str]:
-    """Stretches of one text about a harbour and a yard, each begun with a number of its own."""
+def generate_texts(num_texts: int, num_words: int) -> list[str]:
+    """Generate texts from passages of `_PROSE`, each prefixed with its number."""
     rng = random.Random(_SEED)
-    return [" ".join([f"{index}.", *_stretch(rng, num_words - 1)]) for index in range(1, num_texts + 1)]
+    return [" ".join([f"{index}.", *_words_from_prose(rng, num_words - 1)]) for index in range(1, num_texts + 1)]
 
 
-def _stretch(rng: random.Random, num_words: int) -> list[str]:
-    """Words from some place on, then from another one, until there are enough."""
+def _words_from_prose(rng: random.Random, num_words: int) -> list[str]:
+    """Return words of random passages."""
     words: list[str] = []
     while len(words) < num_words:
         start = rng.randrange(len(_WORDS))
@@ -48,33 +48,33 @@ def _stretch(rng: random.Random, num_words: int) -> list[str]:
     return words[:num_words]
 
 
-def read(path: Path) -> list[str]:
-    """One text a line; empty lines are none.
+def read_texts(path: Path) -> list[str]:
+    """Read one text per line; blank lines are skipped.
 
     Raises:
-        ValueError: there is no text in it, or it is not UTF-8.
-        OSError: it cannot be read.
+        ValueError: the file has no text, or is not UTF-8.
+        OSError: the file cannot be read.
     """
     texts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     found = [text for text in texts if text]
     if not found:
-        raise ValueError("holds no text: one a line is wanted")
+        raise ValueError("holds no text; one per line is expected")
     return found
 
 
-FIRST_TIMEOUT_S = 600.0
-"""The first request may wait for a model that is not in memory yet."""
+WARM_UP_TIMEOUT_S = 600.0
+"""The first request may wait for a model to be loaded."""
 
 
-_DIFFERENT = 512
-"""Texts in different requests, sent again and again: so many that no two requests under way at once are the same."""
+_NUM_DISTINCT = 512
+"""Number of distinct texts, which are sent cyclically: enough that no two concurrent requests are the same."""
 
 
-_UNREACHED = "{} cannot be reached ({}): is the server running?"
+_UNREACHABLE = "cannot connect to {} ({}); is the server running?"
 
 
 class CannotMeasure(Exception):
-    """Nothing can be measured; the message says why, in the server's own words where it has some."""
+    """Nothing can be measured; the message has the reason, from the server where it gave one."""
 
 
 class _Item(Struct):
@@ -85,64 +85,64 @@ class _Body(Struct):
     data: list[_Item]
 
 
-def with_model(target: Target) -> Target:
-    """A target that names no model gets the first that its server lists.
+def resolve_model(target: Target) -> Target:
+    """Set the model of a target without one to the first model that its server lists.
 
     Raises:
-        CannotMeasure: it has no such address, or its server does not say what it serves.
+        CannotMeasure: the address is invalid, or the server does not list its models.
     """
     parts = urlsplit(target.url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise CannotMeasure(f"{target.url} is not the address of a server: http://127.0.0.1:6008 would be one")
+        raise CannotMeasure(f"{target.url} is not a server address; expected e.g. http://127.0.0.1:6008")
     if "@" in parts.netloc:
-        raise CannotMeasure("a key goes into --api-key, not into the address, which stands in the report")
+        raise CannotMeasure("pass the key with --api-key, not in the address, which is written to the report")
     if target.model:
         return target
     try:
         served = models(target)
     except OSError as error:
         if error.errno is not None:
-            raise CannotMeasure(_UNREACHED.format(target.url, error.strerror)) from None
-        raise CannotMeasure(f"{error} (a server that lists no models can be measured with --model)") from None
+            raise CannotMeasure(_UNREACHABLE.format(target.url, error.strerror)) from None
+        raise CannotMeasure(f"{error} (choose a model with --model)") from None
     if not served:
-        raise CannotMeasure(f"{target.url} lists no models: name one with --model")
+        raise CannotMeasure(f"{target.url} lists no models; choose one with --model")
     return structs.replace(target, model=served[0])
 
 
-def calls(texts_per_request: int, num_words: int, file: Path | None) -> list[list[str]]:
-    """The texts of all requests, from the file where there is one.
+def make_texts(texts_per_request: int, num_words: int, file: Path | None) -> list[list[str]]:
+    """Return the texts of all requests, from the file if given.
 
     Raises:
-        CannotMeasure: the file cannot be used.
+        CannotMeasure: the file is unusable.
     """
-    wanted = texts_per_request * max(64, _DIFFERENT // texts_per_request)
+    num_texts = texts_per_request * max(64, _NUM_DISTINCT // texts_per_request)
     try:
-        texts = made(wanted, num_words) if file is None else read(file)
+        texts = generate_texts(num_texts, num_words) if file is None else read_texts(file)
     except (OSError, ValueError) as error:
         raise CannotMeasure(f"{file}: {getattr(error, 'strerror', None) or error}") from None
-    enough = list(itertools.islice(itertools.cycle(texts), max(wanted, len(texts))))
+    enough = list(itertools.islice(itertools.cycle(texts), max(num_texts, len(texts))))
     return [enough[start : start + texts_per_request] for start in range(0, len(enough), texts_per_request)]
 
 
-async def first(target: Target, request: Request) -> int:
-    """Ask once, so that the model is in memory; returns the width of its vectors.
+async def warm_up(target: Target, request: Request) -> int:
+    """Send one request, so that the model is loaded; returns the dimensions of its vectors.
 
     Raises:
-        CannotMeasure: there is no server, it will not, or it is none of embeddings.
+        CannotMeasure: no server, an error response, or a response without embeddings.
     """
     try:
-        async with asyncio.timeout(FIRST_TIMEOUT_S):
+        async with asyncio.timeout(WARM_UP_TIMEOUT_S):
             connection = await Connection.open(target)
-            answer = await connection.ask(request)
+            response = await connection.ask(request)
         connection.close()
     except TimeoutError:
-        raise CannotMeasure(f"{target.url} did not answer within {FIRST_TIMEOUT_S:.0f} s") from None
+        raise CannotMeasure(f"{target.url} did not response within {WARM_UP_TIMEOUT_S:.0f} s") from None
     except OSError as error:
-        raise CannotMeasure(_UNREACHED.format(target.url, error.strerror or error)) from None
-    if answer.status != 200:
-        raise CannotMeasure(f"{target.url} answered {answer.status}: {refusal(answer.body)[1]}")
+        raise CannotMeasure(_UNREACHABLE.format(target.url, error.strerror or error)) from None
+    if response.status != 200:
+        raise CannotMeasure(f"{target.url} answered {response.status}: {refusal(response.body)[1]}")
     try:
-        vector = msgspec.json.decode(answer.body, type=_Body).data[0].embedding
+        vector = msgspec.json.decode(response.body, type=_Body).data[0].embedding
     except (msgspec.DecodeError, IndexError):
         raise CannotMeasure(
             f"{target.url} answered 200, but no embeddings: is it an OpenAI-compatible server?"

@@ -1,4 +1,4 @@
-"""What a load comes to while it runs: totals, percentiles and every second by itself. Fed with samples as they come."""
+"""Summarizes a load while it runs: totals, percentiles and a timeline per second."""
 
 from array import array
 from collections.abc import Sequence
@@ -9,9 +9,9 @@ from msgspec import Struct, field
 
 
 class Sample(Struct, frozen=True):
-    """One request's life: when it was due, how long its answer took from then on, its texts, its status (0: none).
+    """One request: when it was due, its latency from then on, its texts, its status (0: no response).
 
-    `late_s`: of the latency, how long it took this client to begin: much of it, and the client is the bottleneck.
+    `late_s`: part of the latency before the client sent it; if large, the client is the bottleneck.
     """
 
     due_s: float
@@ -22,10 +22,10 @@ class Sample(Struct, frozen=True):
 
 
 class Outcome(Struct, frozen=True, kw_only=True):
-    """What a phase of load found.
+    """Result of one phase.
 
-    `client_cores`: cores this client kept busy; `samples` in the order of completion; `errors`: failures by kind, and
-    `messages`: what was said of the first one of each kind.
+    `client_cores`: cores this client used; `samples` in the order of completion; `errors`: failures by kind, and
+    `messages`: the message of the first one of each kind.
     """
 
     wall_s: float
@@ -36,25 +36,25 @@ class Outcome(Struct, frozen=True, kw_only=True):
 
     @property
     def texts_per_s(self) -> float:
-        """Of the requests that succeeded."""
+        """Throughput of the requests that succeeded."""
         return sum(sample.num_texts for sample in self.samples if sample.status == 200) / self.wall_s
 
     @property
     def num_failed(self) -> int:
-        """Requests without an answer of status 200."""
+        """Number of requests without a response of status 200."""
         return sum(1 for sample in self.samples if sample.status != 200)
 
     def latency_s(self, share: float) -> float:
-        """Percentile of the latencies of requests that succeeded.
+        """Return a percentile of the latencies of requests that succeeded.
 
         Raises:
-            ValueError: none did.
+            ValueError: none succeeded.
         """
         return percentile([sample.latency_s for sample in self.samples if sample.status == 200], share)
 
 
 def percentile(samples: Sequence[float], share: float) -> float:
-    """The smallest sample that at least `share` (0 to 1) of all do not exceed.
+    """Return the smallest sample that at least `share` (0 to 1) of all do not exceed.
 
     Raises:
         ValueError: there are no samples.
@@ -67,7 +67,7 @@ def percentile(samples: Sequence[float], share: float) -> float:
 
 
 class Latency(Struct, frozen=True):
-    """Percentiles of the requests that succeeded, in seconds, counted from when each was due."""
+    """Latency percentiles of the requests that succeeded, in seconds from when each was due."""
 
     p50: float
     p90: float
@@ -77,7 +77,7 @@ class Latency(Struct, frozen=True):
 
 
 class Figures(Struct, frozen=True, kw_only=True):
-    """A load so far. `tokens_per_s` None: this server does not count them; `latency_s` None: nothing succeeded yet."""
+    """Totals so far. `tokens_per_s` None: the server does not count tokens; `latency_s` None: nothing succeeded yet."""
 
     seconds: float
     requests: int
@@ -86,11 +86,11 @@ class Figures(Struct, frozen=True, kw_only=True):
     tokens_per_s: float | None
     latency_s: Latency | None
     texts_each_s: tuple[int, ...]
-    """Texts answered in each second that is over."""
+    """Texts answered in each completed second."""
 
 
 class Moment(Struct, frozen=True, kw_only=True):
-    """One second of a load, by when the answers came."""
+    """One second of a load, by time of completion."""
 
     at_s: int
     requests: int
@@ -114,8 +114,8 @@ class _Second:
         self.latencies_s = array("d")
 
 
-class Tally:
-    """Counts the samples of one phase, which begins at `started_s` of the samples' clock."""
+class PhaseStats:
+    """Collects the samples of one phase, which began at `started_s` on the samples' clock."""
 
     def __init__(self, started_s: float) -> None:
         self._started_s = started_s
@@ -124,7 +124,7 @@ class Tally:
         self._seconds: dict[int, _Second] = {}
 
     def add(self, sample: Sample, body: bytes) -> None:
-        """One request that is done; of its answer only the count of tokens is read."""
+        """Add a completed request; of its response only the token count is decoded."""
         done_s = sample.due_s + sample.latency_s - self._started_s
         second = self._seconds.setdefault(max(0, int(done_s)), _Second())
         self._late_s.append(sample.late_s)
@@ -137,7 +137,7 @@ class Tally:
         second.tokens += _tokens(body)
 
     def figures(self, now_s: float) -> Figures:
-        """Everything up to now."""
+        """Compute the totals up to now."""
         seconds = max(now_s - self._started_s, 1e-9)
         every = self._seconds.values()
         tokens = sum(second.tokens for second in every)
@@ -153,7 +153,7 @@ class Tally:
         )
 
     def timeline(self) -> list[Moment]:
-        """Second by second, those in which nothing came included."""
+        """Return all seconds, including empty ones."""
         empty = _Second()
         ordered = [self._seconds.get(at_s, empty) for at_s in range(max(self._seconds, default=-1) + 1)]
         return [
@@ -169,7 +169,7 @@ class Tally:
         ]
 
     def late_p99_s(self) -> float:
-        """How late this client itself was with one request in a hundred."""
+        """Return the p99 of how late this client sent requests."""
         found = latency(self._late_s)
         return 0.0 if found is None else found.p99
 
@@ -179,16 +179,16 @@ class Tally:
 
 
 def latency(seconds: "array[float] | Sequence[float]") -> Latency | None:
-    """Percentiles: the smallest value that so large a share does not exceed. None of nothing."""
+    """Compute percentiles (inverted CDF); None without values."""
     if not len(seconds):
         return None
-    # A copy: an array whose buffer is on loan cannot grow.
+    # A copy: an array whose buffer is exported cannot grow.
     found = np.percentile(np.array(seconds), (50, 90, 95, 99, 100), method="inverted_cdf")
     return Latency(*map(float, found))
 
 
 def _tokens(body: bytes) -> int:
-    """Vectors are skipped, not decoded: a microsecond for one in base64, 0.6 ms for 32 of 384 floats in JSON."""
+    """Read the token count. Vectors are not decoded: 1 µs for one in base64, 0.6 ms for 32 of 384 JSON floats."""
     try:
         usage = msgspec.json.decode(body, type=_Body).usage
     except msgspec.DecodeError:

@@ -1,4 +1,4 @@
-"""One run of `embedyard bench`: one phase after the other, watched."""
+"""Runs the phases of `embedyard bench` one after the other, with progress and Ctrl+C."""
 
 import asyncio
 import signal
@@ -11,12 +11,12 @@ from msgspec import Struct
 
 from router.loadgen.http_client import Request, Target
 from router.loadgen.phases import Phase, send
-from router.loadgen.report import Measured, summed_up
-from router.loadgen.results import Figures, Tally
+from router.loadgen.report import Measured, summarize
+from router.loadgen.results import Figures, PhaseStats
 
 
 class Job(Struct, frozen=True):
-    """What to send where, and for how long each."""
+    """Target, requests, phases, and seconds per phase."""
 
     target: Target
     requests: Sequence[Request]
@@ -24,8 +24,8 @@ class Job(Struct, frozen=True):
     seconds: float
 
 
-class Screen(Protocol):
-    """Where a run is watched. Called on the loop that sends: it must be quick."""
+class Progress(Protocol):
+    """Shows progress. Called on the sending event loop, so it must be quick."""
 
     every_s: float
 
@@ -36,15 +36,15 @@ class Screen(Protocol):
     def end(self, measured: Measured) -> None: ...
 
 
-async def measure(job: Job, screen: Screen) -> tuple[list[Measured], bool]:
-    """All phases, and whether they are whole.
+async def measure(job: Job, progress: Progress) -> tuple[list[Measured], bool]:
+    """Run all phases; returns their results and whether all ran to the end.
 
-    Ctrl+C ends the one that runs and leaves the others out; what is under way is still waited for.
+    Ctrl+C ends the current phase and skips the others; requests in flight are awaited.
     """
     found: list[Measured] = []
     with _interruptible() as stopping:
         for phase in job.phases:
-            measured = await _phase(job, phase, screen, stopping)
+            measured = await _run_phase(job, phase, progress, stopping)
             found.append(measured)
             if stopping.is_set():
                 break
@@ -53,7 +53,7 @@ async def measure(job: Job, screen: Screen) -> tuple[list[Measured], bool]:
 
 @contextmanager
 def _interruptible() -> Iterator[asyncio.Event]:
-    """Set by the first Ctrl+C; the second waits for nothing."""
+    """Yield an event that the first Ctrl+C sets; the second one interrupts at once."""
     stopping, loop, before = asyncio.Event(), asyncio.get_running_loop(), signal.getsignal(signal.SIGINT)
 
     def restore() -> None:
@@ -66,7 +66,7 @@ def _interruptible() -> Iterator[asyncio.Event]:
 
     try:
         loop.add_signal_handler(signal.SIGINT, stop)
-    except NotImplementedError:  # Windows: there the first one already ends it all
+    except NotImplementedError:  # Windows: there the first one interrupts at once
         yield stopping
         return
     try:
@@ -75,26 +75,26 @@ def _interruptible() -> Iterator[asyncio.Event]:
         restore()
 
 
-async def _phase(job: Job, phase: Phase, screen: Screen, stopping: asyncio.Event) -> Measured:
-    screen.begin(phase)
-    tally = Tally(time.perf_counter())
-    showing = asyncio.create_task(_show(tally, screen))
+async def _run_phase(job: Job, phase: Phase, progress: Progress, stopping: asyncio.Event) -> Measured:
+    progress.begin(phase)
+    stats = PhaseStats(time.perf_counter())
+    updating = asyncio.create_task(_update_progress(stats, progress))
     try:
         outcome = await send(
             job.target,
             job.requests,
             phase,
-            until=lambda _sent, gone_s: gone_s >= job.seconds or stopping.is_set(),
-            watch=tally.add,
+            until=lambda _sent, elapsed_s: elapsed_s >= job.seconds or stopping.is_set(),
+            watch=stats.add,
         )
     finally:
-        showing.cancel()
-    measured = summed_up(phase, outcome, tally)
-    screen.end(measured)
+        updating.cancel()
+    measured = summarize(phase, outcome, stats)
+    progress.end(measured)
     return measured
 
 
-async def _show(tally: Tally, screen: Screen) -> None:
+async def _update_progress(stats: PhaseStats, progress: Progress) -> None:
     while True:
-        await asyncio.sleep(screen.every_s)
-        screen.update(tally.figures(time.perf_counter()))
+        await asyncio.sleep(progress.every_s)
+        progress.update(stats.figures(time.perf_counter()))

@@ -27,7 +27,7 @@ class Page:
 
     def sign_in(self, key: str) -> None:
         self.find("#key").send_keys(key)
-        self.find(".door button").click()
+        self.find(".signin button").click()
 
     def wait(self, condition: Callable[[], Seen]) -> Seen:
         """The first true answer."""

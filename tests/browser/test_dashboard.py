@@ -22,7 +22,7 @@ DOWNLOADED, BROKEN = "gte-multilingual-base", "jina-embeddings-v3"
 def test_a_wrong_key_is_refused_in_the_servers_words(page: Page) -> None:
     page.open()
     page.sign_in("wrong")
-    page.wait(lambda: "Invalid API key" in page.text(".door .error"))
+    page.wait(lambda: "Invalid API key" in page.text(".signin .error"))
     stored = page.driver.execute_script("return [sessionStorage.length, localStorage.length]")
 
     assert page.text(".model") == ""
@@ -65,7 +65,7 @@ def test_a_cold_model_is_downloaded_loaded_and_evicted_from_a_phone(dashboard: P
     assert any(re.search(r"\d s so far", words) for state, words, _ in seen if state == "loading")
     assert max(out for _, _, out in seen) <= 0
     assert "610 MB" in memory
-    assert "frees 610 MB on cuda:0" in farewell
+    assert "Frees 610 MB on cuda:0" in farewell
 
 
 def test_cancelling_a_plan_does_nothing(dashboard: Page) -> None:
@@ -81,12 +81,12 @@ def test_who_would_leave_is_shown_before_it_happens_and_told_afterwards(dashboar
     for model_id in (SMALL, "bge-m3"):
         dashboard.do("preload", model_id)
         dashboard.wait_for_state(model_id, "ready")
-    dashboard.wait(lambda: "leaves next" in dashboard.text(".order"))
+    dashboard.wait(lambda: "next to evict" in dashboard.text(".order"))
     plan = dashboard.ask("preload", LARGE)
     marked = dashboard.text(".order li:has(.swatch.leaving)")
     dashboard.confirm()
     dashboard.wait_for_state(LARGE, "ready")
-    dashboard.wait(lambda: f"bge-m3 left to make room for {LARGE}: 2.3 GB, " in dashboard.text(".feed"))
+    dashboard.wait(lambda: f"bge-m3 was evicted to make room for {LARGE}: 2.3 GB, " in dashboard.text(".feed"))
     dashboard.wait(lambda: "bge-m3" not in dashboard.text(".order"))
     blocks = dashboard.driver.execute_script(
         "return [...document.querySelectorAll('.device:last-child .block')].map((b) => [b.title, b.offsetWidth])"
@@ -95,10 +95,10 @@ def test_who_would_leave_is_shown_before_it_happens_and_told_afterwards(dashboar
     dashboard.do("evict", LARGE)
     dashboard.wait_for_state(LARGE, "cold")
 
-    assert "It needs 9.0 GB on cuda:0" in plan
+    assert "Needs 9.0 GB on cuda:0" in plan
     assert "bge-m3 · 2.3 GB" in plan
     assert "bge-m3" in marked
-    assert "would leave" in marked
+    assert "would be evicted" in marked
     widths = dict(blocks)
     assert widths[f"{LARGE}: 8.0 GB"] / bar_width == pytest.approx(0.804, abs=0.01)
     assert widths["workspace: 1.0 GB"] / bar_width == pytest.approx(0.1, abs=0.01)
@@ -112,7 +112,7 @@ def test_a_pinned_model_says_so_and_loses_its_pin_only_when_evicted(dashboard: P
     dashboard.confirm()
     dashboard.wait_for_state(SMALL, "cold")
 
-    assert "takes the pin away" in plan
+    assert "removes the pin" in plan
     dashboard.wait(lambda: "pinned" not in dashboard.text(f'[data-model="{SMALL}"] .states'))
 
 
@@ -230,7 +230,7 @@ def test_the_page_speaks_chinese_and_remembers_it(dashboard: Page) -> None:
     dashboard.wait(lambda: "模型" in dashboard.text("#models-title"))
 
     assert dashboard.driver.execute_script("return document.documentElement.lang") == "zh-CN"
-    assert "预载" in dashboard.text(".actions")
+    assert "加载" in dashboard.text(".actions")
 
 
 @pytest.mark.parametrize(("width", "dark"), [(360, False), (768, True), (1280, True), (1920, False)])
@@ -299,7 +299,7 @@ def test_several_devices_stand_side_by_side_each_with_its_own(open_page: Page) -
     for model_id in ("bge-m3", LARGE):  # together too large for one
         open_page.do("preload", model_id)
         open_page.wait_for_state(model_id, "ready")
-    open_page.wait(lambda: open_page.text(".order").count("leaves next") == 2)
+    open_page.wait(lambda: open_page.text(".order").count("next to evict") == 2)
     cards = [card.text.splitlines()[0] for card in open_page.driver.find_elements("css selector", ".device h3")]
     homes = [open_page.text(f'[data-model="{model_id}"] .states') for model_id in ("bge-m3", LARGE)]
     plan = open_page.ask("evict", LARGE)
@@ -308,7 +308,7 @@ def test_several_devices_stand_side_by_side_each_with_its_own(open_page: Page) -
 
     assert cards == ["cuda:0", "cuda:1"]
     assert {home.rpartition("on ")[2] for home in homes} == {"cuda:0", "cuda:1"}
-    assert f"frees 8.0 GB on {homes[1].rpartition('on ')[2]}" in plan
+    assert f"Frees 8.0 GB on {homes[1].rpartition('on ')[2]}" in plan
 
 
 def test_a_failure_is_told_with_its_cure_even_where_another_device_has_not_tried(open_page: Page, axe: str) -> None:
@@ -334,7 +334,7 @@ def test_an_open_server_asks_for_no_key_and_its_page_survives_a_restart(
     page.wait_for_state(SMALL, "ready")
     log = page.take_log()
     quick_server.stop()
-    page.wait(lambda: "No connection" in page.text(".live"))
+    page.wait(lambda: "Disconnected" in page.text(".live"))
     quick_server.start()
     page.wait(lambda: page.text(".live") == "Live")
     page.wait_for_state(SMALL, "cold")

@@ -1,4 +1,4 @@
-"""One connection of the server without sockets: its protocol on a transport, a clock and an app of ours."""
+"""Runs `TimeoutHttpProtocol` without sockets: on a fake transport, clock and app."""
 
 import asyncio
 from collections.abc import Callable
@@ -21,7 +21,7 @@ class Timer:
 
 
 class FakeLoop:
-    """Time passes when a test says so; tasks are the running loop's."""
+    """An event loop with a fake clock; tasks run on the real loop."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
@@ -51,13 +51,13 @@ class FakeLoop:
 
 
 async def settled() -> None:
-    """All tasks have got as far as they can."""
+    """Yield until all tasks are blocked."""
     for _ in range(20):
         await asyncio.sleep(0)
 
 
 class FakeTransport(asyncio.Transport):
-    """`room`: bytes that the kernel takes at once; what it does not take waits for `read`."""
+    """A fake transport. `room`: bytes that the kernel accepts at once; the rest waits for `read`."""
 
     def __init__(self, room: int = 0) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class FakeTransport(asyncio.Transport):
             self.protocol.pause_writing()
 
     def read(self, num_bytes: int) -> None:
-        """The client reads, so the kernel takes as much again."""
+        """Simulate that the client reads, so that the kernel accepts as many bytes again."""
         self.room += num_bytes
         self._flow()
         if self.is_paused and len(self.waiting) <= self.low:
@@ -126,8 +126,8 @@ class FakeTransport(asyncio.Transport):
         return ("127.0.0.1", 1) if name in ("sockname", "peername") else default
 
 
-class Answering:
-    """An app that answers each request with `size` bytes, and knows which it is still busy with."""
+class FakeApp:
+    """An app that answers each request with `size` bytes, and counts the running ones."""
 
     def __init__(self, size: int = LARGE) -> None:
         self.size, self.num_begun, self.num_inside = size, 0, 0
@@ -152,10 +152,10 @@ class Answering:
             self.num_inside -= 1
 
 
-class Connected:
-    """One connection to an app."""
+class FakeConnection:
+    """A connection to an app."""
 
-    def __init__(self, app: Answering, room: int, state: ServerState) -> None:
+    def __init__(self, app: FakeApp, room: int, state: ServerState) -> None:
         config = uvicorn.Config(app, http=TimeoutHttpProtocol, lifespan="off", log_config=None, timeout_keep_alive=75)
         config.load()
         self.loop, self.transport, self.state = FakeLoop(), FakeTransport(room), state

@@ -1,9 +1,9 @@
-// Every request of the page. The key lives in sessionStorage: it ends with the tab, and is sent nowhere else.
+// All requests of the page. The key is in sessionStorage: it is deleted with the tab, and sent nowhere else.
 
 const ADMIN_KEY = "embedyard.key";
 const EMBED_KEY = "embedyard.embed_key";
 
-/** The server's answer was a failure; `message` is its own, which says what to do. Status 0: it was not reached. */
+/** An error response; `message` is the server's and has the remedy. Status 0: the server was not reached. */
 export class ApiError extends Error {
   constructor(message, status, code) {
     super(message);
@@ -12,7 +12,7 @@ export class ApiError extends Error {
   }
 }
 
-/** How far the server's clock is ahead of the browser's, in seconds; its Date header has whole seconds. */
+/** Seconds that the server's clock is ahead of the browser's; its Date header has whole seconds. */
 let skewSeconds = 0;
 
 export function now() {
@@ -27,7 +27,7 @@ export function setKey(key) {
   sessionStorage.setItem(ADMIN_KEY, key);
 }
 
-/** A second key, for servers on which the admin's key may not embed. */
+/** Sets a second key, for servers whose admin key may not embed. */
 export function setEmbedKey(key) {
   sessionStorage.setItem(EMBED_KEY, key);
 }
@@ -43,7 +43,7 @@ function bearer(path) {
   return key ? { authorization: `Bearer ${key}` } : {};
 }
 
-/** The raw answer, whatever its status; raises ApiError only when there is none. */
+/** Returns the raw response, whatever its status; throws ApiError only without one. */
 export async function send(path, options = {}) {
   const headers = { ...bearer(path), ...options.headers };
   try {
@@ -71,7 +71,7 @@ export async function getText(path) {
   return (await checked(path)).text();
 }
 
-/** Returns the decoded body, the headers, and how long it took as seen from here. */
+/** Returns the decoded body, the headers, and the duration measured in the browser. */
 export async function post(path, body) {
   const started = performance.now();
   const answer = await checked(path, {
@@ -90,7 +90,7 @@ function noteClock(answer) {
   skewSeconds = Math.abs(measured) < 2 ? 0 : measured;
 }
 
-/** A model id in a path; its slashes stay slashes. */
+/** Builds a path with a model id; slashes are not encoded. */
 export function modelPath(modelId, verb) {
   return `/admin/models/${modelId.split("/").map(encodeURIComponent).join("/")}/${verb}`;
 }

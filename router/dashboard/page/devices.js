@@ -1,4 +1,4 @@
-// Each device as a bar of its budget, to scale, and under it the residents in eviction order, for reading.
+// Devices: a memory bar, to scale, and the models in eviction order.
 
 import { now } from "./api.js";
 import { h, keyed, set, show, text } from "./dom.js";
@@ -28,7 +28,7 @@ function deviceCard(store) {
   const rest = h("span", { class: "quiet" });
   const bar = h("div", { class: "bar", role: "img" });
   const blocks = keyed(bar, (block) => block.key, makeBlock);
-  const order = h("ol", { class: "order", role: "list" }); // said, because its style makes some browsers forget it
+  const order = h("ol", { class: "order", role: "list" }); // explicit, because `list-style: none` removes the role in some browsers
   const rows = keyed(order, (row) => row.key, makeRow);
   const reserved = h("span", { class: "quiet facts" });
   const legend = h("div", { class: "legend" }, order,

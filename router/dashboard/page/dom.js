@@ -1,8 +1,8 @@
-// Elements without markup strings: all text goes in as text, so no name or message can become HTML.
+// Creates elements without markup strings: all text is set as text, so no name or message can become HTML.
 
 const SVG = "http://www.w3.org/2000/svg";
 
-/** An element. `properties`: attributes; `on…` takes a listener; null, undefined and false are left out. */
+/** Creates an element. `properties`: attributes; `on…` adds a listener; null, undefined and false are skipped. */
 export function h(tag, properties, ...children) {
   return fill(document.createElement(tag), properties, children);
 }
@@ -17,7 +17,7 @@ function fill(node, properties, children) {
   return node;
 }
 
-/** One attribute or listener; touched only when it changes, so that focus and animations survive. */
+/** Sets an attribute or listener only when it changes, so that focus and animations survive. */
 export function set(node, name, value) {
   if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
   else if (value === null || value === undefined || value === false) node.removeAttribute(name);
@@ -34,8 +34,8 @@ export function show(node, visible) {
 }
 
 /**
- * Keep one child of `parent` for each of `items`, in their order; children are made once and then updated.
- * `make(item)` returns {node, update(item)}; `key(item)` says which child an item owns.
+ * Keeps one child of `parent` per item, in order; children are created once and then updated.
+ * `make(item)` returns {node, update(item)}; `key(item)` identifies an item's child.
  */
 export function keyed(parent, key, make) {
   const kept = new Map();

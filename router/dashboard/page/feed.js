@@ -1,4 +1,4 @@
-// The events, in words. Steps that only lead from one worth telling to the next are left out.
+// The event list. Intermediate steps are not shown.
 
 import { h, show, text } from "./dom.js";
 import { bytes, causeWords, clockTime, duration } from "./format.js";
@@ -17,12 +17,12 @@ export function feedPanel(store) {
   function update() {
     if (store.feed[0] === newest) return;
     newest = store.feed[0];
-    const told = store.feed.map((entry) => ({ entry, words: sentence(entry) })).filter((each) => each.words);
-    list.replaceChildren(...told.slice(0, SHOWN).map(({ entry, words }) =>
+    const shown = store.feed.map((entry) => ({ entry, words: sentence(entry) })).filter((each) => each.words);
+    list.replaceChildren(...shown.slice(0, SHOWN).map(({ entry, words }) =>
       h("li", { class: kindOf(entry) }, h("time", {}, clockTime(entry.time_s)), h("span", {}, words))));
-    text(live, told[0]?.words);
-    show(empty, told.length === 0);
-    show(list, told.length > 0);
+    text(live, shown[0]?.words);
+    show(empty, shown.length === 0);
+    show(list, shown.length > 0);
   }
   return { node, update };
 }
@@ -32,7 +32,7 @@ function kindOf(entry) {
   return entry.target === "ready" ? "good" : entry.target === "unloading" ? "gone" : "plain";
 }
 
-/** One sentence, or null for a step that needs none. */
+/** Returns the text of an event; null for an intermediate step. */
 export function sentence(entry) {
   if (entry.kind === "note") return t(entry.words);
   const model = entry.model_id;
@@ -40,13 +40,13 @@ export function sentence(entry) {
   if (step === "warming ready") {
     return t("feed.ready", { model, bytes: bytes(entry.measured_bytes), time: duration(entry.seconds) });
   }
-  if (entry.target === "unloading" && entry.reason) return farewell(entry);
+  if (entry.target === "unloading" && entry.reason) return evictionSentence(entry);
   if (entry.target === "failed") return t("feed.failed", { model, cause: causeWords(entry.cause) });
   if (step === "fetching cold") return t("feed.fetched", { model });
   return ["loading", "fetching", "retired"].includes(entry.target) ? t(`feed.${entry.target}`, { model }) : null;
 }
 
-function farewell(entry) {
+function evictionSentence(entry) {
   const stay = entry.idle_s !== null ? t("devices.idle", { time: duration(entry.idle_s) })
     : t("feed.stayed", { time: duration(entry.seconds) });
   const facts = [entry.weight_bytes && bytes(entry.weight_bytes), stay].filter(Boolean).join(", ");

@@ -1,4 +1,4 @@
-// Numbers for people, in the language of the page.
+// Formats numbers in the language of the page.
 
 import { language, t } from "./words.js";
 
@@ -15,7 +15,7 @@ export function bytes(value) {
   return `${number(scaled, unit > 0 && scaled < 99.95 ? 1 : 0)} ${UNITS[unit]}`;
 }
 
-/** A duration with one unit: 0.4 s, 12 s, 4 min, 3 h, 2 d. */
+/** Formats a duration with one unit: 0.4 s, 12 s, 4 min, 3 h, 2 d. */
 export function duration(seconds) {
   if (seconds < 1) return `${number(Math.max(0, seconds), 1)} ${t("unit.s")}`;
   if (seconds < 90) return `${number(seconds)} ${t("unit.s")}`;
@@ -24,17 +24,17 @@ export function duration(seconds) {
   return `${number(seconds / 86400)} ${t("unit.d")}`;
 }
 
-/** A rate, with two digits that count. */
+/** Formats a rate with two significant digits. */
 export function perSecondWords(value) {
   return number(value, value < 0.1 ? 2 : value < 10 ? 1 : 0);
 }
 
-/** The server's words of a failure without the name that they begin with for programs: `unsupported_model: …`. */
+/** Strips the machine-readable prefix of a failure's cause: `unsupported_model: …`. */
 export function causeWords(cause) {
   return cause.replace(/^[a-z_]+: /, "");
 }
 
-/** A latency, with two digits that count. */
+/** Formats a latency with two significant digits. */
 export function latency(seconds) {
   const ms = seconds * 1000;
   if (seconds < 1) return `${number(ms, ms < 10 ? 1 : 0)} ms`;

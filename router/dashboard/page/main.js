@@ -1,4 +1,4 @@
-// Puts the page together: the door or the yard, and the tools in the header.
+// Assembles the page: the sign-in form or the dashboard, and the header.
 
 import { forgetKeys, hasKey, now } from "./api.js";
 import { devicesPanel } from "./devices.js";
@@ -19,8 +19,8 @@ let store = null;
 let draw = () => {};
 let isDrawing = false;
 
-/** Many changes of one moment are drawn once. */
-function changed() {
+/** Schedules one redraw per animation frame. */
+function scheduleDraw() {
   if (isDrawing) return;
   isDrawing = true;
   requestAnimationFrame(() => {
@@ -30,10 +30,10 @@ function changed() {
 }
 
 async function enter() {
-  const wanted = new Store(changed, (error) => leave(error.message));
+  const wanted = new Store(scheduleDraw, (error) => leave(error.message));
   await wanted.start();
   store = wanted;
-  openYard();
+  openDashboard();
 }
 
 function leave(message = "") {
@@ -41,29 +41,29 @@ function leave(message = "") {
   store = null;
   draw = () => {};
   forgetKeys();
-  openDoor(message);
+  openSignIn(message);
 }
 
-function openDoor(message) {
-  dress();
-  const door = signIn(enter, message);
-  app.replaceChildren(door.node);
-  door.focus();
+function openSignIn(message) {
+  drawHeader();
+  const form = signIn(enter, message);
+  app.replaceChildren(form.node);
+  form.focus();
 }
 
-function openYard() {
-  const live = dress();
+function openDashboard() {
+  const live = drawHeader();
   const notice = h("p", { class: "notice error", role: "alert" });
-  const tell = (words) => {
+  const showNotice = (words) => {
     text(notice, words);
     show(notice, Boolean(words));
   };
-  tell("");
+  showNotice("");
   const devices = devicesPanel(store);
-  const models = modelsPanel(store, planner(store, devices.mark, tell));
+  const models = modelsPanel(store, planner(store, devices.mark, showNotice));
   const parts = [devices, models, feedPanel(store), playground(store)];
   const [, , feed, play] = parts;
-  const node = h("main", { class: "yard" }, h("h1", { class: "unseen" }, "Embedyard"), notice,
+  const node = h("main", { class: "dashboard" }, h("h1", { class: "unseen" }, "Embedyard"), notice,
     h("div", { class: "main-column" }, devices.node, models.node, play.node),
     h("div", { class: "side-column" }, feed.node));
   app.replaceChildren(node);
@@ -75,33 +75,33 @@ function openYard() {
   draw();
 }
 
-/** The header, in the language of the page; returns what keeps the connection's light right. */
-function dress() {
+/** Draws the header in the current language; returns the function that updates the connection status. */
+function drawHeader() {
   document.documentElement.lang = language();
-  const [yard, api] = document.getElementById("nav").children;
-  text(yard, t("nav.yard"));
+  const [dashboard, api] = document.getElementById("nav").children;
+  text(dashboard, t("nav.dashboard"));
   text(api, t("nav.api"));
-  const light = h("span", { class: "live", role: "status" });
+  const status = h("span", { class: "live", role: "status" });
   const other = h("button", { type: "button", lang: language() === "en" ? "zh-CN" : "en", onclick: changeLanguage }, t("nav.other"));
   const out = hasKey() && store && h("button", { type: "button", onclick: () => leave() }, t("nav.signout"));
-  tools.replaceChildren(...[store && light, other, out].filter(Boolean));
+  tools.replaceChildren(...[store && status, other, out].filter(Boolean));
   return () => {
     const { live, retryAt } = store.connection;
-    set(light, "data-live", String(live));
+    set(status, "data-live", String(live));
     const time = retryAt === null ? "" : duration(Math.max(0, retryAt - now()));
-    text(light, live ? t("live.on") : retryAt === null ? t("live.connecting") : t("live.off", { time }));
+    text(status, live ? t("live.on") : retryAt === null ? t("live.connecting") : t("live.off", { time }));
   };
 }
 
 function changeLanguage() {
   switchLanguage();
-  if (store) openYard();
-  else openDoor();
-  tools.querySelector("[lang]").focus(); // it was made anew, in the other language
+  if (store) openDashboard();
+  else openSignIn();
+  tools.querySelector("[lang]").focus(); // the button was recreated, in the other language
 }
 
-// Durations grow while nothing happens: quickly while something is on its way, else with each poll.
+// Durations change without events: redraw every second while something is in progress, else with each poll.
 setInterval(() => store && !document.hidden && (store.isActive() || !store.connection.live) && draw(), 1000);
 
-if (isOpen || hasKey()) enter().catch((error) => openDoor(error.status === 401 ? "" : error.message));
-else openDoor();
+if (isOpen || hasKey()) enter().catch((error) => openSignIn(error.status === 401 ? "" : error.message));
+else openSignIn();

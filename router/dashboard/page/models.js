@@ -1,4 +1,4 @@
-// Each model as a row: what it is doing, what it takes, and the three things an operator can do to it.
+// The model table: state, memory, traffic, and the three actions of an operator.
 
 import { now } from "./api.js";
 import { h, keyed, set, show, text } from "./dom.js";
@@ -94,7 +94,7 @@ function button(verb, id, act) {
     onclick: () => act(verb, id) }, words);
 }
 
-/** The full width, and those below it that may be asked for. */
+/** Formats the full dimensions and the smaller ones on offer. */
 function widthWords(info) {
   if (!info) return "–";
   const { widths, minimum } = info.matryoshka;
@@ -141,7 +141,7 @@ function trafficCell(id) {
   return { node, update };
 }
 
-/** Bytes of a download; seconds of a load, against those of the load before. */
+/** Shows the bytes of a download, or the seconds of a load against those of the last load. */
 function progressLine(store, id) {
   const bar = h("progress", { max: "1", "aria-label": t("models.progress", { model: id }) });
   const words = h("span", { class: "quiet small" });

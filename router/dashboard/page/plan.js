@@ -1,4 +1,4 @@
-// What an operator's word would do, shown before it is done.
+// Shows the effect of an operator's action and asks for confirmation.
 
 import { get, modelPath, now, post } from "./api.js";
 import { h } from "./dom.js";
@@ -6,13 +6,13 @@ import { bytes, duration } from "./format.js";
 import { t } from "./words.js";
 
 const IN_MEMORY = ["loading", "warming", "ready", "draining", "unloading"];
-const DEEDS = {
+const ACTIONS = {
   preload: (model) => post(modelPath(model.id, "preload"), { wait: false }),
   pin: (model) => post(modelPath(model.id, "preload"), { wait: false, pin: true }),
   evict: (model) => post(modelPath(model.id, "evict"), { force: model.slots.some((slot) => slot.pinned) }),
 };
 
-/** `mark(victims)`: show on the devices who would leave. `tell(message)`: a failure, for the operator. */
+/** `mark(victims)`: highlights the models that would be evicted. `tell(message)`: shows an error. */
 export function planner(store, mark, tell) {
   return async (verb, modelId) => {
     const model = store.models().find((each) => each.id === modelId);
@@ -20,7 +20,7 @@ export function planner(store, mark, tell) {
       const plan = verb === "evict" ? null : await get(`/admin/plan?model=${encodeURIComponent(modelId)}`);
       mark(verb === "evict" ? [modelId] : plan.evict);
       const lines = verb === "evict" ? evictWords(store, model) : planWords(store, verb, plan);
-      if (await confirmed(verb, modelId, lines, !plan || plan.fits)) await DEEDS[verb](model);
+      if (await confirmed(verb, modelId, lines, !plan || plan.fits)) await ACTIONS[verb](model);
       tell("");
     } catch (error) {
       tell(error.message);
@@ -64,7 +64,7 @@ function evictWords(store, model) {
   return lines;
 }
 
-/** A modal question; resolves to whether it was agreed to. Escape and Cancel refuse. */
+/** Opens a modal dialog; resolves to whether it was confirmed. Escape and Cancel decline. */
 function confirmed(verb, modelId, lines, isPossible) {
   const title = h("h2", { id: "plan-title" }, t(`plan.${verb}`, { model: modelId }));
   const words = lines.map((line) => (Array.isArray(line) ? h("ul", {}, line.map((item) => h("li", {}, item))) : h("p", {}, line)));

@@ -1,4 +1,4 @@
-// Texts in; vectors, their cosines and the server's timings out.
+// The playground: embeds texts, shows vectors, cosine similarities and timings.
 
 import { get, post, setEmbedKey } from "./api.js";
 import { h, set, show, text } from "./dom.js";
@@ -10,7 +10,7 @@ import { t } from "./words.js";
 
 const PATH = "/v1/embeddings";
 
-let draft = null; // what was written outlives a change of language
+let draft = null; // survives a change of language
 
 export function playground(store) {
   const form = fields();
@@ -20,7 +20,7 @@ export function playground(store) {
   const node = h("section", { class: "panel", "aria-labelledby": "play-title" },
     h("h2", { id: "play-title" }, t("play.title")),
     h("div", { class: "play" }, h("div", {}, form.node, refusal, code.node), result));
-  const known = new Map(); // what /v1/models says of prompts and widths; it needs a key that may embed
+  const known = new Map(); // prompts and dimensions from /v1/models, which needs a key that may embed
   show(refusal, false);
 
   const redraw = () => code.update(PATH, form.request());

@@ -1,10 +1,10 @@
-// Vectors, and how near they are to each other.
+// Shows vectors and their cosine similarities.
 
 import { h } from "./dom.js";
 import { number } from "./format.js";
 import { t } from "./words.js";
 
-const MAX_CELLS = 24; // texts in the map; more would not be read
+const MAX_CELLS = 24; // texts in the heat map; more would be unreadable
 
 export function cosine(a, b) {
   let [dot, aa, bb] = [0, 0, 0];
@@ -16,7 +16,7 @@ export function cosine(a, b) {
   return dot / Math.sqrt(aa * bb);
 }
 
-/** A table, so that it can be read without seeing its colours. */
+/** Builds the heat map as a table, so that it is readable without colours. */
 export function heatMap(texts, vectors) {
   const shown = vectors.slice(0, MAX_CELLS);
   const head = h("tr", {}, h("td"), shown.map((_, index) => h("th", { scope: "col", title: texts[index] }, index + 1)));
@@ -47,7 +47,7 @@ export function vectorList(texts, vectors) {
   return h("div", {}, h("h3", {}, t("play.vectors")), h("ol", { class: "vectors" }, entries));
 }
 
-/** One pixel a component: the accent for what is above 0, grey for what is below, faint near 0. */
+/** Draws one pixel per component: accent colour above 0, grey below, faint near 0. */
 function paint(canvas, vector) {
   const context = canvas.getContext("2d");
   const image = context.createImageData(vector.length, 1);

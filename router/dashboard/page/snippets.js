@@ -1,4 +1,4 @@
-// The playground's call, to be copied. The key stands as a variable: a copied line must not carry it away.
+// The playground's request as code. The key is a variable, so that copied code does not contain it.
 
 import { h, text } from "./dom.js";
 import { t } from "./words.js";
@@ -10,7 +10,7 @@ function curl(url, body) {
   return `curl ${url} \\\n  -H "Authorization: Bearer $API_KEY" \\\n  -H 'Content-Type: application/json' \\\n  -d '${json}'`;
 }
 
-/** OpenAI's own client; what it does not know goes into extra_body. JSON strings are Python strings. */
+/** Code for OpenAI's client; fields unknown to it go into extra_body. JSON strings are Python strings. */
 function python(url, body) {
   const { input_type: type, ...known } = body;
   const lines = Object.entries(known).map(([name, value]) => `    ${name}=${JSON.stringify(value)},`);
@@ -67,7 +67,7 @@ export function snippets() {
   return { node, update };
 }
 
-/** The clipboard API needs HTTPS or localhost; elsewhere the text is selected, and copied the old way. */
+/** Copies text. The clipboard API needs HTTPS or localhost; elsewhere uses selection and execCommand. */
 async function copyText(node) {
   if (navigator.clipboard) return navigator.clipboard.writeText(node.textContent).catch(() => select(node));
   select(node);

@@ -1,4 +1,4 @@
-// A small line of one minute. Its words stand beside it, so it is only a picture with a name.
+// A sparkline of the last minute. The numbers are beside it, so it has only a label.
 
 import { set, svg } from "./dom.js";
 

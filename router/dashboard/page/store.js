@@ -1,13 +1,13 @@
-// What the page knows of the yard: read from the server, kept fresh by its events. Draws nothing.
+// The page's state: read from the server, and updated by its events. Independent of drawing.
 
 import { get, now } from "./api.js";
 import { follow } from "./stream.js";
 import { pollTraffic } from "./traffic.js";
 
 const POLL_MS = 5000; // leases and queues change without events
-const SETTLE_MS = 120; // one reading for a burst of events
+const SETTLE_MS = 120; // one refresh per burst of events
 const MAX_FEED = 200;
-const AWAY = ["absent", "cold"];
+const NOT_LOADED = ["absent", "cold"];
 const ACTIVE = ["fetching", "waiting_space", "loading", "warming", "draining", "unloading"];
 
 export class Store {
@@ -18,15 +18,15 @@ export class Store {
     this.slots = [];
     this.feed = []; // newest first
     this.connection = { live: false, retryAt: null };
-    this.since = new Map(); // slot → {state, at}: when it came into the state it is in
+    this.since = new Map(); // slot → {state, at}: its state, and when it entered it
     this.rates = new Map(); // slot → bytes/s of its download
     this.wasLive = false;
   }
 
-  /** Read everything once, then follow. Rejects with the ApiError of a server that lets nobody in. */
+  /** Reads everything once, then follows the events. Rejects with an ApiError when the server refuses. */
   async start() {
     await this.refresh();
-    // Starting from 0 brings the events that the server remembers, so that the feed has a past.
+    // Starting from 0 returns the server's buffered events, so that the list has a history.
     const from = new URLSearchParams(this.devices.map((device) => [device.host_id, "0"])).toString();
     this.stream = follow("/admin/events", from, {
       onOpen: () => this.opened(),
@@ -46,14 +46,14 @@ export class Store {
     document.removeEventListener("visibilitychange", this.onVisible);
   }
 
-  /** The rows of the page: one a model, its slots on all devices together, and the one that says most of it. */
+  /** Returns one row per model: its slots on all devices, and the most informative one. */
   models() {
     const byId = new Map();
     for (const slot of this.slots) byId.set(slot.id, [...(byId.get(slot.id) ?? []), slot]);
-    return [...byId.entries()].map(([id, slots]) => ({ id, slots, slot: telling(slots) }));
+    return [...byId.entries()].map(([id, slots]) => ({ id, slots, slot: mostInformative(slots) }));
   }
 
-  /** A device by the name that people know; where two hosts have devices of one name, by the host's. */
+  /** Returns a device's name; the host id when two hosts have devices of the same name. */
   deviceName(hostId) {
     const device = this.devices.find((each) => each.host_id === hostId)?.device;
     const isAlone = this.devices.filter((each) => each.device === device).length === 1;
@@ -75,7 +75,7 @@ export class Store {
 
   async tick() {
     if (document.hidden || !this.connection.live) return;
-    await Promise.all([this.refresh(), pollTraffic()]).catch(() => {}); // the stream notices a server that is gone
+    await Promise.all([this.refresh(), pollTraffic()]).catch(() => {}); // the stream detects an unreachable server
     this.onChange();
   }
 
@@ -147,9 +147,9 @@ export class Store {
   }
 }
 
-/** The server lists the slot nearest to serving first; but a failure must not hide behind a device that never tried. */
-function telling(slots) {
-  return AWAY.includes(slots[0].state) ? slots.find((slot) => slot.state === "failed") ?? slots[0] : slots[0];
+/** The server lists the slot nearest to ready first; a failed slot takes precedence over unloaded ones. */
+function mostInformative(slots) {
+  return NOT_LOADED.includes(slots[0].state) ? slots.find((slot) => slot.state === "failed") ?? slots[0] : slots[0];
 }
 
 export function keyOf(modelId, hostId) {

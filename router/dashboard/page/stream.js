@@ -1,12 +1,12 @@
-// Server-sent events by fetch, because EventSource cannot send an Authorization header.
+// Reads server-sent events with fetch, because EventSource cannot send an Authorization header.
 
 import { ApiError, send } from "./api.js";
 
 const FIRST_WAIT_MS = 500;
 const LONGEST_WAIT_MS = 15000;
-const SILENCE_MS = 40000; // the server says something every 15 s
+const SILENCE_MS = 40000; // the server sends a keep-alive every 15 s
 
-/** Lines of an event stream → messages {id, event, data}. Feed it text as it comes. */
+/** Parses an event stream into messages {id, event, data}, incrementally. */
 export function parser(onMessage) {
   let rest = "";
   let message = {};
@@ -30,7 +30,7 @@ export function parser(onMessage) {
 }
 
 /**
- * Follow a stream until `stop()`. It is opened again with the last event's id when it ends, is silent, or fails.
+ * Follows a stream until `stop()`. Reconnects with the last event's id when it ends, is silent, or fails.
  *
  * handlers: onOpen(), onMessage({event, data}), onWait(seconds until the next attempt), onRefused(ApiError).
  */

@@ -1,15 +1,15 @@
-// The Server-Timing header as a bar: where the time of one call went.
+// Shows the Server-Timing header of a request as a bar.
 
 import { h } from "./dom.js";
 import { latency } from "./format.js";
 import { t } from "./words.js";
 
-/** `load;dur=0.0, tokenize;dur=0.4` → [["load", 0], ["tokenize", 0.0004]], in seconds. */
+/** Parses a header: `load;dur=0.0, tokenize;dur=0.4` → [["load", 0], ["tokenize", 0.0004]], in seconds. */
 export function parseTimings(header) {
   return [...header.matchAll(/([\w-]+);dur=([\d.]+)/g)].map(([, name, ms]) => [name, Number(ms) / 1000]);
 }
 
-/** `seconds`: the whole call as the browser saw it; what the server does not account for is shown as the rest. */
+/** `seconds`: duration measured in the browser; the part outside the server's timings is shown as the rest. */
 export function timingsBar(header, seconds) {
   const parts = parseTimings(header);
   const rest = Math.max(0, seconds - parts.reduce((sum, [, part]) => sum + part, 0));

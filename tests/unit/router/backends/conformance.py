@@ -1,7 +1,7 @@
-"""What every backend must do alike, whatever its hosts live in. One class, run by each backend's own test module.
+"""Conformance suite: tests that every backend must pass. One class, run by the test module of each backend.
 
-A module gives two fixtures: `backend`, started, with three hosts of `BUDGET_BYTES` each, which its tests share; and
-`opened`, which makes another backend before the same or other hosts, for tests that close it.
+A module provides two fixtures: `backend`, started, with three hosts of `BUDGET_BYTES` each, which its tests share; and
+`opened`, which creates another backend for the same or other hosts, for tests that close it.
 """
 
 import asyncio
@@ -42,7 +42,7 @@ def specs_of(*specs: ModelSpec) -> dict[str, ModelSpec]:
 
 @asynccontextmanager
 async def serving(backend: Backend, *specs: ModelSpec, budget: Budget = BUDGET) -> AsyncIterator[None]:
-    """These models alone; afterwards none, and nothing in memory."""
+    """Serve only these models inside the block; afterwards none, with nothing in memory."""
     await backend.reload(specs_of(*specs), budget)
     await until(backend, lambda hosts: all(known(host) == len(specs) for host in hosts))
     try:
@@ -53,19 +53,19 @@ async def serving(backend: Backend, *specs: ModelSpec, budget: Budget = BUDGET) 
 
 
 def known(host: HostSnapshot) -> int:
-    """Models that the host has looked at, so that their sizes count."""
+    """Return the models whose files the host has located, so that their sizes count."""
     return sum(status.state != "absent" for status in host.models)
 
 
 def loads(hosts: tuple[HostSnapshot, ...]) -> Counter[str]:
-    """How often each model was loaded, on all hosts together."""
+    """Count the loads of each model, on all hosts together."""
     return Counter({status.model_id: 0 for host in hosts for status in host.models}) + Counter(
         status.model_id for host in hosts for status in host.models for _ in range(status.loads)
     )
 
 
 def homes(hosts: tuple[HostSnapshot, ...]) -> dict[str, list[str]]:
-    """The hosts on which each model is ready."""
+    """Return the hosts on which each model is ready."""
     found: dict[str, list[str]] = {}
     for host in hosts:
         for status in host.models:
@@ -81,7 +81,7 @@ async def refusal(backend: Backend, wanted: EmbedCall) -> Exception:
 
 
 class Conformance:
-    """See the module."""
+    """Tests that every backend must pass."""
 
     async def test_vectors_are_right_in_every_form_of_a_request(self, backend: Backend) -> None:
         spec = scripted("a", prompts={"query": "q: "}, matryoshka=Matryoshka(widths=(4,)), max_tokens=6)
@@ -350,13 +350,13 @@ class Conformance:
 
 
 async def first(stream: AsyncIterator[Event], count: int) -> list[Event]:
-    """The next state events of the stream."""
+    """Read the next state events of the stream."""
     async with asyncio.timeout(10):
         return [await anext(stream) for _ in range(count)]
 
 
 async def remembered(backend: Backend) -> list[Event]:
-    """All events so far."""
+    """Read all buffered events."""
     stream = backend.events({host.host_id: 0 for host in backend.snapshots()})
     found: list[Event] = []
     while True:
@@ -367,5 +367,5 @@ async def remembered(backend: Backend) -> list[Event]:
 
 
 def by_host(hosts: tuple[HostSnapshot, ...]) -> Mapping[str, HostSnapshot]:
-    """By id."""
+    """Index specs by model id."""
     return {host.host_id: host for host in hosts}

@@ -1,4 +1,4 @@
-"""The shared class says what it found, as test modules do; and Ray's suite has a loop that never stops."""
+"""Enables assert rewriting for the shared class, and runs Ray's suite on a loop that never stops."""
 
 import inspect
 

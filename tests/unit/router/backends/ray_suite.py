@@ -1,6 +1,6 @@
-"""`BACKEND=ray` does what every backend does, on a real cluster of three nodes on this machine.
+"""Runs the conformance suite for `BACKEND=ray`, on a real cluster of three nodes on this machine.
 
-Run by `test_ray.py` in a process of its own, because Ray does not leave a process as it found it; by hand:
+Run by `test_ray_conformance.py` in a separate process, because Ray changes the process it runs in; by hand:
 
     python -m pytest -o asyncio_mode=strict -o filterwarnings=default tests/unit/router/backends/ray_suite.py
 """
@@ -52,7 +52,7 @@ BIRTH = WorkerConfig(
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """Two hosts on the head, the third on a node of its own."""
+    """Start a cluster: two hosts on the head, the third on a second node."""
     head = {"num_cpus": HOSTS - 1, "object_store_memory": STORE_BYTES, "include_dashboard": False}
     made = Cluster(initialize_head=True, head_node_args=head)
     add_node(made)
@@ -162,7 +162,7 @@ class TestRay(Conformance):
 
 
 def add_node(cluster: Cluster, attempts: int = 3) -> None:
-    """Ray gives a node half a minute to start, which is not enough beside neighbours that use all cores."""
+    """Add a node. Ray's start timeout of 30 s is too short when other processes use all cores."""
     for attempt in range(1, attempts + 1):
         try:
             cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
@@ -182,12 +182,12 @@ def ids(hosts: tuple[HostSnapshot, ...]) -> set[str]:
 
 
 def num_open(hosts: tuple[HostSnapshot, ...]) -> int:
-    """Hosts that take calls."""
+    """Count the hosts that take calls."""
     return sum(not host.is_draining for host in hosts)
 
 
 def replica_pids() -> list[int]:
-    """Of the processes that the hosts live in; Ray writes into their titles what they are."""
+    """Return the process ids of the replicas, by the process titles that Ray sets."""
     return [process.pid for process in psutil.process_iter(["cmdline"]) if is_replica(process.info["cmdline"])]
 
 

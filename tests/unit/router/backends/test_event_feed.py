@@ -1,4 +1,4 @@
-"""Events of hosts elsewhere, for whoever follows them here."""
+"""Tests of `EventFeed`: events of remote hosts, for subscribers."""
 
 import asyncio
 from collections.abc import AsyncIterator

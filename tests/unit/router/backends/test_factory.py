@@ -1,4 +1,4 @@
-"""Which backend serves: what was named, else what suits the devices."""
+"""The backend is chosen by the settings, else by the devices."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Who gets which model, from snapshots that are older than what was sent since."""
+"""Hosts are chosen from snapshots that are older than the calls in flight."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Several hosts in this process: who gets which model, and what crosses all of them."""
+"""Several hosts in this process: placement, and operations on all of them."""
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
@@ -39,7 +39,7 @@ def call(model_id: str, text: str = "x") -> EmbedCall:
 
 
 class Fleet:
-    """Hosts on fake devices, and the backend before them."""
+    """Hosts on fake devices, and their backend."""
 
     def __init__(self, specs: Mapping[str, ModelSpec], budgets: Mapping[str, int], files: FakeFiles) -> None:
         self.files = files
@@ -62,7 +62,7 @@ class Fleet:
         self.closed += 1
 
     def loads(self, model_id: str) -> list[int]:
-        """How often each host loaded the model."""
+        """Count the loads of the model on each host."""
         return [loader.loads[model_id] for loader in self.loaders.values()]
 
     def hold(self) -> None:
@@ -215,12 +215,12 @@ async def test_a_model_too_large_for_every_device_is_refused() -> None:
 
 
 async def first_choice(here: Fleet, model_id: str) -> str:
-    """The device where a cold model would go."""
+    """Return the device where a cold model would be loaded."""
     return (await here.backend.plan(model_id)).host_id
 
 
 def break_loads(here: Fleet, device: str, model_id: str, error: Exception) -> None:
-    """Every load of the model on that device fails."""
+    """Make every load of the model on that device fail."""
     here.loaders[device]._loads = Attempts({model_id: [error] * 99})
 
 

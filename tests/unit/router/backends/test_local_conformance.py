@@ -1,4 +1,4 @@
-"""`BACKEND=local` does what every backend does."""
+"""Runs the conformance suite for `BACKEND=local`."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager

@@ -1,4 +1,4 @@
-"""Which host takes a model, from snapshots alone."""
+"""Hosts are ranked for a model from snapshots only."""
 
 from collections import Counter
 
@@ -44,7 +44,7 @@ def host(
     ceiling: int | None = None,
     draining: bool = False,
 ) -> HostSnapshot:
-    """Every host may serve `m`, unless it is given otherwise; residents leave in the order they are listed."""
+    """Create a snapshot. Every host may serve `m` by default; residents are evicted in the order listed."""
     used = sum(status.weight_bytes for status in models)
     listed = models if any(status.model_id == "m" for status in models) else (*models, model("m"))
     return HostSnapshot(
@@ -203,7 +203,7 @@ def test_among_equals_models_spread_and_a_lost_host_moves_only_its_own() -> None
 
 
 def placed(model_id: str, hosts: list[HostSnapshot]) -> str:
-    """First choice for a model that every one of the hosts may serve."""
+    """Return the first choice for a model that all hosts may serve."""
     known = [msgspec.structs.replace(one, models=(model(model_id),)) for one in hosts]
     return rank_hosts(model_id, 10, known)[0]
 

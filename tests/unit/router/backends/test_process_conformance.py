@@ -1,4 +1,4 @@
-"""`BACKEND=process` does what every backend does."""
+"""Runs the conformance suite for `BACKEND=process`."""
 
 import asyncio
 from collections.abc import AsyncIterator

@@ -1,4 +1,4 @@
-"""`BACKEND=ray` does what every backend does: the suite of `ray_suite.py`, in a process and on a cluster of its own."""
+"""Runs `ray_suite.py`, the conformance suite for `BACKEND=ray`, in a separate process and on its own cluster."""
 
 import os
 import re
@@ -62,7 +62,7 @@ def test_a_server_that_does_not_use_ray_imports_nothing_of_it() -> None:
 
 
 def test_without_a_cluster_the_commands_say_what_to_do() -> None:
-    """All in one process: importing Ray is what takes the time."""
+    """All in one process, because importing Ray takes seconds."""
     code = (
         "from click.testing import CliRunner; from router.cli.main import cli;"
         "ends = [CliRunner().invoke(cli, line.split()) for line in ('ray deploy', 'ray remove', 'serve --port 0')];"

@@ -97,7 +97,7 @@ def test_failed_requests_are_told_and_decide_the_exit_code(
 
 
 def test_a_load_without_one_answer_is_never_within_bounds(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("router.loadgen.requests.first", answered)
+    monkeypatch.setattr("router.loadgen.requests.warm_up", answered)
     served.backend.failures["mini"] = QueueFull("no room")
 
     assert bench(served.url, *QUICK, "--no-report", "--max-errors", "100").exit_code == 1
@@ -127,9 +127,9 @@ def test_what_cannot_be_measured_exits_2_with_the_reason(served: Served, args: t
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("http://127.0.0.1:9", "cannot be reached (Connection refused): is the server running?"),
-        ("localhost:6008", "is not the address of a server"),
-        ("http://me:secret@127.0.0.1:9", "a key goes into --api-key"),
+        ("http://127.0.0.1:9", "(Connection refused); is the server running?"),
+        ("localhost:6008", "is not a server address"),
+        ("http://me:secret@127.0.0.1:9", "pass the key with --api-key"),
     ],
 )
 def test_no_server_exits_2(url: str, message: str) -> None:
@@ -161,7 +161,7 @@ def test_an_empty_file_and_a_folder_that_is_none_exit_2(served: Served, own_fold
 
     assert (empty.exit_code, nowhere.exit_code) == (2, 2)
     assert "empty: holds no text" in empty.stderr
-    assert "name another place with --report" in nowhere.stderr
+    assert "choose another path with --report" in nowhere.stderr
 
 
 def test_without_matplotlib_there_is_a_report_and_a_hint(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""`embedyard calibrate`: what it prints is what the registry takes, and it makes one text enough."""
+"""`embedyard calibrate`: its output is valid in the registry, and makes a single text quantizable."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +19,7 @@ TEXTS = [f"text number {index * index}" for index in range(150)]
 
 @pytest.fixture
 def url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A server with a key, a file of texts here, and no other setting."""
+    """A server with a key, a file of texts, and no other settings."""
     monkeypatch.chdir(tmp_path)
     for variable in VARIABLES:
         monkeypatch.delenv(variable.name, raising=False)
@@ -58,7 +58,7 @@ def test_few_texts_are_warned_of(url: str) -> None:
     result = calibrate("mini", "texts.txt", "--url", url)
 
     assert result.exit_code == 0
-    assert result.stderr == "warning: 2 texts hardly show the ranges of 8 components\n"
+    assert result.stderr == "warning: 2 texts are too few for the ranges of 8 components\n"
 
 
 @pytest.mark.parametrize(
@@ -66,8 +66,8 @@ def test_few_texts_are_warned_of(url: str) -> None:
     [
         ("mnii", "texts.txt", "did you mean mini?"),
         ("mini", "nothing.txt", "nothing.txt cannot be read: No such file"),
-        ("mini", "binary", "binary cannot be read: it is not UTF-8"),
-        ("mini", "short", "short has 1 lines with text, and a range needs at least 2"),
+        ("mini", "binary", "binary cannot be read: not UTF-8"),
+        ("mini", "short", "short has 1 lines with text; at least 2 are required"),
     ],
 )
 def test_a_mistake_is_told_with_its_cure(url: str, model: str, texts: str, words: str) -> None:
@@ -86,5 +86,5 @@ def test_a_wrong_key_and_a_silent_address_are_told(url: str, monkeypatch: pytest
     silent = calibrate("mini", "texts.txt", "--url", "http://127.0.0.1:9")
 
     assert (refused.exit_code, silent.exit_code) == (2, 2)
-    assert "set ADMIN_API_KEY or API_KEY as the server has it" in refused.stderr
+    assert "set ADMIN_API_KEY or API_KEY to the server's key" in refused.stderr
     assert "no server answers at http://127.0.0.1:9" in silent.stderr

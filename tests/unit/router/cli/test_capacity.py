@@ -1,4 +1,4 @@
-"""The line at start: do pinned and preloaded models fit, and who takes turns."""
+"""The capacity line at start: whether pinned and preloaded models fit, and which models take turns."""
 
 import pytest
 
@@ -40,7 +40,7 @@ def test_all_fit() -> None:
 
     outlook = plan_capacity(registry("a", "b", "c", pinned="a"), [here])
 
-    assert (outlook.misfits, outlook.turns, outlook.num_known) == ((), (), 2)
+    assert (outlook.misfits, outlook.alternating, outlook.num_known) == ((), (), 2)
     assert str(outlook) == ("pinned and preloaded models take 3.0 of 10.0 GiB; all 2 of known size fit at once (6.0)")
 
 
@@ -50,7 +50,7 @@ def test_those_without_room_take_turns() -> None:
     one = plan_capacity(registry("a", "b", "c", preload="a"), [here])
     two = plan_capacity(registry("a", "b", "c", "d", preload="a"), [here])
 
-    assert (one.turns, two.turns) == (("c",), ("c", "d"))
+    assert (one.alternating, two.alternating) == (("c",), ("c", "d"))
     assert str(one).endswith("all 3 of known size need 11.0, so c takes turns with others")
     assert str(two).endswith("all 4 of known size need 14.0, so c and d take turns")
 
@@ -92,7 +92,7 @@ def test_models_spread_over_the_devices_that_take_them() -> None:
 def test_the_wanted_have_the_first_choice() -> None:
     here = host("cpu", 5, big=(4, 0), small=(2, 0))
 
-    assert plan_capacity(registry("big", "small", pinned="small"), [here]).turns == ("big",)
+    assert plan_capacity(registry("big", "small", pinned="small"), [here]).alternating == ("big",)
 
 
 @pytest.mark.parametrize("hosts", [[], [host("cpu", 5)], [host("cpu", 5, a=None)]])

@@ -1,4 +1,4 @@
-"""`embedyard completion`: scripts that the shells accept, and what they offer."""
+"""`embedyard completion`: the shells accept the scripts; completed names and options."""
 
 import shutil
 import subprocess

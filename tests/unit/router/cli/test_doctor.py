@@ -1,4 +1,4 @@
-"""`embedyard doctor`: each thing it looks at, sound and broken, and what scripts get."""
+"""`embedyard doctor`: every check, passing and failing, and the JSON output."""
 
 import json
 import threading
@@ -22,13 +22,13 @@ REMOTE = "version: 1\nmodels:\n  - {name: away, source: org/away}\n"
 
 
 class Refusal(BaseHTTPRequestHandler):
-    """A hub that is there, and forbids."""
+    """A hub that responds 403."""
 
     def do_HEAD(self) -> None:
         self.send_error(403)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def run(*args: str) -> Result:
 
 
 def findings() -> dict[str, diagnosis.Finding]:
-    return {finding.name: finding for finding in diagnosis.examine()}
+    return {finding.name: finding for finding in diagnosis.run_checks()}
 
 
 def test_a_sound_setup_is_told_in_plain_lines_and_exits_0() -> None:
@@ -90,7 +90,7 @@ def test_a_terminal_gets_a_table_with_the_cures(setup: Path, monkeypatch: pytest
     result = run()
 
     assert result.exit_code == 1
-    assert "→ put the named keys right" in result.stdout
+    assert "→ correct the named keys" in result.stdout
 
 
 def test_wrong_settings_end_the_examination_with_every_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +114,7 @@ def test_a_key_is_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(diagnosis, "PACKAGES", ("torch", "no-such-package-of-ours"))
-    found = diagnosis.packages()
+    found = diagnosis.check_packages()
 
     assert (found.verdict, found.detail) == ("fail", "not installed: no-such-package-of-ours")
     assert found.cure
@@ -174,7 +174,7 @@ def test_folders_that_cannot_be_written_are_told_of(monkeypatch: pytest.MonkeyPa
 def test_a_hub_that_answers_with_a_refusal_is_reachable(refusing_hub: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", refusing_hub)
-    found = diagnosis.hub()
+    found = diagnosis.check_hub()
 
     assert found.verdict == "ok"
     assert "password" not in found.detail
@@ -183,7 +183,7 @@ def test_a_hub_that_answers_with_a_refusal_is_reachable(refusing_hub: str, monke
 def test_a_hub_that_is_not_there_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    found = diagnosis.hub()
+    found = diagnosis.check_hub()
 
     assert found.verdict == "warn"
     assert "HF_ENDPOINT" in found.cure

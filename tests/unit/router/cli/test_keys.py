@@ -1,4 +1,4 @@
-"""`embedyard keys`: what it prints, what it writes, and that a file keeps its comments."""
+"""`embedyard keys`: output, changes of the file, and preserved comments."""
 
 import json
 import re
@@ -41,7 +41,7 @@ NEW = Key.of("new", "ey-new", "embed")
 
 @pytest.fixture
 def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where KEYS_FILE points; there is no file yet, and no other setting."""
+    """Path in KEYS_FILE, which does not exist yet; no other settings."""
     monkeypatch.chdir(tmp_path)
     for variable in VARIABLES:
         monkeypatch.delenv(variable.name, raising=False)

@@ -1,4 +1,4 @@
-"""The `embedyard` command: exit codes, output for eyes and pipes, and what it does not import."""
+"""The `embedyard` command: exit codes, output on terminals and in pipes, and lazy imports."""
 
 import importlib
 import json

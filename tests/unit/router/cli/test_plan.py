@@ -1,4 +1,4 @@
-"""`embedyard plan`: this machine without a server, and a server as it is now."""
+"""`embedyard plan`: on this machine without a server, and on a running server."""
 
 import json
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ WEIGHTS_MB = 4.0
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
-    """A hub with one model, a folder with another, and a registry of both; no settings of this process."""
+    """A hub with one model, a folder with another, and a registry of both; without this process's settings."""
     monkeypatch.chdir(tmp_path)
     for variable in VARIABLES:
         monkeypatch.delenv(variable.name, raising=False)
@@ -99,7 +99,7 @@ def test_a_model_for_another_device_has_no_room(hub: LoopbackHub) -> None:
     result = plan("gpu")
 
     assert result.exit_code == 1
-    assert "it is for device cuda, and DEVICE does not name that" in result.stdout
+    assert "requires device cuda, which is not in DEVICE" in result.stdout
 
 
 def test_a_size_that_nobody_knows_is_a_question_mark(hub: LoopbackHub) -> None:
@@ -127,7 +127,7 @@ def test_a_mistake_exits_2_and_says_what_to_do(hub: LoopbackHub, args: list[str]
 
 @pytest.fixture
 def server() -> Iterator[str]:
-    """A budget for one of two models, the first of which is in memory; the operator's key is `boss`."""
+    """A server with memory for one of two models, the first of which is loaded; the admin key is `boss`."""
     specs = {name: ModelSpec(model_id=name, source=f"fake/{name}") for name in ("org/a", "b")}
     config = HostConfig(host_id="cpu", budget=Budget(size_bytes=1100), workspace_bytes=100)
     host = Host(config, specs, FakeFiles(), FakeLoader(), fake_runtime())

@@ -1,4 +1,4 @@
-"""`embedyard pull`: exit codes, lines for logs, bars for eyes. A hub on loopback."""
+"""`embedyard pull`: exit codes, lines in pipes, bars on terminals. With a hub on loopback."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -111,7 +111,7 @@ def test_what_is_here_stays_good_when_the_hub_is_down(hub: LoopbackHub) -> None:
 
     assert result.exit_code == 0
     assert result.stdout.startswith("ok  one  ")
-    assert "not asked for newer: http://" in result.stdout
+    assert "not checked for updates: http://" in result.stdout
 
 
 def test_a_hub_that_is_down_fails_what_is_not_here(hub: LoopbackHub) -> None:

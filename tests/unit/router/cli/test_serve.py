@@ -1,4 +1,4 @@
-"""`embedyard serve`: what it refuses, what it prints, and how it ends."""
+"""`embedyard serve`: refusals, output and shutdown."""
 
 import json
 import signal
@@ -24,7 +24,7 @@ YAML = "version: 1\nmodels:\n  - name: mini\n    source: org/mini\n"
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working folder with a registry, and none of the settings of this process."""
+    """An empty working folder with a registry, without this process's settings."""
     monkeypatch.chdir(tmp_path)
     for name in ("HOST", "PORT", "API_KEY", "ADMIN_API_KEY", "KEYS_FILE", "ALLOW_ANONYMOUS", "MODEL_PATH", "REGISTRY"):
         monkeypatch.delenv(name, raising=False)

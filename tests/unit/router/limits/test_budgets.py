@@ -1,4 +1,4 @@
-"""Requests and tokens: what callers get in every window, side by side, and on the average."""
+"""Budgets of requests and tokens: per window, under concurrency, and on average."""
 
 import asyncio
 import random
@@ -28,7 +28,7 @@ def tokens(store: LimitStore) -> TokenBudget:
 
 
 def busiest(times: list[float]) -> int:
-    """The most moments that any window holds; its ends included."""
+    """Return the maximum number of times in any window, including both ends."""
     first, most = 0, 0
     for last, time in enumerate(times):
         while times[first] < time - WINDOW_S:
@@ -227,7 +227,7 @@ async def test_32_keys_get_their_tokens_on_the_average(tokens: TokenBudget, cloc
 async def test_requests_side_by_side_cannot_multiply_a_budget(
     tokens: TokenBudget, clock: FakeClock, estimate: int, windows_worth: float
 ) -> None:
-    """Where estimates are a quarter of what is used, the debt of one window is what it costs."""
+    """With estimates of a quarter of the use, the overshoot is one window of debt."""
     limit, used = Limit(1000, WINDOW_S), 0
     began = clock.now_s
     while clock.now_s < began + 100 * WINDOW_S:

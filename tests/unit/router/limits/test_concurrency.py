@@ -1,4 +1,4 @@
-"""Who is inside, over real sockets: from a request's head to the last byte of its answer, and what a body may hold."""
+"""The concurrency limiter over real sockets: from a request's head to the last byte of its response, and body bytes."""
 
 import json
 import socket
@@ -20,13 +20,13 @@ from tests.testkit.servers import EMBED, Limited, bearer, limited, write_keys
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
-    """Lines of the log for eyes would take more time than the requests."""
+    """Silence the log: console lines would take more time than the requests."""
     with capture_logs():
         yield
 
 
 def open_request(url: str, head: str, receive_bytes: int | None = None) -> socket.socket:
-    """`receive_bytes`: what the client's kernel takes of an answer that nobody reads."""
+    """`receive_bytes`: size of the client's kernel buffer for an unread response."""
     address = urlsplit(url)
     connection = socket.socket()
     if receive_bytes is not None:

@@ -1,4 +1,4 @@
-"""What a caller may have, over real sockets: in a window, at once, and what an answer says about it."""
+"""Limits over real sockets: per window, concurrent, and the headers of responses."""
 
 import asyncio
 import json
@@ -42,20 +42,20 @@ FAMILIES = ("requests", "tokens")
 
 
 def told(answer: httpx.Response, family: str) -> tuple[str | None, ...]:
-    """Limit, remaining and reset of a family, as the headers have them."""
+    """Return limit, remaining and reset of a family from the headers."""
     return tuple(answer.headers.get(f"x-ratelimit-{word}-{family}") for word in ("limit", "remaining", "reset"))
 
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
-    """Lines of the log for eyes would take more time than the requests."""
+    """Silence the log: console lines would take more time than the requests."""
     with capture_logs():
         yield
 
 
 @pytest.fixture
 def three() -> Iterator[Limited]:
-    """Three requests and a hundred tokens a minute, for everyone."""
+    """A server with three requests and a hundred tokens per minute for every caller."""
     with limited(Settings(rate_limit_requests=3, rate_limit_tokens=100)) as server:
         yield server
 
@@ -255,7 +255,7 @@ def test_a_model_that_was_never_in_memory_may_take_a_window_for_itself(monkeypat
 
 
 def leave_while_running(server: Limited, body: dict[str, object]) -> None:
-    """Send a request, hang up while its model works on it, and wait until the server has noticed."""
+    """Send a request, disconnect while it runs, and wait until the server has noticed."""
     text = json.dumps({"model": "cold", **body})
     with open_request(server.url, f"Content-Length: {len(text)}\r\n\r\n{text}"):
         wait_for(server, 1)
@@ -316,7 +316,7 @@ def test_a_refusal_does_not_wait_for_the_body(three: Limited) -> None:
 
 @pytest.fixture
 def few(tmp_path: Path) -> Iterator[Limited]:
-    """Two requests at once for `web`, three for all."""
+    """A server with two concurrent requests for `web`, three in total."""
     keys = write_keys(tmp_path / "keys.yaml", {"web": {"max_concurrent": 2}, "lab": {}, "ops": {"scopes": ["admin"]}})
     with limited(Settings(keys_file=keys, max_concurrent_requests=3)) as server:
         server.backend.delays_s["cold"] = 0.4
@@ -409,7 +409,7 @@ async def test_32_keys_at_once_get_what_is_theirs_in_every_window(tmp_path: Path
     admitted: Counter[tuple[str, int]] = Counter()
 
     async def ask(client: httpx.AsyncClient, name: str, window: int) -> None:
-        """More than half of the limit."""
+        """Send a request for more than half of the limit."""
         for _ in range(limits[name] // 2 + 1):
             answer = await client.post(EMBED, json={"input": "a"}, headers=bearer(name))
             assert answer.status_code in (200, 429)

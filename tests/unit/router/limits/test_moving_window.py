@@ -1,4 +1,4 @@
-"""Moving windows in memory, against the definition and against the package's own storage."""
+"""Moving windows in memory, compared with the definition and with the package's own storage."""
 
 import random
 

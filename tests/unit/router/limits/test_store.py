@@ -1,4 +1,4 @@
-"""The counters behind limits: what they say, what happens when their storage fails, and a real Redis."""
+"""Tests of `LimitStore`: counting, failures of the storage, and a real Redis."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
@@ -23,7 +23,7 @@ async def until_up(store: LimitStore) -> None:
 
 
 class FaultyWindows(MovingWindows):
-    """Raises what it is told to raise, or never answers."""
+    """Raises a given error, or never returns."""
 
     def __init__(self, clock: FakeClock) -> None:
         super().__init__(clock)
@@ -197,7 +197,7 @@ def redis(tmp_path: Path) -> Iterator[RedisServer]:
 
 @pytest.fixture
 async def shared(redis: RedisServer, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[list[LimitStore]]:
-    """Three servers with one Redis, which a busy machine may keep waiting."""
+    """Three servers with one Redis, and a timeout for a busy machine."""
     monkeypatch.setattr(limit_store, "STORE_TIMEOUT_S", 20.0)
     stores = [open_store(Settings(rate_limit_storage=redis.uri)) for _ in range(3)]
     yield stores

@@ -1,4 +1,4 @@
-"""The client reads whatever HTTP/1.1 allows, and says what went wrong when it is not that."""
+"""The client reads everything that HTTP/1.1 allows, and reports errors otherwise."""
 
 import pytest
 

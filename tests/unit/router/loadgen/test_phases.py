@@ -1,4 +1,4 @@
-"""When requests leave, whatever becomes of them, and that each failure is counted as what it was."""
+"""Phases send requests on schedule, whatever their responses, and count failures by kind."""
 
 import asyncio
 import socket
@@ -18,7 +18,7 @@ def request(target: Target) -> Request:
 
 
 class Gate:
-    """Answers nobody before `needed` have asked."""
+    """Holds all responses until `needed` requests have arrived."""
 
     def __init__(self, needed: int) -> None:
         self._needed, self._waiting, self.most = needed, 0, 0
@@ -76,7 +76,7 @@ async def test_a_closed_load_has_so_many_clients_and_no_more() -> None:
     [
         (saying(response(BUSY, "429 Too Many Requests")), "429 queue_full", "wait a second"),
         (saying(response(b"oops", "502 Bad Gateway")), "502", "oops"),
-        (saying(then_closes=True), "hung up", "the server closed the connection"),
+        (saying(then_closes=True), "connection closed", "the server closed the connection"),
     ],
 )
 async def test_a_failure_is_counted_by_its_kind_and_told_in_words(handle: Handle, kind: str, message: str) -> None:
@@ -108,7 +108,7 @@ async def test_an_answer_that_comes_too_late_is_not_taken_for_the_next_one() -> 
         outcome = await closed(target, [request(target)], 1, until=after(3))
 
     assert [sample.status for sample in outcome.samples] == [0, 200, 200]
-    assert outcome.messages == {"timed out": "no answer within 0.5 s"}
+    assert outcome.messages == {"timed out": "no response within 0.5 s"}
     assert server.num_connections == 2
 
 

@@ -1,4 +1,4 @@
-"""The picture of a run: that it is one, and that failures cannot be overlooked in it."""
+"""The plot of a run is a PNG and shows failures clearly."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from router.loadgen.plot import NoPicture, draw
+from router.loadgen.plot import PlotError, draw
 from router.loadgen.report import Measured, Report
 from tests.testkit.load_reports import measured
 
@@ -21,7 +21,7 @@ def report(*phases: Measured) -> Report:
 
 
 def reds(path: Path) -> int:
-    """Pixels in the colour of failures."""
+    """Count the pixels in the colour of failures."""
     image = pytest.importorskip("matplotlib.image").imread(path)
     return int(np.sum(np.all(np.abs(image[..., :3] - np.array(RED) / 255) < 0.02, axis=-1)))
 
@@ -40,5 +40,5 @@ def test_failures_are_red_and_only_they_are(tmp_path: Path) -> None:
 def test_without_matplotlib_it_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
 
-    with pytest.raises(NoPicture, match=r"pip install 'embedyard\[bench\]'"):
+    with pytest.raises(PlotError, match=r"pip install 'embedyard\[bench\]'"):
         draw(report(), tmp_path / "none.png")

@@ -1,4 +1,4 @@
-"""A run as it is watched."""
+"""Progress output of a run."""
 
 import io
 

@@ -1,9 +1,9 @@
-"""What a load comes to, while it runs and second by second."""
+"""Totals of a load while it runs, and its timeline."""
 
 import pytest
 
 from router.loadgen import Sample, percentile
-from router.loadgen.results import Tally, latency
+from router.loadgen.results import PhaseStats, latency
 
 BODY = b'{"object":"list","data":[{"embedding":"AAAA"}],"usage":{"prompt_tokens":5,"total_tokens":5}}'
 
@@ -13,18 +13,18 @@ def sample(due_s: float, latency_s: float, status: int = 200) -> Sample:
 
 
 @pytest.fixture
-def tally() -> Tally:
-    """Three answers in the first second, a failure in the second one, an answer in the fourth."""
-    tally = Tally(100.0)
+def stats() -> PhaseStats:
+    """Three responses in the first second, a failure in the second, a response in the fourth."""
+    stats = PhaseStats(100.0)
     for due_s, latency_s in ((100.0, 0.1), (100.2, 0.2), (100.3, 0.4)):
-        tally.add(sample(due_s, latency_s), BODY)
-    tally.add(sample(101.0, 0.5, 429), b"{}")
-    tally.add(sample(100.9, 2.5), BODY)
-    return tally
+        stats.add(sample(due_s, latency_s), BODY)
+    stats.add(sample(101.0, 0.5, 429), b"{}")
+    stats.add(sample(100.9, 2.5), BODY)
+    return stats
 
 
-def test_the_figures_are_those_of_all_that_is_done(tally: Tally) -> None:
-    figures = tally.figures(104.0)
+def test_the_figures_are_those_of_all_that_is_done(stats: PhaseStats) -> None:
+    figures = stats.figures(104.0)
 
     assert (figures.seconds, figures.requests, figures.failed) == (4.0, 5, 1)
     assert (figures.texts_per_s, figures.tokens_per_s) == (2.0, 5.0)
@@ -33,8 +33,8 @@ def test_the_figures_are_those_of_all_that_is_done(tally: Tally) -> None:
     assert figures.texts_each_s == (6, 0, 0, 2)
 
 
-def test_a_second_is_told_by_what_came_in_it(tally: Tally) -> None:
-    moments = tally.timeline()
+def test_a_second_is_told_by_what_came_in_it(stats: PhaseStats) -> None:
+    moments = stats.timeline()
 
     assert [(m.at_s, m.requests, m.failed, m.texts, m.tokens) for m in moments] == [
         (0, 3, 0, 6, 15),
@@ -47,16 +47,16 @@ def test_a_second_is_told_by_what_came_in_it(tally: Tally) -> None:
 
 @pytest.mark.parametrize("body", [b'{"data":[]}', b"not JSON", b""])
 def test_a_server_that_counts_no_tokens_has_none(body: bytes) -> None:
-    tally = Tally(0.0)
-    tally.add(sample(0.0, 0.1), body)
+    stats = PhaseStats(0.0)
+    stats.add(sample(0.0, 0.1), body)
 
-    assert tally.figures(1.0).tokens_per_s is None
-    assert tally.figures(1.0).requests == 1
+    assert stats.figures(1.0).tokens_per_s is None
+    assert stats.figures(1.0).requests == 1
 
 
 def test_before_the_first_answer_there_are_no_percentiles() -> None:
-    assert Tally(0.0).figures(1.0).latency_s is None
-    assert Tally(0.0).timeline() == []
+    assert PhaseStats(0.0).figures(1.0).latency_s is None
+    assert PhaseStats(0.0).timeline() == []
 
 
 def test_percentiles_are_the_ones_of_the_benchmarks() -> None:

@@ -1,4 +1,4 @@
-"""A run: its first request, its phases, and Ctrl+C."""
+"""A run: its warm-up request, its phases, and Ctrl+C."""
 
 import os
 import signal
@@ -7,17 +7,17 @@ import pytest
 
 from router.loadgen import Phase, phases, session
 from router.loadgen.http_client import Target, encode
-from router.loadgen.progress import Silence
+from router.loadgen.progress import NoProgress
 from router.loadgen.report import Measured
-from router.loadgen.requests import CannotMeasure, first
+from router.loadgen.requests import CannotMeasure, warm_up
 from router.loadgen.session import Job, measure
 from tests.testkit.http_wire import response, saying, wire
 
 WIDE = b'{"data":[{"embedding":"' + b"AAAA" * 128 + b'"}]}'  # 96 floats in base64
 
 
-class Impatient(Silence):
-    """Presses Ctrl+C as soon as something begins."""
+class Impatient(NoProgress):
+    """Sends SIGINT as soon as a phase begins."""
 
     def begin(self, phase: Phase) -> None:
         os.kill(os.getpid(), signal.SIGINT)
@@ -46,7 +46,7 @@ async def test_every_phase_is_measured_and_shown(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(session, "time", time)
     shown: list[Measured] = []
 
-    class Watched(Silence):
+    class Watched(NoProgress):
         def end(self, measured: Measured) -> None:
             shown.append(measured)
 
@@ -73,7 +73,7 @@ async def test_control_c_ends_the_phase_and_leaves_the_others_out() -> None:
 @pytest.mark.parametrize(("body", "width"), [(WIDE, 96), (b'{"data":[{"embedding":[1,2,3]}]}', 3)])
 async def test_the_first_answer_tells_the_width(body: bytes, width: int) -> None:
     async with wire(saying(response(body))) as (_, target):
-        assert await first(target, encode(target, ["text"])) == width
+        assert await warm_up(target, encode(target, ["text"])) == width
 
 
 @pytest.mark.parametrize(
@@ -88,4 +88,4 @@ async def test_the_first_answer_tells_the_width(body: bytes, width: int) -> None
 async def test_a_server_that_cannot_be_measured_says_why(answer: bytes, message: str) -> None:
     async with wire(saying(answer, then_closes=True)) as (_, target):
         with pytest.raises(CannotMeasure, match=message):
-            await first(target, encode(target, ["text"]))
+            await warm_up(target, encode(target, ["text"]))

@@ -1,4 +1,4 @@
-"""Events → counts."""
+"""Events are recorded as metrics."""
 
 from collections.abc import Sequence
 

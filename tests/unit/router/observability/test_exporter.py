@@ -1,4 +1,4 @@
-"""Snapshots → values."""
+"""Snapshots are exported as metrics."""
 
 from engines.types import HostSnapshot, ModelInfo, ModelStatus, State
 from router.observability import metrics

@@ -1,4 +1,4 @@
-"""Log lines: one form for all libraries, and no variables in tracebacks."""
+"""Log lines have one format for all libraries, and no variables in tracebacks."""
 
 import json
 import os
@@ -31,7 +31,7 @@ logging.getLogger("huggingface_hub").warning("slow %s", "network")
 
 
 def run(log_format: str, log_level: str) -> list[str]:
-    """What a process writes to stderr; logging is configured once for a whole process."""
+    """Return the stderr of a process; logging is configured once per process."""
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, log_format, log_level], cwd=ROOT, capture_output=True, text=True, check=True
     )

@@ -1,4 +1,4 @@
-"""`GET /metrics`: what is counted, under which labels, and who may read it."""
+"""`GET /metrics`: values, labels and access."""
 
 import subprocess
 import sys

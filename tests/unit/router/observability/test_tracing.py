@@ -1,4 +1,4 @@
-"""Traces: spans from visits, the caller's context carried on, and a collector that gets them."""
+"""Traces: spans of requests, the caller's context, and export to a collector."""
 
 import queue
 import subprocess
@@ -27,7 +27,7 @@ PARENT_ID = "b7ad6b7169203331"
 
 
 class Collector:
-    """Takes OTLP over HTTP, as Jaeger, Tempo and the OpenTelemetry collector do."""
+    """Receives OTLP over HTTP, as Jaeger, Tempo and the OpenTelemetry collector do."""
 
     def __init__(self) -> None:
         received: queue.Queue[tuple[str, bytes]] = queue.Queue()
@@ -39,7 +39,7 @@ class Collector:
                 self.end_headers()
 
             def log_message(self, *_: object) -> None:
-                """Quiet."""
+                """Log nothing."""
 
         self.received = received
         self._server = HTTPServer(("127.0.0.1", 0), Handler)
@@ -53,7 +53,7 @@ class Collector:
         self._thread.join()
 
     def batch(self) -> ExportTraceServiceRequest:
-        """What came first."""
+        """Wait for the first batch."""
         path, body = self.received.get(timeout=10)
         assert path == "/v1/traces"
         request = ExportTraceServiceRequest()
@@ -61,7 +61,7 @@ class Collector:
         return request
 
     def spans(self) -> dict[str, Span]:
-        """By name; all requests of a test are sent when its server ends."""
+        """Return the spans by name; they are sent when the test's server ends."""
         return {
             span.name: span
             for resource in self.batch().resource_spans
@@ -77,8 +77,8 @@ def collector() -> Iterator[Collector]:
     collector.close()
 
 
-def visit(collector: Collector, backend: ScriptedBackend, *requests: httpx.Request) -> list[httpx.Response]:
-    """A server's whole life with these requests in it."""
+def run_requests(collector: Collector, backend: ScriptedBackend, *requests: httpx.Request) -> list[httpx.Response]:
+    """Start a server, send these requests, and stop it."""
     app = create_app(Settings(otlp_endpoint=collector.url), REGISTRY, backend)
     with serving_in_thread(app) as url, httpx.Client() as client:
         for request in requests:
@@ -100,7 +100,7 @@ def test_a_request_leaves_a_span_with_its_parts_in_the_callers_trace(
     collector: Collector, backend: ScriptedBackend
 ) -> None:
     with capture_logs() as lines:
-        visit(collector, backend, embed(traceparent=f"00-{TRACE_ID}-{PARENT_ID}-01", **{"x-request-id": "r-1"}))
+        run_requests(collector, backend, embed(traceparent=f"00-{TRACE_ID}-{PARENT_ID}-01", **{"x-request-id": "r-1"}))
     spans = collector.spans()
     root = spans.pop(f"POST {EMBED}")
     (line,) = [line for line in lines if line["event"] == "request.done"]
@@ -122,11 +122,11 @@ def test_a_request_leaves_a_span_with_its_parts_in_the_callers_trace(
 
 
 def test_a_context_longer_than_any_is_not_read(collector: Collector, backend: ScriptedBackend) -> None:
-    """OpenTelemetry's pattern takes the square of its length: 64 KiB of spaces stopped the server for seconds."""
+    """OpenTelemetry's pattern is quadratic: 64 KiB of spaces blocked the server for seconds."""
     parent = f"00-{TRACE_ID}-{PARENT_ID}-01"
     long = ",".join(f"{key}={'1' * 200}" for key in "abc")
     models = httpx.Request("GET", "http://localhost/v1/models", headers={"traceparent": parent, "tracestate": long})
-    visit(collector, backend, embed(traceparent=parent, tracestate="a=1"), models)
+    run_requests(collector, backend, embed(traceparent=parent, tracestate="a=1"), models)
     spans = collector.spans()
 
     assert [spans[name].trace_state for name in (f"POST {EMBED}", "GET /v1/models")] == ["a=1", ""]
@@ -137,7 +137,7 @@ def test_a_request_without_a_context_begins_a_trace_and_its_log_line_names_it(
     collector: Collector, backend: ScriptedBackend
 ) -> None:
     with capture_logs() as lines:
-        visit(collector, backend, embed(traceparent="nonsense"))
+        run_requests(collector, backend, embed(traceparent="nonsense"))
     root = collector.spans()[f"POST {EMBED}"]
     (line,) = [line for line in lines if line["event"] == "request.done"]
 
@@ -146,7 +146,7 @@ def test_a_request_without_a_context_begins_a_trace_and_its_log_line_names_it(
 
 
 def test_a_caller_who_does_not_sample_leaves_no_spans(collector: Collector, backend: ScriptedBackend) -> None:
-    visit(collector, backend, embed(traceparent=f"00-{TRACE_ID}-{PARENT_ID}-00"), embed())
+    run_requests(collector, backend, embed(traceparent=f"00-{TRACE_ID}-{PARENT_ID}-00"), embed())
 
     spans = collector.batch().resource_spans[0].scope_spans[0].spans
     assert len([span for span in spans if span.name == f"POST {EMBED}"]) == 1
@@ -155,7 +155,7 @@ def test_a_caller_who_does_not_sample_leaves_no_spans(collector: Collector, back
 
 def test_a_failure_is_an_error_of_the_span(collector: Collector, backend: ScriptedBackend) -> None:
     backend.failures["mini"] = EngineFailed("it failed")
-    (answer,) = visit(collector, backend, embed())
+    (answer,) = run_requests(collector, backend, embed())
     root = collector.spans()[f"POST {EMBED}"]
 
     assert answer.status_code == 500
@@ -164,7 +164,7 @@ def test_a_failure_is_an_error_of_the_span(collector: Collector, backend: Script
 
 
 def test_probes_leave_no_trace(collector: Collector, backend: ScriptedBackend) -> None:
-    visit(collector, backend, httpx.Request("GET", "http://localhost/health"), embed())
+    run_requests(collector, backend, httpx.Request("GET", "http://localhost/health"), embed())
 
     assert not any("/health" in name for name in collector.spans())
 
@@ -173,9 +173,9 @@ def test_the_service_has_a_name(
     collector: Collector, backend: ScriptedBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OTEL_SERVICE_NAME", raising=False)
-    visit(collector, backend, embed())
+    run_requests(collector, backend, embed())
     monkeypatch.setenv("OTEL_SERVICE_NAME", "vectors")
-    visit(collector, backend, embed())
+    run_requests(collector, backend, embed())
 
     names = [{each.key: each.value.string_value for each in collector.batch().resource_spans[0].resource.attributes}
              for _ in range(2)]  # fmt: skip

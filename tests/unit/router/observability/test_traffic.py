@@ -1,4 +1,4 @@
-"""The last minute of each model, with a clock that is turned by hand."""
+"""Statistics of the last minute per model, with a fake clock."""
 
 from typing import Any, cast
 

@@ -1,4 +1,4 @@
-"""Tasks beside the requests, over the real backend: events become metrics, a device that is down is noticed."""
+"""Background tasks with the real backend: events become metrics, and a device that is down is detected."""
 
 import asyncio
 import time
@@ -27,8 +27,8 @@ from tests.testkit.servers import serving
 EMBED = "/v1/embeddings"
 
 
-class MonitoredServer:
-    """A served host whose pulse a test takes."""
+class ServedHost:
+    """A served host whose device health the test sets."""
 
     def __init__(self, loader: FakeLoader) -> None:
         self.pulse = DeviceHealth()
@@ -45,8 +45,8 @@ class MonitoredServer:
 
 
 @asynccontextmanager
-async def served(loader: FakeLoader | None = None) -> AsyncIterator[MonitoredServer]:
-    server_state = MonitoredServer(loader or FakeLoader())
+async def served(loader: FakeLoader | None = None) -> AsyncIterator[ServedHost]:
+    server_state = ServedHost(loader or FakeLoader())
     app = create_app(Settings(), Registry(models=server_state.specs), server_state.backend)
     async with serving(app) as url, httpx.AsyncClient(base_url=url, timeout=10) as client:
         server_state.client = client

@@ -1,4 +1,4 @@
-"""Clients that do not get on, on raw sockets: what they are told, and that they are let go of."""
+"""Stalled clients, on raw sockets: their responses, and that their connections are closed."""
 
 import json
 import socket
@@ -27,8 +27,8 @@ HEAD = (
 
 
 @pytest.fixture(autouse=True)
-def patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in earnest, only sooner."""
+def short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shorten the timeouts."""
     monkeypatch.setattr(connection, "HEAD_TIMEOUT_S", 0.3)
     monkeypatch.setattr(connection, "BODY_TIMEOUT_S", 0.3)
     monkeypatch.setattr(connection, "WRITE_TIMEOUT_S", 0.3)
@@ -60,7 +60,7 @@ def address() -> Iterator[tuple[str, int]]:
 
 
 def answer(client: socket.socket) -> bytes:
-    """Everything until the server closes."""
+    """Read everything until the server closes."""
     client.settimeout(5)
     received = b""
     with suppress(ConnectionResetError):

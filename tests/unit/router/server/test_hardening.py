@@ -1,4 +1,4 @@
-"""What an attacker may try at the edge, and what every answer carries against it."""
+"""Attacks on the HTTP layer, and the security headers of every response."""
 
 import json
 import socket
@@ -54,7 +54,7 @@ def test_every_answer_carries_the_guards(keyed: Served, method: str, path: str, 
 
 
 def _own(path: str, answer: httpx.Response) -> dict[str, str]:
-    """The documentation brings a policy of its own."""
+    """The documentation has its own content security policy."""
     return {"content-security-policy": answer.headers["content-security-policy"]} if path.startswith("/docs") else {}
 
 
@@ -84,7 +84,7 @@ def test_a_hostile_id_is_nothing_but_an_unknown_name(keyed: Served, route: str, 
 
 
 def raw(url: str, request_line: str, body: str) -> tuple[int, str, str]:
-    """Ask in bytes: a client would tidy the path up first."""
+    """Send raw bytes: a client would normalize the path first."""
     parts = urlsplit(url)
     with socket.create_connection((parts.hostname or "", parts.port or 0), timeout=5) as client:
         client.sendall(
@@ -99,7 +99,7 @@ def raw(url: str, request_line: str, body: str) -> tuple[int, str, str]:
 
 
 def test_no_path_is_remembered_at_any_length() -> None:
-    """Litestar keeps 1,024 paths, so that 64 KiB for each, and its percent-encoding, would be 200 MB."""
+    """Litestar caches 1,024 paths, which at 64 KiB each, percent-encoded, would take 200 MB."""
     paths: list[str] = []
     app = create_app(Settings(), REGISTRY, ScriptedBackend("mini"))
     route = app.asgi_router.handle_routing

@@ -1,4 +1,4 @@
-"""The keys file read again while the server runs: keys come and go, and a file with mistakes changes nothing."""
+"""The key file is reloaded while the server runs; a file with mistakes changes nothing."""
 
 import asyncio
 import time
@@ -19,8 +19,8 @@ from router.server.state import ServerState
 from tests.testkit.servers import limited, write_keys
 
 
-class Desk(Struct):
-    """What the watch needs of a yard."""
+class FakeState(Struct):
+    """The part of `ServerState` that the reload needs."""
 
     settings: Settings
     keyring: Keyring
@@ -35,9 +35,9 @@ def path(tmp_path: Path) -> Path:
 
 
 @asynccontextmanager
-async def watched(path: Path) -> AsyncIterator[Desk]:
+async def watched(path: Path) -> AsyncIterator[FakeState]:
     settings = Settings(keys_file=path, api_key="env")
-    desk = Desk(settings, open_keyring(settings))
+    desk = FakeState(settings, open_keyring(settings))
     task = asyncio.create_task(watch_keys(cast(ServerState, desk), 0.005))
     await asyncio.sleep(0.03)
     try:
@@ -47,7 +47,7 @@ async def watched(path: Path) -> AsyncIterator[Desk]:
 
 
 def put(path: Path, text: str | None, *, is_kept: bool = False) -> None:
-    """Write the file, before what it holds if that `is_kept`; None takes it away."""
+    """Write the file, before its old content if `is_kept`; None deletes it."""
     if text is None:
         path.unlink()
     else:
@@ -93,7 +93,7 @@ async def test_a_file_with_mistakes_changes_nothing_and_is_told_once(path: Path,
 
 
 async def test_a_file_that_is_being_written_is_not_read(path: Path) -> None:
-    """Cut at the end of an entry it would be right, and yet lack keys; so it must lie still first."""
+    """Truncated after an entry it would be valid and lack keys; so it must be unchanged between two polls."""
     async with watched(path) as desk:
         with path.open("a") as file:
             for _ in range(40):
@@ -120,7 +120,7 @@ async def test_what_means_the_same_is_not_told(path: Path) -> None:
 
 async def test_a_change_before_the_watch_began_is_seen(path: Path) -> None:
     settings = Settings(keys_file=path)
-    desk = Desk(settings, open_keyring(settings))
+    desk = FakeState(settings, open_keyring(settings))
     write_keys(path, {"early": {}})
     task = asyncio.create_task(watch_keys(cast(ServerState, desk), 0.005))
     await until(lambda: desk.ids() == ["early"])

@@ -1,4 +1,4 @@
-"""The registry read again: on demand, by signal, when the file changes; and a broken file that changes nothing."""
+"""The registry is reloaded on demand, by signal, and when the file changes; a broken file changes nothing."""
 
 import asyncio
 import json
@@ -93,7 +93,7 @@ async def served(folder: Path, *, workers: InlineWorkers | None = None) -> Async
 
 
 async def eventually(condition: Callable[[], bool]) -> None:
-    """The suite's timeout is the limit."""
+    """Wait for a condition; the suite's timeout is the limit."""
     while not condition():  # noqa: ASYNC110 - what is waited for happens in another task and has no event
         await asyncio.sleep(0.002)
 
@@ -211,7 +211,7 @@ async def test_the_budget_of_the_environment_stands(tmp_path: Path) -> None:
 
 
 async def test_a_reload_of_an_unchanged_file_reaches_the_hosts_all_the_same(tmp_path: Path) -> None:
-    """A host that serves something else for whatever reason is mended by it."""
+    """It repairs a host that serves another registry for whatever reason."""
     backend = ScriptedBackend()
     file = tmp_path / "registry.yaml"
     file.write_text(OLD)
@@ -302,7 +302,7 @@ async def test_a_file_that_is_still_being_written_is_not_read(tmp_path: Path, mo
 
 
 class SlowBackend(ScriptedBackend):
-    """Reloads when it is told to; counts how many do at once."""
+    """Reloads when the test releases it; counts concurrent reloads."""
 
     def __init__(self) -> None:
         super().__init__()

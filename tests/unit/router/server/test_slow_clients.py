@@ -1,4 +1,4 @@
-"""Clients that read or send slowly, or not at all: the protocol of connections, on a transport and a clock of ours."""
+"""Clients that read or send slowly, or not at all: `TimeoutHttpProtocol` on a fake transport and clock."""
 
 from collections.abc import AsyncIterator, Callable
 
@@ -15,7 +15,7 @@ from router.server.connection import (
     MIN_WRITE_TIMEOUT_S,
     WRITE_TIMEOUT_S,
 )
-from tests.testkit.http_connections import LARGE, Answering, Connected, settled
+from tests.testkit.http_connections import LARGE, FakeApp, FakeConnection, settled
 
 GET = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
 CREDITS = 1024
@@ -27,11 +27,11 @@ def post(length: int) -> bytes:
 
 
 @pytest.fixture
-async def connect() -> AsyncIterator[Callable[..., Connected]]:
-    made: list[Connected] = []
+async def connect() -> AsyncIterator[Callable[..., FakeConnection]]:
+    made: list[FakeConnection] = []
 
-    def connect(app: Answering, room: int = 10**9, state: ServerState | None = None) -> Connected:
-        made.append(Connected(app, room, state or ServerState()))
+    def connect(app: FakeApp, room: int = 10**9, state: ServerState | None = None) -> FakeConnection:
+        made.append(FakeConnection(app, room, state or ServerState()))
         return made[-1]
 
     yield connect
@@ -40,11 +40,11 @@ async def connect() -> AsyncIterator[Callable[..., Connected]]:
     await settled()
 
 
-Connect = Callable[..., Connected]
+Connect = Callable[..., FakeConnection]
 
 
 async def test_a_request_is_not_over_before_its_answer_has_left(connect: Connect) -> None:
-    app = Answering()
+    app = FakeApp()
     client = connect(app, room=0)
     await client.send(GET)
     inside = []
@@ -60,7 +60,7 @@ async def test_a_request_is_not_over_before_its_answer_has_left(connect: Connect
 
 
 async def test_an_answer_that_is_read_at_once_makes_nobody_wait(connect: Connect) -> None:
-    app = Answering(20_000)
+    app = FakeApp(20_000)
     client = connect(app)
     await client.send(GET + GET)
 
@@ -71,7 +71,7 @@ async def test_an_answer_that_is_read_at_once_makes_nobody_wait(connect: Connect
 
 @pytest.mark.parametrize("end", ["the client leaves", "the server cancels"])
 async def test_a_request_whose_answer_is_not_read_ends_with_its_connection(connect: Connect, end: str) -> None:
-    app = Answering()
+    app = FakeApp()
     client = connect(app, room=0)
     await client.send(GET)
     inside = app.num_inside
@@ -86,7 +86,7 @@ async def test_a_request_whose_answer_is_not_read_ends_with_its_connection(conne
 
 
 async def test_a_request_sent_ahead_begins_when_the_answer_before_it_has_left(connect: Connect) -> None:
-    app = Answering()
+    app = FakeApp()
     client = connect(app, room=0)
     await client.send(GET + GET)
     first = app.num_begun
@@ -96,7 +96,7 @@ async def test_a_request_sent_ahead_begins_when_the_answer_before_it_has_left(co
 
 
 async def test_the_first_of_two_requests_hears_that_its_client_has_left(connect: Connect) -> None:
-    app = Answering()
+    app = FakeApp()
     app.gate.clear()
     client = connect(app)
     await client.send(GET + GET)
@@ -108,7 +108,7 @@ async def test_the_first_of_two_requests_hears_that_its_client_has_left(connect:
 
 
 async def test_requests_sent_ahead_are_so_many_at_most(connect: Connect) -> None:
-    app = Answering(10)
+    app = FakeApp(10)
     app.gate.clear()
     client = connect(app)
     await client.send(GET * 4000)
@@ -125,7 +125,7 @@ async def test_requests_sent_ahead_are_so_many_at_most(connect: Connect) -> None
 
 
 async def test_who_reads_slowly_and_without_a_pause_gets_all_of_it(connect: Connect) -> None:
-    app = Answering(20_000_000)
+    app = FakeApp(20_000_000)
     client = connect(app, room=300_000)
     await client.send(GET)
     while not client.transport.is_closing() and app.num_inside:
@@ -138,7 +138,7 @@ async def test_who_reads_slowly_and_without_a_pause_gets_all_of_it(connect: Conn
 
 
 async def test_less_than_a_piece_a_minute_is_progress_too(connect: Connect) -> None:
-    client = connect(Answering(), room=0)
+    client = connect(FakeApp(), room=0)
     await client.send(GET)
     for _ in range(20):
         await client.loop.advance(WRITE_TIMEOUT_S / 2)
@@ -148,7 +148,7 @@ async def test_less_than_a_piece_a_minute_is_progress_too(connect: Connect) -> N
 
 
 async def test_who_stops_reading_is_let_go_of(connect: Connect) -> None:
-    app = Answering()
+    app = FakeApp()
     client = connect(app, room=1_000_000)
     with capture_logs() as lines:
         await client.send(GET)
@@ -165,8 +165,8 @@ async def test_who_stops_reading_is_let_go_of(connect: Connect) -> None:
 
 @pytest.mark.parametrize("head", [GET, b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"])
 async def test_so_is_who_does_not_read_a_short_answer(connect: Connect, head: bytes) -> None:
-    """Closing a transport waits for what it has not sent."""
-    client = connect(Answering(10), room=20)
+    """Closing a transport waits until its buffer is sent."""
+    client = connect(FakeApp(10), room=20)
     await client.send(head)
     await client.loop.advance(1.3 * WRITE_TIMEOUT_S)
 
@@ -174,7 +174,7 @@ async def test_so_is_who_does_not_read_a_short_answer(connect: Connect, head: by
 
 
 async def test_a_shutdown_waits_less_for_those_who_do_not_read(connect: Connect) -> None:
-    client = connect(Answering(), room=0)
+    client = connect(FakeApp(), room=0)
     await client.send(GET)
     client.protocol.shutdown()
     await client.loop.advance(0.9 * MIN_WRITE_TIMEOUT_S)
@@ -189,7 +189,7 @@ async def test_who_does_not_read_goes_first_when_much_is_unread(
 ) -> None:
     monkeypatch.setattr(connection, "MAX_UNREAD_BYTES", 2 * LARGE)
     state = ServerState()
-    reading, idle, few = (connect(Answering(), room=0, state=state) for _ in range(3))
+    reading, idle, few = (connect(FakeApp(), room=0, state=state) for _ in range(3))
     for client in (reading, idle):
         await client.send(GET)
         await client.read(CREDITS)
@@ -208,7 +208,7 @@ async def test_who_does_not_read_goes_first_when_much_is_unread(
 
 
 async def test_a_body_that_trickles_is_waited_for_so_long_and_not_longer(connect: Connect) -> None:
-    app = Answering()
+    app = FakeApp()
     client = connect(app)
     await client.send(post(1000))
     while not client.transport.is_lost and client.loop.now_s < 10 * BODY_TOTAL_TIMEOUT_S:
@@ -222,7 +222,7 @@ async def test_a_body_that_trickles_is_waited_for_so_long_and_not_longer(connect
 
 async def test_a_large_body_has_time_for_its_size(connect: Connect) -> None:
     size, piece = 5_000_000, 20_000
-    app = Answering(10)
+    app = FakeApp(10)
     client = connect(app)
     await client.send(post(size))
     for _ in range(size // piece):
@@ -234,7 +234,7 @@ async def test_a_large_body_has_time_for_its_size(connect: Connect) -> None:
 
 
 async def test_a_body_that_stops_halfway_has_no_more_time_for_what_came(connect: Connect) -> None:
-    client = connect(Answering())
+    client = connect(FakeApp())
     await client.send(post(9_000_000))
     await client.send(b"x" * 5_000_000)
     await client.loop.advance(BODY_TIMEOUT_S)
@@ -243,7 +243,7 @@ async def test_a_body_that_stops_halfway_has_no_more_time_for_what_came(connect:
 
 
 async def test_a_body_that_the_server_does_not_read_yet_is_not_late(connect: Connect) -> None:
-    app = Answering(10)
+    app = FakeApp(10)
     app.gate.clear()
     client = connect(app)
     await client.send(GET)
@@ -257,7 +257,7 @@ async def test_a_body_that_the_server_does_not_read_yet_is_not_late(connect: Con
 
 
 async def test_a_request_that_was_answered_gets_no_second_answer_for_its_body(connect: Connect) -> None:
-    app = Answering(10)
+    app = FakeApp(10)
     app.does_read = False
     client = connect(app)
     await client.send(post(1000))
@@ -268,7 +268,7 @@ async def test_a_request_that_was_answered_gets_no_second_answer_for_its_body(co
 
 
 async def test_a_body_that_nobody_wants_is_not_read_without_end(connect: Connect) -> None:
-    app = Answering(10)
+    app = FakeApp(10)
     app.does_read = False
     client = connect(app)
     await client.send(post(10**12))
@@ -281,7 +281,7 @@ async def test_a_body_that_nobody_wants_is_not_read_without_end(connect: Connect
 
 
 async def test_what_is_no_http_does_not_cut_the_answer_before_it(connect: Connect) -> None:
-    app = Answering(10)
+    app = FakeApp(10)
     app.gate.clear()
     client = connect(app)
     await client.send(GET + b"\x16\x03\x01\r\n\r\n")
@@ -293,7 +293,7 @@ async def test_what_is_no_http_does_not_cut_the_answer_before_it(connect: Connec
 
 
 async def test_an_empty_line_keeps_no_connection(connect: Connect) -> None:
-    client = connect(Answering(10))
+    client = connect(FakeApp(10))
     await client.send(GET)
     await client.loop.advance(10)
     await client.send(b"\r\n")
@@ -304,7 +304,7 @@ async def test_an_empty_line_keeps_no_connection(connect: Connect) -> None:
 
 async def test_idle_connections_make_room_for_new_ones(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "MAX_CONNECTIONS", 4)
-    state, app = ServerState(), Answering(10)
+    state, app = ServerState(), FakeApp(10)
     app.gate.clear()
     busy, *idle = (connect(app, state=state) for _ in range(4))
     await busy.send(GET)
@@ -325,7 +325,7 @@ async def test_connections_that_come_together_make_room_together(
     monkeypatch.setattr(connection, "MAX_CONNECTIONS", 4)
     state = ServerState()
     for _ in range(50):
-        connect(Answering(), state=state)
+        connect(FakeApp(), state=state)
     await settled()
 
     assert len(state.connections) == 4
@@ -335,7 +335,7 @@ async def test_a_server_whose_connections_are_all_busy_takes_no_more(
     connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connection, "MAX_CONNECTIONS", 2)
-    state, app = ServerState(), Answering(10)
+    state, app = ServerState(), FakeApp(10)
     app.gate.clear()
     busy = [connect(app, state=state) for _ in range(2)]
     for client in busy:
@@ -350,7 +350,7 @@ async def test_who_does_not_read_goes_first_when_no_connection_is_free(
     connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connection, "MAX_CONNECTIONS", 1)
-    client = connect(Answering(), room=0)
+    client = connect(FakeApp(), room=0)
     await client.send(GET)
     await client.loop.advance(2 * MIN_WRITE_TIMEOUT_S)
 

@@ -1,4 +1,4 @@
-"""Worker processes that die: who is told, who is not, and what comes back."""
+"""Worker processes that crash: which calls fail, which are retried, and what is restored."""
 
 import asyncio
 import os
@@ -290,7 +290,7 @@ async def test_a_worker_whose_load_hangs_is_started_anew_and_its_calls_go_elsewh
 async def test_a_worker_is_not_killed_for_the_silence_of_a_server_that_stood_still(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As after Ctrl-Z and `fg`: the look comes before what the worker said meanwhile is read."""
+    """As after Ctrl-Z and `fg`: the check runs before the data that arrived meanwhile is read."""
     monkeypatch.setattr("router.backends.process.worker._MAX_SILENCE_S", 0.2)
     monkeypatch.setattr("engines.pause_detector.MAX_GAP_S", 0.5)
     async with worker_processes(scripted("a"), hosts=1) as here:

@@ -1,4 +1,4 @@
-"""Both ends of a worker's socket when the other one does not read, and when callers leave."""
+"""Both ends of a worker's socket when the other one does not read, and when callers cancel."""
 
 import asyncio
 import socket
@@ -49,7 +49,7 @@ def embed(text: str = "x") -> Run[Call]:
 
 
 def on_both_loops(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[NewLoop], None]:
-    """uvloop is what servers and workers run on; the other one is what runs where it is not there."""
+    """Run a test on uvloop, which servers and workers use, and on asyncio's loop, the fallback."""
 
     def run(new_loop: NewLoop) -> None:
         with asyncio.Runner(loop_factory=new_loop) as runner:
@@ -59,18 +59,18 @@ def on_both_loops(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[Ne
 
 
 class Peer:
-    """The other end of a socket, which does what the test says."""
+    """The other end of a socket, controlled by the test."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._cutter = FrameDecoder()
 
     async def read(self) -> list[tuple[int, Request]]:
-        """The requests that are there, and come when there is room again."""
+        """Read the requests that have arrived, and those sent once there is space again."""
         return [(frame.number, decode_request(frame.head)) for frame in await self.frames()]
 
     async def frames(self) -> list[Frame]:
-        """The same as they were written."""
+        """Read the frames as written."""
         frames: list[Frame] = []
         loop = asyncio.get_running_loop()
         while True:
@@ -199,7 +199,7 @@ async def test_a_link_to_a_worker_that_does_not_read_can_be_closed() -> None:
 
 
 class SlowService:
-    """A host that takes its time, and has something new to tell whenever it is asked."""
+    """A host that answers slowly, and has a new report at every poll."""
 
     def __init__(self) -> None:
         self.host = self

@@ -1,4 +1,4 @@
-"""What is sent to a worker next, what waits, and what is never sent. Pure."""
+"""Tests of `Outbox`: order of sending, limits, and withdrawn requests."""
 
 import pytest
 
@@ -12,13 +12,13 @@ def embed(model_id: str = "a") -> Run[Call]:
 
 
 def filled(box: Outbox, *models: str) -> None:
-    """One call for each name, numbered from 1."""
+    """Create an outbox with one call per name, numbered from 1."""
     for number, model_id in enumerate(models, start=1):
         box.put(number, embed(model_id))
 
 
 def send(box: Outbox, size_bytes: int = 1) -> list[int]:
-    """All that may be sent now, by number."""
+    """Pop all requests that may be sent now; returns their numbers."""
     numbers = []
     while (popped := box.pop()) is not None:
         numbers.append(popped[0])
@@ -27,7 +27,7 @@ def send(box: Outbox, size_bytes: int = 1) -> list[int]:
 
 
 def requests(box: Outbox) -> list[Request]:
-    """All that may be sent now."""
+    """Pop all requests that may be sent now."""
     found = []
     while (popped := box.pop()) is not None:
         found.append(popped[1])

@@ -1,4 +1,4 @@
-"""What a router knows of the replicas, without a cluster."""
+"""Tests of `ReplicaDirectory`, without a cluster."""
 
 from router.backends.ray.replica_directory import ReplicaDirectory
 from tests.testkit.snapshots import host
