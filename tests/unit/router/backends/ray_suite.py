@@ -39,7 +39,7 @@ from ray.cluster_utils import Cluster  # isort: skip
 REPLACED_S = 90.0
 """Seconds on a quiet machine; much longer where others use the cores."""
 STORE_BYTES = 100_000_000
-BIRTH = WorkerConfig(
+CONFIG = WorkerConfig(
     host_id="",
     device="cpu",
     cores=1,
@@ -57,7 +57,7 @@ def cluster() -> Iterator[Cluster]:
     made = Cluster(initialize_head=True, head_node_args=head)
     add_node(made)
     connect(made.address)
-    deploy(BIRTH, Plan(hosts=HOSTS, cpus=1.0))
+    deploy(CONFIG, Plan(hosts=HOSTS, cpus=1.0))
     yield made
     ray.shutdown()
     made.shutdown()

@@ -38,14 +38,14 @@ def bench(url: str, *args: str) -> Result:
 def test_a_pipe_gets_one_line_a_load_and_the_report_lies_beside(served: Served, own_folder: Path) -> None:
     result = bench(served.url, *QUICK, "--clients", "2")
     rows = [line.split("\t") for line in result.stdout.splitlines()]
-    kept = json.loads((own_folder / "embedyard-bench.json").read_text())
+    report = json.loads((own_folder / "embedyard-bench.json").read_text())
 
     assert result.exit_code == 0, result.stderr
     assert [row[0] for row in rows] == ["60 requests/s", "2 clients"]
     assert {len(row) for row in rows} == {len(COLUMNS)}
     assert (own_folder / "embedyard-bench.png").exists()
-    assert (kept["model"], kept["dimensions"], kept["words"]) == ("mini", 8, 12)
-    assert [int(row[2]) for row in rows] == [phase["requests"] for phase in kept["phases"]]
+    assert (report["model"], report["dimensions"], report["words"]) == ("mini", 8, 12)
+    assert [int(row[2]) for row in rows] == [phase["requests"] for phase in report["phases"]]
 
 
 def test_json_is_the_whole_report_and_nothing_else(served: Served, own_folder: Path) -> None:
@@ -147,11 +147,11 @@ def test_control_c_leaves_a_report_and_says_so(
 
     monkeypatch.setattr(Lines, "begin", press)
     result = bench(served.url, "--rate", "100", "--seconds", "60")
-    kept = json.loads((own_folder / "embedyard-bench.json").read_text())
+    report = json.loads((own_folder / "embedyard-bench.json").read_text())
 
     assert result.exit_code == 130
-    assert kept["is_whole"] is False
-    assert kept["phases"][0]["seconds"] < 10
+    assert report["is_whole"] is False
+    assert report["phases"][0]["seconds"] < 10
 
 
 def test_an_empty_file_and_a_folder_that_is_none_exit_2(served: Served, own_folder: Path) -> None:

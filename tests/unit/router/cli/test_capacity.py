@@ -38,10 +38,10 @@ def registry(*model_ids: str, pinned: str = "", preload: str = "") -> Registry:
 def test_all_fit() -> None:
     here = host("cpu", 10, a=(2, 1), b=(3, 0.5), c=None)
 
-    outlook = plan_capacity(registry("a", "b", "c", pinned="a"), [here])
+    capacity = plan_capacity(registry("a", "b", "c", pinned="a"), [here])
 
-    assert (outlook.misfits, outlook.alternating, outlook.num_known) == ((), (), 2)
-    assert str(outlook) == ("pinned and preloaded models take 3.0 of 10.0 GiB; all 2 of known size fit at once (6.0)")
+    assert (capacity.misfits, capacity.alternating, capacity.num_known) == ((), (), 2)
+    assert str(capacity) == ("pinned and preloaded models take 3.0 of 10.0 GiB; all 2 of known size fit at once (6.0)")
 
 
 def test_those_without_room_take_turns() -> None:
@@ -58,10 +58,10 @@ def test_those_without_room_take_turns() -> None:
 def test_pinned_models_that_do_not_fit_are_named_with_the_cure() -> None:
     here = host("cpu", 5, a=(4, 1), b=(3, 1))
 
-    outlook = plan_capacity(registry("a", "b", pinned="ab"), [here])
+    capacity = plan_capacity(registry("a", "b", pinned="ab"), [here])
 
-    assert outlook.misfits == ("b",)
-    assert str(outlook) == (
+    assert capacity.misfits == ("b",)
+    assert str(capacity) == (
         "pinned and preloaded models do not fit: 8.0 of 5.0 GiB; no room for b. Raise MEMORY_BUDGET, or pin and "
         "preload fewer"
     )
@@ -103,6 +103,6 @@ def test_nothing_is_said_of_what_is_not_known(hosts: list[HostSnapshot]) -> None
 def test_many_names_are_cut_short() -> None:
     models = dict.fromkeys("abcdefg", (1.0, 0.0))
 
-    outlook = plan_capacity(registry(*models), [host("cpu", 1, **models)])
+    capacity = plan_capacity(registry(*models), [host("cpu", 1, **models)])
 
-    assert str(outlook).endswith("so b, c, d and 3 more take turns")
+    assert str(capacity).endswith("so b, c, d and 3 more take turns")

@@ -77,10 +77,10 @@ async def test_a_counter_goes_up_and_down_and_is_forgotten(windows: MovingWindow
     clock.advance(59)
     down = [await windows.incr("a", 60, -12), await windows.incr("a", 60, 3)]
     clock.advance(59)
-    kept = await windows.get("a"), await windows.get("b")
+    unchanged = await windows.get("a"), await windows.get("b")
     clock.advance(2)
 
-    assert (up, down, kept) == ([5, 12], [0, 3], (3, 0))
+    assert (up, down, unchanged) == ([5, 12], [0, 3], (3, 0))
     assert await windows.get("a") == 0
     assert await windows.incr("a", 60, -2) == -2
 

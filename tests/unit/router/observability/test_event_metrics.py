@@ -22,11 +22,11 @@ def progress(done_bytes: int, model: str = "m", host: str = "cpu") -> Event:
 
 
 def recorded(events: Sequence[Event]) -> Exposition:
-    meters = MetricsRecorder()
-    counting = EventMetrics(meters)
+    recorder = MetricsRecorder()
+    counting = EventMetrics(recorder)
     for event in events:
         counting.count(event)
-    return Exposition(generate_latest(meters.registry).decode())
+    return Exposition(generate_latest(recorder.registry).decode())
 
 
 def test_a_load_is_counted_with_its_seconds_and_its_estimate() -> None:

@@ -153,11 +153,11 @@ def test_an_odd_version_gets_some_format(served: Served, kind: str, version: str
     assert "embedyard_requests" in answer.text
 
 
-def visit(status: int, answer: Embeddings | None = ANSWER) -> RequestContext:
+def ended_request(status: int, answer: Embeddings | None = ANSWER) -> RequestContext:
     async def send(message: object) -> None:
         raise NotImplementedError
 
-    ended = RequestContext({"type": "http", "headers": [], "path": EMBED, "method": "POST"}, send)  # type: ignore[typeddict-item]  # what a visit reads of a scope
+    ended = RequestContext({"type": "http", "headers": [], "path": EMBED, "method": "POST"}, send)  # type: ignore[typeddict-item]  # what a ended_request reads of a scope
     ended.status, ended.model = status, "mini"
     if answer is not None:
         ended.record_result(answer, ended.began_s)
@@ -166,14 +166,14 @@ def visit(status: int, answer: Embeddings | None = ANSWER) -> RequestContext:
 
 
 def recorded(*visits: RequestContext) -> Exposition:
-    meters = MetricsRecorder()
+    recorder = MetricsRecorder()
     for ended in visits:
-        meters.record(ended)
-    return Exposition(generate_latest(meters.registry).decode())
+        recorder.record(ended)
+    return Exposition(generate_latest(recorder.registry).decode())
 
 
 def test_an_answer_is_measured_part_by_part() -> None:
-    exposition = recorded(visit(200), visit(200))
+    exposition = recorded(ended_request(200), ended_request(200))
 
     for name, seconds in [("load_wait", 2.0), ("tokenize", 0.003), ("queue", 0.02), ("forward", 0.3)]:
         assert exposition(f"embedyard_{name}_seconds_sum", model="mini") == pytest.approx(2 * seconds)
@@ -187,7 +187,7 @@ def test_an_answer_is_measured_part_by_part() -> None:
 
 
 def test_batches_are_measured_with_their_padding() -> None:
-    exposition = recorded(visit(200))
+    exposition = recorded(ended_request(200))
 
     assert exposition("embedyard_batch_texts_sum", model="mini") == 42
     assert exposition("embedyard_batch_tokens_sum", model="mini") == 308
@@ -196,7 +196,7 @@ def test_batches_are_measured_with_their_padding() -> None:
 
 
 def test_a_failed_request_is_counted_and_not_timed() -> None:
-    exposition = recorded(visit(499), visit(500, None))
+    exposition = recorded(ended_request(499), ended_request(500, None))
 
     assert exposition("embedyard_request_seconds_count", model="mini") == 0
     assert (
@@ -206,7 +206,7 @@ def test_a_failed_request_is_counted_and_not_timed() -> None:
 
 
 def test_an_answer_without_batches_of_its_own_adds_none() -> None:
-    exposition = recorded(visit(200, structs.replace(ANSWER, batches=())))
+    exposition = recorded(ended_request(200, structs.replace(ANSWER, batches=())))
 
     assert exposition("embedyard_batch_texts_count", model="mini") == 0
 

@@ -26,7 +26,7 @@ def traffic(clock: FakeClock) -> Traffic:
 async def no_send(_: Any) -> None: ...
 
 
-def visit(model: str = "mini", texts: int = 2, seconds: float = 0.1, status: int = 200) -> RequestContext:
+def ended_request(model: str = "mini", texts: int = 2, seconds: float = 0.1, status: int = 200) -> RequestContext:
     made = RequestContext(cast(Any, {"type": "http", "method": "POST", "headers": []}), no_send)
     made.model, made.status = model, status
     made.answer = Embeddings(vectors=b"", dimensions=1, token_counts=(5,) * texts)
@@ -36,7 +36,7 @@ def visit(model: str = "mini", texts: int = 2, seconds: float = 0.1, status: int
 
 def test_texts_and_tokens_are_averaged_over_the_minute(traffic: Traffic, clock: FakeClock) -> None:
     for _ in range(30):
-        traffic.record(visit())
+        traffic.record(ended_request())
         clock.advance(2.0)
     found = traffic.last_minute()["mini"]
 
@@ -50,15 +50,15 @@ def test_a_young_server_is_not_measured_by_a_minute_it_has_not_lived() -> None:
     clock = FakeClock()
     traffic = Traffic(clock)
     clock.advance(10.0)
-    traffic.record(visit(texts=50))
+    traffic.record(ended_request(texts=50))
 
     assert traffic.last_minute()["mini"].texts_per_s == pytest.approx(5.0)
 
 
 def test_what_is_older_is_forgotten_step_by_step(traffic: Traffic, clock: FakeClock) -> None:
-    traffic.record(visit(texts=10))
+    traffic.record(ended_request(texts=10))
     clock.advance(30.0)
-    traffic.record(visit(texts=1))
+    traffic.record(ended_request(texts=1))
     half, clock.now_s = traffic.last_minute()["mini"], clock.now_s + 36.0
     rest, clock.now_s = traffic.last_minute()["mini"], clock.now_s + 60.0
 
@@ -70,7 +70,7 @@ def test_what_is_older_is_forgotten_step_by_step(traffic: Traffic, clock: FakeCl
 @pytest.mark.parametrize("scale", [0.0005, 0.02, 1.0, 300.0])
 def test_percentiles_are_right_to_three_per_cent(traffic: Traffic, scale: float) -> None:
     for number in range(1, 101):
-        traffic.record(visit(seconds=scale * number / 100))
+        traffic.record(ended_request(seconds=scale * number / 100))
     found = traffic.last_minute()["mini"]
 
     assert found.p50_s == pytest.approx(0.50 * scale, rel=0.03)
@@ -78,7 +78,7 @@ def test_percentiles_are_right_to_three_per_cent(traffic: Traffic, scale: float)
 
 
 def test_only_embeddings_that_were_answered_count(traffic: Traffic) -> None:
-    refused, other = visit(status=499), visit()
+    refused, other = ended_request(status=499), ended_request()
     other.answer = None
     for each in (refused, other):
         traffic.record(each)
@@ -87,8 +87,8 @@ def test_only_embeddings_that_were_answered_count(traffic: Traffic) -> None:
 
 
 def test_models_are_told_apart(traffic: Traffic) -> None:
-    traffic.record(visit("a", texts=1))
-    traffic.record(visit("b", texts=3))
+    traffic.record(ended_request("a", texts=1))
+    traffic.record(ended_request("b", texts=3))
 
     assert [found.texts_per_s_by_step for found in traffic.last_minute().values()] == [(0.0,) * STEPS] * 2
     assert traffic.last_minute()["b"].texts_per_s == 3 * traffic.last_minute()["a"].texts_per_s

@@ -31,8 +31,8 @@ class ServedHost:
     """A served host whose device health the test sets."""
 
     def __init__(self, loader: FakeLoader) -> None:
-        self.pulse = DeviceHealth()
-        runtime = structs.replace(fake_runtime(), health=lambda: self.pulse)
+        self.health = DeviceHealth()
+        runtime = structs.replace(fake_runtime(), health=lambda: self.health)
         self.specs = fake_specs("a", "b")
         self.backend = LocalBackend([fake_host("a", "b", loader=loader, runtime=runtime, host_id="cpu")], self.specs)
         self.client: httpx.AsyncClient
@@ -75,7 +75,7 @@ async def test_a_hanging_forward_pass_fails_health_and_its_callers_within_a_seco
             pass
         healthy = await server_state.client.get("/health")
         began_s = time.perf_counter()
-        server_state.pulse = DeviceHealth(task_s=125.0)
+        server_state.health = DeviceHealth(task_s=125.0)
         told = await waiting
         took_s = time.perf_counter() - began_s
         refused, health, exposition = (
@@ -95,7 +95,7 @@ async def test_a_hanging_forward_pass_fails_health_and_its_callers_within_a_seco
 
 async def test_a_dead_device_fails_health_with_its_name() -> None:
     async with served() as server_state:
-        server_state.pulse = DeviceHealth(is_alive=False)
+        server_state.health = DeviceHealth(is_alive=False)
         health, ready = await server_state.client.get("/health"), await server_state.client.get("/ready")
 
     assert (health.status_code, health.json()["error"]["type"]) == (503, "server_error")

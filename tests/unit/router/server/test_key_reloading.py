@@ -37,11 +37,11 @@ def path(tmp_path: Path) -> Path:
 @asynccontextmanager
 async def watched(path: Path) -> AsyncIterator[FakeState]:
     settings = Settings(keys_file=path, api_key="env")
-    desk = FakeState(settings, open_keyring(settings))
-    task = asyncio.create_task(watch_keys(cast(ServerState, desk), 0.005))
+    state = FakeState(settings, open_keyring(settings))
+    task = asyncio.create_task(watch_keys(cast(ServerState, state), 0.005))
     await asyncio.sleep(0.03)
     try:
-        yield desk
+        yield state
     finally:
         task.cancel()
 
@@ -61,11 +61,11 @@ async def until(is_true: Callable[[], bool]) -> None:
 
 async def test_keys_come_go_and_change(path: Path) -> None:
     with capture_logs() as lines:
-        async with watched(path) as desk:
-            before = desk.ids()
+        async with watched(path) as state:
+            before = state.ids()
             write_keys(path, {"lab": {"max_concurrent": 1}, "new": {}})
-            await until(lambda: "new" in desk.ids())
-            after = desk.ids()
+            await until(lambda: "new" in state.ids())
+            after = state.ids()
 
     assert before == ["web", "lab", "API_KEY"]
     assert after == ["lab", "new", "API_KEY"]
@@ -77,15 +77,15 @@ async def test_keys_come_go_and_change(path: Path) -> None:
 @pytest.mark.parametrize("broken", ["- id: web\n  sha256: ey-secret\n", "no list", "[", None])
 async def test_a_file_with_mistakes_changes_nothing_and_is_told_once(path: Path, broken: str | None) -> None:
     with capture_logs() as lines:
-        async with watched(path) as desk:
+        async with watched(path) as state:
             put(path, broken)
             await until(lambda: bool(lines))
             await asyncio.sleep(0.05)
-            kept = desk.ids()
+            loaded_ids = state.ids()
             write_keys(path, {"web": {}, "lab": {}})
             await asyncio.sleep(0.05)
 
-    assert kept == ["web", "lab", "API_KEY"]
+    assert loaded_ids == ["web", "lab", "API_KEY"]
     assert [line["event"] for line in lines] == ["keys.invalid"]
     assert lines[0]["log_level"] == "error"
     assert "secret" not in str(lines)
@@ -94,36 +94,36 @@ async def test_a_file_with_mistakes_changes_nothing_and_is_told_once(path: Path,
 
 async def test_a_file_that_is_being_written_is_not_read(path: Path) -> None:
     """Truncated after an entry it would be valid and lack keys; so it must be unchanged between two polls."""
-    async with watched(path) as desk:
+    async with watched(path) as state:
         with path.open("a") as file:
             for _ in range(40):
                 file.write("# more\n" if file.tell() % 2 else "# and more\n")
                 file.flush()
                 await asyncio.sleep(0.004)
-        first = desk.keyring
+        first = state.keyring
         write_keys(path, {"web": {}})
-        await until(lambda: desk.ids() == ["web", "API_KEY"])
+        await until(lambda: state.ids() == ["web", "API_KEY"])
 
-    assert desk.keyring is not first
+    assert state.keyring is not first
 
 
 async def test_what_means_the_same_is_not_told(path: Path) -> None:
     with capture_logs() as lines:
-        async with watched(path) as desk:
-            first = desk.keyring
+        async with watched(path) as state:
+            first = state.keyring
             put(path, "# a comment\n", is_kept=True)
             await asyncio.sleep(0.06)
 
-    assert desk.keyring is first
+    assert state.keyring is first
     assert lines == []
 
 
 async def test_a_change_before_the_watch_began_is_seen(path: Path) -> None:
     settings = Settings(keys_file=path)
-    desk = FakeState(settings, open_keyring(settings))
+    state = FakeState(settings, open_keyring(settings))
     write_keys(path, {"early": {}})
-    task = asyncio.create_task(watch_keys(cast(ServerState, desk), 0.005))
-    await until(lambda: desk.ids() == ["early"])
+    task = asyncio.create_task(watch_keys(cast(ServerState, state), 0.005))
+    await until(lambda: state.ids() == ["early"])
     task.cancel()
 
 

@@ -266,7 +266,7 @@ async def test_the_watch_sees_changes_reports_mistakes_once_and_recovers(tmp_pat
         await eventually(lambda: len(server_state.registry.models) == 3)
         file.write_text(BROKEN)
         await eventually(lambda: any(line["event"] == "registry.invalid" for line in logged))
-        kept = server_state.registry
+        unchanged = server_state.registry
         file.unlink()
         await eventually(lambda: sum(line["event"] == "registry.invalid" for line in logged) == 2)
         replacement = tmp_path / "new.yaml"
@@ -276,7 +276,7 @@ async def test_the_watch_sees_changes_reports_mistakes_once_and_recovers(tmp_pat
         watch.cancel()
     invalid = [line for line in logged if line["event"] == "registry.invalid"]
 
-    assert list(kept.models) == ["a", "b", "c"]
+    assert list(unchanged.models) == ["a", "b", "c"]
     assert len(invalid[0]["mistakes"]) == 3
     assert "there is no file registry.yaml" in str(invalid[1]["mistakes"])
     assert [line["event"] for line in logged].count("registry.reloaded") == 2

@@ -118,13 +118,13 @@ async def test_what_a_worker_that_does_not_read_was_not_sent_is_forgotten_with_i
     async with linked() as (link, peer, outbox):
         for _ in range(5):
             await abandoned(link, [embed("x" * MIB) for _ in range(20)])
-        kept = outbox.num_waiting, outbox.num_sent, cast(Any, link)._transport.get_write_buffer_size()
+        pending = outbox.num_waiting, outbox.num_sent, cast(Any, link)._transport.get_write_buffer_size()
         later = asyncio.create_task(link.ask(embed("later")))
         heard = await peer.read()
         later.cancel()
 
-    assert kept[:2] == (0, 1), "the one that was being written"
-    assert kept[2] < MIB
+    assert pending[:2] == (0, 1), "the one that was being written"
+    assert pending[2] < MIB
     assert [type(request) for _, request in heard] == [Run, Cancel, Run]
     assert cast(Run[Call], heard[2][1]).call.texts == ("later",)
 
