@@ -67,7 +67,7 @@ class ClientLeft(Exception):
     """The client disconnected before its answer was ready. Nothing is sent; the log shows status 499."""
 
 
-class Row(NamedTuple):
+class ErrorRow(NamedTuple):
     """The response to an exception. `should_retry` false tells SDKs not to retry where they otherwise would."""
 
     status: int
@@ -76,19 +76,19 @@ class Row(NamedTuple):
     should_retry: bool = True
 
 
-def _invalid(code: str, status: int = 400) -> Row:
-    return Row(status, "invalid_request_error", code)
+def _invalid(code: str, status: int = 400) -> ErrorRow:
+    return ErrorRow(status, "invalid_request_error", code)
 
 
-def _server(status: int, code: str, *, should_retry: bool = True) -> Row:
-    return Row(status, "server_error", code, should_retry)
+def _server(status: int, code: str, *, should_retry: bool = True) -> ErrorRow:
+    return ErrorRow(status, "server_error", code, should_retry)
 
 
 INTERNAL_ERROR = _server(500, "internal_error")
 _LOAD_FAILED = _server(503, "model_load_failed")
 _LOAD_FAILED_FOR_GOOD = _server(503, "model_load_failed", should_retry=False)
 
-TABLE: dict[type[Exception], Row] = {
+TABLE: dict[type[Exception], ErrorRow] = {
     InvalidJson: _invalid("invalid_json"),
     EmptyInput: _invalid("empty_input"),
     TooManyInputs: _invalid("too_many_inputs"),
@@ -101,11 +101,11 @@ TABLE: dict[type[Exception], Row] = {
     engine.InvalidTokenId: _invalid("invalid_token_id"),
     engine.ModelNotFound: _invalid("model_not_found", 404),
     engine.HostNotFound: _invalid("not_found", 404),
-    ModelNotAllowed: Row(403, "permission_error", "model_not_allowed"),
-    RateLimitExceeded: Row(429, "rate_limit_error", "rate_limit_exceeded"),
-    RequestExceedsLimit: Row(429, "rate_limit_error", "rate_limit_exceeded", should_retry=False),
-    TooManyRequests: Row(429, "rate_limit_error", "too_many_requests"),
-    engine.QueueFull: Row(429, "rate_limit_error", "queue_full"),
+    ModelNotAllowed: ErrorRow(403, "permission_error", "model_not_allowed"),
+    RateLimitExceeded: ErrorRow(429, "rate_limit_error", "rate_limit_exceeded"),
+    RequestExceedsLimit: ErrorRow(429, "rate_limit_error", "rate_limit_exceeded", should_retry=False),
+    TooManyRequests: ErrorRow(429, "rate_limit_error", "too_many_requests"),
+    engine.QueueFull: ErrorRow(429, "rate_limit_error", "queue_full"),
     engine.ModelLoading: _server(503, "model_loading"),
     engine.LoadFailed: _LOAD_FAILED,
     engine.ShuttingDown: _server(503, "shutting_down"),
@@ -113,8 +113,8 @@ TABLE: dict[type[Exception], Row] = {
     engine.HostLost: _server(503, "host_lost"),
     engine.OutOfMemory: _server(503, "out_of_memory"),
     engine.ModelTooLarge: _server(500, "model_too_large", should_retry=False),
-    engine.ModelInUse: Row(409, "conflict_error", "model_in_use"),
-    engine.ModelPinned: Row(409, "conflict_error", "model_pinned", should_retry=False),
+    engine.ModelInUse: ErrorRow(409, "conflict_error", "model_in_use"),
+    engine.ModelPinned: ErrorRow(409, "conflict_error", "model_pinned", should_retry=False),
     engine.NonFiniteEmbedding: _server(500, "non_finite_embedding", should_retry=False),
     engine.EngineFailed: INTERNAL_ERROR,
     engine.UnsupportedModel: _LOAD_FAILED_FOR_GOOD,
@@ -129,18 +129,18 @@ TABLE: dict[type[Exception], Row] = {
     ClientException: _invalid("invalid_value"),
     ValidationException: _invalid("invalid_value"),
     NotAuthorizedException: _invalid("invalid_api_key", 401),
-    PermissionDeniedException: Row(403, "permission_error", "insufficient_scope"),
+    PermissionDeniedException: ErrorRow(403, "permission_error", "insufficient_scope"),
     NotFoundException: _invalid("not_found", 404),
     MethodNotAllowedException: _invalid("method_not_allowed", 405),
     RequestEntityTooLarge: _invalid("body_too_large", 413),
-    TooManyRequestsException: Row(429, "rate_limit_error", "rate_limit_exceeded"),
+    TooManyRequestsException: ErrorRow(429, "rate_limit_error", "rate_limit_exceeded"),
     ServiceUnavailableException: _server(503, "shutting_down"),
     # Base classes, for subclasses that are added later.
     engine.EngineError: INTERNAL_ERROR,
     engine.InvalidRequest: _invalid("invalid_value"),
-    engine.Busy: Row(429, "rate_limit_error", "too_many_requests"),
+    engine.Busy: ErrorRow(429, "rate_limit_error", "too_many_requests"),
     engine.Unavailable: _server(503, "model_loading"),
-    engine.Conflict: Row(409, "conflict_error", "model_in_use"),
+    engine.Conflict: ErrorRow(409, "conflict_error", "model_in_use"),
     engine.BadModel: _LOAD_FAILED,
     engine.SourceError: _LOAD_FAILED,
 }  # fmt: skip
@@ -150,7 +150,7 @@ _KINDS_NOT_TO_RETRY = {"no_device"} | {
 }
 
 
-def classify(error: Exception) -> Row | None:
+def classify(error: Exception) -> ErrorRow | None:
     """Return the row of the nearest base class; None for an unexpected exception."""
     if isinstance(error, engine.LoadFailed) and error.kind in _KINDS_NOT_TO_RETRY:
         return _LOAD_FAILED_FOR_GOOD
@@ -164,7 +164,7 @@ def answer_error(request: Request[Any, Any, Any], error: Exception) -> Response[
     return Response(envelope, status_code=row.status, headers=_headers(row, error))
 
 
-def describe(request: Request[Any, Any, Any], error: Exception) -> tuple[Row, ErrorEnvelope]:
+def describe(request: Request[Any, Any, Any], error: Exception) -> tuple[ErrorRow, ErrorEnvelope]:
     """Return the row and the envelope for any exception. Logs an unexpected one, once, with its traceback."""
     row = classify(error)
     if row is None:
@@ -178,7 +178,7 @@ def describe(request: Request[Any, Any, Any], error: Exception) -> tuple[Row, Er
     return row, ErrorEnvelope(error=detail)
 
 
-def _headers(row: Row, error: Exception) -> Mapping[str, str]:
+def _headers(row: ErrorRow, error: Exception) -> Mapping[str, str]:
     headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
     retry_after_s = getattr(error, "retry_after_s", None)
     if retry_after_s is not None:

@@ -63,13 +63,13 @@ def make(name: str) -> Backend:
         from router.backends.process.fleet import ProcessFleet
 
         return RemoteBackend(ProcessFleet(worker_configs(), 1, grace_s=1.0), {"a": SPEC})
-    from router.backends.ray.deploy import Plan, connect, deploy, serve
+    from router.backends.ray.deploy import DeploymentPlan, connect, deploy, serve
     from router.backends.ray.environment import APP, DEPLOYMENT
     from router.backends.ray.fleet import RayFleet
     from router.backends.ray.replica_directory import REPLICAS
 
     connect(None)
-    deploy(worker_configs()[0], Plan(hosts=HOSTS, cpus=0.5))
+    deploy(worker_configs()[0], DeploymentPlan(hosts=HOSTS, cpus=0.5))
     fleet = RayFleet(serve.get_deployment_handle(DEPLOYMENT, APP), REPLICAS)
     return RemoteBackend(fleet, {"a": SPEC})
 

@@ -8,10 +8,7 @@ compares the others.
 """
 
 import inspect
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -43,6 +40,7 @@ from engines.models.base import (
     ForwardPath,
     ForwardPathFailed,
     ForwardPaths,
+    PathFallback,
     PathForm,
     Size,
     attention_of,
@@ -50,102 +48,6 @@ from engines.models.base import (
 from engines.models.cuda_graphs import CudaGraphs, FixedPackedLayout, GraphCapturer, fill_row, kept_bytes
 from engines.models.head import EmbeddingHead
 from engines.models.prepacked import PrepackedWeights
-from engines.protocols import Clock
-
-FIRST_WAIT_S, LONGEST_WAIT_S = 30.0, 3600.0
-"""A path that failed is tried again after the first wait; each failure soon after that doubles the wait."""
-
-
-class PathFallback:
-    """Switches to the fallback path once the last pass on a failed path ends, and tries the failed path again later.
-
-    Args:
-        fall_back: switches to the fallback path; called while no pass runs, after `report_failure`.
-        resume: switches back and checks the vectors, and returns whether they are right; called while no pass runs. It
-            keeps the fallback path in use where they are not.
-        clock: seconds.
-
-    Attributes:
-        is_active: whether the fallback path is in use, or will be at the next pass, because a faster one failed.
-    """
-
-    def __init__(
-        self, fall_back: Callable[[], None], resume: Callable[[], bool], clock: Clock = time.monotonic
-    ) -> None:
-        self._fall_back = fall_back
-        self._resume = resume
-        self._clock = clock
-        self._lock = threading.Lock()
-        self._num_passes = 0
-        self._is_switching = False
-        self._is_fallback_due = False
-        self.is_active = False
-        self._wait_s = FIRST_WAIT_S
-        self._retry_at_s = 0.0
-        self._resumed_at_s = -LONGEST_WAIT_S
-
-    @property
-    def is_switch_due(self) -> bool:
-        """Whether passes must run one at a time, because a switch is due or under way."""
-        return self._is_switching or self._is_fallback_due or self._is_retry_due()
-
-    @property
-    def retry_in_s(self) -> float:
-        """Seconds until the failed path is tried again; 0 when that is due, or no path has failed."""
-        return max(0.0, self._retry_at_s - self._clock()) if self.is_active else 0.0
-
-    @contextmanager
-    def running_pass(self) -> Iterator[None]:
-        """Counts a pass as running inside the block; makes a switch first that is due while no other pass runs.
-
-        Raises:
-            ForwardPathFailed: a switch is under way, or waits for passes that still run.
-        """
-        with self._lock:
-            if self._is_switching or (self._is_fallback_due and self._num_passes):
-                raise ForwardPathFailed
-            self._is_switching = not self._num_passes and (self._is_fallback_due or self._is_retry_due())
-            self._num_passes += 1
-        try:
-            if self._is_switching:  # set by this pass, which is the only one
-                self._switch()
-            yield
-        finally:
-            with self._lock:
-                self._num_passes -= 1
-
-    def report_failure(self) -> None:
-        """Schedules the switch to the fallback path, for when no pass runs any more."""
-        with self._lock:
-            if self._is_fallback_due or self.is_active:
-                return
-            now_s = self._clock()
-            is_soon = now_s - self._resumed_at_s < self._wait_s
-            self._wait_s = min(2 * self._wait_s, LONGEST_WAIT_S) if is_soon else FIRST_WAIT_S
-            self._is_fallback_due = self.is_active = True
-            self._retry_at_s = now_s + self._wait_s
-
-    def retry_now(self) -> None:
-        """Makes the retry due at once: the fallback path fails as well, so the faster path was not the cause."""
-        self._retry_at_s = self._clock()
-
-    def _is_retry_due(self) -> bool:
-        return self.is_active and not self._is_fallback_due and self._clock() >= self._retry_at_s
-
-    def _switch(self) -> None:
-        """Switches paths, without the lock: it may take as long as a self-check, and other passes must fail at once."""
-        try:
-            if self._is_fallback_due:
-                self._fall_back()
-                self._is_fallback_due = False
-            elif self._resume():
-                self.is_active, self._resumed_at_s = False, self._clock()
-            else:
-                self._wait_s = min(2 * self._wait_s, LONGEST_WAIT_S)
-                self._retry_at_s = self._clock() + self._wait_s
-        finally:
-            self._is_switching = False
-
 
 log = structlog.get_logger(__name__)
 

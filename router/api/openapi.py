@@ -15,7 +15,7 @@ from litestar.openapi.plugins import JsonRenderPlugin
 from litestar.openapi.spec import Example
 
 from engines.types import Plan
-from router.errors import TABLE, Row
+from router.errors import TABLE, ErrorRow
 from router.registry.registry import Changes
 from router.schemas import admin, compat, inference
 
@@ -73,7 +73,7 @@ def failures(*codes: str) -> dict[int, ResponseSpec]:
     }
 
 
-def _example(error: type[Exception], row: Row) -> Example:
+def _example(error: type[Exception], row: ErrorRow) -> Example:
     message = (getdoc(error) or "").partition("\n")[0]
     detail = inference.ErrorDetail(message=message, type=row.type, param=None, code=row.code)
     return Example(summary=row.code, value=msgspec.to_builtins(inference.ErrorEnvelope(error=detail)))

@@ -30,7 +30,7 @@ _MIN_PROGRESS_BYTES = 10_000_000
 """In a pipe, downloads of at least so many bytes print their progress in so many steps."""
 
 
-class Report(Protocol):
+class PullReport(Protocol):
     """Shows progress and results: bars on a terminal, lines elsewhere."""
 
     def begin(self, spec: ModelSpec) -> None: ...
@@ -91,7 +91,7 @@ def _pull_all(specs: tuple[ModelSpec, ...]) -> bool:
     return all(outcomes)
 
 
-def _pull(store: "ModelStore", spec: ModelSpec, report: Report) -> bool:
+def _pull(store: "ModelStore", spec: ModelSpec, report: PullReport) -> bool:
     """Pull one model. Files on disk are enough when the hub is not reachable for an update."""
     report.begin(spec)
     try:
@@ -115,9 +115,9 @@ def _ok(spec: ModelSpec, files: "ModelFiles") -> str:
 
 
 @contextmanager
-def _reporting() -> Iterator[Report]:
+def _reporting() -> Iterator[PullReport]:
     if not is_terminal():
-        yield Lines()
+        yield PullLines()
         return
     from rich.console import Console  # only for a terminal: importing it takes longer than the rest of the command
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -129,7 +129,7 @@ def _reporting() -> Iterator[Report]:
         yield Bars(progress)
 
 
-class Lines:
+class PullLines:
     """Prints lines, for logs."""
 
     def begin(self, spec: ModelSpec) -> None:

@@ -45,7 +45,9 @@ def deploy(hosts: int | None, gpus: float, cpus: float, address: str | None) -> 
         )
 
         ray_deploy.connect(address)
-        plan = ray_deploy.Plan(hosts=hosts, gpus=gpus, cpus=cpus) if hosts else ray_deploy.one_per_device(cpus)
+        plan = (
+            ray_deploy.DeploymentPlan(hosts=hosts, gpus=gpus, cpus=cpus) if hosts else ray_deploy.one_per_device(cpus)
+        )
         ray_deploy.deploy(ray_deploy.worker_config_of(settings, registry, plan), plan)
     except ImportError:
         _fail("Ray is not installed: pip install 'embedyard[ray]'")

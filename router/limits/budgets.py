@@ -7,7 +7,7 @@ All of it is kept in the storage: it survives restarts, and several servers shar
 
 from msgspec import Struct, structs
 
-from router.limits.store import Bucket, Counter, LimitStore, Room
+from router.limits.store import Bucket, BudgetRoom, Counter, LimitStore
 
 _MAX_UNITS = 8192
 """Storages of the `limits` package keep one entry per unit of cost. Large token budgets are counted in units of several
@@ -176,7 +176,7 @@ class _Account:
         self.used = Bucket(f"tokens/{name}/{self.unit}", self._units, limit.window_s)
         self.owed = Bucket(f"debt/{name}/{self.unit}", self._units, 2 * limit.window_s)
 
-    def balance(self, used: Room, owed: Room, remainder_tokens: int) -> Balance:
+    def balance(self, used: BudgetRoom, owed: BudgetRoom, remainder_tokens: int) -> Balance:
         """Compute the balance from both buckets. Three cases: 1. the debt alone fills a window. 2. there was use in
         this one. 3. there is a debt, or nothing.
         """

@@ -165,7 +165,7 @@ class Counter(Struct, frozen=True):
     expires_in_s: int
 
 
-class Room(Struct, frozen=True):
+class BudgetRoom(Struct, frozen=True):
     """What is left in a bucket, and the seconds until its oldest hit expires; 0 without hits."""
 
     left: int
@@ -212,7 +212,7 @@ class LimitStore:
         """
         return await self._call(lambda: self._limiter.hit(_item(bucket), bucket.name, cost=cost))
 
-    async def room(self, bucket: Bucket) -> Room:
+    async def room(self, bucket: Bucket) -> BudgetRoom:
         """Return what is left in a bucket.
 
         Raises:
@@ -220,14 +220,14 @@ class LimitStore:
         """
         return await self._call(lambda: self._room(bucket))
 
-    async def rooms(self, first: Bucket, second: Bucket) -> tuple[Room, Room]:
+    async def rooms(self, first: Bucket, second: Bucket) -> tuple[BudgetRoom, BudgetRoom]:
         """Return what is left in two buckets, within one timeout.
 
         Raises:
             StoreDown.
         """
 
-        async def call() -> tuple[Room, Room]:
+        async def call() -> tuple[BudgetRoom, BudgetRoom]:
             return await self._room(first), await self._room(second)
 
         return await self._call(call)
@@ -258,11 +258,13 @@ class LimitStore:
         if bridge is not None:
             await bridge.get_connection().aclose(close_connection_pool=True)
 
-    async def _room(self, bucket: Bucket) -> Room:
+    async def _room(self, bucket: Bucket) -> BudgetRoom:
         stats = await self._limiter.get_window_stats(_item(bucket), bucket.name)
         if stats.remaining >= bucket.amount:
-            return Room(bucket.amount, 0.0)
-        return Room(max(0, stats.remaining), min(max(0.0, stats.reset_time - self.clock()), float(bucket.window_s)))
+            return BudgetRoom(bucket.amount, 0.0)
+        return BudgetRoom(
+            max(0, stats.remaining), min(max(0.0, stats.reset_time - self.clock()), float(bucket.window_s))
+        )
 
     async def _call(self, call: Callable[[], Awaitable[T]]) -> T:
         if self._is_own_memory:

@@ -213,7 +213,7 @@ class Defaults(Struct, forbid_unknown_fields=True, kw_only=True):
     replicas: Count | UnsetType = UNSET
 
 
-class Entry(Defaults, forbid_unknown_fields=True, kw_only=True):
+class ModelEntry(Defaults, forbid_unknown_fields=True, kw_only=True):
     """One model."""
 
     name: Name
@@ -237,7 +237,7 @@ class RegistryFile(Struct, forbid_unknown_fields=True, kw_only=True):
     """The models of an Embedyard server."""
 
     version: Literal[1]
-    models: list[Entry]
+    models: list[ModelEntry]
     default_model: Name | UnsetType = UNSET
     memory: MemorySection | UnsetType = UNSET
     backend: BackendName | UnsetType = UNSET

@@ -27,8 +27,8 @@ from router.registry.file import (
     Bounds,
     CalibrationRule,
     Defaults,
-    Entry,
     MatryoshkaRule,
+    ModelEntry,
     RegistryFile,
     is_hub_id,
 )
@@ -40,7 +40,7 @@ _POOLING_MODES = {"mean_sqrt_len": "mean_sqrt_len_tokens", "last_token": "lastto
 """Names in the registry for pooling modes that sentence-transformers calls differently."""
 
 
-def to_spec(entry: Entry, defaults: Defaults | UnsetType) -> ModelSpec:
+def to_spec(entry: ModelEntry, defaults: Defaults | UnsetType) -> ModelSpec:
     """Build the spec of an entry; missing values come from the defaults, else from `ModelSpec`."""
     given = (_given(defaults) if defaults else {}) | _given(entry)
     given.pop("aliases", None)

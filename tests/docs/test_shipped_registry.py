@@ -15,9 +15,9 @@ from router.config.settings import VARIABLES, Settings, read_settings
 from router.registry.file import (
     CalibrationRule,
     Defaults,
-    Entry,
     MatryoshkaRule,
     MemorySection,
+    ModelEntry,
     RegistryFile,
     is_commit,
 )
@@ -208,7 +208,7 @@ def test_the_schema_marks_mistakes_in_editors(entry: dict[str, object]) -> None:
 
 
 def test_every_key_is_explained_in_the_schema() -> None:
-    structs = (RegistryFile, MemorySection, MatryoshkaRule, CalibrationRule, Defaults, Entry)
+    structs = (RegistryFile, MemorySection, MatryoshkaRule, CalibrationRule, Defaults, ModelEntry)
 
     assert {field for struct in structs for field in struct.__struct_fields__} == MEANINGS.keys()
 

@@ -19,8 +19,8 @@ OLD_WORDS = (
 
 TWICE = {
     "DeviceMemory", "Slot", "Usage",  # schemas of the HTTP contract, whose names are public; engines have such records
-    "Entry", "Lines", "Plan", "Report", "Room", "Row",  # of two packages that never meet; to be renamed
-    "Answer", "Backend", "Task",
+
+
 }  # fmt: skip
 """Class names that stand for two things today; no further one may."""
 

@@ -20,7 +20,7 @@ _HEALTH_TIMEOUT_S = 30.0
 """A load may hold a host's interpreter lock for seconds."""
 
 
-class Plan(Struct, frozen=True, kw_only=True):
+class DeploymentPlan(Struct, frozen=True, kw_only=True):
     """Number of hosts, and the node resources that each of them takes."""
 
     hosts: int
@@ -54,15 +54,15 @@ def _check_reachable(address: str | None) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_S).close()
 
 
-def one_per_device(cpus: float) -> Plan:
-    """Plan one host per GPU of the cluster; without GPUs, one per node."""
+def one_per_device(cpus: float) -> DeploymentPlan:
+    """DeploymentPlan one host per GPU of the cluster; without GPUs, one per node."""
     gpus = int(ray.cluster_resources().get("GPU", 0))
     if gpus:
-        return Plan(hosts=gpus, gpus=1.0, cpus=cpus)
-    return Plan(hosts=max(1, sum(node["Alive"] for node in ray.nodes())), cpus=cpus)
+        return DeploymentPlan(hosts=gpus, gpus=1.0, cpus=cpus)
+    return DeploymentPlan(hosts=max(1, sum(node["Alive"] for node in ray.nodes())), cpus=cpus)
 
 
-def deploy(config: WorkerConfig, plan: Plan) -> None:
+def deploy(config: WorkerConfig, plan: DeploymentPlan) -> None:
     """Create or update the deployment; returns when all hosts are ready."""
     serve.start(proxy_location="Disabled")
     serve.run(application(config, plan), name=APP, route_prefix=None, blocking=False)
@@ -73,7 +73,7 @@ def remove() -> None:
     serve.delete(APP)
 
 
-def application(config: WorkerConfig, plan: Plan) -> serve.Application:
+def application(config: WorkerConfig, plan: DeploymentPlan) -> serve.Application:
     """Build the Serve application of the deployment."""
     settings = config.settings
     deployment = serve.deployment(
@@ -95,7 +95,7 @@ def application(config: WorkerConfig, plan: Plan) -> serve.Application:
     return deployment.bind(config)
 
 
-def worker_config_of(settings: Settings, registry: Registry, plan: Plan) -> WorkerConfig:
+def worker_config_of(settings: Settings, registry: Registry, plan: DeploymentPlan) -> WorkerConfig:
     """Build the config of every replica. A replica takes the first device that its node assigns to it."""
     return WorkerConfig(
         host_id="",
@@ -113,8 +113,10 @@ def from_environment(args: dict[str, str]) -> serve.Application:
     """Build the application for a Serve config file (`import_path: router.backends.ray.deploy:from_environment`).
 
     Args:
-        args: `hosts`, `gpus` and `cpus` of a `Plan`.
+        args: `hosts`, `gpus` and `cpus` of a `DeploymentPlan`.
     """
     settings = load_settings()
-    plan = Plan(hosts=int(args.get("hosts", 1)), gpus=float(args.get("gpus", 0)), cpus=float(args.get("cpus", 1)))
+    plan = DeploymentPlan(
+        hosts=int(args.get("hosts", 1)), gpus=float(args.get("gpus", 0)), cpus=float(args.get("cpus", 1))
+    )
     return application(worker_config_of(settings, open_registry(settings), plan), plan)

@@ -2,8 +2,7 @@
 
 import pytest
 
-from engines.models.base import ForwardPathFailed
-from engines.models.transformer import FIRST_WAIT_S, LONGEST_WAIT_S, PathFallback
+from engines.models.base import FIRST_WAIT_S, LONGEST_WAIT_S, ForwardPathFailed, PathFallback
 from tests.testkit.clocks import FakeClock
 
 

@@ -25,11 +25,11 @@ from engines.layers.attention import PACKED, packed_attention
 from engines.layers.fused import FusedLayer
 from engines.loading.loader import LoaderSettings
 from engines.models import adapters, prepacked, transformer
-from engines.models.base import Attention, PathForm, Size, attention_of
+from engines.models.base import FIRST_WAIT_S, LONGEST_WAIT_S, Attention, PathFallback, PathForm, Size, attention_of
 from engines.models.base import ForwardPath as Way
 from engines.models.cuda_graphs import fill_row
 from engines.models.prepacked import Inputs, PrepackedEncoder
-from engines.models.transformer import FIRST_WAIT_S, LONGEST_WAIT_S, PathFallback, TransformerEncoder
+from engines.models.transformer import TransformerEncoder
 from engines.models.verification import Canaries, distance, probe_inputs, select_forward_path
 from tests.testkit.clocks import FakeClock
 

@@ -18,7 +18,7 @@ import pytest
 from engines.types import HostSnapshot
 from router.app import create_app
 from router.backends.base import Backend
-from router.backends.ray.deploy import Plan, connect, deploy, from_environment
+from router.backends.ray.deploy import DeploymentPlan, connect, deploy, from_environment
 from router.backends.ray.environment import APP, DEPLOYMENT
 from router.backends.ray.fleet import RayFleet
 from router.backends.ray.replica_directory import REPLICAS
@@ -57,7 +57,7 @@ def cluster() -> Iterator[Cluster]:
     made = Cluster(initialize_head=True, head_node_args=head)
     add_node(made)
     connect(made.address)
-    deploy(CONFIG, Plan(hosts=HOSTS, cpus=1.0))
+    deploy(CONFIG, DeploymentPlan(hosts=HOSTS, cpus=1.0))
     yield made
     ray.shutdown()
     made.shutdown()

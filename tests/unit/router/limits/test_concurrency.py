@@ -14,7 +14,8 @@ from structlog.testing import capture_logs
 
 from router.config.settings import Settings
 from router.errors import TooManyRequests
-from router.limits.limiter import Caller, ConcurrencyLimiter, Limiter
+from router.limits.concurrency import Caller, ConcurrencyLimiter
+from router.limits.limiter import Limiter
 from tests.testkit.servers import EMBED, Limited, bearer, limited, write_keys
 
 

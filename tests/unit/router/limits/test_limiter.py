@@ -31,7 +31,8 @@ from router.auth.keys import ANONYMOUS, Key
 from router.config.settings import Settings
 from router.limits import store as limit_store
 from router.limits.budgets import Limit
-from router.limits.limiter import RATE_HEADERS, Caller, Limiter, caller_of, duration, estimate_tokens
+from router.limits.concurrency import Caller, caller_of
+from router.limits.limiter import RATE_HEADERS, Limiter, duration, estimate_tokens
 from router.limits.store import PROBE_INTERVAL_S
 from tests.testkit.backends import ScriptedBackend
 from tests.testkit.clocks import FakeClock

@@ -10,7 +10,7 @@ from structlog.testing import capture_logs
 from router.config.settings import Settings, SettingsError
 from router.limits import store as limit_store
 from router.limits.budgets import Limit, TokenBudget
-from router.limits.store import Bucket, Counter, LimitStore, MovingWindows, Room, StoreDown, open_store
+from router.limits.store import Bucket, BudgetRoom, Counter, LimitStore, MovingWindows, StoreDown, open_store
 from tests.testkit.clocks import FakeClock
 from tests.testkit.redis_server import RedisServer, needs_redis
 
@@ -65,10 +65,10 @@ async def test_a_bucket_tells_what_is_left_and_when_it_grows(store: LimitStore, 
     clock.advance(40.5)
     grown = await store.room(TEN)
 
-    assert untouched == Room(10, 0.0)
-    assert used == Room(5, 40.0)
+    assert untouched == BudgetRoom(10, 0.0)
+    assert used == BudgetRoom(5, 40.0)
     assert full is False
-    assert grown == Room(9, 19.5)
+    assert grown == BudgetRoom(9, 19.5)
 
 
 async def test_a_changed_limit_does_not_begin_with_a_fresh_window(store: LimitStore) -> None:
@@ -225,7 +225,7 @@ async def test_redis_counts_like_memory(shared: list[LimitStore]) -> None:
     await asyncio.sleep(full.grows_in_s + 0.01)
     grown = await shared[2].hit(short, 3)
 
-    assert empty == Room(4, 0.0)
+    assert empty == BudgetRoom(4, 0.0)
     assert first == [True, False, True]
     assert full.left == 0
     assert 0.5 < full.grows_in_s <= 1.0

@@ -1,0 +1,154 @@
+"""`ConcurrencyLimiter`: limits running requests and incoming bodies, per caller and in total."""
+
+from collections import Counter
+from functools import lru_cache
+from ipaddress import IPv6Address, ip_address
+
+from msgspec import Struct
+
+from router.auth.keys import Key
+from router.config.settings import Settings
+from router.errors import TooManyRequests
+from router.limits.budgets import Limit
+
+_MINUTE_S = 60
+
+
+_BODY_BYTES = 64 * 2**20
+
+
+_MAX_INCOMING_BYTES = 512 * 2**20
+"""Total bytes of bodies being received; one caller may have half of it. Always fits four bodies of maximum size."""
+
+
+_SUBSCRIBER_BITS = 64
+"""An IPv6 subscriber has a whole network of this prefix, and may use another address for each request."""
+
+
+class Caller(Struct, frozen=True):
+    """A caller whose requests are counted together, and its limits; `None`: no limit.
+
+    `name` identifies the counters; `label` stands for the caller in messages.
+    """
+
+    name: str
+    label: str
+    requests: Limit | None = None
+    tokens: Limit | None = None
+    max_concurrent: int | None = None
+
+
+def caller_of(key: Key, address: str, settings: Settings) -> Caller:
+    """Identify the caller. A key's own limits override the server's; callers without a key are counted by address."""
+    requests = _limit(key.requests_per_minute, settings.rate_limit_requests, settings.rate_limit_window_s)
+    tokens = _limit(key.tokens_per_minute, settings.rate_limit_tokens, settings.rate_limit_window_s)
+    if key.is_anonymous:
+        return Caller(f"address:{_subscriber(address)}", "this address", requests, tokens)
+    return Caller(f"key:{key.id}", "this key", requests, tokens, key.max_concurrent)
+
+
+def _limit(per_minute: int | None, of_server: int | None, window_s: int) -> Limit | None:
+    if per_minute is not None:
+        return Limit(per_minute, _MINUTE_S)
+    return None if of_server is None else Limit(of_server, window_s)
+
+
+@lru_cache(maxsize=1024)
+def _subscriber(address: str) -> str:
+    try:
+        found = ip_address(address)
+    except ValueError:
+        return address
+    if not isinstance(found, IPv6Address):
+        return str(found)
+    if found.ipv4_mapped is not None:
+        return str(found.ipv4_mapped)
+    return f"{IPv6Address(int(found) >> _SUBSCRIBER_BITS << _SUBSCRIBER_BITS)}/{_SUBSCRIBER_BITS}"
+
+
+class ConcurrencyLimiter:
+    """Counts running requests, per caller and in total, and bytes of bodies being received.
+
+    A request counts for its caller from its head on, and for the server once its body is complete: a client that sends
+    a body byte by byte uses up its own limit, and none of the server's.
+    """
+
+    def __init__(self, max_running: int, max_body_bytes: int = _BODY_BYTES) -> None:
+        """`max_body_bytes`: maximum size of one body."""
+        self._max_running = max_running
+        self._max_incoming_bytes = max(4 * max_body_bytes, _MAX_INCOMING_BYTES)
+        self._admitted: Counter[str] = Counter()
+        self._incoming_bytes: Counter[str] = Counter()
+        self.num_running = 0
+        self.incoming_bytes = 0
+
+    def admit(self, caller: Caller) -> None:
+        """Count a request for its caller, before its body is received.
+
+        Raises:
+            TooManyRequests: the concurrency limit of the caller or of the server is reached.
+        """
+        of_caller = self._admitted[caller.name]
+        if caller.max_concurrent is not None and of_caller >= caller.max_concurrent:
+            raise TooManyRequests(
+                f"Concurrency limit reached: {caller.label} has {of_caller} of {caller.max_concurrent} requests "
+                "running; wait for a response before the next request"
+            )
+        self._check_capacity()
+        self._admitted[caller.name] += 1
+
+    def acquire(self) -> None:
+        """Count a request whose body is complete as running.
+
+        Raises:
+            TooManyRequests: the concurrency limit of the server is reached.
+        """
+        self._check_capacity()
+        self.num_running += 1
+
+    def release(self) -> None:
+        """Uncount a running request."""
+        self.num_running -= 1
+
+    def release_admission(self, caller: Caller) -> None:
+        """Uncount a request for its caller."""
+        _subtract(self._admitted, caller, 1)
+
+    def receive(self, caller: Caller, num_bytes: int) -> None:
+        """Count a chunk of an incomplete body.
+
+        Raises:
+            TooManyRequests: the bodies of this caller, or of all callers, are too large; nothing was counted.
+        """
+        limit = self._max_incoming_bytes // 2
+        of_caller = self._incoming_bytes[caller.name] + num_bytes
+        if of_caller > limit:
+            raise TooManyRequests(
+                f"Limit of incoming bodies reached: {caller.label} is sending {of_caller} bytes (maximum {limit}); "
+                "send fewer requests at a time"
+            )
+        if self.incoming_bytes + num_bytes > self._max_incoming_bytes:
+            raise TooManyRequests(
+                f"Limit of incoming bodies reached: the server is receiving {self.incoming_bytes} bytes (maximum "
+                f"{self._max_incoming_bytes}); retry"
+            )
+        self._incoming_bytes[caller.name] = of_caller
+        self.incoming_bytes += num_bytes
+
+    def end_body(self, caller: Caller, num_bytes: int) -> None:
+        """Uncount the chunks of a body that is complete or was abandoned."""
+        self.incoming_bytes -= num_bytes
+        _subtract(self._incoming_bytes, caller, num_bytes)
+
+    def _check_capacity(self) -> None:
+        if self.num_running >= self._max_running:
+            raise TooManyRequests(
+                f"Concurrency limit reached: {self.num_running} requests running "
+                f"(MAX_CONCURRENT_REQUESTS={self._max_running}); retry"
+            )
+
+
+def _subtract(counts: Counter[str], caller: Caller, amount: int) -> None:
+    counts[caller.name] -= amount
+    if not counts[caller.name]:
+        del counts[caller.name]
