@@ -89,8 +89,9 @@ bench-http: install-bench  ## the same over HTTP: beside other servers, over the
 bench-peers: install-bench  ## make the peers' environments under .bench (5 GB)
 	@$(BIN)/python -W ignore -m benchmarks.lib.peers
 
-bench-diff: install-bench  ## is the working tree slower than the last commit?
+bench-diff: install-bench  ## is the working tree slower than the last commit, offline and over HTTP?
 	@$(BIN)/python -W ignore -m benchmarks.offline.regression
+	@$(BIN)/python -W ignore -m benchmarks.http.regression
 
 gpu: install-bench  ## parity, memory accounting, speed and latency on a GPU
 	@$(BIN)/python -W ignore -m benchmarks.gpu
