@@ -1,4 +1,4 @@
-"""Carries out the trials of `engines/batching/autotune.py` on a lane, one a turn, while nobody waits for the model."""
+"""Finds out how large the batches of a model should be, by trials that run while no request waits for the model."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -13,43 +13,38 @@ from engines.models.base import Encoder
 from engines.storage import JsonStore
 
 LONGEST_WAIT_S = 0.05
-"""For so long, at the most, a batch should hold up whoever comes."""
+"""A batch should delay requests that arrive meanwhile by no more than this."""
 
 
 CANDIDATES = {"cpu": (256, 512, 1024), "cuda": (2048, 4096, 8192, 16384)}
 """Tokens of a batch, by kind of device."""
 
-
 _ROUNDS = 2
-
 
 _NEAR_BEST = 0.97
 """A smaller batch that reaches this part of the best speed is preferred."""
 
-
 _LONGEST_TRIAL_S = 2.0
 
-
 _TEXT_TOKENS = 64
-
 
 _FEWEST_TOKENS = 128
 """Below, even large models lose speed, and a longer wait is the lesser evil."""
 
 
 class TunedBatchSize(Struct, frozen=True):
-    """What was found: tokens a batch, and tokens a second at that size on one thread of the lane."""
+    """The result: tokens a batch, and tokens a second at that size on one thread of the scheduler."""
 
     batch_tokens: int
     tokens_per_s: float
 
 
 class BatchSizeSearch:
-    """Which sizes to try next, and what follows from the seconds that they took. Knows no model.
+    """Decides which sizes to try next, and which is best by the seconds that they took. Knows no model.
 
     Args:
         candidates: tokens of a batch, the smallest first.
-        num_parts: into how many parts, in equal measure, a batch gives way to others.
+        num_parts: of about equal length, between which a batch can be preempted.
     """
 
     def __init__(self, candidates: Sequence[int], num_parts: int) -> None:
@@ -59,22 +54,22 @@ class BatchSizeSearch:
 
     @property
     def next_tokens(self) -> int | None:
-        """The size to be tried now; None when enough is known. Sizes that would take too long are passed over."""
+        """Returns the size to be tried next; None when enough is known. Skips sizes that would take too long."""
         while self._left and self._expected_s(self._left[0]) > _LONGEST_TRIAL_S:
             self._left.pop(0)
         return self._left[0] if self._left else None
 
     def record(self, tokens: int, seconds: float) -> None:
-        """A trial of the size that was next; the first of a size warms up memory, and the better one counts."""
+        """Records a trial of the size that was next. The first of a size warms up memory, so the faster one counts."""
         self._left.remove(tokens)
         self._best_s[tokens] = min(seconds, self._best_s.get(tokens, seconds))
 
     def give_up(self) -> None:
-        """No more trials: the device has no room for this size, or something is wrong with it."""
+        """Ends the trials: the device has no memory for this size, or it fails."""
         self._left.clear()
 
-    def pace(self) -> TunedBatchSize | None:
-        """What the trials say; None without any."""
+    def result(self) -> TunedBatchSize | None:
+        """Returns the best size by the trials; None without any."""
         if not self._best_s:
             return None
         speeds = {tokens: tokens / max(seconds, 1e-9) for tokens, seconds in self._best_s.items()}
@@ -88,17 +83,17 @@ class BatchSizeSearch:
 
 
 def trial_texts(tokens: int, vocab_size: int, max_tokens: int) -> list[Ids]:
-    """Texts of equal length that make up a batch of `tokens`, of ids that every vocabulary has."""
+    """Returns texts of equal length that make up a batch of `tokens`, of ids that the vocabulary has."""
     length = min(_TEXT_TOKENS, max_tokens)
-    chance = np.random.default_rng(tokens)
-    return [chance.integers(0, vocab_size, length) for _ in range(max(1, tokens // length))]
+    random = np.random.default_rng(tokens)
+    return [random.integers(0, vocab_size, length) for _ in range(max(1, tokens // length))]
 
 
 class TuningStore:
-    """What was found for each model, kept between starts. Threads may share it.
+    """Keeps what was found for each model between starts. Thread-safe.
 
     Args:
-        folder: where; None keeps it as long as the process lives.
+        folder: where; None keeps it in memory only.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -108,32 +103,32 @@ class TuningStore:
         self._lock = threading.Lock()
 
     def get(self, key: str) -> TunedBatchSize | None:
-        """What is known."""
+        """Returns what was found; None when nothing was."""
         with self._lock:
             return self._kept.get(key)
 
-    def put(self, key: str, pace: TunedBatchSize) -> None:
-        """Remember; blocks on the disk."""
+    def put(self, key: str, tuned: TunedBatchSize) -> None:
+        """Keeps what was found; blocks on the disk."""
         with self._lock:
-            self._kept.put(key, pace)
+            self._kept.put(key, tuned)
 
 
 log = structlog.get_logger(__name__)
 
 
 class BatchSizeTuner:
-    """Finds out how large the batches of one model should be.
+    """Runs the trials of one model on its scheduler, one a task.
 
     Args:
         encoder: the model.
         tokenizer: what the model reads.
         trials: which sizes to try.
-        own_s: seconds that the present turn has run, without what it gave to others.
-        finish: waits until the device has done what it was told to.
-        keep: called once, with what was found.
+        own_s: seconds that the present task has run, without the tasks that preempted it.
+        finish: waits until the device has finished its work.
+        keep: called once, with the result.
 
     Attributes:
-        is_done: whether nothing is left to be tried.
+        is_done: whether no trial is left.
     """
 
     def __init__(
@@ -157,21 +152,21 @@ class BatchSizeTuner:
 
     @property
     def is_due(self) -> bool:
-        """Whether there is something to try, and nobody is trying."""
+        """Tells whether a trial is left and none runs."""
         return not self._is_running and not self.is_done
 
     def begin(self) -> None:
-        """The next trial is about to run: one at a time."""
+        """Marks the next trial as running; one runs at a time."""
         self._is_running = True
 
     def run(self, use: Callable[[TunedBatchSize], None]) -> None:
-        """One trial, on the lane; the last one has its result used. What goes wrong is no caller's business, and ends
-        the trials."""
+        """Runs one trial, on a thread of the scheduler; after the last, calls `use` with the result. An error ends the
+        trials and fails no request."""
         tokens = self._trials.next_tokens
         try:
             if tokens is not None:
                 self._trials.record(tokens, self._time(tokens))
-        except Exception as error:  # noqa: BLE001  # out of memory, or a path that fails: real texts will tell
+        except Exception as error:  # noqa: BLE001  # out of memory, or a path that fails: real texts will show
             log.info("model.trial_failed", tokens=tokens, reason=type(error).__name__)
             self._trials.give_up()
         if self._trials.next_tokens is None:
@@ -187,8 +182,8 @@ class BatchSizeTuner:
 
     def _end(self, use: Callable[[TunedBatchSize], None]) -> None:
         self.is_done = True
-        pace = self._trials.pace()
-        if pace is not None:
-            log.info("model.pace", batch_tokens=pace.batch_tokens, tokens_per_s=round(pace.tokens_per_s))
-            use(pace)
-            self._keep(pace)
+        tuned = self._trials.result()
+        if tuned is not None:
+            log.info("model.pace", batch_tokens=tuned.batch_tokens, tokens_per_s=round(tuned.tokens_per_s))
+            use(tuned)
+            self._keep(tuned)

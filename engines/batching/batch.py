@@ -1,8 +1,9 @@
-"""Requests and texts under way, and the pure rules that cut the next batch from them.
+"""Forms the next batch of the requests that wait, by pure rules.
 
-A request is a `PendingRequest`; it wants one vector for each of its inputs. A `Entry` is one distinct input under way:
-whoever asks for it before its vector is there waits for the same one. Each text is some job's own, and leaves when that
-job's share of a batch takes it: the smallest job's, so that nobody waits for a bulk job because both ask for the same.
+A request is a `PendingRequest`, which wants one row for each of its inputs. An `Entry` is one distinct input in the
+queue or in a batch: all requests that want it before its row exists wait for the same entry. Each entry is owned by
+one request, the smallest that wants it, and leaves the queue with that request's share of a batch: so no request waits
+for a bulk request because both want the same input.
 """
 
 from collections.abc import Container, Iterable, Sequence
@@ -15,14 +16,14 @@ from engines.models.base import PART_TOKENS
 from engines.types import Batch
 
 _SMALL_SHARE = 0.25
-"""A job of at most this part of a batch is small: it does not wait for the batches of a bulk job."""
+"""A request of at most this part of a batch is small: it does not wait for the batches of a bulk request."""
 
 
 class BatchLimits(Struct, frozen=True):
     """Bounds of one batch. A single text longer than `max_tokens` still runs, alone.
 
     Args:
-        part_tokens: of the smallest part that is cut for a thread of its own.
+        part_tokens: of the smallest part that gets a thread of its own.
     """
 
     max_tokens: int
@@ -30,24 +31,25 @@ class BatchLimits(Struct, frozen=True):
     part_tokens: int = PART_TOKENS
 
     def is_small(self, job: PendingRequest) -> bool:
-        """Whether a job need not wait for bulk jobs."""
+        """Tells whether a request need not wait for bulk requests."""
         return job.num_tokens <= self.max_tokens * _SMALL_SHARE
 
 
 def attribute_batch(batch: Batch, texts: Sequence[Entry], failed: Container[int]) -> None:
-    """Let one of the jobs that share a batch, and will be answered, tell about it: so it is counted once.
+    """Reports a batch with one of the requests that share it and will be answered, so that it is counted once.
 
-    `failed`: jobs by `id` that will not.
+    Args:
+        failed: the `id` of requests that will not be answered.
     """
-    jobs = (want.job for text in texts for want in text.targets)
+    jobs = (target.job for text in texts for target in text.targets)
     job = next((job for job in jobs if id(job) not in failed and not job.done.done()), None)
     if job is not None:
         job.batches.append(batch)
 
 
 def count_waiting_tokens(jobs: Iterable[PendingRequest], enough: int) -> int:
-    """Tokens of these jobs' texts that wait. Counting stops at `enough`: thousands of texts may wait, and it is asked
-    before every layer.
+    """Counts the tokens of these requests' waiting texts, up to `enough`: thousands of texts may wait, and this is
+    called before every layer.
     """
     tokens = 0
     for text in chain.from_iterable(job.unscheduled for job in jobs):
@@ -58,12 +60,12 @@ def count_waiting_tokens(jobs: Iterable[PendingRequest], enough: int) -> int:
 
 
 def is_worth_splitting(limit: BatchLimits, jobs: Iterable[PendingRequest]) -> bool:
-    """Whether these jobs' texts are worth a thread of their own."""
+    """Tells whether these requests' texts are worth a thread of their own."""
     return count_waiting_tokens(jobs, limit.part_tokens) >= limit.part_tokens
 
 
 def split_for_threads(limit: BatchLimits, jobs: Iterable[PendingRequest], num_threads: int) -> BatchLimits:
-    """Smaller batches where several threads have nothing else to do than what these jobs bring, and it is enough."""
+    """Returns smaller limits where several threads are free for these texts, and these are enough for them."""
     tokens = count_waiting_tokens(jobs, num_threads * limit.max_tokens)
     num_parts = min(num_threads, tokens // limit.part_tokens)
     if num_parts < 2:
@@ -72,10 +74,10 @@ def split_for_threads(limit: BatchLimits, jobs: Iterable[PendingRequest], num_th
 
 
 def form_batch(jobs: Sequence[PendingRequest], limit: BatchLimits) -> list[Entry]:
-    """Take the next batch out of the jobs' pending texts, sorted by length.
+    """Takes the next batch out of the requests' unscheduled texts; returns it sorted by length.
 
-    Every waiting job gets an equal share of the tokens first, so that one text leaves with the next batch however
-    many a neighbour has brought; what is left over goes to the oldest.
+    Every waiting request gets an equal share of the tokens first, so that one text leaves with the next batch however
+    many another request has; what is left over goes to the oldest.
     """
     batch = _Batch(limit)
     live = [job for job in jobs if job.unscheduled]
@@ -89,19 +91,19 @@ def form_batch(jobs: Sequence[PendingRequest], limit: BatchLimits) -> list[Entry
 class _Batch:
     def __init__(self, limit: BatchLimits) -> None:
         self.texts: list[Entry] = []
-        self._room_tokens = limit.max_tokens
-        self._room_items = limit.max_items
+        self._tokens_left = limit.max_tokens
+        self._items_left = limit.max_items
 
     def take(self, job: PendingRequest, allowance: int) -> None:
-        """The longest texts of a job first, so that the last batches of a large request are the easy ones."""
-        while job.unscheduled and self._room_items:
+        """Takes the longest texts of a request first, so that a large request's last batches are the short ones."""
+        while job.unscheduled and self._items_left:
             length = len(job.unscheduled[-1].ids)
-            fits = length <= min(allowance, self._room_tokens)
+            fits = length <= min(allowance, self._tokens_left)
             if not fits and self.texts:
                 return
             text = job.unscheduled.pop()
             text.owner = None
             self.texts.append(text)
-            self._room_items -= 1
-            self._room_tokens -= length
+            self._items_left -= 1
+            self._tokens_left -= length
             allowance -= length

@@ -1,7 +1,7 @@
-"""One model, ready: texts in, vectors out. Joins the tokenizer, the queue and the encoder.
+"""Answers the calls of one loaded model; joins the tokenizer, the queue and the encoder.
 
-The event loop admits jobs and resolves them; the lane's thread cuts batches and runs them; tokenising happens on a
-pool of threads. What crosses between them is a `PendingRequest`, whose fields say who writes them.
+The event loop admits requests and resolves them; the scheduler's threads form batches and run them; tokenization runs
+on a pool of threads. What crosses between them is a `PendingRequest`, whose attributes say which of them writes each.
 """
 
 import asyncio
@@ -29,15 +29,15 @@ from engines.types import Call, ModelInfo, Result, Timings
 
 _INLINE_CHARS = 1000
 _INLINE_TEXTS = 16
-"""Up to so many characters, prompts included, in so many texts are tokenised on the event loop: it takes 0.3 ms at the
-most, and a hop to a thread and back costs as much beside busy cores."""
+"""Up to so many characters, prompts included, in so many texts are tokenized on the event loop: it takes 0.3 ms at the
+most, and a thread and back costs as much beside busy cores."""
 
 _HEAVY_CHARS = 1 << 20
-"""A request of more leaves memory behind that is worth giving back."""
+"""A request of more leaves memory allocated that is worth returning."""
 
 
 class EngineLimits(Struct, frozen=True, kw_only=True):
-    """What an engine may take on.
+    """Bounds of an engine.
 
     Args:
         target_dim: width when a request names none and the model allows it.
@@ -50,7 +50,7 @@ class EngineLimits(Struct, frozen=True, kw_only=True):
 
 
 class Parts(Struct, frozen=True):
-    """What the loader made of a model folder. `tuner`: tries out the size of batches; None where that is settled."""
+    """What the loader made of a model folder. `tuner` finds the size of batches; None where that is known."""
 
     encoder: Encoder
     tokenizer: Tokenizer
@@ -64,17 +64,18 @@ class EmbeddingEngine:
 
     Args:
         parts: the model.
-        lane: where its batches run.
-        threads: where its texts are tokenised.
+        scheduler: runs its batches.
+        threads: tokenize its texts.
         limits: bounds of queue and batch.
-        check: runs on the lane during warm-up; returns what the model turned out to be, and bytes: weights, workspace.
-        release: frees the device's memory after the last reference has gone.
+        check: runs on the scheduler during warm-up; returns the measured description of the model, and bytes: weights,
+            workspace.
+        release: frees the device's memory after the last reference is gone.
     """
 
     def __init__(  # noqa: PLR0913  # one constructor joins the parts; nothing else builds engines
         self,
         parts: Parts,
-        lane: DeviceScheduler,
+        scheduler: DeviceScheduler,
         threads: TokenizerThreads,
         limits: EngineLimits,
         check: Callable[[], tuple[ModelInfo, int, int]],
@@ -93,7 +94,7 @@ class EmbeddingEngine:
         self._tuner = parts.tuner
         self._batch = limits.batch
         self._spec = parts.spec
-        self._scheduler = lane
+        self._scheduler = scheduler
         self._threads = threads
         self._limits = limits
         self._defaults = OutputDefaults(parts.spec.normalize, limits.target_dim)
@@ -102,22 +103,22 @@ class EmbeddingEngine:
 
     @property
     def info(self) -> ModelInfo:
-        """What the model is, with the path that it takes now."""
+        """Returns the model's description, with the forward path in use now."""
         runner = self._runner
         return self._info if runner is None else runner.described(self._info)
 
     @property
     def queue_items(self) -> int:
-        """Texts admitted and not yet run."""
+        """Returns the number of texts admitted and not yet run."""
         return self._queue.num_items
 
     @property
     def is_tuning(self) -> bool:
-        """Whether the size of its batches is still being tried out."""
+        """Tells whether the size of its batches is still being tried out."""
         return self._tuner is not None and not self._tuner.is_done
 
     async def warm_up(self) -> None:
-        """Check and measure the model on the lane, then take turns there."""
+        """Checks and measures the model on the scheduler, which from then on asks it for batches."""
         assert self._check is not None, "warm_up is called once"
         self._info, self.weight_bytes, self.workspace_bytes = await self._scheduler.call(self._check)
         self._check = None
@@ -148,7 +149,7 @@ class EmbeddingEngine:
         return self._result(job, encoded, begun, deduplicated=deduplicated, cache_hits=len(known))
 
     def close(self) -> None:
-        """Free the model; blocks. Jobs still waiting are failed, so that nobody waits for ever."""
+        """Frees the model; blocks. Requests that still wait are failed."""
         self._scheduler.detach(self)
         for job in self._queue.clear():
             reason = ShuttingDown("the model left while the request waited; send it again")
@@ -159,47 +160,49 @@ class EmbeddingEngine:
         self._check = None
         self._release()
 
-    # What the lane calls.
+    # Called by the scheduler (`engines.device.tasks.TaskSource`).
 
     @property
     def max_concurrent_tasks(self) -> int:
         """Returns how many batches may run at once; see `engines.device.tasks.TaskSource`.
 
-        A few texts wait for the batch that runs and has every core meanwhile: a second
-        small batch beside it would read all weights once more, and leave nobody to share the next one with. How few
-        those are, the encoder knows (`part_tokens`).
+        A few texts (fewer tokens than the encoder's `part_tokens`) wait for the batch that runs, which has every core
+        meanwhile: a second small batch beside it would read all weights once more, and leave no texts to share the next
+        one with.
         """
         return (
             self._scheduler.num_threads if self._is_reentrant and self._queue.is_worth_splitting(self._limit()) else 1
         )
 
     def ready_in_s(self) -> float | None:
-        """See `engines.device.tasks.TaskSource`. BatchSizeSearch come when nobody waits."""
+        """See `engines.device.tasks.TaskSource`. Trials of the batch size run when no text waits."""
         due_in_s = self._queue.ready_in_s(self._limit())
         return 0.0 if due_in_s is None and self._tuner is not None and self._tuner.is_due else due_in_s
 
     def next_task(self, num_free: int) -> Task | None:
         """See `engines.device.tasks.TaskSource`."""
         limit = self._limit()
-        texts = self._queue.cut(limit, 1 + num_free if self._is_reentrant else 1)
+        texts = self._queue.next_batch(limit, 1 + num_free if self._is_reentrant else 1)
         if not texts:
             return self._trial()
-        is_long = self._is_reentrant and not all(any(limit.is_small(w.job) for w in text.targets) for text in texts)
+        is_long = self._is_reentrant and not all(
+            any(limit.is_small(target.job) for target in text.targets) for text in texts
+        )
         return Task(partial(self._run_task, texts), is_long=is_long, uses_idle_cores=True)
 
     def next_small_task(self) -> Task | None:
         """See `engines.device.tasks.TaskSource`."""
-        texts = self._queue.cut_small(self._limit()) if self._is_reentrant else []
+        texts = self._queue.next_small_batch(self._limit()) if self._is_reentrant else []
         return Task(partial(self._run_task, texts)) if texts else None
 
     def _trial(self) -> Task | None:
         if self._tuner is None or not self._tuner.is_due:
             return None
         self._tuner.begin()
-        return Task(partial(self._tuner.run, self._adopt), is_long=True)
+        return Task(partial(self._tuner.run, self._use_tuned), is_long=True)
 
-    def _adopt(self, pace: TunedBatchSize) -> None:
-        self._batch = BatchLimits(pace.batch_tokens, self._limits.batch.max_items)
+    def _use_tuned(self, tuned: TunedBatchSize) -> None:
+        self._batch = BatchLimits(tuned.batch_tokens, self._limits.batch.max_items)
 
     @property
     def _is_reentrant(self) -> bool:
@@ -209,36 +212,37 @@ class EmbeddingEngine:
         return self._batch if self._runner is None else self._runner.bound(self._batch)
 
     def _run_task(self, texts: list[Entry]) -> None:
-        """Run a batch and hand its outcome to the event loop."""
-        assert self._runner is not None, "a closed engine takes no turns"
+        """Runs a batch and hands its outcome to the event loop."""
+        assert self._runner is not None, "a closed engine gets no tasks"
         started = time.monotonic()
         for text in texts:
-            for want in text.targets:
-                if want.job.started_at is None:
-                    want.job.started_at = started
+            for target in text.targets:
+                if target.job.started_at is None:
+                    target.job.started_at = started
         try:
             bad = self._runner.run(texts)
         except ForwardPathFailed:
             self._queue.requeue(texts)
             return
         attribute_batch(self._runner.measure(texts), texts, bad)
-        jobs = [want.job for text in texts for want in text.targets]
+        jobs = [target.job for text in texts for target in text.targets]
         self._queue.on_batch_done(sum(not job.unscheduled for job in set(jobs)), self._scheduler.task_elapsed_s())
         for loop in {job.done.get_loop() for job in jobs}:
             post(loop, self._settle, iter([job for job in jobs if job.done.get_loop() is loop]), bad)
 
     def _settle(self, jobs: Iterator[PendingRequest], bad: Failures) -> None:
-        """On the event loop: count rows down (a job stands here once for each), wake whoever has all of them.
+        """Counts rows down (a request is in `jobs` once for each) and resolves requests that have all of them; on the
+        event loop.
 
-        One in each round of the loop: each has its answer written and often brings its next request, and everybody else
-        waits for a round to end.
+        One in each iteration of the loop: each has its answer written and often brings its client's next request, and
+        all other requests wait for an iteration to end.
         """
         for job in jobs:
             job.rows_missing -= 1
             if id(job) in bad:
                 self._fail(job, bad[id(job)])
             elif job.rows_missing == 0 and not job.done.done():
-                job.entries = []  # it and its texts know each other: their memory need not wait for the collector
+                job.entries = []  # ends a reference cycle, so that memory need not wait for the collector
                 job.done.set_result(None)
                 job.done.get_loop().call_soon(self._settle, jobs, bad)
                 break
@@ -247,8 +251,6 @@ class EmbeddingEngine:
         self._queue.drop(job)
         if not job.done.done():
             job.done.set_exception(error)
-
-    # What a request needs before and after.
 
     def _result(
         self, job: PendingRequest, encoded: TokenizedRequest, begun: float, *, deduplicated: int, cache_hits: int

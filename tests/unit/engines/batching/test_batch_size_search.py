@@ -12,7 +12,7 @@ def try_out(speeds: dict[int, float], num_parts: int = 6, candidates: tuple[int,
     while (tokens := trials.next_tokens) is not None:
         tried.append(tokens)
         trials.record(tokens, tokens / speeds[tokens])
-    pace = trials.pace()
+    pace = trials.result()
     assert pace is not None
     return [*tried, pace.batch_tokens]
 
@@ -42,14 +42,14 @@ def test_the_better_of_two_trials_counts() -> None:
     trials.record(256, 9.0)
     trials.record(256, 0.1)
 
-    assert trials.pace() == TunedBatchSize(256, 2560.0)
+    assert trials.result() == TunedBatchSize(256, 2560.0)
 
 
 def test_without_any_trial_nothing_is_known() -> None:
     trials = BatchSizeSearch((256, 512), 6)
     trials.give_up()
 
-    assert (trials.next_tokens, trials.pace()) == (None, None)
+    assert (trials.next_tokens, trials.result()) == (None, None)
 
 
 def test_what_was_found_before_a_trial_failed_counts() -> None:
@@ -57,7 +57,7 @@ def test_what_was_found_before_a_trial_failed_counts() -> None:
     trials.record(256, 0.1)
     trials.give_up()
 
-    assert trials.pace() == TunedBatchSize(256, 2560.0)
+    assert trials.result() == TunedBatchSize(256, 2560.0)
 
 
 def test_a_trial_is_made_of_texts_that_the_model_can_read() -> None:

@@ -115,10 +115,10 @@ def test_who_is_refused_is_told_how_long_the_texts_before_it_take(loop: asyncio.
     at_once = told_s()
     now = 20.0
     unmeasured = told_s()
-    queue.seal(queue.cut(BatchLimits(10_000, 100)))
+    queue.seal(queue.next_batch(BatchLimits(10_000, 100)))
     measured = told_s()
     now = 21.0
-    queue.seal(queue.cut(BatchLimits(10_000, 320)))
+    queue.seal(queue.next_batch(BatchLimits(10_000, 320)))
     faster = told_s()
 
     assert (at_once, unmeasured) == (1.0, 20.0)
@@ -154,7 +154,7 @@ def test_callers_do_not_share_what_is_under_way(loop: asyncio.AbstractEventLoop,
     one, again, two = (job(loop, "same", origin=Origin(caller)) for caller in ("one", "one", "two"))
 
     assert [queue.admit(each) for each in (one, again, two)] == [0, 1, 0]
-    assert [wanted_by(text) for text in queue.cut(LIMIT)] == [[(one, 0), (again, 0)], [(two, 0)]]
+    assert [wanted_by(text) for text in queue.next_batch(LIMIT)] == [[(one, 0), (again, 0)], [(two, 0)]]
 
 
 def test_callers_share_where_the_registry_says_so(loop: asyncio.AbstractEventLoop, queue: Queue) -> None:
@@ -183,7 +183,7 @@ def test_a_dropped_job_costs_no_batch(loop: asyncio.AbstractEventLoop, queue: Qu
 
     queue.drop(left)
 
-    assert words(queue.cut(LIMIT)) == ["three"]
+    assert words(queue.next_batch(LIMIT)) == ["three"]
     assert queue.ready_in_s(LIMIT) is None
 
 
@@ -203,7 +203,7 @@ def test_a_small_batch_waits_for_those_who_were_answered_just_now(loop: asyncio.
     queue = Queue(100, 0.0, lambda: now)
     queue.admit(job(loop, "one"))
     queue.admit(job(loop, "two"))
-    queue.cut(LIMIT)
+    queue.next_batch(LIMIT)
     queue.admit(job(loop, "waits"))
     queue.on_batch_done(2, 0.1)
     assert queue.ready_in_s(LIMIT) == pytest.approx(0.035)
@@ -217,7 +217,7 @@ def test_a_small_batch_waits_for_those_who_were_answered_just_now(loop: asyncio.
 def test_a_full_batch_waits_for_nobody_who_was_answered_just_now(loop: asyncio.AbstractEventLoop) -> None:
     queue = Queue(100, 0.0, lambda: 10.0)
     queue.admit(job(loop, "one"))
-    queue.cut(LIMIT)
+    queue.next_batch(LIMIT)
     queue.admit(job(loop, "x" * 100))
     queue.on_batch_done(9, 0.1)
 
@@ -252,11 +252,11 @@ def test_small_jobs_have_every_other_batch_for_themselves(loop: asyncio.Abstract
     queue.admit(job(loop, *(f"{number:09}" for number in range(40))))
     queue.admit(job(loop, "a", "b"))
 
-    first = words(queue.cut(LIMIT))
+    first = words(queue.next_batch(LIMIT))
     queue.admit(job(loop, "c"))
-    second = words(queue.cut(LIMIT))
+    second = words(queue.next_batch(LIMIT))
     queue.admit(job(loop, "d"))
-    third = words(queue.cut(LIMIT))
+    third = words(queue.next_batch(LIMIT))
 
     assert sorted(first) == ["a", "b"]
     assert (second[0], len(second)) == ("c", 12), "its share, beside the bulk's"
@@ -267,23 +267,23 @@ def test_without_bulk_jobs_small_ones_fill_a_batch_together(loop: asyncio.Abstra
     for letter in "abc":
         queue.admit(job(loop, letter))
 
-    assert sorted(words(queue.cut(LIMIT))) == ["a", "b", "c"]
+    assert sorted(words(queue.next_batch(LIMIT))) == ["a", "b", "c"]
 
 
 def test_a_batch_of_small_jobs_leaves_the_bulk_alone(loop: asyncio.AbstractEventLoop, queue: Queue) -> None:
     queue.admit(job(loop, *(f"{number:09}" for number in range(40))))
 
-    assert queue.cut_small(LIMIT) == []
+    assert queue.next_small_batch(LIMIT) == []
     queue.admit(job(loop, "a"))
-    assert words(queue.cut_small(LIMIT)) == ["a"]
+    assert words(queue.next_small_batch(LIMIT)) == ["a"]
     assert queue.num_items == 40
 
 
 def test_idle_threads_get_a_part_each(loop: asyncio.AbstractEventLoop, queue: Queue) -> None:
     queue.admit(job(loop, *(f"{number:010}" for number in range(16))))
 
-    assert len(queue.cut(BatchLimits(512, 64), 2)) == 8
-    assert len(queue.cut(BatchLimits(512, 64), 1)) == 8
+    assert len(queue.next_batch(BatchLimits(512, 64), 2)) == 8
+    assert len(queue.next_batch(BatchLimits(512, 64), 1)) == 8
 
 
 # ---- the same text for several ----
@@ -293,7 +293,7 @@ def test_the_same_text_is_computed_once_for_all_who_want_it(loop: asyncio.Abstra
     first, second = job(loop, "same", "other"), job(loop, "new", "same", "same")
 
     assert (queue.admit(first), queue.admit(second)) == (0, 2)
-    cut = queue.cut(LIMIT)
+    cut = queue.next_batch(LIMIT)
     texts = dict(zip(words(cut), cut, strict=True))
 
     assert sorted(texts) == ["new", "other", "same"]
@@ -303,7 +303,7 @@ def test_the_same_text_is_computed_once_for_all_who_want_it(loop: asyncio.Abstra
 def test_who_asks_while_a_text_runs_shares_its_vector(loop: asyncio.AbstractEventLoop, queue: Queue) -> None:
     first, late = job(loop, "same"), job(loop, "same")
     queue.admit(first)
-    (running,) = queue.cut(LIMIT)
+    (running,) = queue.next_batch(LIMIT)
 
     assert queue.admit(late) == 1
     assert wanted_by(running) == [(first, 0), (late, 0)]
@@ -312,19 +312,19 @@ def test_who_asks_while_a_text_runs_shares_its_vector(loop: asyncio.AbstractEven
 
 def test_who_asks_when_the_vector_is_there_asks_anew(loop: asyncio.AbstractEventLoop, queue: Queue) -> None:
     queue.admit(job(loop, "same"))
-    running = queue.cut(LIMIT)
+    running = queue.next_batch(LIMIT)
     queue.seal(running)
     late = job(loop, "same")
 
     assert queue.admit(late) == 0
-    assert [wanted_by(text) for text in queue.cut(LIMIT)] == [[(late, 0)]]
+    assert [wanted_by(text) for text in queue.next_batch(LIMIT)] == [[(late, 0)]]
 
 
 def test_a_text_under_another_prompt_is_another_text(loop: asyncio.AbstractEventLoop, queue: Queue) -> None:
     queue.admit(job(loop, "same"))
 
     assert queue.admit(job(loop, "same", prompt_tokens=2)) == 0
-    assert sorted(text.prompt_tokens for text in queue.cut(LIMIT)) == [0, 2]
+    assert sorted(text.prompt_tokens for text in queue.next_batch(LIMIT)) == [0, 2]
 
 
 def test_a_text_whose_owner_leaves_passes_to_the_next_who_wants_it(
@@ -336,7 +336,7 @@ def test_a_text_whose_owner_leaves_passes_to_the_next_who_wants_it(
 
     queue.drop(owner)
 
-    assert [wanted_by(text) for text in queue.cut(LIMIT)] == [[(heir, 0)]]
+    assert [wanted_by(text) for text in queue.next_batch(LIMIT)] == [[(heir, 0)]]
 
 
 @pytest.mark.parametrize("is_small_first", [False, True], ids=["bulk first", "small first"])
@@ -346,11 +346,11 @@ def test_a_text_that_a_bulk_job_wants_too_leaves_with_the_small_job(
     bulk, small = job(loop, *(f"{number:09}" for number in range(40))), job(loop, f"{7:09}")
     reused = [queue.admit(each) for each in ((small, bulk) if is_small_first else (bulk, small))]
 
-    (first,) = queue.cut(LIMIT)
+    (first,) = queue.next_batch(LIMIT)
 
     assert reused == [0, 1]
     assert sorted(wanted_by(first), key=lambda want: want[1]) == [(small, 0), (bulk, 7)]
-    left = [word for _ in range(4) for word in words(queue.cut(LIMIT))]
+    left = [word for _ in range(4) for word in words(queue.next_batch(LIMIT))]
     assert sorted(left) == sorted(f"{number:09}" for number in range(40) if number != 7)
 
 
@@ -363,7 +363,7 @@ def test_when_the_small_job_leaves_its_text_goes_back_to_the_bulk(
 
     queue.drop(small)
 
-    assert sorted(words(queue.cut(LIMIT))) == ["more", "same"]
+    assert sorted(words(queue.next_batch(LIMIT))) == ["more", "same"]
 
 
 def test_a_job_whose_every_text_went_to_smaller_ones_waits_for_them(
@@ -373,7 +373,7 @@ def test_a_job_whose_every_text_went_to_smaller_ones_waits_for_them(
     for each in (large, one, two):
         queue.admit(each)
 
-    texts = queue.cut(LIMIT)
+    texts = queue.next_batch(LIMIT)
 
     assert sorted(words(texts)) == ["one", "two"]
     assert all(len(text.targets) == 2 for text in texts)
@@ -384,7 +384,7 @@ def test_who_leaves_takes_nothing_from_a_text_that_runs(loop: asyncio.AbstractEv
     owner, other = job(loop, "same"), job(loop, "same")
     queue.admit(owner)
     queue.admit(other)
-    (running,) = queue.cut(LIMIT)
+    (running,) = queue.next_batch(LIMIT)
 
     queue.drop(owner)
 
@@ -395,12 +395,12 @@ def test_texts_that_could_not_be_run_wait_again(loop: asyncio.AbstractEventLoop,
     stays, left = job(loop, "stays"), job(loop, "left")
     queue.admit(stays)
     queue.admit(left)
-    texts = queue.cut(LIMIT)
+    texts = queue.next_batch(LIMIT)
     queue.drop(left)
 
     queue.requeue(texts)
 
-    assert words(queue.cut(LIMIT)) == ["stays"]
+    assert words(queue.next_batch(LIMIT)) == ["stays"]
     assert queue.admit(job(loop, "left")) == 0
 
 
@@ -409,7 +409,7 @@ def test_clearing_hands_over_everybody_once_also_who_waits_for_a_running_text(
 ) -> None:
     running, follower, waiting = job(loop, "a"), job(loop, "a"), job(loop, "b", "c")
     queue.admit(running)
-    queue.cut(LIMIT)
+    queue.next_batch(LIMIT)
     queue.admit(follower)
     queue.admit(waiting)
 
@@ -444,7 +444,9 @@ class Storm:
         self.queue.admit(self.jobs[-1])
 
     def cut(self) -> None:
-        self.running.append(self.queue.cut(BatchLimits(self.chance.randint(1, 4), 64), self.chance.randint(1, 2)))
+        self.running.append(
+            self.queue.next_batch(BatchLimits(self.chance.randint(1, 4), 64), self.chance.randint(1, 2))
+        )
 
     def finish_one(self) -> None:
         if self.running:
@@ -468,7 +470,7 @@ class Storm:
         """All outside work ends."""
         for texts in self.running:
             self.finish(texts)
-        while texts := self.queue.cut(LIMIT):
+        while texts := self.queue.next_batch(LIMIT):
             self.finish(texts)
         self.loop.close()
 
