@@ -116,8 +116,7 @@ class Runner:
         Raises:
             ForwardPathFailed: run the texts again; no request has been answered.
         """
-        kinds = {text.kind for text in texts}
-        if len(kinds) > 1:  # each kind of output has its own head
+        if len(texts) > 1 and len(kinds := {text.kind for text in texts}) > 1:  # each kind has a head of its own
             batches = ([text for text in texts if text.kind is kind] for kind in kinds)
             return {job: error for batch in batches for job, error in self.run(batch).items()}
         try:

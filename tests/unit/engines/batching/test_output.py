@@ -18,7 +18,7 @@ from torch import Tensor
 
 from engines.batching.batch import BatchLimits
 from engines.batching.engine import EmbeddingEngine, EngineLimits, Parts
-from engines.batching.output import FinishedRows, OutputDefaults, OutputSpec, Row, Rows, output_spec
+from engines.batching.output import FinishedRows, OutputDefaults, OutputSpec, Row, Rows, output_spec, register_output
 from engines.device.scheduler import DeviceScheduler
 from engines.errors import EngineError, NonFiniteEmbedding
 from engines.host import Host, HostConfig
@@ -117,7 +117,7 @@ class TokenOutput(OutputSpec, frozen=True):
         return NonFiniteEmbedding(f"input[{index}] is not finite", index=index)
 
 
-@output_spec.register
+@register_output(TokenCall)
 def _token_output(call: TokenCall, info: ModelInfo, defaults: OutputDefaults) -> TokenOutput:
     return TokenOutput(call.scale)
 
