@@ -280,7 +280,8 @@ class Queue:
     def _reassign(self, text: Entry) -> None:
         """Gives an entry to the smallest request that wants it, or drops it when none does."""
         if not text.targets:
-            self._entries.pop(text.key, None)
+            if self._entries.get(text.key) is text:  # a batch that was sealed may have a successor of the same key
+                del self._entries[text.key]
             return
         text.owner = owner = min((target.job for target in text.targets), key=_size)
         insort(owner.unscheduled, text, key=_length)

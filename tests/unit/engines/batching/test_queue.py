@@ -404,6 +404,22 @@ def test_texts_that_could_not_be_run_wait_again(loop: asyncio.AbstractEventLoop,
     assert queue.admit(job(loop, "left")) == 0
 
 
+def test_requeueing_a_sealed_entry_that_nobody_wants_keeps_its_successor(
+    queue: Queue, loop: asyncio.AbstractEventLoop
+) -> None:
+    first, later = job(loop, "same"), job(loop, "same")
+    queue.admit(first)
+    texts = queue.next_batch(LIMIT, 1)
+    queue.seal(texts)
+    queue.admit(later)
+    queue.drop(first)
+    queue.requeue(texts)
+
+    queue.admit(shares := job(loop, "same"))
+
+    assert wanted_by(later.entries[0]) == [(later, 0), (shares, 0)]
+
+
 def test_clearing_hands_over_everybody_once_also_who_waits_for_a_running_text(
     loop: asyncio.AbstractEventLoop, queue: Queue
 ) -> None:
