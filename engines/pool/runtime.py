@@ -75,6 +75,7 @@ class LoadLock:
         self._lock = threading.Lock()
         self._clock = clock
         self._holder: tuple[LoaderTask, float] | None = None
+        self._reported: tuple[LoaderTask, float] | None = None
 
     @contextmanager
     def held(self, task: LoaderTask) -> Iterator[None]:
@@ -93,13 +94,18 @@ class LoadLock:
     def hung(self, since_pause_s: float = inf) -> str:
         """Describes the task if it has exceeded its limit, else returns an empty string. Callable from any thread.
 
+        A task that was described once is described until it ends: a pause afterwards does not make it run again.
+
         Args:
             since_pause_s: seconds since the last pause of this process (`PauseDetector`); earlier time does not count,
                 as the task did not run.
         """
         holder = self._holder
-        if holder is None or min(self._clock() - holder[1], since_pause_s) <= holder[0].limit_s:
+        if holder is None:
             return ""
+        if holder is not self._reported and min(self._clock() - holder[1], since_pause_s) <= holder[0].limit_s:
+            return ""
+        self._reported = holder
         return f"{holder[0].name} has been running for more than {holder[0].limit_s:.0f} s"
 
 

@@ -42,6 +42,20 @@ def test_a_task_does_not_hang_because_the_process_stood_still() -> None:
         assert lock.hung(since_pause_s=601.0) != ""
 
 
+def test_a_task_that_was_reported_hangs_until_it_ends_whatever_pauses_come() -> None:
+    clock = FakeClock(10.0)
+    lock = LoadLock(clock)
+    with lock.held(LoaderTask("the load of model 'a' on cuda:0", 600.0)):
+        clock.advance(601)
+        reported = lock.hung()
+        after_a_pause = lock.hung(since_pause_s=0.0)
+    with lock.held(LoaderTask("the load of model 'b' on cuda:0", 600.0)):
+        next_task = lock.hung(since_pause_s=0.0)
+
+    assert reported == after_a_pause != ""
+    assert next_task == ""
+
+
 def test_a_load_may_take_as_long_as_a_slow_disk_needs_and_far_longer_than_the_last_one() -> None:
     assert load_limit_s(MemoryNeed(), 600.0) == 600.0
     assert load_limit_s(MemoryNeed(weight_bytes=20 * 10**9), 600.0) == 1600.0
