@@ -76,4 +76,4 @@ def raise_model_not_found(model_id: str) -> NoReturn:
 
 def raise_host_not_found(host_id: str, known: Iterable[str]) -> NoReturn:
     """Refuse a host that is not there."""
-    raise HostNotFound(f"no host is called {host_id!r}; this server has {', '.join(known) or 'none now'}")
+    raise HostNotFound(f"host {host_id!r} not found; this server has {', '.join(known) or 'none now'}")

@@ -321,7 +321,7 @@ def open_slow_host(birth: WorkerConfig, note: CrashNote) -> Host:
 
 def open_broken_host(birth: WorkerConfig, note: CrashNote) -> Host:
     """A host that cannot be made."""
-    raise errors.InvalidValue(f"{birth.host_id} is not here")
+    raise errors.InvalidValue(f"{birth.host_id} does not exist")
 
 
 def with_open(birth: WorkerConfig) -> WorkerConfig:
