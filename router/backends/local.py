@@ -176,7 +176,8 @@ class LocalBackend:
         hosts = list(self._hosts.values())
         for spec in not_resident(specs, [HostInProcess(host) for host in hosts]):
             serving = [host for host in hosts if host.state(spec.model_id) is not None]
-            await self._ranked(spec.model_id, serving)[0].preload(spec.model_id, wait=False)
+            with suppress(EngineError):  # as on other backends: its slot tells why, and the others are still loaded
+                await self._ranked(spec.model_id, serving)[0].preload(spec.model_id, wait=False)
 
 
 class HostInProcess:

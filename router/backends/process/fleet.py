@@ -195,7 +195,8 @@ class ProcessFleet:
         self.directory.update(structs.replace(report.snapshot, restarts=self._restarts[host_id]))
         base = self._bases.get(host_id, 0)
         for event in report.events:
-            self.feed.add(structs.replace(event, seq=base + event.seq))
+            if base + event.seq > self.feed.last_seq(host_id):  # reports of a start overlap
+                self.feed.add(structs.replace(event, seq=base + event.seq))
 
     def _with_quarantine(self, snapshot: HostSnapshot) -> HostSnapshot:
         """Show quarantined models as failed."""

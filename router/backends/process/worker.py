@@ -93,6 +93,7 @@ class Worker:
         self._last_bytes_at_s = 0.0
         self._pauses = PauseDetector()
         self._restarts: list[asyncio.Future[None]] = []
+        self._early_reports: list[HostReport] = []
 
     @property
     def pid(self) -> int | None:
@@ -175,32 +176,45 @@ class Worker:
             raise
         self._process = process
         _processes.add(process)
+        self._early_reports = []
         loop = asyncio.get_running_loop()
         outbox = Outbox(self.config.settings.max_concurrent_requests + _SPARE_CALLS)
         _, self._link = await loop.create_unix_connection(
-            lambda: ParentConnection(self.config.host_id, outbox, self._on_bytes, self._on_report, self._on_disconnect),
+            lambda: ParentConnection(self.config.host_id, outbox, self._on_bytes, self._on_told, self._on_disconnect),
             sock=ours,
         )
         if self._closing.is_set():
             self._link.close()
         try:
-            self._on_report(await asyncio.wait_for(self._wait_ready(self._link), _START_TIMEOUT_S))
+            reports = await asyncio.wait_for(self._wait_ready(self._link), _START_TIMEOUT_S)
+            for report in reports:
+                self._on_report(report)
         except (EngineError, TimeoutError):
             self._link.close()
             await self._reap()
             raise
         self._up.set()
 
-    async def _wait_ready(self, link: ParentConnection) -> HostReport:
-        """Wait for the first report, and send a registry that was read since the worker was forked."""
-        report = await link.hello
+    async def _wait_ready(self, link: ParentConnection) -> list[HostReport]:
+        """Wait for the first report, and send a registry that was read since the worker was forked.
+
+        Returns all reports of the start in their order; the last one shows the worker with the present registry.
+        """
+        report = first = await link.hello
         while report.generation < self.config.generation:
             config = self.config
             await link.ask(Reload(specs=config.specs, budget=config.budget, generation=config.generation))
             reply = await link.ask(Poll())
             assert isinstance(reply, HostReport), "the reply to a Poll is a HostReport"
             report = reply
-        return report
+        return [first, *self._early_reports, report] if report is not first else [first, *self._early_reports]
+
+    def _on_told(self, report: HostReport) -> None:
+        """Take a report that was not asked for. Before the worker is up it is kept: the host would open too early."""
+        if self._up.is_set():
+            self._on_report(report)
+        else:
+            self._early_reports.append(report)
 
     def _on_bytes(self) -> None:
         self._last_bytes_at_s = asyncio.get_running_loop().time()

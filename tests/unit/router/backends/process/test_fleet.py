@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
@@ -221,8 +221,21 @@ async def test_a_registry_that_is_read_while_a_worker_starts_reaches_it() -> Non
         answer = await here.backend.run(call("new"))
         (host,) = here.backend.snapshots()
 
+        told = [event async for event in events_until(here.backend, lambda event: event.target == "ready")]
+
     assert len(answer.token_counts) == 1
     assert ([status.model_id for status in host.models], host.budget_bytes) == (["new"], 3000)
+    numbers = [event.seq for event in told]
+    assert numbers == sorted(set(numbers)), "reports of a start overlap, and events are told once"
+
+
+async def events_until(backend: RemoteBackend, is_last: Callable[[Event], bool]) -> AsyncIterator[Event]:
+    """Yields all remembered events, up to the last one that is wanted."""
+    async with asyncio.timeout(10):
+        async for event in backend.events({"cpu:0": 0}):
+            yield event
+            if is_last(event):
+                break
 
 
 async def test_a_host_that_is_recycled_between_two_lives_counts_its_next_death(monkeypatch: pytest.MonkeyPatch) -> None:
