@@ -1,6 +1,6 @@
 """Models on a device: loading them, running them, and deciding which of them are in memory.
 
-The door is `engines.host.Host`; the leaves `spec`, `records` and `errors` are what crosses it.
+The door is `engines.host.Host`; the leaves `spec`, `types` and `errors` are what crosses it.
 Nothing in this package knows HTTP.
 """
 

@@ -12,6 +12,7 @@ from litestar.response import ServerSentEvent
 from litestar.response.sse import ServerSentEventMessage
 from msgspec import structs
 
+from engines.errors import ModelNotFound
 from engines.spec import ModelSpec
 from engines.types import Event, HostSnapshot, Plan
 from router.api.decoding import StrictRequest
@@ -184,7 +185,9 @@ def _preload_stream(
 
 
 def _model_slots(server_state: ServerState, spec: ModelSpec) -> ModelSlots:
-    slots = slots_by_model(server_state)[spec.model_id]
+    slots = slots_by_model(server_state).get(spec.model_id)
+    if not slots:  # a reload has removed the model while the command ran
+        raise ModelNotFound(f"model {spec.model_id!r} is no longer in the registry")
     return ModelSlots(**structs.asdict(slots[0]), slots=slots)
 
 

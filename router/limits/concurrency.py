@@ -129,8 +129,8 @@ class ConcurrencyLimiter:
             )
         if self.incoming_bytes + num_bytes > self._max_incoming_bytes:
             raise TooManyRequests(
-                f"Limit of incoming bodies reached: the server is receiving {self.incoming_bytes} bytes (maximum "
-                f"{self._max_incoming_bytes}); retry"
+                f"Limit of incoming bodies reached: the server is receiving {self.incoming_bytes + num_bytes} bytes "
+                f"(maximum {self._max_incoming_bytes}); retry"
             )
         self._incoming_bytes[caller.name] = of_caller
         self.incoming_bytes += num_bytes

@@ -1,7 +1,7 @@
 """What breaks, what clients see, and that it passes. *Broken and recovered* in docs/operations.md names these tests.
 
-Faults of the hub are in `test_hub_faults.py`, of Redis in `router/test_limit_store.py` and `router/test_limits.py`, the
-end of a server in `router/test_server.py`.
+Faults of the hub are in `test_hub_faults.py`, of Redis in `test_store.py` and `test_limiter.py` of
+`tests/unit/router/limits`, the end of a server in `test_shutdown.py`.
 """
 
 import asyncio

@@ -137,7 +137,7 @@ def test_bodies_on_their_way_are_so_many_bytes_of_a_caller_and_of_all() -> None:
     with pytest.raises(TooManyRequests, match=r"this key is sending 536870913 bytes \(maximum 536870912\)"):
         room.receive(web, 1)
     room.receive(lab, 512 * mib)
-    with pytest.raises(TooManyRequests, match=r"receiving 1073741824 bytes \(maximum 1073741824\)"):
+    with pytest.raises(TooManyRequests, match=r"receiving 1073741825 bytes \(maximum 1073741824\)"):
         room.receive(ops, 1)
     room.end_body(web, 512 * mib)
     room.receive(ops, 512 * mib)
