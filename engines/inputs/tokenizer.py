@@ -79,20 +79,12 @@ def clips(text: str, cap: int, *, keep_end: bool) -> tuple[str, str] | None:
         return (text[cuts[-1] :], text[cuts[0] :]) if keep_end else (text[: cuts[0]], text[: cuts[-1]])
     if keep_end:
         return None
-    ends = [position for position in range(cap, min(2 * cap, cap + _MAX_SHIFT)) if _is_cut(text, position)][:2]
-    if len(ends) == 2:
+    window = range(cap, min(2 * cap, cap + 64))  # beyond, a cut before `cap` does
+    ends = [at for at in window if not combining(text[at]) and not text[at - 1].isspace()]
+    if len(ends) >= 2:
         return text[: ends[0]], text[: ends[1]]
     end = _cut_position(text, cap + 1)
     return text[: _cut_position(text, end - 1)], text[:end]
-
-
-_MAX_SHIFT = 64
-"""So many characters after `cap` are looked at for a place to cut; beyond, the cut is before `cap`."""
-
-
-def _is_cut(text: str, position: int) -> bool:
-    """Returns whether `_cut_position` leaves a position as it is."""
-    return not combining(text[position]) and not text[position - 1].isspace()
 
 
 def _cut_position(text: str, position: int) -> int:
