@@ -29,7 +29,7 @@ from engines.inputs.token_ids import (
     TokenizedRequest,
     pieces,
     run_steps,
-)
+)  # fmt: skip
 from engines.spec import Truncate
 
 __all__ = ["IdReading", "Ids", "TextReading", "TokenizedRequest", "Tokenizer", "TokenizerBackend", "TokenizerLimits"]
@@ -37,15 +37,12 @@ __all__ = ["IdReading", "Ids", "TextReading", "TokenizedRequest", "Tokenizer", "
 # Tokenisers split between two words, and before a punctuation mark after a Chinese or Japanese word.
 _BOUNDARY = re.compile(r"(?<=[^\W_]) (?=[^\W_])|(?<=[぀-ヿ一-鿿])(?=[、。，！？；：])")
 
-
 _CHARS_PER_TOKEN = 8
 """A text longer than twice this for each kept token is tokenised only in part at first."""
-
 _CLIP_GROWTH = 8
 """Factor by which each next part is longer."""
 
-_MIN_CHARS = 1 << 18
-_MAX_CHARS = 1 << 21
+_MIN_CHARS, _MAX_CHARS = 1 << 18, 1 << 21
 
 
 def first_cap(num_tokens: int) -> int:
@@ -80,7 +77,7 @@ def clips(text: str, cap: int, *, keep_end: bool) -> tuple[str, str] | None:
     if keep_end:
         return None
     window = range(cap, min(2 * cap, cap + 64))  # beyond, a cut before `cap` does
-    ends = [at for at in window if not combining(text[at]) and not text[at - 1].isspace()]
+    ends = [at for at in window if not (combining(text[at]) or text[at - 1].isspace())]
     if len(ends) >= 2:
         return text[: ends[0]], text[: ends[1]]
     end = _cut_position(text, cap + 1)
