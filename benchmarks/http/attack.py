@@ -184,6 +184,7 @@ def trickle(site: Site, connections: int, seconds: float) -> str:
 def _begin_body(site: Site) -> socket.socket:
     client = site.connect()
     client.sendall(request(b"{", length=1000))
+    client.setblocking(False)
     return client
 
 
@@ -191,7 +192,7 @@ def _is_answered(client: socket.socket) -> bool:
     """Send one more byte, and see whether the server has answered or hung up."""
     try:
         client.send(b" ")
-        client.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        client.recv(1, socket.MSG_PEEK)
     except BlockingIOError:
         return False
     except OSError:
