@@ -14,12 +14,12 @@ from statistics import median
 
 from msgspec import structs
 
-from benchmarks.http.compare import Case, measure, open_servers
+from benchmarks.http.compare import Case, measure
 from benchmarks.lib.folders import resolve
-from benchmarks.lib.machine import Watch, warn_if_busy
+from benchmarks.lib.machine import ROOT, Watch, warn_if_busy
 from benchmarks.lib.measure import quotient
 from benchmarks.lib.report import RESULTS, Report, publish
-from benchmarks.lib.servers import Plan, own, write_registry
+from benchmarks.lib.servers import Plan, own, serving, write_registry
 from benchmarks.offline.regression import NOW, unpack
 
 CASES = (*(Case("short", 1, clients) for clients in (1, 8, 32)), Case("mixed", 32, 8))
@@ -47,11 +47,11 @@ def run(folder: Path, commit: str, rounds: int, seconds: float) -> Report:
     with tempfile.TemporaryDirectory() as draft, tempfile.TemporaryDirectory() as tree:
         before = unpack(commit, Path(tree))
         registry = write_registry(Path(draft) / "registry.yaml", {"minilm": folder})
-        plans = [own(registry, "minilm"), plan_of(Path(tree), before, registry)]
-        with open_servers([structs.replace(plans[0], name=NOW), plans[1]]) as (servers, notes):
+        new, old = plan_of(ROOT, NOW, registry), plan_of(Path(tree), before, registry)
+        with serving(new) as now, serving(old) as then:
             samples = {}
             for case in CASES:
-                samples[case], _ = measure(case, servers, folder, rounds, seconds)
+                samples[case], _ = measure(case, [now, then], folder, rounds, seconds)
                 print(f"{case}: {quotient(samples[case][NOW], samples[case][before])}", flush=True)
             machine = watch.machine
     return Report(
@@ -62,7 +62,7 @@ def run(folder: Path, commit: str, rounds: int, seconds: float) -> Report:
         header=("load", f"{before}, texts/s", f"{NOW}, texts/s", "ratio"),
         rows=[row(case, by, before) for case, by in samples.items()],
         samples={str(case): by for case, by in samples.items()},
-        notes=(*notes, "ratio of medians, in brackets the worst and the best round: if 1 is between, they tie"),
+        notes=("ratio of medians, in brackets the worst and the best round: if 1 is between, they tie",),
     )
 
 

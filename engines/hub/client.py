@@ -27,11 +27,11 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # documented 
 from msgspec import Struct, field
 
 from engines.errors import BrokenFiles, DiskFull, ShuttingDown
+from engines.hub.cache import is_commit
 from engines.hub.errors import HubRequest, is_transient, offline_error, retry_after_s, translate_error
 from engines.hub.file_selection import is_safe
 from engines.hub.partial_file import FileEntry, FileHash, OnBytes, PartialFile
 
-_COMMIT = re.compile("[0-9a-f]{40}")
 _ETAG = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
 
 
@@ -56,7 +56,7 @@ def read_listing(repo_id: str, info: ModelInfo) -> Listing:
             raise ValueError(f"{sibling.rfilename} of {repo_id} is listed without size and hash")
         if is_safe(sibling.rfilename):
             files[sibling.rfilename] = FileEntry(name=sibling.rfilename, size_bytes=sibling.size, etag=etag)
-    if not files or not info.sha or not _COMMIT.fullmatch(info.sha):
+    if not files or not info.sha or not is_commit(info.sha):
         raise ValueError(f"{repo_id} is listed without commit or files")
     return Listing(repo_id=repo_id, commit=info.sha, files=files)
 

@@ -51,14 +51,14 @@ _LOCAL = re.compile(r"(/|\./|\.\./|~).*|\.|\.\.")
 _PLACEHOLDER = re.compile(r"\{(\w*)\}")
 
 
-def is_commit(read_revision: object) -> bool:
+def is_commit(revision: object) -> bool:
     """Whether a revision is a full commit hash of 40 hexadecimal digits."""
-    return isinstance(read_revision, str) and _COMMIT.fullmatch(read_revision) is not None
+    return isinstance(revision, str) and _COMMIT.fullmatch(revision) is not None
 
 
-def is_hub_id(read_source: object) -> bool:
+def is_hub_id(source: object) -> bool:
     """Whether a source is a repository on the hub."""
-    return isinstance(read_source, str) and _HUB_ID.fullmatch(read_source) is not None
+    return isinstance(source, str) and _HUB_ID.fullmatch(source) is not None
 
 
 def read_name(value: object) -> str:

@@ -21,7 +21,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import numpy as np
-from msgspec import structs
 
 from engines import errors
 from engines.errors import EngineFailed, NonFiniteEmbedding, QueueFull, ShuttingDown
@@ -322,11 +321,6 @@ def open_slow_host(birth: WorkerConfig, note: CrashNote) -> Host:
 def open_broken_host(birth: WorkerConfig, note: CrashNote) -> Host:
     """A host that cannot be made."""
     raise errors.InvalidValue(f"{birth.host_id} does not exist")
-
-
-def with_open(birth: WorkerConfig) -> WorkerConfig:
-    """The same birth of a scripted host."""
-    return structs.replace(birth, open=open_scripted_host)
 
 
 CLIENTS = 64
