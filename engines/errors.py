@@ -6,7 +6,8 @@ EngineError
 │   ├── ContextLengthExceeded
 │   ├── DimensionsNotSupported
 │   ├── PromptNotFound
-│   └── InvalidTokenId
+│   ├── InvalidTokenId
+│   └── TaskNotSupported
 ├── ModelNotFound                         no such model on this host
 ├── HostNotFound                          no such host
 ├── Busy (retry_after_s)                  a limit is reached; retry later
@@ -86,6 +87,10 @@ class PromptNotFound(InvalidRequest):
 
 class InvalidTokenId(InvalidRequest):
     """A token id lies outside the model's vocabulary."""
+
+
+class TaskNotSupported(InvalidRequest):
+    """The model computes something else than the request asks for; the message names what it can do."""
 
 
 class ModelNotFound(EngineError):

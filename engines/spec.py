@@ -9,6 +9,9 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 PoolingMode = Literal["cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"]
 """Pooling modes as sentence-transformers names them; several are concatenated in the order given."""
 
+Task = Literal["embed", "rerank", "classify"]
+"""What a model computes: a vector for a text, one score for a pair, or a score for each label of a text or pair."""
+
 NEVER_IDLE = -1.0
 """`keep_alive_s` of a model that is never evicted for idleness."""
 
@@ -62,6 +65,7 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
 
     model_id: str
     source: str
+    task: Task | None = None
     revision: str | None = None
     dtype: Dtype = "auto"
     device: str = "auto"

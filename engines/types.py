@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, Self, TypedDict
 
 from msgspec import Struct, structs
 
-from engines.spec import Matryoshka, Truncate
+from engines.spec import Matryoshka, Task, Truncate
 
 if TYPE_CHECKING:
     import numpy as np
@@ -96,7 +96,39 @@ class EmbedCall(TextCall, frozen=True, kw_only=True, tag="embed"):
     normalize: bool | None = None
 
 
-Call = EmbedCall
+Activation = Literal["default", "none", "probabilities"]
+"""What becomes of the logits of a pair or text.
+
+`default`: what `CrossEncoder.predict` of sentence-transformers applies for the folder. `none`: logits. `probabilities`:
+softmax over the labels; sigmoid where the model has one label or its labels do not exclude each other.
+"""
+
+
+class ScoreCall(BaseCall, frozen=True, kw_only=True, tag="score"):
+    """Asks for the scores of pairs or of single texts, answered by `Scores`.
+
+    Args:
+        texts: the documents of the pairs, or the single texts; not empty.
+        queries: the first texts of the pairs: as many as `texts`, one for all of them, or none for single texts.
+        instruction: the task of a model whose template has one; None is the model's own.
+        truncate: `end` and `start` cut the document of a pair, `error` refuses; None is the model's own default.
+        max_text_tokens: tokens of each of `texts` that are read at the most; None is as many as the model reads.
+    """
+
+    texts: tuple[str, ...]
+    queries: tuple[str, ...] = ()
+    instruction: str | None = None
+    truncate: Truncate | None = None
+    max_text_tokens: int | None = None
+    activation: Activation = "default"
+
+    @property
+    def num_items(self) -> int:
+        """Returns the number of pairs or texts, which is the number of rows of the result."""
+        return len(self.texts)
+
+
+Call = EmbedCall | ScoreCall
 """All kinds of calls: a tagged union, by `type`. A new kind is a new member here."""
 
 
@@ -181,7 +213,31 @@ class Embeddings(BaseResult, frozen=True, kw_only=True, tag="embeddings"):
         return np.frombuffer(self.vectors, dtype="<f4").reshape(len(self.token_counts), self.dimensions)
 
 
-Result = Embeddings
+class Scores(BaseResult, frozen=True, kw_only=True, tag="scores"):
+    """The result of one `ScoreCall`, rows in input order.
+
+    `values`: float32 little-endian, `num_items × num_labels`.
+    """
+
+    values: bytes
+    num_labels: int
+
+    def split_body(self) -> tuple[Self, bytes]:
+        """See `BaseResult`; the body is `values`."""
+        return structs.replace(self, values=b""), self.values
+
+    def with_body(self, body: bytes) -> Self:
+        """See `BaseResult`."""
+        return structs.replace(self, values=body)
+
+    def array(self) -> "NDArray[np.float32]":
+        """Returns a read-only view of the scores, shape `[num_items, num_labels]`."""
+        import numpy as np  # imported late, as for `Embeddings`
+
+        return np.frombuffer(self.values, dtype="<f4").reshape(len(self.token_counts), self.num_labels)
+
+
+Result = Embeddings | Scores
 """All kinds of results: a tagged union, by `type`. A new kind is a new member here."""
 
 
@@ -204,7 +260,9 @@ class ModelInfo(Struct, frozen=True, kw_only=True):
 
     `attention`: `packed` (no padding), `padded`, or `unpadded` (one length per batch). `path`: the forward path in use
     (`engines/models/transformer.py` lists them). `is_fallback`: the path selected at load failed, and the slowest
-    path is in use until the selected one is retried. `notes`: each fallback and its reason.
+    path is in use until the selected one is retried. `notes`: each fallback and its reason. `task`: what it computes;
+    `dimensions` is 0 unless that is `embed`. `labels`: names of the columns of `Scores`, `is_multi_label`: whether they
+    do not exclude each other; none and False for `embed`.
     """
 
     dimensions: int
@@ -216,6 +274,9 @@ class ModelInfo(Struct, frozen=True, kw_only=True):
     prompts: dict[str, str] = {}
     matryoshka: Matryoshka = Matryoshka()
     notes: tuple[str, ...] = ()
+    task: Task = "embed"
+    labels: tuple[str, ...] = ()
+    is_multi_label: bool = False
 
 
 class ModelStatus(Struct, frozen=True, kw_only=True):

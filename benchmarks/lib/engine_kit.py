@@ -74,7 +74,9 @@ def embed(engine: EmbeddingEngine, texts: list[str], **call: Any) -> Vectors:
 
 def answer(engine: EmbeddingEngine, **call: Any) -> Embeddings:
     """The whole answer to one request."""
-    return asyncio.run(engine.run(EmbedCall(model_id="m", **call)))
+    result = asyncio.run(engine.run(EmbedCall(model_id="m", **call)))
+    assert isinstance(result, Embeddings)
+    return result
 
 
 def encode(model: SentenceTransformer, texts: list[str], **options: Any) -> Vectors:

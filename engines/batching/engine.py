@@ -25,7 +25,7 @@ from engines.inputs.tokenizer import IdReading, TextReading, TokenizedRequest, T
 from engines.inputs.tokenizer_threads import TokenizerThreads
 from engines.models.base import Encoder, ForwardPathFailed
 from engines.spec import ModelSpec
-from engines.types import Call, ModelInfo, Result, Timings
+from engines.types import Call, ModelInfo, Result, TextCall, Timings
 
 _INLINE_CHARS = 1000
 _INLINE_TEXTS = 16
@@ -127,6 +127,7 @@ class EmbeddingEngine:
     async def run(self, call: Call) -> Result:
         """See `Engine.run`. Cancelling drops what is in no batch yet."""
         output = output_spec(call, self._info, self._defaults)
+        assert isinstance(call, TextCall), "output_spec refuses calls that no model computes"
         reading = prepare_inputs(call, self._tokenizer, self._spec, self._info.prompts)
         with self._threads.trim_heap_after() if reading.num_chars > _HEAVY_CHARS else nullcontext():
             return await self._run(reading, output, Origin(call.caller, self._spec.cache_shared))

@@ -14,11 +14,11 @@ from msgspec import Struct
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engines.errors import DimensionsNotSupported, EngineError, NonFiniteEmbedding
+from engines.errors import DimensionsNotSupported, EngineError, NonFiniteEmbedding, TaskNotSupported
 from engines.inputs.tokenizer import Ids
 from engines.layers.pooling import truncate_and_normalize
 from engines.models.base import Encoder
-from engines.types import BaseCall, EmbedCall, Embeddings, ModelInfo, Result, ResultDetails
+from engines.types import BaseCall, EmbedCall, Embeddings, ModelInfo, Result, ResultDetails, ScoreCall
 
 Row = NDArray[Any]
 """The output for one input, in main memory; its shape and dtype are the output kind's own."""
@@ -168,6 +168,10 @@ def output_spec(call: BaseCall, info: ModelInfo, defaults: OutputDefaults) -> Ou
         InvalidRequest: the model does not give this.
     """
     maker = _MAKERS.get(type(call))
+    if isinstance(call, ScoreCall):
+        raise TaskNotSupported(
+            f"{call.model_id} computes vectors (task {info.task}): it gives no scores", param="model"
+        )
     if maker is None:
         raise NotImplementedError(f"no output is registered for {type(call).__name__}")
     return maker(call, info, defaults)

@@ -50,7 +50,7 @@ from engines.pool.state_machine import PoolStateMachine
 from engines.pool.status import StatusView
 from engines.protocols import Files, Loader
 from engines.spec import ModelSpec
-from engines.types import Budget, EmbedCall, HostSnapshot, ModelStatus, Plan, State
+from engines.types import BaseCall, Budget, HostSnapshot, ModelStatus, Plan, State
 
 log = structlog.get_logger(__name__)
 
@@ -95,7 +95,7 @@ class ModelPool:
         self.step(BudgetChanged(self._config.budget.of(reading.total_bytes), reading.ceiling_bytes))
         await self._scanner.scan(list(self._state.current.values()))
 
-    def lease(self, call: EmbedCall) -> Lease:
+    def lease(self, call: BaseCall) -> Lease:
         """Returns a lease on the call's model: `async with pool.lease(call) as engine`; see `Lease`.
 
         Raises on entry:
@@ -122,7 +122,7 @@ class ModelPool:
         is_tentative = may_move and wait
         self.step(PreloadRequested(model_id, pin, is_tentative))
         if wait:
-            call = EmbedCall(model_id=model_id, load_timeout_s=float("inf"), may_move=is_tentative)
+            call = BaseCall(model_id=model_id, load_timeout_s=float("inf"), may_move=is_tentative)
             async with self.lease(call):
                 if is_tentative and self.state_of(model_id) == "ready":
                     self.step(PreloadRequested(model_id, pin))

@@ -8,14 +8,22 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.errors import ContextLengthExceeded, DimensionsNotSupported, InvalidTokenId, PromptNotFound
+from engines.errors import (
+    ContextLengthExceeded,
+    DimensionsNotSupported,
+    InvalidTokenId,
+    PromptNotFound,
+    TaskNotSupported,
+)
 from engines.spec import Matryoshka, ModelSpec
-from engines.types import Call, EmbedCall, Embeddings, ModelInfo, Result, Timings
+from engines.types import Call, EmbedCall, Embeddings, ModelInfo, Result, ScoreCall, Scores, Timings
 
 WIDTH = 16
 WEIGHT_BYTES = 1000
 WORKSPACE_BYTES = 100
 VOCABULARY = 30_000
+
+_LABELS: dict[str, tuple[str, ...]] = {"rerank": ("LABEL_0",), "classify": ("negative", "neutral", "positive")}
 
 Script = Mapping[str, Sequence[Exception | None]]
 """By model id, the errors of the first attempts; None succeeds, and so do all later attempts."""
@@ -26,6 +34,12 @@ def fake_vector(model_id: str, text: str | tuple[int, ...], width: int = WIDTH) 
     digest = hashlib.blake2b(f"{model_id}\0{text}".encode(), digest_size=8).digest()
     raw = np.random.default_rng(int.from_bytes(digest, "little")).standard_normal(WIDTH)[:width]
     return (raw / np.linalg.norm(raw)).astype("<f4")
+
+
+def fake_score(model_id: str, query: str, text: str, label: int = 0) -> float:
+    """Computes the score that `FakeEngine` returns for a pair (an empty query: a single text): from 0 to 1."""
+    digest = hashlib.blake2b(f"{model_id}\0{query}\0{text}\0{label}".encode(), digest_size=8).digest()
+    return float(np.float32(int.from_bytes(digest, "little") / 2**64))
 
 
 class Attempts:
@@ -75,12 +89,14 @@ class FakeEngine:
         self.cancelled = 0
         self.is_closed = False
         self.info = ModelInfo(
-            dimensions=WIDTH,
+            dimensions=WIDTH if spec.task in (None, "embed") else 0,
             max_tokens=spec.max_tokens or 512,
             dtype="float32",
             attention="packed",
             prompts=spec.prompts,
             matryoshka=spec.matryoshka or Matryoshka(),
+            task=spec.task or "embed",
+            labels=_LABELS.get(spec.task or "embed", ()),
         )
         self.violations = [] if violations is None else violations
         self._embed_s = embed_s
@@ -105,7 +121,7 @@ class FakeEngine:
         try:
             self._attempts.next(call.model_id)
             await self._sleep(self._embed_s)
-            return self._embed_now(call)
+            return self._embed_now(call) if isinstance(call, EmbedCall) else self._score_now(call)
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
@@ -118,6 +134,8 @@ class FakeEngine:
         self.is_closed = True
 
     def _embed_now(self, call: EmbedCall) -> Embeddings:
+        if self.info.task != "embed":
+            raise TaskNotSupported(f"{call.model_id} can {self.info.task}, not embed", param="model")
         width = call.dimensions or WIDTH
         if width != WIDTH and not self.info.matryoshka.allows(width, WIDTH):
             allowed = self.info.matryoshka.describe(WIDTH)
@@ -130,6 +148,29 @@ class FakeEngine:
         return Embeddings(
             vectors=np.stack(rows).tobytes(),
             dimensions=width,
+            token_counts=tuple(min(count, limit) for count in counts),
+            truncated=tuple(index for index, count in enumerate(counts) if count > limit),
+            timings=Timings(forward_s=self._embed_s),
+        )
+
+    def _score_now(self, call: ScoreCall) -> Scores:
+        """Without an activation the scores are logits: `ln(p / (1 - p))`."""
+        if self.info.task == "embed":
+            raise TaskNotSupported(f"{call.model_id} can embed, not score", param="model")
+        queries = call.queries if len(call.queries) == len(call.texts) else (call.queries or ("",)) * len(call.texts)
+        labels = range(len(self.info.labels))
+        rows = [
+            [fake_score(self.spec.model_id, q, t, label) for label in labels]
+            for q, t in zip(queries, call.texts, strict=True)
+        ]
+        values = np.array(rows, "<f4")
+        if call.activation == "none":
+            values = np.log(values / (1 - values)).astype("<f4")
+        counts = [len(query.split()) + len(text.split()) + 3 for query, text in zip(queries, call.texts, strict=True)]
+        limit = self.info.max_tokens
+        return Scores(
+            values=values.tobytes(),
+            num_labels=len(labels),
             token_counts=tuple(min(count, limit) for count in counts),
             truncated=tuple(index for index, count in enumerate(counts) if count > limit),
             timings=Timings(forward_s=self._embed_s),

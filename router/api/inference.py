@@ -145,7 +145,9 @@ async def _run(
     request: Request[Any, Any, Any], server_state: ServerState, spec: ModelSpec, call: EmbedCall
 ) -> Embeddings:
     async with while_client_stays(request):
-        return await server_state.backend.run(call)
+        result = await server_state.backend.run(call)
+    assert isinstance(result, Embeddings), "an EmbedCall is answered by Embeddings"
+    return result
 
 
 async def _run_counted(

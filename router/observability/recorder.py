@@ -10,7 +10,7 @@ from litestar.connection import ASGIConnection
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 from prometheus_client.process_collector import ProcessCollector
 
-from engines.types import Batch, Embeddings, Event
+from engines.types import BaseResult, Batch, Event
 from router.observability import metrics
 from router.observability.metrics import Metric
 from router.observability.request_context import PROBES, RequestContext, Stage
@@ -78,7 +78,7 @@ class MetricsRecorder:
             if metric is not None:
                 self.observe(metric, model, value=stage.seconds)
 
-    def _record_result(self, model: str, result: Embeddings) -> None:
+    def _record_result(self, model: str, result: BaseResult) -> None:
         self.add(metrics.INPUTS, model, amount=len(result.token_counts))
         self.add(metrics.PROMPT_TOKENS, model, amount=sum(result.token_counts))
         if result.truncated:

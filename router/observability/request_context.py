@@ -15,7 +15,7 @@ from litestar.types import HTTPScope, Message, Send
 from msgspec import Struct
 from structlog.contextvars import bind_contextvars, clear_contextvars
 
-from engines.types import Embeddings
+from engines.types import BaseResult
 
 PROBES = frozenset({"/health", "/ready", "/metrics"})
 POLLED_ROUTES = PROBES | {
@@ -70,7 +70,7 @@ class RequestContext:
         self.ended_s = self.began_s
         self.request_id = _request_id(scope)
         self.status, self.code, self.model, self.key_id = CLIENT_LEFT, "ok", "", ""
-        self.answer: Embeddings | None = None
+        self.answer: BaseResult | None = None
         self._embedded_s = self.began_s
         self.stages: list[Stage] = []
         self.headers: dict[str, str] = {}
@@ -124,7 +124,7 @@ class RequestContext:
         """Record a stage that began at `began_s` and has just ended."""
         self.stages.append(Stage(name, began_s, time.perf_counter() - began_s))
 
-    def record_result(self, answer: Embeddings, began_s: float) -> None:
+    def record_result(self, answer: BaseResult, began_s: float) -> None:
         """Record the result and its stages, which follow each other from `began_s` on; encoding starts now."""
         self.answer, self._embedded_s = answer, time.perf_counter()
         spent = answer.timings

@@ -29,6 +29,8 @@ MEANINGS = {
     "aliases": "Other names for the same model.",
     "source": "A hub id (BAAI/bge-m3), a local folder (/…, ./…, ../…, ~/…) or package:NAME/SUB/FOLDER.",
     "revision": "Branch, tag or commit of the hub repository. A full commit makes vectors reproducible.",
+    "task": "What the model computes: embed (vectors), rerank (a score for a query and a document) or classify (a "
+    "score for each label). If given, requests for another task are refused without a load. Default: from the files.",
     "trust_remote_code": "Run Python code from the repository. Requires a full commit as `revision`. Default: false.",
     "dtype": "Data type of the weights. auto: bfloat16 on CUDA, float32 elsewhere.",
     "device": "Where the model runs: auto, cpu, cuda or cuda:N.",

@@ -43,6 +43,8 @@ from engines.types import (
     ModelStatus,
     Plan,
     Result,
+    ScoreCall,
+    Scores,
     Timings,
 )
 from router.backends.base import Backend
@@ -69,7 +71,9 @@ class ScriptedBackend:
         self.delays_s: dict[str, float] = {}
         self.running: Counter[str] = Counter()
         self.truncated: tuple[int, ...] = ()
+        self.num_labels = 1
         self.calls: list[EmbedCall] = []
+        self.score_calls: list[ScoreCall] = []
         self.commands: list[tuple[object, ...]] = []
         self.cancelled: list[str] = []
         self.remembered: list[Event] = []
@@ -84,6 +88,8 @@ class ScriptedBackend:
         self.is_started = True
 
     async def run(self, call: Call) -> Result:
+        if isinstance(call, ScoreCall):
+            return await self._score(call)
         self.calls.append(call)
         await self._run_script(call.model_id)
         items = call.texts or call.token_ids
@@ -93,6 +99,20 @@ class ScriptedBackend:
             vectors=matrix.tobytes(),
             dimensions=width,
             token_counts=tuple(len(item) for item in items),
+            truncated=self.truncated,
+            timings=Timings(load_s=0.5, tokenize_s=0.0012, queue_s=0.0, forward_s=0.0305),
+        )
+
+    async def _score(self, call: ScoreCall) -> Scores:
+        """Scores are `1 / (1 + index)`; with several labels the others have 0.25."""
+        self.score_calls.append(call)
+        await self._run_script(call.model_id)
+        values = np.full((call.num_items, self.num_labels), 0.25, "<f4")
+        values[:, 0] = 1 / np.arange(1, call.num_items + 1)
+        return Scores(
+            values=values.tobytes(),
+            num_labels=self.num_labels,
+            token_counts=tuple(len(text) for text in call.texts),
             truncated=self.truncated,
             timings=Timings(load_s=0.5, tokenize_s=0.0012, queue_s=0.0, forward_s=0.0305),
         )

@@ -12,7 +12,7 @@ INVALID = "invalid_request_error"
 CODES = {
     400: {
         "invalid_json", "invalid_value", "empty_input", "too_many_inputs", "context_length_exceeded",
-        "dimensions_not_supported", "prompt_not_found", "invalid_token_id",
+        "dimensions_not_supported", "prompt_not_found", "invalid_token_id", "task_not_supported",
     },
     401: {"invalid_api_key"},
     403: {"insufficient_scope", "model_not_allowed"},

@@ -54,7 +54,12 @@ class PoolHarness:
         return self.runtime.memory
 
     def ask(self, call: EmbedCall) -> asyncio.Task[Embeddings]:
-        return asyncio.create_task(self.host.run(call))
+        async def run() -> Embeddings:
+            answer = await self.host.run(call)
+            assert isinstance(answer, Embeddings)
+            return answer
+
+        return asyncio.create_task(run())
 
     async def until(self, model_id: str, state: State) -> None:
         """Returns in the same iteration of the event loop in which the model reaches the state."""
@@ -349,6 +354,7 @@ async def test_an_unreadable_device_does_not_stop_the_queue() -> None:
         answer = await here.host.run(call("a"))
 
         here.memory.read = healthy  # type: ignore[method-assign]  # as above
+        assert isinstance(answer, Embeddings)
         assert answer.dimensions == 16
 
 

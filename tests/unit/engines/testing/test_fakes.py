@@ -5,11 +5,18 @@ import asyncio
 import numpy as np
 import pytest
 
-from engines.errors import ContextLengthExceeded, DimensionsNotSupported, HubUnreachable, InvalidTokenId, PromptNotFound
+from engines.errors import (
+    ContextLengthExceeded,
+    DimensionsNotSupported,
+    HubUnreachable,
+    InvalidTokenId,
+    PromptNotFound,
+    TaskNotSupported,
+)
 from engines.spec import Matryoshka, ModelSpec
 from engines.testing.fakes import FakeEngine, FakeFiles, FakeLoader, FakeTime, fake_host, fake_specs, fake_vector
 from engines.testing.runtime import let_run
-from engines.types import EmbedCall
+from engines.types import EmbedCall, Embeddings, ScoreCall
 
 SPEC = ModelSpec(
     model_id="a", source="x", prompts={"query": "q: "}, max_tokens=4, matryoshka=Matryoshka(widths=(8,))
@@ -105,7 +112,9 @@ async def test_one_line_makes_a_host_that_answers() -> None:
     host = fake_host("a", SPEC)
     await host.start()
 
-    assert (await host.run(call("x"))).dimensions == 16
+    answer = await host.run(call("x"))
+    assert isinstance(answer, Embeddings)
+    assert answer.dimensions == 16
     assert list(fake_specs("a", "b")) == ["a", "b"]
     await host.aclose()
 
@@ -132,3 +141,17 @@ def test_a_loader_counts_what_it_holds() -> None:
     first.close()
 
     assert (loader.resident_bytes, loader.loads["a"], second.is_closed) == (70, 2, False)
+
+
+async def test_scores_depend_on_the_pair_alone_and_a_model_refuses_what_it_does_not_compute() -> None:
+    reranker = FakeEngine(ModelSpec(model_id="r", source="x", task="rerank"))
+
+    together = await reranker.run(ScoreCall(model_id="r", queries=("q",), texts=("one", "two")))
+    alone = await reranker.run(ScoreCall(model_id="r", queries=("q",), texts=("two",)))
+
+    assert together.array()[1:].tolist() == alone.array().tolist()
+    assert 0 < together.array().min() < together.array().max() < 1
+    with pytest.raises(TaskNotSupported, match="a can rerank, not embed"):
+        await reranker.run(call("one"))
+    with pytest.raises(TaskNotSupported, match="a can embed, not score"):
+        await FakeEngine(SPEC).run(ScoreCall(model_id="a", texts=("one",)))

@@ -94,7 +94,7 @@ class Conformance:
         assert (plain.array() == [fake_vector("a", "one"), fake_vector("a", "two")]).all()
         assert (cut.array()[0] == fake_vector("a", "q: one", 4)).all()
         assert (ids.array()[0] == fake_vector("a", (1, 2, 3))).all()
-        assert (plain.dimensions, plain.token_counts, long.truncated) == (WIDTH, (3, 3), (1,))
+        assert (plain.array().shape[1], plain.token_counts, long.truncated) == (WIDTH, (3, 3), (1,))
 
     async def test_a_large_answer_comes_whole(self, backend: Backend) -> None:
         texts = tuple(f"text {index}" for index in range(2048))

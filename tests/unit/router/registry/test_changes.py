@@ -13,6 +13,7 @@ from router.registry.registry import Changes, Registry, diff
 
 OTHER: dict[str, Any] = {
     "source": "o/other",
+    "task": "rerank",
     "revision": "main",
     "dtype": "float16",
     "device": "cpu",
