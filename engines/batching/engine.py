@@ -40,11 +40,14 @@ class EngineLimits(Struct, frozen=True, kw_only=True):
     """Bounds of an engine.
 
     Args:
+        max_queue_items: texts that may wait.
+        max_queue_requests: requests that may wait; None is any number.
         target_dim: width when a request names none and the model allows it.
     """
 
     batch: BatchLimits
     max_queue_items: int = 8192
+    max_queue_requests: int | None = None
     batch_timeout_s: float = 0.0
     target_dim: int | None = None
 
@@ -86,7 +89,7 @@ class EmbeddingEngine:
         self.weight_bytes = weight_bytes
         self.workspace_bytes = 0
         self._cache = VectorCache(parts.spec.cache_bytes) if parts.spec.cache_bytes else None
-        self._queue = Queue(limits.max_queue_items, limits.batch_timeout_s, time.monotonic)
+        self._queue = Queue(limits.max_queue_items, limits.batch_timeout_s, time.monotonic, limits.max_queue_requests)
         self._runner: Runner | None = Runner(
             parts.encoder, self._queue.seal, self._cache.keep if self._cache is not None else None
         )

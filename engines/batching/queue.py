@@ -29,9 +29,14 @@ class RejoinWindow:
     """Decides how long a batch waits for clients that a batch has just answered to send their next request.
 
     Knows no thread and no clock: the caller has both.
+
+    Args:
+        timeout_s: how long a batch that is not full waits for them at the most. 0: a share of the time that the last
+            batch took, and no longer than until it has enough tokens.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, timeout_s: float = 0.0) -> None:
+        self._timeout_s = timeout_s
         self._num_expected = 0
         self._num_back = 0
         self._until_s = 0.0
@@ -42,7 +47,8 @@ class RejoinWindow:
         if self._passes:
             self._passes -= 1
             return
-        self._num_expected, self._num_back, self._until_s = num_jobs, 0, now_s + _SHARE * took_s
+        wait_s = self._timeout_s or _SHARE * took_s
+        self._num_expected, self._num_back, self._until_s = num_jobs, 0, now_s + wait_s
 
     def on_admitted(self) -> None:
         """Counts a request as one of those that are expected."""
@@ -50,7 +56,7 @@ class RejoinWindow:
 
     def wait_s(self, num_tokens: int, now_s: float) -> float:
         """Returns the seconds for which `num_tokens` that wait should go on waiting; 0 when they need not."""
-        if self._num_back >= self._num_expected or num_tokens >= _ENOUGH_TOKENS:
+        if self._num_back >= self._num_expected or (not self._timeout_s and num_tokens >= _ENOUGH_TOKENS):
             return 0.0
         if now_s < self._until_s:
             return self._until_s - now_s
@@ -103,19 +109,24 @@ class Queue:
 
     Args:
         max_items: texts that may wait; a request that does not fit whole is refused whole.
-        batch_timeout_s: how long a batch that is not full may wait for more texts.
+        batch_timeout_s: how long a batch that is not full may wait for clients that were just answered; see
+            `RejoinWindow`. A request waits for no longer either, and not at all while it is the only one.
         clock: seconds.
+        max_requests: requests that may wait; None is any number.
     """
 
-    def __init__(self, max_items: int, batch_timeout_s: float, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, max_items: int, batch_timeout_s: float, clock: Callable[[], float], max_requests: int | None = None
+    ) -> None:
         self._max_items = max_items
+        self._max_requests = max_requests
         self._batch_timeout_s = batch_timeout_s
         self._clock = clock
         self._jobs: list[PendingRequest] = []
         self._entries: dict[Key, Entry] = {}
         self._lock = threading.Lock()
         self._was_small = False
-        self._rejoin = RejoinWindow()
+        self._rejoin = RejoinWindow(batch_timeout_s)
         self._throughput = Throughput()
 
     @property
@@ -186,9 +197,10 @@ class Queue:
             now_s, tokens = self._clock(), count_waiting_tokens(self._jobs, limit.max_tokens)
             if tokens >= limit.max_tokens or self._waiting() >= limit.max_items:
                 return 0.0
+            wait_s = self._rejoin.wait_s(tokens, now_s)
             if self._batch_timeout_s == 0:
-                return self._rejoin.wait_s(tokens, now_s)
-            return max(0.0, self._jobs[0].admitted_at + self._batch_timeout_s - now_s)
+                return wait_s
+            return min(wait_s, max(0.0, self._jobs[0].admitted_at + self._batch_timeout_s - now_s))
 
     def next_batch(self, limit: BatchLimits, num_threads: int = 1) -> list[Entry]:
         """Returns the next batch, empty when nothing waits; `num_threads` could run one each.
@@ -236,10 +248,11 @@ class Queue:
         if not waiting:
             return
         refusal = ""
-        if waiting + num_texts > self._max_items:
+        if self._max_requests is not None and len(self._jobs) >= self._max_requests:
+            refusal = f"{len(self._jobs)} of {self._max_requests} requests wait for this model (MAX_QUEUE_SIZE)"
+        elif waiting + num_texts > self._max_items:
             refusal = (
-                f"{waiting} texts wait for this model and {num_texts} more would pass the {self._max_items} that may "
-                "(MAX_QUEUE_SIZE)"
+                f"{waiting} texts wait for this model and {num_texts} more would pass the {self._max_items} that may"
             )
         elif caller:
             own = sum(len(job.unscheduled) for job in self._jobs if job.caller == caller)
@@ -247,7 +260,7 @@ class Queue:
             if own and own + num_texts > share:
                 refusal = (
                     f"{own} of your texts wait for this model and {num_texts} more would pass the {share} that you may "
-                    f"have there now, of {self._max_items} for all (MAX_QUEUE_SIZE)"
+                    f"have there now, of {self._max_items} for all"
                 )
         if refusal:
             wait_s = self._throughput.wait_s(waiting, self._clock())

@@ -48,6 +48,7 @@ class LoaderSettings(Struct, frozen=True, kw_only=True):
     max_batch_tokens: int | None = None
     max_batch_items: int = 512
     max_queue_items: int = 8192
+    max_queue_requests: int | None = None
     batch_timeout_s: float = 0.0
     target_dim: int | None = None
     canary_folder: Path | None = None
@@ -167,6 +168,7 @@ class TorchLoader:
         return EngineLimits(
             batch=BatchLimits(tokens, settings.max_batch_items),
             max_queue_items=settings.max_queue_items,
+            max_queue_requests=settings.max_queue_requests,
             batch_timeout_s=settings.batch_timeout_s,
             target_dim=settings.target_dim or truncate_dim,
         )

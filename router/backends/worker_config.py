@@ -14,6 +14,9 @@ from router.config.settings import Settings, usable_cores
 if TYPE_CHECKING:
     from engines.machine import MachineConfig
 
+_MAX_QUEUE_TEXTS = 8192
+"""Texts that may wait for a model, unless MAX_QUEUE_SIZE is more: that one counts requests, of up to 2048 texts."""
+
 CrashNote = Callable[[str], None]
 """Called with the models that a host runs from now on, one a line, so that a crash can be attributed to them."""
 
@@ -49,7 +52,8 @@ def machine_config(settings: Settings, budget: Budget, devices: tuple[str, ...],
         loader=LoaderSettings(
             max_batch_tokens=settings.max_batch_tokens,
             max_batch_items=settings.max_batch_size,
-            max_queue_items=settings.max_queue_size,
+            max_queue_items=max(settings.max_queue_size, _MAX_QUEUE_TEXTS),
+            max_queue_requests=settings.max_queue_size,
             batch_timeout_s=settings.batch_timeout_s,
             target_dim=settings.target_dim,
         ),

@@ -53,6 +53,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     memory_budget: Budget | None = None
     target_dim: int | None = None
     max_concurrent_requests: int = 1024
+    concurrency_timeout_s: float = 30.0
     max_batch_size: int = 512
     max_batch_tokens: int | None = None
     batch_timeout_s: float = 0.0
@@ -117,6 +118,7 @@ VARIABLES = (
     Variable.of("MEMORY_BUDGET", parse_budget),
     Variable.of("TARGET_DIM", values.integer(1)),
     Variable.of("MAX_CONCURRENT_REQUESTS", values.integer(1)),
+    Variable.of("CONCURRENCY_TIMEOUT", values.duration_s(0.0, 3600.0), unit="_s"),
     Variable.of("MAX_BATCH_SIZE", values.integer(1)),
     Variable.of("MAX_BATCH_TOKENS", values.integer(1)),
     Variable.of("BATCH_TIMEOUT", values.duration_s(0.0, 10.0), unit="_s"),

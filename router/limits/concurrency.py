@@ -1,6 +1,7 @@
 """`ConcurrencyLimiter`: limits running requests and incoming bodies, per caller and in total."""
 
-from collections import Counter
+import asyncio
+from collections import Counter, deque
 from functools import lru_cache
 from ipaddress import IPv6Address, ip_address
 
@@ -19,6 +20,10 @@ _BODY_BYTES = 64 * 2**20
 
 _MAX_INCOMING_BYTES = 512 * 2**20
 """Total bytes of bodies being received; one caller may have half of it. Always fits four bodies of maximum size."""
+
+
+_MAX_WAITING = 1024
+"""Requests that may wait for a running one to end. Their bodies count as incoming meanwhile."""
 
 
 _SUBSCRIBER_BITS = 64
@@ -70,12 +75,17 @@ class ConcurrencyLimiter:
     """Counts running requests, per caller and in total, and bytes of bodies being received.
 
     A request counts for its caller from its head on, and for the server once its body is complete: a client that sends
-    a body byte by byte uses up its own limit, and none of the server's.
+    a body byte by byte uses up its own limit, and none of the server's. When as many run as may, a complete request
+    waits for one of them to end. Places are given to the waiting callers in turn, so that one with many requests does
+    not delay the others.
     """
 
-    def __init__(self, max_running: int, max_body_bytes: int = _BODY_BYTES) -> None:
-        """`max_body_bytes`: maximum size of one body."""
+    def __init__(self, max_running: int, max_body_bytes: int = _BODY_BYTES, max_wait_s: float = 0.0) -> None:
+        """`max_body_bytes`: maximum size of one body; `max_wait_s`: the longest wait of a request for its place."""
         self._max_running = max_running
+        self._max_wait_s = max_wait_s
+        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
+        self.num_waiting = 0
         self._max_incoming_bytes = max(4 * max_body_bytes, _MAX_INCOMING_BYTES)
         self._admitted: Counter[str] = Counter()
         self._incoming_bytes: Counter[str] = Counter()
@@ -94,21 +104,50 @@ class ConcurrencyLimiter:
                 f"Concurrency limit reached: {caller.label} has {of_caller} of {caller.max_concurrent} requests "
                 "running; wait for a response before the next request"
             )
-        self._check_capacity()
+        self._check_capacity(caller)
         self._admitted[caller.name] += 1
 
-    def acquire(self) -> None:
-        """Count a request whose body is complete as running.
+    def try_acquire(self) -> bool:
+        """Count a request whose body is complete as running, if there is a place and no other request waits for one."""
+        if self.num_running >= self._max_running or self.num_waiting:
+            return False
+        self.num_running += 1
+        return True
+
+    async def acquire(self, caller: Caller) -> None:
+        """Wait for a place, and count a request whose body is complete as running.
 
         Raises:
-            TooManyRequests: the concurrency limit of the server is reached.
+            TooManyRequests: too many wait already, or no request ended in time.
         """
-        self._check_capacity()
-        self.num_running += 1
+        self._check_capacity(caller)
+        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        line = self._waiting.setdefault(caller.name, deque())
+        line.append(place)
+        self.num_waiting += 1
+        try:
+            async with asyncio.timeout(self._max_wait_s):
+                await place
+        except BaseException as error:
+            if place.done() and not place.cancelled():
+                self.release()  # the place came in the same round as the cancellation
+            else:
+                self._leave(caller, place)
+            if isinstance(error, TimeoutError):
+                raise self._no_capacity(f"none ended within {self._max_wait_s:g} s") from None
+            raise
 
     def release(self) -> None:
-        """Uncount a running request."""
-        self.num_running -= 1
+        """Uncount a running request, or hand its place to one that waits."""
+        if not self._waiting:
+            self.num_running -= 1
+            return
+        name = next(iter(self._waiting))
+        line = self._waiting.pop(name)
+        line.popleft().set_result(None)
+        self.num_waiting -= 1
+        if line:
+            self._waiting[name] = line  # behind the other callers
 
     def release_admission(self, caller: Caller) -> None:
         """Uncount a request for its caller."""
@@ -140,12 +179,27 @@ class ConcurrencyLimiter:
         self.incoming_bytes -= num_bytes
         _subtract(self._incoming_bytes, caller, num_bytes)
 
-    def _check_capacity(self) -> None:
-        if self.num_running >= self._max_running:
-            raise TooManyRequests(
-                f"Concurrency limit reached: {self.num_running} requests running "
-                f"(MAX_CONCURRENT_REQUESTS={self._max_running}); retry"
-            )
+    def _leave(self, caller: Caller, place: asyncio.Future[None]) -> None:
+        line = self._waiting[caller.name]
+        line.remove(place)
+        self.num_waiting -= 1
+        if not line:
+            del self._waiting[caller.name]
+
+    def _check_capacity(self, caller: Caller) -> None:
+        """Refuse a request that could not even wait. One caller may have half of the places to wait in."""
+        if self.num_running < self._max_running and not self.num_waiting:
+            return
+        if not self._max_wait_s:
+            raise self._no_capacity("")
+        if self.num_waiting >= _MAX_WAITING or len(self._waiting.get(caller.name, ())) >= _MAX_WAITING // 2:
+            raise self._no_capacity(f"{self.num_waiting} waiting")
+
+    def _no_capacity(self, why: str) -> TooManyRequests:
+        return TooManyRequests(
+            f"Concurrency limit reached: {self.num_running} requests running "
+            f"(MAX_CONCURRENT_REQUESTS={self._max_running}){f', {why}' if why else ''}; retry"
+        )
 
 
 def _subtract(counts: Counter[str], caller: Caller, amount: int) -> None:

@@ -4,8 +4,10 @@ All are checked before the body is read, except the request's own tokens: they a
 and replaced by the actual use when it ends. Independent of models.
 """
 
+import asyncio
+from collections.abc import Awaitable
 from math import ceil
-from typing import cast
+from typing import Any, cast
 
 from litestar.handlers import BaseRouteHandler
 from litestar.types import HTTPReceiveMessage, Receive
@@ -13,7 +15,7 @@ from litestar.types import HTTPReceiveMessage, Receive
 from engines.types import EmbedCall
 from router.auth.guards import Connection, key_of
 from router.config.settings import Settings
-from router.errors import RateLimitExceeded, RequestExceedsLimit
+from router.errors import ClientLeft, RateLimitExceeded, RequestExceedsLimit
 from router.limits.budgets import Balance, Limit, RequestBudget, Reservation, TokenBudget
 from router.limits.concurrency import Caller, ConcurrencyLimiter, caller_of
 from router.limits.store import LimitStore, StoreDown
@@ -53,7 +55,9 @@ class Limiter:
     def __init__(self, settings: Settings, store: LimitStore) -> None:
         self.settings = settings
         self.store = store
-        self.concurrency = ConcurrencyLimiter(settings.max_concurrent_requests, settings.max_body_bytes)
+        self.concurrency = ConcurrencyLimiter(
+            settings.max_concurrent_requests, settings.max_body_bytes, settings.concurrency_timeout_s
+        )
         self.requests = RequestBudget(store)
         self.tokens = TokenBudget(store)
         self.fails_open = settings.rate_limit_on_error == "open"
@@ -90,9 +94,10 @@ class RequestPermit:
             self._check_fail_open()
 
     def receiving(self, receive: Receive) -> Receive:
-        """Wrap `receive` to count the body; once it is complete, the request counts as running.
+        """Wrap `receive` to count the body; once it is complete, the request waits for a place and counts as running.
 
-        The wrapper raises TooManyRequests when a limit is reached.
+        The wrapper raises TooManyRequests when a limit is reached, and ClientLeft when the client disconnects while the
+        request waits.
         """
 
         async def count_and_receive() -> HTTPReceiveMessage:
@@ -100,16 +105,37 @@ class RequestPermit:
             if self._is_running or message["type"] != "http.request":
                 return message
             concurrency = self._limiter.concurrency
-            if message["more_body"]:
-                concurrency.receive(self._caller, len(message["body"]))
-                self._body_bytes += len(message["body"])
-            else:
-                self._end_body()
-                concurrency.acquire()
+            if not message["more_body"] and concurrency.try_acquire():
                 self._is_running = True
+                self._end_body()
+                return message
+            concurrency.receive(self._caller, len(message["body"]))
+            self._body_bytes += len(message["body"])
+            if message["more_body"]:
+                return message
+            await self._wait_for_place(receive)
+            self._is_running = True
+            self._end_body()
             return message
 
         return cast(Receive, count_and_receive)
+
+    async def _wait_for_place(self, receive: Receive) -> None:
+        """Wait until the request may run, unless its client disconnects."""
+        place = asyncio.ensure_future(self._limiter.concurrency.acquire(self._caller))
+        disconnected = asyncio.ensure_future(cast(Awaitable[Any], receive()))
+        try:
+            await asyncio.wait((place, disconnected), return_when=asyncio.FIRST_COMPLETED)
+            if not place.done():
+                raise ClientLeft
+            place.result()
+        except BaseException:
+            if place.done() and not place.cancelled() and place.exception() is None:
+                self._limiter.concurrency.release()
+            raise
+        finally:
+            for task in (place, disconnected):
+                task.cancel()
 
     async def reserve(self, tokens: int, *, is_certain: bool) -> None:
         """Reserve tokens for this request; `settle` must follow. Does nothing without a token limit.

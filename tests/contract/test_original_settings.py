@@ -78,7 +78,7 @@ async def test_api_key_model_path_device_and_target_dim(folder: Path) -> None:
 
 
 async def test_max_batch_size_and_max_queue_size(folder: Path) -> None:
-    async with served({"MAX_BATCH_SIZE": "2", "MAX_QUEUE_SIZE": "6"}, folder) as client:
+    async with served({"MAX_BATCH_SIZE": "2", "MAX_QUEUE_SIZE": "1"}, folder) as client:
         answer = await embed(client, *"abcde")
         crowds = [[f"{number} {letter} " + "word " * 200 for letter in "abcde"] for number in range(40)]
         crowd = await asyncio.gather(*(embed(client, *texts) for texts in crowds))
@@ -90,21 +90,38 @@ async def test_max_batch_size_and_max_queue_size(folder: Path) -> None:
     assert largest == batches >= 3, "five texts in batches of two"
     refused = [one.json()["error"] for one in crowd if one.status_code != 200]
     assert {error["code"] for error in refused} == {"queue_full"}
-    assert all("6" in error["message"] for error in refused)
+    assert all("1 of 1 requests wait" in error["message"] for error in refused)
 
 
-async def test_batch_timeout_and_max_concurrent_requests(folder: Path) -> None:
-    async with served({"BATCH_TIMEOUT": "0.4", "MAX_CONCURRENT_REQUESTS": "2"}, folder) as client:
-        await embed(client)
-        answers = await asyncio.gather(*(embed(client) for _ in range(3)))
-    codes = sorted(answer.status_code for answer in answers)
-    refused = next(answer for answer in answers if answer.status_code != 200)
-    queued_ms = [float(part.partition("dur=")[2]) for answer in answers if answer.status_code == 200
+async def test_batch_timeout_does_not_delay_a_lone_request(folder: Path) -> None:
+    async with served({"BATCH_TIMEOUT": "0.4"}, folder) as client:
+        answers = [await embed(client) for _ in range(4)]
+    queued_ms = [float(part.partition("dur=")[2]) for answer in answers
                  for part in answer.headers["server-timing"].split(", ") if part.startswith("queue")]  # fmt: skip
 
-    assert codes == [200, 200, 429]
-    assert refused.json()["error"]["code"] == "too_many_requests"
-    assert min(queued_ms) >= 250, "a batch that is not full waits for company"
+    assert len(queued_ms) == 4
+    assert min(queued_ms) < 250, "it waits only for clients that were answered together"
+
+
+async def test_max_concurrent_requests_queues_the_others(folder: Path) -> None:
+    async with served({"MAX_CONCURRENT_REQUESTS": "2"}, folder) as client:
+        answers = await asyncio.gather(*(embed(client) for _ in range(12)))
+
+    assert {answer.status_code for answer in answers} == {200}
+
+
+async def test_the_settings_of_the_original_service_as_it_ships_them_serve_a_crowd(folder: Path) -> None:
+    """Thirty requests at once and two of 400 texts; the original answers them all."""
+    environ = {
+        "MAX_CONCURRENT_REQUESTS": "10", "MAX_BATCH_SIZE": "32", "BATCH_TIMEOUT": "0.1", "MAX_QUEUE_SIZE": "100",
+    }  # fmt: skip
+    async with served(environ, folder) as client:
+        crowd = [embed(client, f"text {number}") for number in range(30)]
+        bulk = [embed(client, *(f"{name} {number}" for number in range(400))) for name in ("one", "two")]
+        answers = await asyncio.gather(*crowd, *bulk)
+
+    assert [answer.status_code for answer in answers] == [200] * 32
+    assert [len(answer.json()["data"]) for answer in answers] == [1] * 30 + [400] * 2
 
 
 async def test_rate_limit_requests_and_rate_limit_window(folder: Path) -> None:

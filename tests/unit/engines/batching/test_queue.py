@@ -224,17 +224,53 @@ def test_a_full_batch_waits_for_nobody_who_was_answered_just_now(loop: asyncio.A
     assert queue.ready_in_s(LIMIT) == 0.0
 
 
-def test_a_batch_that_is_not_full_waits_for_company_no_longer_than_the_timeout(
+def test_a_batch_that_is_not_full_waits_for_answered_clients_no_longer_than_the_timeout(
     loop: asyncio.AbstractEventLoop,
 ) -> None:
     now = 10.0
     queue = Queue(100, 0.5, lambda: now)
-    queue.admit(job(loop, "text", at_s=10.0))
+    queue.admit(job(loop, "one"))
+    queue.admit(job(loop, "two"))
+    queue.next_batch(LIMIT)
+    queue.on_batch_done(2, 0.01)
+    queue.admit(job(loop, "one again", at_s=10.0))
     assert queue.ready_in_s(LIMIT) == pytest.approx(0.5)
 
     now = 10.6
 
     assert queue.ready_in_s(LIMIT) == 0.0
+
+
+def test_a_timeout_ends_when_all_answered_clients_are_back(loop: asyncio.AbstractEventLoop) -> None:
+    queue = Queue(100, 0.5, lambda: 10.0)
+    queue.on_batch_done(2, 0.01)
+
+    queue.admit(job(loop, "one", at_s=10.0))
+    assert queue.ready_in_s(LIMIT) == pytest.approx(0.5)
+    queue.admit(job(loop, "two", at_s=10.0))
+
+    assert queue.ready_in_s(LIMIT) == 0.0
+
+
+def test_a_lone_request_does_not_wait_for_the_timeout(loop: asyncio.AbstractEventLoop) -> None:
+    queue = Queue(100, 0.5, lambda: 10.0)
+
+    queue.admit(job(loop, "first", at_s=10.0))
+    assert queue.ready_in_s(LIMIT) == 0.0
+    queue.next_batch(LIMIT)
+    queue.on_batch_done(1, 0.01)
+    queue.admit(job(loop, "next of the same client", at_s=10.0))
+
+    assert queue.ready_in_s(LIMIT) == 0.0
+
+
+def test_as_many_requests_wait_as_may_whatever_their_texts(loop: asyncio.AbstractEventLoop) -> None:
+    queue = Queue(100, 0.0, lambda: 10.0, max_requests=2)
+    queue.admit(job(loop, *"abcdefgh"))
+    queue.admit(job(loop, *"ijklmnop"))
+
+    with pytest.raises(QueueFull, match=r"2 of 2 requests wait for this model \(MAX_QUEUE_SIZE\)"):
+        queue.admit(job(loop, "q"))
 
 
 def test_a_full_batch_waits_for_nobody(loop: asyncio.AbstractEventLoop) -> None:

@@ -1,5 +1,6 @@
 """The concurrency limiter over real sockets: from a request's head to the last byte of its response, and body bytes."""
 
+import asyncio
 import json
 import socket
 import time
@@ -109,7 +110,8 @@ def test_a_body_that_is_there_when_there_is_no_place_is_refused(tmp_path: Path) 
     keys = write_keys(tmp_path / "keys.yaml", {"web": {}, "lab": {}})
     body = json.dumps({"input": "a"}).encode()
     head = f"Authorization: {bearer('lab')['authorization']}\r\nContent-Length: {len(body)}"
-    with limited(Settings(keys_file=keys, max_concurrent_requests=1)) as server, ThreadPoolExecutor() as threads:
+    settings = Settings(keys_file=keys, max_concurrent_requests=1, concurrency_timeout_s=0)
+    with limited(settings) as server, ThreadPoolExecutor() as threads:
         server.backend.delays_s["cold"] = 0.3
         with open_request(server.url, head) as late:
             late.sendall(body[:1])
@@ -143,3 +145,121 @@ def test_bodies_on_their_way_are_so_many_bytes_of_a_caller_and_of_all() -> None:
     room.receive(ops, 512 * mib)
 
     assert room.incoming_bytes == 1024 * mib
+
+
+WEB, LAB = Caller("key:web", "this key"), Caller("key:lab", "this key")
+
+
+async def queued(limiter: ConcurrencyLimiter, *callers: Caller) -> list[asyncio.Task[None]]:
+    """The requests of these callers, which wait in this order."""
+    tasks = [asyncio.create_task(limiter.acquire(caller)) for caller in callers]
+    await asyncio.sleep(0)
+    return tasks
+
+
+async def finished(tasks: list[asyncio.Task[None]]) -> list[bool]:
+    for _ in range(3):
+        await asyncio.sleep(0)
+    return [task.done() for task in tasks]
+
+
+async def test_places_go_to_the_waiting_callers_in_turn() -> None:
+    limiter = ConcurrencyLimiter(1, max_wait_s=60)
+    assert limiter.try_acquire()
+    tasks = await queued(limiter, WEB, WEB, WEB, LAB)
+    order = []
+    for _ in range(4):
+        limiter.release()
+        order.append(await finished(tasks))
+    limiter.release()
+
+    assert order == [
+        [True, False, False, False],
+        [True, False, False, True],
+        [True, True, False, True],
+        [True, True, True, True],
+    ]
+    assert (limiter.num_running, limiter.num_waiting) == (0, 0)
+
+
+async def test_a_request_that_is_cancelled_while_it_waits_leaves_its_place_to_the_next() -> None:
+    limiter = ConcurrencyLimiter(1, max_wait_s=60)
+    limiter.try_acquire()
+    left, stays = await queued(limiter, WEB, LAB)
+    left.cancel()
+    await asyncio.sleep(0)
+    limiter.release()
+
+    assert await finished([stays]) == [True]
+    assert (limiter.num_running, limiter.num_waiting) == (1, 0)
+
+
+async def test_a_place_that_comes_with_the_cancellation_is_given_on() -> None:
+    limiter = ConcurrencyLimiter(1, max_wait_s=60)
+    limiter.try_acquire()
+    left, stays = await queued(limiter, WEB, LAB)
+    limiter.release()
+    left.cancel()
+
+    assert await finished([left, stays]) == [True, True]
+    assert (left.cancelled(), limiter.num_running) == (True, 1)
+
+
+async def test_a_request_that_waits_too_long_is_refused() -> None:
+    limiter = ConcurrencyLimiter(1, max_wait_s=0.001)
+    limiter.try_acquire()
+
+    with pytest.raises(
+        TooManyRequests, match=r"1 requests running \(MAX_CONCURRENT_REQUESTS=1\), none ended within 0\.001 s; retry"
+    ):
+        await limiter.acquire(WEB)
+    assert (limiter.num_running, limiter.num_waiting) == (1, 0)
+
+
+async def test_a_caller_may_have_half_of_the_places_to_wait_in() -> None:
+    limiter = ConcurrencyLimiter(1, max_wait_s=60)
+    limiter.try_acquire()
+    tasks = await queued(limiter, *[WEB] * 512)
+
+    with pytest.raises(TooManyRequests, match="512 waiting"):
+        limiter.admit(WEB)
+    limiter.admit(LAB)
+    for task in tasks:
+        task.cancel()
+    await finished(tasks)
+    assert (limiter.num_running, limiter.num_waiting) == (1, 0)
+
+
+def request_of(server: Limited, key_id: str, model: str) -> socket.socket:
+    """An open request, its body sent."""
+    body = json.dumps({"input": "a", "model": model}).encode()
+    head = f"Authorization: {bearer(key_id)['authorization']}\r\nContent-Length: {len(body)}"
+    connection = open_request(server.url, head)
+    connection.sendall(body)
+    return connection
+
+
+def test_a_client_that_leaves_while_it_waits_costs_no_place(tmp_path: Path) -> None:
+    keys = write_keys(tmp_path / "keys.yaml", {"web": {}, "lab": {}})
+    settings = Settings(keys_file=keys, max_concurrent_requests=1)
+    with limited(settings) as server, ThreadPoolExecutor() as threads:
+        server.backend.gates["cold"] = asyncio.Event()
+        with request_of(server, "web", "cold"):
+            while not inside(server):
+                time.sleep(0.002)
+            with request_of(server, "lab", "mini"):
+                while not concurrency_of(server).num_waiting:
+                    time.sleep(0.002)
+            while concurrency_of(server).num_waiting:
+                time.sleep(0.002)
+            waits = threads.submit(server.embed, "lab")
+            while not concurrency_of(server).num_waiting:
+                time.sleep(0.002)
+            assert concurrency_of(server).incoming_bytes > 0, "a body that waits counts as incoming"
+        status = waits.result().status_code
+        while inside(server):
+            time.sleep(0.002)
+
+    assert status == 200
+    assert [call.model_id for call in server.backend.calls] == ["cold", "mini"]
+    assert concurrency_of(server).incoming_bytes == 0

@@ -319,7 +319,7 @@ def test_a_refusal_does_not_wait_for_the_body(three: Limited) -> None:
 def few(tmp_path: Path) -> Iterator[Limited]:
     """A server with two concurrent requests for `web`, three in total."""
     keys = write_keys(tmp_path / "keys.yaml", {"web": {"max_concurrent": 2}, "lab": {}, "ops": {"scopes": ["admin"]}})
-    with limited(Settings(keys_file=keys, max_concurrent_requests=3)) as server:
+    with limited(Settings(keys_file=keys, max_concurrent_requests=3, concurrency_timeout_s=0)) as server:
         server.backend.delays_s["cold"] = 0.4
         yield server
 
