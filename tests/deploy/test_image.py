@@ -78,26 +78,75 @@ def test_the_context_holds_what_is_copied_and_nothing_secret() -> None:
         assert is_ignored(ROOT / name), name
 
 
-@pytest.mark.parametrize("profile", ["cpu", "gpu"])
-def test_compose_serves_behind_a_door_that_is_shut(profile: str, tmp_path: Path) -> None:
+GPU = ("--file", str(ROOT / "docker-compose.gpu.yml"))
+
+
+@pytest.mark.parametrize(("more", "compute"), [((), "cpu"), (GPU, "cuda")])
+def test_compose_serves_on_loopback_with_a_key(more: tuple[str, ...], compute: str, tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("PORT=7000\nHOST=127.0.0.1\nAPI_KEY=hunter2\n")
-    (server,) = compose("--profile", profile, folder=tmp_path)["services"].values()
+    services = compose(*more, folder=tmp_path)["services"]
+    server = services["embedyard"]
     (port,) = server["ports"]
 
+    assert services.keys() == {"embedyard"}
     assert (port["host_ip"], port["published"], port["target"]) == ("127.0.0.1", "7000", 6008)
     assert server["environment"]["API_KEY"] == "hunter2"
     assert (server["environment"]["HOST"], server["environment"]["PORT"]) == ("0.0.0.0", "6008")
-    assert server["build"]["args"]["COMPUTE"] == {"cpu": "cpu", "gpu": "cuda"}[profile]
+    assert server["build"]["args"]["COMPUTE"] == compute
     assert (server["read_only"], server["cap_drop"]) == (True, ["ALL"])
     assert server["restart"] == "always"
     assert server["stop_grace_period"] == "50s"
-    assert ("deploy" in server) == (profile == "gpu")
+    assert ("deploy" in server) == (compute == "cuda")
+
+
+def test_compose_opens_the_port_and_mounts_models_as_the_env_file_says(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("BIND=0.0.0.0\nMODEL_PATH=./models/bge-m3\n")
+    server = compose(folder=tmp_path)["services"]["embedyard"]
+    workdir = next(step.value for step in reversed(STEPS) if step.instruction == "WORKDIR")
+    mounts = {volume["target"]: volume["source"] for volume in server["volumes"]}
+
+    assert server["ports"][0]["host_ip"] == "0.0.0.0"  # what the file asks for
+    assert server["environment"]["MODEL_PATH"] == "./models/bge-m3"
+    assert mounts[f"{workdir}/models"] == str(tmp_path / "models")
 
 
 def test_compose_needs_no_env_file_and_redis_comes_only_when_asked_for(tmp_path: Path) -> None:
-    assert compose("--profile", "cpu", folder=tmp_path)["services"].keys() == {"cpu"}
-    assert compose("--profile", "cpu", "--profile", "redis", folder=tmp_path)["services"].keys() == {"cpu", "redis"}
-    assert compose(folder=tmp_path).get("services", {}) == {}
+    assert compose(folder=tmp_path)["services"].keys() == {"embedyard"}
+    assert compose("--profile", "redis", folder=tmp_path)["services"].keys() == {"embedyard", "redis"}
+
+
+def make(*words: str, gpu: str = "", folder: Path) -> str:
+    """What make would run, on a machine whose `nvidia-smi -L` prints `gpu`."""
+    tool = folder / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\necho '{gpu}'\n")
+    tool.chmod(0o755)
+    done = subprocess.run(
+        ["make", "--dry-run", "--always-make", *words], cwd=ROOT, capture_output=True, text=True, check=True,
+        env={"PATH": f"{folder}:/usr/bin:/bin"},
+    )  # fmt: skip
+    return done.stdout
+
+
+CPU_WHEELS = "--index-url https://download.pytorch.org/whl/cpu torch"
+
+
+def test_make_installs_the_cpu_build_of_pytorch_where_there_is_no_gpu(tmp_path: Path) -> None:
+    assert CPU_WHEELS in make("install", folder=tmp_path)
+    assert CPU_WHEELS in make("install", "COMPUTE=cpu", gpu="GPU 0: H200", folder=tmp_path)
+    assert "--index-url https://mirror/cpu torch" in make("install", "TORCH_INDEX=https://mirror/cpu", folder=tmp_path)
+
+
+def test_make_installs_pytorch_with_cuda_where_there_is_a_gpu(tmp_path: Path) -> None:
+    for told in (make("install", gpu="GPU 0: H200", folder=tmp_path), make("install", "COMPUTE=cuda", folder=tmp_path)):
+        assert "--index-url" not in told
+        assert "installing PyTorch for cuda (5 GB" in told
+
+
+def test_make_builds_the_image_for_cpus_unless_told_otherwise(tmp_path: Path) -> None:
+    plain, cuda = make("image", gpu="GPU 0: H200", folder=tmp_path), make("image", "COMPUTE=cuda", folder=tmp_path)
+
+    assert "docker build --tag embedyard --build-arg COMPUTE=cpu ." in plain
+    assert "docker build --tag embedyard:cuda --build-arg COMPUTE=cuda ." in cuda
 
 
 def test_a_server_is_stopped_no_sooner_than_it_may_drain() -> None:

@@ -225,9 +225,18 @@ def test_env_example_lists_every_variable_with_its_default(tmp_path: Path) -> No
     listed = set(re.findall(r"^#([A-Z_]+)=", ENV_EXAMPLE, re.MULTILINE))
 
     assert {variable.name for variable in VARIABLES} <= listed
-    assert all(name.startswith("HF_") for name in listed - {variable.name for variable in VARIABLES})
+    others = listed - {variable.name for variable in VARIABLES}
+    assert {name for name in others if not name.startswith("HF_")} == {"BIND"}, "Docker Compose reads it"
     assert read_settings({}, dotenv) == Settings(memory_budget=Budget(fraction=0.8))
 
 
 def test_env_example_as_it_stands_changes_nothing() -> None:
     assert read_settings({}, ROOT / ".env.example") == Settings()
+
+
+def test_env_example_has_no_comment_beside_a_value() -> None:
+    """`docker run --env-file` and systemd would take it for a part of the value."""
+    values = re.findall(r"^#?[A-Z_]+=(.*)$", ENV_EXAMPLE, re.MULTILINE)
+
+    assert len(values) > 30
+    assert [value for value in values if " " in value] == []
