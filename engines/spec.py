@@ -61,6 +61,8 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
 
     `source` is a hub id, a local folder (absolute, or starting with `./` or `../` or `~`),
     or `package:NAME/SUB/FOLDER` for files inside an installed Python package.
+
+    `sha256`: of files in the model's folder, by name, in lower-case hex; others are refused at load.
     """
 
     model_id: str
@@ -90,6 +92,7 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
     cache_bytes: int = 0
     cache_shared: bool = False
     calibration: Calibration | None = None
+    sha256: dict[str, str] = {}
 
 
 IN_PLACE = frozenset(

@@ -26,6 +26,7 @@ from engines.errors import OutOfMemory, UnsupportedModel, is_out_of_memory
 from engines.inputs.tokenizer import Tokenizer
 from engines.inputs.tokenizer_threads import TokenizerThreads
 from engines.loading.builders import build
+from engines.loading.checksums import Checksums
 from engines.loading.folder import PLACEHOLDER_PROMPTS, read_folder
 from engines.models.base import EncoderConfig, LoadedEncoder, weight_bytes, workspace_bytes
 from engines.models.cuda_graphs import CAPTURING
@@ -91,9 +92,11 @@ class TorchLoader:
             raise OutOfMemory(f"{self._device} has no memory left to load {spec.model_id}") from error
 
     def _load(self, spec: ModelSpec, files: ModelFiles) -> EmbeddingEngine:
+        checksums = Checksums(Path(files.path), spec.sha256, spec.model_id)
         folder = read_folder(Path(files.path))
         self_check = SelfCheck(self._canaries)
         encoder, tokenizer, dtype = build(folder, spec, self._encoder_config(self_check))
+        checksums.check()
         prompts = {**folder.prompts, **spec.prompts}
         info = ModelInfo(
             dimensions=encoder.dimensions,

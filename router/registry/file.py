@@ -48,6 +48,9 @@ _PACKAGE = re.compile(r"package:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*(/[^/\s]+)*", re.AS
 _LOCAL = re.compile(r"(/|\./|\.\./|~).*|\.|\.\.")
 
 
+_SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
+
+
 _PLACEHOLDER = re.compile(r"\{(\w*)\}")
 
 
@@ -121,6 +124,20 @@ def read_template(value: object) -> str:
     return text
 
 
+def read_file_name(value: object) -> str:
+    """Validate the name of a file inside a model's folder."""
+    if not isinstance(value, str) or not value.isprintable() or not value or {"", ".", ".."} & set(value.split("/")):
+        raise ValueError("a file in the model's folder, such as model.safetensors")
+    return value
+
+
+def read_sha256(value: object) -> str:
+    """Validate a sha256 in hexadecimal digits."""
+    if not isinstance(value, str) or not _SHA256.fullmatch(value):
+        raise ValueError("64 hexadecimal digits in lower case, in quotes")
+    return value
+
+
 PoolingName = Literal[
     "cls", "mean", "max", "mean_sqrt_len", "weightedmean", "last_token", "mean_sqrt_len_tokens", "lasttoken"
 ]
@@ -158,6 +175,12 @@ PromptName = Annotated[str, _read_by(read_prompt_name, minLength=1)]
 
 
 Prompt = Annotated[str, _read_by(read_prompt)]
+
+
+FileName = Annotated[str, _read_by(read_file_name, minLength=1)]
+
+
+Sha256 = Annotated[str, _read_by(read_sha256, pattern="^[0-9a-f]{64}$")]
 
 
 Template = Annotated[str, _read_by(read_template)]
@@ -232,6 +255,7 @@ class ModelEntry(Defaults, forbid_unknown_fields=True, kw_only=True):
     token_encoding: Literal["cl100k_base"] | UnsetType = UNSET
     unframed_token_ids: bool | UnsetType = UNSET
     calibration: CalibrationRule | UnsetType = UNSET
+    sha256: dict[FileName, Sha256] | UnsetType = UNSET
 
 
 class RegistryFile(Struct, forbid_unknown_fields=True, kw_only=True):

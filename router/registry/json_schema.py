@@ -62,6 +62,7 @@ MEANINGS = {
     "with one text. `embedyard calibrate` prints them. Default: the ranges of each request.",
     "lowest": "Smallest value of each component: a list as long as a vector, or one number for all components.",
     "highest": "Largest value of each component: a list as long as a vector, or one number for all components.",
+    "sha256": "File of the model → its sha256 in hexadecimal digits. A file with another one is refused at load.",
     "description": "One line for choosing a model: languages, width, size, context length.",
     "license": "SPDX identifier, or the vendor's name of the license.",
     "token_encoding": "The encoding of token ids in requests, if not the model's own; tiktoken, if installed, decodes "

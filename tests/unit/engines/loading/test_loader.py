@@ -9,7 +9,7 @@ import torch
 
 from engines.device import load_throttle
 from engines.device.scheduler import DeviceScheduler
-from engines.errors import UnsupportedModel
+from engines.errors import BrokenFiles, UnsupportedModel
 from engines.inputs.tokenizer_threads import TokenizerThreads
 from engines.loading.loader import LoaderSettings, TorchLoader, with_default_prompt
 from engines.spec import ModelSpec
@@ -70,6 +70,13 @@ async def test_a_load_looks_between_its_parts_whether_somebody_is_served(
     assert num_asked > 100
     assert len(asked) == num_asked
     engine.close()
+
+
+async def test_a_load_refuses_weights_that_the_registry_does_not_name(load: TorchLoader) -> None:
+    spec = ModelSpec(model_id="m", source="package:m", sha256={"model.safetensors": "0" * 64})
+
+    with pytest.raises(BrokenFiles, match="is not the file that the registry names"):
+        await asyncio.to_thread(load.load, spec, MINILM)
 
 
 async def test_the_default_prompt_of_the_registry_goes_in_front(load: TorchLoader) -> None:

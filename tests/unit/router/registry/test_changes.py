@@ -38,6 +38,7 @@ OTHER: dict[str, Any] = {
     "token_encoding": "cl100k_base",
     "unframed_token_ids": True,
     "calibration": Calibration(lowest=(-1.0,), highest=(1.0,)),
+    "sha256": {"model.safetensors": "0" * 64},
 }
 """Another value for every field; a test checks that no field is missing."""
 

@@ -207,6 +207,12 @@ def test_anchors_save_repetition() -> None:
     assert registry.models["b"].prompts == {"query": "q: "}
 
 
+def test_sha256_names_files_of_the_model() -> None:
+    digest = "0123456789abcdef" * 4
+
+    assert one(f"sha256: {{1_Dense/model.safetensors: {digest}}}").sha256 == {"1_Dense/model.safetensors": digest}
+
+
 # ── Mistakes ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
