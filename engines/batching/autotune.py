@@ -15,7 +15,6 @@ from engines.storage import JsonStore
 LONGEST_WAIT_S = 0.05
 """A batch should delay requests that arrive meanwhile by no more than this."""
 
-
 CANDIDATES = {"cpu": (256, 512, 1024), "cuda": (2048, 4096, 8192, 16384)}
 """Tokens of a batch, by kind of device."""
 

@@ -21,7 +21,6 @@ log = structlog.get_logger(__name__)
 Failures = dict[int, EngineError]
 """Errors by `id(request)`: a request that is not here got its rows."""
 
-
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 30.0, 1800.0
 """A limit that an out-of-memory has set is doubled after the first wait; one that is set again soon lasts longer."""
 

@@ -36,7 +36,6 @@ PROBES = (
 )  # fmt: skip
 """Any tokenizer of texts (or of genes, proteins and molecules) knows some tokens of these."""
 
-
 _RARE_TEXT = "\U00013000\U00013050 \ue000"
 """Hieroglyphs and a private-use character: yield bytes or the unknown token, which not every vocabulary names."""
 

@@ -57,14 +57,12 @@ BERT = PartNames(
     activation="intermediate.intermediate_act_fn", down="output.dense", second_norm="output.LayerNorm",
 )  # fmt: skip
 
-
 MPNET = PartNames(
     attention="attention.attn", query="attention.attn.q", key="attention.attn.k", value="attention.attn.v",
     context="attention.attn.o", first_norm="attention.LayerNorm", up="intermediate.dense",
     activation="intermediate.intermediate_act_fn", down="output.dense", second_norm="output.LayerNorm",
     gives_tuple=True,
 )  # fmt: skip
-
 
 DISTILBERT = PartNames(
     attention="attention", query="attention.q_lin", key="attention.k_lin", value="attention.v_lin",
@@ -98,7 +96,6 @@ def _has_exactly(layer: nn.Module, names: PartNames) -> bool:
 _FEW_ROWS = 96
 """Up to this many tokens, several threads share a product better with the weights as its left factor: they divide the
 rows of the left factor between them."""
-
 
 _ROW_MULTIPLE = 16
 """The kernels of such products work on this many rows at once: 12 rows cost more than 16."""

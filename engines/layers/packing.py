@@ -17,7 +17,6 @@ KernelVariant = Literal["few", "many", "prepacked", "shared"]
 """The kernels that run a row: those of fused layers for few or for many tokens, or those of prepacked weights on one
 thread or shared by several threads."""
 
-
 # The largest share of padding among the tokens of a padded batch; beyond it the batch is cut in two.
 PADDING_SHARE = 0.25
 

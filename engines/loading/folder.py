@@ -15,7 +15,6 @@ from engines.spec import PoolingMode
 
 Json = dict[str, Any]
 
-
 # Keys of the Transformer module that change its output and that are not implemented here.
 _UNSUPPORTED_KEYS = (
     "query_expansion",
@@ -25,16 +24,13 @@ _UNSUPPORTED_KEYS = (
     "tokenizer_name_or_path",
 )
 
-
 # Arguments of `from_pretrained` that change how a model is loaded, not what it computes.
 _IGNORED_MODEL_KWARGS = frozenset({
     "add_pooling_layer", "attn_implementation", "device_map", "dtype", "low_cpu_mem_usage", "torch_dtype",
     "trust_remote_code", "use_safetensors",
 })  # fmt: skip
 
-
 _PLAIN_TEXT = {"method": "forward", "method_output_name": "last_hidden_state"}
-
 
 # The booleans of legacy pooling configs, in the order in which sentence-transformers concatenates them.
 _LEGACY_POOLING: dict[str, PoolingMode] = {
@@ -114,19 +110,15 @@ def _gives_last_hidden_state(text: object) -> bool:
 
 _ST_PREFIX = "sentence_transformers."
 
-
 PLACEHOLDER_PROMPTS = ("query", "document")
 """Prompt names that every model has; empty unless the folder defines them."""
 
-
 _ST_CONFIG = "config_sentence_transformers.json"
-
 
 _TRANSFORMER_CONFIGS = tuple(
     f"sentence_{family}_config.json"
     for family in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
-
 
 _MAX_JSON_BYTES = 32 * 2**20
 """Limit of a JSON file: the weight index of a model with 100,000 tensors has 10 MB."""

@@ -17,10 +17,7 @@ from engines.protocols import Clock
 PART_TOKENS = 64
 """Tokens of the smallest part that is cut for a thread of its own, where few tokens cost nearly as much as these."""
 
-
 Attention = Literal["packed", "padded", "unpadded"]
-
-
 ForwardPath = Literal["graphed", "prepacked", "fused", "packed", "padded", "unpadded"]
 
 

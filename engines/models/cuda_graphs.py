@@ -27,17 +27,14 @@ from engines.models.base import Size
 
 _NUM_WARM_UPS = 2
 
-
 _SYNC_OPERATIONS = {
     "_local_scalar_dense", "item", "is_nonzero", "nonzero", "nonzero_numpy", "masked_select", "equal", "allclose",
     "unique_dim", "_unique2", "unique_consecutive", "repeat_interleave.Tensor", "repeat_interleave.self_Tensor",
 }  # fmt: skip
 """Operations for which the host must read tensor values."""
 
-
 CAPTURING = threading.Lock()
 """Held during a capture: CUDA allows one at a time in a process, and no memory may be freed to a device meanwhile."""
-
 
 Run = Callable[[], Tensor]
 
@@ -150,20 +147,15 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
 
 log = structlog.get_logger(__name__)
 
-
 _MAX_TEXTS = 64
 """Most texts of a row: attention processes every place for a text, also the empty ones."""
 
-
 SIZES = tuple(Size(tokens, min(tokens // 2, _MAX_TEXTS)) for tokens in (32, 64, 128, 256, 512, 1024, 2048))
-
 
 _TRIAL_TOKENS = 32
 """Tokens of each text with which a size is timed: no table of positions is as short."""
 
-
 _NUM_TRIALS = 3
-
 
 _SEGMENT_BYTES = 24 * 2**20
 """Allowance for torch's allocator, which takes 2 and 20 MiB at a time, a bit more than is needed."""

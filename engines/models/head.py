@@ -11,13 +11,10 @@ from engines.spec import PoolingMode
 
 log = structlog.get_logger(__name__)
 
-
 TOKENS, SENTENCE = "token_embeddings", "sentence_embedding"
-
 
 Features = dict[str, Tensor]
 """The named tensors that modules read and write, as in sentence-transformers."""
-
 
 Step = Callable[[Features, PackedLayout, Sequence[int] | None], None]
 """One module: features, layout and prompt tokens of the texts."""

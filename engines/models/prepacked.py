@@ -23,16 +23,11 @@ from engines.models.onnx_graph import SLOW_FUSIONS, Shape, Weights, encoder_grap
 _MODELS = ({"embeddings", "encoder"}, {"embeddings", "transformer"})
 """The modules of a supported model, as named by BERT and by DistilBERT."""
 
-
 _LIBRARY = "transformers.models."
 """The package of the library's own models; code that comes with a model may do more than its modules show."""
 
-
 _TABLES = ("word_embeddings", "position_embeddings")
-
-
 _TOKEN_TYPES, _NORM = "token_type_embeddings", "LayerNorm"
-
 
 _EMBEDDINGS = (*_TABLES, _TOKEN_TYPES, _NORM)
 """The modules of supported embeddings; token types are optional, and all tokens here have the first type."""
@@ -60,38 +55,29 @@ def _embedding_parts(model: nn.Module) -> dict[str, Any]:
 MAX_PREPACKED_BYTES = 192 * 2**20
 """The most bytes of copies: enough for two copies of twelve layers 384 wide, not for one of twelve layers 768 wide."""
 
-
 COPY_SHARE = 16
 """The copies may take one of this many parts of a device's budget: where memory is short, models come first."""
-
 
 MAX_SHARED_THREADS = 4
 """The most threads that share a layer: a product of a dozen rows has no work for more."""
 
-
 PART_TOKENS = 1
 """Tokens of the smallest part of a batch that is worth a thread of its own: any text is."""
-
 
 _TOKEN_LAYERS = 512
 """Tokens × layers of one call. A thread that returns to Python waits for the interpreter's lock, which the event loop
 holds; but a pass can be preempted only between two calls."""
 
-
 _MAX_TEXT_TOKENS = 256
 """Most tokens of a text: attention here runs on padded batches, and keeps the scores of all pairs."""
-
 
 _MAX_PADDED_RATIO = 1.5
 """A padded batch may have this many times as many places as tokens."""
 
-
 _SWITCH = np.array(False), np.array(True)
-
 
 Inputs = dict[str, NDArray[Any]]
 """Inputs of a session, by name."""
-
 
 onnxruntime.set_default_logger_severity(3)
 

@@ -51,7 +51,6 @@ from engines.models.prepacked import PrepackedWeights
 
 log = structlog.get_logger(__name__)
 
-
 Run = Callable[[Sequence[Ids], PackedLayout], Tensor]
 """Runs one forward pass of texts, sorted by length, and returns their hidden states `[T, H]`."""
 

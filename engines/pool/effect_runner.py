@@ -56,16 +56,12 @@ from engines.types import Budget, ModelFiles
 SCAN_S = 5.0
 """How long `DiskScanner.scan` waits; slower searches go on in the background."""
 
-
 log = structlog.get_logger(__name__)
-
 
 PROGRESS_S = 0.2
 """Minimum interval between two progress reports of one download."""
 
-
 _SLOWEST_BYTES_PER_S = 20e6
-
 
 _LOAD_TIME_FACTOR = 10.0
 """A load hangs if it reads more slowly than that, and takes more than so many times as long as the last one."""

@@ -115,7 +115,6 @@ LOAD_LOCK = LoadLock()
 Unloads hold it too, so that they do not distort the memory that a load measures.
 """
 
-
 _NUM_HUB_THREADS = 16
 """Queries are small, but a hub that does not respond blocks each of them for most of a minute."""
 

@@ -57,8 +57,6 @@ from engines.pool.state import PoolState
 from engines.spec import ModelSpec, is_same_engine
 
 REMOVED = "removed from the registry"
-
-
 CHANGED = "changed in the registry"
 
 

@@ -20,7 +20,6 @@ from engines.types import BaseCall, BaseResult, Budget, Call, Event, HostSnapsho
 _PREFIX = struct.Struct("<II")
 """The prefix of a frame: bytes of the head, bytes of the body."""
 
-
 CallKind = TypeVar("CallKind", bound=BaseCall)
 ResultKind = TypeVar("ResultKind", bound=BaseResult)
 

@@ -20,8 +20,6 @@ from engines.types import Embeddings
 from router.schemas.inference import EncodingFormat, OutputDtype, Usage
 
 Matrix = NDArray[np.float32] | NDArray[np.int8] | NDArray[np.uint8]
-
-
 Scalar = Literal["int8", "uint8"]
 
 
@@ -94,7 +92,6 @@ def _ranges(calibration: Calibration, vectors: NDArray[np.float32]) -> tuple[NDA
 
 _PIECE_COMPONENTS = 2**15
 """Components per encoder call: about 1.2 ms as numbers, 0.2 ms as base64."""
-
 
 _INLINE_COMPONENTS: dict[EncodingFormat, int] = {"float": 2**15, "base64": 2**18}
 """Larger bodies are encoded on a thread. This size blocks the event loop for 1 to 2 ms, a thread costs 0.3 ms, and

@@ -14,10 +14,7 @@ from engines.types import Event
 from router.errors import describe
 
 EVENT_STREAM = "text/event-stream"
-
-
 _MAX_EVENTS = 1024
-
 
 _LINGER_S = 0.1
 """How long the stream stays open after the preload has ended, for events still in transit."""
@@ -92,7 +89,6 @@ async def preload_messages(
 
 _MAX_ID_CHARS = 2**14
 """The id is repeated with each event; 256 hosts take half of this."""
-
 
 _SEQ = re.compile(r"[0-9]{1,18}", re.ASCII)
 """At most 18 digits, so that the number fits into 64 bits."""

@@ -39,7 +39,6 @@ _KEEP_ALIVE_REFUSED = (
 _SHORT = 256
 """Characters, or token ids. Every model reads inputs of this length whole, so its limit need not be looked up."""
 
-
 _HEADERS = (
     ResponseHeader(
         name="Server-Timing",

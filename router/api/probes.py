@@ -21,7 +21,6 @@ _TEXT = ResponseSpec(
     str, media_type="text/plain", generate_examples=False, description="Prometheus text format, or OpenMetrics"
 )
 
-
 _requires_admin = requires("admin")
 
 

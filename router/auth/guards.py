@@ -23,7 +23,6 @@ _HOST_REFUSED = (
     "ALLOW_ANONYMOUS=true to allow every host name"
 )
 
-
 _ORIGIN_REFUSED = (
     "Origin {origin!r} is not allowed, because this server needs no key: add it to CORS_ORIGINS, or set API_KEY"
 )
@@ -66,14 +65,8 @@ def _hostname(address: str) -> str:
 
 
 Connection = ASGIConnection[Any, Any, Any, Any]
-
-
 Guard = Callable[[Connection, BaseRouteHandler], Coroutine[Any, Any, None]]
-
-
 _MISSING_KEY = "Missing API key: send the header 'Authorization: Bearer KEY'"
-
-
 _INVALID_KEY = "Invalid API key: check the header 'Authorization: Bearer KEY'"
 
 

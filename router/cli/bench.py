@@ -26,8 +26,6 @@ EXIT_INTERRUPTED = 130
 """Exit codes: a bound was exceeded; nothing could be measured; interrupted by Ctrl+C."""
 
 _DEFAULT_RATE = 10.0
-
-
 _CLIENT_BOUND = "the client was the bottleneck ({:.2f} cores, {:.0f} ms late): the figures are a lower bound"
 
 

@@ -23,7 +23,6 @@ from router.registry.registry import Registry, RegistryError, open_registry
 
 Verdict = Literal["ok", "warn", "fail"]
 
-
 PACKAGES = (
     "embedyard",
     "torch",
@@ -35,13 +34,8 @@ PACKAGES = (
     "uvicorn",
 )
 
-
 LOW_DISK_BYTES, MIN_DISK_BYTES = 10 * 10**9, 10**9
-
-
 _HUB_TIMEOUT_S = 5.0
-
-
 _MIN_FREE_FRACTION = 0.5
 
 
@@ -210,7 +204,6 @@ def _answers(ask: Callable[[], None]) -> bool:
 
 EXIT_FAILED = 1
 """Exit code when serving would not work."""
-
 
 _STYLES = {"ok": "green", "warn": "yellow", "fail": "red"}
 

@@ -13,18 +13,13 @@ from router.errors import TooManyRequests
 from router.limits.budgets import Limit
 
 _MINUTE_S = 60
-
-
 _BODY_BYTES = 64 * 2**20
-
 
 _MAX_INCOMING_BYTES = 512 * 2**20
 """Total bytes of bodies being received; one caller may have half of it. Always fits four bodies of maximum size."""
 
-
 _MAX_WAITING = 1024
 """Requests that may wait for a running one to end. Their bodies count as incoming meanwhile."""
-
 
 _SUBSCRIBER_BITS = 64
 """An IPv6 subscriber has a whole network of this prefix, and may use another address for each request."""

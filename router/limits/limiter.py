@@ -31,19 +31,12 @@ RATE_HEADERS = {
     )
 }
 
-
 _CHARS_PER_TOKEN = 4
-
-
 _SAMPLE_CHARS = 256
-
-
 _SPECIAL_TOKENS = 2
-
 
 _RETRY_RUNNING_S = 1.0
 """Retry-After when running requests have reserved the tokens, and nothing was used yet."""
-
 
 _TICK_S = 0.001
 """Added to waits, which are rounded to milliseconds and must not be too short."""

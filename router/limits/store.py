@@ -124,25 +124,18 @@ class MovingWindows(MemoryStorage):
 
 log = structlog.get_logger()
 
-
 T = TypeVar("T")
-
 
 STORE_TIMEOUT_S = 1.0
 """Longer than any healthy storage takes, also when this server is busy; shorter than clients wait. Only the calls that
 meet an outage first wait so long: afterwards every call fails at once until a probe succeeds."""
 
-
 PROBE_INTERVAL_S = 1.0
-
 
 _MAX_CONNECTIONS = 16
 """A call takes a fraction of a millisecond: under load, waiting for a connection beats opening many."""
 
-
 _REDIS = re.compile(r"async\+(redis(?:s|\+\w+)?)://")
-
-
 _NAMESPACE = "embedyard"
 
 

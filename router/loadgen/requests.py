@@ -26,10 +26,7 @@ of the workshop where a wheel is being measured; it is too wide by the thickness
 Children watch from the bridge, and when the whistle blows all of them cover their ears and laugh.
 """
 
-
 _WORDS = tuple(_PROSE.split())
-
-
 _SEED = 7
 
 
@@ -65,10 +62,8 @@ def read_texts(path: Path) -> list[str]:
 WARM_UP_TIMEOUT_S = 600.0
 """The first request may wait for a model to be loaded."""
 
-
 _NUM_DISTINCT = 512
 """Number of distinct texts, which are sent cyclically: enough that no two concurrent requests are the same."""
-
 
 _UNREACHABLE = "cannot connect to {} ({}); is the server running?"
 

@@ -17,7 +17,6 @@ from router.observability.request_context import PROBES, RequestContext, Stage
 
 _REFUSALS = (429, 503)
 
-
 _STAGES = {
     "lease": metrics.LOAD_WAIT_SECONDS,
     "tokenize": metrics.TOKENIZE_SECONDS,
@@ -26,9 +25,7 @@ _STAGES = {
     "encode": metrics.ENCODE_SECONDS,
 }
 
-
 Child = TypeVar("Child")
-
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a second, unused series for each counter
 

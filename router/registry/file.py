@@ -23,34 +23,18 @@ from router.config.quantities import (
 )
 
 MAX_NAME_CHARS = 200
-
-
 NAME_PATTERN = r"^[^\s/]+(/[^\s/]+)*$"
-
 
 SOURCE_ALLOWED = (
     "a hub id such as BAAI/bge-m3, a local folder (starting with /, ./, ../ or ~) or package:NAME/SUB/FOLDER"
 )
 
-
 _NAME_ALLOWED = f"a name without spaces, of at most {MAX_NAME_CHARS} characters; slashes only between other characters"
-
-
 _COMMIT = re.compile(r"[0-9a-f]{40}", re.ASCII)
-
-
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)?", re.ASCII)
-
-
 _PACKAGE = re.compile(r"package:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*(/[^/\s]+)*", re.ASCII)
-
-
 _LOCAL = re.compile(r"(/|\./|\.\./|~).*|\.|\.\.")
-
-
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
-
-
 _PLACEHOLDER = re.compile(r"\{(\w*)\}")
 
 
@@ -142,7 +126,6 @@ PoolingName = Literal[
     "cls", "mean", "max", "mean_sqrt_len", "weightedmean", "last_token", "mean_sqrt_len_tokens", "lasttoken"
 ]
 
-
 BackendName = Literal["local", "process", "ray"]
 
 
@@ -151,50 +134,20 @@ def _read_by(parse: Callable[[object], object], **schema: object) -> Meta:
 
 
 Name = Annotated[str, _read_by(read_name, pattern=NAME_PATTERN, maxLength=MAX_NAME_CHARS)]
-
-
 Source = Annotated[str, _read_by(read_source, minLength=1)]
-
-
 Revision = Annotated[str, _read_by(read_revision, pattern=r"^\S+$")]
-
-
 Device = Annotated[str, _read_by(parse_device, pattern=DEVICE_PATTERN)]
-
-
 Duration = Annotated[int | float | str, _read_by(parse_keep_alive_s, pattern=KEEP_ALIVE_PATTERN)]
-
-
 CacheSize = Annotated[int | str, _read_by(parse_cache_bytes, pattern=SIZE_PATTERN)]
-
-
 MemoryBudget = Annotated[int | str, _read_by(parse_budget, pattern=BUDGET_PATTERN)]
-
-
 PromptName = Annotated[str, _read_by(read_prompt_name, minLength=1)]
-
-
 Prompt = Annotated[str, _read_by(read_prompt)]
-
-
 FileName = Annotated[str, _read_by(read_file_name, minLength=1)]
-
-
 Sha256 = Annotated[str, _read_by(read_sha256, pattern="^[0-9a-f]{64}$")]
-
-
 Template = Annotated[str, _read_by(read_template)]
-
-
 Count = Annotated[int, Meta(ge=1)]
-
-
 Widths = Annotated[list[Count], Meta(min_length=1)]
-
-
 Bounds = int | float | Annotated[list[int | float], Meta(min_length=1)]
-
-
 Poolings = Annotated[list[PoolingName], Meta(min_length=1)]
 
 

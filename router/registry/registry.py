@@ -97,7 +97,6 @@ class Changes(Struct, frozen=True, kw_only=True):
 
 DEFAULT_BUDGET = Budget(fraction=0.8)
 
-
 _MAX_LIKELY, _MAX_COMPARED = 64, 16
 """Of the names that share most character pairs with an unknown one: how many are considered, and how many difflib
 compares. It takes 0.1 ms per name, so a client that sends unknown names to 1,000 models would block the server."""

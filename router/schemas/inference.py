@@ -12,43 +12,26 @@ from engines.types import State
 
 MAX_INPUTS = 2048
 
-
 MAX_IDS_OF_TEXT = 2**20
 """Most token ids in one text; no model reads more."""
-
 
 MAX_IDS = 2**23
 """Most token ids in one request; LangChain's largest, 1,000 texts of 8,191 ids, is smaller."""
 
-
 MAX_NAME_CHARS = 1024
 """Most characters in a name in a request: models, prompts, hosts, users."""
 
-
 MAX_QUANTITY_CHARS = 64
-
-
 MAX_WIDTH = 2**31 - 1
-
-
 EncodingFormat = Literal["float", "base64"]
-
-
 OutputDtype = Literal["float", "int8", "uint8", "binary", "ubinary"]
-
 
 TokenId = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 """64 bits, which is what can be sent to an engine; the engine checks whether the model has the id."""
 
-
 Name = Annotated[str, Meta(max_length=MAX_NAME_CHARS)]
-
-
 KeepAlive = float | Annotated[str, Meta(max_length=MAX_QUANTITY_CHARS)]
-
-
 Width = Annotated[int, Meta(ge=1, le=MAX_WIDTH)]
-
 
 Input = str | list[str | TokenId | tuple[TokenId, ...]]
 """msgspec allows one array type in a union, so `router/api/decoding.py` checks that all items are of one kind."""

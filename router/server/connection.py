@@ -56,7 +56,6 @@ which take 12 MB of memory."""
 MAX_DISCARDED_BYTES = 64 * 2**20
 """Bytes that are read and discarded of a body whose request has been answered."""
 
-
 _CONNECTIONS_CAP = 8192
 _RESERVED_FILES = 256
 """File descriptors reserved for models, workers and logs: a load that cannot open files fails."""

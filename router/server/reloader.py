@@ -22,7 +22,6 @@ from router.server.state import ServerState
 
 log = structlog.get_logger()
 
-
 KEYS_POLL_INTERVAL_S = 0.4
 """A change is applied when the file is the same in two polls in a row, so it takes up to three polls."""
 

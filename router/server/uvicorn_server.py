@@ -60,24 +60,17 @@ def _has_terminal() -> bool:
 _KEEP_ALIVE_S = 75
 """Longer than load balancers keep idle connections (usually 60 s): they close first, and never use a closed one."""
 
-
 _AFTER_GRACE_S = 5
 """The backend fails what it cannot finish within the grace time; uvicorn cancels requests only after that."""
-
 
 _FORCED_EXIT_MARGIN_S = 15.0
 """Beyond the grace time: for interrupted requests to be answered, threads to end, and the last bytes to be sent."""
 
-
 _QUIET_S, _MAX_QUIET_CHECKS = 0.15, 10
-
-
 _BACKLOG = 2048
-
 
 EXIT_FORCED = 1
 """Exit code of a forced exit with unfinished requests."""
-
 
 log = structlog.get_logger()
 

@@ -6,18 +6,13 @@ They must be the same on every node: `ray start` and the containers of deploy/ra
 import os
 
 APP = "embedyard"
-
-
 DEPLOYMENT = "host"
-
 
 STATS_PERIOD_S = 0.5
 """How often Serve's controller collects routing stats from a host and sends them to the routers."""
 
-
 HEALTH_PERIOD_S = 2.0
 """A replacement answers after 3 s; with Serve's default of 10 s it takes 9 s."""
-
 
 VARIABLES = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",  # one loop in routers and replicas, and gRPC: 2-3 ms a call, not 6-7

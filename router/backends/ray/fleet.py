@@ -46,10 +46,8 @@ from router.registry.registry import Registry
 
 _LOAD_TIMEOUT_S = 3600.0
 
-
 _COMMAND_TIMEOUT_S = 30.0
 """Added to the time that a command may take by itself."""
-
 
 _RETRY_DELAY_S = 0.05
 
@@ -111,18 +109,10 @@ def _not_deployed_error() -> InvalidValue:
 
 log = structlog.get_logger()
 
-
 POLL_INTERVAL_S = 0.5
-
-
 _POLL_TIMEOUT_S = 2.0
-
-
 _MAX_MISSED_POLLS = 3
-
-
 _REPLACEMENT_TIMEOUT_S = 120.0
-
 
 _DISCOVERY_TIMEOUT_S = 10.0
 """How long `open` waits for Serve to list the replicas; hosts that start later are found, too."""
