@@ -1,9 +1,10 @@
-"""Measures whether the working tree is faster or slower than the last commit (`make bench-diff`).
+"""Measures whether the working tree is faster or slower than another commit, by default the last (`make bench-diff`).
 
-    python -m benchmarks.offline.regression
+    python -m benchmarks.offline.regression --against HEAD
 
-The other commit's files go into a temporary folder, its engine runs beside ours, round by round, driven by the same
-script: a regression is seen against the same machine at the same minute, not against a file of last week.
+The other commit's files go into a temporary folder, and its engine runs beside ours, round by round, driven by the same
+script: both are measured on the same machine in the same minutes. Commits before today's packages can be compared, too
+(`benchmarks/peers/layouts.py`).
 """
 
 import argparse
@@ -30,15 +31,15 @@ TOLERANCE = 0.95
 
 
 def unpack(commit: str, folder: Path) -> str:
-    """Put a commit's files into a folder; its short name.
+    """Put `engines` and `router` of a commit into a folder, and return the commit's short name.
 
     Raises:
-        ValueError: git knows no such commit.
+        ValueError: git finds no such commit.
     """
     ask = ["git", "rev-parse", "--short", f"{commit}^{{commit}}"]
     known = subprocess.run(ask, cwd=ROOT, capture_output=True, text=True, check=False)
     if known.returncode:
-        raise ValueError(f"git knows no commit {commit!r}: {known.stderr.strip()}")
+        raise ValueError(f"git finds no commit {commit!r}: {known.stderr.strip()}")
     archive = subprocess.run(
         ["git", "archive", known.stdout.strip(), "engines", "router"], cwd=ROOT, capture_output=True, check=True
     ).stdout
@@ -81,7 +82,7 @@ def regressions(report: Report) -> list[str]:
 
 
 def _check_tree(worker: Worker, tree: Path) -> None:
-    """A worker that runs the wrong tree would compare a thing with itself."""
+    """Assert that a worker imported `engines` from its tree; else a tree would be compared with itself."""
     found = Path(worker.facts["engines"]).resolve()
     assert found == tree.resolve(), f"{worker.name} runs {found}, not {tree}"
 

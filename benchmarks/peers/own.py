@@ -1,6 +1,6 @@
-"""The offline engine as a worker: the host of `engines/machine.py` with pool, lane and engine, as the server has it.
+"""Runs the offline engine as a worker: a host of `engines/machine.py` with pool, scheduler and engine, as served.
 
-`own.py FOLDER`. Imports `engines` from wherever PYTHONPATH says: `bench-diff` runs it on two trees.
+`own.py FOLDER`. Imports `engines` from the tree in PYTHONPATH: `bench-diff` runs this script on two trees.
 """
 
 import asyncio
@@ -16,15 +16,18 @@ import engines
 from engines.host import Host
 from engines.machine import Machine, MachineConfig
 from engines.spec import ModelSpec
-from engines.types import EmbedCall
 
 MODEL = "m"
 
-lines: Any = importlib.import_module("lines")  # a script: its own folder is on the path
+# This is a script, so its own folder is on the path.
+layouts: Any = importlib.import_module("layouts")
+lines: Any = importlib.import_module("lines")
+
+EmbedCall: Any = layouts.embed_call()
 
 
 async def run(folder: str) -> None:
-    """Load, then answer until stdin ends."""
+    """Load the model, then answer questions until stdin ends."""
     say = lines.open_answers()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     config = MachineConfig(devices=("cpu",), cores=cores, tokenizer_threads=cores)
@@ -32,7 +35,7 @@ async def run(folder: str) -> None:
     (host,) = machine.hosts
     await host.start()
     status = await host.preload(MODEL)
-    assert status.info is not None, "a ready model knows what it is"
+    assert status.info is not None, "a ready model has its facts"
     say({"ready": {
         "engines": str(Path(engines.__file__).parent.parent),
         "dimensions": status.info.dimensions, "attention": status.info.attention, "notes": status.info.notes,
@@ -44,8 +47,8 @@ async def run(folder: str) -> None:
 
 
 async def answer(host: Host, question: dict[str, Any]) -> dict[str, Any]:
-    """`time`: the calls, so many at once (1 unless told); `vectors`: of some texts."""
-    run_call: Any = getattr(host, "run" if hasattr(host, "run") else "embed")  # what older trees call it
+    """Answer one question: `time` runs the calls, `concurrency` at once (default 1); `vectors` embeds some texts."""
+    run_call = layouts.run_of(host)
     if question["op"] == "vectors":
         embeddings = await run_call(_call(question["texts"]))
         return {"vectors": embeddings.array().tolist()}
@@ -60,7 +63,7 @@ async def answer(host: Host, question: dict[str, Any]) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - started}
 
 
-def _call(texts: list[str]) -> EmbedCall:
+def _call(texts: list[str]) -> Any:
     return EmbedCall(model_id=MODEL, texts=tuple(texts))
 
 

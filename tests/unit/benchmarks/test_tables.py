@@ -85,7 +85,7 @@ def test_slower_in_every_round_and_by_more_than_noise_is_a_regression(
 
 
 def test_a_commit_that_git_does_not_know_is_said(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="git knows no commit"):
+    with pytest.raises(ValueError, match="git finds no commit"):
         regression.unpack("nonsense", tmp_path)
 
 
