@@ -40,7 +40,7 @@ RAY_PORT = 26379
 
 
 class Found(Struct, frozen=True, kw_only=True):
-    """One backend. Seconds, bytes; `start_s`: from the command to the first answer; `cold_s`: a request that loads."""
+    """One backend, in seconds and bytes. `start_s`: up to the first answer; `cold_s`: of a request that loads."""
 
     start_s: float
     cold_s: float
@@ -52,13 +52,13 @@ class Found(Struct, frozen=True, kw_only=True):
 
 
 def variables(name: str) -> dict[str, str]:
-    """The settings of a backend."""
+    """Return the settings of a backend."""
     ray = {"RAY_ADDRESS": f"127.0.0.1:{RAY_PORT}", "PYTHONWARNINGS": "ignore"} if name == "ray" else {}
     return {"BACKEND": name, "CPU_HOSTS": str(HOSTS), "MEMORY_BUDGET": "3GiB", **ray}
 
 
 def registry_of(folder: Path, path: Path) -> Path:
-    """The model, on both hosts when it is busy."""
+    """Return a registry with the model, which may be on both hosts when it is busy."""
     write_registry(path, {MODEL: folder})
     path.write_text(path.read_text() + f"    replicas: {HOSTS}\n")
     return path
@@ -84,7 +84,7 @@ def around(name: str, registry: Path, *, deploys: bool = True) -> Iterator[list[
 
 
 def _until_ok(command: Sequence[str], environ: dict[str, str]) -> None:
-    """Run until it succeeds: a cluster takes some seconds to answer."""
+    """Run the command until it succeeds: a cluster takes some seconds to start."""
     for _ in range(30):
         done = subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True, check=False)
         if done.returncode == 0:
@@ -94,7 +94,7 @@ def _until_ok(command: Sequence[str], environ: dict[str, str]) -> None:
 
 
 def measure(name: str, folder: Path, seconds: float, num_calls: int) -> Found:
-    """One backend under every number of clients."""
+    """Measure one backend with each number of clients."""
     call = call_cost(name, num_calls)
     with tempfile.TemporaryDirectory() as draft:
         registry = registry_of(folder, Path(draft) / "registry.yaml")
@@ -118,7 +118,7 @@ def measure(name: str, folder: Path, seconds: float, num_calls: int) -> Found:
 
 
 def under_load(target: Target, requests: Sequence[Request], clients: int, seconds: float) -> load.Outcome:
-    """So many clients for so long."""
+    """Send requests from `clients` clients for `seconds`."""
     return load.run(lambda: load.closed(target, requests, clients, until=load.after_s(seconds)))
 
 
@@ -133,7 +133,7 @@ def call_cost(name: str, num_calls: int) -> dict[str, float]:
 
 @contextmanager
 def around_calls(name: str) -> Iterator[dict[str, str]]:
-    """A cluster without hosts, for the script to deploy its own."""
+    """Start a cluster without hosts; the script deploys its own."""
     environ = os.environ | variables(name) | {"PYTHONPATH": str(ROOT)}
     if name != "ray":
         yield environ
@@ -146,19 +146,19 @@ def around_calls(name: str) -> Iterator[dict[str, str]]:
 
 
 def make_requests(target: Target, folder: Path) -> list[Request]:
-    """Eight short texts a request."""
+    """Make requests of eight short texts each."""
     texts = workloads.make("short", 512, workloads.counter(folder)).texts
     return [encode(target, texts[at : at + 8]) for at in range(0, 512, 8)]
 
 
 def memory_bytes(pids: Sequence[int]) -> int:
-    """What these processes and their descendants take together; shared pages count once."""
+    """Return the memory of these processes and their descendants; shared pages count once."""
     found = {one for pid in pids for one in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True))}
     return sum(process.memory_full_info().pss for process in found)
 
 
 def cold(server: Server) -> float:
-    """Evict the model, and ask for it: seconds to the answer."""
+    """Evict the model, request it, and return the seconds to the answer."""
     host, port = server.target.address
     subprocess.run(
         ["curl", "-sf", "-X", "POST", f"http://{host}:{port}/admin/models/{MODEL}/evict"],
@@ -169,7 +169,7 @@ def cold(server: Server) -> float:
 
 
 def run(folder: Path, names: Sequence[str], seconds: float, num_calls: int) -> Report:
-    """All backends, one after the other."""
+    """Measure all backends, one after the other."""
     watch = Watch()
     warn_if_busy(watch.machine)
     found = {name: measure(name, folder, seconds, num_calls) for name in with_progress(names, "backend")}
@@ -200,7 +200,7 @@ def _row(name: str, found: Found) -> tuple[str, ...]:
 
 
 def run_lag(folder: Path, names: Sequence[str], rounds: int) -> Report:
-    """Load and evict a large model again and again, and see how late the router's loop is meanwhile."""
+    """Load and evict a large model repeatedly, and measure the lag of the router's event loop meanwhile."""
     watch = Watch()
     warn_if_busy(watch.machine)
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))

@@ -1,4 +1,4 @@
-"""For every test: the log stays off the screen, and libraries out of the collector's sight; both would cost minutes."""
+"""Configures all tests: no console log, and libraries exempt from garbage collection, as both would cost minutes."""
 
 import gc
 from typing import Any, NoReturn
@@ -7,7 +7,7 @@ import pytest
 import structlog
 from hypothesis import settings
 
-settings.register_profile("suite", deadline=None)  # how long an example takes depends on who else uses the machine
+settings.register_profile("suite", deadline=None)  # an example's time depends on the load of the machine
 settings.load_profile("suite")
 
 
@@ -19,11 +19,11 @@ structlog.configure(processors=[_drop], logger_factory=structlog.ReturnLoggerFac
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the slow files first: a worker that got one last would run on while the others have nothing left."""
+    """Put the slow files first: a worker that got one last would run on after the others have finished."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 def pytest_collection_finish() -> None:
-    """As `embedyard serve` does before it serves: every unload of a model ends with a full collection."""
+    """Freeze the collected objects as `embedyard serve` does: every unload ends with a full garbage collection."""
     gc.collect()
     gc.freeze()

@@ -28,7 +28,7 @@ HEADER = ("family", "pooling", "attention", "worst cosine", "worst max-abs", "no
 
 
 class Row(Struct, frozen=True):
-    """One line of the table; `benchmarks/lib/engine_kit.py` says what the two measures are."""
+    """One row of the table; `benchmarks/lib/engine_kit.py` defines the two measures."""
 
     family: str
     pooling: str
@@ -38,13 +38,13 @@ class Row(Struct, frozen=True):
     note: str
 
     def cells(self) -> tuple[str, ...]:
-        """The line as text."""
+        """Return the row as text."""
         cosine = "1" if self.cosine >= 1 else f"1 - {1 - self.cosine:.0e}"
         return (self.family, self.pooling, self.attention, cosine, f"{self.component:.1e}", self.note)
 
 
 def compare(engine: EmbeddingEngine, model: SentenceTransformer, texts: list[str]) -> tuple[float, float]:
-    """The worst cosine and the largest difference of any component, over all prompts, normalised and not."""
+    """Return the worst cosine and the largest difference of any component, over all prompts, normalised and not."""
     cosine, component = 1.0, 0.0
     for prompt in ("", *engine.info.prompts.values()):
         for is_normal in (True, False):
@@ -56,7 +56,7 @@ def compare(engine: EmbeddingEngine, model: SentenceTransformer, texts: list[str
 
 
 def rows(kit: Kit, texts: list[str]) -> Iterator[Row]:
-    """One row for each recipe, then the embedded model where it is installed."""
+    """Yield one row for each recipe, then one for the embedded model where it is installed."""
     for name, recipe in RECIPES.items():
         engine = kit.engine(name)
         cosine, component = compare(engine, kit.reference(name), texts)
@@ -70,7 +70,7 @@ def rows(kit: Kit, texts: list[str]) -> Iterator[Row]:
 
 
 def main() -> None:
-    """Print the table; exit with 1 when a row is not within the promise."""
+    """Print the table; exit with 1 when a row is not within the tolerance."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy.parity", description=__doc__)
     parser.add_argument("--texts", type=int, default=40, help="texts of 1 to 200 tokens, in several languages")
     texts = mixed(parser.parse_args().texts, seed=11)

@@ -1,4 +1,4 @@
-"""What one client can do to everybody else: attacks on a server of ours, one after the other, each on a fresh one.
+"""Measures what one client can do to the others: attacks on our server, one after the other, each on a fresh one.
 
 While an attack runs, `/health` is asked every 10 ms, a second client embeds a passage every 50 ms, and the memory of
 the server and its workers is sampled. Everything is bounded in count and time and goes to loopback only.
@@ -37,7 +37,7 @@ HEALTH_EVERY_S = 0.01
 PASSAGE_EVERY_S = 0.05
 MEMORY_EVERY_S = 0.02
 ANSWER_S = 60.0
-"""An answer that takes longer than this is not waited for."""
+"""Timeout of an answer."""
 
 ATTACKER, VICTIM = "attackers-key", "victims-key"
 PASSAGE = "Which of these engines is ready, and which of them is still on its way? " * 16
@@ -51,7 +51,7 @@ class Site(Struct, frozen=True):
     pid: int
 
     def connect(self, *, buffer_bytes: int | None = None, timeout_s: float = ANSWER_S) -> socket.socket:
-        """A connection; `buffer_bytes`: how much the kernel may hold of an answer that is not read."""
+        """Open a connection; `buffer_bytes`: the size of the kernel's buffer for an unread answer."""
         client = socket.socket()
         if buffer_bytes is not None:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)
@@ -61,24 +61,24 @@ class Site(Struct, frozen=True):
 
 
 class Outcome(Struct, frozen=True, kw_only=True):
-    """What everybody else saw of an attack.
+    """The effect of an attack on the other clients.
 
     `stall_s`: the slowest answer of `/health`. `memory_bytes`: the highest resident memory above that of the quiet
-    server; `kept_bytes`: what of it was still held two seconds after. `passage_s`: the slowest answer to the second
-    client; `refused`: how many of its requests got another status than 200.
+    server; `held_bytes`: the part of it still held two seconds after. `passage_s`: the slowest answer to the second
+    client; `refused`: the number of its requests with another status than 200.
     """
 
     stall_s: float
     memory_bytes: int
-    kept_bytes: int
+    held_bytes: int
     passage_s: float
     passages: int
     refused: int
-    said: str
+    result: str
 
 
 Strike = Callable[[Site], str]
-"""Attacks, and says what came of it."""
+"""Runs an attack and returns its result as text."""
 
 
 class Attack(Struct, frozen=True):
@@ -94,7 +94,7 @@ class Attack(Struct, frozen=True):
 
 
 def request(body: bytes, key: str = ATTACKER, *, length: int | None = None) -> bytes:
-    """A request for vectors; `length` is what it promises, when that is not the length of the body."""
+    """Return a request for vectors; `length` is its Content-Length, where that differs from the body's length."""
     head = (
         "POST /v1/embeddings HTTP/1.1", "Host: 127.0.0.1", f"Authorization: Bearer {key}",
         "Content-Type: application/json", f"Content-Length: {len(body) if length is None else length}",
@@ -103,7 +103,7 @@ def request(body: bytes, key: str = ATTACKER, *, length: int | None = None) -> b
 
 
 def body(**fields: object) -> bytes:
-    """A body in JSON."""
+    """Return a body in JSON."""
     return json.dumps({"model": MODEL, **fields}).encode()
 
 
@@ -117,7 +117,7 @@ def ask_once(site: Site, wanted: bytes) -> str:
 
 
 def leave_early(site: Site, wanted: bytes, clients: int, after_s: float) -> str:
-    """Send the same request so many times at once, and hang up."""
+    """Send the same request from `clients` connections at once, and close them."""
     connections = [site.connect() for _ in range(clients)]
     for client in connections:
         threading.Thread(target=_send_all, args=(client, request(wanted)), daemon=True).start()
@@ -132,7 +132,7 @@ def leave_early(site: Site, wanted: bytes, clients: int, after_s: float) -> str:
 
 
 def never_read(site: Site, seconds: float) -> str:
-    """Ask for large answers with a key that may have one at a time, and read none of them."""
+    """Request large answers with a key that may have one at a time, and read none of them."""
     wanted, begun = request(body(input=["a"] * 2048)), 0
     held: list[socket.socket] = []
     until = time.monotonic() + seconds
@@ -167,7 +167,7 @@ def read_slowly(site: Site, bytes_per_s: int) -> str:
 
 
 def trickle(site: Site, connections: int, seconds: float) -> str:
-    """Send the body of many requests a byte every 50 ms; what is refused is sent again, until it holds a place."""
+    """Send the bodies of many requests at a byte every 50 ms; send refused ones again until they hold a place."""
     held = [_begin_body(site) for _ in range(connections)]
     until = time.monotonic() + seconds
     while time.monotonic() < until:
@@ -189,7 +189,7 @@ def _begin_body(site: Site) -> socket.socket:
 
 
 def _is_answered(client: socket.socket) -> bool:
-    """Send one more byte, and see whether the server has answered or hung up."""
+    """Send one more byte; return whether the server has answered or closed the connection."""
     try:
         client.send(b" ")
         client.recv(1, socket.MSG_PEEK)
@@ -201,7 +201,7 @@ def _is_answered(client: socket.socket) -> bool:
 
 
 def stop_the_worker(site: Site, seconds: float) -> str:
-    """Stop the worker process, and abandon one large request after the other meanwhile."""
+    """Stop the worker process, and abandon large requests one after the other meanwhile."""
     workers = psutil.Process(site.pid).children(recursive=True)
     worker = max(workers, key=lambda process: process.memory_info().rss)
     wanted, sent = request(body(input=["word " * 50] * 2000)), 0
@@ -236,7 +236,7 @@ def _send_all(client: socket.socket, wanted: bytes) -> None:
 
 
 def attacks() -> list[Attack]:
-    """All of them, in the order of the issue."""
+    """Return all attacks, in the order of the issue."""
     words = "word " * 1800
     ids = json.dumps([101, *range(2000, 6500), 102])
     many_ids = b'{"model":"%s","input":[%s]}' % (MODEL.encode(), ",".join([ids] * 2048).encode()[: 58 << 20])
@@ -254,11 +254,11 @@ def attacks() -> list[Attack]:
     ]
 
 
-# ---- what everybody else sees ----
+# ---- the other clients ----
 
 
 class Prober:
-    """Asks one thing of the server again and again, on a thread, and keeps how long each answer took."""
+    """Sends the same request repeatedly, on a thread, and records the latency of each answer."""
 
     def __init__(self, site: Site, every_s: float, method: str, path: str, wanted: bytes | None = None) -> None:
         self.latencies_s: list[float] = []
@@ -270,7 +270,7 @@ class Prober:
         self._thread.start()
 
     def end(self) -> None:
-        """Stop; what is under way is waited for."""
+        """Stop after the request in flight."""
         self._ended.set()
         self._thread.join(2 * ANSWER_S)
 
@@ -301,7 +301,7 @@ class MemoryWatch:
         self._thread.start()
 
     def read(self) -> int:
-        """Bytes now."""
+        """Return the current bytes."""
         total = 0
         with suppress(psutil.NoSuchProcess):
             for process in (self._process, *self._process.children(recursive=True)):
@@ -309,7 +309,7 @@ class MemoryWatch:
         return total
 
     def end(self) -> None:
-        """Stop."""
+        """Stop sampling."""
         self._ended.set()
         self._thread.join()
 
@@ -319,12 +319,12 @@ class MemoryWatch:
 
 
 def watch(attack: Attack, site: Site) -> Outcome:
-    """Run an attack, and see what others see of it."""
+    """Run an attack and measure its effect on the other clients."""
     memory = MemoryWatch(site.pid)
     health = Prober(site, HEALTH_EVERY_S, "GET", "/health")
     passages = Prober(site, PASSAGE_EVERY_S, "POST", "/v1/embeddings", body(input=PASSAGE))
     time.sleep(0.5)
-    said = attack.strike(site)
+    result = attack.strike(site)
     for prober in (health, passages):
         prober.end()
     time.sleep(2.0)
@@ -332,11 +332,11 @@ def watch(attack: Attack, site: Site) -> Outcome:
     return Outcome(
         stall_s=max(health.latencies_s),
         memory_bytes=memory.peak_bytes - memory.before_bytes,
-        kept_bytes=memory.read() - memory.before_bytes,
+        held_bytes=memory.read() - memory.before_bytes,
         passage_s=max(passages.latencies_s),
         passages=len(passages.latencies_s),
         refused=passages.refused,
-        said=said,
+        result=result,
     )
 
 
@@ -354,7 +354,7 @@ def write_keys(path: Path) -> Path:
 
 @contextmanager
 def under_attack(attack: Attack, folder: Path, tree: Path) -> Iterator[Site]:
-    """A fresh server of a tree."""
+    """Run a fresh server of a tree until the block ends."""
     with tempfile.TemporaryDirectory() as draft:
         registry = write_registry(Path(draft) / "registry.yaml", {MODEL: folder})
         keys = write_keys(Path(draft) / "keys.yaml")
@@ -387,33 +387,42 @@ def run(folder: Path, names: Sequence[str], commit: str | None) -> Report:
             for label, tree in trees.items():
                 with under_attack(attack, folder, tree) as site:
                     outcome = outcomes[attack.name][label] = watch(attack, site)
-                print(f"{attack.number} {attack.name}, {label}: {outcome.said}", flush=True)
+                print(f"{attack.number} {attack.name}, {label}: {outcome.result}", flush=True)
         machine = watched.machine
     return Report(
         name="attack",
         title="What one client can do to everybody else",
         machine=machine,
         settings={"model": folder.name, "commit": commit or "none"},
-        header=("attack", "tree", "/health, worst s", "memory, MB", "kept, MB", "passage, worst s", "refused", "said"),
+        header=(
+            "attack",
+            "tree",
+            "/health, worst s",
+            "memory, MB",
+            "held, MB",
+            "passage, worst s",
+            "refused",
+            "result",
+        ),
         rows=[row(attack, label, outcome) for attack in chosen for label, outcome in outcomes[attack.name].items()],
         samples={name: {label: structs.asdict(one) for label, one in by.items()} for name, by in outcomes.items()},
         notes=(
-            "memory: the peak above the quiet server, of it and its workers; kept: what was left two seconds after",
+            "memory: the peak above the quiet server, of it and its workers; held: what was left two seconds after",
         ),
     )
 
 
 def row(attack: Attack, label: str, outcome: Outcome) -> tuple[str, ...]:
-    """One line of the table."""
+    """Return one row of the table."""
     return (
         f"{attack.number} {attack.name}",
         label,
         f"{outcome.stall_s:.2f}",
         f"{outcome.memory_bytes / 1e6:,.0f}",
-        f"{outcome.kept_bytes / 1e6:,.0f}",
+        f"{outcome.held_bytes / 1e6:,.0f}",
         f"{outcome.passage_s:.2f}",
         f"{outcome.refused} of {outcome.passages}",
-        outcome.said,
+        outcome.result,
     )
 
 

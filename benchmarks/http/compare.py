@@ -47,7 +47,7 @@ SECONDS = 8.0
 
 
 class Case(Struct, frozen=True):
-    """One line of the table."""
+    """One row of the table: a workload, texts per request, and clients."""
 
     workload: str
     texts: int
@@ -61,14 +61,14 @@ CASES = (*(Case("short", 1, clients) for clients in (1, 8, 32, 64)), Case("mixed
 
 
 def plans(folder: Path, draft: Path) -> list[Plan]:
-    """Ours first."""
+    """Return how to start each server, ours first."""
     registry = write_registry(draft / "registry.yaml", {"minilm": folder})
     return [own(registry, "minilm"), infinity(folder, "torch"), infinity(folder, "optimum"), fastapi(folder)]
 
 
 @contextmanager
 def open_servers(wanted: Sequence[Plan]) -> Iterator[tuple[list[Server], list[str]]]:
-    """Those that come up, and a note for each that does not; ours has to."""
+    """Start the servers; yield those that start, and a note for each that does not. Ours must start."""
     with ExitStack() as stack:
         servers, notes = [], []
         for plan in wanted:
@@ -85,7 +85,7 @@ def open_servers(wanted: Sequence[Plan]) -> Iterator[tuple[list[Server], list[st
 def measure(
     case: Case, servers: Sequence[Server], folder: Path, rounds: int, seconds: float, *, settle_s: float = SETTLE_S
 ) -> tuple[dict[str, list[float]], dict[str, list[Outcome]]]:
-    """Texts a second by server, and the outcomes they come from; one uncounted round warms up."""
+    """Return texts a second by server, and the outcomes they come from; one uncounted round warms up."""
     outcomes: dict[str, list[Outcome]] = {server.name: [] for server in servers}
     requests = {server.name: make_requests(server.target, folder, case.workload, case.texts) for server in servers}
 
@@ -103,7 +103,7 @@ def measure(
 def row(
     case: Case, samples: Mapping[str, Sequence[float]], outcomes: Mapping[str, Sequence[Outcome]]
 ) -> tuple[str, ...]:
-    """One line: speeds, our ratio to the best peer, p95 latencies, failures."""
+    """Return one row: speeds, our ratio to the best peer, p95 latencies, failures."""
     best = max((name for name in samples if name != OURS), key=lambda name: median(samples[name]), default=OURS)
     p95 = [f"{1000 * _latency(outcomes[name], 0.95):.0f}" for name in samples]
     failed = sum(outcome.num_failed for found in outcomes.values() for outcome in found)
@@ -126,7 +126,7 @@ def run_servers(
     wanted: Sequence[str] | None = None,
     settle_s: float = SETTLE_S,
 ) -> Report:
-    """Measure a model folder on every server (or on those named)."""
+    """Measure a model folder on every server, or on the named ones."""
     watch = Watch()
     warn_if_busy(watch.machine)
     with tempfile.TemporaryDirectory() as draft:
@@ -169,7 +169,7 @@ def run_servers(
 
 
 def draw(report: Report, path: Path) -> None:
-    """Lines: texts a second over the number of clients, for the cases of single texts."""
+    """Draw texts a second over the number of clients, for the cases of single texts."""
     rates = {name: samples for name, samples in report.samples["texts_per_s"].items() if name.startswith("1 ×")}
     if not rates:
         return
@@ -180,7 +180,7 @@ def draw(report: Report, path: Path) -> None:
 
 
 def _off_by(servers: Sequence[Server], folder: Path) -> dict[str, float]:
-    """How far each server's vectors are from ours."""
+    """Return the largest difference of a component of each server's vectors from ours."""
     texts = workloads.make("mixed", 4, workloads.counter(folder), seed=11).texts
     found = {server.name: vectors(server.target, texts) for server in servers}
     return {name: float(np.abs(own_vectors - found[servers[0].name]).max()) for name, own_vectors in found.items()}
@@ -191,7 +191,7 @@ def _latency(outcomes: Sequence[Outcome], share: float) -> float:
 
 
 def main_servers(argv: Sequence[str]) -> None:
-    """Print the table, and draw it."""
+    """Print the table and draw it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.http.compare servers", description=__doc__)
     parser.add_argument("--model", default="minilm")
     parser.add_argument("--rounds", type=int, default=5)
@@ -209,7 +209,7 @@ TEXTS = 32
 
 
 def over_http(target: Target, requests: Sequence[Request], clients: int) -> Outcome:
-    """All requests once.
+    """Return texts a second of all requests, each sent once.
 
     Raises:
         OSError: one failed.
@@ -221,7 +221,7 @@ def over_http(target: Target, requests: Sequence[Request], clients: int) -> Outc
 
 
 def offline(engine: Worker, calls: Sequence[Sequence[str]], clients: int) -> float:
-    """Texts a second without a server."""
+    """Return texts a second without a server."""
     seconds = float(engine.ask(op="time", calls=list(calls), concurrency=clients)["seconds"])
     return sum(map(len, calls)) / seconds
 
@@ -229,7 +229,7 @@ def offline(engine: Worker, calls: Sequence[Sequence[str]], clients: int) -> flo
 def run_offline(
     folder: Path, workload: str, texts: int, num_calls: int, rounds: int, *, settle_s: float = SETTLE_S
 ) -> Report:
-    """Measure a model folder."""
+    """Measure a model folder over HTTP and without."""
     watch = Watch()
     warn_if_busy(watch.machine)
     work = workloads.make(workload, texts * num_calls, workloads.counter(folder))
@@ -277,7 +277,7 @@ def main_offline(argv: Sequence[str]) -> None:
 
 
 def main() -> None:
-    """Run the command that is asked for."""
+    """Run the requested command."""
     run_command({"servers": main_servers, "offline": main_offline})
 
 

@@ -1,6 +1,6 @@
-"""What the dashboard costs the server while it is open in a browser: cores with it and without it, in turns.
+"""Measures what an open dashboard costs the server: cores with it and without it, in alternating rounds.
 
-Idle: nobody asks for embeddings. Busy: so many requests a second, which cost the same with and without the page. Needs
+Idle: no requests. Busy: a fixed number of requests a second, which cost the same with and without the page. Needs
 Chromium and its driver (`make browser`).
 
     python -m benchmarks.http.dashboard_cost
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 MODEL = "all-MiniLM-L6-v2"
 SETTLE_S = 4.0
-"""After opening: the files are there, the events that the server remembered have been told."""
+"""Wait after opening, until the page has its files and the buffered events."""
 
 
 def cores(server: Server, work: Callable[[], None]) -> float:
-    """That the server keeps busy while `work` runs."""
+    """Return the cores that the server uses while `work` runs."""
     before_s, began_s = server.core_s, time.perf_counter()
     work()
     return (server.core_s - before_s) / (time.perf_counter() - began_s)
@@ -41,7 +41,7 @@ def cores(server: Server, work: Callable[[], None]) -> float:
 def turns(
     server: Server, driver: "webdriver.Chrome", work: Callable[[], None], rounds: int
 ) -> tuple[list[float], list[float]]:
-    """Cores without and with the page, one of each a round."""
+    """Return the cores used without and with the page, one sample of each a round."""
     without, beside = [], []
     for _ in with_progress(range(rounds), "round"):
         driver.get("about:blank")
@@ -93,14 +93,14 @@ def run(rounds: int, seconds: float, per_s: float) -> Report:
 
 
 def row(name: str, without: Sequence[float], beside: Sequence[float]) -> tuple[str, ...]:
-    """One line of the table."""
+    """Return one row of the table."""
     added = statistics.median(after - before for before, after in zip(without, beside, strict=True))
     shown = (statistics.median(without), statistics.median(beside), added)
     return (name, *(f"{each:.4f}" for each in shown), f"{100 * added:.2f}")
 
 
 def main() -> None:
-    """Print the table, and save it."""
+    """Print the table and save it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.http.dashboard_cost", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=20.0, help="of each turn")

@@ -41,7 +41,7 @@ class Kind(Struct, frozen=True):
 
 
 def make_load(target: Target, folder: Path, bulk_texts: int) -> list[Kind]:
-    """Three kinds of clients at once."""
+    """Return three kinds of clients, which run at once."""
     texts = workloads.make("short", bulk_texts, workloads.counter(folder)).texts
     return [
         Kind("single texts", make_requests(target, folder, "short", 1), 32),
@@ -51,13 +51,13 @@ def make_load(target: Target, folder: Path, bulk_texts: int) -> list[Kind]:
 
 
 async def all_at_once(target: Target, kinds: Sequence[Kind], seconds: float) -> list[Outcome]:
-    """Every kind for so long."""
+    """Run every kind of client for `seconds`."""
     until = load.after_s(seconds)
     return await asyncio.gather(*(load.closed(target, kind.requests, kind.clients, until=until) for kind in kinds))
 
 
 def within(lags: Sequence[tuple[float, float]], start_s: float, end_s: float) -> list[float]:
-    """Lags of a stretch of time, as if the clock went on: a stall of a second is late for every tick in it."""
+    """Return the lags in an interval, corrected for missed ticks: a stall of a second delays every tick in it."""
     return [late for woken_s, lag_s in lags if start_s <= woken_s <= end_s for late in _every_tick(lag_s)]
 
 

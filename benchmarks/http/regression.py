@@ -26,12 +26,12 @@ CASES = (*(Case("short", 1, clients) for clients in (1, 8, 32)), Case("mixed", 3
 
 
 def plan_of(tree: Path, name: str, registry: Path) -> Plan:
-    """Returns how to start the server of a tree."""
+    """Return how to start the server of a tree."""
     return structs.replace(own(registry, "minilm", PYTHONPATH=str(tree)), name=name, folder=tree)
 
 
 def row(case: Case, samples: Mapping[str, Sequence[float]], before: str) -> tuple[str, ...]:
-    """Returns one line of the table: texts a second of both, and their ratio with the worst and best round."""
+    """Return one row of the table: texts a second of both, and their ratio with the worst and best round."""
     return (
         str(case),
         f"{median(samples[before]):,.1f}",
@@ -41,7 +41,7 @@ def row(case: Case, samples: Mapping[str, Sequence[float]], before: str) -> tupl
 
 
 def run(folder: Path, commit: str, rounds: int, seconds: float) -> Report:
-    """Measures a model folder on both trees."""
+    """Measure a model folder on both trees."""
     watch = Watch()
     warn_if_busy(watch.machine)
     with tempfile.TemporaryDirectory() as draft, tempfile.TemporaryDirectory() as tree:
@@ -67,7 +67,7 @@ def run(folder: Path, commit: str, rounds: int, seconds: float) -> Report:
 
 
 def main() -> None:
-    """Prints the table."""
+    """Print the table."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.http.regression",
         description=__doc__,

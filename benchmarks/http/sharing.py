@@ -36,7 +36,7 @@ IDLE_S = 20.0
 
 
 class Round(Struct, frozen=True):
-    """The four phases: queries alone, bulk alone, and both at once."""
+    """The outcomes of one round: queries alone, bulk alone, and both at once."""
 
     idle: Outcome
     alone: Outcome
@@ -45,7 +45,7 @@ class Round(Struct, frozen=True):
 
 
 def measure(target: Target, bulk: Request, queries: Sequence[Request], per_s: float, idle_s: float) -> Round:
-    """One round.
+    """Measure one round.
 
     Raises:
         OSError: a request failed.
@@ -60,14 +60,14 @@ def measure(target: Target, bulk: Request, queries: Sequence[Request], per_s: fl
 
 
 async def _both(target: Target, bulk: Request, queries: Sequence[Request], per_s: float) -> tuple[Outcome, Outcome]:
-    """Queries for as long as the bulk request runs."""
+    """Send queries for as long as the bulk request runs."""
     running = asyncio.create_task(load.closed(target, [bulk], 1, until=load.after(1)))
     beside = await load.opened(target, queries, per_s, until=lambda sent, _gone_s: running.done() and sent > 0)
     return beside, await running
 
 
 def rows_of_queries(rounds: Sequence[Round]) -> list[tuple[str, ...]]:
-    """Table rows: latencies of all rounds together, speeds by their medians."""
+    """Return table rows: latencies of all rounds together, medians of the speeds."""
     idle = [sample.latency_s for one in rounds for sample in one.idle.samples]
     busy = [sample.latency_s for one in rounds for sample in one.queries.samples]
     alone, both = [one.alone.texts_per_s for one in rounds], [one.bulk.texts_per_s for one in rounds]
@@ -89,7 +89,7 @@ def _latencies(name: str, samples: Sequence[float]) -> tuple[str, ...]:
 def run_queries(
     folder: Path, workload: str, num_texts: int, rounds: int, *, per_s: float = PER_S, idle_s: float = IDLE_S
 ) -> Report:
-    """Measure a model folder."""
+    """Measure queries beside a bulk request, on a model folder."""
     watch = Watch()
     warn_if_busy(watch.machine)
     texts = workloads.make(workload, num_texts, workloads.counter(folder)).texts
@@ -174,11 +174,11 @@ def run_models(
 
 
 def rows_of_models(answers: dict[str, list[dict[str, Any]]]) -> list[tuple[str, ...]]:
-    """Table rows: speeds alone and together, parts and their sum, shares of time."""
+    """Return table rows: speeds alone and together, parts and their sum, shares of time."""
     alone = [median(one["texts_per_s"][0] for one in answers[name]) for name in ("first", "second")]
     both = [median(one["texts_per_s"][at] for one in answers["both"]) for at in (0, 1)]
     parts = [own / lone for own, lone in zip(both, alone, strict=True)]
-    shares = [median(one["lane_s"][at] / sum(one["lane_s"]) for one in answers["both"]) for at in (0, 1)]
+    shares = [median(one["device_s"][at] / sum(one["device_s"]) for one in answers["both"]) for at in (0, 1)]
     return [
         ("alone, texts/s", *(f"{rate:,.1f}" for rate in alone), ""),
         ("together, texts/s", *(f"{rate:,.1f}" for rate in both), f"{sum(both):,.1f}"),
@@ -201,7 +201,7 @@ def main_models(argv: Sequence[str]) -> None:
 
 
 def main() -> None:
-    """Run the command that is asked for."""
+    """Run the requested command."""
     run_command({"queries": main_queries, "models": main_models})
 
 

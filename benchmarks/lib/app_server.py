@@ -12,7 +12,7 @@ from router.server.connection import TimeoutHttpProtocol
 
 
 class QuietServer(uvicorn.Server):
-    """uvicorn without signal handlers."""
+    """A uvicorn server without signal handlers."""
 
     @contextmanager
     def capture_signals(self) -> Generator[None]:

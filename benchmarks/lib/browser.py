@@ -16,7 +16,7 @@ _FLAGS = (
 
 
 def open_chromium(profile: Path, *, language: str = "en-US") -> "webdriver.Chrome":
-    """A browser with an empty profile that logs its console and its requests."""
+    """Open a browser with an empty profile that logs its console and its requests."""
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 

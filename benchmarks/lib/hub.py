@@ -193,7 +193,7 @@ class LoopbackHub:
 
     @property
     def url(self) -> str:
-        """For HF_ENDPOINT."""
+        """Return the URL for HF_ENDPOINT."""
         return self._url(0)
 
     @property
@@ -202,7 +202,7 @@ class LoopbackHub:
 
     @property
     def requests(self) -> list[RecordedRequest]:
-        """All requests so far."""
+        """Return all requests so far."""
         with self._lock:
             return list(self._requests)
 
@@ -336,7 +336,7 @@ class _Handler(BaseHTTPRequestHandler):
             super().finish()
 
     def log_message(self, format: str, *args: object) -> None:
-        """Silent."""
+        """Log nothing."""
 
     def do_HEAD(self) -> None:
         self.respond()
@@ -454,7 +454,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class _HubHandler(_Handler):
-    """/api/models/{id}[/revision/{rev}], /api/models/{id}/tree/{rev}, /{id}/resolve/{rev}/{file}."""
+    """Serves /api/models/{id}[/revision/{rev}], /api/models/{id}/tree/{rev}, /{id}/resolve/{rev}/{file}."""
 
     is_cdn = False
 

@@ -1,4 +1,4 @@
-"""What a measurement was made on, and who else used the cores meanwhile: a figure without both is hearsay."""
+"""Describes the machine of a measurement and how much other processes used it: figures cannot be judged without."""
 
 import os
 import platform
@@ -17,13 +17,13 @@ PACKAGES = ("embedyard", "torch", "transformers", "tokenizers", "sentence-transf
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_tile")
 
 BUSY_SHARE = 0.25
-"""A machine of whose cores others use more than this share is too busy for a figure to be trusted."""
+"""Figures are not quoted when other processes use more than this share of the cores."""
 
 
 class Machine(Struct, frozen=True, kw_only=True):
-    """One measurement's surroundings. Loads are one-minute averages; `cores` are those this process may use.
+    """The machine of one measurement. Loads are one-minute averages; `cores` are those that this process may use.
 
-    `other_cores`: how many cores processes that are not ours kept busy, on the average, from start to end.
+    `other_cores`: cores used by processes that are not ours, on average from start to end.
     """
 
     cpu: str
@@ -42,11 +42,11 @@ class Machine(Struct, frozen=True, kw_only=True):
 
     @property
     def is_quiet(self) -> bool:
-        """Whether nobody else had noticeable use of the cores, as measured: a load average knows of the past, too."""
+        """Tell whether other processes hardly used the cores; measured, as a load average covers earlier time."""
         return self.other_cores <= BUSY_SHARE * self.cores
 
     def describe(self) -> str:
-        """Two or three lines for people."""
+        """Return two to four lines for people."""
         packages = ", ".join(f"{name} {number}" for name, number in self.packages.items())
         lines = [
             f"{self.cpu}, {self.cores} cores ({', '.join(self.instructions) or 'no vector extensions'}), "
@@ -61,7 +61,7 @@ class Machine(Struct, frozen=True, kw_only=True):
 
 
 class Watch:
-    """A machine under measurement; `machine` may be read at any time, and once more at the end."""
+    """Observes the machine during a measurement; `machine` may be read at any time, and again at the end."""
 
     def __init__(self) -> None:
         self._before = _describe()
@@ -70,7 +70,7 @@ class Watch:
 
     @property
     def machine(self) -> Machine:
-        """The machine, as it has been since the watch began."""
+        """Return the machine, as observed since this object was made."""
         seconds = time.monotonic() - self._started_s
         others_s = _busy_core_s() - self._busy_s - (_own_core_s() - self._own_s)
         return structs.replace(
@@ -82,18 +82,18 @@ class Watch:
 
 
 def warn_if_busy(machine: Machine) -> None:
-    """Say at once when others use the cores: minutes of measuring would be wasted."""
+    """Print a warning at the start when the machine is busy: minutes of measuring would be wasted."""
     if machine.load_at_start > BUSY_SHARE * machine.cores:
         print(f"warning: the load is {machine.load_at_start:.2f} on {machine.cores} cores before the start", flush=True)
 
 
 def usable_cores() -> int:
-    """Cores this process may run on."""
+    """Return the number of cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def core_seconds(process: psutil.Process) -> float:
-    """What a process and its living descendants have used of the cores; 0 when it has ended."""
+    """Return the core seconds that a process and its running descendants have used; 0 when it has ended."""
     total = 0.0
     try:
         for one in (process, *process.children(recursive=True)):
@@ -105,7 +105,7 @@ def core_seconds(process: psutil.Process) -> float:
 
 
 def _own_core_s() -> float:
-    """This process, the descendants that live and those that have been waited for."""
+    """Return the core seconds of this process, its running descendants, and those that ended and were waited for."""
     ended = psutil.Process().cpu_times()
     return core_seconds(psutil.Process()) + ended.children_user + ended.children_system
 
@@ -150,7 +150,7 @@ def _version(package: str) -> str:
 
 
 def _commit() -> str:
-    """The commit, with a plus when the working tree differs from it; empty outside a checkout."""
+    """Return the commit, with a plus when the working tree differs from it; empty outside a checkout."""
     commit = _git("rev-parse", "--short", "HEAD")
     return f"{commit}+" if commit and _git("status", "--porcelain", "--untracked-files=no") else commit
 

@@ -1,6 +1,6 @@
 """Compares programs: interleaved rounds (A B A B …), medians, ratios of medians, and the spread of pairs.
 
-Knows nothing of models: a contestant is something that does given work and says how many seconds it took.
+It is independent of models: a contestant does given work and returns the seconds that it took.
 """
 
 import statistics
@@ -15,13 +15,13 @@ from router.loadgen.results import percentile as percentile  # beside the other 
 
 Item = TypeVar("Item")
 Run = Callable[[], float]
-"""Does the work once; what it returns is the sample: seconds, or texts a second."""
+"""Does the work once and returns the sample: seconds, or texts a second."""
 
 SETTLE_S = 0.3
-"""Threads of torch, oneDNN and ONNX Runtime spin for a while after their work; the next one must not meet them."""
+"""Pause between two runs: threads of torch, oneDNN and ONNX Runtime spin for a while after their work."""
 
 PROGRESS_S = 10.0
-"""A benchmark that runs for longer tells how far it is."""
+"""Interval of progress lines."""
 
 
 class Contestant(Protocol):
@@ -29,14 +29,14 @@ class Contestant(Protocol):
 
     @property
     def name(self) -> str:
-        """As tables show it."""
+        """Return the name shown in tables."""
 
     def seconds(self, calls: Sequence[Sequence[str]]) -> float:
-        """Embed all texts of all calls, one call after the other; the time that took."""
+        """Embed all texts of all calls, one call after the other, and return the seconds."""
 
 
 class Ratio(Struct, frozen=True):
-    """How many times as fast as the base: the ratio of the medians, and the worst and best pair of one round."""
+    """Speed relative to the base: the ratio of the medians, and the worst and best pair of one round."""
 
     value: float
     low: float
@@ -44,7 +44,7 @@ class Ratio(Struct, frozen=True):
 
     @property
     def is_tie(self) -> bool:
-        """Whether the rounds disagree about who is faster."""
+        """Tell whether the rounds disagree about which is faster."""
         return self.low <= 1.0 <= self.high
 
     def __str__(self) -> str:
@@ -59,7 +59,7 @@ def interleave(
     is_warm: bool = True,
     sleep: Callable[[float], None] = time.sleep,
 ) -> dict[str, list[float]]:
-    """Every run once a round, one sample each; who begins changes from round to round, so that drift hits all alike.
+    """Take one sample of every run per round; the order rotates, so that drift of the machine affects all alike.
 
     `is_warm`: false runs each once before, uncounted.
     """
@@ -74,12 +74,12 @@ def interleave(
 
 
 def with_progress(items: Sequence[Item], what: str) -> Iterator[Item]:
-    """Yield the items; every few seconds, a line on stderr tells how far that is and how long it may still take."""
-    began_s = told_s = time.perf_counter()
+    """Yield the items; every `PROGRESS_S`, print progress and an estimate of the remaining time to stderr."""
+    began_s = printed_s = time.perf_counter()
     for number, item in enumerate(items):
         now_s = time.perf_counter()
-        if number and now_s - told_s >= PROGRESS_S:
-            told_s = now_s
+        if number and now_s - printed_s >= PROGRESS_S:
+            printed_s = now_s
             left_s = (now_s - began_s) / number * (len(items) - number)
             print(f"{what} {number} of {len(items)} done, about {left_s:.0f} s left", file=sys.stderr, flush=True)
         yield item
@@ -92,11 +92,11 @@ def _rotated(names: list[str], by: int) -> Iterator[str]:
 
 
 def speedup(samples_s: Sequence[float], base_s: Sequence[float]) -> Ratio:
-    """Of seconds: how many times as fast as the base."""
+    """Return the speed relative to the base, from seconds."""
     pairs = [base / own for own, base in zip(samples_s, base_s, strict=True)]
     return Ratio(statistics.median(base_s) / statistics.median(samples_s), min(pairs), max(pairs))
 
 
 def quotient(samples: Sequence[float], base: Sequence[float]) -> Ratio:
-    """Of rates (or of times where more is worse): how many times the base."""
+    """Return the ratio to the base, from rates (or from times, where a larger ratio is worse)."""
     return speedup(base, samples)

@@ -88,7 +88,7 @@ class Recipe(Struct, frozen=True, kw_only=True):
 
     @property
     def attention(self) -> Literal["packed", "padded"]:
-        """The path that the engine is expected to take."""
+        """Return the path that the engine is expected to take."""
         return "padded" if self.padded_because else "packed"
 
 

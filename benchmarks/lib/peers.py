@@ -1,7 +1,7 @@
-"""The programs we are compared with: what each needs, its environment under `.bench/`, and how to start it.
+"""Installs and starts the programs that we are compared with, each in an environment under `.bench/`.
 
-`python -m benchmarks.lib.peers` makes the environments and the exported models (a few minutes, 5 GB); what does not
-install is left out of the tables and said. All have the same torch, so that what differs is the program around it.
+`python -m benchmarks.lib.peers` makes the environments and the exported models (a few minutes, 5 GB). Programs that
+cannot be installed are left out of the tables, with a note. All have the same torch, so that only the program differs.
 """
 
 import subprocess
@@ -31,7 +31,7 @@ ENVIRONMENTS: dict[str, tuple[str, ...]] = {
 _UNWANTED = ("torchvision",)
 
 FORMS = {"onnx": "onnx", "onnx-plain": "onnx", "openvino": "openvino"}
-"""The forms of a model, and the environment that exports each."""
+"""Forms of a model, and the environment that exports each."""
 
 
 class Peer(Struct, frozen=True, kw_only=True):
@@ -57,17 +57,17 @@ OURS = "Embedyard"
 
 
 def interpreter(environment: str | None) -> Path:
-    """The Python of an environment; None is this one."""
+    """Return the Python of an environment; None is this one."""
     return Path(sys.executable) if environment is None else BENCH / environment / "bin" / "python"
 
 
 def is_installed(environment: str | None) -> bool:
-    """Whether `install` has finished for it."""
+    """Tell whether `install` has finished for an environment."""
     return environment is None or (BENCH / environment / ".installed").exists()
 
 
 def install(environment: str) -> str:
-    """Make an environment; the last lines of pip's complaint when it cannot be made, else an empty string."""
+    """Make an environment; return the last lines of pip's error, or an empty string."""
     prepare(BENCH)
     folder = BENCH / environment
     if is_installed(environment):
@@ -83,7 +83,7 @@ def install(environment: str) -> str:
 
 
 def model_folder(folder: Path, form: str | None) -> Path:
-    """The model in a form, exported when it is not there yet.
+    """Return the folder of the model in a form, which is exported on first use.
 
     Raises:
         WorkerFailed: the export failed.
@@ -102,15 +102,15 @@ def model_folder(folder: Path, form: str | None) -> Path:
 
 
 def own_worker(folder: Path, *, name: str = OURS, packages: Path = ROOT) -> Worker:
-    """Our engine, still loading, from the tree `packages`."""
+    """Start our engine from the tree `packages`; it is still loading."""
     return Worker(name, "own.py", [str(folder)], python=interpreter(None), packages=packages)
 
 
 def peer_worker(peer: Peer, folder: Path) -> Worker:
-    """A peer, still loading.
+    """Start a peer; it is still loading.
 
     Raises:
-        WorkerFailed: its environment is missing, or the model cannot be had in its form.
+        WorkerFailed: its environment is missing, or the export of the model failed.
     """
     if not is_installed(peer.environment):
         raise WorkerFailed(f"{peer.name} is not installed: python -m benchmarks.lib.peers")
@@ -120,7 +120,7 @@ def peer_worker(peer: Peer, folder: Path) -> Worker:
 
 @contextmanager
 def open_workers(folder: Path, peers: Sequence[Peer]) -> Iterator[tuple[list[Worker], list[str]]]:
-    """Ours and those peers that start, all warm; and a note for each that does not."""
+    """Start our engine and the peers; yield those that started, warm, and a note for each that did not."""
     with ExitStack() as stack:
         workers, notes = [stack.enter_context(own_worker(folder)).wait_until_warm()], []
         for peer in peers:
@@ -133,7 +133,7 @@ def open_workers(folder: Path, peers: Sequence[Peer]) -> Iterator[tuple[list[Wor
 
 
 def main() -> None:
-    """Make everything, and say what could not be made."""
+    """Make all environments and forms, and print what failed."""
     for environment in ENVIRONMENTS:
         print(f"{environment}: {install(environment) or 'ready'}", flush=True)
     folder = resolve("minilm")

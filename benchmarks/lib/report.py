@@ -1,6 +1,6 @@
 """Prints reports as Markdown tables, saves them as JSON, draws them as SVG, and runs the commands that make them.
 
-matplotlib is of the group `bench`: without it there are tables and no plots.
+matplotlib is in the dependency group `bench`; without it there are tables but no plots.
 """
 
 import importlib
@@ -19,9 +19,9 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 
 class Report(Struct, frozen=True, kw_only=True):
-    """What one benchmark found.
+    """The results of one benchmark.
 
-    `settings`: what it was asked to do; `samples`: every single sample, by whatever keys the benchmark has;
+    `settings`: its parameters; `samples`: every single sample, by keys that the benchmark chooses;
     `notes`: what a reader must know before quoting a figure.
     """
 
@@ -43,7 +43,7 @@ class Report(Struct, frozen=True, kw_only=True):
 
 
 def save(report: Report, folder: Path = RESULTS) -> Path:
-    """Write the report as `NAME.json`; the last one of a name stays."""
+    """Write the report as `NAME.json`, which replaces an earlier one of that name."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{report.name}.json"
     path.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
@@ -58,7 +58,7 @@ def publish(report: Report, folder: Path | None) -> None:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns stand under one another; the first is left-aligned, the others right."""
+    """Return a Markdown table with aligned columns: the first to the left, the others to the right."""
     widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     return "\n".join(_line(cells, widths) for cells in (header, rule, *rows))
@@ -79,12 +79,12 @@ _COLOURS = ("#1b6ca8", "#9aa5b1", "#c98b4a", "#b5651d", "#7a8b55", "#8e6c8a", "#
 
 
 def can_draw() -> bool:
-    """Whether matplotlib is installed."""
+    """Tell whether matplotlib is installed."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
 def draw_bars(path: Path, title: str, groups: Sequence[str], series: Mapping[str, Sequence[float]]) -> None:
-    """Ratios to a base of 1, one group of bars for each workload and one colour for each program.
+    """Draw ratios to a base of 1: one group of bars for each workload and one colour for each program.
 
     Args:
         series: by program, one value a group; the first is ours.
@@ -101,7 +101,7 @@ def draw_bars(path: Path, title: str, groups: Sequence[str], series: Mapping[str
 
 
 def draw_lines(path: Path, title: str, clients: Sequence[int], series: Mapping[str, Sequence[float]]) -> None:
-    """Texts a second over the number of clients, one line for each server; the first is ours."""
+    """Draw texts a second over the number of clients, one line for each server; the first is ours."""
     figure, axes = _figure(title)
     for number, (name, values) in enumerate(series.items()):
         axes.plot(clients, values, marker="o", label=name, color=_colour(number))

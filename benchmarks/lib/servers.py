@@ -1,6 +1,6 @@
 """Starts servers under test as processes on loopback: ours, Infinity, and FastAPI around sentence-transformers.
 
-Makes the requests that they get, too. `embedyard bench` puts load on any server by its URL.
+Also makes their requests. `embedyard bench` puts load on any server by its URL.
 """
 
 import os
@@ -41,12 +41,12 @@ class Server(Struct, frozen=True):
 
     @property
     def core_s(self) -> float:
-        """What it has used of the cores so far."""
+        """Return the core seconds that it has used so far."""
         return core_seconds(psutil.Process(self.pid))
 
 
 class Plan(Struct, frozen=True):
-    """How to start a server: its environment (None: ours), its command given a port, and what it changes around it."""
+    """How to start a server: environment (None: ours), command for a port, working folder and variables."""
 
     name: str
     model: str
@@ -57,7 +57,7 @@ class Plan(Struct, frozen=True):
 
 
 def infinity(folder: Path, engine: str) -> Plan:
-    """Infinity with its defaults, on its torch or ONNX engine."""
+    """Plan Infinity with its defaults, on its torch or ONNX engine."""
     is_onnx = engine == "optimum"
     model = model_folder(folder, "onnx-plain") if is_onnx else folder
     program = str(interpreter("infinity").with_name("infinity_emb"))
@@ -75,7 +75,7 @@ def infinity(folder: Path, engine: str) -> Plan:
 
 
 def fastapi(folder: Path) -> Plan:
-    """FastAPI around sentence-transformers."""
+    """Plan FastAPI around sentence-transformers."""
     script = str(PEER_SCRIPTS / "fastapi_app.py")
     return Plan(
         "FastAPI + sentence-transformers",
@@ -86,7 +86,7 @@ def fastapi(folder: Path) -> Plan:
 
 
 def own(registry: Path, model: str, *, script: Sequence[str] = ("-m", "router", "serve"), **variables: str) -> Plan:
-    """Ours with a registry and default settings, except for those given."""
+    """Plan our server with a registry and default settings, except for `variables`."""
     return Plan(
         OURS,
         model,
@@ -96,7 +96,7 @@ def own(registry: Path, model: str, *, script: Sequence[str] = ("-m", "router", 
 
 
 def write_registry(path: Path, models: Mapping[str, Path], *, preload: bool = True) -> Path:
-    """A registry that serves these folders under these names."""
+    """Write a registry that serves these folders under these names."""
     lines = ["version: 1", "models:"]
     for name, folder in models.items():
         lines += [f"  - name: {name}", f"    source: {folder}", f"    preload: {str(preload).lower()}"]
@@ -109,7 +109,7 @@ def serving(plan: Plan, *, first: Callable[[Target], object] | None = None) -> I
     """Run a server until the block ends.
 
     Args:
-        first: called until it no longer raises OSError; then the server is up. One embedding, when none is given.
+        first: called until it no longer raises OSError; then the server is up. Default: one embedding.
 
     Raises:
         WorkerFailed: it is not installed, ended, or did not answer within START_S.
@@ -135,13 +135,13 @@ def serving(plan: Plan, *, first: Callable[[Target], object] | None = None) -> I
 
 
 def _embed(target: Target) -> None:
-    vectors(target, ["Is anybody there?"])
+    vectors(target, ["The server is up."])
 
 
 def _bare(state: str) -> dict[str, str]:
-    """None of the settings of this shell, and a state folder of its own."""
-    kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
-    return kept | OFFLINE | {"STATE_DIR": state}
+    """Return an environment without this shell's settings, and with its own state folder."""
+    base = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+    return base | OFFLINE | {"STATE_DIR": state}
 
 
 def _wait(process: subprocess.Popen[bytes], name: str, first: Callable[[], object], log: IO[str]) -> None:
@@ -174,21 +174,21 @@ def _free_port() -> int:
 
 
 def num_requests(texts_per_request: int) -> int:
-    """Different requests, sent again and again: so many that no two under way at once are the same."""
+    """Return the number of different requests, sent cyclically: enough that no two in flight are the same."""
     return max(64, 512 // texts_per_request)
 
 
 def make_requests(
     target: Target, folder: Path, workload: str, texts_per_request: int, encoding_format: str = "base64"
 ) -> list[Request]:
-    """Requests of one workload, of lengths as the model in `folder` counts them."""
+    """Make requests of one workload, with lengths as the model in `folder` counts them."""
     num_texts = num_requests(texts_per_request) * texts_per_request
     texts = workloads.make(workload, num_texts, workloads.counter(folder))
     return [encode(target, call, encoding_format) for call in texts.calls(texts_per_request)]
 
 
 def summary(outcome: Outcome) -> dict[str, Any]:
-    """What of an outcome is kept."""
+    """Return the part of an outcome that is saved."""
     succeeded = [sample.latency_s for sample in outcome.samples if sample.status == 200]
     return {
         "texts_per_s": outcome.texts_per_s,
@@ -201,7 +201,7 @@ def summary(outcome: Outcome) -> dict[str, Any]:
 
 @contextmanager
 def own_server(folder: Path, model: str = "minilm") -> Iterator[Target]:
-    """Our server with one model and default settings."""
+    """Run our server with one model and default settings until the block ends."""
     with tempfile.TemporaryDirectory() as draft:
         registry = write_registry(Path(draft) / "registry.yaml", {model: folder})
         with serving(own(registry, model)) as server:

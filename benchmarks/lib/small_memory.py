@@ -1,4 +1,4 @@
-"""A whole server over real hosts in this process: small real models, real sockets, and what their vectors must be."""
+"""Runs a whole server in this process: small real models, real sockets, and the vectors that are right."""
 
 import asyncio
 import random
@@ -37,14 +37,14 @@ EIGHT = (
     "bert-cls", "roberta-mean", "mpnet-mean", "distilbert-mean", "modernbert-cls", "qwen3-last", "t5-mean-dense",
     "nomic-mean",
 )  # fmt: skip
-"""Eight families, so that no two engines are alike."""
+"""Eight different families."""
 
 QUICK = PoolPolicy(min_residency_s=0.3, residency_loads=0.5, overdue_after_s=0.3)
-"""The pool's own rules, in a hurry: what takes a minute in earnest takes seconds."""
+"""The pool's policy with shorter times: seconds instead of a minute."""
 
 
 class Truth(Struct, frozen=True):
-    """A model's folder, and what sentence-transformers makes of some texts with it: `[n, D]`, of length one."""
+    """A model's folder, some texts, and sentence-transformers' vectors of them: `[n, D]`, of length one."""
 
     folder: Path
     texts: tuple[str, ...]
@@ -58,14 +58,14 @@ class Truth(Struct, frozen=True):
 
 
 def truth_of(folder: Path, texts: Sequence[str]) -> Truth:
-    """Ask sentence-transformers."""
+    """Compute the vectors with sentence-transformers."""
     with quiet():
         vectors = reference(folder).encode(list(texts), normalize_embeddings=True, show_progress_bar=False)
     return Truth(folder, tuple(texts), np.asarray(vectors, np.float32))
 
 
 def build_truths(root: Path, names: Sequence[str] = EIGHT, num_texts: int = 12) -> dict[str, Truth]:
-    """The folders of recipes under `root`, with their truths."""
+    """Build the folders of recipes under `root`, and return their truths."""
     texts = mixed(num_texts, seed=3, longest_words=40)
     truths = {}
     for name in names:
@@ -76,7 +76,7 @@ def build_truths(root: Path, names: Sequence[str] = EIGHT, num_texts: int = 12) 
 
 
 def specs_of(truths: Mapping[str, Truth], **more: Any) -> dict[str, ModelSpec]:
-    """Local folders; `more` goes into every spec."""
+    """Return a spec for each folder; `more` goes into every one."""
     return {
         name: ModelSpec(**{"model_id": name, "source": str(truth.folder), **RECIPES[name].spec, **more})
         for name, truth in truths.items()
@@ -84,7 +84,7 @@ def specs_of(truths: Mapping[str, Truth], **more: Any) -> dict[str, ModelSpec]:
 
 
 class RealServer(Struct):
-    """A served server and its client. Hosts are at hand for what HTTP does not tell."""
+    """A running server and its client; `host` shows what HTTP does not."""
 
     client: httpx.AsyncClient
     url: str
@@ -102,7 +102,7 @@ class RealServer(Struct):
         return {slot["id"]: slot for slot in (await self.client.get("/admin/models")).json()["data"]}
 
     async def until(self, model: str, **wanted: object) -> dict[str, Any]:
-        """The slot as soon as it looks as wanted; the suite's timeout is the limit."""
+        """Return the slot as soon as it has the wanted fields; the suite's timeout is the limit."""
         while True:
             slot = await self.slot(model)
             if slot | wanted == slot:
@@ -120,7 +120,7 @@ async def real_server(
     state: Path | None = None,
     settings: Settings | None = None,
 ) -> AsyncIterator[RealServer]:
-    """Served on this loop; everything is freed, and every thread ended, when the block ends."""
+    """Serve on this event loop; when the block ends, everything is freed and all threads have ended."""
     config = MachineConfig(
         devices=("cpu",), budget=Budget(size_bytes=budget_bytes), cores=2, tokenizer_threads=2, rules=rules, hub=hub,
         state_folder=state,
@@ -134,12 +134,12 @@ async def real_server(
 
 
 def hub_config(hub: LoopbackHub, cache: Path, **more: Any) -> HubConfig:
-    """A client of a loopback hub that does not wait long."""
+    """Return the configuration of a client of a loopback hub, with short waits."""
     return HubConfig(**{"endpoint": hub.url, "cache_dir": str(cache), "token": False, "backoff_s": 0.05, **more})
 
 
 async def measure(specs: Mapping[str, ModelSpec], state: Path) -> dict[str, tuple[int, int]]:
-    """(weights, workspace) of each model in bytes, as measured; `state` remembers them for the hosts to come."""
+    """Return (weights, workspace) of each model in bytes, as measured; `state` stores them for later hosts."""
     found = {}
     async with real_server(specs, state=state) as server:
         for model_id in specs:
@@ -151,7 +151,7 @@ async def measure(specs: Mapping[str, ModelSpec], state: Path) -> dict[str, tupl
 
 @asynccontextmanager
 async def following(server: RealServer) -> AsyncIterator[list[Event]]:
-    """The event stream, as any client sees it."""
+    """Read the event stream until the block ends; yield the list of events so far."""
     events: list[Event] = []
     opened = asyncio.Event()
 
@@ -166,7 +166,7 @@ async def following(server: RealServer) -> AsyncIterator[list[Event]]:
     await opened.wait()
     try:
         yield events
-        await asyncio.sleep(0.1)  # for what is on its way
+        await asyncio.sleep(0.1)  # for events in flight
     finally:
         task.cancel()
         with suppress(asyncio.CancelledError):
@@ -174,9 +174,9 @@ async def following(server: RealServer) -> AsyncIterator[list[Event]]:
 
 
 class Sampler:
-    """Looks at a host's accounting a thousand times a second, where the loop lets it, and after each of its steps.
+    """Samples a host's accounting up to a thousand times a second, and after each of the pool's steps.
 
-    Nothing but a step changes what is charged, so no overdraft can come and go unseen.
+    Only a step changes what is charged, so no overdraft is missed.
     """
 
     def __init__(self, host: Host, every_s: float = 0.001) -> None:
@@ -187,14 +187,14 @@ class Sampler:
         self.overdrafts: list[tuple[int, int]] = []
         pool, step = host._pool, host._pool.step
 
-        def step_and_look(event: PoolEvent) -> None:
+        def step_and_sample(event: PoolEvent) -> None:
             step(event)
-            self.look()
+            self.sample()
 
-        pool.step = step_and_look  # type: ignore[method-assign]  # the host ends with the test
+        pool.step = step_and_sample  # type: ignore[method-assign]  # the host ends with the test
 
-    def look(self) -> None:
-        """One sample."""
+    def sample(self) -> None:
+        """Take one sample."""
         seen = self._host.snapshot()
         taken = seen.used_bytes + seen.workspace_bytes
         self.num_samples += 1
@@ -203,25 +203,25 @@ class Sampler:
             self.overdrafts.append((taken, seen.budget_bytes))
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Sample until cancelled."""
         while True:
-            self.look()
+            self.sample()
             await asyncio.sleep(self._every_s)
 
 
 def zipf(names: Sequence[str], seed: int, exponent: float = 1.1) -> Callable[[], str]:
-    """Draws names, the first ones most often."""
+    """Return a function that draws names, the first ones most often."""
     rng = random.Random(seed)
     weights = [1 / rank**exponent for rank in range(1, len(names) + 1)]
     return lambda: rng.choices(names, weights)[0]
 
 
-ROOM_FOR = 3
+NUM_RESIDENT = 3
 CLIENTS = 64
 
 
 class Crowd(Struct, kw_only=True):
-    """What became of it. `asked`: requests by model, every one of them answered, and right.
+    """The results of a crowd. `asked`: requests by model, all with right answers.
 
     `steps`: the state changes of the event stream; `slots`: as /admin/models has them at the end.
     """
@@ -235,12 +235,12 @@ class Crowd(Struct, kw_only=True):
     rss_growth_bytes: int
 
     def count(self, source: str, target: str) -> int:
-        """How often a model took that step."""
+        """Count the state changes from `source` to `target`."""
         return sum((event.source, event.target) == (source, target) for event in self.steps)
 
 
 async def ask(server: RealServer, truth: Truth, name: str, rng: random.Random) -> None:
-    """One request for some of the model's texts; its answer is right."""
+    """Send one request for some of the model's texts, and assert that its answer is right."""
     indexes = rng.sample(range(len(truth.texts)), rng.randint(1, 3))
     answer = await server.embed(name, [truth.texts[index] for index in indexes])
     assert answer.status_code == 200, answer.text
@@ -248,7 +248,7 @@ async def ask(server: RealServer, truth: Truth, name: str, rng: random.Random) -
 
 
 async def client(server: RealServer, truths: Mapping[str, Truth], seed: int, until_s: float) -> Counter[str]:
-    """Asks, without a pause, until it is time; returns how often it asked whom."""
+    """Send requests without a pause until `until_s`; return their number by model."""
     rng, draw, asked = random.Random(seed), zipf(list(truths), seed), Counter[str]()
     while time.monotonic() < until_s:
         name = draw()
@@ -258,9 +258,9 @@ async def client(server: RealServer, truths: Mapping[str, Truth], seed: int, unt
 
 
 def unexplained(events: Sequence[Event]) -> list[Event]:
-    """Evictions that do not say for whom, or whose claimant did not load before they came back themselves.
+    """Return evictions without a claimant, or whose claimant did not load before the evicted model did again.
 
-    Another may load in between: one that fits beside the claimant passes it while busy models drain.
+    A third model may load in between: one that fits beside the claimant passes it while busy models drain.
     """
     found = []
     for at, event in enumerate(events):
@@ -275,15 +275,15 @@ def unexplained(events: Sequence[Event]) -> list[Event]:
 
 
 async def crowd(truths: Mapping[str, Truth], state: Path, seconds: float) -> Crowd:
-    """`CLIENTS` clients with a Zipf mix of all models, for so long, in room for the `ROOM_FOR` largest.
+    """Run `CLIENTS` clients with a Zipf mix of all models for `seconds`, in memory for the `NUM_RESIDENT` largest.
 
     Raises:
         AssertionError: an answer was no 200, or not the vectors of sentence-transformers.
     """
-    specs = specs_of(truths, max_batch_tokens=512)  # or they would need less once trials have found smaller batches
+    specs = specs_of(truths, max_batch_tokens=512)  # trials could find smaller batches, which need less
     sizes = await measure(specs, state)
     weights = sorted((size[0] for size in sizes.values()), reverse=True)
-    budget = sum(weights[:ROOM_FOR]) + max(size[1] for size in sizes.values())
+    budget = sum(weights[:NUM_RESIDENT]) + max(size[1] for size in sizes.values())
     async with real_server(specs, budget_bytes=budget, state=state) as server, following(server) as events:
         sampler = Sampler(server.host)
         watch = asyncio.create_task(sampler.run())

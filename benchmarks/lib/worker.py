@@ -1,7 +1,7 @@
-"""Programs under test as processes of their own, spoken to in JSON lines: each with its libraries, threads and memory.
+"""Runs programs under test as processes with their own libraries, threads and memory, driven by JSON lines.
 
-A worker says one line when it is warm (`{"ready": …}`) and then answers each line with a line. What it measures, it
-measures itself, so that the pipe is in no figure. `benchmarks/peers/` holds the other side.
+A worker writes one line when it is warm (`{"ready": …}`), and then answers each line with a line. It measures its own
+times, so that no figure includes the pipe. `benchmarks/peers/` has the workers.
 """
 
 import json
@@ -21,20 +21,20 @@ from benchmarks.lib.machine import ROOT
 
 PEER_SCRIPTS = Path(__file__).parents[1] / "peers"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(BENCH / "hf"), "DO_NOT_TRACK": "1", "PYTHONWARNINGS": "ignore"}
-"""Variables for every program under test: nothing is fetched, and nobody is told."""
+"""Variables for every program under test: no downloads and no telemetry."""
 
 _LOG_LINES = 25
 
 
 class WorkerFailed(Exception):
-    """A worker ended or refused; the message holds the end of what it wrote."""
+    """A worker ended or could not start; the message has the end of its output."""
 
 
 class Worker:
-    """One process. Use it as a context manager, or close it.
+    """One worker process. Use it as a context manager, or close it.
 
     Args:
-        name: as tables show it.
+        name: shown in tables.
         script: a file of `benchmarks/peers/`.
         arguments: its command line.
         python: the interpreter of its environment.
@@ -68,13 +68,13 @@ class Worker:
         """Block until the model is loaded.
 
         Raises:
-            WorkerFailed: it ended instead.
+            WorkerFailed: the worker ended.
         """
         self.facts = self._read()["ready"]
         return self
 
     def ask(self, **message: Any) -> dict[str, Any]:
-        """One line there, one line back.
+        """Send one question and return the answer.
 
         Raises:
             WorkerFailed: the worker ended.
@@ -92,11 +92,11 @@ class Worker:
         return float(self.ask(op="time", calls=list(calls))["seconds"])
 
     def vectors(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """What it computes, `[n, D]`."""
+        """Return the vectors of texts, `[n, D]`."""
         return np.asarray(self.ask(op="vectors", texts=list(texts))["vectors"], dtype=np.float32)
 
     def close(self) -> None:
-        """End the process and wait for it."""
+        """End the process and wait for its exit."""
         assert self._process.stdin is not None, "opened with a pipe"
         self._process.stdin.close()
         try:
@@ -124,6 +124,6 @@ class Worker:
 
 
 def _environment(packages: Path) -> dict[str, str]:
-    """This one, without what would change how a library runs."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "OMP_", "MKL_"))}
-    return kept | OFFLINE | {"PYTHONPATH": str(packages)}
+    """Return this environment without variables that change how a library runs."""
+    base = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "OMP_", "MKL_"))}
+    return base | OFFLINE | {"PYTHONPATH": str(packages)}

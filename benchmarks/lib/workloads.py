@@ -1,7 +1,7 @@
-"""Texts to measure with: seeded, made from what every Python has installed, and of known length in tokens.
+"""Makes texts to measure with: seeded, made from what every Python has installed, and of known length in tokens.
 
 English comes from the language reference that `pydoc` carries (so it differs a little between versions of Python,
-which `Workload.fingerprint` shows), Chinese from sentences of our own. Knows no model: lengths are what `count` says.
+which `Workload.fingerprint` shows), Chinese from our own sentences. No model is needed: `count` measures lengths.
 """
 
 import bisect
@@ -44,7 +44,7 @@ class Lengths(Struct, frozen=True):
     sigma: float = 1.0
 
     def draw(self, rng: random.Random) -> int:
-        """One length."""
+        """Draw one length."""
         if self.median is None:
             return rng.randint(self.low, self.high)
         return min(self.high, max(self.low, round(rng.lognormvariate(math.log(self.median), self.sigma))))
@@ -61,7 +61,7 @@ LENGTHS = {
 NAMES = tuple(LENGTHS)
 
 _PATIENCE = 200
-"""Places to begin a text at, before a tokenizer is said to have no text of a length."""
+"""Starting points that are tried before a tokenizer is refused for having no text of a length."""
 
 
 class Workload(Struct, frozen=True):
@@ -73,21 +73,21 @@ class Workload(Struct, frozen=True):
 
     @property
     def num_tokens(self) -> int:
-        """Real tokens, special ones included; padding is not work."""
+        """Return the number of real tokens, special ones included and padding excluded."""
         return sum(self.tokens)
 
     @property
     def fingerprint(self) -> str:
-        """Twelve hex digits that change with any text."""
+        """Return twelve hex digits that change with any text."""
         return hashlib.sha256("\0".join(self.texts).encode()).hexdigest()[:12]
 
     def calls(self, num_texts: int) -> list[tuple[str, ...]]:
-        """The texts as calls of `num_texts`, the last perhaps smaller."""
+        """Split the texts into calls of `num_texts`; the last may be smaller."""
         return [self.texts[start : start + num_texts] for start in range(0, len(self.texts), num_texts)]
 
 
 def make(name: str, num_texts: int, count: Count, seed: int = 7) -> Workload:
-    """`num_texts` texts of the workload `name`, within the bounds of `LENGTHS` as `count` measures them.
+    """Make `num_texts` texts of the workload `name`, within the bounds of `LENGTHS` as `count` measures them.
 
     Raises:
         ValueError: the tokenizer gives no text of such a length.
@@ -100,7 +100,7 @@ def make(name: str, num_texts: int, count: Count, seed: int = 7) -> Workload:
 
 
 def counter(folder: Path) -> Count:
-    """Tokens as the tokenizer of a model folder counts them, special ones included, nothing cut."""
+    """Return a function that counts tokens with a folder's tokenizer, special ones included, without truncation."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -109,7 +109,7 @@ def counter(folder: Path) -> Count:
 
 @cache
 def english() -> tuple[str, ...]:
-    """Words of the language reference, in its order, without its ornaments."""
+    """Return the words of the language reference, in order, without markup."""
     words = " ".join(topics.topics[name] for name in sorted(topics.topics)).split()
     return tuple(word for word in words if any(letter.isalnum() for letter in word))
 
@@ -117,7 +117,7 @@ def english() -> tuple[str, ...]:
 def _text(
     target: int, lengths: Lengths, stretches: Callable[[], Iterator[str]], joiner: str, count: Count
 ) -> tuple[str, int]:
-    """The longest text of at most `target` tokens from some place on, and how many it has."""
+    """Return the longest text of at most `target` tokens from a random starting point, and its number of tokens."""
     for _ in range(_PATIENCE):
         stretch = stretches()
         pieces = [next(stretch) for _ in range(target)]  # a piece is at least one token
@@ -130,7 +130,7 @@ def _text(
 
 
 def _stretch(words: Sequence[str], rng: random.Random) -> Iterator[str]:
-    """Stretches of 8 to 50 words from random places, without end."""
+    """Yield words without end: runs of 8 to 50 words from random starting points."""
     while True:
         start = rng.randrange(len(words))
         yield from words[start : start + rng.randint(8, 50)]
@@ -138,7 +138,7 @@ def _stretch(words: Sequence[str], rng: random.Random) -> Iterator[str]:
 
 @cache
 def _chinese() -> tuple[str, ...]:
-    """The characters of the sentences, each sentence again and again in another order."""
+    """Return the sentences in random order, 200 of them, each one many times."""
     rng = random.Random(7)
     return tuple("".join(rng.choice(_CHINESE) for _ in range(200)))
 
@@ -172,7 +172,7 @@ _WORDS = tuple(word for sentence in SENTENCES for word in sentence.split())
 
 
 def text(words: int, seed: int) -> str:
-    """A text of that many words, drawn from all sentences; every other one follows a sentence for a while."""
+    """Return a text of `words` words: whole sentences and words drawn from all sentences, in random order."""
     rng = random.Random(seed)
     drawn: list[str] = []
     while len(drawn) < words:
@@ -184,7 +184,7 @@ def text(words: int, seed: int) -> str:
 
 
 def mixed(count: int, seed: int = 0, longest_words: int = 90) -> list[str]:
-    """Texts of mixed lengths, short ones more often than long ones, in no order; no two alike."""
+    """Return texts of mixed lengths in random order, short ones more often than long ones; no two are the same."""
     rng = random.Random(seed)
     lengths = [1, 2, 3, longest_words, *(int(longest_words ** rng.random()) for _ in range(count - 4))]
     texts = [f"{seed}{index} {text(length, seed * 1000 + index)}" for index, length in enumerate(lengths[:count])]

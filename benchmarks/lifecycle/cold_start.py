@@ -4,8 +4,8 @@
     python -m benchmarks.lifecycle.cold_start selfcheck
 
 `request`: files on disk, server up; each round evicts the model and sends one request: the time to its answer, and how
-much of it was loading, as the server's own `Server-Timing` says. The first round is the process's
-first load of any model, and stands by itself.
+much of it was loading, from the server's `Server-Timing`. The first round is the process's first load of any model,
+and is reported separately.
 `selfcheck`: what the check adds to the load, which may be 20 % for a small model. Loads and checks alternate on one
 warm process. The first load imports the model's architecture, and its check runs the reference, as there is no canary.
 """
@@ -44,7 +44,7 @@ _LOAD = re.compile(r"\bload;dur=([0-9.]+)")
 
 
 class Round(Struct, frozen=True):
-    """One cold request, and one warm one right after it, in seconds."""
+    """Seconds of one cold request, and of a warm one directly after it."""
 
     cold_s: float
     load_s: float
@@ -52,7 +52,7 @@ class Round(Struct, frozen=True):
 
 
 def ready(target: Target) -> None:
-    """Whether the server takes work, with no model loaded.
+    """Check that the server is ready, with no model loaded.
 
     Raises:
         OSError: not yet.
@@ -61,7 +61,7 @@ def ready(target: Target) -> None:
 
 
 def measure_request(target: Target) -> Round:
-    """Ask the absent model, then the present one, then evict it."""
+    """Request the absent model, then request it again once it is loaded, then evict it."""
     cold_s, timing = _embed(target)
     warm_s, _ = _embed(target)
     _call(target, "POST", f"/admin/models/{MODEL}/evict")
@@ -102,14 +102,14 @@ def _report(folder: Path, server: Server, found: list[Round], machine: Machine) 
 
 
 def _embed(target: Target) -> tuple[float, str]:
-    """One text: seconds to the whole answer, and the Server-Timing header."""
+    """Embed one text; return the seconds to the whole answer, and the Server-Timing header."""
     started_s = time.perf_counter()
     headers = _call(target, "POST", "/v1/embeddings", {"model": MODEL, "input": "How long does this take?"})
     return time.perf_counter() - started_s, headers.get("server-timing", "")
 
 
 def _call(target: Target, method: str, path: str, body: object = None) -> http.client.HTTPMessage:
-    """The answer's headers.
+    """Send a request and return the answer's headers.
 
     Raises:
         OSError: no connection, or not a 200.
@@ -141,7 +141,7 @@ SHARE_LIMIT = 0.2
 
 
 class CheckedLoad(Struct, frozen=True):
-    """One load, in seconds: building the engine, and its check and canary."""
+    """Seconds of one load: building the engine, and its check and canary."""
 
     load_s: float
     check_s: float
@@ -164,14 +164,14 @@ def measure_selfcheck(loader: TorchLoader, folder: Path) -> CheckedLoad:
 
 
 def run_selfcheck(model: str, rounds: int, cores: int) -> Report:
-    """Measure a model of `benchmarks.folders`, or a folder."""
+    """Measure a model of `benchmarks.lib.folders`, or a folder."""
     watch, folder = Watch(), resolve(model)
     warn_if_busy(watch.machine)
-    lane = DeviceScheduler("bench", lambda: torch.set_num_threads(cores))
+    scheduler = DeviceScheduler("bench", lambda: torch.set_num_threads(cores))
     with TemporaryDirectory() as state, closing(TokenizerThreads(cores)) as threads:
-        loader = TorchLoader("cpu", lane, threads, LoaderSettings(canary_folder=Path(state)))
+        loader = TorchLoader("cpu", scheduler, threads, LoaderSettings(canary_folder=Path(state)))
         first, *rest = [measure_selfcheck(loader, folder) for _ in with_progress(range(rounds + 1), "round")]
-    lane.close()
+    scheduler.close()
     share = median(one.share for one in rest)
     loads, checks = [one.load_s for one in rest], [one.check_s for one in rest]
     return Report(
@@ -206,7 +206,7 @@ def main_selfcheck(argv: Sequence[str]) -> None:
 
 
 def main() -> None:
-    """Run the command that is asked for."""
+    """Run the requested command."""
     run_command({"request": main_request, "selfcheck": main_selfcheck})
 
 

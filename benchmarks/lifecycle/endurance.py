@@ -1,4 +1,4 @@
-"""Checks that a server stays as it is under every load at once, after many loads, and with too many models.
+"""Checks that a server neither grows nor errs under mixed load, after many loads, and with too many models.
 
     python -m benchmarks.lifecycle.endurance soak
     python -m benchmarks.lifecycle.endurance cycles
@@ -9,7 +9,7 @@ clients with short texts, long ones and bulk; requests with mistakes; an operato
 status is counted, and the server's memory, threads and open files are compared before, meanwhile and after.
 `cycles`: a model is loaded, used and evicted 200 times in a server process. Its resident memory is read after each
 eviction, and after the tenth it may not move by more than 5 %.
-`crowd`: a minute; eight small models, room for three, 64 clients without a pause. Every answer is compared with
+`crowd`: a minute; eight small models, memory for three, 64 clients without a pause. Every answer is compared with
 sentence-transformers'. The accounting may never exceed the budget, and each eviction must be explained in the event
 stream. Clients, server and models share one process, so that its accounting can be read after each step.
 Each exits with 1 when something is not as it should be.
@@ -41,28 +41,28 @@ from benchmarks.lib.machine import Watch, warn_if_busy
 from benchmarks.lib.measure import with_progress
 from benchmarks.lib.report import RESULTS, Report, publish, run_command
 from benchmarks.lib.servers import Server, own, serving, write_registry
-from benchmarks.lib.small_memory import CLIENTS, ROOM_FOR, Crowd, build_truths, crowd, unexplained
+from benchmarks.lib.small_memory import CLIENTS, NUM_RESIDENT, Crowd, build_truths, crowd, unexplained
 from benchmarks.lifecycle.cold_start import ready
 from engines.types import format_bytes
 from router import loadgen as load
 from router.loadgen import Outcome
 from router.loadgen.http_client import Request, Target, encode
 
-HOME, VISITORS = ("one", "two"), ("three", "four")
-MODELS = HOME + VISITORS
-"""There is room for two. Most requests are for the first two; now and then one comes for another, and one must go."""
+HOME, OTHERS = ("one", "two"), ("three", "four")
+MODELS = HOME + OTHERS
+"""Memory fits two. Most requests are for the first two; some are for the others, and evict one of them."""
 RSS_SHARE = 0.03
-"""What the memory may have grown by, from the first quarter after the warm-up to the last."""
+"""Allowed growth of memory from the first quarter after the warm-up to the last."""
 _SAMPLE_S = 1.0
 _REST_S = 1.0
-_TOLD_EVERY = 60
-_KEPT_EVERY = 10
+_PRINT_EVERY = 60
+_SAVE_EVERY = 10
 _DRAWS = 16
 _MAX_BODY = "1MiB"
 
 
 class Kind(Struct, frozen=True):
-    """One part of the load. Either so many clients, each waiting for its answer, or so many requests a second.
+    """One part of the load: `clients` that each wait for their answers, or `per_s` requests a second.
 
     `expected`: the statuses that are right.
     """
@@ -74,19 +74,19 @@ class Kind(Struct, frozen=True):
     per_s: float = 0.0
 
     async def run(self, target: Target, seconds: float) -> Outcome:
-        """For so long."""
+        """Send requests for `seconds`."""
         until = load.after_s(seconds)
         if self.clients:
             return await load.closed(target, self.requests, self.clients, until=until)
         return await load.opened(target, self.requests, self.per_s, until=until)
 
     def unexpected(self, outcome: Outcome) -> Counter[int]:
-        """Answers that should not have been; 0 stands for none at all."""
+        """Count the answers with unexpected statuses; 0 stands for no answer."""
         return Counter(sample.status for sample in outcome.samples if sample.status not in self.expected)
 
 
 class Sample(Struct, frozen=True):
-    """The server's process at one moment."""
+    """The state of the server's process at one moment."""
 
     at_s: float
     rss_bytes: int
@@ -95,7 +95,7 @@ class Sample(Struct, frozen=True):
 
 
 class Verdict(Struct, frozen=True):
-    """Before and after. Memory: medians of the first and the last quarter of the load. Threads and files: at rest."""
+    """Values before and after. Memory: medians of the load's first and last quarter. Threads and files: at rest."""
 
     rss_bytes: tuple[float, float]
     threads: tuple[int, int]
@@ -103,11 +103,11 @@ class Verdict(Struct, frozen=True):
 
     @property
     def rss_growth(self) -> float:
-        """As a share of what it was."""
+        """Return the growth relative to the value before."""
         return self.rss_bytes[1] / self.rss_bytes[0] - 1
 
     def faults(self, rss_share: float, spare_threads: int = 0) -> Iterator[str]:
-        """What has grown by more than it may."""
+        """Yield a message for each value that has grown by more than allowed."""
         if self.rss_growth > rss_share:
             yield f"the memory grew by {100 * self.rss_growth:.1f} %, and {100 * rss_share:g} % is allowed"
         if self.threads[1] > self.threads[0] + spare_threads:
@@ -117,10 +117,10 @@ class Verdict(Struct, frozen=True):
 
 
 def judge(rest: tuple[Sample, Sample], samples: Sequence[Sample]) -> Verdict:
-    """Compare the server at rest before and after the load, and the load's own ends.
+    """Compare the server at rest before and after the load, and the first and last quarter of the load.
 
     Raises:
-        ValueError: there are too few samples to have ends.
+        ValueError: fewer than four samples.
     """
     size = len(samples) // 4
     if size < 1:
@@ -136,7 +136,7 @@ def judge(rest: tuple[Sample, Sample], samples: Sequence[Sample]) -> Verdict:
 
 
 def make_load(target: Target, folder: Path) -> list[Kind]:
-    """Everything that a server meets, at once."""
+    """Return all kinds of requests, which run at once."""
     count = workloads.counter(folder)
     fine = frozenset({200})
 
@@ -151,14 +151,14 @@ def make_load(target: Target, folder: Path) -> list[Kind]:
         Kind("8 mixed texts", texts("mixed", 8), fine, clients=2),
         Kind("2 long texts", texts("long", 2), fine, clients=1),
         Kind("256 texts, JSON floats", texts("short", 256, "float"), fine, clients=1),
-        Kind("models that are not in memory", texts("short", 1, models=VISITORS), fine, per_s=0.1),
+        Kind("models that are not in memory", texts("short", 1, models=OTHERS), fine, per_s=0.1),
         Kind("mistakes", mistakes(target), frozenset({400, 404, 405, 413}), per_s=10.0),
         Kind("an operator", moves(target), frozenset({200, 202, 409}), per_s=0.1),
     ]
 
 
 def mistakes(target: Target) -> list[Request]:
-    """Requests that must be refused, each for another reason."""
+    """Return requests that must be refused, each for another reason."""
     well = {"model": MODELS[0], "input": "x"}
     bodies: list[object] = [
         {**well, "input": ""}, {**well, "input": []}, {**well, "input": ["x"] * 2049}, {**well, "input": 5},
@@ -172,7 +172,7 @@ def mistakes(target: Target) -> list[Request]:
 
 
 def moves(target: Target) -> list[Request]:
-    """What an operator does: fetch models, and throw them out, whatever others do meanwhile."""
+    """Return an operator's requests: preload models and evict them, regardless of traffic."""
     evict = msgspec.json.encode({"timeout": 5})
     return [
         request
@@ -185,30 +185,30 @@ def moves(target: Target) -> list[Request]:
 
 
 def post(target: Target, path: str, body: bytes) -> Request:
-    """Any request as bytes."""
+    """Return a POST as bytes."""
     host, port = target.address
     head = f"POST {path} HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
     return Request(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body, 0)
 
 
-def look(process: psutil.Process, at_s: float = 0.0) -> Sample:
-    """The process now."""
+def read_process(process: psutil.Process, at_s: float = 0.0) -> Sample:
+    """Read the process's current state."""
     with process.oneshot():
         return Sample(round(at_s, 1), process.memory_info().rss, process.num_threads(), process.num_fds())
 
 
 async def everything(server: Server, kinds: Sequence[Kind], seconds: float) -> tuple[list[Outcome], list[Sample]]:
-    """All kinds at once, and what the process looked like every second."""
+    """Run all kinds at once; return their outcomes, and a sample of the process for every second."""
     samples: list[Sample] = []
     process, began_s = psutil.Process(server.pid), time.monotonic()
 
     async def watch() -> None:
         while True:
             await asyncio.sleep(_SAMPLE_S)
-            samples.append(look(process, time.monotonic() - began_s))
-            if len(samples) % _TOLD_EVERY == 0:
-                told = f"{samples[-1].at_s:.0f} of {seconds:.0f} s, {samples[-1].rss_bytes / 1e6:,.0f} MB"
-                print(told, file=sys.stderr, flush=True)
+            samples.append(read_process(process, time.monotonic() - began_s))
+            if len(samples) % _PRINT_EVERY == 0:
+                progress = f"{samples[-1].at_s:.0f} of {seconds:.0f} s, {samples[-1].rss_bytes / 1e6:,.0f} MB"
+                print(progress, file=sys.stderr, flush=True)
 
     watching = asyncio.create_task(watch())
     outcomes = await asyncio.gather(*(kind.run(server.target, seconds) for kind in kinds))
@@ -217,13 +217,13 @@ async def everything(server: Server, kinds: Sequence[Kind], seconds: float) -> t
 
 
 def at_rest(server: Server) -> Sample:
-    """The process when its clients have hung up and it has noticed."""
+    """Read the process's state after its clients' connections are closed."""
     time.sleep(_REST_S)
-    return look(psutil.Process(server.pid))
+    return read_process(psutil.Process(server.pid))
 
 
 def fetch_json(target: Target, path: str) -> Any:
-    """The JSON of a GET."""
+    """Return the JSON of a GET."""
     connection = http.client.HTTPConnection(*target.address, timeout=60)
     try:
         connection.request("GET", path)
@@ -233,7 +233,7 @@ def fetch_json(target: Target, path: str) -> Any:
 
 
 def memory_for(folder: Path, num_models: int) -> str:
-    """A budget for so many of the models, as a server measures them."""
+    """Return a budget for `num_models` of the models, as a server measures them."""
     with tempfile.TemporaryDirectory() as draft:
         registry = write_registry(Path(draft) / "registry.yaml", {MODELS[0]: folder})
         with serving(own(registry, MODELS[0])) as server:
@@ -250,11 +250,11 @@ def run_soak(
     spare_threads: int = 0,
     budget: str = "",
 ) -> tuple[Report, list[str]]:
-    """The report, and what was wrong. The warm-up is the same load, and what is judged comes after it.
+    """Return the report and all faults. The warm-up is the same load and is not judged.
 
     Args:
-        rss_share, spare_threads: what may have grown, where the warm-up is too short to start all that is started once.
-        budget: of the server's memory, where it is known what two models take.
+        rss_share, spare_threads: allowed growth, for warm-ups too short to start everything that is started once.
+        budget: of the server's memory; measured unless given.
     """
     surroundings = Watch()
     warn_if_busy(surroundings.machine)
@@ -282,7 +282,7 @@ def run_soak(
         header=("", "requests", "unexpected", "p50 ms", "p99 ms", "max ms"),
         rows=[_row(kind, outcome) for kind, outcome in zip(kinds, outcomes, strict=True)],
         samples={
-            "process": [structs.asdict(one) for one in samples[::_KEPT_EVERY]],
+            "process": [structs.asdict(one) for one in samples[::_SAVE_EVERY]],
             "verdict": structs.asdict(verdict),
         },
         notes=(*_facts(verdict, samples), _movements(slots), *(f"WRONG: {one}" for one in wrong)),
@@ -313,7 +313,7 @@ def _movements(slots: Sequence[dict[str, Any]]) -> str:
 
 
 def main_soak(argv: Sequence[str]) -> None:
-    """Print the table; exit code 1 when something was wrong."""
+    """Print the table; exit with 1 when there are faults."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.lifecycle.endurance soak", description=__doc__)
     parser.add_argument("--model", default="minilm")
     parser.add_argument("--seconds", type=float, default=1200.0)
@@ -332,7 +332,7 @@ LIMIT = 0.05
 
 
 def cycle(client: httpx.Client, process: psutil.Process) -> int:
-    """Load, use, evict; the process's resident bytes then.
+    """Load, use and evict the model; return the process's resident bytes afterwards.
 
     Raises:
         httpx.HTTPStatusError: any of the three was refused.
@@ -343,7 +343,7 @@ def cycle(client: httpx.Client, process: psutil.Process) -> int:
 
 
 def spread(rss_bytes: list[int]) -> float:
-    """How far memory moved after the first `SETTLED` cycles, as a share of what it was then."""
+    """Return how far memory moved after the first `SETTLED` cycles, relative to its size then."""
     base = rss_bytes[SETTLED - 1]
     return max(abs(rss - base) for rss in rss_bytes[SETTLED - 1 :]) / base
 
@@ -393,7 +393,7 @@ def main_cycles(argv: Sequence[str]) -> None:
 
 
 def run_crowd(seconds: float) -> tuple[Report, bool]:
-    """Measure; and whether everything was as it must be."""
+    """Run the crowd; return the report, and whether it has no fault."""
     watch = Watch()
     warn_if_busy(watch.machine)
     with tempfile.TemporaryDirectory() as folder:
@@ -402,7 +402,7 @@ def run_crowd(seconds: float) -> tuple[Report, bool]:
     is_good = not found.sampler.overdrafts and not unexplained(found.steps)
     report = Report(
         name="crowd",
-        title=f"{len(truths)} models, room for {ROOM_FOR}, {CLIENTS} clients with a Zipf mix, {seconds:g} s",
+        title=f"{len(truths)} models, memory for {NUM_RESIDENT}, {CLIENTS} clients with a Zipf mix, {seconds:g} s",
         machine=watch.machine,
         settings={"seconds": seconds},
         header=("what", "figure"),
@@ -414,7 +414,7 @@ def run_crowd(seconds: float) -> tuple[Report, bool]:
 
 
 def rows_of_crowd(found: Crowd) -> list[tuple[str, ...]]:
-    """The table."""
+    """Return the rows of the table."""
     sampler, total = found.sampler, sum(found.asked.values())
     return [
         ("requests", f"{total:,}"),
@@ -443,7 +443,7 @@ def main_crowd(argv: Sequence[str]) -> None:
 
 
 def main() -> None:
-    """Run the command that is asked for."""
+    """Run the requested command."""
     run_command({"soak": main_soak, "cycles": main_cycles, "crowd": main_crowd})
 
 

@@ -1,7 +1,7 @@
-"""What a ready model's clients feel while a large one is downloaded and loaded beside it.
+"""Measures the latency of a ready model while a large one is downloaded and loaded beside it.
 
-Requests leave at fixed times, whatever became of those before (open loop), and are timed from when they were due: a
-stall delays everything that was due in it, and cannot hide. Quiet and loading stretches alternate.
+Requests are sent at fixed times, independent of earlier answers (open loop), and timed from when they were due, so that
+a stall counts for every request due in it. Quiet and loading intervals alternate.
 
     python -m benchmarks.lifecycle.load_latency                 1 GB, three rounds
     python -m benchmarks.lifecycle.load_latency --megabytes 200 --rounds 1
@@ -49,7 +49,7 @@ class Sample(Struct, frozen=True):
 
 
 class Probe:
-    """Sends one small request after the other at a fixed rate, on as many connections as that takes."""
+    """Sends small requests at a fixed rate, on as many connections as needed."""
 
     def __init__(self, port: int, rate: float) -> None:
         body = json.dumps({"model": READY, "input": TEXT}).encode()
@@ -66,7 +66,7 @@ class Probe:
         self.samples: list[Sample] = []
 
     async def run(self) -> None:
-        """Until cancelled; what is under way then is waited for."""
+        """Send until cancelled, then wait for the requests in flight."""
         tasks: set[asyncio.Task[None]] = set()
         due_s = time.perf_counter()
         try:
@@ -93,19 +93,19 @@ class Probe:
         self._idle.append((reader, writer))
 
     def between(self, start_s: float, end_s: float) -> list[float]:
-        """Milliseconds of the requests that were due in a stretch of time."""
+        """Return the latencies, in milliseconds, of requests that were due in an interval."""
         return [sample.seconds * 1000 for sample in self.samples if start_s <= sample.due_s < end_s]
 
 
 class Load(Struct, frozen=True):
-    """One download and load: its beginning, the moments of its states, and its end."""
+    """The times of one download and load: its start, its states, and its end."""
 
     start_s: float
     states: tuple[tuple[str, float], ...]
     end_s: float
 
     def step(self, name: str) -> tuple[float, float]:
-        """From when to when a state lasted."""
+        """Return the start and end of a state."""
         moments = [*self.states, ("", self.end_s)]
         for (state, start_s), (_, end_s) in pairwise(moments):
             if state == name:
@@ -144,7 +144,7 @@ async def load(port: int, model: str) -> Load:
 
 @asynccontextmanager
 async def probing(port: int, rate: float) -> AsyncIterator[Probe]:
-    """A probe at work; its failure is this block's failure."""
+    """Run a probe until the block ends; an error of the probe is raised here."""
     probe = Probe(port, rate)
     task = asyncio.create_task(probe.run())
     try:
@@ -155,7 +155,7 @@ async def probing(port: int, rate: float) -> AsyncIterator[Probe]:
 
 
 async def measure(port: int, rounds: int, rate: float, quiet_s: float) -> tuple[Probe, list[tuple[float, Load]]]:
-    """Quiet and loading stretches in turn; each load comes with the moment its quiet stretch began."""
+    """Alternate quiet and loading intervals; return each load with the start of its quiet interval."""
     found = []
     async with probing(port, rate) as probe:
         await asyncio.sleep(2.0)  # connections, threads and caches are warm then
@@ -171,7 +171,7 @@ async def measure(port: int, rounds: int, rate: float, quiet_s: float) -> tuple[
 
 
 async def evict(port: int, model: str) -> None:
-    """Free a model."""
+    """Evict a model."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(f"POST /admin/models/{model}/evict HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 0\r\n\r\n".encode())
     head = await reader.readuntil(b"\r\n\r\n")
@@ -181,7 +181,7 @@ async def evict(port: int, model: str) -> None:
 
 
 def build(folder: Path, megabytes: int) -> Path:
-    """A BERT of about that many megabytes, its weights drawn at random."""
+    """Build a BERT of about that many megabytes with random weights."""
     from transformers import BertConfig, BertModel
 
     layers = max(1, round(megabytes * 1_000_000 / LAYER_BYTES))
@@ -194,7 +194,7 @@ def build(folder: Path, megabytes: int) -> Path:
 
 
 def registry(folder: Path, rounds: int) -> Path:
-    """The ready model, preloaded, and one large one for each round: every round downloads anew."""
+    """Write a registry with the ready model, preloaded, and one large model per round, so that each round downloads."""
     lines = [
         "version: 1",
         "models:",
@@ -207,7 +207,7 @@ def registry(folder: Path, rounds: int) -> Path:
 
 
 def run(megabytes: int, rounds: int, rate: float, quiet_s: float) -> Report:
-    """Build, serve, measure."""
+    """Build the models, serve them, and measure."""
     watch = Watch()
     warn_if_busy(watch.machine)
     with tempfile.TemporaryDirectory() as name, LoopbackHub() as hub:
@@ -245,7 +245,7 @@ def run(megabytes: int, rounds: int, rate: float, quiet_s: float) -> Report:
 
 
 def row(name: str, spans: Sequence[tuple[float, float]], rounds: Sequence[Sequence[float]]) -> tuple[str, ...]:
-    """One line of the table; medians over rounds, but the worst of all."""
+    """Return one row of the table: medians over rounds, and the worst of all."""
     full = [samples for samples in rounds if samples]
     if not full:
         return (name, *["–"] * 6)
@@ -256,7 +256,7 @@ def row(name: str, spans: Sequence[tuple[float, float]], rounds: Sequence[Sequen
 
 
 def main() -> None:
-    """Print the table, and save it."""
+    """Print the table and save it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.lifecycle.load_latency", description=__doc__)
     parser.add_argument("--megabytes", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=3)

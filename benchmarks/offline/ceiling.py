@@ -27,7 +27,7 @@ from benchmarks.offline.throughput import Case, arguments, describe, make_cases
 
 
 class Shape(Struct, frozen=True):
-    """The linear layers of one block as (in, out), how many blocks there are, and the width of the queries."""
+    """The linear layers of one block as (in, out), the number of blocks, and the width of the queries."""
 
     linears: tuple[tuple[int, int], ...]
     num_layers: int
@@ -35,17 +35,17 @@ class Shape(Struct, frozen=True):
 
     @property
     def linear_flops(self) -> int:
-        """For one token, through all blocks."""
+        """Return the operations of the linear layers for one token, through all blocks."""
         return 2 * self.num_layers * sum(rows * columns for rows, columns in self.linears)
 
     def flops(self, lengths: Sequence[int]) -> int:
-        """For texts of these lengths: linear layers, and scores and their sums of values within each text."""
+        """Return the operations for texts of these lengths: linear layers, and attention within each text."""
         attention = 4 * self.num_layers * self.query_width
         return self.linear_flops * sum(lengths) + attention * sum(length * length for length in lengths)
 
 
 def read_shape(folder: Path) -> Shape:
-    """The shape of the model in a folder: BERT and its kin, and decoders with grouped queries and a gated layer.
+    """Read the shape of the model in a folder: BERT-like models, and decoders with grouped queries and a gated layer.
 
     Raises:
         KeyError: config.json lacks one of the sizes.
@@ -66,16 +66,16 @@ PEAK_S = 1.0
 
 
 def peak(worker: Worker, shape: Shape, seconds: float = PEAK_S) -> float:
-    """FLOP/s of bare matrix products now, at the best of several numbers of rows."""
+    """Measure the FLOP/s of bare matrix products, at the best of several numbers of rows."""
     linears = [list(linear) for linear in shape.linears]
     rates = worker.ask(op="rates", linears=linears, rows=ROWS, seconds=seconds)["rates"]
     return float(max(rates.values()))
 
 
-def measure(  # noqa: PLR0913  # who is measured, on what, and how often
+def measure(  # noqa: PLR0913  # the workers, the work, and the number of rounds
     cases: Sequence[Case], shape: Shape, engine: Worker, gemm: Worker, rounds: int, *, settle_s: float, peak_s: float
 ) -> dict[str, dict[str, list[float]]]:
-    """FLOP/s by case: of the engine, and of the bare products beside it."""
+    """Return FLOP/s by case: of the engine, and of the bare products."""
     samples = {}
     for case in cases:
         flops, calls = shape.flops(case.workload.tokens), case.calls
@@ -94,7 +94,7 @@ def measure(  # noqa: PLR0913  # who is measured, on what, and how often
 def rows(
     cases: Sequence[Case], samples: Mapping[str, Mapping[str, Sequence[float]]], shape: Shape
 ) -> list[tuple[str, ...]]:
-    """Table rows: the arithmetic of a token, the engine's speed, the peak, and the share."""
+    """Return table rows: the operations of a token, the engine's speed, the peak, and the share."""
     lines: list[tuple[str, ...]] = []
     for case in cases:
         engine, ceiling = samples[case.name]["engine"], samples[case.name]["peak"]

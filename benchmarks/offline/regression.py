@@ -75,7 +75,7 @@ def run(
 
 
 def regressions(report: Report) -> list[str]:
-    """Workloads on which the working tree lost in every round, and by more than noise."""
+    """Return the workloads on which the working tree was slower in every round, and by more than noise."""
     before = report.samples["before"]
     ratios = {case: speedup(times[NOW], times[before]) for case, times in report.samples["seconds"].items()}
     return [f"{case}: {ratio}" for case, ratio in ratios.items() if ratio.high < 1 and ratio.value < TOLERANCE]

@@ -30,7 +30,7 @@ from benchmarks.lib.workloads import Count, Workload
 
 
 class Case(Struct, frozen=True):
-    """One line of the table: texts, and how many make one call."""
+    """One row of the table: texts, and their number per call."""
 
     name: str
     workload: Workload
@@ -38,7 +38,7 @@ class Case(Struct, frozen=True):
 
     @property
     def calls(self) -> list[tuple[str, ...]]:
-        """The work of one sample."""
+        """Return the calls of one sample."""
         return self.workload.calls(self.texts_per_call)
 
 
@@ -54,7 +54,7 @@ SHAPES: dict[str, tuple[str, int, int]] = {
 
 
 def make_cases(names: Sequence[str], count: Count, scale: float = 1.0) -> list[Case]:
-    """The cases of these names; `scale` shrinks the calls for slow models and for tests."""
+    """Make the cases of these names; `scale` shrinks the calls for slow models and for tests."""
     cases = []
     for name in names:
         workload, texts, calls = SHAPES[name]
@@ -66,7 +66,7 @@ def make_cases(names: Sequence[str], count: Count, scale: float = 1.0) -> list[C
 def measure(
     cases: Sequence[Case], contestants: Sequence[Contestant], rounds: int, *, settle_s: float = SETTLE_S
 ) -> dict[str, dict[str, list[float]]]:
-    """Seconds by case and contestant, `rounds` of each. One uncounted round warms up every shape."""
+    """Return seconds by case and contestant, `rounds` of each. One uncounted round warms up every shape."""
     samples = {}
     for case in cases:
         runs: dict[str, Run] = {one.name: partial(one.seconds, case.calls) for one in contestants}
@@ -81,7 +81,7 @@ def measure(
 def rows_beside_base(
     cases: Sequence[Case], samples: Mapping[str, Mapping[str, Sequence[float]]], names: Sequence[str], base: str
 ) -> list[tuple[str, ...]]:
-    """Table rows: the workload, tokens/s of the base, and the ratio of each of the others to it."""
+    """Return table rows: the workload, tokens/s of the base, and the ratio of each of the others to it."""
     return [
         (
             f"{case.name} ({len(case.calls)} × {case.texts_per_call} texts, {case.workload.num_tokens:,} tokens)",
@@ -93,7 +93,7 @@ def rows_beside_base(
 
 
 def describe(cases: Sequence[Case]) -> dict[str, Any]:
-    """What another run must match to be comparable."""
+    """Return the facts that must agree for two runs to be comparable."""
     return {
         case.name: {
             "tokens": case.workload.num_tokens,
@@ -130,7 +130,7 @@ def run_beside_base(
 
 
 def arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """What every offline benchmark may be asked."""
+    """Add the options that all offline benchmarks have."""
     parser.add_argument("--model", default="minilm", help="minilm, bert-base, xlmr-large, or a folder")
     parser.add_argument("--workloads", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--rounds", type=int, default=5)
@@ -155,7 +155,7 @@ NOTES = (
 
 
 def deviations(workers: Sequence[Worker], count: Count) -> dict[str, float]:
-    """How far each one's vectors are from the base's: the largest difference of a component."""
+    """Return the largest difference of a component of each worker's vectors from the base's."""
     texts = [text for name in workloads.NAMES for text in workloads.make(name, 3, count, seed=11).texts]
     vectors = {worker.name: worker.vectors(texts) for worker in workers}
     return {name: float(np.abs(found - vectors[BASE.name]).max()) for name, found in vectors.items()}
@@ -166,7 +166,7 @@ def rows_beside_peers(
     samples: Mapping[str, Mapping[str, Sequence[float]]],
     off_by: Mapping[str, float],
 ) -> list[tuple[str, ...]]:
-    """Table rows: one for each program, its ratio to the base on each workload."""
+    """Return one table row for each program: its ratio to the base on each workload."""
     lines = []
     for name, deviation in off_by.items():
         ratios = [str(speedup(samples[case.name][name], samples[case.name][BASE.name])) for case in cases]
@@ -209,7 +209,7 @@ def run_beside_peers(
 
 
 def draw(report: Report, path: Path) -> None:
-    """Bars: each program's ratio to the base, ours first."""
+    """Draw each program's ratio to the base as bars, ours first."""
     samples = report.samples["seconds"]
     programs = sorted(report.samples["off_by"], key=lambda name: name != OURS)
     series = {
@@ -219,14 +219,14 @@ def draw(report: Report, path: Path) -> None:
 
 
 def _packages(worker: Worker) -> str:
-    """The versions that matter: what the program is made of."""
+    """Return the versions of the packages that decide the program's speed."""
     found: dict[str, str] = worker.facts.get("packages", {})
     shown = ("torch", "transformers", "sentence-transformers", "onnxruntime", "openvino", "infinity-emb")
     return ", ".join(f"{name} {found[name]}" for name in shown if name in found)
 
 
 def main_peers(argv: Sequence[str]) -> None:
-    """Print the table, and draw it."""
+    """Print the table and draw it."""
     parser = arguments(
         argparse.ArgumentParser(prog="python -m benchmarks.offline.throughput peers", description=__doc__)
     )
@@ -241,7 +241,7 @@ def main_peers(argv: Sequence[str]) -> None:
 
 
 def main() -> None:
-    """Run the command that is asked for."""
+    """Run the requested command."""
     run_command({"base": main_base, "peers": main_peers})
 
 

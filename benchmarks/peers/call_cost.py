@@ -1,7 +1,7 @@
-"""What one call costs beside the model: the median seconds of calls to hosts of fake engines that answer at once.
+"""Measures the overhead of one call: the median seconds of calls to hosts of fake engines that answer at once.
 
 `python benchmarks/peers/call_cost.py BACKEND NUM_CALLS` prints one JSON object. For `ray`, `RAY_ADDRESS` names a
-cluster with room for two hosts.
+cluster with resources for two hosts.
 """
 
 import asyncio
@@ -54,7 +54,7 @@ def worker_configs() -> list[WorkerConfig]:
 
 
 def make(name: str) -> Backend:
-    """A backend before two hosts of fake engines."""
+    """Make a backend with two hosts of fake engines."""
     if name == "local":
         return LocalBackend([config.open(config, lambda _: None) for config in worker_configs()], {"a": SPEC})
     from router.backends.remote import RemoteBackend
@@ -83,7 +83,7 @@ async def opened(name: str) -> AsyncIterator[Backend]:
 
 
 async def measure(name: str, num_calls: int) -> dict[str, float]:
-    """Median seconds of single calls one after the other: one short text, and 256 of them."""
+    """Return median seconds of sequential calls: of one short text, and of 256."""
     async with opened(name) as backend:
         found = {}
         for label, texts in (("one_text_s", ("x",)), ("many_texts_s", ("x",) * 256)):

@@ -1,4 +1,4 @@
-"""What many people run: FastAPI around sentence-transformers.
+"""Serves sentence-transformers with FastAPI, as is common.
 
 `fastapi_app.py FOLDER PORT`, in the environment `fastapi`.
 A plain function as the route, so that FastAPI runs it on its threads; default batch size; nothing else is tuned.
@@ -15,7 +15,7 @@ uvicorn: Any = importlib.import_module("uvicorn")
 
 
 def create_app(folder: str) -> Any:
-    """The app with the model loaded."""
+    """Load the model and return the app."""
     app = fastapi.FastAPI()
     model = sentence_transformers.SentenceTransformer(folder, device="cpu")
 

@@ -1,4 +1,4 @@
-"""Bare float32 matrix products as a worker: the ceiling of this machine, in the moment the engine runs beside it.
+"""Runs bare float32 matrix products as a worker: the machine's peak in the minutes in which the engine is measured.
 
 `gemm.py THREADS`. A question holds the linear layers of one block, `[[in, out], …]`, and row counts to try.
 """
@@ -15,7 +15,7 @@ lines: Any = importlib.import_module("lines")  # a script: its own folder is on 
 
 
 def rate(linears: Sequence[Sequence[int]], rows: int, seconds: float) -> float:
-    """FLOP/s of one block's linear layers, one after the other and nothing between, on `rows` tokens."""
+    """Return the FLOP/s of one block's linear layers on `rows` tokens, one product directly after the other."""
     layers = [
         (torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.empty(rows, outputs))
         for inputs, outputs in linears
@@ -36,7 +36,7 @@ def _block(layers: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) ->
 
 @torch.inference_mode()
 def answer(question: dict[str, Any]) -> dict[str, Any]:
-    """`rates`: FLOP/s by number of rows."""
+    """Answer one question: `rates` returns FLOP/s by number of rows."""
     each_s = question["seconds"] / len(question["rows"])
     return {"rates": {str(rows): rate(question["linears"], rows, each_s) for rows in question["rows"]}}
 

@@ -1,7 +1,7 @@
-"""`embedyard serve` with a clock on its event loop: the real command, and one class of it that also looks at the time.
+"""Runs `embedyard serve` and records the lag of its event loop: the real command with one class replaced.
 
-Takes the options of `serve`. `LAG_FILE` names where the lags go when the server stops: `[[time, seconds], …]`, time on
-the monotonic clock of the machine.
+Takes the options of `serve`. When the server stops, it writes the lags to `LAG_FILE`: `[[time, seconds], …]`, time on
+the machine's monotonic clock.
 """
 
 import asyncio
@@ -18,8 +18,8 @@ from router.cli.main import main
 TICK_S = 0.005
 
 
-class Clocked(router.server.uvicorn_server.DrainingServer):
-    """Asks to be woken every few milliseconds, and notes how late it was."""
+class LagRecordingServer(router.server.uvicorn_server.DrainingServer):
+    """Sleeps for `TICK_S` repeatedly and records how late each sleep ends."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -40,6 +40,6 @@ class Clocked(router.server.uvicorn_server.DrainingServer):
 
 
 if __name__ == "__main__":
-    router.server.uvicorn_server.DrainingServer = Clocked  # type: ignore[misc]  # the one change to what `serve` runs
+    router.server.uvicorn_server.DrainingServer = LagRecordingServer  # type: ignore[misc]  # the one change to what `serve` runs
     sys.argv = ["embedyard", "serve", *sys.argv[1:]]
     main()

@@ -1,6 +1,6 @@
-"""The workers' side of `benchmarks/lib/worker.py`: questions in, answers out. Standard library only: peers run it too.
+"""Reads questions and writes answers for workers (`benchmarks/lib/worker.py`). Standard library only: peers run it too.
 
-Whatever a library prints goes to stderr, so that stdout holds nothing but answers.
+Output of libraries goes to stderr, so that stdout has answers only.
 """
 
 import json
@@ -13,7 +13,7 @@ Answer = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def open_answers() -> Callable[[dict[str, Any]], None]:
-    """Take stdout for answers, and give everybody else stderr."""
+    """Return a function that writes answers to stdout; other output goes to stderr from now on."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
@@ -25,7 +25,7 @@ def open_answers() -> Callable[[dict[str, Any]], None]:
 
 
 def serve(say: Callable[[dict[str, Any]], None], facts: dict[str, Any], answer: Answer) -> None:
-    """Say that the model is warm, then answer line by line until the driver closes the pipe."""
+    """Write `ready` with the facts, then answer line by line until the driver closes the pipe."""
     say({"ready": facts})
     for line in sys.stdin:
         say(answer(json.loads(line)))

@@ -1,6 +1,6 @@
-"""Two models on one lane as a worker: who gets how much of the device's time. `pair.py FOLDER FOLDER`.
+"""Runs two models on one device scheduler as a worker, and measures their shares of its time.
 
-The engines are the loader's, the lane is the server's.
+`pair.py FOLDER FOLDER`. Loader and scheduler are those of the server.
 """
 
 import asyncio
@@ -25,10 +25,14 @@ lines: Any = importlib.import_module("lines")  # a script: its own folder is on 
 
 
 async def use(
-    lane: DeviceScheduler, engines: Sequence[EmbeddingEngine], calls: Sequence[EmbedCall], clients: int, seconds: float
+    scheduler: DeviceScheduler,
+    engines: Sequence[EmbeddingEngine],
+    calls: Sequence[EmbedCall],
+    clients: int,
+    seconds: float,
 ) -> dict[str, Any]:
-    """So many clients for each engine, for so long: texts a second and seconds of the lane, by engine."""
-    before = [lane.seconds_of(engine) for engine in engines]
+    """Run `clients` clients per engine for `seconds`; return texts a second and device seconds by engine."""
+    before = [scheduler.seconds_of(engine) for engine in engines]
     done = [0] * len(engines)
     started = time.perf_counter()
 
@@ -43,16 +47,16 @@ async def use(
     spent = time.perf_counter() - started
     return {
         "texts_per_s": [number / spent for number in done],
-        "lane_s": [lane.seconds_of(engine) - start for engine, start in zip(engines, before, strict=True)],
+        "device_s": [scheduler.seconds_of(engine) - start for engine, start in zip(engines, before, strict=True)],
     }
 
 
 async def run(folders: Sequence[str]) -> None:
-    """Load both, then answer: `{"engines": [0, 1], "calls": …, "clients": …, "seconds": …}`."""
+    """Load both models, then answer questions: `{"engines": [0, 1], "calls": …, "clients": …, "seconds": …}`."""
     say = lines.open_answers()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    lane, threads = open_scheduler("cpu", cores), TokenizerThreads(cores)
-    loader = TorchLoader("cpu", lane, threads, LoaderSettings())
+    scheduler, threads = open_scheduler("cpu", cores), TokenizerThreads(cores)
+    loader = TorchLoader("cpu", scheduler, threads, LoaderSettings())
     engines = []
     for number, folder in enumerate(folders):
         spec = ModelSpec(model_id=str(number), source=folder)
@@ -63,10 +67,10 @@ async def run(folders: Sequence[str]) -> None:
         question = lines.json.loads(line)
         calls = [EmbedCall(model_id="m", texts=tuple(texts)) for texts in question["calls"]]
         chosen = [engines[at] for at in question["engines"]]
-        say(await use(lane, chosen, calls, question["clients"], question["seconds"]))
+        say(await use(scheduler, chosen, calls, question["clients"], question["seconds"]))
     for engine in engines:
         await asyncio.to_thread(engine.close)
-    lane.close()
+    scheduler.close()
     threads.close()
 
 

@@ -1,4 +1,4 @@
-"""Other programs as workers, each run by the interpreter of its own environment (`benchmarks/lib/peers.py`).
+"""Runs other programs as workers, each with the interpreter of its own environment (`benchmarks/lib/peers.py`).
 
 `peer.py KIND FOLDER`, or `peer.py export-FORM FOLDER TARGET`. Every peer runs as its documentation starts it: default
 batch size, default threads. Libraries are imported where they are used, by name, because no environment has them all.
@@ -25,34 +25,34 @@ ONNX_BATCH = 32
 
 
 def sentence_transformers(folder: str, device: str = "cpu") -> Encode:
-    """sentence-transformers on torch, in float32."""
+    """Load sentence-transformers on torch, in float32."""
     model = _sentence_transformer(folder, device=device)
     return lambda texts: model.encode(texts, show_progress_bar=False)
 
 
 def sentence_transformers_cuda(folder: str) -> Encode:
-    """sentence-transformers on the GPU in bfloat16."""
+    """Load sentence-transformers on the GPU in bfloat16."""
     torch: Any = importlib.import_module("torch")
     model = _sentence_transformer(folder, device="cuda", model_kwargs={"dtype": torch.bfloat16})
     return lambda texts: model.encode(texts, show_progress_bar=False)
 
 
 def sentence_transformers_onnx(folder: str) -> Encode:
-    """Its ONNX backend, with the graph optimised at O3 (`export_onnx`)."""
+    """Load its ONNX backend, with the graph optimised at O3 (`export_onnx`)."""
     options = {"file_name": "onnx/model_O3.onnx", "provider": "CPUExecutionProvider", "export": False}
     model = _sentence_transformer(folder, device="cpu", backend="onnx", model_kwargs=options)
     return lambda texts: model.encode(texts, show_progress_bar=False)
 
 
 def sentence_transformers_openvino(folder: str, precision: str | None = "f32") -> Encode:
-    """Its OpenVINO backend in float32; left alone, OpenVINO computes in bfloat16 where the CPU can."""
+    """Load its OpenVINO backend in float32; by default OpenVINO computes in bfloat16 where the CPU can."""
     options = {"ov_config": {"INFERENCE_PRECISION_HINT": precision}} if precision else {}
     model = _sentence_transformer(folder, device="cpu", backend="openvino", model_kwargs=options)
     return lambda texts: model.encode(texts, show_progress_bar=False)
 
 
 def onnxruntime_sorted(folder: str) -> Encode:
-    """ONNX Runtime without a library around it: the O3 graph, texts sorted by length, batches of 32."""
+    """Load ONNX Runtime without a library around it: the O3 graph, texts sorted by length, batches of 32."""
     np: Any = importlib.import_module("numpy")
     ort: Any = importlib.import_module("onnxruntime")
     tokenizers: Any = importlib.import_module("tokenizers")
@@ -89,7 +89,7 @@ def onnxruntime_sorted(folder: str) -> Encode:
 
 
 def infinity(folder: str, engine: str) -> Encode:
-    """Infinity's own engine without its HTTP server."""
+    """Load Infinity's engine without its HTTP server."""
     np: Any = importlib.import_module("numpy")
     package: Any = importlib.import_module("infinity_emb")
     options = {"pooling_method": "mean"} if engine == "optimum" else {}
@@ -119,7 +119,7 @@ KINDS: dict[str, Callable[[str], Encode]] = {
 
 
 def export_onnx(folder: str, target: str) -> None:
-    """The folder with an ONNX graph, plain and O3, beside the weights."""
+    """Export the folder with an ONNX graph, plain and O3, beside the weights."""
     backend: Any = importlib.import_module("sentence_transformers.backend")
     shutil.copytree(folder, target, dirs_exist_ok=True)
     model = _sentence_transformer(target, device="cpu", backend="onnx", model_kwargs={"export": True})
@@ -128,7 +128,7 @@ def export_onnx(folder: str, target: str) -> None:
 
 
 def export_onnx_plain(folder: str, target: str) -> None:
-    """The folder with the plain ONNX graph alone at its root: Infinity takes any graph that it finds there, and
+    """Export the folder with only the plain ONNX graph at its root: Infinity takes any graph that it finds there, and
     optimises it itself; one in a subfolder it finds, but cannot open.
     """
     export_onnx(folder, target)
@@ -138,7 +138,7 @@ def export_onnx_plain(folder: str, target: str) -> None:
 
 
 def export_openvino(folder: str, target: str) -> None:
-    """The folder in OpenVINO's own form, float32."""
+    """Export the folder in OpenVINO's format, float32."""
     model = _sentence_transformer(folder, device="cpu", backend="openvino", model_kwargs={"export": True})
     model.save_pretrained(target)
 
@@ -151,7 +151,7 @@ EXPORTS: dict[str, Callable[[str, str], None]] = {
 
 
 def answer(encode: Encode, question: dict[str, Any]) -> dict[str, Any]:
-    """`time`: the calls one after the other; `vectors`: of some texts."""
+    """Answer one question: `time` runs the calls one after the other; `vectors` embeds some texts."""
     if question["op"] == "vectors":
         return {"vectors": encode(question["texts"]).tolist()}
     started = time.perf_counter()
@@ -161,7 +161,7 @@ def answer(encode: Encode, question: dict[str, Any]) -> dict[str, Any]:
 
 
 def facts() -> dict[str, Any]:
-    """Versions, and torch's threads."""
+    """Return versions of packages, and torch's threads."""
     torch: Any = importlib.import_module("torch")
     found = {}
     for name in PACKAGES:
@@ -178,7 +178,7 @@ def _sentence_transformer(folder: str, **options: Any) -> Any:
 
 
 def main() -> None:
-    """Export, or load and answer."""
+    """Export a model, or load one and answer questions."""
     kind, folder, *rest = sys.argv[1:]
     if kind.startswith("export-"):
         (target,) = rest

@@ -1,1 +1,1 @@
-"""The page in a real browser, against a real server."""
+"""Tests the dashboard in a real browser, against a real server."""

@@ -1,4 +1,4 @@
-"""axe-core, which finds what keeps people out of a page. It comes from npm and is used by tests only."""
+"""Checks accessibility with axe-core, which is fetched from npm and used by tests only."""
 
 import shutil
 import subprocess
@@ -14,7 +14,7 @@ PACKAGE = "axe-core@4.14.1"
 
 
 def axe_source(cache: Path) -> str:
-    """Its script; fetched once."""
+    """Return axe-core's script, which is fetched once."""
     script = cache / "axe.min.js"
     if not script.exists():
         npm = shutil.which("npm")
@@ -35,7 +35,7 @@ def axe_source(cache: Path) -> str:
 
 
 def serious_issues(page: Page, source: str) -> list[str]:
-    """What axe calls serious or critical: rule, and elements. The debugger brings it in, so the CSP stays as it is."""
+    """Return serious and critical issues: rule and elements. The debugger injects axe, so the CSP stays unchanged."""
     page.driver.execute_cdp_cmd("Runtime.evaluate", {"expression": source})
     found: Any = page.driver.execute_async_script(
         "const done = arguments[arguments.length - 1]; axe.run().then((result) => done(result.violations))"

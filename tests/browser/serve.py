@@ -1,6 +1,6 @@
-"""A process for the browser: the edge of `embedyard serve`, GPUs that are fakes, and with `--real` MiniLM on the CPU.
+"""Runs a server for the browser tests: `embedyard serve` over fake GPUs, and with `--real` MiniLM on the CPU.
 
-Fake GPUs download and load at speeds that can be watched, to give the page something to show. One model never loads.
+Fake GPUs download and load so slowly that the page shows their progress. One model never loads.
 """
 
 import sys
@@ -51,7 +51,7 @@ GIGABYTE = 10**9
 
 
 class SlowFiles(FakeFiles):
-    """Downloads in steps, `download_s` in all."""
+    """Files that are downloaded in ten steps, in `download_s` seconds."""
 
     def __init__(self, weight_bytes: dict[str, int], download_s: float) -> None:
         on_disk = [model_id for model_id in weight_bytes if model_id != NOT_ON_DISK]
@@ -67,7 +67,7 @@ class SlowFiles(FakeFiles):
 
 
 def fake_gpus(count: int, specs: dict[str, ModelSpec], download_s: float, load_s: float) -> list[Host]:
-    """Hosts with 12 GB and 10 GB of budget each, one disk and one load lock, whose time is real."""
+    """Make hosts with 12 GB and a budget of 10 GB each, with one disk and one load lock, in real time."""
     weight_bytes = {model_id: size * 10**6 for model_id, size in MEGABYTES.items()}
     files, lock = SlowFiles(weight_bytes, download_s), LoadLock()
     return [_fake_gpu(f"cuda:{number}", specs, files, lock, load_s) for number in range(count)]
@@ -85,17 +85,17 @@ def _fake_gpu(device: str, specs: dict[str, ModelSpec], files: FakeFiles, lock: 
         failures={BROKEN: [REASON] * 100},
         pause=lambda model_id: time.sleep(load_s),
     )
-    world = HostRuntime(
+    runtime = HostRuntime(
         time=LoopTime(),
         workers=Threads(device, load_lock=lock),
         memory=FakeMemory(12 * GIGABYTE),
         measurements=Measurements(),
     )
-    return Host(config, specs, files, loader, world)
+    return Host(config, specs, files, loader, runtime)
 
 
 def real_cpu(specs: dict[str, ModelSpec]) -> Any:
-    """The machine with its CPU only."""
+    """Make the machine's CPU host only."""
     from engines.machine import Machine, MachineConfig  # brings torch, which most of these tests need not wait for
 
     return Machine(MachineConfig(devices=("cpu",), budget=Budget(size_bytes=2 * GIGABYTE), cores=2), specs)

@@ -1,4 +1,4 @@
-"""A server process of these tests, which can be stopped and started again on the same port."""
+"""Starts and stops the server process of the browser tests, on the same port each time."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 class ServerProcess:
-    """`tests/browser/serve.py` as a process. `arguments` are its options."""
+    """A process of `tests/browser/serve.py`. `arguments` are its options."""
 
     def __init__(self, *arguments: str) -> None:
         self._arguments = arguments
@@ -17,7 +17,7 @@ class ServerProcess:
         self.url = ""
 
     def start(self) -> None:
-        """Return when it listens; from the second time on, on the same port."""
+        """Start the server and return when it listens; later starts use the same port."""
         port = self.url.rpartition(":")[2] or "0"
         command = [sys.executable, "-W", "ignore", "-m", "tests.browser.serve", "--port", port, *self._arguments]
         self._process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)

@@ -1,4 +1,4 @@
-"""What an operator sees and does on the page, in Chromium, against a real server."""
+"""Tests operators' views and actions on the page, in Chromium, against a real server."""
 
 import json
 import re
@@ -45,14 +45,14 @@ def test_a_cold_model_is_downloaded_loaded_and_evicted_from_a_phone(dashboard: P
     dashboard.emulate(360)
     assert dashboard.state(DOWNLOADED) == "absent"
     assert "not on disk" in dashboard.text(f'[data-model="{DOWNLOADED}"] .state')
-    plan = dashboard.ask("preload", DOWNLOADED)
+    plan = dashboard.open_plan("preload", DOWNLOADED)
     dashboard.record_states(DOWNLOADED)
     dashboard.confirm()
     dashboard.wait_for_state(DOWNLOADED, "ready")
     seen = dashboard.recorded()
     dashboard.wait(lambda: DOWNLOADED in dashboard.text(".order"))
     memory = dashboard.text(f'[data-model="{DOWNLOADED}"] .memory')
-    farewell = dashboard.ask("evict", DOWNLOADED)
+    evict_plan = dashboard.open_plan("evict", DOWNLOADED)
     dashboard.confirm()
     dashboard.wait_for_state(DOWNLOADED, "cold")
     dashboard.wait(lambda: f"{DOWNLOADED} was evicted by an operator: 610 MB" in dashboard.text(".feed"))
@@ -65,11 +65,11 @@ def test_a_cold_model_is_downloaded_loaded_and_evicted_from_a_phone(dashboard: P
     assert any(re.search(r"\d s so far", words) for state, words, _ in seen if state == "loading")
     assert max(out for _, _, out in seen) <= 0
     assert "610 MB" in memory
-    assert "Frees 610 MB on cuda:0" in farewell
+    assert "Frees 610 MB on cuda:0" in evict_plan
 
 
 def test_cancelling_a_plan_does_nothing(dashboard: Page) -> None:
-    dashboard.ask("preload", SMALL)
+    dashboard.open_plan("preload", SMALL)
     dashboard.find("dialog.plan button").click()
     dashboard.wait(lambda: not dashboard.text("dialog.plan"))
 
@@ -77,12 +77,12 @@ def test_cancelling_a_plan_does_nothing(dashboard: Page) -> None:
     assert (slot["state"], slot["loads"]) == ("cold", 0)
 
 
-def test_who_would_leave_is_shown_before_it_happens_and_told_afterwards(dashboard: Page) -> None:
+def test_evictions_are_shown_before_a_load_and_reported_afterwards(dashboard: Page) -> None:
     for model_id in (SMALL, "bge-m3"):
         dashboard.do("preload", model_id)
         dashboard.wait_for_state(model_id, "ready")
     dashboard.wait(lambda: "next to evict" in dashboard.text(".order"))
-    plan = dashboard.ask("preload", LARGE)
+    plan = dashboard.open_plan("preload", LARGE)
     marked = dashboard.text(".order li:has(.swatch.leaving)")
     dashboard.confirm()
     dashboard.wait_for_state(LARGE, "ready")
@@ -108,7 +108,7 @@ def test_a_pinned_model_says_so_and_loses_its_pin_only_when_evicted(dashboard: P
     dashboard.do("pin", SMALL)
     dashboard.wait(lambda: "pinned" in dashboard.text(f'[data-model="{SMALL}"] .states'))
     dashboard.wait_for_state(SMALL, "ready")
-    plan = dashboard.ask("evict", SMALL)
+    plan = dashboard.open_plan("evict", SMALL)
     dashboard.confirm()
     dashboard.wait_for_state(SMALL, "cold")
 
@@ -246,8 +246,8 @@ def test_every_screen_shows_it_whole_and_axe_finds_nothing_serious(
     assert serious_issues(dashboard, axe) == []
 
 
-def test_the_door_and_the_plan_have_no_serious_issue(page: Page, dashboard: Page, axe: str) -> None:
-    dashboard.ask("preload", SMALL)
+def test_the_sign_in_and_the_plan_have_no_serious_issue(page: Page, dashboard: Page, axe: str) -> None:
+    dashboard.open_plan("preload", SMALL)
     plan = serious_issues(dashboard, axe)
     page.open()
     page.find("#key")
@@ -267,7 +267,7 @@ def test_the_first_paint_needs_less_than_150_kb(page: Page, dashboard: Page) -> 
     print(f"first paint: {received:,} bytes")  # noqa: T201 - for docs/operations.md; shown by -rP
 
 
-def test_the_documentation_wears_the_same_dress_and_knows_who_signed_in(dashboard: Page) -> None:
+def test_the_documentation_has_the_same_style_and_uses_the_key_of_the_dashboard(dashboard: Page) -> None:
     dashboard.find("#nav a:last-child").click()
     dashboard.find(".opblock-tag")
 
@@ -277,7 +277,7 @@ def test_the_documentation_wears_the_same_dress_and_knows_who_signed_in(dashboar
 
 @pytest.fixture(scope="module")
 def quick_server() -> Iterator[ServerProcess]:
-    """Two fake GPUs and no key: it starts in a second."""
+    """Start a server with two fake GPUs and no key, which takes a second."""
     dashboard = ServerProcess("--gpus", "2", "--load", "0.2")
     dashboard.start()
     yield dashboard
@@ -302,7 +302,7 @@ def test_several_devices_stand_side_by_side_each_with_its_own(open_page: Page) -
     open_page.wait(lambda: open_page.text(".order").count("next to evict") == 2)
     cards = [card.text.splitlines()[0] for card in open_page.driver.find_elements("css selector", ".device h3")]
     homes = [open_page.text(f'[data-model="{model_id}"] .states') for model_id in ("bge-m3", LARGE)]
-    plan = open_page.ask("evict", LARGE)
+    plan = open_page.open_plan("evict", LARGE)
     open_page.confirm()
     open_page.wait_for_state(LARGE, "cold")
 

@@ -1,4 +1,4 @@
-"""One server for the clients of this folder: the real edge and a real host over real sockets; its engines are fakes."""
+"""Starts one server for the clients of this folder: real HTTP, sockets and host, with fake engines."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +18,7 @@ REGISTRY = Path(__file__).with_name("registry.yaml")
 
 
 def contract_app() -> Litestar:
-    """The server as an app, not started yet."""
+    """Return the server's app, which is not started yet."""
     registry = read_registry(REGISTRY)
     backend = LocalBackend([fake_host(*registry.models.values())], registry.models)
     return create_app(Settings(api_key=KEY, registry=REGISTRY), registry, backend)

@@ -1,6 +1,6 @@
-"""schemathesis against the served OpenAPI document: requests made from it, good and bad, on every route.
+"""Runs schemathesis on the served OpenAPI document: valid and invalid requests on every route.
 
-It checks for no 5xx, and for no status, content type or body that the document does not announce.
+Fails on a 5xx, and on a status, content type or body that the document does not have.
 
     python -m tests.contract.fuzz [random requests a route, 300 unless given]
 
@@ -27,7 +27,7 @@ _STREAMS = "/events|/stream"
 
 
 class Fuzzed(Struct, frozen=True):
-    """`cases`: requests sent. `report`: what schemathesis printed."""
+    """Results of a run. `cases`: requests sent; `report`: schemathesis' output."""
 
     is_clean: bool
     cases: int
@@ -35,7 +35,7 @@ class Fuzzed(Struct, frozen=True):
 
 
 def fuzz(url: str, *, max_examples: int, seed: int | None = None) -> Fuzzed:
-    """Send at most `max_examples` random requests to each route, besides those at the edges of every schema."""
+    """Send at most `max_examples` random requests to each route, in addition to the boundary cases of each schema."""
     command = [
         sys.executable, "-m", "schemathesis.cli", "run", f"{url}/docs/openapi.json", "--no-color",
         "--header", f"Authorization: Bearer {KEY}", "--checks", _CHECKS, "--exclude-path-regex", _STREAMS,
@@ -50,7 +50,7 @@ def fuzz(url: str, *, max_examples: int, seed: int | None = None) -> Fuzzed:
 
 
 def main() -> int:
-    """Send thousands of requests, and write schemathesis' own report."""
+    """Send thousands of requests, and write schemathesis' report."""
     max_examples = int(sys.argv[1]) if len(sys.argv) > 1 else 300
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
     with serving_in_thread(contract_app()) as url:

@@ -1,4 +1,4 @@
-"""LiteLLM against the server at BASE_URL: prints one JSON line of what it saw. Runs in an environment of its own."""
+"""Runs LiteLLM against the server at BASE_URL and prints its results as one JSON line. Has its own environment."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Clients that people have, as they are, against a server on a socket. A client that is not installed is skipped."""
+"""Tests unmodified client libraries against a server on a socket. A client that is not installed is skipped."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -21,7 +21,7 @@ def assert_vectors(found: Sequence[Any], texts: Sequence[str] = TEXTS, model: st
 
 @pytest.fixture
 def encoding(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """tiktoken's `cl100k_base`, made here: a token for each byte. The real one is a download."""
+    """Install a `cl100k_base` for tiktoken with a token for each byte, as the real one is a download."""
     tiktoken = pytest.importorskip("tiktoken")
     registry = pytest.importorskip("tiktoken.registry")
     made = tiktoken.Encoding(
@@ -36,7 +36,7 @@ def encoding(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def http() -> Iterator[httpx.Client]:
-    """For clients that cannot be closed themselves."""
+    """Yield an HTTP client for libraries that cannot close their own."""
     with httpx.Client() as client:
         yield client
 

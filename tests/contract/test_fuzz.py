@@ -1,4 +1,4 @@
-"""A few hundred requests made from the OpenAPI document; `python -m tests.contract.fuzz` sends thousands."""
+"""Sends a few hundred requests made from the OpenAPI document; `python -m tests.contract.fuzz` sends thousands."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""LiteLLM, from an environment of its own: its pins would move openai, huggingface_hub and filelock of this one."""
+"""Tests LiteLLM in its own environment: its pins would change openai, huggingface_hub and filelock of this one."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""OpenAI's Node client, from npm. Skipped where there is no node, or where npm cannot fetch it the first time."""
+"""Tests OpenAI's Node client, from npm. Skipped without node, or when npm cannot fetch it the first time."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def node() -> str:
 
 @pytest.fixture(scope="module")
 def seen(node: str, url: str) -> dict[str, Any]:
-    """What the script saw. Node finds packages beside the script, so a copy of it lies beside them."""
+    """Return the script's output. Node finds packages beside the script, so a copy of the script is put there."""
     script = FOLDER / SCRIPT.name
     shutil.copyfile(SCRIPT, script)
     environ = os.environ | {"BASE_URL": url, "API_KEY": KEY}

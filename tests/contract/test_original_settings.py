@@ -1,4 +1,4 @@
-"""The variables of the service that this one replaces all work: each is set as its users set it, and does something."""
+"""Tests that all variables of the service that this one replaces have an effect, set as its users set them."""
 
 import asyncio
 import socket
@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @asynccontextmanager
 async def served(environ: Mapping[str, str], folder: Path) -> AsyncIterator[httpx.AsyncClient]:
-    """A server with these variables and no others, as `embedyard serve` reads and builds it."""
+    """Run a server with only these variables, read and built as `embedyard serve` does."""
     registry = folder.parent / "registry.yaml"
     registry.write_text(f"version: 1\nmodels:\n  - {{name: cut, source: {folder}, matryoshka: {{min: 2}}}}\n")
     always = {"REGISTRY": str(registry), "STATE_DIR": str(folder.parent / "state"), "GRACE_SECONDS": "2"}
@@ -64,13 +64,13 @@ def test_they_are_all_settings_and_this_file_sets_each() -> None:
 async def test_api_key_model_path_device_and_target_dim(folder: Path) -> None:
     environ = {"API_KEY": "first-key", "MODEL_PATH": str(folder), "DEVICE": "cpu", "TARGET_DIM": str(HALF)}
     async with served(environ, folder) as client:
-        stranger = await embed(client)
+        anonymous = await embed(client)
         client.headers["authorization"] = "Bearer first-key"
         answer, cut = await embed(client), await embed(client, model="cut")
         (device,) = (await client.get("/admin/memory")).json()["devices"]
     widths = [len(one.json()["data"][0]["embedding"]) for one in (answer, cut)]
 
-    assert stranger.status_code == 401
+    assert anonymous.status_code == 401
     assert answer.json()["model"] == "my-model", "a request that names none gets MODEL_PATH's"
     assert widths[0] > HALF, "a model that cannot be cut keeps its width"
     assert widths[1] == HALF
@@ -148,7 +148,7 @@ async def test_thread_pool_size(folder: Path, size: int) -> None:
 
 
 def tokenizers() -> set[threading.Thread]:
-    """The threads on which texts become tokens."""
+    """Return the tokenizer threads."""
     return {thread for thread in threading.enumerate() if thread.name.startswith("tokenize")}
 
 

@@ -1,4 +1,4 @@
-"""One stage of an image without Docker: the steps run as they stand, in a root of their own made of mounts.
+"""Runs one stage of a Dockerfile without Docker: the unmodified steps, in a separate root made of mounts.
 
 The base image is this machine's `/usr` and `/etc`, each below an overlay that takes what the steps write; everything
 else begins empty. Must run as root in a mount namespace of its own, so that nothing of this outlives the process.
@@ -18,7 +18,7 @@ _PASSED_ON = ("PIP_", "SSL_", "HTTP_", "HTTPS_", "NO_PROXY", "http", "no_proxy")
 
 
 class Stage:
-    """`root` is its file system. `env`, `workdir`, `user` and `shell` are as its steps so far have set them."""
+    """One stage. `root`: its file system; `env`, `workdir`, `user` and `shell`: as set by its steps so far."""
 
     def __init__(self, folder: Path) -> None:
         self.root = folder / "root"
@@ -39,11 +39,11 @@ class Stage:
         self._offer_python()
 
     def run(self, words: Sequence[str], **more: str) -> int:
-        """Run a command inside, as the stage's user; its exit code."""
+        """Run a command inside, as the stage's user; return its exit code."""
         return self.start(words, more).wait()
 
     def start(self, words: Sequence[str], more: Mapping[str, str]) -> subprocess.Popen[bytes]:
-        """Start a command inside. Whoever is not root may gain nothing, as with `no-new-privileges`."""
+        """Start a command inside. Users other than root gain no privileges, as with `no-new-privileges`."""
         passed = {name: text for name, text in os.environ.items() if name.startswith(_PASSED_ON)}
         env = [f"{name}={text}" for name, text in {**passed, **self.env, **more}.items()]
         as_user: list[str] = []
@@ -54,16 +54,16 @@ class Stage:
         return subprocess.Popen(["chroot", str(self.root), *as_user, "env", "-i", "-C", self.workdir, *env, *words])
 
     def path(self, inside: str) -> Path:
-        """Where a path of the stage lies on this machine; a relative one begins at the working directory."""
+        """Return a stage's path as a path of this machine; a relative one starts at the working directory."""
         return self.root / os.path.normpath(f"{self.workdir}/{inside}" if inside[0] != "/" else inside).lstrip("/")
 
     def written(self) -> tuple[Path, ...]:
-        """The folders that hold what the steps wrote."""
+        """Return the folders with the files that the steps wrote."""
         uppers = tuple(self._folder / f"{name}.upper" for name in _FROM_BASE)
         return (*uppers, self.root / "opt/embedyard", self.root / "models")
 
     def freeze(self, volumes: Sequence[str]) -> None:
-        """From now on nothing can be written but these volumes and an empty `/tmp`."""
+        """Make everything read-only except these volumes and an empty `/tmp`."""
         for name in _FROM_BASE:
             _mount("--options", "remount,ro", self.root / name)
         _mount("--rbind", self.root, self.root)
@@ -83,13 +83,13 @@ class Stage:
         _mount("--types", "overlay", "overlay", "--options", options, self.root / name)
 
     def _offer_wheels(self) -> None:
-        """Folders in which this machine's pip looks for wheels, where it has any."""
+        """Mount the folders in which this machine's pip looks for wheels, where it has any."""
         for folder in map(Path, os.environ.get("PIP_FIND_LINKS", "").split()):
             if folder.is_dir():
                 self._offer(folder)
 
     def _offer_python(self) -> None:
-        """The base image has a `python`: the one that this program runs on, which may live outside of `/usr`."""
+        """Provide the base image's `python`: the one that runs this program, which may be outside of `/usr`."""
         program = Path(getattr(sys, "_base_executable", sys.executable))
         if not program.is_relative_to("/usr"):
             self._offer(Path(sys.base_prefix))

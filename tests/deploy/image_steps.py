@@ -1,4 +1,4 @@
-"""`python -m tests.deploy.image_steps`: every step of the Dockerfile in a clean root, and a first vector of it.
+"""Runs every step of the Dockerfile in a clean root, up to a first vector (`python -m tests.deploy.image_steps`).
 
     make image-steps                                        PyTorch from its own index
     make image-steps TORCH_INDEX=https://pypi.org/simple    from this one
@@ -43,13 +43,13 @@ class Step(Struct, frozen=True):
 
 
 def read_steps(dockerfile: str) -> list[Step]:
-    """The instructions, continuation lines joined."""
+    """Return the instructions, with continuation lines joined."""
     found = DockerfileParser(fileobj=io.BytesIO(dockerfile.encode())).structure
     return [Step(one["instruction"], one["value"]) for one in found if one["instruction"] != "COMMENT"]
 
 
 class Image:
-    """The stages of a Dockerfile as they are built; the last one is the image."""
+    """The stages of a Dockerfile as they are built; the last stage is the image."""
 
     def __init__(self, folder: Path, args: Mapping[str, str]) -> None:
         self._folder = folder
@@ -62,10 +62,10 @@ class Image:
         self.command: list[str] = []
 
     def build(self, steps: list[Step]) -> None:
-        """Run them all.
+        """Run all steps.
 
         Raises:
-            RuntimeError: a step failed, or is none that this program knows.
+            RuntimeError: a step failed or is not supported.
         """
         known: dict[str, Callable[[str], None]] = {
             "FROM": self._from, "ARG": self._arg, "ENV": self._env, "SHELL": self._shell, "RUN": self._run,
@@ -89,7 +89,7 @@ class Image:
         self.stage = self._stages[name] = Stage(folder)
 
     def _arg(self, value: str) -> None:
-        """Those before the first FROM choose the base image, which is this machine's Python: it must be the same."""
+        """Set an argument; those before the first FROM select the base image, which must be this machine's Python."""
         name, _, default = value.partition("=")
         if self._stages:
             self.stage.env[name] = self._args.get(name, default)
@@ -129,7 +129,7 @@ class Image:
 
 
 def ignored(file: Path) -> Callable[[Path], bool]:
-    """Whether .dockerignore leaves a file of the checkout out: the last pattern says that fits it or a folder above."""
+    """Tell whether .dockerignore excludes a file: the last pattern that matches it or a folder above decides."""
     patterns = [line.strip() for line in file.read_text().splitlines() if line.strip() and line[0] != "#"]
 
     def is_ignored(path: Path) -> bool:
@@ -152,7 +152,7 @@ def _fits(place: PurePosixPath, glob: str) -> bool:
 
 
 def _copy(source: Path, target: Path, into: bool, is_ignored: Callable[[Path], bool]) -> None:
-    """As COPY does: the content of a folder, or a file; `into` a folder, where the target ends with a slash."""
+    """Copy as COPY does: the content of a folder, or a file; `into` a folder, where the target ends with a slash."""
     if source.is_dir():
         leave_out = lambda folder, names: [name for name in names if is_ignored(Path(folder) / name)]  # noqa: E731 - one line, used once
         shutil.copytree(source, target, symlinks=True, dirs_exist_ok=True, ignore=leave_out)
@@ -166,7 +166,7 @@ def _copy(source: Path, target: Path, into: bool, is_ignored: Callable[[Path], b
 
 @contextmanager
 def running(image: Image, port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """The image as compose runs it: its own user, nothing writable but its volumes and /tmp, a key."""
+    """Run the image as compose does: its own user, a key, and nothing writable but its volumes and /tmp."""
     image.stage.freeze(image.volumes)
     own = {"PORT": str(port), "API_KEY": _KEY}
     server = image.stage.start([*image.entrypoint, *image.command], own)
@@ -185,7 +185,7 @@ _quiet = ("sh", "-c", 'exec "$@" 2>/dev/null', "sh")
 
 
 def ask(port: int, key: str) -> tuple[int, list[float]]:
-    """A first vector: the answer's status, and the vector if there is one."""
+    """Request a vector; return the answer's status, and the vector if there is one."""
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/v1/embeddings",
         json.dumps({"model": "all-MiniLM-L6-v2", "input": "The cat sits outside"}).encode(),
@@ -199,7 +199,7 @@ def ask(port: int, key: str) -> tuple[int, list[float]]:
 
 
 def check(image: Image) -> None:
-    """The built image serves: healthy, guarded, right, without build tools, and it ends in order.
+    """Check that the built image is healthy, requires a key, gives right vectors, has no build tools and exits cleanly.
 
     Raises:
         RuntimeError: it does not.
@@ -229,7 +229,7 @@ def check(image: Image) -> None:
 
 
 def main() -> None:
-    """Build and try it; exit code 1 when a step fails."""
+    """Build the image and check it; exit with 1 when a step fails."""
     parser = argparse.ArgumentParser(prog="python -m tests.deploy.image_steps", description=__doc__)
     parser.add_argument("--build-arg", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
@@ -237,7 +237,7 @@ def main() -> None:
     if os.geteuid() != 0:
         raise SystemExit("make image-steps needs root: it mounts, in a namespace of its own")
     if asked.inside is None:
-        # Whoever makes and removes the folder sees none of the mounts: they live and end with the process below.
+        # The process that makes and removes the folder sees no mounts: they end with the process below.
         with tempfile.TemporaryDirectory(prefix="image-steps-", dir="/var/tmp") as folder:
             again = [sys.executable, "-m", "tests.deploy.image_steps", "--inside", folder, *sys.argv[1:]]
             raise SystemExit(subprocess.run(["unshare", "--mount", "--propagation", "private", *again]).returncode)

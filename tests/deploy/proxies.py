@@ -1,4 +1,4 @@
-"""The load balancers of `deploy/`, run as they stand there: only names, ports and certificates are put in."""
+"""Runs the load balancers of `deploy/`, unmodified except for names, ports and certificates."""
 
 import shutil
 import socket
@@ -18,7 +18,7 @@ NODES = ("10.0.0.11:6008", "10.0.0.12:6008")
 
 
 class Proxy(Struct, frozen=True):
-    """A running load balancer: where it is asked, and what its certificate is trusted by."""
+    """A running load balancer: its URLs, and the TLS context that accepts its certificate."""
 
     url: str
     plain_url: str
@@ -27,7 +27,7 @@ class Proxy(Struct, frozen=True):
 
 @contextmanager
 def nginx(folder: Path, nodes: Sequence[str]) -> Iterator[Proxy]:
-    """Debian's, with the file of `deploy/nginx` in its `http` block and a certificate of its own making."""
+    """Run Debian's nginx, with the file of `deploy/nginx` in its `http` block and a self-signed certificate."""
     plain, tls = free_port(), free_port()
     key, certificate = make_certificate(folder)
     put_in = {
@@ -45,7 +45,7 @@ def nginx(folder: Path, nodes: Sequence[str]) -> Iterator[Proxy]:
     command = ["nginx", "-p", str(folder), "-e", "stderr", "-c", str(folder / "nginx.conf")]
     with running(command, folder, tls):
         trust = ssl.create_default_context(cafile=certificate)
-        trust.check_hostname = False  # it is asked by its address
+        trust.check_hostname = False  # requests go to its address
         yield Proxy(f"https://127.0.0.1:{tls}", f"http://127.0.0.1:{plain}", trust)
 
 
@@ -55,7 +55,7 @@ KINDS = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
 
 @contextmanager
 def caddy(folder: Path, nodes: Sequence[str]) -> Iterator[Proxy]:
-    """Debian's, without TLS: its certificates come from the internet."""
+    """Run Debian's caddy, without TLS, as its certificates come from the internet."""
     port = free_port()
     put_in = {f"{NAME} {{": f"http://127.0.0.1:{port} {{", **dict(zip(NODES, nodes, strict=True))}
     put_in |= {"\tgrace_period 10s": "\tgrace_period 1s\n\tadmin off\n\tauto_https off"}
@@ -67,7 +67,7 @@ def caddy(folder: Path, nodes: Sequence[str]) -> Iterator[Proxy]:
 
 
 def filled(file: Path, put_in: dict[str, str]) -> str:
-    """The example with its placeholders replaced; each must be there."""
+    """Return the example with its placeholders replaced; each must occur."""
     text = file.read_text()
     for placeholder, own in put_in.items():
         assert placeholder in text, f"{file.name} has no {placeholder!r} any more"
@@ -77,7 +77,7 @@ def filled(file: Path, put_in: dict[str, str]) -> str:
 
 @contextmanager
 def running(command: Sequence[str], folder: Path, port: int) -> Iterator[None]:
-    """A process until the block ends, as soon as it listens."""
+    """Run a process until the block ends, which starts when the process listens."""
     with (folder / "log").open("w+") as log:
         environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": str(folder)}
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
@@ -92,20 +92,20 @@ def running(command: Sequence[str], folder: Path, port: int) -> Iterator[None]:
 
 
 def is_listening(port: int) -> bool:
-    """Whether somebody takes connections there."""
+    """Tell whether a port accepts connections."""
     with socket.socket() as client:
         return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
+    """Return a free port."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port: int = listener.getsockname()[1]
         return port
 
 
 def make_certificate(folder: Path) -> tuple[Path, Path]:
-    """A key and a certificate for the examples' name, signed by itself."""
+    """Make a key and a self-signed certificate for the examples' name."""
     key, certificate = folder / "tls.key", folder / "tls.crt"
     options = ["-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "1"]
     names = ["-subj", f"/CN={NAME}", "-addext", f"subjectAltName=DNS:{NAME},IP:127.0.0.1"]
@@ -115,5 +115,5 @@ def make_certificate(folder: Path) -> tuple[Path, Path]:
 
 
 def is_here(program: str) -> bool:
-    """Whether a program is installed."""
+    """Tell whether a program is installed."""
     return shutil.which(program, path="/usr/sbin:/usr/bin:/sbin:/bin") is not None

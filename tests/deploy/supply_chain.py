@@ -1,4 +1,4 @@
-"""`python -m tests.deploy.supply_chain audit` asks for known vulnerabilities, `sbom FILE` writes what is shipped.
+"""Checks shipped packages for known vulnerabilities (`audit`), or lists them (`sbom FILE`), with versions and licences.
 
 Shipped are the packages that embedyard and its extras need, in the versions that are installed here; not what only its
 tests use.
@@ -46,7 +46,7 @@ def shipped(name: str = "embedyard", extras: Sequence[str] = EXTRAS) -> dict[str
 
 
 def audit() -> int:
-    """Print what the registry knows against the shipped packages; 1 when it knows something, 0 when nobody answers."""
+    """Print known vulnerabilities of the shipped packages; return 1 if there are any, 0 without an answer."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "requirements.txt"
         # A local version (2.13.0+cpu) is not the registry's.
@@ -61,7 +61,7 @@ def audit() -> int:
 
 
 def read_audit(output: str) -> tuple[str, int]:
-    """What to say of pip-audit's JSON, and the exit code. Empty: it could not ask."""
+    """Return a summary of pip-audit's JSON, and the exit code. Empty: the registry was unreachable."""
     try:
         packages: list[dict[str, Any]] = json.loads(output)["dependencies"]
     except (json.JSONDecodeError, KeyError):
@@ -73,7 +73,7 @@ def read_audit(output: str) -> tuple[str, int]:
         for bug in one["vulns"]
     ]
     if not asked:
-        return f"audit: the registry knows none of the {len(packages)} packages, so nothing is known", 0
+        return f"audit: the registry has none of the {len(packages)} packages, so nothing was checked", 0
     head = f"audit: {len(asked)} of {len(packages)} packages were looked up, {len(found)} vulnerabilities are known"
     return "\n".join([head, *found]), 1 if found else 0
 
@@ -92,7 +92,7 @@ def sbom(target: Path) -> int:
 
 
 def only_shipped(bill: dict[str, Any], names: set[str]) -> dict[str, Any]:
-    """The bill without what only tests use."""
+    """Remove packages that only tests use from a bill of materials."""
     kept = [one for one in bill["components"] if canonicalize_name(one["name"]) in names]
     refs = {one["bom-ref"] for one in kept} | {bill["metadata"]["component"]["bom-ref"]}
     dependencies = [
@@ -104,7 +104,7 @@ def only_shipped(bill: dict[str, Any], names: set[str]) -> dict[str, Any]:
 
 
 def main(words: Sequence[str]) -> int:
-    """`audit`, or `sbom FILE`."""
+    """Run `audit`, or `sbom FILE`."""
     match words:
         case ["audit"]:
             return audit()

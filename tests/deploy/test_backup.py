@@ -1,4 +1,4 @@
-"""The backup of deploy/README.md, made and restored as it says there: the restored cache serves without a hub."""
+"""Tests the backup of deploy/README.md, made and restored by its commands: the restored cache serves without a hub."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""Two servers behind the load balancers of `deploy/`: each model lives on one of them, and a server may go."""
+"""Tests two servers behind the load balancers of `deploy/`: each model is on one of them, and a server may stop."""
 
 import asyncio
 from collections import Counter
@@ -35,7 +35,7 @@ BALANCERS = [balancer("nginx", nginx, "nginx", "openssl"), balancer("caddy", cad
 
 
 class Node(Struct):
-    """One of the servers, which can be stopped on its own."""
+    """One of the servers, which can be stopped separately."""
 
     app: Litestar
     loader: FakeLoader
@@ -44,7 +44,7 @@ class Node(Struct):
 
 
 class Pair(Struct):
-    """Two servers with the same registry, and the balancer before them."""
+    """Two servers with the same registry, and their balancer."""
 
     proxy: Proxy
     client: httpx.AsyncClient
@@ -55,7 +55,7 @@ class Pair(Struct):
         return (await self.client.post(path, json=BODY | {"model": model}, headers=headers)).status_code
 
     async def ask_all(self) -> list[int]:
-        """Every model once."""
+        """Request every model once."""
         return await asyncio.gather(*(self.ask(model) for model in MODELS))
 
 
@@ -108,7 +108,7 @@ async def test_with_the_model_in_a_header_too(run: Run, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("run", BALANCERS)
 async def test_a_server_may_drain_and_go(run: Run, tmp_path: Path) -> None:
-    """nginx tries a refused request on the other server; behind Caddy, a client may be told once to come back."""
+    """nginx retries a refused request on the other server; behind Caddy, a client may get one 503."""
     async with pair(run, tmp_path) as here:
         await here.ask_all()
         leaving, staying = here.nodes

@@ -1,4 +1,4 @@
-"""The Dockerfile and the compose file, as the tools that read them read them; `make image-steps` builds the image."""
+"""Tests the Dockerfile and the compose file with the parsers of their tools; `make image-steps` builds the image."""
 
 import json
 import re
@@ -20,7 +20,7 @@ TOOLS = Path(sys.executable).parent
 
 
 def compose(*words: str, folder: Path = ROOT) -> dict[str, Any]:
-    """The file as Docker Compose understands it: checked against its schema, merged, with its variables filled in."""
+    """Return the file as Docker Compose reads it: checked against its schema, merged, with variables replaced."""
     done = subprocess.run(
         [TOOLS / "docker-compose", "--file", ROOT / "docker-compose.yml", "--project-directory", folder, *words,
          "config", "--format", "json"],
@@ -150,7 +150,7 @@ def test_make_builds_the_image_for_cpus_unless_told_otherwise(tmp_path: Path) ->
 
 
 def test_a_server_is_stopped_no_sooner_than_it_may_drain() -> None:
-    """Grace, and the 15 s that router/server/uvicorn_server.py adds for threads and last bytes."""
+    """The grace time, and the 15 s that router/server/uvicorn_server.py adds for threads and last bytes."""
     compose_s = 50
     kubernetes = (DEPLOY / "kubernetes/base/deployment.yaml").read_text()
     kubernetes_s = int(re.findall(r"terminationGracePeriodSeconds: (\d+)", kubernetes)[0])

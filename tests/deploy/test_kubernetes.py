@@ -1,4 +1,4 @@
-"""The manifests, built by kustomize where it is, against Kubernetes' own schemas."""
+"""Tests the manifests, built by kustomize where it is installed, against Kubernetes' schemas."""
 
 import re
 import shutil
@@ -53,7 +53,7 @@ def test_what_kustomize_builds_is_what_kubernetes_takes(name: str) -> None:
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_a_manifest_alone_is_right(path: Path) -> None:
-    """Without kustomize too: what it adds (names, labels, selectors) is put in here."""
+    """Also without kustomize: the test adds its names, labels and selectors."""
     manifest = yaml.safe_load(path.read_text())
     if manifest.get("kind") in {None, "Kustomization", *OPERATORS}:
         return

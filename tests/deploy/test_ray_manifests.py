@@ -1,4 +1,4 @@
-"""What deploy/ray says is what the code and its pins say."""
+"""Tests that the files of deploy/ray agree with the code and its pins."""
 
 import importlib.util
 import re
@@ -16,7 +16,7 @@ COMPOSE = yaml.safe_load((FOLDER / "docker-compose.ray.yml").read_text())
 
 
 def variables() -> dict[str, str]:
-    """Those of `router/backends/ray/environment.py`, without setting them."""
+    """Return the variables of `router/backends/ray/environment.py`, without setting them."""
     spec = importlib.util.spec_from_file_location(
         "environment", ROOT / "router" / "backends" / "ray" / "environment.py"
     )

@@ -1,4 +1,4 @@
-"""What is shipped is known, and what is said of it is what the registry said."""
+"""Tests the list of shipped packages, and the summary of the registry's answers."""
 
 import json
 from typing import Any
@@ -30,7 +30,7 @@ def test_shipped_is_what_the_server_needs_and_not_what_tests_do() -> None:
     [
         (audited(FINE), "1 of 1 packages were looked up, 0 vulnerabilities", 0),
         (audited(FINE, UNKNOWN), "1 of 2 packages were looked up, 0 vulnerabilities", 0),
-        (audited(UNKNOWN, UNKNOWN), "knows none of the 2 packages, so nothing is known", 0),
+        (audited(UNKNOWN, UNKNOWN), "has none of the 2 packages, so nothing was checked", 0),
         ("", "no registry answered, so nothing is known", 0),
         (
             audited(FINE, BAD),

@@ -1,4 +1,4 @@
-"""The units, as systemd reads them."""
+"""Tests the units with systemd."""
 
 import re
 import shutil
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason=
 
 
 def test_systemd_understands_every_unit(tmp_path: Path) -> None:
-    """The programs are put in; nothing else is changed."""
+    """Only the paths of programs are replaced."""
     for unit in UNITS:
         text = unit.read_text().replace("/opt/embedyard/bin/embedyard", "/bin/true")
         (tmp_path / unit.name).write_text(text)

@@ -1,4 +1,4 @@
-"""Alerts, dashboard and scrape rules: each expression is PromQL, and names metrics and labels that there are."""
+"""Tests alerts, dashboard and scrape rules: each expression is PromQL, and its metrics and labels exist."""
 
 import json
 import subprocess
@@ -23,7 +23,7 @@ _SUFFIXES = {"counter": ("",), "gauge": ("",), "histogram": ("_bucket", "_sum", 
 
 
 def series() -> dict[str, set[str]]:
-    """Every series of the server, with its labels."""
+    """Return every series of the server, with its labels."""
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     found = {sample.name: set[str]() for family in registry.collect() for sample in family.samples}
@@ -34,7 +34,7 @@ def series() -> dict[str, set[str]]:
 
 
 def panels() -> Iterator[tuple[str, str]]:
-    """Every query of the dashboard, with the title of its panel."""
+    """Return every query of the dashboard, with the title of its panel."""
     for panel in DASHBOARD["panels"]:
         for target in panel.get("targets", ()):
             yield panel["title"], target["expr"]
@@ -43,7 +43,7 @@ def panels() -> Iterator[tuple[str, str]]:
 
 
 def parsed(expression: str) -> Expr:
-    """Grafana's variables stand for texts and durations."""
+    """Parse PromQL in which Grafana's variables stand for texts and durations."""
     return promql_parser.parse(expression.replace("$__rate_interval", "5m"))
 
 
@@ -54,7 +54,7 @@ def nodes(expression: Expr) -> list[Expr]:
 
 
 def faults(expression: str) -> list[str]:
-    """Series and labels that the server does not have."""
+    """Return the series and labels that the server does not have."""
     known, found, labels = series(), [], set[str]()
     everything = nodes(parsed(expression))
     for node in everything:

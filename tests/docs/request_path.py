@@ -1,4 +1,4 @@
-"""`python -m tests.docs.request_path` prints the modules that a warm embedding request crosses, edge to vector.
+"""Lists the modules that a warm embedding request crosses (`python -m tests.docs.request_path`).
 
 A server of its own serves with a profile function on every thread (`sys.setprofile`), which notes the modules of
 `engines/` and `router/` whose functions are called between two signals. Modules that ran in each of several requests
@@ -28,7 +28,7 @@ SETTLE_S = 0.05
 
 
 def modules_on_the_way() -> list[str]:
-    """Paths of the modules, relative to the repository, sorted. Takes about ten seconds."""
+    """Return the paths of the modules, relative to the repository, sorted. Takes about ten seconds."""
     with tempfile.TemporaryDirectory() as folder:
         seen_file = Path(folder) / "seen.json"
         environ = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ} | {
@@ -55,7 +55,7 @@ def modules_on_the_way() -> list[str]:
 
 
 def packages_of(modules: list[str]) -> dict[str, list[str]]:
-    """Modules by folder."""
+    """Group the modules by folder."""
     folders = dict.fromkeys(module.rpartition("/")[0] for module in modules)
     return {folder: [module for module in modules if module.rpartition("/")[0] == folder] for folder in folders}
 
@@ -89,7 +89,7 @@ def _trace(process: subprocess.Popen[str], url: str, seen_file: Path) -> set[str
 
 
 def _serve(seen_file: Path) -> None:
-    """Runs `embedyard serve` in this process: SIGUSR1 begins to note modules, SIGUSR2 writes them to `seen_file`."""
+    """Run `embedyard serve` in this process: SIGUSR1 starts recording modules, SIGUSR2 writes them to `seen_file`."""
     seen: set[str] = set()
     prefixes = tuple(f"{ROOT}/{package}/" for package in ("engines", "router"))
     is_noting = False

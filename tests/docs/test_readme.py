@@ -202,7 +202,7 @@ def test_the_readme_is_short(name: str) -> None:
 
 
 def headings(page: Path) -> set[str]:
-    """Anchors of a page as GitHub makes them."""
+    """Return the anchors of a page, as GitHub makes them."""
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}

@@ -1,4 +1,4 @@
-"""A warm embedding request crosses few modules, and docs/architecture.md lists them."""
+"""Tests that a warm embedding request crosses few modules, and that docs/architecture.md lists them."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""The `registry.yaml` and `.env.example` that are shipped: right, complete, and byte for byte what vendors say."""
+"""Tests the shipped `registry.yaml` and `.env.example`: valid, complete, and prompts byte for byte as published."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The house stays readable: modules that fit in a sitting, functions that fit in the eye."""
+"""Checks the style of the code: lengths of modules and functions, class names, and words."""
 
 import ast
 import re
@@ -9,20 +9,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-MODULES = sorted(path for room in ("engines", "router") for path in (ROOT / room).rglob("*.py"))
+MODULES = sorted(path for package in ("engines", "router") for path in (ROOT / package).rglob("*.py"))
 OLD_WORDS = (
     "Bequeath", "Birth", "Breaks", "Company", "Door", "Ears", "Edge", "Errand", "Farewell", "Glances", "Hangups",
     "Kept", "Lane", "Ledger", "Meters", "Notebook", "Outlook", "Pulse", "Scout", "Seat", "Spelt", "Tally",
     "Visit", "Yard",
 )  # fmt: skip
-"""Names of the first build that are no terms of the field; `ServerState`, `DeviceScheduler` and others replace them."""
+"""Names of the first version that are no terms of the field; `ServerState` and others replaced them."""
 
 TWICE = {
     "DeviceMemory", "Slot", "Usage",  # schemas of the HTTP contract, whose names are public; engines have such records
-
-
 }  # fmt: skip
-"""Class names that stand for two things today; no further one may."""
+"""Class names that exist twice; no other name may."""
 
 
 def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
@@ -32,12 +30,12 @@ def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_module_is_read_in_one_sitting(path: Path) -> None:
+def test_a_module_has_at_most_400_lines(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 400
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_function_fits_in_the_eye(path: Path) -> None:
+def test_a_function_has_at_most_60_lines(path: Path) -> None:
     long = [f.name for f in functions(path) if (f.end_lineno or f.lineno) - f.lineno + 1 > 60]
 
     assert long == []
@@ -51,11 +49,11 @@ def identifiers(path: Path) -> Iterator[str]:
                 yield name
 
 
-@pytest.mark.parametrize("room", ["engines", "router", "tests", "benchmarks"])
-def test_the_words_of_the_first_build_are_gone(room: str) -> None:
+@pytest.mark.parametrize("package", ["engines", "router", "tests", "benchmarks"])
+def test_the_words_of_the_first_build_are_gone(package: str) -> None:
     old = re.compile(rf"(?<![A-Z])({'|'.join(OLD_WORDS)})(?![a-z])")
     found = {
-        f"{path}: {name}" for path in (ROOT / room).rglob("*.py") for name in identifiers(path) if old.search(name)
+        f"{path}: {name}" for path in (ROOT / package).rglob("*.py") for name in identifiers(path) if old.search(name)
     }
 
     assert found == set()
@@ -74,8 +72,8 @@ def test_a_public_class_name_exists_once() -> None:
 def test_benchmarks_and_the_product_import_no_tests() -> None:
     found = [
         f"{path.relative_to(ROOT)}: {module}"
-        for room in ("benchmarks", "engines", "router")
-        for path in sorted((ROOT / room).rglob("*.py"))
+        for package in ("benchmarks", "engines", "router")
+        for path in sorted((ROOT / package).rglob("*.py"))
         for node in ast.walk(ast.parse(path.read_text()))
         for module in imported(node)
         if module.partition(".")[0] == "tests"

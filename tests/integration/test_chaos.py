@@ -1,4 +1,4 @@
-"""What breaks, what clients see, and that it passes. *Broken and recovered* in docs/operations.md names these tests.
+"""Tests faults: what clients see, and that the server recovers. docs/operations.md, *Broken and recovered*, names them.
 
 Faults of the hub are in `test_hub_faults.py`, of Redis in `test_store.py` and `test_limiter.py` of
 `tests/unit/router/limits`, the end of a server in `test_shutdown.py`.
@@ -64,9 +64,9 @@ def truths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Truth]:
 
 
 class Crowd:
-    """Clients that ask until they are told to stop.
+    """Clients that send requests until they are stopped.
 
-    `seen`: every outcome, a status or the name of an error. `served`: the models that gave a right answer.
+    `seen`: every outcome, a status or the name of an error. `served`: models that returned a right answer.
     """
 
     def __init__(self, url: str, truths: dict[str, Truth]) -> None:
@@ -85,7 +85,7 @@ class Crowd:
         self._threads.shutdown()
 
     def stop(self) -> None:
-        """No more requests after those under way; raises what went wrong with any."""
+        """Stop after the requests in flight; raise the first error of a client."""
         self._over.set()
         for one in self._running:
             one.result()
@@ -109,7 +109,7 @@ class Crowd:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Truth]:
-    """Three models of 6.6 MB each: there is room for two in the smallest budget that a server takes."""
+    """Build three models of 6.6 MB each: two fit in the smallest budget that a server accepts."""
     folder, texts = tmp_path_factory.mktemp("large"), mixed(12, seed=3, longest_words=40)
     for seed, name in enumerate(("a", "b", "c")):
         tokenizer = vocabularies.bert()
@@ -121,7 +121,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Truth]:
 def test_killed_under_load_it_is_ready_again_by_itself_and_its_cache_is_whole(
     large: dict[str, Truth], tmp_path: Path
 ) -> None:
-    """SIGKILL while three models take turns in room for two: loads, evictions and measurements are under way."""
+    """SIGKILL while three models alternate in memory for two, during loads, evictions and measurements."""
     registry, state = tmp_path / "registry.yaml", tmp_path / "state"
     models = [{"name": name, "source": f"org/{name}", "max_batch_tokens": 32} for name in large]
     registry.write_text(yaml.safe_dump({"version": 1, "models": models}))
@@ -162,17 +162,17 @@ def slots_of(url: str) -> list[dict[str, Any]]:
 
 
 def waited_for_a_core_s(pid: int) -> float:
-    """How long the main thread of a process could have run while others did; that is not the server's doing."""
+    """Return how long a process's main thread was ready but waited for a core, which is not the server's fault."""
     return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
 
 
 def num_fetched(hub: LoopbackHub, truths: Iterable[str]) -> int:
-    """Answers of the hub that carried any file."""
+    """Count the hub's answers with file content."""
     return sum(hub.downloads(f"org/{name}") for name in truths)
 
 
 def until(is_so: Callable[[], bool]) -> None:
-    """Wait for what a server does; the suite's timeout is the limit."""
+    """Wait for a condition; the suite's timeout is the limit."""
     while not is_so():
         time.sleep(0.02)
 
@@ -219,12 +219,12 @@ async def test_a_disk_that_fills_up_during_a_download_is_said_so_and_the_next_tr
 
 
 def parts(folder: Path) -> list[Path]:
-    """Files that are on their way."""
+    """Return the partial files of downloads."""
     return [*folder.rglob("*.part")]
 
 
 async def ask_until_served(server: RealServer, name: str) -> httpx.Response:
-    """As a client that obeys Retry-After."""
+    """Send requests until one succeeds, as a client that obeys Retry-After."""
     while (answer := await server.embed(name)).status_code != 200:  # noqa: ASYNC110 - as clients do
         await asyncio.sleep(min(0.3, int(answer.headers["retry-after-ms"]) / 1000))
     return answer
@@ -237,7 +237,7 @@ async def ask_until_served(server: RealServer, name: str) -> httpx.Response:
 async def test_a_clock_that_jumps_changes_no_answer(
     truths: dict[str, Truth], jump_s: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Idle models stay, limits neither open nor lock their callers out, a quarantine is as long as it was."""
+    """Idle models stay, limits neither open nor lock callers out, and a quarantine keeps its length."""
     specs = specs_of({NAMES[0]: truths[NAMES[0]]}, keep_alive_s=600.0)
     specs |= {"broken": specs_of({NAMES[0]: truths[NAMES[0]]}, source="/nowhere/at/all", model_id="broken")[NAMES[0]]}
     settings = Settings(grace_seconds=2.0, rate_limit_requests=3, rate_limit_window_s=600)
@@ -296,7 +296,7 @@ async def test_a_forward_pass_that_raises_fails_its_own_callers_and_no_one_else(
 async def test_a_forward_pass_that_hangs_is_told_to_everyone_and_fails_health_until_it_ends(
     truths: dict[str, Truth], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A real lane, really stuck. The watchdog's limit is a second here, two minutes unless it is set."""
+    """A real scheduler that hangs. The watchdog's limit is a second here, by default two minutes."""
     forward, hangs, release = Runner._forward, threading.Event(), threading.Event()
 
     def hang(runner: Runner, entries: object) -> object:
@@ -321,8 +321,8 @@ async def test_a_forward_pass_that_hangs_is_told_to_everyone_and_fails_health_un
         stuck = asyncio.create_task(ask(NAMES[0]))
         await asyncio.to_thread(hangs.wait, 10)
         begun_s = time.monotonic()
-        neighbour = asyncio.create_task(ask(NAMES[1]))
-        told = [await stuck, await neighbour]
+        other = asyncio.create_task(ask(NAMES[1]))
+        told = [await stuck, await other]
         took_s = time.monotonic() - begun_s
         late = await ask(NAMES[0])
         health, ready = await client.get("/health"), await client.get("/ready")
@@ -345,7 +345,7 @@ async def test_a_forward_pass_that_hangs_is_told_to_everyone_and_fails_health_un
 async def test_a_load_that_hangs_is_told_to_everyone_and_fails_health_while_the_rest_is_served(
     truths: dict[str, Truth], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A real loader, really stuck. The limit is a second here, ten minutes and more unless it is set."""
+    """A real loader that hangs. The limit is a second here, by default ten minutes and more."""
     load, hangs, release = TorchLoader._load, threading.Event(), threading.Event()
 
     def hang(loader: TorchLoader, spec: ModelSpec, files: ModelFiles) -> object:
@@ -395,10 +395,10 @@ async def test_a_load_that_hangs_is_told_to_everyone_and_fails_health_while_the_
 # ---- the hub ----
 
 
-async def test_a_hub_that_is_away_is_the_trouble_of_models_that_are_not_here_yet(
+async def test_a_hub_that_is_away_affects_only_models_that_are_not_on_disk(
     truths: dict[str, Truth], tmp_path: Path
 ) -> None:
-    """Nobody listens where the hub was; a model that is in memory, and one whose files are here, do not notice."""
+    """The hub's port is closed; a model in memory, and one whose files are on disk, are not affected."""
     with LoopbackHub() as hub:
         for name in NAMES:
             hub.add(f"org/{name}", truths[name].folder)

@@ -1,4 +1,4 @@
-"""A device that does not answer: another one takes over, and nobody is left waiting."""
+"""Tests a device that does not answer: another one takes over, and no request waits for it."""
 
 import asyncio
 
@@ -17,7 +17,7 @@ CALL = EmbedCall(model_id="a", texts=("x",))
 
 
 class Pair:
-    """Two devices with a pulse each, one backend."""
+    """One backend with two devices, whose health the test sets."""
 
     def __init__(self, embed_s: float = 0.0) -> None:
         self.pulses = {"cuda:0": DeviceHealth(), "cuda:1": DeviceHealth()}
@@ -26,8 +26,8 @@ class Pair:
 
     def _host(self, device: str) -> Host:
         config = HostConfig(host_id=device, device=device, budget=Budget(size_bytes=10**6), workspace_bytes=100)
-        world = structs.replace(fake_runtime(), health=lambda: self.pulses[device])
-        return Host(config, fake_specs("a"), FakeFiles(), self.loaders[device], world)
+        runtime = structs.replace(fake_runtime(), health=lambda: self.pulses[device])
+        return Host(config, fake_specs("a"), FakeFiles(), self.loaders[device], runtime)
 
     def loads(self) -> list[int]:
         return [loader.loads["a"] for loader in self.loaders.values()]

@@ -1,4 +1,4 @@
-"""The edge over the real backend and a real host; only the engines are fakes."""
+"""Tests HTTP over the real backend and a real host; only the engines are fakes."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -22,7 +22,7 @@ from tests.testkit.servers import EMBED, eventually, fake_server
 ONE_MODEL = WEIGHT_BYTES + WORKSPACE_BYTES
 
 
-async def test_a_cold_model_is_loaded_once_for_all_who_ask() -> None:
+async def test_a_cold_model_is_loaded_once_for_all_requests() -> None:
     async with (
         fake_server() as server,
         openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0) as sdk,
@@ -79,7 +79,7 @@ async def test_an_engines_refusal_reaches_the_client(
     assert ("x-should-retry" in answer.headers) == (model == "gpu")
 
 
-async def test_one_model_makes_room_for_another_and_the_stream_says_why() -> None:
+async def test_one_model_is_evicted_for_another_and_the_stream_gives_the_reason() -> None:
     async with fake_server(budget_bytes=ONE_MODEL) as server, server.client.stream("GET", "/admin/events") as stream:
         lines = stream.aiter_lines()
         await anext(lines)
@@ -143,7 +143,7 @@ async def test_a_slow_load_is_waited_for_only_so_long_and_goes_on() -> None:
     assert server.loader.loads == {"mini": 1}
 
 
-async def test_a_load_outlives_the_client_who_asked_for_it() -> None:
+async def test_a_load_goes_on_after_its_client_has_left() -> None:
     async with fake_server() as server:
         server.workers.hold("load")
         with pytest.raises(httpx.ReadTimeout):
@@ -167,7 +167,7 @@ async def test_a_client_that_leaves_a_running_call_gives_its_lease_back() -> Non
     assert slot["leases"] == 0
 
 
-async def test_a_failed_load_is_told_to_everyone_who_waits() -> None:
+async def test_a_failed_load_fails_every_waiting_request() -> None:
     loader = FakeLoader(failures={"mini": [AccessDenied("the hub refuses: accept the licence of org/mini first")]})
     async with fake_server(loader=loader) as server:
         answers = await asyncio.gather(*(server.embed() for _ in range(5)))

@@ -1,4 +1,4 @@
-"""The whole way through, as a first user takes it: `embedyard serve` as a process, real models, real clients."""
+"""Tests a new user's first steps: `embedyard serve` as a process, with real models and clients."""
 
 import asyncio
 import json
@@ -30,14 +30,14 @@ TEXTS = workloads.mixed(12, seed=5, longest_words=40)
 
 
 class SixModels:
-    """A server with six small models and room for two, and what each must answer."""
+    """A server with six small models and memory for two, and the right vectors of each."""
 
     def __init__(self, server: LiveServer, expected: dict[str, NDArray[np.float32]]) -> None:
         self.server = server
         self.expected = expected
 
     async def ask(self, client: httpx.AsyncClient, model: str, texts: list[int]) -> float:
-        """Embed some of TEXTS; the worst cosine to what sentence-transformers gives."""
+        """Embed some of TEXTS; return the worst cosine to sentence-transformers' vectors."""
         body = {"model": model, "input": [TEXTS[index] for index in texts]}
         answer = await client.post("/v1/embeddings", json=body, timeout=120)
         assert answer.status_code == 200, answer.text
@@ -47,7 +47,7 @@ class SixModels:
 
 @pytest.fixture(scope="module")
 def six(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SixModels]:
-    """Six models of 6.6 MB each (a wide inner layer), in a budget that holds two and the workspace."""
+    """Serve six models of 6.6 MB each (a wide inner layer), in a budget for two and the workspace."""
     folder = tmp_path_factory.mktemp("six")
     tokenizer = vocabularies.bert()
     expected: dict[str, NDArray[np.float32]] = {}
@@ -69,7 +69,7 @@ async def client(six: SixModels) -> AsyncIterator[httpx.AsyncClient]:
         yield client
 
 
-async def test_three_hundred_requests_over_six_models_with_room_for_two_are_all_right(
+async def test_three_hundred_requests_over_six_models_in_memory_for_two_are_all_right(
     six: SixModels, client: httpx.AsyncClient
 ) -> None:
     rng = random.Random(3)
@@ -158,6 +158,6 @@ async def test_the_official_client_gets_its_own_errors(shipped: LiveServer) -> N
             await client.embeddings.create(model="all-MiniLM-L6-v3", input="text")
         with pytest.raises(openai.BadRequestError, match="384"):
             await client.embeddings.create(model="all-MiniLM-L6-v2", input="text", dimensions=100)
-    async with openai.AsyncOpenAI(base_url=f"{shipped.url}/v1", api_key="wrong") as stranger:
+    async with openai.AsyncOpenAI(base_url=f"{shipped.url}/v1", api_key="wrong") as refused_client:
         with pytest.raises(openai.AuthenticationError):
-            await stranger.embeddings.create(model="all-MiniLM-L6-v2", input="text")
+            await refused_client.embeddings.create(model="all-MiniLM-L6-v2", input="text")

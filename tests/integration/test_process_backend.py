@@ -1,4 +1,4 @@
-"""`BACKEND=process embedyard serve`, as a user runs it: real weights, two workers, one of them killed."""
+"""Tests `BACKEND=process embedyard serve` as a user runs it: real weights, two workers, one of them killed."""
 
 import re
 import time
@@ -42,7 +42,7 @@ def first_components(client: httpx.Client) -> list[float]:
 
 
 def workers(server: LiveServer) -> list[psutil.Process]:
-    """Children of the fork server that listen to the parent; the fork server itself and its tracker are older."""
+    """Return the worker processes: children of the fork server, which itself is older, as is its tracker."""
     return [child for child in psutil.Process(server.process.pid).children(recursive=True) if is_worker(child)]
 
 

@@ -1,4 +1,4 @@
-"""How a server ends, over real sockets and with real signals: what every client sees."""
+"""Tests the shutdown of a server, over real sockets and with real signals: what every client sees."""
 
 import signal
 import threading
@@ -13,13 +13,11 @@ import pytest
 from tests.testkit.servers import serve_fake, serve_live
 
 EMBED = "/v1/embeddings"
-
-
 BODY = {"input": "x"}
 
 
 class Client(threading.Thread):
-    """Sends one request after another until it is refused; writes down what it saw."""
+    """Sends one request after another until it is refused, and records the answers."""
 
     def __init__(self, connections: httpx.Client) -> None:
         super().__init__()
@@ -47,7 +45,7 @@ def test_under_64_clients_every_admitted_request_is_answered() -> None:
             client.start()
         server.wait_for_leases(64)
         began_s = time.monotonic()
-        server.tell(signal.SIGTERM)
+        server.send_signal(signal.SIGTERM)
         exit_code = server.popen.wait(15)
         took_s = time.monotonic() - began_s
         for client in clients:
@@ -67,7 +65,7 @@ def test_while_it_drains_it_says_so_to_everyone_and_serves_what_it_has() -> None
     with serve_fake("1.5", "10") as server, server.client() as client, ThreadPoolExecutor() as threads:
         slow = threads.submit(httpx.post, server.url + EMBED, json=BODY, timeout=10)
         server.wait_for_leases(1)
-        server.tell(signal.SIGTERM)
+        server.send_signal(signal.SIGTERM)
         while client.get("/ready").status_code == 200:
             time.sleep(0.005)
         ready, health = client.get("/ready"), client.get("/health")
@@ -88,7 +86,7 @@ def test_what_is_not_done_at_the_end_of_the_grace_time_is_told_so() -> None:
     with serve_fake("60", "0.3") as server, ThreadPoolExecutor() as threads:
         stuck = threads.submit(httpx.post, server.url + EMBED, json=BODY, timeout=10)
         server.wait_for_leases(1)
-        server.tell(signal.SIGTERM)
+        server.send_signal(signal.SIGTERM)
         exit_code = server.popen.wait(60)
         logged = server.logged()
 
@@ -102,12 +100,12 @@ def test_a_second_signal_ends_it_at_once(number: signal.Signals) -> None:
     with serve_fake("60", "30") as server, ThreadPoolExecutor() as threads:
         stuck = threads.submit(httpx.post, server.url + EMBED, json=BODY, timeout=10)
         server.wait_for_leases(1)
-        server.tell(signal.SIGTERM)
+        server.send_signal(signal.SIGTERM)
         with server.client() as client:
             while client.get("/ready").status_code == 200:
                 time.sleep(0.005)
         began_s = time.monotonic()
-        server.tell(number)
+        server.send_signal(number)
         exit_code = server.popen.wait(60)
         took_s = time.monotonic() - began_s
 
@@ -121,7 +119,7 @@ def test_a_device_that_hangs_fails_health_tells_its_callers_and_cannot_keep_the_
         before = client.get("/health")
         answer = client.post(EMBED, json=BODY)
         health = client.get("/health")
-        server.tell(signal.SIGTERM)
+        server.send_signal(signal.SIGTERM)
         exit_code = server.popen.wait(60)
         logged = server.logged()
 
@@ -138,8 +136,10 @@ def test_a_device_that_hangs_fails_health_tells_its_callers_and_cannot_keep_the_
     [({}, [404, 429, 429]), ({"FORWARDED_ALLOW_IPS": "127.0.0.1"}, [404, 404, 429])],
     ids=["nobody is trusted", "the proxy is trusted"],
 )
-def test_only_a_trusted_proxy_says_who_calls(tmp_path: Path, settings: dict[str, str], statuses: list[int]) -> None:
-    """uvicorn alone believes everyone on loopback, and whoever chose another address for each request had no limit."""
+def test_only_a_trusted_proxy_sets_the_callers_address(
+    tmp_path: Path, settings: dict[str, str], statuses: list[int]
+) -> None:
+    """uvicorn alone trusts every client on loopback; one that sent another address with each request had no limit."""
     registry = tmp_path / "registry.yaml"
     registry.write_text("version: 1\nmodels:\n- {name: mini, source: org/mini}\n")
     with serve_live(registry, RATE_LIMIT_REQUESTS="1", **settings) as server:

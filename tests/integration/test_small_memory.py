@@ -1,4 +1,4 @@
-"""The server under load, over real sockets and real engines: budgets, herds, turns, and who gets what."""
+"""Tests the server under load with little memory, over real sockets and engines: budgets, many waiters, alternation."""
 
 import asyncio
 import itertools
@@ -46,7 +46,7 @@ def state(tmp_path: Path) -> Path:
     return tmp_path / "state"
 
 
-async def test_eight_models_share_room_for_three(truths: dict[str, Truth], state: Path) -> None:
+async def test_eight_models_share_memory_for_three(truths: dict[str, Truth], state: Path) -> None:
     found = await crowd(truths, state, SECONDS)
 
     assert found.asked.keys() == set(EIGHT)
@@ -97,7 +97,7 @@ async def test_the_first_requester_leaves_and_the_second_is_answered(truths: dic
 
 
 async def test_of_a_hundred_waiters_sixty_leave_and_no_lease_is_lost(truths: dict[str, Truth]) -> None:
-    """They leave while the load waits for its lock, while it runs, and while the answers are on their way."""
+    """They disconnect while the load waits for its lock, while it runs, and while the answers are in flight."""
     name = "bert-cls"
     rng = random.Random(3)
     async with real_server(specs_of({name: truths[name]})) as server:
@@ -153,5 +153,5 @@ async def test_two_models_that_cannot_both_fit_take_turns(truths: dict[str, Trut
 
 
 def turns_of(events: list[Event]) -> list[Event]:
-    """Evictions for the other model."""
+    """Count evictions for the other model."""
     return [event for event in events if event.target == "draining" and event.claimant]

@@ -1,8 +1,7 @@
-"""Backends for tests: one that answers as scripted, hosts that do, and clients that check every answer.
+"""Makes backends for tests: a scripted backend, scripted hosts, and clients that check every answer.
 
-`ScriptedBackend` stands in for a whole backend. `open_scripted_host` opens a real host, in whatever process it lives,
-which does what the registry tells it to; worker processes and Ray's workers import it by name. The script is the
-`description` of the model:
+`ScriptedBackend` replaces a whole backend. `open_scripted_host` opens a real host, in any process, with engines that
+follow a script; worker processes and Ray's workers import it by name. The script is the `description` of the model:
 
     ModelSpec(model_id="a", source="a", description="load_s=0.2 embed_s=0.1 bytes=3000 max_items=4")
 
@@ -55,14 +54,14 @@ WIDTH = 8
 
 
 def vector(item: str | tuple[int, ...], width: int = WIDTH) -> list[float]:
-    """What the scripted backend answers for a text or for token ids."""
+    """Return the scripted backend's vector of a text or of token ids."""
     seed = sum(map(ord, item)) if isinstance(item, str) else sum(item)
     raw = np.random.default_rng(seed).standard_normal(width).astype(np.float32)
     return [float(component) for component in raw / np.linalg.norm(raw)]
 
 
 class ScriptedBackend:
-    """`failures`: raised by any command on that model. `gates` and `delays_s`: waited for before it answers."""
+    """A scripted backend. `failures`: raised by commands on a model. `gates`, `delays_s`: waited for before answers."""
 
     def __init__(self, *models: str) -> None:
         self.models = models
@@ -174,7 +173,7 @@ class ScriptedBackend:
             queue.put_nowait(event)
 
     async def aclose(self, *, grace_s: float = 30.0) -> None:
-        """As a host does: what still waits is told why."""
+        """Close as a host does: waiting calls fail with the reason."""
         for model_id, gate in self.gates.items():
             self.failures[model_id] = ShuttingDown("the server is shutting down")
             gate.set()
@@ -224,37 +223,32 @@ def worker_configs() -> list[WorkerConfig]:
 BUDGET_BYTES = 4500
 """Four models of a thousand bytes, and the workspace of one."""
 
-
 BUDGET = Budget(size_bytes=BUDGET_BYTES)
-
-
 HOSTS = 3
-
-
 RULES = PoolPolicy(min_residency_s=0.1, residency_loads=0.0, overdue_after_s=0.1, retry_s=(1.0, 2.0))
 
 
 def script_of(spec: ModelSpec) -> dict[str, str]:
-    """The script's words."""
+    """Return the script's settings by name."""
     return dict(word.split("=", 1) for word in spec.description.split() if "=" in word)
 
 
 def scripted(model_id: str, **script: object) -> ModelSpec:
-    """A spec with its script; fields of `ModelSpec` go there. Sizes are remembered, so each script is a source."""
+    """Make a spec of script settings and `ModelSpec` fields. Each script is a source, as sizes are stored by source."""
     fields = {name: value for name, value in script.items() if name in ModelSpec.__struct_fields__}
     words = " ".join(f"{name}={value}" for name, value in script.items() if name not in fields)
     return ModelSpec(**{"model_id": model_id, "source": f"fake/{model_id} {words}", "description": words, **fields})  # type: ignore[arg-type]  # a test's own fields
 
 
 class ScriptedFiles(FakeFiles):
-    """There at once, as large as the script says."""
+    """Files that are there at once, with the script's size."""
 
     def weight_bytes(self, spec: ModelSpec, device: str) -> int | None:
         return int(script_of(spec).get("bytes", WEIGHT_BYTES))
 
 
 class ScriptedEngine(FakeEngine):
-    """A fake engine that waits, refuses, fails and dies."""
+    """A fake engine that waits, refuses, fails, or kills its process, as scripted."""
 
     def __init__(self, spec: ModelSpec, note: CrashNote) -> None:
         self._script = script_of(spec)
@@ -281,7 +275,7 @@ class ScriptedEngine(FakeEngine):
 
 
 class ScriptedLoader:
-    """Engines as their specs say."""
+    """Loads scripted engines."""
 
     def __init__(self, note: CrashNote) -> None:
         self._note = note
@@ -301,53 +295,53 @@ class ScriptedLoader:
 
 
 def raise_scripted(name: str | None) -> None:
-    """The named error, with all that it can carry."""
+    """Raise the named error, with all its attributes."""
     if name is None:
         return
     if name == "NonFiniteEmbedding":
         raise NonFiniteEmbedding("vector 3 is not finite", index=3)
     if name == "ValueError":
-        raise ValueError("nobody foresaw this")
+        raise ValueError("an unexpected error")
     cls = getattr(errors, name, EngineFailed)
     raise cls(f"scripted {name}")
 
 
-def open_scripted_host(birth: WorkerConfig, note: CrashNote) -> Host:
-    """See `WorkerConfig.open`."""
+def open_scripted_host(worker: WorkerConfig, note: CrashNote) -> Host:
+    """Open a scripted host (`WorkerConfig.open`)."""
     config = HostConfig(
-        host_id=birth.host_id,
-        device=birth.device,
-        budget=birth.budget,
+        host_id=worker.host_id,
+        device=worker.device,
+        budget=worker.budget,
         workspace_bytes=WORKSPACE_BYTES,
         rules=RULES,
-        watchdog_s=birth.settings.watchdog_seconds,
+        watchdog_s=worker.settings.watchdog_seconds,
     )
-    world = HostRuntime(
+    runtime = HostRuntime(
         time=LoopTime(),
-        workers=Threads(birth.host_id),
+        workers=Threads(worker.host_id),
         memory=FakeMemory(10**9),
         measurements=Measurements(),
         jitter=lambda: 0.5,
     )
-    return Host(config, birth.specs, ScriptedFiles(), ScriptedLoader(note), world)
+    return Host(config, worker.specs, ScriptedFiles(), ScriptedLoader(note), runtime)
 
 
-def open_slow_host(birth: WorkerConfig, note: CrashNote) -> Host:
-    """A host that takes a while to be made."""
+def open_slow_host(worker: WorkerConfig, note: CrashNote) -> Host:
+    """Open a scripted host after half a second."""
     time.sleep(0.5)
-    return open_scripted_host(birth, note)
+    return open_scripted_host(worker, note)
 
 
-def open_broken_host(birth: WorkerConfig, note: CrashNote) -> Host:
-    """A host that cannot be made."""
-    raise errors.InvalidValue(f"{birth.host_id} does not exist")
+def open_broken_host(worker: WorkerConfig, note: CrashNote) -> Host:
+    """Fail to open a host."""
+    raise errors.InvalidValue(f"{worker.host_id} does not exist")
 
 
 CLIENTS = 64
 
 
 class Crowd:
-    """How it went for them."""
+    """Clients that send requests and check every answer; `wrong` has what was not right."""
 
     def __init__(self, backend: Backend, models: Sequence[str]) -> None:
         self._backend = backend
@@ -357,13 +351,13 @@ class Crowd:
         self.wrong: list[str] = []
 
     async def ask(self, number: int) -> None:
-        """One client; what it is told instead of vectors is wrong, too."""
+        """Run one client; an error instead of vectors counts as wrong, too."""
         turn = 0
         while not self._is_over:
             model, text, turn = self._models[(number + turn) % len(self._models)], f"{number} {turn}", turn + 1
             try:
                 answer = await self._backend.run(EmbedCall(model_id=model, texts=(text,), load_timeout_s=60.0))
-            except Exception as error:  # noqa: BLE001  # whatever it is, it is not an answer
+            except Exception as error:  # noqa: BLE001  # any error is a wrong answer
                 self.wrong.append(f"{model}: {type(error).__name__}: {error}")
                 await asyncio.sleep(0.01)
                 continue
@@ -372,33 +366,33 @@ class Crowd:
             self.answered[model] += 1
 
     async def until(self, more: int) -> None:
-        """So many more answers for each model."""
+        """Wait for `more` answers of each model."""
         wanted = {model: self.answered[model] + more for model in self._models}
         async with asyncio.timeout(90):
             while any(self.answered[model] < count for model, count in wanted.items()):  # noqa: ASYNC110 - a count
                 await asyncio.sleep(0.02)
 
-    def leave(self) -> None:
-        """They finish what they have begun."""
+    def stop(self) -> None:
+        """Stop after the requests in flight."""
         self._is_over = True
 
 
 @asynccontextmanager
 async def crowd(backend: Backend, *models: str) -> AsyncIterator[Crowd]:
-    """They ask inside the block."""
+    """Run the clients until the block ends."""
     made = Crowd(backend, models)
     tasks = [asyncio.create_task(made.ask(number)) for number in range(CLIENTS)]
     try:
         yield made
     finally:
-        made.leave()
+        made.stop()
         await asyncio.gather(*tasks)
 
 
 async def until(
     backend: Backend, is_so: Callable[[tuple[HostSnapshot, ...]], bool], within_s: float = 30.0
 ) -> tuple[HostSnapshot, ...]:
-    """The snapshots as soon as they are so; hosts elsewhere tell within a second."""
+    """Return the snapshots as soon as the condition is true; hosts in other processes report within a second."""
     async with asyncio.timeout(within_s):
         while not is_so(hosts := backend.snapshots()):  # noqa: ASYNC110 - snapshots come from elsewhere, without an event
             await asyncio.sleep(0.02)

@@ -1,8 +1,8 @@
-"""The clock of tests; `engines.testing.runtime.FakeTime` is the one that also has timers, for hosts."""
+"""A clock for tests; `engines.testing.runtime.FakeTime` also has timers, for hosts."""
 
 
 class FakeClock:
-    """Seconds that pass when the test says so; calling it reads it."""
+    """A clock that the test advances; calling it returns its seconds."""
 
     def __init__(self, now_s: float = 1000.0) -> None:
         self.now_s = now_s

@@ -8,7 +8,6 @@ from tests.testkit.servers import MAX_BODY_BYTES
 
 INVALID = "invalid_request_error"
 
-
 CODES = {
     400: {
         "invalid_json", "invalid_value", "empty_input", "too_many_inputs", "context_length_exceeded",
@@ -26,7 +25,6 @@ CODES = {
 }  # fmt: skip
 """Error codes of the contract by status."""
 
-
 TYPES = {
     403: "permission_error",
     409: "conflict_error",
@@ -35,9 +33,7 @@ TYPES = {
     503: "server_error",
 }
 
-
 EMBED = "/v1/embeddings"
-
 
 BAD_BODIES: list[tuple[str, Any, int, str, str | None]] = [
     ("truncated JSON", b'{"input": "a"', 400, "invalid_json", None),

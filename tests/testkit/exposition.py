@@ -1,4 +1,4 @@
-"""A scrape as a test reads it: values by name and labels."""
+"""Parses a scrape of metrics: values by name and labels."""
 
 from collections.abc import Mapping
 
@@ -7,7 +7,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 
 class Exposition:
-    """The answer of `GET /metrics`."""
+    """The parsed answer of `GET /metrics`."""
 
     def __init__(self, text: str) -> None:
         self.families: Mapping[str, Metric] = {family.name: family for family in text_string_to_metric_families(text)}
@@ -18,9 +18,9 @@ class Exposition:
         }
 
     def __call__(self, name: str, **labels: str) -> float:
-        """One value; 0 where there is none yet."""
+        """Return one value; 0 if it is missing."""
         return self._values.get((name, frozenset(labels.items())), 0.0)
 
     def label_values(self, label: str) -> set[str]:
-        """Everything that stands under this label anywhere."""
+        """Return all values of a label."""
         return {value for _, labels in self._values for name, value in labels if name == label}

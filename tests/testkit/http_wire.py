@@ -1,4 +1,4 @@
-"""A server of bytes: it answers each request with what a test says, in pieces if need be."""
+"""Serves raw bytes: each request is answered with bytes that a test chooses, in pieces if needed."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -12,13 +12,13 @@ OK = b'{"data":[{"index":0,"embedding":[1.0,0.0]}],"usage":{"prompt_tokens":3}}'
 
 
 def response(body: bytes = OK, status: str = "200 OK", *headers: str) -> bytes:
-    """With its length."""
+    """Return a response with its length."""
     head = "\r\n".join([f"HTTP/1.1 {status}", *headers, f"Content-Length: {len(body)}", "", ""])
     return head.encode() + body
 
 
 class Wire:
-    """`num_connections`: opened so far; `num_requests`: read so far."""
+    """A server of raw bytes. `num_connections`: opened so far; `num_requests`: read so far."""
 
     def __init__(self, handle: Handle) -> None:
         self.num_connections = self.num_requests = 0
@@ -41,7 +41,7 @@ class Wire:
 
 @asynccontextmanager
 async def wire(handle: Handle, *, timeout_s: float = 10.0) -> AsyncIterator[tuple[Wire, Target]]:
-    """Served on this loop until the block ends."""
+    """Serve on this event loop until the block ends."""
     served = Wire(handle)
     server = await asyncio.start_server(served.serve, "127.0.0.1", 0)
     host, port = server.sockets[0].getsockname()[:2]
@@ -51,8 +51,8 @@ async def wire(handle: Handle, *, timeout_s: float = 10.0) -> AsyncIterator[tupl
         server.close()
 
 
-def saying(*pieces: bytes, then_closes: bool = False) -> Handle:
-    """Each request is answered with these pieces, one write each."""
+def respond_with(*pieces: bytes, then_closes: bool = False) -> Handle:
+    """Answer each request with these pieces, one write each."""
 
     async def handle(writer: asyncio.StreamWriter) -> None:
         for piece in pieces:

@@ -1,4 +1,4 @@
-"""Measurements of a load as tests need them."""
+"""Makes measurements of a load for tests."""
 
 from collections.abc import Sequence
 

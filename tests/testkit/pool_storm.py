@@ -408,9 +408,9 @@ class Storm:
             stay = [v.charge for v in self.views.values() if v.charge and v.load_began_at_s >= first_s]
             needs = [self.core.admission.need(self.core.state.slots[slot_id]) for slot_id in older]
             require(sum_needs([*stay, *needs]) <= self.limit, f"{view.model_id} takes memory that an older claim needs")
-            self._check_promise(view, min(older, key=lambda slot_id: self.since[slot_id]))
+            self._check_claim_order(view, min(older, key=lambda slot_id: self.since[slot_id]))
 
-    def _check_promise(self, view: SlotView, head: int) -> None:
+    def _check_claim_order(self, view: SlotView, head: int) -> None:
         """Checks that a younger claim does not take memory that is being freed for the oldest one."""
         stay = [v.charge for v in self.views.values() if v.charge and v.state not in ("draining", "unloading")]
         before = [charge for charge in stay if charge is not view.charge]

@@ -1,4 +1,4 @@
-"""A backend of worker processes over scripted hosts; as a program, it ends without a word when its input does.
+"""Runs a backend of worker processes over scripted hosts; as a program, it exits when its input ends.
 
 python -m tests.testkit.process_backend
 """
@@ -17,7 +17,7 @@ from tests.testkit.backends import until, worker_configs
 
 
 class WorkerProcesses:
-    """A backend, and the processes behind it."""
+    """A backend and its worker processes."""
 
     def __init__(self, hosts: int, *specs: ModelSpec) -> None:
         models = {spec.model_id: spec for spec in specs}

@@ -9,8 +9,6 @@ from transformers import (
 )
 
 SHAPE: dict[str, Any] = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
-
-
 BERT: dict[str, Any] = {"vocab_size": 100, **SHAPE}
 
 

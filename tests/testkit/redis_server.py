@@ -1,4 +1,4 @@
-"""A real Redis on a free port of this machine, for as long as a test needs it; it can be killed and started again."""
+"""Runs a real Redis on a free port; a test can kill and restart it."""
 
 import shutil
 import signal
@@ -14,7 +14,7 @@ needs_redis = pytest.mark.skipif(BINARY is None, reason="there is no redis-serve
 
 
 class RedisServer:
-    """Keeps nothing on disk. `folder`: where it runs."""
+    """A Redis that stores nothing on disk. `folder`: its working directory."""
 
     def __init__(self, folder: Path) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
@@ -37,7 +37,7 @@ class RedisServer:
             time.sleep(0.01)
 
     def pause(self) -> None:
-        """It takes connections and answers nothing, as a host whose disk hangs."""
+        """Stop the process, so that it accepts connections but does not answer, as a machine whose disk hangs."""
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP)
 

@@ -1,4 +1,4 @@
-"""A process that serves fake engines through the real pool, as `embedyard serve` does; tests send it signals.
+"""Serves fake engines through the real pool, as `embedyard serve` does, in a process that tests send signals.
 
     python -m tests.testkit.serve_fake EMBED_SECONDS GRACE_SECONDS [hang]
 
@@ -45,7 +45,7 @@ def main(embed_s: float, grace_s: float, *, does_hang: bool) -> None:
 
 
 def is_busy(loader: FakeLoader) -> bool:
-    """Whether a request has ever run."""
+    """Tell whether a request has ever run."""
     return any(engine.running or engine.cancelled for engine in loader.engines)
 
 

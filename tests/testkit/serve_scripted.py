@@ -1,4 +1,4 @@
-"""A process that serves the scripted backend as `embedyard serve` does; `test_serve.py` sends it signals.
+"""Serves the scripted backend as `embedyard serve` does; `test_serve.py` sends this process signals.
 
 Model `mini` answers at once, `BAAI/bge-m3` after half a second, `cold` never.
 """

@@ -1,10 +1,10 @@
 """Starts servers for tests: the app over a scripted backend or over fakes, and `embedyard serve` as a process.
 
 - `serve`, `limited`: the app over a scripted backend, in a thread, for blocking clients; `limited` with keys and
-  limits, whose clock stands still until a test moves it.
+  limits, whose clock a test advances.
 - `fake_server`: the app over the real backend and a real host, whose engines are fakes, on the test's own loop.
 - `serve_fake`: the same in a process (`tests/testkit/serve_fake.py`), for signals.
-- `serve_live`: what a user runs, on a free port, with no settings of this machine.
+- `serve_live`: `embedyard serve` as a user runs it, on a free port, without this machine's settings.
 - `serving`, `serving_in_thread`: any app.
 """
 
@@ -45,7 +45,6 @@ from tests.testkit.clocks import FakeClock
 
 ROOT = Path(__file__).parents[2]
 
-
 REGISTRY = Registry(
     models={
         "mini": ModelSpec(model_id="mini", source="org/mini", matryoshka=Matryoshka(widths=(4,))),
@@ -66,7 +65,6 @@ REGISTRY = Registry(
     aliases={"text-embedding-3-small": "mini", "org/deep/alias": "BAAI/bge-m3"},
     default_model="mini",
 )
-
 
 MAX_BODY_BYTES = 2**20
 
@@ -90,7 +88,7 @@ EMBED = "/v1/embeddings"
 
 
 def secret_of(key_id: str) -> str:
-    """The key behind an id of `write_keys`."""
+    """Return the key of an id of `write_keys`."""
     return f"ey-hunter-{key_id}"
 
 
@@ -99,7 +97,7 @@ def bearer(key_id: str) -> dict[str, str]:
 
 
 def write_keys(path: Path, keys: Mapping[str, Mapping[str, Any]]) -> Path:
-    """A keys file: ids, and what is special about each key."""
+    """Write a keys file: ids, and the additional fields of each key."""
     entries = [{"id": name, "sha256": digest_of(secret_of(name)).hex(), **more} for name, more in keys.items()]
     path.write_text(yaml.safe_dump(entries))
     return path
@@ -137,12 +135,11 @@ SPECS = {
     "gpu": ModelSpec(model_id="gpu", source="fake/gpu", device="cuda:3"),
 }  # fmt: skip
 
-
 FAKE_REGISTRY = Registry(models=SPECS, aliases={"text-embedding-3-small": "mini"}, default_model="mini")
 
 
 class FakeServer(Struct):
-    """A server over fakes: its client, and what its engines and threads do."""
+    """A server over fakes: its client, loader and workers."""
 
     client: httpx.AsyncClient
     url: str
@@ -157,7 +154,7 @@ class FakeServer(Struct):
         return found
 
     async def until(self, **wanted: object) -> dict[str, object]:
-        """The slot of `mini` as soon as it looks as wanted; the suite's timeout is the limit."""
+        """Return the slot of `mini` as soon as it has the wanted fields; the suite's timeout is the limit."""
         while True:
             slot = await self.slot()
             if slot | wanted == slot:
@@ -181,8 +178,8 @@ async def fake_server(
 
 
 async def eventually(condition: Callable[[], bool]) -> None:
-    """Wait for what another task is about to do; the suite's timeout is the limit."""
-    while not condition():  # noqa: ASYNC110 - what is waited for happens inside the server and has no event
+    """Wait for a condition; the suite's timeout is the limit."""
+    while not condition():  # noqa: ASYNC110 - the server has no event for it
         await asyncio.sleep(0.002)
 
 
@@ -190,7 +187,7 @@ _ADDRESS = re.compile(r"Embedyard serves (http://\S+)")
 
 
 class LiveServer(Struct, frozen=True):
-    """A running server; `banner` is what it printed when it was ready."""
+    """A running server; `banner` is its output when it was ready."""
 
     url: str
     process: subprocess.Popen[str]
@@ -199,10 +196,10 @@ class LiveServer(Struct, frozen=True):
 
 @contextmanager
 def serve_live(registry: Path, **environ: str) -> Iterator[LiveServer]:
-    """Serve a registry until the block ends, then stop as SIGTERM does.
+    """Serve a registry until the block ends, then stop with SIGTERM.
 
     Args:
-        environ: settings of this server; those of the test run are not inherited. Without PORT it takes a free one.
+        environ: settings of this server; those of the test run are not inherited. Without PORT, a free port.
     """
     with tempfile.TemporaryDirectory() as folder, (Path(folder) / "log").open("w+") as log:
         process = subprocess.Popen(
@@ -239,25 +236,25 @@ def _wait(process: subprocess.Popen[str], log: Path) -> LiveServer:
 
 
 class FakeProcess(Struct):
-    """A server of its own, where it listens, and its log: a file, because a full pipe would hold it up."""
+    """A server process, its URL, and its log: a file, because a full pipe would block it."""
 
     popen: subprocess.Popen[str]
     url: str
     log: IO[str]
 
-    def tell(self, number: signal.Signals) -> None:
+    def send_signal(self, number: signal.Signals) -> None:
         self.popen.send_signal(number)
 
     def client(self) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=10)
 
     def logged(self) -> list[str]:
-        """The events of its log, once it has ended."""
+        """Return the events of its log, once it has ended."""
         self.log.seek(0)
         return [json.loads(line)["event"] for line in self.log]
 
     def running(self, client: httpx.Client) -> float:
-        """Requests that are being embedded."""
+        """Return the number of requests that are being embedded."""
         return float(sum(slot["leases"] for slot in client.get("/admin/models").json()["data"]))
 
     def wait_for_leases(self, number: int) -> None:

@@ -1,4 +1,4 @@
-"""Snapshots of hosts as tests need them."""
+"""Makes snapshots of hosts for tests."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The engine worker of the benchmarks runs on trees of both layouts."""
+"""Tests that the benchmarks' engine worker runs on trees of both layouts."""
 
 import os
 import subprocess

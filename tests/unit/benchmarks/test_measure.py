@@ -1,4 +1,4 @@
-"""How things are compared: rounds in turn, ratios of medians, ties said as ties."""
+"""Tests comparisons: interleaved rounds, ratios of medians, and ties."""
 
 from functools import partial
 
@@ -22,7 +22,7 @@ def test_every_run_has_its_turn_in_every_round_and_another_one_begins_each_time(
     assert samples == {"a": [1.0, 6.0, 8.0], "b": [2.0, 4.0, 9.0], "c": [3.0, 5.0, 7.0]}
 
 
-def test_who_is_not_warm_runs_once_uncounted() -> None:
+def test_a_cold_contestant_runs_once_uncounted() -> None:
     order: list[str] = []
 
     def run() -> float:

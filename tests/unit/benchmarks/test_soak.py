@@ -1,4 +1,4 @@
-"""The soak in its short form: a server under everything at once gives no wrong answer and keeps nothing."""
+"""Tests a short soak: a server under mixed load gives no wrong answer and does not grow."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What benchmarks conclude from their samples, without measuring anything."""
+"""Tests the tables and verdicts of benchmarks, without measuring."""
 
 import json
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The texts that are measured with: seeded, and as long as they say."""
+"""Tests the texts of benchmarks: seeded, and of the requested length."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from benchmarks.lib.workloads import LENGTHS, NAMES, make
 
 
 def words(text: str) -> int:
-    """A tokenizer for tests: a token a word, or a character of Chinese, and two special ones."""
+    """Count tokens for tests: one per word or Chinese character, and two special ones."""
     return 2 + (len(text.split()) if " " in text or text.isascii() else len(text))
 
 

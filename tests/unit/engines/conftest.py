@@ -1,4 +1,4 @@
-"""What costs time is made once a session."""
+"""Makes slow fixtures once per session."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from benchmarks.lib.engine_kit import Kit
 
 @pytest.fixture(scope="session")
 def kit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kit]:
-    """Real models on a real lane."""
+    """Make real models on a real scheduler."""
     kit = Kit(tmp_path_factory.mktemp("models"))
     yield kit
     kit.close()

@@ -1,4 +1,4 @@
-"""Positions of a ring: what a follower has seen stays right when the ring forgets, also in the middle of a batch."""
+"""Tests the positions of the event ring: a subscriber's position stays valid when old events are dropped."""
 
 import asyncio
 

@@ -1,4 +1,4 @@
-"""The door: what a host answers to calls and to those who only look."""
+"""Tests a host: calls, snapshots, plans and events."""
 
 import asyncio
 import subprocess
@@ -33,7 +33,7 @@ def call(model_id: str) -> EmbedCall:
     return EmbedCall(model_id=model_id, texts=("x",))
 
 
-def test_the_door_does_not_import_torch() -> None:
+def test_the_host_module_does_not_import_torch() -> None:
     code = "import sys, engines.host, engines.testing.fakes, router.backends.local; sys.exit('torch' in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -301,7 +301,7 @@ async def test_two_hosts_with_real_threads_load_one_at_a_time_in_the_whole_proce
 
 
 class SilentHub(FakeFiles):
-    """What is not on disk is asked for, and the hub does not answer before the test ends."""
+    """Files on a hub that does not answer before the test ends."""
 
     def __init__(self, on_disk: tuple[str, ...]) -> None:
         super().__init__(on_disk=on_disk)

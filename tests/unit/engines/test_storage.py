@@ -1,4 +1,4 @@
-"""Values on disk: whole or not at all, and a disk that fails costs a measurement, not the server."""
+"""Tests values on disk: written whole or not at all; a failing disk loses a measurement and nothing else."""
 
 import os
 from pathlib import Path
@@ -28,20 +28,20 @@ def test_a_file_that_cannot_be_read_is_left_out_and_said(tmp_path: Path) -> None
     path.write_text('{"a": "no number"}')
 
     with capture_logs() as lines:
-        kept = opened(path)
+        store = opened(path)
 
-    assert kept.get("a") is None
+    assert store.get("a") is None
     assert [line["event"] for line in lines] == ["measurements.ignored"]
 
 
 def test_a_disk_that_cannot_be_written_is_said_and_the_value_is_known_all_the_same(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
-    kept = opened(tmp_path / "file" / "values.json")
+    store = opened(tmp_path / "file" / "values.json")
 
     with capture_logs() as lines:
-        kept.put("a", 1)
+        store.put("a", 1)
 
-    assert kept.get("a") == 1
+    assert store.get("a") == 1
     assert [line["event"] for line in lines] == ["measurements.not_written"]
 
 

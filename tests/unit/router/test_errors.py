@@ -38,7 +38,6 @@ BAD_ROUTES: list[tuple[str, str, Any, int, str, str | None]] = [
     ("GET", "/admin/plan?model=nothing", None, 404, "model_not_found", None),
 ]
 
-
 FAILURES: list[tuple[Exception, int, str, str | None, dict[str, str]]] = [
     (engine.InvalidValue("x", param="normalize"), 400, "invalid_value", "normalize", {}),
     (engine.ContextLengthExceeded("x", param="input"), 400, "context_length_exceeded", "input", {}),

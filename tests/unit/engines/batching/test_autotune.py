@@ -1,4 +1,4 @@
-"""BatchSizeSearch on a real lane: in idle time, with small requests passing, and remembered."""
+"""Tests `BatchSizeSearch` on a real scheduler: in idle time, preempted by small requests, and stored."""
 
 import asyncio
 import threading
@@ -16,7 +16,7 @@ from tests.testkit.encoders import Letters, ScriptedEncoder
 
 
 def make_tuner(encoder: ScriptedEncoder, sizes: tuple[int, ...], kept: list[TunedBatchSize]) -> BatchSizeTuner:
-    """Every trial takes a second."""
+    """Make a tuner whose trials take a second each."""
     seconds = iter(range(1000))
     return BatchSizeTuner(
         encoder,

@@ -1,4 +1,4 @@
-"""The rules that cut batches."""
+"""Tests the rules that cut batches."""
 
 import asyncio
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
 
 
 def job(loop: asyncio.AbstractEventLoop, *lengths: int) -> PendingRequest:
-    """A request whose texts wait, none of them twice."""
+    """Make a request with waiting texts, none of them twice."""
     encoded = TokenizedRequest(tuple(np.full(length, index) for index, length in enumerate(lengths)))
     request = PendingRequest(encoded, DenseOutput(4, True, False), loop, 0.0)
     texts = [Entry(ids, request.keys[index], [RowTarget(request, index)]) for index, ids in enumerate(encoded.ids)]
@@ -60,7 +60,7 @@ def test_a_batch_holds_no_more_texts_than_allowed(loop: asyncio.AbstractEventLoo
     assert len(form_batch([job(loop, *[1] * 20)], LIMIT)) == 8
 
 
-def test_one_text_leaves_with_the_next_batch_however_many_its_neighbour_brought(
+def test_one_text_is_in_the_next_batch_however_many_texts_another_request_has(
     loop: asyncio.AbstractEventLoop,
 ) -> None:
     bulk, single = job(loop, *[10] * 2048), job(loop, 30)

@@ -1,4 +1,4 @@
-"""How large batches should be: which sizes are tried, and what follows."""
+"""Tests the search for the batch size: which sizes are tried, and which is chosen."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from engines.batching.autotune import BatchSizeSearch, TunedBatchSize, TuningSto
 
 
 def try_out(speeds: dict[int, float], num_parts: int = 6, candidates: tuple[int, ...] = (256, 512, 1024)) -> list[int]:
-    """Run all trials at these tokens a second; the sizes that were tried, and then the one that was chosen."""
+    """Run all trials at these tokens a second; return the sizes tried, and then the one chosen."""
     trials = BatchSizeSearch(candidates, num_parts)
     tried = []
     while (tokens := trials.next_tokens) is not None:

@@ -1,4 +1,4 @@
-"""Vectors that are kept: exact, within their bytes, the oldest leaving first."""
+"""Tests the cache of vectors: exact, within its bytes, and the oldest evicted first."""
 
 import numpy as np
 from numpy.typing import NDArray

@@ -1,4 +1,4 @@
-"""One engine: texts in, vectors out, with a scripted encoder on a real lane."""
+"""Tests one engine, from texts to vectors, with a scripted encoder on a real scheduler."""
 
 import asyncio
 import threading
@@ -37,14 +37,13 @@ from tests.testkit.encoders import WIDTH, Letters, ScriptedEncoder
 
 ROOMY = BatchLimits(256, 64)
 
-
 INFO = ModelInfo(
     dimensions=WIDTH, max_tokens=64, dtype="float32", attention="packed", matryoshka=Matryoshka(widths=(2,))
 )
 
 
 class Bench:
-    """An engine with everything around it."""
+    """An engine with its scheduler, threads and scripted encoder."""
 
     def __init__(
         self,
@@ -55,13 +54,13 @@ class Bench:
         info: ModelInfo = INFO,
     ) -> None:
         self.encoder = ScriptedEncoder()
-        self.lane = DeviceScheduler("test", num_threads=num_threads, check_interval_s=0.0)
+        self.scheduler = DeviceScheduler("test", num_threads=num_threads, check_interval_s=0.0)
         self.threads = TokenizerThreads(2)
         self.released = 0
         tokenizer = Tokenizer(backend or Letters(), TokenizerLimits(max_tokens=64, vocab_size=0x110000))
         self.engine = EmbeddingEngine(
             Parts(self.encoder, tokenizer, spec, info),
-            self.lane,
+            self.scheduler,
             self.threads,
             limits,
             lambda: (info, 100, 7),
@@ -76,15 +75,15 @@ class Bench:
         call = EmbedCall(model_id="m", texts=texts, normalize=False, **options)  # type: ignore[arg-type]  # test options
         return (await self.engine.run(call)).array()
 
-    async def hold_lane(self) -> Callable[[], Awaitable[object]]:
-        """Keep the lane busy until what this gives back is called."""
+    async def hold_scheduler(self) -> Callable[[], Awaitable[object]]:
+        """Keep the scheduler's thread busy; return a function that releases it."""
         begun, gate = threading.Event(), threading.Event()
 
         def hold() -> None:
             begun.set()
             gate.wait()
 
-        held = asyncio.create_task(self.lane.call(hold))
+        held = asyncio.create_task(self.scheduler.call(hold))
         await asyncio.to_thread(begun.wait)
 
         def release() -> Awaitable[object]:
@@ -98,7 +97,7 @@ class Bench:
             await asyncio.sleep(0)
 
     def close(self) -> None:
-        self.lane.close()
+        self.scheduler.close()
         self.threads.close()
 
 
@@ -176,7 +175,7 @@ async def test_warm_up_measures_and_the_answer_carries_counts_and_timings(open_b
 async def test_requests_that_want_different_widths_share_a_batch(open_bench: OpenBench) -> None:
     bench = open_bench()
     await bench.engine.warm_up()
-    release = await bench.hold_lane()
+    release = await bench.hold_scheduler()
     requests = asyncio.gather(bench.embed("abc"), bench.embed("abcd", dimensions=2))
     await bench.until_queued(2)
     await release()
@@ -243,7 +242,7 @@ async def test_a_failed_batch_fails_its_callers_and_only_them(open_bench: OpenBe
     assert (await bench.embed("again")).tolist() == [expected("again")]
 
 
-async def test_a_batch_without_room_runs_in_halves_and_smaller_ones_are_cut_from_then_on(
+async def test_a_batch_that_does_not_fit_runs_in_halves_and_later_batches_are_smaller(
     open_bench: OpenBench,
 ) -> None:
     bench = open_bench(batch=BatchLimits(64, 64))
@@ -267,7 +266,7 @@ async def test_a_batch_without_room_runs_in_halves_and_smaller_ones_are_cut_from
 async def test_a_batch_that_answers_many_does_not_keep_the_event_loop_from_others(open_bench: OpenBench) -> None:
     bench = open_bench()
     await bench.engine.warm_up()
-    release = await bench.hold_lane()
+    release = await bench.hold_scheduler()
     requests = [asyncio.create_task(bench.embed(f"{index:02}")) for index in range(21)]
     await bench.until_queued(21)
 
@@ -322,7 +321,7 @@ def make_text(size: int) -> Entry:
     return Entry(ids, job.keys[0], [RowTarget(job, 0)])
 
 
-async def test_one_text_without_room_fails_alone(open_bench: OpenBench) -> None:
+async def test_one_text_that_does_not_fit_fails_alone(open_bench: OpenBench) -> None:
     bench = open_bench()
     await bench.engine.warm_up()
 
@@ -362,7 +361,7 @@ async def test_a_vector_that_is_not_finite_never_leaves(open_bench: OpenBench) -
 async def test_a_cancelled_request_costs_no_forward_pass(open_bench: OpenBench) -> None:
     bench = open_bench()
     await bench.engine.warm_up()
-    release = await bench.hold_lane()
+    release = await bench.hold_scheduler()
     left = asyncio.create_task(bench.embed("nobody waits for this"))
     await bench.until_queued(1)
 
@@ -379,7 +378,7 @@ async def test_a_cancelled_request_costs_no_forward_pass(open_bench: OpenBench) 
 async def test_a_full_queue_refuses_the_whole_request(open_bench: OpenBench) -> None:
     bench = open_bench(max_queue_items=3)
     await bench.engine.warm_up()
-    release = await bench.hold_lane()
+    release = await bench.hold_scheduler()
     waiting = asyncio.create_task(bench.embed("a", "b"))
     await bench.until_queued(1)
 
@@ -390,10 +389,10 @@ async def test_a_full_queue_refuses_the_whole_request(open_bench: OpenBench) -> 
     assert (await waiting).tolist() == [expected("a"), expected("b")]
 
 
-async def test_closing_fails_who_still_waits_and_releases_the_memory(open_bench: OpenBench) -> None:
+async def test_closing_fails_waiting_requests_and_releases_the_memory(open_bench: OpenBench) -> None:
     bench = open_bench()
     await bench.engine.warm_up()
-    release = await bench.hold_lane()
+    release = await bench.hold_scheduler()
     waiting = asyncio.create_task(bench.embed("a"))
     await bench.until_queued(1)
 
@@ -411,7 +410,7 @@ async def test_closing_fails_who_still_waits_and_releases_the_memory(open_bench:
 async def test_requests_for_the_same_text_share_one_computation(open_bench: OpenBench) -> None:
     bench = open_bench()
     await bench.engine.warm_up()
-    release = await bench.hold_lane()
+    release = await bench.hold_scheduler()
     calls = [EmbedCall(model_id="m", texts=texts, normalize=False) for texts in (("same", "a", "same"), ("same",))]
     waiting = asyncio.gather(*(bench.engine.run(call) for call in calls))
     await bench.until_queued(2)
@@ -425,10 +424,10 @@ async def test_requests_for_the_same_text_share_one_computation(open_bench: Open
     assert [answer.deduplicated for answer in answers] == [1, 1]
 
 
-async def test_who_shares_a_text_is_served_when_its_owner_leaves(open_bench: OpenBench) -> None:
+async def test_a_sharer_of_a_text_is_served_when_its_owner_is_cancelled(open_bench: OpenBench) -> None:
     bench = open_bench()
     await bench.engine.warm_up()
-    release = await bench.hold_lane()
+    release = await bench.hold_scheduler()
     owner, heir = (asyncio.create_task(bench.embed("same")) for _ in range(2))
     await bench.until_queued(1)
     await asyncio.sleep(0)
@@ -438,8 +437,8 @@ async def test_who_shares_a_text_is_served_when_its_owner_leaves(open_bench: Ope
     assert (await heir).tolist() == [expected("same")]
 
 
-async def test_who_shares_a_text_is_served_when_its_owner_fails(open_bench: OpenBench) -> None:
-    """The owner's first batch fails, and with it the whole request; the texts behind it are wanted by another."""
+async def test_a_sharer_of_a_text_is_served_when_its_owner_fails(open_bench: OpenBench) -> None:
+    """The owner's first batch fails, and with it the whole request; another request shares the texts after it."""
     bench = open_bench(batch=BatchLimits(4, 1))
     await bench.engine.warm_up()
 
@@ -448,7 +447,7 @@ async def test_who_shares_a_text_is_served_when_its_owner_fails(open_bench: Open
             raise RuntimeError("a kernel failed")
 
     bench.encoder.before = poison
-    release = await bench.hold_lane()
+    release = await bench.hold_scheduler()
     owner, heir = asyncio.create_task(bench.embed("!!!!", "same")), asyncio.create_task(bench.embed("same"))
     await bench.until_queued(2)
     await release()
@@ -486,10 +485,10 @@ async def test_a_cache_tells_a_caller_nothing_of_another_unless_it_is_shared(
     assert [answer.array().tolist() for answer in answers] == [[expected("abc")]] * 3
 
 
-async def test_one_caller_leaves_room_in_the_queue(open_bench: OpenBench) -> None:
+async def test_one_caller_cannot_fill_the_queue(open_bench: OpenBench) -> None:
     bench = open_bench(max_queue_items=8)
     await bench.engine.warm_up()
-    release = await bench.hold_lane()
+    release = await bench.hold_scheduler()
     waiting = [asyncio.create_task(bench.embed(first, last, caller="one")) for first, last in ("ab", "cd")]
     await bench.until_queued(3)
     with pytest.raises(QueueFull) as caught:
@@ -566,7 +565,7 @@ async def test_an_encoder_that_remembers_runs_one_batch_at_a_time(open_bench: Op
 
     def alone(texts: Sequence[Ids]) -> None:
         assert inside.acquire(blocking=False), "two batches at once"
-        bench.lane.preemption_point()
+        bench.scheduler.preemption_point()
         inside.release()
 
     bench.encoder.before = alone
@@ -586,7 +585,7 @@ async def test_a_small_request_passes_a_bulk_batch_between_its_layers(open_bench
         if len(texts) > 1:
             begun.set()
             gate.wait(10)
-            bench.lane.preemption_point()
+            bench.scheduler.preemption_point()
             order.append("ends")
 
     bench.encoder.before = layers
@@ -618,8 +617,8 @@ async def test_texts_of_a_path_that_failed_are_run_again(open_bench: OpenBench) 
 # Prompts, which every text carries.
 
 
-class Whereabouts(Letters):
-    """Remembers on which threads it was called."""
+class ThreadRecorder(Letters):
+    """Records the threads on which it was called."""
 
     def __init__(self) -> None:
         self.threads: list[threading.Thread] = []
@@ -636,7 +635,7 @@ class Whereabouts(Letters):
 async def test_prompts_count_for_what_is_tokenised_on_the_event_loop(
     open_bench: OpenBench, num_texts: int, prompt: str | None, is_inline: bool
 ) -> None:
-    backend = Whereabouts()
+    backend = ThreadRecorder()
     bench = open_bench(backend=backend, max_queue_items=1000)
     await bench.engine.warm_up()
 

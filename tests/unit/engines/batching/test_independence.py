@@ -1,4 +1,4 @@
-"""A text's vector is its own: neighbours, order, and how requests were merged into batches do not show in it."""
+"""Tests that a text's vector is independent of the batch's other texts, their order, and merged requests."""
 
 import asyncio
 from functools import cache
@@ -49,7 +49,7 @@ def test_a_text_alone_is_the_same_as_in_a_crowd(kit: Kit, name: str) -> None:
 
 
 async def _at_once(engine: EmbeddingEngine, requests: list[list[int]]) -> list[Vectors]:
-    """Every request in flight at the same time, on the one lane."""
+    """Run all requests at the same time on one scheduler."""
     calls = [EmbedCall(model_id="m", texts=tuple(POOL[index] for index in request)) for request in requests]
     return [answer.array() for answer in await asyncio.gather(*map(engine.run, calls))]
 

@@ -1,4 +1,4 @@
-"""A kind of output that only this test knows goes through engine, queue, cache, host, backend and messages as it is.
+"""Tests that a new kind of output passes engine, queue, cache, host, backend and messages without changes to them.
 
 Multi-vector rows: for each text as many vectors `[id, place]` as it has tokens, so that rows differ in length.
 """
@@ -49,7 +49,7 @@ SPEC = ModelSpec(model_id="m", source="test", cache_bytes=10_000, normalize=Fals
 
 
 class TokenCall(TextCall, frozen=True, kw_only=True, tag="tokens"):
-    """Asks for a vector for each token, times `scale`."""
+    """A call for a vector of each token, times `scale`."""
 
     scale: float = 1.0
 

@@ -1,4 +1,4 @@
-"""The queue: who is let in, who shares a text with whom, and that nobody waits for somebody who has gone."""
+"""Tests the queue: admission, shared texts, and that no request waits for a cancelled one."""
 
 import asyncio
 import random
@@ -39,7 +39,7 @@ def job(
     prompt_tokens: int = 0,
     origin: Origin = Origin(),  # noqa: B008  # frozen
 ) -> PendingRequest:
-    """A request; every letter is a token."""
+    """Make a request; every letter is a token."""
     ids = tuple(np.array([ord(letter) for letter in text]) for text in texts)
     return PendingRequest(
         TokenizedRequest(ids, prompt_tokens=prompt_tokens), DenseOutput(4, True, False), loop, at_s, origin
@@ -76,7 +76,7 @@ def test_a_request_larger_than_the_queue_is_let_into_an_empty_one(loop: asyncio.
 
 
 def fill(queue: Queue, loop: asyncio.AbstractEventLoop, caller: str) -> int:
-    """How many texts a caller gets into the queue, four a request."""
+    """Return how many texts a caller gets into the queue, four per request."""
     for number in range(100):
         try:
             queue.admit(job(loop, *(f"{caller}{number}{letter}" for letter in "abcd"), origin=Origin(caller)))
@@ -85,7 +85,7 @@ def fill(queue: Queue, loop: asyncio.AbstractEventLoop, caller: str) -> int:
     raise AssertionError("the queue took everything")
 
 
-def test_no_caller_fills_the_queue_and_whoever_comes_later_finds_room(loop: asyncio.AbstractEventLoop) -> None:
+def test_no_caller_fills_the_queue_and_later_callers_are_admitted(loop: asyncio.AbstractEventLoop) -> None:
     queue = Queue(100, 0.0, lambda: 0.0)
 
     assert [fill(queue, loop, caller) for caller in ("one", "two", "three", "four")] == [48, 24, 12, 8]
@@ -94,7 +94,7 @@ def test_no_caller_fills_the_queue_and_whoever_comes_later_finds_room(loop: asyn
     queue.admit(job(loop, *"abcdefgh", origin=Origin("five")))
 
 
-def test_who_is_alone_or_not_told_apart_has_the_whole_queue(loop: asyncio.AbstractEventLoop) -> None:
+def test_a_single_or_anonymous_caller_may_use_the_whole_queue(loop: asyncio.AbstractEventLoop) -> None:
     assert fill(Queue(100, 0.0, lambda: 0.0), loop, "") == 100
     queue = Queue(10, 0.0, lambda: 0.0)
     queue.admit(job(loop, *"abcdefghij", origin=Origin("one")))
@@ -102,7 +102,7 @@ def test_who_is_alone_or_not_told_apart_has_the_whole_queue(loop: asyncio.Abstra
     assert queue.num_items == 10, "a caller's first request needs no share"
 
 
-def test_who_is_refused_is_told_how_long_the_texts_before_it_take(loop: asyncio.AbstractEventLoop) -> None:
+def test_a_refused_request_gets_the_time_of_the_texts_before_it(loop: asyncio.AbstractEventLoop) -> None:
     now = 0.0
     queue = Queue(1000, 0.0, lambda: now)
     queue.admit(job(loop, *(f"{number}" for number in range(1000))))
@@ -126,7 +126,7 @@ def test_who_is_refused_is_told_how_long_the_texts_before_it_take(loop: asyncio.
     assert faster == pytest.approx(580 / (420 / 21))
 
 
-def test_a_wait_is_bounded_and_forgets_what_is_long_past() -> None:
+def test_a_wait_is_bounded_and_ignores_old_batches() -> None:
     throughput = Throughput()
     throughput.begin(0.0)
     throughput.end(100, 100.0)  # one a second
@@ -150,7 +150,7 @@ def test_few_texts_after_a_pause_do_not_pass_for_the_pace_of_full_batches() -> N
 
 
 def test_callers_do_not_share_what_is_under_way(loop: asyncio.AbstractEventLoop, queue: Queue) -> None:
-    """An answer that comes sooner would tell one that another has asked for the same."""
+    """A faster answer would reveal that another caller has sent the same text."""
     one, again, two = (job(loop, "same", origin=Origin(caller)) for caller in ("one", "one", "two"))
 
     assert [queue.admit(each) for each in (one, again, two)] == [0, 1, 0]
@@ -198,7 +198,7 @@ def test_without_a_batch_timeout_work_is_due_at_once(loop: asyncio.AbstractEvent
     assert queue.ready_in_s(LIMIT) == 0.0
 
 
-def test_a_small_batch_waits_for_those_who_were_answered_just_now(loop: asyncio.AbstractEventLoop) -> None:
+def test_a_small_batch_waits_for_clients_that_were_just_answered(loop: asyncio.AbstractEventLoop) -> None:
     now = 10.0
     queue = Queue(100, 0.0, lambda: now)
     queue.admit(job(loop, "one"))
@@ -214,7 +214,7 @@ def test_a_small_batch_waits_for_those_who_were_answered_just_now(loop: asyncio.
     assert queue.ready_in_s(LIMIT) == 0.0
 
 
-def test_a_full_batch_waits_for_nobody_who_was_answered_just_now(loop: asyncio.AbstractEventLoop) -> None:
+def test_a_full_batch_does_not_wait_for_clients_that_were_just_answered(loop: asyncio.AbstractEventLoop) -> None:
     queue = Queue(100, 0.0, lambda: 10.0)
     queue.admit(job(loop, "one"))
     queue.next_batch(LIMIT)
@@ -325,7 +325,7 @@ def test_idle_threads_get_a_part_each(loop: asyncio.AbstractEventLoop, queue: Qu
 # ---- the same text for several ----
 
 
-def test_the_same_text_is_computed_once_for_all_who_want_it(loop: asyncio.AbstractEventLoop, queue: Queue) -> None:
+def test_the_same_text_is_computed_once_for_all_requests(loop: asyncio.AbstractEventLoop, queue: Queue) -> None:
     first, second = job(loop, "same", "other"), job(loop, "new", "same", "same")
 
     assert (queue.admit(first), queue.admit(second)) == (0, 2)
@@ -336,7 +336,7 @@ def test_the_same_text_is_computed_once_for_all_who_want_it(loop: asyncio.Abstra
     assert wanted_by(texts["same"]) == [(first, 0), (second, 1), (second, 2)]
 
 
-def test_who_asks_while_a_text_runs_shares_its_vector(loop: asyncio.AbstractEventLoop, queue: Queue) -> None:
+def test_a_request_for_a_running_text_shares_its_vector(loop: asyncio.AbstractEventLoop, queue: Queue) -> None:
     first, late = job(loop, "same"), job(loop, "same")
     queue.admit(first)
     (running,) = queue.next_batch(LIMIT)
@@ -346,7 +346,9 @@ def test_who_asks_while_a_text_runs_shares_its_vector(loop: asyncio.AbstractEven
     assert queue.ready_in_s(LIMIT) is None
 
 
-def test_who_asks_when_the_vector_is_there_asks_anew(loop: asyncio.AbstractEventLoop, queue: Queue) -> None:
+def test_a_request_after_the_vector_is_delivered_computes_it_again(
+    loop: asyncio.AbstractEventLoop, queue: Queue
+) -> None:
     queue.admit(job(loop, "same"))
     running = queue.next_batch(LIMIT)
     queue.seal(running)
@@ -363,7 +365,7 @@ def test_a_text_under_another_prompt_is_another_text(loop: asyncio.AbstractEvent
     assert sorted(text.prompt_tokens for text in queue.next_batch(LIMIT)) == [0, 2]
 
 
-def test_a_text_whose_owner_leaves_passes_to_the_next_who_wants_it(
+def test_a_text_whose_owner_is_cancelled_passes_to_the_next_sharer(
     loop: asyncio.AbstractEventLoop, queue: Queue
 ) -> None:
     owner, heir = job(loop, "same", "gone"), job(loop, "same")
@@ -416,7 +418,7 @@ def test_a_job_whose_every_text_went_to_smaller_ones_waits_for_them(
     assert queue.ready_in_s(LIMIT) is None
 
 
-def test_who_leaves_takes_nothing_from_a_text_that_runs(loop: asyncio.AbstractEventLoop, queue: Queue) -> None:
+def test_a_cancelled_request_does_not_stop_a_running_text(loop: asyncio.AbstractEventLoop, queue: Queue) -> None:
     owner, other = job(loop, "same"), job(loop, "same")
     queue.admit(owner)
     queue.admit(other)
@@ -456,7 +458,7 @@ def test_requeueing_a_sealed_entry_that_nobody_wants_keeps_its_successor(
     assert wanted_by(later.entries[0]) == [(later, 0), (shares, 0)]
 
 
-def test_clearing_hands_over_everybody_once_also_who_waits_for_a_running_text(
+def test_clearing_returns_every_request_once_also_those_that_share_a_running_text(
     loop: asyncio.AbstractEventLoop, queue: Queue
 ) -> None:
     running, follower, waiting = job(loop, "a"), job(loop, "a"), job(loop, "b", "c")
@@ -472,7 +474,7 @@ def test_clearing_hands_over_everybody_once_also_who_waits_for_a_running_text(
 
 
 class Storm:
-    """Requests come, share texts, leave, and batches are cut, run, or come back, in any order."""
+    """Random steps: requests are added, share texts and are cancelled; batches are cut, run or requeued."""
 
     def __init__(self, chance: random.Random) -> None:
         self.chance = chance
@@ -484,7 +486,7 @@ class Storm:
         self.answered: Counter[tuple[PendingRequest, int]] = Counter()
 
     def step(self) -> None:
-        """One of them."""
+        """Take one random step."""
         steps = [self.come, self.come, self.cut, self.finish_one, self.put_back_one, self.leave]
         self.chance.choice(steps)()
         for each in self.jobs:
@@ -519,7 +521,7 @@ class Storm:
         self.answered.update((want.job, want.index) for text in texts for want in text.targets)
 
     def end(self) -> None:
-        """All outside work ends."""
+        """End all running batches."""
         for texts in self.running:
             self.finish(texts)
         while texts := self.queue.next_batch(LIMIT):
@@ -528,7 +530,7 @@ class Storm:
 
 
 @given(seed=st.integers(0, 2**32), steps=st.integers(1, 60))
-def test_whatever_happens_every_input_of_who_stays_is_answered_exactly_once(seed: int, steps: int) -> None:
+def test_every_input_of_a_request_that_is_not_cancelled_is_answered_exactly_once(seed: int, steps: int) -> None:
     storm = Storm(random.Random(seed))
 
     for _ in range(steps):

@@ -1,4 +1,4 @@
-"""A batch that does not fit is run in smaller ones, for a while, and without the first one's tensors in the way."""
+"""Tests that a batch that does not fit runs in smaller ones, for a while, after the first one's tensors are freed."""
 
 import asyncio
 import gc
@@ -33,7 +33,7 @@ ALLOCATORS = {
 
 
 class Encoding:
-    """An encoder with room for `room` tokens. Its pass holds a tensor while it runs."""
+    """An encoder with memory for `room` tokens. Its pass holds a tensor while it runs."""
 
     attention = path = "packed"
     fallback = ""
@@ -58,7 +58,7 @@ class Encoding:
 
 @pytest.fixture(autouse=True)
 def loop() -> Iterator[asyncio.AbstractEventLoop]:
-    """The loop of the jobs; nothing runs on it."""
+    """Return the jobs' event loop; nothing runs on it."""
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
     yield loop
@@ -125,7 +125,7 @@ def test_an_error_that_is_told_holds_no_tensors(error: Exception) -> None:
     assert [ref() for ref in encoder.held] == [None]
 
 
-def test_a_text_for_which_there_is_no_room_at_all_is_told_so() -> None:
+def test_a_text_that_never_fits_is_refused() -> None:
     failures = _runner(Encoding(2, MemoryError())).run(_texts(3))
 
     (error,) = failures.values()

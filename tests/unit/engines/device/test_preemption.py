@@ -203,11 +203,11 @@ def test_a_real_self_check_is_preempted_between_layers(kit: Kit, monkeypatch: py
             other.left = 0
 
     monkeypatch.setattr(verification, "select_forward_path", checked)
-    kit.lane.attach(other)
+    kit.scheduler.attach(other)
     try:
         engine = kit.load(kit.recipe_folder("bert-cls"))
     finally:
-        kit.lane.detach(other)
+        kit.scheduler.detach(other)
     asyncio.run(asyncio.to_thread(engine.close))
 
     assert during[0] >= 4, "two layers, run through the reference and through the fast path"

@@ -298,7 +298,7 @@ def test_a_range_is_read_without_the_rest(server: LoopbackHub, hub: HubClient, *
 
 
 @pytest.mark.parametrize("code", [429, 500, 502, 503, 504])
-def test_a_passing_trouble_is_waited_out(server: LoopbackHub, hub: HubClient, tmp_path: Path, code: int) -> None:
+def test_a_transient_fault_is_waited_out(server: LoopbackHub, hub: HubClient, tmp_path: Path, code: int) -> None:
     server.fail(REPO, loopback.server_error(code), times=2, file=LISTING)
     server.fail(REPO, loopback.server_error(code), times=2, file=BIG)
     download = Downloading(hub, tmp_path)

@@ -272,7 +272,7 @@ def test_code_comes_along_only_where_it_is_trusted(server: LoopbackHub, store: M
     assert store.locate(spec(trust_remote_code=True)) is None
     trusted = store.fetch(spec(trust_remote_code=True), quiet)
     assert "model.py" in names(trusted)
-    # A spec without trust does not remove the code that another spec needs.
+    # A spec without `trust_remote_code` does not remove the code that another spec needs.
     store.fetch(spec(), quiet, refresh=True)
     assert store.locate(spec(trust_remote_code=True)) == trusted
 

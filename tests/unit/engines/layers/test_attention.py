@@ -20,7 +20,7 @@ HEADS, WIDTH = 4, 8
 
 
 class Layer(nn.Module):
-    """A layer as transformers' attention interface sees it."""
+    """A layer with the attributes that transformers' attention interface reads."""
 
     def __init__(self, is_causal: bool | None = None, config: object = None) -> None:
         super().__init__()

@@ -23,9 +23,9 @@ MINILM = ModelFiles(
 
 @pytest.fixture
 async def load() -> AsyncIterator[TorchLoader]:
-    lane, threads = DeviceScheduler("test"), TokenizerThreads(1)
-    yield TorchLoader("cpu", lane, threads, LoaderSettings(target_dim=None))
-    lane.close()
+    scheduler, threads = DeviceScheduler("test"), TokenizerThreads(1)
+    yield TorchLoader("cpu", scheduler, threads, LoaderSettings(target_dim=None))
+    scheduler.close()
     threads.close()
 
 

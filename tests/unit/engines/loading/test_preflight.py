@@ -112,7 +112,7 @@ def test_computed_tables_are_bounded_too(kit: Kit) -> None:
     ids=["length", "negative", "longer than the file", "nested", "cut", "shape"],
 )
 @pytest.mark.parametrize("name", [WEIGHTS, f"2_Dense/{WEIGHTS}"])
-def test_a_header_that_lies_is_refused(kit: Kit, folder: Path, name: str, header: bytes) -> None:
+def test_a_wrong_header_is_refused(kit: Kit, folder: Path, name: str, header: bytes) -> None:
     (folder / name).write_bytes(header)
     error = refusal(kit, folder)
 

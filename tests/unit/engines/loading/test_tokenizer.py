@@ -133,7 +133,7 @@ def test_a_broken_tokenizer_is_named(kit: Kit, tmp_path: Path) -> None:
         (10**30, 256, None, None, 256),
     ],
 )
-def test_the_smallest_honest_limit_counts(  # noqa: PLR0913  # a table of four files and their outcome
+def test_the_smallest_plausible_limit_counts(  # noqa: PLR0913  # a table of four files and their outcome
     kit: Kit, tmp_path: Path, tokenizer_limit: int, positions: int, stated: int | None, registry: int | None, limit: int
 ) -> None:
     folder = _copy(kit, "bert-cls", tmp_path)
@@ -151,7 +151,7 @@ def test_a_model_without_any_limit_reads_eight_thousand_tokens(kit: Kit, tmp_pat
     assert kit.load(folder).info.max_tokens == 8192
 
 
-def test_a_limit_without_room_for_text_is_refused(kit: Kit) -> None:
+def test_a_limit_too_small_for_text_is_refused(kit: Kit) -> None:
     with pytest.raises(UnsupportedModel, match="max_tokens is 2, but 2 of these are special tokens"):
         kit.load(kit.recipe_folder("bert-cls"), max_tokens=2)
     assert kit.load(kit.recipe_folder("bert-cls"), max_tokens=3).info.max_tokens == 3

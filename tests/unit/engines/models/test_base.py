@@ -52,7 +52,7 @@ def test_an_encoder_with_one_path_defines_three_methods_and_is_whole(tokenizer: 
     assert (encoder.path, encoder.attention, encoder.fallback, encoder.extra_bytes()) == ("packed", "packed", "", 0)
 
 
-def test_its_check_finds_that_neighbours_show(tokenizer: Tokenizer) -> None:
+def test_its_check_finds_vectors_that_depend_on_the_batch(tokenizer: Tokenizer) -> None:
     with pytest.raises(SelfCheckFailed, match="the packed path is"):
         run(SelfCheck(Canaries(None)), MeanOfIds(leak=0.5).paths, tokenizer)
 

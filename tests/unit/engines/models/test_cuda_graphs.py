@@ -283,7 +283,7 @@ class _StatefulRope:
 def paused(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> list[None]:
     """One item for each preemption point that encoders have passed."""
     paused: list[None] = []
-    monkeypatch.setattr(kit.lane, "preemption_point", lambda: paused.append(None))
+    monkeypatch.setattr(kit.scheduler, "preemption_point", lambda: paused.append(None))
     return paused
 
 
@@ -353,7 +353,7 @@ def test_the_recordings_of_an_unloaded_model_are_freed(kit: Kit, recorder: FakeG
     del found
 
     engine.close()
-    asyncio.run(kit.lane.call(lambda: None))  # its thread has then ended the check of the model, too
+    asyncio.run(kit.scheduler.call(lambda: None))  # its thread has then ended the check of the model, too
     gc.collect()
 
     assert [part() for part in parts] == [None] * (1 + len(FEW_SIZES))

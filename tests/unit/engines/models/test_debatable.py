@@ -201,7 +201,7 @@ def test_a_static_text_without_any_known_token_is_zero(kit: Kit) -> None:
     assert not embed(kit.engine("static"), [" "]).any()
 
 
-def test_a_text_without_a_token_is_refused_where_it_would_get_a_neighbours_vector(kit: Kit, tmp_path: Path) -> None:
+def test_a_text_without_a_token_is_refused_where_it_would_get_another_texts_vector(kit: Kit, tmp_path: Path) -> None:
     tokenizer = vocabularies.qwen(with_specials=False)
     config = LlamaConfig(vocab_size=len(tokenizer), **SHAPE)
     save(tmp_path, transformer(config), tokenizer, [Pooling(WIDTH, "lasttoken")])

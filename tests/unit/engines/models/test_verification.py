@@ -663,7 +663,7 @@ class Sized(Scripted):
             self.sizes = ()
 
     def encode_fixed(self, texts: Sequence[Ids], size: Size) -> Tensor:
-        """Whoever is short is the first, whoever is long the last."""
+        """Encode by length: short texts in the first rows, long ones in the last."""
         longest = max(len(ids) for ids in texts)
         lines = [GOOD[3] if len(ids) == longest else self._line_of(ids, texts) for ids in texts]
         return torch.stack(lines) * (1.01 if size == self.wrong else 1.0)

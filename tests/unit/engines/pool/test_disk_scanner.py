@@ -22,7 +22,7 @@ async def test_a_size_is_learned_without_fetching_or_wanting_the_model() -> None
     await host.aclose()
 
 
-async def test_a_plan_names_who_would_leave_for_a_model_that_is_not_here() -> None:
+async def test_a_plan_names_the_models_that_a_load_would_evict() -> None:
     files = FakeFiles(on_disk=["a"])
     host = fake_host("a", "b", files=files, budget_bytes=WEIGHT_BYTES + WORKSPACE_BYTES)
     await host.start()

@@ -91,7 +91,7 @@ def test_victims_are_enough_and_none_of_them_could_stay(weights: list[int], need
         ({"load_s": 40.0}, False),
     ],
 )
-def test_who_may_be_a_victim(change: dict[str, object], expected: bool) -> None:
+def test_which_models_may_be_evicted(change: dict[str, object], expected: bool) -> None:
     slot = resident("a", 10)
     for field, value in change.items():
         setattr(slot, field, value)
@@ -117,7 +117,7 @@ def test_only_what_is_known_refuses_a_model() -> None:
         (MemoryNeed(weight_bytes=160, workspace_bytes=5, weights_known=True, workspace_known=True), (160, 5)),
     ],
 )
-def test_guesses_are_cut_to_the_room_there_is(need: MemoryNeed, expected: tuple[int, int]) -> None:
+def test_guesses_are_limited_to_the_available_memory(need: MemoryNeed, expected: tuple[int, int]) -> None:
     cut = need.capped(100)
 
     assert (cut.weight_bytes, cut.workspace_bytes) == expected

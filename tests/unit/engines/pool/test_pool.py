@@ -289,7 +289,7 @@ async def test_a_quarantine_holds_and_ends_by_the_clock() -> None:
         assert files.fetches["a"] == 2
 
 
-async def test_every_waiter_hears_the_cause_of_a_failed_load() -> None:
+async def test_every_waiter_gets_the_cause_of_a_failed_load() -> None:
     loader = FakeLoader(failures={"a": [RuntimeError("/secret/path/model.safetensors")]})
     async with pool_harness("a", loader=loader) as here:
         outcomes = await asyncio.gather(*(here.host.run(call("a")) for _ in range(5)), return_exceptions=True)

@@ -210,7 +210,7 @@ def test_a_younger_claim_passes_when_it_delays_nobody() -> None:
     assert pool.state("large") == "waiting_space"
 
 
-def test_the_room_that_a_busy_model_leaves_for_a_claim_is_not_taken_by_a_younger_one() -> None:
+def test_memory_that_a_busy_model_frees_for_a_claim_is_not_taken_by_a_younger_claim() -> None:
     pool = Pool(a=300, b=400, large=500, small=150)
     lease = pool.load("a")
     pool.load("b")
@@ -488,7 +488,7 @@ def test_a_request_that_another_host_could_take_does_not_wait_for_memory_that_ot
     assert pool.work == []
 
 
-def test_those_who_cannot_go_elsewhere_wait_on_for_memory_that_others_hold() -> None:
+def test_requests_without_another_host_wait_for_memory_that_other_processes_hold() -> None:
     pool = Pool(a=600)
     moving, staying = pool.acquire("a", may_move=True), pool.acquire("a")
     pool.finish(0)
@@ -617,7 +617,7 @@ def test_wrong_credentials_and_unknown_repositories_wait_longer() -> None:
     assert fail_to_fetch(denied, "access_denied") == fail_to_fetch(missing, "source_not_found") == 60
 
 
-def test_during_the_quarantine_callers_hear_the_cause_at_once_and_afterwards_it_is_tried_again() -> None:
+def test_during_the_quarantine_requests_fail_at_once_with_the_cause_and_afterwards_the_load_is_retried() -> None:
     pool = Pool(a=100)
     delay_s = fail_to_fetch(pool, "hub_unreachable")
     error = pool.error(pool.acquire("a"))
@@ -762,7 +762,7 @@ def test_constant_load_on_two_models_swaps_at_most_once_in_a_minimum_residency()
 HANGS = "the load of model 'a' has been running for more than 600 s"
 
 
-def test_while_a_load_hangs_everybody_who_waits_for_one_is_told_and_the_rest_is_served() -> None:
+def test_while_a_load_hangs_requests_that_wait_for_loads_fail_and_ready_models_serve() -> None:
     pool = Pool(a=100, b=100, warm=100, here=100)
     pool.load_idle("here")
     warm = pool.acquire("warm")
@@ -799,7 +799,7 @@ def test_a_load_that_ends_after_all_ends_as_it_would_have() -> None:
     assert pool.count(StartLoad) == 1
 
 
-def test_an_operator_who_wants_a_model_away_while_nothing_can_be_freed_hears_why() -> None:
+def test_an_eviction_while_nothing_can_be_freed_fails_with_the_reason() -> None:
     pool = Pool(a=100, here=100)
     pool.load("here")
     pool.acquire("a")
@@ -953,7 +953,7 @@ def test_an_eviction_waits_for_running_requests_and_tells_when_it_is_done() -> N
     assert pool.state("a") == "cold"
 
 
-def test_an_operator_who_gives_up_leaves_the_model_serving() -> None:
+def test_a_cancelled_eviction_leaves_the_model_serving() -> None:
     pool = Pool(a=100)
     pool.load("a")
     evictor = pool.evict("a")
@@ -967,7 +967,7 @@ def test_an_operator_who_gives_up_leaves_the_model_serving() -> None:
 
 @pytest.mark.parametrize("is_shutdown_first", [True, False])
 @pytest.mark.parametrize("is_ready", [True, False])
-def test_an_operator_who_gives_up_during_the_shutdown_does_not_hold_it(is_shutdown_first: bool, is_ready: bool) -> None:
+def test_an_eviction_cancelled_during_the_shutdown_does_not_delay_it(is_shutdown_first: bool, is_ready: bool) -> None:
     pool = Pool(a=100)
     pool.acquire("a")
     for _ in range(4 if is_ready else 3):

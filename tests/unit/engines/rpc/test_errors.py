@@ -37,7 +37,7 @@ def test_what_an_error_carries_beside_its_message_crosses() -> None:
     assert vars(crossed(NonFiniteEmbedding("nan", index=3))) == {"index": 3}
 
 
-def test_what_nobody_foresaw_crosses_without_its_words() -> None:
+def test_an_unexpected_error_crosses_without_its_message() -> None:
     """Unexpected messages may hold paths, texts and keys; only the host's log has them."""
     back = crossed(ValueError("/secret/path"))
 

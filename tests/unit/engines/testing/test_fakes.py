@@ -1,4 +1,4 @@
-"""The fake keeps the promises that other tests build on."""
+"""Tests the properties of the fakes that other tests rely on."""
 
 import asyncio
 

@@ -106,7 +106,7 @@ def test_no_reference_leads_nowhere(document: Document) -> None:
     assert len(references) > 10
 
 
-def test_every_operation_says_what_it_is_and_who_may(document: Document) -> None:
+def test_every_operation_documents_its_purpose_and_scope(document: Document) -> None:
     for _, path, operation in operations(document):
         assert operation["summary"]
         assert operation["tags"]

@@ -178,7 +178,7 @@ class Conformance:
             with pytest.raises(LoadFailed, match="requires device 'cuda:7'; this server has cpu"):
                 await backend.run(call("b"))
 
-    async def test_a_cold_herd_loads_each_model_once_on_one_host(self, backend: Backend) -> None:
+    async def test_simultaneous_requests_load_each_cold_model_once_on_one_host(self, backend: Backend) -> None:
         models = [scripted(f"m{index}", load_s=0.05) for index in range(6)]
         async with serving(backend, *models):
             wanted = [call(spec.model_id, str(index)) for index in range(60) for spec in models]
@@ -203,7 +203,7 @@ class Conformance:
         assert sorted(len(host.residents) for host in hosts) == [4, 4, 4]
         assert all(host.used_bytes + host.workspace_bytes <= host.budget_bytes for host in hosts)
 
-    async def test_a_preload_goes_where_there_is_room(self, backend: Backend) -> None:
+    async def test_a_preload_is_placed_where_it_fits(self, backend: Backend) -> None:
         names = [host.host_id for host in backend.snapshots()]
         async with serving(backend, scripted("large", bytes=3000), scripted("next", bytes=3000)):
             first = await backend.preload("large", host_id=names[1])
@@ -239,7 +239,7 @@ class Conformance:
             assert sorted((status.host_id, status.state) for status in statuses) == [(n, "cold") for n in sorted(names)]
             assert homes(backend.snapshots()) == {}
 
-    async def test_who_cannot_wait_for_a_load_is_told_and_the_load_goes_on(self, backend: Backend) -> None:
+    async def test_a_call_that_cannot_wait_for_a_load_fails_and_the_load_goes_on(self, backend: Backend) -> None:
         async with serving(backend, scripted("a", load_s=0.6)):
             raised = await refusal(backend, call("a", load_timeout_s=0.1))
             hosts = await until(backend, lambda hosts: "a" in homes(hosts))
@@ -279,7 +279,7 @@ class Conformance:
         assert (home.residents, home.used_bytes, home.is_draining) == (("a",), 1000, False)
         assert backend.check() == {}
 
-    async def test_events_come_as_they_happen_and_again_for_who_missed_them(self, backend: Backend) -> None:
+    async def test_events_arrive_as_they_happen_and_missed_ones_again(self, backend: Backend) -> None:
         async with serving(backend, scripted("a")):
             stream = backend.events()
             before = {event.host_id: event.seq for event in await remembered(backend)}
@@ -320,7 +320,7 @@ class Conformance:
 
         assert loads(hosts) == {"hot": 2, "other": 1}
 
-    async def test_who_closes_finishes_what_was_begun_and_takes_nothing_new(
+    async def test_a_closing_backend_finishes_running_calls_and_refuses_new_ones(
         self, backend: Backend, opened: Opened
     ) -> None:
         async with opened() as other:
@@ -338,7 +338,7 @@ class Conformance:
 
         assert [len(answer.token_counts) for answer in answers] == [1] * 5
 
-    async def test_who_is_not_done_within_the_grace_time_is_told(self, backend: Backend, opened: Opened) -> None:
+    async def test_a_call_not_done_within_the_grace_time_fails(self, backend: Backend, opened: Opened) -> None:
         async with opened() as other:
             await other.reload(specs_of(scripted("a")), BUDGET)
             await other.preload("a")

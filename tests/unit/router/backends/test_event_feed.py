@@ -16,7 +16,7 @@ async def collect(stream: AsyncIterator[Event]) -> list[tuple[str, int]]:
     return [(event.host_id, event.seq) async for event in stream]
 
 
-async def test_a_follower_hears_what_happens_from_its_call_on() -> None:
+async def test_a_subscriber_gets_events_from_its_call_on() -> None:
     feed = EventFeed()
     feed.add(event(1))
     stream = feed.follow()
@@ -27,7 +27,7 @@ async def test_a_follower_hears_what_happens_from_its_call_on() -> None:
     assert await collect(stream) == [("a", 2), ("b", 1)]
 
 
-async def test_who_was_away_hears_what_it_missed_of_the_hosts_it_names() -> None:
+async def test_a_returning_subscriber_gets_missed_events_of_the_hosts_it_names() -> None:
     feed = EventFeed()
     for seq in (1, 2, 3):
         feed.add(event(seq))
@@ -40,7 +40,7 @@ async def test_who_was_away_hears_what_it_missed_of_the_hosts_it_names() -> None
     assert feed.last_seq("nobody") == 0
 
 
-async def test_followers_are_woken_and_each_hears_everything() -> None:
+async def test_subscribers_are_woken_and_each_gets_every_event() -> None:
     feed = EventFeed()
     following = [asyncio.create_task(collect(feed.follow())) for _ in range(3)]
     await let_run()

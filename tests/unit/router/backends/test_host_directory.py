@@ -37,7 +37,7 @@ def test_a_model_that_was_sent_to_a_host_is_expected_there_before_the_host_says_
     assert directory.ranked(other)[0] == home
 
 
-def test_a_herd_of_cold_models_does_not_over_commit_a_host() -> None:
+def test_simultaneous_requests_for_cold_models_do_not_over_commit_a_host() -> None:
     specs = [ModelSpec(model_id=f"m{index}", source="s") for index in range(6)]
     directory = directory_of(
         *(host(name, *(status(spec.model_id, name) for spec in specs), free=3000) for name in "xy")

@@ -91,7 +91,7 @@ def test_the_local_backend_is_a_backend() -> None:
     assert backend.snapshots() == ()
 
 
-async def test_a_herd_on_a_cold_model_goes_to_one_host() -> None:
+async def test_simultaneous_requests_for_a_cold_model_go_to_one_host() -> None:
     async with fleet(fake_specs("a"), FakeFiles(on_disk=()), cuda_0=5000, cuda_1=5000) as here:
         answers = await asyncio.gather(*(here.backend.run(call("a", str(index))) for index in range(30)))
 
@@ -100,7 +100,7 @@ async def test_a_herd_on_a_cold_model_goes_to_one_host() -> None:
         assert all((answer.array()[0] == fake_vector("a", str(index))).all() for index, answer in enumerate(answers))
 
 
-async def test_a_herd_on_many_cold_models_does_not_over_commit_one_host() -> None:
+async def test_simultaneous_requests_for_many_cold_models_do_not_over_commit_one_host() -> None:
     specs = fake_specs(*"abcdef")
     async with fleet(specs, cuda_0=3200, cuda_1=3200) as here:
         here.hold()
@@ -252,7 +252,7 @@ async def test_a_cold_model_that_failed_somewhere_goes_elsewhere_at_once() -> No
         assert await first_choice(here, "a") != sick
 
 
-async def test_when_no_device_can_load_it_the_caller_hears_when_to_ask_again() -> None:
+async def test_when_no_device_can_load_it_the_caller_gets_retry_after() -> None:
     async with fleet(fake_specs("a"), cuda_0=5000, cuda_1=5000, cuda_2=900) as here:
         for device in ("cuda:0", "cuda:1"):
             break_loads(here, device, "a", RuntimeError("CUDA error"))

@@ -118,7 +118,7 @@ def test_a_host_that_only_waits_for_memory_is_not_the_models_home() -> None:
     assert rank_hosts("m", 50, [waiting, host("free")]) == ["free", "waiting"]
 
 
-def test_among_equals_the_host_that_expects_the_model_already_takes_the_herd() -> None:
+def test_among_equal_hosts_the_one_that_already_expects_the_model_gets_all_requests() -> None:
     for host_id in "abcdef":
         hosts = [host(other) for other in "abcdef" if other != host_id]
         expecting = host(host_id, model("m", "fetching", waiters=1), claimed=50)
@@ -214,7 +214,7 @@ def test_the_order_of_the_snapshots_does_not_matter() -> None:
     assert rank_hosts("m", 50, hosts) == rank_hosts("m", 50, hosts[::-1])
 
 
-def test_a_copy_goes_where_there_is_room_but_not_where_the_model_failed_or_the_host_drains() -> None:
+def test_a_copy_is_placed_where_it_fits_but_not_where_the_model_failed_or_the_host_drains() -> None:
     spec = ModelSpec(model_id="m", source="x", replicas=2)
     home = host("a", model("m", "ready", weight_bytes=40))
 

@@ -35,7 +35,7 @@ def bench(url: str, *args: str) -> Result:
     return CliRunner().invoke(cli, ["bench", url, *args], prog_name="embedyard")
 
 
-def test_a_pipe_gets_one_line_a_load_and_the_report_lies_beside(served: Served, own_folder: Path) -> None:
+def test_a_pipe_gets_one_line_a_load_and_the_report_is_a_file(served: Served, own_folder: Path) -> None:
     result = bench(served.url, *QUICK, "--clients", "2")
     rows = [line.split("\t") for line in result.stdout.splitlines()]
     report = json.loads((own_folder / "embedyard-bench.json").read_text())

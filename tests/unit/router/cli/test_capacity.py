@@ -44,7 +44,7 @@ def test_all_fit() -> None:
     assert str(capacity) == ("pinned and preloaded models take 3.0 of 10.0 GiB; all 2 of known size fit at once (6.0)")
 
 
-def test_those_without_room_take_turns() -> None:
+def test_models_that_do_not_fit_together_take_turns() -> None:
     here = host("cpu", 10, a=(4, 1), b=(3, 1), c=(3, 1), d=(3, 1))
 
     one = plan_capacity(registry("a", "b", "c", preload="a"), [here])

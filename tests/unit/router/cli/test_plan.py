@@ -95,7 +95,7 @@ def tiny(device: str, budget: Budget) -> object:
     return Device(name=device, budget_bytes=1_000_000)
 
 
-def test_a_model_for_another_device_has_no_room(hub: LoopbackHub) -> None:
+def test_a_model_for_another_device_does_not_fit(hub: LoopbackHub) -> None:
     result = plan("gpu")
 
     assert result.exit_code == 1
@@ -139,7 +139,9 @@ def server() -> Iterator[str]:
         yield url
 
 
-def test_a_server_says_who_would_leave(hub: LoopbackHub, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_reports_which_models_a_load_would_evict(
+    hub: LoopbackHub, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("ADMIN_API_KEY", "boss")
     before = plan("org/a", "b", "--url", server, "--json")
 

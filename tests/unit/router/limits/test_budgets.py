@@ -69,7 +69,9 @@ async def test_32_keys_that_ask_for_more_get_their_limit_and_nothing_else(store:
         assert len(admitted[name]) >= 0.99 * 3 * limit.amount
 
 
-async def test_tokens_are_known_after_the_work_and_close_the_door(tokens: TokenBudget, clock: FakeClock) -> None:
+async def test_tokens_are_counted_after_the_work_and_later_requests_are_refused(
+    tokens: TokenBudget, clock: FakeClock
+) -> None:
     limit = Limit(100, WINDOW_S)
     before = await tokens.balance_of("key:web", limit)
     charged = await tokens.charge("key:web", limit, 60)
@@ -142,7 +144,7 @@ async def test_what_was_reserved_for_nothing_is_there_again(tokens: TokenBudget)
 
 
 @pytest.mark.parametrize("amount", [100, 1_000_000])
-async def test_a_request_of_a_whole_window_finds_room_in_an_empty_one(
+async def test_a_request_of_a_whole_window_is_admitted_to_an_empty_one(
     tokens: TokenBudget, clock: FakeClock, amount: int
 ) -> None:
     limit = Limit(amount, WINDOW_S)

@@ -370,7 +370,7 @@ def test_a_key_with_one_request_at_once_may_send_one_after_the_other(tmp_path: P
     assert statuses == {200}
 
 
-def test_however_a_request_ends_it_makes_room(few: Limited) -> None:
+def test_however_a_request_ends_its_place_is_freed(few: Limited) -> None:
     few.backend.failures["BAAI/bge-m3"] = RuntimeError("broken")
     for _ in range(2):
         assert few.embed("web", input=[]).status_code == 400
@@ -388,7 +388,7 @@ def test_however_a_request_ends_it_makes_room(few: Limited) -> None:
     assert few.embed("web").status_code == 200
 
 
-def test_a_request_refused_at_the_door_costs_nothing_of_the_window(tmp_path: Path) -> None:
+def test_a_request_refused_before_its_body_is_read_costs_nothing_of_the_window(tmp_path: Path) -> None:
     keys = write_keys(tmp_path / "keys.yaml", {"web": {"max_concurrent": 1, "requests_per_minute": 2}})
     with limited(Settings(keys_file=keys)) as server, ThreadPoolExecutor() as threads:
         server.backend.delays_s["cold"] = 0.2

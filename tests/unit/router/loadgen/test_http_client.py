@@ -3,7 +3,7 @@
 import pytest
 
 from router.loadgen.http_client import Connection, Target, encode, refusal
-from tests.testkit.http_wire import OK, response, saying, wire
+from tests.testkit.http_wire import OK, respond_with, response, wire
 
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 UNTIL_THE_END = b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n"
@@ -55,7 +55,7 @@ def test_the_key_goes_into_every_request() -> None:
     ids=["whole", "in halves", "after a note", "in chunks", "with the end by itself", "byte by byte"],
 )
 async def test_an_answer_is_read_as_it_comes_and_the_connection_is_kept(pieces: tuple[bytes, ...]) -> None:
-    async with wire(saying(*pieces)) as (server, target):
+    async with wire(respond_with(*pieces)) as (server, target):
         connection = await Connection.open(target)
         answers = [await connection.ask(encode(target, ["text"])) for _ in range(2)]
         connection.close()
@@ -65,7 +65,7 @@ async def test_an_answer_is_read_as_it_comes_and_the_connection_is_kept(pieces: 
 
 
 async def test_an_answer_may_end_with_its_connection() -> None:
-    async with wire(saying(UNTIL_THE_END, OK, then_closes=True)) as (_, target):
+    async with wire(respond_with(UNTIL_THE_END, OK, then_closes=True)) as (_, target):
         connection = await Connection.open(target)
         answer = await connection.ask(encode(target, ["text"]))
 
@@ -74,7 +74,7 @@ async def test_an_answer_may_end_with_its_connection() -> None:
 
 
 async def test_a_server_that_says_close_is_not_asked_again_on_that_connection() -> None:
-    async with wire(saying(response(OK, "200 OK", "Connection: close"))) as (_, target):
+    async with wire(respond_with(response(OK, "200 OK", "Connection: close"))) as (_, target):
         connection = await Connection.open(target)
         await connection.ask(encode(target, ["text"]))
         with pytest.raises(ConnectionResetError, match="closed"):
@@ -88,7 +88,7 @@ async def test_a_server_that_says_close_is_not_asked_again_on_that_connection() 
     ids=["half an answer", "another protocol"],
 )
 async def test_what_is_no_answer_is_an_error(pieces: tuple[bytes, ...], message: str) -> None:
-    async with wire(saying(*pieces, then_closes=True)) as (_, target):
+    async with wire(respond_with(*pieces, then_closes=True)) as (_, target):
         connection = await Connection.open(target)
         with pytest.raises(ConnectionResetError, match=message):
             await connection.ask(encode(target, ["text"]))

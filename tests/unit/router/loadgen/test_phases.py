@@ -8,7 +8,7 @@ import pytest
 
 from router.loadgen import Outcome, Phase, after, closed, opened, send
 from router.loadgen.http_client import Request, Target, encode
-from tests.testkit.http_wire import OK, Handle, response, saying, wire
+from tests.testkit.http_wire import OK, Handle, respond_with, response, wire
 
 BUSY = b'{"error":{"message":"wait a second","code":"queue_full"}}'
 
@@ -48,7 +48,7 @@ async def test_an_open_load_does_not_wait_for_a_server_that_stalls_and_counts_th
 
 
 async def test_an_open_load_is_the_same_every_time() -> None:
-    async with wire(saying(response())) as (_, target):
+    async with wire(respond_with(response())) as (_, target):
         runs = [await opened(target, [request(target)], 2000.0, until=after(10)) for _ in range(2)]
     gaps = [[later - sooner for sooner, later in pairwise(due_s(outcome))] for outcome in runs]
 
@@ -74,9 +74,9 @@ async def test_a_closed_load_has_so_many_clients_and_no_more() -> None:
 @pytest.mark.parametrize(
     ("handle", "kind", "message"),
     [
-        (saying(response(BUSY, "429 Too Many Requests")), "429 queue_full", "wait a second"),
-        (saying(response(b"oops", "502 Bad Gateway")), "502", "oops"),
-        (saying(then_closes=True), "connection closed", "the server closed the connection"),
+        (respond_with(response(BUSY, "429 Too Many Requests")), "429 queue_full", "wait a second"),
+        (respond_with(response(b"oops", "502 Bad Gateway")), "502", "oops"),
+        (respond_with(then_closes=True), "connection closed", "the server closed the connection"),
     ],
 )
 async def test_a_failure_is_counted_by_its_kind_and_told_in_words(handle: Handle, kind: str, message: str) -> None:
@@ -112,9 +112,9 @@ async def test_an_answer_that_comes_too_late_is_not_taken_for_the_next_one() -> 
     assert server.num_connections == 2
 
 
-async def test_whoever_watches_is_told_of_every_request_with_its_answer() -> None:
+async def test_observers_get_every_request_with_its_answer() -> None:
     seen: list[tuple[int, bytes]] = []
-    async with wire(saying(response())) as (_, target):
+    async with wire(respond_with(response())) as (_, target):
         requests = [request(target)]
         await opened(
             target, requests, 1000.0, until=after(4), watch=lambda sample, body: seen.append((sample.status, body))

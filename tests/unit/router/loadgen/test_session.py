@@ -11,7 +11,7 @@ from router.loadgen.progress import NoProgress
 from router.loadgen.report import Measured
 from router.loadgen.requests import CannotMeasure, warm_up
 from router.loadgen.session import Job, measure
-from tests.testkit.http_wire import response, saying, wire
+from tests.testkit.http_wire import respond_with, response, wire
 
 WIDE = b'{"data":[{"embedding":"' + b"AAAA" * 128 + b'"}]}'  # 96 floats in base64
 
@@ -50,7 +50,7 @@ async def test_every_phase_is_measured_and_shown(monkeypatch: pytest.MonkeyPatch
         def end(self, measured: Measured) -> None:
             shown.append(measured)
 
-    async with wire(saying(response())) as (_, target):
+    async with wire(respond_with(response())) as (_, target):
         found, is_whole = await measure(job(target, Phase(per_s=100.0), Phase(clients=2), seconds=0.3), Watched())
 
     assert is_whole
@@ -62,7 +62,7 @@ async def test_every_phase_is_measured_and_shown(monkeypatch: pytest.MonkeyPatch
 
 async def test_control_c_ends_the_phase_and_leaves_the_others_out() -> None:
     before = signal.getsignal(signal.SIGINT)
-    async with wire(saying(response())) as (_, target):
+    async with wire(respond_with(response())) as (_, target):
         found, is_whole = await measure(job(target, Phase(per_s=200.0), Phase(clients=2)), Impatient())
 
     assert (len(found), is_whole) == (1, False)
@@ -72,7 +72,7 @@ async def test_control_c_ends_the_phase_and_leaves_the_others_out() -> None:
 
 @pytest.mark.parametrize(("body", "width"), [(WIDE, 96), (b'{"data":[{"embedding":[1,2,3]}]}', 3)])
 async def test_the_first_answer_tells_the_width(body: bytes, width: int) -> None:
-    async with wire(saying(response(body))) as (_, target):
+    async with wire(respond_with(response(body))) as (_, target):
         assert await warm_up(target, encode(target, ["text"])) == width
 
 
@@ -86,6 +86,6 @@ async def test_the_first_answer_tells_the_width(body: bytes, width: int) -> None
     ],
 )
 async def test_a_server_that_cannot_be_measured_says_why(answer: bytes, message: str) -> None:
-    async with wire(saying(answer, then_closes=True)) as (_, target):
+    async with wire(respond_with(answer, then_closes=True)) as (_, target):
         with pytest.raises(CannotMeasure, match=message):
             await warm_up(target, encode(target, ["text"]))

@@ -145,7 +145,7 @@ def test_a_request_without_a_context_begins_a_trace_and_its_log_line_names_it(
     assert root.trace_id.hex() == line["trace_id"]
 
 
-def test_a_caller_who_does_not_sample_leaves_no_spans(collector: Collector, backend: ScriptedBackend) -> None:
+def test_a_caller_that_does_not_sample_gets_no_spans(collector: Collector, backend: ScriptedBackend) -> None:
     run_requests(collector, backend, embed(traceparent=f"00-{TRACE_ID}-{PARENT_ID}-00"), embed())
 
     spans = collector.batch().resource_spans[0].scope_spans[0].spans

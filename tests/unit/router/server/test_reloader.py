@@ -223,7 +223,7 @@ async def test_a_reload_of_an_unchanged_file_reaches_the_hosts_all_the_same(tmp_
     assert backend.commands == [("reload", "a", "b", "c")]
 
 
-async def test_reloads_never_overlap_and_outlive_who_asked(tmp_path: Path) -> None:
+async def test_reloads_never_overlap_and_go_on_after_their_client_has_left(tmp_path: Path) -> None:
     file = tmp_path / "registry.yaml"
     file.write_text(OLD)
     backend = SlowBackend()

@@ -95,7 +95,7 @@ async def test_a_request_sent_ahead_begins_when_the_answer_before_it_has_left(co
     assert (first, app.num_begun, app.num_inside) == (1, 2, 1)
 
 
-async def test_the_first_of_two_requests_hears_that_its_client_has_left(connect: Connect) -> None:
+async def test_the_first_of_two_requests_gets_the_disconnect_of_its_client(connect: Connect) -> None:
     app = FakeApp()
     app.gate.clear()
     client = connect(app)
@@ -124,7 +124,7 @@ async def test_requests_sent_ahead_are_so_many_at_most(connect: Connect) -> None
     assert client.transport.is_lost
 
 
-async def test_who_reads_slowly_and_without_a_pause_gets_all_of_it(connect: Connect) -> None:
+async def test_a_client_that_reads_slowly_without_a_pause_gets_the_whole_answer(connect: Connect) -> None:
     app = FakeApp(20_000_000)
     client = connect(app, room=300_000)
     await client.send(GET)
@@ -147,7 +147,7 @@ async def test_less_than_a_piece_a_minute_is_progress_too(connect: Connect) -> N
     assert not client.transport.was_aborted
 
 
-async def test_who_stops_reading_is_let_go_of(connect: Connect) -> None:
+async def test_a_client_that_stops_reading_is_disconnected(connect: Connect) -> None:
     app = FakeApp()
     client = connect(app, room=1_000_000)
     with capture_logs() as lines:
@@ -164,7 +164,7 @@ async def test_who_stops_reading_is_let_go_of(connect: Connect) -> None:
 
 
 @pytest.mark.parametrize("head", [GET, b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"])
-async def test_so_is_who_does_not_read_a_short_answer(connect: Connect, head: bytes) -> None:
+async def test_a_client_that_does_not_read_a_short_answer_is_disconnected(connect: Connect, head: bytes) -> None:
     """Closing a transport waits until its buffer is sent."""
     client = connect(FakeApp(10), room=20)
     await client.send(head)
@@ -173,7 +173,7 @@ async def test_so_is_who_does_not_read_a_short_answer(connect: Connect, head: by
     assert client.transport.is_lost
 
 
-async def test_a_shutdown_waits_less_for_those_who_do_not_read(connect: Connect) -> None:
+async def test_a_shutdown_waits_less_for_clients_that_do_not_read(connect: Connect) -> None:
     client = connect(FakeApp(), room=0)
     await client.send(GET)
     client.protocol.shutdown()
@@ -184,7 +184,7 @@ async def test_a_shutdown_waits_less_for_those_who_do_not_read(connect: Connect)
     assert (early, client.transport.was_aborted) == (False, True)
 
 
-async def test_who_does_not_read_goes_first_when_much_is_unread(
+async def test_clients_that_do_not_read_are_disconnected_first_when_much_is_unread(
     connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connection, "MAX_UNREAD_BYTES", 2 * LARGE)
@@ -302,7 +302,7 @@ async def test_an_empty_line_keeps_no_connection(connect: Connect) -> None:
     assert client.transport.is_lost
 
 
-async def test_idle_connections_make_room_for_new_ones(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_idle_connections_are_closed_for_new_ones(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "MAX_CONNECTIONS", 4)
     state, app = ServerState(), FakeApp(10)
     app.gate.clear()
@@ -319,7 +319,7 @@ async def test_idle_connections_make_room_for_new_ones(connect: Connect, monkeyp
     assert lost == [False, False, True, False, False]
 
 
-async def test_connections_that_come_together_make_room_together(
+async def test_connections_that_come_together_close_idle_ones_together(
     connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connection, "MAX_CONNECTIONS", 4)
@@ -346,7 +346,7 @@ async def test_a_server_whose_connections_are_all_busy_takes_no_more(
     assert [client.transport.is_lost for client in (*busy, late)] == [False, False, True]
 
 
-async def test_who_does_not_read_goes_first_when_no_connection_is_free(
+async def test_clients_that_do_not_read_are_disconnected_first_when_no_connection_is_free(
     connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connection, "MAX_CONNECTIONS", 1)

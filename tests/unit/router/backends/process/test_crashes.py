@@ -69,7 +69,7 @@ def test_a_death_is_charged_once() -> None:
         crashes.check("busy")
 
 
-def test_of_changing_company_the_one_that_was_always_there_is_the_cause() -> None:
+def test_the_model_that_ran_at_every_crash_is_the_cause() -> None:
     crashes = CrashCounter(FakeClock())
     for other in ("x", "y", "z"):
         crashes.record_crash(["bad", other])

@@ -129,7 +129,7 @@ async def test_a_model_that_kills_its_host_while_it_loads_is_kept_out() -> None:
     assert isinstance(caught.value, LoadFailed)
 
 
-async def test_an_innocent_model_on_the_same_host_is_not_charged_when_the_other_was_noted() -> None:
+async def test_a_model_on_the_same_host_is_not_charged_when_another_was_running() -> None:
     async with worker_processes(scripted("bad", noted=1), scripted("good", embed_s=0.3), hosts=1) as here:
         await here.backend.preload("good")
         asked = [asyncio.create_task(here.backend.run(call("good"))) for _ in range(3)]

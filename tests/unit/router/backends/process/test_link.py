@@ -130,7 +130,7 @@ async def test_what_a_worker_that_does_not_read_was_not_sent_is_forgotten_with_i
 
 
 @on_both_loops
-async def test_a_caller_that_waits_for_room_is_served_when_there_is_some() -> None:
+async def test_a_caller_that_waits_for_memory_is_served_when_it_is_free() -> None:
     async with linked(max_calls=20) as (link, peer, outbox):
         tasks = [asyncio.create_task(link.ask(embed(str(index)))) for index in range(30)]
         first = await peer.read()
@@ -161,7 +161,7 @@ async def test_an_abandoned_call_counts_until_the_worker_says_that_it_has_ended(
 
 
 @on_both_loops
-async def test_who_was_not_sent_when_the_worker_ended_has_lost_nothing() -> None:
+async def test_a_call_that_was_not_sent_when_the_worker_ended_is_not_lost() -> None:
     async with linked(max_calls=0) as (link, peer, _):
         tasks = [asyncio.create_task(link.ask(embed())) for _ in range(20)]  # 16 of them go all the same
         await asyncio.sleep(0.05)

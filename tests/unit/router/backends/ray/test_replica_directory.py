@@ -4,7 +4,7 @@ from router.backends.ray.replica_directory import ReplicaDirectory
 from tests.testkit.snapshots import host
 
 
-def test_who_waits_is_told_when_a_host_comes_and_when_one_that_was_silent_is_back() -> None:
+def test_waiters_are_notified_when_a_host_is_added_and_when_a_silent_one_is_back() -> None:
     replicas, told = ReplicaDirectory(), []
     replicas.on_change = lambda: told.append(len(told))
     replicas.set_running({"x": {}})
@@ -18,7 +18,7 @@ def test_who_waits_is_told_when_a_host_comes_and_when_one_that_was_silent_is_bac
     assert len(told) == 2
 
 
-def test_a_replica_that_does_not_run_any_more_is_not_heard() -> None:
+def test_messages_of_an_ended_replica_are_ignored() -> None:
     replicas, told = ReplicaDirectory(), []
     replicas.on_change = lambda: told.append(len(told))
 
