@@ -1,9 +1,11 @@
-"""Measures how late the server's event loop is while the server is under full load.
+"""Measures how late the server's event loop is under full load (`load`), or while a model is loaded (`loading`).
 
-    python -m benchmarks.http.loop_lag
+    python -m benchmarks.http.loop_lag load
+    python -m benchmarks.http.loop_lag loading --model xlmr-large
 
-Full load is three kinds at once: clients with single texts, clients with 32 texts, and bulk requests whose answers are
-large JSON floats. The server is `embedyard serve` with a clock on its loop (`peers/lag_server.py`).
+`load`: three kinds of clients at once: with single texts, with 32 texts, and with bulk requests whose answers are large
+JSON floats. `loading`: each backend in turn, while a host loads and evicts a large model repeatedly. The server is
+`embedyard serve` with a clock on its loop (`peers/lag_server.py`).
 """
 
 import argparse
@@ -16,11 +18,12 @@ from pathlib import Path
 
 from msgspec import Struct
 
+from benchmarks.http.backends import NAMES, cold, variables
 from benchmarks.lib import workloads
 from benchmarks.lib.folders import resolve
 from benchmarks.lib.machine import Watch, warn_if_busy
-from benchmarks.lib.measure import percentile
-from benchmarks.lib.report import RESULTS, Report, publish
+from benchmarks.lib.measure import percentile, with_progress
+from benchmarks.lib.report import RESULTS, Report, publish, run_command
 from benchmarks.lib.servers import make_requests, own, serving, write_registry
 from benchmarks.lib.worker import PEER_SCRIPTS
 from router import loadgen as load
@@ -67,8 +70,8 @@ def _every_tick(lag_s: float) -> Iterator[float]:
         yield lag_s
 
 
-def run(folder: Path, seconds: float, *, bulk_texts: int = 2048, idle_s: float = 5.0) -> Report:
-    """Measure a model folder."""
+def run_load(folder: Path, seconds: float, *, bulk_texts: int = 2048, idle_s: float = 5.0) -> Report:
+    """Measure a model folder, idle and under full load."""
     watch = Watch()
     warn_if_busy(watch.machine)
     with tempfile.TemporaryDirectory() as draft:
@@ -104,14 +107,62 @@ def _row(name: str, lags: Sequence[float]) -> tuple[str, ...]:
     return (name, str(len(lags)), *(f"{1000 * percentile(lags, share):.1f}" for share in (0.5, 0.99, 0.999, 1.0)))
 
 
-def main() -> None:
+def main_load(argv: Sequence[str]) -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.http.loop_lag", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.http.loop_lag load", description=__doc__)
     parser.add_argument("--model", default="minilm")
     parser.add_argument("--seconds", type=float, default=30.0, help="of full load")
     parser.add_argument("--no-save", dest="results", action="store_const", const=None, default=RESULTS)
-    asked = parser.parse_args()
-    publish(run(resolve(asked.model), asked.seconds), asked.results)
+    asked = parser.parse_args(argv)
+    publish(run_load(resolve(asked.model), asked.seconds), asked.results)
+
+
+def run_loading(folder: Path, names: Sequence[str], rounds: int) -> Report:
+    """Measure a model folder while it is loaded and evicted, on each backend."""
+    watch = Watch()
+    warn_if_busy(watch.machine)
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    lags = {name: _lags_of_loads(name, folder, rounds) for name in with_progress(names, "backend")}
+    return Report(
+        name="backends-lag",
+        title=f"Event-loop lag of the router while a host loads {size / 1e9:.2f} GB",
+        machine=watch.machine,
+        settings={"model": folder.name, "rounds": rounds},
+        header=("backend", "samples", "p50 ms", "p99 ms", "p99.9 ms", "max ms"),
+        rows=[_row(name, found) for name, found in lags.items()],
+        samples=dict(lags),
+    )
+
+
+def _lags_of_loads(name: str, folder: Path, rounds: int) -> list[float]:
+    with tempfile.TemporaryDirectory() as draft:
+        file = Path(draft) / "lags.json"
+        registry = write_registry(Path(draft) / "registry.yaml", {MODEL: folder}, preload=False)
+        more = variables(name) | {"LAG_FILE": str(file), "MEMORY_BUDGET": "12GiB", "CPU_HOSTS": "1"}
+        with serving(own(registry, MODEL, script=[str(PEER_SCRIPTS / "lag_server.py")], **more)) as server:
+            marks = []
+            for _ in range(rounds):
+                began_s = time.monotonic()
+                cold(server)
+                marks.append((began_s, time.monotonic()))
+        woken: list[tuple[float, float]] = json.loads(file.read_text())
+    return [lag_s for at_s, lag_s in woken if any(begin <= at_s <= end for begin, end in marks)]
+
+
+def main_loading(argv: Sequence[str]) -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.http.loop_lag loading", description=__doc__)
+    parser.add_argument("--model", default="minilm")
+    parser.add_argument("--backends", default=",".join(NAMES))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--no-save", dest="results", action="store_const", const=None, default=RESULTS)
+    asked = parser.parse_args(argv)
+    publish(run_loading(resolve(asked.model), asked.backends.split(","), asked.rounds), asked.results)
+
+
+def main() -> None:
+    """Run the requested command."""
+    run_command({"load": main_load, "loading": main_loading})
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Measures the same load on hosts in the server's process, in worker processes, and on Ray.
 
-    python -m benchmarks.backends
+    python -m benchmarks.http.backends
 
 Two hosts each for `process` and `ray`, and a model that may be on both; `local` has one with all cores. The Ray
-cluster is one node on this machine, started for the measurement and ended after it. `--lag` measures another thing: how
-late the router's event loop is while a host loads a large model.
+cluster is one node on this machine, started for the measurement and ended after it. `benchmarks.http.loop_lag loading`
+measures the lag of the router's event loop with each.
 """
 
 import argparse
@@ -24,9 +24,9 @@ from msgspec import Struct
 from benchmarks.lib import workloads
 from benchmarks.lib.folders import resolve
 from benchmarks.lib.machine import ROOT, Watch, warn_if_busy
-from benchmarks.lib.measure import percentile, with_progress
+from benchmarks.lib.measure import with_progress
 from benchmarks.lib.report import RESULTS, Report, publish
-from benchmarks.lib.servers import Plan, Server, own, serving, write_registry
+from benchmarks.lib.servers import Server, own, serving, write_registry
 from benchmarks.lib.worker import PEER_SCRIPTS
 from router import loadgen as load
 from router.backends.ray.environment import VARIABLES
@@ -66,7 +66,7 @@ def registry_of(folder: Path, path: Path) -> Path:
 
 @contextmanager
 def around(name: str, registry: Path, *, deploys: bool = True) -> Iterator[list[int]]:
-    """What must run beside the server: for Ray a cluster, with the hosts deployed. Gives the ids of its processes."""
+    """Run what the backend needs beside the server: for Ray a cluster with deployed hosts; yield its process ids."""
     if name != "ray":
         yield []
         return
@@ -102,7 +102,7 @@ def measure(name: str, folder: Path, seconds: float, num_calls: int) -> Found:
         with around(name, registry) as beside, serving(own(registry, MODEL, **variables(name))) as server:
             start_s = time.perf_counter() - began_s
             requests = make_requests(server.target, folder)
-            under_load(server.target, requests, 8, 3.0)  # the second copy comes
+            under_load(server.target, requests, 8, 3.0)  # until the second copy is loaded
             outcomes = {clients: under_load(server.target, requests, clients, seconds) for clients in CLIENTS}
             memory = memory_bytes([server.pid, *beside])
             cold_s = cold(server)
@@ -123,7 +123,7 @@ def under_load(target: Target, requests: Sequence[Request], clients: int, second
 
 
 def call_cost(name: str, num_calls: int) -> dict[str, float]:
-    """See `peers/call_cost.py`."""
+    """Run `peers/call_cost.py` and return its figures."""
     command = [sys.executable, "-W", "ignore", str(PEER_SCRIPTS / "call_cost.py"), name, str(num_calls)]
     with around_calls(name) as environ:
         done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=True)
@@ -161,7 +161,7 @@ def cold(server: Server) -> float:
     """Evict the model, request it, and return the seconds to the answer."""
     host, port = server.target.address
     subprocess.run(
-        ["curl", "-sf", "-X", "POST", f"http://{host}:{port}/admin/models/{MODEL}/evict"],
+        ["curl", "-sf", "-X", "POST", f"http://{host}:{port}/admin/models/{server.target.model}/evict"],
         check=True, stdout=subprocess.DEVNULL,
     )  # fmt: skip
     one = [encode(server.target, ["How long does this take?"])]
@@ -199,60 +199,17 @@ def _row(name: str, found: Found) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def run_lag(folder: Path, names: Sequence[str], rounds: int) -> Report:
-    """Load and evict a large model repeatedly, and measure the lag of the router's event loop meanwhile."""
-    watch = Watch()
-    warn_if_busy(watch.machine)
-    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    lags = {name: _lags(name, folder, rounds) for name in names}
-    shares = (0.5, 0.99, 0.999, 1.0)
-    return Report(
-        name="backends-lag",
-        title=f"Event-loop lag of the router while a host loads {size / 1e9:.2f} GB",
-        machine=watch.machine,
-        settings={"model": folder.name, "rounds": rounds},
-        header=("backend", "samples", "p50 ms", "p99 ms", "p99.9 ms", "max ms"),
-        rows=[
-            (name, str(len(found)), *(f"{1000 * percentile(found, share):.1f}" for share in shares))
-            for name, found in lags.items()
-        ],
-        samples=dict(lags),
-    )
-
-
-def _lags(name: str, folder: Path, rounds: int) -> list[float]:
-    with tempfile.TemporaryDirectory() as draft:
-        file = Path(draft) / "lags.json"
-        registry = write_registry(Path(draft) / "registry.yaml", {MODEL: folder}, preload=False)
-        more = variables(name) | {"LAG_FILE": str(file), "MEMORY_BUDGET": "12GiB", "CPU_HOSTS": "1"}
-        plan: Plan = own(registry, MODEL, script=[str(PEER_SCRIPTS / "lag_server.py")], **more)
-        with serving(plan) as server:
-            marks = []
-            for _ in range(rounds):
-                began_s = time.monotonic()
-                cold(server)
-                marks.append((began_s, time.monotonic()))
-        woken: list[tuple[float, float]] = json.loads(file.read_text())
-    return [lag_s for at_s, lag_s in woken if any(begin <= at_s <= end for begin, end in marks)]
-
-
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.backends", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.http.backends", description=__doc__)
     parser.add_argument("--model", default="minilm")
     parser.add_argument("--backends", default=",".join(NAMES))
     parser.add_argument("--seconds", type=float, default=15.0, help="of load, for each number of clients")
     parser.add_argument("--calls", type=int, default=1000)
-    parser.add_argument("--lag", action="store_true", help="the lag of the router's loop while a model is loaded")
-    parser.add_argument("--rounds", type=int, default=5, help="with --lag")
     parser.add_argument("--no-save", dest="results", action="store_const", const=None, default=RESULTS)
     asked = parser.parse_args()
     names = asked.backends.split(",")
-    folder = resolve(asked.model)
-    publish(
-        run_lag(folder, names, asked.rounds) if asked.lag else run(folder, names, asked.seconds, asked.calls),
-        asked.results,
-    )
+    publish(run(resolve(asked.model), names, asked.seconds, asked.calls), asked.results)
 
 
 if __name__ == "__main__":
