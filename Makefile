@@ -1,4 +1,4 @@
-# Two commands on a fresh machine: `make serve` and `make test`. The rest is for those who work on the house.
+# Two commands on a fresh machine: `make serve` and `make test`. The rest is for developers.
 .DEFAULT_GOAL := help
 PYTHON ?= python3
 JOBS ?= 3
@@ -88,6 +88,7 @@ browser: install-test  ## the browser tests (installs Chromium by apt where it i
 
 screenshots: install-test  ## docs/screenshots/*.png, from a running page
 	@$(BROWSER)
+	@fc-list :lang=zh | grep -q . || apt-get install -y -qq fonts-wqy-microhei >/dev/null  # the page's button in Chinese
 	@$(BIN)/python -W ignore -m tests.browser.screenshots
 
 bench: install-bench  ## offline speed beside the peers that are installed (bench-peers), and the share of the peak

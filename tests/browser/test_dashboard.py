@@ -311,6 +311,20 @@ def test_several_devices_stand_side_by_side_each_with_its_own(open_page: Page) -
     assert f"Frees 8.0 GB on {homes[1].rpartition('on ')[2]}" in plan
 
 
+@pytest.mark.parametrize("width", [375, 390])
+def test_on_a_phone_the_header_is_one_line(open_page: Page, width: int) -> None:
+    open_page.emulate(width)
+    open_page.wait(lambda: open_page.find('.live[data-live="true"]'))
+    middles = (
+        "return ['.brand', '#nav', '#tools'].map((name) => document.querySelector(`.top ${name}`)"
+        ".getBoundingClientRect()).map((box) => Math.round((box.top + box.bottom) / 2))"
+    )
+    found = open_page.driver.execute_script(middles)
+    open_page.emulate(1280)
+
+    assert max(found) - min(found) <= 1
+
+
 def test_a_failure_is_told_with_its_cure_even_where_another_device_has_not_tried(open_page: Page, axe: str) -> None:
     open_page.do("preload", BROKEN)
     open_page.wait_for_state(BROKEN, "failed")
