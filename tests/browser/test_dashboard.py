@@ -171,7 +171,7 @@ def test_a_refusal_in_the_playground_is_the_servers(dashboard: Page) -> None:
     assert all("400" in message for message in dashboard.take_log())
 
 
-def test_the_last_minute_is_told_at_once_and_as_the_api_tells_it(dashboard: Page) -> None:
+def test_the_last_minute_is_shown_at_once_with_the_figures_of_the_api(dashboard: Page) -> None:
     texts = ["The cat sits outside"] * 3
     post = {"model": "all-MiniLM-L6-v2", "input": texts}
     headers = {"authorization": f"Bearer {KEY}"}
@@ -223,7 +223,7 @@ def test_a_change_of_language_keeps_what_was_written_and_where_the_focus_was(das
     assert dashboard.find("#play-texts").get_attribute("value") == "mine"
 
 
-def test_the_page_speaks_chinese_and_remembers_it(dashboard: Page) -> None:
+def test_the_page_can_be_chinese_and_stores_the_choice(dashboard: Page) -> None:
     dashboard.find("#tools button").click()
     dashboard.wait(lambda: "模型" in dashboard.text("#models-title"))
     dashboard.driver.refresh()
@@ -325,7 +325,7 @@ def test_on_a_phone_the_header_is_one_line(open_page: Page, width: int) -> None:
     assert max(found) - min(found) <= 1
 
 
-def test_a_failure_is_told_with_its_cure_even_where_another_device_has_not_tried(open_page: Page, axe: str) -> None:
+def test_a_failure_is_shown_with_its_remedy_even_where_another_device_has_not_tried(open_page: Page, axe: str) -> None:
     open_page.do("preload", BROKEN)
     open_page.wait_for_state(BROKEN, "failed")
     open_page.wait(lambda: f"{BROKEN} failed: config.json names code" in open_page.text(".feed"))

@@ -40,7 +40,7 @@ def test_shipped_is_what_the_server_needs_and_not_what_tests_do() -> None:
     ],
     ids=["clean", "partly known", "nothing known", "no answer", "vulnerable"],
 )
-def test_an_audit_says_what_it_knows_and_fails_only_for_what_it_found(output: str, words: str, status: int) -> None:
+def test_an_audit_fails_only_for_vulnerabilities_that_it_found(output: str, words: str, status: int) -> None:
     verdict, code = read_audit(output)
 
     assert words in verdict

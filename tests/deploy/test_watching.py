@@ -74,14 +74,14 @@ def faults(expression: str) -> list[str]:
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["alert"])
-def test_an_alert_asks_for_what_there_is_and_says_what_to_do(rule: dict[str, Any]) -> None:
+def test_an_alert_queries_existing_series_and_names_an_action(rule: dict[str, Any]) -> None:
     assert faults(rule["expr"]) == []
     assert rule["labels"]["severity"] in ("page", "ticket")
     assert rule["annotations"].keys() == {"summary", "action"}
 
 
 @pytest.mark.parametrize(("title", "expression"), [*panels()], ids=lambda value: value[:40])
-def test_a_panel_asks_for_what_there_is(title: str, expression: str) -> None:
+def test_a_panel_queries_existing_series(title: str, expression: str) -> None:
     assert faults(expression) == [], title
 
 

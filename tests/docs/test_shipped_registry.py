@@ -143,7 +143,7 @@ def test_a_request_without_input_type_gets_no_prompt(model_id: str) -> None:
 
 
 @pytest.mark.parametrize("model_id", MODELS)
-def test_people_are_told_languages_width_size_context_and_licence(model_id: str) -> None:
+def test_descriptions_state_languages_width_size_context_and_licence(model_id: str) -> None:
     spec = REGISTRY.models[model_id]
 
     assert re.match(r".+; \d+ wide, [\d.]+ [BM] parameters, \d+k? tokens\. .+", spec.description)

@@ -293,7 +293,7 @@ async def test_a_forward_pass_that_raises_fails_its_own_callers_and_no_one_else(
     assert health.status_code == 200
 
 
-async def test_a_forward_pass_that_hangs_is_told_to_everyone_and_fails_health_until_it_ends(
+async def test_a_forward_pass_that_hangs_fails_all_requests_and_health_until_it_ends(
     truths: dict[str, Truth], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A real scheduler that hangs. The watchdog's limit is a second here, by default two minutes."""
@@ -342,7 +342,7 @@ async def test_a_forward_pass_that_hangs_is_told_to_everyone_and_fails_health_un
         truths[name].check([0], answer.json()["data"])
 
 
-async def test_a_load_that_hangs_is_told_to_everyone_and_fails_health_while_the_rest_is_served(
+async def test_a_load_that_hangs_fails_its_waiters_and_health_while_the_rest_is_served(
     truths: dict[str, Truth], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A real loader that hangs. The limit is a second here, by default ten minutes and more."""

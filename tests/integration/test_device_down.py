@@ -57,7 +57,7 @@ async def test_a_server_whose_devices_are_all_down_says_so_at_once() -> None:
         await pair.backend.run(CALL)
 
 
-async def test_only_the_callers_of_the_device_that_is_down_are_told() -> None:
+async def test_only_the_callers_of_the_device_that_is_down_get_its_error() -> None:
     pair = Pair(embed_s=0.05)
     await pair.backend.start()
     await pair.backend.preload("a")

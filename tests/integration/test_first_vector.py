@@ -93,7 +93,7 @@ async def test_three_hundred_requests_over_six_models_in_memory_for_two_are_all_
     assert len(budget_kept) > 5
 
 
-async def test_a_cold_model_asked_for_by_twenty_is_loaded_once(six: SixModels, client: httpx.AsyncClient) -> None:
+async def test_a_cold_model_requested_by_twenty_is_loaded_once(six: SixModels, client: httpx.AsyncClient) -> None:
     model = SMALL[0]
     await client.post(f"/admin/models/{model}/evict", json={"timeout": 60})
     before = (await client.get(f"/admin/models/{model}")).json()["loads"]

@@ -115,7 +115,7 @@ async def hub_server(
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
-async def test_a_fault_is_told_to_everyone_seen_by_operators_and_passes(
+async def test_a_fault_fails_all_waiters_is_shown_to_operators_and_passes(
     truth: Truth, tmp_path: Path, case: Case
 ) -> None:
     async with hub_server(truth, tmp_path) as here:
@@ -156,7 +156,7 @@ async def test_a_corrupt_file_is_fetched_again_and_no_request_fails(truth: Truth
     here.truth.check(range(3), answer.json()["data"])
 
 
-async def test_a_slow_hub_is_waited_for_and_its_progress_is_told(
+async def test_a_slow_hub_is_waited_for_and_its_progress_is_reported(
     truth: Truth, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Progress of every chunk is reported, and no read times out, so that the result is independent of the load."""

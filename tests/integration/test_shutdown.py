@@ -61,7 +61,7 @@ def test_under_64_clients_every_admitted_request_is_answered() -> None:
     assert not {"server.forced_end", "pool.grace_over", "request.crashed"} & set(logged)
 
 
-def test_while_it_drains_it_says_so_to_everyone_and_serves_what_it_has() -> None:
+def test_while_it_drains_it_reports_so_and_serves_what_it_has() -> None:
     with serve_fake("1.5", "10") as server, server.client() as client, ThreadPoolExecutor() as threads:
         slow = threads.submit(httpx.post, server.url + EMBED, json=BODY, timeout=10)
         server.wait_for_leases(1)
@@ -82,7 +82,7 @@ def test_while_it_drains_it_says_so_to_everyone_and_serves_what_it_has() -> None
     assert exit_code == 0
 
 
-def test_what_is_not_done_at_the_end_of_the_grace_time_is_told_so() -> None:
+def test_requests_not_done_at_the_end_of_the_grace_time_get_an_error() -> None:
     with serve_fake("60", "0.3") as server, ThreadPoolExecutor() as threads:
         stuck = threads.submit(httpx.post, server.url + EMBED, json=BODY, timeout=10)
         server.wait_for_leases(1)

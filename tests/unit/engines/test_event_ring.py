@@ -17,7 +17,7 @@ def ring(num_events: int, max_events: int = 3) -> EventRing:
     return made
 
 
-def test_since_gives_what_is_remembered_after_a_position() -> None:
+def test_since_returns_the_buffered_events_after_a_position() -> None:
     five = ring(5)
 
     assert [[each.seq for each in five.since(position)] for position in (0, 2, 3, 5, 9)] == [

@@ -130,14 +130,14 @@ async def test_a_plan_says_what_would_happen_without_doing_it() -> None:
         host.plan("nobody")
 
 
-async def test_the_size_of_a_model_that_is_not_here_is_unknown_until_somebody_asks() -> None:
+async def test_the_size_of_a_model_not_on_disk_is_unknown_until_it_is_requested() -> None:
     host = fake_host("a", files=FakeFiles(on_disk=()))
     await host.start()
 
     assert "size is unknown" in host.plan("a").reason
 
 
-async def test_what_a_model_took_is_remembered() -> None:
+async def test_the_measured_size_of_a_model_is_stored() -> None:
     measurements = Measurements()
     runtime = fake_runtime()
     runtime = HostRuntime(time=runtime.time, workers=runtime.workers, memory=runtime.memory, measurements=measurements)
@@ -218,7 +218,7 @@ async def test_a_slow_follower_loses_events_and_sees_the_gap() -> None:
     assert seqs[0] > 2
 
 
-async def test_a_number_from_an_earlier_life_brings_all_that_is_remembered() -> None:
+async def test_a_position_from_an_earlier_process_returns_all_buffered_events() -> None:
     host = fake_host("a")
     await host.start()
 
@@ -317,7 +317,7 @@ class SilentHub(FakeFiles):
         return super().fetch(spec, on_progress)
 
 
-async def test_a_silent_hub_holds_up_neither_models_on_disk_nor_local_folders() -> None:
+async def test_a_silent_hub_delays_neither_models_on_disk_nor_local_folders() -> None:
     files = SilentHub(on_disk=("here",))
     away = [f"away-{index}" for index in range(8)]
     runtime = structs.replace(fake_runtime(), workers=Threads("host"))

@@ -43,7 +43,7 @@ async def test_browsers_of_named_origins_may_call() -> None:
 
 
 @pytest.mark.parametrize("path", ["/v1/embeddings", "/admin/memory"])
-async def test_browsers_may_not_call_unless_told_so(path: str) -> None:
+async def test_browsers_may_not_call_unless_an_origin_is_allowed(path: str) -> None:
     async with serving(keyed()) as url, httpx.AsyncClient(base_url=url) as client:
         asked = await client.options(path, headers=PREFLIGHT)
 

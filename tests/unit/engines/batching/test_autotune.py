@@ -57,7 +57,7 @@ def test_a_trial_that_fails_ends_the_trials_and_nothing_else() -> None:
     assert used == kept == [TunedBatchSize(128, 256.0)]
 
 
-def test_a_model_finds_its_pace_in_idle_time_and_knows_it_the_next_time(kit: Kit, tmp_path: Path) -> None:
+def test_a_model_finds_its_batch_size_in_idle_time_and_uses_the_stored_one_later(kit: Kit, tmp_path: Path) -> None:
     found = threading.Event()
 
     class Noticing(TuningStore):
@@ -80,7 +80,7 @@ def test_a_model_finds_its_pace_in_idle_time_and_knows_it_the_next_time(kit: Kit
         asyncio.run(asyncio.to_thread(one.close))
 
 
-def test_a_size_that_somebody_has_set_is_not_tried_out(kit: Kit, tmp_path: Path) -> None:
+def test_a_configured_size_is_not_tried_out(kit: Kit, tmp_path: Path) -> None:
     settings = LoaderSettings(tuning_store=TuningStore(tmp_path), max_batch_tokens=77)
     engine = kit.load(kit.recipe_folder("bert-cls"), settings=settings)
 

@@ -68,7 +68,7 @@ def test_a_trial_is_made_of_texts_that_the_model_can_read() -> None:
     assert len(trial_texts(10, vocab_size=100, max_tokens=512)) == 1
 
 
-def test_a_pace_is_remembered_between_starts(tmp_path: Path) -> None:
+def test_a_batch_size_is_stored_between_starts(tmp_path: Path) -> None:
     TuningStore(tmp_path).put("key", TunedBatchSize(512, 3000.0))
     TuningStore(tmp_path).put("other", TunedBatchSize(256, 1.0))
 
@@ -76,7 +76,7 @@ def test_a_pace_is_remembered_between_starts(tmp_path: Path) -> None:
     assert TuningStore(tmp_path).get("unknown") is None
 
 
-def test_without_a_folder_it_is_remembered_as_long_as_the_process_lives() -> None:
+def test_without_a_folder_it_is_stored_until_the_process_ends() -> None:
     paces = TuningStore(None)
     paces.put("key", TunedBatchSize(512, 3000.0))
 

@@ -280,7 +280,7 @@ async def test_a_batch_that_answers_many_does_not_keep_the_event_loop_from_other
     assert max(after - before for before, after in pairwise(num_done)) == 1
 
 
-async def test_every_batch_is_told_with_exactly_one_answer(open_bench: OpenBench) -> None:
+async def test_every_batch_is_reported_with_exactly_one_answer(open_bench: OpenBench) -> None:
     bench = open_bench(batch=BatchLimits(64, 4))
     await bench.engine.warm_up()
     calls = [EmbedCall(model_id="m", texts=tuple("x" * size for size in range(1, 8))) for _ in range(6)]
@@ -292,7 +292,7 @@ async def test_every_batch_is_told_with_exactly_one_answer(open_bench: OpenBench
     assert told == ran
 
 
-async def test_a_batch_whose_first_job_fails_is_told_by_another() -> None:
+async def test_a_batch_whose_first_job_fails_is_reported_by_another() -> None:
     texts = [make_text(size) for size in (1, 2, 3)]
     jobs = [text.targets[0].job for text in texts]
     jobs[1].done.cancel()
@@ -557,7 +557,7 @@ async def test_a_few_texts_wait_for_the_batch_that_runs_and_many_do_not(open_ben
     assert sum(map(len, bench.encoder.batches[1:])) == len(others)
 
 
-async def test_an_encoder_that_remembers_runs_one_batch_at_a_time(open_bench: OpenBench) -> None:
+async def test_an_encoder_with_state_runs_one_batch_at_a_time(open_bench: OpenBench) -> None:
     bench = open_bench(num_threads=2, batch=BatchLimits(32, 4))
     bench.encoder.is_reentrant = False
     await bench.engine.warm_up()

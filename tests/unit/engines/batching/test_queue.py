@@ -157,7 +157,7 @@ def test_callers_do_not_share_what_is_under_way(loop: asyncio.AbstractEventLoop,
     assert [wanted_by(text) for text in queue.next_batch(LIMIT)] == [[(one, 0), (again, 0)], [(two, 0)]]
 
 
-def test_callers_share_where_the_registry_says_so(loop: asyncio.AbstractEventLoop, queue: Queue) -> None:
+def test_callers_share_where_the_registry_allows_it(loop: asyncio.AbstractEventLoop, queue: Queue) -> None:
     one, two = (job(loop, "same", origin=Origin(caller, is_open=True)) for caller in ("one", "two"))
 
     assert [queue.admit(each) for each in (one, two)] == [0, 1]
@@ -273,7 +273,7 @@ def test_as_many_requests_wait_as_may_whatever_their_texts(loop: asyncio.Abstrac
         queue.admit(job(loop, "q"))
 
 
-def test_a_full_batch_waits_for_nobody(loop: asyncio.AbstractEventLoop) -> None:
+def test_a_full_batch_does_not_wait(loop: asyncio.AbstractEventLoop) -> None:
     queue = Queue(100, 0.5, lambda: 10.0)
 
     queue.admit(job(loop, "x" * 60, "y" * 60, at_s=10.0))
@@ -442,9 +442,7 @@ def test_texts_that_could_not_be_run_wait_again(loop: asyncio.AbstractEventLoop,
     assert queue.admit(job(loop, "left")) == 0
 
 
-def test_requeueing_a_sealed_entry_that_nobody_wants_keeps_its_successor(
-    queue: Queue, loop: asyncio.AbstractEventLoop
-) -> None:
+def test_requeueing_an_unwanted_sealed_entry_keeps_its_successor(queue: Queue, loop: asyncio.AbstractEventLoop) -> None:
     first, later = job(loop, "same"), job(loop, "same")
     queue.admit(first)
     texts = queue.next_batch(LIMIT, 1)

@@ -7,7 +7,7 @@ from engines.batching.queue import RejoinWindow
 FEW, MANY = 12, 500
 
 
-def test_nobody_waits_before_a_batch_has_ended() -> None:
+def test_without_an_earlier_batch_there_is_no_wait() -> None:
     assert RejoinWindow().wait_s(FEW, 5.0) == 0.0
 
 
@@ -32,7 +32,7 @@ def test_a_lone_client_that_sends_again_does_not_wait() -> None:
     assert window.wait_s(FEW, 5.0) == 0.0
 
 
-def test_a_batch_that_is_large_enough_waits_for_nobody() -> None:
+def test_a_batch_that_is_large_enough_does_not_wait() -> None:
     window = RejoinWindow()
 
     window.on_batch_done(2, took_s=0.1, now_s=5.0)

@@ -112,7 +112,7 @@ def test_the_halves_run_after_the_tensors_of_the_whole_are_gone() -> None:
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), RuntimeError("a kernel failed")])
-def test_an_error_that_is_told_holds_no_tensors(error: Exception) -> None:
+def test_a_reported_error_holds_no_tensors(error: Exception) -> None:
     encoder = Encoding(2, error)
 
     gc.disable()

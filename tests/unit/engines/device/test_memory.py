@@ -33,7 +33,7 @@ TOOK = Measurement(weight_bytes=10, workspace_bytes=2, load_s=0.5)
         (10**15, "1000.0 TB"),
     ],
 )
-def test_sizes_are_told_in_three_digits(size_bytes: int, expected: str) -> None:
+def test_sizes_are_printed_with_three_digits(size_bytes: int, expected: str) -> None:
     assert format_bytes(size_bytes) == expected
 
 
@@ -196,7 +196,7 @@ def test_another_revision_dtype_batch_or_kind_of_device_is_another_measurement(
     assert (need.weight_bytes, need.workspace_bytes, need.workspace_known) == (1000, 99, False)
 
 
-def test_what_is_remembered_can_never_refuse_a_model_but_its_headers_can() -> None:
+def test_a_stored_size_can_never_refuse_a_model_but_its_headers_can() -> None:
     measurements = Measurements()
     large = Measurement(weight_bytes=5000, workspace_bytes=600, load_s=1.0)
     estimates(measurements).save(SPEC, FILES, large)

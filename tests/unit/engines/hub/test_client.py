@@ -239,7 +239,7 @@ def test_a_connection_that_brings_next_to_nothing_is_given_up(
     assert download.path.stat().st_size == 3000
 
 
-def test_what_will_not_pass_is_asked_once(server: LoopbackHub, hub: HubClient) -> None:
+def test_a_request_that_cannot_succeed_is_sent_once(server: LoopbackHub, hub: HubClient) -> None:
     server.fail(REPO, loopback.not_found(), file=LISTING)
 
     with pytest.raises(SourceNotFound):
@@ -364,7 +364,7 @@ def test_pauses_double_and_a_hub_that_asks_for_more_gets_it(server: LoopbackHub,
     assert pauses.waits == [0.5, 1.0, 2.0, 7.0]
 
 
-def test_a_refused_token_is_told_from_a_missing_one(server: LoopbackHub, open_hub: Open) -> None:
+def test_a_refused_token_and_a_missing_one_have_different_errors(server: LoopbackHub, open_hub: Open) -> None:
     server.fail(REPO, loopback.Status(401, message="Invalid credentials in Authorization header"))
     hub = open_hub(token="hf_old_secret")
 
@@ -448,7 +448,7 @@ def test_a_captive_portal_is_not_a_hub(server: LoopbackHub, hub: HubClient) -> N
         hub.listing(REPO, "main")
 
 
-def test_offline_asks_nobody(server: LoopbackHub, tmp_path: Path) -> None:
+def test_offline_sends_no_request(server: LoopbackHub, tmp_path: Path) -> None:
     hub = HubClient(HubConfig(endpoint=server.url, offline=True))
 
     with pytest.raises(OfflineMode, match="HF_HUB_OFFLINE"):

@@ -128,7 +128,7 @@ def test_a_file_that_is_written_while_it_is_read_is_not_judged(file: Path) -> No
     assert checks.verdict(file, ENTRY) == "unknown"
 
 
-def test_a_file_whose_hash_nobody_knows_is_not_judged(file: Path) -> None:
+def test_a_file_without_a_known_hash_is_not_judged(file: Path) -> None:
     assert Verification().check(file, FileEntry(name="f", size_bytes=3, etag="")) is None
 
 

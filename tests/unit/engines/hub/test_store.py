@@ -195,7 +195,7 @@ def test_a_refresh_says_when_the_hub_cannot_be_asked(server: LoopbackHub, store:
     assert store.fetch(spec(revision=files.revision), quiet, refresh=True) == pinned
 
 
-def test_parts_that_nobody_goes_on_with_are_removed(
+def test_abandoned_partial_files_are_removed(
     server: LoopbackHub, store: ModelStore, cache: Path, tmp_path: Path
 ) -> None:
     server.add(REPO, plain_model(tmp_path / "old", tensors(seed=3)))
@@ -995,7 +995,7 @@ def test_what_cannot_be_counted_is_unknown_and_asked_again(
     assert store.weight_bytes(spec(), "cpu") == 1000 * 4 + 16 * 8
 
 
-def test_a_fetch_does_not_wait_again_for_a_hub_that_was_silent_a_moment_ago(
+def test_a_fetch_does_not_wait_again_for_a_hub_that_just_timed_out(
     server: LoopbackHub, store: ModelStore, tmp_path: Path
 ) -> None:
     spec = ModelSpec(model_id="m", source=REPO)
@@ -1152,7 +1152,7 @@ def test_a_branch_that_moved_on_makes_nothing_of_what_is_in_memory_wrong(
     assert store.is_current(spec(), files)
 
 
-def test_nobody_knows_the_hashes_of_a_local_folder(local: ModelStore, tmp_path: Path) -> None:
+def test_a_local_folder_has_no_known_hashes(local: ModelStore, tmp_path: Path) -> None:
     files = local.fetch(spec(sentence_model(tmp_path / "m")), quiet)
 
     local.verify(spec(tmp_path / "m"), files, is_anew=True)

@@ -195,7 +195,7 @@ def test_ids_of_another_vocabulary_are_refused(bad: int) -> None:
         tokenizer().take_ids([[65], [65, bad]], "end")
 
 
-def test_a_text_may_hold_ids_that_only_the_tokenizer_knows() -> None:
+def test_a_text_may_have_ids_that_only_the_tokenizer_has() -> None:
     with pytest.raises(InvalidTokenId, match=r"input\[0\] holds token id 228"):
         tokenizer(has_foreign_ids=True).encode(["ä"], BARE, "end")
 

@@ -122,7 +122,7 @@ def refusing(message: str, after: Callable[[], object] = lambda: None) -> Step:
     return step
 
 
-async def test_the_earliest_refusal_is_told_and_nothing_runs_after_it() -> None:
+async def test_the_earliest_refusal_is_raised_and_nothing_runs_after_it() -> None:
     threads, gate, done = TokenizerThreads(2), Gate(), list[str]()
 
     def late() -> None:

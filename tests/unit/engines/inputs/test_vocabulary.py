@@ -71,7 +71,7 @@ def test_a_larger_models_tokenizer_is_refused(kit: Kit, tmp_path: Path, name: st
     assert "it is incomplete or belongs to another model" in str(refusal(kit, folder))
 
 
-def test_a_vocabulary_that_knows_no_word_is_refused(kit: Kit, folder: Path) -> None:
+def test_a_vocabulary_without_the_texts_words_is_refused(kit: Kit, folder: Path) -> None:
     content = json.loads((folder / "tokenizer.json").read_text())
     vocabulary = content["model"]["vocab"]
     content["model"]["vocab"] = {word if word[0] == "[" else f"zq{word}": row for word, row in vocabulary.items()}

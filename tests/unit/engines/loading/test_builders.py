@@ -265,7 +265,7 @@ class OwnModel(BertModel):
 """
 
 
-def test_trusted_code_of_the_repository_runs_is_as_exact_and_is_told(
+def test_trusted_code_of_the_repository_runs_is_as_exact_and_is_noted(
     kit: Kit, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder.parent / "code"))

@@ -56,7 +56,7 @@ async def test_a_closed_engine_leaves_nothing_behind(load: TorchLoader) -> None:
     assert encoder() is None
 
 
-async def test_a_load_looks_between_its_parts_whether_somebody_is_served(
+async def test_a_load_checks_between_its_parts_whether_requests_are_served(
     load: TorchLoader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[float] = []
@@ -91,7 +91,7 @@ async def test_the_default_prompt_of_the_registry_goes_in_front(load: TorchLoade
     engine.close()
 
 
-def test_a_default_prompt_that_nobody_defines_is_refused() -> None:
+def test_an_undefined_default_prompt_is_refused() -> None:
     spec = ModelSpec(model_id="m", source="x")
 
     with pytest.raises(

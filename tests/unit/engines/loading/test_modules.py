@@ -72,7 +72,7 @@ def test_a_dense_without_its_matrix_is_named(kit: Kit, folder: Path) -> None:
     assert f"{DENSE}/model.safetensors lacks 'linear.weight' (it holds weight)" in str(refusal(kit, folder))
 
 
-def test_a_dense_tensor_that_nobody_reads_is_refused(kit: Kit, folder: Path) -> None:
+def test_an_unused_dense_tensor_is_refused(kit: Kit, folder: Path) -> None:
     weights = load_file(folder / DENSE / "model.safetensors")
     save_file({**weights, "gate.weight": torch.zeros(2)}, folder / DENSE / "model.safetensors")
 

@@ -35,7 +35,7 @@ async def test_a_plan_names_the_models_that_a_load_would_evict() -> None:
     await host.aclose()
 
 
-async def test_a_size_that_nobody_knows_stays_unknown() -> None:
+async def test_an_unknown_size_stays_unknown() -> None:
     host = fake_host("a", files=FakeFiles(on_disk=[], weight_bytes={"a": None}))
     await host.start()
     await host.estimate_size("a")
@@ -44,7 +44,7 @@ async def test_a_size_that_nobody_knows_stays_unknown() -> None:
     await host.aclose()
 
 
-async def test_a_measured_size_is_not_asked_for_again() -> None:
+async def test_a_measured_size_is_not_requested_again() -> None:
     files = FakeFiles()
     host = fake_host("a", files=files, loader=FakeLoader(weight_bytes={"a": 777}))
     await host.start()

@@ -39,7 +39,9 @@ async def reported(figures: list[tuple[float, int]], monkeypatch: pytest.MonkeyP
     return [event.done_bytes for event in told if isinstance(event, DownloadProgressed)]
 
 
-async def test_a_fast_download_is_told_now_and_then_and_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_progress_of_a_fast_download_is_reported_at_intervals_and_at_its_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     figures = [(0.01, done) for done in range(1, 101)]
 
     told = await reported(figures, monkeypatch)
@@ -48,7 +50,7 @@ async def test_a_fast_download_is_told_now_and_then_and_at_its_end(monkeypatch: 
     assert len(told) == 6
 
 
-async def test_the_last_figure_before_a_silence_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_last_figure_before_a_pause_is_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
     figures = [(0.0, 10), (0.01, 20), *[(PROGRESS_S, 20)] * 5, (PROGRESS_S, 30)]
 
     assert await reported(figures, monkeypatch) == [10, 20, 30]

@@ -69,7 +69,7 @@ async def test_an_eviction_tells_how_long_the_model_stayed_and_for_whom_it_left(
     assert left[0].seconds == pytest.approx(5, abs=1)
 
 
-async def test_idleness_operators_and_the_registry_are_told_apart() -> None:
+async def test_idleness_operators_and_the_registry_have_different_reasons() -> None:
     time = FakeTime()
     host = fake_host("a", "b", "c", runtime=fake_runtime(time=time))
     await host.start()

@@ -39,7 +39,7 @@ async def idle(*models: str, files: FakeFiles | None = None, loader: FakeLoader 
     await made.host.aclose(grace_s=0)
 
 
-async def test_models_are_verified_when_nobody_asks_those_in_memory_first() -> None:
+async def test_models_are_verified_in_idle_time_those_in_memory_first() -> None:
     async with idle("a", "b", "c") as here:
         await here.embed("b")
         await here.watch(IDLE_S - 1)

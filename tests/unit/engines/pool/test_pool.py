@@ -242,7 +242,7 @@ async def test_two_models_that_cannot_both_fit_both_progress_under_constant_load
         assert any(event.missing_bytes == 600 and "take turns" in event.cause for event in seen)
 
 
-async def test_a_caller_whose_patience_ends_is_told_and_the_load_goes_on() -> None:
+async def test_a_caller_whose_load_timeout_ends_gets_an_error_and_the_load_goes_on() -> None:
     async with pool_harness("a") as here:
         here.workers.hold("load")
         request = here.ask(call("a", load_timeout_s=5))
@@ -299,7 +299,7 @@ async def test_every_waiter_gets_the_cause_of_a_failed_load() -> None:
         assert "secret" not in str(outcomes[0])
 
 
-async def test_a_failed_warm_up_frees_the_engine_and_is_told() -> None:
+async def test_a_failed_warm_up_frees_the_engine_and_is_reported() -> None:
     loader = FakeLoader(warm_failures={"a": [SelfCheckFailed("cosine 0.2 to the reference")]})
     async with pool_harness("a", loader=loader) as here:
         with pytest.raises(LoadFailed, match=r"cosine 0\.2"):
@@ -469,7 +469,7 @@ async def test_a_preload_after_an_eviction_is_answered_with_a_model_that_is_read
         assert (await first).state == "ready"
 
 
-async def test_a_preload_that_a_later_eviction_has_overtaken_is_told_so() -> None:
+async def test_a_preload_overtaken_by_a_later_eviction_fails() -> None:
     async with pool_harness("a") as here:
         preloading = await begin_load(here, "a")
         evicting = asyncio.create_task(here.host.evict("a"))
@@ -514,7 +514,7 @@ async def test_shutdown_finishes_what_runs_and_refuses_what_comes() -> None:
         assert (await running).dimensions == 16
 
 
-async def test_at_the_end_of_the_grace_time_requests_are_interrupted_and_told() -> None:
+async def test_at_the_end_of_the_grace_time_requests_are_interrupted_with_an_error() -> None:
     async with pool_harness("a", "b") as here:
         here.loader.embed_s, here.loader.sleep = 500.0, here.time.sleep
         running = here.ask(call("a"))

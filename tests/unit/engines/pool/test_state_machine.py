@@ -156,7 +156,7 @@ def test_when_the_first_requester_leaves_the_load_goes_on_for_the_second() -> No
     assert list(pool.leases) == [second]
 
 
-def test_a_load_that_everybody_left_still_ends_ready() -> None:
+def test_a_load_without_waiters_still_ends_ready() -> None:
     pool = Pool(a=100)
     pool.cancel(pool.acquire("a"))
 
@@ -174,7 +174,7 @@ def test_a_lease_cancelled_in_the_tick_of_its_grant_is_given_back() -> None:
     assert pool.core.state.current["a"].leases == set()
 
 
-def test_giving_back_a_lease_that_nobody_holds_is_a_bug_that_shows() -> None:
+def test_releasing_an_unheld_lease_raises() -> None:
     pool = Pool(a=100)
 
     with pytest.raises(RuntimeError, match="is not held"):
@@ -198,7 +198,7 @@ def test_the_oldest_claim_is_served_first_even_when_it_is_large() -> None:
     assert pool.state("small") == "waiting_space"
 
 
-def test_a_younger_claim_passes_when_it_delays_nobody() -> None:
+def test_a_younger_claim_passes_when_it_delays_no_other() -> None:
     pool = Pool(a=600, large=700, small=200)
     pool.load("a")
     pool.acquire("large")
@@ -307,7 +307,7 @@ def test_a_slow_load_earns_a_longer_residency() -> None:
     assert pool.state("a") == "unloading"
 
 
-def test_nobody_leaves_for_a_claim_that_would_still_not_fit() -> None:
+def test_no_model_is_evicted_for_a_claim_that_would_still_not_fit() -> None:
     pool = Pool(a=300, b=300, c=900)
     pool.load_idle("a")
     pool.load("b")
@@ -353,7 +353,7 @@ def test_the_largest_workspace_is_reserved_once() -> None:
     assert pool.used() == 450 + 450 + 10
 
 
-def test_pinned_models_stay_and_what_cannot_fit_beside_them_is_told_at_once() -> None:
+def test_pinned_models_stay_and_models_that_cannot_fit_beside_them_fail_at_once() -> None:
     specs = {**fake_specs("b"), "a": ModelSpec(model_id="a", source="x", pinned=True)}
     pool = Pool(specs, a=600, b=600)
     pool.load_idle("a")
@@ -534,7 +534,7 @@ def test_a_claim_that_others_keep_out_does_not_hold_up_those_that_fit() -> None:
     assert pool.count(StartLoad) == 2
 
 
-def test_nobody_leaves_for_a_claim_that_others_keep_out() -> None:
+def test_no_model_is_evicted_for_a_claim_that_other_processes_keep_out() -> None:
     pool = Pool(a=300, b=800)
     pool.load_idle("a")
     waiter_id = pool.acquire("b")
@@ -567,7 +567,7 @@ def test_out_of_memory_while_loading_raises_the_estimate_and_tries_once_more() -
     assert pool.state("a") == "cold"
 
 
-def test_out_of_memory_twice_is_told_to_everybody() -> None:
+def test_out_of_memory_twice_fails_all_waiters() -> None:
     pool = Pool(a=300)
     waiters = [pool.acquire("a"), pool.acquire("a")]
     pool.finish(0)
@@ -816,7 +816,7 @@ def test_an_eviction_while_nothing_can_be_freed_fails_with_the_reason() -> None:
     assert pool.state("here") == "ready"
 
 
-def test_nobody_leaves_by_idleness_while_nothing_can_be_freed() -> None:
+def test_no_idle_model_is_evicted_while_nothing_can_be_freed() -> None:
     pool = Pool({"a": ModelSpec(model_id="a", source="x", keep_alive_s=30)}, a=100)
     pool.release(pool.load("a"))
     pool.block(HANGS)
@@ -872,7 +872,7 @@ def test_a_drain_serves_those_whose_model_is_nearly_there() -> None:
     assert pool.state("a") == "draining"
 
 
-def test_wishes_change_in_place() -> None:
+def test_keep_alive_and_description_change_in_place() -> None:
     pool = Pool(a=100)
     pool.load_idle("a")
 
@@ -1048,7 +1048,7 @@ def test_a_forced_eviction_that_is_given_up_leaves_the_pin() -> None:
     assert (pool.state("a"), pool.core.state.current["a"].is_pinned) == ("ready", True)
 
 
-def test_a_load_that_fails_after_an_eviction_is_not_tried_again_for_nobody() -> None:
+def test_a_load_that_fails_after_an_eviction_is_not_retried_without_waiters() -> None:
     pool = Pool(a=100)
     pool.preload("a", pin=True)
     pool.finish(0)
@@ -1096,7 +1096,7 @@ def test_a_changed_registry_does_not_bring_back_what_an_operator_wants_away(num_
     assert not pool.core.state.current["a"].is_pinned
 
 
-def test_a_caller_whose_patience_ends_is_told_and_the_load_goes_on() -> None:
+def test_a_caller_whose_load_timeout_ends_gets_an_error_and_the_load_goes_on() -> None:
     pool = Pool(a=100)
     waiter_id = pool.acquire("a", timeout_s=3)
     pool.finish(0, "absent")
@@ -1121,7 +1121,7 @@ def test_download_progress_is_an_event() -> None:
     assert [(effect.model_id, effect.done_bytes, effect.total_bytes) for effect in progress] == [("a", 1, 2)]
 
 
-def test_a_report_that_nobody_waits_for_is_a_bug_that_shows() -> None:
+def test_an_unexpected_report_raises() -> None:
     pool = Pool(a=100)
 
     with pytest.raises(RuntimeError, match="but warm ended"):

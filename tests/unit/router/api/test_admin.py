@@ -86,7 +86,7 @@ def test_a_host_that_is_not_there_is_not_found(served: Served) -> None:
     assert "this server has cpu" in answer.json()["error"]["message"]
 
 
-def test_memory_is_told_for_each_device(served: Served) -> None:
+def test_memory_is_reported_for_each_device(served: Served) -> None:
     assert served.client.get("/admin/memory").json() == {
         "devices": [
             {

@@ -32,11 +32,11 @@ def test_the_page_is_open_and_its_data_is_not(keyed: Served) -> None:
     assert keyed.client.get("/admin/models").status_code == 401
 
 
-def test_the_page_is_told_when_no_key_is_needed(served: Served) -> None:
+def test_the_page_gets_the_fact_that_no_key_is_needed(served: Served) -> None:
     assert 'data-admin="open"' in served.client.get("/").text
 
 
-def test_all_that_the_page_needs_is_here_small_and_asked_for_at_once(keyed: Served) -> None:
+def test_all_files_of_the_page_are_here_small_and_requested_at_once(keyed: Served) -> None:
     page = keyed.client.get("/")
     wanted, fetched, num_bytes = links(page.text), set[str](), len(page.content)
     named = set(wanted)

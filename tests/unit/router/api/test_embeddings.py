@@ -274,7 +274,7 @@ def test_failures_are_the_openai_clients_own_errors(
     [(engine.ModelLoading("x", retry_after_s=0.01), 3), (engine.ModelTooLarge("x"), 1), (engine.InvalidValue("x"), 1)],
     ids=["may help", "cannot help", "bad request"],
 )
-def test_the_openai_client_asks_again_only_where_it_helps(served: Served, failure: Exception, attempts: int) -> None:
+def test_the_openai_client_retries_only_where_it_helps(served: Served, failure: Exception, attempts: int) -> None:
     served.backend.failures["mini"] = failure
     with (
         openai.OpenAI(base_url=f"{served.url}/v1", api_key="any", max_retries=2) as client,

@@ -39,7 +39,7 @@ async def test_an_id_that_the_encoding_lacks_is_refused(token_id: int) -> None:
     assert caught.value.param == "input"
 
 
-async def test_without_tiktoken_the_refusal_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_without_tiktoken_the_refusal_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tiktoken", None)
 
     with pytest.raises(InvalidTokenId, match=f"tiktoken is not installed.*{REMEDY}"):

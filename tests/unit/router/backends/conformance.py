@@ -133,14 +133,14 @@ class Conformance:
         assert "token id 99999 of input 0" in str(ids)
         assert vars(not_finite)["index"] == 3
 
-    async def test_what_nobody_foresaw_is_a_crash(self, backend: Backend) -> None:
+    async def test_an_unexpected_error_is_a_crash(self, backend: Backend) -> None:
         async with serving(backend, scripted("a", embed_error="ValueError")):
             raised = await refusal(backend, call("a"))
 
         row = classify(raised)
         assert row is None or row.code == "internal_error"
 
-    async def test_a_model_that_nobody_has_is_not_found(self, backend: Backend) -> None:
+    async def test_a_model_on_no_host_is_not_found(self, backend: Backend) -> None:
         async with serving(backend, scripted("a")):
             assert isinstance(await refusal(backend, call("nobody")), ModelNotFound)
 
@@ -151,7 +151,7 @@ class Conformance:
         assert isinstance(raised, LoadFailed)
         assert (raised.kind, 0 < raised.retry_after_s <= 10) == ("broken_files", True)
 
-    async def test_a_load_that_fails_is_tried_on_another_host_before_anybody_is_told(
+    async def test_a_load_that_fails_is_tried_on_another_host_before_requests_fail(
         self, backend: Backend, tmp_path: Path
     ) -> None:
         spec = scripted("a", load_error="ValueError", once=tmp_path / "failed", bytes=BUDGET_BYTES - 1000)

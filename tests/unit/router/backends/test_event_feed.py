@@ -52,7 +52,7 @@ async def test_subscribers_are_woken_and_each_gets_every_event() -> None:
     assert await asyncio.gather(*following) == [[("a", seq) for seq in range(1, 51)]] * 3
 
 
-async def test_a_slow_follower_loses_events_and_holds_nobody_up() -> None:
+async def test_a_slow_subscriber_loses_events_and_delays_no_other() -> None:
     feed = EventFeed(max_events=10)
     stream = feed.follow()
     for seq in range(1, 101):

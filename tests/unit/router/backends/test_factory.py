@@ -26,7 +26,7 @@ def test_the_environment_wins_over_the_registry() -> None:
     assert isinstance(open_backend(Settings(device=CPU, backend="local"), registry), LocalBackend)
 
 
-def test_ray_that_is_not_installed_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_ray_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "router.backends.ray.fleet", None)
 
     with pytest.raises(InvalidValue, match=r"pip install 'embedyard\[ray\]'"):

@@ -26,7 +26,7 @@ def directory_of(*hosts: HostSnapshot) -> HostDirectory:
     return made
 
 
-def test_a_model_that_was_sent_to_a_host_is_expected_there_before_the_host_says_so() -> None:
+def test_a_model_sent_to_a_host_is_expected_there_before_the_host_reports_it() -> None:
     directory = directory_of(*(host(name, status("a", name), status("b", name)) for name in "xy"))
     home = directory.ranked(SPEC)[0]
     other = ModelSpec(model_id="b", source="b")
@@ -50,7 +50,7 @@ def test_simultaneous_requests_for_cold_models_do_not_over_commit_a_host() -> No
     assert sorted(homes) == ["x"] * 3 + ["y"] * 3
 
 
-def test_a_ready_model_is_asked_where_this_router_runs_the_fewest_calls() -> None:
+def test_a_ready_model_is_used_where_this_router_runs_the_fewest_calls() -> None:
     directory = directory_of(*(host(name, status("a", name, "ready")) for name in "xyz"), host("w", status("a", "w")))
     found = []
     for _ in range(6):

@@ -227,7 +227,7 @@ def break_loads(here: Fleet, device: str, model_id: str, error: Exception) -> No
 @pytest.mark.parametrize(
     "error", [RuntimeError("CUDA error"), OutOfMemory("full"), SelfCheckFailed("wrong vectors"), MemoryError()]
 )
-async def test_a_load_that_fails_on_one_device_is_tried_on_another_before_anybody_is_told(error: Exception) -> None:
+async def test_a_load_that_fails_on_one_device_is_tried_on_another_before_requests_fail(error: Exception) -> None:
     async with fleet(fake_specs("a"), cuda_0=5000, cuda_1=5000) as here:
         sick = await first_choice(here, "a")
         break_loads(here, sick, "a", error)

@@ -184,7 +184,7 @@ def test_what_may_be_the_hosts_fault_is_tried_on_another(error: EngineError, exp
     assert may_succeed_elsewhere(error) is expected
 
 
-def test_the_caller_is_told_what_may_pass_soonest() -> None:
+def test_the_error_that_may_pass_soonest_is_returned() -> None:
     never, late, soon = ModelTooLarge("x"), LoadFailed("x", retry_after_s=300), OutOfMemory("x", retry_after_s=10)
 
     assert earliest_retry(None, never) is never

@@ -78,7 +78,7 @@ def test_a_bound_on_latency_decides_the_exit_code(served: Served, bound: str, ex
 
 
 @pytest.mark.parametrize(("allowed", "exit_code"), [((), 1), (("--max-errors", "99"), 0)])
-def test_failed_requests_are_told_and_decide_the_exit_code(
+def test_failed_requests_are_reported_and_decide_the_exit_code(
     served: Served, monkeypatch: pytest.MonkeyPatch, allowed: tuple[str, ...], exit_code: int
 ) -> None:
     answers = served.backend.run
@@ -139,7 +139,7 @@ def test_no_server_exits_2(url: str, message: str) -> None:
     assert message in result.stderr
 
 
-def test_control_c_leaves_a_report_and_says_so(
+def test_control_c_leaves_a_report_and_prints_its_path(
     served: Served, own_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def press(self: Lines, phase: Phase) -> None:

@@ -45,7 +45,7 @@ def test_what_it_prints_goes_into_the_registry(url: str) -> None:
     assert spec.calibration.highest == pytest.approx(vectors.max(axis=0), abs=1e-5)
 
 
-def test_width_and_prompt_are_those_that_clients_will_ask_for(url: str) -> None:
+def test_width_and_prompt_are_those_that_clients_will_use(url: str) -> None:
     result = calibrate("mini", "texts.txt", "--url", url, "--dimensions", "4", "--input-type", "query")
 
     assert result.exit_code == 0
@@ -70,7 +70,7 @@ def test_few_texts_are_warned_of(url: str) -> None:
         ("mini", "short", "short has 1 lines with text; at least 2 are required"),
     ],
 )
-def test_a_mistake_is_told_with_its_cure(url: str, model: str, texts: str, words: str) -> None:
+def test_a_mistake_is_reported_with_its_remedy(url: str, model: str, texts: str, words: str) -> None:
     Path("binary").write_bytes(b"\xff\xfe\x00")
     Path("short").write_text("one\n\n")
 
@@ -80,7 +80,7 @@ def test_a_mistake_is_told_with_its_cure(url: str, model: str, texts: str, words
     assert words in result.stderr
 
 
-def test_a_wrong_key_and_a_silent_address_are_told(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_key_and_a_silent_address_are_reported(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("API_KEY", "sk-2")
     refused = calibrate("mini", "texts.txt", "--url", url)
     silent = calibrate("mini", "texts.txt", "--url", "http://127.0.0.1:9")

@@ -65,7 +65,7 @@ def findings() -> dict[str, diagnosis.Finding]:
     return {finding.name: finding for finding in diagnosis.run_checks()}
 
 
-def test_a_sound_setup_is_told_in_plain_lines_and_exits_0() -> None:
+def test_a_sound_setup_prints_plain_lines_and_exits_0() -> None:
     result = run()
     lines = [line.split("\t") for line in result.stdout.splitlines()]
 
@@ -164,7 +164,7 @@ def test_disk_space_is_judged(free_bytes: int, verdict: str, monkeypatch: pytest
     assert findings()["disk"].verdict == verdict
 
 
-def test_folders_that_cannot_be_written_are_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_that_cannot_be_written_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.access", lambda path, mode: False)
     found = findings()
 

@@ -133,7 +133,9 @@ def test_a_round_of_create_list_and_revoke(path: Path) -> None:
         (("create", "web", "--file", "no/where.yaml"), "cannot be written"),
     ],
 )
-def test_what_cannot_be_done_is_told_and_changes_nothing(path: Path, arguments: tuple[str, ...], part: str) -> None:
+def test_an_impossible_change_is_reported_and_changes_nothing(
+    path: Path, arguments: tuple[str, ...], part: str
+) -> None:
     run("create", "ops")
     before = path.read_text()
     result = run(*arguments)

@@ -172,7 +172,7 @@ def test_on_a_narrow_terminal_a_row_stays_one_line(
     assert ("…" not in lines[1]) == is_whole
 
 
-def test_models_of_the_shipped_registry_asks_nobody(registry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_of_the_shipped_registry_sends_no_request(registry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("the list of models went to the network")
 

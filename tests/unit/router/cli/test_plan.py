@@ -102,7 +102,7 @@ def test_a_model_for_another_device_does_not_fit(hub: LoopbackHub) -> None:
     assert "requires device cuda, which is not in DEVICE" in result.stdout
 
 
-def test_a_size_that_nobody_knows_is_a_question_mark(hub: LoopbackHub) -> None:
+def test_an_unknown_size_is_a_question_mark(hub: LoopbackHub) -> None:
     cells = plan("lost").stdout.split("\t")
 
     assert (cells[3], cells[5]) == ("?", "?")
@@ -155,7 +155,7 @@ def test_a_server_reports_which_models_a_load_would_evict(
 @pytest.mark.parametrize(
     ("key", "words"), [("wrong", "set ADMIN_API_KEY or API_KEY"), ("boss", "Model 'nobody' not found")]
 )
-def test_what_a_server_refuses_is_told(
+def test_a_servers_refusal_is_printed(
     hub: LoopbackHub, server: str, monkeypatch: pytest.MonkeyPatch, key: str, words: str
 ) -> None:
     monkeypatch.setenv("ADMIN_API_KEY", key)
@@ -165,7 +165,7 @@ def test_what_a_server_refuses_is_told(
     assert words in result.stderr
 
 
-def test_what_is_no_embedyard_is_told(hub: LoopbackHub) -> None:
+def test_a_server_that_is_not_embedyard_is_reported(hub: LoopbackHub) -> None:
     result = plan("remote", "--url", hub.url)
 
     assert result.exit_code == 2

@@ -51,7 +51,7 @@ async def test_requests_are_taken_until_none_is_left(store: LimitStore, clock: F
     assert (await requests.acquire("key:other", limit))[0]
 
 
-async def test_32_keys_that_ask_for_more_get_their_limit_and_nothing_else(store: LimitStore, clock: FakeClock) -> None:
+async def test_32_keys_that_send_more_than_their_limit_get_their_limit(store: LimitStore, clock: FakeClock) -> None:
     requests = RequestBudget(store)
     rng = random.Random(7)
     limits = {f"key:{index}": Limit(10 + 9 * index, WINDOW_S) for index in range(32)}

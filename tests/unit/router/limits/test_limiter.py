@@ -427,7 +427,7 @@ async def test_32_keys_at_once_get_what_is_theirs_in_every_window(tmp_path: Path
     }
 
 
-def test_the_openai_client_waits_as_it_is_told() -> None:
+def test_the_openai_client_waits_for_retry_after() -> None:
     with limited(Settings(rate_limit_requests=1, rate_limit_window_s=1)) as server:
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0) as impatient:
             impatient.embeddings.create(model="mini", input="a")

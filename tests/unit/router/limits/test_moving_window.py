@@ -60,7 +60,7 @@ async def test_a_window_tells_its_oldest_hit_and_its_use(windows: MovingWindows,
     assert lowered == (1030.0, 3)
 
 
-async def test_keys_that_nobody_uses_are_forgotten(windows: MovingWindows, clock: FakeClock) -> None:
+async def test_unused_keys_are_removed(windows: MovingWindows, clock: FakeClock) -> None:
     for index in range(1000):
         await windows.acquire_entry(f"address:{index}", 5, WINDOW_S)
         clock.advance(0.5)
@@ -85,7 +85,7 @@ async def test_a_counter_goes_up_and_down_and_is_forgotten(windows: MovingWindow
     assert await windows.incr("a", 60, -2) == -2
 
 
-async def test_counters_that_nobody_uses_are_forgotten(windows: MovingWindows, clock: FakeClock) -> None:
+async def test_unused_counters_are_removed(windows: MovingWindows, clock: FakeClock) -> None:
     for index in range(1000):
         await windows.incr(f"address:{index}", WINDOW_S)
         clock.advance(0.5)

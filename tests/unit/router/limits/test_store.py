@@ -117,7 +117,7 @@ async def test_while_it_is_down_few_calls_try_the_storage(store: LimitStore, fau
     assert faulty.calls <= 2
 
 
-async def test_a_storage_that_hangs_is_down_and_keeps_nobody_else_waiting(
+async def test_a_storage_that_hangs_is_down_and_delays_no_other_request(
     store: LimitStore, faulty: FaultyWindows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(limit_store, "STORE_TIMEOUT_S", 0.01)

@@ -103,5 +103,5 @@ async def test_what_is_no_answer_is_an_error(pieces: tuple[bytes, ...], message:
         (b"<html>\n<h1>Bad gateway</h1>", ("", "<html> <h1>Bad gateway</h1>")),
     ],
 )
-def test_a_refusal_is_told_in_the_servers_words(body: bytes, expected: tuple[str, str]) -> None:
+def test_a_refusal_has_the_servers_message(body: bytes, expected: tuple[str, str]) -> None:
     assert refusal(body) == expected

@@ -79,7 +79,7 @@ async def test_a_closed_load_has_so_many_clients_and_no_more() -> None:
         (respond_with(then_closes=True), "connection closed", "the server closed the connection"),
     ],
 )
-async def test_a_failure_is_counted_by_its_kind_and_told_in_words(handle: Handle, kind: str, message: str) -> None:
+async def test_a_failure_is_counted_by_its_kind_and_described(handle: Handle, kind: str, message: str) -> None:
     async with wire(handle) as (_, target):
         outcome = await send(target, [request(target)], Phase(clients=2), until=after(5))
 
@@ -88,7 +88,7 @@ async def test_a_failure_is_counted_by_its_kind_and_told_in_words(handle: Handle
     assert (outcome.num_failed, outcome.texts_per_s) == (5, 0)
 
 
-async def test_nobody_at_the_address_is_a_failure_too() -> None:
+async def test_a_refused_connection_is_a_failure_too() -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     target = Target(f"http://127.0.0.1:{port}", "m")

@@ -33,7 +33,7 @@ def test_the_figures_are_those_of_all_that_is_done(stats: PhaseStats) -> None:
     assert figures.texts_each_s == (6, 0, 0, 2)
 
 
-def test_a_second_is_told_by_what_came_in_it(stats: PhaseStats) -> None:
+def test_a_second_is_reported_by_the_responses_in_it(stats: PhaseStats) -> None:
     moments = stats.timeline()
 
     assert [(m.at_s, m.requests, m.failed, m.texts, m.tokens) for m in moments] == [

@@ -100,7 +100,7 @@ def test_models_come_and_go() -> None:
     assert diff(registry(SPEC), registry(other)) == Changes(added=("b",), removed=("a",))
 
 
-def test_a_new_default_and_a_new_budget_are_told() -> None:
+def test_a_new_default_and_a_new_budget_are_reported() -> None:
     old = registry(SPEC)
 
     assert diff(old, registry(SPEC, default_model="a")) == Changes(is_default_changed=True)

@@ -85,7 +85,7 @@ def test_a_connection_that_says_nothing_is_closed(address: tuple[str, int]) -> N
 
 
 @pytest.mark.parametrize("sent", [b"POS", b"POST /v1/embeddings HTTP/1.1\r\nhost", HEAD, HEAD + b"\r\n" + BODY[:5]])
-def test_a_request_that_stops_halfway_is_told_so(address: tuple[str, int], sent: bytes) -> None:
+def test_a_request_that_stops_halfway_gets_an_error(address: tuple[str, int], sent: bytes) -> None:
     with capture_logs() as lines, socket.create_connection(address) as client:
         client.sendall(sent)
         status, error = told(answer(client))
@@ -141,7 +141,7 @@ def test_a_head_that_is_too_large_is_refused(address: tuple[str, int], sent: byt
         assert "65536 bytes" in error["message"]
 
 
-def test_what_is_no_http_is_told_so_in_the_envelope(address: tuple[str, int]) -> None:
+def test_invalid_http_gets_an_error_in_the_envelope(address: tuple[str, int]) -> None:
     with socket.create_connection(address) as client:
         client.sendall(b"\x16\x03\x01 TLS on the wrong port\r\n\r\n")
         status, error = told(answer(client))

@@ -75,7 +75,7 @@ async def test_keys_come_go_and_change(path: Path) -> None:
 
 
 @pytest.mark.parametrize("broken", ["- id: web\n  sha256: ey-secret\n", "no list", "[", None])
-async def test_a_file_with_mistakes_changes_nothing_and_is_told_once(path: Path, broken: str | None) -> None:
+async def test_a_file_with_mistakes_changes_nothing_and_is_reported_once(path: Path, broken: str | None) -> None:
     with capture_logs() as lines:
         async with watched(path) as state:
             put(path, broken)
@@ -107,7 +107,7 @@ async def test_a_file_that_is_being_written_is_not_read(path: Path) -> None:
     assert state.keyring is not first
 
 
-async def test_what_means_the_same_is_not_told(path: Path) -> None:
+async def test_a_change_without_effect_is_not_reported(path: Path) -> None:
     with capture_logs() as lines:
         async with watched(path) as state:
             first = state.keyring

@@ -116,7 +116,7 @@ async def test_a_reload_names_what_changed_and_touches_nothing_else(tmp_path: Pa
     assert again.json() == {name: [] if isinstance(value, list) else False for name, value in CHANGES.items()}
 
 
-async def test_a_broken_file_is_told_in_full_and_changes_nothing(tmp_path: Path) -> None:
+async def test_all_faults_of_a_broken_file_are_reported_and_nothing_changes(tmp_path: Path) -> None:
     async with served(tmp_path) as server:
         before = server.server_state.registry
         server.file.write_text(BROKEN)

@@ -59,7 +59,7 @@ async def test_a_request_is_not_over_before_its_answer_has_left(connect: Connect
     assert client.transport.sent.endswith(b"x" * LARGE)
 
 
-async def test_an_answer_that_is_read_at_once_makes_nobody_wait(connect: Connect) -> None:
+async def test_an_answer_that_is_read_at_once_is_sent_without_waiting(connect: Connect) -> None:
     app = FakeApp(20_000)
     client = connect(app)
     await client.send(GET + GET)
@@ -267,7 +267,7 @@ async def test_a_request_that_was_answered_gets_no_second_answer_for_its_body(co
     assert client.transport.is_lost
 
 
-async def test_a_body_that_nobody_wants_is_not_read_without_end(connect: Connect) -> None:
+async def test_an_unneeded_body_is_not_read_without_end(connect: Connect) -> None:
     app = FakeApp(10)
     app.does_read = False
     client = connect(app)

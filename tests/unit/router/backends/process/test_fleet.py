@@ -78,7 +78,7 @@ async def test_models_that_must_be_in_memory_come_back_unasked() -> None:
         await until(here.backend, lambda hosts: "a" in homes(hosts))
 
 
-async def test_a_death_is_told_as_events_and_their_numbers_go_on() -> None:
+async def test_a_crash_is_reported_as_events_with_continuing_numbers() -> None:
     async with worker_processes(scripted("a"), hosts=1) as here:
         stream = here.backend.events()
         await here.backend.preload("a")
@@ -257,7 +257,7 @@ async def test_a_host_is_not_recycled_when_the_server_has_ended() -> None:
         await asyncio.wait_for(worker.restart(0.0), 5.0)
 
 
-async def test_signals_to_the_whole_group_do_not_end_a_worker_before_its_parent_says_so() -> None:
+async def test_signals_to_the_whole_group_do_not_end_a_worker_before_its_parent_does() -> None:
     async with worker_processes(scripted("a"), hosts=1) as here:
         for number in (signal.SIGINT, signal.SIGTERM):
             os.kill(here.pids()["cpu:0"], number)

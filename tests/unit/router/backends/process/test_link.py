@@ -257,7 +257,7 @@ async def test_a_request_and_its_cancellation_in_one_read_leave_nothing_in_the_w
 
 
 @on_both_loops
-async def test_a_request_that_is_cancelled_while_it_runs_is_told_to_have_ended() -> None:
+async def test_a_request_cancelled_while_it_runs_is_reported_as_ended() -> None:
     service = SlowService()
     async with channel(service) as (worker, parent):
         worker.data_received(pack(Frame(7, encode_request(embed()), b""))[0])
