@@ -24,7 +24,7 @@ _TIMEOUT_S = "10"
 
 
 def shipped(name: str = "embedyard", extras: Sequence[str] = EXTRAS) -> dict[str, str]:
-    """Names and versions of everything that a distribution needs here, itself left out."""
+    """Return names and versions of everything that a distribution needs here, except itself."""
     found: dict[str, str] = {DEMO: distribution(DEMO).version} if name == "embedyard" else {}
     seen: set[tuple[str, str]] = set()
     queue = [(name, extra) for extra in ("", *extras)]
