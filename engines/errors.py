@@ -16,7 +16,7 @@ EngineError
 │   ├── ModelLoading                      the model was not ready within the load time-out
 │   ├── LoadFailed (kind)                 the model failed to load and is quarantined
 │   ├── ShuttingDown
-│   ├── DeviceDown                        the device's thread died, or a forward pass hangs
+│   ├── DeviceDown                        the device failed, its thread died, or a forward pass hangs
 │   ├── HostLost                          the host's process or node died during the request
 │   └── OutOfMemory
 ├── ModelTooLarge                         the model exceeds the memory budget of every device
@@ -48,6 +48,20 @@ _NO_MEMORY = re.compile(
     re.IGNORECASE,
 )
 """Out-of-memory messages of torch (CPU and CUDA), cuBLAS, cuDNN, ONNX Runtime and the C library."""
+
+
+_LOST_CODES = frozenset({214, 220, 226, 700, 702, 710, 714, 715, 716, 717, 718, 719, 721, 999})
+"""`cudaError_t` of errors after which every call of the process on that device fails ("the process must be terminated
+and relaunched", CUDA Runtime API). Others leave it usable: capture errors (900 to 908), missing kernels (209), invalid
+arguments (1)."""
+
+_DEVICE_LOST = re.compile(
+    r"device-side assert|illegal memory access|illegal instruction|misaligned address|unspecified launch failure"
+    r"|launch timed out|hardware stack error|invalid program counter|uncorrectable (?:ECC|NVLink) error"
+    r"|not supported on global/shared address space",
+    re.IGNORECASE,
+)
+"""The same errors in words, in messages that carry no code."""
 
 
 class EngineError(Exception):
@@ -141,7 +155,7 @@ class ShuttingDown(Unavailable):
 
 
 class DeviceDown(Unavailable):
-    """The device does not respond; the server must be restarted."""
+    """The device has failed or does not respond; the process that uses it must be restarted."""
 
 
 class HostLost(Unavailable):
@@ -268,3 +282,21 @@ def is_out_of_memory(error: BaseException) -> bool:
         return error.errno == errno.ENOMEM
     is_torch_oom = any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
     return is_torch_oom or _NO_MEMORY.search(str(error)) is not None
+
+
+def device_loss(error: BaseException) -> str:
+    """Returns the cause where the error says that the process can no longer use the device; else an empty string.
+
+    CUDA reports such an error at any later call, on any thread: torch raises it as `AcceleratorError` (with
+    `error_code`) or as a `RuntimeError` with its text.
+    """
+    text, code = str(error), getattr(error, "error_code", None)
+    found = _DEVICE_LOST.search(text) if isinstance(error, RuntimeError) and "CUDA" in text else None
+    if found is not None:
+        return found[0].lower()
+    return f"CUDA error {code}" if code in _LOST_CODES else ""
+
+
+def is_device_error(error: BaseException) -> bool:
+    """Tells whether the error is the device's (no memory, or a failure), so that it says nothing about the model."""
+    return is_out_of_memory(error) or bool(device_loss(error))

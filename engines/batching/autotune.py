@@ -165,7 +165,7 @@ class BatchSizeTuner:
         try:
             if tokens is not None:
                 self._trials.record(tokens, self._time(tokens))
-        except Exception as error:  # noqa: BLE001  # out of memory, or a path that fails: real texts will show
+        except Exception as error:  # noqa: BLE001  # no memory, a failed path or device: real texts will show
             log.info("model.trial_failed", tokens=tokens, reason=type(error).__name__)
             self._trials.give_up()
         if self._trials.next_tokens is None:

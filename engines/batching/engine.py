@@ -90,9 +90,8 @@ class EmbeddingEngine:
         self.workspace_bytes = 0
         self._cache = VectorCache(parts.spec.cache_bytes) if parts.spec.cache_bytes else None
         self._queue = Queue(limits.max_queue_items, limits.batch_timeout_s, time.monotonic, limits.max_queue_requests)
-        self._runner: Runner | None = Runner(
-            parts.encoder, self._queue.seal, self._cache.keep if self._cache is not None else None
-        )
+        keep = self._cache.keep if self._cache is not None else None
+        self._runner: Runner | None = Runner(parts.encoder, self._queue.seal, keep, report_error=scheduler.report_error)
         self._tokenizer = parts.tokenizer
         self._tuner = parts.tuner
         self._batch = limits.batch

@@ -10,7 +10,7 @@ from msgspec import structs
 from engines.batching.batch import BatchLimits
 from engines.batching.output import Row
 from engines.batching.request import Entry, Key
-from engines.errors import EngineError, EngineFailed, OutOfMemory, is_out_of_memory
+from engines.errors import DeviceDown, EngineError, EngineFailed, OutOfMemory, device_loss, is_out_of_memory
 from engines.layers.packing import bucket_by_length
 from engines.models.base import Encoder, ForwardPathFailed
 from engines.protocols import Clock
@@ -69,6 +69,7 @@ class Runner:
         close: called with entries whose outputs exist, before these are handed to the requests.
         keep: called with what the cache keeps of entries whose outputs are finite; None keeps nothing.
         clock: seconds.
+        report_error: called with what a forward pass raises unexpectedly, on the device's thread.
     """
 
     def __init__(
@@ -77,8 +78,11 @@ class Runner:
         close: Callable[[Sequence[Entry]], None] = lambda texts: None,
         keep: Callable[[Sequence[Key], Iterable[Row]], None] | None = None,
         clock: Clock = time.monotonic,
+        *,
+        report_error: Callable[[Exception], None] = lambda error: None,
     ) -> None:
         self._encoder = encoder
+        self._report_error = report_error
         self._close = close
         self._keep = keep
         self._learned = LearnedLimit(clock)
@@ -127,8 +131,9 @@ class Runner:
         except Exception as error:
             # Not as its cause: the error holds the frames of the pass, thus its tensors, until the caller is answered.
             log.exception("engine.forward_failed", texts=len(texts))
-            message = f"the model's forward pass failed ({type(error).__name__}); the server's log says more"
-        return self._fail(texts, EngineFailed(message))
+            self._report_error(error)
+            failure = _failure_of(error)
+        return self._fail(texts, failure)
 
     def _run(self, texts: Sequence[Entry]) -> Failures:
         raw = self._forward_within_memory(texts)
@@ -169,6 +174,16 @@ class Runner:
     def _forward(self, texts: Sequence[Entry]) -> Any:
         prompts = [text.prompt_tokens for text in texts]
         return texts[0].kind.encode(self._encoder, [text.ids for text in texts], prompts if any(prompts) else None)
+
+
+def _failure_of(error: Exception) -> EngineError:
+    """Returns what callers are told of an unexpected error of a forward pass."""
+    loss = device_loss(error)
+    if loss:
+        return DeviceDown(
+            f"the device failed during the forward pass ({loss}); send the request again", retry_after_s=10.0
+        )
+    return EngineFailed(f"the model's forward pass failed ({type(error).__name__}); the server's log says more")
 
 
 def _store(texts: Sequence[Entry], raw: Any) -> Failures:

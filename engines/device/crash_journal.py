@@ -12,6 +12,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from engines.device.scheduler import DeviceScheduler, Task, TaskSource
+from engines.errors import device_loss
 from engines.protocols import Engine, Loader
 from engines.spec import ModelSpec
 from engines.types import ModelFiles
@@ -30,6 +31,7 @@ class CrashJournal:
 
     def __init__(self, write: Write) -> None:
         self._write = write
+        self._is_kept = False
         self._running: Counter[str] = Counter()
         self._begun: Counter[str] = Counter()
         self._lock = threading.Lock()
@@ -43,8 +45,15 @@ class CrashJournal:
         finally:
             self._record(model_id, -1)
 
+    def keep(self) -> None:
+        """Keeps what is written now: the device has failed, and the models that run now are the likeliest cause."""
+        with self._lock:
+            self._is_kept = True
+
     def _record(self, model_id: str, change: int) -> None:
         with self._lock:
+            if self._is_kept:
+                return
             self._running[model_id] += change
             if change > 0:
                 self._begun[model_id] += 1
@@ -82,6 +91,12 @@ class JournaledScheduler(DeviceScheduler):
     def seconds_of(self, source: TaskSource) -> float:
         """As `DeviceScheduler.seconds_of`."""
         return super().seconds_of(self._wrapped(source))
+
+    def report_error(self, error: BaseException) -> None:
+        """As `DeviceScheduler.report_error`. The supervisor reads the journal when it has ended the process."""
+        if device_loss(error):
+            self.journal.keep()
+        super().report_error(error)
 
     def _wrapped(self, source: TaskSource) -> TaskSource:
         """Returns the source as it is attached: wrapped where it has a name."""

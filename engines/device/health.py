@@ -1,7 +1,8 @@
 """Decides whether a device still responds, and words the fault when it does not. Pure.
 
 A forward pass cannot be interrupted: all that can be done about one that hangs is to fail the waiting requests, refuse
-new ones, and let a supervisor restart the process.
+new ones, and let a supervisor restart the process. The same holds for a GPU that has failed ("device-side assert
+triggered"): every later call of the process on it raises.
 """
 
 from collections.abc import Callable, Iterable
@@ -20,11 +21,13 @@ class DeviceHealth(Struct, frozen=True):
         is_alive: whether the thread runs.
         task_s: seconds that its present task has been running.
         is_check: whether the task is the self-check of a load.
+        loss: why the process can no longer use the device; empty while it can.
     """
 
     is_alive: bool = True
     task_s: float = 0.0
     is_check: bool = False
+    loss: str = ""
 
     @property
     def weighted_runtime_s(self) -> float:
@@ -46,6 +49,8 @@ def least_healthy(threads: Iterable[DeviceHealth]) -> DeviceHealth:
 
 def describe_fault(device: str, health: DeviceHealth, watchdog_s: float) -> str:
     """Returns what is wrong with the device, for people; empty when nothing is."""
+    if health.loss:
+        return f"device {device} has failed ({health.loss}), and this process cannot use it again; restart the server"
     if not health.is_alive:
         return f"the thread of device {device} has died; restart the server"
     if health.weighted_runtime_s > watchdog_s:

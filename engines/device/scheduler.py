@@ -21,6 +21,7 @@ import structlog
 
 from engines.device.health import DeviceHealth, least_healthy
 from engines.device.tasks import ActiveTask, CallQueue, Task, TaskSource, Usage, WorkerThread, post
+from engines.errors import device_loss
 
 __all__ = ["DeviceScheduler", "Task", "TaskSource", "post"]
 
@@ -64,12 +65,13 @@ class DeviceScheduler:
         self._usages: list[Usage] = []
         self._virtual_time_s = 0.0
         self._is_closed = False
+        self._loss = ""
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
         self._ended = threading.Condition(self._lock)
         self._num_free = self._num_woken = 0
         self._local = threading.local()
-        self._calls = CallQueue(num_threads)
+        self._calls = CallQueue(num_threads, self.report_error)
         self.attach(self._calls)
         self._workers = [WorkerThread() for _ in range(num_threads)]
         names = [f"device-{name}"] if num_threads == 1 else [f"device-{name}-{index}" for index in range(num_threads)]
@@ -94,9 +96,17 @@ class DeviceScheduler:
         """Returns the health of the thread nearest to its limit; the threads of a closed scheduler count as alive."""
         is_alive, now_s = self.is_alive or self._is_closed, self._clock()
         return least_healthy(
-            DeviceHealth(is_alive, worker.running_for_s(now_s), worker.is_running(self._calls))
+            DeviceHealth(is_alive, worker.running_for_s(now_s), worker.is_running(self._calls), self._loss)
             for worker in self._workers
         )
+
+    def report_error(self, error: BaseException) -> None:
+        """Takes an error that work on the device raised, on any thread; where it says that the device has failed,
+        `health` says so from now on."""
+        loss = device_loss(error)
+        if loss and not self._loss:
+            self._loss = loss
+            log.error("device.lost", loss=loss, exc_info=error)
 
     def attach(self, source: TaskSource) -> None:
         """Adds a source, which may have work already."""

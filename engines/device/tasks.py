@@ -7,6 +7,7 @@ import asyncio
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import structlog
@@ -151,11 +152,17 @@ class WorkerThread:
 
 
 class CallQueue:
-    """Single functions that wait to run on the device (`TaskSource`)."""
+    """Single functions that wait to run on the device (`TaskSource`).
 
-    def __init__(self, max_tasks: int) -> None:
+    Args:
+        max_tasks: how many may run at once.
+        report_error: called with the error of a function, on the device's thread.
+    """
+
+    def __init__(self, max_tasks: int, report_error: Callable[[Exception], None] = lambda error: None) -> None:
         self._waiting: list[Task] = []
         self._max_tasks = max_tasks
+        self._report_error = report_error
 
     @property
     def max_concurrent_tasks(self) -> int:
@@ -164,7 +171,8 @@ class CallQueue:
 
     def add(self, function: Callable[[], Result], future: "asyncio.Future[Result]") -> None:
         """Adds a function, whose result or error is set on `future`."""
-        self._waiting.append(Task(lambda: _call_and_resolve(future, function), uses_idle_cores=True))
+        run = partial(_call_and_resolve, future, function, self._report_error)
+        self._waiting.append(Task(run, uses_idle_cores=True))
 
     def ready_in_s(self) -> float | None:
         """See `TaskSource`."""
@@ -187,11 +195,14 @@ def post(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: 
         log.info("lane.loop_closed")
 
 
-def _call_and_resolve(future: "asyncio.Future[Result]", function: Callable[[], Result]) -> None:
+def _call_and_resolve(
+    future: "asyncio.Future[Result]", function: Callable[[], Result], report_error: Callable[[Exception], None]
+) -> None:
     loop = future.get_loop()
     try:
         result = function()
     except Exception as error:  # noqa: BLE001  # it is raised again where the call is awaited
+        report_error(error)
         post(loop, _resolve, future, future.set_exception, error)
     else:
         post(loop, _resolve, future, future.set_result, result)

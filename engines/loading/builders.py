@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, PretrainedConfig
 
-from engines.errors import BadModel, BrokenFiles, UnsupportedModel, is_out_of_memory
+from engines.errors import BadModel, BrokenFiles, UnsupportedModel, is_device_error
 from engines.hub.local_folder import is_writable_in_place
 from engines.inputs.tokenizer import Tokenizer
 from engines.loading.folder import Folder, read_json
@@ -193,7 +193,7 @@ def _read_model(
                 tensor.data = tensor.data.clone()
     # A corrupt pickle may raise any exception.
     except Exception as error:
-        if is_out_of_memory(error):  # not a reason to download intact files again
+        if is_device_error(error):  # not a reason to download intact files again
             raise
         raise _translate_error(error, _broken_file(folder.weights)) from error
     missing = set(report["missing_keys"])

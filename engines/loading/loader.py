@@ -22,7 +22,7 @@ from engines.batching.engine import EmbeddingEngine, EngineLimits, Parts
 from engines.device.load_throttle import LoadThrottle, throttled_load
 from engines.device.scheduler import DeviceScheduler
 from engines.device.torch_runtime import device_name, finisher
-from engines.errors import OutOfMemory, UnsupportedModel, is_out_of_memory
+from engines.errors import DeviceDown, OutOfMemory, UnsupportedModel, device_loss, is_out_of_memory
 from engines.inputs.tokenizer import Tokenizer
 from engines.inputs.tokenizer_threads import TokenizerThreads
 from engines.loading.builders import build
@@ -87,6 +87,9 @@ class TorchLoader:
                 warnings.simplefilter("ignore")
                 return self._load(spec, files)
         except Exception as error:
+            self._scheduler.report_error(error)
+            if loss := device_loss(error):
+                raise DeviceDown(f"{self._device} failed while {spec.model_id} was loaded ({loss})") from error
             if not is_out_of_memory(error):
                 raise
             raise OutOfMemory(f"{self._device} has no memory left to load {spec.model_id}") from error

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from engines.errors import BrokenFiles, UnsupportedModel, is_out_of_memory
+from engines.errors import BrokenFiles, UnsupportedModel, is_device_error
 from engines.loading.folder import ModuleRef
 
 
@@ -80,7 +80,7 @@ def read_module_weights(root: Path, ref: ModuleRef) -> ModuleWeights:
                 return ModuleWeights(ref, file, _read(path))
             # A broken pickle may raise any exception.
             except Exception as error:
-                if is_out_of_memory(error):
+                if is_device_error(error):
                     raise
                 raise BrokenFiles(
                     f"{file} is truncated or corrupt ({type(error).__name__}); fetch the model again", file=file

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from engines.device.torch_runtime import reserve_for_onnxruntime
-from engines.errors import is_out_of_memory
+from engines.errors import device_loss, is_device_error
 from engines.inputs.tokenizer import Ids
 from engines.layers.attention import PACKED, has_varlen
 from engines.layers.fused import fuse
@@ -130,12 +130,13 @@ class TransformerEncoder:
     @torch.inference_mode()
     def __call__(self, texts: Sequence[Ids], prompt_tokens: Sequence[int] | None = None) -> Tensor:
         """See `Encoder`."""
-        graphs = self._graphs if prompt_tokens is None else None
-        if graphs is not None and (size := graphs.fitting(texts)) is not None:
-            return graphs(texts, size)
-        layout = self._layout(texts)
-        with reserve_for_onnxruntime(self._copies.supports(layout, None)), self._passes.running_pass():
-            return self._chain(self._hidden_or_fail_over(texts, layout), layout, prompt_tokens)
+        with self._passes.running_pass():  # graphs, too: those of a path that is taken up again are not checked yet
+            graphs = self._graphs if prompt_tokens is None else None
+            if graphs is not None and (size := graphs.fitting(texts)) is not None:
+                return graphs(texts, size)
+            layout = self._layout(texts)
+            with reserve_for_onnxruntime(self._copies.supports(layout, None)):
+                return self._chain(self._hidden_or_fail_over(texts, layout), layout, prompt_tokens)
 
     def forms(self, texts: Sequence[Ids]) -> Iterator[PathForm]:
         """See `ForwardPaths`: in a batch and the first alone, by each kernel that such passes take; and in a full row
@@ -271,7 +272,7 @@ class TransformerEncoder:
         try:
             return self._hidden(texts, layout)
         except Exception as error:
-            if is_out_of_memory(error):
+            if is_device_error(error):
                 raise
             if self.path == "unpadded":
                 self._passes.retry_now()
@@ -289,7 +290,10 @@ class TransformerEncoder:
         try:
             self.switch_to(self._chosen)
             self._config.recheck(self)
-        except Exception as error:  # noqa: BLE001  # whatever it is, the plainest path serves on
+        except Exception as error:
+            if device_loss(error):
+                raise
+            # Whatever else it is, the plainest path serves on.
             log.warning("model.path_not_resumed", path=self._chosen, reason=str(error))
             self.switch_to("unpadded")
             return False
@@ -327,8 +331,11 @@ class TransformerEncoder:
         return torch.cat([self._batch(texts[start:end]) for start, end in bucket_by_length(layout.lengths, 0.0)])
 
     def _batch(self, texts: Sequence[Ids]) -> Tensor:
-        ids, mask = (to_device(rows, self._device) for rows in padded(texts, self._filler))
-        return self._forward(ids, attention_mask=mask)[mask.bool()]
+        """Returns the hidden states `[tokens, H]` of a padded batch, without those of the padding."""
+        ids, mask = padded(texts, self._filler)
+        places = np.flatnonzero(mask)  # on the host, which would wait for a GPU to count the tokens of a mask
+        hidden = self._forward(to_device(ids, self._device), attention_mask=to_device(mask, self._device)).flatten(0, 1)
+        return hidden if len(places) == len(hidden) else hidden[to_device(places, self._device)]
 
     def _forward(self, input_ids: Tensor, **options: Any) -> Tensor:
         hidden: Tensor = self._model(input_ids=input_ids, **options).last_hidden_state

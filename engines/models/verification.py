@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engines.errors import EngineError, OutOfMemory, SelfCheckFailed, is_out_of_memory
+from engines.errors import EngineError, OutOfMemory, SelfCheckFailed, is_device_error, is_out_of_memory
 from engines.inputs.prompts import PromptTemplate
 from engines.inputs.tokenizer import Ids, Tokenizer
 from engines.models.base import ForwardPaths
@@ -117,7 +117,7 @@ def _fastest(
             paths.switch_to(path)
             return _checked(paths, probes, truth), notes
         except Exception as error:  # architectures fail in their own ways; each means: not this path
-            if is_out_of_memory(error):
+            if is_device_error(error):
                 raise
             following = paths.candidate_paths()[paths.candidate_paths().index(path) + 1]
             notes = (*notes, f"{following}: {_reason(error)}")
@@ -130,7 +130,7 @@ def _reference(paths: ForwardPaths, probes: Sequence[Ids], dtype: str) -> _Expec
     try:
         expected = paths.reference(probes)
     except Exception as error:
-        if is_out_of_memory(error):
+        if is_device_error(error):
             raise
         raise SelfCheckFailed(
             f"the model's forward pass fails on plain text ({_reason(error)}); config.json may describe a model that "

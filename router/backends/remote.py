@@ -1,7 +1,7 @@
 """`RemoteBackend`: the `Backend` of hosts in other processes. A `Fleet` is its transport.
 
-A host may end while it runs a call. Embedding has no side effects, so the call is sent once more, to another host or
-to the same one when it is back; a second lost host fails the call.
+A host may end, or its device fail, while it runs a call. Embedding has no side effects, so the call is sent once more,
+to another host or to the same one when it is back; a second lost host fails the call.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager, suppress
 import structlog
 from msgspec import structs
 
-from engines.errors import EngineError, HostLost, ShuttingDown
+from engines.errors import DeviceDown, EngineError, HostLost, ShuttingDown
 from engines.rpc.messages import CommandResult, Evict, PlanRequest, Preload, Request
 from engines.spec import ModelSpec
 from engines.types import Budget, Call, EmbedCall, Event, HostSnapshot, ModelStatus, Plan, Result
@@ -21,6 +21,9 @@ from router.backends.fleet import Fleet, NotSent, RoutedCall
 from router.backends.placement import earliest_retry, eligible_hosts, is_newly_wanted, is_wanted, may_succeed_elsewhere
 
 log = structlog.get_logger()
+
+_LOOK_AGAIN_S = 1.0
+"""A host that was closed opens with its next snapshot, which wakes nobody."""
 
 _HOST_WAIT_S = 60.0
 """How long an operator's command waits for a host that is restarting."""
@@ -164,7 +167,7 @@ class RemoteBackend:
         """Prepare the call for its next host, or raise `error`. Five cases:
 
         1. the host could not load the model: try others;  2. the host drains: nothing was done there;
-        3. no host was open any more;  4. the host was lost;  5. another host would fail in the same way.
+        3. no host was open any more;  4. the host or its device was lost;  5. another host would fail in the same way.
         """
         if may_succeed_elsewhere(error):
             routed.refusal = earliest_retry(routed.refusal, error)
@@ -174,9 +177,11 @@ class RemoteBackend:
                 raise error
             self._directory.close(routed.host_id or "")  # (2)
         elif not isinstance(error, NotSent):  # (3)
-            if routed.was_lost or not isinstance(error, HostLost):  # (5)
+            if routed.was_lost or not isinstance(error, HostLost | DeviceDown):  # (5)
                 raise error
             routed.was_lost = True  # (4)
+            if isinstance(error, DeviceDown):
+                self._directory.close(routed.host_id or "")
             log.warning("call.sent_again", model=routed.spec.model_id, host=routed.host_id)
 
     async def _wait_for_host(self, routed: RoutedCall, timeout_s: float) -> int:
@@ -193,7 +198,8 @@ class RemoteBackend:
         try:
             async with asyncio.timeout(timeout_s):
                 while not (num_open := len(self._directory.open_hosts(routed.spec, routed.avoid))):
-                    await self._changed.wait()
+                    with suppress(TimeoutError):
+                        await asyncio.wait_for(self._changed.wait(), _LOOK_AGAIN_S)
         except TimeoutError:
             message = f"no host was available for model {routed.spec.model_id!r} within {timeout_s:g} s; retry"
             raise HostLost(message, retry_after_s=2.0) from None

@@ -102,7 +102,7 @@ DEVICE_BYTES = _gauge("device_bytes", "host", "The device's memory")
 WORKING_SET_BYTES = _gauge(
     "working_set_bytes", "host", "What the models used within 10 minutes would take together; above the budget: thrash"
 )
-DEVICE_UP = _gauge("device_up", "host", "0 when the device's thread has died or a forward pass hangs")
+DEVICE_UP = _gauge("device_up", "host", "0 when the device has failed, its thread has died, or a forward pass hangs")
 HOST_RESTARTS = _gauge("host_restarts", "host", "How often the host's worker process has died and was started anew")
 READY = _gauge("ready", "", "1 while new work is taken, 0 while the server drains")
 LIMIT_STORAGE_UP = _gauge("limit_storage_up", "", "0 while the storage of rate limits does not answer")

@@ -2,6 +2,7 @@
 
 import asyncio
 
+import httpx
 import pytest
 from msgspec import structs
 
@@ -11,7 +12,13 @@ from engines.host import Host, HostConfig
 from engines.testing.fakes import FakeFiles, FakeLoader, fake_runtime, fake_specs
 from engines.testing.runtime import let_run
 from engines.types import Budget, EmbedCall
+from router.app import create_app
 from router.backends.local import LocalBackend
+from router.config.settings import Settings
+from router.registry.registry import Registry
+from tests.testkit.backends import worker_configs
+from tests.testkit.lost_device import POISON, open_failing_host
+from tests.testkit.servers import serving
 
 CALL = EmbedCall(model_id="a", texts=("x",))
 
@@ -55,6 +62,29 @@ async def test_a_server_whose_devices_are_all_down_says_so_at_once() -> None:
 
     with pytest.raises(DeviceDown, match="restart the server"):
         await pair.backend.run(CALL)
+
+
+async def test_a_gpu_that_has_failed_fails_health_until_the_server_is_restarted() -> None:
+    config = structs.replace(worker_configs()[0], specs=fake_specs("a"), open=open_failing_host)
+    host = open_failing_host(config, lambda _: None)
+    app = create_app(Settings(), Registry(models=fake_specs("a")), LocalBackend([host], fake_specs("a")))
+    async with serving(app) as url, httpx.AsyncClient(base_url=url, timeout=20) as client:
+
+        async def ask(text: str) -> httpx.Response:
+            return await client.post("/v1/embeddings", json={"model": "a", "input": text})
+
+        before = await ask("x"), await client.get("/health")
+        asked = await ask(POISON)
+        told = [asked, await ask("x"), await client.get("/health"), await ask("x"), await client.get("/ready")]
+
+    assert [answer.status_code for answer in before] == [200, 200]
+    assert [(answer.status_code, answer.json()["error"]["code"]) for answer in told] == [(503, "device_down")] * 5
+    assert asked.json()["error"]["message"] == (
+        "the device failed during the forward pass (device-side assert); send the request again"
+    )
+    assert told[2].json()["error"]["message"] == (
+        "device cuda:0 has failed (device-side assert), and this process cannot use it again; restart the server"
+    )
 
 
 async def test_only_the_callers_of_the_device_that_is_down_get_its_error() -> None:

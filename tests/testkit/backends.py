@@ -6,8 +6,8 @@ follow a script; worker processes and Ray's workers import it by name. The scrip
     ModelSpec(model_id="a", source="a", description="load_s=0.2 embed_s=0.1 bytes=3000 max_items=4")
 
 `load_error`, `embed_error`: the name of an error that loads or calls raise; `hang_s`: for how long loads hang; with
-`once=FILE`, only the first of all loads does, and makes the file. A text `die` kills the process, `wait` waits for half
-a minute.
+`once=FILE`, only the first of all loads does, and makes the file. A text `die` kills the process, `lose` makes the
+device fail for the rest of the process, `wait` waits for half a minute.
 """
 
 import asyncio
@@ -22,7 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from engines import errors
-from engines.errors import EngineFailed, NonFiniteEmbedding, QueueFull, ShuttingDown
+from engines.device.health import DeviceHealth
+from engines.errors import DeviceDown, EngineFailed, NonFiniteEmbedding, QueueFull, ShuttingDown
 from engines.host import Host, HostConfig, HostRuntime
 from engines.pool.estimates import Measurements
 from engines.pool.runtime import LoopTime, Threads
@@ -247,22 +248,41 @@ class ScriptedFiles(FakeFiles):
         return int(script_of(spec).get("bytes", WEIGHT_BYTES))
 
 
+class ScriptedDevice:
+    """The device of a scripted host; `loss` as in `DeviceHealth`."""
+
+    def __init__(self, note: CrashNote) -> None:
+        self.note = note
+        self.loss = ""
+
+    def health(self) -> DeviceHealth:
+        return DeviceHealth(loss=self.loss)
+
+    def lose(self, model_id: str) -> None:
+        self.loss = "device-side assert"
+        self.note(model_id)
+
+
 class ScriptedEngine(FakeEngine):
     """A fake engine that waits, refuses, fails, or kills its process, as scripted."""
 
-    def __init__(self, spec: ModelSpec, note: CrashNote) -> None:
+    def __init__(self, spec: ModelSpec, device: ScriptedDevice) -> None:
         self._script = script_of(spec)
         super().__init__(spec, embed_s=float(self._script.get("embed_s", 0.0)))
         self.weight_bytes = int(self._script.get("bytes", WEIGHT_BYTES))
         self.workspace_bytes = WORKSPACE_BYTES
         self._max_items = int(self._script.get("max_items", 1_000_000))
-        self._note = note
+        self._device = device
 
     async def run(self, call: Call) -> Result:
+        if "lose" in call.texts:
+            self._device.lose(self.spec.model_id)
+        if self._device.loss:
+            raise DeviceDown("the device failed during the forward pass (device-side assert); send the request again")
         if self.running >= self._max_items:
             raise QueueFull(f"{self.running} texts wait for this model", retry_after_s=0.5)
         if "die" in call.texts:
-            self._note(self.spec.model_id if "noted" in self._script else "")
+            self._device.note(self.spec.model_id if "noted" in self._script else "")
             os.kill(os.getpid(), signal.SIGKILL)
         raise_scripted(self._script.get("embed_error"))
         if "wait" in call.texts:
@@ -277,8 +297,8 @@ class ScriptedEngine(FakeEngine):
 class ScriptedLoader:
     """Loads scripted engines."""
 
-    def __init__(self, note: CrashNote) -> None:
-        self._note = note
+    def __init__(self, device: ScriptedDevice) -> None:
+        self._device = device
 
     def load(self, spec: ModelSpec, files: ModelFiles) -> ScriptedEngine:
         script = script_of(spec)
@@ -291,7 +311,7 @@ class ScriptedLoader:
                 once.touch()
             time.sleep(float(script.get("hang_s", 0.0)))
             raise_scripted(script.get("load_error"))
-        return ScriptedEngine(spec, self._note)
+        return ScriptedEngine(spec, self._device)
 
 
 def raise_scripted(name: str | None) -> None:
@@ -316,14 +336,16 @@ def open_scripted_host(worker: WorkerConfig, note: CrashNote) -> Host:
         rules=RULES,
         watchdog_s=worker.settings.watchdog_seconds,
     )
+    device = ScriptedDevice(note)
     runtime = HostRuntime(
         time=LoopTime(),
         workers=Threads(worker.host_id),
         memory=FakeMemory(10**9),
         measurements=Measurements(),
         jitter=lambda: 0.5,
+        health=device.health,
     )
-    return Host(config, worker.specs, ScriptedFiles(), ScriptedLoader(note), runtime)
+    return Host(config, worker.specs, ScriptedFiles(), ScriptedLoader(device), runtime)
 
 
 def open_slow_host(worker: WorkerConfig, note: CrashNote) -> Host:

@@ -15,7 +15,7 @@ from contextlib import suppress
 from multiprocessing.context import ForkServerProcess
 
 import structlog
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from engines.errors import EngineError, HostLost
 from engines.pause_detector import PauseDetector
@@ -220,6 +220,8 @@ class Worker:
         self._last_bytes_at_s = asyncio.get_running_loop().time()
 
     def _on_report(self, report: HostReport) -> None:
+        if report.fault:  # calls that look for a host now must not go there
+            report = structs.replace(report, snapshot=structs.replace(report.snapshot, is_draining=True))
         self._callbacks.on_report(report)
         if report.fault:
             log.error("worker.fault", host=self.config.host_id, fault=report.fault)

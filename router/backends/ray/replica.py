@@ -51,7 +51,7 @@ class HostReplica:
         """Raise when the host is faulty. Called by Serve, which then replaces the replica.
 
         Raises:
-            DeviceDown: the device's thread has died, or a forward pass hangs.
+            DeviceDown: the device has failed, its thread has died, or a forward pass hangs.
         """
         fault = self._host.check()
         if fault:

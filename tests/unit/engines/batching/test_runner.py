@@ -16,7 +16,7 @@ from engines.batching.batch import BatchLimits
 from engines.batching.output import DenseOutput
 from engines.batching.request import Entry, PendingRequest, RowTarget
 from engines.batching.runner import Runner
-from engines.errors import EngineFailed, OutOfMemory
+from engines.errors import DeviceDown, EngineFailed, OutOfMemory
 from engines.inputs.tokenizer import Ids, TokenizedRequest
 from engines.models.base import Encoder
 from tests.testkit.clocks import FakeClock
@@ -97,6 +97,20 @@ def test_an_error_of_another_kind_is_none_of_memory() -> None:
 
     assert {type(error) for error in failures.values()} == {EngineFailed}
     assert encoder.batches == [8]
+
+
+def test_a_device_that_fails_is_told_to_callers_and_reported() -> None:
+    error = torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nat /secret/path")
+    texts, reported = _texts(4, 4), list[Exception]()
+    runner = Runner(cast(Encoder, Encoding(0, error)), report_error=reported.append)
+
+    failures = runner.run(texts)
+
+    assert [type(failure) for failure in failures.values()] == [DeviceDown, DeviceDown]
+    assert {str(failure) for failure in failures.values()} == {
+        "the device failed during the forward pass (illegal memory access); send the request again"
+    }
+    assert [type(one) for one in reported] == [torch.AcceleratorError]
 
 
 def test_the_halves_run_after_the_tensors_of_the_whole_are_gone() -> None:

@@ -3,6 +3,8 @@
 import threading
 from collections.abc import Callable
 
+import torch
+
 from engines.device.crash_journal import CrashJournal, JournaledLoader, JournaledScheduler
 from engines.device.scheduler import Task
 from engines.testing.fakes import FakeFiles, FakeLoader, fake_specs
@@ -71,6 +73,23 @@ def test_the_model_that_has_run_least_often_is_recorded_last() -> None:
         during = notes[-1]
 
     assert during == "hot\nloads"
+
+
+def test_the_models_that_run_when_the_device_fails_stay_recorded() -> None:
+    notes: list[str] = []
+    scheduler = JournaledScheduler("test")
+    scheduler.journal = CrashJournal(notes.append)
+    with scheduler.journal.running("harmless"):
+        scheduler.report_error(ValueError("an error of the model"))
+    with scheduler.journal.running("a"):
+        scheduler.report_error(torch.AcceleratorError("CUDA error: device-side assert triggered"))
+    with scheduler.journal.running("later"):
+        pass
+    health = scheduler.health()
+    scheduler.close()
+
+    assert notes == ["harmless", "", "a"]
+    assert health.loss == "device-side assert"
 
 
 def test_a_load_is_recorded_while_it_runs_and_the_scheduler_gets_the_name_of_its_engine() -> None:

@@ -26,6 +26,7 @@ CALL = EmbedCall(model_id="a", texts=("x",))
         (DeviceHealth(task_s=600.0, is_check=True), ""),
         (DeviceHealth(task_s=601.0, is_check=True), "a self-check has been running for 601 s, and 600 s is the limit"),
         (DeviceHealth(is_alive=False), "the thread of device cuda:1 has died"),
+        (DeviceHealth(loss="device-side assert"), "device cuda:1 has failed (device-side assert), and this process"),
     ],
 )
 def test_a_fault_names_device_and_seconds(health: DeviceHealth, words: str) -> None:

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from engines.device import scheduler as scheduler_module
 from engines.device.health import DeviceHealth
@@ -35,6 +36,18 @@ async def test_what_a_call_raises_is_raised_where_it_is_awaited(scheduler: Devic
         await scheduler.call(fail)
 
     assert await scheduler.call(lambda: 1) == 1
+
+
+async def test_a_call_that_finds_the_device_lost_makes_it_unhealthy(scheduler: DeviceScheduler) -> None:
+    def fail() -> None:
+        raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+
+    before = scheduler.health()
+    with pytest.raises(torch.AcceleratorError):
+        await scheduler.call(fail)
+    scheduler.report_error(torch.AcceleratorError("CUDA error: device-side assert triggered"))
+
+    assert (before.loss, scheduler.health().loss) == ("", "unspecified launch failure")
 
 
 async def test_a_thread_that_waits_holds_nothing_of_its_last_task(scheduler: DeviceScheduler) -> None:

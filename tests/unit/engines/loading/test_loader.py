@@ -9,8 +9,9 @@ import torch
 
 from engines.device import load_throttle
 from engines.device.scheduler import DeviceScheduler
-from engines.errors import BrokenFiles, UnsupportedModel
+from engines.errors import BrokenFiles, DeviceDown, UnsupportedModel
 from engines.inputs.tokenizer_threads import TokenizerThreads
+from engines.loading import loader
 from engines.loading.loader import LoaderSettings, TorchLoader, with_default_prompt
 from engines.spec import ModelSpec
 from engines.types import EmbedCall, ModelFiles
@@ -89,6 +90,17 @@ async def test_the_default_prompt_of_the_registry_goes_in_front(load: TorchLoade
 
     assert default.array().tobytes() == spelt.array().tobytes()
     engine.close()
+
+
+def test_a_device_that_fails_during_a_load_is_down(load: TorchLoader, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(loader, "build", fail)
+
+    with pytest.raises(DeviceDown, match=r"cpu failed while m was loaded \(illegal memory access\)"):
+        load.load(ModelSpec(model_id="m", source="package:m"), MINILM)
+    assert load._scheduler.health().loss == "illegal memory access"
 
 
 def test_an_undefined_default_prompt_is_refused() -> None:

@@ -18,7 +18,7 @@ from benchmarks.lib.engine_kit import Kit, assert_same, embed, encode
 from benchmarks.lib.workloads import SENTENCES
 from engines.batching.engine import EmbeddingEngine
 from engines.device.scheduler import DeviceScheduler
-from engines.errors import OutOfMemory, SelfCheckFailed, UnsupportedModel
+from engines.errors import DeviceDown, OutOfMemory, SelfCheckFailed, UnsupportedModel
 from engines.inputs.tokenizer import Ids, Tokenizer
 from engines.layers import fused
 from engines.layers.attention import PACKED, packed_attention
@@ -329,6 +329,24 @@ def test_a_path_whose_vectors_have_become_wrong_does_not_come_back(
     assert not engine.info.is_fallback
 
 
+@pytest.mark.parametrize("is_retry", [False, True], ids=["while it is used", "while it is tried again"])
+def test_no_path_is_replaced_because_the_device_failed(
+    kit: Kit, clock: FakeClock, fault: TransientFault, is_retry: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kit.lane, "_loss", "")
+    engine = _load_packed(kit)
+    if is_retry:
+        fault.failures.append(ValueError("a transient error"))
+        embed(engine, TEXTS)
+        clock.advance(FIRST_WAIT_S + 1)
+    fault.failures = [torch.AcceleratorError("CUDA error: device-side assert triggered")] * 9
+
+    with pytest.raises(DeviceDown, match="device-side assert"):
+        embed(engine, TEXTS)
+    assert kit.lane.health().loss == "device-side assert"
+    assert engine.info.is_fallback == is_retry
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -574,6 +592,15 @@ def test_a_path_that_gives_the_canary_again_needs_no_reference(
 @pytest.mark.parametrize("encoder", [Scripted(MEMORY, padded=GOOD), Scripted(GOOD, packed=MEMORY, padded=GOOD)])  # type: ignore[arg-type]  # raised
 def test_a_device_without_memory_is_no_reason_to_fall_back(kit: Kit, encoder: Scripted) -> None:
     with pytest.raises(OutOfMemory):
+        select_forward_path(encoder, _tokenizer(kit), "float32")
+
+
+LOSS = torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+
+@pytest.mark.parametrize("encoder", [Scripted(LOSS, padded=GOOD), Scripted(GOOD, packed=LOSS, padded=GOOD)])  # type: ignore[arg-type]  # raised
+def test_a_device_that_has_failed_says_nothing_about_the_model(kit: Kit, encoder: Scripted) -> None:
+    with pytest.raises(torch.AcceleratorError):
         select_forward_path(encoder, _tokenizer(kit), "float32")
 
 

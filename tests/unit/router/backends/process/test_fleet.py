@@ -16,7 +16,7 @@ import psutil
 import pytest
 from msgspec import structs
 
-from engines.errors import HostLost, InvalidValue, LoadFailed, ShuttingDown
+from engines.errors import DeviceDown, HostLost, InvalidValue, LoadFailed, ShuttingDown
 from engines.rpc.errors import error_record_of
 from engines.spec import ModelSpec
 from engines.types import Budget, Event
@@ -280,6 +280,39 @@ async def test_a_worker_that_hangs_is_killed_and_its_calls_go_elsewhere(monkeypa
                 await asyncio.sleep(0.05)
 
     assert len((await asked).token_counts) == 1
+
+
+async def test_a_worker_whose_gpu_fails_is_started_anew_and_its_model_is_kept_out_if_that_happens_again() -> None:
+    """A call whose device fails is sent to one more host, so each of these calls costs two hosts their process."""
+    async with worker_processes(scripted("bad"), scripted("good")) as here:
+        answers, pids = [await here.backend.run(call("good"))], set[int]()
+        for times in (1, 2):
+            pids |= set(here.pids().values())
+            with pytest.raises((DeviceDown, HostLost)):
+                await here.backend.run(call("bad", "lose"))
+            for host_id in here.pids():
+                await here.restarted(host_id, times)
+            answers.append(await here.backend.run(call("good")))
+        with pytest.raises(LoadFailed, match="was running in 3 crashes"):
+            await here.backend.run(call("bad", "lose"))
+        pids |= set(here.pids().values())
+        faults = here.backend.check()
+
+    assert len(pids) == 6
+    assert len({answer.vectors for answer in answers}) == 1
+    assert faults == {}
+
+
+async def test_a_call_that_another_made_fail_by_losing_the_gpu_is_answered_all_the_same() -> None:
+    async with worker_processes(scripted("bad"), scripted("good"), hosts=1) as here:
+        await here.backend.preload("good")
+        lost = asyncio.create_task(here.backend.run(call("bad", "lose")))
+        await until(here.backend, lambda hosts: hosts[0].is_draining)
+        answer = await here.backend.run(call("good"))
+        with pytest.raises((DeviceDown, HostLost, LoadFailed)):
+            await lost
+
+    assert len(answer.token_counts) == 1
 
 
 async def test_a_worker_whose_load_hangs_is_started_anew_and_its_calls_go_elsewhere(tmp_path: Path) -> None:
