@@ -4,12 +4,14 @@ import asyncio
 import gc
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 from torch import Tensor
 
 from benchmarks.gpu import encoder_of, forget_graphs, has_graphs
@@ -21,11 +23,21 @@ from engines.layers import attention
 from engines.layers.packing import PackedLayout
 from engines.loading import builders
 from engines.models import cuda_graphs as graphs
-from engines.models.base import EncoderConfig, Size, weight_bytes
+from engines.models import transformer
+from engines.models.base import (
+    FIRST_WAIT_S,
+    EncoderConfig,
+    ForwardPathFailed,
+    ForwardPaths,
+    PathFallback,
+    Size,
+    weight_bytes,
+)
 from engines.models.cuda_graphs import SIZES, FixedPackedLayout, capturer_for, timed
 from engines.models.prepacked import PrepackedWeights
 from engines.models.transformer import TransformerEncoder
 from engines.models.verification import distance
+from tests.testkit.clocks import FakeClock
 from tests.testkit.encoders import FakeGraphCapturer, varlen
 
 CPU = torch.device("cpu")
@@ -322,6 +334,38 @@ def test_the_reference_needs_no_new_recording(kit: Kit, recorder: FakeGraphCaptu
 
     assert distance(encoder.reference(batch), encoder(batch)) < 1e-10
     assert (encoder.path, recorder.num_recorded) == ("graphed", num_recorded)
+
+
+def test_no_graph_runs_beside_a_switch_of_the_path_or_before_its_check(
+    kit: Kit, recorder: FakeGraphCapturer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = FakeClock()
+    monkeypatch.setattr(transformer, "PathFallback", partial(PathFallback, clock=clock))
+    encoder = load(kit, "bert-cls")
+    short, recheck = texts(encoder, 7), encoder._config.recheck
+    checked: list[bool] = []
+
+    def recheck_while_another_thread_asks(paths: ForwardPaths) -> None:
+        with pytest.raises(ForwardPathFailed):
+            encoder(short)
+        recheck(paths)
+        checked.append(True)
+
+    encoder._config = structs.replace(encoder._config, recheck=recheck_while_another_thread_asks)
+    with monkeypatch.context() as failing:
+        failing.setattr(encoder, "_packed", lambda *_: (_ for _ in ()).throw(ValueError))
+        with pytest.raises(ForwardPathFailed):
+            encoder(texts(encoder, 150, 150))
+    num_replayed = recorder.num_replayed
+    left = encoder(short)
+    path = encoder.path
+    num_after = recorder.num_replayed
+    clock.advance(FIRST_WAIT_S + 1)
+    back = encoder(short)
+
+    assert (path, num_after) == ("unpadded", num_replayed)
+    assert (encoder.path, checked) == ("graphed", [True])
+    assert distance(left, back) < 1e-10
 
 
 def test_recordings_are_freed_when_another_path_is_used(kit: Kit, recorder: FakeGraphCapturer) -> None:

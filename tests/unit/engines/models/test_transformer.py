@@ -56,12 +56,25 @@ def test_a_packed_pass_never_makes_the_host_wait_for_the_device(kit: Kit, name: 
         encoder(ids, [2] * len(ids))
 
 
-def test_a_padded_pass_makes_the_host_wait(kit: Kit) -> None:
-    """transformers reads whether a mask hides anything, and padding is dropped by a mask."""
+def test_a_padded_pass_drops_its_padding_without_making_the_host_wait(kit: Kit) -> None:
     encoder, ids = _encoder(kit, "deberta-v2-mean"), _ids(kit, "deberta-v2-mean")
+    expected = encoder.reference(ids)
 
-    with ForbidHostSync(), pytest.raises(NotImplementedError, match="reads tensor values on the host"):
+    with ForbidHostSync():
+        vectors = encoder.encode_batched(ids)
+
+    assert distance(vectors[0], expected) < 1e-10
+
+
+def test_transformers_makes_the_host_wait_for_a_mask(kit: Kit) -> None:
+    """It reads once a batch, before the first layer, whether the mask hides anything."""
+    encoder, ids = _encoder(kit, "bert-cls"), _ids(kit, "bert-cls")
+    used = encoder.path
+    encoder.switch_to("padded")
+
+    with ForbidHostSync(), pytest.raises(NotImplementedError, match=r"on the host \(aten.is_nonzero.default\)"):
         encoder.encode_batched(ids)
+    encoder.switch_to(used)
 
 
 @given(lengths=st.lists(st.integers(1, 500), min_size=1, max_size=60).map(sorted))
