@@ -21,6 +21,14 @@ def device_name(device: torch.device) -> str:
     return device.type if device.type == "cpu" else torch.cuda.get_device_name(device)
 
 
+def compute_capability(device: torch.device) -> tuple[int, int] | None:
+    """Returns the compute capability of a GPU; None for a CPU, and where torch finds no GPU (its devices are then
+    simulated)."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_capability(device)
+
+
 class _ThreadCores(threading.local):
     num: int | None = None
     is_reserved: bool = False

@@ -11,7 +11,7 @@ when the model loads.
 """
 
 from collections.abc import Callable, Mapping
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from engines.layers.packing import LengthGroup, PackedLayout
+from engines.layers.packing import LengthGroup, PackedLayout, WindowMasks
+from engines.layers.varlen import VarlenKernel, Window, choose_kernel
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -67,10 +68,14 @@ def packed_attention(  # noqa: PLR0913  # the signature is transformers'
     """
     _reject_unsupported(attention_mask, unused)
     causal = resolve_causal(module, is_causal)
-    if position_bias is None and has_varlen(query.device, query.dtype):
-        window = _flash_window(sliding_window, causal)
-        return _varlen(query, key, value, packed_layout, scaling, window), None
-    attend = partial(_attend, causal=causal, window=sliding_window, position_bias=position_bias, scaling=scaling)
+    kernel = _kernel(query.device, query.dtype) if position_bias is None else None
+    flash_window = _flash_window(sliding_window, causal)
+    if kernel is not None and kernel.supports(query, value, scaling, flash_window):
+        return kernel(query, key, value, packed_layout, scaling, flash_window), None
+    attend = partial(
+        _attend, causal=causal, window=sliding_window, position_bias=position_bias, scaling=scaling,
+        masks=packed_layout.masks,
+    )  # fmt: skip
     rows = [attend(*(_texts(states, group) for states in (query, key, value))) for group in packed_layout.groups]
     return (rows[0] if len(rows) == 1 else torch.cat(rows))[None], None
 
@@ -103,7 +108,7 @@ def _texts(states: Tensor, group: LengthGroup) -> Tensor:
     return states[0, :, group.start : group.end].view(heads, group.count, group.length, width).transpose(0, 1)
 
 
-def _attend(  # noqa: PLR0913  # the tensors and the four options that shape the scores
+def _attend(  # noqa: PLR0913  # the tensors, the four options that shape the scores, and their masks
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -112,6 +117,7 @@ def _attend(  # noqa: PLR0913  # the tensors and the four options that shape the
     window: int | None,
     position_bias: Tensor | None,
     scaling: float | None,
+    masks: WindowMasks,
 ) -> Tensor:
     """Computes attention of texts of one length: `[count, heads, L, d]` each to `[count × L, heads, d]`."""
     length = q.shape[2]
@@ -119,39 +125,45 @@ def _attend(  # noqa: PLR0913  # the tensors and the four options that shape the
     if position_bias is not None:
         out = sdpa(q, k, v, attn_mask=_masked_bias(position_bias[..., :length, :length], causal, window))
     elif window is not None and window < length:
-        out = _windowed(sdpa, q, k, v, causal, window)
+        out = _windowed(sdpa, q, k, v, masks.get(partial(band, causal, window, q.device)), window)
     else:
         out = sdpa(q, k, v, is_causal=causal and length > 1)
     # The CPU kernel writes [n, L, heads, d] and returns a transposed view: this flatten copies nothing.
     return out.transpose(1, 2).flatten(0, 1)
 
 
-def _windowed(sdpa: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int) -> Tensor:
-    """Computes attention within a window: one call for a short text, one for each block of queries for a long one."""
+def _windowed(sdpa: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, window: int) -> Tensor:
+    """Computes attention within a window: one call for a short text, one for each block of queries for a long one.
+
+    Args:
+        allowed: see `band`.
+    """
     length, radius = q.shape[2], window - 1
-    allowed = band(causal, window, q.device)
+    ahead = allowed.shape[1] - _WHOLE - radius
     if length <= _WHOLE:
-        return sdpa(q, k, v, attn_mask=allowed[:length, :length])
+        return sdpa(q, k, v, attn_mask=allowed[:length, radius : radius + length])
     blocks = []
     for start in range(0, length, _BLOCK):
         end = min(start + _BLOCK, length)
-        first, last = max(0, start - radius), end if causal else min(length, end + radius)
-        mask = allowed[start - first : end - first, : last - first]
+        first, last = max(0, start - radius), min(length, end + ahead)
+        shift = radius - (start - first)
+        mask = allowed[: end - start, shift : shift + last - first]
         blocks.append(sdpa(q[:, :, start:end], k[:, :, first:last], v[:, :, first:last], attn_mask=mask))
     return torch.cat(blocks, dim=2)
 
 
-@lru_cache(maxsize=16)
 def band(causal: bool, window: int, device: torch.device) -> Tensor:
-    """Returns the mask of a window, bool `[radius + 256, 2 × radius + 256]` with `radius = window - 1`.
+    """Returns the mask of a window, bool `[256, radius + 256 + ahead]`: `radius = window - 1`, and `ahead` is 0 when
+    causal, else `radius`.
 
-    True where query `i` attends to key `j`: `0 ≤ i - j < window` when causal, else `|i - j| < window`. The mask of a
-    short text is its top left corner, that of a block some of its rows, because only `i - j` counts. Its size depends
-    on the window, never on a text.
+    True at `[i, radius + j]` where query `i` attends to key `j`: `0 ≤ i - j < window` when causal, else
+    `|i - j| < window`. Only `i - j` counts, so the mask of any block of up to 256 queries is a part of it, and it is as
+    large for a window of 32,768 as 17 MB (a square of the window would be 2 GiB).
     """
     radius = window - 1
-    full = torch.ones(radius + _WHOLE, 2 * radius + _WHOLE, dtype=torch.bool, device=device)
-    return full.tril_(0 if causal else radius).triu_(-radius)
+    ahead = 0 if causal else radius
+    full = torch.ones(_WHOLE, radius + _WHOLE + ahead, dtype=torch.bool, device=device)
+    return full.tril_(radius + ahead).triu_()
 
 
 def _masked_bias(bias: Tensor, causal: bool, window: int | None) -> Tensor:
@@ -168,26 +180,17 @@ def _masked_bias(bias: Tensor, causal: bool, window: int | None) -> Tensor:
 
 def has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether one kernel computes the attention of a whole row; with a position bias it never does."""
-    return varlen_attn is not None and (device.type, dtype) in _VARLEN
+    return _kernel(device, dtype) is not None
 
 
-def _flash_window(sliding_window: int | None, causal: bool) -> tuple[int, int]:
+def _kernel(device: torch.device, dtype: torch.dtype) -> VarlenKernel | None:
+    return choose_kernel(varlen_attn, device) if (device.type, dtype) in _VARLEN else None
+
+
+def _flash_window(sliding_window: int | None, causal: bool) -> Window:
     """Converts our exclusive window to flash attention's inclusive (left, right) one; -1 is unbounded."""
     radius = -1 if sliding_window is None else sliding_window - 1
     return (radius, 0 if causal else radius)
-
-
-def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scaling: float | None, window: tuple[int, int]
-) -> Tensor:
-    """Computes the attention of a whole row in one kernel, `[1, T, heads, d]`; torch has it on CUDA only."""
-    q, k, v = (states[0].transpose(0, 1).contiguous() for states in (query, key, value))
-    out = varlen_attn(
-        q, k, v, layout.offsets, layout.offsets, layout.longest, layout.longest,
-        scale=scaling, window_size=window, enable_gqa=q.shape[1] != k.shape[1],
-    )  # fmt: skip
-    assert isinstance(out, Tensor)
-    return out[None]
 
 
 AttentionInterface.register(PACKED, packed_attention)

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from typing import Literal
 
@@ -35,12 +35,35 @@ class LengthGroup:
         return self.start + self.count * self.length
 
 
+class WindowMasks:
+    """Keeps the masks of windowed attention, each made when it is first needed.
+
+    One encoder owns them: they are the same for every layer and batch, and are freed with the model.
+    """
+
+    def __init__(self) -> None:
+        self._masks: dict[tuple[object, ...], Tensor] = {}
+
+    @property
+    def size_bytes(self) -> int:
+        """The bytes of all masks so far."""
+        return sum(mask.nbytes for mask in self._masks.values())
+
+    def get(self, make: "partial[Tensor]") -> Tensor:
+        """Returns what `make` returns; calls that have the same arguments share one mask."""
+        mask = self._masks.get(make.args)  # two threads may both make one: they are equal
+        if mask is None:
+            mask = self._masks[make.args] = make()
+        return mask
+
+
 class PackedLayout:
     """The places of texts in a packed row.
 
     Args:
         lengths: tokens of each text, sorted (either way), so that equal lengths are neighbours.
         device: of the tensors.
+        masks: the encoder's; None keeps them no longer than this layout.
 
     Attributes:
         starts, ends: int64 `[n]`, the index of each text's first token and the one after its last.
@@ -48,7 +71,8 @@ class PackedLayout:
         positions: int64 `[T]`, the position of each token inside its text, from 0.
     """
 
-    def __init__(self, lengths: list[int], device: torch.device) -> None:
+    def __init__(self, lengths: list[int], device: torch.device, masks: WindowMasks | None = None) -> None:
+        self.masks = masks or WindowMasks()
         self.lengths = lengths
         self.num_tokens = sum(lengths)
         self.longest = max(lengths)

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engines.device.torch_runtime import finisher
 from engines.inputs.tokenizer import Ids
-from engines.layers.packing import LengthGroup, PackedLayout, copy_to
+from engines.layers.packing import LengthGroup, PackedLayout, WindowMasks, copy_to
 from engines.models.base import Size
 
 _NUM_WARM_UPS = 2
@@ -178,6 +178,7 @@ class FixedPackedLayout(PackedLayout):
     """
 
     def __init__(self, size: Size, filler: int, device: torch.device) -> None:
+        self.masks = WindowMasks()
         self.num_tokens = self.longest = size.tokens
         self._filler = filler
         places = size.texts + 1

@@ -26,6 +26,7 @@ from engines.layers.packing import (
     KernelVariant,
     PackedLayout,
     PackedState,
+    WindowMasks,
     bucket_by_length,
     padded,
     to_device,
@@ -78,6 +79,7 @@ class TransformerEncoder:
         self._model = model
         self._chain, self._config, self._device = chain, config, config.device
         self._state = PackedState()
+        self._masks = WindowMasks()
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self._positions = Positions(model)
         self._filler = padding_id(model)
@@ -256,7 +258,7 @@ class TransformerEncoder:
             self._padding_share, self._form = PADDING_SHARE, None
 
     def _layout(self, texts: Sequence[Ids]) -> PackedLayout:
-        return PackedLayout([len(ids) for ids in texts], self._device)
+        return PackedLayout([len(ids) for ids in texts], self._device, self._masks)
 
     def _hidden(self, texts: Sequence[Ids], layout: PackedLayout) -> Tensor:
         """Returns hidden states `[T, H]` by the path in use."""

@@ -1,5 +1,7 @@
 """Packed attention against the plain formula, for each text by itself: scores, mask, softmax."""
 
+import gc
+import weakref
 from itertools import pairwise
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 from engines.layers import attention
 from engines.layers.attention import band, has_varlen, packed_attention
-from engines.layers.packing import PackedLayout
+from engines.layers.packing import PackedLayout, WindowMasks
 from tests.testkit.encoders import varlen
 
 CPU = torch.device("cpu")
@@ -174,9 +176,33 @@ def test_unsupported_changes_of_the_scores_are_refused(
 def test_a_band_is_the_mask_of_a_window_and_does_not_grow_with_texts(causal: bool, window: int) -> None:
     allowed = band(causal, window, CPU)
     i, j = torch.meshgrid(torch.arange(allowed.shape[0]), torch.arange(allowed.shape[1]), indexing="ij")
+    j = j - (window - 1)
 
     assert torch.equal(allowed, ((i - j).abs() < window) & ((i >= j) if causal else torch.tensor(True)))
-    assert allowed.shape == (window - 1 + 256, 2 * (window - 1) + 256)
+    assert allowed.shape == (256, 256 + (window - 1) * (1 if causal else 2))
+
+
+@pytest.mark.parametrize(("causal", "size_bytes"), [(True, 8_454_144 - 256), (False, 16_842_752 - 512)])
+def test_the_band_of_a_long_window_is_small(causal: bool, size_bytes: int) -> None:
+    assert band(causal, 32_768, CPU).nbytes == size_bytes
+
+
+def test_the_masks_of_windows_are_made_once_and_freed_with_their_owner() -> None:
+    masks, length = WindowMasks(), 40
+    for window in (3, 5, 3, length):
+        for causal in (True, False):
+            packed_attention(
+                Layer(causal), states(length), states(length), states(length), None,
+                packed_layout=PackedLayout([length], CPU, masks), sliding_window=window,
+            )  # fmt: skip
+    kept = [weakref.ref(mask) for mask in masks._masks.values()]
+    size_bytes = masks.size_bytes
+    del masks
+    gc.collect()
+
+    assert len(kept) == 4, "none for a window that reaches everywhere"
+    assert size_bytes == 256 * (4 * 256 + 2 + 4 + 4 + 8)
+    assert [mask() for mask in kept] == [None] * 4
 
 
 @pytest.mark.parametrize(
@@ -218,7 +244,11 @@ def test_on_cuda_the_whole_row_goes_to_one_kernel(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(attention, "varlen_attn", kernel)
     layout = PackedLayout([2, 3], CPU)
-    out = attention._varlen(states(5), states(5, 2, 1), states(5, 2, 2), layout, 0.5, (3, 0))
+    monkeypatch.setattr(attention, "_VARLEN", {("cpu", torch.float32)})
+    out, _ = packed_attention(
+        Layer(True), states(5), states(5, 2, 1), states(5, 2, 2), None,
+        packed_layout=layout, scaling=0.5, sliding_window=4,
+    )  # fmt: skip
 
     assert seen == {
         "q": (5, 4, 8), "k": (5, 2, 8), "offsets": [0, 2, 5], "longest": (3, 3), "scale": 0.5, "window_size": (3, 0),
