@@ -24,6 +24,7 @@ from engines.inputs.tokenizer_threads import TokenizerThreads
 from engines.loading.loader import LoaderSettings, TorchLoader
 from engines.models.prepacked import COPY_SHARE, MAX_PREPACKED_BYTES
 from engines.pool.estimates import Measurements
+from engines.pool.runtime import GPU_THREADS, guessed_workspace_bytes
 from engines.pool.slot import PoolPolicy
 from engines.protocols import Loader
 from engines.spec import ModelSpec
@@ -33,8 +34,6 @@ __all__ = ["LoaderSettings", "Machine", "MachineConfig", "find_devices"]
 
 # Up to this many cores, forward passes use them all; beyond, one is left to the event loop.
 _SHARED_CORES = 2
-
-_GPU_THREADS = 2
 
 
 class MachineConfig(Struct, frozen=True, kw_only=True):
@@ -96,6 +95,7 @@ class Machine:
             host_id=config.host_id or device,
             device=device,
             budget=config.budget,
+            workspace_bytes=guessed_workspace_bytes(device),
             conditions=conditions,
             watchdog_s=config.watchdog_s,
             rules=config.rules,
@@ -154,6 +154,6 @@ def open_scheduler(device: str, num_cores: int, kind: type[DeviceScheduler] = De
     A GPU's has two: while one waits for a batch, the other prepares the next one and queues it on the device.
     """
     if device != "cpu":
-        return kind(device, partial(torch.cuda.set_device, torch.device(device)), num_threads=_GPU_THREADS)
+        return kind(device, partial(torch.cuda.set_device, torch.device(device)), num_threads=GPU_THREADS)
     num_threads = num_cores if num_cores <= _SHARED_CORES else num_cores - 1
     return kind(device, torch_runtime.prepare, num_threads=num_threads, use_cores=torch_runtime.set_threads)

@@ -18,7 +18,7 @@ from engines.hub.weight_files import read_header, read_range
 from engines.loading.folder import Json, ModuleRef, pooling_of, read_folder, read_json, require_json
 from engines.pool.estimates import Estimates, Measurements
 from engines.pool.eviction import total_bytes
-from engines.pool.runtime import HostConfig, device_matches
+from engines.pool.runtime import device_matches, guessed_workspace_bytes
 from engines.pool.slot import NO_MEMORY, MemoryNeed
 from engines.pool.state_machine import PoolStateMachine
 from engines.pool.status import StatusView
@@ -144,8 +144,7 @@ class Forecaster:
 
     def __init__(self, files: Files, measurements: Measurements, device: str) -> None:
         self._files = files
-        default_workspace = HostConfig(host_id=device, device=device).workspace_bytes
-        self._estimates = Estimates(files, measurements, device, default_workspace)
+        self._estimates = Estimates(files, measurements, device, guessed_workspace_bytes(device))
 
     def forecast(self, spec: ModelSpec, *, ask_hub: bool = False) -> Forecast:
         """Forecasts a model from its files on disk; without them, if `ask_hub`, from a few kilobytes of the hub's."""

@@ -317,10 +317,11 @@ class HostSnapshot(Struct, frozen=True, kw_only=True):
     """The state of one device at one moment. `residents` are model ids in eviction order, the next victim first.
 
     `used_bytes` is the sum of all charged weights (of loading and unloading models too), `workspace_bytes` the largest
-    workspace: engines of a device run one at a time, so their workspaces do not add up. `claimed_bytes`: weights of
-    models that wait for memory here and are not charged yet. `ceiling_bytes`: the memory that this process could use at
-    most beside other processes, as of a recent reading; None without one. `stuck`: the load that hangs and blocks all
-    loads and unloads; empty if none does. `restarts`: how often the host's process has died and was restarted.
+    workspace: a model's is for as many batches as run at once, so the largest holds those of any models together.
+    `claimed_bytes`: weights of models that wait for memory here and are not charged yet. `ceiling_bytes`: the memory
+    that this process could use at most beside other processes, as of a recent reading; None without one. `stuck`: the
+    load that hangs and blocks all loads and unloads; empty if none does. `restarts`: how often the host's process has
+    died and was restarted.
     """
 
     host_id: str

@@ -120,10 +120,8 @@ class TorchLoader:
 
         tokens, tuner = self._batch_tokens(spec, encoder, tokenizer, f"{files.revision} {dtype}")
         limits = self._limits(tokens, folder.truncate_dim)
-        # On a GPU batches run one after the other, however many are queued there.
-        num_concurrent = self._scheduler.num_threads if encoder.is_reentrant and self._device.type == "cpu" else 1
         largest = max(CANDIDATES[self._device.type]) if tuner is not None else tokens
-        workspace = num_concurrent * workspace_bytes(encoder, largest)
+        workspace = reserved_workspace_bytes(encoder, largest, self._scheduler.num_threads)
         parts = Parts(encoder, tokenizer, resolved, info, tuner)
         # The vector cache is in main memory, which is part of a CPU's budget but not of a GPU's.
         size = weight_bytes(encoder) + (spec.cache_bytes if self._device.type == "cpu" else 0)
@@ -188,6 +186,16 @@ class TorchLoader:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
+
+
+def reserved_workspace_bytes(encoder: LoadedEncoder, batch_tokens: int, num_threads: int) -> int:
+    """Returns the bytes of as many batches of this model as the device has threads.
+
+    Also on a GPU: its threads share a stream, so that kernels run one after the other, but the tensors of a batch are
+    allocated while the other thread still holds those of its own. And also for a model that runs one batch at a time,
+    as batches of other models run beside it: the largest of these sums is enough for any batches that run at once.
+    """
+    return num_threads * workspace_bytes(encoder, batch_tokens)
 
 
 def _last_written_s(files: ModelFiles) -> float:

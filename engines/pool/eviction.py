@@ -2,7 +2,9 @@
 
     Σ weights + the largest workspace ≤ limit
 
-because the engines of a device run one at a time, so their workspaces do not add up.
+The workspace of a model is that of as many of its batches as the device has threads
+(`engines.loading.loader.reserved_workspace_bytes`). So the largest one holds whatever runs at once: as many batches, of
+whichever models, none larger than those of that model.
 """
 
 from collections.abc import Iterable, Sequence

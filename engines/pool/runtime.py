@@ -181,6 +181,18 @@ class Threads:
             threads.shutdown(wait=False, cancel_futures=True)
 
 
+_GUESSED_BATCH_BYTES = 512 * 2**20
+"""What a batch is guessed to need where no load has measured it; on a CPU, the batches of all cores together."""
+
+GPU_THREADS = 2
+"""Batches that run at once on a GPU: while one waits for its results, the next one is prepared and queued there."""
+
+
+def guessed_workspace_bytes(device: str) -> int:
+    """Returns the guess for a model without a measurement: a batch for each that runs at once."""
+    return _GUESSED_BATCH_BYTES * (1 if device == "cpu" else GPU_THREADS)
+
+
 class HostConfig(Struct, frozen=True, kw_only=True):
     """Settings of a host.
 
@@ -196,7 +208,7 @@ class HostConfig(Struct, frozen=True, kw_only=True):
     host_id: str
     device: str = "cpu"
     budget: Budget = Budget(fraction=0.8)
-    workspace_bytes: int = 512 * 2**20
+    workspace_bytes: int = _GUESSED_BATCH_BYTES
     rules: PoolPolicy = PoolPolicy()
     max_events: int = 2048
     num_fetch_threads: int = 4

@@ -43,7 +43,7 @@ class EvictRequest(Struct, frozen=True, kw_only=True):
 
 
 class DeviceMemory(Struct, frozen=True, kw_only=True):
-    """One device. `used_bytes`: weights. `workspace_bytes`: reserved for the largest forward pass.
+    """One device. `used_bytes`: weights. `workspace_bytes`: reserved for the forward passes that may run at once.
 
     `residents`: ids of the models in memory, the next to be evicted first.
     """

@@ -6,8 +6,9 @@ import pytest
 
 from benchmarks.lib.engine_kit import Kit
 from benchmarks.lib.models import RECIPES
-from engines.planner import native_width
+from engines.planner import Forecaster, Measurements, native_width
 from engines.spec import ModelSpec
+from engines.testing.fakes import FakeFiles, fake_specs
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -35,3 +36,11 @@ def test_files_that_do_not_say_give_no_width(tmp_path: Path, content: str) -> No
 
 def test_no_files_give_no_width(tmp_path: Path) -> None:
     assert native_width(tmp_path / "nothing", ModelSpec(model_id="m", source="s")) is None
+
+
+@pytest.mark.parametrize(("device", "workspace_bytes"), [("cpu", 512 * 2**20), ("cuda:1", 1024 * 2**20)])
+def test_a_forecast_counts_the_batches_that_run_at_once(device: str, workspace_bytes: int) -> None:
+    need = Forecaster(FakeFiles(), Measurements(), device).forecast(fake_specs("a")["a"]).need
+
+    assert need is not None
+    assert need.workspace_bytes == workspace_bytes

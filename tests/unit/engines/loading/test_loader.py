@@ -3,16 +3,24 @@
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from engines.device import load_throttle
 from engines.device.scheduler import DeviceScheduler
 from engines.errors import BrokenFiles, DeviceDown, UnsupportedModel
 from engines.inputs.tokenizer_threads import TokenizerThreads
 from engines.loading import loader
-from engines.loading.loader import LoaderSettings, TorchLoader, with_default_prompt
+from engines.loading.loader import LoaderSettings, TorchLoader, reserved_workspace_bytes, with_default_prompt
+from engines.models.base import LoadedEncoder
+from engines.models.transformer import TransformerEncoder
+from engines.pool.eviction import total_bytes
+from engines.pool.slot import MemoryNeed
 from engines.spec import ModelSpec
 from engines.types import EmbedCall, ModelFiles
 
@@ -90,6 +98,43 @@ async def test_the_default_prompt_of_the_registry_goes_in_front(load: TorchLoade
 
     assert default.array().tobytes() == spelt.array().tobytes()
     engine.close()
+
+
+async def test_memory_is_reserved_for_a_batch_on_each_thread_also_where_a_model_runs_one_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Batches of another model run beside it. A GPU has two threads."""
+    reserved = []
+    for num_threads in (1, 2):
+        lane, threads = DeviceScheduler("test", num_threads=num_threads), TokenizerThreads(1)
+        loading = TorchLoader("cpu", lane, threads, LoaderSettings(max_prepacked_bytes=0))
+        monkeypatch.setattr(TransformerEncoder, "is_reentrant", False)
+        engine = await asyncio.to_thread(loading.load, ModelSpec(model_id="m", source="package:m"), MINILM)
+        await engine.warm_up()
+        reserved.append(engine.workspace_bytes)
+        engine.close()
+        lane.close()
+        threads.close()
+
+    assert reserved[1] == 2 * reserved[0]
+
+
+@given(
+    tokens=st.lists(st.integers(1, 10**6), min_size=1, max_size=6),
+    num_threads=st.integers(1, 4),
+    choices=st.lists(st.integers(0, 5), min_size=4, max_size=4),
+)
+def test_whatever_runs_at_once_fits_into_the_largest_workspace(
+    tokens: list[int], num_threads: int, choices: list[int]
+) -> None:
+    encoder = cast(LoadedEncoder, SimpleNamespace(token_bytes=lambda: 7))
+    needs = [
+        MemoryNeed(weight_bytes=100, workspace_bytes=reserved_workspace_bytes(encoder, batch, num_threads))
+        for batch in tokens
+    ]
+    running = [tokens[choice % len(tokens)] for choice in choices[:num_threads]]
+
+    assert total_bytes(needs) >= 100 * len(tokens) + 7 * sum(running)
 
 
 def test_a_device_that_fails_during_a_load_is_down(load: TorchLoader, monkeypatch: pytest.MonkeyPatch) -> None:
