@@ -8,9 +8,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, PretrainedConfig
 
+from engines.device.torch_runtime import compute_capability
 from engines.errors import BadModel, BrokenFiles, UnsupportedModel, is_device_error
 from engines.hub.local_folder import is_writable_in_place
 from engines.inputs.tokenizer import Tokenizer
+from engines.loading.dtype import automatic_dtype, overflows_float16
 from engines.loading.folder import Folder, read_json
 from engines.loading.modules import build_head
 from engines.loading.preflight import check_counts, check_proportions
@@ -24,9 +26,6 @@ from engines.models.transformer import TransformerEncoder
 from engines.spec import ModelSpec
 
 log = structlog.get_logger(__name__)
-
-# Families whose activations overflow float16 (according to their model cards; NaN observed with Qwen3-Embedding-8B).
-_NO_FLOAT16 = ("gemma", "qwen3", "t5", "mt5", "umt5")
 
 # Encoder-decoders of which only the encoder is used, as sentence-transformers does.
 _ENCODER_ONLY_OF = ("t5", "mt5", "umt5")
@@ -85,16 +84,17 @@ def _build_transformer(folder: Folder, spec: ModelSpec, encoder_config: EncoderC
 
 
 def choose_dtype(spec: ModelSpec, config: PretrainedConfig, device: torch.device) -> torch.dtype:
-    """Returns the dtype: float32 on CPU and bfloat16 on a GPU, unless the registry sets another.
+    """Returns the dtype of the weights: the registry's, else the one for the device (`engines/loading/dtype.py`).
 
     Raises:
         UnsupportedModel: float16 for a family that overflows in it.
     """
-    if spec.dtype == "float16" and config.model_type.startswith(_NO_FLOAT16):
+    if spec.dtype == "float16" and overflows_float16(config.model_type):
         raise UnsupportedModel(f"{config.model_type} overflows in float16; set `dtype: bfloat16` or leave it out")
-    if spec.dtype == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    dtype: torch.dtype = getattr(torch, spec.dtype)
+    name = spec.dtype
+    if name == "auto":
+        name = automatic_dtype(config.model_type, device.type, compute_capability(device))
+    dtype: torch.dtype = getattr(torch, name)
     return dtype
 
 

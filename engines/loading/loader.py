@@ -21,16 +21,18 @@ from engines.batching.batch import BatchLimits
 from engines.batching.engine import EmbeddingEngine, EngineLimits, Parts
 from engines.device.load_throttle import LoadThrottle, throttled_load
 from engines.device.scheduler import DeviceScheduler
-from engines.device.torch_runtime import device_name, finisher
+from engines.device.torch_runtime import compute_capability, device_name, finisher
 from engines.errors import DeviceDown, OutOfMemory, UnsupportedModel, device_loss, is_out_of_memory
 from engines.inputs.tokenizer import Tokenizer
 from engines.inputs.tokenizer_threads import TokenizerThreads
 from engines.loading.builders import build
 from engines.loading.checksums import Checksums
+from engines.loading.dtype import dtype_notes
 from engines.loading.folder import PLACEHOLDER_PROMPTS, read_folder
 from engines.models.base import EncoderConfig, LoadedEncoder, weight_bytes, workspace_bytes
 from engines.models.cuda_graphs import CAPTURING
 from engines.models.prepacked import MAX_PREPACKED_BYTES
+from engines.models.transformer import TransformerEncoder
 from engines.models.verification import Canaries, SelfCheck
 from engines.spec import Matryoshka, ModelSpec
 from engines.types import ModelFiles, ModelInfo, fingerprint
@@ -115,6 +117,8 @@ class TorchLoader:
 
         def check() -> tuple[ModelInfo, int, int]:
             notes = self_check.run(encoder.paths, tokenizer, dtype, key, _last_written_s(files))
+            if isinstance(encoder, TransformerEncoder):
+                notes = (*dtype_notes(spec.dtype, dtype, compute_capability(self._device)), *notes)
             found = structs.replace(info, attention=encoder.attention, path=encoder.path, notes=notes)
             return found, size + encoder.extra_bytes(), workspace
 

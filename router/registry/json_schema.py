@@ -32,7 +32,8 @@ MEANINGS = {
     "task": "What the model computes: embed (vectors), rerank (a score for a query and a document) or classify (a "
     "score for each label). If given, requests for another task are refused without a load. Default: from the files.",
     "trust_remote_code": "Run Python code from the repository. Requires a full commit as `revision`. Default: false.",
-    "dtype": "Data type of the weights. auto: bfloat16 on CUDA, float32 elsewhere.",
+    "dtype": "Data type of the weights. auto: bfloat16 on CUDA (before Ampere float16, or float32 where that "
+    "overflows), float32 elsewhere.",
     "device": "Where the model runs: auto, cpu, cuda or cuda:N.",
     "max_tokens": "Maximum input length in tokens. Default: from the model's own files.",
     "max_batch_tokens": "Maximum tokens in one forward pass. Default: chosen for the device.",
