@@ -19,7 +19,7 @@ from msgspec import structs
 from engines.errors import DeviceDown, HostLost, InvalidValue, LoadFailed, ShuttingDown
 from engines.rpc.errors import error_record_of
 from engines.spec import ModelSpec
-from engines.types import Budget, Event
+from engines.types import Budget, Embeddings, Event, Result
 from router.backends.base import Backend
 from router.backends.process.child import fit_lines
 from router.backends.process.fleet import ProcessFleet, find_devices_elsewhere
@@ -282,17 +282,22 @@ async def test_a_worker_that_hangs_is_killed_and_its_calls_go_elsewhere(monkeypa
     assert len((await asked).token_counts) == 1
 
 
+def _embeddings(result: Result) -> Embeddings:
+    assert isinstance(result, Embeddings)
+    return result
+
+
 async def test_a_worker_whose_gpu_fails_is_started_anew_and_its_model_is_kept_out_if_that_happens_again() -> None:
     """A call whose device fails is sent to one more host, so each of these calls costs two hosts their process."""
     async with worker_processes(scripted("bad"), scripted("good")) as here:
-        answers, pids = [await here.backend.run(call("good"))], set[int]()
+        answers, pids = [_embeddings(await here.backend.run(call("good")))], set[int]()
         for times in (1, 2):
             pids |= set(here.pids().values())
             with pytest.raises((DeviceDown, HostLost)):
                 await here.backend.run(call("bad", "lose"))
             for host_id in here.pids():
                 await here.restarted(host_id, times)
-            answers.append(await here.backend.run(call("good")))
+            answers.append(_embeddings(await here.backend.run(call("good"))))
         with pytest.raises(LoadFailed, match="was running in 3 crashes"):
             await here.backend.run(call("bad", "lose"))
         pids |= set(here.pids().values())
