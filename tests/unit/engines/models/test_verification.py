@@ -333,7 +333,7 @@ def test_a_path_whose_vectors_have_become_wrong_does_not_come_back(
 def test_no_path_is_replaced_because_the_device_failed(
     kit: Kit, clock: FakeClock, fault: TransientFault, is_retry: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kit.lane, "_loss", "")
+    monkeypatch.setattr(kit.scheduler, "_loss", "")
     engine = _load_packed(kit)
     if is_retry:
         fault.failures.append(ValueError("a transient error"))
@@ -343,7 +343,7 @@ def test_no_path_is_replaced_because_the_device_failed(
 
     with pytest.raises(DeviceDown, match="device-side assert"):
         embed(engine, TEXTS)
-    assert kit.lane.health().loss == "device-side assert"
+    assert kit.scheduler.health().loss == "device-side assert"
     assert engine.info.is_fallback == is_retry
 
 
