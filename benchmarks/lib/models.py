@@ -31,7 +31,6 @@ from transformers import (
     EuroBertConfig,
     Gemma2Config,
     Gemma3TextConfig,
-    GteConfig,
     JambaConfig,
     JinaEmbeddingsV3Config,
     LlamaConfig,
@@ -70,6 +69,18 @@ _SHAPE: dict[str, Any] = {
     "intermediate_size": 96,
 }
 _GROUPED: dict[str, Any] = {**_SHAPE, "num_key_value_heads": 2, "max_position_embeddings": 512}
+
+
+@contextmanager
+def wider(width: int) -> Iterator[None]:
+    """Gives the transformers that are built inside the block another hidden size, with four heads as before."""
+    global WIDTH  # recipes read it when they build
+    before, WIDTH = WIDTH, width
+    _SHAPE["hidden_size"] = _GROUPED["hidden_size"] = width
+    try:
+        yield
+    finally:
+        WIDTH = _SHAPE["hidden_size"] = _GROUPED["hidden_size"] = before
 
 
 class Recipe(Struct, frozen=True, kw_only=True):
@@ -420,6 +431,8 @@ def _nomic(folder: Path) -> None:
 
 @recipe("gte-cls", "gte", "cls, normalised")
 def _gte(folder: Path) -> None:
+    from transformers import GteConfig  # late: transformers 5.17 does not have it
+
     tokenizer = vocabularies.xlm_roberta()
     config = GteConfig(vocab_size=len(tokenizer), max_position_embeddings=512, **_SHAPE)
     save(folder, transformer(config), tokenizer, [Pooling(WIDTH, "cls"), Normalize()])
@@ -456,8 +469,8 @@ def _deberta(folder: Path) -> None:
 def _t5(folder: Path) -> None:
     tokenizer = vocabularies.t5()
     config = configure(
-        T5Config, vocab_size=len(tokenizer), d_model=WIDTH, d_kv=12, d_ff=96, num_layers=2, num_heads=4, pad_token_id=0,
-        eos_token_id=1, decoder_start_token_id=0, feed_forward_proj="gated-gelu",
+        T5Config, vocab_size=len(tokenizer), d_model=WIDTH, d_kv=WIDTH // 4, d_ff=96, num_layers=2, num_heads=4,
+        pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, feed_forward_proj="gated-gelu",
     )  # fmt: skip
     behind = [Pooling(WIDTH, "mean"), dense(WIDTH, 40, nn.Identity(), bias=False), Normalize()]
     save(folder, transformer(config, kind=T5EncoderModel), tokenizer, behind, max_length=180)
@@ -499,8 +512,8 @@ def _qwen3(folder: Path) -> None:
 def _gemma3(folder: Path) -> None:
     tokenizer = vocabularies.gemma()
     config = Gemma3TextConfig(
-        vocab_size=len(tokenizer), head_dim=12, sliding_window=32, use_bidirectional_attention=True,
-        query_pre_attn_scalar=12, layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        vocab_size=len(tokenizer), head_dim=WIDTH // 4, sliding_window=32, use_bidirectional_attention=True,
+        query_pre_attn_scalar=WIDTH // 4, layer_types=["sliding_attention", "full_attention", "sliding_attention"],
         **{**_GROUPED, "num_hidden_layers": 3},
     )  # fmt: skip
     config.matryoshka_dims = [16, 32]
@@ -518,8 +531,8 @@ def _gemma3(folder: Path) -> None:
 def _gemma2(folder: Path) -> None:
     tokenizer = vocabularies.gemma()
     config = Gemma2Config(
-        vocab_size=len(tokenizer), head_dim=12, sliding_window=32, attn_logit_softcapping=20.0,
-        query_pre_attn_scalar=12, **_GROUPED,
+        vocab_size=len(tokenizer), head_dim=WIDTH // 4, sliding_window=32, attn_logit_softcapping=20.0,
+        query_pre_attn_scalar=WIDTH // 4, **_GROUPED,
     )  # fmt: skip
     model = transformer(config)
     # Gemma multiplies its embeddings: unchanged, the vector of the end token would depend on that token alone.
@@ -530,7 +543,7 @@ def _gemma2(folder: Path) -> None:
 @recipe("mistral-last", "mistral", "lasttoken, normalised")
 def _mistral(folder: Path) -> None:
     tokenizer = vocabularies.llama()
-    config = MistralConfig(vocab_size=len(tokenizer), sliding_window=24, head_dim=12, **_GROUPED)
+    config = MistralConfig(vocab_size=len(tokenizer), sliding_window=24, head_dim=WIDTH // 4, **_GROUPED)
     save(folder, transformer(config), tokenizer, [Pooling(WIDTH, "lasttoken"), Normalize()])
 
 
