@@ -16,6 +16,7 @@ from torch import Tensor
 
 from engines.errors import DimensionsNotSupported, EngineError, NonFiniteEmbedding, TaskNotSupported
 from engines.inputs.tokenizer import Ids
+from engines.layers.packing import to_device
 from engines.layers.pooling import truncate_and_normalize
 from engines.models.base import Encoder
 from engines.types import BaseCall, EmbedCall, Embeddings, ModelInfo, Result, ResultDetails, ScoreCall
@@ -99,7 +100,9 @@ class DenseOutput(OutputSpec, frozen=True):
 
     def finish(self, raw: Tensor, indexes: Sequence[int] | None) -> FinishedRows:
         """See `OutputSpec`. Copying the rows to main memory is the one moment at which a GPU is waited for."""
-        return _finished(self._cut(raw if indexes is None else raw[indexes]))
+        if indexes is not None:
+            raw = raw[to_device(np.array(indexes, dtype=np.int64), raw.device)]  # a list is copied while the host waits
+        return _finished(self._cut(raw))
 
     def finish_cached(self, rows: Rows) -> NDArray[np.float32]:
         """See `OutputSpec`."""

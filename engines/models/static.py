@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from engines.inputs.tokenizer import Ids
-from engines.layers.packing import PackedLayout
+from engines.layers.packing import PackedLayout, to_device
 from engines.models.base import SinglePathEncoder
 from engines.models.head import EmbeddingHead
 
@@ -30,7 +30,7 @@ class StaticEncoder(SinglePathEncoder):
     def __call__(self, texts: Sequence[Ids], prompt_tokens: Sequence[int] | None = None) -> Tensor:
         """See `Encoder`. The vector of a text without any known token is all zeros, as in sentence-transformers."""
         layout = PackedLayout([len(ids) for ids in texts], self._device)
-        row = torch.from_numpy(np.concatenate(texts)).to(self._device)
+        row = to_device(np.concatenate(texts), self._device)
         return self._chain(self._table[row], layout, prompt_tokens)
 
     def tensors(self) -> list[Tensor]:
