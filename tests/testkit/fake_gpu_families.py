@@ -29,14 +29,12 @@ class Intended(NamedTuple):
     Attributes:
         place: pattern of `Finding.place` (`fnmatch`).
         on: the attention of the paths on which they are.
-        is_temporary: whether they are to be mended, after which the item is to be deleted.
     """
 
     kind: Kind
     place: str
     reason: str
     on: tuple[str, ...] = ("packed", "padded", "unpadded")
-    is_temporary: bool = False
 
     def covers(self, finding: Finding, attention: str) -> bool:
         return finding.kind == self.kind and attention in self.on and fnmatch(finding.place, self.place)
@@ -60,11 +58,6 @@ INTENDED = (
     Intended("float32", "transformers/models/jamba/*:JambaMambaMixer.*", "a state summed over a whole text", _PADDED),
     Intended("float32", "transformers/models/jamba/*:mamba_selective_scan", "as above", _PADDED),
     Intended("float32", "transformers/models/jamba/*:JambaTopKRouter.*", "softmax over a few experts", _PADDED),
-    Intended(
-        "sync", "engines/models/transformer.py:TransformerEncoder._batch",
-        "a mask decides which hidden states are kept; delete this when batches are unpadded by indices (issue 19)",
-        _PADDED, is_temporary=True,
-    ),
     Intended(
         "sync", "transformers/masking_utils.py:_ignore_*_mask_sdpa", "transformers runs without a mask if all is text",
         _PADDED,
