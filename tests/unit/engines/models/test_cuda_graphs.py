@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from msgspec import structs
 from torch import Tensor
 
-from benchmarks.gpu import encoder_of, forget_graphs, has_graphs
+from benchmarks.gpu.rig import encoder_of, forget_graphs, has_graphs
 from benchmarks.lib.engine_kit import Kit
 from benchmarks.lib.models import RECIPES
 from engines.errors import OutOfMemory
