@@ -176,40 +176,64 @@ class Runner:
         return result
 
     def _run_within(self, part: Part, limit_s: float, result: PartResult) -> None:
-        """Run one part in a process, and take in what it sends until it ends or its time is over."""
-        result.state = "running"
-        self._file.save()
-        ours, theirs = self._launcher.Pipe(duplex=False)
         settings = dict(self._file.result.settings)
-        process = self._launcher.Process(target=_child, args=(theirs, part.entry, self._device, settings, limit_s))
-        began_s = self._clock()
-        process.start()
-        theirs.close()
-        try:
-            self._take_in(ours, limit_s, result)
-        finally:
-            if result.state == "running":
-                result.state, result.reason = "failed", "the run was interrupted"
-            _end(process, EXIT_S if result.state == "done" else 0.0)
-            ours.close()
-            result.seconds = round(self._clock() - began_s, 2)
-        if result.state == "failed" and not result.reason:
-            result.reason = f"its process ended with {process.exitcode}"
+        self._file.save()
+        ask(self._launcher, part, self._device, limit_s, settings, into=result, keep=self._file.save, clock=self._clock)
 
-    def _take_in(self, ours: Connection, limit_s: float, result: PartResult) -> None:
-        ends_at_s = self._clock() + limit_s
-        while ours.poll(max(0.0, ends_at_s - self._clock())):
-            try:
-                kind, message = ours.recv()
-            except (EOFError, OSError):
-                result.state = "failed"  # it has ended without a word
-                return
-            if kind != "record":
-                result.state, result.reason = kind, message
-                return
-            result.records.append(message)
-            self._file.save()
-        result.state, result.reason = "timed out", f"longer than {limit_s:.0f} s"
+
+def ask(  # noqa: PLR0913  # a part, where it runs, and what its records go into
+    launcher: Launcher,
+    part: Part,
+    device: str,
+    limit_s: float,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    into: PartResult | None = None,
+    keep: Callable[[], None] = lambda: None,
+    clock: Callable[[], float] = time.monotonic,
+) -> PartResult:
+    """Run one part in a process, and take in what it sends until it ends or its time is over.
+
+    Args:
+        into: what is filled in; a new result where None is given.
+        keep: called after each record.
+    """
+    result = into if into is not None else PartResult()
+    ours, theirs = launcher.Pipe(duplex=False)
+    process = launcher.Process(target=_child, args=(theirs, part.entry, device, dict(settings or {}), limit_s))
+    began_s = clock()
+    result.state = "running"
+    process.start()
+    theirs.close()
+    try:
+        _take_in(ours, limit_s, result, keep, clock)
+    finally:
+        if result.state == "running":
+            result.state, result.reason = "failed", "the run was interrupted"
+        _end(process, EXIT_S if result.state in ("done", "skipped") else 0.0)
+        ours.close()
+        result.seconds = round(clock() - began_s, 2)
+    if result.state == "failed" and not result.reason:
+        result.reason = f"its process ended with {process.exitcode}"
+    return result
+
+
+def _take_in(
+    ours: Connection, limit_s: float, result: PartResult, keep: Callable[[], None], clock: Callable[[], float]
+) -> None:
+    ends_at_s = clock() + limit_s
+    while ours.poll(max(0.0, ends_at_s - clock())):
+        try:
+            kind, message = ours.recv()
+        except (EOFError, OSError):
+            result.state = "failed"  # it has ended without a word
+            return
+        if kind != "record":
+            result.state, result.reason = kind, message
+            return
+        result.records.append(message)
+        keep()
+    result.state, result.reason = "timed out", f"longer than {limit_s:.0f} s"
 
 
 def _child(theirs: Connection, entry: str, device: str, settings: Mapping[str, Any], limit_s: float) -> None:

@@ -100,7 +100,9 @@ def expected(case: Case, states: Sequence[Tensor], lengths: Sequence[int]) -> Te
     return torch.cat(rows)
 
 
-def judge(case: Case, dtype: torch.dtype, run: object, states: Sequence[Tensor], lengths: Sequence[int]) -> dict[str, object]:
+def judge(
+    case: Case, dtype: torch.dtype, run: object, states: Sequence[Tensor], lengths: Sequence[int]
+) -> dict[str, object]:
     """Return a record: the error, or what was raised."""
     found = {"case": case.name, "head_width": case.head_width, "dtype": str(dtype).removeprefix("torch.")}
     try:

@@ -68,7 +68,7 @@ def judge(rig: Rig, reference: Rig, recipe: Recipe, folder: Path) -> dict[str, A
 def _worst(rig: Rig, engine: EmbeddingEngine, texts: list[str], wanted: Any) -> float:
     """Return the worst cosine of all texts in one call, and of the first few alone."""
     together = cosines(rig.embed(engine, texts), wanted)
-    alone = [cosines(rig.embed(engine, [text]), row[None]) for text, row in zip(texts[:NUM_ALONE], wanted, strict=False)]
+    alone = [
+        cosines(rig.embed(engine, [text]), row[None]) for text, row in zip(texts[:NUM_ALONE], wanted, strict=False)
+    ]
     return float(np.concatenate([together, *alone]).min())
-
-

@@ -1,13 +1,10 @@
 """Tests the tables and verdicts of benchmarks, without measuring."""
 
 import json
-from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu
 from benchmarks.lib.machine import Machine
 from benchmarks.lib.peers import BASE, OURS
 from benchmarks.lib.report import Report, save, table
@@ -113,49 +110,6 @@ def test_a_gated_layer_and_grouped_keys_are_counted(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
 
     assert sum(a * b for a, b in read_shape(tmp_path).linears) == 64 * 128 + 2 * 64 * 64 + 128 * 64 + 3 * 64 * 128
-
-
-def test_a_family_beyond_its_tolerance_is_said() -> None:
-    near, far = (gpu.Parity("bert", "packed", cosine, ()) for cosine in (0.9995, 0.99))
-
-    assert gpu._parity_row(near, "cuda")[-1] == "ok"
-    assert gpu._parity_row(near, "cpu")[-1] == gpu._parity_row(far, "cuda")[-1] == "TOO FAR"
-
-
-def test_memory_rows_compare_what_is_charged_with_what_was_taken() -> None:
-    found = {"charged": 200, "allocated": 100, "reserved": 50, "peak": 0, "left": 3}
-
-    assert [row[2:] for row in gpu._memory_rows("m", found)] == [
-        ("200", "100", "2.00"), ("50", "0", "–"), ("0", "3", "–"),
-    ]  # fmt: skip
-
-
-def test_latency_rows_say_where_nothing_was_recorded() -> None:
-    seconds = {"Embedyard": [0.002, 0.004, 0.003], "sentence-transformers": [0.006, 0.006, 0.006]}
-    found = {"one short text": {"tokens": 12, "seconds": seconds}}
-
-    here, peer = gpu.latency_rows("m", found)
-    assert here[1:] == (
-        "m, one short text (12 tokens), beside Embedyard without graphs", "3.00 ms", "no graphs here", "–"
-    )  # fmt: skip
-    assert peer[2:] == ("3.00 ms", "6.00 ms", "2.00 (1.50–3.00)")
-    seconds["Embedyard without graphs"] = [0.003, 0.003, 0.003]
-    assert gpu.latency_rows("m", found)[0][2:] == ("3.00 ms", "3.00 ms", "1.00 (0.75–1.50)")
-
-
-def test_every_program_is_called_with_the_same_few_texts() -> None:
-    seen: dict[str, list[tuple[str, ...]]] = {"a": [], "b": []}
-    programs = {name: partial(_note, calls) for name, calls in seen.items()}
-
-    found = gpu.latency(programs, lambda text: len(text.split()), rounds=1, settle_s=0.0)
-
-    assert seen["a"] == seen["b"]
-    assert {len(texts) for texts in seen["a"]} == {1, 8}
-    assert {name for case in found.values() for name in case["seconds"]} == {"a", "b"}
-
-
-def _note(calls: list[tuple[str, ...]], texts: Sequence[str]) -> None:
-    calls.append(tuple(texts))
 
 
 def test_the_picture_of_a_comparison_has_every_program_and_ours_first(
