@@ -11,7 +11,7 @@ COMPUTE ?= $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo cuda || ec
 TORCH_INDEX ?= $(if $(filter cpu,$(COMPUTE)),$(if $(filter Darwin,$(shell uname)),,https://download.pytorch.org/whl/cpu))
 PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: help install install-test install-bench serve test smoke check format bench bench-http bench-peers bench-diff gpu browser \
+.PHONY: help install install-test install-bench serve test smoke check format bench bench-http bench-peers bench-diff gpu gpu-environment gpu-wheels browser \
         screenshots image image-steps sbom soak
 
 help:  ## this list
@@ -107,8 +107,22 @@ bench-diff: install-bench  ## is the working tree slower than the last commit, o
 	@$(BIN)/python -W ignore -m benchmarks.offline.regression
 	@$(BIN)/python -W ignore -m benchmarks.http.regression
 
-gpu: install-bench  ## parity, memory accounting, speed and latency on a GPU
-	@$(BIN)/python -W ignore -m benchmarks.gpu
+# With collected wheels, as on a machine without a network, PYTHON and its own packages are used and nothing is installed
+# from a registry.
+ifneq ($(wildcard .gpu/wheels/*.whl),)
+GPU_PYTHON := .gpu/venv/bin/python
+gpu-environment:
+	@$(PYTHON) -m benchmarks.gpu.environment
+else
+GPU_PYTHON := $(BIN)/python
+gpu-environment: install-bench
+endif
+
+gpu: gpu-environment  ## what only a GPU can show, in ten minutes; ARGS='--device cpu', '--only PART', '--list'
+	@$(GPU_PYTHON) -W ignore -m benchmarks.gpu $(ARGS)
+
+gpu-wheels: install-test  ## .gpu/wheels: what a GPU machine without a network lacks for `make gpu`
+	@$(BIN)/python -m benchmarks.gpu.wheels
 
 image: COMPUTE := $(if $(filter command line environment,$(origin COMPUTE)),$(COMPUTE),cpu)
 image:  ## the Docker image; COMPUTE=cuda for GPUs

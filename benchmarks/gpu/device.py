@@ -1,4 +1,4 @@
-"""Describes the device that is measured on; runs as a part before all others, as only a process with CUDA can ask it."""
+"""Describes the device that is measured on, in a process of its own: the parts could not be forked beside CUDA."""
 
 from importlib.metadata import PackageNotFoundError, version
 from platform import python_version

@@ -1,8 +1,8 @@
 """Names the parts of the measurement, in their order, with the seconds that each may take.
 
-The seconds on an H200 are estimates until one has run them: reading weights and graphs of a recipe 2 s, a server's start
-20 s, writing and reading 25 GB of weights 60 s. Together they leave a part of ten minutes for the start and for errors
-of the estimates; the limits are wider, and the whole run ends on time by its budget.
+The seconds on an H200 are estimates until one has run them: weights and graphs of a recipe 2 s, a server's start 20 s,
+writing and reading 25 GB of weights 60 s. Together they leave some of the ten minutes for the start and for wrong
+estimates; the limits are wider, and the whole run ends on time by its budget.
 """
 
 from benchmarks.gpu.runner import Part

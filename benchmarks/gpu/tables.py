@@ -162,7 +162,8 @@ GOALS = (
 """The rows of the documentation, in the order of the parts."""
 
 _WORDS = {
-    "en": {"header": ("what", "goal", "GPU", "state"), "not yet": "not yet", "cpu": "not yet; its code ran on a CPU, {}",
+    "en": {"header": ("what", "goal", "GPU", "state"), "not yet": "not yet",
+           "cpu": "not yet; its code ran on a CPU, {}",
            "met": "met", "missed": "missed", "told": "measured", "on": "{} on {}, {}"},
     "zh": {"header": ("内容", "目标", "GPU", "状态"), "not yet": "尚未测量", "cpu": "尚未测量；代码于 {} 在 CPU 上跑通",
            "met": "达到", "missed": "未达到", "told": "已测量", "on": "{}：{}，{}"},

@@ -29,9 +29,8 @@ INSTALLED = Path(__file__).with_name("installed.txt")
 
 PYTHON = "3.12"
 TARGET = {"python_version": PYTHON, "python_full_version": f"{PYTHON}.3", "sys_platform": "linux", "extra": ""}
-PLATFORMS = tuple(f"manylinux_2_{minor}_x86_64" for minor in (39, 35, 34, 31, 28, 27, 24, 17)) + (
-    "manylinux2014_x86_64", "manylinux1_x86_64", "linux_x86_64",
-)  # fmt: skip
+_GLIBC = ("_2_39", "_2_35", "_2_34", "_2_31", "_2_28", "_2_27", "_2_24", "_2_17", "2014", "1")
+PLATFORMS = (*(f"manylinux{version}_x86_64" for version in _GLIBC), "linux_x86_64")
 MAX_BYTES = 64 * 2**20
 """What may travel to the machine in one call, working tree included."""
 
@@ -173,7 +172,16 @@ def _for_machine() -> list[str]:
 
 
 def _pip(command: str, *arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "pip", "--disable-pip-version-check", command, *arguments], check=True)
+    """Run pip; it warns of this environment's own packages and of mirrors, which matters only where it fails.
+
+    Raises:
+        CalledProcessError: it failed; what it said is printed.
+    """
+    run = [sys.executable, "-m", "pip", "--disable-pip-version-check", command, *arguments]
+    done = subprocess.run(run, capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(done.stdout, done.stderr, sep="\n", file=sys.stderr)
+        done.check_returncode()
 
 
 def main() -> None:

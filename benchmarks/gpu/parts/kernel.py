@@ -55,7 +55,7 @@ def run(context: PartContext) -> None:
         for dtype in dtypes:
             layout = PackedLayout(list(LENGTHS), device)
             states = random_states(case, layout.num_tokens, device, dtype)
-            context.record(**judge(case, dtype, lambda s=states, c=case, at=layout: attend(c, s, at), states, LENGTHS))
+            context.record(**judge(case, states, layout, LENGTHS))
         if case.name == "plain":
             for dtype in dtypes[:2]:
                 context.record(**speed(case, device, dtype))
@@ -93,26 +93,24 @@ def expected(case: Case, states: Sequence[Tensor], lengths: Sequence[int]) -> Te
         seen = torch.ones(length, length, dtype=torch.bool) if not case.causal else distance >= 0
         if case.window is not None:
             seen &= distance.abs() < case.window
-        part = (each[:, :, start : start + length] for each in (query, key, value))
-        out = scaled_dot_product_attention(*part, attn_mask=seen, enable_gqa=True, scale=case.head_width**-0.5)
+        q, k, v = (each[:, :, start : start + length] for each in (query, key, value))
+        out = scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True, scale=case.head_width**-0.5)
         rows.append(out[0].transpose(0, 1))
         start += length
     return torch.cat(rows)
 
 
-def judge(
-    case: Case, dtype: torch.dtype, run: object, states: Sequence[Tensor], lengths: Sequence[int]
-) -> dict[str, object]:
+def judge(case: Case, states: Sequence[Tensor], layout: PackedLayout, lengths: Sequence[int]) -> dict[str, object]:
     """Return a record: the error, or what was raised."""
+    dtype = states[0].dtype
     found = {"case": case.name, "head_width": case.head_width, "dtype": str(dtype).removeprefix("torch.")}
     try:
-        assert callable(run)
-        got = run()[: sum(lengths)].float().cpu()
+        got = attend(case, states, layout)[: sum(lengths)].float().cpu()
     except (RuntimeError, NotImplementedError, TypeError) as error:
         return {**found, "ok": False, "raised": f"{type(error).__name__}: {error}"[:300]}
     wanted = expected(case, [each[:, :, : sum(lengths)] for each in states], lengths)
-    error = float((got - wanted).norm() / wanted.norm())
-    return {**found, "ok": error <= ERROR_LIMITS[dtype], "error": error}
+    share = float((got - wanted).norm() / wanted.norm())
+    return {**found, "ok": share <= ERROR_LIMITS[dtype], "error": share}
 
 
 def empty_places(case: Case, device: torch.device) -> dict[str, object]:
@@ -121,7 +119,7 @@ def empty_places(case: Case, device: torch.device) -> dict[str, object]:
     layout = FixedPackedLayout(Size(256, 8), 0, device)
     layout.set_texts([np.zeros(length, dtype=np.int64) for length in lengths])
     states = random_states(case, layout.num_tokens, device, torch.bfloat16)
-    return judge(case, torch.bfloat16, lambda: attend(case, states, layout), states, lengths)
+    return judge(case, states, layout, lengths)
 
 
 def speed(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Measures what models hold on the device: beside each other, at the largest batch, beyond the memory, and afterwards."""
+"""Measures what models hold on the device: beside another, in the largest batch, beyond the memory, and afterwards."""
 
 import threading
 import time
@@ -27,7 +27,7 @@ CUDA_SLACK_BYTES = 32 * 2**20
 """Workspaces of cuBLAS, which belong to a stream and not to a model."""
 
 CPU_SLACK_SHARE = 0.1
-BATCH_TOKENS = {"full": 16384, "small": 512}
+BATCH_TOKENS = {"full": 16384, "small": 2048}
 SMALL_SHARE = 0.6
 """Of what a whole batch needs: half of it fits."""
 

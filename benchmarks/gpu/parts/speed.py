@@ -183,7 +183,7 @@ def _peer(rig: Rig, folder: Path) -> SentenceTransformer:
 
 
 def _attention(peer: SentenceTransformer) -> str:
-    model: Any = peer[0].auto_model  # type: ignore[union-attr]  # untyped upstream
+    model: Any = peer[0].auto_model
     return str(model.config._attn_implementation)
 
 
