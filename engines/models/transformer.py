@@ -84,7 +84,9 @@ class TransformerEncoder:
         self._positions = Positions(model)
         self._filler = padding_id(model)
         self._rope = LengthAwareRope(model)
-        self._own_attention = "sdpa" if model._supports_sdpa else "eager"
+        # transformers 5.17 says that Gemma 2 supports SDPA, which then leaves its scores without their cap.
+        is_capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
+        self._own_attention = "sdpa" if model._supports_sdpa and not is_capped else "eager"
         self._padding_share = PADDING_SHARE
         self._form: KernelVariant | None = None
         self.notes = why_not_packed(model) or notes

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from transformers.models.gemma2.modeling_gemma2 import Gemma2PreTrainedModel
 
 from benchmarks.lib.engine_kit import Kit
 from benchmarks.lib.models import RECIPES
@@ -45,6 +46,20 @@ def test_all_paths_give_the_same_vectors(kit: Kit, name: str) -> None:
         encoder.switch_to(path)
         assert distance(encoder(ids), expected) < 1e-10
     encoder.switch_to(used)
+
+
+def test_soft_capped_scores_never_run_by_sdpa_which_leaves_out_the_cap(
+    kit: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers 5.17 says that Gemma 2 supports it."""
+    monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", True)
+    engine = kit.load(kit.recipe_folder("gemma2-last"))
+
+    runner = engine._runner
+    assert runner is not None
+    assert runner._encoder._own_attention == "eager"  # type: ignore[attr-defined]  # a transformer's
+    assert (engine.info.attention, engine.info.path) == ("padded", "padded")
+    engine.close()
 
 
 @pytest.mark.parametrize("name", [name for name in TRANSFORMERS if RECIPES[name].attention == "packed"])
