@@ -37,7 +37,7 @@ def main() -> None:
         tables.rewrite(RESULTS)
         return
     signal.signal(signal.SIGTERM, _exit)  # so that the running part is ended, too
-    starter = launcher(PRELOAD)
+    starter = launcher(PRELOAD, spawns=asked.spawn)
     device = describe(starter, asked.device)
     settings = {"size": "full" if device.kind == "cuda" else "small"}
     file = ResultFile(asked.results, device)
@@ -79,6 +79,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", default=[], choices=[part.name for part in PARTS], metavar="PART")
     parser.add_argument("--seconds", type=float, default=BUDGET_S, help="for all parts together")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result file")
+    parser.add_argument("--spawn", action="store_true", help="start each part anew, where CUDA does not survive a fork")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--tables", action="store_true")
     return parser.parse_args()

@@ -15,6 +15,8 @@ def describe(context: PartContext) -> None:
     """Record the device as a `Device`."""
     import torch  # late: the parent that names this function imports no torch
 
+    if context.is_cuda and torch.cuda._is_in_bad_fork():
+        raise SystemExit("CUDA was in use before this process was forked: run it with --spawn")
     if context.is_cuda and not torch.cuda.is_available():
         raise SystemExit("torch finds no GPU here; --device cpu runs what a CPU can")
     machine = Watch().machine

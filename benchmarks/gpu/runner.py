@@ -95,12 +95,17 @@ class Launcher(Protocol):
         """See `multiprocessing.Process`."""
 
 
-def launcher(preload: Sequence[str] = ()) -> Launcher:
+def launcher(preload: Sequence[str] = (), *, spawns: bool = False) -> Launcher:
     """Return what starts the parts: a server that has imported these modules once, and forks for each part.
 
     Importing torch and transformers takes some seconds, which else every part would pay. The server has no CUDA
     context: a forked process could not use one.
+
+    Args:
+        spawns: starts every part anew instead, where a module asks CUDA when it is imported.
     """
+    if spawns:
+        return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(preload))
     return context

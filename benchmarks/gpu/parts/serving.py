@@ -1,6 +1,5 @@
 """Starts the server as a process on the device: with worker processes, and for the latency of a single text."""
 
-import asyncio
 import os
 import tempfile
 from collections.abc import Sequence
@@ -59,7 +58,7 @@ def _latency(context: PartContext, server: servers.Server, folder: Path) -> dict
     requests = [encode(server.target, [text]) for text in texts]
 
     def send(count: int) -> loadgen.Outcome:
-        return asyncio.run(loadgen.closed(server.target, requests, 1, until=loadgen.after(count)))
+        return loadgen.run(lambda: loadgen.closed(server.target, requests, 1, until=loadgen.after(count)))
 
     send(NUM_WARM_UPS)
     outcome = send(num_requests)

@@ -42,7 +42,8 @@ CALLS = {"one short text": ("short", 1), "8 short texts": ("short", 8), "one pas
 """What one call brings: a workload, and how many of its texts."""
 
 NUM_CALLS = 30
-LEAST_COSINE = {True: 0.999, False: 0.999999}
+LEAST_COSINE = {True: 0.998, False: 0.999999}
+"""On a GPU both round to bfloat16, each in its own order."""
 
 GEMM = {"full": (8192, 8192, 8192), "small": (512, 512, 512)}
 GEMM_ROWS = {"full": 16384, "small": 512}

@@ -95,7 +95,7 @@ def test_every_part_of_the_goals_is_measured() -> None:
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_the_table_of_the_documentation_is_that_of_the_result_files(language: str) -> None:
     results = [read(path) for path in sorted(RESULTS.glob("gpu-*.json"))]
-    text = plain_table(tables._WORDS[language]["header"], goal_rows(results, language))  # type: ignore[arg-type]  # words
+    text = plain_table(tables._WORDS[language]["header"], goal_rows(results, language))
     page = tables.PAGES[language].read_text()
 
     assert replaced(page, text) == page, "run `python -m benchmarks.gpu --tables`"
