@@ -250,6 +250,8 @@ def _child(theirs: Connection, entry: str, device: str, settings: Mapping[str, A
     try:
         outcome = getattr(importlib.import_module(module), function)(context)
         theirs.send(("skipped", outcome) if isinstance(outcome, str) else ("done", ""))
+    except SystemExit as end:
+        theirs.send(("failed", str(end)))
     except BaseException as error:  # noqa: BLE001  # whatever it is, the other parts go on
         traceback.print_exc()
         theirs.send(("failed", f"{type(error).__name__}: {error}"[:2000]))
