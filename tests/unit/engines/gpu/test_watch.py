@@ -103,7 +103,7 @@ def test_a_weight_in_float32_is_found(fake: FakeGpuKit, encoder: TransformerEnco
 
 
 def test_what_is_intended_on_padded_paths_is_a_finding_on_packed_ones() -> None:
-    mask = Finding("sync", "engines/models/transformer.py:TransformerEncoder._batch", "aten.index.Tensor")
+    mask = Finding("sync", "transformers/masking_utils.py:_ignore_bidirectional_mask_sdpa", "aten.is_nonzero.default")
 
     assert unintended([mask], "padded") == []
     assert unintended([mask, mask], "packed") == [mask]
