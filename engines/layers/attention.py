@@ -10,8 +10,8 @@ architecture can run packed: `engines/models/verification.py` compares its vecto
 when the model loads.
 """
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from engines.layers.blocked_attention import blocked_attention, can_run, is_faster
 from engines.layers.packing import LengthGroup, PackedLayout, WindowMasks
 from engines.layers.varlen import VarlenKernel, Window, choose_kernel
 
@@ -74,10 +75,65 @@ def packed_attention(  # noqa: PLR0913  # the signature is transformers'
         return kernel(query, key, value, packed_layout, scaling, flash_window), None
     attend = partial(
         _attend, causal=causal, window=sliding_window, position_bias=position_bias, scaling=scaling,
-        masks=packed_layout.masks,
+        masks=packed_layout.masks, in_blocks=packed_layout.in_blocks,
     )  # fmt: skip
+    if packed_layout.prefix is not None:
+        return _with_prefix(attend, query, key, value, packed_layout.prefix, packed_layout.groups), None
     rows = [attend(*(_texts(states, group) for states in (query, key, value))) for group in packed_layout.groups]
     return (rows[0] if len(rows) == 1 else torch.cat(rows))[None], None
+
+
+def last_token_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, *, scaling: float | None, window: int | None
+) -> Tensor:
+    """Computes attention of the last token of each text only, which attends to its whole text, causal or not.
+
+    Args:
+        query: `[1, heads, n, d]`, of the last tokens; `key`, `value`: `[1, kv_heads, T, d]`, of all tokens.
+        window: exclusive bound of the distance between query and key.
+
+    Returns:
+        `[n, heads, d]`.
+    """
+    rows, first = [], 0
+    for group in layout.groups:
+        q = query[0, :, first : first + group.count].transpose(0, 1)[:, :, None]
+        k, v = (_after_prefix(states, layout.prefix, group) for states in (key, value))
+        if window is not None:
+            k, v = k[:, :, -window:], v[:, :, -window:]
+        rows.append(scaled_dot_product_attention(q, k, v, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])[:, :, 0])
+        first += group.count
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+
+def _with_prefix(
+    attend: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix: LengthGroup,
+    groups: Sequence[LengthGroup],
+) -> Tensor:
+    """Computes causal attention of a row that begins with the tokens that all of its texts share, `[1, T, heads, d]`.
+
+    Raises:
+        NotImplementedError: the attention is not causal: shared tokens would depend on what follows them.
+    """
+    if not attend.keywords["causal"]:  # type: ignore[attr-defined]  # a partial
+        raise NotImplementedError("texts share no tokens where attention is not causal")
+    rows = [attend(*(_texts(states, prefix) for states in (query, key, value)))]
+    for group in groups:
+        k, v = (_after_prefix(states, prefix, group) for states in (key, value))
+        rows.append(attend(_texts(query, group), k, v))
+    return torch.cat(rows)[None]
+
+
+def _after_prefix(states: Tensor, prefix: LengthGroup | None, group: LengthGroup) -> Tensor:
+    """Returns the texts of a group, `[count, heads, P + L, d]`, each behind the tokens of the prefix, if any."""
+    texts = _texts(states, group)
+    if prefix is None:
+        return texts
+    return torch.cat([_texts(states, prefix).expand(group.count, -1, -1, -1), texts], dim=2)
 
 
 def _reject_unsupported(attention_mask: Tensor | None, options: Mapping[str, Any]) -> None:
@@ -118,18 +174,38 @@ def _attend(  # noqa: PLR0913  # the tensors, the four options that shape the sc
     position_bias: Tensor | None,
     scaling: float | None,
     masks: WindowMasks,
+    in_blocks: bool,
 ) -> Tensor:
-    """Computes attention of texts of one length: `[count, heads, L, d]` each to `[count × L, heads, d]`."""
-    length = q.shape[2]
+    """Computes attention of texts of one length: `[count, heads, L, d]` each to `[count × L, heads, d]`.
+
+    With more keys than queries, the queries are those of the last keys.
+    """
+    length, num_keys = q.shape[2], k.shape[2]
+    if position_bias is None and (is_faster(q, causal=causal, window=window) or (in_blocks and can_run(q))):
+        out = blocked_attention(q, k, v, causal=causal, window=window, scaling=scaling)
+        return out.transpose(1, 2).flatten(0, 1)
     sdpa = partial(scaled_dot_product_attention, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
     if position_bias is not None:
         out = sdpa(q, k, v, attn_mask=_masked_bias(position_bias[..., :length, :length], causal, window))
+    elif num_keys > length:
+        out = sdpa(q, k, v, attn_mask=_suffix_mask(length, num_keys, window, q.device))
     elif window is not None and window < length:
         out = _windowed(sdpa, q, k, v, masks.get(partial(band, causal, window, q.device)), window)
     else:
         out = sdpa(q, k, v, is_causal=causal and length > 1)
     # The CPU kernel writes [n, L, heads, d] and returns a transposed view: this flatten copies nothing.
     return out.transpose(1, 2).flatten(0, 1)
+
+
+@lru_cache(maxsize=16)
+def _suffix_mask(length: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:
+    """Returns the causal mask of queries that belong to the last of more keys, bool `[L, keys]`: True where visible."""
+    ahead = (
+        torch.arange(num_keys, device=device)[None, :]
+        - torch.arange(num_keys - length, num_keys, device=device)[:, None]
+    )
+    visible = ahead <= 0
+    return visible if window is None else visible & (ahead > -window)
 
 
 def _windowed(sdpa: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, window: int) -> Tensor:

@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, layer_norm, linear, pad
+from torch.nn.functional import gelu, layer_norm, pad
 from transformers.activations import GELUActivation
 
 from engines.device.load_throttle import throttle_point
 from engines.device.torch_runtime import usable_threads
 from engines.layers.attention import packed_attention
 from engines.layers.packing import KernelVariant, PackedLayout, PackedState
+from engines.layers.products import linear
 
 
 @dataclass(frozen=True)
@@ -201,8 +202,9 @@ class FusedLayer:
     def many(self, x: Tensor, layout: PackedLayout, position_bias: Tensor | None) -> Tensor:
         """Runs the layer with the tokens as the left factor of each product, `[T, H]` to `[T, H]`."""
         context = self._attend(linear(x, self._weight, self._bias), layout, position_bias)
-        x = _norm(self._context(context).add_(x), self._first_norm)
-        return _norm(self._down(self._activate(self._up(x))).add_(x), self._second_norm)
+        x = _norm(_product(self._context, context).add_(x), self._first_norm)
+        inner = self._activate(_product(self._up, x))
+        return _norm(_product(self._down, inner).add_(x), self._second_norm)
 
     def few(self, x: Tensor, layout: PackedLayout, position_bias: Tensor | None) -> Tensor:
         """Runs the layer with the weights as the left factor of each product: see `_FEW_ROWS`."""
@@ -225,6 +227,11 @@ class FusedLayer:
             packed_layout=layout, scaling=self.head_width**-0.5, is_causal=False, position_bias=position_bias,
         )  # fmt: skip
         return context[0].flatten(1)
+
+
+def _product(part: nn.Linear, x: Tensor) -> Tensor:
+    """Applies the part to tokens that stand as rows, `[T, in]` to `[T, out]`."""
+    return linear(x, part.weight, part.bias)
 
 
 def _left_product(part: nn.Linear, columns: Tensor) -> Tensor:

@@ -69,7 +69,12 @@ class PackedLayout:
         starts, ends: int64 `[n]`, the index of each text's first token and the one after its last.
         segments: int64 `[T]`, the index of the text that each token belongs to.
         positions: int64 `[T]`, the position of each token inside its text, from 0.
+        prefix: the tokens in front of the texts that all of them share; None for none.
+        in_blocks: whether attention runs in blocks wherever it can, as it does for long texts.
     """
+
+    prefix: LengthGroup | None = None
+    in_blocks = False
 
     def __init__(self, lengths: list[int], device: torch.device, masks: WindowMasks | None = None) -> None:
         self.masks = masks or WindowMasks()
@@ -122,26 +127,36 @@ class PackedState(threading.local):
         layout: None outside of a packed row.
         is_fused: whether the row runs through fused layers.
         variant: the kernels that it must use; None for the fastest.
+        only_last: whether the last layer gives the last token of each text only.
     """
 
     layout: PackedLayout | None = None
     is_fused: bool = False
     variant: KernelVariant | None = None
+    only_last: bool = False
 
     @contextmanager
-    def running(self, layout: PackedLayout, *, is_fused: bool, variant: KernelVariant | None = None) -> Iterator[None]:
+    def running(
+        self,
+        layout: PackedLayout,
+        *,
+        is_fused: bool,
+        variant: KernelVariant | None = None,
+        only_last: bool = False,
+    ) -> Iterator[None]:
         """Sets the state of a row inside the block, and restores that of a preempted pass afterwards.
 
         Args:
-            is_fused: whether the row runs through the layers of `engines/layers/fused.py`.
+            is_fused: whether the row runs through the layers of `engines/layers/fused.py` or `decoder.py`.
             variant: the kernels that it must use; None for the fastest.
+            only_last: whether a fused last layer gives the last token of each text only, `[n, H]`.
         """
-        before = self.layout, self.is_fused, self.variant
-        self.layout, self.is_fused, self.variant = layout, is_fused, variant
+        before = self.layout, self.is_fused, self.variant, self.only_last
+        self.layout, self.is_fused, self.variant, self.only_last = layout, is_fused, variant, only_last
         try:
             yield
         finally:
-            self.layout, self.is_fused, self.variant = before
+            self.layout, self.is_fused, self.variant, self.only_last = before
 
 
 def to_device(array: NDArray[np.int64], device: torch.device) -> Tensor:

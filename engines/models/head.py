@@ -59,6 +59,11 @@ class EmbeddingHead:
         """The width of the vectors."""
         return self.widths[SENTENCE]
 
+    @property
+    def reads_last_tokens_only(self) -> bool:
+        """Whether the vector of a text depends on the hidden states of its last token only."""
+        return self.pooling == ("lasttoken",)
+
     def add_pooling(self, modes: tuple[PoolingMode, ...], *, include_prompt: bool = True) -> None:
         """Adds pooling by `modes`, side by side, or by the registry's modes where it has any."""
         if self.override is not None and self.override != modes:

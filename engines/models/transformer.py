@@ -1,10 +1,10 @@
 """Turns token ids into vectors with one model on one device: the transformer, and the modules that follow it.
 
 There are seven paths through the transformer: `packed` (one row, no padding), `fused` (the same, its layers in fewer
-steps), `graphed` (either of them, but short rows as CUDA graphs of a fixed size), `prepacked` (fused, but short texts
-bypass the model's own code and run from copies of the weights), `padded` (batches of similar lengths), `unpadded`
-(batches of one length), and the reference (one length, plain attention), with which `engines/models/verification.py`
-compares the others.
+steps; in decoders, texts share the tokens that all begin with), `graphed` (either of them, but short rows as CUDA
+graphs of a fixed size), `prepacked` (fused, but short texts bypass the model's own code and run from copies of the
+weights), `padded` (batches of similar lengths), `unpadded` (batches of one length), and the reference (one length,
+plain attention), with which `engines/models/verification.py` compares the others.
 """
 
 import inspect
@@ -20,6 +20,7 @@ from engines.device.torch_runtime import reserve_for_onnxruntime
 from engines.errors import device_loss, is_device_error
 from engines.inputs.tokenizer import Ids
 from engines.layers.attention import PACKED, has_varlen
+from engines.layers.decoder import fuse_decoder
 from engines.layers.fused import fuse
 from engines.layers.packing import (
     PADDING_SHARE,
@@ -31,7 +32,9 @@ from engines.layers.packing import (
     padded,
     to_device,
 )
+from engines.layers.products import onednn_is_faster, replace_products
 from engines.layers.rope import LengthAwareRope
+from engines.layers.shared_prefix import SharedPrefixLayout, num_shared_tokens
 from engines.models import prepacked
 from engines.models.adapters import Positions, adapt, layers_of, padding_id, switch_attention, why_not_packed
 from engines.models.base import (
@@ -93,6 +96,14 @@ class TransformerEncoder:
         adapt(model, self._state)
         self._fused = [] if self.notes else fuse(model, self._state)
         self._copies = PrepackedWeights(model, self._fused)
+        decoder = [] if self.notes or self._fused else fuse_decoder(model, self._state)
+        self._is_fusible = bool(self._fused or decoder)
+        on_cpu = self._device.type == "cpu"
+        self._can_skip = bool(decoder) and on_cpu and chain.reads_last_tokens_only
+        self._can_share = bool(decoder) and on_cpu and all(layer.is_causal for layer in decoder)
+        self._is_forced = False
+        if on_cpu and not self.notes:
+            replace_products(model, self._state)
         can_record = has_varlen(self._device, model.dtype) and not self._rope.remembers
         self._recorder = recorder if can_record else None
         self._graphs: CudaGraphs | None = None
@@ -140,15 +151,20 @@ class TransformerEncoder:
                 return graphs(texts, size)
             layout = self._layout(texts)
             with reserve_for_onnxruntime(self._copies.supports(layout, None)):
-                return self._chain(self._hidden_or_fail_over(texts, layout), layout, prompt_tokens)
+                return self._pooled(self._hidden_or_fail_over(texts, layout), layout, prompt_tokens)
 
     def forms(self, texts: Sequence[Ids]) -> Iterator[PathForm]:
-        """See `ForwardPaths`: in a batch and the first alone, by each kernel that such passes take; and in a full row
-        of each size that has a recorded pass."""
+        """See `ForwardPaths`: in a batch and the first alone, by each kernel that such passes take; with attention in
+        blocks, as long texts have it, and with shared tokens; and in a full row of each size that has a recorded
+        pass."""
         for vectors in self.encode_batched(texts):
             yield PathForm(range(len(texts)), vectors)
         for vector in self.encode_single(texts[0]):
             yield PathForm([0], vector[None])
+        if self.attention == "packed" and self._device.type == "cpu" and onednn_is_faster():
+            yield PathForm(range(len(texts)), self.encode_forced(texts), ", with attention in blocks,")
+        for row in (0, len(texts) - 1) if self._can_share and self.path == "fused" else ():
+            yield PathForm([row, row], self.encode_forced([texts[row]] * 2), ", with shared tokens,")
         for size in self.sizes:
             rows = fill_row(size, texts)
             vectors = self.encode_fixed([texts[row] for row in rows], size)
@@ -166,6 +182,18 @@ class TransformerEncoder:
         """Returns vectors `[forms, D]` of a text alone, in each form that a pass of few tokens may take."""
         forms: tuple[KernelVariant, ...] = ("few", "shared") if self.path == "prepacked" else ("few",)
         return torch.cat([self._as_asked([text], form) for form in forms])
+
+    @torch.inference_mode()
+    def encode_forced(self, texts: Sequence[Ids]) -> Tensor:
+        """Returns vectors `[n, D]` with attention in blocks and tokens shared wherever that can be, worthwhile or not.
+
+        Else only texts that are longer than those of a check have these.
+        """
+        self._is_forced = True
+        try:
+            return self._as_asked(texts, "many")
+        finally:
+            self._is_forced = False
 
     @torch.inference_mode()
     def encode_fixed(self, texts: Sequence[Ids], size: Size) -> Tensor:
@@ -201,7 +229,7 @@ class TransformerEncoder:
         if self.notes:
             return ("padded", "unpadded")
         copied = self._copied_bytes()
-        fast: dict[ForwardPath, object] = {"graphed": self._recorder, "prepacked": copied, "fused": self._fused}
+        fast: dict[ForwardPath, object] = {"graphed": self._recorder, "prepacked": copied, "fused": self._is_fusible}
         return (*(path for path, can in fast.items() if can), "packed", "padded", "unpadded")
 
     @property
@@ -255,15 +283,21 @@ class TransformerEncoder:
         layout = self._layout(texts)
         self._padding_share, self._form = 1.0, form
         try:
-            return self._chain(self._hidden(texts, layout), layout)
+            return self._pooled(self._hidden(texts, layout), layout)
         finally:
             self._padding_share, self._form = PADDING_SHARE, None
+
+    def _pooled(self, hidden: Tensor, layout: PackedLayout, prompt_tokens: Sequence[int] | None = None) -> Tensor:
+        """Applies the head to hidden states of all tokens `[T, H]`, or of the last token of each text `[n, H]`."""
+        if len(hidden) < layout.num_tokens:
+            layout, prompt_tokens = PackedLayout([1] * len(hidden), self._device), None
+        return self._chain(hidden, layout, prompt_tokens)
 
     def _layout(self, texts: Sequence[Ids]) -> PackedLayout:
         return PackedLayout([len(ids) for ids in texts], self._device, self._masks)
 
     def _hidden(self, texts: Sequence[Ids], layout: PackedLayout) -> Tensor:
-        """Returns hidden states `[T, H]` by the path in use."""
+        """Returns hidden states `[T, H]` by the path in use; `[n, H]` of last tokens where the head reads no others."""
         runs: dict[Attention, Run] = {"packed": self._packed, "padded": self._padded, "unpadded": self._unpadded}
         return self._in_runs(runs[self.attention], texts, layout)
 
@@ -313,8 +347,17 @@ class TransformerEncoder:
         return torch.cat([self._in_runs(run, part, self._layout(part)) for part in (texts[a:b] for a, b in spans)])
 
     def _packed(self, texts: Sequence[Ids], layout: PackedLayout) -> Tensor:
-        """Runs the texts as one packed row."""
-        return self._row(to_device(np.concatenate(texts), self._device), layout)
+        """Runs the texts as one packed row; in a causal model they share the tokens that all begin with."""
+        layout.in_blocks = self._is_forced
+        can_share = self._can_share and self.path == "fused" and len(texts) > 1
+        num_shared = num_shared_tokens(texts, is_forced=self._is_forced) if can_share else 0
+        if not num_shared:
+            return self._row(to_device(np.concatenate(texts), self._device), layout)
+        row = np.concatenate([texts[0][:num_shared], *(ids[num_shared:] for ids in texts)])
+        shared = SharedPrefixLayout(layout.lengths, num_shared, self._device)
+        shared.in_blocks = self._is_forced
+        hidden = self._row(to_device(row, self._device), shared)
+        return hidden if self._can_skip else hidden[shared.spread]
 
     def _row(self, row: Tensor, layout: PackedLayout) -> Tensor:
         """Returns the hidden states of a packed row of ids `[T]`."""
@@ -322,7 +365,8 @@ class TransformerEncoder:
         if self._copies.supports(layout, self._form):
             return self._copies(row, positions, layout, self._form, self._preemption_point)
         options: dict[str, Any] = {"position_ids": positions[None]} if self._takes_positions else {}
-        with self._state.running(layout, is_fused=bool(self._fused) and self.path != "packed", variant=self._form):
+        is_fused, only_last = self._is_fusible and self.path != "packed", self._can_skip and self.path == "fused"
+        with self._state.running(layout, is_fused=is_fused, variant=self._form, only_last=only_last):
             return self._forward(row[None], attention_mask=None, packed_layout=layout, **options)[0]
 
     def _padded(self, texts: Sequence[Ids], layout: PackedLayout) -> Tensor:

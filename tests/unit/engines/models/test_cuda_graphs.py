@@ -280,7 +280,7 @@ def test_nothing_is_recorded_for_a_model_that_keeps_state(
 
     assert (
         TransformerEncoder(forgetful._model, forgetful._chain, EncoderConfig(), recorder).candidate_paths()[0]
-        == "packed"
+        == "fused"
     )
 
 

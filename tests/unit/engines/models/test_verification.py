@@ -20,7 +20,7 @@ from engines.batching.engine import EmbeddingEngine
 from engines.device.scheduler import DeviceScheduler
 from engines.errors import DeviceDown, OutOfMemory, SelfCheckFailed, UnsupportedModel
 from engines.inputs.tokenizer import Ids, Tokenizer
-from engines.layers import fused
+from engines.layers import decoder, fused
 from engines.layers.attention import PACKED, packed_attention
 from engines.layers.fused import FusedLayer
 from engines.loading.loader import LoaderSettings
@@ -43,6 +43,7 @@ def replace_attention(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Cal
     def replace(function: Callable[..., Any]) -> None:
         AttentionInterface.register(PACKED, function)
         monkeypatch.setattr(fused, "packed_attention", function)
+        monkeypatch.setattr(decoder, "packed_attention", function)
 
     yield replace
     AttentionInterface.register(PACKED, packed_attention)
@@ -122,7 +123,7 @@ def test_a_packed_path_that_fails_is_not_used_and_the_note_names_no_file(
 
     replace_attention(fail)
 
-    assert kit.load(kit.recipe_folder("qwen3-last")).info.notes == (note,)
+    assert kit.load(kit.recipe_folder("eurobert-mean")).info.notes == (note,)
 
 
 def test_fused_layers_that_are_wrong_are_replaced_by_the_plain_ones(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
