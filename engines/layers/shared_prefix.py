@@ -56,13 +56,18 @@ class SharedPrefixLayout(PackedLayout):
 
 
 def num_shared_tokens(texts: Sequence[NDArray[np.int64]], *, is_forced: bool = False) -> int:
-    """Returns how many tokens these texts should share; 0 where that saves too little, unless `is_forced`.
+    """Returns how many tokens these texts should share; 0 where that saves too little.
 
     Each text keeps a token of its own: its last one is pooled.
+
+    Args:
+        is_forced: share whatever is equal, up to half of the shortest text, so that there is something behind it.
     """
     shortest = min(len(ids) for ids in texts)
     begins = np.stack([ids[: shortest - 1] for ids in texts])
     differs = (begins != begins[0]).any(axis=0)
     shared = int(differs.argmax()) if differs.any() else shortest - 1
+    if is_forced:
+        return min(shared, shortest // 2)
     is_enough = shared >= _FEWEST_SHARED and shared * (len(texts) - 1) >= _LEAST_SAVED * sum(map(len, texts))
-    return shared if is_enough or is_forced else 0
+    return shared if is_enough else 0

@@ -1,6 +1,6 @@
 """Fused decoder layers: which models they support, last tokens only, and tokens that all texts share."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,7 +48,7 @@ def qwen2(**changes: Any) -> Any:
     return build(Qwen2Model, Qwen2Config(**GROUPED, **changes))
 
 
-MODELS = {
+MODELS: dict[str, Callable[[], Any]] = {
     "qwen3": qwen3,
     "qwen3-bias": lambda: qwen3(attention_bias=True),
     "qwen2": qwen2,
@@ -57,7 +57,7 @@ MODELS = {
     "mistral": lambda: build(MistralModel, MistralConfig(**GROUPED, head_dim=16, sliding_window=WINDOW)),
     "gemma3": gemma3,
 }
-NOT_CAUSAL = {
+NOT_CAUSAL: dict[str, Callable[[], Any]] = {
     "qwen2": lambda: qwen2(is_causal=False),
     "gemma3": lambda: gemma3(use_bidirectional_attention=True),
 }
@@ -214,5 +214,9 @@ def test_tokens_are_shared_where_that_saves_enough(texts: Texts, num_shared: int
     assert num_shared_tokens([np.array(text) for text in texts]) == num_shared
 
 
-def test_forced_sharing_shares_whatever_is_equal() -> None:
-    assert num_shared_tokens([np.array([1, 2, 9]), np.array([1, 2, 3, 4])], is_forced=True) == 2
+def test_forced_sharing_shares_up_to_half_of_the_shortest_text() -> None:
+    first, second = np.array([1, 2, 9, 9]), np.array([1, 2, 3, 4, 5])
+
+    assert num_shared_tokens([first, second], is_forced=True) == 2
+    assert num_shared_tokens([second, second], is_forced=True) == 2
+    assert num_shared_tokens([np.array([1]), second], is_forced=True) == 0
