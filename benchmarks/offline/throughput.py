@@ -48,9 +48,14 @@ SHAPES: dict[str, tuple[str, int, int]] = {
     "mixed": ("mixed", 64, 1),
     "long": ("long", 64, 1),
     "chinese": ("chinese", 64, 1),
+    "queries": ("queries", 64, 1),
     "mixed-1024": ("mixed", 1024, 1),
 }
 """Cases: workload, texts a call, calls a sample (several where one is too quick to be timed)."""
+
+
+USUAL = [name for name in SHAPES if name != workloads.QUERIES]
+"""The cases of every table; `queries` share an instruction, which only decoders compute once."""
 
 
 def make_cases(names: Sequence[str], count: Count, scale: float = 1.0) -> list[Case]:

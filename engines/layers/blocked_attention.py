@@ -2,7 +2,7 @@
 
 torch's kernel calls MKL for blocks of 32 to 256 queries; on processors on which oneDNN multiplies faster
 (`engines/layers/products.py`), a block of 256 queries against all of its keys, one head at a time, takes 0.5 to 0.9 of
-its time from some length on. `python -m benchmarks.offline.attention` prints the table that `is_faster` is made from.
+its time from some length on. `is_faster` is made from the table of `python -m benchmarks.offline.kernels attention`.
 """
 
 import torch

@@ -2,8 +2,8 @@
 
 torch multiplies float32 matrices with MKL, whose AVX-512 kernels run on Intel's processors only: on an AMD EPYC with
 AVX-512 (Zen 5) it reaches 100 GFLOP/s on one core, and oneDNN, which torch ships as well, 225 with the same weights in
-the same place (`python -m benchmarks.offline.products`). oneDNN computes in float32 too: results differ by rounding.
-The faster one is found once for a process, by measuring.
+the same place (`python -m benchmarks.offline.kernels products`). oneDNN computes in float32 too: results differ by
+rounding. The faster one is found once for a process, by measuring.
 """
 
 import time
