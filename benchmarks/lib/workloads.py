@@ -91,8 +91,9 @@ class Workload(Struct, frozen=True):
 
 
 def make(name: str, num_texts: int, count: Count, seed: int = 7) -> Workload:
-    """Make `num_texts` texts of the workload `name`, within the bounds of `LENGTHS` as `count` measures them; or
-    queries.
+    """Make `num_texts` texts of the workload `name`, within the bounds of `LENGTHS` as `count` measures them.
+
+    `queries` are `short` texts behind an instruction.
 
     Raises:
         ValueError: the tokenizer gives no text of such a length.

@@ -136,8 +136,8 @@ def run_beside_base(
 
 def arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the options that all offline benchmarks have."""
-    parser.add_argument("--model", default="minilm", help="minilm, bert-base, xlmr-large, or a folder")
-    parser.add_argument("--workloads", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--model", default="minilm", help="a name in benchmarks/lib/folders.py, or a folder")
+    parser.add_argument("--workloads", nargs="+", default=USUAL, choices=list(SHAPES))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--scale", type=float, default=1.0, help="texts a call, as a part of the usual number")
     parser.add_argument("--no-save", dest="results", action="store_const", const=None, default=RESULTS)
