@@ -216,11 +216,12 @@ class Embeddings(BaseResult, frozen=True, kw_only=True, tag="embeddings"):
 class Scores(BaseResult, frozen=True, kw_only=True, tag="scores"):
     """The result of one `ScoreCall`, rows in input order.
 
-    `values`: float32 little-endian, `num_items × num_labels`.
+    `values`: float32 little-endian, `num_items × num_labels`. `labels`: names of the columns, as in `ModelInfo`.
     """
 
     values: bytes
     num_labels: int
+    labels: tuple[str, ...] = ()
 
     def split_body(self) -> tuple[Self, bytes]:
         """See `BaseResult`; the body is `values`."""

@@ -19,6 +19,8 @@ from router.api.docs import openapi_config
 from router.api.embeddings import EmbeddingsController, PathController
 from router.api.models import ModelsController
 from router.api.probes import HealthController, MetricsController
+from router.api.rerank import RerankController
+from router.api.score import ScoreController
 from router.backends.base import Backend
 from router.config.settings import Settings
 from router.errors import answer_error
@@ -34,7 +36,8 @@ from router.server.reloader import Reloader, open_keyring, watched_keys
 from router.server.state import ServerState, provide_spec
 
 _CONTROLLERS = (
-    EmbeddingsController, ModelsController, AdminController, HealthController, MetricsController, DashboardController,
+    EmbeddingsController, RerankController, ScoreController, ModelsController, AdminController, HealthController,
+    MetricsController, DashboardController,
 )  # fmt: skip
 _COMPATIBILITY_APIS: dict[str, type[Controller]] = {
     "tei": TeiController,

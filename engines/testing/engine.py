@@ -171,6 +171,7 @@ class FakeEngine:
         return Scores(
             values=values.tobytes(),
             num_labels=len(labels),
+            labels=self.info.labels,
             token_counts=tuple(min(count, limit) for count in counts),
             truncated=tuple(index for index, count in enumerate(counts) if count > limit),
             timings=Timings(forward_s=self._embed_s),
@@ -180,6 +181,8 @@ class FakeEngine:
         if call.prompt is not None:
             return call.prompt + text
         if call.input_type is None:
+            return text
+        if not self.spec.prompts and call.input_type in ("query", "document"):
             return text
         if call.input_type not in self.spec.prompts:
             known = ", ".join(self.spec.prompts) or "none"

@@ -22,7 +22,25 @@ from engines.types import EmbedCall
 from router.config.quantities import parse_keep_alive_s
 from router.errors import ClientLeft, EmptyInput, InvalidJson, TooManyInputs
 from router.schemas.compat import CohereRequest, OllamaRequest, TeiRequest
-from router.schemas.inference import MAX_IDS, MAX_IDS_OF_TEXT, MAX_INPUTS, MAX_WIDTH, EmbeddingRequest, Input, TokenId
+from router.schemas.inference import (
+    MAX_IDS,
+    MAX_IDS_OF_TEXT,
+    MAX_INPUTS,
+    MAX_WIDTH,
+    EmbeddingRequest,
+    Input,
+    KeepAlive,
+    TokenId,
+)
+from router.schemas.scoring import (
+    ClassifyRequest,
+    DocumentText,
+    EitherRerankRequest,
+    PredictRequest,
+    RerankRequest,
+    ScoreRequest,
+    TextPair,
+)
 
 _REMEDY = "send texts instead; with LangChain, set check_embedding_ctx_length=False"
 
@@ -78,10 +96,20 @@ _PARALLEL_BYTES = 2**20
 """Larger bodies are decoded one at a time on one thread of their own: each holds the GIL for up to a second, so two at
 once would be no faster and take twice the memory."""
 
-_ITEMS_FIELDS: dict[Any, str] = {
-    EmbeddingRequest: "input", TeiRequest: "inputs", CohereRequest: "texts", OllamaRequest: "input",
+
+_ITEMS_FIELDS: dict[Any, tuple[str, ...]] = {
+    EmbeddingRequest: ("input",), TeiRequest: ("inputs",), CohereRequest: ("texts",), OllamaRequest: ("input",),
+    RerankRequest: ("documents",), EitherRerankRequest: ("documents", "texts"), PredictRequest: ("inputs",),
+    ScoreRequest: ("text_1", "text_2"), ClassifyRequest: ("input",),
 }  # fmt: skip
-"""The field of each request that holds its texts or token ids."""
+"""The fields of each request that hold its texts or token ids."""
+
+
+_ITEM_TYPES: dict[Any, Any] = {
+    EmbeddingRequest: str | TokenId | tuple[TokenId, ...], RerankRequest: str | DocumentText,
+    EitherRerankRequest: str | DocumentText, PredictRequest: str | TextPair,
+}  # fmt: skip
+"""The type of one item; texts in all other requests."""
 
 _MISSING = re.compile(r"Object missing required field `(?P<field>\w+)`")
 _BEYOND_64_BITS = re.compile(r"Expected `int` [<>]= -?9223372036854775\d+|Integer value out of range", re.ASCII)
@@ -134,7 +162,8 @@ def decode_body(body: bytes, wanted: Any) -> Any:
         InvalidJson, InvalidValue, InvalidTokenId; for a large body also TooManyInputs.
     """
     with _translate_errors(body):
-        if len(body) > _INLINE_BYTES and wanted in _ITEMS_FIELDS:
+        if wanted is PredictRequest or (len(body) > _INLINE_BYTES and wanted in _ITEMS_FIELDS):
+            # msgspec does not say which pair is too long
             return _decode_in_stages(body, wanted)
         return _decoder(wanted).decode(body)
 
@@ -172,12 +201,14 @@ def _invalid_value(error: msgspec.ValidationError, place: str) -> InvalidRequest
     what, _, path = str(error).rpartition(" - at `$")
     what, path = (what, path.removesuffix("`")) if what else (path, "")
     if missing := _MISSING.match(what):
-        return InvalidValue(f"{missing['field']} is required", param=missing["field"])
-    where = place + path.removeprefix(".")
+        path = f"{path}.{missing['field']}"
+    where = (place + path).removeprefix(".")
     param = re.split(r"[.\[]", where, maxsplit=1)[0] or None
-    if param in _ITEMS_FIELDS.values() and _BEYOND_64_BITS.match(what):
+    if missing:
+        return InvalidValue(f"{where} is required", param=param)
+    if param in _ITEMS_FIELDS[EmbeddingRequest] and _BEYOND_64_BITS.match(what):
         return InvalidTokenId(f"{where} is not a token id: it has more than 64 bits", param=param)
-    refusal = DimensionsNotSupported if _TOO_WIDE.match(what) else InvalidValue
+    refusal = DimensionsNotSupported if "dimension" in (param or "") and _TOO_WIDE.match(what) else InvalidValue
     return refusal(f"{where or 'body'}: {what}", param=param)
 
 
@@ -201,31 +232,31 @@ class _Stages(Struct, frozen=True):
     """The decoders of one request type.
 
     Attributes:
-        field: the field of the items.
         envelope: decodes the request, with its items left as raw JSON.
-        whole: decodes the whole field.
+        whole: decode a whole field each.
         item: decodes one item.
         allows_ids: whether an item may be token ids.
     """
 
-    field: str
     envelope: msgspec.json.Decoder[Any]
-    whole: msgspec.json.Decoder[Any]
+    whole: dict[str, msgspec.json.Decoder[Any]]
     item: msgspec.json.Decoder[Any]
     allows_ids: bool
 
 
 @cache
 def _stages(wanted: Any) -> _Stages:
-    field = _ITEMS_FIELDS[wanted]
-    allows_ids = wanted is EmbeddingRequest
-    envelope = msgspec.defstruct("Envelope", [(field, msgspec.Raw)], bases=(wanted,), frozen=True, kw_only=True)
+    fields = {field.name: field for field in structs.fields(wanted) if field.name in _ITEMS_FIELDS[wanted]}
+    raw = [
+        (name, msgspec.Raw) if field.required else (name, msgspec.Raw, msgspec.Raw(b"null"))
+        for name, field in fields.items()
+    ]
+    envelope = msgspec.defstruct("Envelope", raw, bases=(wanted,), frozen=True, kw_only=True)
     return _Stages(
-        field=field,
         envelope=msgspec.json.Decoder(envelope),
-        whole=msgspec.json.Decoder(wanted.__annotations__[field]),
-        item=msgspec.json.Decoder(str | TokenId | tuple[TokenId, ...] if allows_ids else str),
-        allows_ids=allows_ids,
+        whole={name: msgspec.json.Decoder(field.type) for name, field in fields.items()},
+        item=msgspec.json.Decoder(_ITEM_TYPES.get(wanted, str)),
+        allows_ids=wanted is EmbeddingRequest,
     )
 
 
@@ -243,47 +274,50 @@ _first_items = msgspec.json.Decoder(
 def _decode_in_stages(body: bytes, wanted: Any) -> Any:
     stages = _stages(wanted)
     envelope = stages.envelope.decode(body)
-    raw = memoryview(getattr(envelope, stages.field))
-    with _translate_errors(raw, stages.field):
+    items = {field: _decode_items(stages, memoryview(getattr(envelope, field)), field) for field in stages.whole}
+    rest = {name: getattr(envelope, name) for name in wanted.__struct_fields__ if name not in items}
+    return wanted(**rest, **items)
+
+
+def _decode_items(stages: _Stages, raw: memoryview, field: str) -> Any:
+    with _translate_errors(raw, field):
         if stages.allows_ids and _IDS_BEGIN.match(raw):
-            items: Any = [_decode_item(stages, raw, stages.field)]
-        elif raw[0] == _ARRAY:
-            items = _decode_split_input(stages, raw)
-        else:
-            items = stages.whole.decode(raw)
-    rest = {name: getattr(envelope, name) for name in wanted.__struct_fields__ if name != stages.field}
-    return wanted(**rest, **{stages.field: items})
+            return [_decode_item(stages, raw, field)]
+        if raw[0] == _ARRAY:
+            return _decode_split_input(stages, raw, field)
+        return stages.whole[field].decode(raw)
 
 
-def _decode_split_input(stages: _Stages, raw: memoryview) -> list[Any]:
+def _decode_split_input(stages: _Stages, raw: memoryview, field: str) -> list[Any]:
     found = [memoryview(item) for item in structs.astuple(_first_items.decode(raw)) if item is not msgspec.UNSET]
     if len(found) > MAX_INPUTS:
         raise TooManyInputs(
-            f"{stages.field} has at least {len(found)} items (maximum {MAX_INPUTS} per request); split the request",
-            param=stages.field,
+            f"{field} has at least {len(found)} items (maximum {MAX_INPUTS} per request); split the request",
+            param=field,
         )
     items: list[Any] = []
     num_ids = 0
     for index, item in enumerate(found):
-        place = f"{stages.field}[{index}]"
+        place = f"{field}[{index}]"
         with _translate_errors(item, place):
             items.append(_decode_item(stages, item, place))
         num_ids += len(items[-1]) if isinstance(items[-1], tuple) else 0
         if num_ids > MAX_IDS:
             raise InvalidValue(
-                f"{stages.field} has at least {num_ids} token ids (maximum {MAX_IDS} per request); split the request",
-                param=stages.field,
+                f"{field} has at least {num_ids} token ids (maximum {MAX_IDS} per request); split the request",
+                param=field,
             )
     return items
 
 
 def _decode_item(stages: _Stages, raw: memoryview, place: str) -> Any:
     """Decode a text or its token ids; ids are counted before the list is built."""
-    if len(raw) > 2 * MAX_IDS_OF_TEXT and raw[0] == _ARRAY:
+    if stages.allows_ids and len(raw) > 2 * MAX_IDS_OF_TEXT and raw[0] == _ARRAY:
         num_ids = bytes(raw).count(b",") + 1
         if num_ids > MAX_IDS_OF_TEXT:
             raise InvalidValue(
-                f"{place} has {num_ids} token ids (maximum {MAX_IDS_OF_TEXT} per text); shorten it", param=stages.field
+                f"{place} has {num_ids} token ids (maximum {MAX_IDS_OF_TEXT} per text); shorten it",
+                param=place.partition("[")[0],
             )
     return stages.item.decode(raw)
 
@@ -307,7 +341,7 @@ def embed_call(request: EmbeddingRequest, model_id: str, *, load_timeout_s: floa
         prompt=request.prompt,
         truncate=request.truncate,
         normalize=request.normalize,
-        keep_alive_s=_keep_alive_s(request),
+        keep_alive_s=keep_alive_s(request.keep_alive),
         load_timeout_s=load_timeout_s,
     )
 
@@ -333,10 +367,15 @@ def _split_input(given: Input) -> Items:
     return (), tuple(tuple(ids) for ids in items)  # type: ignore[arg-type]  # as above
 
 
-def _keep_alive_s(request: EmbeddingRequest) -> float | None:
-    if request.keep_alive is None:
+def keep_alive_s(given: KeepAlive | None) -> float | None:
+    """Return the seconds of a request's `keep_alive`; None if it has none.
+
+    Raises:
+        InvalidValue.
+    """
+    if given is None:
         return None
     try:
-        return parse_keep_alive_s(request.keep_alive)
+        return parse_keep_alive_s(given)
     except ValueError as error:
         raise InvalidValue(f"keep_alive must be {error}", param="keep_alive") from None

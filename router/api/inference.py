@@ -2,9 +2,9 @@
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import structlog
 from litestar import Request
@@ -14,9 +14,9 @@ from litestar.handlers import HTTPRouteHandler
 from litestar.openapi import ResponseSpec
 from msgspec import Struct, structs
 
-from engines.errors import EngineFailed, InvalidRequest, NonFiniteEmbedding
-from engines.spec import Calibration, ModelSpec
-from engines.types import EmbedCall, Embeddings, ModelStatus
+from engines.errors import EngineFailed, InvalidRequest, NonFiniteEmbedding, TaskNotSupported
+from engines.spec import Calibration, ModelSpec, Task
+from engines.types import BaseResult, Call, EmbedCall, Embeddings, ModelInfo, ModelStatus, Result
 from router.api.decoding import StrictRequest, decode_token_ids, embed_call
 from router.api.encoding import check_ranges
 from router.api.openapi import BEARER, EMBEDDING, failures
@@ -38,6 +38,15 @@ _KEEP_ALIVE_REFUSED = (
 """Refused rather than ignored: the client would rely on it."""
 _SHORT = 256
 """Characters, or token ids. Every model reads inputs of this length whole, so its limit need not be looked up."""
+_MAX_HEADER_CHARS = 4096
+"""Most characters of `x-embed-truncated`; proxies refuse longer headers."""
+_USES: dict[Task, str] = {
+    "embed": "embed (POST /v1/embeddings)",
+    "rerank": "rerank (POST /v1/rerank, /v1/score)",
+    "classify": "classify (POST /v1/classify, /predict)",
+}
+
+AnyCall = TypeVar("AnyCall", bound=Call)
 
 _HEADERS = (
     ResponseHeader(
@@ -47,7 +56,7 @@ _HEADERS = (
     ),
     ResponseHeader(
         name="x-embed-truncated",
-        description="Indexes of the truncated inputs; absent if none was.",
+        description="Indexes and ranges of the truncated inputs, as in `0,3,7-19`; absent if none was.",
         documentation_only=True,
     ),
     *(ResponseHeader(name=name, description=words, documentation_only=True) for name, words in RATE_HEADERS.items()),
@@ -105,13 +114,30 @@ class Answer(Struct, frozen=True):
 
     @property
     def headers(self) -> dict[str, str]:
-        """`Server-Timing` in milliseconds, and the indexes of truncated inputs, if any."""
-        spent = self.embeddings.timings
-        parts = {"load": spent.load_s, "tokenize": spent.tokenize_s, "queue": spent.queue_s, "forward": spent.forward_s}
-        headers = {"server-timing": ", ".join(f"{name};dur={seconds * 1000:.1f}" for name, seconds in parts.items())}
-        if self.embeddings.truncated:
-            headers["x-embed-truncated"] = ",".join(map(str, self.embeddings.truncated))
-        return headers
+        """See `headers_of`."""
+        return headers_of(self.embeddings)
+
+
+def headers_of(result: BaseResult) -> dict[str, str]:
+    """Return `Server-Timing` in milliseconds, and the indexes of truncated inputs, if any."""
+    spent = result.timings
+    parts = {"load": spent.load_s, "tokenize": spent.tokenize_s, "queue": spent.queue_s, "forward": spent.forward_s}
+    headers = {"server-timing": ", ".join(f"{name};dur={seconds * 1000:.1f}" for name, seconds in parts.items())}
+    if result.truncated:
+        headers["x-embed-truncated"] = format_indexes(result.truncated)
+    return headers
+
+
+def format_indexes(indexes: Sequence[int], max_chars: int = _MAX_HEADER_CHARS) -> str:
+    """Format rising indexes with ranges: `0,3,7-19`. What exceeds `max_chars` is replaced by `...`."""
+    ranges: list[list[int]] = []
+    for index in indexes:
+        if ranges and index == ranges[-1][1] + 1:
+            ranges[-1][1] = index
+        else:
+            ranges.append([index, index])
+    text = ",".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
+    return text if len(text) <= max_chars else text[: text.rindex(",", 0, max_chars - 3) + 1] + "..."
 
 
 async def embed(request: Request[Any, Any, Any], wanted: EmbeddingRequest) -> Answer:
@@ -121,37 +147,61 @@ async def embed(request: Request[Any, Any, Any], wanted: EmbeddingRequest) -> An
     """
     server_state = state_of(request)
     spec = resolve(request, server_state.registry, wanted.model)
+    if spec.task is not None and spec.task != "embed":
+        refuse_task(spec.model_id, spec.task, "embed")
     call = embed_call(wanted, spec.model_id, load_timeout_s=server_state.settings.load_timeout_s)
-    caller = server_state.keyring.caller_of(key_of(request))
-    if caller:
-        call = structs.replace(call, caller=caller)
-    if call.keep_alive_s is not None and not server_state.keyring.may_keep_alive(key_of(request)):
-        raise PermissionDeniedException(_KEEP_ALIVE_REFUSED)
+    call = admit_call(request, server_state, call)
     check_ranges(spec, (wanted.output_dtype,), call.num_items, wanted.normalize)
     if call.token_ids and spec.token_encoding is not None:
         texts = await decode_token_ids(spec.token_encoding, call.token_ids)
         call = structs.replace(call, texts=texts, token_ids=())
     began_s = time.perf_counter()
-    run = _run_counted if permit_of(request).counts_tokens else _run
-    embeddings = await run(request, server_state, spec, call)
-    context_of(request).record_result(embeddings, began_s)
-    if embeddings.truncated:
-        log.warning("inputs.truncated", inputs=call.num_items, truncated=len(embeddings.truncated))
+    embeddings = await run_call(request, server_state, spec, call)
+    assert isinstance(embeddings, Embeddings), "an EmbedCall is answered by Embeddings"
+    record_result(request, embeddings, began_s)
     return Answer(spec.model_id, embeddings, spec.calibration)
 
 
-async def _run(
-    request: Request[Any, Any, Any], server_state: ServerState, spec: ModelSpec, call: EmbedCall
-) -> Embeddings:
+def refuse_task(model_id: str, can: Task, wanted: str) -> NoReturn:
+    """Raise TaskNotSupported for a model that computes something else."""
+    raise TaskNotSupported(f"{model_id} cannot {wanted}: it can {_USES[can]}", param="model")
+
+
+def admit_call(request: Request[Any, Any, Any], server_state: ServerState, call: AnyCall) -> AnyCall:
+    """Return the call with its caller.
+
+    Raises:
+        PermissionDeniedException: the key may not set `keep_alive`.
+    """
+    caller = server_state.keyring.caller_of(key_of(request))
+    if caller:
+        call = structs.replace(call, caller=caller)
+    if call.keep_alive_s is not None and not server_state.keyring.may_keep_alive(key_of(request)):
+        raise PermissionDeniedException(_KEEP_ALIVE_REFUSED)
+    return call
+
+
+def record_result(request: Request[Any, Any, Any], result: BaseResult, began_s: float) -> None:
+    """Record the result of a request whose work began at `began_s`, for metrics, log and trace."""
+    context_of(request).record_result(result, began_s)
+    if result.truncated:
+        log.warning("inputs.truncated", inputs=len(result.token_counts), truncated=len(result.truncated))
+
+
+async def run_call(request: Request[Any, Any, Any], server_state: ServerState, spec: ModelSpec, call: Call) -> Result:
+    """Run a call within the limits of its caller; cancelled if the client disconnects."""
+    run = _run_counted if permit_of(request).counts_tokens else _run
+    return await run(request, server_state, spec, call)
+
+
+async def _run(request: Request[Any, Any, Any], server_state: ServerState, spec: ModelSpec, call: Call) -> Result:
     async with while_client_stays(request):
-        result = await server_state.backend.run(call)
-    assert isinstance(result, Embeddings), "an EmbedCall is answered by Embeddings"
-    return result
+        return await server_state.backend.run(call)
 
 
 async def _run_counted(
-    request: Request[Any, Any, Any], server_state: ServerState, spec: ModelSpec, call: EmbedCall
-) -> Embeddings:
+    request: Request[Any, Any, Any], server_state: ServerState, spec: ModelSpec, call: Call
+) -> Result:
     """Run a call of a caller with a token limit, and charge its tokens. Four cases:
 
     1. answered: the tokens that the model read, whether or not the answer arrives.
@@ -165,9 +215,9 @@ async def _run_counted(
     await permit.reserve(estimate_tokens(call, max_tokens), is_certain=max_tokens is not None)
     used = 0
     try:
-        embeddings = await _run(request, server_state, spec, call)
-        used = sum(embeddings.token_counts)  # (1)
-        return embeddings
+        result = await _run(request, server_state, spec, call)
+        used = sum(result.token_counts)  # (1)
+        return result
     except (ClientLeft, asyncio.CancelledError):
         used = permit.reserved_tokens if _is_ready(server_state, spec.model_id) else 0  # (2)
         raise
@@ -178,18 +228,28 @@ async def _run_counted(
         await permit.settle(used)
 
 
-def _max_tokens(server_state: ServerState, spec: ModelSpec, call: EmbedCall) -> int | None:
+def _max_tokens(server_state: ServerState, spec: ModelSpec, call: Call) -> int | None:
     """Return the most tokens that the model reads of one input; None if unknown.
 
     It is unknown if an input is long, and the model has never been in memory.
     """
     if spec.max_tokens is not None:
         return spec.max_tokens
-    if max(map(len, call.texts or call.token_ids)) <= _SHORT:
+    if _longest(call) <= _SHORT:
         return _SHORT
-    return next(
-        (status.info.max_tokens for status in _statuses(server_state, spec.model_id) if status.info is not None), None
-    )
+    return next((info.max_tokens for info in infos_of(server_state, spec.model_id)), None)
+
+
+def _longest(call: Call) -> int:
+    """Return the length of the longest input, of pairs that of both texts: in characters, or token ids."""
+    if isinstance(call, EmbedCall):
+        return max(map(len, call.texts or call.token_ids))
+    return max(map(len, call.texts)) + max(map(len, call.queries), default=0)
+
+
+def infos_of(server_state: ServerState, model_id: str) -> Iterator[ModelInfo]:
+    """Yield what the hosts know of a model that is in memory."""
+    return (status.info for status in _statuses(server_state, model_id) if status.info is not None)
 
 
 def _is_ready(server_state: ServerState, model_id: str) -> bool:

@@ -17,7 +17,7 @@ from litestar.openapi.spec import Example
 from engines.types import Plan
 from router.errors import TABLE, ErrorRow
 from router.registry.registry import Changes
-from router.schemas import admin, compat, inference
+from router.schemas import admin, compat, inference, scoring
 
 BEARER = [{"BearerToken": list[str]()}]
 GUARDED = ("invalid_api_key", "insufficient_scope")
@@ -33,14 +33,15 @@ LOADING = (
 EMBEDDING = (
     *GUARDED, *BODY, *LOADING, "empty_input", "too_many_inputs", "context_length_exceeded", "dimensions_not_supported",
     "prompt_not_found", "invalid_token_id", "model_not_found", "queue_full", "non_finite_embedding",
-    "model_not_allowed", "rate_limit_exceeded", "too_many_requests",
+    "model_not_allowed", "rate_limit_exceeded", "too_many_requests", "task_not_supported",
 )  # fmt: skip
-"""Error codes of every route that embeds."""
+"""Error codes of every route that runs a model."""
 
 _WIRE = (
     inference.EmbeddingRequest, inference.EmbeddingResponse, inference.ErrorEnvelope, inference.Model,
     inference.ModelList, admin.Slot, admin.SlotList, admin.ModelSlots, admin.PreloadRequest, admin.EvictRequest,
     admin.Memory, admin.LastMinute, admin.ModelTraffic, admin.Status, Plan, Changes, *compat.WIRE,
+    *scoring.WIRE,
 )  # fmt: skip
 _TEXT = {"type": "string", "minLength": 1}
 _IDS = {

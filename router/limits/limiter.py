@@ -12,7 +12,7 @@ from typing import Any, cast
 from litestar.handlers import BaseRouteHandler
 from litestar.types import HTTPReceiveMessage, Receive
 
-from engines.types import EmbedCall
+from engines.types import Call, EmbedCall, ScoreCall
 from router.auth.guards import Connection, key_of
 from router.config.settings import Settings
 from router.errors import ClientLeft, RateLimitExceeded, RequestExceedsLimit
@@ -244,7 +244,7 @@ def _insufficient(caller: Caller, limit: Limit, tokens: int, balance: Balance) -
     )
 
 
-def estimate_tokens(call: EmbedCall, longest: int | None) -> int:
+def estimate_tokens(call: Call, longest: int | None) -> int:
     """Estimate the tokens of a request without a tokenizer, whose time the limit is meant to save.
 
     Uses the decoded body: the body's length alone says little when characters are escaped and token ids are written as
@@ -254,12 +254,27 @@ def estimate_tokens(call: EmbedCall, longest: int | None) -> int:
     Args:
         longest: maximum tokens that the model reads of one input; None when unknown.
     """
-    if call.token_ids:
-        sizes = [len(ids) for ids in call.token_ids]
-    else:
-        frame = len(call.prompt or "") + len(call.instruction or "")
-        sizes = [_text_tokens(text) + frame // _CHARS_PER_TOKEN for text in call.texts]
+    sizes = _sizes(call) if isinstance(call, EmbedCall) else _pair_sizes(call)
     return sum(sizes) if longest is None else sum(min(size, longest) for size in sizes)
+
+
+def _sizes(call: EmbedCall) -> list[int]:
+    if call.token_ids:
+        return [len(ids) for ids in call.token_ids]
+    frame = len(call.prompt or "") + len(call.instruction or "")
+    return [_text_tokens(text) + frame // _CHARS_PER_TOKEN for text in call.texts]
+
+
+def _pair_sizes(call: ScoreCall) -> list[int]:
+    """Return the tokens of each pair: a model reads the query again with each document."""
+    frame = len(call.instruction or "") // _CHARS_PER_TOKEN
+    texts = [_text_tokens(text) for text in call.texts]
+    if call.max_text_tokens is not None:
+        texts = [min(size, call.max_text_tokens) for size in texts]
+    queries = [_text_tokens(query) - _SPECIAL_TOKENS + 1 for query in call.queries] or [0]
+    if len(queries) == 1:
+        queries *= len(texts)
+    return [query + text + frame for query, text in zip(queries, texts, strict=True)]
 
 
 def _text_tokens(text: str) -> int:

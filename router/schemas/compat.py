@@ -48,10 +48,19 @@ class TeiEmbeddingType(Struct, frozen=True, kw_only=True):
     pooling: str | None
 
 
-class TeiModelType(Struct, frozen=True, kw_only=True):
-    """The type of the model: an embedding model."""
+class TeiLabels(Struct, frozen=True, kw_only=True):
+    """The labels of a reranker or classifier; empty until it is loaded."""
 
-    embedding: TeiEmbeddingType
+    id2label: dict[str, str]
+    label2id: dict[str, int]
+
+
+class TeiModelType(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The type of the model; one of the three is present."""
+
+    embedding: TeiEmbeddingType | None = None
+    reranker: TeiLabels | None = None
+    classifier: TeiLabels | None = None
 
 
 class TeiInfo(Struct, frozen=True, kw_only=True):

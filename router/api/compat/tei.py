@@ -1,19 +1,24 @@
-"""The `POST /embed` and `GET /info` of text-embeddings-inference (TEI)."""
+"""The `POST /embed`, `POST /predict` and `GET /info` of text-embeddings-inference (TEI)."""
 
 from typing import Any
 
 from litestar import Controller, MediaType, Request, Response, get
 from litestar.params import JSONBody
 
-from engines.spec import Truncate
+from engines.spec import ModelSpec
+from engines.types import ModelInfo
 from router.api.encoding import encode_rows
 from router.api.inference import InferenceRoute, embed, rename_error_params
 from router.api.models import slots_by_model
 from router.api.openapi import BEARER, GUARDED, failures
+from router.api.score_calls import predict_call, tei_truncate
+from router.api.score_encoding import encode_predictions
+from router.api.scoring import score
 from router.auth.guards import requires
 from router.auth.model_access import resolve
-from router.schemas.compat import TeiEmbeddingType, TeiInfo, TeiModelType, TeiRequest
+from router.schemas.compat import TeiEmbeddingType, TeiInfo, TeiLabels, TeiModelType, TeiRequest
 from router.schemas.inference import MAX_INPUTS, EmbeddingRequest
+from router.schemas.scoring import Prediction, PredictRequest
 from router.server.state import state_of
 from router.version import embedyard_version
 
@@ -30,6 +35,21 @@ class TeiController(Controller):
             answer = await embed(request, _to_embedding_request(data))
         body = await encode_rows(answer.embeddings)
         return Response(body, media_type=MediaType.JSON, headers=answer.headers)
+
+    @InferenceRoute(
+        "/predict",
+        summary="Label texts or pairs (text-embeddings-inference)",
+        returns=list[Prediction] | list[list[Prediction]],
+        description="Labels, best first; a list of such lists for a list of inputs",
+    )
+    async def tei_predict(self, request: Request[Any, Any, Any], data: JSONBody[PredictRequest]) -> Response[bytes]:
+        """Returns the probability of each label."""
+        call, is_batch = predict_call(data)
+        with rename_error_params(texts="inputs", queries="inputs"):
+            scored = await score(request, data.model, call, "predict")
+        return Response(
+            await encode_predictions(scored, is_batch=is_batch), media_type=MediaType.JSON, headers=scored.headers
+        )
 
     @get(
         "/info",
@@ -48,9 +68,7 @@ class TeiController(Controller):
             model_id=spec.model_id,
             model_sha=nearest.revision or spec.revision,
             model_dtype=info.dtype if info else spec.dtype,
-            model_type=TeiModelType(
-                embedding=TeiEmbeddingType(pooling="+".join(spec.pooling) if spec.pooling else None)
-            ),
+            model_type=_model_type(spec, info),
             max_input_length=info.max_tokens if info else spec.max_tokens,
             max_concurrent_requests=settings.max_concurrent_requests,
             max_batch_tokens=spec.max_batch_tokens or settings.max_batch_tokens,
@@ -68,14 +86,18 @@ def _to_embedding_request(data: TeiRequest) -> EmbeddingRequest:
         dimensions=data.dimensions,
         input_type=data.prompt_name,
         normalize=data.normalize,
-        truncate=_truncate(data),
+        truncate=tei_truncate(data.truncate, data.truncation_direction),
     )
 
 
-def _truncate(data: TeiRequest) -> Truncate | None:
-    """Translate truncation. Three cases: 1. off: an error. 2. on, or with a direction: that end. 3. not given: None."""
-    if data.truncate is False:
-        return "error"  # (1)
-    if data.truncation_direction is not None:
-        return "start" if data.truncation_direction.lower() == "left" else "end"  # (2)
-    return "end" if data.truncate else None  # (2), (3)
+def _model_type(spec: ModelSpec, info: ModelInfo | None) -> TeiModelType:
+    """Return what the model computes; the names of labels are unknown until it is loaded."""
+    task = info.task if info else spec.task
+    if task in (None, "embed"):
+        return TeiModelType(embedding=TeiEmbeddingType(pooling="+".join(spec.pooling) if spec.pooling else None))
+    names = info.labels if info else ()
+    labels = TeiLabels(
+        id2label={str(index): name for index, name in enumerate(names)},
+        label2id={name: index for index, name in enumerate(names)},
+    )
+    return TeiModelType(reranker=labels) if task == "rerank" else TeiModelType(classifier=labels)

@@ -1,0 +1,238 @@
+"""Scores pairs and texts for a request: the path that all rerank, score, classify and predict routes share.
+
+A bi-encoder may rerank too: its score is the cosine of the vectors of query and document, and the answer says so.
+"""
+
+import asyncio
+import time
+from typing import Any, Literal
+
+import numpy as np
+from litestar import Request
+from msgspec import Struct, structs
+from numpy.typing import NDArray
+
+from engines.errors import InvalidValue, NonFiniteEmbedding, TaskNotSupported
+from engines.spec import ModelSpec, Task
+from engines.types import BaseResult, EmbedCall, Embeddings, ScoreCall, Scores, Timings
+from router.api.inference import (
+    admit_call,
+    headers_of,
+    infos_of,
+    record_result,
+    refuse_task,
+    rename_error_params,
+    run_call,
+)
+from router.auth.model_access import resolve
+from router.server.state import ServerState, state_of
+
+Use = Literal["rerank", "classify", "predict"]
+
+_TASKS: dict[Use, frozenset[Task]] = {
+    "rerank": frozenset({"rerank"}),
+    "classify": frozenset({"classify"}),
+    "predict": frozenset({"rerank", "classify"}),
+}
+"""The tasks of the models that can serve each use."""
+_INLINE_COMPONENTS = 2**17
+"""More components of vectors are multiplied on a thread: 0.2 ms on the event loop for so many."""
+
+
+class Scored(Struct, frozen=True):
+    """Scores of pairs or texts.
+
+    Attributes:
+        model_id: of the model that computed them; never an alias.
+        values: float32 `[n, labels]`.
+        labels: names of the columns.
+        result: tokens, truncated inputs and timings.
+        method: `cosine` if an embedding model has computed vectors; None for scores of the model itself.
+    """
+
+    model_id: str
+    values: NDArray[np.float32]
+    labels: tuple[str, ...]
+    result: BaseResult
+    method: Literal["cosine"] | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens run through the model, special tokens included."""
+        return sum(self.result.token_counts)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """See `headers_of`."""
+        return headers_of(self.result)
+
+
+async def score(
+    request: Request[Any, Any, Any], model: str | None, call: ScoreCall, use: Use, *, allows_cosine: bool = False
+) -> Scored:
+    """Score the pairs or texts of `call`, which names no model yet. Loads the model first if it is not in memory.
+
+    The model's task is that of the registry, else that of its files, which are known once it is loaded. Four cases:
+
+    1. a reranker or classifier that can serve the use: its scores.
+    2. a bi-encoder, where `allows_cosine`: the cosine of its vectors.
+    3. unknown: the model is asked for scores, and if it refuses, as in (2).
+    4. anything else: refused, without a load where the task is known.
+
+    Raises:
+        TaskNotSupported: the model computes something else.
+    """
+    server_state = state_of(request)
+    spec = resolve(request, server_state.registry, model)
+    timeout_s = server_state.settings.load_timeout_s
+    call = admit_call(request, server_state, structs.replace(call, model_id=spec.model_id, load_timeout_s=timeout_s))
+    began_s = time.perf_counter()
+    task = _task_of(server_state, spec)
+    if task == "embed" and allows_cosine:  # (2)
+        scored = await _score_by_cosine(request, spec, call)
+    else:
+        _check_task(spec, task, use)  # (4)
+        scored = await _score(request, spec, call, allows_cosine=allows_cosine and task is None)  # (1), (3)
+        if scored.method is None:
+            _check_task(spec, _task_of(server_state, spec), use)
+    _check_finite(scored.values)
+    record_result(request, scored.result, began_s)
+    if use == "rerank" and scored.values.shape[1] != 1:
+        raise TaskNotSupported(
+            f"{spec.model_id} cannot rerank: it has {scored.values.shape[1]} labels, and a reranker has one; "
+            "POST /v1/classify and /predict return them",
+            param="model",
+        )
+    return scored
+
+
+def _task_of(server_state: ServerState, spec: ModelSpec) -> Task | None:
+    return spec.task or next((info.task for info in infos_of(server_state, spec.model_id)), None)
+
+
+def _check_task(spec: ModelSpec, task: Task | None, use: Use) -> None:
+    if task is not None and task not in _TASKS[use]:
+        refuse_task(spec.model_id, task, use)
+
+
+async def _score(request: Request[Any, Any, Any], spec: ModelSpec, call: ScoreCall, *, allows_cosine: bool) -> Scored:
+    server_state = state_of(request)
+    try:
+        scores = await run_call(request, server_state, spec, call)
+    except TaskNotSupported as refusal:
+        if not allows_cosine:
+            raise
+        try:
+            return await _score_by_cosine(request, spec, call)
+        except TaskNotSupported:
+            raise refusal from None
+    assert isinstance(scores, Scores), "a ScoreCall is answered by Scores"
+    return Scored(spec.model_id, scores.array(), _labels(server_state, spec, scores), scores)
+
+
+def _labels(server_state: ServerState, spec: ModelSpec, scores: Scores) -> tuple[str, ...]:
+    """Return the names of the columns; for a model whose files name none, as transformers names them."""
+    known = [scores.labels, *(info.labels for info in infos_of(server_state, spec.model_id))]
+    unnamed = tuple(f"LABEL_{index}" for index in range(scores.num_labels))
+    return next((labels for labels in known if len(labels) == scores.num_labels), unnamed)
+
+
+async def _score_by_cosine(request: Request[Any, Any, Any], spec: ModelSpec, call: ScoreCall) -> Scored:
+    """Embed the queries, then the documents, each with its prompt.
+
+    A query that is too long is refused, as it is never cut.
+
+    Raises:
+        InvalidValue: `max_text_tokens` would cut a document, which an embedding model cannot.
+    """
+    queries = EmbedCall(
+        model_id=call.model_id,
+        texts=call.queries,
+        input_type=None if call.instruction is not None else "query",
+        instruction=call.instruction,
+        truncate="error",
+        normalize=True,
+        load_timeout_s=call.load_timeout_s,
+        caller=call.caller,
+    )
+    documents = structs.replace(
+        queries,
+        texts=call.texts,
+        input_type="document",
+        instruction=None,
+        truncate=call.truncate,
+        keep_alive_s=call.keep_alive_s,
+    )
+    with rename_error_params(input="queries"):
+        first = await _embed(request, spec, queries)
+    with rename_error_params(input="texts"):
+        second = await _embed(request, spec, documents)
+    _check_lengths(second, call.max_text_tokens)
+    is_large = len(second.token_counts) * second.dimensions > _INLINE_COMPONENTS
+    args = first.array(), second.array()
+    values = await asyncio.to_thread(cosines, *args) if is_large else cosines(*args)
+    return Scored(spec.model_id, values[:, np.newaxis], ("cosine",), _merge(first, second), "cosine")
+
+
+async def _embed(request: Request[Any, Any, Any], spec: ModelSpec, call: EmbedCall) -> Embeddings:
+    embeddings = await run_call(request, state_of(request), spec, call)
+    assert isinstance(embeddings, Embeddings), "an EmbedCall is answered by Embeddings"
+    return embeddings
+
+
+def _check_lengths(documents: Embeddings, max_tokens: int | None) -> None:
+    if max_tokens is None:
+        return
+    for index, count in enumerate(documents.token_counts):
+        if count > max_tokens:
+            raise InvalidValue(
+                f"document {index} has {count} tokens, more than {max_tokens}, and an embedding model reads documents "
+                "whole: omit the limit, or use a reranker",
+                param="max_text_tokens",
+            )
+
+
+def cosines(queries: NDArray[np.float32], texts: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Compute the cosine similarity of each text, `[n, width]`, to its query, `[n, width]` or one for all `[1, width]`.
+
+    Summed in float64, row by row, so that a pair's score does not depend on the other pairs. 0 for a vector of zeros.
+    """
+    paired = np.broadcast_to(queries, texts.shape)
+    products = np.einsum("ij,ij->i", paired, texts, dtype=np.float64)
+    lengths = np.sqrt(
+        np.einsum("ij,ij->i", paired, paired, dtype=np.float64) * np.einsum("ij,ij->i", texts, texts, dtype=np.float64)
+    )
+    found: NDArray[np.float32] = np.divide(products, lengths, out=np.zeros_like(products), where=lengths > 0).astype(
+        np.float32
+    )
+    return found
+
+
+def _merge(queries: Embeddings, documents: Embeddings) -> BaseResult:
+    """Return the counts of both calls; the indexes of truncated inputs are those of documents."""
+    first, second = queries.timings, documents.timings
+    return BaseResult(
+        token_counts=queries.token_counts + documents.token_counts,
+        truncated=documents.truncated,
+        timings=Timings(
+            load_s=first.load_s + second.load_s,
+            tokenize_s=first.tokenize_s + second.tokenize_s,
+            queue_s=first.queue_s + second.queue_s,
+            forward_s=first.forward_s + second.forward_s,
+        ),
+        batches=queries.batches + documents.batches,
+        deduplicated=queries.deduplicated + documents.deduplicated,
+        cache_hits=queries.cache_hits + documents.cache_hits,
+    )
+
+
+def _check_finite(values: NDArray[np.float32]) -> None:
+    """Refuse scores that JSON cannot express; an engine checks its own."""
+    is_finite = np.isfinite(values).all(axis=1)
+    if not is_finite.all():
+        index = int(np.argmin(is_finite))
+        raise NonFiniteEmbedding(
+            f"the score of text {index} is not finite: the model's dtype overflows on this text. Serve the model "
+            "with `dtype: float32` or `bfloat16`",
+            index=index,
+        )
