@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import msgspec
 from litestar import Request
@@ -30,16 +30,13 @@ from router.schemas.inference import (
     EmbeddingRequest,
     Input,
     KeepAlive,
-    TokenId,
 )
 from router.schemas.scoring import (
     ClassifyRequest,
-    DocumentText,
     EitherRerankRequest,
     PredictRequest,
     RerankRequest,
     ScoreRequest,
-    TextPair,
 )
 
 _REMEDY = "send texts instead; with LangChain, set check_embedding_ctx_length=False"
@@ -104,12 +101,6 @@ _ITEMS_FIELDS: dict[Any, tuple[str, ...]] = {
 }  # fmt: skip
 """The fields of each request that hold its texts or token ids."""
 
-
-_ITEM_TYPES: dict[Any, Any] = {
-    EmbeddingRequest: str | TokenId | tuple[TokenId, ...], RerankRequest: str | DocumentText,
-    EitherRerankRequest: str | DocumentText, PredictRequest: str | TextPair,
-}  # fmt: skip
-"""The type of one item; texts in all other requests."""
 
 _MISSING = re.compile(r"Object missing required field `(?P<field>\w+)`")
 _BEYOND_64_BITS = re.compile(r"Expected `int` [<>]= -?9223372036854775\d+|Integer value out of range", re.ASCII)
@@ -234,13 +225,13 @@ class _Stages(Struct, frozen=True):
     Attributes:
         envelope: decodes the request, with its items left as raw JSON.
         whole: decode a whole field each.
-        item: decodes one item.
+        items: decode one item of a field each.
         allows_ids: whether an item may be token ids.
     """
 
     envelope: msgspec.json.Decoder[Any]
     whole: dict[str, msgspec.json.Decoder[Any]]
-    item: msgspec.json.Decoder[Any]
+    items: dict[str, msgspec.json.Decoder[Any]]
     allows_ids: bool
 
 
@@ -255,9 +246,15 @@ def _stages(wanted: Any) -> _Stages:
     return _Stages(
         envelope=msgspec.json.Decoder(envelope),
         whole={name: msgspec.json.Decoder(field.type) for name, field in fields.items()},
-        item=msgspec.json.Decoder(_ITEM_TYPES.get(wanted, str)),
+        items={name: msgspec.json.Decoder(_item_type(field.type)) for name, field in fields.items()},
         allows_ids=wanted is EmbeddingRequest,
     )
+
+
+def _item_type(annotation: Any) -> Any:
+    """Return the type of the items of the list in an annotation; None without a list."""
+    args = get_args(annotation)
+    return args[0] if get_origin(annotation) is list else next(filter(None, map(_item_type, args)), None)
 
 
 _first_items = msgspec.json.Decoder(
@@ -282,7 +279,7 @@ def _decode_in_stages(body: bytes, wanted: Any) -> Any:
 def _decode_items(stages: _Stages, raw: memoryview, field: str) -> Any:
     with _translate_errors(raw, field):
         if stages.allows_ids and _IDS_BEGIN.match(raw):
-            return [_decode_item(stages, raw, field)]
+            return [_decode_item(stages, raw, field, field)]
         if raw[0] == _ARRAY:
             return _decode_split_input(stages, raw, field)
         return stages.whole[field].decode(raw)
@@ -300,7 +297,7 @@ def _decode_split_input(stages: _Stages, raw: memoryview, field: str) -> list[An
     for index, item in enumerate(found):
         place = f"{field}[{index}]"
         with _translate_errors(item, place):
-            items.append(_decode_item(stages, item, place))
+            items.append(_decode_item(stages, item, field, place))
         num_ids += len(items[-1]) if isinstance(items[-1], tuple) else 0
         if num_ids > MAX_IDS:
             raise InvalidValue(
@@ -310,16 +307,15 @@ def _decode_split_input(stages: _Stages, raw: memoryview, field: str) -> list[An
     return items
 
 
-def _decode_item(stages: _Stages, raw: memoryview, place: str) -> Any:
+def _decode_item(stages: _Stages, raw: memoryview, field: str, place: str) -> Any:
     """Decode a text or its token ids; ids are counted before the list is built."""
     if stages.allows_ids and len(raw) > 2 * MAX_IDS_OF_TEXT and raw[0] == _ARRAY:
         num_ids = bytes(raw).count(b",") + 1
         if num_ids > MAX_IDS_OF_TEXT:
             raise InvalidValue(
-                f"{place} has {num_ids} token ids (maximum {MAX_IDS_OF_TEXT} per text); shorten it",
-                param=place.partition("[")[0],
+                f"{place} has {num_ids} token ids (maximum {MAX_IDS_OF_TEXT} per text); shorten it", param=field
             )
-    return stages.item.decode(raw)
+    return stages.items[field].decode(raw)
 
 
 def embed_call(request: EmbeddingRequest, model_id: str, *, load_timeout_s: float) -> EmbedCall:

@@ -14,7 +14,7 @@ from router.api.openapi import BEARER, GUARDED, failures
 from router.auth.guards import key_of, requires
 from router.auth.model_access import may_use
 from router.schemas.admin import Slot
-from router.schemas.inference import Model, ModelList
+from router.schemas.inference import OUTPUTS, Model, ModelList
 from router.server.state import ServerState, state_of
 
 _NEAREST_FIRST: tuple[State, ...] = (
@@ -65,7 +65,8 @@ def slots_by_model(server_state: ServerState) -> dict[str, list[Slot]]:
     found: dict[str, list[Slot]] = {model_id: [] for model_id in server_state.registry.models}
     for host in server_state.backend.snapshots():
         for status in host.models:
-            found.setdefault(status.model_id, []).append(_slot(status))
+            spec = server_state.registry.models.get(status.model_id)
+            found.setdefault(status.model_id, []).append(_slot(status, spec))
     for model_id, slots in found.items():
         if not slots:
             spec = server_state.registry.models[model_id]
@@ -77,17 +78,19 @@ def slots_by_model(server_state: ServerState) -> dict[str, list[Slot]]:
                 source=spec.source,
                 pinned=spec.pinned,
             )
-            slots.append(_slot(absent))
+            slots.append(_slot(absent, spec))
         slots.sort(key=lambda slot: _NEAREST_FIRST.index(slot.state))
     return found
 
 
-def _slot(status: ModelStatus) -> Slot:
-    return Slot(id=status.model_id, **structs.asdict(status))
+def _slot(status: ModelStatus, spec: ModelSpec | None) -> Slot:
+    task = status.info.task if status.info else spec and spec.task
+    return Slot(id=status.model_id, task=task, **structs.asdict(status))
 
 
 def _model(server_state: ServerState, spec: ModelSpec, slots: Sequence[Slot]) -> Model:
     nearest, info = slots[0], slots[0].info
+    task = nearest.task
     return Model(
         id=spec.model_id,
         created=server_state.started_at_s,
@@ -95,7 +98,10 @@ def _model(server_state: ServerState, spec: ModelSpec, slots: Sequence[Slot]) ->
         state=nearest.state,
         source=_public_source(spec.source),
         aliases=server_state.registry.aliases_of(spec.model_id),
-        dimensions=info.dimensions if info else None,
+        task=task,
+        outputs=OUTPUTS[task] if task else (),
+        labels=info.labels if info else (),
+        dimensions=(info.dimensions or None) if info else None,
         matryoshka=info.matryoshka if info else spec.matryoshka,
         max_tokens=info.max_tokens if info else spec.max_tokens,
         prompts=info.prompts if info else spec.prompts,

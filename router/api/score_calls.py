@@ -152,7 +152,9 @@ def _predict_inputs(data: PredictRequest) -> tuple[list[tuple[str, ...]], bool]:
         )
     if texts:
         return [checked(texts, "inputs")], False
-    items = [(item.first,) if item.second is UNSET else (item.first, item.second) for item in lists]
+    items: list[tuple[str, ...]] = [
+        (item.first,) if item.second is UNSET else (item.first, item.second) for item in lists
+    ]
     empty = next((index for index, item in enumerate(items) if not all(item)), None)
     if empty is not None:
         raise EmptyInput(f"inputs[{empty}] has an empty text", param="inputs")

@@ -16,7 +16,7 @@ from router.version import embedyard_version
 
 if TYPE_CHECKING:
     from router.loadgen import Phase
-    from router.loadgen.http_client import Target
+    from router.loadgen.http_client import Route, Target
     from router.loadgen.report import Measured, Report
     from router.loadgen.session import Progress
 
@@ -33,6 +33,7 @@ class BenchOptions(Struct, frozen=True, kw_only=True):
     """The options of the command, see `--help`."""
 
     url: str
+    route: "Route"
     model: str | None
     api_key: str | None
     rates: tuple[float, ...]
@@ -63,6 +64,8 @@ class BenchOptions(Struct, frozen=True, kw_only=True):
     def fields(self) -> dict[str, object]:
         """Extra fields of every request."""
         given = {"dimensions": self.dimensions, "input_type": self.input_type}
+        if self.route != "embeddings" and any(value is not None for value in given.values()):
+            raise click.UsageError("--dimensions and --input-type are fields of --route embeddings")
         return {name: value for name, value in given.items() if value is not None}
 
     def is_within_bounds(self, phase: "Measured") -> bool:
@@ -80,10 +83,13 @@ Examples:
   embedyard bench URL --rate 20 --rate 40 --rate 80          find the saturation point
   embedyard bench URL --clients 32 --texts 16                32 clients, each waiting for its response
   embedyard bench URL --rate 50 --max-p95 100 && ./deploy    exit code 1 when p95 is above 100 ms
+  embedyard bench URL --route rerank --texts 100             rank 100 documents per request
   embedyard bench URL --json | jq '.phases[].latency_s.p99'
 """
 )
 @click.argument("url", metavar="URL")
+@click.option("--route", type=click.Choice(["embeddings", "rerank", "score"]), default="embeddings", show_default=True,
+              help="Route below /v1. Rerank and score: a request has one query, and --texts documents.")  # fmt: skip
 @click.option("--model", help="Model id. Default: the first one listed by the server.")
 @click.option("--api-key", metavar="KEY", help="Default: API_KEY from the settings, for servers on this machine.")
 @click.option("--rate", "rates", type=click.FloatRange(0, min_open=True), multiple=True, metavar="N",
@@ -161,9 +167,10 @@ async def _run_bench(chosen: BenchOptions) -> "Report":
     from router.loadgen.requests import make_texts, resolve_model, warm_up
     from router.loadgen.session import Job, measure
 
-    target = Target(chosen.url, chosen.model or "", chosen.api_key or _own_key(chosen.url), chosen.timeout)
-    target = resolve_model(target)
-    texts = make_texts(chosen.texts, chosen.words, chosen.file)
+    key = chosen.api_key or _own_key(chosen.url)
+    target = resolve_model(Target(chosen.url, chosen.model or "", key, chosen.timeout, chosen.route))
+    num_queries = 0 if chosen.route == "embeddings" else 1
+    texts = make_texts(chosen.texts + num_queries, chosen.words, chosen.file)
     requests = [encode(target, call, chosen.encoding_format, **chosen.fields) for call in texts]
     started_at, dimensions = now(), await warm_up(target, requests[0])
     with _open_progress(chosen, target, dimensions) as progress:
@@ -171,6 +178,7 @@ async def _run_bench(chosen: BenchOptions) -> "Report":
     return Report(
         url=chosen.url,
         model=target.model,
+        route=target.route,
         dimensions=dimensions,
         texts_per_request=chosen.texts,
         words=None if chosen.file else chosen.words,
@@ -182,7 +190,7 @@ async def _run_bench(chosen: BenchOptions) -> "Report":
 
 
 @contextmanager
-def _open_progress(chosen: BenchOptions, target: "Target", dimensions: int) -> "Iterator[Progress]":
+def _open_progress(chosen: BenchOptions, target: "Target", dimensions: int | None) -> "Iterator[Progress]":
     from router.loadgen.progress import Lines, LiveTable, NoProgress
 
     if chosen.as_json:
@@ -194,7 +202,8 @@ def _open_progress(chosen: BenchOptions, target: "Target", dimensions: int) -> "
         from rich.live import Live
 
         console = Console()
-        heading = f"{target.model} at {target.url}: {chosen.texts} texts per request, {dimensions} dimensions"
+        what = target.route if dimensions is None else f"{dimensions} dimensions"
+        heading = f"{target.model} at {target.url}: {chosen.texts} texts per request, {what}"
         console.print(heading, markup=False, highlight=False)
         with Live(console=console, auto_refresh=False) as live:
             yield LiveTable(live)

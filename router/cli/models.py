@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import click
 import msgspec
 
-from engines.spec import Matryoshka, ModelSpec
+from engines.spec import Matryoshka, ModelSpec, Task
 from engines.types import format_bytes
 from router.cli.client import RemoteError, get
 from router.cli.output import print_rows
@@ -17,7 +17,7 @@ from router.schemas.admin import Slot, SlotList
 if TYPE_CHECKING:
     from engines.planner import Forecast
 
-COLUMNS = ("name", "state", "on disk", "in memory", "dimensions", "license", "source", "description")
+COLUMNS = ("name", "state", "on disk", "in memory", "task", "dimensions", "license", "source", "description")
 _GPU_DRIVER = Path("/dev/nvidiactl")
 _NEAREST_FIRST = ("ready", "warming", "loading", "waiting_space", "fetching", "draining", "unloading", "failed", "cold")
 
@@ -36,7 +36,7 @@ Examples:
 @click.option("--registry", type=click.Path(path_type=Path), help="Registry file, instead of REGISTRY.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list with all fields.")
 def command(url: str | None, registry: Path | None, *, as_json: bool) -> None:
-    """Show the models of the registry: state, size on disk, size in memory, dimensions, licence.
+    """Show the models of the registry: state, size on disk, size in memory, task, dimensions, licence.
 
     Memory is the size of the last load on this machine; with a ~ it is an estimate from the files, weights only.
     Exit code 0: success; 2: invalid registry, settings or address.
@@ -115,8 +115,15 @@ class Row:
         return not is_resident and need is not None and not need.workspace_known
 
     @property
+    def task(self) -> Task | None:
+        """What the model computes; None while unknown."""
+        return (self._slot.task if self._slot else None) or self.spec.task
+
+    @property
     def dimensions(self) -> int | None:
-        """Native dimensions of the model."""
+        """Native dimensions of the model; None for one that returns no vectors."""
+        if self.task not in (None, "embed"):
+            return None
         info = self._slot.info if self._slot else None
         return info.dimensions if info else self._forecast.width
 
@@ -128,6 +135,7 @@ class Row:
             self.state,
             format_bytes(files.size_bytes) if files else "",
             f"{'~' if self.is_estimate else ''}{format_bytes(memory)}" if memory else "",
+            self.task or "",
             _widths(self.dimensions, self.spec.matryoshka),
             self.spec.license,
             self.spec.source,
@@ -139,6 +147,7 @@ class Row:
         files = self._forecast.files
         return {
             **msgspec.structs.asdict(self.spec),
+            "task": self.task,
             "aliases": registry.aliases_of(self.spec.model_id),
             "is_default": self.spec.model_id == registry.default_model,
             "state": self.state,

@@ -1,4 +1,4 @@
-"""Minimal HTTP/1.1 client for the embeddings API: sends pre-encoded requests, and leaves responses undecoded.
+"""Minimal HTTP/1.1 client of the measured APIs: sends pre-encoded requests, and leaves responses undecoded.
 
 A connection carries one request at a time.
 """
@@ -8,7 +8,7 @@ import base64
 import http.client
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import httptools
@@ -16,6 +16,9 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
+
+Route = Literal["embeddings", "rerank", "score"]
+"""The routes that can be measured, below `/v1`."""
 
 
 class Target(Struct, frozen=True):
@@ -25,6 +28,7 @@ class Target(Struct, frozen=True):
     model: str
     api_key: str | None = None
     timeout_s: float = 600.0
+    route: Route = "embeddings"
 
     @property
     def is_tls(self) -> bool:
@@ -39,8 +43,13 @@ class Target(Struct, frozen=True):
 
     @property
     def path(self) -> str:
-        """Path of the embeddings route; the URL may or may not end in `/v1`."""
-        return f"{urlsplit(self.url).path.rstrip('/').removesuffix('/v1')}/v1/embeddings"
+        """Path of the route; the URL may or may not end in `/v1`."""
+        return f"{self.base_path}/{self.route}"
+
+    @property
+    def base_path(self) -> str:
+        """The path of the API, up to `/v1`."""
+        return f"{urlsplit(self.url).path.rstrip('/').removesuffix('/v1')}/v1"
 
     @property
     def headers(self) -> dict[str, str]:
@@ -64,14 +73,19 @@ class Response(Struct, frozen=True):
 
 
 def encode(target: Target, texts: Sequence[str], encoding_format: str = "base64", **fields: object) -> Request:
-    """Encode a `POST /v1/embeddings`."""
-    body = msgspec.json.encode(
-        {"model": target.model, "input": list(texts), "encoding_format": encoding_format, **fields}
-    )
+    """Encode a request; for rerank and score, the first text is the query of the others."""
+    query, *documents = texts
+    inputs: dict[Route, dict[str, object]] = {
+        "embeddings": {"input": list(texts), "encoding_format": encoding_format},
+        "rerank": {"query": query, "documents": documents},
+        "score": {"text_1": query, "text_2": documents},
+    }
+    body = msgspec.json.encode({"model": target.model, **inputs[target.route], **fields})
+    num_texts = len(texts) if target.route == "embeddings" else len(documents)
     host = urlsplit(target.url).netloc  # as in the URL: without the default port
     headers = {"Host": host, **target.headers, "Content-Length": str(len(body))}
     lines = [f"POST {target.path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
-    return Request("\r\n".join(lines).encode() + body, len(texts))
+    return Request("\r\n".join(lines).encode() + body, num_texts)
 
 
 def vectors(target: Target, texts: Sequence[str], encoding_format: str = "base64") -> NDArray[np.float32]:
@@ -93,7 +107,7 @@ def models(target: Target) -> list[str]:
     Raises:
         OSError: the server is unreachable, or its response is invalid.
     """
-    response = _request_json(target, "GET", target.path.replace("/embeddings", "/models"))
+    response = _request_json(target, "GET", f"{target.base_path}/models")
     try:
         return [str(model["id"]) for model in response["data"]]
     except (KeyError, TypeError):

@@ -7,6 +7,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
+from router.loadgen.http_client import Route
 from router.loadgen.phases import Phase
 from router.loadgen.results import Figures, Latency, Moment, Outcome, PhaseStats
 
@@ -47,14 +48,15 @@ class Measured(Struct, frozen=True, kw_only=True):
 
 
 class Report(Struct, frozen=True, kw_only=True):
-    """Results of a run. `dimensions`: of the received vectors; `words` None: the texts came from a file.
+    """Results of a run. `dimensions`: of the received vectors, None for scores; `words` None: texts from a file.
 
     `is_whole`: false when it was interrupted by Ctrl+C. `embedyard`: version of this client, not of the server.
     """
 
     url: str
     model: str
-    dimensions: int
+    route: Route
+    dimensions: int | None
     texts_per_request: int
     words: int | None
     started_at: str

@@ -73,11 +73,14 @@ class CannotMeasure(Exception):
 
 
 class _Item(Struct):
-    embedding: str | list[float]
+    embedding: str | list[float] | None = None
+    score: float | None = None
+    relevance_score: float | None = None
 
 
 class _Body(Struct):
-    data: list[_Item]
+    data: list[_Item] = []
+    results: list[_Item] = []
 
 
 def resolve_model(target: Target) -> Target:
@@ -119,11 +122,11 @@ def make_texts(texts_per_request: int, num_words: int, file: Path | None) -> lis
     return [enough[start : start + texts_per_request] for start in range(0, len(enough), texts_per_request)]
 
 
-async def warm_up(target: Target, request: Request) -> int:
-    """Send one request, so that the model is loaded; returns the dimensions of its vectors.
+async def warm_up(target: Target, request: Request) -> int | None:
+    """Send one request, so that the model is loaded; returns the dimensions of its vectors, None for scores.
 
     Raises:
-        CannotMeasure: no server, an error response, or a response without embeddings.
+        CannotMeasure: no server, an error response, or a response without embeddings or scores.
     """
     try:
         async with asyncio.timeout(WARM_UP_TIMEOUT_S):
@@ -136,10 +139,20 @@ async def warm_up(target: Target, request: Request) -> int:
         raise CannotMeasure(_UNREACHABLE.format(target.url, error.strerror or error)) from None
     if response.status != 200:
         raise CannotMeasure(f"{target.url} answered {response.status}: {refusal(response.body)[1]}")
+    return _dimensions(target, response.body)
+
+
+def _dimensions(target: Target, content: bytes) -> int | None:
+    """Return the dimensions of the vectors in an answer, None if it has scores."""
     try:
-        vector = msgspec.json.decode(response.body, type=_Body).data[0].embedding
+        body = msgspec.json.decode(content, type=_Body)
+        item = (body.data or body.results)[0]
     except (msgspec.DecodeError, IndexError):
-        raise CannotMeasure(
-            f"{target.url} answered 200, but no embeddings: is it an OpenAI-compatible server?"
-        ) from None
-    return len(vector) if isinstance(vector, list) else len(vector) * 3 // 16  # base64 of 4 bytes each
+        item = _Item()
+    vector = item.embedding
+    if vector is not None:
+        return len(vector) if isinstance(vector, list) else len(vector) * 3 // 16  # base64 of 4 bytes each
+    if item.score is None and item.relevance_score is None:
+        wanted = "embeddings" if target.route == "embeddings" else "scores"
+        raise CannotMeasure(f"{target.url} answered 200, but no {wanted}: is it an OpenAI-compatible server?")
+    return None

@@ -4,14 +4,19 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
+from engines.spec import Task
 from engines.types import ModelStatus
 from router.schemas.inference import Name
 
 
 class Slot(ModelStatus, frozen=True, kw_only=True):
-    """One model on one device. Times are Unix seconds; bytes count against the device's memory budget."""
+    """One model on one device. Times are Unix seconds; bytes count against the device's memory budget.
+
+    `task`: what the model computes; null while it is unknown.
+    """
 
     id: str
+    task: Task | None = None
 
 
 class SlotList(Struct, frozen=True, kw_only=True):

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from engines.spec import Matryoshka, Truncate
+from engines.spec import Matryoshka, Task, Truncate
 from engines.types import State
 
 MAX_INPUTS = 2048
@@ -144,8 +144,17 @@ class ErrorEnvelope(Struct, frozen=True, kw_only=True):
     error: ErrorDetail
 
 
+OUTPUTS: dict[Task, tuple[Literal["dense", "score", "labels"], ...]] = {
+    "embed": ("dense",), "rerank": ("score",), "classify": ("labels",),
+}  # fmt: skip
+"""What the models of each task return."""
+
+
 class Model(Struct, frozen=True, kw_only=True):
-    """OpenAI's model object, with additional fields. Null: unknown until the model is loaded."""
+    """OpenAI's model object, with additional fields. Null: unknown until the model is loaded.
+
+    `outputs`: what it returns; `labels`: the names of a classifier's labels. Both are empty while unknown.
+    """
 
     id: str
     object: Literal["model"] = "model"
@@ -154,6 +163,9 @@ class Model(Struct, frozen=True, kw_only=True):
     state: State
     source: str
     aliases: tuple[str, ...]
+    task: Task | None = None
+    outputs: tuple[Literal["dense", "score", "labels"], ...] = ()
+    labels: tuple[str, ...] = ()
     dimensions: int | None = None
     matryoshka: Matryoshka | None = None
     max_tokens: int | None = None

@@ -163,15 +163,21 @@ class FakeServer(Struct):
 
 @asynccontextmanager
 async def fake_server(
-    *, budget_bytes: int = 10**6, loader: FakeLoader | None = None, files: FakeFiles | None = None, **settings: float
+    *,
+    registry: Registry = FAKE_REGISTRY,
+    budget_bytes: int = 10**6,
+    loader: FakeLoader | None = None,
+    files: FakeFiles | None = None,
+    **settings: float,
 ) -> AsyncIterator[FakeServer]:
     workers, loader = InlineWorkers(), loader or FakeLoader()
     config = HostConfig(
         host_id="cpu", budget=Budget(size_bytes=budget_bytes), workspace_bytes=WORKSPACE_BYTES,
         rules=PoolPolicy(min_residency_s=0.0, residency_loads=0.0),
     )  # fmt: skip
-    host = Host(config, SPECS, files or FakeFiles(), loader, structs.replace(fake_runtime(), workers=workers))
-    app = create_app(structs.replace(Settings(), **settings), FAKE_REGISTRY, LocalBackend([host], SPECS))
+    specs = registry.models
+    host = Host(config, specs, files or FakeFiles(), loader, structs.replace(fake_runtime(), workers=workers))
+    app = create_app(structs.replace(Settings(), **settings), registry, LocalBackend([host], specs))
     async with serving(app) as url, httpx.AsyncClient(base_url=url, timeout=10) as client:
         yield FakeServer(client, url, loader, workers)
     assert loader.violations == []

@@ -203,7 +203,7 @@ def test_each_compatibility_api_is_off_unless_it_is_listed(api: str) -> None:
 
     assert path in routes[tuple(APIS)]
     assert path not in routes[others]
-    assert len(routes[()]) == len(routes[tuple(APIS)]) - 7
+    assert len(routes[()]) == len(routes[tuple(APIS)]) - 8
     assert "/v1/embeddings" in routes[()]
 
 

@@ -4,18 +4,21 @@ import openai
 import pytest
 
 from router.server.application import fold_model_id
-from tests.testkit.servers import Served
+from tests.testkit.rerankers import RERANKERS
+from tests.testkit.servers import Served, fake_server
 
 READY = {
     "id": "mini", "object": "model", "created": 1_700_000_000, "owned_by": "embedyard", "state": "ready",
-    "source": "org/mini", "aliases": ["text-embedding-3-small"], "dimensions": 8,
+    "source": "org/mini", "aliases": ["text-embedding-3-small"], "task": "embed", "outputs": ["dense"],
+    "labels": [], "dimensions": 8,
     "matryoshka": {"widths": [4], "minimum": None, "layer_norm": False}, "max_tokens": 512,
     "prompts": {"query": "q: "}, "dtype": "float32", "device": "cpu", "memory_bytes": 300, "revision": "f" * 40,
     "trust_remote_code": False,
 }  # fmt: skip
 UNKNOWN_YET = {
     "id": "cold", "object": "model", "created": 1_700_000_000, "owned_by": "embedyard", "state": "absent",
-    "source": "org/cold", "aliases": [], "dimensions": None, "matryoshka": None, "max_tokens": 77,
+    "source": "org/cold", "aliases": [], "task": None, "outputs": [], "labels": [], "dimensions": None,
+    "matryoshka": None, "max_tokens": 77,
     "prompts": {"query": "q: "}, "dtype": "auto", "device": "auto", "memory_bytes": 0, "revision": "v1",
     "trust_remote_code": True,
 }  # fmt: skip
@@ -28,6 +31,28 @@ def test_the_list_holds_every_model_of_the_registry(served: Served) -> None:
     assert [model["id"] for model in answer["data"]] == ["mini", "BAAI/bge-m3", "cold"]
     assert answer["data"][0] == READY
     assert answer["data"][2] == UNKNOWN_YET
+
+
+async def test_models_say_what_they_can_do_before_and_after_a_load() -> None:
+    fields = ("task", "outputs", "labels", "dimensions")
+    async with fake_server(registry=RERANKERS) as server:
+        before = (await server.client.get("/v1/models")).json()["data"]
+        for model in ("ranker", "labeler", "unknown"):
+            await server.client.post(f"/admin/models/{model}/preload")
+        after = (await server.client.get("/v1/models")).json()["data"]
+
+    assert [tuple(model[field] for field in fields) for model in before] == [
+        ("rerank", ["score"], [], None),
+        ("classify", ["labels"], [], None),
+        ("embed", ["dense"], [], None),
+        (None, [], [], None),
+    ]
+    assert [tuple(model[field] for field in fields) for model in after] == [
+        ("rerank", ["score"], ["LABEL_0"], None),
+        ("classify", ["labels"], ["negative", "neutral", "positive"], None),
+        ("embed", ["dense"], [], None),
+        ("embed", ["dense"], [], 16),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,27 @@ def test_the_fields_of_a_request_and_texts_of_ones_own_arrive(served: Served, ow
     assert {call.dimensions for call in served.backend.calls} == {4}
 
 
+@pytest.mark.parametrize("route", ["rerank", "score"])
+def test_a_rerank_route_is_asked_with_one_query_and_so_many_documents(served: Served, route: str) -> None:
+    result = bench(served.url, *QUICK, "--route", route, "--texts", "3", "--json", "--no-report")
+    found = json.loads(result.stdout)
+    (phase,) = found["phases"]
+
+    assert result.exit_code == 0, result.stderr
+    assert (found["route"], found["dimensions"], found["texts_per_request"]) == (route, None, 3)
+    assert phase["failed"] == 0
+    assert phase["tokens_per_s"] > phase["texts_per_s"] > 2 * phase["requests"]
+    assert {len(call.texts) for call in served.backend.calls} == {1, 3}, "queries and documents of an embedding model"
+
+
+def test_fields_of_vectors_are_refused_for_scores(served: Served) -> None:
+    result = bench(served.url, *QUICK, "--route", "rerank", "--dimensions", "4")
+
+    assert result.exit_code == 2
+    assert "fields of --route embeddings" in result.stderr
+    assert served.backend.calls == []
+
+
 @pytest.mark.parametrize(("bound", "exit_code"), [("60000", 0), ("0.001", 1)])
 def test_a_bound_on_latency_decides_the_exit_code(served: Served, bound: str, exit_code: int) -> None:
     assert bench(served.url, *QUICK, "--no-report", "--max-p95", bound).exit_code == exit_code

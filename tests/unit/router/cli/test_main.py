@@ -40,7 +40,7 @@ default_model: m3
 models:
   - {name: bge-m3, source: BAAI/bge-m3, aliases: [m3], license: MIT, description: "Many\\nlanguages"}
   - {name: e5, source: o/e5, revision: v1, prompts: {query: "q: ", document: "d: "}, matryoshka: [64, 32]}
-  - {name: q, source: ./q, matryoshka: {min: 32}}
+  - {name: q, source: ./q, task: embed, matryoshka: {min: 32}}
 """
 
 
@@ -140,9 +140,9 @@ def test_models_is_plain_in_a_pipe(registry: Path) -> None:
 
     assert result.exit_code == 0
     assert [line.split("\t") for line in result.stdout.splitlines()] == [
-        ["bge-m3", "absent", "", "", "", "MIT", "BAAI/bge-m3", "Many languages"],
-        ["e5", "absent", "", "", "(64, 32)", "", "o/e5", ""],
-        ["q", "absent", "", "", "(32+)", "", "./q", ""],
+        ["bge-m3", "absent", "", "", "", "", "MIT", "BAAI/bge-m3", "Many languages"],
+        ["e5", "absent", "", "", "", "(64, 32)", "", "o/e5", ""],
+        ["q", "absent", "", "", "embed", "(32+)", "", "./q", ""],
     ]
 
 
@@ -157,7 +157,7 @@ def test_models_is_a_table_on_a_terminal(registry: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
-    ("width", "last", "is_whole"), [(58, "dimensions", True), (62, "license", True), (90, "description", False)]
+    ("width", "last", "is_whole"), [(65, "dimensions", True), (70, "license", True), (97, "description", False)]
 )
 def test_on_a_narrow_terminal_a_row_stays_one_line(
     registry: Path, monkeypatch: pytest.MonkeyPatch, width: int, last: str, *, is_whole: bool

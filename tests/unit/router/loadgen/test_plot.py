@@ -15,8 +15,8 @@ RED = (0xA5, 0x34, 0x2B)
 
 def report(*phases: Measured) -> Report:
     return Report(
-        url="http://127.0.0.1:6008", model="m3e-base", dimensions=768, texts_per_request=1, words=12,
-        started_at="2026-11-25T12:00:00Z", embedyard="0.1.0", is_whole=True, phases=list(phases),
+        url="http://127.0.0.1:6008", model="m3e-base", route="embeddings", dimensions=768, words=12,
+        texts_per_request=1, started_at="2026-11-25T12:00:00Z", embedyard="0.1.0", is_whole=True, phases=list(phases),
     )  # fmt: skip
 
 
