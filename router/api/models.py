@@ -84,7 +84,7 @@ def slots_by_model(server_state: ServerState) -> dict[str, list[Slot]]:
 
 
 def _slot(status: ModelStatus, spec: ModelSpec | None) -> Slot:
-    task = status.info.task if status.info else spec and spec.task
+    task = status.info.task if status.info else spec.task if spec else None
     return Slot(id=status.model_id, task=task, **structs.asdict(status))
 
 

@@ -86,6 +86,20 @@ SOURCES = {
     "embeddinggemma-300m": "google/embeddinggemma-300m",
     "snowflake-arctic-embed-l-v2.0": "Snowflake/snowflake-arctic-embed-l-v2.0",
     "mxbai-embed-large-v1": "mixedbread-ai/mxbai-embed-large-v1",
+    "bge-reranker-v2-m3": "BAAI/bge-reranker-v2-m3",
+    "gte-multilingual-reranker-base": "Alibaba-NLP/gte-multilingual-reranker-base",
+    "jina-reranker-v2-base-multilingual": "jinaai/jina-reranker-v2-base-multilingual",
+    "Qwen3-Reranker-0.6B": "Qwen/Qwen3-Reranker-0.6B",
+    "Qwen3-Reranker-4B": "Qwen/Qwen3-Reranker-4B",
+    "Qwen3-Reranker-8B": "Qwen/Qwen3-Reranker-8B",
+    "mxbai-rerank-base-v2": "mixedbread-ai/mxbai-rerank-base-v2",
+    "mxbai-rerank-large-v2": "mixedbread-ai/mxbai-rerank-large-v2",
+    "bge-reranker-base": "BAAI/bge-reranker-base",
+    "bge-reranker-large": "BAAI/bge-reranker-large",
+    "ms-marco-MiniLM-L6-v2": "cross-encoder/ms-marco-MiniLM-L6-v2",
+    "gte-reranker-modernbert-base": "Alibaba-NLP/gte-reranker-modernbert-base",
+    "mxbai-rerank-base-v1": "mixedbread-ai/mxbai-rerank-base-v1",
+    "mxbai-rerank-large-v1": "mixedbread-ai/mxbai-rerank-large-v1",
 }
 MODELS = sorted(SOURCES)
 
@@ -132,7 +146,7 @@ def test_widths_are_the_vendors(model_id: str) -> None:
 
 @pytest.mark.parametrize("model_id", MODELS)
 def test_only_qwen3_takes_instructions_and_its_template_has_no_space(model_id: str) -> None:
-    expected = "Instruct: {task}\nQuery:{text}" if model_id.startswith("Qwen3") else None
+    expected = "Instruct: {task}\nQuery:{text}" if model_id.startswith("Qwen3-Embedding") else None
 
     assert REGISTRY.models[model_id].instruction_template == expected
 
@@ -146,8 +160,14 @@ def test_a_request_without_input_type_gets_no_prompt(model_id: str) -> None:
 def test_descriptions_state_languages_width_size_context_and_licence(model_id: str) -> None:
     spec = REGISTRY.models[model_id]
 
-    assert re.match(r".+; \d+ wide, [\d.]+ [BM] parameters, \d+k? tokens\. .+", spec.description)
+    output = "reranker" if spec.task == "rerank" else r"\d+ wide"
+    assert re.match(rf".+; {output}, [\d.]+ [BM] parameters, \d+k? tokens\. .+", spec.description)
     assert spec.license
+
+
+@pytest.mark.parametrize("model_id", MODELS)
+def test_rerankers_say_that_they_are_so_that_no_request_for_vectors_loads_one(model_id: str) -> None:
+    assert (REGISTRY.models[model_id].task == "rerank") == ("rerank" in model_id or "ms-marco" in model_id)
 
 
 @pytest.mark.parametrize("model_id", MODELS)

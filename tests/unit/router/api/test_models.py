@@ -4,7 +4,7 @@ import openai
 import pytest
 
 from router.server.application import fold_model_id
-from tests.testkit.rerankers import RERANKERS
+from tests.testkit.score_servers import RERANKERS
 from tests.testkit.servers import Served, fake_server
 
 READY = {

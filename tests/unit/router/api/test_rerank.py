@@ -11,7 +11,7 @@ from engines.errors import ContextLengthExceeded, NonFiniteEmbedding
 from engines.types import ScoreCall
 from router.config.settings import Settings
 from tests.testkit.contract import assert_envelope
-from tests.testkit.rerankers import serve_rerankers
+from tests.testkit.score_servers import serve_rerankers
 from tests.testkit.servers import Served
 
 DOCUMENTS = ["first", "second one", "third"]

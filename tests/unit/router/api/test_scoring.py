@@ -16,7 +16,7 @@ from router.api.scoring import cosines
 from router.limits.limiter import estimate_tokens
 from router.registry.registry import Registry
 from tests.testkit.contract import assert_envelope
-from tests.testkit.rerankers import RERANKERS
+from tests.testkit.score_servers import RERANKERS
 from tests.testkit.servers import FakeServer, eventually, fake_server
 
 DOCUMENTS = ["a cat", "a dog", "two cats and a dog"]

@@ -10,7 +10,9 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
+from msgspec import structs
 
 from engines.errors import (
     EngineError,
@@ -21,10 +23,11 @@ from engines.errors import (
     ModelPinned,
     QueueFull,
     ShuttingDown,
+    TaskNotSupported,
 )
 from engines.spec import Matryoshka, ModelSpec
-from engines.testing.engine import WIDTH, fake_vector
-from engines.types import Budget, EmbedCall, Event, HostSnapshot
+from engines.testing.engine import WIDTH, fake_score, fake_vector
+from engines.types import Budget, Call, EmbedCall, Event, HostSnapshot, ScoreCall, Scores
 from router.backends.base import Backend
 from router.errors import classify
 from tests.testkit.backends import BUDGET, BUDGET_BYTES, HOSTS, scripted, until
@@ -74,7 +77,7 @@ def homes(hosts: tuple[HostSnapshot, ...]) -> dict[str, list[str]]:
     return found
 
 
-async def refusal(backend: Backend, wanted: EmbedCall) -> Exception:
+async def refusal(backend: Backend, wanted: Call) -> Exception:
     with pytest.raises(Exception) as caught:
         await backend.run(wanted)
     return caught.value
@@ -102,6 +105,53 @@ class Conformance:
             answer = await backend.run(call("a", *texts))
 
         assert (answer.array()[[0, 1000, 2047]] == [fake_vector("a", texts[at]) for at in (0, 1000, 2047)]).all()
+
+    async def test_scores_are_right_and_come_whole(self, backend: Backend) -> None:
+        texts = tuple(f"text {index}" for index in range(2048))
+        async with serving(backend, scripted("a", task="rerank"), scripted("b", task="classify")):
+            many = await backend.run(ScoreCall(model_id="a", queries=("q",), texts=texts))
+            raw = await backend.run(ScoreCall(model_id="a", queries=("q", "r"), texts=("x", "y"), activation="none"))
+            labels = await backend.run(ScoreCall(model_id="b", texts=("x",)))
+
+        assert isinstance(many, Scores)
+        assert isinstance(labels, Scores)
+        assert (many.array().shape, many.labels) == ((2048, 1), ("LABEL_0",))
+        assert [float(many.array()[at, 0]) for at in (0, 2047)] == [fake_score("a", "q", texts[at]) for at in (0, 2047)]
+        assert 1 / (1 + np.exp(-raw.array()[1, 0])) == pytest.approx(fake_score("a", "r", "y"), abs=1e-6)
+        assert (labels.array().shape, labels.labels) == ((1, 3), ("negative", "neutral", "positive"))
+
+    async def test_a_model_refuses_what_it_does_not_compute(self, backend: Backend) -> None:
+        async with serving(backend, scripted("a", task="rerank"), scripted("b")):
+            vectors = await refusal(backend, call("a"))
+            scores = await refusal(backend, ScoreCall(model_id="b", texts=("x",)))
+            tasks = {
+                status.model_id: status.info.task
+                for host in backend.snapshots()
+                for status in host.models
+                if status.info
+            }
+
+        assert (type(vectors), type(scores)) == (TaskNotSupported, TaskNotSupported)
+        assert (vars(vectors)["param"], str(vectors)) == ("model", "a can rerank, not embed")
+        assert tasks.get("a") in ("rerank", None), "a snapshot of another process may be from before the load"
+
+    async def test_scores_obey_deadlines_cancellation_and_limits(self, backend: Backend) -> None:
+        pair = ScoreCall(model_id="a", queries=("q",), texts=("x",))
+        async with serving(backend, scripted("a", task="rerank", max_items=4, embed_s=0.1, load_s=0.6)):
+            late = await refusal(backend, structs.replace(pair, load_timeout_s=0.1))
+            await backend.preload("a")
+            waiting = asyncio.create_task(backend.run(structs.replace(pair, texts=("wait",))))
+            await until(backend, lambda hosts: sum(s.leases for host in hosts for s in host.models) == 1)
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+            await until(backend, lambda hosts: sum(s.leases for host in hosts for s in host.models) == 0)
+            outcomes = await asyncio.gather(*(backend.run(pair) for _ in range(20)), return_exceptions=True)
+
+        assert isinstance(late, ModelLoading)
+        refused = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+        assert 8 <= len(refused) <= 16, "calls come to a host elsewhere one after the other"
+        assert all(isinstance(error, QueueFull) for error in refused)
 
     @pytest.mark.parametrize(
         ("error", "expected"),
