@@ -16,7 +16,7 @@ from engines.pool.estimates import Measurements
 from engines.pool.runtime import LoadLock, LoopTime, Threads
 from engines.pool.slot import PoolPolicy
 from engines.protocols import Progress
-from engines.spec import Matryoshka, ModelSpec
+from engines.spec import Matryoshka, ModelSpec, Task
 from engines.testing.fakes import FakeFiles, FakeLoader, FakeMemory
 from engines.types import Budget, ModelFiles
 from router.app import create_app
@@ -41,7 +41,10 @@ MEGABYTES = {
     "nomic-embed-text-v1.5": 540,
     "snowflake-arctic-embed-l-v2.0": 1140,
     "jina-embeddings-v3": 1150,
+    "bge-reranker-v2-m3": 1140,
+    "roberta-sentiment": 500,
 }
+TASKS: dict[str, Task] = {"bge-reranker-v2-m3": "rerank", "roberta-sentiment": "classify"}
 NOT_ON_DISK, BROKEN = "gte-multilingual-base", "jina-embeddings-v3"
 REASON = UnsupportedModel(
     "config.json names code from the model's own repository, which is disabled; review it, then set "
@@ -111,7 +114,10 @@ def real_cpu(specs: dict[str, ModelSpec]) -> Any:
 def main(port: int, key: str | None, *, real: bool, gpus: int, download_s: float, load_s: float) -> None:
     """Serve until SIGTERM; the first line printed is the address."""
     configure_logging("json", "warning")
-    specs = {model_id: ModelSpec(model_id=model_id, source=f"fake/{model_id}", device="cuda") for model_id in MEGABYTES}
+    specs = {
+        model_id: ModelSpec(model_id=model_id, source=f"fake/{model_id}", device="cuda", task=TASKS.get(model_id))
+        for model_id in MEGABYTES
+    }
     default = "bge-m3"
     if real:
         specs, default = {MINI.model_id: MINI, **specs}, MINI.model_id

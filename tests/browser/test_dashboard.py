@@ -16,6 +16,7 @@ from tests.browser.server import KEY, ServerProcess
 pytestmark = pytest.mark.slow
 
 LARGE, SMALL = "Qwen/Qwen3-Embedding-4B", "m3e-base"
+RERANKER, CLASSIFIER = "bge-reranker-v2-m3", "roberta-sentiment"
 DOWNLOADED, BROKEN = "gte-multilingual-base", "jina-embeddings-v3"
 
 
@@ -359,3 +360,62 @@ def test_an_open_server_asks_for_no_key_and_its_page_survives_a_restart(
     assert log == []
     assert "Connected again" in page.text(".feed")
     assert "bge-m3 is ready" in page.text(".feed")
+
+
+def choose(page: Page, selector: str, value: str) -> None:
+    """Choose an option as a user does."""
+    page.wait(lambda: page.driver.find_element("css selector", f'{selector} option[value="{value}"]'))
+    page.driver.execute_script(
+        "const box = document.querySelector(arguments[0]); box.value = arguments[1]; "
+        "box.dispatchEvent(new Event('change', {bubbles: true}))",
+        selector,
+        value,
+    )
+
+
+def test_the_playground_ranks_documents_with_bars_of_their_scores(dashboard: Page) -> None:
+    choose(dashboard, "#play-model", RERANKER)
+    dashboard.wait(lambda: dashboard.text("#play-use").strip() == "Rank for a query")
+    dashboard.find("#play-run").click()
+    dashboard.find(".scores li")
+    documents = (dashboard.find("#play-texts").get_attribute("value") or "").splitlines()
+    body = {"model": RERANKER, "query": dashboard.find("#play-query").get_attribute("value"), "documents": documents}
+    answer = httpx.post(f"{dashboard.url}/v1/rerank", json=body, headers={"authorization": f"Bearer {KEY}"}).json()
+    bars = dashboard.driver.execute_script(
+        "return [...document.querySelectorAll('.scores li')].map((row) => [row.innerText, "
+        "row.querySelector('.fill').offsetWidth / row.querySelector('.track').offsetWidth])"
+    )
+
+    assert len(bars) == len(documents) == 4
+    for (words, share), result in zip(bars, answer["results"], strict=True):
+        assert documents[result["index"]] in words
+        assert f"{result['relevance_score']:.4f}" in words
+        assert share == pytest.approx(result["relevance_score"], abs=0.02)
+    assert "4 documents ranked, " in dashboard.text(".result")
+    assert "/v1/rerank" in dashboard.text("#code")
+    dashboard.find("#tab-Python").click()
+    compile(dashboard.text("#code"), "snippet.py", "exec")
+
+
+def test_the_playground_ranks_with_an_embedding_model_and_labels_with_a_classifier(dashboard: Page) -> None:
+    choose(dashboard, "#play-use", "rerank")
+    dashboard.find("#play-run").click()
+    dashboard.wait(lambda: "ranked by the cosine of their vectors" in dashboard.text(".result"))
+    choose(dashboard, "#play-model", CLASSIFIER)
+    dashboard.wait(lambda: dashboard.text("#play-use").strip() == "Label")
+    dashboard.find("#play-run").click()
+    dashboard.wait(lambda: "4 texts labelled" in dashboard.text(".result"))
+
+    assert set(dashboard.text(".scores .tag").split()) <= {"negative", "neutral", "positive"}
+    assert not dashboard.find("#play-query").is_displayed()
+
+
+@pytest.mark.parametrize(("width", "dark"), [(390, False), (390, True), (1280, True)])
+def test_scores_fit_every_screen(dashboard: Page, axe: str, width: int, *, dark: bool) -> None:
+    dashboard.emulate(width, dark=dark)
+    choose(dashboard, "#play-model", RERANKER)
+    dashboard.find("#play-run").click()
+    dashboard.find(".scores li")
+
+    assert dashboard.driver.execute_script("return document.documentElement.scrollWidth - innerWidth") <= 0
+    assert serious_issues(dashboard, axe) == []

@@ -1,16 +1,18 @@
-// The playground: embeds texts, shows vectors, cosine similarities and timings.
+// The playground: embeds, ranks or labels texts; shows vectors, similarities or scores, and timings.
 
 import { get, post, setEmbedKey } from "./api.js";
 import { h, set, show, text } from "./dom.js";
 import { latency, number } from "./format.js";
 import { heatMap, vectorList } from "./results.js";
+import { labelList, rankingList } from "./scores.js";
 import { snippets } from "./snippets.js";
 import { timingsBar } from "./timings.js";
 import { t } from "./words.js";
 
-const PATH = "/v1/embeddings";
+const PATHS = { embed: "/v1/embeddings", rerank: "/v1/rerank", classify: "/v1/classify" };
 
-let draft = null; // survives a change of language
+let draft = null; // these survive a change of language
+let draftQuery = null;
 
 export function playground(store) {
   const form = fields();
@@ -23,10 +25,11 @@ export function playground(store) {
   const known = new Map(); // prompts and dimensions from /v1/models, which needs a key that may embed
   show(refusal, false);
 
-  const redraw = () => code.update(PATH, form.request());
+  const redraw = () => code.update(PATHS[form.mode()], form.request());
+  const facts = () => known.get(form.model.value) ?? fromSlots(store, form.model.value);
   form.node.addEventListener("input", redraw);
   form.model.addEventListener("change", () => {
-    form.offer(known.get(form.model.value) ?? fromSlots(store, form.model.value));
+    form.offer(facts());
     redraw();
   });
   form.node.addEventListener("submit", (event) => {
@@ -40,19 +43,21 @@ export function playground(store) {
     } catch {
       form.askForKey();
     }
-    form.offer(known.get(form.model.value) ?? fromSlots(store, form.model.value));
+    form.offer(facts());
   }
 
   async function run() {
+    const mode = form.mode();
     const request = form.request();
-    text(refusal, request.input.length ? "" : t("play.noTexts"));
-    show(refusal, !request.input.length);
-    if (!request.input.length) return;
+    const missing = missingWords(request);
+    text(refusal, missing);
+    show(refusal, Boolean(missing));
+    if (missing) return;
     form.busy(true);
     try {
       if (form.key.value) setEmbedKey(form.key.value);
-      const answer = await post(PATH, request);
-      result.replaceChildren(...outcome(request, answer));
+      const answer = await post(PATHS[mode], request);
+      result.replaceChildren(...outcome(mode, request, answer));
       if (!known.size) learn();
     } catch (error) {
       text(refusal, error.message);
@@ -65,7 +70,7 @@ export function playground(store) {
 
   let asked = false;
   function update() {
-    form.list(store.models().map((model) => model.id));
+    if (form.list(store.models().map((model) => model.id)) && known.size) form.offer(facts());
     redraw();
     if (asked || !store.slots.length) return;
     asked = true;
@@ -75,46 +80,77 @@ export function playground(store) {
 }
 
 function fromSlots(store, modelId) {
-  return store.slot(modelId)?.info ?? null;
+  const slot = store.slot(modelId);
+  return slot ? { ...slot.info, task: slot.task } : null;
+}
+
+function missingWords({ query, input, documents }) {
+  if (!(input ?? documents).length) return t("play.noTexts");
+  return query === "" ? t("play.noQuery") : "";
 }
 
 function fields() {
   const texts = h("textarea", { id: "play-texts", rows: "6", spellcheck: "false" });
   texts.value = draft ?? t("play.example");
   texts.addEventListener("input", () => (draft = texts.value));
+  const query = h("input", { id: "play-query", spellcheck: "false" });
+  query.value = draftQuery ?? t("play.exampleQuery");
+  query.addEventListener("input", () => (draftQuery = query.value));
   const model = h("select", { id: "play-model" });
+  const use = h("select", { id: "play-use" });
   const type = h("select", { id: "play-type" });
   const widths = h("datalist", { id: "play-widths" });
   const dimensions = h("input", { id: "play-dimensions", type: "number", min: "1", inputmode: "numeric", list: "play-widths" });
   const key = h("input", { id: "play-key", type: "password", autocomplete: "off" });
   const keyField = h("div", { class: "field" }, label(key, "play.key"), key, h("p", { class: "quiet small" }, t("play.keyHint")));
-  const button = h("button", { type: "submit", class: "primary", id: "play-run" }, t("play.run"));
+  const button = h("button", { type: "submit", class: "primary", id: "play-run" }, t("run.embed"));
   show(keyField, false);
+  const textsLabel = label(texts, "play.texts");
+  const queryField = h("div", { class: "field wide" }, label(query, "play.query"), query);
+  const vectorFields = [h("div", { class: "field" }, label(type, "play.type"), type),
+    h("div", { class: "field" }, label(dimensions, "play.dimensions"), dimensions, widths)];
   const node = h("form", { class: "fields" },
-    h("div", { class: "field wide" }, label(texts, "play.texts"), texts),
-    h("div", { class: "field wide" }, label(model, "play.model"), model),
-    h("div", { class: "field" }, label(type, "play.type"), type),
-    h("div", { class: "field" }, label(dimensions, "play.dimensions"), dimensions, widths),
-    keyField, button);
+    h("div", { class: "field" }, label(model, "play.model"), model),
+    h("div", { class: "field" }, label(use, "play.use"), use),
+    queryField, h("div", { class: "field wide" }, textsLabel, texts),
+    vectorFields, keyField, button);
+  use.addEventListener("change", arrange);
   texts.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) node.requestSubmit();
   });
 
+  const mode = () => use.value || "embed";
+
+  /** Shows the fields of the chosen use. */
+  function arrange() {
+    const isRanking = mode() === "rerank";
+    show(queryField, isRanking);
+    for (const field of vectorFields) show(field, mode() === "embed");
+    text(textsLabel, t(isRanking ? "play.documents" : "play.texts"));
+    text(button, t(`run.${mode()}`));
+  }
+
   function request() {
     const input = texts.value.split("\n").map((line) => line.trim()).filter(Boolean);
+    if (mode() === "rerank") return { model: model.value, query: query.value.trim(), documents: input };
     const made = { model: model.value, input };
+    if (mode() === "classify") return made;
     if (type.value) made.input_type = type.value;
     if (dimensions.value) made.dimensions = Number(dimensions.value);
     return made;
   }
 
   function list(ids) {
-    if (ids.join("\n") === [...model.options].map((option) => option.value).join("\n")) return;
+    if (ids.join("\n") === [...model.options].map((option) => option.value).join("\n")) return false;
     const chosen = model.value;
     options(model, ids.map((id) => [id, id]), chosen);
+    return true;
   }
 
   function offer(facts) {
+    const uses = { rerank: ["rerank"], classify: ["classify"] }[facts?.task] ?? ["embed", "rerank"];
+    options(use, uses.map((name) => [name, t(`use.${name}`)]), use.value);
+    arrange();
     options(type, [["", t("play.noType")], ...Object.keys(facts?.prompts ?? {}).map((name) => [name, name])], type.value);
     const matryoshka = facts?.matryoshka;
     const all = [...(matryoshka?.widths ?? []), facts?.dimensions].filter(Boolean);
@@ -124,11 +160,11 @@ function fields() {
   }
 
   return {
-    node, model, key, request, list, offer,
+    node, model, key, request, list, offer, mode,
     askForKey: () => show(keyField, true),
     busy(isBusy) {
       button.disabled = isBusy;
-      text(button, t(isBusy ? "play.running" : "play.run"));
+      text(button, isBusy ? t("play.running") : t(`run.${mode()}`));
     },
   };
 }
@@ -142,15 +178,29 @@ function options(select, pairs, chosen) {
   select.value = pairs.some(([value]) => value === chosen) ? chosen : pairs[0]?.[0] ?? "";
 }
 
-function outcome(request, { data, headers, seconds }) {
-  const vectors = data.data.map((item) => item.embedding);
-  const facts = { count: number(vectors.length), width: number(vectors[0].length), tokens: number(data.usage.prompt_tokens), time: latency(seconds) };
+function outcome(mode, request, { data, headers, seconds }) {
+  const [summary, facts, parts] = { embed: vectorsOf, rerank: rankingOf, classify: labelsOf }[mode](request, data);
   const cut = headers.get("x-embed-truncated");
+  const used = { tokens: number(data.usage.prompt_tokens), time: latency(seconds) };
   return [
-    h("p", { class: "strong" }, t("play.summary", facts)),
+    h("p", { class: "strong" }, t(summary, { ...facts, ...used })),
     cut && h("p", { class: "error" }, t("play.truncated", { indexes: cut })),
     timingsBar(headers.get("server-timing") ?? "", seconds),
-    vectors.length > 1 && heatMap(request.input, vectors),
-    vectorList(request.input, vectors),
+    ...parts,
   ].filter(Boolean);
+}
+
+function vectorsOf({ input }, { data }) {
+  const vectors = data.map((item) => item.embedding);
+  const facts = { count: number(vectors.length), width: number(vectors[0].length) };
+  return ["play.summary", facts, [vectors.length > 1 && heatMap(input, vectors), vectorList(input, vectors)]];
+}
+
+function rankingOf({ documents }, { results, method }) {
+  const words = method ? "play.summaryCosine" : "play.summaryRanking";
+  return [words, { count: number(results.length) }, [rankingList(documents, results)]];
+}
+
+function labelsOf({ input }, { data }) {
+  return ["play.summaryLabels", { count: number(data.length) }, [labelList(input, data)]];
 }

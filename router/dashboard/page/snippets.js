@@ -12,6 +12,7 @@ function curl(url, body) {
 
 /** Code for OpenAI's client; fields unknown to it go into extra_body. JSON strings are Python strings. */
 function python(url, body) {
+  if (!url.endsWith("/embeddings")) return pythonPost(url, body);
   const { input_type: type, ...known } = body;
   const lines = Object.entries(known).map(([name, value]) => `    ${name}=${JSON.stringify(value)},`);
   if (type) lines.push(`    extra_body={"input_type": ${JSON.stringify(type)}},`);
@@ -19,8 +20,15 @@ function python(url, body) {
   return `import os\nfrom openai import OpenAI\n\nclient = OpenAI(base_url="${base}", api_key=os.environ.get("API_KEY", "none"))\nanswer = client.embeddings.create(\n${lines.join("\n")}\n)\nprint(answer.data[0].embedding)`;
 }
 
+/** Code without a client of its own: the fields are texts and lists, which Python writes as JSON does. */
+function pythonPost(url, body) {
+  const json = JSON.stringify(body, null, 4).replaceAll("\n", "\n    ");
+  return `import os\nimport httpx\n\nanswer = httpx.post(\n    "${url}",\n    headers={"Authorization": f"Bearer {os.environ.get('API_KEY', 'none')}"},\n    json=${json},\n)\nprint(answer.json())`;
+}
+
 function javascript(url, body) {
-  return `const answer = await fetch("${url}", {\n  method: "POST",\n  headers: {\n    "Authorization": \`Bearer \${process.env.API_KEY}\`,\n    "Content-Type": "application/json",\n  },\n  body: JSON.stringify(${JSON.stringify(body, null, 2).replaceAll("\n", "\n  ")}),\n});\nconst { data } = await answer.json();\nconsole.log(data[0].embedding);`;
+  const [name, shown] = url.endsWith("/rerank") ? ["results", "results"] : ["data", url.endsWith("/embeddings") ? "data[0].embedding" : "data"];
+  return `const answer = await fetch("${url}", {\n  method: "POST",\n  headers: {\n    "Authorization": \`Bearer \${process.env.API_KEY}\`,\n    "Content-Type": "application/json",\n  },\n  body: JSON.stringify(${JSON.stringify(body, null, 2).replaceAll("\n", "\n  ")}),\n});\nconst { ${name} } = await answer.json();\nconsole.log(${shown});`;
 }
 
 export function snippets() {

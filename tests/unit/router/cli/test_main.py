@@ -181,7 +181,7 @@ def test_models_of_the_shipped_registry_sends_no_request(registry: Path, monkeyp
     result = run("models", "--registry", str(ROOT / "registry.yaml"))
 
     assert result.exit_code == 0, result.stderr
-    assert len(result.stdout.splitlines()) == 16
+    assert len(result.stdout.splitlines()) == 30
 
 
 def test_models_as_json_holds_every_field(registry: Path) -> None:
