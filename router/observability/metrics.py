@@ -53,10 +53,14 @@ REQUEST_SECONDS = _histogram("request_seconds", "model", "Requests of models tha
 LOAD_WAIT_SECONDS = _histogram("load_wait_seconds", "model", "Of these, waiting for the model; 0 when it was ready")
 TOKENIZE_SECONDS = _histogram("tokenize_seconds", "model", "Of these, turning texts into tokens")
 QUEUE_SECONDS = _histogram("queue_seconds", "model", "Of these, waiting in the model's queue")
-FORWARD_SECONDS = _histogram("forward_seconds", "model", "Of these, from the first forward pass to the last vector or score")
+FORWARD_SECONDS = _histogram(
+    "forward_seconds", "model", "Of these, from the first forward pass to the last vector or score"
+)
 ENCODE_SECONDS = _histogram("encode_seconds", "model", "Of these, writing vectors or scores as JSON or base64")
 INPUTS = _counter("inputs", "model", "Texts embedded or labelled, and pairs scored")
-PROMPT_TOKENS = _counter("prompt_tokens", "model", "Their tokens, special tokens included; a query counts once for each document")
+PROMPT_TOKENS = _counter(
+    "prompt_tokens", "model", "Their tokens, special tokens included; a query counts once for each document"
+)
 TRUNCATED = _counter("truncated_inputs", "model", "Texts that were longer than the model reads, and were cut")
 REUSED = _counter("reused_inputs", "model", "Texts that were under way already, for another request or twice in one")
 CACHED = _counter("cached_inputs", "model", "Texts whose vectors came from the model's cache (`cache` in the registry)")
