@@ -43,7 +43,7 @@ class RerankController(Controller):
         call = either_rerank_call(data)
         if data.documents is not None:
             return await _answer(request, data, call, "2")
-        with rename_error_params(queries="query"):
+        with rename_error_params(documents="texts"):
             scored = await score(request, data.model, call, "rerank")
         body = await encode_tei_ranking(scored, call.texts if data.return_text else None)
         return ASGIResponse(body=body, headers=scored.headers)
@@ -52,8 +52,7 @@ class RerankController(Controller):
 async def _answer(
     request: Request[Any, Any, Any], data: RerankOptions, call: ScoreCall, api_version: Literal["1", "2"]
 ) -> ASGIResponse:
-    with rename_error_params(texts="documents", queries="query", max_text_tokens="max_tokens_per_doc"):
-        scored = await score(request, data.model, call, "rerank", allows_cosine=True)
+    scored = await score(request, data.model, call, "rerank", allows_cosine=True)
     texts: Sequence[str] | None = call.texts if data.return_documents else None
     body = await encode_ranking(scored, texts, data.top_n, api_version)
     return ASGIResponse(body=body, headers=scored.headers)

@@ -50,13 +50,13 @@ class ScoreController(Controller):
 
 
 async def _score(request: Request[Any, Any, Any], data: ScoreRequest) -> ASGIResponse:
-    with rename_error_params(queries="text_1", texts="text_2"):
+    with rename_error_params(query="text_1", documents="text_2"):
         scored = await score(request, data.model, score_call(data), "rerank", allows_cosine=True)
     return ASGIResponse(body=await encode_scores(scored), headers=scored.headers)
 
 
 async def _classify(request: Request[Any, Any, Any], data: ClassifyRequest) -> ASGIResponse:
-    with rename_error_params(texts="input"):
+    with rename_error_params(documents="input"):
         scored = await score(request, data.model, classify_call(data), "classify")
     encode = encode_labels if data.raw_scores is None else encode_infinity_labels
     return ASGIResponse(body=await encode(scored), headers=scored.headers)

@@ -12,7 +12,7 @@ from litestar import Request
 from msgspec import Struct, structs
 from numpy.typing import NDArray
 
-from engines.errors import InvalidValue, NonFiniteEmbedding, TaskNotSupported
+from engines.errors import ContextLengthExceeded, InvalidValue, NonFiniteEmbedding, TaskNotSupported
 from engines.spec import ModelSpec, Task
 from engines.types import BaseResult, EmbedCall, Embeddings, ScoreCall, Scores, Timings
 from router.api.inference import (
@@ -163,9 +163,13 @@ async def _score_by_cosine(request: Request[Any, Any, Any], spec: ModelSpec, cal
         truncate=call.truncate,
         keep_alive_s=call.keep_alive_s,
     )
-    with rename_error_params(input="queries"):
-        first = await _embed(request, spec, queries)
-    with rename_error_params(input="texts"):
+    try:
+        with rename_error_params(input="query"):
+            first = await _embed(request, spec, queries)
+    except ContextLengthExceeded as error:
+        what = str(error).partition(": ")[0].replace("input", "query", 1)
+        raise ContextLengthExceeded(f"{what}: shorten it, queries are not truncated", param=error.param) from None
+    with rename_error_params(input="documents"):
         second = await _embed(request, spec, documents)
     _check_lengths(second, call.max_text_tokens)
     is_large = len(second.token_counts) * second.dimensions > _INLINE_COMPONENTS
@@ -188,7 +192,7 @@ def _check_lengths(documents: Embeddings, max_tokens: int | None) -> None:
             raise InvalidValue(
                 f"document {index} has {count} tokens, more than {max_tokens}, and an embedding model reads documents "
                 "whole: omit the limit, or use a reranker",
-                param="max_text_tokens",
+                param="max_tokens_per_doc",
             )
 
 

@@ -45,7 +45,7 @@ class TeiController(Controller):
     async def tei_predict(self, request: Request[Any, Any, Any], data: JSONBody[PredictRequest]) -> Response[bytes]:
         """Returns the probability of each label."""
         call, is_batch = predict_call(data)
-        with rename_error_params(texts="inputs", queries="inputs"):
+        with rename_error_params(documents="inputs", query="inputs", input="inputs"):
             scored = await score(request, data.model, call, "predict")
         return Response(
             await encode_predictions(scored, is_batch=is_batch), media_type=MediaType.JSON, headers=scored.headers

@@ -310,11 +310,13 @@ def test_the_most_documents_with_long_texts_are_answered_whole(served: Served) -
         ("/v1/rerank", RERANK, "documents"),
         ("/rerank", TEI, "texts"),
         ("/v1/score", {"text_1": "a", "text_2": "b"}, "text_2"),
-        ("/predict", {"inputs": "a"}, "inputs"),
+        ("/predict", {"inputs": ["a", "b"]}, "inputs"),
+        ("/v1/classify", {"input": "a", "model": "labeler"}, "input"),
     ],
 )
 def test_an_error_of_the_model_names_the_field_of_the_route(served: Served, path: str, body: Any, param: str) -> None:
-    served.backend.failures["ranker"] = ContextLengthExceeded("text 0 has 50 tokens (max 40)", param="texts")
+    for model in ("ranker", "labeler"):
+        served.backend.failures[model] = ContextLengthExceeded("documents[0] has 50 tokens", param="documents")
 
     assert_envelope(ask(served, path, body), 400, "context_length_exceeded", param)
 

@@ -132,6 +132,7 @@ async def test_a_query_that_an_embedding_model_would_cut_is_refused() -> None:
         answer = await rerank(server, "embedder", query="word " * 60)
 
     assert_envelope(answer, 400, "context_length_exceeded", "query")
+    assert "query 0 has 62 tokens, the limit is 40: shorten it, queries are not truncated" in answer.text
 
 
 async def test_truncated_documents_are_named_in_the_header() -> None:
