@@ -386,6 +386,9 @@ def test_the_playground_ranks_documents_with_bars_of_their_scores(dashboard: Pag
         "row.querySelector('.fill').offsetWidth / row.querySelector('.track').offsetWidth])"
     )
 
+    dashboard.wait_for_state(RERANKER, "ready")
+    assert "reranker" in dashboard.text(f'[data-model="{RERANKER}"] .states')
+    assert dashboard.text(f'[data-model="{RERANKER}"] .dimensions .value') == "–"
     assert len(bars) == len(documents) == 4
     for (words, share), result in zip(bars, answer["results"], strict=True):
         assert documents[result["index"]] in words

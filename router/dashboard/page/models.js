@@ -43,6 +43,7 @@ function modelRow(store, id, act) {
   const name = h("h3", { id: `model-${id}` }, id);
   const state = h("span", { class: "state" });
   const pinned = h("span", { class: "tag" }, t("devices.pinned"));
+  const task = h("span", { class: "tag" });
   const places = h("span", { class: "quiet small" });
   const progress = progressLine(store, id);
   const error = h("p", { class: "error" });
@@ -51,7 +52,7 @@ function modelRow(store, id, act) {
   const traffic = trafficCell(id);
   const buttons = Object.fromEntries(["preload", "evict", "pin"].map((verb) => [verb, button(verb, id, act)]));
   const head = h("div", { class: "what" }, name,
-    h("div", { class: "states" }, state, pinned, places), progress.node, notes);
+    h("div", { class: "states" }, state, task, pinned, places), progress.node, notes);
   const node = h("li", { class: "model", "aria-labelledby": `model-${id}`, "data-model": id }, head, error,
     cells.dimensions.node, cells.memory.node, cells.load.node, traffic.node, cells.used.node,
     h("div", { class: "actions" }, Object.values(buttons)));
@@ -61,6 +62,9 @@ function modelRow(store, id, act) {
     text(state, t(`state.${slot.state}`));
     const isPinned = slots.some((each) => each.pinned);
     show(pinned, isPinned);
+    const scores = slot.task === "rerank" || slot.task === "classify";
+    text(task, scores ? t(`task.${slot.task}`) : "");
+    show(task, scores);
     const hosts = slots.filter((each) => !AWAY.includes(each.state)).map((each) => store.deviceName(each.host_id));
     text(places, store.devices.length > 1 && hosts.length ? t("models.on", { device: hosts.join(", ") }) : "");
     text(notes, slot.info?.notes.join("; "));
@@ -96,7 +100,7 @@ function button(verb, id, act) {
 
 /** Formats the full dimensions and the smaller ones on offer. */
 function widthWords(info) {
-  if (!info) return "–";
+  if (!info?.dimensions) return "–";
   const { widths, minimum } = info.matryoshka;
   const below = minimum ? t("models.from", { width: number(minimum) }) : widths.filter((width) => width < info.dimensions).map((width) => number(width)).join(", ");
   return [number(info.dimensions), below].filter(Boolean).join("\n");

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,7 +13,7 @@ from engines.types import ScoreCall
 from router.config.settings import Settings
 from tests.testkit.contract import assert_envelope
 from tests.testkit.score_servers import serve_rerankers
-from tests.testkit.servers import Served
+from tests.testkit.servers import Served, bearer, write_keys
 
 DOCUMENTS = ["first", "second one", "third"]
 RERANK = {"query": "which?", "documents": DOCUMENTS}
@@ -364,3 +365,20 @@ def test_a_model_with_several_labels_is_no_reranker(served: Served) -> None:
 
 def test_unknown_models_are_not_found(served: Served) -> None:
     assert_envelope(ask(served, "/v1/rerank", RERANK, model="rankr"), 404, "model_not_found", None)
+
+
+def test_keys_and_their_models_are_checked_as_for_vectors(tmp_path: Path) -> None:
+    keys = {"few": {"scopes": ["embed"], "models": ["labeler"]}, "all": {"scopes": ["embed"]}}
+    for served in serve_rerankers(Settings(keys_file=write_keys(tmp_path / "keys.yaml", keys))):
+        nobody = ask(served, "/v1/rerank", RERANK)
+        other = served.client.post("/v1/rerank", json=RERANK, headers=bearer("few"))
+        keeping = served.client.post("/v1/rerank", json={**RERANK, "keep_alive": 0}, headers=bearer("all"))
+        calls = list(served.backend.score_calls)
+        allowed = served.client.post("/rerank", json=TEI, headers=bearer("all"))
+
+        assert_envelope(nobody, 401, "invalid_api_key", None)
+        assert_envelope(other, 403, "model_not_allowed", None)
+        assert_envelope(keeping, 403, "insufficient_scope", None)
+        assert calls == []
+        assert allowed.status_code == 200
+        assert [call.caller for call in served.backend.score_calls] == ["all"]
