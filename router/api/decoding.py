@@ -93,14 +93,12 @@ _PARALLEL_BYTES = 2**20
 """Larger bodies are decoded one at a time on one thread of their own: each holds the GIL for up to a second, so two at
 once would be no faster and take twice the memory."""
 
-
 _ITEMS_FIELDS: dict[Any, tuple[str, ...]] = {
     EmbeddingRequest: ("input",), TeiRequest: ("inputs",), CohereRequest: ("texts",), OllamaRequest: ("input",),
     RerankRequest: ("documents",), EitherRerankRequest: ("documents", "texts"), PredictRequest: ("inputs",),
     ScoreRequest: ("text_1", "text_2"), ClassifyRequest: ("input",),
 }  # fmt: skip
 """The fields of each request that hold its texts or token ids."""
-
 
 _MISSING = re.compile(r"Object missing required field `(?P<field>\w+)`")
 _BEYOND_64_BITS = re.compile(r"Expected `int` [<>]= -?9223372036854775\d+|Integer value out of range", re.ASCII)
