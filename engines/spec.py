@@ -12,6 +12,9 @@ PoolingMode = Literal["cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmea
 Task = Literal["embed", "rerank", "classify"]
 """What a model computes: a vector for a text, one score for a pair, or a score for each label of a text or pair."""
 
+RerankTemplate = Literal["qwen3-reranker", "mxbai-rerank-v2", "bge-reranker-v2-gemma"]
+"""The templates of causal rerankers whose own files do not state one; `engines/inputs/rerank_templates.py`."""
+
 NEVER_IDLE = -1.0
 """`keep_alive_s` of a model that is never evicted for idleness."""
 
@@ -68,6 +71,7 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
     model_id: str
     source: str
     task: Task | None = None
+    template: RerankTemplate | None = None
     revision: str | None = None
     dtype: Dtype = "auto"
     device: str = "auto"

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from engines.spec import Dtype, Task, Truncate
+from engines.spec import Dtype, RerankTemplate, Task, Truncate
 from router.config.quantities import (
     BUDGET_PATTERN,
     DEVICE_PATTERN,
@@ -196,6 +196,7 @@ class ModelEntry(Defaults, forbid_unknown_fields=True, kw_only=True):
     source: Source
     aliases: list[Name] | UnsetType = UNSET
     task: Task | UnsetType = UNSET
+    template: RerankTemplate | UnsetType = UNSET
     revision: Revision | UnsetType = UNSET
     trust_remote_code: bool | UnsetType = UNSET
     pooling: PoolingName | Poolings | UnsetType = UNSET

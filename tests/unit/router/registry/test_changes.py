@@ -14,6 +14,7 @@ from router.registry.registry import Changes, Registry, diff
 OTHER: dict[str, Any] = {
     "source": "o/other",
     "task": "rerank",
+    "template": "qwen3-reranker",
     "revision": "main",
     "dtype": "float16",
     "device": "cpu",
