@@ -16,6 +16,19 @@ Ids = NDArray[np.int64]
 
 NO_IDS: Ids = np.empty(0, np.int64)
 
+TYPE_SHIFT = 32
+"""Pairs hold a token's type (its segment) in the bits of its id from here on. What decides an output is then one number
+a token: duplicates, cached rows and batches tell two pairs apart that differ in types only. Clients cannot send such an
+id, because no vocabulary reaches here; `engines/models/transformer.py` parts the two again."""
+
+ID_MASK = (1 << TYPE_SHIFT) - 1
+
+
+def typed(ids: Sequence[int] | Ids, token_type: int) -> Ids:
+    """Returns ids that carry a token type."""
+    return np.asarray(ids, np.int64) | (token_type << TYPE_SHIFT)
+
+
 PIECE_CHARS = 1 << 16
 """The most characters, or client token ids, per step unless a single text has more: 10 to 60 ms, or 3 ms for ids."""
 
