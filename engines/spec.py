@@ -13,7 +13,7 @@ Task = Literal["embed", "rerank", "classify"]
 """What a model computes: a vector for a text, one score for a pair, or a score for each label of a text or pair."""
 
 RerankTemplate = Literal["qwen3-reranker", "mxbai-rerank-v2", "bge-reranker-v2-gemma"]
-"""The templates of causal rerankers whose own files do not state one; `engines/inputs/rerank_templates.py`."""
+"""The templates of causal rerankers whose own files do not state one; `engines/loading/rerank_templates.py`."""
 
 NEVER_IDLE = -1.0
 """`keep_alive_s` of a model that is never evicted for idleness."""

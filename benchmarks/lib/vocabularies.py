@@ -14,14 +14,19 @@ from benchmarks.lib.workloads import SENTENCES
 
 _VOCAB_SIZE = 900
 _TRAINING = tuple(sentence for sentence in SENTENCES for _ in range(3))
+_ANSWERS = ("yes", "no") * 200
+"""What a causal reranker answers, each a token."""
 _QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
-def _surround(tokenizer: Tokenizer, before: Sequence[str] = (), behind: Sequence[str] = ()) -> Any:
+def _surround(
+    tokenizer: Tokenizer, before: Sequence[str] = (), behind: Sequence[str] = (), pair: str | None = None
+) -> Any:
     around = [(token, tokenizer.token_to_id(token)) for token in dict.fromkeys([*before, *behind])]
-    return processors.TemplateProcessing(single=[*before, "$A", *behind], special_tokens=around)
+    options = {} if pair is None else {"pair": pair}
+    return processors.TemplateProcessing(single=[*before, "$A", *behind], special_tokens=around, **options)
 
 
 def _wrap(tokenizer: Tokenizer, **names: Any) -> PreTrainedTokenizerFast:
@@ -59,7 +64,7 @@ def bert(*, lowercase: bool = True, with_specials: bool = True, max_length: int 
     """BERT, DistilBERT, ELECTRA, ModernBERT …: `[CLS] … [SEP]`."""
     tokenizer = _wordpiece(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], "[UNK]", lowercase)
     if with_specials:
-        tokenizer.post_processor = _surround(tokenizer, ["[CLS]"], ["[SEP]"])
+        tokenizer.post_processor = _surround(tokenizer, ["[CLS]"], ["[SEP]"], "[CLS] $A [SEP] $B:1 [SEP]:1")
     return _wrap(
         tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]",
         model_max_length=max_length,
@@ -70,7 +75,7 @@ def bert(*, lowercase: bool = True, with_specials: bool = True, max_length: int 
 def mpnet(max_length: int = 512) -> PreTrainedTokenizerFast:
     """MPNet: BERT's pieces with RoBERTa's special tokens; `<pad>` is 1."""
     tokenizer = _wordpiece(["<s>", "<pad>", "</s>", "[UNK]", "<mask>"], "[UNK]", True)
-    tokenizer.post_processor = _surround(tokenizer, ["<s>"], ["</s>"])
+    tokenizer.post_processor = _surround(tokenizer, ["<s>"], ["</s>"], "<s> $A </s> </s> $B </s>")
     return _wrap(
         tokenizer, bos_token="<s>", eos_token="</s>", cls_token="<s>", sep_token="</s>", pad_token="<pad>",
         unk_token="[UNK]", mask_token="<mask>", model_max_length=max_length,
@@ -95,7 +100,7 @@ def roberta(max_length: int = 512) -> PreTrainedTokenizerFast:
 def xlm_roberta(max_length: int = 512) -> PreTrainedTokenizerFast:
     """XLM-R, CamemBERT: unigram after replacing white space by `▁`, `<s> … </s>`."""
     tokenizer = _unigram(["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
-    tokenizer.post_processor = _surround(tokenizer, ["<s>"], ["</s>"])
+    tokenizer.post_processor = _surround(tokenizer, ["<s>"], ["</s>"], "<s> $A </s> </s> $B </s>")
     return _wrap(
         tokenizer, bos_token="<s>", eos_token="</s>", cls_token="<s>", sep_token="</s>", pad_token="<pad>",
         unk_token="<unk>", mask_token="<mask>", model_max_length=max_length,
@@ -114,6 +119,16 @@ def t5(*, with_specials: bool = True, max_length: int = 512) -> PreTrainedTokeni
 @cache
 def qwen(*, with_specials: bool = True, max_length: int = 512) -> PreTrainedTokenizerFast:
     """Qwen: byte-level BPE after its own regex, `… <|endoftext|>`; without it, as a chat model's tokenizer."""
+    tokenizer = _qwen_model(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    level = processors.ByteLevel(trim_offsets=False)
+    if with_specials:
+        tokenizer.post_processor = processors.Sequence([level, _surround(tokenizer, behind=["<|endoftext|>"])])
+    else:
+        tokenizer.post_processor = level
+    return _wrap(tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>", model_max_length=max_length)
+
+
+def _qwen_model(specials: list[str], more: Sequence[str] = ()) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -123,13 +138,16 @@ def qwen(*, with_specials: bool = True, max_length: int = 512) -> PreTrainedToke
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    _train_bytes(tokenizer, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
-    level = processors.ByteLevel(trim_offsets=False)
-    if with_specials:
-        tokenizer.post_processor = processors.Sequence([level, _surround(tokenizer, behind=["<|endoftext|>"])])
-    else:
-        tokenizer.post_processor = level
-    return _wrap(tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>", model_max_length=max_length)
+    _train_bytes(tokenizer, specials, more)
+    return tokenizer
+
+
+@cache
+def chat(*, max_length: int = 512) -> PreTrainedTokenizerFast:
+    """A Qwen for conversations: no special tokens around a text, and single tokens for the answers of a reranker."""
+    tokenizer = _qwen_model(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"], _ANSWERS)
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    return _wrap(tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=max_length)
 
 
 @cache
@@ -150,17 +168,17 @@ def llama(*, with_end: bool = True, max_length: int = 512) -> PreTrainedTokenize
 
 
 @cache
-def gemma(max_length: int = 512) -> PreTrainedTokenizerFast:
-    """Gemma: BPE after replacing spaces by `▁`, `<bos> … <eos>`."""
+def gemma(max_length: int = 512, *, with_end: bool = True) -> PreTrainedTokenizerFast:
+    """Gemma: BPE after replacing spaces by `▁`, `<bos> …` and, for embedders, `<eos>`."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", behavior="merged_with_next")
     specials = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256))]
     trainer = trainers.BpeTrainer(vocab_size=_VOCAB_SIZE, special_tokens=specials, show_progress=False)
-    tokenizer.train_from_iterator(_TRAINING, trainer)
+    tokenizer.train_from_iterator(_TRAINING if with_end else (*_TRAINING, *("Yes",) * 200), trainer)
     # As in the original: the normaliser leaves no spaces to split at, so a text is one piece.
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous")
-    tokenizer.post_processor = _surround(tokenizer, ["<bos>"], ["<eos>"])
+    tokenizer.post_processor = _surround(tokenizer, ["<bos>"], ["<eos>"] if with_end else [])
     return _wrap(
         tokenizer, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>", pad_token="<pad>",
         model_max_length=max_length,
@@ -173,12 +191,12 @@ def bare() -> Tokenizer:
     return _wordpiece(["[PAD]", "[UNK]"], "[UNK]", True)
 
 
-def _train_bytes(tokenizer: Tokenizer, specials: list[str]) -> None:
+def _train_bytes(tokenizer: Tokenizer, specials: list[str], more: Sequence[str] = ()) -> None:
     trainer = trainers.BpeTrainer(
         vocab_size=_VOCAB_SIZE, special_tokens=specials, show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
-    tokenizer.train_from_iterator(_TRAINING, trainer)
+    tokenizer.train_from_iterator([*_TRAINING, *more], trainer)
 
 
 def _unigram(specials: list[str]) -> Tokenizer:

@@ -19,13 +19,15 @@ from engines.batching.output import OutputDefaults, OutputSpec, output_spec
 from engines.batching.queue import Queue
 from engines.batching.request import Entry, Origin, PendingRequest, prepare_inputs
 from engines.batching.runner import Failures, Runner
+from engines.batching.scores import Scoring, read_scored
 from engines.device.scheduler import DeviceScheduler, Task, post
 from engines.errors import EngineError, ShuttingDown
+from engines.inputs.pairs import PairReading
 from engines.inputs.tokenizer import IdReading, TextReading, TokenizedRequest, Tokenizer
 from engines.inputs.tokenizer_threads import TokenizerThreads
 from engines.models.base import Encoder, ForwardPathFailed
 from engines.spec import ModelSpec
-from engines.types import Call, ModelInfo, Result, TextCall, Timings
+from engines.types import Call, ModelInfo, Result, ScoreCall, Timings
 
 _INLINE_CHARS = 1000
 _INLINE_TEXTS = 16
@@ -53,13 +55,21 @@ class EngineLimits(Struct, frozen=True, kw_only=True):
 
 
 class Parts(Struct, frozen=True):
-    """What the loader made of a model folder. `tuner` finds the size of batches; None where that is known."""
+    """What the loader made of a model folder.
+
+    `tuner` finds the size of batches; None where that is known. `scoring`: of a model that scores; None for vectors.
+    """
 
     encoder: Encoder
     tokenizer: Tokenizer
     spec: ModelSpec
     info: ModelInfo
     tuner: BatchSizeTuner | None = None
+    scoring: Scoring | None = None
+
+
+Reading = TextReading | IdReading | PairReading
+"""The inputs of a request, to be tokenised."""
 
 
 class EmbeddingEngine:
@@ -99,7 +109,9 @@ class EmbeddingEngine:
         self._scheduler = scheduler
         self._threads = threads
         self._limits = limits
-        self._defaults = OutputDefaults(parts.spec.normalize, limits.target_dim)
+        self._scoring = parts.scoring
+        activation = "Identity" if parts.scoring is None else parts.scoring.activation
+        self._defaults = OutputDefaults(parts.spec.normalize, limits.target_dim, activation)
         self._check: Callable[[], tuple[ModelInfo, int, int]] | None = check
         self._release = release
 
@@ -129,12 +141,17 @@ class EmbeddingEngine:
     async def run(self, call: Call) -> Result:
         """See `Engine.run`. Cancelling drops what is in no batch yet."""
         output = output_spec(call, self._info, self._defaults)
-        assert isinstance(call, TextCall), "output_spec refuses calls that no model computes"
-        reading = prepare_inputs(call, self._tokenizer, self._spec, self._info.prompts)
+        reading = self._reading(call)
         with self._threads.trim_heap_after() if reading.num_chars > _HEAVY_CHARS else nullcontext():
             return await self._run(reading, output, Origin(call.caller, self._spec.cache_shared))
 
-    async def _run(self, reading: TextReading | IdReading, output: OutputSpec, origin: Origin) -> Result:
+    def _reading(self, call: Call) -> Reading:
+        if isinstance(call, ScoreCall):
+            assert self._scoring is not None, "`output_spec` has checked the task"
+            return read_scored(call, self._scoring.pairs, self._spec)
+        return prepare_inputs(call, self._tokenizer, self._spec, self._info.prompts)
+
+    async def _run(self, reading: Reading, output: OutputSpec, origin: Origin) -> Result:
         loop = asyncio.get_running_loop()
         begun = time.monotonic()
         encoded = reading.run_all() if _is_inline(reading) else await self._threads.run(reading)
@@ -274,7 +291,7 @@ class EmbeddingEngine:
         )
 
 
-def _is_inline(reading: TextReading | IdReading) -> bool:
+def _is_inline(reading: Reading) -> bool:
     return (
-        isinstance(reading, TextReading) and reading.num_chars <= _INLINE_CHARS and len(reading.rows) <= _INLINE_TEXTS
+        not isinstance(reading, IdReading) and reading.num_chars <= _INLINE_CHARS and len(reading.rows) <= _INLINE_TEXTS
     )

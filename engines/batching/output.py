@@ -19,7 +19,7 @@ from engines.inputs.tokenizer import Ids
 from engines.layers.packing import to_device
 from engines.layers.pooling import truncate_and_normalize
 from engines.models.base import Encoder
-from engines.types import BaseCall, EmbedCall, Embeddings, ModelInfo, Result, ResultDetails, ScoreCall
+from engines.types import BaseCall, EmbedCall, Embeddings, ModelInfo, Result, ResultDetails
 
 Row = NDArray[Any]
 """The output for one input, in main memory; its shape and dtype are the output kind's own."""
@@ -142,10 +142,12 @@ class OutputDefaults(Struct, frozen=True):
     Args:
         normalize: whether vectors are brought to length one.
         target_dim: width of vectors, where the model allows it; None is the model's own.
+        activation: of scores, as the model's files state it (`engines.batching.scores.activation_named`).
     """
 
     normalize: bool = True
     target_dim: int | None = None
+    activation: str = "Identity"
 
 
 OutputMaker = Callable[[Any, ModelInfo, OutputDefaults], OutputSpec]
@@ -171,10 +173,6 @@ def output_spec(call: BaseCall, info: ModelInfo, defaults: OutputDefaults) -> Ou
         InvalidRequest: the model does not give this.
     """
     maker = _MAKERS.get(type(call))
-    if isinstance(call, ScoreCall):
-        raise TaskNotSupported(
-            f"{call.model_id} computes vectors (task {info.task}): it gives no scores", param="model"
-        )
     if maker is None:
         raise NotImplementedError(f"no output is registered for {type(call).__name__}")
     return maker(call, info, defaults)
@@ -186,7 +184,10 @@ def _dense_output(call: EmbedCall, info: ModelInfo, defaults: OutputDefaults) ->
 
     Raises:
         DimensionsNotSupported: naming the widths that the model gives.
+        TaskNotSupported: the model gives scores.
     """
+    if info.task != "embed":
+        raise TaskNotSupported(f"{call.model_id} can {info.task}, not embed", param="model")
     native, allowed = info.dimensions, info.matryoshka
     width = call.dimensions
     if width is None:

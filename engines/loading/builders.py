@@ -1,13 +1,14 @@
 """Builds an encoder and a tokenizer from a model folder, or raises an error that names the file and the remedy."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import structlog
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, PretrainedConfig
 
+from engines.batching.scores import Scoring
 from engines.device.torch_runtime import compute_capability
 from engines.errors import BadModel, BrokenFiles, UnsupportedModel, is_device_error
 from engines.hub.local_folder import is_writable_in_place
@@ -32,8 +33,14 @@ _ENCODER_ONLY_OF = ("t5", "mt5", "umt5")
 
 _INDEX = "model.safetensors.index.json"
 
-Built = tuple[LoadedEncoder, Tokenizer, str]
-"""An encoder, its tokenizer, and the dtype of its weights."""
+
+class Built(NamedTuple):
+    """An encoder, its tokenizer, the dtype of its weights, and what is known of its scores, if it gives any."""
+
+    encoder: LoadedEncoder
+    tokenizer: Tokenizer
+    dtype: str
+    scoring: Scoring | None = None
 
 
 def build(folder: Folder, spec: ModelSpec, encoder_config: EncoderConfig) -> Built:
@@ -46,7 +53,7 @@ def build(folder: Folder, spec: ModelSpec, encoder_config: EncoderConfig) -> Bui
         log.warning("model.remote_code_trusted", model=spec.model_id, source=spec.source, revision=spec.revision)
     kind = "Transformer" if folder.modules is None else folder.modules[0].kind
     if kind == "StaticEmbedding":
-        return build_static(folder, spec, encoder_config.device)
+        return Built(*build_static(folder, spec, encoder_config.device))
     if kind == "Transformer":
         return _build_transformer(folder, spec, encoder_config)
     raise UnsupportedModel(
@@ -56,20 +63,13 @@ def build(folder: Folder, spec: ModelSpec, encoder_config: EncoderConfig) -> Bui
 
 def _build_transformer(folder: Folder, spec: ModelSpec, encoder_config: EncoderConfig) -> Built:
     device = encoder_config.device
-    if (folder.weights / "adapter_config.json").exists():
-        raise UnsupportedModel(
-            "adapter_config.json marks a PEFT adapter, which is not supported: merge it into its base model and serve "
-            "the result"
-        )
-    config = _read_config(folder, spec)
-    dtype = choose_dtype(spec, config, device)
-    is_copied = device.type == "cpu" and is_writable_in_place(spec.source)
-    model = _read_model(folder, spec, config, dtype, is_copied=is_copied).to(device).eval()
+    config = read_config(folder, spec)
+    model = read_model(folder, spec, config, device)
     drop_pooler(model)
     _check_pooling_is_known(folder, spec, model)
-    vocab_size = _vocab_size(model)
+    vocab_size = vocab_size_of(model)
     observed = observe(model, vocab_size, device)
-    head = build_head(folder, observed.width or _stated_width(config), device, spec.pooling)
+    head = build_head(folder, observed.width or stated_width(config), device, spec.pooling)
     facts = ModelFacts(
         config,
         vocab_size=vocab_size,
@@ -80,7 +80,12 @@ def _build_transformer(folder: Folder, spec: ModelSpec, encoder_config: EncoderC
     tokenizer = read_tokenizer(folder, spec, facts)
     against_packing = observed.why_not_packed(tokenizer.max_tokens)
     encoder = TransformerEncoder(model, head, encoder_config, capturer_for(device), notes=against_packing)
-    return encoder, tokenizer, str(dtype).removeprefix("torch.")
+    return Built(encoder, tokenizer, dtype_name(model))
+
+
+def dtype_name(model: Any) -> str:
+    """Returns the name of the dtype of a model's weights."""
+    return str(model.dtype).removeprefix("torch.")
 
 
 def choose_dtype(spec: ModelSpec, config: PretrainedConfig, device: torch.device) -> torch.dtype:
@@ -98,7 +103,7 @@ def choose_dtype(spec: ModelSpec, config: PretrainedConfig, device: torch.device
     return dtype
 
 
-def _stated_width(config: PretrainedConfig) -> int:
+def stated_width(config: PretrainedConfig) -> int:
     """Returns the configured width of the hidden states, for a model whose forward pass fails.
 
     The model is built anyway, so that the self-check reports the failure.
@@ -115,7 +120,7 @@ def _stated_width(config: PretrainedConfig) -> int:
     return width
 
 
-def _vocab_size(model: Any) -> int:
+def vocab_size_of(model: Any) -> int:
     """Returns the number of rows of the token embedding table.
 
     Raises:
@@ -151,7 +156,17 @@ def _check_pooling_is_known(folder: Folder, spec: ModelSpec, model: Any) -> None
     log.warning("model.pooling_assumed", model=spec.model_id, pooling="mean", why="no modules.json")
 
 
-def _read_config(folder: Folder, spec: ModelSpec) -> PretrainedConfig:
+def read_config(folder: Folder, spec: ModelSpec) -> PretrainedConfig:
+    """Reads `config.json`.
+
+    Raises:
+        BrokenFiles, UnsupportedModel.
+    """
+    if (folder.weights / "adapter_config.json").exists():
+        raise UnsupportedModel(
+            "adapter_config.json marks a PEFT adapter, which is not supported: merge it into its base model and serve "
+            "the result"
+        )
     check_counts(read_json(folder.weights, "config.json") or {})
     options = dict(folder.transformer.get("config_kwargs") or folder.transformer.get("config_args") or {})
     options.pop("trust_remote_code", None)
@@ -171,16 +186,22 @@ def _read_config(folder: Folder, spec: ModelSpec) -> PretrainedConfig:
     return config
 
 
-def _read_model(
-    folder: Folder, spec: ModelSpec, config: PretrainedConfig, dtype: torch.dtype, *, is_copied: bool
+def read_model(
+    folder: Folder, spec: ModelSpec, config: PretrainedConfig, device: torch.device, model_class: Any = None
 ) -> Any:
     """Reads the transformer and checks that all weights come from the files: a random one would give wrong vectors.
 
+    On a CPU the weights may be a memory map of the file for the life of the model: truncating that file kills the
+    process (SIGBUS), overwriting it changes vectors. Files that are written in place are therefore read into memory.
+
     Args:
-        is_copied: read the weights into memory. Otherwise, on a CPU, they may be a memory map of the file for the life
-            of the model: truncating that file kills the process (SIGBUS), overwriting it changes vectors.
+        model_class: transformers' class of a model with a head; None is the model without one.
     """
-    model_class = AutoModelForTextEncoding if config.model_type in _ENCODER_ONLY_OF else AutoModel
+    dtype = choose_dtype(spec, config, device)
+    is_copied = device.type == "cpu" and is_writable_in_place(spec.source)
+    has_head = model_class is not None
+    if not has_head:
+        model_class = AutoModelForTextEncoding if config.model_type in _ENCODER_ONLY_OF else AutoModel
     shards = _listed_shards(folder.weights)
     check_proportions(model_class, config, folder.weights, shards, trust_remote_code=spec.trust_remote_code)
     try:
@@ -197,7 +218,7 @@ def _read_model(
             raise
         raise _translate_error(error, _broken_file(folder.weights)) from error
     missing = set(report["missing_keys"])
-    absent = sorted(missing - unused_weights(missing))
+    absent = sorted(missing if has_head else missing - unused_weights(missing))
     if absent:
         file = _weight_file_name(folder.weights)
         raise BrokenFiles(
@@ -206,7 +227,7 @@ def _read_model(
             "model needs its own code",
             file=file,
         )
-    return model
+    return model.to(device).eval()
 
 
 def _translate_error(error: Exception, file: str) -> BadModel:

@@ -81,11 +81,7 @@ def check_transformer(config: Json, name: str) -> None:
     Raises:
         UnsupportedModel: naming the key.
     """
-    unsupported = [key for key in _UNSUPPORTED_KEYS if config.get(key)]
-    options = {**(config.get("model_kwargs") or {}), **(config.get("model_args") or {})}
-    unsupported += [f"model_kwargs.{key}" for key in options if key not in _IGNORED_MODEL_KWARGS]
-    if unsupported:
-        raise UnsupportedModel(f"{name} sets {unsupported[0]!r}, which may change the vectors and is not supported")
+    check_options(config, name)
     task = config.get("transformer_task", "feature-extraction")
     if task != "feature-extraction":
         raise UnsupportedModel(f"{name} sets the task {task!r}; only 'feature-extraction' is supported")
@@ -98,6 +94,19 @@ def check_transformer(config: Json, name: str) -> None:
             f"{name} takes vectors from {modalities.get('text')} as {output!r}; only the last hidden state of a "
             "forward pass is supported"
         )
+
+
+def check_options(config: Json, name: str) -> None:
+    """Rejects options that change what a transformer computes and that are not supported.
+
+    Raises:
+        UnsupportedModel: naming the key.
+    """
+    unsupported = [key for key in _UNSUPPORTED_KEYS if config.get(key)]
+    options = {**(config.get("model_kwargs") or {}), **(config.get("model_args") or {})}
+    unsupported += [f"model_kwargs.{key}" for key in options if key not in _IGNORED_MODEL_KWARGS]
+    if unsupported:
+        raise UnsupportedModel(f"{name} sets {unsupported[0]!r}, which may change the vectors and is not supported")
 
 
 def _gives_last_hidden_state(text: object) -> bool:
@@ -114,6 +123,9 @@ PLACEHOLDER_PROMPTS = ("query", "document")
 """Prompt names that every model has; empty unless the folder defines them."""
 
 _ST_CONFIG = "config_sentence_transformers.json"
+
+CROSS_ENCODER = "CrossEncoder"
+"""sentence-transformers' kind of model that scores pairs."""
 
 _TRANSFORMER_CONFIGS = tuple(
     f"sentence_{family}_config.json"
@@ -140,6 +152,7 @@ class Folder(Struct, frozen=True, kw_only=True):
 
     `modules` is None without a `modules.json`. `transformer` is the Transformer module's own config.
     `truncate_dim` is the width to which sentence-transformers truncates this model's vectors by default.
+    `is_cross_encoder`: whether its CrossEncoder saved the folder, whose `activation_fn` is `activation`.
     """
 
     root: Path
@@ -149,6 +162,8 @@ class Folder(Struct, frozen=True, kw_only=True):
     default_prompt: str | None
     matryoshka_widths: tuple[int, ...]
     truncate_dim: int | None = None
+    is_cross_encoder: bool = False
+    activation: str | None = None
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -170,17 +185,20 @@ def read_folder(root: Path) -> Folder:
     """
     modules = _read_modules(root)
     st_config = read_json(root, _ST_CONFIG) or {}
-    _check_kind(st_config)
+    is_cross_encoder = _check_kind(st_config) == CROSS_ENCODER
+    activation = st_config.get("activation_fn") if is_cross_encoder else None
     where = modules[0].path if modules else ""
     width = st_config.get("truncate_dim")
     return Folder(
         root=root,
         modules=modules,
-        transformer=_read_transformer(root, where),
+        transformer=_read_transformer(root, where, is_checked=not is_cross_encoder),
         prompts=_read_prompts(st_config),
         default_prompt=st_config.get("default_prompt_name"),
         matryoshka_widths=_read_widths(root, where, st_config),
         truncate_dim=width if isinstance(width, int) and width > 0 else None,
+        is_cross_encoder=is_cross_encoder,
+        activation=activation if isinstance(activation, str) else None,
     )
 
 
@@ -202,18 +220,19 @@ def _read_prompts(st_config: Json) -> dict[str, str]:
     return {name: text for name, text in prompts.items() if text or name not in PLACEHOLDER_PROMPTS}
 
 
-def _check_kind(st_config: Json) -> None:
-    """Rejects a SparseEncoder, CrossEncoder or MultiVectorEncoder, which save the same files but give other vectors.
+def _check_kind(st_config: Json) -> str:
+    """Returns the kind of model; rejects a SparseEncoder or MultiVectorEncoder, which save the same files.
 
     Raises:
         UnsupportedModel
     """
     kind = st_config.get("model_type") or "SentenceTransformer"
-    if kind != "SentenceTransformer":
+    if kind not in ("SentenceTransformer", CROSS_ENCODER):
         raise UnsupportedModel(
-            f"{_ST_CONFIG} declares a {kind}; only a SentenceTransformer, which gives one dense vector a text, is "
-            "supported"
+            f"{_ST_CONFIG} declares a {kind}; only a SentenceTransformer, which gives one dense vector a text, and a "
+            f"{CROSS_ENCODER}, which scores pairs, are supported"
         )
+    return str(kind)
 
 
 def read_json(root: Path, name: str) -> Json | None:
@@ -289,14 +308,15 @@ def _module_ref(kind: str, path: str) -> ModuleRef:
     return ModuleRef(kind.rsplit(".", 1)[-1], path)
 
 
-def _read_transformer(root: Path, where: str) -> Json:
+def _read_transformer(root: Path, where: str, *, is_checked: bool) -> Json:
     for name in _TRANSFORMER_CONFIGS:
         config = read_json(root / where, name)
         if config:
             break
     else:
         return {}
-    check_transformer(config, name)
+    if is_checked:
+        check_transformer(config, name)
     return config
 
 

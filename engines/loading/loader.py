@@ -29,6 +29,7 @@ from engines.loading.builders import build
 from engines.loading.checksums import Checksums
 from engines.loading.dtype import dtype_notes
 from engines.loading.folder import PLACEHOLDER_PROMPTS, read_folder
+from engines.loading.scorers import build_scorer, score_form
 from engines.models.base import EncoderConfig, LoadedEncoder, weight_bytes, workspace_bytes
 from engines.models.cuda_graphs import CAPTURING
 from engines.models.prepacked import MAX_PREPACKED_BYTES
@@ -100,23 +101,30 @@ class TorchLoader:
         checksums = Checksums(Path(files.path), spec.sha256, spec.model_id)
         folder = read_folder(Path(files.path))
         self_check = SelfCheck(self._canaries)
-        encoder, tokenizer, dtype = build(folder, spec, self._encoder_config(self_check))
+        form, config = score_form(folder, spec), self._encoder_config(self_check)
+        built = build(folder, spec, config) if form is None else build_scorer(folder, spec, config, form)
+        encoder, tokenizer, dtype, scoring = built
         checksums.check()
         prompts = {**folder.prompts, **spec.prompts}
         info = ModelInfo(
-            dimensions=encoder.dimensions,
+            dimensions=encoder.dimensions if scoring is None else 0,
             max_tokens=tokenizer.max_tokens,
             dtype=dtype,
             attention=encoder.attention,
             path=encoder.path,
             prompts=prompts,
             matryoshka=spec.matryoshka or Matryoshka(widths=folder.widths),
+            task="embed" if scoring is None else scoring.task,
+            labels=() if scoring is None else scoring.labels,
+            is_multi_label=scoring is not None and scoring.is_multi_label,
         )
         resolved = with_default_prompt(spec, folder.default_prompt, prompts)
-        key = fingerprint([spec.model_id, files.revision, dtype, self._device.type, spec.pooling, spec.max_tokens])
+        identity = [spec.model_id, files.revision, dtype, self._device.type, spec.pooling, spec.max_tokens]
+        key = fingerprint(identity if scoring is None else [*identity, spec.template, spec.default_prompt, "scores"])
+        probes = tokenizer if scoring is None else scoring.pairs
 
         def check() -> tuple[ModelInfo, int, int]:
-            notes = self_check.run(encoder.paths, tokenizer, dtype, key, _last_written_s(files))
+            notes = self_check.run(encoder.paths, probes, dtype, key, _last_written_s(files))
             if isinstance(encoder, TransformerEncoder):
                 notes = (*dtype_notes(spec.dtype, dtype, compute_capability(self._device)), *notes)
             found = structs.replace(info, attention=encoder.attention, path=encoder.path, notes=notes)
@@ -126,7 +134,7 @@ class TorchLoader:
         limits = self._limits(tokens, folder.truncate_dim)
         largest = max(CANDIDATES[self._device.type]) if tuner is not None else tokens
         workspace = reserved_workspace_bytes(encoder, largest, self._scheduler.num_threads)
-        parts = Parts(encoder, tokenizer, resolved, info, tuner)
+        parts = Parts(encoder, tokenizer, resolved, info, tuner, scoring)
         # The vector cache is in main memory, which is part of a CPU's budget but not of a GPU's.
         size = weight_bytes(encoder) + (spec.cache_bytes if self._device.type == "cpu" else 0)
         return EmbeddingEngine(parts, self._scheduler, self._threads, limits, check, self._free_memory, size)

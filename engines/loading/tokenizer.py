@@ -1,7 +1,7 @@
 """Reads a model folder's tokenizer and its limits, and checks our use of it against transformers'."""
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import structlog
 from msgspec import Struct, structs
@@ -42,6 +42,19 @@ class ModelFacts(Struct, frozen=True):
 
 
 def read_tokenizer(folder: Folder, spec: ModelSpec, facts: ModelFacts) -> Tokenizer:
+    """Reads the tokenizer of a folder; see `read_reference`."""
+    return read_reference(folder, spec, facts).tokenizer
+
+
+class Reference(NamedTuple):
+    """A model's tokenizer: ours for single texts, transformers', and the fast one that both use."""
+
+    tokenizer: Tokenizer
+    theirs: Any
+    backend: FastTokenizer
+
+
+def read_reference(folder: Folder, spec: ModelSpec, facts: ModelFacts) -> Reference:
     """Reads the tokenizer of a folder and checks it against transformers' own use of it.
 
     Raises:
@@ -73,7 +86,7 @@ def read_tokenizer(folder: Folder, spec: ModelSpec, facts: ModelFacts) -> Tokeni
     _check_truncation(Tokenizer(backend, limits), reference, backend)
     limits = structs.replace(limits, suffix=_restore_end_token(folder, reference, suffix))
     _check_special_tokens(limits, reference, facts, is_confirmed=spec.pooling is not None)
-    return Tokenizer(backend, limits)
+    return Reference(Tokenizer(backend, limits), reference, backend)
 
 
 def _load(folder: Folder, spec: ModelSpec) -> Any:

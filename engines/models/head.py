@@ -1,6 +1,7 @@
 """Applies the modules that follow the backbone of a model: pooling, dense layers, normalization."""
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import structlog
 from torch import Tensor
@@ -20,6 +21,31 @@ Step = Callable[[Features, PackedLayout, Sequence[int] | None], None]
 """One module: features, layout and prompt tokens of the texts."""
 
 
+class Head(Protocol):
+    """What turns the hidden states of a row into one row of numbers for each text.
+
+    Attributes:
+        weights: the tensors that it holds.
+    """
+
+    weights: list[Tensor]
+
+    @property
+    def dimensions(self) -> int:
+        """Returns the width of the rows."""
+
+    @property
+    def reads_last_tokens_only(self) -> bool:
+        """Whether the hidden states of other tokens need not be computed."""
+
+    def __call__(self, hidden: Tensor, layout: PackedLayout, prompt_tokens: Sequence[int] | None = None) -> Tensor:
+        """Turns packed hidden states `[T, H]` into float32 rows `[n, dimensions]`.
+
+        Args:
+            prompt_tokens: the number of leading tokens of each text that belong to its prompt.
+        """
+
+
 class EmbeddingHead:
     """Applies the modules that follow the transformer, in order.
 
@@ -30,6 +56,7 @@ class EmbeddingHead:
     Attributes:
         pooling: the pooling modes in use.
         override: the registry's pooling modes, which replace the folder's.
+        target: the name of the tensor that is the result.
         excludes_prompt: whether pooling leaves out the tokens of the prompt.
         widths: the width of each named tensor after the modules so far.
         weights: the tensors that the modules hold.
@@ -39,6 +66,7 @@ class EmbeddingHead:
         self.widths = {TOKENS: hidden_size}
         self.pooling: tuple[PoolingMode, ...] = ()
         self.override = pooling
+        self.target = SENTENCE
         self.excludes_prompt = False
         self.weights: list[Tensor] = []
         self._steps: list[Step] = []
@@ -52,12 +80,12 @@ class EmbeddingHead:
         features = {TOKENS: hidden.float()}
         for step in self._steps:
             step(features, layout, prompt_tokens)
-        return features[SENTENCE]
+        return features[self.target]
 
     @property
     def dimensions(self) -> int:
         """The width of the vectors."""
-        return self.widths[SENTENCE]
+        return self.widths[self.target]
 
     @property
     def reads_last_tokens_only(self) -> bool:

@@ -50,8 +50,9 @@ def encoder_graph(weights: Weights, shape: Shape, num_layers: int) -> ModelProto
     `runs`. Output: hidden states `[T, H]`.
 
     Args:
-        weights: in torch's shapes. The row that is added to each embedding (`kind`, if there is one), and scale and
-            shift of their norm (`g0`, `e0`). Of the layer `i`: `wq{i}`, `bq{i}` (query, key and value as one), `wc{i}`,
+        weights: in torch's shapes. The row that is added to each embedding (`kind`, if there is one), or the table that
+            has one for each token type (`kinds`; then the types `[T]` are an input, `types`), and scale and shift of
+            their norm (`g0`, `e0`). Of the layer `i`: `wq{i}`, `bq{i}` (query, key and value as one), `wc{i}`,
             `bc{i}` (context), `wu{i}`, `bu{i}` (up), `wd{i}`, `bd{i}` (down), and of its norms `g1{i}`, `e1{i}`,
             `g2{i}`, `e2{i}`.
     """
@@ -60,6 +61,7 @@ def encoder_graph(weights: Weights, shape: Shape, num_layers: int) -> ModelProto
     inputs = [
         _value("ids", TensorProto.INT64, "tokens"),
         _value("positions", TensorProto.INT64, "tokens"),
+        *([_value("types", TensorProto.INT64, "tokens")] if "kinds" in weights else []),
         *(_value(table, TensorProto.FLOAT, table, width) for table in ("words", "places")),
         _value("x", TensorProto.FLOAT, "before", width),
         _value("spread", TensorProto.INT64, "texts", "longest"),
@@ -70,19 +72,19 @@ def encoder_graph(weights: Weights, shape: Shape, num_layers: int) -> ModelProto
     output = _value(f"x{num_layers}", TensorProto.FLOAT, "T", width)
     layers = [_layer(shape, index, switch) for index, switch in enumerate(switches)]
     constants = [*_external_tensors(weights), helper.make_tensor("flat", TensorProto.INT64, [2], [-1, width])]
-    graph = helper.make_graph(
-        [_embeddings(shape, has_kind="kind" in weights), *layers], "encoder", inputs, [output], constants
-    )
+    graph = helper.make_graph([_embeddings(shape, weights), *layers], "encoder", inputs, [output], constants)
     opsets = [helper.make_opsetid("", _OPSET), helper.make_opsetid(_RUNTIME, 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=_FORMAT)
 
 
-def _embeddings(shape: Shape, *, has_kind: bool) -> NodeProto:
+def _embeddings(shape: Shape, weights: Weights) -> NodeProto:
     """Builds the first layer's input `x0`: sums of embeddings and their norm, or the hidden states so far."""
-    words = "kinds" if has_kind else "word"
+    has_kind = not weights.keys().isdisjoint({"kind", "kinds"})
+    words = "typed" if has_kind else "word"
     nodes = [
         helper.make_node("Gather", ["words", "ids"], ["word"]),
-        *([helper.make_node("Add", ["word", "kind"], ["kinds"])] if has_kind else []),
+        *([helper.make_node("Gather", ["kinds", "types"], ["kind"])] if "kinds" in weights else []),
+        *([helper.make_node("Add", ["word", "kind"], ["typed"])] if has_kind else []),
         helper.make_node("Gather", ["places", "positions"], ["place"]),
         *_sum_and_norm(words, "place", "embedded", "0", shape.eps[0]),
     ]

@@ -16,6 +16,7 @@ from torch import Tensor, from_numpy, nn
 
 from engines.device.load_throttle import throttle_point
 from engines.device.torch_runtime import usable_threads
+from engines.inputs.token_ids import ID_MASK, TYPE_SHIFT
 from engines.layers.fused import FusedLayer
 from engines.layers.packing import KernelVariant, PackedLayout
 from engines.models.onnx_graph import SLOW_FUSIONS, Shape, Weights, encoder_graph
@@ -30,7 +31,7 @@ _TABLES = ("word_embeddings", "position_embeddings")
 _TOKEN_TYPES, _NORM = "token_type_embeddings", "LayerNorm"
 
 _EMBEDDINGS = (*_TABLES, _TOKEN_TYPES, _NORM)
-"""The modules of supported embeddings; token types are optional, and all tokens here have the first type."""
+"""The modules of supported embeddings; token types are optional."""
 
 
 def _embedding_parts(model: nn.Module) -> dict[str, Any]:
@@ -93,10 +94,10 @@ def layers_at_once(layout: PackedLayout) -> int:
     return max(1, _TOKEN_LAYERS // layout.num_tokens)
 
 
-def row_inputs(ids: Tensor, positions: Tensor, layout: PackedLayout) -> Inputs:
-    """Returns the inputs that all calls of a pass share, from ids and positions `[T]` of a packed row."""
+def row_inputs(ids: Tensor, positions: Tensor, layout: PackedLayout, types: Tensor | None = None) -> Inputs:
+    """Returns the inputs that all calls of a pass share, from ids, positions and token types `[T]` of a packed row."""
     spread, lengths, picked = layout.padded_places
-    row = {"ids": ids.numpy(), "positions": positions.numpy()}
+    row = {"ids": ids.numpy(), "positions": positions.numpy()} | ({} if types is None else {"types": types.numpy()})
     return row | {"spread": spread, "lengths": lengths, "picked": picked}
 
 
@@ -137,10 +138,12 @@ class PrepackedWeights:
     Args:
         model: the transformer.
         layers: its fused layers; none where they could not be fused.
+        has_types: whether ids carry token types; else all tokens have the first.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[FusedLayer]) -> None:
+    def __init__(self, model: nn.Module, layers: Sequence[FusedLayer], *, has_types: bool = False) -> None:
         self._layers = layers
+        self._has_types = has_types
         self._embeddings = _embedding_parts(model)
         self._encoders: dict[KernelVariant, PrepackedEncoder] = {}
 
@@ -175,13 +178,14 @@ class PrepackedWeights:
         variant: KernelVariant | None,
         pause: Callable[[], None],
     ) -> Tensor:
-        """Runs a packed row, ids and positions `[T]`, to hidden states `[T, H]`.
+        """Runs a packed row, ids (with their types) and positions `[T]`, to hidden states `[T, H]`.
 
         Args:
             variant: None selects, for each call, the one for the cores that this thread may use by then.
             pause: called before each of the session's calls.
         """
-        row, at_once = row_inputs(ids, positions, layout), layers_at_once(layout)
+        ids, types = (ids & ID_MASK, ids >> TYPE_SHIFT) if self._has_types else (ids, None)
+        row, at_once = row_inputs(ids, positions, layout, types), layers_at_once(layout)
         hidden: NDArray[np.float32] | None = None
         for first in range(0, len(self._layers), at_once):
             pause()
@@ -200,7 +204,9 @@ class PrepackedWeights:
         """Returns the weights under their names in `engines/models/onnx_graph.py`."""
         token_types, norm = self._embeddings.get(_TOKEN_TYPES), self._embeddings[_NORM]
         before: dict[str, Tensor] = {"g0": norm.weight, "e0": norm.bias}
-        if token_types is not None:
+        if token_types is not None and self._has_types:
+            before["kinds"] = token_types.weight
+        elif token_types is not None:
             before["kind"] = token_types.weight[0]
         parts = enumerate(layer.parts.items() for layer in self._layers)
         return before | {f"{name}{index}": weight for index, items in parts for name, weight in items}

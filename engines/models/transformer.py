@@ -18,7 +18,7 @@ from torch import Tensor
 
 from engines.device.torch_runtime import reserve_for_onnxruntime
 from engines.errors import device_loss, is_device_error
-from engines.inputs.tokenizer import Ids
+from engines.inputs.token_ids import ID_MASK, TYPE_SHIFT, Ids
 from engines.layers.attention import PACKED, has_varlen
 from engines.layers.decoder import fuse_decoder
 from engines.layers.fused import fuse
@@ -50,7 +50,7 @@ from engines.models.base import (
     attention_of,
 )
 from engines.models.cuda_graphs import CudaGraphs, FixedPackedLayout, GraphCapturer, fill_row, kept_bytes
-from engines.models.head import EmbeddingHead
+from engines.models.head import Head
 from engines.models.prepacked import PrepackedWeights
 
 log = structlog.get_logger(__name__)
@@ -68,16 +68,18 @@ class TransformerEncoder:
         config: how to run; both live on its device.
         recorder: records passes there; None where that is not possible.
         notes: what else speaks against packing.
+        has_types: whether ids carry token types (`engines.inputs.token_ids.TYPE_SHIFT`).
     """
 
     def __init__(
         self,
         model: Any,
-        chain: EmbeddingHead,
+        chain: Head,
         config: EncoderConfig,
         recorder: GraphCapturer | None = None,
         *,
         notes: tuple[str, ...] = (),
+        has_types: bool = False,
     ) -> None:
         self._model = model
         self._chain, self._config, self._device = chain, config, config.device
@@ -95,7 +97,8 @@ class TransformerEncoder:
         self.notes = why_not_packed(model) or notes
         adapt(model, self._state)
         self._fused = [] if self.notes else fuse(model, self._state)
-        self._copies = PrepackedWeights(model, self._fused)
+        self._has_types = has_types
+        self._copies = PrepackedWeights(model, self._fused, has_types=has_types)
         decoder = [] if self.notes or self._fused else fuse_decoder(model, self._state)
         self._is_fusible = bool(self._fused or decoder)
         on_cpu = self._device.type == "cpu"
@@ -256,7 +259,7 @@ class TransformerEncoder:
         config = self._model.config.get_text_config()
         width = getattr(config, "hidden_size", None) or self.dimensions
         inner = getattr(config, "intermediate_size", None) or 4 * width
-        return int((8 * width + 3 * inner) * self._model.dtype.itemsize)
+        return int((8 * width + 3 * inner) * self._model.dtype.itemsize) + 16 * self._has_types
 
     def _copied_bytes(self) -> int:
         return self._copies.size_bytes(self._config.max_prepacked_bytes, self._config.num_threads)
@@ -361,13 +364,14 @@ class TransformerEncoder:
 
     def _row(self, row: Tensor, layout: PackedLayout) -> Tensor:
         """Returns the hidden states of a packed row of ids `[T]`."""
-        positions = self._positions(row, layout)
+        ids, types = self._parted(row[None])
+        positions = self._positions(ids[0], layout)
         if self._copies.supports(layout, self._form):
             return self._copies(row, positions, layout, self._form, self._preemption_point)
-        options: dict[str, Any] = {"position_ids": positions[None]} if self._takes_positions else {}
+        options = {"position_ids": positions[None], **types} if self._takes_positions else types
         is_fused, only_last = self._is_fusible and self.path != "packed", self._can_skip and self.path == "fused"
         with self._state.running(layout, is_fused=is_fused, variant=self._form, only_last=only_last):
-            return self._forward(row[None], attention_mask=None, packed_layout=layout, **options)[0]
+            return self._forward(ids, attention_mask=None, packed_layout=layout, **options)[0]
 
     def _padded(self, texts: Sequence[Ids], layout: PackedLayout) -> Tensor:
         """Runs the texts as padded batches of similar lengths, and drops the padding."""
@@ -382,8 +386,13 @@ class TransformerEncoder:
         """Returns the hidden states `[tokens, H]` of a padded batch, without those of the padding."""
         ids, mask = padded(texts, self._filler)
         places = np.flatnonzero(mask)  # on the host, which would wait for a GPU to count the tokens of a mask
-        hidden = self._forward(to_device(ids, self._device), attention_mask=to_device(mask, self._device)).flatten(0, 1)
+        row, types = self._parted(to_device(ids, self._device))
+        hidden = self._forward(row, attention_mask=to_device(mask, self._device), **types).flatten(0, 1)
         return hidden if len(places) == len(hidden) else hidden[to_device(places, self._device)]
+
+    def _parted(self, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns ids without types, and the types as the model takes them; none where ids carry none."""
+        return (ids & ID_MASK, {"token_type_ids": ids >> TYPE_SHIFT}) if self._has_types else (ids, {})
 
     def _forward(self, input_ids: Tensor, **options: Any) -> Tensor:
         hidden: Tensor = self._model(input_ids=input_ids, **options).last_hidden_state

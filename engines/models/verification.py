@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import structlog
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engines.errors import EngineError, OutOfMemory, SelfCheckFailed, is_device_error, is_out_of_memory
+from engines.inputs.pairs import PairTokenizer
 from engines.inputs.prompts import PromptTemplate
 from engines.inputs.tokenizer import Ids, Tokenizer
 from engines.models.base import ForwardPaths
@@ -32,6 +33,11 @@ log = structlog.get_logger(__name__)
 
 # Cosine distance that rounding may cause, by dtype of the weights.
 TOLERANCE = {"float32": 1e-7, "bfloat16": 1e-3, "float16": 1e-3}
+
+OutputKind = Literal["vectors", "scores"]
+
+# The same for logits of scores: 1e-4 in float32, and 0.1 in 16 bits, of a logit of 1.
+_SCORE_TOLERANCE = {"float32": 1e-8, "bfloat16": 1e-2, "float16": 1e-3}
 
 # Rows of one text that is in a batch twice may differ this much (as `distance`): rounding, and no more.
 _TWICE = {"float32": 1e-11, "bfloat16": 1e-5, "float16": 1e-5}
@@ -47,12 +53,18 @@ _LARGEST_PROBED_WINDOW = 128
 _MARK = fingerprint([_SHORT, _LONG, _BEYOND_WINDOW, _LARGEST_PROBED_WINDOW])[:8]
 
 
-def probe_inputs(tokenizer: Tokenizer, window: int | None = None) -> list[Ids]:
-    """Returns the probes as ids, sorted by length: a short text twice, its words backwards, and a longer one.
+ProbeTokenizer = Tokenizer | PairTokenizer
+"""What reads the probes: a tokenizer of texts, or of pairs where the model scores these."""
+
+
+def probe_inputs(tokenizer: ProbeTokenizer, window: int | None = None) -> list[Ids]:
+    """Returns the probes as ids, sorted by length: a short text twice, its words backwards, and a longer one; or pairs.
 
     Args:
         window: of the model's sliding attention; where a short text can be longer than it, the longest probe is.
     """
+    if isinstance(tokenizer, PairTokenizer):
+        return _probe_pairs(tokenizer, window)
     short, long = tokenizer.encode((_SHORT, _LONG), PromptTemplate(), "end").ids
     first, behind = len(tokenizer.limits.prefix), len(short) - len(tokenizer.limits.suffix)
     backwards = np.concatenate([short[:first], short[first:behind][::-1], short[behind:]])
@@ -62,8 +74,18 @@ def probe_inputs(tokenizer: Tokenizer, window: int | None = None) -> list[Ids]:
     return sorted((short, short, backwards, long), key=len)
 
 
+def _probe_pairs(pairs: PairTokenizer, window: int | None) -> list[Ids]:
+    """Returns a short pair twice, the same with its texts exchanged, and longer ones; lengths even and odd."""
+    queries, texts = (_SHORT, _SHORT, _LONG, _SHORT), (_SHORT, _LONG, _SHORT, f"{_LONG} {_SHORT} a")
+    short, *others, long = pairs.encode(queries, texts).ids
+    wanted = min((window or 0) + _BEYOND_WINDOW, pairs.max_tokens)
+    if window is not None and window <= _LARGEST_PROBED_WINDOW and len(long) < wanted:
+        long = np.resize(long, wanted)
+    return sorted((short, short, *others, long), key=len)
+
+
 def select_forward_path(
-    paths: ForwardPaths, tokenizer: Tokenizer, dtype: str, known: NDArray[np.float32] | None = None
+    paths: ForwardPaths, tokenizer: ProbeTokenizer, dtype: str, known: NDArray[np.float32] | None = None
 ) -> tuple[NDArray[np.float32], tuple[str, ...]]:
     """Selects the fastest path that is right, and leaves it in use.
 
@@ -77,25 +99,26 @@ def select_forward_path(
         SelfCheckFailed: no path reproduces the reference, or the reference itself is no good.
         OutOfMemory: the device cannot run even these few texts.
     """
+    kind = kind_of(tokenizer)
     try:
         probes = probe_inputs(tokenizer, paths.window)
         if known is not None and known.shape == (len(probes), paths.dimensions):
             with suppress(SelfCheckFailed):
-                return _fastest(paths, probes, _Expected("its canary", torch.from_numpy(known), dtype))
-        return _fastest(paths, probes, _reference(paths, probes, dtype))
+                return _fastest(paths, probes, _Expected("its canary", torch.from_numpy(known), dtype, kind))
+        return _fastest(paths, probes, _reference(paths, probes, dtype, kind))
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         raise OutOfMemory("the device has no memory to run the first texts; other models or a batch fill it") from error
 
 
-def check_again(paths: ForwardPaths, tokenizer: Tokenizer, dtype: str, vectors: NDArray[np.float32]) -> None:
+def check_again(paths: ForwardPaths, tokenizer: ProbeTokenizer, dtype: str, vectors: NDArray[np.float32]) -> None:
     """Compares the path in use with the vectors of the check at load.
 
     Raises:
         SelfCheckFailed: it does not give them.
     """
-    truth = _Expected("what the check at load found", torch.from_numpy(vectors), dtype)
+    truth = _Expected("what the check at load found", torch.from_numpy(vectors), dtype, kind_of(tokenizer))
     _checked(paths, probe_inputs(tokenizer, paths.window), truth)
 
 
@@ -105,6 +128,7 @@ class _Expected(NamedTuple):
     source: str
     vectors: Tensor
     dtype: str
+    kind: OutputKind = "vectors"
 
 
 def _fastest(
@@ -126,7 +150,7 @@ def _fastest(
     return _checked(paths, probes, truth), notes
 
 
-def _reference(paths: ForwardPaths, probes: Sequence[Ids], dtype: str) -> _Expected:
+def _reference(paths: ForwardPaths, probes: Sequence[Ids], dtype: str, kind: OutputKind) -> _Expected:
     try:
         expected = paths.reference(probes)
     except Exception as error:
@@ -138,7 +162,7 @@ def _reference(paths: ForwardPaths, probes: Sequence[Ids], dtype: str) -> _Expec
         ) from error
     if not bool(torch.isfinite(expected).all()):
         raise SelfCheckFailed(
-            f"the model's vectors are not finite in {dtype}; set another `dtype` in the registry (float32 is safest), "
+            f"the model's {kind} are not finite in {dtype}; set another `dtype` in the registry (float32 is safest), "
             "or fetch the model again"
         )
     if expected.shape[-1] != paths.dimensions:
@@ -146,7 +170,7 @@ def _reference(paths: ForwardPaths, probes: Sequence[Ids], dtype: str) -> _Expec
             f"the model's vectors are {expected.shape[-1]} wide, but config.json says {paths.dimensions}; such a "
             "model is not supported"
         )
-    return _Expected("the reference forward pass", expected, dtype)
+    return _Expected("the reference forward pass", expected, dtype, kind)
 
 
 def _reason(error: Exception) -> str:
@@ -165,30 +189,42 @@ def _checked(paths: ForwardPaths, probes: Sequence[Ids], truth: _Expected) -> ND
         _compare(f"the {paths.path} path{where}", torch.cat([form.vectors for form in forms]), wanted, truth)
     assert got is not None, "a path has a form"
     twice = [row for row, ids in enumerate(probes) if np.array_equal(ids, probes[0])]
-    apart = distance(got[twice[0], None], got[twice[-1], None])
+    apart = distance(got[twice[0], None], got[twice[-1], None], truth.kind)
     if not apart <= _TWICE[truth.dtype]:
         raise SelfCheckFailed(
-            f"on the {paths.path} path one text gets two vectors, {apart:.1e} apart: neighbours or chance show"
+            f"on the {paths.path} path one text gets two {truth.kind}, {apart:.1e} apart: neighbours or chance show"
         )
     return got.cpu().numpy()
 
 
 def _compare(what: str, got: Tensor, expected: Tensor, truth: _Expected) -> None:
-    far, dtype = distance(got, expected), truth.dtype
-    if not far <= TOLERANCE[dtype]:
+    far, dtype = distance(got, expected, truth.kind), truth.dtype
+    allowed = tolerance(dtype, truth.kind)
+    if not far <= allowed:
+        measure = "in cosine " if truth.kind == "vectors" else ""
         raise SelfCheckFailed(
-            f"{what} is {far:.1e} in cosine from {truth.source}, more than the {TOLERANCE[dtype]:.0e} that {dtype} "
-            "explains"
+            f"{what} is {far:.1e} {measure}from {truth.source}, more than the {allowed:.0e} that {dtype} explains"
         )
 
 
-def distance(a: Tensor, b: Tensor) -> float:
+def kind_of(tokenizer: ProbeTokenizer) -> OutputKind:
+    """Returns what a model with such inputs computes."""
+    return "scores" if isinstance(tokenizer, PairTokenizer) else "vectors"
+
+
+def tolerance(dtype: str, kind: OutputKind) -> float:
+    """Returns the `distance` that rounding may cause."""
+    return (TOLERANCE if kind == "vectors" else _SCORE_TOLERANCE)[dtype]
+
+
+def distance(a: Tensor, b: Tensor, kind: OutputKind = "vectors") -> float:
     """Returns the worst `|a - b|² / (|a|² + |b|²)` over the rows of two `[n, D]`.
 
-    That is `1 - cosine` where lengths are equal, more where they are not, and NaN where a row is not finite.
+    That is `1 - cosine` where lengths are equal, more where they are not, and NaN where a row is not finite. Scores may
+    be near 0 by chance, where rounding is all that is left; they are compared with a scale of at least 1.
     """
     a, b = a.double(), b.double()
-    scale = (a.square() + b.square()).sum(-1).clamp(min=1e-300)
+    scale = (a.square() + b.square()).sum(-1).clamp(min=1e-300 if kind == "vectors" else 1.0)
     return float(((a - b).square().sum(-1) / scale).max())
 
 
@@ -206,7 +242,14 @@ class Canaries:
         """Returns the kept vectors of `key`; None when there are none, or none that can be read."""
         return None if self._folder is None else _read_vectors(self._path(self._folder, key))
 
-    def compare(self, key: str, vectors: NDArray[np.float32], dtype: str, written_s: float = 0.0) -> None:
+    def compare(
+        self,
+        key: str,
+        vectors: NDArray[np.float32],
+        dtype: str,
+        written_s: float = 0.0,
+        kind: OutputKind = "vectors",
+    ) -> None:
         """Compares vectors with the kept ones of `key`, or keeps them when there are none.
 
         Args:
@@ -223,15 +266,17 @@ class Canaries:
         if kept is None:
             _write_vectors(path, vectors)
             return
-        far = distance(torch.from_numpy(vectors), torch.from_numpy(kept)) if kept.shape == vectors.shape else np.inf
-        if not far <= TOLERANCE[dtype]:
+        is_same_shape = kept.shape == vectors.shape
+        far = distance(torch.from_numpy(vectors), torch.from_numpy(kept), kind) if is_same_shape else np.inf
+        if not far <= tolerance(dtype, kind):
             if written_s > path.stat().st_mtime:
                 log.warning("canary.replaced", file=path.name, distance=float(far))
                 _write_vectors(path, vectors)
                 return
+            measure = " in cosine" if kind == "vectors" else ""
             raise SelfCheckFailed(
-                f"the model's vectors moved by {far:.1e} in cosine since it was first loaded, "
-                f"more than {TOLERANCE[dtype]:.0e}; its files or a library changed. If that is meant, delete the "
+                f"the model's {kind} moved by {far:.1e}{measure} since it was first loaded, "
+                f"more than {tolerance(dtype, kind):.0e}; its files or a library changed. If that is meant, delete the "
                 f"canary {path.name} in STATE_DIR"
             )
 
@@ -269,9 +314,11 @@ class SelfCheck:
     def __init__(self, canaries: Canaries) -> None:
         self._canaries = canaries
         self._is_running = False
-        self._passed: tuple[Tokenizer, str, NDArray[np.float32]] | None = None
+        self._passed: tuple[ProbeTokenizer, str, NDArray[np.float32]] | None = None
 
-    def run(self, paths: ForwardPaths, tokenizer: Tokenizer, dtype: str, key: str, written_s: float) -> tuple[str, ...]:
+    def run(
+        self, paths: ForwardPaths, tokenizer: ProbeTokenizer, dtype: str, key: str, written_s: float
+    ) -> tuple[str, ...]:
         """Selects the path that will serve, and compares its vectors with the canary of `key`.
 
         Args:
@@ -288,7 +335,7 @@ class SelfCheck:
             vectors, notes = select_forward_path(paths, tokenizer, dtype, self._canaries.known(key))
         finally:
             self._is_running = False
-        self._canaries.compare(key, vectors, dtype, written_s)
+        self._canaries.compare(key, vectors, dtype, written_s, kind_of(tokenizer))
         self._passed = tokenizer, dtype, vectors
         return notes
 

@@ -31,8 +31,8 @@ MEANINGS = {
     "revision": "Branch, tag or commit of the hub repository. A full commit makes vectors reproducible.",
     "task": "What the model computes: embed (vectors), rerank (a score for a query and a document) or classify (a "
     "score for each label). If given, requests for another task are refused without a load. Default: from the files.",
-    "template": "How a causal language model that answers yes or no reads a query and a document, where its own files do "
-    "not say: the published template of the family. Default: from the files, or from the name of the repository.",
+    "template": "How a causal language model that answers yes or no reads a query and a document, where its own files "
+    "do not say: the published template of the family. Default: from the files, or from the name of the repository.",
     "trust_remote_code": "Run Python code from the repository. Requires a full commit as `revision`. Default: false.",
     "dtype": "Data type of the weights. auto: bfloat16 on CUDA (before Ampere float16, or float32 where that "
     "overflows), float32 elsewhere.",

@@ -14,7 +14,7 @@ import pytest
 from benchmarks.lib.engine_kit import Kit, embed
 from benchmarks.lib.small_memory import RealServer, Truth, build_truths, real_server, specs_of
 from engines.hub.store import ModelStore
-from engines.loading.builders import _read_model
+from engines.loading.builders import read_model
 from engines.pool.slot import PoolPolicy
 from engines.spec import ModelSpec
 from engines.types import ModelFiles
@@ -153,11 +153,11 @@ class Loads:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.during: list[Callable[[], None]] = []
         self.num = 0
-        monkeypatch.setattr("engines.loading.builders._read_model", self._read)
+        monkeypatch.setattr("engines.loading.builders.read_model", self._read)
 
     def _read(self, *args: object, **options: object) -> object:
         self.num += 1
-        model = _read_model(*args, **options)  # type: ignore[arg-type]  # handed on
+        model = read_model(*args, **options)  # type: ignore[arg-type]  # handed on
         if self.during:
             self.during.pop(0)()
         return model

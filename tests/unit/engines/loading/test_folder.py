@@ -96,12 +96,21 @@ def test_both_vocabularies_are_read_by_their_last_word(tmp_path: Path, kind: str
     assert (modules[0].kind, modules[0].path) == ("Transformer", "0_Transformer")
 
 
-@pytest.mark.parametrize("kind", ["SparseEncoder", "CrossEncoder", "MultiVectorEncoder"])
+@pytest.mark.parametrize("kind", ["SparseEncoder", "MultiVectorEncoder"])
 def test_what_is_no_dense_embedder_is_refused(tmp_path: Path, kind: str) -> None:
     (tmp_path / "config_sentence_transformers.json").write_text(json.dumps({"model_type": kind}))
 
     with pytest.raises(UnsupportedModel, match=rf"config_sentence_transformers\.json declares a {kind}"):
         read_folder(tmp_path)
+
+
+def test_a_cross_encoder_is_known_with_its_activation(tmp_path: Path) -> None:
+    config = {"model_type": "CrossEncoder", "activation_fn": "torch.nn.modules.linear.Identity"}
+    (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(config))
+
+    folder = read_folder(tmp_path)
+
+    assert (folder.is_cross_encoder, folder.activation) == (True, config["activation_fn"])
 
 
 @pytest.mark.parametrize("prompts", [["query: "], "query: ", {"query": 5}, {"query": ["q"]}])
