@@ -57,6 +57,8 @@ LENGTHS = {
     "mixed": Lengths(5, 510, median=60),
     "long": Lengths(400, 512),
     "chinese": Lengths(5, 120),
+    "documents": Lengths(5, 250),
+    "equal": Lengths(116, 120),
 }
 NAMES = tuple(LENGTHS)
 

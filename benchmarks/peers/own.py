@@ -1,6 +1,8 @@
 """Runs the offline engine as a worker: a host of `engines/machine.py` with pool, scheduler and engine, as served.
 
-`own.py FOLDER`. Imports `engines` from the tree in PYTHONPATH: `bench-diff` runs this script on two trees.
+`own.py FOLDER [rerank]`; a call of a reranker is a query and then its documents.
+
+Imports `engines` from the tree in PYTHONPATH: `bench-diff` runs this script on two trees.
 """
 
 import asyncio
@@ -9,6 +11,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ lines: Any = importlib.import_module("lines")
 EmbedCall: Any = layouts.embed_call()
 
 
-async def run(folder: str) -> None:
+async def run(folder: str, task: str = "embed") -> None:
     """Load the model, then answer questions until stdin ends."""
     say = lines.open_answers()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -41,18 +44,18 @@ async def run(folder: str) -> None:
         "dimensions": status.info.dimensions, "attention": status.info.attention, "notes": status.info.notes,
     }})  # fmt: skip
     while line := await asyncio.to_thread(sys.stdin.readline):
-        say(await answer(host, json.loads(line)))
+        say(await answer(host, json.loads(line), _pairs if task == "rerank" else _call))
     await host.aclose()
     machine.close()
 
 
-async def answer(host: Host, question: dict[str, Any]) -> dict[str, Any]:
+async def answer(host: Host, question: dict[str, Any], make_call: Callable[[list[str]], Any]) -> dict[str, Any]:
     """Answer one question: `time` runs the calls, `concurrency` at once (default 1); `vectors` embeds some texts."""
     run_call = layouts.run_of(host)
     if question["op"] == "vectors":
-        embeddings = await run_call(_call(question["texts"]))
+        embeddings = await run_call(make_call(question["texts"]))
         return {"vectors": embeddings.array().tolist()}
-    waiting = iter([_call(texts) for texts in question["calls"]])
+    waiting = iter([make_call(texts) for texts in question["calls"]])
 
     async def client() -> None:
         for call in waiting:
@@ -67,5 +70,11 @@ def _call(texts: list[str]) -> Any:
     return EmbedCall(model_id=MODEL, texts=tuple(texts))
 
 
+def _pairs(texts: list[str]) -> Any:
+    from engines.types import ScoreCall  # older trees have none, and are asked for vectors only
+
+    return ScoreCall(model_id=MODEL, queries=(texts[0],), texts=tuple(texts[1:]))
+
+
 if __name__ == "__main__":
-    asyncio.run(run(sys.argv[1]))
+    asyncio.run(run(*sys.argv[1:]))

@@ -106,6 +106,33 @@ def infinity(folder: str, engine: str) -> Encode:
     return encode
 
 
+def cross_encoder(folder: str) -> Encode:
+    """sentence-transformers' CrossEncoder, sorted by length and 32 pairs at once; texts are a query, then documents."""
+    package: Any = importlib.import_module("sentence_transformers")
+    model = package.CrossEncoder(folder, device="cpu")
+    return lambda texts: model.predict([[texts[0], text] for text in texts[1:]], show_progress_bar=False)[:, None]
+
+
+def infinity_rerank(folder: str) -> Encode:
+    """Infinity's own engine for rerankers, without its HTTP server."""
+    np: Any = importlib.import_module("numpy")
+    package: Any = importlib.import_module("infinity_emb")
+    program = package.AsyncEmbeddingEngine.from_args(
+        package.EngineArgs(model_name_or_path=folder, engine="torch", device="cpu")
+    )
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(program.astart())
+
+    def encode(texts: list[str]) -> Any:
+        ranked, _ = loop.run_until_complete(program.rerank(query=texts[0], docs=texts[1:]))
+        scores = np.empty((len(texts) - 1, 1), np.float32)
+        for found in ranked:
+            scores[found.index] = found.relevance_score
+        return scores
+
+    return encode
+
+
 KINDS: dict[str, Callable[[str], Encode]] = {
     "sentence-transformers": sentence_transformers,
     "sentence-transformers-cuda": sentence_transformers_cuda,
@@ -114,6 +141,8 @@ KINDS: dict[str, Callable[[str], Encode]] = {
     "openvino-default": lambda folder: sentence_transformers_openvino(folder, None),
     "onnxruntime-sorted": onnxruntime_sorted,
     "infinity-torch": lambda folder: infinity(folder, "torch"),
+    "cross-encoder": cross_encoder,
+    "infinity-rerank": infinity_rerank,
     "infinity-onnx": lambda folder: infinity(folder, "optimum"),
 }
 
