@@ -16,6 +16,7 @@ from engines.hub.client import HubConfig
 from engines.hub.store import ModelStore
 from engines.hub.weight_files import read_header, read_range
 from engines.loading.folder import Json, ModuleRef, pooling_of, read_folder, read_json, require_json
+from engines.loading.score_forms import score_form
 from engines.pool.estimates import Estimates, Measurements
 from engines.pool.eviction import total_bytes
 from engines.pool.runtime import device_matches, guessed_workspace_bytes
@@ -54,9 +55,9 @@ _STATIC_TABLES = ("embedding.weight", "embeddings")
 
 
 def native_width(root: Path, spec: ModelSpec) -> int | None:
-    """Returns the width of the engine's vectors; None if the files do not state it or are not a model."""
+    """Returns the width of the engine's vectors; None if the files do not state it, give scores or are not a model."""
     try:
-        return _width(root, spec)
+        return None if score_form(read_folder(root), spec) is not None else _width(root, spec)
     except (BadModel, OSError, KeyError, TypeError, ValueError, StopIteration):
         return None
 

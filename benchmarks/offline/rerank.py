@@ -56,7 +56,8 @@ def build(size: str, root: Path = BENCH / "models") -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     torch.manual_seed(7)
-    model = BertForSequenceClassification(BertConfig(vocab_size=30522, num_labels=1, **SIZES[size]))  # type: ignore[arg-type]  # the numbers of a shape
+    shape: dict[str, Any] = {"vocab_size": 30522, "num_labels": 1, **SIZES[size]}
+    model: Any = BertForSequenceClassification(BertConfig(**shape))
     model.save_pretrained(folder)
     for file in _TOKENIZER:
         shutil.copy(minilm_package() / file, folder / file)

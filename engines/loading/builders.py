@@ -64,7 +64,7 @@ def build(folder: Folder, spec: ModelSpec, encoder_config: EncoderConfig) -> Bui
 def _build_transformer(folder: Folder, spec: ModelSpec, encoder_config: EncoderConfig) -> Built:
     device = encoder_config.device
     config = read_config(folder, spec)
-    model = read_model(folder, spec, config, device)
+    model = read_model(folder, spec, config, device).to(device).eval()
     drop_pooler(model)
     _check_pooling_is_known(folder, spec, model)
     vocab_size = vocab_size_of(model)
@@ -195,6 +195,7 @@ def read_model(
     process (SIGBUS), overwriting it changes vectors. Files that are written in place are therefore read into memory.
 
     Args:
+        device: where it will run; it is returned on the CPU.
         model_class: transformers' class of a model with a head; None is the model without one.
     """
     dtype = choose_dtype(spec, config, device)
@@ -227,7 +228,7 @@ def read_model(
             "model needs its own code",
             file=file,
         )
-    return model.to(device).eval()
+    return model
 
 
 def _translate_error(error: Exception, file: str) -> BadModel:

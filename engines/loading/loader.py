@@ -29,7 +29,8 @@ from engines.loading.builders import build
 from engines.loading.checksums import Checksums
 from engines.loading.dtype import dtype_notes
 from engines.loading.folder import PLACEHOLDER_PROMPTS, read_folder
-from engines.loading.scorers import build_scorer, score_form
+from engines.loading.score_forms import score_form
+from engines.loading.scorers import build_scorer
 from engines.models.base import EncoderConfig, LoadedEncoder, weight_bytes, workspace_bytes
 from engines.models.cuda_graphs import CAPTURING
 from engines.models.prepacked import MAX_PREPACKED_BYTES

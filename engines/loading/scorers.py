@@ -8,7 +8,7 @@ dense layer; and the original folder of a causal reranker, which states no templ
 import inspect
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import structlog
 import torch
@@ -22,7 +22,8 @@ from engines.loading.builders import Built, dtype_name, read_config, read_model,
 from engines.loading.folder import Folder, Json, check_options, read_json, require_json
 from engines.loading.modules import build_head
 from engines.loading.pairs import by_chat_template, by_template, paired
-from engines.loading.rerank_templates import TemplateText, is_known_reranker, template_of
+from engines.loading.rerank_templates import TemplateText, template_of
+from engines.loading.score_forms import Form
 from engines.loading.tokenizer import ModelFacts, Reference, read_reference
 from engines.models.adapters import Positions, drop_pooler
 from engines.models.base import EncoderConfig
@@ -43,59 +44,12 @@ from engines.spec import ModelSpec, Task
 
 log = structlog.get_logger(__name__)
 
-Form = Literal["classifier", "logits", "pooled", "original"]
-"""A sequence classifier; a language model with a `LogitScore`; pooling and dense layers; a causal reranker, as its
-authors publish it."""
-
-_TASKS: dict[str, Form] = {
-    "sequence-classification": "classifier",
-    "text-generation": "logits",
-    "feature-extraction": "pooled",
-}
-"""What sentence-transformers calls the transformer's task."""
-
 _SCORES = "scores"
 
 _STRUCTURED = ("content[0]", ".type", "'type'", '"type"', "item.type", "message.content[")
 """What a chat template contains that reads contents as lists of parts (sentence-transformers' `InputFormatter`)."""
 
 _FLAT_TYPES = ("apertus", "deepseek_v3", "gpt_oss", "seed_oss")
-
-
-def score_form(folder: Folder, spec: ModelSpec) -> Form | None:
-    """Returns how a folder gives scores; None where it gives vectors.
-
-    Raises:
-        UnsupportedModel: the registry's `task` contradicts it.
-    """
-    form = _form(folder, spec)
-    if form is None and spec.task not in (None, "embed"):
-        raise UnsupportedModel(
-            f"the registry says `task: {spec.task}`, but these are the files of an embedding model: remove `task`, or "
-            "set `template` if this is a causal reranker"
-        )
-    if form is not None and spec.task == "embed":
-        raise UnsupportedModel(
-            "the registry says `task: embed`, but these are the files of a model that scores: remove `task`"
-        )
-    return form
-
-
-def _form(folder: Folder, spec: ModelSpec) -> Form | None:
-    architecture = _architecture(folder)
-    if folder.is_cross_encoder and folder.modules is not None:
-        return _TASKS.get(folder.transformer.get("transformer_task", "feature-extraction"))
-    if folder.modules is not None or (spec.pooling is not None and not folder.is_cross_encoder):
-        return None
-    if architecture.endswith("ForCausalLM"):
-        asks = spec.template is not None or spec.task == "rerank" or folder.is_cross_encoder
-        return "original" if asks or is_known_reranker(spec.source) else None
-    return "classifier" if folder.is_cross_encoder or architecture.endswith("ForSequenceClassification") else None
-
-
-def _architecture(folder: Folder) -> str:
-    stated = (read_json(folder.weights, "config.json") or {}).get("architectures")
-    return stated[0] if isinstance(stated, list) and stated and isinstance(stated[0], str) else ""
 
 
 def build_scorer(folder: Folder, spec: ModelSpec, encoder_config: EncoderConfig, form: Form) -> Built:
@@ -136,7 +90,8 @@ class _Parts:
         classes = {"classifier": AutoModelForSequenceClassification, "pooled": None}
         self._folder, self._spec, self._config, self._form = folder, spec, config, form
         self._device = device
-        self._model = read_model(folder, spec, config, device, classes.get(form, AutoModelForCausalLM))
+        model_class = classes.get(form, AutoModelForCausalLM)
+        self._model = read_model(folder, spec, config, device, model_class).to(device).eval()
         self.backbone: Any = (
             self._model if form == "pooled" else getattr(self._model, self._model.base_model_prefix, None)
         )

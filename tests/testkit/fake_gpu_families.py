@@ -170,7 +170,7 @@ def _runs(encoder: Encoder, texts: tuple[Ids, ...]) -> dict[str, Callable[[], Te
         "together": lambda: encoder(texts),
         "alone": lambda: encoder(texts[:1]),
     }
-    if isinstance(encoder, TransformerEncoder) and encoder._chain.excludes_prompt:
+    if isinstance(encoder, TransformerEncoder) and getattr(encoder._chain, "excludes_prompt", False):
         runs["without prompts"] = lambda: encoder(texts, [2, 0, 3, 3])
     return runs
 

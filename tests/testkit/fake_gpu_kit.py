@@ -183,7 +183,7 @@ def imitated(gpu: FakeGpu) -> Iterator[None]:
         imports = transformers.utils.import_utils
         patch.setattr(imports, "is_fake_tensor", lambda tensor: False)  # values of ours can be read
         patch.setattr(imports, "is_cuda_stream_capturing", lambda: gpu.is_capturing)
-        patch.setattr(builders, "_read_model", _outside(_counted(gpu, builders._read_model)))
+        patch.setattr(builders, "read_model", _outside(_counted(gpu, builders.read_model)))
         patch.setattr(builders, "capturer_for", lambda device: _WatchedCapturer(gpu) if device.type == "cuda" else None)
         patch.setattr(cuda_graphs, "SIZES", cuda_graphs.SIZES[:_NUM_SIZES])
         patch.setattr(module_weights, "_read", _outside(module_weights._read))
