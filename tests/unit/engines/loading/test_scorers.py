@@ -14,13 +14,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from benchmarks.lib.engine_kit import Kit, embed
-from benchmarks.lib.models import quiet
+from benchmarks.lib.models import WIDTH, quiet
 from benchmarks.lib.workloads import text
 from engines.errors import BrokenFiles, SelfCheckFailed, TaskNotSupported, UnsupportedModel
 from engines.inputs.token_ids import ID_MASK
 from engines.loading.loader import LoaderSettings
 from engines.loading.rerank_templates import TEMPLATES, template_of
 from engines.models.transformer import TransformerEncoder
+from engines.planner import native_width
 from engines.spec import ModelSpec
 from tests.testkit.refusals import refusal
 from tests.testkit.rerankers import FAMILIES, answer, card_ids, edit, scores
@@ -301,3 +302,11 @@ def test_token_types_count_in_the_workspace(kit: Kit, copy: Callable[[str], Path
     assert np.abs(scores(typed, PAIRS) - scores(plain, PAIRS)).max() > 1e-4
     typed.close()
     plain.close()
+
+
+def test_a_model_that_scores_has_no_width(kit: Kit) -> None:
+    spec = ModelSpec(model_id="m", source="x")
+
+    assert native_width(_built(kit, "bert-modules"), spec) is None
+    assert native_width(_built(kit, "xlm-roberta"), spec) is None
+    assert native_width(kit.recipe_folder("bert-cls"), spec) == WIDTH
