@@ -54,7 +54,7 @@ def test_paths_that_drop_token_types_are_refused(
 
     def dropped(self: TransformerEncoder, ids: torch.Tensor) -> Any:
         found, types = right(self, ids)
-        return found, None if types is None else torch.zeros_like(types)
+        return found, {name: torch.zeros_like(given) for name, given in types.items()}
 
     monkeypatch.setattr(TransformerEncoder, "_parted", dropped)
 
@@ -65,13 +65,12 @@ def test_paths_that_drop_token_types_are_refused(
 def test_a_fast_path_that_drops_token_types_is_not_taken(
     kit: Kit, copy: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = TransformerEncoder._parted
+    right = TransformerEncoder._row
 
-    def dropped(self: TransformerEncoder, ids: torch.Tensor) -> Any:
-        found, types = right(self, ids)
-        return found, types if types is None or ids.ndim == 2 else torch.zeros_like(types)
+    def dropped(self: TransformerEncoder, row: torch.Tensor, layout: Any) -> torch.Tensor:
+        return right(self, row & ID_MASK, layout)
 
-    monkeypatch.setattr(TransformerEncoder, "_parted", dropped)
+    monkeypatch.setattr(TransformerEncoder, "_row", dropped)
     engine = kit.load(copy("electra"))
 
     assert engine.info.attention == "padded"
