@@ -63,7 +63,7 @@ class ScoreOutput(OutputSpec, frozen=True):
     The cache keeps logits, so that every activation is served from it.
     """
 
-    num_labels: int
+    labels: tuple[str, ...]
     activation: str
 
     @classmethod
@@ -88,12 +88,12 @@ class ScoreOutput(OutputSpec, frozen=True):
         return found
 
     def allocate(self, num_items: int) -> NDArray[np.float32]:
-        """See `OutputSpec`; `[num_items, num_labels]`."""
-        return np.empty((num_items, self.num_labels), dtype=np.float32)
+        """See `OutputSpec`; `[num_items, labels]`."""
+        return np.empty((num_items, len(self.labels)), dtype=np.float32)
 
     def pack(self, allocated: NDArray[np.float32], **details: Unpack[ResultDetails]) -> Scores:
         """See `OutputSpec`."""
-        return Scores(values=allocated.tobytes(), num_labels=self.num_labels, **details)
+        return Scores(values=allocated.tobytes(), num_labels=len(self.labels), labels=self.labels, **details)
 
     def not_finite(self, index: int) -> EngineError:
         """See `OutputSpec`."""
@@ -115,7 +115,7 @@ def _finished(scores: Tensor) -> FinishedRows:
 
 @register_output(ScoreCall)
 def _score_output(call: ScoreCall, info: ModelInfo, defaults: OutputDefaults) -> ScoreOutput:
-    """Returns the number of scores and their activation.
+    """Returns the names of the scores and their activation.
 
     Raises:
         TaskNotSupported: the model gives vectors.
@@ -124,7 +124,7 @@ def _score_output(call: ScoreCall, info: ModelInfo, defaults: OutputDefaults) ->
         raise TaskNotSupported(f"{call.model_id} can embed, not score", param="model")
     independent = info.is_multi_label or len(info.labels) == 1
     names = {"none": "Identity", "probabilities": "Sigmoid" if independent else "Softmax"}
-    return ScoreOutput(len(info.labels), names.get(call.activation, defaults.activation))
+    return ScoreOutput(info.labels, names.get(call.activation, defaults.activation))
 
 
 def read_scored(call: ScoreCall, pairs: PairTokenizer, spec: ModelSpec) -> PairReading:

@@ -8,7 +8,7 @@ from engines.batching.output import OutputDefaults, output_spec
 from engines.batching.scores import ScoreOutput, activation_named, read_scored
 from engines.errors import InvalidValue, TaskNotSupported, UnsupportedModel
 from engines.spec import ModelSpec
-from engines.types import EmbedCall, ModelInfo, ScoreCall
+from engines.types import EmbedCall, ModelInfo, ScoreCall, Timings
 from tests.unit.engines.inputs.test_pairs import pairs
 
 SPEC = ModelSpec(model_id="m", source="x")
@@ -38,11 +38,11 @@ def test_the_call_chooses_the_activation(call: str, model: ModelInfo, name: str)
 
     output = output_spec(asked, model, OutputDefaults(activation="Tanh"))
 
-    assert output == ScoreOutput(len(model.labels), name)
+    assert output == ScoreOutput(model.labels, name)
 
 
 def test_rows_and_cached_rows_have_the_same_activation() -> None:
-    output = ScoreOutput(2, "Softmax")
+    output = ScoreOutput(("no", "yes"), "Softmax")
 
     rows = output.finish(LOGITS, [1]).rows
     cached = output.finish_cached(ScoreOutput.cache_rows(LOGITS).rows)
@@ -51,11 +51,23 @@ def test_rows_and_cached_rows_have_the_same_activation() -> None:
     assert np.allclose(np.asarray(cached), torch.softmax(LOGITS, dim=1).numpy())
 
 
+def test_a_result_names_its_labels() -> None:
+    output = ScoreOutput(("no", "yes"), "Softmax")
+    rows = output.allocate(1)
+    rows[0] = 0.25, 0.75
+
+    packed = output.pack(
+        rows, token_counts=(3,), truncated=(), timings=Timings(), batches=(), deduplicated=0, cache_hits=0
+    )
+
+    assert (packed.labels, packed.num_labels, packed.array().tolist()) == (("no", "yes"), 2, [[0.25, 0.75]])
+
+
 def test_a_row_that_is_not_finite_is_found() -> None:
-    finished = ScoreOutput(2, "Identity").finish(torch.tensor([[1.0, 2.0], [float("nan"), 0.0]]), None)
+    finished = ScoreOutput(("no", "yes"), "Identity").finish(torch.tensor([[1.0, 2.0], [float("nan"), 0.0]]), None)
 
     assert finished.is_finite.tolist() == [True, False]
-    assert "score of input[1]" in str(ScoreOutput(2, "Identity").not_finite(1))
+    assert "score of input[1]" in str(ScoreOutput(("no", "yes"), "Identity").not_finite(1))
 
 
 @pytest.mark.parametrize("name", ["Nonsense", "Linear", "functional"])
