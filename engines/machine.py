@@ -3,7 +3,7 @@
 The composition root of `engines`. Importing it imports torch, so `engines/host.py`, the public interface, does not.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -22,15 +22,17 @@ from engines.hub.file_verification import Verification
 from engines.hub.store import ModelStore
 from engines.inputs.tokenizer_threads import TokenizerThreads
 from engines.loading.loader import LoaderSettings, TorchLoader
+from engines.loading.precision import measure_dtype
 from engines.models.prepacked import COPY_SHARE, MAX_PREPACKED_BYTES
 from engines.pool.estimates import Measurements
 from engines.pool.runtime import GPU_THREADS, guessed_workspace_bytes
 from engines.pool.slot import PoolPolicy
+from engines.precision import PrecisionStore
 from engines.protocols import Loader
-from engines.spec import ModelSpec
-from engines.types import Budget
+from engines.spec import ModelSpec, Precision
+from engines.types import Budget, ModelFiles
 
-__all__ = ["LoaderSettings", "Machine", "MachineConfig", "find_devices"]
+__all__ = ["LoaderSettings", "Machine", "MachineConfig", "find_devices", "measure_precisions"]
 
 # Up to this many cores, forward passes use them all; beyond, one is left to the event loop.
 _SHARED_CORES = 2
@@ -72,7 +74,10 @@ class Machine:
         self._schedulers: list[DeviceScheduler] = []
         self._measurements = Measurements(folder / "measurements.json" if folder else None)
         self._loader_settings = structs.replace(
-            config.loader, canary_folder=folder / "canaries" if folder else None, tuning_store=TuningStore(folder)
+            config.loader,
+            canary_folder=folder / "canaries" if folder else None,
+            tuning_store=TuningStore(folder),
+            precision_store=PrecisionStore(folder),
         )
         self.hosts = tuple(self._host(device, config, specs) for device in find_devices(config.devices))
 
@@ -125,6 +130,23 @@ def conditions_of(settings: LoaderSettings, num_threads: int) -> str:
     """
     tokens = settings.max_batch_tokens or "default"
     return f"threads={num_threads} tokens={tokens} copies={settings.max_prepacked_bytes}"
+
+
+def measure_precisions(
+    spec: ModelSpec, files: ModelFiles, dtypes: Sequence[str], texts: Sequence[str] | None, store: PrecisionStore
+) -> Iterator[Precision]:
+    """Measures reduced dtypes of a model on this machine's CPU, and keeps what was found.
+
+    Args:
+        texts: the operator's; None for the built-in ones.
+
+    Raises:
+        BadModel: the model cannot be loaded.
+    """
+    for dtype in dtypes:
+        precision = measure_dtype(spec, files, dtype, texts)
+        store.put(spec, files.revision, precision, "cpu")
+        yield precision
 
 
 def find_devices(device_settings: Sequence[str]) -> tuple[str, ...]:

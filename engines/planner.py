@@ -10,6 +10,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
+from engines.device.cpu_features import fast_dtypes
 from engines.device.memory import DeviceMemory, device_memory
 from engines.errors import BadModel
 from engines.hub.client import HubConfig
@@ -23,6 +24,7 @@ from engines.pool.runtime import device_matches, guessed_workspace_bytes
 from engines.pool.slot import NO_MEMORY, MemoryNeed
 from engines.pool.state_machine import PoolStateMachine
 from engines.pool.status import StatusView
+from engines.precision import PrecisionStore
 from engines.protocols import Files
 from engines.spec import ModelSpec
 from engines.types import Budget, ModelFiles, Plan
@@ -34,7 +36,9 @@ __all__ = [
     "HubConfig",
     "Measurements",
     "ModelStore",
+    "PrecisionStore",
     "device_memory",
+    "fast_dtypes",
     "native_width",
     "plan_best",
     "plan_on",

@@ -1,11 +1,11 @@
-"""`ModelSpec`: one model's registry entry. Imports nothing of the project."""
+"""`ModelSpec`: one model's registry entry, and what its `dtype` costs. Imports nothing of the project."""
 
 from typing import Literal
 
 from msgspec import Struct, structs
 
 Truncate = Literal["end", "start", "error"]
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 PoolingMode = Literal["cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"]
 """Pooling modes as sentence-transformers names them; several are concatenated in the order given."""
 
@@ -57,8 +57,26 @@ class Calibration(Struct, frozen=True, kw_only=True):
         return {len(self.lowest), len(self.highest)} <= {1, width}
 
 
+class Precision(Struct, frozen=True, kw_only=True):
+    """How near a reduced dtype comes to float32, measured on this machine over calibration texts.
+
+    `recall_at_10`: the share of each text's ten nearest other texts that stay among them. `speedup`, `size_ratio`: the
+    speed and the bytes of the weights, each as a multiple of float32's.
+    """
+
+    dtype: str
+    worst_cosine: float
+    median_cosine: float
+    recall_at_10: float
+    speedup: float
+    size_ratio: float
+    num_texts: int
+
+
 class ModelSpec(Struct, frozen=True, kw_only=True):
     """One model of the registry, defaults applied. `None` means: the value from the model's own files.
+
+    `min_cosine`: the least that a reduced `dtype` may reach against float32 (`engines/precision.py`).
 
     `replicas`: the maximum number of hosts that hold a busy model at the same time.
 
@@ -74,6 +92,7 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
     template: RerankTemplate | None = None
     revision: str | None = None
     dtype: Dtype = "auto"
+    min_cosine: float | None = None
     device: str = "auto"
     max_tokens: int | None = None
     pooling: tuple[PoolingMode, ...] | None = None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, Self, TypedDict
 
 from msgspec import Struct, structs
 
-from engines.spec import Matryoshka, Task, Truncate
+from engines.spec import Matryoshka, Precision, Task, Truncate
 
 if TYPE_CHECKING:
     import numpy as np
@@ -263,7 +263,7 @@ class ModelInfo(Struct, frozen=True, kw_only=True):
     (`engines/models/transformer.py` lists them). `is_fallback`: the path selected at load failed, and the slowest
     path is in use until the selected one is retried. `notes`: each fallback and its reason. `task`: what it computes;
     `dimensions` is 0 unless that is `embed`. `labels`: names of the columns of `Scores`, `is_multi_label`: whether they
-    do not exclude each other; none and False for `embed`.
+    do not exclude each other; none and False for `embed`. `precision`: of a reduced dtype, where it was measured.
     """
 
     dimensions: int
@@ -278,6 +278,7 @@ class ModelInfo(Struct, frozen=True, kw_only=True):
     task: Task = "embed"
     labels: tuple[str, ...] = ()
     is_multi_label: bool = False
+    precision: Precision | None = None
 
 
 class ModelStatus(Struct, frozen=True, kw_only=True):

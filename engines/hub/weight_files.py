@@ -23,7 +23,7 @@ DTYPE_BITS: Mapping[str, int] = {
 }  # fmt: skip
 """Bits per element of the safetensors dtypes."""
 
-BYTES_OF: Mapping[str, int] = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+BYTES_OF: Mapping[str, int] = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 """Bytes per element of the dtypes that models are stored and run in."""
 
 _CONFIG = "config.json"
@@ -35,11 +35,14 @@ _FIRST_READ_BYTES = 128 * 1024  # holds nearly every header, so that one request
 class WeightCount(Struct, frozen=True, kw_only=True):
     """The contents of a model's weight files, before a dtype is chosen.
 
-    `float_elements` are converted on loading, `fixed_bytes` (integers, booleans) are not. `pickled_bytes` is the size
-    of pytorch_model.bin files, whose `stored_dtype` comes from config.json.
+    `float_elements` are converted on loading, `fixed_bytes` (integers, booleans) are not. `matrix_elements` are in
+    matrices, which have `matrix_rows` in all: what int8 rounds, with a float32 scale a row. `pickled_bytes` is the
+    size of pytorch_model.bin files, whose `stored_dtype` comes from config.json.
     """
 
     float_elements: int = 0
+    matrix_elements: int = 0
+    matrix_rows: int = 0
     fixed_bytes: int = 0
     pickled_bytes: int = 0
     stored_dtype: str = "float32"
@@ -52,6 +55,9 @@ class WeightCount(Struct, frozen=True, kw_only=True):
         """
         element_bytes = BYTES_OF[dtype]
         pickled = math.ceil(self.pickled_bytes * element_bytes / BYTES_OF.get(self.stored_dtype, 2))
+        if dtype == "int8":
+            rest = self.float_elements - self.matrix_elements
+            return self.matrix_elements + BYTES_OF["float32"] * (self.matrix_rows + rest) + self.fixed_bytes + pickled
         return self.float_elements * element_bytes + self.fixed_bytes + pickled
 
 
@@ -108,8 +114,11 @@ def count_weights(sizes: Mapping[str, int], weights: Iterable[str], read: ReadRa
     safetensors = [file for file in files if file.endswith(".safetensors")]
     pickled = [file for file in files if file not in safetensors]
     tensors = [tensor for file in safetensors for tensor in read_header(file, sizes[file], read)]
+    matrices = [tensor for tensor in tensors if tensor.is_float and len(tensor.shape) == 2]
     return WeightCount(
         float_elements=sum(tensor.elements for tensor in tensors if tensor.is_float),
+        matrix_elements=sum(matrix.elements for matrix in matrices),
+        matrix_rows=sum(matrix.shape[0] for matrix in matrices),
         fixed_bytes=sum(tensor.end - tensor.start for tensor in tensors if not tensor.is_float),
         pickled_bytes=sum(sizes[file] for file in pickled),
         stored_dtype=_stored_dtype(pickled, sizes, read),

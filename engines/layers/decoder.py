@@ -19,8 +19,9 @@ from torch.nn.functional import rms_norm, silu
 
 from engines.device.load_throttle import throttle_point
 from engines.layers.attention import last_token_attention, packed_attention, resolve_causal
+from engines.layers.packed_linear import Product, ProductFactory, replace_joined
 from engines.layers.packing import PackedLayout, PackedState
-from engines.layers.products import linear
+from engines.layers.products import apply, linear
 
 Rope = tuple[Tensor, Tensor]
 """Cosines and sines of the positions of a row, `[T, 1, d]` each."""
@@ -96,7 +97,7 @@ def fuse_decoder(model: nn.Module, state: PackedState) -> "list[FusedDecoderLaye
 def _fuse_layer(layer: nn.Module, family: DecoderFamily, state: PackedState, *, is_last: bool) -> "FusedDecoderLayer":
     """Replaces the forward method of a layer, which runs as before outside of a fused row."""
     plain: Callable[..., Any] = layer.forward
-    fused = FusedDecoderLayer(layer, family)
+    fused = FusedDecoderLayer(layer, family, is_last=is_last)
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if state.layout is None or not state.is_fused:
@@ -116,7 +117,8 @@ class FusedDecoderLayer:
         is_causal: whether a token attends to those before it only.
     """
 
-    def __init__(self, layer: Any, family: DecoderFamily) -> None:
+    def __init__(self, layer: Any, family: DecoderFamily, *, is_last: bool) -> None:
+        self._layer, self._is_last = layer, is_last
         self._attention, self._mlp = layer.self_attn, layer.mlp
         self._width = int(self._attention.head_dim)
         self._scaling = float(self._attention.scaling)
@@ -129,6 +131,8 @@ class FusedDecoderLayer:
         parts = [layer.get_submodule(name) for name in _QKV]
         self._weight = _join([part.weight for part in parts])
         self._bias = None if parts[0].bias is None else _join([part.bias for part in parts])
+        self._products: list[Product] = []
+        self._num_query_rows: int = parts[0].out_features
         self._heads, self._kv_heads = (part.out_features // self._width for part in parts[:2])
         self._before_attention = _Norm(layer.input_layernorm, family.offset)
         if len(family.norms) == len(_BEFORE):
@@ -146,7 +150,7 @@ class FusedDecoderLayer:
 
     def __call__(self, x: Tensor, layout: PackedLayout, rope: Rope) -> Tensor:
         """Runs the layer, `[T, H]` to `[T, H]`."""
-        heads, values = self._heads_of(self._before_attention(x), self._weight, self._bias)
+        heads, values = self._split(self._joined(self._before_attention(x)))
         heads = _rotate(heads, rope)
         query, key, value = (_as_row(part) for part in (heads[:, : self._heads], heads[:, self._heads :], values))
         context, _ = packed_attention(
@@ -158,33 +162,61 @@ class FusedDecoderLayer:
     def last_tokens(self, x: Tensor, layout: PackedLayout, rope: Rope) -> Tensor:
         """Runs the layer for the last token of each text, `[T, H]` to `[n, H]`."""
         normed, last = self._before_attention(x), layout.ends - 1
-        split = self._heads * self._width
-        biases = (None, None) if self._bias is None else (self._bias[:split], self._bias[split:])
-        query, _ = self._heads_of(normed[last], self._weight[:split], biases[0], first=0, count=self._heads)
-        key, value = self._heads_of(normed, self._weight[split:], biases[1], first=self._heads, count=self._kv_heads)
+        queries, others = self._query_and_others(normed[last], normed)
+        query, _ = self._split(queries, first=0, count=self._heads)
+        key, value = self._split(others, first=self._heads, count=self._kv_heads)
         query, key = _rotate(query, (rope[0][last], rope[1][last])), _rotate(key, rope)
         query, key, value = (_as_row(part) for part in (query, key, value))
         context = last_token_attention(query, key, value, layout, scaling=self._scaling, window=self._window)
         return self._finish(x[last], context.flatten(1))
 
-    def _heads_of(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, first: int = 0, count: int | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Returns queries and keys, normalized, `[T, count, d]`, and what the product gives behind them."""
-        joined = linear(x, weight, bias).view(len(x), -1, self._width)
+    def replace_products(self, make: ProductFactory) -> None:
+        """Replaces the layer's products, also in the model's own layer, and frees their weights.
+
+        The last layer has one for queries and one for keys and values, since `last_tokens` needs them so.
+        """
+        sizes = [self._num_query_rows, len(self._weight) - self._num_query_rows]
+        sizes = sizes if self._is_last else [sum(sizes)]
+        biases = [None] * len(sizes) if self._bias is None else torch.split(self._bias, sizes)
+        self._products = [make(*both) for both in zip(torch.split(self._weight, sizes), biases, strict=True)]
+        self._weight, self._bias = self._weight.new_empty(0), None
+        replace_joined(self._layer, _QKV, "self_attn", self._products)
+        for name in sorted(_LINEAR - set(_QKV)):
+            part: Any = self._layer.get_submodule(name)
+            self._layer.set_submodule(name, make(part.weight, part.bias))
+
+    def _joined(self, x: Tensor) -> Tensor:
+        """Returns queries, keys and values `[T, rows]` of `[T, H]`."""
+        if not self._products:
+            return linear(x, self._weight, self._bias)
+        found = [product(x) for product in self._products]
+        return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
+
+    def _query_and_others(self, last: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the queries of some tokens, and the keys and values of all."""
+        if self._products:
+            query, others = self._products
+            return query(last), others(x)
+        split = self._num_query_rows
+        biases = (None, None) if self._bias is None else (self._bias[:split], self._bias[split:])
+        return linear(last, self._weight[:split], biases[0]), linear(x, self._weight[split:], biases[1])
+
+    def _split(self, joined: Tensor, first: int = 0, count: int | None = None) -> tuple[Tensor, Tensor]:
+        """Returns queries and keys, normalized, `[T, count, d]`, and what stands behind them."""
+        joined = joined.view(len(joined), -1, self._width)
         count = self._heads + self._kv_heads if count is None else count
         heads, rest = joined[:, :count], joined[:, count:]
         return (heads if self._head_norms is None else self._head_norms(heads, first)), rest
 
     def _finish(self, x: Tensor, context: Tensor) -> Tensor:
         """Runs what follows attention, from the layer's input `[T, H]` and the context `[T, heads × d]`."""
-        out, mlp = self._attention.o_proj, self._mlp
-        x = self._after_attention(linear(context, out.weight, out.bias)).add_(x)
+        mlp = self._mlp
+        x = self._after_attention(apply(self._attention.o_proj, context)).add_(x)
         normed = self._before_mlp(x)
-        gate = linear(normed, mlp.gate_proj.weight, mlp.gate_proj.bias)
+        gate = apply(mlp.gate_proj, normed)
         gate = silu(gate, inplace=True) if type(mlp.act_fn) is nn.SiLU else mlp.act_fn(gate)
-        inner = gate.mul_(linear(normed, mlp.up_proj.weight, mlp.up_proj.bias))
-        return self._after_mlp(linear(inner, mlp.down_proj.weight, mlp.down_proj.bias)).add_(x)
+        inner = gate.mul_(apply(mlp.up_proj, normed))
+        return self._after_mlp(apply(mlp.down_proj, inner)).add_(x)
 
 
 class _Norm:

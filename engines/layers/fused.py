@@ -19,8 +19,9 @@ from transformers.activations import GELUActivation
 from engines.device.load_throttle import throttle_point
 from engines.device.torch_runtime import usable_threads
 from engines.layers.attention import packed_attention
+from engines.layers.packed_linear import ProductFactory, replace_joined
 from engines.layers.packing import KernelVariant, PackedLayout, PackedState
-from engines.layers.products import linear
+from engines.layers.products import apply, linear
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,8 @@ class FusedLayer:
         self._activate: Callable[[Tensor], Tensor] = gelu if is_exact else activation
         self.operator = "Gelu" if is_exact else "Relu" if type(activation) is nn.ReLU else ""
         self._has_bias = names is MPNET
+        self._layer, self._names = layer, names
+        self._joined: nn.Module | None = None
         self.heads = int(getattr(self._attention, "num_attention_heads", None) or self._attention.n_heads)
         self.head_width: int = projections[0].out_features // self.heads
 
@@ -170,7 +173,7 @@ class FusedLayer:
     def can_be_prepacked(self) -> bool:
         """Whether `engines/models/prepacked.py` supports the layer: float32 on a CPU, without an attention bias."""
         weight = self._weight
-        is_known = bool(self.operator) and not self._has_bias
+        is_known = bool(self.operator) and not self._has_bias and self._joined is None
         return is_known and weight.device.type == "cpu" and weight.dtype == torch.float32
 
     @property
@@ -194,17 +197,30 @@ class FusedLayer:
         """The epsilons of the first and the second norm."""
         return self._first_norm.eps, self._second_norm.eps
 
+    def replace_products(self, make: ProductFactory) -> None:
+        """Replaces the layer's products, also in the model's own layer, and frees their weights."""
+        names = self._names
+        joined = make(self._weight, self._bias)
+        replace_joined(self._layer, (names.query, names.key, names.value), names.attention, [joined])
+        self._joined, self._weight, self._bias = joined, joined.weight, joined.weight
+        made = [make(part.weight, part.bias) for part in (self._context, self._up, self._down)]
+        for name, part in zip((names.context, names.up, names.down), made, strict=True):
+            self._layer.set_submodule(name, part)
+        self._context, self._up, self._down = made
+
     def __call__(self, x: Tensor, layout: PackedLayout, position_bias: Tensor | None, variant: KernelVariant) -> Tensor:
         """Runs the layer, `[T, H]` to `[T, H]`. The variant `few` is for CPU threads: a GPU runs `many` instead."""
-        run = self.few if variant == "few" and x.device.type == "cpu" else self.many
+        is_few = variant == "few" and x.device.type == "cpu" and self._joined is None
+        run = self.few if is_few else self.many
         return run(x, layout, position_bias)
 
     def many(self, x: Tensor, layout: PackedLayout, position_bias: Tensor | None) -> Tensor:
         """Runs the layer with the tokens as the left factor of each product, `[T, H]` to `[T, H]`."""
-        context = self._attend(linear(x, self._weight, self._bias), layout, position_bias)
-        x = _norm(_product(self._context, context).add_(x), self._first_norm)
-        inner = self._activate(_product(self._up, x))
-        return _norm(_product(self._down, inner).add_(x), self._second_norm)
+        joined = linear(x, self._weight, self._bias) if self._joined is None else self._joined(x)
+        context = self._attend(joined, layout, position_bias)
+        x = _norm(apply(self._context, context).add_(x), self._first_norm)
+        inner = self._activate(apply(self._up, x))
+        return _norm(apply(self._down, inner).add_(x), self._second_norm)
 
     def few(self, x: Tensor, layout: PackedLayout, position_bias: Tensor | None) -> Tensor:
         """Runs the layer with the weights as the left factor of each product: see `_FEW_ROWS`."""
@@ -229,11 +245,6 @@ class FusedLayer:
         return context[0].flatten(1)
 
 
-def _product(part: nn.Linear, x: Tensor) -> Tensor:
-    """Applies the part to tokens that stand as rows, `[T, in]` to `[T, out]`."""
-    return linear(x, part.weight, part.bias)
-
-
 def _left_product(part: nn.Linear, columns: Tensor) -> Tensor:
     """Applies the part to tokens that stand as columns `[in, T]`; gives columns `[out, T]`."""
     return torch.addmm(part.bias[:, None], part.weight, columns)
@@ -241,7 +252,7 @@ def _left_product(part: nn.Linear, columns: Tensor) -> Tensor:
 
 def _join(linears: list[nn.Linear], name: str) -> Tensor:
     """Joins weights (or biases) to one tensor, of which each part becomes a view: nothing is held twice."""
-    own = [getattr(linear, name) for linear in linears]
+    own = [getattr(part, name) for part in linears]
     joined = torch.cat([tensor.detach() for tensor in own])
     for tensor, part in zip(own, joined.chunk(len(own)), strict=True):
         tensor.data = part

@@ -37,6 +37,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return functional.linear(x, weight, bias)
 
 
+def apply(part: nn.Module, x: Tensor) -> Tensor:
+    """Applies a linear layer by `linear`, or what replaced it (`engines/layers/packed_linear.py`)."""
+    if type(part) is nn.Linear:
+        return linear(x, part.weight, part.bias)
+    found: Tensor = part(x)
+    return found
+
+
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Computes `linear` by oneDNN; float32 on a CPU.
 

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import structlog
 import torch
+from msgspec import structs
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, PretrainedConfig
 
@@ -24,7 +25,8 @@ from engines.models.base import EncoderConfig, LoadedEncoder
 from engines.models.cuda_graphs import capturer_for
 from engines.models.observation import observe
 from engines.models.transformer import TransformerEncoder
-from engines.spec import ModelSpec
+from engines.models.weight_forms import weight_form
+from engines.spec import Dtype, ModelSpec
 
 log = structlog.get_logger(__name__)
 
@@ -79,8 +81,10 @@ def _build_transformer(folder: Folder, spec: ModelSpec, encoder_config: EncoderC
     )
     tokenizer = read_tokenizer(folder, spec, facts)
     against_packing = observed.why_not_packed(tokenizer.max_tokens)
+    name = "int8" if spec.dtype == "int8" else dtype_name(model)
+    encoder_config = structs.replace(encoder_config, weight_form=weight_form(name, device))
     encoder = TransformerEncoder(model, head, encoder_config, capturer_for(device), notes=against_packing)
-    return Built(encoder, tokenizer, dtype_name(model))
+    return Built(encoder, tokenizer, name)
 
 
 def dtype_name(model: Any) -> str:
@@ -96,7 +100,11 @@ def choose_dtype(spec: ModelSpec, config: PretrainedConfig, device: torch.device
     """
     if spec.dtype == "float16" and overflows_float16(config.model_type):
         raise UnsupportedModel(f"{config.model_type} overflows in float16; set `dtype: bfloat16` or leave it out")
-    name = spec.dtype
+    if spec.dtype == "int8":
+        if device.type != "cpu":
+            raise UnsupportedModel(f"`dtype: int8` is for CPUs, not for {device}; set `dtype: bfloat16`")
+        return torch.float32  # rounded after the layers are fused
+    name: Dtype = spec.dtype
     if name == "auto":
         name = automatic_dtype(config.model_type, device.type, compute_capability(device))
     dtype: torch.dtype = getattr(torch, name)

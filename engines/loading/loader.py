@@ -29,6 +29,7 @@ from engines.loading.builders import build
 from engines.loading.checksums import Checksums
 from engines.loading.dtype import dtype_notes
 from engines.loading.folder import PLACEHOLDER_PROMPTS, read_folder
+from engines.loading.precision import PrecisionGate
 from engines.loading.score_forms import score_form
 from engines.loading.scorers import build_scorer
 from engines.models.base import EncoderConfig, LoadedEncoder, weight_bytes, workspace_bytes
@@ -36,6 +37,7 @@ from engines.models.cuda_graphs import CAPTURING
 from engines.models.prepacked import MAX_PREPACKED_BYTES
 from engines.models.transformer import TransformerEncoder
 from engines.models.verification import Canaries, SelfCheck
+from engines.precision import PrecisionStore
 from engines.spec import Matryoshka, ModelSpec
 from engines.types import ModelFiles, ModelInfo, fingerprint
 
@@ -48,6 +50,7 @@ class LoaderSettings(Struct, frozen=True, kw_only=True):
 
     `max_prepacked_bytes`: bytes of prepacked copies of weights that a model may hold where that is faster.
     `tuning_store`: tuned batch sizes, for models without a set one; None disables tuning.
+    `precision_store`: what reduced dtypes cost; None neither measures nor refuses them.
     """
 
     max_batch_tokens: int | None = None
@@ -59,6 +62,7 @@ class LoaderSettings(Struct, frozen=True, kw_only=True):
     canary_folder: Path | None = None
     max_prepacked_bytes: int = MAX_PREPACKED_BYTES
     tuning_store: TuningStore | None = None
+    precision_store: PrecisionStore | None = None
 
 
 class TorchLoader:
@@ -103,6 +107,9 @@ class TorchLoader:
         folder = read_folder(Path(files.path))
         self_check = SelfCheck(self._canaries)
         form, config = score_form(folder, spec), self._encoder_config(self_check)
+        store = self._settings.precision_store if form is None else None
+        gate = PrecisionGate(store, spec, files.revision, self._device)
+        gate.prepare(folder, config, files.size_bytes)
         built = build(folder, spec, config) if form is None else build_scorer(folder, spec, config, form)
         encoder, tokenizer, dtype, scoring = built
         checksums.check()
@@ -128,7 +135,10 @@ class TorchLoader:
             notes = self_check.run(encoder.paths, probes, dtype, key, _last_written_s(files))
             if isinstance(encoder, TransformerEncoder):
                 notes = (*dtype_notes(spec.dtype, dtype, compute_capability(self._device)), *notes)
-            found = structs.replace(info, attention=encoder.attention, path=encoder.path, notes=notes)
+            precision = gate.check(encoder, tokenizer, dtype, self._own_seconds)
+            found = structs.replace(
+                info, attention=encoder.attention, path=encoder.path, notes=notes, precision=precision
+            )
             return found, size + encoder.extra_bytes(), workspace
 
         tokens, tuner = self._batch_tokens(spec, encoder, tokenizer, f"{files.revision} {dtype}")
@@ -139,6 +149,11 @@ class TorchLoader:
         # The vector cache is in main memory, which is part of a CPU's budget but not of a GPU's.
         size = weight_bytes(encoder) + (spec.cache_bytes if self._device.type == "cpu" else 0)
         return EmbeddingEngine(parts, self._scheduler, self._threads, limits, check, self._free_memory, size)
+
+    def _own_seconds(self) -> float:
+        """Returns seconds of the present task so far, without those of tasks that preempted it."""
+        finisher(self._device)()
+        return self._scheduler.task_elapsed_s()
 
     def _encoder_config(self, self_check: SelfCheck) -> EncoderConfig:
         """Returns how an encoder of this device runs. On a GPU passes can be preempted in the check at load only: when

@@ -40,6 +40,7 @@ from engines.models.score_head import (
     select_rows,
 )
 from engines.models.transformer import TransformerEncoder
+from engines.models.weight_forms import weight_form
 from engines.spec import ModelSpec, Task
 
 log = structlog.get_logger(__name__)
@@ -58,6 +59,10 @@ def build_scorer(folder: Folder, spec: ModelSpec, encoder_config: EncoderConfig,
     Raises:
         BadModel: the folder is broken, or cannot be served exactly.
     """
+    if spec.dtype == "int8":
+        raise UnsupportedModel(
+            "`dtype: int8` is for models that embed, whose vectors have a bound; set `dtype: bfloat16` or leave it out"
+        )
     if spec.trust_remote_code:
         log.warning("model.remote_code_trusted", model=spec.model_id, source=spec.source, revision=spec.revision)
     _check_modules(folder, form)
@@ -72,13 +77,15 @@ def build_scorer(folder: Folder, spec: ModelSpec, encoder_config: EncoderConfig,
     pairs = parts.pairs(template)
     head = parts.head(pairs, template)
     drop_pooler(parts.backbone)
+    dtype = dtype_name(parts.backbone)
+    encoder_config = structs.replace(encoder_config, weight_form=weight_form(dtype, encoder_config.device))
     encoder = TransformerEncoder(
         parts.backbone, head, encoder_config, capturer_for(encoder_config.device),
         notes=parts.observed.why_not_packed(pairs.max_tokens), has_types=pairs.pair.has_types,
     )  # fmt: skip
     parts.check(encoder)
     scoring = _scoring(folder, spec, config, pairs, head.dimensions)
-    return Built(encoder, pairs.tokenizer, dtype_name(parts.backbone), scoring)
+    return Built(encoder, pairs.tokenizer, dtype, scoring)
 
 
 class _Parts:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from engines.inputs.tokenizer import Ids
 from engines.models.adapters import storage_bytes
+from engines.models.weight_forms import WeightForm
 from engines.protocols import Clock
 
 PART_TOKENS = 64
@@ -157,6 +158,7 @@ class EncoderConfig(Struct, frozen=True, kw_only=True):
         preemption_point: called before each layer; it may run other texts through the same encoder, if that is
             reentrant.
         recheck: called before a path that failed is used again; raises where its vectors are not right.
+        weight_form: of the model's products; None leaves them as they were read.
     """
 
     device: torch.device = torch.device("cpu")
@@ -164,6 +166,7 @@ class EncoderConfig(Struct, frozen=True, kw_only=True):
     max_prepacked_bytes: int = 0
     preemption_point: Callable[[], None] = _no_preemption
     recheck: Callable[[ForwardPaths], None] = _never_checked
+    weight_form: WeightForm | None = None
 
 
 class SinglePathEncoder:

@@ -98,13 +98,14 @@ class TransformerEncoder:
         adapt(model, self._state)
         self._fused = [] if self.notes else fuse(model, self._state)
         self._has_types = has_types
-        self._copies = PrepackedWeights(model, self._fused, has_types=has_types)
         decoder = [] if self.notes or self._fused else fuse_decoder(model, self._state)
+        form = config.weight_form
+        self._product_bytes = form.apply(model, [*self._fused, *decoder]) if form is not None else 0
+        self._copies = PrepackedWeights(model, self._fused, has_types=has_types)
         self._is_fusible = bool(self._fused or decoder)
         on_cpu = self._device.type == "cpu"
         self._can_skip = bool(decoder) and on_cpu and chain.reads_last_tokens_only
         self._can_share = bool(decoder) and on_cpu and all(layer.is_causal for layer in decoder)
-        self._is_forced = False
         if on_cpu and not self.notes:
             replace_products(model, self._state)
         can_record = has_varlen(self._device, model.dtype) and not self._rope.remembers
@@ -114,7 +115,7 @@ class TransformerEncoder:
         self.dimensions = chain.dimensions
         self.path: ForwardPath = "padded"
         self.part_tokens = PART_TOKENS
-        self._is_recording = False
+        self._is_recording = self._is_forced = False
         self._chosen: ForwardPath = "padded"
         self._failure = ""
         self._passes = PathFallback(self._leave, self._resume)
@@ -244,7 +245,7 @@ class TransformerEncoder:
         """See `LoadedEncoder`."""
         if self._graphs is not None:
             return kept_bytes(self._graphs.kept_tokens, self.token_bytes())
-        return self._copied_bytes() if self.path == "prepacked" else 0
+        return self._product_bytes + (self._copied_bytes() if self.path == "prepacked" else 0)
 
     def tensors(self) -> list[Tensor]:
         """See `Encoder`."""

@@ -32,7 +32,7 @@ from engines.types import fingerprint
 log = structlog.get_logger(__name__)
 
 # Cosine distance that rounding may cause, by dtype of the weights.
-TOLERANCE = {"float32": 1e-7, "bfloat16": 1e-3, "float16": 1e-3}
+TOLERANCE = {"float32": 1e-7, "bfloat16": 1e-3, "float16": 1e-3, "int8": 2e-2}
 
 OutputKind = Literal["vectors", "scores"]
 
@@ -40,7 +40,7 @@ OutputKind = Literal["vectors", "scores"]
 _SCORE_TOLERANCE = {"float32": 1e-8, "bfloat16": 1e-2, "float16": 1e-3}
 
 # Rows of one text that is in a batch twice may differ this much (as `distance`): rounding, and no more.
-_TWICE = {"float32": 1e-11, "bfloat16": 1e-5, "float16": 1e-5}
+_TWICE = {"float32": 1e-11, "bfloat16": 1e-5, "float16": 1e-5, "int8": 1e-5}
 
 # Paths treat texts of one length and of two lengths differently; each further length would cost every load a pass.
 _SHORT = "The yard keeps."

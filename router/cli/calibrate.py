@@ -8,6 +8,7 @@ from msgspec import Struct
 from numpy.typing import NDArray
 
 from router.cli.client import RemoteError, get
+from router.cli.texts import read_texts
 from router.config.settings import SettingsError, load_settings
 
 EXIT_INVALID = 2
@@ -49,7 +50,7 @@ def command(model: str, texts: Path, url: str, dimensions: int | None, input_typ
     Exit code 0: success; 2: invalid text file, model or address.
     """
     try:
-        lines = _read_texts(texts)
+        lines = read_texts(texts)
         settings = load_settings()
         key = settings.api_key or settings.admin_api_key
         request_fields = {"model": model, "dimensions": dimensions, "input_type": input_type}
@@ -65,22 +66,6 @@ def command(model: str, texts: Path, url: str, dimensions: int | None, input_typ
     click.echo("    calibration:")
     click.echo(f"      lowest: {_yaml_list(vectors.min(axis=0))}")
     click.echo(f"      highest: {_yaml_list(vectors.max(axis=0))}")
-
-
-def _read_texts(path: Path) -> list[str]:
-    """Read the non-blank lines.
-
-    Raises:
-        ValueError: the file is unreadable or too short.
-    """
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise ValueError(f"{path} cannot be read: {reason}") from None
-    if len(lines) < 2:
-        raise ValueError(f"{path} has {len(lines)} lines with text; at least 2 are required")
-    return lines
 
 
 def _yaml_list(numbers: NDArray[np.float32]) -> str:

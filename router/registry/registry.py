@@ -47,6 +47,8 @@ def to_spec(entry: ModelEntry, defaults: Defaults | UnsetType) -> ModelSpec:
     given["model_id"] = given.pop("name")
     if "keep_alive" in given:
         given["keep_alive_s"] = parse_keep_alive_s(given.pop("keep_alive"))
+    if "min_cosine" in given:
+        given["min_cosine"] = float(given["min_cosine"])
     if "cache" in given:
         given["cache_bytes"] = parse_cache_bytes(given.pop("cache"))
     if "pooling" in given:

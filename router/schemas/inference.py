@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from engines.spec import Matryoshka, Task, Truncate
+from engines.spec import Matryoshka, Precision, Task, Truncate
 from engines.types import State
 
 MAX_INPUTS = 2048
@@ -171,6 +171,7 @@ class Model(Struct, frozen=True, kw_only=True):
     max_tokens: int | None = None
     prompts: dict[str, str] = {}
     dtype: str = "auto"
+    precision: Precision | None = None
     device: str = "auto"
     memory_bytes: int = 0
     revision: str | None = None

@@ -116,6 +116,10 @@ def test_floats_count_in_the_target_dtype_and_integers_in_their_own(tmp_path: Pa
     assert counted.bytes_in("float32") == 1000 * 4 + 16 * 8
     assert counted.bytes_in("bfloat16") == 1000 * 2 + 16 * 8
     assert counted.bytes_in("float16") == 1000 * 2 + 16 * 8
+    assert (
+        counted.bytes_in("int8")
+        == counted.matrix_elements + 4 * counted.matrix_rows + 4 * (1000 - counted.matrix_elements) + 16 * 8
+    )
 
 
 def test_half_precision_files_take_twice_their_size_in_float32(tmp_path: Path) -> None:

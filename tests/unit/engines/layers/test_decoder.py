@@ -24,6 +24,7 @@ from transformers import (
 
 from engines.layers.attention import PACKED
 from engines.layers.decoder import fuse_decoder
+from engines.layers.packed_linear import Int8Linear, PackedLinear, Product, total_bytes
 from engines.layers.packing import PackedLayout, PackedState
 from engines.layers.shared_prefix import SharedPrefixLayout, num_shared_tokens
 from engines.models.adapters import storage_bytes
@@ -61,6 +62,11 @@ NOT_CAUSAL: dict[str, Callable[[], Any]] = {
     "qwen2": lambda: qwen2(is_causal=False),
     "gemma3": lambda: gemma3(use_bidirectional_attention=True),
 }
+
+
+def _worst_cosine(a: Tensor, b: Tensor) -> float:
+    return float(torch.cosine_similarity(a.double(), b.double(), dim=-1).min())
+
 
 Texts = Sequence[Sequence[int]]
 
@@ -188,6 +194,40 @@ def test_weights_are_held_once() -> None:
     fuse_decoder(model, PackedState())
 
     assert storage_bytes(list(model.parameters())) == before
+
+
+@pytest.mark.parametrize(
+    ("product", "dtype", "least"),
+    [(PackedLinear, torch.float32, 1 - 1e-9), (PackedLinear, torch.bfloat16, 0.999), (Int8Linear, torch.float32, 0.99)],
+)
+@pytest.mark.parametrize("name", MODELS)
+def test_products_of_another_form_serve_a_row_last_tokens_and_the_layers_themselves(
+    name: str, product: type[Product], dtype: torch.dtype, least: float
+) -> None:
+    model, state = MODELS[name](), PackedState()
+    expected = torch.cat(alone(model, TEXTS))
+    model, (row, layout) = model.to(dtype), in_one_row(TEXTS)
+    with torch.inference_mode():
+        for layer in fuse_decoder(model, state):
+            layer.replace_products(product)
+
+    assert _worst_cosine(torch.cat(alone(model, TEXTS)), expected) > least
+    assert _worst_cosine(fused(model, state, row, layout, only_last=False), expected) > least
+    assert _worst_cosine(fused(model, state, row, layout, only_last=True), expected[layout.ends - 1]) > least
+
+
+def test_weights_of_another_form_are_held_once() -> None:
+    model = qwen3(attention_bias=True)
+    linears = [part for layer in model.layers for part in layer.modules() if type(part) is nn.Linear]
+    before, in_linears = sum(map(torch.numel, model.parameters())), sum(part.weight.numel() for part in linears)
+    biases = sum(part.bias.numel() for part in linears if part.bias is not None)
+
+    with torch.inference_mode():
+        for layer in fuse_decoder(model, PackedState()):
+            layer.replace_products(PackedLinear)
+
+    assert sum(map(torch.numel, model.parameters())) == before - in_linears - biases
+    assert total_bytes(model.modules()) == 4 * in_linears
 
 
 def test_outside_of_a_fused_row_the_layers_run_as_before() -> None:

@@ -95,6 +95,20 @@ def test_a_tokenizer_of_another_family_is_refused(kit: Kit, copy: Callable[[str]
     assert "which this tokenizer does not know" in str(error)
 
 
+def test_scores_have_no_int8(kit: Kit, copy: Callable[[str], Path]) -> None:
+    assert "`dtype: int8` is for models that embed" in str(refusal(kit, copy("electra"), dtype="int8"))
+
+
+@pytest.mark.parametrize("name", ["electra", "qwen3-logits"])
+def test_scores_in_bfloat16_are_near_those_in_float32(kit: Kit, name: str) -> None:
+    folder = _built(kit, name)
+    exact, near = kit.load(folder), kit.load(folder, revision="r2", dtype="bfloat16")
+
+    assert near.info.dtype == "bfloat16"
+    assert near.info.precision is None
+    assert np.allclose(scores(near, PAIRS), scores(exact, PAIRS), atol=0.05)
+
+
 def test_an_unknown_template_is_refused_with_the_known_ones(
     kit: Kit, copy: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -12,14 +12,16 @@ READY = {
     "source": "org/mini", "aliases": ["text-embedding-3-small"], "task": "embed", "outputs": ["dense"],
     "labels": [], "dimensions": 8,
     "matryoshka": {"widths": [4], "minimum": None, "layer_norm": False}, "max_tokens": 512,
-    "prompts": {"query": "q: "}, "dtype": "float32", "device": "cpu", "memory_bytes": 300, "revision": "f" * 40,
+    "prompts": {"query": "q: "}, "dtype": "float32", "precision": None, "device": "cpu", "memory_bytes": 300,
+    "revision": "f" * 40,
     "trust_remote_code": False,
 }  # fmt: skip
 UNKNOWN_YET = {
     "id": "cold", "object": "model", "created": 1_700_000_000, "owned_by": "embedyard", "state": "absent",
     "source": "org/cold", "aliases": [], "task": None, "outputs": [], "labels": [], "dimensions": None,
     "matryoshka": None, "max_tokens": 77,
-    "prompts": {"query": "q: "}, "dtype": "auto", "device": "auto", "memory_bytes": 0, "revision": "v1",
+    "prompts": {"query": "q: "}, "dtype": "auto", "precision": None, "device": "auto", "memory_bytes": 0,
+    "revision": "v1",
     "trust_remote_code": True,
 }  # fmt: skip
 

@@ -70,7 +70,7 @@ def test_a_sound_setup_prints_plain_lines_and_exits_0() -> None:
     lines = [line.split("\t") for line in result.stdout.splitlines()]
 
     assert result.exit_code == 0
-    assert [line[1] for line in lines] == ["packages", "settings", "cpu", "registry", "disk", "hub"]
+    assert [line[1] for line in lines] == ["packages", "settings", "cpu", "registry", "precision", "disk", "hub"]
     assert lines[2][2].startswith("10.0 GB, budget 8.0 GB")
     assert lines[3][2] == "1 models, 0 of them on disk"
 

@@ -247,7 +247,13 @@ def test_the_error_prints_as_one_readable_list() -> None:
         ("pooling: meen", "models[0].pooling", "did you mean mean?"),
         ("pooling: [cls, meen]", "models[0].pooling[1]", "did you mean mean?"),
         ("pooling: []", "models[0].pooling", "a list of at least 1"),
-        ("dtype: int8", "models[0].dtype", "one of auto, bfloat16, float16, float32"),
+        (
+            "dtype: int4",
+            "models[0].dtype",
+            "one of auto, bfloat16, float16, float32, int8; got 'int4' (did you mean int8?)",
+        ),
+        ("min_cosine: 1.2", "models[0].min_cosine", "a number above 0, and 1 at most"),
+        ("min_cosine: high", "models[0].min_cosine", "a number above 0, and 1 at most"),
         ("dtype: true", "models[0].dtype", "got true"),
         ("device: gpu", "models[0].device", "auto, cpu, cuda or cuda:N"),
         ("max_tokens: 0", "models[0].max_tokens", "1 or more; got 0"),
@@ -594,7 +600,7 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=30).filter(la
 WIDTHS = st.lists(st.integers(1, 8192), min_size=1, max_size=4)
 POOLINGS = st.sampled_from(["cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"])
 DEFAULTS: dict[str, st.SearchStrategy[Any]] = {
-    "dtype": st.sampled_from(["auto", "float32", "bfloat16", "float16"]),
+    "dtype": st.sampled_from(["auto", "float32", "bfloat16", "float16", "int8"]),
     "device": st.sampled_from(["auto", "cpu", "cuda", "cuda:3"]),
     "max_tokens": st.integers(1, 2**31),
     "max_batch_tokens": st.integers(1, 2**31),

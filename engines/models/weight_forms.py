@@ -1,0 +1,83 @@
+"""Decides in which form a model's weights are kept on a CPU, and replaces its products accordingly.
+
+The form is applied once, after the layers are fused. Weights are held once: what is replaced is freed.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from msgspec import Struct
+from torch import nn
+
+from engines.device.cpu_features import has_fast_bfloat16
+from engines.device.load_throttle import throttle_point
+from engines.errors import UnsupportedModel
+from engines.layers.decoder import FusedDecoderLayer
+from engines.layers.fused import FusedLayer
+from engines.layers.packed_linear import Int8Embedding, Int8Linear, PackedLinear, Product, total_bytes
+
+
+class WeightForm(Struct, frozen=True):
+    """The form of a model's weights.
+
+    Attributes:
+        is_int8: int8 with a scale for each row, also in the table of token embeddings; else packed as they are.
+        activations: dtype of everything between the products; None for that of the weights.
+    """
+
+    is_int8: bool = False
+    activations: torch.dtype | None = None
+
+    def apply(self, model: Any, fused: Sequence[FusedLayer | FusedDecoderLayer]) -> int:
+        """Replaces the products of fused layers, and of the rest of the model where int8 is to save memory there or
+        nothing is fused. Returns the bytes of the products' weights.
+
+        Raises:
+            UnsupportedModel: int8 for a model that reads its weights in ways of its own, as state-space layers do.
+        """
+        if getattr(model, "_is_stateful", False):
+            if self.is_int8:
+                raise UnsupportedModel(f"`dtype: int8` is not supported for {model.config.model_type}: set another")
+            return 0
+        for layer in fused:
+            layer.replace_products(self.product)
+            throttle_point()
+        if self.is_int8 or not fused:
+            self._replace_linears(model)
+        if self.is_int8:
+            self._replace_table(model)
+        if self.activations is not None:
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(self.activations)
+        return total_bytes(model.modules())
+
+    def product(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+        """Makes a product in this form."""
+        if not self.is_int8:
+            return PackedLinear(weight, bias)
+        return Int8Linear(weight, bias if bias is None else bias.to(self.activations or bias.dtype))
+
+    def _replace_linears(self, model: nn.Module) -> None:
+        for name, part in list(model.named_modules()):
+            if type(part) is nn.Linear:
+                model.set_submodule(name, self.product(part.weight, part.bias))
+                throttle_point()
+
+    def _replace_table(self, model: Any) -> None:
+        """Replaces the table of token embeddings; others are small. One that scales its rows stays as it is."""
+        table = model.get_input_embeddings()
+        if type(table) is not nn.Embedding:
+            return
+        made = Int8Embedding(table.weight, self.activations or table.weight.dtype)
+        for name in [name for name, part in model.named_modules() if part is table]:
+            model.set_submodule(name, made)
+
+
+def weight_form(dtype: str, device: torch.device) -> WeightForm | None:
+    """Returns the form of weights in a dtype on a device; None where torch's own is the fastest that is known."""
+    if device.type != "cpu":
+        return None
+    if dtype == "int8":
+        return WeightForm(is_int8=True, activations=torch.bfloat16 if has_fast_bfloat16() else torch.float32)
+    return WeightForm() if dtype == "bfloat16" and has_fast_bfloat16() else None

