@@ -4,9 +4,7 @@ Every change is parsed before it is written: if it does not hold exactly the exp
 """
 
 import json
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
@@ -15,10 +13,7 @@ from engines.storage import write_atomically
 from router.auth.key_file import KeysError, parse_keys
 from router.auth.keys import Key
 from router.config.yaml_document import read_text
-
-
-class EditError(Exception):
-    """The change cannot be made; the file is unchanged."""
+from router.config.yaml_editing import EditError, last_line, locked
 
 
 def entry_text(key: Key) -> str:
@@ -76,20 +71,10 @@ def without_key(text: str, key_id: str) -> str:
     node = yaml.compose(text, yaml.SafeLoader)
     assert isinstance(node, yaml.SequenceNode)  # parse_keys accepted it as a list
     lines = text.splitlines(keepends=True)
-    first, last = node.value[index].start_mark.line, _last_line(node.value[index])
+    first, last = node.value[index].start_mark.line, last_line(node.value[index])
     while first > 0 and not lines[first].lstrip().startswith("-"):
         first -= 1
     return _verified("".join(lines[:first] + lines[last + 1 :]), keys[:index] + keys[index + 1 :])
-
-
-def _last_line(node: yaml.Node) -> int:
-    """Return the line of the node's last value; the end mark of a block is after the comments that follow it."""
-    if isinstance(node, yaml.MappingNode) and not node.flow_style:
-        return max(_last_line(value) for _, value in node.value)
-    if isinstance(node, yaml.SequenceNode) and not node.flow_style:
-        return max(map(_last_line, node.value))
-    end = node.end_mark
-    return end.line if end.column else end.line - 1
 
 
 def _verified(text: str, wanted: tuple[Key, ...]) -> str:
@@ -110,23 +95,7 @@ def edit_file(path: Path, change: Callable[[str], str], *, may_make: bool) -> No
         KeysError, EditError: raised by `change`.
         OSError: the file cannot be written.
     """
-    with _locked(path):
+    with locked(path):
         is_new = may_make and not path.exists()
         text = "" if is_new else read_text(path, "create it with `embedyard keys create`")
         write_atomically(path, change(text).encode(), is_private=True)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock on the folder, so that processes edit one at a time. Does nothing on systems without flock."""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    folder = os.open(path.resolve().parent, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(folder)

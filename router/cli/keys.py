@@ -8,12 +8,13 @@ import click
 import msgspec
 from msgspec import structs
 
-from router.auth.key_editor import EditError, edit_file, entry_text, with_key, without_key
+from router.auth.key_editor import edit_file, entry_text, with_key, without_key
 from router.auth.key_file import KeysError, read_id, read_keys, read_pattern
 from router.auth.keys import Key, Scope, digest_of, new_secret
 from router.cli.completion import key_ids
 from router.cli.output import print_rows
 from router.config.settings import SettingsError, load_settings
+from router.config.yaml_editing import EditError
 
 EXIT_INVALID = 2
 """Exit code for an invalid command or key file."""

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from router.auth.key_editor import EditError, edit_file, with_key, without_key
+from router.auth.key_editor import edit_file, with_key, without_key
 from router.auth.key_file import parse_keys, read_keys
 from router.auth.keys import Key, digest_of
 from router.cli.main import cli
 from router.config.settings import VARIABLES
+from router.config.yaml_editing import EditError
 
 HASH = "a" * 64
 COMMENTED = f"""\
