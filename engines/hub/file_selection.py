@@ -19,6 +19,7 @@ ReadFile = Callable[[str], bytes]
 
 MODULES = "modules.json"
 CONFIG = "config.json"
+README = "README.md"
 
 _METADATA = (
     "*config*.json", MODULES, "tokenizer*.json", "vocab*", "merges.txt", "*.model", "*.tiktoken", "bpe.codes",
@@ -81,6 +82,17 @@ def read_modules(names: Collection[str], read: ReadFile) -> tuple[Module, ...]:
         )
     except (TypeError, KeyError):
         raise BrokenFiles(f"{MODULES} has a module without path or type", file=MODULES) from None
+
+
+def description_files(names: Collection[str], read: ReadFile) -> tuple[str, ...]:
+    """Returns the files that describe a model without its weights and tokenizer: its configurations and its README."""
+    folders = {"", *(module.path for module in read_modules(names, read))}
+
+    def is_wanted(name: str) -> bool:
+        folder, _, base = name.rpartition("/")
+        return name == README or (folder in folders and (base == MODULES or fnmatchcase(base, "*config*.json")))
+
+    return tuple(name for name in names if is_wanted(name))
 
 
 def is_safe(name: str) -> bool:

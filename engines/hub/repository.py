@@ -6,6 +6,7 @@ caller ensures that one fetch of a model runs at a time.
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 from msgspec import Struct
 
@@ -13,7 +14,7 @@ from engines.errors import BadModel, BrokenFiles, FilesChanged, HubUnreachable, 
 from engines.hub.cache import Manifest, RepoCache
 from engines.hub.client import HubClient, Listing
 from engines.hub.errors import disk_full_error, translate_disk_errors
-from engines.hub.file_selection import MODULES, Selection, select
+from engines.hub.file_selection import MODULES, Selection, description_files, select
 from engines.hub.file_verification import ShouldContinue, Verdict, Verification
 from engines.hub.partial_file import FileEntry, OnBytes, is_intact
 from engines.hub.single_flight import DownloadProgress
@@ -21,6 +22,9 @@ from engines.hub.weight_files import WeightCount, count_weights, read_header
 from engines.types import ModelFiles, fingerprint
 
 _FULL_CLONE_MARKER = ".gitattributes"
+
+_MAX_DESCRIPTION_BYTES = 4 * 2**20
+"""Limit of a configuration or README that is read without a download of the model."""
 
 
 class CachedSnapshot(Struct, frozen=True, kw_only=True):
@@ -165,6 +169,20 @@ class Repository:
         listing = self._hub.listing(self._repo_id, self._cache.revision)
         remote = {name: file.size_bytes for name, file in listing.files.items()}
         return count_weights(remote, self._select(listing).weights, partial(self._hub.read_range, listing))
+
+    def copy_description(self, target: Path) -> None:
+        """Writes the repository's configurations and README to a folder: kilobytes, and no weights.
+
+        Raises:
+            SourceError, BrokenFiles.
+            UnsupportedModel: no weights in a supported format.
+        """
+        listing = self._hub.listing(self._repo_id, self._cache.revision)
+        self._select(listing)
+        for name in description_files(listing.files, partial(self._hub.read_file, listing)):
+            if listing.files[name].size_bytes <= _MAX_DESCRIPTION_BYTES:
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
+                (target / name).write_bytes(self._hub.read_file(listing, name))
 
     def _select(self, listing: Listing) -> Selection:
         read = partial(self._hub.read_file, listing)

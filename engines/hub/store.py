@@ -150,6 +150,14 @@ class ModelStore:
         except (BadModel, OSError):
             return None
 
+    def copy_description(self, spec: ModelSpec, target: Path) -> None:
+        """Writes the configurations and README of a hub repository to a folder, without a download of the model.
+
+        Raises:
+            SourceError, BrokenFiles, UnsupportedModel: as for `fetch`.
+        """
+        self._repository(spec).copy_description(target)
+
     def close(self) -> None:
         """Ends running downloads with `ShuttingDown`; the next start resumes their partial files."""
         self._hub.close()
