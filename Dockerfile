@@ -50,6 +50,7 @@ ENV PATH=/opt/embedyard/bin:$PATH \
     HOME=/models \
     HF_HOME=/models/huggingface \
     STATE_DIR=/models/state \
+    REGISTRY=/etc/embedyard/registry.yaml \
     HOST=0.0.0.0 \
     PORT=6008 \
     LOG_FORMAT=json \

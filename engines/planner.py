@@ -5,7 +5,7 @@ Uses files, earlier measurements and budgets; needs neither torch nor an event l
 behind them. `find_devices` is not among these, because it needs torch: it is in `engines/machine.py`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from msgspec import Struct
@@ -19,9 +19,8 @@ from engines.hub.weight_files import read_header, read_range
 from engines.loading.folder import Json, ModuleRef, pooling_of, read_folder, read_json, require_json
 from engines.loading.score_forms import score_form
 from engines.pool.estimates import Estimates, Measurements
-from engines.pool.eviction import total_bytes
 from engines.pool.runtime import device_matches, guessed_workspace_bytes
-from engines.pool.slot import NO_MEMORY, MemoryNeed
+from engines.pool.slot import MemoryNeed
 from engines.pool.state_machine import PoolStateMachine
 from engines.pool.status import StatusView
 from engines.precision import PrecisionStore
@@ -37,13 +36,13 @@ __all__ = [
     "Measurements",
     "ModelStore",
     "PrecisionStore",
+    "device_matches",
     "device_memory",
     "fast_dtypes",
     "native_width",
     "plan_best",
     "plan_on",
     "read_device",
-    "total_need_bytes",
 ]
 
 _HIDDEN_WIDTH_KEYS = ("hidden_size", "d_model", "dim", "n_embd", "emb_dim")
@@ -172,8 +171,3 @@ def plan_best(devices: Sequence[Device], spec: ModelSpec, forecast: Forecast) ->
     """Returns the plan on the matching device with the most free bytes; None if no device matches the model."""
     plans = [plan_on(device, spec, forecast) for device in devices if device_matches(device.name, spec.device)]
     return max(plans, key=lambda plan: (plan.fits, plan.free_bytes), default=None)
-
-
-def total_need_bytes(forecasts: Mapping[str, Forecast]) -> int:
-    """Returns the bytes that all models need at once; models of unknown size count 0."""
-    return total_bytes(forecast.need or NO_MEMORY for forecast in forecasts.values())

@@ -1,16 +1,25 @@
-"""Predicts from host snapshots whether pinned and preloaded models fit, and which others alternate in memory. Pure.
+"""Predicts whether models fit in memory at once, for the banner of `serve` and for `plan`. Pure.
 
-Only models of known size are counted: the hub is not queried.
+Places them as the pool charges them: weights add up on a device, and of workspaces the largest counts. Only models of
+known size are counted.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from msgspec import Struct
 
-from engines.types import HostSnapshot, ModelStatus
+from engines.types import HostSnapshot
 from router.registry.registry import Registry
 
 _SHOWN = 3
+
+
+class KnownNeed(Struct, frozen=True, kw_only=True):
+    """The memory that a model needs, in bytes, and the names of the devices that it may run on."""
+
+    weight_bytes: int
+    workspace_bytes: int
+    devices: tuple[str, ...]
 
 
 class CapacityReport(Struct, frozen=True, kw_only=True):
@@ -41,64 +50,69 @@ class CapacityReport(Struct, frozen=True, kw_only=True):
 
 
 def plan_capacity(registry: Registry, hosts: Sequence[HostSnapshot]) -> CapacityReport:
-    """Place the wanted models first, then the others, each time the largest on the device with most space."""
-    capacities = {host.host_id: _DeviceCapacity(host) for host in hosts}
-    statuses = {
-        spec.model_id: status for spec in registry.models.values() if (status := _largest(hosts, spec.model_id))
-    }
-    wanted = [model_id for model_id in statuses if _is_wanted(registry, model_id)]
-    others = [model_id for model_id in statuses if model_id not in wanted]
-    misfits = _place(wanted, statuses, hosts, capacities)
-    alternating = _place(others, statuses, hosts, capacities)
+    """Place the wanted models first, then the others."""
+    capacities = Capacities({host.host_id: host.budget_bytes for host in hosts})
+    needs = {model_id: need for model_id in registry.models if (need := _largest_need(hosts, model_id))}
+    wanted = {model_id: need for model_id, need in needs.items() if _is_wanted(registry, model_id)}
+    others = {model_id: need for model_id, need in needs.items() if model_id not in wanted}
     return CapacityReport(
-        wanted_bytes=_total_bytes([statuses[model_id] for model_id in wanted]),
-        total_bytes=_total_bytes(statuses.values()),
+        wanted_bytes=total_bytes(wanted.values()),
+        total_bytes=total_bytes(needs.values()),
         budget_bytes=sum(host.budget_bytes for host in hosts),
-        num_known=len(statuses),
-        misfits=misfits,
-        alternating=alternating,
+        num_known=len(needs),
+        misfits=capacities.place(wanted),
+        alternating=capacities.place(others),
     )
+
+
+class Capacities:
+    """Simulates the free memory of devices. `budgets`: bytes for models, by the name of the device."""
+
+    def __init__(self, budgets: Mapping[str, int]) -> None:
+        self._devices = {name: _DeviceCapacity(budget_bytes) for name, budget_bytes in budgets.items()}
+
+    def place(self, needs: Mapping[str, KnownNeed]) -> tuple[str, ...]:
+        """Place models, each time the largest on the device with most space; returns those that do not fit, in order.
+
+        A model that may run on none of the devices does not fit.
+        """
+        unplaced = set()
+        for model_id in sorted(needs, key=lambda model_id: -needs[model_id].weight_bytes):
+            need = needs[model_id]
+            fitting = [self._devices[name] for name in need.devices if name in self._devices]
+            best = max(fitting, key=lambda device: device.left_after(need), default=None)
+            if best is None or best.left_after(need) < 0:
+                unplaced.add(model_id)
+            else:
+                best.add(need)
+        return tuple(model_id for model_id in needs if model_id in unplaced)
 
 
 class _DeviceCapacity:
     """Simulates the free memory of one device."""
 
-    def __init__(self, host: HostSnapshot) -> None:
-        self.left_bytes = host.budget_bytes
+    def __init__(self, budget_bytes: int) -> None:
+        self.left_bytes = budget_bytes
         self.workspace_bytes = 0
 
-    def left_after(self, status: ModelStatus) -> int:
+    def left_after(self, need: KnownNeed) -> int:
         """Return the bytes left with the model added; only the largest workspace counts."""
-        grows = max(0, status.need_workspace_bytes - self.workspace_bytes)
-        return self.left_bytes - status.need_bytes - grows
+        grows = max(0, need.workspace_bytes - self.workspace_bytes)
+        return self.left_bytes - need.weight_bytes - grows
 
-    def add(self, status: ModelStatus) -> None:
-        self.left_bytes = self.left_after(status)
-        self.workspace_bytes = max(self.workspace_bytes, status.need_workspace_bytes)
-
-
-def _place(
-    model_ids: Sequence[str],
-    statuses: dict[str, ModelStatus],
-    hosts: Sequence[HostSnapshot],
-    capacities: dict[str, _DeviceCapacity],
-) -> tuple[str, ...]:
-    """Place models; returns those that do not fit, in the order given."""
-    unplaced = set()
-    for model_id in sorted(model_ids, key=lambda model_id: -statuses[model_id].need_bytes):
-        fitting = [capacities[host.host_id] for host in hosts if any(s.model_id == model_id for s in host.models)]
-        best = max(fitting, key=lambda capacity: capacity.left_after(statuses[model_id]))
-        if best.left_after(statuses[model_id]) < 0:
-            unplaced.add(model_id)
-        else:
-            best.add(statuses[model_id])
-    return tuple(model_id for model_id in model_ids if model_id in unplaced)
+    def add(self, need: KnownNeed) -> None:
+        self.left_bytes = self.left_after(need)
+        self.workspace_bytes = max(self.workspace_bytes, need.workspace_bytes)
 
 
-def _largest(hosts: Sequence[HostSnapshot], model_id: str) -> ModelStatus | None:
-    """Return the model's status with the largest known need: hosts may have an estimate and a measurement."""
-    found = [status for host in hosts for status in host.models if status.model_id == model_id and status.need_bytes]
-    return max(found, key=lambda status: status.need_bytes, default=None)
+def _largest_need(hosts: Sequence[HostSnapshot], model_id: str) -> KnownNeed | None:
+    """Return the model's largest known need: hosts may have an estimate and a measurement."""
+    held = [(host.host_id, status) for host in hosts for status in host.models if status.model_id == model_id]
+    largest = max((status for _, status in held if status.need_bytes), key=lambda each: each.need_bytes, default=None)
+    if largest is None:
+        return None
+    devices = tuple(host_id for host_id, _ in held)
+    return KnownNeed(weight_bytes=largest.need_bytes, workspace_bytes=largest.need_workspace_bytes, devices=devices)
 
 
 def _is_wanted(registry: Registry, model_id: str) -> bool:
@@ -106,9 +120,10 @@ def _is_wanted(registry: Registry, model_id: str) -> bool:
     return spec.pinned or spec.preload
 
 
-def _total_bytes(statuses: Iterable[ModelStatus]) -> int:
-    found = list(statuses)
-    return sum(s.need_bytes for s in found) + max((s.need_workspace_bytes for s in found), default=0)
+def total_bytes(needs: Iterable[KnownNeed]) -> int:
+    """Return the bytes that all of them need at once on one device."""
+    found = list(needs)
+    return sum(need.weight_bytes for need in found) + max((need.workspace_bytes for need in found), default=0)
 
 
 def _gib(size_bytes: int) -> str:

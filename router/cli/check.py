@@ -1,5 +1,6 @@
-"""`embedyard check`: validates the registry, the settings and the key file."""
+"""`embedyard check`: validates the registry, the settings and the key file, and looks for folders and packages."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -9,12 +10,15 @@ from msgspec import Struct
 
 from engines.spec import ModelSpec
 from router.auth.key_file import KeysError, read_keys
-from router.config.settings import SettingsError, load_settings
+from router.cli.start_warnings import target_dim_warnings
+from router.config.settings import DEFAULT_REGISTRY, Settings, SettingsError, load_settings
 from router.config.yaml_document import FileError, show_path
-from router.registry.registry import RegistryError, read_registry
+from router.registry.opening import is_embedded_only, missing_sources, open_registry
+from router.registry.registry import Registry, RegistryError, read_registry
 
+EXIT_MISSING = 1
 EXIT_INVALID = 2
-"""Exit code for an invalid registry, settings or key file."""
+"""Exit codes: a folder or package is not on this machine; an invalid registry, settings or key file."""
 
 
 class MistakeRecord(Struct, frozen=True, kw_only=True):
@@ -28,18 +32,23 @@ class MistakeRecord(Struct, frozen=True, kw_only=True):
 
 
 class CheckResult(Struct, frozen=True, kw_only=True):
-    """The output of `--json`. `models` is empty when there are mistakes."""
+    """The output of `--json`. `models` is empty when there are mistakes.
+
+    `missing`: models whose folder or package is not on this machine, with the reason. `warnings`: as `serve` prints.
+    """
 
     models: tuple[str, ...] = ()
     mistakes: tuple[MistakeRecord, ...] = ()
+    missing: dict[str, str] = {}
+    warnings: tuple[str, ...] = ()
 
 
 @click.command(
     epilog="""
 \b
 Examples:
-  embedyard check                    the registry in REGISTRY, and the settings
-  embedyard check staging.yaml       only this file
+  embedyard check                    what `embedyard serve` will see here
+  embedyard check staging.yaml       only this file, wherever its models are
   embedyard check && embedyard serve
   embedyard check --json | jq -r '.mistakes[] | "\\(.file):\\(.line): \\(.message)"'
 """
@@ -47,24 +56,39 @@ Examples:
 @click.argument("registry", required=False, type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the models, or every mistake with its location, as JSON.")
 def command(registry: Path | None, *, as_json: bool) -> None:
-    """Validate REGISTRY (default: from the settings), the settings and KEYS_FILE.
+    """Validate the settings, KEYS_FILE and the registry, and look for its folders and packages; or only REGISTRY.
 
-    Prints one line per model, or every mistake with its line and key. Exit code 0: valid; 2: mistakes.
+    Prints one line per model, or every mistake with its line and key. Exit code 0: valid; 1: a folder or package is
+    not on this machine; 2: mistakes.
     """
-    path = registry or _checked_settings(as_json=as_json)
+    settings = None if registry else _checked_settings(as_json=as_json)
+    path = registry or (settings.registry if settings else DEFAULT_REGISTRY)
     try:
-        found = read_registry(path)
+        found = read_registry(path) if settings is None else open_registry(settings)
     except RegistryError as error:
         _exit_invalid(error, path, as_json=as_json)
+    missing = missing_sources(found.models.values()) if settings else {}
+    warnings = target_dim_warnings(settings, found) if settings else ()
     if as_json:
-        _print(CheckResult(models=tuple(found.models)))
-        return
-    for spec in found.models.values():
-        click.echo(_line(spec, is_default=spec.model_id == found.default_model))
-    click.echo(f"{path}: {len(found.models)} models, no mistakes")
+        _print(CheckResult(models=tuple(found.models), missing=missing, warnings=warnings))
+    else:
+        _print_lines(found, path, missing, warnings)
+    if missing:
+        raise SystemExit(EXIT_MISSING)
 
 
-def _checked_settings(*, as_json: bool) -> Path:
+def _print_lines(registry: Registry, path: Path, missing: Mapping[str, str], warnings: Sequence[str]) -> None:
+    for spec in registry.models.values():
+        click.echo(_line(spec, missing.get(spec.model_id), is_default=spec.model_id == registry.default_model))
+    for warning in warnings:
+        click.echo(f"warning: {warning}", err=True)
+    lost = f", {len(missing)} not on this machine" if missing else ""
+    noun = "model" if len(registry.models) == 1 else "models"
+    origin = f"without a {path} the embedded model is served" if is_embedded_only(registry) else str(path)
+    click.echo(f"{origin}: {len(registry.models)} {noun}, no mistakes{lost}")
+
+
+def _checked_settings(*, as_json: bool) -> Settings:
     try:
         settings = load_settings()
     except SettingsError as error:
@@ -76,7 +100,7 @@ def _checked_settings(*, as_json: bool) -> Path:
             _exit_invalid(error, settings.keys_file, as_json=as_json)
         if not as_json:
             click.echo(f"{settings.keys_file}: {len(keys)} keys, no mistakes")
-    return settings.registry
+    return settings
 
 
 def _exit_invalid(error: SettingsError | FileError, file: Path | None, *, as_json: bool) -> NoReturn:
@@ -102,6 +126,7 @@ def _print(verdict: CheckResult) -> None:
     click.echo(msgspec.json.format(msgspec.json.encode(verdict), indent=2))
 
 
-def _line(spec: ModelSpec, *, is_default: bool) -> str:
+def _line(spec: ModelSpec, missing: str | None, *, is_default: bool) -> str:
     revision = f"@{spec.revision}" if spec.revision else ""
-    return f"ok  {spec.model_id}  {spec.source}{revision}{'  (default)' if is_default else ''}"
+    shown = f"{spec.model_id}  {spec.source}{revision}{'  (default)' if is_default else ''}"
+    return f"missing  {shown}  {missing}" if missing else f"ok  {shown}"

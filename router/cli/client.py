@@ -26,7 +26,15 @@ class RemoteError(Exception):
         self.status = status
 
 
-def get(url: str, path: str, response_type: type[Answer], key: str | None = None, *, body: object = None) -> Answer:
+def get(
+    url: str,
+    path: str,
+    response_type: type[Answer],
+    key: str | None = None,
+    *,
+    body: object = None,
+    timeout_s: float = _TIMEOUT_S,
+) -> Answer:
     """Request `path` from the server at `url` and decode its JSON as `response_type`; a POST when there is a `body`.
 
     Raises:
@@ -36,7 +44,7 @@ def get(url: str, path: str, response_type: type[Answer], key: str | None = None
     content = None if body is None else msgspec.json.encode(body)
     try:
         request = urllib.request.Request(url.rstrip("/") + path, content, headers)
-        with _opener(url).open(request, timeout=_TIMEOUT_S) as response:
+        with _opener(url).open(request, timeout=timeout_s) as response:
             return msgspec.json.decode(response.read(), type=response_type)
     except urllib.error.HTTPError as error:
         raise RemoteError(_error_message(url, error), error.code) from None

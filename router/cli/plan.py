@@ -1,5 +1,6 @@
 """`embedyard plan`: predicts what loading models would need and evict, without loading anything."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -7,14 +8,16 @@ from urllib.parse import quote
 import click
 import msgspec
 
-from engines.errors import InvalidValue, ModelNotFound
+from engines.errors import InvalidValue
 from engines.spec import ModelSpec
 from engines.types import Plan, format_bytes
+from router.cli.capacity import Capacities, KnownNeed, total_bytes
 from router.cli.client import RemoteError, get
 from router.cli.completion import model_names
 from router.cli.output import print_rows
 from router.config.settings import Settings, SettingsError, load_settings
-from router.registry.registry import Registry, RegistryError, open_registry
+from router.registry.opening import choose_models, open_registry
+from router.registry.registry import Registry, RegistryError
 
 if TYPE_CHECKING:
     from engines.planner import Device, Forecast
@@ -32,6 +35,7 @@ COLUMNS = ("name", "device", "state", "needs", "free", "fits", "would leave", "l
 Examples:
   embedyard plan bge-m3                        on this machine, with nothing else in memory
   embedyard plan bge-m3 m3e-base               also whether both fit at once
+  embedyard plan Qwen/Qwen3-Embedding-8B       a model of the hub; it need not be in the registry
   embedyard plan bge-m3 --url http://127.0.0.1:6008    on a running server, as it is now
 """
 )
@@ -50,7 +54,7 @@ def command(models: tuple[str, ...], *, url: str | None, registry: Path | None, 
         plans, summary = (
             _plan_on_server(url, models, settings) if url else _plan_locally(models, settings, open_registry(settings))
         )
-    except (SettingsError, RegistryError, ModelNotFound, InvalidValue, RemoteError) as error:
+    except (SettingsError, RegistryError, InvalidValue, RemoteError) as error:
         click.echo(str(error), err=True)
         raise SystemExit(EXIT_INVALID) from None
     if as_json:
@@ -73,10 +77,10 @@ def _plan_locally(models: tuple[str, ...], settings: Settings, registry: Registr
     """Plan on this machine, with nothing in memory.
 
     Raises:
-        ModelNotFound: the model is not in the registry.
+        RegistryError: no such model.
         InvalidValue: the device does not exist.
     """
-    specs = {spec.model_id: spec for spec in map(registry.resolve, models)}
+    specs = choose_models(registry, models).models
     from engines.planner import (  # these bring huggingface_hub
         Forecaster,
         Measurements,
@@ -94,7 +98,7 @@ def _plan_locally(models: tuple[str, ...], settings: Settings, registry: Registr
     finally:
         store.close()
     plans = [plan_best(devices, spec, forecasts[model_id]) or _no_device(spec) for model_id, spec in specs.items()]
-    return plans, _summary(forecasts, devices) if len(specs) > 1 else ""
+    return plans, _summary(_known_needs(specs, forecasts, devices), specs, devices) if len(specs) > 1 else ""
 
 
 def _devices(settings: Settings) -> tuple[str, ...]:
@@ -113,13 +117,31 @@ def _no_device(spec: ModelSpec) -> Plan:
     )  # fmt: skip
 
 
-def _summary(forecasts: dict[str, "Forecast"], devices: "list[Device]") -> str:
-    from engines.planner import total_need_bytes
+def _known_needs(
+    specs: Mapping[str, ModelSpec], forecasts: "Mapping[str, Forecast]", devices: "Sequence[Device]"
+) -> dict[str, KnownNeed]:
+    """Return what the models of known size need, and the devices that they may run on."""
+    from engines.planner import device_matches  # late, as above
 
-    need, budget = total_need_bytes(forecasts), sum(device.budget_bytes for device in devices)
-    unknown = [model_id for model_id, forecast in forecasts.items() if forecast.need is None]
+    return {
+        model_id: KnownNeed(
+            weight_bytes=forecast.need.weight_bytes,
+            workspace_bytes=forecast.need.workspace_bytes,
+            devices=tuple(each.name for each in devices if device_matches(each.name, specs[model_id].device)),
+        )
+        for model_id, forecast in forecasts.items()
+        if forecast.need is not None
+    }
+
+
+def _summary(needs: Mapping[str, KnownNeed], specs: Mapping[str, ModelSpec], devices: "Sequence[Device]") -> str:
+    """Tell whether the models fit at once, by the placement that the banner of `serve` predicts with."""
+    budgets = {device.name: device.budget_bytes for device in devices}
+    unknown = [model_id for model_id in specs if model_id not in needs]
+    needs = {model_id: need for model_id, need in needs.items() if need.devices}  # the others have a line of their own
+    verdict = "they take turns" if Capacities(budgets).place(needs) else "they fit at once"
     end = f"; size of {', '.join(unknown)} not known" if unknown else ""
-    verdict = "they fit at once" if need <= budget else "they take turns"
+    need, budget = total_bytes(needs.values()), sum(budgets.values())
     return f"together {format_bytes(need)} of {format_bytes(budget)}: {verdict}{end}"
 
 

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Protocol
 
 import click
 
-from engines.errors import BadModel, HubUnreachable, ModelNotFound, OfflineMode
+from engines.errors import BadModel, HubUnreachable, OfflineMode
 from engines.spec import ModelSpec
 from engines.types import format_bytes
 from router.cli.completion import model_names
 from router.cli.output import is_terminal
-from router.config.settings import Settings, SettingsError, load_settings
-from router.registry.registry import Registry, RegistryError, read_registry, with_model_path
+from router.config.settings import SettingsError, load_settings
+from router.registry.opening import choose_models, open_registry
+from router.registry.registry import RegistryError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -44,7 +45,8 @@ class PullReport(Protocol):
     epilog="""
 \b
 Examples:
-  embedyard pull bge-m3              one model, by id or alias
+  embedyard pull bge-m3              a model of the registry, by name or alias
+  embedyard pull BAAI/bge-m3         a model of the hub; it need not be in the registry
   embedyard pull --all               every model of the registry
   embedyard pull --all && embedyard serve
 """
@@ -62,20 +64,13 @@ def command(models: tuple[str, ...], *, is_all: bool, registry: Path | None) -> 
         raise click.UsageError("name models, or pass --all")
     try:
         settings = load_settings(flags={"REGISTRY": str(registry)} if registry else {})
-        found = with_model_path(_registry(settings), settings)
-        specs = tuple(found.models.values()) if is_all else tuple(found.resolve(name) for name in models)
-    except (SettingsError, RegistryError, ModelNotFound) as error:
+        found = open_registry(settings)
+        specs = tuple((found if is_all else choose_models(found, models)).models.values())
+    except (SettingsError, RegistryError) as error:
         click.echo(str(error), err=True)
         raise SystemExit(EXIT_INVALID) from None
     if not _pull_all(specs):
         raise SystemExit(EXIT_FAILED)
-
-
-def _registry(settings: Settings) -> Registry:
-    """Read the registry; with `MODEL_PATH` the file is optional."""
-    if settings.model_path and not settings.registry.exists():
-        return Registry()
-    return read_registry(settings.registry)
 
 
 def _pull_all(specs: tuple[ModelSpec, ...]) -> bool:

@@ -5,7 +5,7 @@ import click
 from engines.errors import InvalidValue
 from router.config.settings import SettingsError, load_settings
 from router.config.yaml_document import FileError
-from router.registry.registry import open_registry
+from router.registry.opening import open_registry
 
 EXIT_INVALID = 2
 """Exit code for invalid settings or registry, or when no cluster is reachable."""

@@ -1,21 +1,37 @@
 """`embedyard serve`: runs the server with the settings and the registry."""
 
+import os
 import shlex
 import socket
 from pathlib import Path
 
 import click
+import structlog
+from msgspec import structs
 
 from engines.errors import InvalidValue
 from engines.types import HostSnapshot
 from router.auth.key_file import read_keys
 from router.cli.capacity import plan_capacity
-from router.config.settings import Settings, SettingsError, load_settings
-from router.config.yaml_document import FileError
-from router.registry.registry import Registry, open_registry
+from router.cli.completion import model_names
+from router.cli.start_warnings import start_warnings
+from router.config.settings import DEFAULT_REGISTRY, Settings, SettingsError, load_settings
+from router.config.yaml_document import FileError, Mistake
+from router.registry.opening import ModelChoiceError, is_embedded_only, missing_sources, open_registry
+from router.registry.registry import Registry
 
 EXIT_INVALID = 2
 """Exit code for an invalid registry, settings or address."""
+
+_NOTHING_TO_SERVE = (
+    "there is no {file} here, and for the embedded model {reason}\n"
+    "  or name a model: embedyard serve BAAI/bge-m3; or write a registry: embedyard init"
+)
+
+_MORE_MODELS = """\
+More models (there is no {file} here, so the embedded one is served):
+  embedyard add BAAI/bge-m3      writes a {file} with it, which this server reads at once
+  embedyard serve BAAI/bge-m3    serves it without one"""
 
 
 @click.command(
@@ -23,15 +39,20 @@ EXIT_INVALID = 2
 \b
 Examples:
   embedyard serve                             the models of registry.yaml, on http://127.0.0.1:6008
+  embedyard serve BAAI/bge-m3                 a model of the hub, without a registry
+  embedyard serve ./my-model bge-m3           a folder, and a model of the registry; the first is the default
   embedyard serve --port 8080
-  MODEL_PATH=./my-model embedyard serve       a single model folder
 """
 )
+@click.argument("models", nargs=-1, metavar="[MODEL]...", shell_complete=model_names)
 @click.option("--registry", type=click.Path(path_type=Path), help="Registry file, instead of REGISTRY.")
 @click.option("--host", help="Address to listen on, instead of HOST.")
 @click.option("--port", help="Port to listen on, instead of PORT; 0 takes a free one.")
-def command(registry: Path | None, host: str | None, port: str | None) -> None:
-    """Serve the models of the registry until SIGTERM or Ctrl+C, then finish running requests.
+def command(models: tuple[str, ...], registry: Path | None, host: str | None, port: str | None) -> None:
+    """Serve the models of the registry, or only MODELs, until SIGTERM or Ctrl+C; then finish running requests.
+
+    MODEL is a name of the registry, a hub id or a folder. The first one is the default model, and loaded at start.
+    Without a registry file and without MODELs, the embedded model is served.
 
     Exit code 0: shut down by a signal; 1: forced exit with unfinished requests; 2: invalid registry, settings or
     address.
@@ -39,13 +60,28 @@ def command(registry: Path | None, host: str | None, port: str | None) -> None:
     given = {"REGISTRY": registry and str(registry), "HOST": host, "PORT": port}
     try:
         settings = load_settings(flags={name: text for name, text in given.items() if text})
+        settings = structs.replace(settings, models=models or settings.models)
         found = open_registry(settings)
+        _check_sources(settings, found)
         _check_keys_and_limits(settings)
         with _listener(settings) as listener:
             _serve(settings, found, listener)
     except (SettingsError, FileError, InvalidValue) as error:
         click.echo(str(error), err=True)
         raise SystemExit(EXIT_INVALID) from None
+
+
+def _check_sources(settings: Settings, registry: Registry) -> None:
+    """Refuse to start without the embedded model where it is the only one, and with named folders that hold no model.
+
+    Models of a registry that are not on this machine are no reason to refuse the others.
+    """
+    missing = missing_sources(registry.models.values())
+    if missing and is_embedded_only(registry):
+        reason = next(iter(missing.values()))
+        raise ModelChoiceError((Mistake((), _NOTHING_TO_SERVE.format(file=DEFAULT_REGISTRY, reason=reason)),))
+    if missing and settings.models:
+        raise ModelChoiceError(tuple(Mistake((), reason) for reason in missing.values()))
 
 
 def _check_keys_and_limits(settings: Settings) -> None:
@@ -63,7 +99,8 @@ def _listener(settings: Settings) -> socket.socket:
     try:
         return listen(settings.host, settings.port)
     except OSError as error:
-        reason = f"HOST={settings.host}, PORT={settings.port}: {error.strerror}; choose another, or stop its process"
+        where, problem = f"HOST={settings.host}, PORT={settings.port}", os.strerror(error.errno or 0)
+        reason = f"{where}: {problem}; choose another, or stop its process"
         raise SettingsError((reason,)) from None
 
 
@@ -80,6 +117,10 @@ def _serve(settings: Settings, registry: Registry, listener: socket.socket) -> N
 
     def announce() -> None:
         click.echo(banner(settings, registry, backend.snapshots(), port))
+        if is_embedded_only(registry):
+            click.echo(_MORE_MODELS.format(file=settings.registry))
+        for warning in start_warnings(settings, registry):
+            structlog.get_logger().warning("start.warning", reason=warning)
 
     run_server(create_app(settings, registry, backend, watch_registry=True), listener, announce)
 

@@ -181,6 +181,14 @@ def skins(text: str) -> tuple[str, ...]:
     return tuple(skin for skin in SKINS if skin in found)
 
 
+def names(text: str) -> tuple[str, ...]:
+    """Parse a comma-separated list of models: names, hub ids, folders."""
+    found = tuple(part.strip() for part in text.split(","))
+    if not all(found):
+        raise ValueError("a comma-separated list of models: names of the registry, hub ids, folders")
+    return found
+
+
 def path(text: str) -> Path:
     """Parse a path; `~` is the user's home folder."""
     try:

@@ -19,6 +19,7 @@ from router.config.quantities import parse_budget
 from router.config.setting_values import is_loopback
 
 DOTENV = Path(".env")
+DEFAULT_REGISTRY = Path("registry.yaml")
 _STATE_DIR = "~/.cache/embedyard"
 _EXPOSED = (
     "HOST={host} is reachable from other machines, but no key is set: set API_KEY (or ADMIN_API_KEY, or KEYS_FILE), "
@@ -41,11 +42,12 @@ class Settings(Struct, frozen=True, kw_only=True):
 
     host: str = "127.0.0.1"
     port: int = 6008
-    registry: Path = Path("registry.yaml")
+    registry: Path = DEFAULT_REGISTRY
     api_key: str | None = None
     admin_api_key: str | None = None
     keys_file: Path | None = None
     allow_anonymous: bool = False
+    models: tuple[str, ...] = ()
     model_path: str | None = None
     device: tuple[str, ...] = ("auto",)
     backend: str | None = None
@@ -111,6 +113,7 @@ VARIABLES = (
     Variable.of("ADMIN_API_KEY", values.key, is_secret=True),
     Variable.of("KEYS_FILE", values.path),
     Variable.of("ALLOW_ANONYMOUS", values.boolean),
+    Variable.of("MODELS", values.names),
     Variable.of("MODEL_PATH", str),
     Variable.of("DEVICE", values.devices),
     Variable.of("BACKEND", values.one_of("local", "process", "ray")),

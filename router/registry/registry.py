@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from heapq import nlargest
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import msgspec
 from msgspec import UNSET, Struct, UnsetType, structs
@@ -19,7 +19,6 @@ from engines.errors import InvalidValue, ModelNotFound
 from engines.spec import Calibration, Matryoshka, ModelSpec, is_same_engine
 from engines.types import Budget
 from router.config.quantities import parse_budget, parse_cache_bytes, parse_keep_alive_s
-from router.config.settings import Settings
 from router.config.yaml_document import FileError, Mistake, read_document, read_text
 from router.config.yaml_schema import check_shape
 from router.registry.file import (
@@ -30,10 +29,7 @@ from router.registry.file import (
     MatryoshkaRule,
     ModelEntry,
     RegistryFile,
-    is_hub_id,
 )
-from router.registry.file import read_name as check_name
-from router.registry.file import read_source as check_source
 from router.registry.rules import check_rules
 
 _POOLING_MODES = {"mean_sqrt_len": "mean_sqrt_len_tokens", "last_token": "lasttoken"}
@@ -117,6 +113,7 @@ class Registry(Struct, frozen=True, kw_only=True):
         models: by `model_id`.
         aliases: alias to `model_id`.
         backend: where the models run; None if the file does not set it.
+        is_from_file: whether `REGISTRY` was read, rather than done without.
     """
 
     version: int = 1
@@ -125,6 +122,7 @@ class Registry(Struct, frozen=True, kw_only=True):
     backend: str | None = None
     models: dict[str, ModelSpec] = {}
     aliases: dict[str, str] = {}
+    is_from_file: bool = False
 
     def resolve(self, name: str | None, may_suggest: Callable[[str], bool] = lambda _: True) -> ModelSpec:
         """Return the model of a name or alias; for None, the default model.
@@ -188,20 +186,10 @@ def read_registry(path: Path) -> Registry:
         RegistryError: with every mistake.
     """
     try:
-        text = read_text(path, "set REGISTRY to its path, or create one (registry.yaml is an example)")
+        text = read_text(path, "set REGISTRY to its path, or create one with `embedyard init`")
     except ValueError as error:
-        _refuse(str(error))
+        raise RegistryError((Mistake((), str(error)),)) from None
     return parse_registry(text)
-
-
-def open_registry(settings: Settings) -> Registry:
-    """Read the registry that the settings name. With `MODEL_PATH` the file is optional.
-
-    Raises:
-        RegistryError: with every mistake.
-    """
-    is_needed = not settings.model_path or settings.registry.exists()
-    return with_model_path(read_registry(settings.registry) if is_needed else Registry(), settings)
 
 
 def parse_registry(text: str) -> Registry:
@@ -219,61 +207,6 @@ def parse_registry(text: str) -> Registry:
     return _to_registry(msgspec.convert(document.value, RegistryFile))
 
 
-def with_model_path(registry: Registry, settings: Settings) -> Registry:
-    """Return the registry with `MODEL_PATH` as its default model. There are four cases:
-
-    1. not set: the registry unchanged.
-    2. an existing folder: registered under its base name. A model of that name keeps its prompts and limits, because
-       the folder is most likely a copy of it; its revision and `trust_remote_code` are reset.
-    3. a name, alias or source in the registry: that model.
-    4. another hub id or package: registered under its base name, with the full id as alias.
-
-    Raises:
-        RegistryError: none of these, or another model has the base name.
-    """
-    given = settings.model_path
-    if given is None:  # (1)
-        return registry
-    folder = _existing_folder(given)
-    if folder is not None:  # (2)
-        known = registry.models.get(folder.name)
-        spec = ModelSpec(model_id=folder.name, source=str(folder))
-        if known is not None:
-            spec = structs.replace(known, source=str(folder), revision=None, trust_remote_code=False)
-        return _with_default(registry, spec)
-    by_source = {spec.source: model_id for model_id, spec in registry.models.items()}
-    names = by_source | registry.aliases | {model_id: model_id for model_id in registry.models}
-    if given in names:  # (3)
-        return structs.replace(registry, default_model=names[given])
-    if not is_hub_id(given) and not given.startswith("package:"):
-        _refuse(f"MODEL_PATH={given}: folder not found")
-    base = given.rpartition("/")[2]  # (4)
-    if base in names:
-        _refuse(f"MODEL_PATH={given}: the name {base!r} is used by another model: add this one to the registry")
-    return _with_default(registry, ModelSpec(model_id=base, source=given))
-
-
-def _existing_folder(given: str) -> Path | None:
-    try:
-        folder = Path(given).expanduser().absolute()
-        return folder if folder.is_dir() else None
-    except (OSError, RuntimeError):  # the name is too long for the file system, or ~user is unknown
-        return None
-
-
-def _with_default(registry: Registry, spec: ModelSpec) -> Registry:
-    try:
-        check_name(spec.model_id)
-        check_source(spec.source)
-    except ValueError as error:
-        _refuse(f"MODEL_PATH={spec.source}: needs {error}")
-    models = registry.models | {spec.model_id: spec}
-    aliases = {alias: target for alias, target in registry.aliases.items() if alias != spec.model_id}
-    if "/" in spec.source and is_hub_id(spec.source):
-        aliases[spec.source] = spec.model_id
-    return structs.replace(registry, models=models, aliases=aliases, default_model=spec.model_id)
-
-
 def _to_registry(file: RegistryFile) -> Registry:
     models = {entry.name: to_spec(entry, file.defaults) for entry in file.models}
     aliases = {alias: entry.name for entry in file.models for alias in entry.aliases or ()}
@@ -286,10 +219,6 @@ def _to_registry(file: RegistryFile) -> Registry:
         models=models,
         aliases=aliases,
     )
-
-
-def _refuse(message: str) -> NoReturn:
-    raise RegistryError((Mistake((), message),)) from None
 
 
 def _shorten(name: str) -> str:

@@ -17,7 +17,8 @@ from engines.types import Budget
 from router.auth.guards import Connection, Keyring, keyring_of
 from router.auth.key_file import KeysError, read_keys
 from router.config.settings import Settings
-from router.registry.registry import Changes, Registry, RegistryError, diff, open_registry
+from router.registry.opening import open_registry
+from router.registry.registry import Changes, Registry, RegistryError, diff
 from router.server.state import ServerState
 
 log = structlog.get_logger()
@@ -159,7 +160,8 @@ class Reloader:
         if previous is not None:
             await asyncio.wait({previous})
         self._loaded = await asyncio.to_thread(fingerprint_file, self._settings.registry)
-        registry = await asyncio.to_thread(open_registry, self._settings)
+        needs_file = self._server_state.registry.is_from_file
+        registry = await asyncio.to_thread(open_registry, self._settings, needs_file=needs_file)
         changes = diff(self._server_state.registry, registry)
         await self._server_state.backend.reload(registry.models, self._new_budget(registry, changes))
         self._server_state.registry = registry

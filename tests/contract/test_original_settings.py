@@ -18,7 +18,7 @@ from router.app import create_app
 from router.backends.local import open_local_backend
 from router.cli.main import cli
 from router.config.settings import Settings, read_settings
-from router.registry.registry import open_registry
+from router.registry.opening import open_registry
 from tests.testkit.exposition import Exposition
 from tests.testkit.servers import serving
 

@@ -13,7 +13,8 @@ from router.backends.ray.replica import HostReplica
 from router.backends.worker_config import WorkerConfig, open_real_host
 from router.config.settings import Settings, load_settings
 from router.registry.generation import first_generation
-from router.registry.registry import Registry, open_registry
+from router.registry.opening import open_registry
+from router.registry.registry import Registry
 
 _CONNECT_TIMEOUT_S = 10.0
 _HEALTH_TIMEOUT_S = 30.0

@@ -12,10 +12,13 @@ from huggingface_hub import constants
 
 from engines import planner
 from engines.testing.fakes import FakeMemory
+from router.app import create_app
 from router.cli import doctor
 from router.cli import doctor as diagnosis
 from router.cli.main import cli
-from router.config.settings import VARIABLES
+from router.config.settings import VARIABLES, Settings
+from tests.testkit.backends import ScriptedBackend
+from tests.testkit.servers import REGISTRY, serving_in_thread
 
 LOCAL = "version: 1\nmodels:\n  - {name: here, source: ./here}\n"
 REMOTE = "version: 1\nmodels:\n  - {name: away, source: org/away}\n"
@@ -50,6 +53,7 @@ def setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.delenv(variable.name, raising=False)
     monkeypatch.setenv("DEVICE", "cpu")
     monkeypatch.setenv("STATE_DIR", str(tmp_path))
+    monkeypatch.setenv("PORT", "0")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "not" / "yet"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(planner, "device_memory", lambda device: FakeMemory(10 * 10**9))
@@ -70,9 +74,10 @@ def test_a_sound_setup_prints_plain_lines_and_exits_0() -> None:
     lines = [line.split("\t") for line in result.stdout.splitlines()]
 
     assert result.exit_code == 0
-    assert [line[1] for line in lines] == ["packages", "settings", "cpu", "registry", "precision", "disk", "hub"]
+    names = ["packages", "settings", "cpu", "hardware", "registry", "precision", "disk", "hub"]
+    assert [line[1] for line in lines] == names
     assert lines[2][2].startswith("10.0 GB, budget 8.0 GB")
-    assert lines[3][2] == "1 models, 0 of them on disk"
+    assert lines[4][2] == "1 models, 0 of them on disk"
 
 
 def test_json_holds_what_the_lines_hold() -> None:
@@ -118,6 +123,37 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert (found.verdict, found.detail) == ("fail", "not installed: no-such-package-of-ours")
     assert found.cure
+
+
+def test_a_port_that_another_process_has_is_a_failure(monkeypatch: pytest.MonkeyPatch, refusing_hub: str) -> None:
+    monkeypatch.setenv("PORT", refusing_hub.rpartition(":")[2])
+    found = findings()["address"]
+
+    assert found.verdict == "fail"
+    assert "Address already in use" in found.detail
+    assert "choose another PORT" in found.cure
+
+
+def test_a_server_that_runs_already_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    app = create_app(Settings(), REGISTRY, ScriptedBackend("mini"))
+    with serving_in_thread(app) as url:
+        monkeypatch.setenv("PORT", url.rpartition(":")[2])
+        found = findings()["address"]
+
+    assert (found.verdict, found.detail.endswith("in use, by Embedyard")) == ("warn", True)
+
+
+def test_a_gpu_that_pytorch_does_not_use_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    without = diagnosis.check_hardware()
+    monkeypatch.setattr(diagnosis, "count_nvidia_gpus", lambda: 2)
+    monkeypatch.setattr("engines.machine.find_devices", lambda names: ("cpu",))
+    unused = diagnosis.check_hardware()
+    monkeypatch.setattr("engines.machine.find_devices", lambda names: ("cuda:0", "cuda:1"))
+    used = diagnosis.check_hardware()
+
+    assert (without.verdict, unused.verdict, used.verdict) == ("ok", "warn", "ok")
+    assert "does not use the 2 NVIDIA GPUs here" in unused.detail
+    assert "COMPUTE=cuda" in unused.cure
 
 
 def test_a_device_that_is_not_here_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:

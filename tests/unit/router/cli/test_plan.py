@@ -78,6 +78,29 @@ def test_several_are_summed_up(hub: LoopbackHub) -> None:
     assert result.stderr.startswith("together 545 MB of 1.1 GB: they fit at once")
 
 
+def test_a_model_of_the_hub_need_not_be_in_the_registry(hub: LoopbackHub, tmp_path: Path) -> None:
+    hub.add("org/unlisted", tmp_path / "remote")
+    result = plan("org/unlisted", "--json")
+    (found,) = json.loads(result.stdout)
+
+    assert (result.exit_code, found["model_id"]) == (0, "unlisted")
+
+
+def test_the_sum_over_devices_is_no_room_on_one_of_them(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The banner places model by model; so does the plan."""
+    monkeypatch.setattr("router.cli.plan._devices", lambda settings: ("cpu", "cuda:0"))
+    monkeypatch.setattr("engines.planner.read_device", half)
+    result = plan("remote", "local")
+
+    assert result.stderr.startswith("together 545 MB of 1.0 GB: they take turns")
+
+
+def half(device: str, budget: Budget) -> object:
+    from engines.planner import Device
+
+    return Device(name=device, budget_bytes=500_000_000)
+
+
 def test_what_can_never_fit_says_so_and_exits_1(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEMORY_BUDGET", "16MiB")
     big = plan("local", "remote", "--json")

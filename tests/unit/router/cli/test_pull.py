@@ -131,6 +131,18 @@ def test_a_wrong_command_line_exits_2(hub: LoopbackHub, args: list[str]) -> None
     assert hub.requests == []
 
 
+def test_a_model_of_the_hub_need_not_be_in_the_registry(hub: LoopbackHub, tmp_path: Path) -> None:
+    hub.add("org/three", plain_model(tmp_path / "repo-three", tensors(seed=3)))
+    listed = run("org/three", "one")
+    (tmp_path / "registry.yaml").unlink()
+    alone = run("org/three")
+
+    assert (listed.exit_code, alone.exit_code) == (0, 0)
+    assert [line.split()[:2] for line in listed.stdout.splitlines()] == [["ok", "three"], ["ok", "one"]]
+    assert alone.stdout.startswith("ok  three  ")
+    assert hub.downloads("org/three", "model.safetensors") == 1
+
+
 def test_an_unknown_model_exits_2_before_anything_is_pulled(hub: LoopbackHub) -> None:
     result = run("one", "onne")
 

