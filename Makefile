@@ -12,7 +12,7 @@ TORCH_INDEX ?= $(if $(filter cpu,$(COMPUTE)),$(if $(filter Darwin,$(shell uname)
 PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
 .PHONY: help install install-test install-bench serve test smoke check format bench bench-http bench-peers bench-diff gpu gpu-environment gpu-wheels browser \
-        screenshots image image-steps sbom soak
+        screenshots image image-steps sbom release soak
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -133,6 +133,9 @@ image-steps: install-test  ## the same steps without Docker, in a clean root, up
 
 sbom: install-test  ## dist/sbom.cdx.json: everything that is shipped, with versions and licences
 	@$(BIN)/python -m tests.deploy.supply_chain sbom dist/sbom.cdx.json
+
+release: install-test  ## dist/: sdist and wheel, checked in an empty environment; prints the tag commands
+	@$(BIN)/python -m tests.deploy.release
 
 soak: install-test  ## twenty minutes of everything at once; SECONDS=60 for less
 	@$(BIN)/python -m benchmarks.lifecycle.endurance soak $(if $(SECONDS),--seconds $(SECONDS))
