@@ -12,7 +12,9 @@ import click
 from router.config.settings import export_hub_variables
 
 SUMMARIES = {
-    "serve": "Serve the models of the registry.",
+    "serve": "Serve the models of the registry, or those that are named.",
+    "init": "Write a first registry.",
+    "add": "Add a model to the registry.",
     "check": "Validate the registry and the settings.",
     "models": "Show the models of the registry.",
     "pull": "Download models ahead of time.",
@@ -35,6 +37,8 @@ EXAMPLES = """
 Examples:
   embedyard check                    validate registry.yaml and the settings
   embedyard serve                    serve on http://127.0.0.1:6008
+  embedyard serve BAAI/bge-m3        the same, with one model of the hub
+  embedyard add BAAI/bge-m3          add it to registry.yaml
   embedyard models                   list the models of the registry
   embedyard doctor                   find problems and their remedies
   embedyard COMMAND --help           help for one command

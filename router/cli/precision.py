@@ -13,7 +13,8 @@ from router.cli.completion import model_names
 from router.cli.output import print_rows
 from router.cli.texts import read_texts
 from router.config.settings import SettingsError, load_settings
-from router.registry.registry import RegistryError, open_registry
+from router.registry.opening import open_registry
+from router.registry.registry import RegistryError
 
 EXIT_FAILED = 1
 EXIT_INVALID = 2

@@ -4,7 +4,7 @@
   limits, whose clock a test advances.
 - `fake_server`: the app over the real backend and a real host, whose engines are fakes, on the test's own loop.
 - `serve_fake`: the same in a process (`tests/testkit/serve_fake.py`), for signals.
-- `serve_live`: `embedyard serve` as a user runs it, on a free port, without this machine's settings.
+- `serve_live`, `serve_here`: `embedyard serve` as a user runs it, on a free port, without this machine's settings.
 - `serving`, `serving_in_thread`: any app.
 """
 
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -189,15 +189,19 @@ async def eventually(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.002)
 
 
+MODULE = (sys.executable, "-m", "router")
+"""The program `embedyard`, from this tree."""
+
 _ADDRESS = re.compile(r"Embedyard serves (http://\S+)")
 
 
 class LiveServer(Struct, frozen=True):
-    """A running server; `banner` is its output when it was ready."""
+    """A running server; `banner` is its output when it was ready, `log` the file of its standard error."""
 
     url: str
     process: subprocess.Popen[str]
     banner: str
+    log: Path
 
 
 @contextmanager
@@ -207,10 +211,24 @@ def serve_live(registry: Path, **environ: str) -> Iterator[LiveServer]:
     Args:
         environ: settings of this server; those of the test run are not inherited. Without PORT, a free port.
     """
+    with serve_here(Path.cwd(), "--registry", str(registry), **environ) as server:
+        yield server
+
+
+@contextmanager
+def serve_here(cwd: Path, *arguments: str, command: Sequence[str] = MODULE, **environ: str) -> Iterator[LiveServer]:
+    """Serve from a working folder until the block ends, then stop with SIGTERM.
+
+    Args:
+        arguments: of `embedyard serve`.
+        command: the program `embedyard`.
+        environ: as for `serve_live`.
+    """
     with tempfile.TemporaryDirectory() as folder, (Path(folder) / "log").open("w+") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "router", "serve", "--registry", str(registry), "--port", environ.get("PORT", "0")],
-            env=_environment(folder) | environ,
+            [*command, "serve", *arguments, "--port", environ.get("PORT", "0")],
+            cwd=cwd,
+            env=environment(folder) | environ,
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
@@ -222,7 +240,8 @@ def serve_live(registry: Path, **environ: str) -> Iterator[LiveServer]:
             process.communicate(timeout=60)
 
 
-def _environment(folder: str) -> dict[str, str]:
+def environment(folder: str) -> dict[str, str]:
+    """Return the environment of a process that inherits no setting, with its own caches in a folder."""
     kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
     own = {"STATE_DIR": folder, "HF_HOME": folder, "LOG_FORMAT": "json", "HF_HUB_OFFLINE": "1"}
     return kept | own | {"PYTHONPATH": str(Path(__file__).parents[2])}
@@ -237,7 +256,7 @@ def _wait(process: subprocess.Popen[str], log: Path) -> LiveServer:
         match = _ADDRESS.search(line)
         url = match[1] if match else url
         if url is not None and "curl " in line:
-            return LiveServer(url, process, "".join(lines))
+            return LiveServer(url, process, "".join(lines), log)
     raise AssertionError(f"the server did not start:\n{''.join(lines)}\n{log.read_text()}")
 
 

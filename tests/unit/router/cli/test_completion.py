@@ -57,6 +57,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         (["pull"], "", {"bge-m3", "big", "e5"}),
         (["pull", "e5"], "b", {"bge-m3", "big"}),
+        (["serve"], "", {"bge-m3", "big", "e5"}),
         (["plan", "--registry", "other.yaml"], "", {"only"}),
         (["plan", "--registry", "none.yaml"], "", set()),
         (["keys", "revoke", "--file", "keys.yaml"], "w", {"web"}),
@@ -76,5 +77,5 @@ def test_commands_and_options_are_offered() -> None:
     offered = {item.value for item in completer.get_completions([], "")}
     options = {item.value for item in completer.get_completions(["doctor"], "--")}
 
-    assert {"serve", "doctor", "completion"} <= offered <= SUMMARIES.keys()
+    assert {"serve", "add", "init", "doctor", "completion"} <= offered <= SUMMARIES.keys()
     assert "--json" in options
