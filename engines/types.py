@@ -5,11 +5,17 @@ Vectors are bytes: little-endian float32, row after row, so that a record is sen
 
 import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, Self, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict
 
 from msgspec import Struct, structs
 
-from engines.spec import Matryoshka, Precision, Task, Truncate
+from engines.spec import Truncate
+from engines.status import Event as Event
+from engines.status import HostSnapshot as HostSnapshot
+from engines.status import ModelInfo as ModelInfo
+from engines.status import ModelStatus as ModelStatus
+from engines.status import Plan as Plan
+from engines.status import State as State
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,13 +50,6 @@ def format_bytes(size_bytes: int) -> str:
     return f"{size:.1f} TB"
 
 
-State = Literal[
-    "absent", "fetching", "cold", "waiting_space", "loading", "warming", "ready", "draining", "unloading",
-    "failed", "retired",
-]  # fmt: skip
-"""The states of a slot in the pool; `engines/pool/state_machine.py` has the diagram."""
-
-
 class BaseCall(Struct, frozen=True, kw_only=True):
     """Fields that every kind of call has; pools, backends and transports read only these.
 
@@ -73,7 +72,8 @@ class TextCall(BaseCall, frozen=True, kw_only=True):
     """A call about independent inputs. Exactly one of `texts` and `token_ids` is not empty.
 
     `input_type`, `instruction` and `prompt` choose the prompt as `engines/inputs/prompts.py` documents; `token_ids` are
-    taken verbatim. `None` means the model's own default.
+    taken verbatim. `max_tokens`: tokens that are read of each input, special tokens included, where that is fewer than
+    the model reads. `None` means the model's own default.
     """
 
     texts: tuple[str, ...] = ()
@@ -82,6 +82,7 @@ class TextCall(BaseCall, frozen=True, kw_only=True):
     instruction: str | None = None
     prompt: str | None = None
     truncate: Truncate | None = None
+    max_tokens: int | None = None
 
     @property
     def num_items(self) -> int:
@@ -128,7 +129,31 @@ class ScoreCall(BaseCall, frozen=True, kw_only=True, tag="score"):
         return len(self.texts)
 
 
-Call = EmbedCall | ScoreCall
+class TokenizeCall(BaseCall, frozen=True, kw_only=True, tag="tokenize"):
+    """Asks for the tokens of texts, not truncated, answered by `Tokens`.
+
+    Args:
+        texts: not empty, of at most `MAX_LISTED_CHARS` characters in all, prompts included.
+        input_type: the prompt, as in `TextCall`.
+        add_special_tokens: whether the tokens around each text are listed too.
+    """
+
+    texts: tuple[str, ...]
+    input_type: str | None = None
+    add_special_tokens: bool = True
+
+    @property
+    def num_items(self) -> int:
+        """Returns the number of texts, which is the number of lists of the result."""
+        return len(self.texts)
+
+
+MAX_LISTED_CHARS = 2**18
+"""Characters whose tokens one call may ask for: 3 MB of places, up to 20 MB as JSON."""
+
+ModelCall = EmbedCall | ScoreCall
+"""Calls that run the model, which limits count the tokens of."""
+Call = EmbedCall | ScoreCall | TokenizeCall
 """All kinds of calls: a tagged union, by `type`. A new kind is a new member here."""
 
 
@@ -238,7 +263,35 @@ class Scores(BaseResult, frozen=True, kw_only=True, tag="scores"):
         return np.frombuffer(self.values, dtype="<f4").reshape(len(self.token_counts), self.num_labels)
 
 
-Result = Embeddings | Scores
+class Tokens(BaseResult, frozen=True, kw_only=True, tag="tokens"):
+    """The result of one `TokenizeCall`: the tokens of all texts, in input order; `token_counts` says how many each has.
+
+    `places`: int32 little-endian, `[id, start, stop]` for each token: the characters that it stands for, counted in the
+    text with its prompt. Those of the special tokens around a text are -1. `specials`: names of the special tokens, by
+    id. `before`, `behind`: the prompt around each text.
+    """
+
+    places: bytes
+    specials: dict[int, str] = {}
+    before: str = ""
+    behind: str = ""
+
+    def split_body(self) -> tuple[Self, bytes]:
+        """See `BaseResult`; the body is `places`."""
+        return structs.replace(self, places=b""), self.places
+
+    def with_body(self, body: bytes) -> Self:
+        """See `BaseResult`."""
+        return structs.replace(self, places=body)
+
+    def array(self) -> "NDArray[Any]":
+        """Returns a read-only view of the places, int32, shape `[tokens of all texts, 3]`."""
+        import numpy as np  # imported late, as for `Embeddings`
+
+        return np.frombuffer(self.places, dtype="<i4").reshape(-1, 3)
+
+
+Result = Embeddings | Scores | Tokens
 """All kinds of results: a tagged union, by `type`. A new kind is a new member here."""
 
 
@@ -254,136 +307,6 @@ class ModelFiles(Struct, frozen=True, kw_only=True):
     revision: str
     size_bytes: int
     stamp: str = ""
-
-
-class ModelInfo(Struct, frozen=True, kw_only=True):
-    """Properties of a loaded engine.
-
-    `attention`: `packed` (no padding), `padded`, or `unpadded` (one length per batch). `path`: the forward path in use
-    (`engines/models/transformer.py` lists them). `is_fallback`: the path selected at load failed, and the slowest
-    path is in use until the selected one is retried. `notes`: each fallback and its reason. `task`: what it computes;
-    `dimensions` is 0 unless that is `embed`. `labels`: names of the columns of `Scores`, `is_multi_label`: whether they
-    do not exclude each other; none and False for `embed`. `precision`: of a reduced dtype, where it was measured.
-    """
-
-    dimensions: int
-    max_tokens: int
-    dtype: str
-    attention: str
-    path: str = ""
-    is_fallback: bool = False
-    prompts: dict[str, str] = {}
-    matryoshka: Matryoshka = Matryoshka()
-    notes: tuple[str, ...] = ()
-    task: Task = "embed"
-    labels: tuple[str, ...] = ()
-    is_multi_label: bool = False
-    precision: Precision | None = None
-
-
-class ModelStatus(Struct, frozen=True, kw_only=True):
-    """The status of one model on one host. Times are Unix seconds.
-
-    `weight_bytes` and `workspace_bytes` are charged against the budget. `need_bytes`: its weights when resident,
-    estimated or measured; 0 if unknown. `need_workspace_bytes`: the additional memory of its largest forward pass;
-    a guess until the first load.
-    """
-
-    model_id: str
-    state: State
-    host_id: str
-    device: str
-    source: str
-    revision: str | None = None
-    info: ModelInfo | None = None
-    weight_bytes: int = 0
-    workspace_bytes: int = 0
-    leases: int = 0
-    waiters: int = 0
-    queue_items: int = 0
-    pinned: bool = False
-    keep_alive_s: float = -1.0
-    last_used_at: float | None = None
-    load_s: float | None = None
-    loads: int = 0
-    evictions: int = 0
-    fetched_bytes: int = 0
-    fetch_total_bytes: int = 0
-    last_error: str | None = None
-    retry_at: float | None = None
-    need_bytes: int = 0
-    need_workspace_bytes: int = 0
-
-
-class HostSnapshot(Struct, frozen=True, kw_only=True):
-    """The state of one device at one moment. `residents` are model ids in eviction order, the next victim first.
-
-    `used_bytes` is the sum of all charged weights (of loading and unloading models too), `workspace_bytes` the largest
-    workspace: a model's is for as many batches as run at once, so the largest holds those of any models together.
-    `claimed_bytes`: weights of models that wait for memory here and are not charged yet. `ceiling_bytes`: the memory
-    that this process could use at most beside other processes, as of a recent reading; None without one. `stuck`: the
-    load that hangs and blocks all loads and unloads; empty if none does. `restarts`: how often the host's process has
-    died and was restarted.
-    """
-
-    host_id: str
-    device: str
-    total_bytes: int
-    budget_bytes: int
-    used_bytes: int
-    workspace_bytes: int
-    free_bytes: int
-    residents: tuple[str, ...]
-    models: tuple[ModelStatus, ...]
-    is_draining: bool = False
-    claimed_bytes: int = 0
-    ceiling_bytes: int | None = None
-    stuck: str = ""
-    restarts: int = 0
-
-
-class Event(Struct, frozen=True, kw_only=True):
-    """One change of one slot. `kind` `state`: `source → target` and its cause. `kind` `progress`: bytes of a download.
-
-    `seq` rises by one on each host; `time_s` is Unix time; `cause` is text for people, and names the claimant of an
-    eviction; `claimant` holds that model id for programs. `missing_bytes`: not 0 when the two models take turns
-    because they do not fit together; that much more memory would end the thrashing.
-
-    For programs: `reason` is why a model is evicted (`room, over_budget, idle, operator, registry, shutdown, damaged`,
-    on the step to `unloading`) or the kind of a failure; `seconds` is the duration of the load (on `ready`) or of the
-    residency (on `unloading`); `estimated_bytes` is what a load was admitted with, `measured_bytes` what it took.
-    """
-
-    seq: int
-    time_s: float
-    host_id: str
-    model_id: str
-    kind: Literal["state", "progress"]
-    source: State
-    target: State
-    cause: str = ""
-    claimant: str | None = None
-    done_bytes: int = 0
-    total_bytes: int = 0
-    missing_bytes: int = 0
-    reason: str = ""
-    seconds: float = 0.0
-    estimated_bytes: int = 0
-    measured_bytes: int = 0
-
-
-class Plan(Struct, frozen=True, kw_only=True):
-    """The predicted effect of loading a model. `seconds` is an estimate from earlier loads, None if unknown."""
-
-    model_id: str
-    host_id: str
-    state: State
-    fits: bool
-    need_bytes: int
-    free_bytes: int
-    evict: tuple[str, ...] = ()
-    seconds: float | None = None
-    reason: str = ""
 
 
 def fingerprint(parts: Sequence[object]) -> str:

@@ -12,11 +12,18 @@ from litestar.di import Provide
 
 from router.api.admin import AdminController
 from router.api.compat.cohere import CohereController
-from router.api.compat.ollama import OllamaController
-from router.api.compat.tei import TeiController
+from router.api.compat.ollama import OllamaController, answer_ollama_error
+from router.api.compat.ollama_models import OllamaModelsController
+from router.api.compat.tei import TeiController, TeiRootController
 from router.api.dashboard import DashboardController
 from router.api.docs import openapi_config
-from router.api.embeddings import EmbeddingsController, PathController
+from router.api.embeddings import (
+    OPENAI_HEADERS,
+    AzureController,
+    EmbeddingsController,
+    InfinityController,
+    PathController,
+)
 from router.api.models import ModelsController
 from router.api.probes import HealthController, MetricsController
 from router.api.rerank import RerankController
@@ -37,13 +44,15 @@ from router.server.state import ServerState, provide_spec
 
 _CONTROLLERS = (
     EmbeddingsController, RerankController, ScoreController, ModelsController, AdminController, HealthController,
-    MetricsController, DashboardController,
+    MetricsController,
 )  # fmt: skip
-_COMPATIBILITY_APIS: dict[str, type[Controller]] = {
-    "tei": TeiController,
-    "cohere": CohereController,
-    "ollama": OllamaController,
-    "path": PathController,
+_COMPATIBILITY_APIS: dict[str, tuple[type[Controller], ...]] = {
+    "tei": (TeiController,),
+    "cohere": (CohereController,),
+    "ollama": (OllamaController, OllamaModelsController),
+    "infinity": (InfinityController,),
+    "azure": (AzureController,),
+    "path": (PathController,),
 }
 
 
@@ -81,11 +90,12 @@ def create_app(
         "recorder": recorder,
         "traffic": traffic,
     }
-    compatibility_apis = [_COMPATIBILITY_APIS[name] for name in settings.skins]
+    compatibility_apis = [controller for name in settings.skins for controller in _COMPATIBILITY_APIS[name]]
+    page = TeiRootController if "tei" in settings.skins else DashboardController
     return Application(
-        route_handlers=[*_CONTROLLERS, *compatibility_apis],
+        route_handlers=[*_CONTROLLERS, page, *compatibility_apis],
         dependencies={"spec": Provide(provide_spec, sync_to_thread=False)},
-        exception_handlers={Exception: answer_error},
+        exception_handlers={Exception: answer_ollama_error if "ollama" in settings.skins else answer_error},
         lifespan=[
             lambda _: aclosing(observers),
             lambda _: aclosing(limiter.store),
@@ -125,5 +135,12 @@ def _cors(settings: Settings) -> CORSConfig | None:
         return None
     return CORSConfig(
         allow_origins=list(settings.cors_origins),
-        expose_headers=["x-request-id", "server-timing", "x-embed-truncated", "retry-after-ms", *RATE_HEADERS],
+        expose_headers=[
+            "x-request-id",
+            "server-timing",
+            "x-embed-truncated",
+            "retry-after-ms",
+            *OPENAI_HEADERS,
+            *RATE_HEADERS,
+        ],
     )

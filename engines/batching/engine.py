@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from engines.batching.autotune import BatchSizeTuner, TunedBatchSize
 from engines.batching.batch import BatchLimits, attribute_batch
@@ -23,11 +23,12 @@ from engines.batching.scores import Scoring, read_scored
 from engines.device.scheduler import DeviceScheduler, Task, post
 from engines.errors import EngineError, ShuttingDown
 from engines.inputs.pairs import PairReading
+from engines.inputs.token_listing import list_tokens
 from engines.inputs.tokenizer import IdReading, TextReading, TokenizedRequest, Tokenizer
 from engines.inputs.tokenizer_threads import TokenizerThreads
 from engines.models.base import Encoder, ForwardPathFailed
 from engines.spec import ModelSpec
-from engines.types import Call, ModelInfo, Result, ScoreCall, Timings
+from engines.types import Call, ModelCall, ModelInfo, Result, ScoreCall, Timings, TokenizeCall, Tokens
 
 _INLINE_CHARS = 1000
 _INLINE_TEXTS = 16
@@ -140,16 +141,24 @@ class EmbeddingEngine:
 
     async def run(self, call: Call) -> Result:
         """See `Engine.run`. Cancelling drops what is in no batch yet."""
+        if isinstance(call, TokenizeCall):
+            return await self._tokenize(call)
         output = output_spec(call, self._info, self._defaults)
         reading = self._reading(call)
         with self._threads.trim_heap_after() if reading.num_chars > _HEAVY_CHARS else nullcontext():
             return await self._run(reading, output, Origin(call.caller, self._spec.cache_shared))
 
-    def _reading(self, call: Call) -> Reading:
+    def _reading(self, call: ModelCall) -> Reading:
         if isinstance(call, ScoreCall):
             assert self._scoring is not None, "`output_spec` has checked the task"
             return read_scored(call, self._scoring.pairs, self._spec)
         return prepare_inputs(call, self._tokenizer, self._spec, self._info.prompts)
+
+    async def _tokenize(self, call: TokenizeCall) -> Tokens:
+        begun = time.monotonic()
+        work = partial(list_tokens, call, self._tokenizer, self._spec, self._info.prompts)
+        tokens = await self._threads.call(work)
+        return structs.replace(tokens, timings=Timings(tokenize_s=time.monotonic() - begun))
 
     async def _run(self, reading: Reading, output: OutputSpec, origin: Origin) -> Result:
         loop = asyncio.get_running_loop()

@@ -134,6 +134,8 @@ def prepare_inputs(
         InvalidRequest: they cannot be read as the call says.
     """
     truncate = call.truncate or spec.truncate or tokenizer.limits.truncate
+    if call.max_tokens is not None:
+        tokenizer = _limit(tokenizer, call.max_tokens)
     if call.token_ids:
         if call.input_type is not None or call.instruction is not None or call.prompt is not None:
             raise InvalidValue("token ids are taken verbatim: no prompt can be put in front of them", param="input")
@@ -143,6 +145,17 @@ def prepare_inputs(
     frame = select_prompt(call, prompts, spec.default_prompt, spec.instruction_template)
     _check_frame(call, frame.num_chars)
     return tokenizer.read(call.texts, frame, truncate)
+
+
+def _limit(tokenizer: Tokenizer, max_tokens: int) -> Tokenizer:
+    least = 1 + len(tokenizer.limits.prefix) + len(tokenizer.limits.suffix)
+    if max_tokens < least:
+        raise InvalidValue(
+            f"truncate_prompt_tokens is {max_tokens}, and {least - 1} of these are special tokens: send {least} or "
+            "more",
+            param="truncate_prompt_tokens",
+        )
+    return tokenizer.limited_to(max_tokens) if max_tokens < tokenizer.max_tokens else tokenizer
 
 
 def _check_frame(call: TextCall, num_chars: int) -> None:

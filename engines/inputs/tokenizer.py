@@ -158,7 +158,7 @@ class Tokenizer:
         self.max_text_tokens = limits.max_text_tokens
         self.first_cap = first_cap(limits.max_text_tokens + 2 * limits.margin_tokens)
         self.max_chars = max_chars(limits.max_text_tokens + 2 * limits.margin_tokens)
-        self._backend = backend
+        self.backend = backend
         self._ids = IdChecks(
             limits.prefix, limits.suffix, limits.max_tokens, limits.vocab_size, takes_empty=limits.takes_empty
         )
@@ -170,7 +170,7 @@ class Tokenizer:
 
     def limited_to(self, max_tokens: int) -> "Tokenizer":
         """Returns the same tokenizer with another `max_tokens`."""
-        return Tokenizer(self._backend, structs.replace(self.limits, max_tokens=max_tokens))
+        return Tokenizer(self.backend, structs.replace(self.limits, max_tokens=max_tokens))
 
     def encode(self, texts: Sequence[str], template: PromptTemplate, truncate: Truncate) -> TokenizedRequest:
         """Encodes texts.
@@ -237,7 +237,7 @@ class Tokenizer:
         token."""
         if not self.limits.counts_prompt:
             return 0
-        lenient = Tokenizer(self._backend, structs.replace(self.limits, takes_empty=True, has_foreign_ids=False))
+        lenient = Tokenizer(self.backend, structs.replace(self.limits, takes_empty=True, has_foreign_ids=False))
         encoded = lenient.encode([prompt], PromptTemplate(), "end" if truncate == "error" else truncate)
         return len(encoded.ids[0]) - min(len(self.limits.suffix), 1)
 
@@ -256,7 +256,7 @@ class Tokenizer:
             InvalidValue: a text is not valid Unicode, or the tokenizer cannot encode it.
         """
         try:
-            return [row.ids for row in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+            return [row.ids for row in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
         except UnicodeEncodeError as error:
             raise InvalidValue(
                 "input holds a lone surrogate, which is not valid Unicode: remove it", param="input"

@@ -4,14 +4,16 @@ import asyncio
 import ctypes
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from engines.inputs.token_ids import PIECE_CHARS, Step, TokenizedRequest
 
 _TRIM_AFTER_S = 2.0
+
+Found = TypeVar("Found")
 
 
 class Reading(Protocol):
@@ -65,6 +67,10 @@ class TokenizerThreads:
         if failures:
             raise failures[min(failures)]
         return reading.result()
+
+    async def call(self, work: Callable[[], Found]) -> Found:
+        """Runs one function on a thread for large requests."""
+        return await asyncio.get_running_loop().run_in_executor(self._large, work)
 
     async def _run_waiting(self, waiting: deque[tuple[int, Step]], failures: dict[int, Exception]) -> None:
         """Runs steps one after the other until none is left or one fails."""

@@ -2,8 +2,10 @@
 
 import asyncio
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +18,18 @@ from engines.errors import (
     TaskNotSupported,
 )
 from engines.spec import Matryoshka, ModelSpec
-from engines.types import Call, EmbedCall, Embeddings, ModelInfo, Result, ScoreCall, Scores, Timings
+from engines.types import (
+    Call,
+    EmbedCall,
+    Embeddings,
+    ModelInfo,
+    Result,
+    ScoreCall,
+    Scores,
+    Timings,
+    TokenizeCall,
+    Tokens,
+)
 
 WIDTH = 16
 WEIGHT_BYTES = 1000
@@ -121,6 +134,8 @@ class FakeEngine:
         try:
             self._attempts.next(call.model_id)
             await self._sleep(self._embed_s)
+            if isinstance(call, TokenizeCall):
+                return self._tokenize_now(call)
             return self._embed_now(call) if isinstance(call, EmbedCall) else self._score_now(call)
         except asyncio.CancelledError:
             self.cancelled += 1
@@ -177,17 +192,30 @@ class FakeEngine:
             timings=Timings(forward_s=self._embed_s),
         )
 
+    def _tokenize_now(self, call: TokenizeCall) -> Tokens:
+        """Each word is a token, whose id is its length; `[CLS]` (101) and `[SEP]` (102) are around them."""
+        before = self._named_prompt(call.input_type)
+        rows = []
+        for text in call.texts:
+            words = [(len(word[0]), *word.span()) for word in re.finditer(r"\S+", before + text)]
+            rows.append([(101, -1, -1), *words, (102, -1, -1)] if call.add_special_tokens else words)
+        return Tokens(
+            places=np.array(list(chain.from_iterable(rows)), "<i4").tobytes(),
+            token_counts=tuple(map(len, rows)),
+            specials={101: "[CLS]", 102: "[SEP]"},
+            before=before,
+        )
+
     def _prompted(self, call: EmbedCall, text: str) -> str:
-        if call.prompt is not None:
-            return call.prompt + text
-        if call.input_type is None:
-            return text
-        if not self.spec.prompts and call.input_type in ("query", "document"):
-            return text
-        if call.input_type not in self.spec.prompts:
+        return (self._named_prompt(call.input_type) if call.prompt is None else call.prompt) + text
+
+    def _named_prompt(self, name: str | None) -> str:
+        if name is None or (not self.spec.prompts and name in ("query", "document")):
+            return ""
+        if name not in self.spec.prompts:
             known = ", ".join(self.spec.prompts) or "none"
-            raise PromptNotFound(f"no prompt {call.input_type!r}; this model has {known}", param="input_type")
-        return self.spec.prompts[call.input_type] + text
+            raise PromptNotFound(f"no prompt {name!r}; this model has {known}", param="input_type")
+        return self.spec.prompts[name]
 
     def _count(self, call: EmbedCall, item: str | tuple[int, ...], index: int) -> int:
         if not isinstance(item, str) and max(item) >= VOCABULARY:

@@ -14,9 +14,9 @@ from msgspec import structs
 
 from engines.errors import ModelNotFound
 from engines.spec import ModelSpec
-from engines.types import Event, HostSnapshot, Plan
+from engines.types import HostSnapshot, Plan
 from router.api.decoding import StrictRequest
-from router.api.event_stream import event_messages, parse_last_event_id, preload_messages, wants_stream
+from router.api.event_stream import event_messages, events_of_model, parse_last_event_id, preload_messages, wants_stream
 from router.api.models import slots_by_model
 from router.api.openapi import BEARER, BODY, GUARDED, LOADING, failures
 from router.auth.guards import requires
@@ -172,16 +172,11 @@ class AdminController(Controller):
 def _preload_stream(
     request: Request[Any, Any, Any], server_state: ServerState, spec: ModelSpec, wanted: PreloadRequest
 ) -> AsyncIterator[ServerSentEventMessage]:
-    async def events_of_model() -> AsyncIterator[Event]:
-        async for event in server_state.backend.events():
-            if event.model_id == spec.model_id:
-                yield event
-
     async def preload() -> ModelSlots:
         await server_state.backend.preload(spec.model_id, pin=wanted.pin, wait=True, host_id=wanted.host)
         return _model_slots(server_state, spec)
 
-    return preload_messages(request, events_of_model(), preload)
+    return preload_messages(request, events_of_model(server_state.backend.events(), spec.model_id), preload)
 
 
 def _model_slots(server_state: ServerState, spec: ModelSpec) -> ModelSlots:

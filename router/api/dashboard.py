@@ -24,6 +24,7 @@ _HEADERS = {
     "x-content-type-options": "nosniff",
 }
 _GUARDED, _OPEN = "index.html", "index.html for everyone"
+_OLLAMA_RUNS = b"Ollama is running"
 _MARKS = (b'data-admin="key"', b'data-admin="open"')
 
 
@@ -34,7 +35,12 @@ class DashboardController(Controller):
 
     @get("/")
     async def page(self, request: Request[Any, Any, Any]) -> Response[bytes]:
-        """Serves the page and tells it if a key is needed: a try without one would log an error in the browser."""
+        """Serves the page and tells it if a key is needed: a try without one would log an error in the browser.
+
+        Ollama's clients get what they ask this path for: a sign that the server runs.
+        """
+        if _is_ollamas_client(request):
+            return Response(_OLLAMA_RUNS, media_type="text/plain; charset=utf-8")
         return _assets()[_OPEN if _is_open(state_of(request)) else _GUARDED].answer(request, _HEADERS)
 
     @get("/dashboard/{name:str}")
@@ -43,6 +49,13 @@ class DashboardController(Controller):
         if name not in _assets():
             raise NotFoundException
         return _assets()[name].answer(request, _HEADERS)
+
+
+def _is_ollamas_client(request: Request[Any, Any, Any]) -> bool:
+    """Whether a client asks for text or JSON, but for no page; browsers always ask for one, and curl for anything."""
+    accepted = request.headers.get("accept", "").lower()
+    asks_for_text = "text/plain" in accepted or "application/json" in accepted
+    return asks_for_text and "text/html" not in accepted and "ollama" in state_of(request).settings.skins
 
 
 def _is_open(server_state: ServerState) -> bool:

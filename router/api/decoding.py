@@ -17,20 +17,21 @@ from litestar import Request
 from litestar.exceptions import InternalServerException
 from msgspec import Struct, structs
 
-from engines.errors import DimensionsNotSupported, InvalidRequest, InvalidTokenId, InvalidValue
+from engines.errors import InvalidTokenId, InvalidValue
 from engines.types import EmbedCall
+from router.api.decode_errors import explain_invalid_json, explain_invalid_value
 from router.config.quantities import parse_keep_alive_s
 from router.errors import ClientLeft, EmptyInput, InvalidJson, TooManyInputs
-from router.schemas.compat import CohereRequest, OllamaRequest, TeiRequest
+from router.schemas.compat import CohereRequest, CohereV1Request, InfinityRequest, TeiRequest, TeiTokenizeRequest
 from router.schemas.inference import (
     MAX_IDS,
     MAX_IDS_OF_TEXT,
     MAX_INPUTS,
-    MAX_WIDTH,
     EmbeddingRequest,
     Input,
     KeepAlive,
 )
+from router.schemas.ollama import OllamaRequest
 from router.schemas.scoring import (
     ClassifyRequest,
     EitherRerankRequest,
@@ -94,25 +95,17 @@ _PARALLEL_BYTES = 2**20
 once would be no faster and take twice the memory."""
 
 _ITEMS_FIELDS: dict[Any, tuple[str, ...]] = {
-    EmbeddingRequest: ("input",), TeiRequest: ("inputs",), CohereRequest: ("texts",), OllamaRequest: ("input",),
+    EmbeddingRequest: ("input",), TeiRequest: ("inputs",), TeiTokenizeRequest: ("inputs",), OllamaRequest: ("input",),
+    CohereRequest: ("texts", "inputs"), CohereV1Request: ("texts", "inputs"), InfinityRequest: ("input",),
     RerankRequest: ("documents",), EitherRerankRequest: ("documents", "texts"), PredictRequest: ("inputs",),
     ScoreRequest: ("text_1", "text_2"), ClassifyRequest: ("input",),
 }  # fmt: skip
 """The fields of each request that hold its texts or token ids."""
 
-_MISSING = re.compile(r"Object missing required field `(?P<field>\w+)`")
-_BEYOND_64_BITS = re.compile(r"Expected `int` [<>]= -?9223372036854775\d+|Integer value out of range", re.ASCII)
-_TOO_WIDE = re.compile(rf"Expected `int` <= {MAX_WIDTH}|Integer value out of range")
 _IDS_BEGIN = re.compile(rb"\[[ \t\r\n]*[-0-9]")
 _ARRAY = ord("[")
-_FAULTY_BYTE = re.compile(r"\(byte (?P<at>\d+)\)")
-
-_LONE_SURROGATE = re.compile(
-    rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F]"
-)
-
-_NEAR_BYTES = 16
-"""Most bytes between a lone surrogate and the byte at which msgspec reports the error."""
+_WHOLE = -1
+"""As `truncate_prompt_tokens`: all tokens that the model reads."""
 
 _executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
 
@@ -150,7 +143,7 @@ def decode_body(body: bytes, wanted: Any) -> Any:
     Raises:
         InvalidJson, InvalidValue, InvalidTokenId; for a large body also TooManyInputs.
     """
-    with _translate_errors(body):
+    with _translate_errors(body, wanted=wanted):
         if wanted is PredictRequest or (len(body) > _INLINE_BYTES and wanted in _ITEMS_FIELDS):
             # msgspec does not say which pair is too long
             return _decode_in_stages(body, wanted)
@@ -158,19 +151,20 @@ def decode_body(body: bytes, wanted: Any) -> Any:
 
 
 @contextmanager
-def _translate_errors(content: Any, place: str = "") -> Iterator[None]:
+def _translate_errors(content: Any, place: str = "", wanted: Any = None) -> Iterator[None]:
     """Raise msgspec's errors inside the block as errors of the API.
 
     Args:
         content: what is being decoded.
         place: its path in the body.
+        wanted: its type, if it is the whole body.
     """
     try:
         yield
     except msgspec.ValidationError as error:
-        raise _invalid_value(error, place) from None
+        raise explain_invalid_value(error, place, wanted, content) from None
     except msgspec.DecodeError as error:
-        raise InvalidJson(_explain_invalid_json(error, content)) from None
+        raise InvalidJson(explain_invalid_json(error, content)) from None
     except UnicodeDecodeError:
         raise InvalidJson("Invalid JSON: the body is not UTF-8") from None
     except RecursionError:
@@ -180,36 +174,6 @@ def _translate_errors(content: Any, place: str = "") -> Iterator[None]:
 @cache
 def _decoder(wanted: Any) -> msgspec.json.Decoder[Any]:
     return msgspec.json.Decoder(wanted)
-
-
-def _invalid_value(error: msgspec.ValidationError, place: str) -> InvalidRequest:
-    """Parse msgspec's message, such as "Expected `int`, got `str` - at `$.dimensions`", into an error with `param`.
-
-    The message may quote what the client sent, at any length, so it is searched from its end.
-    """
-    what, _, path = str(error).rpartition(" - at `$")
-    what, path = (what, path.removesuffix("`")) if what else (path, "")
-    if missing := _MISSING.match(what):
-        path = f"{path}.{missing['field']}"
-    where = (place + path).removeprefix(".")
-    param = re.split(r"[.\[]", where, maxsplit=1)[0] or None
-    if missing:
-        return InvalidValue(f"{where} is required", param=param)
-    if param in _ITEMS_FIELDS[EmbeddingRequest] and _BEYOND_64_BITS.match(what):
-        return InvalidTokenId(f"{where} is not a token id: it has more than 64 bits", param=param)
-    refusal = DimensionsNotSupported if "dimension" in (param or "") and _TOO_WIDE.match(what) else InvalidValue
-    return refusal(f"{where or 'body'}: {what}", param=param)
-
-
-def _explain_invalid_json(error: msgspec.DecodeError, content: Any) -> str:
-    fault = _FAULTY_BYTE.search(str(error))
-    at = int(fault["at"]) if fault else len(content)
-    if _LONE_SURROGATE.search(content[max(0, at - _NEAR_BYTES) : at + _NEAR_BYTES]):
-        return (
-            "Invalid JSON: the body contains a lone surrogate (\\ud800 to \\udfff): send both halves of the pair, or "
-            "\\ufffd instead"
-        )
-    return f"Invalid JSON: {error}"
 
 
 # A large body is decoded in stages, because msgspec holds the GIL during a call, and builds a whole list before it
@@ -245,7 +209,7 @@ def _stages(wanted: Any) -> _Stages:
         envelope=msgspec.json.Decoder(envelope),
         whole={name: msgspec.json.Decoder(field.type) for name, field in fields.items()},
         items={name: msgspec.json.Decoder(_item_type(field.type)) for name, field in fields.items()},
-        allows_ids=wanted is EmbeddingRequest,
+        allows_ids=wanted in (EmbeddingRequest, InfinityRequest, TeiRequest),
     )
 
 
@@ -323,6 +287,7 @@ def embed_call(request: EmbeddingRequest, model_id: str, *, load_timeout_s: floa
         EmptyInput, TooManyInputs, InvalidValue.
     """
     texts, token_ids = _split_input(request.input)
+    limit = request.truncate_prompt_tokens
     if request.prompt is not None and (request.input_type is not None or request.instruction is not None):
         raise InvalidValue("prompt cannot be combined with input_type or instruction: send one of them", param="prompt")
     return EmbedCall(
@@ -333,7 +298,8 @@ def embed_call(request: EmbeddingRequest, model_id: str, *, load_timeout_s: floa
         input_type=request.input_type,
         instruction=request.instruction,
         prompt=request.prompt,
-        truncate=request.truncate,
+        truncate=request.truncate or ("end" if limit is not None else None),
+        max_tokens=limit if limit != _WHOLE else None,
         normalize=request.normalize,
         keep_alive_s=keep_alive_s(request.keep_alive),
         load_timeout_s=load_timeout_s,

@@ -1,8 +1,8 @@
-"""`POST /v1/embeddings` and `POST /m/{model}/v1/embeddings`: decode the request, embed it, encode the answer."""
+"""OpenAI's embeddings API, at its own path and at those of other servers: decode the request, embed it, encode it."""
 
 from typing import Any
 
-from litestar import Controller, Request
+from litestar import Controller, Request, get
 from litestar.di import NamedDependency
 from litestar.params import JSONBody
 from litestar.response.base import ASGIResponse
@@ -10,8 +10,18 @@ from msgspec import structs
 
 from engines.spec import ModelSpec
 from router.api.encoding import OutputFormat, encode_answer
-from router.api.inference import InferenceRoute, embed
-from router.schemas.inference import EmbeddingRequest, EmbeddingResponse
+from router.api.inference import Answer, InferenceRoute, embed
+from router.api.models import describe_model, list_visible_models
+from router.api.openapi import BEARER, GUARDED, failures
+from router.auth.guards import requires
+from router.schemas.compat import InfinityRequest
+from router.schemas.inference import EmbeddingRequest, EmbeddingResponse, Model, ModelList
+
+OPENAI_HEADERS = ("openai-processing-ms", "openai-version")
+_UNNAMED = "default/not-specified"
+"""The model that Infinity's client names if its user names none."""
+_VERSION = "2020-10-01"
+"""The only version of OpenAI's API so far."""
 
 
 class EmbeddingsController(Controller):
@@ -42,6 +52,56 @@ class PathController(Controller):
         return await _answer(request, structs.replace(data, model=spec.model_id))
 
 
+class InfinityController(Controller):
+    """OpenAI's API without `/v1`: Infinity's paths, and those of clients whose base URL lacks it."""
+
+    tags = ("skins",)
+
+    @InferenceRoute("/embeddings", summary="Embed texts (Infinity)", returns=EmbeddingResponse)
+    async def infinity_embeddings(
+        self, request: Request[Any, Any, Any], data: JSONBody[InfinityRequest]
+    ) -> ASGIResponse:
+        """Does the same as POST /v1/embeddings, and understands the defaults that Infinity's client sends."""
+        model = None if data.model == _UNNAMED else data.model
+        return await _answer(request, structs.replace(data, model=model, dimensions=data.dimensions or None))
+
+    @get(
+        "/models",
+        guards=(requires("embed"),),
+        security=BEARER,
+        responses=failures(*GUARDED),
+        summary="List the models (Infinity)",
+    )
+    async def infinity_models(self, request: Request[Any, Any, Any]) -> ModelList:
+        """Does the same as GET /v1/models."""
+        return list_visible_models(request)
+
+    @get(
+        "/models/{model_id:str}",
+        guards=(requires("embed"),),
+        security=BEARER,
+        responses=failures(*GUARDED, "model_not_found", "model_not_allowed"),
+        summary="Show a model (Infinity)",
+    )
+    async def infinity_model(self, request: Request[Any, Any, Any], spec: NamedDependency[ModelSpec]) -> Model:
+        """Does the same as GET /v1/models/{model_id}."""
+        return describe_model(request, spec)
+
+
+class AzureController(Controller):
+    """Azure's path, with the model as the name of a deployment; any `api-version` will do."""
+
+    path = "/openai/deployments/{model_id:str}/embeddings"
+    tags = ("skins",)
+
+    @InferenceRoute(summary="Embed texts with the model of the path (Azure)", returns=EmbeddingResponse)
+    async def azure_embeddings(
+        self, request: Request[Any, Any, Any], data: JSONBody[EmbeddingRequest], spec: NamedDependency[ModelSpec]
+    ) -> ASGIResponse:
+        """Ignores the body's `model`, which is the deployment's or the model's own name at Azure."""
+        return await _answer(request, structs.replace(data, model=spec.model_id))
+
+
 async def _answer(request: Request[Any, Any, Any], wanted: EmbeddingRequest) -> ASGIResponse:
     answer = await embed(request, wanted)
     output = OutputFormat(
@@ -50,4 +110,13 @@ async def _answer(request: Request[Any, Any, Any], wanted: EmbeddingRequest) -> 
         calibration=answer.calibration,
     )
     body = await encode_answer(answer.embeddings, answer.model_id, output)
-    return ASGIResponse(body=body, headers=answer.headers)
+    return ASGIResponse(body=body, headers=_headers(answer))
+
+
+def _headers(answer: Answer) -> dict[str, str]:
+    """Return the headers of an answer, and those of OpenAI: how long it took, and the date of the API."""
+    spent, headers = answer.embeddings.timings, answer.headers
+    seconds = spent.load_s + spent.tokenize_s + spent.queue_s + spent.forward_s
+    headers["openai-processing-ms"] = f"{seconds * 1000:.0f}"
+    headers["openai-version"] = _VERSION
+    return headers

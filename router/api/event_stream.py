@@ -2,7 +2,8 @@
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping
+from contextlib import aclosing
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
@@ -52,14 +53,13 @@ HEARTBEAT_S = 15.0
 """Proxies close connections that are idle for a minute or less."""
 
 
-async def preload_messages(
-    request: Request[Any, Any, Any],
-    events: AsyncIterator[Event],
-    preload: Callable[[], Coroutine[Any, Any, msgspec.Struct]],
-    *,
-    heartbeat_s: float = HEARTBEAT_S,
-) -> AsyncIterator[ServerSentEventMessage]:
-    """Stream `events`, then one `done` with the result of `preload`, or one `error`.
+Loading = asyncio.Task[msgspec.Struct]
+
+
+async def follow_preload(
+    events: AsyncIterator[Event], preload: Callable[[], Coroutine[Any, Any, msgspec.Struct]], heartbeat_s: float
+) -> AsyncGenerator[Event | Loading | None]:
+    """Run `preload`; yield `events`, None after each `heartbeat_s` without one, and last the task that has ended.
 
     A client that disconnects cancels the waiting, not the load.
     """
@@ -70,21 +70,48 @@ async def preload_messages(
     loading = loop.create_task(preload())
     loading.add_done_callback(lambda _: loop.call_later(_LINGER_S, _put, queue, None))
     try:
-        yield ServerSentEventMessage(data=None, comment="open")
+        yield None
         while True:
             try:
                 event = await asyncio.wait_for(queue.get(), heartbeat_s)
             except TimeoutError:
-                yield ServerSentEventMessage(data=None, comment="still here")
+                yield None
                 continue
             if event is None:
                 break
-            yield _message(event.kind, event)
-        yield _final_message(request, loading)
+            yield event
+        yield loading
     finally:
         forwarder.cancel()
         loading.cancel()
         await asyncio.gather(forwarder, loading, return_exceptions=True)
+
+
+async def preload_messages(
+    request: Request[Any, Any, Any],
+    events: AsyncIterator[Event],
+    preload: Callable[[], Coroutine[Any, Any, msgspec.Struct]],
+    *,
+    heartbeat_s: float = HEARTBEAT_S,
+) -> AsyncIterator[ServerSentEventMessage]:
+    """Stream `events`, then one `done` with the result of `preload`, or one `error`."""
+    comment = "open"
+    async with aclosing(follow_preload(events, preload, heartbeat_s)) as steps:
+        async for step in steps:
+            if step is None:
+                yield ServerSentEventMessage(data=None, comment=comment)
+                comment = "still here"
+            elif isinstance(step, Event):
+                yield _message(step.kind, step)
+            else:
+                yield _final_message(request, step)
+
+
+async def events_of_model(events: AsyncIterator[Event], model_id: str) -> AsyncIterator[Event]:
+    """Yield the events of one model."""
+    async for event in events:
+        if event.model_id == model_id:
+            yield event
 
 
 _MAX_ID_CHARS = 2**14

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar, cast
 
@@ -16,7 +16,7 @@ from msgspec import Struct, structs
 
 from engines.errors import EngineFailed, InvalidRequest, NonFiniteEmbedding, TaskNotSupported
 from engines.spec import Calibration, ModelSpec, Task
-from engines.types import BaseResult, Call, EmbedCall, Embeddings, ModelInfo, ModelStatus, Result
+from engines.types import BaseResult, EmbedCall, Embeddings, ModelCall, ModelInfo, ModelStatus, Result
 from router.api.decoding import StrictRequest, decode_token_ids, embed_call
 from router.api.encoding import check_ranges
 from router.api.openapi import BEARER, EMBEDDING, failures
@@ -46,7 +46,7 @@ _USES: dict[Task, str] = {
     "classify": "classify (POST /v1/classify, /predict)",
 }
 
-AnyCall = TypeVar("AnyCall", bound=Call)
+AnyCall = TypeVar("AnyCall", bound=ModelCall)
 
 _HEADERS = (
     ResponseHeader(
@@ -76,10 +76,17 @@ class InferenceRoute(HTTPRouteHandler):
         summary: title in the OpenAPI document.
         returns: type of the answer in the OpenAPI document.
         description: of the answer.
+        errors: its error responses.
     """
 
     def __init__(
-        self, path: str | None = None, *, summary: str, returns: Any, description: str = "Vectors in input order"
+        self,
+        path: str | Sequence[str] | None = None,
+        *,
+        summary: str,
+        returns: Any,
+        description: str = "Vectors in input order",
+        errors: Mapping[int, ResponseSpec] = failures(*EMBEDDING),
     ) -> None:
         super().__init__(
             path,
@@ -89,9 +96,9 @@ class InferenceRoute(HTTPRouteHandler):
             request_class=StrictRequest,
             response_headers=_HEADERS,
             security=BEARER,
+            include_in_schema=True,
             summary=summary,
-            responses={200: ResponseSpec(returns, generate_examples=False, description=description)}
-            | failures(*EMBEDDING),
+            responses={200: ResponseSpec(returns, generate_examples=False, description=description)} | dict(errors),
         )
 
     async def authorize_connection(self, connection: Connection) -> None:
@@ -188,19 +195,21 @@ def record_result(request: Request[Any, Any, Any], result: BaseResult, began_s: 
         log.warning("inputs.truncated", inputs=len(result.token_counts), truncated=len(result.truncated))
 
 
-async def run_call(request: Request[Any, Any, Any], server_state: ServerState, spec: ModelSpec, call: Call) -> Result:
+async def run_call(
+    request: Request[Any, Any, Any], server_state: ServerState, spec: ModelSpec, call: ModelCall
+) -> Result:
     """Run a call within the limits of its caller; cancelled if the client disconnects."""
     run = _run_counted if permit_of(request).counts_tokens else _run
     return await run(request, server_state, spec, call)
 
 
-async def _run(request: Request[Any, Any, Any], server_state: ServerState, spec: ModelSpec, call: Call) -> Result:
+async def _run(request: Request[Any, Any, Any], server_state: ServerState, spec: ModelSpec, call: ModelCall) -> Result:
     async with while_client_stays(request):
         return await server_state.backend.run(call)
 
 
 async def _run_counted(
-    request: Request[Any, Any, Any], server_state: ServerState, spec: ModelSpec, call: Call
+    request: Request[Any, Any, Any], server_state: ServerState, spec: ModelSpec, call: ModelCall
 ) -> Result:
     """Run a call of a caller with a token limit, and charge its tokens. Four cases:
 
@@ -228,7 +237,7 @@ async def _run_counted(
         await permit.settle(used)
 
 
-def _max_tokens(server_state: ServerState, spec: ModelSpec, call: Call) -> int | None:
+def _max_tokens(server_state: ServerState, spec: ModelSpec, call: ModelCall) -> int | None:
     """Return the most tokens that the model reads of one input; None if unknown.
 
     It is unknown if an input is long, and the model has never been in memory.
@@ -240,7 +249,7 @@ def _max_tokens(server_state: ServerState, spec: ModelSpec, call: Call) -> int |
     return next((info.max_tokens for info in infos_of(server_state, spec.model_id)), None)
 
 
-def _longest(call: Call) -> int:
+def _longest(call: ModelCall) -> int:
     """Return the length of the longest input, of pairs that of both texts: in characters, or token ids."""
     if isinstance(call, EmbedCall):
         return max(map(len, call.texts or call.token_ids))

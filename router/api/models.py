@@ -34,20 +34,29 @@ class ModelsController(Controller):
     @get(responses=failures(*GUARDED), summary="List the models")
     async def list_models(self, request: Request[Any, Any, Any]) -> ModelList:
         """Lists the models that the key may use, in memory or not."""
-        server_state = state_of(request)
-        found = visible_slots(request).items()
-        specs = server_state.registry.models
-        return ModelList(
-            data=[_model(server_state, specs[model_id], slots) for model_id, slots in found if model_id in specs]
-        )
+        return list_visible_models(request)
 
     @get(
         "/{model_id:str}", responses=failures(*GUARDED, "model_not_found", "model_not_allowed"), summary="Show a model"
     )
     async def retrieve_model(self, request: Request[Any, Any, Any], spec: NamedDependency[ModelSpec]) -> Model:
         """Shows a model by id or alias."""
-        server_state = state_of(request)
-        return _model(server_state, spec, slots_by_model(server_state)[spec.model_id])
+        return describe_model(request, spec)
+
+
+def list_visible_models(request: Request[Any, Any, Any]) -> ModelList:
+    """Return the models that the key of the request may use."""
+    server_state = state_of(request)
+    found, specs = visible_slots(request).items(), server_state.registry.models
+    return ModelList(
+        data=[_model(server_state, specs[model_id], slots) for model_id, slots in found if model_id in specs]
+    )
+
+
+def describe_model(request: Request[Any, Any, Any], spec: ModelSpec) -> Model:
+    """Return a model as `GET /v1/models` lists it."""
+    server_state = state_of(request)
+    return _model(server_state, spec, slots_by_model(server_state)[spec.model_id])
 
 
 def visible_slots(request: Request[Any, Any, Any]) -> dict[str, list[Slot]]:

@@ -4,7 +4,7 @@ Litestar's own schemas of Structs lose bounds and defaults, and mark an optional
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from inspect import getdoc
 from typing import Any
 
@@ -17,7 +17,7 @@ from litestar.openapi.spec import Example
 from engines.types import Plan
 from router.errors import TABLE, ErrorRow
 from router.registry.registry import Changes
-from router.schemas import admin, compat, inference, scoring
+from router.schemas import admin, compat, inference, ollama, scoring
 
 BEARER = [{"BearerToken": list[str]()}]
 GUARDED = ("invalid_api_key", "insufficient_scope")
@@ -41,14 +41,8 @@ _WIRE = (
     inference.EmbeddingRequest, inference.EmbeddingResponse, inference.ErrorEnvelope, inference.Model,
     inference.ModelList, admin.Slot, admin.SlotList, admin.ModelSlots, admin.PreloadRequest, admin.EvictRequest,
     admin.Memory, admin.LastMinute, admin.ModelTraffic, admin.Status, Plan, Changes, *compat.WIRE,
-    *scoring.WIRE,
+    *scoring.WIRE, *ollama.WIRE,
 )  # fmt: skip
-_TEXT = {"type": "string", "minLength": 1}
-_IDS = {
-    "type": "array", "minItems": 1, "maxItems": inference.MAX_IDS_OF_TEXT, "items": {"type": "integer", "minimum": 0},
-}  # fmt: skip
-_MANY = {"type": "array", "minItems": 1, "maxItems": inference.MAX_INPUTS}
-_INPUT_FORMS = [_TEXT, _MANY | {"items": _TEXT}, _IDS, _MANY | {"items": _IDS}]
 _REQUEST_EXAMPLE = {"model": "all-MiniLM-L6-v2", "input": ["The cat sits outside", "A man is playing guitar"]}
 
 
@@ -57,14 +51,27 @@ def failures(*codes: str) -> dict[int, ResponseSpec]:
 
     Two codes are added to every route: `internal_error`, and `invalid_value` for an invalid parameter or Host header.
     """
+    return _failures(codes, inference.ErrorEnvelope, _envelope)
+
+
+def ollama_failures(*codes: str) -> dict[int, ResponseSpec]:
+    """Return the error responses of a route of Ollama's, where the error is a string."""
+    return _failures(codes, ollama.OllamaError, lambda message, _: ollama.OllamaError(error=message))
+
+
+def _failures(
+    codes: Sequence[str], body: type[msgspec.Struct], example: Callable[[str, ErrorRow], msgspec.Struct]
+) -> dict[int, ResponseSpec]:
     by_status: defaultdict[int, list[Example]] = defaultdict(list)
     for error, row in TABLE.items():
         is_new = all(example.summary != row.code for example in by_status[row.status])
         if row.code in {*codes, "internal_error", "invalid_value"} and is_new:
-            by_status[row.status].append(_example(error, row))
+            message = (getdoc(error) or "").partition("\n")[0]
+            value = msgspec.to_builtins(example(message, row))
+            by_status[row.status].append(Example(summary=row.code, value=value))
     return {
         status: ResponseSpec(
-            inference.ErrorEnvelope,
+            body,
             generate_examples=False,
             description=f"`code`: {', '.join(example.summary or '' for example in examples)}",
             examples=examples,
@@ -74,10 +81,10 @@ def failures(*codes: str) -> dict[int, ResponseSpec]:
     }
 
 
-def _example(error: type[Exception], row: ErrorRow) -> Example:
-    message = (getdoc(error) or "").partition("\n")[0]
-    detail = inference.ErrorDetail(message=message, type=row.type, param=None, code=row.code)
-    return Example(summary=row.code, value=msgspec.to_builtins(inference.ErrorEnvelope(error=detail)))
+def _envelope(message: str, row: ErrorRow) -> inference.ErrorEnvelope:
+    return inference.ErrorEnvelope(
+        error=inference.ErrorDetail(message=message, type=row.type, param=None, code=row.code)
+    )
 
 
 class OpenApiJson(JsonRenderPlugin):
@@ -99,17 +106,20 @@ def wire_schemas(structs: Sequence[type[msgspec.Struct]]) -> dict[str, Any]:
     """Return the JSON Schemas of requests and responses by name."""
     _, schemas = msgspec.json.schema_components(structs, ref_template="#/components/schemas/{name}")
     request = schemas["EmbeddingRequest"]
-    request["properties"]["input"]["anyOf"] = _INPUT_FORMS
+    request["properties"]["input"]["anyOf"] = inference.INPUT_FORMS
     request["examples"] = [_REQUEST_EXAMPLE]
     return schemas
 
 
 def _corrected(operation: dict[str, Any]) -> dict[str, Any]:
-    """Mark a nullable body as optional, and put `param: null` back into examples, which Litestar drops."""
+    """Add what Litestar's document cannot say: optional bodies, `param: null` in examples, lines or one JSON object."""
     for response in operation["responses"].values():
+        if lines := response.get("content", {}).get("application/x-ndjson"):
+            response["content"]["application/json"] = lines
         for content in response.get("content", {}).values():
             for example in content.get("examples", {}).values():
-                example["value"]["error"].setdefault("param", None)
+                if isinstance(example["value"]["error"], dict):
+                    example["value"]["error"].setdefault("param", None)
     body = operation.get("requestBody")
     if body and {"type": "null"} in body["content"]["application/json"]["schema"].get("oneOf", ()):
         return operation | {"requestBody": body | {"required": False}}

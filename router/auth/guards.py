@@ -164,7 +164,8 @@ def requires(scope: Scope) -> Guard:
     async def guard(connection: Connection, _: BaseRouteHandler) -> None:
         began_s = time.perf_counter()
         auth = _auth_of(connection)
-        key = auth.keyring.admit(connection.headers.get("authorization"), scope)
+        headers = connection.headers
+        key = auth.keyring.admit(headers.get("authorization") or _azure_key(headers.get("api-key")), scope)
         connection.scope["state"]["key"] = key
         if key.is_anonymous:
             _refuse_cross_origin(connection, auth.settings)
@@ -173,6 +174,11 @@ def requires(scope: Scope) -> Guard:
         context_of(connection).stage("auth", began_s)
 
     return guard
+
+
+def _azure_key(api_key: str | None) -> str | None:
+    """Return the key of Azure's clients, which send it in a header of its own, as `Authorization` would hold it."""
+    return f"Bearer {api_key}" if api_key else None
 
 
 def is_cross_origin(connection: Connection, settings: Settings) -> bool:

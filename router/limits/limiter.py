@@ -12,7 +12,7 @@ from typing import Any, cast
 from litestar.handlers import BaseRouteHandler
 from litestar.types import HTTPReceiveMessage, Receive
 
-from engines.types import Call, EmbedCall, ScoreCall
+from engines.types import EmbedCall, ModelCall, ScoreCall
 from router.auth.guards import Connection, key_of
 from router.config.settings import Settings
 from router.errors import ClientLeft, RateLimitExceeded, RequestExceedsLimit
@@ -244,7 +244,7 @@ def _insufficient(caller: Caller, limit: Limit, tokens: int, balance: Balance) -
     )
 
 
-def estimate_tokens(call: Call, longest: int | None) -> int:
+def estimate_tokens(call: ModelCall, longest: int | None) -> int:
     """Estimate the tokens of a request without a tokenizer, whose time the limit is meant to save.
 
     Uses the decoded body: the body's length alone says little when characters are escaped and token ids are written as

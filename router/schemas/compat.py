@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct, field
 
-from router.schemas.inference import MAX_INPUTS, KeepAlive, Name, Width
+from engines.types import MAX_LISTED_CHARS
+from router.schemas.inference import INPUT_FORMS, MAX_INPUTS, MAX_WIDTH, EmbeddingRequest, Input, Name, Width
 
 _TEXTS = f"1 to {MAX_INPUTS} texts, none empty."
 _TEXT_SCHEMA = {"type": "string", "minLength": 1}
@@ -23,8 +24,12 @@ class TeiRequest(Struct, frozen=True, kw_only=True):
     """TEI's request: texts for the default model."""
 
     inputs: Annotated[
-        str | list[str],
-        Meta(description=f"One text, or {_TEXTS}", extra_json_schema=_FORMS_SCHEMA, examples=["a text"]),
+        Input,
+        Meta(
+            description=f"One text, {_TEXTS[:-1]}, or the token ids of one or of several.",
+            extra_json_schema={"anyOf": INPUT_FORMS},
+            examples=["a text"],
+        ),
     ]
     model: Annotated[Name | None, Meta(description="Extension: a model other than the default.")] = None
     normalize: bool | None = None
@@ -40,6 +45,34 @@ class TeiRequest(Struct, frozen=True, kw_only=True):
         Name | None, Meta(description="Name of a prompt of the model, which is prepended to each text.")
     ] = None
     dimensions: Width | None = None
+
+
+class TeiTokenizeRequest(Struct, frozen=True, kw_only=True):
+    """TEI's request for the tokens of texts."""
+
+    inputs: Annotated[
+        str | list[str],
+        Meta(
+            description=f"One text, or {_TEXTS} At most {MAX_LISTED_CHARS} characters in all.",
+            extra_json_schema=_FORMS_SCHEMA,
+            examples=["a text"],
+        ),
+    ]
+    model: Annotated[Name | None, Meta(description="Extension: a model other than the default.")] = None
+    add_special_tokens: Annotated[bool | None, Meta(description="false: without the tokens around each text.")] = None
+    prompt_name: Annotated[
+        Name | None, Meta(description="Name of a prompt of the model, which is prepended to each text.")
+    ] = None
+
+
+class TeiToken(Struct, frozen=True):
+    """A token and the characters that it stands for, `start` to `stop`; a special token has its name, and no place."""
+
+    id: int
+    text: str
+    special: bool
+    start: int | None
+    stop: int | None
 
 
 class TeiEmbeddingType(Struct, frozen=True, kw_only=True):
@@ -64,25 +97,65 @@ class TeiModelType(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class TeiInfo(Struct, frozen=True, kw_only=True):
-    """The default model. Null: unknown until the model is loaded."""
+    """The default model.
+
+    `max_batch_tokens`: tokens of one request, if the size of batches is found by measuring. `max_batch_requests`,
+    `sha` and `docker_label`: TEI has them; null here.
+    """
 
     model_id: str
     model_sha: str | None
     model_dtype: str
     model_type: TeiModelType
-    max_input_length: int | None
+    served_model_name: str
+    max_input_length: int
     max_concurrent_requests: int
-    max_batch_tokens: int | None
+    max_batch_tokens: int
+    max_batch_requests: int | None = None
     max_client_batch_size: int
     auto_truncate: bool
     tokenization_workers: int
     version: str
+    sha: str | None = None
+    docker_label: str | None = None
+
+
+class InfinityRequest(EmbeddingRequest, frozen=True, kw_only=True):
+    """OpenAI's request as Infinity's client writes it, which sends its defaults."""
+
+    dimensions: Annotated[
+        Annotated[int, Meta(ge=0, le=MAX_WIDTH)] | None, Meta(description="As for POST /v1/embeddings; 0: not given.")
+    ] = None
+    model: Annotated[
+        Name | None, Meta(description="As for POST /v1/embeddings; `default/not-specified`: the default model.")
+    ] = None
+
+
+class CohereContent(Struct, frozen=True, kw_only=True):
+    """One part of an input: text only, no images."""
+
+    type: Literal["text"]
+    text: str
+
+
+class CohereInput(Struct, frozen=True, kw_only=True):
+    """One input, of one part."""
+
+    content: Annotated[list[CohereContent], Meta(min_length=1, max_length=1)]
 
 
 class CohereRequest(Struct, frozen=True, kw_only=True):
-    """Cohere's request, API version 2: texts only, no images."""
+    """Cohere's request, API version 2: `texts`, or the same as `inputs`; no images."""
 
-    texts: Annotated[list[str], Meta(description=_TEXTS, extra_json_schema=_TEXTS_SCHEMA)]
+    texts: Annotated[list[str] | None, Meta(description=_TEXTS, extra_json_schema=_TEXTS_SCHEMA)] = None
+    inputs: Annotated[
+        list[CohereInput] | None,
+        Meta(
+            description=f"1 to {MAX_INPUTS} inputs, instead of `texts`.",
+            extra_json_schema={"minItems": 1, "maxItems": MAX_INPUTS},
+            examples=[[{"content": [{"type": "text", "text": "a text"}]}]],
+        ),
+    ] = None
     model: Name
     input_type: Annotated[
         Name | None,
@@ -105,6 +178,12 @@ class CohereRequest(Struct, frozen=True, kw_only=True):
     output_dimension: Width | None = None
 
 
+class CohereV1Request(CohereRequest, frozen=True, kw_only=True):
+    """The request of API version 1, where a model need not be named."""
+
+    model: Annotated[Name | None, Meta(description="Default: the registry's default model.")] = None  # type: ignore[assignment]  # a wider type than the base class has; both are frozen
+
+
 class CohereEmbeddings(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One list of vectors for each requested type."""
 
@@ -119,7 +198,7 @@ class CohereEmbeddings(Struct, frozen=True, kw_only=True, omit_defaults=True):
 class CohereVersion(Struct, frozen=True, kw_only=True):
     """The version of the API."""
 
-    version: str = "2"
+    version: str
 
 
 class CohereUnits(Struct, frozen=True, kw_only=True):
@@ -145,89 +224,24 @@ class CohereResponse(Struct, frozen=True, kw_only=True):
     meta: CohereMeta
 
 
-class OllamaRequest(Struct, frozen=True, kw_only=True):
-    """Ollama's request. `model` may end in `:latest`, as its clients write it."""
+class CohereFloats(Struct, frozen=True, kw_only=True):
+    """The answer of API version 1 to a request without `embedding_types`."""
 
-    model: Name
-    input: Annotated[str | list[str], Meta(description=f"One text, or {_TEXTS}", extra_json_schema=_FORMS_SCHEMA)]
-    truncate: Annotated[
-        bool | None,
-        Meta(description="false: refuse inputs that are longer than the model's limit. Null: the model's default."),
-    ] = None
-    keep_alive: Annotated[
-        KeepAlive | None,
-        Meta(
-            description="Seconds, a duration, 0 (unload at once), or a negative number (never unload when idle).",
-            examples=["5m", -1],
-        ),
-    ] = None
-    dimensions: Width | None = None
-
-
-class OllamaResponse(Struct, frozen=True, kw_only=True):
-    """The vectors in input order. Durations are in nanoseconds."""
-
-    model: str
+    id: str
+    response_type: Literal["embeddings_floats"]
     embeddings: list[list[float]]
-    total_duration: int
-    load_duration: int
-    prompt_eval_count: int
-
-
-class OllamaDetails(Struct, frozen=True, kw_only=True):
-    """The details of a model that Ollama's clients show."""
-
-    quantization_level: str
-    parent_model: str = ""
-    format: str = "safetensors"
-    family: str = ""
-    families: tuple[str, ...] = ()
-    parameter_size: str = ""
-
-
-class OllamaModel(Struct, frozen=True, kw_only=True):
-    """A registered model. `size`: bytes in memory, 0 if unknown. `digest`: the revision of its files."""
-
-    name: str
-    model: str
-    modified_at: str
-    size: int
-    digest: str
-    details: OllamaDetails
-
-
-class OllamaModels(Struct, frozen=True, kw_only=True):
-    """The models that the key may use."""
-
-    models: list[OllamaModel]
-
-
-class OllamaRunning(Struct, frozen=True, kw_only=True):
-    """A loaded model. `expires_at` is null if the model is never unloaded when idle."""
-
-    name: str
-    model: str
-    size: int
-    size_vram: int
-    digest: str
-    details: OllamaDetails
-    expires_at: str | None
-    context_length: int
-
-
-class OllamaProcesses(Struct, frozen=True, kw_only=True):
-    """The loaded models on all devices."""
-
-    models: list[OllamaRunning]
+    texts: list[str]
+    meta: CohereMeta
 
 
 WIRE = (
+    InfinityRequest,
     TeiRequest,
+    TeiTokenizeRequest,
     TeiInfo,
     CohereRequest,
+    CohereV1Request,
     CohereResponse,
-    OllamaRequest,
-    OllamaResponse,
-    OllamaModels,
-    OllamaProcesses,
+    CohereFloats,
+    TeiToken,
 )

@@ -37,6 +37,13 @@ Input = str | list[str | TokenId | tuple[TokenId, ...]]
 """msgspec allows one array type in a union, so `router/api/decoding.py` checks that all items are of one kind."""
 
 
+_TEXT = {"type": "string", "minLength": 1}
+_IDS = {"type": "array", "minItems": 1, "maxItems": MAX_IDS_OF_TEXT, "items": {"type": "integer", "minimum": 0}}
+_MANY = {"type": "array", "minItems": 1, "maxItems": MAX_INPUTS}
+INPUT_FORMS: list[dict[str, object]] = [_TEXT, _MANY | {"items": _TEXT}, _IDS, _MANY | {"items": _IDS}]
+"""The four forms of `Input` as JSON Schemas, for the OpenAPI document."""
+
+
 class EmbeddingRequest(Struct, frozen=True, kw_only=True):
     """Texts or token ids to embed. Unknown fields are ignored; null means not given."""
 
@@ -82,6 +89,14 @@ class EmbeddingRequest(Struct, frozen=True, kw_only=True):
         Meta(
             description="The end at which too long inputs are truncated (default `end`), or `error` to refuse them. "
             " The header x-embed-truncated lists the truncated inputs."
+        ),
+    ] = None
+    truncate_prompt_tokens: Annotated[
+        Annotated[int, Meta(ge=-1, le=MAX_WIDTH)] | None,
+        Meta(
+            description="As in vLLM: read at most so many tokens of each input, special tokens included; -1: as many "
+            "as the model reads.",
+            examples=[256],
         ),
     ] = None
     normalize: Annotated[

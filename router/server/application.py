@@ -30,8 +30,10 @@ from router.observability.request_context import RequestContext, header
 
 _MODEL_ID_ROUTES = (
     ("/v1/models/", ()),
+    ("/models/", ()),
     ("/admin/models/", ("/preload", "/evict")),
     ("/m/", ("/v1/embeddings",)),
+    ("/openai/deployments/", ("/embeddings",)),
 )
 """Path prefixes before a model id, and the suffixes that may follow it."""
 _MAX_PATH_CHARS = 2048

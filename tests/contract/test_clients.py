@@ -169,7 +169,7 @@ def ollama(url: str) -> Iterator[Any]:
 def test_ollama(ollama: Any) -> None:
     answer = ollama.embed("mini", TEXTS, keep_alive="5m")
     one = ollama.embed("mini:latest", "a b", dimensions=4)
-    (running,) = [model for model in ollama.ps().models if model.name == "mini"]
+    (running,) = [model for model in ollama.ps().models if model.name == "mini:latest"]
     listed = {model.model for model in ollama.list().models}
 
     assert_vectors(answer.embeddings)
@@ -178,7 +178,7 @@ def test_ollama(ollama: Any) -> None:
     assert answer.total_duration > 0
     assert running.context_length == 512
     assert running.size > 0
-    assert {"mini", "org/other", "openais-ids"} <= listed
+    assert {"mini:latest", "org/other:latest", "openais-ids:latest"} <= listed
 
 
 def test_ollamas_client_raises_its_own_errors(ollama: Any) -> None:
@@ -206,3 +206,114 @@ def test_openais_client_with_the_model_in_the_path(url: str) -> None:
 
     assert answer.model == "org/other"
     assert_vectors([item.embedding for item in answer.data], model="org/other")
+
+
+def test_openais_client_without_v1_in_its_base_url(url: str) -> None:
+    openai = pytest.importorskip("openai")
+    more = {"organization": "org-1", "project": "proj-1", "max_retries": 0}
+    with openai.OpenAI(base_url=url, api_key=KEY, **more) as client:
+        answer = client.embeddings.with_raw_response.create(model="org/other", input=TEXTS)
+        listed = {model.id for model in client.models.list()}
+        shown = client.models.retrieve("org/other")
+
+    assert_vectors([item.embedding for item in answer.parse().data], model="org/other")
+    assert int(answer.headers["openai-processing-ms"]) >= 0
+    assert {"mini", "org/other"} <= listed
+    assert shown.id == "org/other"
+
+
+def test_openais_client_with_vllms_limit_of_tokens(url: str) -> None:
+    openai = pytest.importorskip("openai")
+    with openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0) as client:
+        answer = client.embeddings.create(model="mini", input=TEXTS, extra_body={"truncate_prompt_tokens": 128})
+        with pytest.raises(openai.BadRequestError, match="truncate_prompt_tokens"):
+            client.embeddings.create(model="mini", input=TEXTS, extra_body={"truncate_prompt_tokens": -2})
+
+    assert_vectors([item.embedding for item in answer.data])
+
+
+@pytest.mark.parametrize("deployment", [None, "mini"])
+def test_azures_client(url: str, deployment: str | None) -> None:
+    openai = pytest.importorskip("openai")
+    more: dict[str, Any] = {"azure_deployment": deployment, "max_retries": 0}
+    with openai.AzureOpenAI(azure_endpoint=url, api_key=KEY, api_version="2024-10-21", **more) as client:
+        answer = client.embeddings.create(model="mini", input=TEXTS)
+    stranger = openai.AzureOpenAI(azure_endpoint=url, api_key="wrong", api_version="2024-10-21", **more)
+    with stranger, pytest.raises(openai.AuthenticationError):
+        stranger.embeddings.create(model="mini", input=TEXTS)
+
+    assert_vectors([item.embedding for item in answer.data])
+
+
+def test_azures_client_with_a_slash_in_the_deployment(url: str) -> None:
+    openai = pytest.importorskip("openai")
+    with openai.AzureOpenAI(azure_endpoint=url, api_key=KEY, api_version="2024-10-21", max_retries=0) as client:
+        answer = client.embeddings.create(model="org/other", input=TEXTS)
+
+    assert_vectors([item.embedding for item in answer.data], model="org/other")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # within the client
+def test_coheres_older_client(url: str, http: httpx.Client) -> None:
+    client = pytest.importorskip("cohere")
+    with client.Client(api_key=KEY, base_url=url, httpx_client=http) as cohere:
+        plain = cohere.embed(texts=TEXTS, model="mini", input_type="search_document")
+        typed = cohere.embed(texts=TEXTS, model="mini", input_type="search_query", embedding_types=["float"])
+
+    assert_vectors(plain.embeddings, [f"keep: {text}" for text in TEXTS])
+    assert_vectors(typed.embeddings.float_, [f"find: {text}" for text in TEXTS])
+    assert (plain.response_type, typed.response_type) == ("embeddings_floats", "embeddings_by_type")
+
+
+def test_cohere_with_inputs_and_with_a_task_that_has_no_prompt(cohere: Any) -> None:
+    inputs = [{"content": [{"type": "text", "text": text}]} for text in TEXTS]
+    answer = cohere.embed(inputs=inputs, model="mini", input_type="clustering", embedding_types=["float"])
+    labels = cohere.embed(texts=TEXTS, model="mini", input_type="classification", embedding_types=["float"])
+
+    assert_vectors(answer.embeddings.float_)
+    assert_vectors(labels.embeddings.float_)
+
+
+def test_ollamas_older_call_and_empty_inputs(ollama: Any) -> None:
+    assert_vectors([ollama.embeddings("mini:latest", "a b", keep_alive="5m").embedding], ["a b"])
+    assert list(ollama.embeddings("mini", "").embedding) == []
+    assert list(ollama.embed("mini", []).embeddings) == []
+    assert list(ollama.embed("mini", "").embeddings) == []
+
+
+def test_ollama_shows_lists_and_pulls_models(ollama: Any) -> None:
+    steps = [step.status for step in ollama.pull("mini", stream=True)]
+    once = ollama.pull("mini:latest")
+    shown = ollama.show("mini")
+    listed = {model.model: model for model in ollama.list().models}
+
+    assert (steps[0], steps[-1], once.status) == ("pulling manifest", "success", "success")
+    assert shown.capabilities == ["embedding"]
+    assert shown.modelinfo["embedyard.context_length"] == 512
+    assert shown.details.format == "safetensors"
+    assert listed["mini:latest"].size > 0
+
+
+def test_ollamas_client_reads_our_messages(ollama: Any) -> None:
+    errors = pytest.importorskip("ollama")
+    with pytest.raises(errors.ResponseError, match="Model 'nothing' not found") as missing:
+        ollama.show("nothing")
+    with pytest.raises(errors.ResponseError, match="Model 'nothing' not found") as pulled:
+        list(ollama.pull("nothing", stream=True))
+    with pytest.raises(errors.ResponseError, match="No route POST /api/chat"):
+        ollama.chat("mini", [{"role": "user", "content": "hello"}])
+
+    assert (missing.value.status_code, pulled.value.status_code) == (404, 404)
+
+
+def test_the_hubs_client_at_the_root_and_its_info(url: str) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    with hub.InferenceClient(model=url, token=KEY, provider="hf-inference") as client:
+        texts = client.feature_extraction(TEXTS)
+        info = client.get_endpoint_info()
+        error = pytest.importorskip("huggingface_hub.errors").HfHubHTTPError
+        with pytest.raises(error, match="empty"):
+            client.feature_extraction("")
+
+    assert_vectors(texts)
+    assert (info["model_id"], info["max_input_length"], info["max_client_batch_size"]) == ("mini", 512, 2048)

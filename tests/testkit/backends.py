@@ -46,6 +46,8 @@ from engines.types import (
     ScoreCall,
     Scores,
     Timings,
+    TokenizeCall,
+    Tokens,
 )
 from router.backends.base import Backend
 from router.backends.worker_config import CrashNote, WorkerConfig
@@ -74,6 +76,7 @@ class ScriptedBackend:
         self.num_labels = 1
         self.calls: list[EmbedCall] = []
         self.score_calls: list[ScoreCall] = []
+        self.tokenize_calls: list[TokenizeCall] = []
         self.commands: list[tuple[object, ...]] = []
         self.cancelled: list[str] = []
         self.remembered: list[Event] = []
@@ -90,6 +93,11 @@ class ScriptedBackend:
     async def run(self, call: Call) -> Result:
         if isinstance(call, ScoreCall):
             return await self._score(call)
+        if isinstance(call, TokenizeCall):
+            self.tokenize_calls.append(call)
+            await self._run_script(call.model_id)
+            places = [(7, 0, len(text)) for text in call.texts]
+            return Tokens(places=np.array(places, "<i4").tobytes(), token_counts=(1,) * call.num_items)
         self.calls.append(call)
         await self._run_script(call.model_id)
         items = call.texts or call.token_ids

@@ -11,6 +11,8 @@ import pytest
 import torch
 from msgspec import structs
 from numpy.typing import NDArray
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor
 
 from engines.batching.batch import BatchLimits, attribute_batch
@@ -32,7 +34,7 @@ from engines.inputs.tokenizer import Ids, TokenizedRequest, Tokenizer, Tokenizer
 from engines.inputs.tokenizer_threads import TokenizerThreads
 from engines.models.base import ForwardPathFailed
 from engines.spec import Matryoshka, ModelSpec
-from engines.types import Batch, EmbedCall, ModelInfo
+from engines.types import Batch, EmbedCall, ModelInfo, TokenizeCall, Tokens
 from tests.testkit.encoders import WIDTH, Letters, ScriptedEncoder
 
 ROOMY = BatchLimits(256, 64)
@@ -659,3 +661,16 @@ async def test_what_prompts_add_to_a_request_has_a_bound(open_bench: OpenBench, 
         await bench.embed(*["a"] * 100, **given)
     assert caught.value.param == field
     assert (await bench.embed("a", "a", **given)).shape == (2, WIDTH)
+
+
+async def test_tokens_are_listed_without_a_forward_pass(open_bench: Callable[..., Bench]) -> None:
+    fast = FastTokenizer(WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
+    bench = open_bench(backend=fast)
+    await bench.engine.warm_up()
+
+    tokens = await bench.engine.run(TokenizeCall(model_id="m", texts=("a", "b")))
+
+    assert isinstance(tokens, Tokens)
+    assert tokens.array().tolist() == [[1, 0, 1], [0, 0, 1]]
+    assert tokens.timings.tokenize_s > 0
+    assert (bench.encoder.batches, bench.engine.queue_items) == ([], 0)

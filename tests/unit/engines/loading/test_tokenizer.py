@@ -174,6 +174,6 @@ def test_lower_case_is_not_done_twice(kit: Kit, tmp_path: Path) -> None:
     edit_json(folder / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": steps})
     edit_json(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
 
-    backend = kit.load(folder)._tokenizer._backend
+    backend = kit.load(folder)._tokenizer.backend
 
     assert json.loads(backend.to_str())["normalizer"]["normalizers"] == steps  # type: ignore[attr-defined]  # tokenizers

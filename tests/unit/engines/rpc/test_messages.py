@@ -30,7 +30,18 @@ from engines.rpc.messages import (
     pack,
 )
 from engines.spec import Matryoshka, ModelSpec
-from engines.types import Batch, Budget, EmbedCall, Embeddings, Event, HostSnapshot, ModelStatus, Plan
+from engines.types import (
+    Batch,
+    Budget,
+    EmbedCall,
+    Embeddings,
+    Event,
+    HostSnapshot,
+    ModelStatus,
+    Plan,
+    TokenizeCall,
+    Tokens,
+)
 
 STATUS = ModelStatus(model_id="a", state="ready", host_id="cuda:0", device="cuda:0", source="org/a")
 SNAPSHOT = HostSnapshot(
@@ -54,6 +65,8 @@ VECTORS = Embeddings(
         Run(call=EmbedCall(model_id="a", texts=("ü\0", "x"), keep_alive_s=0, load_timeout_s=float("inf"))),
         Run(call=EmbedCall(model_id="a", token_ids=((1, 2), (3,)), normalize=False, truncate="start")),
         Run(call=EmbedCall(model_id="a", texts=("x",), caller="web")),
+        Run(call=EmbedCall(model_id="a", texts=("x",), max_tokens=5)),
+        Run(call=TokenizeCall(model_id="a", texts=("x",), input_type="query", add_special_tokens=False)),
         Preload(model_id="a", pin=True, wait=False),
         Evict(model_id="a", force=True, timeout_s=0.5),
         PlanRequest(model_id="a", size_s=1.0),
@@ -71,11 +84,12 @@ def test_a_request_comes_out_as_it_went_in(request_: Request) -> None:
     "reply",
     [
         RunResult(result=VECTORS),
+        RunResult(result=Tokens(places=b"\1\0\0\0" * 6, token_counts=(2,), specials={1: "[CLS]"}, before="q: ")),
         CommandResult(snapshot=SNAPSHOT, status=STATUS, plan=PLAN),
         HostReport(snapshot=SNAPSHOT, events=(EVENT,), fault="hangs", generation=Generation(4, "cd")),
         error_record_of(QueueFull("full", retry_after_s=0.5)),
     ],
-    ids=lambda reply: type(reply).__name__,
+    ids=lambda reply: type(getattr(reply, "result", reply)).__name__,
 )
 def test_a_reply_comes_out_as_it_went_in(reply: Reply) -> None:
     assert decode_reply(*encode_reply(reply)) == reply

@@ -19,6 +19,8 @@ APIS = {
     "tei": ("/embed", "inputs", {}),
     "cohere": ("/v2/embed", "texts", {"model": "mini"}),
     "ollama": ("/api/embed", "input", {"model": "mini"}),
+    "infinity": ("/embeddings", "input", {}),
+    "azure": ("/openai/deployments/BAAI/bge-m3/embeddings", "input", {}),
     "path": ("/m/BAAI/bge-m3/v1/embeddings", "input", {}),
 }
 """Path, field of the texts, and other required fields of each API."""
@@ -121,8 +123,8 @@ def test_ollama_lists_what_is_served_and_what_runs(served: Served) -> None:
     tags = served.client.get("/api/tags").json()["models"]
     running = served.client.get("/api/ps").json()["models"]
 
-    assert {model["name"] for model in tags} == {"mini", "BAAI/bge-m3", "cold"}
-    assert {model["name"] for model in running} == {"mini", "BAAI/bge-m3"}
+    assert {model["name"] for model in tags} == {"mini:latest", "BAAI/bge-m3:latest", "cold:latest"}
+    assert {model["name"] for model in running} == {"mini:latest", "BAAI/bge-m3:latest"}
     assert running[0] | {"size": 200, "size_vram": 0, "expires_at": None, "context_length": WIDTH * 64} == running[0]
     assert "/secret" not in str([tags, running])
 
@@ -135,7 +137,11 @@ def test_the_model_in_the_path_wins(served: Served) -> None:
     assert (encoded.status_code, encoded.json()["model"]) == (200, "BAAI/bge-m3")
 
 
-@pytest.mark.parametrize("api", APIS)
+WITH_ENVELOPE = [api for api in APIS if api != "ollama"]
+"""Ollama's errors are strings."""
+
+
+@pytest.mark.parametrize("api", WITH_ENVELOPE)
 @pytest.mark.parametrize(
     ("texts", "code"),
     [([], "empty_input"), (["a", ""], "empty_input"), (["a"] * 2049, "too_many_inputs"), (5, "invalid_value")],
@@ -173,9 +179,9 @@ def test_cohere_takes_one_text_of_a_calibrated_model(served: Served) -> None:
         ("cohere", {"output_dimension": "4"}, 400, "invalid_value", "output_dimension"),
         ("cohere", {"embedding_types": ["int4"]}, 400, "invalid_value", "embedding_types"),
         ("cohere", {"texts": ["a"], "embedding_types": ["uint8"]}, 400, "invalid_value", "embedding_types"),
-        ("ollama", {"model": "nothing:latest"}, 404, "model_not_found", None),
-        ("ollama", {"keep_alive": "-soon"}, 400, "invalid_value", "keep_alive"),
-        ("ollama", {"truncate": 1}, 400, "invalid_value", "truncate"),
+        ("infinity", {"dimensions": True}, 400, "invalid_value", "dimensions"),
+        ("infinity", {"model": "nothing"}, 404, "model_not_found", None),
+        ("azure", {"dimensions": True}, 400, "invalid_value", "dimensions"),
         ("path", {"dimensions": True}, 400, "invalid_value", "dimensions"),
     ],
 )
@@ -203,8 +209,26 @@ def test_each_compatibility_api_is_off_unless_it_is_listed(api: str) -> None:
 
     assert path in routes[tuple(APIS)]
     assert path not in routes[others]
-    assert len(routes[()]) == len(routes[tuple(APIS)]) - 8
+    assert {path for path in routes[tuple(APIS)] if path not in routes[()]} == {
+        "/embed", "/tokenize", "/predict", "/info", "/v1/embed", "/v2/embed", "/api/embed", "/api/embeddings",
+        "/api/tags", "/api/ps", "/api/show", "/api/version", "/api/pull", "/embeddings", "/models",
+        "/models/{model_id:str}", "/openai/deployments/{model_id:str}/embeddings", "/m/{model_id:str}/v1/embeddings",
+    }  # fmt: skip
     assert "/v1/embeddings" in routes[()]
+
+
+def test_the_root_takes_posts_where_tei_is_enabled_only() -> None:
+    methods = {
+        apis: {
+            method
+            for route in create_app(Settings(skins=apis), REGISTRY, ScriptedBackend("mini")).routes
+            if route.path == "/"
+            for method in getattr(route, "methods", ())
+        }
+        for apis in [("tei",), ("ollama",)]
+    }
+
+    assert methods == {("tei",): {"GET", "POST", "OPTIONS"}, ("ollama",): {"GET", "OPTIONS"}}
 
 
 def _paths(apis: tuple[str, ...]) -> set[str]:

@@ -16,7 +16,7 @@ from router.api import decoding as decode
 from router.api.decoding import decode_body, embed_call
 from router.errors import InvalidJson, TooManyInputs
 from router.schemas.admin import PreloadRequest
-from router.schemas.compat import CohereRequest, OllamaRequest, TeiRequest
+from router.schemas.compat import CohereRequest, TeiRequest
 from router.schemas.inference import (
     MAX_IDS,
     MAX_IDS_OF_TEXT,
@@ -25,6 +25,7 @@ from router.schemas.inference import (
     MAX_QUANTITY_CHARS,
     EmbeddingRequest,
 )
+from router.schemas.ollama import OllamaRequest
 from tests.testkit.servers import serving
 
 PADDING = b'"padding": "' + b"x" * 2**16 + b'", '

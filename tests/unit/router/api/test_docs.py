@@ -44,6 +44,36 @@ GOOD_CALLS: list[tuple[str, str, str, Any, int]] = [
     ("post", "/v1/score", "/v1/score", {"text_1": "a", "text_2": ["b", "c"]}, 200),
     ("post", "/v1/classify", "/v1/classify", {"input": "a"}, 400),
     ("post", "/predict", "/predict", {"inputs": "a"}, 400),
+    ("post", "/", "/", {"inputs": "a"}, 200),
+    ("post", "/embed", "/embed", {"inputs": [[1, 2], [3]]}, 200),
+    ("post", "/tokenize", "/tokenize", {"inputs": ["a", "b"]}, 200),
+    ("post", "/tokenize", "/tokenize", {"inputs": []}, 400),
+    ("get", "/info", "/info", None, 200),
+    ("post", "/v1/embed", "/v1/embed", {"texts": ["a"]}, 200),
+    ("post", "/v1/embed", "/v1/embed", {"texts": ["a"], "embedding_types": ["ubinary"]}, 200),
+    ("post", "/v2/embed", "/v2/embed", {"model": "mini"}, 400),
+    ("post", "/api/embed", "/api/embed", {"model": "mini", "input": "a"}, 200),
+    ("post", "/api/embed", "/api/embed", {"model": "mini", "input": None}, 200),
+    ("post", "/api/embed", "/api/embed", {"model": "mini", "input": ["a", ""]}, 400),
+    ("post", "/api/embeddings", "/api/embeddings", {"model": "mini", "prompt": "a"}, 200),
+    ("post", "/api/embeddings", "/api/embeddings", {"model": "nothing", "prompt": "a"}, 404),
+    ("post", "/api/show", "/api/show", {"model": "mini"}, 200),
+    ("post", "/api/show", "/api/show", {}, 400),
+    ("post", "/api/pull", "/api/pull", {"model": "mini", "stream": False}, 200),
+    ("post", "/api/pull", "/api/pull", {"model": "nothing"}, 404),
+    ("get", "/api/version", "/api/version", None, 200),
+    ("get", "/api/tags", "/api/tags", None, 200),
+    ("get", "/api/ps", "/api/ps", None, 200),
+    ("post", "/embeddings", "/embeddings", {"input": "a"}, 200),
+    ("get", "/models", "/models", None, 200),
+    ("get", "/models/{model_id}", "/models/BAAI/bge-m3", None, 200),
+    (
+        "post",
+        "/openai/deployments/{model_id}/embeddings",
+        "/openai/deployments/BAAI/bge-m3/embeddings",
+        {"input": "a"},
+        200,
+    ),
     ("get", "/v1/models", "/v1/models", None, 200),
     ("get", "/v1/models/{model_id}", "/v1/models/BAAI/bge-m3", None, 200),
     ("get", "/v1/models/{model_id}", "/v1/models/cold", None, 200),
@@ -135,14 +165,20 @@ def test_every_operation_documents_its_purpose_and_scope(document: Document) -> 
 
 def test_every_failure_is_the_envelope_with_codes_of_the_contract(document: Document) -> None:
     envelope = validator(document, document["components"]["schemas"]["ErrorEnvelope"])
-    for _, _, operation in operations(document):
+    for _, path, operation in operations(document):
         for status, response in operation["responses"].items():
             if int(status) < 400:
                 continue
             content = response["content"]["application/json"]
-            assert content["schema"] == {"$ref": "#/components/schemas/ErrorEnvelope"}
+            is_ollamas = path.startswith("/api/")
+            name = "OllamaError" if is_ollamas else "ErrorEnvelope"
+            assert content["schema"] == {"$ref": f"#/components/schemas/{name}"}
             assert content["examples"]
             for example in content["examples"].values():
+                if is_ollamas:
+                    assert example["summary"] in CODES[int(status)]
+                    assert isinstance(example["value"]["error"], str)
+                    continue
                 envelope.validate(example["value"])
                 assert example["value"]["error"]["code"] in CODES[int(status)]
                 assert example["value"]["error"]["message"]

@@ -11,7 +11,8 @@ from tests.testkit.backends import ScriptedBackend
 from tests.testkit.servers import REGISTRY
 
 INFERENCE_PATHS = {
-    "/v1/embeddings", "/m/{model_id}/v1/embeddings", "/embed", "/v2/embed", "/api/embed",
+    "/v1/embeddings", "/m/{model_id}/v1/embeddings", "/embeddings", "/openai/deployments/{model_id}/embeddings",
+    "/", "/embed", "/tokenize", "/v1/embed", "/v2/embed", "/api/embed", "/api/embeddings",
     "/v1/rerank", "/v2/rerank", "/rerank", "/v1/score", "/score", "/v1/classify", "/classify", "/predict",
 }  # fmt: skip
 

@@ -114,7 +114,7 @@ async def test_labels_have_the_names_of_the_model() -> None:
     assert first["probs"] == pytest.approx(list(scores.values()))
     assert first["label"] == best.json()[0]["label"] == max(scores, key=scores.__getitem__)
     assert {item["label"]: item["score"] for item in best.json()} == pytest.approx(scores)
-    assert info == {"reranker": {"id2label": {}, "label2id": {}}}
+    assert info == {"reranker": {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}}
 
 
 async def test_a_limit_of_tokens_per_document_is_never_ignored() -> None:

@@ -27,7 +27,7 @@ from engines.errors import (
 )
 from engines.spec import Matryoshka, ModelSpec
 from engines.testing.engine import WIDTH, fake_score, fake_vector
-from engines.types import Budget, Call, EmbedCall, Event, HostSnapshot, ScoreCall, Scores
+from engines.types import Budget, Call, EmbedCall, Event, HostSnapshot, ScoreCall, Scores, TokenizeCall, Tokens
 from router.backends.base import Backend
 from router.errors import classify
 from tests.testkit.backends import BUDGET, BUDGET_BYTES, HOSTS, scripted, until
@@ -119,6 +119,15 @@ class Conformance:
         assert [float(many.array()[at, 0]) for at in (0, 2047)] == [fake_score("a", "q", texts[at]) for at in (0, 2047)]
         assert 1 / (1 + np.exp(-raw.array()[1, 0])) == pytest.approx(fake_score("a", "r", "y"), abs=1e-6)
         assert (labels.array().shape, labels.labels) == ((1, 3), ("negative", "neutral", "positive"))
+
+    async def test_tokens_are_listed_by_models_of_every_task(self, backend: Backend) -> None:
+        async with serving(backend, scripted("a"), scripted("b", task="rerank")):
+            found = [await backend.run(TokenizeCall(model_id=name, texts=("one two", "x"))) for name in ("a", "b")]
+
+        for tokens in found:
+            assert isinstance(tokens, Tokens)
+            assert tokens.array()[:4].tolist() == [[101, -1, -1], [3, 0, 3], [3, 4, 7], [102, -1, -1]]
+            assert (tokens.token_counts, tokens.specials) == ((4, 3), {101: "[CLS]", 102: "[SEP]"})
 
     async def test_a_model_refuses_what_it_does_not_compute(self, backend: Backend) -> None:
         async with serving(backend, scripted("a", task="rerank"), scripted("b")):

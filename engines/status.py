@@ -1,0 +1,143 @@
+"""Records of the state of models and hosts, sent like those of `engines/types.py`, from which they are imported."""
+
+from typing import Literal
+
+from msgspec import Struct
+
+from engines.spec import Matryoshka, Precision, Task
+
+State = Literal[
+    "absent", "fetching", "cold", "waiting_space", "loading", "warming", "ready", "draining", "unloading",
+    "failed", "retired",
+]  # fmt: skip
+"""The states of a slot in the pool; `engines/pool/state_machine.py` has the diagram."""
+
+
+class ModelInfo(Struct, frozen=True, kw_only=True):
+    """Properties of a loaded engine.
+
+    `attention`: `packed` (no padding), `padded`, or `unpadded` (one length per batch). `path`: the forward path in use
+    (`engines/models/transformer.py` lists them). `is_fallback`: the path selected at load failed, and the slowest
+    path is in use until the selected one is retried. `notes`: each fallback and its reason. `task`: what it computes;
+    `dimensions` is 0 unless that is `embed`. `labels`: names of the columns of `Scores`, `is_multi_label`: whether they
+    do not exclude each other; none and False for `embed`. `precision`: of a reduced dtype, where it was measured.
+    """
+
+    dimensions: int
+    max_tokens: int
+    dtype: str
+    attention: str
+    path: str = ""
+    is_fallback: bool = False
+    prompts: dict[str, str] = {}
+    matryoshka: Matryoshka = Matryoshka()
+    notes: tuple[str, ...] = ()
+    task: Task = "embed"
+    labels: tuple[str, ...] = ()
+    is_multi_label: bool = False
+    precision: Precision | None = None
+
+
+class ModelStatus(Struct, frozen=True, kw_only=True):
+    """The status of one model on one host. Times are Unix seconds.
+
+    `weight_bytes` and `workspace_bytes` are charged against the budget. `need_bytes`: its weights when resident,
+    estimated or measured; 0 if unknown. `need_workspace_bytes`: the additional memory of its largest forward pass;
+    a guess until the first load.
+    """
+
+    model_id: str
+    state: State
+    host_id: str
+    device: str
+    source: str
+    revision: str | None = None
+    info: ModelInfo | None = None
+    weight_bytes: int = 0
+    workspace_bytes: int = 0
+    leases: int = 0
+    waiters: int = 0
+    queue_items: int = 0
+    pinned: bool = False
+    keep_alive_s: float = -1.0
+    last_used_at: float | None = None
+    load_s: float | None = None
+    loads: int = 0
+    evictions: int = 0
+    fetched_bytes: int = 0
+    fetch_total_bytes: int = 0
+    last_error: str | None = None
+    retry_at: float | None = None
+    need_bytes: int = 0
+    need_workspace_bytes: int = 0
+
+
+class HostSnapshot(Struct, frozen=True, kw_only=True):
+    """The state of one device at one moment. `residents` are model ids in eviction order, the next victim first.
+
+    `used_bytes` is the sum of all charged weights (of loading and unloading models too), `workspace_bytes` the largest
+    workspace: a model's is for as many batches as run at once, so the largest holds those of any models together.
+    `claimed_bytes`: weights of models that wait for memory here and are not charged yet. `ceiling_bytes`: the memory
+    that this process could use at most beside other processes, as of a recent reading; None without one. `stuck`: the
+    load that hangs and blocks all loads and unloads; empty if none does. `restarts`: how often the host's process has
+    died and was restarted.
+    """
+
+    host_id: str
+    device: str
+    total_bytes: int
+    budget_bytes: int
+    used_bytes: int
+    workspace_bytes: int
+    free_bytes: int
+    residents: tuple[str, ...]
+    models: tuple[ModelStatus, ...]
+    is_draining: bool = False
+    claimed_bytes: int = 0
+    ceiling_bytes: int | None = None
+    stuck: str = ""
+    restarts: int = 0
+
+
+class Event(Struct, frozen=True, kw_only=True):
+    """One change of one slot. `kind` `state`: `source → target` and its cause. `kind` `progress`: bytes of a download.
+
+    `seq` rises by one on each host; `time_s` is Unix time; `cause` is text for people, and names the claimant of an
+    eviction; `claimant` holds that model id for programs. `missing_bytes`: not 0 when the two models take turns
+    because they do not fit together; that much more memory would end the thrashing.
+
+    For programs: `reason` is why a model is evicted (`room, over_budget, idle, operator, registry, shutdown, damaged`,
+    on the step to `unloading`) or the kind of a failure; `seconds` is the duration of the load (on `ready`) or of the
+    residency (on `unloading`); `estimated_bytes` is what a load was admitted with, `measured_bytes` what it took.
+    """
+
+    seq: int
+    time_s: float
+    host_id: str
+    model_id: str
+    kind: Literal["state", "progress"]
+    source: State
+    target: State
+    cause: str = ""
+    claimant: str | None = None
+    done_bytes: int = 0
+    total_bytes: int = 0
+    missing_bytes: int = 0
+    reason: str = ""
+    seconds: float = 0.0
+    estimated_bytes: int = 0
+    measured_bytes: int = 0
+
+
+class Plan(Struct, frozen=True, kw_only=True):
+    """The predicted effect of loading a model. `seconds` is an estimate from earlier loads, None if unknown."""
+
+    model_id: str
+    host_id: str
+    state: State
+    fits: bool
+    need_bytes: int
+    free_bytes: int
+    evict: tuple[str, ...] = ()
+    seconds: float | None = None
+    reason: str = ""
