@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
+import structlog
 import torch
 import transformers
 from msgspec import Struct, structs
@@ -40,6 +41,8 @@ from engines.models.verification import Canaries, SelfCheck
 from engines.precision import PrecisionStore
 from engines.spec import Matryoshka, ModelSpec
 from engines.types import ModelFiles, ModelInfo, fingerprint
+
+log = structlog.get_logger(__name__)
 
 # Batches of this many tokens fit in a core's cache on CPU and fill a GPU.
 _BATCH_TOKENS = {"cpu": 512, "cuda": 16384}
@@ -142,7 +145,7 @@ class TorchLoader:
             return found, size + encoder.extra_bytes(), workspace
 
         tokens, tuner = self._batch_tokens(spec, encoder, tokenizer, f"{files.revision} {dtype}")
-        limits = self._limits(tokens, folder.truncate_dim)
+        limits = self._limits(tokens, self._default_width(spec, info, folder.truncate_dim))
         largest = max(CANDIDATES[self._device.type]) if tuner is not None else tokens
         workspace = reserved_workspace_bytes(encoder, largest, self._scheduler.num_threads)
         parts = Parts(encoder, tokenizer, resolved, info, tuner, scoring)
@@ -195,14 +198,24 @@ class TorchLoader:
         )
         return _BATCH_TOKENS[self._device.type], tuner  # (3)
 
-    def _limits(self, tokens: int, truncate_dim: int | None) -> EngineLimits:
+    def _default_width(self, spec: ModelSpec, info: ModelInfo, truncate_dim: int | None) -> int | None:
+        """Returns the width of requests that name none; logs a TARGET_DIM that the model does not give."""
+        target_dim = self._settings.target_dim
+        if target_dim is None or info.matryoshka.allows(target_dim, info.dimensions):
+            return target_dim or truncate_dim
+        write = log.warning if target_dim > info.dimensions else log.info
+        widths = info.matryoshka.describe(info.dimensions)
+        write("model.target_dim_ignored", model=spec.model_id, target_dim=target_dim, widths=widths)
+        return truncate_dim
+
+    def _limits(self, tokens: int, target_dim: int | None) -> EngineLimits:
         settings = self._settings
         return EngineLimits(
             batch=BatchLimits(tokens, settings.max_batch_items),
             max_queue_items=settings.max_queue_items,
             max_queue_requests=settings.max_queue_requests,
             batch_timeout_s=settings.batch_timeout_s,
-            target_dim=settings.target_dim or truncate_dim,
+            target_dim=target_dim,
         )
 
     def _free_memory(self) -> None:

@@ -1,6 +1,8 @@
 """Tests the loader, from a model folder to an engine."""
 
 import asyncio
+import json
+import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +12,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
+from structlog.testing import capture_logs
 
 from engines.device import load_throttle
 from engines.device.scheduler import DeviceScheduler
@@ -47,6 +51,39 @@ async def test_the_embedded_model_loads_packed_and_says_what_it_is(load: TorchLo
     assert 90_000_000 < engine.weight_bytes - copied_bytes < 91_000_000
     assert engine.workspace_bytes > 0
     engine.close()
+
+
+@pytest.mark.parametrize(
+    ("target_dim", "truncate_dim", "width", "level"),
+    [
+        (None, None, 384, None),
+        (128, 256, 128, None),
+        (384, None, 384, None),
+        (1024, None, 384, "warning"),
+        (1024, 256, 256, "warning"),
+        (100, None, 384, "info"),
+    ],
+)
+async def test_a_target_width_that_the_model_does_not_give_is_logged_and_its_own_stays(
+    load: TorchLoader, target_dim: int | None, truncate_dim: int | None, width: int, level: str | None, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(MINILM.path, folder)
+    config = folder / "config_sentence_transformers.json"
+    config.write_text(json.dumps({"truncate_dim": truncate_dim, "matryoshka_dims": [128, 256]}))
+    load._settings = structs.replace(load._settings, target_dim=target_dim)
+    files = structs.replace(MINILM, path=str(folder))
+
+    with capture_logs() as lines:
+        engine = await asyncio.to_thread(load.load, ModelSpec(model_id="m", source="./model"), files)
+    await engine.warm_up()
+    result = await engine.run(EmbedCall(model_id="m", texts=("text",)))
+    engine.close()
+
+    assert result.array().shape == (1, width)
+    logged = [line for line in lines if line["event"] == "model.target_dim_ignored"]
+    assert [line["log_level"] for line in logged] == ([level] if level else [])
+    assert all((line["target_dim"], line["widths"]) == (target_dim, "128, 256, 384") for line in logged)
 
 
 async def test_a_closed_engine_leaves_nothing_behind(load: TorchLoader) -> None:
