@@ -113,7 +113,7 @@ def test_the_dashboard_has_no_two_panels_in_one_place() -> None:
 
 
 def test_the_rule_of_the_autoscaler_sums_the_metric_that_it_asks_for() -> None:
-    folder = DEPLOY / "kubernetes/monitored"
+    folder = DEPLOY / "kubernetes/components/autoscaled"
     (rule,) = yaml.safe_load((folder / "adapter.yaml").read_text())["rules"]
     scaler = yaml.safe_load((folder / "hpa.yaml").read_text())
     (wanted,) = (metric["pods"]["metric"]["name"] for metric in scaler["spec"]["metrics"])
