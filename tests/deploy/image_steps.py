@@ -12,6 +12,7 @@ import fnmatch
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import socket
@@ -33,6 +34,8 @@ from tests.deploy.image_stage import Stage
 ROOT = Path(__file__).parents[2]
 _READY_S = 120.0
 _KEY = "image-steps"
+OWN_SETTINGS = ("HOST", "PORT", "HF_HOME", "STATE_DIR")
+"""The image sets them: they are where it listens and what it may write."""
 
 
 class Step(Struct, frozen=True):
@@ -164,11 +167,36 @@ def _copy(source: Path, target: Path, into: bool, is_ignored: Callable[[Path], b
     shutil.copy2(source, place)
 
 
+def read_env_file(text: str) -> dict[str, str]:
+    """Read settings as `docker run --env-file` does: a value is all that follows the first `=`, quotes and # included.
+
+    Raises:
+        ValueError: Docker would refuse the line.
+    """
+    found = {}
+    for line in (line.lstrip() for line in text.splitlines()):
+        name, is_set, value = line.partition("=")
+        if not line or line.startswith("#"):
+            continue
+        if not name or re.search(r"\s", name):
+            raise ValueError(f"{line!r}: the name of a variable is empty or contains a space")
+        if is_set:
+            found[name] = value
+    return found
+
+
+def example_settings() -> dict[str, str]:
+    """Every value of .env.example, read as Docker reads it, but for those that the image sets itself."""
+    example = (ROOT / ".env.example").read_text(encoding="utf-8")
+    found = read_env_file(re.sub(r"^#(?=[A-Z_]+=)", "", example, flags=re.MULTILINE))
+    return {name: value for name, value in found.items() if name not in OWN_SETTINGS}
+
+
 @contextmanager
 def running(image: Image, port: int) -> Iterator[subprocess.Popen[bytes]]:
     """Run the image as compose does: its own user, a key, and nothing writable but its volumes and /tmp."""
     image.stage.freeze(image.volumes)
-    own = {"PORT": str(port), "API_KEY": _KEY}
+    own = {**example_settings(), "PORT": str(port), "API_KEY": _KEY}
     server = image.stage.start([*image.entrypoint, *image.command], own)
     try:
         deadline_s = time.monotonic() + _READY_S

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from router.config.settings import VARIABLES
-from tests.deploy.image_steps import ignored, read_steps
+from engines.types import Budget
+from router.config.settings import VARIABLES, Settings, read_settings
+from tests.deploy.image_steps import OWN_SETTINGS, example_settings, ignored, read_env_file, read_steps
 from tests.deploy.proxies import DEPLOY
 
 ROOT = DEPLOY.parent
@@ -113,6 +115,51 @@ def test_compose_opens_the_port_and_mounts_models_as_the_env_file_says(tmp_path:
 def test_compose_needs_no_env_file_and_redis_comes_only_when_asked_for(tmp_path: Path) -> None:
     assert compose(folder=tmp_path)["services"].keys() == {"embedyard"}
     assert compose("--profile", "redis", folder=tmp_path)["services"].keys() == {"embedyard", "redis"}
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("# a comment\n\n  A=1\nB=\n", {"A": "1", "B": ""}),
+        ("A='x y' # not a comment\n", {"A": "'x y' # not a comment"}),
+        ("A=b=c\nFROM_THE_CALLER\n", {"A": "b=c"}),
+    ],
+)
+def test_an_env_file_is_read_as_docker_run_reads_it(text: str, found: dict[str, str]) -> None:
+    assert read_env_file(text) == found
+
+
+@pytest.mark.parametrize("line", ["export A=1", "A =1", "=1"])
+def test_an_env_file_that_docker_run_refuses_is_refused(line: str) -> None:
+    with pytest.raises(ValueError, match="empty or contains a space"):
+        read_env_file(line)
+
+
+def test_the_example_of_settings_serves_the_image() -> None:
+    """With every value in it, as `docker run --env-file` gives them: its defaults are those of the image."""
+    env = next(step.value for step in reversed(STEPS) if step.instruction == "ENV")
+    settings = example_settings()
+
+    assert all(f"{name}=" in env for name in OWN_SETTINGS)
+    assert len(settings) > 30
+    assert read_settings(settings) == Settings(memory_budget=Budget(fraction=0.8))
+
+
+def test_docker_run_of_the_docs_has_the_port_the_volume_and_the_tags_of_the_image() -> None:
+    pages = [ROOT / name for name in ("deploy/README.md", "docs/operations.md", "docs/zh/operations.md")]
+    values = {step.instruction: step.value for step in STEPS}
+    built = (ROOT / "Makefile").read_text()
+
+    assert "docker build --tag embedyard$(if $(filter cuda,$(COMPUTE)),:cuda)" in built
+    for page in pages:
+        runs = re.findall(r"^docker run -d (.*?)(?:  +#.*)?$", page.read_text(), re.MULTILINE)
+        assert runs, page
+        for line in runs:
+            words = shlex.split(line)
+            assert f"127.0.0.1:{values['EXPOSE']}:{values['EXPOSE']}" in words
+            assert f"embedyard:{values['VOLUME']}" in words
+            assert "API_KEY=$API_KEY" in words
+            assert words[-1] == ("embedyard:cuda" if "--gpus" in words else "embedyard")
 
 
 def make(*words: str, gpu: str = "", folder: Path) -> str:

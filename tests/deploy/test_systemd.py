@@ -7,8 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from engines.types import Budget
+from router.config.settings import Settings, read_settings
 from tests.deploy.proxies import DEPLOY
 
+PARSER = Path("/usr/lib/systemd/user-environment-generators/30-systemd-environment-d-generator")
+ENV_EXAMPLE = (DEPLOY.parent / ".env.example").read_text(encoding="utf-8")
 UNITS = sorted((DEPLOY / "systemd").iterdir())
 MOST_EXPOSED = 2.5
 """Of ten, in systemd's own count; 9.6 is a unit that says nothing."""
@@ -39,6 +43,35 @@ def test_the_server_gives_up_what_it_does_not_need() -> None:
 
     assert level is not None, done.stdout + done.stderr
     assert float(level[1]) <= MOST_EXPOSED
+
+
+def environment(text: str, folder: Path) -> dict[str, str]:
+    """What systemd reads from a file of variables, by its own parser: the generator of environment.d has the same.
+
+    It leaves out empty values, which count as not set anyway, and says so.
+    """
+    (folder / "environment.d").mkdir()
+    (folder / "environment.d/50.conf").write_text(text)
+    done = subprocess.run(
+        [PARSER], capture_output=True, text=True, timeout=60, check=True, env={"XDG_CONFIG_HOME": str(folder)}
+    )
+    refused = re.findall(r'invalid syntax \(around "(.*)"\)', done.stderr)
+    assert [name for name in refused if f"\n{name}=\n" not in text] == []
+    return dict(line.split("=", 1) for line in done.stdout.splitlines())
+
+
+@pytest.mark.skipif(not PARSER.exists(), reason="systemd's generators are not installed")
+def test_the_example_of_settings_is_an_environment_file(tmp_path: Path) -> None:
+    """With every value in it: systemd reads what `embedyard` reads."""
+    unit = (DEPLOY / "systemd/embedyard.service").read_text()
+    text = re.sub(r"^#(?=[A-Z_]+=)", "", ENV_EXAMPLE, flags=re.MULTILINE)
+    found = environment(text.replace("\nAPI_KEY=\n", "\nAPI_KEY=a+/key\n"), tmp_path)
+
+    assert "EnvironmentFile=-/etc/embedyard/env\n" in unit
+    assert found["API_KEY"] == "a+/key"
+    assert found["RATE_LIMIT_STORAGE"] == "async+memory://"
+    settings = read_settings({**found, "API_KEY": ""})
+    assert settings == Settings(memory_budget=Budget(fraction=0.8))
 
 
 def test_a_server_that_says_it_must_be_restarted_is() -> None:
