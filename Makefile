@@ -17,8 +17,12 @@ PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip --disable-pip-version-check in
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
+ifeq ($(filter cpu cuda,$(COMPUTE)),)
+$(error COMPUTE=$(COMPUTE): needs cpu or cuda)
+endif
+
 $(VENV)/.pip: constraints.txt
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/python || { echo "making $(VENV) ..."; $(PYTHON) -m venv $(VENV); }
 	@$(PIP) --upgrade pip setuptools
 	@touch $@
 
@@ -52,6 +56,10 @@ $(LITELLM)/.installed: tests/contract/litellm.txt $(VENV)/.pip
 	@touch $@
 
 install: $(VENV)/.installed  ## make .venv with embedyard and its embedded default model
+ifneq ($(and $(filter cuda,$(COMPUTE)),$(filter command line environment,$(origin COMPUTE))),)
+	@$(BIN)/python -c 'import importlib.metadata as m; exit("+cpu" in m.version("torch"))' || \
+		{ echo "PyTorch in $(VENV) is the build for CPUs: rm -r $(VENV), and again with COMPUTE=cuda" >&2; exit 1; }
+endif
 install-test: $(VENV)/.installed-test $(LITELLM)/.installed
 install-bench: $(VENV)/.installed-bench
 

@@ -189,6 +189,24 @@ def test_make_installs_pytorch_with_cuda_where_there_is_a_gpu(tmp_path: Path) ->
         assert "installing PyTorch for cuda (5 GB" in told
 
 
+def test_make_refuses_hardware_that_it_does_not_know() -> None:
+    done = subprocess.run(["make", "serve", "COMPUTE=rocm"], cwd=ROOT, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 2
+    assert "COMPUTE=rocm: needs cpu or cuda" in done.stderr
+
+
+@pytest.mark.parametrize(("version", "status"), [("2.13.0+cpu", 1), ("2.13.0", 0)])
+def test_make_says_that_pytorch_is_there_in_its_other_build(version: str, status: int, tmp_path: Path) -> None:
+    line = next(line for line in make("install", "COMPUTE=cuda", folder=tmp_path).splitlines() if "+cpu" in line)
+    script = re.findall(r"-c '(.*?)'", line)[0].replace('m.version("torch")', repr(version))
+
+    done = subprocess.run([sys.executable, "-c", script], check=False)
+
+    assert done.returncode == status
+    assert "+cpu" not in make("install", gpu="GPU 0: H200", folder=tmp_path), "only where it is asked for"
+
+
 def test_make_builds_the_image_for_cpus_unless_told_otherwise(tmp_path: Path) -> None:
     plain, cuda = make("image", gpu="GPU 0: H200", folder=tmp_path), make("image", "COMPUTE=cuda", folder=tmp_path)
 

@@ -99,6 +99,13 @@ def test_every_metric_is_on_the_dashboard() -> None:
     assert [metric.name for metric in metrics.ALL if metric.name not in shown] == []
 
 
+def test_the_dashboard_shows_requests_of_each_route_without_probes() -> None:
+    (expression,) = (expression for title, expression in panels() if title == "Requests, by route")
+
+    assert expression.startswith("sum by (route)")
+    assert 'model!=""' in expression
+
+
 def test_the_dashboard_has_no_two_panels_in_one_place() -> None:
     taken = [
         (x, y)
