@@ -21,8 +21,13 @@ ifeq ($(filter cpu cuda,$(COMPUTE)),)
 $(error COMPUTE=$(COMPUTE): needs cpu or cuda)
 endif
 
+# Looked at first: pip would say it after the download of PyTorch. What a failed venv leaves behind has no pip.
+VENV_ANEW = { $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	{ echo "$(PYTHON) is not Python 3.11 or newer: name one that is, as in make serve PYTHON=python3.12" >&2; exit 1; }; \
+	echo "making $(VENV) with $$($(PYTHON) --version) ..."; $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }; }
+
 $(VENV)/.pip: constraints.txt
-	@test -x $(BIN)/python || { echo "making $(VENV) ..."; $(PYTHON) -m venv $(VENV); }
+	@test -x $(BIN)/python || $(VENV_ANEW)
 	@$(PIP) --upgrade pip setuptools
 	@touch $@
 

@@ -201,7 +201,7 @@ class TorchLoader:
     def _default_width(self, spec: ModelSpec, info: ModelInfo, truncate_dim: int | None) -> int | None:
         """Returns the width of requests that name none; logs a TARGET_DIM that the model does not give."""
         target_dim = self._settings.target_dim
-        if target_dim is None or info.matryoshka.allows(target_dim, info.dimensions):
+        if target_dim is None or info.task != "embed" or info.matryoshka.allows(target_dim, info.dimensions):
             return target_dim or truncate_dim
         write = log.warning if target_dim > info.dimensions else log.info
         widths = info.matryoshka.describe(info.dimensions)

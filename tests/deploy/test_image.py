@@ -189,6 +189,30 @@ def test_make_installs_pytorch_with_cuda_where_there_is_a_gpu(tmp_path: Path) ->
         assert "installing PyTorch for cuda (5 GB" in told
 
 
+@pytest.mark.parametrize(
+    ("script", "told"),
+    [
+        ("exit 1", "is not Python 3.11 or newer"),  # what the version check of an old one gives
+        ("case $1 in -c) exit 0;; --version) echo Python 3.12.1;; -m) mkdir -p $3/bin; exit 1;; esac", "3.12.1"),
+    ],
+)
+def test_make_stops_at_a_python_that_cannot_do_it_and_leaves_nothing(script: str, told: str, tmp_path: Path) -> None:
+    for name in ("Makefile", "constraints.txt", "pyproject.toml"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{script}\n")
+    python.chmod(0o755)
+
+    done = subprocess.run(
+        ["make", "serve", f"PYTHON={python}"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+
+    assert done.returncode == 2
+    assert told in done.stdout + done.stderr
+    assert "installing" not in done.stdout
+    assert not (tmp_path / ".venv").exists()
+
+
 def test_make_refuses_hardware_that_it_does_not_know() -> None:
     done = subprocess.run(["make", "serve", "COMPUTE=rocm"], cwd=ROOT, capture_output=True, text=True, check=False)
 

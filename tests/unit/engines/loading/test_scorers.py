@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from structlog.testing import capture_logs
 from transformers import AutoTokenizer
 
 from benchmarks.lib.engine_kit import Kit, embed
@@ -323,3 +324,11 @@ def test_a_model_that_scores_has_no_width(kit: Kit) -> None:
     assert native_width(_built(kit, "bert-modules"), spec) is None
     assert native_width(_built(kit, "xlm-roberta"), spec) is None
     assert native_width(kit.recipe_folder("bert-cls"), spec) == WIDTH
+
+
+def test_a_target_width_says_nothing_of_a_model_that_scores(kit: Kit) -> None:
+    with capture_logs() as lines:
+        engine = kit.load(_built(kit, "bert-modules"), settings=LoaderSettings(target_dim=1024))
+    engine.close()
+
+    assert [line for line in lines if line["event"] == "model.target_dim_ignored"] == []
