@@ -34,8 +34,8 @@ $(VENV)/.pip: constraints.txt
 # Alone and first: with an index of its own, and without dependencies, which that index need not have.
 TORCH = { echo "installing PyTorch for $(COMPUTE) ($(if $(filter cuda,$(COMPUTE)),5 GB,0.2 GB); COMPUTE=cpu or cuda chooses) ..."; \
 	$(PIP) $(if $(TORCH_INDEX),--retries 2 --no-deps --index-url $(TORCH_INDEX)) torch || \
-	{ echo "PyTorch for $(COMPUTE) was not found$(if $(TORCH_INDEX), at $(TORCH_INDEX)): set TORCH_INDEX to a mirror of it," \
-	"or COMPUTE=cuda for the build of the package index" >&2; exit 1; }; }
+	{ echo "PyTorch for $(COMPUTE) was not found$(if $(TORCH_INDEX), at $(TORCH_INDEX)): set TORCH_INDEX to a mirror of it$(if \
+	$(filter cpu,$(COMPUTE)),; COMPUTE=cuda takes the build of the package index)" >&2; exit 1; }; }
 
 $(VENV)/.installed: $(VENV)/.pip pyproject.toml constraints.txt
 	@$(BIN)/python -c 'import importlib.metadata as m; m.version("torch")' 2>/dev/null || $(TORCH)
