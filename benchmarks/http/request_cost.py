@@ -32,7 +32,7 @@ from benchmarks.lib.machine import ROOT, Watch
 from benchmarks.lib.report import RESULTS, Report, publish
 
 _NOW = "working tree"
-_BODY = json.dumps({"model": "all-MiniLM-L6-v2", "input": "The cat sits outside"}).encode()
+BODY = json.dumps({"model": "all-MiniLM-L6-v2", "input": "The cat sits outside"}).encode()
 _WARM_UP, _BATCHES, _REQUESTS, _TRACED = 200, 40, 25, 50
 _NAMES = {
     "Settings": ("router.config.settings", "router.settings"),
@@ -51,7 +51,8 @@ class Cost(Struct, frozen=True):
     loop_ms: float
 
 
-def _named(name: str) -> Any:
+def named(name: str) -> Any:
+    """Return what a layout has under this name."""
     for module in _NAMES[name]:
         with suppress(ModuleNotFoundError):
             if (found := getattr(importlib.import_module(module), name, None)) is not None:
@@ -62,7 +63,7 @@ def _named(name: str) -> Any:
 async def _request(app: Any) -> int:
     """Sends one request; returns the status."""
     sent: list[MutableMapping[str, Any]] = []
-    bodies = [{"type": "http.request", "body": _BODY, "more_body": False}]
+    bodies = [{"type": "http.request", "body": BODY, "more_body": False}]
 
     async def receive() -> MutableMapping[str, Any]:
         if bodies:
@@ -73,7 +74,7 @@ async def _request(app: Any) -> int:
     async def send(message: MutableMapping[str, Any]) -> None:
         sent.append(message)
 
-    headers = {"host": "127.0.0.1:6008", "content-type": "application/json", "content-length": str(len(_BODY))}
+    headers = {"host": "127.0.0.1:6008", "content-type": "application/json", "content-length": str(len(BODY))}
     scope = {
         "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
         "path": "/v1/embeddings", "raw_path": b"/v1/embeddings", "query_string": b"", "root_path": "",
@@ -84,7 +85,7 @@ async def _request(app: Any) -> int:
     return int(sent[0]["status"])
 
 
-async def _started(app: Any) -> asyncio.Task[None]:
+async def started(app: Any) -> asyncio.Task[None]:
     """Returns the task of the application's lifespan, once that has begun."""
     received: asyncio.Queue[Any] = asyncio.Queue()
     sent: asyncio.Queue[Any] = asyncio.Queue()
@@ -97,7 +98,7 @@ async def _started(app: Any) -> asyncio.Task[None]:
 
 
 async def _measure(app: Any) -> Cost:
-    lifespan = await _started(app)
+    lifespan = await started(app)
     for _ in range(_WARM_UP):
         assert await _request(app) == 200
     cpu_s, loop_s = [], []
@@ -131,11 +132,11 @@ def child(tree: str) -> None:
     sys.path.insert(0, tree)
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
     with tempfile.TemporaryDirectory() as folder:
-        settings = _named("Settings")(state_dir=Path(folder), device=("cpu",), registry=Path(tree) / "registry.yaml")
-        registry = _named("open_registry")(settings)
+        settings = named("Settings")(state_dir=Path(folder), device=("cpu",), registry=Path(tree) / "registry.yaml")
+        registry = named("open_registry")(settings)
         create_app = importlib.import_module("router.app").create_app
         structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
-        cost = asyncio.run(_measure(create_app(settings, registry, _named("open_local_backend")(settings, registry))))
+        cost = asyncio.run(_measure(create_app(settings, registry, named("open_local_backend")(settings, registry))))
     print(json.dumps([cost.python_calls, cost.c_calls, cost.cpu_ms, cost.loop_ms]), flush=True)
     os._exit(0)  # threads of the device need not be joined
 

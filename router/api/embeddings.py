@@ -9,7 +9,7 @@ from litestar.response.base import ASGIResponse
 from msgspec import structs
 
 from engines.spec import ModelSpec
-from router.api.encoding import OutputFormat, encode_answer
+from router.api.encoding import EncodedAnswer, OutputFormat, encode_answer
 from router.api.inference import Answer, InferenceRoute, embed
 from router.api.models import describe_model, list_visible_models
 from router.api.openapi import BEARER, GUARDED, failures
@@ -110,7 +110,7 @@ async def _answer(request: Request[Any, Any, Any], wanted: EmbeddingRequest) -> 
         calibration=answer.calibration,
     )
     body = await encode_answer(answer.embeddings, answer.model_id, output)
-    return ASGIResponse(body=body, headers=_headers(answer))
+    return EncodedAnswer(body, _headers(answer))
 
 
 def _headers(answer: Answer) -> dict[str, str]:

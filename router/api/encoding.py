@@ -11,6 +11,8 @@ from typing import Literal, TypeGuard
 import msgspec
 import numpy as np
 import orjson
+from litestar.response.base import ASGIResponse
+from litestar.types import Receive, Scope, Send
 from msgspec import Struct
 from numpy.typing import NDArray
 
@@ -18,6 +20,30 @@ from engines.errors import InvalidValue
 from engines.spec import Calibration, ModelSpec
 from engines.types import Embeddings
 from router.schemas.inference import EncodingFormat, OutputDtype, Usage
+
+
+class EncodedAnswer(ASGIResponse):
+    """An encoded JSON body with its headers, status 200.
+
+    Sent as it is: `ASGIResponse` writes its headers through a dictionary of folded names and has hooks between the
+    parts, which took 5 % of the event loop's time for a short answer.
+
+    Args:
+        body: JSON.
+        headers: names in lower case.
+    """
+
+    def __init__(self, body: bytes, headers: dict[str, str]) -> None:
+        self.body = body
+        self._fields = headers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the response."""
+        fields = [(name.encode("latin-1"), text.encode("latin-1")) for name, text in self._fields.items()]
+        own = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(self.body))]
+        await send({"type": "http.response.start", "status": 200, "headers": [*fields, *own]})
+        await send({"type": "http.response.body", "body": self.body, "more_body": False})
+
 
 Matrix = NDArray[np.float32] | NDArray[np.int8] | NDArray[np.uint8]
 Scalar = Literal["int8", "uint8"]

@@ -7,11 +7,13 @@ from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar, cast
 
 import structlog
-from litestar import Request
+from litestar import Litestar, Request
 from litestar.datastructures import ResponseHeader
 from litestar.exceptions import PermissionDeniedException
 from litestar.handlers import HTTPRouteHandler
 from litestar.openapi import ResponseSpec
+from litestar.response.base import ASGIResponse
+from litestar.types import ASGIApp, ExceptionHandlersMap
 from msgspec import Struct, structs
 
 from engines.errors import EngineFailed, InvalidRequest, NonFiniteEmbedding, TaskNotSupported
@@ -105,6 +107,20 @@ class InferenceRoute(HTTPRouteHandler):
         """Run all guards in order."""
         for guard in self.resolve_guards():
             await cast(Guard, guard)(connection, self)
+
+    def on_registration(self, app: Litestar) -> None:
+        """Keep the exception handlers: Litestar collects them from all layers for each request."""
+        super().on_registration(app)
+        self._exception_handlers = super().resolve_exception_handlers()
+
+    def resolve_exception_handlers(self) -> ExceptionHandlersMap:
+        """Return the handlers of all layers once the route is registered; until then a layer may be added."""
+        kept = getattr(self, "_exception_handlers", None)
+        return super().resolve_exception_handlers() if kept is None else kept
+
+    async def to_response(self, app: Litestar, data: Any, request: Request[Any, Any, Any]) -> ASGIApp:
+        """Return a response that is ready as it is."""
+        return data if isinstance(data, ASGIResponse) else await super().to_response(app, data, request)
 
 
 class Answer(Struct, frozen=True):
