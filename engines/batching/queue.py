@@ -123,6 +123,7 @@ class Queue:
         self._batch_timeout_s = batch_timeout_s
         self._clock = clock
         self._jobs: list[PendingRequest] = []
+        self._num_waiting = 0  # entries in the jobs' `unscheduled`: counted, as thousands of jobs may wait
         self._entries: dict[Key, Entry] = {}
         self._lock = threading.Lock()
         self._was_small = False
@@ -133,7 +134,7 @@ class Queue:
     def num_items(self) -> int:
         """Returns the number of texts waiting."""
         with self._lock:
-            return self._waiting()
+            return self._num_waiting
 
     def is_worth_splitting(self, limit: BatchLimits) -> bool:
         """Tells whether the waiting texts are enough for a batch beside one that runs."""
@@ -165,10 +166,11 @@ class Queue:
             for index in wanted:
                 self._enqueue(job, index)
             num_new = len(job.unscheduled)
+            self._num_waiting += num_new
             self._adopt_from_larger(job)
-            job.unscheduled.sort(key=_length)
-            self._jobs.append(job)
-            self._forget_done()
+            if job.unscheduled:
+                job.unscheduled.sort(key=_length)
+                self._jobs.append(job)
             self._rejoin.on_admitted()
         return len(wanted) - num_new
 
@@ -177,6 +179,7 @@ class Queue:
         with self._lock:
             for text in job.entries:
                 text.targets = [target for target in text.targets if target.job is not job]
+            self._num_waiting -= len(job.unscheduled)
             for text in job.unscheduled:
                 self._reassign(text)
             job.unscheduled, job.entries = [], []
@@ -186,7 +189,9 @@ class Queue:
         """Drops everything; returns the requests that waited."""
         with self._lock:
             waiting = {id(target.job): target.job for text in self._entries.values() for target in text.targets}
-            self._jobs, self._entries = [], {}
+            for job in self._jobs:
+                job.unscheduled = []
+            self._jobs, self._num_waiting, self._entries = [], 0, {}
             return list(waiting.values())
 
     def ready_in_s(self, limit: BatchLimits) -> float | None:
@@ -195,7 +200,7 @@ class Queue:
             if not self._jobs:
                 return None
             now_s, tokens = self._clock(), count_waiting_tokens(self._jobs, limit.max_tokens)
-            if tokens >= limit.max_tokens or self._waiting() >= limit.max_items:
+            if tokens >= limit.max_tokens or self._num_waiting >= limit.max_items:
                 return 0.0
             wait_s = self._rejoin.wait_s(tokens, now_s)
             if self._batch_timeout_s == 0:
@@ -240,11 +245,12 @@ class Queue:
 
     def _take(self, jobs: Sequence[PendingRequest], limit: BatchLimits, num_threads: int) -> list[Entry]:
         texts = form_batch(jobs, split_for_threads(limit, jobs, num_threads))
+        self._num_waiting -= len(texts)
         self._forget_done()
         return texts
 
     def _check_places(self, caller: str, num_texts: int) -> None:
-        waiting = self._waiting()
+        waiting = self._num_waiting
         if not waiting:
             return
         refusal = ""
@@ -286,9 +292,12 @@ class Queue:
         }
         for text in taken:
             text.owner = job
+        if not taken:
+            return
         for owner in set(taken.values()):
             owner.unscheduled = [text for text in owner.unscheduled if text.owner is owner]
         job.unscheduled += taken
+        self._forget_done()
 
     def _reassign(self, text: Entry) -> None:
         """Gives an entry to the smallest request that wants it, or drops it when none does."""
@@ -298,14 +307,12 @@ class Queue:
             return
         text.owner = owner = min((target.job for target in text.targets), key=_size)
         insort(owner.unscheduled, text, key=_length)
+        self._num_waiting += 1
         if owner not in self._jobs:
             self._jobs.append(owner)
 
     def _forget_done(self) -> None:
         self._jobs = [job for job in self._jobs if job.unscheduled]
-
-    def _waiting(self) -> int:
-        return sum(len(job.unscheduled) for job in self._jobs)
 
 
 def _length(text: Entry) -> int:

@@ -469,6 +469,7 @@ def test_clearing_returns_every_request_once_also_those_that_share_a_running_tex
     assert queue.num_items == 0
     for each in (running, follower, waiting):
         queue.drop(each)
+    assert queue.num_items == 0
 
 
 class Storm:
@@ -487,6 +488,7 @@ class Storm:
         """Take one random step."""
         steps = [self.come, self.come, self.cut, self.finish_one, self.put_back_one, self.leave]
         self.chance.choice(steps)()
+        assert self.queue.num_items == sum(len(each.unscheduled) for each in self.jobs)
         for each in self.jobs:
             assert all(text.owner is each for text in each.unscheduled)
             assert all(each.num_tokens == min(w.job.num_tokens for w in text.targets) for text in each.unscheduled)

@@ -4,18 +4,20 @@ import asyncio
 import base64
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from litestar.response.base import ASGIResponse
+from litestar.types import Message, Receive, Scope
 from numpy.typing import NDArray
 
 from engines.errors import InvalidValue
 from engines.spec import Calibration, ModelSpec
 from engines.types import Embeddings
-from router.api.encoding import OutputFormat, check_ranges, encode_answer, quantize
+from router.api.encoding import EncodedAnswer, OutputFormat, check_ranges, encode_answer, quantize
 from router.schemas.inference import EncodingFormat, OutputDtype
 
 DTYPES: tuple[OutputDtype, ...] = ("int8", "uint8", "binary", "ubinary")
@@ -181,3 +183,18 @@ async def test_the_loop_goes_on_while_a_large_answer_is_written() -> None:
         turns += 1
 
     assert turns > 10
+
+
+async def test_an_encoded_answer_is_sent_as_litestar_sends_it() -> None:
+    body, headers = b'{"data":[]}', {"server-timing": "load;dur=0.1", "x-embed-truncated": "0,3"}
+
+    async def messages(response: ASGIResponse) -> list[Message]:
+        sent: list[Message] = []
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        await response(cast(Scope, {}), cast(Receive, None), send)
+        return sent
+
+    assert await messages(EncodedAnswer(body, headers)) == await messages(ASGIResponse(body=body, headers=headers))

@@ -5,8 +5,11 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from msgspec import structs
-from prometheus_client import generate_latest
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 
 from engines.errors import LoadFailed, ModelLoading, QueueFull
 from engines.types import Batch, Embeddings, Timings
@@ -170,6 +173,20 @@ def recorded(*visits: RequestContext) -> Exposition:
     for ended in visits:
         recorder.record(ended)
     return Exposition(generate_latest(recorder.registry).decode())
+
+
+@given(st.lists(st.one_of(st.floats(0, 100), st.sampled_from(metrics.QUEUE_SECONDS.buckets))))
+def test_a_histogram_reads_as_that_of_prometheus_client(seconds: list[float]) -> None:
+    metric, recorder, registry = metrics.QUEUE_SECONDS, MetricsRecorder(), CollectorRegistry()
+    reference = Histogram(metric.name, metric.meaning, metric.labels, buckets=metric.buckets, registry=registry)
+    for value in seconds:
+        recorder.observe(metric, "mini", value=value)
+        reference.labels("mini").observe(value)
+
+    for write in (generate_latest, generate_openmetrics):
+        lines = write(recorder.registry).decode().splitlines()
+        written = [line for line in lines if f"{metric.name}" in line]
+        assert written == [line for line in write(registry).decode().splitlines() if f"{metric.name}" in line]
 
 
 def test_an_answer_is_measured_part_by_part() -> None:
