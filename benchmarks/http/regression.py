@@ -3,7 +3,7 @@
     python -m benchmarks.http.regression --against HEAD
 
 Both servers are up at once and measured one at a time, round by round, with default settings: single short texts from
-1, 8 and 32 clients, and 32 mixed texts a request from 8; closed loops.
+1, 8, 32, 64 and 256 clients, and 32 mixed texts a request from 8; closed loops.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from benchmarks.lib.report import RESULTS, Report, publish
 from benchmarks.lib.servers import Plan, own, serving, write_registry
 from benchmarks.offline.regression import NOW, unpack
 
-CASES = (*(Case("short", 1, clients) for clients in (1, 8, 32)), Case("mixed", 32, 8))
+CASES = (*(Case("short", 1, clients) for clients in (1, 8, 32, 64, 256)), Case("mixed", 32, 8))
 
 
 def plan_of(tree: Path, name: str, registry: Path) -> Plan:
