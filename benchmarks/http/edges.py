@@ -165,7 +165,8 @@ def _bounds(times: dict[str, Spent], cores: int) -> str:
     servers = servers_for(process, cores)
     return (
         f"at most on {cores} cores, from the times at 64 clients: local {bound(local, cores, 1):,.0f} requests/s, "
-        f"process {bound(process, cores, 1):,.0f}, with {servers} servers on one port {bound(process, cores, servers):,.0f}"
+        f"process {bound(process, cores, 1):,.0f}, and {bound(process, cores, servers):,.0f} with {servers} servers "
+        "on one port"
     )
 
 
