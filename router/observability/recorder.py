@@ -57,9 +57,14 @@ class Distribution:
 
     def add_to(self, family: HistogramMetricFamily, labels: tuple[str, ...]) -> None:
         """Add the cumulative counts and the sum to a family."""
-        names = [floatToGoString(bound) for bound in (*self._bounds, float("inf"))]
+        names = [_bound_name(bound) for bound in (*self._bounds, float("inf"))]
         counts = accumulate(list(self._counts))
         family.add_metric(labels, list(zip(names, map(float, counts), strict=True)), self._total)
+
+
+def _bound_name(bound: float) -> str:
+    name: str = floatToGoString(bound)  # type: ignore[no-untyped-call]  # the library has no types for it
+    return name
 
 
 class Histograms(Collector):

@@ -21,6 +21,9 @@ WIDTH = 4
 class Letters:
     """A tokenizer backend: every character is a token."""
 
+    def encode(self, sequence: str, *, add_special_tokens: bool) -> SimpleNamespace:
+        return self.encode_batch_fast([sequence], add_special_tokens=add_special_tokens)[0]
+
     def encode_batch_fast(self, input: Sequence[str], *, add_special_tokens: bool) -> Sequence[SimpleNamespace]:
         return [SimpleNamespace(ids=[ord(letter) for letter in text.encode("utf-8").decode()]) for text in input]
 

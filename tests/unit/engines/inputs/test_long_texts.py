@@ -34,6 +34,10 @@ class Counted:
         self._backend = backend
         self.characters = 0
 
+    def encode(self, sequence: str, *, add_special_tokens: bool) -> Any:
+        self.characters += len(sequence)
+        return self._backend.encode(sequence, add_special_tokens=add_special_tokens)
+
     def encode_batch_fast(self, input: Sequence[str], *, add_special_tokens: bool) -> Sequence[Any]:
         self.characters += sum(map(len, input))
         return self._backend.encode_batch_fast(input, add_special_tokens=add_special_tokens)
@@ -82,6 +86,16 @@ def test_odd_texts_keep_the_tokens_of_the_whole_text_prompt_and_all(
 
         assert [ids.tolist() for ids in encoded.ids] == [kept(whole, num, truncate)] * 2
         assert encoded.truncated == ((0, 1) if len(whole) > num else ())
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
+def test_a_text_alone_has_the_tokens_that_it_has_in_a_batch(family: Callable[[], Any]) -> None:
+    chance = random.Random(family.__name__)
+    _, tokenizer = counted(family)
+    for _ in range(100):
+        text = odd_text(chance)[: chance.choice([1, 40, 1000, 1100])]
+
+        assert tokenizer.encode_bare([text]) == tokenizer.encode_bare([text, "another"])[:1]
 
 
 def test_a_mark_that_unicode_sorts_to_the_front_of_a_long_run_is_seen() -> None:

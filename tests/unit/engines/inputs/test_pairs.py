@@ -28,6 +28,9 @@ class Letters:
     def __init__(self) -> None:
         self.num_chars = 0
 
+    def encode(self, sequence: str, *, add_special_tokens: bool) -> Any:
+        return self.encode_batch_fast([sequence], add_special_tokens=add_special_tokens)[0]
+
     def encode_batch_fast(self, input: Sequence[str], *, add_special_tokens: bool) -> list[Any]:
         self.num_chars += sum(map(len, input))
         return [SimpleNamespace(ids=[ord(letter) for letter in text.encode().decode()]) for text in input]

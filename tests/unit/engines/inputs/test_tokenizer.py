@@ -36,6 +36,9 @@ class Letters:
     def __init__(self) -> None:
         self.handed: list[int] = []
 
+    def encode(self, sequence: str, *, add_special_tokens: bool) -> Encoding:
+        return self.encode_batch_fast([sequence], add_special_tokens=add_special_tokens)[0]
+
     def encode_batch_fast(self, input: Sequence[str], *, add_special_tokens: bool) -> list[Encoding]:
         assert not add_special_tokens
         self.handed += [len(text) for text in input]
@@ -60,6 +63,10 @@ class Counted:
     def __init__(self, backend: FastTokenizer) -> None:
         self._backend = backend
         self.characters = 0
+
+    def encode(self, sequence: str, *, add_special_tokens: bool) -> Any:
+        self.characters += len(sequence)
+        return self._backend.encode(sequence, add_special_tokens=add_special_tokens)
 
     def encode_batch_fast(self, input: Sequence[str], *, add_special_tokens: bool) -> Sequence[Any]:
         self.characters += sum(map(len, input))
