@@ -196,7 +196,8 @@ def run(num_requests: int) -> Report:
         registry = named("open_registry")(settings)
         create_app = importlib.import_module("router.app").create_app
         app = create_app(settings, registry, named("open_local_backend")(settings, registry))
-        sampler, loop_us = asyncio.run(_measure(app, num_requests))
+        with asyncio.Runner(loop_factory=uvicorn.Config(app, loop="auto").get_loop_factory()) as runner:  # as served
+            sampler, loop_us = runner.run(_measure(app, num_requests))
     return Report(
         name="request-profile",
         title="Where the event loop's time of a warm request goes",
