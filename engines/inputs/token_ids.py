@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from msgspec import Struct
@@ -27,6 +27,16 @@ ID_MASK = (1 << TYPE_SHIFT) - 1
 def typed(ids: Sequence[int] | Ids, token_type: int) -> Ids:
     """Returns ids that carry a token type."""
     return np.asarray(ids, np.int64) | (token_type << TYPE_SHIFT)
+
+
+class TokenizerBackend(Protocol):
+    """The part of `tokenizers.Tokenizer` that is used."""
+
+    def encode(self, sequence: str, *, add_special_tokens: bool) -> Any:
+        """Encodes one text, to the same ids as `encode_batch_fast`."""
+
+    def encode_batch_fast(self, input: Sequence[str], *, add_special_tokens: bool) -> Sequence[Any]:
+        """Encodes many texts in one call that releases the GIL."""
 
 
 PIECE_CHARS = 1 << 16
