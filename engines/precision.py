@@ -45,6 +45,11 @@ def why_refused(precision: Precision, min_cosine: float | None) -> str:
     )
 
 
+def is_compared_at_load(spec: ModelSpec) -> bool:
+    """Whether a first load takes the bytes of float32 besides, to compare with; `min_cosine: 0` asks for none."""
+    return spec.dtype in REDUCED and spec.min_cosine != 0 and spec.task in (None, "embed")
+
+
 def describe_offer(precision: Precision, min_cosine: float | None = None) -> str:
     """Describes a measured dtype for a model that runs in float32; empty where it is not worth it or not allowed."""
     if precision.speedup < _WORTHWHILE or why_refused(precision, min_cosine):

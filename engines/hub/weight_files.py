@@ -5,6 +5,7 @@ through a `ReadRange`, which serves folders and hubs alike.
 """
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ DTYPE_BITS: Mapping[str, int] = {
 BYTES_OF: Mapping[str, int] = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 """Bytes per element of the dtypes that models are stored and run in."""
 
+_ATTENDS = re.compile(r"(query|key|value|[qkv]_(proj|lin)|attn\.[qkv])\.weight$")
+"""Names of matrices that give queries, keys or values."""
+
 _CONFIG = "config.json"
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
@@ -36,12 +40,13 @@ class WeightCount(Struct, frozen=True, kw_only=True):
     """The contents of a model's weight files, before a dtype is chosen.
 
     `float_elements` are converted on loading, `fixed_bytes` (integers, booleans) are not. `matrix_elements` are in
-    matrices, which have `matrix_rows` in all: what int8 rounds, with a float32 scale a row. `pickled_bytes` is the
-    size of pytorch_model.bin files, whose `stored_dtype` comes from config.json.
+    matrices, which have `matrix_rows` in all, and `matrix_int8_bytes` where int8 is asked for, beside a float32 scale a
+    row. `pickled_bytes` is the size of pytorch_model.bin files, whose `stored_dtype` comes from config.json.
     """
 
     float_elements: int = 0
     matrix_elements: int = 0
+    matrix_int8_bytes: int = 0
     matrix_rows: int = 0
     fixed_bytes: int = 0
     pickled_bytes: int = 0
@@ -57,7 +62,7 @@ class WeightCount(Struct, frozen=True, kw_only=True):
         pickled = math.ceil(self.pickled_bytes * element_bytes / BYTES_OF.get(self.stored_dtype, 2))
         if dtype == "int8":
             rest = self.float_elements - self.matrix_elements
-            return self.matrix_elements + BYTES_OF["float32"] * (self.matrix_rows + rest) + self.fixed_bytes + pickled
+            return self.matrix_int8_bytes + BYTES_OF["float32"] * (self.matrix_rows + rest) + self.fixed_bytes + pickled
         return self.float_elements * element_bytes + self.fixed_bytes + pickled
 
 
@@ -73,6 +78,11 @@ class TensorEntry(Struct, frozen=True):
     @property
     def elements(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def int8_bytes(self) -> int:
+        """Bytes where int8 is asked for; queries, keys and values keep 16 bits (`engines/models/weight_forms.py`)."""
+        return self.elements * (2 if _ATTENDS.search(self.name) else 1)
 
     @property
     def is_float(self) -> bool:
@@ -118,6 +128,7 @@ def count_weights(sizes: Mapping[str, int], weights: Iterable[str], read: ReadRa
     return WeightCount(
         float_elements=sum(tensor.elements for tensor in tensors if tensor.is_float),
         matrix_elements=sum(matrix.elements for matrix in matrices),
+        matrix_int8_bytes=sum(matrix.int8_bytes for matrix in matrices),
         matrix_rows=sum(matrix.shape[0] for matrix in matrices),
         fixed_bytes=sum(tensor.end - tensor.start for tensor in tensors if not tensor.is_float),
         pickled_bytes=sum(sizes[file] for file in pickled),

@@ -170,15 +170,16 @@ class FusedDecoderLayer:
         context = last_token_attention(query, key, value, layout, scaling=self._scaling, window=self._window)
         return self._finish(x[last], context.flatten(1))
 
-    def replace_products(self, make: ProductFactory) -> None:
-        """Replaces the layer's products, also in the model's own layer, and frees their weights.
+    def replace_products(self, make: ProductFactory, make_joined: ProductFactory) -> None:
+        """Replaces the layer's products (queries, keys and values by `make_joined`), also in the model's own layer, and
+        frees their weights.
 
         The last layer has one for queries and one for keys and values, since `last_tokens` needs them so.
         """
         sizes = [self._num_query_rows, len(self._weight) - self._num_query_rows]
         sizes = sizes if self._is_last else [sum(sizes)]
         biases = [None] * len(sizes) if self._bias is None else torch.split(self._bias, sizes)
-        self._products = [make(*both) for both in zip(torch.split(self._weight, sizes), biases, strict=True)]
+        self._products = [make_joined(*both) for both in zip(torch.split(self._weight, sizes), biases, strict=True)]
         self._weight, self._bias = self._weight.new_empty(0), None
         replace_joined(self._layer, _QKV, "self_attn", self._products)
         for name in sorted(_LINEAR - set(_QKV)):

@@ -197,10 +197,11 @@ class FusedLayer:
         """The epsilons of the first and the second norm."""
         return self._first_norm.eps, self._second_norm.eps
 
-    def replace_products(self, make: ProductFactory) -> None:
-        """Replaces the layer's products, also in the model's own layer, and frees their weights."""
+    def replace_products(self, make: ProductFactory, make_joined: ProductFactory) -> None:
+        """Replaces the layer's products (queries, keys and values by `make_joined`), also in the model's own layer, and
+        frees their weights."""
         names = self._names
-        joined = make(self._weight, self._bias)
+        joined = make_joined(self._weight, self._bias)
         replace_joined(self._layer, (names.query, names.key, names.value), names.attention, [joined])
         self._joined, self._weight, self._bias = joined, joined.weight, joined.weight
         made = [make(part.weight, part.bias) for part in (self._context, self._up, self._down)]

@@ -101,7 +101,7 @@ class TorchLoader:
             self._scheduler.report_error(error)
             if loss := device_loss(error):
                 raise DeviceDown(f"{self._device} failed while {spec.model_id} was loaded ({loss})") from error
-            if not is_out_of_memory(error):
+            if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
                 raise
             raise OutOfMemory(f"{self._device} has no memory left to load {spec.model_id}") from error
 
@@ -112,7 +112,7 @@ class TorchLoader:
         form, config = score_form(folder, spec), self._encoder_config(self_check)
         store = self._settings.precision_store if form is None else None
         gate = PrecisionGate(store, spec, files.revision, self._device)
-        gate.prepare(folder, config, files.size_bytes)
+        gate.prepare(folder, config)
         built = build(folder, spec, config) if form is None else build_scorer(folder, spec, config, form)
         encoder, tokenizer, dtype, scoring = built
         checksums.check()

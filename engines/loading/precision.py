@@ -6,6 +6,7 @@ kept, and refuses the model where it is not near enough; later loads read it and
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -16,7 +17,8 @@ import transformers
 from msgspec import structs
 
 from engines.device.memory import device_memory
-from engines.errors import UnsupportedModel
+from engines.errors import OutOfMemory, UnsupportedModel
+from engines.hub.weight_files import count_weights, read_range
 from engines.inputs.prompts import PromptTemplate
 from engines.inputs.tokenizer import Ids, Tokenizer
 from engines.loading.builders import build
@@ -26,9 +28,9 @@ from engines.loading.score_forms import score_form
 from engines.models.base import EncoderConfig, LoadedEncoder, weight_bytes
 from engines.models.prepacked import MAX_PREPACKED_BYTES
 from engines.models.verification import select_forward_path
-from engines.precision import REDUCED, PrecisionStore, compare, why_refused
+from engines.precision import REDUCED, PrecisionStore, compare, is_compared_at_load, why_refused
 from engines.spec import ModelSpec, Precision
-from engines.types import ModelFiles
+from engines.types import ModelFiles, format_bytes
 
 log = structlog.get_logger(__name__)
 
@@ -112,6 +114,13 @@ def _held_bytes(encoder: LoadedEncoder) -> int:
     return weight_bytes(encoder) + encoder.extra_bytes()
 
 
+def _float32_bytes(folder: Folder) -> int:
+    """Returns the bytes of the folder's weights in float32; also those that are built before they are rounded."""
+    files = list(folder.weights.glob("*.safetensors")) or list(folder.weights.glob("pytorch_model*.bin"))
+    sizes = {path.name: path.stat().st_size for path in files}
+    return count_weights(sizes, list(sizes), partial(read_range, folder.weights)).bytes_in("float32")
+
+
 def _parts(texts: Sequence[Ids]) -> list[Sequence[Ids]]:
     """Returns the texts in batches of about the usual size."""
     parts, start, tokens = [], 0, 0
@@ -153,19 +162,24 @@ class PrecisionGate:
         if store is not None and spec.dtype in REDUCED:
             self.known = store.get(spec, revision, spec.dtype, device.type)
 
-    def prepare(self, folder: Folder, config: EncoderConfig, full_bytes: int) -> None:
-        """Builds the float32 form to measure with, where nothing is known and memory allows; on the loading thread.
+    def prepare(self, folder: Folder, config: EncoderConfig) -> None:
+        """Builds the float32 form to measure with, where nothing is known and a bound is set; on the loading thread.
 
         Raises:
             UnsupportedModel: what is known is below the model's bound.
+            OutOfMemory: there is no memory for both forms.
         """
         self._refuse_or_accept()
-        if self._store is None or self.known is not None or self._spec.dtype not in REDUCED:
+        if self._store is None or self.known is not None or not is_compared_at_load(self._spec):
             return
-        reading = device_memory(self._device).read()
-        if reading.ceiling_bytes is not None and reading.ceiling_bytes < 2 * full_bytes:
-            log.warning("model.precision_not_measured", model=self._spec.model_id, needed_bytes=2 * full_bytes)
-            return
+        needed_bytes = 2 * _float32_bytes(folder)
+        ceiling_bytes = device_memory(self._device).read().ceiling_bytes
+        if ceiling_bytes is not None and ceiling_bytes < needed_bytes:
+            raise OutOfMemory(
+                f"comparing {self._spec.dtype} with float32 at the first load needs {format_bytes(needed_bytes)}, but "
+                f"{format_bytes(ceiling_bytes)} are free; free memory, or set `min_cosine: 0` in the registry to serve "
+                "it without"
+            )
         self._full, *_ = build(folder, structs.replace(self._spec, dtype="float32"), config)
 
     def check(self, encoder: LoadedEncoder, tokenizer: Tokenizer, dtype: str, seconds: Seconds) -> Precision | None:

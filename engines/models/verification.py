@@ -31,8 +31,10 @@ from engines.types import fingerprint
 
 log = structlog.get_logger(__name__)
 
-# Cosine distance that rounding may cause, by dtype of the weights.
-TOLERANCE = {"float32": 1e-7, "bfloat16": 1e-3, "float16": 1e-3, "int8": 2e-2}
+# Cosine distance that rounding may cause, by dtype of the weights. int8: two paths round bfloat16 inputs of products
+# to other levels here and there, which moves MiniLM by 1.6e-3; each product itself is held to plain arithmetic
+# (`engines/layers/product_check.py`).
+TOLERANCE = {"float32": 1e-7, "bfloat16": 1e-3, "float16": 1e-3, "int8": 5e-3}
 
 OutputKind = Literal["vectors", "scores"]
 

@@ -15,14 +15,16 @@ from engines.device.load_throttle import throttle_point
 from engines.errors import UnsupportedModel
 from engines.layers.decoder import FusedDecoderLayer
 from engines.layers.fused import FusedLayer
-from engines.layers.packed_linear import Int8Embedding, Int8Linear, PackedLinear, Product, total_bytes
+from engines.layers.packed_linear import Int8Embedding, Int8Linear, PackedLinear, Product, ProductFactory, total_bytes
+from engines.layers.product_check import check_product
 
 
 class WeightForm(Struct, frozen=True):
     """The form of a model's weights.
 
     Attributes:
-        is_int8: int8 with a scale for each row, also in the table of token embeddings; else packed as they are.
+        is_int8: int8 with a scale for each row, also in the table of token embeddings (but see `joined_product`); else
+            packed as they are.
         activations: dtype of everything between the products; None for that of the weights.
     """
 
@@ -41,7 +43,7 @@ class WeightForm(Struct, frozen=True):
                 raise UnsupportedModel(f"`dtype: int8` is not supported for {model.config.model_type}: set another")
             return 0
         for layer in fused:
-            layer.replace_products(self.product)
+            layer.replace_products(self.product, self.joined_product)
             throttle_point()
         if self.is_int8 or not fused:
             self._replace_linears(model)
@@ -53,10 +55,26 @@ class WeightForm(Struct, frozen=True):
         return total_bytes(model.modules())
 
     def product(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
-        """Makes a product in this form."""
-        if not self.is_int8:
-            return PackedLinear(weight, bias)
-        return Int8Linear(weight, bias if bias is None else bias.to(self.activations or bias.dtype))
+        """Makes a product in this form, and compares it with plain arithmetic.
+
+        Raises:
+            SelfCheckFailed: it computes something else.
+        """
+        return self._checked(Int8Linear if self.is_int8 else PackedLinear, weight, bias)
+
+    def joined_product(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+        """Makes the product of queries, keys and values: see `product`. Beside int8 it stays in bfloat16 where that is
+        fast: of all products it moves vectors most (`docs/accuracy.md`)."""
+        if self.is_int8 and self.activations is torch.bfloat16:
+            return self._checked(PackedLinear, weight.to(torch.bfloat16), bias)
+        return self.product(weight, bias)
+
+    def _checked(self, kind: ProductFactory, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+        dtype = self.activations or weight.dtype
+        bias = None if bias is None else bias.to(dtype)
+        made = kind(weight, bias)
+        check_product(made, weight, bias, dtype)
+        return made
 
     def _replace_linears(self, model: nn.Module) -> None:
         for name, part in list(model.named_modules()):

@@ -3,9 +3,10 @@
 import threading
 from pathlib import Path
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from engines.pool.slot import MemoryNeed
+from engines.precision import is_compared_at_load
 from engines.protocols import Files
 from engines.spec import ModelSpec
 from engines.storage import JsonStore
@@ -65,7 +66,8 @@ class Estimates:
         certain and can refuse a model. Five cases:
 
         1. measured under the same settings;  2. measured under other settings: at least the weights of the headers;
-        3. weights from the headers;  4. only the size on disk is known: a guess;  5. nothing is known.
+        3. weights from the headers, and those in float32 where a first load compares with them;
+        4. only the size on disk is known: a guess;  5. nothing is known.
         """
         same, other = self._find_measurements(spec, files) if files else (None, None)
         weight_bytes = self._files.weight_bytes(spec, self._device)
@@ -75,12 +77,18 @@ class Estimates:
             least_bytes = weight_bytes or 0
             return _need_of(other, max(least_bytes, other.weight_bytes), least_bytes)  # (2)
         if weight_bytes is not None:
+            weight_bytes += self._compared_bytes(spec)
             return MemoryNeed(
                 weight_bytes=weight_bytes, workspace_bytes=self._workspace_bytes, weights_known=True
             )  # (3)
         if files is not None:
             return MemoryNeed(weight_bytes=files.size_bytes, workspace_bytes=self._workspace_bytes)  # (4)
         return None  # (5)
+
+    def _compared_bytes(self, spec: ModelSpec) -> int:
+        if not is_compared_at_load(spec):
+            return 0
+        return self._files.weight_bytes(structs.replace(spec, dtype="float32"), self._device) or 0
 
     def save(self, spec: ModelSpec, files: ModelFiles, measurement: Measurement) -> None:
         """Saves a measurement for later estimates."""

@@ -11,6 +11,7 @@ from engines.errors import (
     ShuttingDown,
 )
 from engines.pool.slot import LoadFailure, MemoryNeed, Slot
+from engines.precision import is_compared_at_load
 from engines.types import format_bytes
 
 EVICTED = "evicted by an operator"
@@ -25,9 +26,12 @@ def known_bytes(need: MemoryNeed | None) -> int:
 
 
 def too_large(slot: Slot, budget_bytes: int) -> ModelTooLarge:
+    both = ""
+    if is_compared_at_load(slot.spec):
+        both = f"; a first load in {slot.spec.dtype} compares with float32, unless `min_cosine: 0` is set"
     return ModelTooLarge(
         f"model {slot.model_id!r} needs {format_bytes(known_bytes(slot.need))}, but the memory budget is "
-        f"{format_bytes(budget_bytes)}; raise the budget or choose a smaller model or dtype"
+        f"{format_bytes(budget_bytes)}; raise the budget or choose a smaller model or dtype{both}"
     )
 
 

@@ -3,10 +3,12 @@
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import structlog
+from msgspec import structs
 
 from engines.device.memory import CgroupLimit, CpuMemory, CudaMemory, anonymous_bytes, cgroup_limit, device_memory
 from engines.pool.estimates import Estimates, Measurement, Measurements
@@ -179,7 +181,7 @@ def test_a_measurement_outlives_the_process(tmp_path: Path) -> None:
     ("spec", "files", "device"),
     [
         (SPEC, ModelFiles(path="/m", revision="r2", size_bytes=700), "cpu"),
-        (ModelSpec(model_id="a", source="x", dtype="bfloat16"), FILES, "cpu"),
+        (ModelSpec(model_id="a", source="x", dtype="bfloat16", min_cosine=0), FILES, "cpu"),
         (ModelSpec(model_id="a", source="x", max_batch_tokens=64), FILES, "cpu"),
         (SPEC, FILES, "cuda:0"),
     ],
@@ -194,6 +196,31 @@ def test_another_revision_dtype_batch_or_kind_of_device_is_another_measurement(
 
     assert need is not None
     assert (need.weight_bytes, need.workspace_bytes, need.workspace_known) == (1000, 99, False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_forms"),
+    [
+        ({"dtype": "int8"}, 2),
+        ({"dtype": "bfloat16", "task": "embed"}, 2),
+        ({"dtype": "int8", "min_cosine": 0.0}, 1),
+        ({"dtype": "bfloat16", "task": "rerank"}, 1),
+        ({"dtype": "float32"}, 1),
+    ],
+)
+def test_a_first_load_that_is_compared_with_float32_is_charged_both_forms(
+    changes: dict[str, Any], num_forms: int
+) -> None:
+    spec = structs.replace(SPEC, **changes)
+    measurements = Measurements()
+
+    first = estimates(measurements).estimate(spec, FILES)
+    estimates(measurements).save(spec, FILES, TOOK)
+    later = estimates(measurements).estimate(spec, FILES)
+
+    assert first is not None and later is not None
+    assert first.known().weight_bytes == 1000 * num_forms
+    assert later.weight_bytes == TOOK.weight_bytes
 
 
 def test_a_stored_size_can_never_refuse_a_model_but_its_headers_can() -> None:

@@ -209,7 +209,7 @@ def test_products_of_another_form_serve_a_row_last_tokens_and_the_layers_themsel
     model, (row, layout) = model.to(dtype), in_one_row(TEXTS)
     with torch.inference_mode():
         for layer in fuse_decoder(model, state):
-            layer.replace_products(product)
+            layer.replace_products(product, product)
 
     assert _worst_cosine(torch.cat(alone(model, TEXTS)), expected) > least
     assert _worst_cosine(fused(model, state, row, layout, only_last=False), expected) > least
@@ -224,7 +224,7 @@ def test_weights_of_another_form_are_held_once() -> None:
 
     with torch.inference_mode():
         for layer in fuse_decoder(model, PackedState()):
-            layer.replace_products(PackedLinear)
+            layer.replace_products(PackedLinear, PackedLinear)
 
     assert sum(map(torch.numel, model.parameters())) == before - in_linears - biases
     assert total_bytes(model.modules()) == 4 * in_linears

@@ -5,13 +5,15 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+import torch
 from msgspec import structs
 
 from engines.batching.engine import EmbeddingEngine
 from engines.device.cpu_features import has_fast_int8
 from engines.device.scheduler import DeviceScheduler
-from engines.errors import UnsupportedModel
+from engines.errors import OutOfMemory, SelfCheckFailed, UnsupportedModel
 from engines.inputs.tokenizer_threads import TokenizerThreads
+from engines.layers import packed_linear
 from engines.loading import precision
 from engines.loading.loader import LoaderSettings, TorchLoader
 from engines.precision import PrecisionStore
@@ -78,6 +80,24 @@ async def test_a_dtype_below_min_cosine_is_not_served_at_the_first_load_and_not_
         loader.load(spec, FILES)
 
 
+async def test_a_product_that_is_wrong_is_refused_at_every_load(
+    loader: TorchLoader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = structs.replace(SPEC, dtype="int8")
+    right = packed_linear.quantize_rows
+
+    def wrong(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rounded, scale = right(weight)
+        scale[5] *= 1.02
+        return rounded, scale
+
+    (await _load(loader, spec)).close()
+    monkeypatch.setattr(packed_linear, "quantize_rows", wrong)
+
+    with pytest.raises(SelfCheckFailed, match="from plain arithmetic"):
+        loader.load(spec, FILES)
+
+
 async def test_float32_is_not_measured(loader: TorchLoader) -> None:
     engine = await _load(loader, SPEC)
 
@@ -85,7 +105,7 @@ async def test_float32_is_not_measured(loader: TorchLoader) -> None:
     engine.close()
 
 
-async def test_without_memory_for_both_forms_nothing_is_measured(
+async def test_without_memory_for_both_forms_a_model_is_refused_unless_it_asks_for_no_bound(
     loader: TorchLoader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class _Full:
@@ -95,7 +115,11 @@ async def test_without_memory_for_both_forms_nothing_is_measured(
         ceiling_bytes = 100_000_000
 
     monkeypatch.setattr(precision, "device_memory", lambda _: _Full())
-    engine = await _load(loader, structs.replace(SPEC, dtype="bfloat16"))
+    spec = structs.replace(SPEC, dtype="bfloat16")
+
+    with pytest.raises(OutOfMemory, match=r"needs 18\d MB, but 100 MB are free; .*`min_cosine: 0`"):
+        await _load(loader, spec)
+    engine = await _load(loader, structs.replace(spec, min_cosine=0))
 
     assert engine.info.precision is None
     engine.close()
