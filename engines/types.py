@@ -41,13 +41,13 @@ class Budget(Struct, frozen=True):
 
 
 def format_bytes(size_bytes: int) -> str:
-    """Formats bytes with about three digits and a decimal unit (1 GB = 10**9 B): `9.1 GB`, `512 B`."""
+    """Formats bytes with about three digits and a binary unit (1 GiB = 2**30 B): `9.1 GiB`, `512 B`."""
     size = float(size_bytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(size) < 999.5:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1023.5:
             return f"{size:.0f} {unit}" if unit == "B" or abs(size) >= 99.95 else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
+        size /= 1024
+    return f"{size:.1f} TiB"
 
 
 class BaseCall(Struct, frozen=True, kw_only=True):

@@ -115,10 +115,11 @@ def _reporting() -> Iterator[PullReport]:
         yield PullLines()
         return
     from rich.console import Console  # only for a terminal: importing it takes longer than the rest of the command
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
-        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True),
+        TextColumn("{task.fields[speed]}"), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=Console(force_terminal=True), transient=True) as progress:
         yield Bars(progress)
@@ -149,10 +150,12 @@ class Bars:
         self._progress = progress
 
     def begin(self, spec: ModelSpec) -> None:
-        self._task = self._progress.add_task(spec.model_id, total=None)
+        self._task = self._progress.add_task(spec.model_id, total=None, speed="")
 
     def progress(self, done_bytes: int, total_bytes: int) -> None:
-        self._progress.update(self._task, completed=done_bytes, total=total_bytes)
+        bytes_per_s = self._progress.tasks[-1].speed  # the only task; rich's own column has decimal units
+        speed = f"{format_bytes(round(bytes_per_s))}/s" if bytes_per_s else ""
+        self._progress.update(self._task, completed=done_bytes, total=total_bytes, speed=speed)
 
     def end(self, line: str, *, is_error: bool = False) -> None:
         self._progress.remove_task(self._task)

@@ -32,7 +32,7 @@ MINI = ModelSpec(
     device="cpu",
     matryoshka=Matryoshka(minimum=32),
 )
-MEGABYTES = {
+MEBIBYTES = {
     "bge-m3": 2270,
     "Qwen/Qwen3-Embedding-4B": 8040,
     "multilingual-e5-large": 1120,
@@ -50,7 +50,7 @@ REASON = UnsupportedModel(
     "config.json names code from the model's own repository, which is disabled; review it, then set "
     "`trust_remote_code: true` and a 40-hex `revision` in the registry"
 )
-GIGABYTE = 10**9
+GIBIBYTE = 2**30
 
 
 class SlowFiles(FakeFiles):
@@ -70,28 +70,28 @@ class SlowFiles(FakeFiles):
 
 
 def fake_gpus(count: int, specs: dict[str, ModelSpec], download_s: float, load_s: float) -> list[Host]:
-    """Make hosts with 12 GB and a budget of 10 GB each, with one disk and one load lock, in real time."""
-    weight_bytes = {model_id: size * 10**6 for model_id, size in MEGABYTES.items()}
+    """Make hosts with 12 GiB and a budget of 10 GiB each, with one disk and one load lock, in real time."""
+    weight_bytes = {model_id: size * 2**20 for model_id, size in MEBIBYTES.items()}
     files, lock = SlowFiles(weight_bytes, download_s), LoadLock()
     return [_fake_gpu(f"cuda:{number}", specs, files, lock, load_s) for number in range(count)]
 
 
 def _fake_gpu(device: str, specs: dict[str, ModelSpec], files: FakeFiles, lock: LoadLock, load_s: float) -> Host:
-    weight_bytes = {model_id: size * 10**6 for model_id, size in MEGABYTES.items()}
+    weight_bytes = {model_id: size * 2**20 for model_id, size in MEBIBYTES.items()}
     config = HostConfig(
-        host_id=device, device=device, budget=Budget(size_bytes=10 * GIGABYTE), workspace_bytes=GIGABYTE,
+        host_id=device, device=device, budget=Budget(size_bytes=10 * GIBIBYTE), workspace_bytes=GIBIBYTE,
         rules=PoolPolicy(min_residency_s=0.0, residency_loads=0.0),
     )  # fmt: skip
     loader = FakeLoader(
         weight_bytes=weight_bytes,
-        workspace_bytes=dict.fromkeys(weight_bytes, GIGABYTE),
+        workspace_bytes=dict.fromkeys(weight_bytes, GIBIBYTE),
         failures={BROKEN: [REASON] * 100},
         pause=lambda model_id: time.sleep(load_s),
     )
     runtime = HostRuntime(
         time=LoopTime(),
         workers=Threads(device, load_lock=lock),
-        memory=FakeMemory(12 * GIGABYTE),
+        memory=FakeMemory(12 * GIBIBYTE),
         measurements=Measurements(),
     )
     return Host(config, specs, files, loader, runtime)
@@ -101,7 +101,7 @@ def real_cpu(specs: dict[str, ModelSpec]) -> Any:
     """Make the machine's CPU host only."""
     from engines.machine import Machine, MachineConfig  # brings torch, which most of these tests need not wait for
 
-    return Machine(MachineConfig(devices=("cpu",), budget=Budget(size_bytes=2 * GIGABYTE), cores=2), specs)
+    return Machine(MachineConfig(devices=("cpu",), budget=Budget(size_bytes=2 * GIBIBYTE), cores=2), specs)
 
 
 @click.command()
@@ -116,7 +116,7 @@ def main(port: int, key: str | None, *, real: bool, gpus: int, download_s: float
     configure_logging("json", "warning")
     specs = {
         model_id: ModelSpec(model_id=model_id, source=f"fake/{model_id}", device="cuda", task=TASKS.get(model_id))
-        for model_id in MEGABYTES
+        for model_id in MEBIBYTES
     }
     default = "bge-m3"
     if real:

@@ -56,17 +56,17 @@ def test_a_cold_model_is_downloaded_loaded_and_evicted_from_a_phone(dashboard: P
     evict_plan = dashboard.open_plan("evict", DOWNLOADED)
     dashboard.confirm()
     dashboard.wait_for_state(DOWNLOADED, "cold")
-    dashboard.wait(lambda: f"{DOWNLOADED} was evicted by an operator: 610 MB" in dashboard.text(".feed"))
+    dashboard.wait(lambda: f"{DOWNLOADED} was evicted by an operator: 610 MiB" in dashboard.text(".feed"))
     dashboard.wait(lambda: DOWNLOADED not in dashboard.text(".order"))
 
     assert "Its files are downloaded first." in plan
     assert list(dict.fromkeys(state for state, _, _ in seen))[-1] == "ready"
     assert {"fetching", "loading"} <= {state for state, _, _ in seen}
-    assert any(re.search(r"\d+ MB of 610 MB", words) for state, words, _ in seen if state == "fetching")
+    assert any(re.search(r"\d+ MiB of 610 MiB", words) for state, words, _ in seen if state == "fetching")
     assert any(re.search(r"\d s so far", words) for state, words, _ in seen if state == "loading")
     assert max(out for _, _, out in seen) <= 0
-    assert "610 MB" in memory
-    assert "Frees 610 MB on cuda:0" in evict_plan
+    assert "610 MiB" in memory
+    assert "Frees 610 MiB on cuda:0" in evict_plan
 
 
 def test_cancelling_a_plan_does_nothing(dashboard: Page) -> None:
@@ -87,7 +87,7 @@ def test_evictions_are_shown_before_a_load_and_reported_afterwards(dashboard: Pa
     marked = dashboard.text(".order li:has(.swatch.leaving)")
     dashboard.confirm()
     dashboard.wait_for_state(LARGE, "ready")
-    dashboard.wait(lambda: f"bge-m3 was evicted to make room for {LARGE}: 2.3 GB, " in dashboard.text(".feed"))
+    dashboard.wait(lambda: f"bge-m3 was evicted to make room for {LARGE}: 2.2 GiB, " in dashboard.text(".feed"))
     dashboard.wait(lambda: "bge-m3" not in dashboard.text(".order"))
     blocks = dashboard.driver.execute_script(
         "return [...document.querySelectorAll('.device:last-child .block')].map((b) => [b.title, b.offsetWidth])"
@@ -96,13 +96,13 @@ def test_evictions_are_shown_before_a_load_and_reported_afterwards(dashboard: Pa
     dashboard.do("evict", LARGE)
     dashboard.wait_for_state(LARGE, "cold")
 
-    assert "Needs 9.0 GB on cuda:0" in plan
-    assert "bge-m3 · 2.3 GB" in plan
+    assert "Needs 8.9 GiB on cuda:0" in plan
+    assert "bge-m3 · 2.2 GiB" in plan
     assert "bge-m3" in marked
     assert "would be evicted" in marked
     widths = dict(blocks)
-    assert widths[f"{LARGE}: 8.0 GB"] / bar_width == pytest.approx(0.804, abs=0.01)
-    assert widths["workspace: 1.0 GB"] / bar_width == pytest.approx(0.1, abs=0.01)
+    assert widths[f"{LARGE}: 7.9 GiB"] / bar_width == pytest.approx(0.785, abs=0.01)
+    assert widths["workspace: 1.0 GiB"] / bar_width == pytest.approx(0.1, abs=0.01)
 
 
 def test_a_pinned_model_says_so_and_loses_its_pin_only_when_evicted(dashboard: Page) -> None:
@@ -309,7 +309,7 @@ def test_several_devices_stand_side_by_side_each_with_its_own(open_page: Page) -
 
     assert cards == ["cuda:0", "cuda:1"]
     assert {home.rpartition("on ")[2] for home in homes} == {"cuda:0", "cuda:1"}
-    assert f"Frees 8.0 GB on {homes[1].rpartition('on ')[2]}" in plan
+    assert f"Frees 7.9 GiB on {homes[1].rpartition('on ')[2]}" in plan
 
 
 @pytest.mark.parametrize("width", [375, 390])

@@ -190,7 +190,7 @@ async def test_a_request_that_cannot_wait_gets_the_downloads_progress_and_the_do
     error = impatient.json()["error"]
 
     assert (impatient.status_code, error["code"]) == (503, "model_loading")
-    assert re.search(r"still downloading \(1\d\d kB of \d+ kB\)", error["message"])
+    assert re.search(r"still downloading \(1\d\d KiB of \d+ KiB\)", error["message"])
     assert 150_000 <= slot["fetched_bytes"] < slot["fetch_total_bytes"]
     assert after["loads"] == 1
     assert here.hub.downloads(REPO, WEIGHTS) == 2, "the header for its size, and one download"
@@ -208,7 +208,7 @@ async def test_a_full_disk_is_said_so_before_the_download_and_passes(
     error = answer.json()["error"]
 
     assert (answer.status_code, error["code"]) == (503, "model_load_failed")
-    assert "10.0 kB are free" in error["message"]
+    assert "9.8 KiB are free" in error["message"]
     assert downloads <= 1, "only its header"
     assert healed.status_code == 200
 

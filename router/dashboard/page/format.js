@@ -2,7 +2,7 @@
 
 import { language, t } from "./words.js";
 
-const UNITS = ["B", "kB", "MB", "GB", "TB"]; // decimal, as in the server's own messages
+const UNITS = ["B", "KiB", "MiB", "GiB", "TiB"]; // as in the server's own messages
 
 export function number(value, digits = 0) {
   return value.toLocaleString(language(), { minimumFractionDigits: digits, maximumFractionDigits: digits });
@@ -11,7 +11,7 @@ export function number(value, digits = 0) {
 export function bytes(value) {
   let scaled = Math.max(0, value);
   let unit = 0;
-  for (; scaled >= 999.5 && unit < UNITS.length - 1; unit++) scaled /= 1000;
+  for (; scaled >= 1023.5 && unit < UNITS.length - 1; unit++) scaled /= 1024;
   return `${number(scaled, unit > 0 && scaled < 99.95 ? 1 : 0)} ${UNITS[unit]}`;
 }
 

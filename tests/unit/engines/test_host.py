@@ -125,7 +125,7 @@ async def test_a_plan_says_what_would_happen_without_doing_it() -> None:
     assert host.state("b") == "cold"
     await host.preload("a", pin=True)
     assert not host.plan("b").fits
-    assert "pinned models use 1.1 kB" in host.plan("b").reason
+    assert "pinned models use 1.1 KiB" in host.plan("b").reason
     with pytest.raises(ModelNotFound):
         host.plan("nobody")
 
@@ -172,7 +172,7 @@ async def test_a_remembered_size_over_the_budget_is_tried_and_only_a_fresh_measu
     assert isinstance(answer, Embeddings)
     assert answer.dimensions == WIDTH
     for _ in range(2):
-        with pytest.raises(ModelTooLarge, match=r"needs 5\.1 kB, but the memory budget is 1\.5 kB"):
+        with pytest.raises(ModelTooLarge, match=r"needs 5\.0 KiB, but the memory budget is 1\.5 KiB"):
             await does_not.run(call("a"))
 
     assert (smaller.loads["a"], still_large.loads["a"]) == (1, 1)
@@ -268,7 +268,7 @@ async def test_a_model_that_can_never_fit_is_refused_before_its_download() -> No
     host = fake_host("a", files=files, budget_bytes=1500)
     await host.start()
 
-    with pytest.raises(ModelTooLarge, match=r"needs 2\.0 kB, but the memory budget is 1\.5 kB"):
+    with pytest.raises(ModelTooLarge, match=r"needs 2\.0 KiB, but the memory budget is 1\.5 KiB"):
         await host.run(call("a"))
 
     assert files.fetches["a"] == 0

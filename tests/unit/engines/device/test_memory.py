@@ -28,11 +28,12 @@ TOOK = Measurement(weight_bytes=10, workspace_bytes=2, load_s=0.5)
     ("size_bytes", "expected"),
     [
         (0, "0 B"),
-        (999, "999 B"),
-        (1000, "1.0 kB"),
-        (99_960, "100 kB"),
-        (9_100_000_000, "9.1 GB"),
-        (10**15, "1000.0 TB"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (102_400, "100 KiB"),
+        (1023 * 2**20, "1023 MiB"),
+        (9_100_000_000, "8.5 GiB"),
+        (2**50, "1024.0 TiB"),
     ],
 )
 def test_sizes_are_printed_with_three_digits(size_bytes: int, expected: str) -> None:

@@ -366,7 +366,7 @@ def test_a_model_that_does_not_fit_on_the_disk_is_refused_before_its_download(
     server.add(REPO, sentence_model(tmp_path / "repo", {"big": np.zeros(1_000_000, np.float32)}))
     store = stores.open(free_bytes=lambda path: 3_999_999)
 
-    with pytest.raises(DiskFull, match=r"needs 4\.0 MB more on disk, but 4\.0 MB are free"):
+    with pytest.raises(DiskFull, match=r"needs 3\.8 MiB more on disk, but 3\.8 MiB are free"):
         store.fetch(spec(), quiet)
 
     assert server.downloads(REPO, WEIGHTS) == 0

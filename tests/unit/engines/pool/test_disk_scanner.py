@@ -31,7 +31,7 @@ async def test_a_plan_names_the_models_that_a_load_would_evict() -> None:
     plan = host.plan("b")
 
     assert (plan.evict, plan.fits) == (("a",), True)
-    assert plan.reason == "1.0 kB are missing; other models are evicted once idle"
+    assert plan.reason == "1000 B are missing; other models are evicted once idle"
     await host.aclose()
 
 

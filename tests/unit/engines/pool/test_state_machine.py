@@ -362,7 +362,7 @@ def test_pinned_models_stay_and_models_that_cannot_fit_beside_them_fail_at_once(
     pool.finish_all()
 
     assert isinstance(pool.error(waiter_id), OutOfMemory)
-    assert "needs 600 B, but pinned models use 610 B of the memory budget of 1.0 kB" in str(pool.error(waiter_id))
+    assert "needs 600 B, but pinned models use 610 B of the memory budget of 1000 B" in str(pool.error(waiter_id))
     assert (pool.state("a"), pool.state("b")) == ("ready", "cold")
 
 
@@ -445,7 +445,7 @@ def test_a_model_measured_larger_than_the_budget_is_unloaded_and_said_to_be() ->
     pool.finish_all()
 
     assert isinstance(pool.error(waiter_id), ModelTooLarge)
-    assert "needs 1.0 kB, but the memory budget is 1.0 kB" in str(pool.error(waiter_id))
+    assert "needs 1010 B, but the memory budget is 1000 B" in str(pool.error(waiter_id))
     assert pool.state("a") == "cold"
 
 
@@ -1105,7 +1105,7 @@ def test_a_caller_whose_load_timeout_ends_gets_an_error_and_the_load_goes_on() -
     pool.advance(3)
 
     assert isinstance(pool.error(waiter_id), ModelLoading)
-    assert "downloading (30.0 MB of 90.0 MB)" in str(pool.error(waiter_id))
+    assert "downloading (28.6 MiB of 85.8 MiB)" in str(pool.error(waiter_id))
     pool.finish_all()
     assert pool.state("a") == "ready"
 

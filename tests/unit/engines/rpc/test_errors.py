@@ -20,7 +20,7 @@ def crossed(error: Exception) -> EngineError:
 @pytest.mark.parametrize("cls", ALL, ids=lambda cls: cls.__name__)
 def test_every_error_crosses_with_all_that_it_carries(cls: type[EngineError]) -> None:
     more: dict[str, Any] = {"index": 7} if cls is NonFiniteEmbedding else {}
-    error = cls("9.1 GB are needed, 7.9 GB are there", **more)
+    error = cls("9.1 GiB are needed, 7.9 GiB are there", **more)
 
     back = crossed(error)
 

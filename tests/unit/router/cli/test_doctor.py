@@ -76,7 +76,7 @@ def test_a_sound_setup_prints_plain_lines_and_exits_0() -> None:
     assert result.exit_code == 0
     names = ["packages", "settings", "cpu", "hardware", "registry", "precision", "disk", "hub"]
     assert [line[1] for line in lines] == names
-    assert lines[2][2].startswith("10.0 GB, budget 8.0 GB")
+    assert lines[2][2].startswith("9.3 GiB, budget 7.5 GiB")
     assert lines[4][2] == "1 models, 0 of them on disk"
 
 
@@ -171,8 +171,8 @@ def test_memory_that_others_hold_is_a_warning(monkeypatch: pytest.MonkeyPatch) -
     result = run()
 
     assert result.exit_code == 0
-    assert "warn\tcpu\t10.0 GB, budget 8.0 GB" in result.stdout
-    assert "only 1.0 GB are free now" in result.stdout
+    assert "warn\tcpu\t9.3 GiB, budget 7.5 GiB" in result.stdout
+    assert "only 954 MiB are free now" in result.stdout
 
 
 def test_a_local_model_without_its_files_is_a_failure(setup: Path) -> None:

@@ -75,7 +75,7 @@ def test_several_are_summed_up(hub: LoopbackHub) -> None:
         ("remote", "cpu", "absent", "yes"),
         ("local", "cpu", "cold", "yes"),
     ]
-    assert result.stderr.startswith("together 545 MB of 1.1 GB: they fit at once")
+    assert result.stderr.startswith("together 520 MiB of 1.0 GiB: they fit at once")
 
 
 def test_a_model_of_the_hub_need_not_be_in_the_registry(hub: LoopbackHub, tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_what_can_never_fit_says_so_and_exits_1(hub: LoopbackHub, monkeypatch: p
 
     assert big.exit_code == 0, "a guess of the workspace keeps nobody out"
     assert result.exit_code == 1
-    assert "needs 4.0 MB of a budget of 1.0 MB: it can never fit" in result.stdout
+    assert "needs 3.8 MiB of a budget of 977 KiB: it can never fit" in result.stdout
 
 
 def tiny(device: str, budget: Budget) -> object:

@@ -69,7 +69,7 @@ def test_all_means_all_of_the_registry(hub: LoopbackHub) -> None:
 def test_a_line_names_size_and_commit(hub: LoopbackHub, tmp_path: Path) -> None:
     commit = hub.add("org/one", tmp_path / "repo-one")
 
-    assert run("one").stdout == f"ok  one  4.4 kB  {commit[:12]}\n"
+    assert run("one").stdout == f"ok  one  4.3 KiB  {commit[:12]}\n"
 
 
 def test_one_failure_does_not_stop_the_others(hub: LoopbackHub) -> None:
@@ -180,8 +180,8 @@ def test_a_long_download_says_in_a_pipe_how_far_it_is(hub: LoopbackHub, tmp_path
     lines = run("one").stdout.splitlines()
 
     assert len(lines) >= 3
-    assert all(line.startswith("...  one  ") and line.endswith(" of 12.0 MB") for line in lines[:-1])
-    assert lines[-1].startswith("ok  one  12.0 MB  ")
+    assert all(line.startswith("...  one  ") and line.endswith(" of 11.4 MiB") for line in lines[:-1])
+    assert lines[-1].startswith("ok  one  11.4 MiB  ")
 
 
 def test_a_terminal_shows_bars_and_keeps_the_outcomes(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,6 +191,6 @@ def test_a_terminal_shows_bars_and_keeps_the_outcomes(hub: LoopbackHub, monkeypa
     result = run("--all")
 
     assert result.exit_code == 1
-    assert "ok  one  4.4 kB" in result.stdout
+    assert "ok  one  4.3 KiB" in result.stdout
     assert "failed  two  org/two is gated" in result.stdout
     assert "━" in result.stdout
