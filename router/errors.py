@@ -161,7 +161,7 @@ def classify(error: Exception) -> ErrorRow | None:
 def answer_error(request: Request[Any, Any, Any], error: Exception) -> Response[ErrorEnvelope]:
     """Return the error response for any exception."""
     row, envelope = describe(request, error)
-    context_of(request).code = row.code
+    context_of(request).refuse(row.code, envelope.error.param, envelope.error.message)
     return Response(envelope, status_code=row.status, headers=_headers(row, error))
 
 

@@ -1,13 +1,14 @@
 """Numbers, remembers and logs the events of one host."""
 
 from collections.abc import AsyncIterator
+from contextvars import Context
 
 import structlog
 from msgspec import structs
 
 from engines.event_ring import EventRing
 from engines.pool.messages import Emit
-from engines.types import Event
+from engines.types import Event, format_bytes
 
 log = structlog.get_logger(__name__)
 
@@ -46,10 +47,7 @@ class EventLog:
             **structs.asdict(effect.details),
         )
         self._ring.append(event)
-        if event.kind == "state":
-            log.info("model.state", model=event.model_id, source=event.source, target=event.target, cause=event.cause)
-        if event.missing_bytes:  # memory is too small for the traffic: an operator should see it
-            log.warning("model.thrash", model=event.model_id, claimant=event.claimant, missing=event.missing_bytes)
+        Context().run(_log_event, event)
 
     def close(self) -> None:
         """Ends the followers once they have seen what is remembered."""
@@ -68,3 +66,20 @@ class EventLog:
 
     def _position(self, after: int) -> int:
         return after if after <= self.last_seq else 0
+
+
+def _log_event(event: Event) -> None:
+    """Logs an event. Runs in a context of its own: timers and tasks of the pool are often started by a request, and
+    its id would be on lines that have nothing to do with it, an eviction or the shutdown."""
+    place = {"model": event.model_id, "host": event.host_id}
+    if event.kind == "state":
+        write = log.error if event.target == "failed" else log.info
+        more: dict[str, object] = {"cause": event.cause} if event.cause else {}
+        if event.seconds:
+            more["seconds"] = round(event.seconds, 3)
+        write("model.state", **place, **{"from": event.source, "to": event.target}, **more)
+    if event.missing_bytes:  # memory is too small for the traffic: an operator should see it
+        missing = format_bytes(event.missing_bytes)
+        log.warning(
+            "model.thrash", **place, claimant=event.claimant, missing=missing, missing_bytes=event.missing_bytes
+        )

@@ -4,6 +4,7 @@ Keys are stored and compared as SHA-256 digests. Each comparison takes constant 
 """
 
 import hmac
+import re
 import time
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, Protocol
@@ -68,6 +69,10 @@ Connection = ASGIConnection[Any, Any, Any, Any]
 Guard = Callable[[Connection, BaseRouteHandler], Coroutine[Any, Any, None]]
 _MISSING_KEY = "Missing API key: send the header 'Authorization: Bearer KEY'"
 _INVALID_KEY = "Invalid API key: check the header 'Authorization: Bearer KEY'"
+_QUOTED = re.compile(r"""(?<!\w)(?:'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")(?!\w)""")
+_NAME = re.compile(r"[\w./:@+-]{1,128}", re.ASCII)
+_CONSTANTS = ("Authorization: Bearer KEY",)
+"""What our own messages quote."""
 
 
 class Keyring:
@@ -98,6 +103,17 @@ class Keyring:
         raise PermissionDeniedException(
             f"Insufficient scope: this key has {', '.join(sorted(key.scopes))}, this route needs {scope}"
         )
+
+    def redact(self, message: str) -> str:
+        """Return an error message for the log: of the values that it quotes, names only, and none that is a key.
+
+        A client may have put a text or a key where a name belongs.
+        """
+        return _QUOTED.sub(lambda match: match[0] if self._may_show(match[0][1:-1]) else "'…'", message)
+
+    def _may_show(self, value: str) -> bool:
+        is_name = bool(_NAME.fullmatch(value)) or value in _CONSTANTS
+        return is_name and self._find(value) is None
 
     def caller_of(self, key: Key) -> str:
         """Return the name under which engines schedule this key's requests; empty if only one key can embed."""

@@ -116,9 +116,10 @@ def _serve(settings: Settings, registry: Registry, listener: socket.socket) -> N
     port = listener.getsockname()[1]
 
     def announce() -> None:
-        click.echo(banner(settings, registry, backend.snapshots(), port))
-        if is_embedded_only(registry):
-            click.echo(_MORE_MODELS.format(file=settings.registry))
+        if settings.log_format != "json":  # else the output is for programs, and the log says it all
+            click.echo(banner(settings, registry, backend.snapshots(), port))
+            if is_embedded_only(registry):
+                click.echo(_MORE_MODELS.format(file=settings.registry))
         for warning in start_warnings(settings, registry):
             structlog.get_logger().warning("start.warning", reason=warning)
 

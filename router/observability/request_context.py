@@ -54,6 +54,7 @@ class RequestContext:
     Attributes:
         status: 499 until a response begins.
         code: `ok`, or a code of the error table.
+        param, message: what an error response says; empty without one.
         model: the registry's name of the model; empty until it is resolved.
         key_id: id of the request's key; empty without one.
         answer: the result, once there is one.
@@ -70,6 +71,7 @@ class RequestContext:
         self.ended_s = self.began_s
         self.request_id = _request_id(scope)
         self.status, self.code, self.model, self.key_id = CLIENT_LEFT, "ok", "", ""
+        self.param, self.message = "", ""
         self.answer: BaseResult | None = None
         self._embedded_s = self.began_s
         self.stages: list[Stage] = []
@@ -119,6 +121,10 @@ class RequestContext:
         """Set the key id; log lines have it from now on."""
         self.key_id = key_id
         bind_contextvars(key=key_id)
+
+    def refuse(self, code: str, param: str | None, message: str) -> None:
+        """Record the error that the caller gets."""
+        self.code, self.param, self.message = code, param or "", message
 
     def stage(self, name: str, began_s: float) -> None:
         """Record a stage that began at `began_s` and has just ended."""

@@ -68,6 +68,8 @@ class Application(Litestar):
         finally:
             if is_head:
                 http["method"] = "HEAD"
+            if context.message:
+                context.message = self.state.server_state.keyring.redact(context.message)
             context.finish()
             observers.end(context)
 

@@ -1,12 +1,14 @@
 """Runs uvicorn: on a socket bound before anything is loaded, with a drain before shutdown."""
 
 import asyncio
+import contextvars
 import gc
 import math
 import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Coroutine, Generator
 from contextlib import contextmanager
 from types import FrameType
@@ -19,6 +21,7 @@ from litestar import Litestar
 from router.server.connection import TimeoutHttpProtocol
 from router.server.reloader import Reloader
 from router.server.state import ServerState
+from router.version import embedyard_version
 
 
 class SighupHandler:
@@ -83,16 +86,25 @@ class DrainingServer(uvicorn.Server):
     """
 
     def __init__(
-        self, config: uvicorn.Config, app: Litestar, sighup: SighupHandler, announce: Callable[[], None]
+        self, config: uvicorn.Config, app: Litestar, sighup: SighupHandler, announce: Callable[[], None], address: str
     ) -> None:
         super().__init__(config)
         self._server_state: ServerState = app.state.server_state
         self._reloader: Reloader = app.state.reloader
         self._sighup = sighup
         self._announce = announce
+        self._identity = {"version": embedyard_version(), "address": address}
+        self._began_s = time.monotonic()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._shutdown_task: asyncio.Task[None] | None = None
         self._was_signalled = False
+
+    def run_logged(self, sockets: list[socket.socket]) -> None:
+        """Run, and log the beginning and the end."""
+        settings = self._server_state.settings
+        log.info("server.starting", **self._identity, backend=settings.backend or "auto", pid=os.getpid())
+        self.run(sockets)
+        log.info("server.stopped", **self._identity, seconds=round(time.monotonic() - self._began_s, 1))
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -100,6 +112,16 @@ class DrainingServer(uvicorn.Server):
             self._loop = asyncio.get_running_loop()
             self._sighup.follow(self._reloader.reload_and_log, self._begin_shutdown)
             self._announce()
+            self._log_ready()
+
+    def _log_ready(self) -> None:
+        state = self._server_state
+        devices = [
+            {"device": host.device, "budget_bytes": host.budget_bytes, "total_bytes": host.total_bytes}
+            for host in state.backend.snapshots()
+        ]
+        seconds = round(time.monotonic() - self._began_s, 1)
+        log.info("server.ready", **self._identity, devices=devices, models=len(state.registry.models), seconds=seconds)
 
     @contextmanager
     def capture_signals(self) -> Generator[None]:
@@ -120,9 +142,11 @@ class DrainingServer(uvicorn.Server):
     def _begin_shutdown(self) -> None:
         if self._shutdown_task is None:
             force_exit_after(self._server_state.settings.grace_seconds + _FORCED_EXIT_MARGIN_S)
-            self._shutdown_task = asyncio.create_task(self._shut_down())
+            # a context of its own: a signal may arrive while a request runs, whose id would be on the lines that follow
+            self._shutdown_task = asyncio.create_task(self._shut_down(), context=contextvars.Context())
 
     async def _shut_down(self) -> None:
+        log.info("server.stopping", **self._identity, grace_seconds=self._server_state.settings.grace_seconds)
         try:
             await self._server_state.close()
             await self._wait_until_quiet()
@@ -179,11 +203,14 @@ def run_server(app: Litestar, listener: socket.socket, announce: Callable[[], No
         timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=math.ceil(server_state.settings.grace_seconds) + _AFTER_GRACE_S,
     )
-    server = DrainingServer(config, app, sighup, announce)
+    host, port = listener.getsockname()[:2]
+    server = DrainingServer(
+        config, app, sighup, announce, f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, server.handle_exit)
     _freeze()
-    server.run([listener])
+    server.run_logged([listener])
 
 
 def _freeze() -> None:

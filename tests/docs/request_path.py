@@ -35,7 +35,7 @@ def modules_on_the_way() -> list[str]:
             "STATE_DIR": folder,
             "HF_HOME": folder,
             "HF_HUB_OFFLINE": "1",
-            "LOG_FORMAT": "json",
+            "LOG_FORMAT": "auto",
             "MAX_BATCH_TOKENS": "1024",  # with a size that is set, no batch sizes are tried out meanwhile
         }
         command = [sys.executable, "-m", "tests.docs.request_path", str(seen_file)]

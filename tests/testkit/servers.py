@@ -243,7 +243,7 @@ def serve_here(cwd: Path, *arguments: str, command: Sequence[str] = MODULE, **en
 def environment(folder: str) -> dict[str, str]:
     """Return the environment of a process that inherits no setting, with its own caches in a folder."""
     kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
-    own = {"STATE_DIR": folder, "HF_HOME": folder, "LOG_FORMAT": "json", "HF_HUB_OFFLINE": "1"}
+    own = {"STATE_DIR": folder, "HF_HOME": folder, "LOG_FORMAT": "auto", "HF_HUB_OFFLINE": "1"}
     return kept | own | {"PYTHONPATH": str(Path(__file__).parents[2])}
 
 

@@ -5,8 +5,10 @@ from collections.abc import AsyncIterator
 
 import pytest
 from msgspec import structs
+from structlog.contextvars import bound_contextvars, merge_contextvars
+from structlog.testing import capture_logs
 
-from engines.errors import AccessDenied, BrokenFiles, OutOfMemory
+from engines.errors import AccessDenied, BrokenFiles, LoadFailed, OutOfMemory
 from engines.host import Host
 from engines.spec import ModelSpec
 from engines.testing.fakes import (
@@ -129,3 +131,22 @@ async def test_a_status_tells_what_a_model_needs_also_when_it_is_away() -> None:
 
     assert (away.weight_bytes, away.need_bytes) == (0, WEIGHT_BYTES)
     assert other["need_bytes"] == WEIGHT_BYTES
+
+
+async def test_the_log_names_states_and_the_cause_of_a_failed_load_as_an_error_and_no_request() -> None:
+    loader = FakeLoader(failures={"a": [BrokenFiles("model.safetensors is cut off")] * 9})
+    host = fake_host("a", "b", loader=loader)
+    await host.start()
+    with capture_logs(processors=[merge_contextvars]) as lines, bound_contextvars(request_id="r-1"):
+        await embed(host, "b")
+        with pytest.raises(LoadFailed):
+            await embed(host)
+        await host.aclose(grace_s=0)
+    states = [line for line in lines if line["event"] == "model.state"]
+    (failed,) = [line for line in states if line["to"] == "failed"]
+    (ready,) = [line for line in states if line["to"] == "ready"]
+
+    assert (failed["model"], failed["from"], failed["log_level"]) == ("a", "loading", "error")
+    assert "model.safetensors is cut off" in failed["cause"]
+    assert (ready["model"], ready["host"], ready["from"], ready["log_level"]) == ("b", "fake", "warming", "info")
+    assert not any("request_id" in line for line in states)

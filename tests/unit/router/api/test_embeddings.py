@@ -209,7 +209,7 @@ def test_one_log_line_a_request_without_texts_or_keys(served: Served) -> None:
     assert embed.pop("encode_ms") >= 0
     assert embed == {
         "event": "request.done", "log_level": "info", "request_id": "r-7", "method": "POST", "route": EMBED,
-        "model": "BAAI/bge-m3", "status": 200, "inputs": 1, "tokens": 8,
+        "model": "BAAI/bge-m3", "status": 200, "texts": 1, "tokens": 8,
         "lease_ms": 500.0, "tokenize_ms": 1.2, "queue_ms": 0.0, "forward_ms": 30.5,
     }  # fmt: skip
     assert model["route"] == "/v1/models/{model_id}"

@@ -323,3 +323,25 @@ def test_no_key_ever_shows(keyed: Limited) -> None:
     assert "hunter" not in "".join(texts)
     named = {line["key"] for line in lines if line["event"] == "request.done" and "key" in line}
     assert named == {*KEYS, "ADMIN_API_KEY"} - {"ops"}  # it lacks the scopes of these routes
+
+
+def test_a_refusals_line_has_what_the_caller_was_told_and_an_unknown_routes_line_its_path(keyed: Limited) -> None:
+    headers = bearer("env")
+    with capture_logs(processors=[merge_contextvars]) as lines:
+        for model in ("mni", "a text of mine", secret_of("web")):
+            keyed.client.post(EMBED, json={"input": "a", "model": model}, headers=bearer("web"))
+        keyed.client.post(EMBED, json={"input": "a", "dimensions": "x"}, headers=bearer("web"))
+        keyed.client.post(EMBED, json={"input": "a"})
+        keyed.client.get("/v2/" + "x" * 1000, headers=headers)
+    refused = [line for line in lines if line["event"] == "request.done"]
+    named, text, key, invalid, stranger, lost = refused
+
+    assert (named["status"], named["code"]) == (404, "model_not_found")
+    assert "'mni' not found" in named["message"]
+    assert "'…' not found" in text["message"]
+    assert "'…' not found" in key["message"]
+    assert (invalid["code"], invalid["param"]) == ("invalid_value", "dimensions")
+    assert stranger["message"] == "Missing API key: send the header 'Authorization: Bearer KEY'"
+    assert (lost["path"], lost["route"]) == ("/v2/" + "x" * 196, "")
+    assert "path" not in named
+    assert len(lost["message"]) <= 300

@@ -5,7 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from engines.types import HostSnapshot
 from router.cli.serve import banner, command
 from router.config.settings import VARIABLES, Settings
 from router.registry import opening
+from router.version import embedyard_version
 from tests.testkit.model_folders import plain_model
 from tests.testkit.servers import REGISTRY
 
@@ -153,6 +154,23 @@ def test_the_banner_says_where_what_and_with_how_much() -> None:
     ]
 
 
+def test_the_banner_is_left_out_where_the_output_is_for_programs(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(app: object, listener: object, announce: Callable[[], None]) -> None:
+        announce()
+
+    monkeypatch.setattr("router.server.uvicorn_server.run_server", run)
+    monkeypatch.setattr("router.observability.logs.configure_logging", lambda *_: None)
+    printed = []
+    for log_format in ("auto", "json"):
+        monkeypatch.setenv("LOG_FORMAT", log_format)
+        printed.append(serve("--port", "0").stdout)
+
+    assert "Embedyard serves http://127.0.0.1:" in printed[0]
+    assert printed[1] == ""
+
+
 def test_an_ipv6_address_stands_in_brackets() -> None:
     assert "http://[::1]:80/v1/embeddings" in banner(Settings(host="::1"), REGISTRY, (), 80)
 
@@ -192,6 +210,14 @@ def test_a_signal_drains_and_ends_with_zero(process: subprocess.Popen[str], numb
     assert answers[1].status_code == 503
     assert answers[1].json()["error"]["code"] == "shutting_down"
     assert all(not line.startswith("data") for line in rest)
-    assert {line["event"] for line in logged} == {"request.done"}
+    lifetime = [line for line in logged if line["event"].startswith("server.")]
+    done = [line for line in logged if line not in lifetime]
+    assert [line["event"] for line in lifetime] == [
+        "server.starting", "server.ready", "server.stopping", "server.stopped",
+    ]  # fmt: skip
+    assert {(line["version"], line["address"]) for line in lifetime} == {(embedyard_version(), url)}
+    assert lifetime[1]["devices"] == [{"device": "cpu", "budget_bytes": 800, "total_bytes": 1000}]
+    assert not any("request_id" in line for line in lifetime)
+    assert {line["event"] for line in done} == {"request.done"}
     assert num_frozen > 10_000, "the libraries are out of the garbage collector's sight"
-    assert {line["status"] for line in logged} == {200, 503}
+    assert {line["status"] for line in done} == {200, 503}

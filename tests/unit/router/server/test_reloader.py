@@ -366,7 +366,7 @@ def test_a_hangup_reloads_and_does_not_end_the_server(environment: dict[str, str
         assert child.stderr is not None
         url = child.stdout.readline().strip()
         child.send_signal(signal.SIGHUP)
-        line = json.loads(child.stderr.readline())
+        line = next(line for line in map(json.loads, child.stderr) if not line["event"].startswith("server."))
         models = httpx.get(f"{url}/v1/models").json()["data"]
         child.send_signal(signal.SIGTERM)
         exit_code = child.wait(60)
