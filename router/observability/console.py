@@ -8,6 +8,8 @@ from collections.abc import Mapping
 
 from structlog.typing import EventDict
 
+from engines.types import format_bytes
+
 _RESET = "\x1b[0m"
 _DIM, _RED, _YELLOW, _GREEN = "\x1b[2m", "\x1b[31m", "\x1b[33m", "\x1b[32m"
 _LEVELS = {"warning": _YELLOW, "error": _RED, "critical": _RED}
@@ -60,11 +62,17 @@ def _pairs(fields: Mapping[str, object]) -> list[str]:
 def _value(value: object) -> str:
     if isinstance(value, list | tuple):
         return ",".join(map(_value, value)) or "none"
-    if isinstance(value, Mapping):
-        return ",".join(f"{name}:{_value(each)}" for name, each in value.items())
+    if isinstance(value, Mapping):  # a device with its memory
+        return _value(", ".join(_member(str(name), each) for name, each in value.items()))
     text = str(value)
     is_plain = text.isprintable() and not any(mark in text for mark in ' "=')
     return text if is_plain else '"' + _escaped(text).replace('"', '\\"') + '"'
+
+
+def _member(name: str, value: object) -> str:
+    if name.endswith("_bytes") and isinstance(value, int):
+        return f"{name.removesuffix('_bytes')} {format_bytes(value)}"
+    return f"{value}"
 
 
 def _escaped(text: str) -> str:

@@ -103,6 +103,14 @@ def test_nothing_that_a_client_sends_ends_a_line_or_moves_the_cursor() -> None:
     assert console({"event": "two\nlines", "other": ["a b", "c"]}) == r'two\nlines other="a b",c'
 
 
+def test_memory_is_shown_in_gib() -> None:
+    devices = [{"device": "cpu", "budget_bytes": 12 * 2**30, "total_bytes": 16 * 2**30}]
+
+    assert console({"event": "server.ready", "devices": devices}) == (
+        'server.ready devices="cpu, budget 12.0 GiB, total 16.0 GiB"'
+    )
+
+
 def test_a_terminal_gets_colors_and_the_same_words() -> None:
     colored = console(REQUEST, has_colors=True)
 
