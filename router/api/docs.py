@@ -22,6 +22,7 @@ _ASSETS = {
     "swagger-ui-bundle.js": "vendor/swagger-ui/swagger-ui-bundle.js",
     "favicon.png": "vendor/swagger-ui/favicon-32x32.png",
     "docs.js": "docs/docs.js",
+    "chinese.js": "docs/chinese.js",
 }
 _PAGE = "docs/index.html"
 _CONTENT_SECURITY_POLICY = (

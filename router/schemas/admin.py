@@ -12,11 +12,13 @@ from router.schemas.inference import Name
 class Slot(ModelStatus, frozen=True, kw_only=True):
     """One model on one device. Times are Unix seconds; bytes count against the device's memory budget.
 
-    `task`: what the model computes; null while it is unknown.
+    `task`: what the model computes; null while it is unknown. `description`, `license`: of the registry.
     """
 
     id: str
     task: Task | None = None
+    description: str = ""
+    license: str = ""
 
 
 class SlotList(Struct, frozen=True, kw_only=True):

@@ -61,6 +61,11 @@ class Page:
     def wait_for_state(self, model_id: str, state: str) -> None:
         self.wait(lambda: self.state(model_id) == state)
 
+    def unfold(self) -> None:
+        """Open the line of models that are not on disk."""
+        self.wait(lambda: self.find("details.absent summary").is_displayed())
+        self.driver.execute_script("document.querySelector('details.absent').open = true")
+
     def open_plan(self, verb: str, model_id: str) -> str:
         """Press a button of a model's row and return the plan that is shown."""
         self.wait(lambda: self.find(f'li[data-model="{model_id}"] [data-do={verb}]').is_enabled())

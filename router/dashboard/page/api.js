@@ -1,14 +1,20 @@
 // All requests of the page. The key is in sessionStorage: it is deleted with the tab, and sent nowhere else.
 
+import { serverWords } from "./words.js";
+
 const ADMIN_KEY = "embedyard.key";
 const EMBED_KEY = "embedyard.embed_key";
 
-/** An error response; `message` is the server's and has the remedy. Status 0: the server was not reached. */
+/** An error response; `message` is the server's and has the remedy, `words` the same in the language of the page. Status 0: the server was not reached. */
 export class ApiError extends Error {
   constructor(message, status, code) {
     super(message);
     this.status = status;
     this.code = code;
+  }
+
+  get words() {
+    return serverWords(this.code, this.message);
   }
 }
 

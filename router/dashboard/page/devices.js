@@ -38,7 +38,7 @@ function deviceCard(store) {
 
   function update({ device, marked }) {
     const residents = device.residents.map((id) => resident(store, device, id, marked));
-    const next = residents.find((each) => each.mayLeave);
+    const next = isUnderPressure(store, device) && residents.find((each) => each.mayLeave);
     if (next) next.isNext = true;
     const taken = device.used_bytes + device.workspace_bytes;
     const title = store.deviceName(device.host_id);
@@ -61,6 +61,12 @@ function deviceCard(store) {
     rows(residents);
   }
   return { node, update };
+}
+
+/** Whether a model may soon be evicted: one waits for memory, or less than an eighth of the budget is free. */
+function isUnderPressure(store, device) {
+  const waits = (slot) => slot.host_id === device.host_id && slot.state === "waiting_space";
+  return device.free_bytes < device.budget_bytes / 8 || store.slots.some(waits);
 }
 
 function resident(store, device, id, marked) {

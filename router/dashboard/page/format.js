@@ -1,6 +1,6 @@
 // Formats numbers in the language of the page.
 
-import { language, t } from "./words.js";
+import { language, serverWords, t } from "./words.js";
 
 const UNITS = ["B", "KiB", "MiB", "GiB", "TiB"]; // as in the server's own messages
 
@@ -29,9 +29,10 @@ export function perSecondWords(value) {
   return number(value, value < 0.1 ? 2 : value < 10 ? 1 : 0);
 }
 
-/** Strips the machine-readable prefix of a failure's cause: `unsupported_model: …`. */
+/** Formats a failure's cause, `unsupported_model: …; next attempt after 11 s`: without a wait that has passed when read. */
 export function causeWords(cause) {
-  return cause.replace(/^[a-z_]+: /, "");
+  const [, code, message] = /^(?:([a-z_]+): )?(.*)$/s.exec(cause);
+  return serverWords(code, message.replace(/; (?:next attempt|retry) after \d+ s$/, ""));
 }
 
 /** Formats a latency with two significant digits. */

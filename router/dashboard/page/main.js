@@ -30,7 +30,7 @@ function scheduleDraw() {
 }
 
 async function enter() {
-  const wanted = new Store(scheduleDraw, (error) => leave(error.message));
+  const wanted = new Store(scheduleDraw, (error) => leave(error.words));
   await wanted.start();
   store = wanted;
   openDashboard();
@@ -62,9 +62,9 @@ function openDashboard() {
   const devices = devicesPanel(store);
   const models = modelsPanel(store, planner(store, devices.mark, showNotice));
   const parts = [devices, models, feedPanel(store), playground(store)];
-  const [, , feed, play] = parts;
+  const [, , feed, play] = parts; // the playground comes first on the page: a first visit is to try a model
   const node = h("main", { class: "dashboard" }, h("h1", { class: "unseen" }, "Embedyard"), notice,
-    h("div", { class: "main-column" }, devices.node, models.node, play.node),
+    h("div", { class: "main-column" }, play.node, devices.node, models.node),
     h("div", { class: "side-column" }, feed.node));
   app.replaceChildren(node);
   draw = () => {
@@ -88,8 +88,8 @@ function drawHeader() {
   return () => {
     const { live, retryAt } = store.connection;
     set(status, "data-live", String(live));
-    const time = retryAt === null ? "" : duration(Math.max(0, retryAt - now()));
-    text(status, live ? t("live.on") : retryAt === null ? t("live.connecting") : t("live.off", { time }));
+    const left = retryAt === null ? 0 : retryAt - now(); // 0 and below: the attempt is being made
+    text(status, live ? t("live.on") : left > 0 ? t("live.off", { time: duration(left) }) : t("live.connecting"));
   };
 }
 
@@ -103,5 +103,5 @@ function changeLanguage() {
 // Durations change without events: redraw every second while something is in progress, else with each poll.
 setInterval(() => store && !document.hidden && (store.isActive() || !store.connection.live) && draw(), 1000);
 
-if (isOpen || hasKey()) enter().catch((error) => openSignIn(error.status === 401 ? "" : error.message));
+if (isOpen || hasKey()) enter().catch((error) => openSignIn(error.status === 401 ? "" : error.words ?? error.message));
 else openSignIn();

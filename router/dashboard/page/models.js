@@ -17,6 +17,7 @@ export function modelsPanel(store, act) {
   const count = h("span", { class: "quiet" });
   const filter = h("input", { type: "search", "aria-label": t("models.filter"), placeholder: t("models.filter") });
   const list = h("ul", { class: "models" });
+  const absent = foldedModels(store, act);
   const nothing = h("p", { class: "quiet" }, t("models.nothing"));
   const draw = keyed(list, (model) => model.id, (model) => modelRow(store, model.id, act));
   const heads = ["model", "dimensions", "memory", "load", "traffic", "used", "actions"];
@@ -25,14 +26,39 @@ export function modelsPanel(store, act) {
     const wanted = models.filter((model) => model.id.toLowerCase().includes(filter.value.trim().toLowerCase()));
     text(count, t("models.count", { ready: models.filter(isInMemory).length, all: models.length }));
     show(nothing, wanted.length === 0 && models.length > 0);
-    draw(wanted);
+    const [away, shown] = [wanted.filter(isAbsent), wanted.filter((model) => !isAbsent(model))];
+    draw(shown);
+    absent.update(away, shown.length === 0 || Boolean(filter.value.trim()));
   };
   filter.addEventListener("input", update);
   const node = h("section", { class: "panel", "aria-labelledby": "models-title" },
     h("div", { class: "panel-head" }, h("h2", { id: "models-title" }, t("models.title")), count, filter),
     h("div", { class: "model heads", "aria-hidden": "true" }, heads.map((key) => h("span", {}, t(`col.${key}`)))),
-    list, nothing);
+    list, absent.node, nothing);
   return { node, update };
+}
+
+/** The models that are not on this machine, in one line that opens. Opened for the reader while nothing else is shown. */
+function foldedModels(store, act) {
+  const count = h("span");
+  const names = h("span", { class: "quiet names" });
+  const list = h("ul", { class: "models" });
+  const node = h("details", { class: "absent" }, h("summary", {}, count, " ", names), list);
+  const draw = keyed(list, (model) => model.id, (model) => modelRow(store, model.id, act));
+  let wasWanted = null;
+  const update = (models, isWanted) => {
+    show(node, models.length > 0);
+    text(count, t("models.absent", { count: number(models.length) }));
+    text(names, models.map((model) => model.id).join(", "));
+    draw(models);
+    if (isWanted !== wasWanted) node.open = isWanted; // else it is the reader's choice
+    wasWanted = isWanted;
+  };
+  return { node, update };
+}
+
+function isAbsent(model) {
+  return model.slots.every((slot) => slot.state === "absent");
 }
 
 function isInMemory(model) {
@@ -47,11 +73,12 @@ function modelRow(store, id, act) {
   const places = h("span", { class: "quiet small" });
   const progress = progressLine(store, id);
   const error = h("p", { class: "error" });
+  const about = h("p", { class: "quiet small about" });
   const notes = h("p", { class: "quiet small" });
   const cells = Object.fromEntries(["dimensions", "memory", "load", "used"].map((key) => [key, cell(key)]));
   const traffic = trafficCell(id);
   const buttons = Object.fromEntries(["preload", "evict", "pin"].map((verb) => [verb, button(verb, id, act)]));
-  const head = h("div", { class: "what" }, name,
+  const head = h("div", { class: "what" }, name, about,
     h("div", { class: "states" }, state, task, pinned, places), progress.node, notes);
   const node = h("li", { class: "model", "aria-labelledby": `model-${id}`, "data-model": id }, head, error,
     cells.dimensions.node, cells.memory.node, cells.load.node, traffic.node, cells.used.node,
@@ -60,6 +87,9 @@ function modelRow(store, id, act) {
   function update({ slots, slot }) {
     set(node, "data-state", slot.state);
     text(state, t(`state.${slot.state}`));
+    const words = [slot.description, slot.license && t("models.licence", { name: slot.license })].filter(Boolean);
+    text(about, words.join(" · "));
+    show(about, words.length > 0);
     const isPinned = slots.some((each) => each.pinned);
     show(pinned, isPinned);
     const scores = slot.task === "rerank" || slot.task === "classify";
@@ -70,7 +100,8 @@ function modelRow(store, id, act) {
     text(notes, slot.info?.notes.join("; "));
     show(notes, Boolean(slot.info?.notes.length));
     progress.update(slot);
-    const retry = slot.retry_at ? t("models.retry", { time: duration(slot.retry_at - now()) }) : "";
+    const left = slot.retry_at && store.connection.live ? slot.retry_at - now() : 0;
+    const retry = left > 0 ? t("models.retry", { time: duration(left) }) : "";
     const shown = slot.state === "failed" && slot.last_error;
     text(error, shown ? [causeWords(slot.last_error), retry].filter(Boolean).join(" – ") : "");
     show(error, Boolean(shown));
@@ -168,6 +199,7 @@ function progressLine(store, id) {
   }
 
   function timed(slot) {
+    if (!store.connection.live) return text(words, ""); // it may have ended long ago
     const seconds = store.secondsInState(slot);
     const expected = slot.state === "loading" ? slot.load_s : null;
     share(expected ? seconds / expected : null);

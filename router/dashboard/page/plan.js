@@ -23,7 +23,7 @@ export function planner(store, mark, tell) {
       if (await confirmed(verb, modelId, lines, !plan || plan.fits)) await ACTIONS[verb](model);
       tell("");
     } catch (error) {
-      tell(error.message);
+      tell(error.words ?? error.message);
     } finally {
       mark([]);
     }

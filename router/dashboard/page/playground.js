@@ -54,18 +54,27 @@ export function playground(store) {
     show(refusal, Boolean(missing));
     if (missing) return;
     form.busy(true);
+    markOld(true);
     try {
       if (form.key.value) setEmbedKey(form.key.value);
       const answer = await post(PATHS[mode], request);
       result.replaceChildren(...outcome(mode, request, answer));
+      markOld(false);
       if (!known.size) learn();
     } catch (error) {
-      text(refusal, error.message);
+      text(refusal, error.words ?? error.message);
       show(refusal, true);
       if (error.status === 401 || error.status === 403) form.askForKey();
     } finally {
+      set(result, "aria-busy", false);
       form.busy(false);
     }
+  }
+
+  /** Dims the results of an earlier request, until there are new ones; also when the new one fails. */
+  function markOld(isOld) {
+    set(result, "data-old", isOld);
+    set(result, "aria-busy", isOld && "true");
   }
 
   let asked = false;

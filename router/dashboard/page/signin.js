@@ -20,7 +20,7 @@ export function signIn(enter, message = "") {
       await enter();
     } catch (error) {
       forgetKeys();
-      text(refusal, error.message);
+      text(refusal, error.status === 401 ? t("signin.wrong") : error.words ?? error.message);
       button.disabled = false;
       key.select();
     }

@@ -2,9 +2,9 @@
 
 const ENGLISH = {
   "unit.s": "s", "unit.min": "min", "unit.h": "h", "unit.d": "d",
-  "nav.dashboard": "Dashboard", "nav.api": "API", "nav.signout": "Sign out", "nav.other": "中文",
+  "nav.dashboard": "Overview", "nav.api": "API", "nav.signout": "Sign out", "nav.other": "中文",
   "live.on": "Live", "live.off": "Disconnected; retrying in {time}", "live.connecting": "Connecting",
-  "signin.title": "Sign in", "signin.key": "Admin key", "signin.button": "Sign in",
+  "signin.wrong": "Wrong key", "signin.title": "Sign in", "signin.key": "Admin key", "signin.button": "Sign in",
   "signin.hint": "The server's ADMIN_API_KEY, or its API_KEY if that is the only key. Stored in this tab until it is closed.",
   "devices.title": "Devices", "devices.bar": "Memory of {device}: {words}",
   "devices.used": "{used} of {budget} in use", "devices.free": "{free} free", "devices.total": "device memory {total}",
@@ -13,8 +13,8 @@ const ENGLISH = {
   "devices.order": "Models in memory, next to evict first", "devices.would": "would be evicted",
   "devices.idle": "idle {time}", "devices.busy": "in use", "devices.none": "No devices yet.",
   "models.title": "Models", "models.filter": "Filter models", "models.count": "{ready} of {all} in memory",
-  "models.nothing": "No matching models.",
-  "col.model": "Model", "col.dimensions": "Width", "col.memory": "Memory", "col.load": "Load",
+  "models.nothing": "No matching models.", "models.absent": "{count} not on disk", "models.licence": "Licence: {name}",
+  "col.model": "Model", "col.dimensions": "Width", "col.memory": "Memory", "col.load": "Activity",
   "col.traffic": "Last minute", "col.used": "Last used", "col.actions": "Actions",
   "models.leases": "{leases} running", "models.queue": "{queue} queued", "models.waiters": "{waiters} waiting",
   "models.calm": "idle", "models.ago": "{time} ago", "models.never": "never", "models.needs": "needs {bytes}",
@@ -74,9 +74,9 @@ const ENGLISH = {
 
 const CHINESE = {
   "unit.s": "秒", "unit.min": "分钟", "unit.h": "小时", "unit.d": "天",
-  "nav.dashboard": "控制台", "nav.api": "API", "nav.signout": "退出登录", "nav.other": "English",
+  "nav.dashboard": "概览", "nav.api": "API", "nav.signout": "退出登录", "nav.other": "English",
   "live.on": "已连接", "live.off": "连接已断开，{time}后重试", "live.connecting": "正在连接",
-  "signin.title": "登录", "signin.key": "管理密钥", "signin.button": "登录",
+  "signin.wrong": "密钥错误", "signin.title": "登录", "signin.key": "管理密钥", "signin.button": "登录",
   "signin.hint": "填写服务器的 ADMIN_API_KEY；若只设置了 API_KEY，则填写 API_KEY。密钥仅保存在当前标签页，关闭后清除。",
   "devices.title": "设备", "devices.bar": "{device} 的内存：{words}",
   "devices.used": "已用 {used}，预算 {budget}", "devices.free": "空闲 {free}", "devices.total": "设备内存 {total}",
@@ -85,8 +85,8 @@ const CHINESE = {
   "devices.order": "内存中的模型，按驱逐顺序排列", "devices.would": "将被驱逐",
   "devices.idle": "空闲 {time}", "devices.busy": "使用中", "devices.none": "暂无设备信息。",
   "models.title": "模型", "models.filter": "筛选模型", "models.count": "{ready} / {all} 在内存中",
-  "models.nothing": "没有匹配的模型。",
-  "col.model": "模型", "col.dimensions": "维度", "col.memory": "内存", "col.load": "负载",
+  "models.nothing": "没有匹配的模型。", "models.absent": "{count} 个未下载", "models.licence": "许可证：{name}",
+  "col.model": "模型", "col.dimensions": "维度", "col.memory": "内存", "col.load": "活动",
   "col.traffic": "最近一分钟", "col.used": "上次使用", "col.actions": "操作",
   "models.leases": "{leases} 个请求运行中", "models.queue": "{queue} 条文本排队中", "models.waiters": "{waiters} 个请求等待中",
   "models.calm": "空闲", "models.ago": "{time}前", "models.never": "从未", "models.needs": "需要 {bytes}",
@@ -126,11 +126,11 @@ const CHINESE = {
   "play.use": "用途", "use.embed": "生成向量", "use.rerank": "按查询重排", "use.classify": "分类",
   "run.embed": "生成向量", "run.rerank": "重排", "run.classify": "分类", "play.running": "正在运行…",
   "play.query": "查询", "play.documents": "文档，每行一篇", "play.noQuery": "请输入查询。",
-  "play.exampleQuery": "哪些动物在户外？",
+  "play.exampleQuery": "怎样退货？",
   "play.key": "用于生成向量的 API 密钥",
   "play.keyHint": "管理密钥无权生成向量，请另填 API_KEY。", "play.noTexts": "请至少输入一条文本。",
   "play.empty": "向量、得分和耗时会显示在这里。",
-  "play.example": "猫坐在外面\n一只小猫在花园里玩\n这部新电影真好看\n三月利率再次上调",
+  "play.example": "北京的天气怎么样？\n北京今天天气很好\n如何办理退货？\n退货流程说明",
   "play.summary": "{count} 个向量，{width} 维，{tokens} 个 token，用时 {time}", "play.timings": "耗时分布",
   "time.load": "加载", "time.tokenize": "分词", "time.queue": "排队", "time.forward": "推理", "time.rest": "网络及其他",
   "play.summaryRanking": "已对 {count} 篇文档排序，{tokens} 个 token，用时 {time}",
@@ -139,6 +139,24 @@ const CHINESE = {
   "play.ranking": "得分，从高到低", "play.labels": "概率最高的标签",
   "play.heat": "余弦相似度", "play.vectors": "向量", "play.vector": "向量 {index}：{text}",
   "play.truncated": "因过长被截断：{indexes}", "play.same": "同一请求的代码",
+};
+
+/** What the server says in English, by code: of errors, and of failed loads. Its own words follow, with the numbers. */
+const CHINESE_ERRORS = {
+  unreachable: "无法连接服务器", body_too_large: "请求体过大", context_length_exceeded: "文本超过模型的最大长度",
+  device_down: "设备故障", dimensions_not_supported: "模型不支持该维度", empty_input: "输入为空", host_lost: "执行请求的主机已退出，请重试",
+  insufficient_scope: "该密钥权限不足", internal_error: "服务器内部错误，详见服务器日志", invalid_api_key: "密钥错误或缺失",
+  invalid_json: "请求体不是有效的 JSON", invalid_token_id: "token id 超出词表范围", invalid_value: "字段值无效",
+  method_not_allowed: "该路由不支持此方法", model_in_use: "模型正在使用中", model_load_failed: "模型加载失败",
+  model_loading: "模型尚未就绪，请稍后重试", model_not_allowed: "该密钥无权使用此模型", model_not_found: "没有这个模型",
+  model_pinned: "模型已固定，不能驱逐", model_too_large: "模型超过内存预算", non_finite_embedding: "模型算出的向量含非有限值",
+  not_found: "没有这个路由", out_of_memory: "内存不足", prompt_not_found: "模型没有这个提示词", queue_full: "队列已满，请稍后重试",
+  rate_limit_exceeded: "已达速率上限，请稍后重试", shutting_down: "服务器正在关闭", task_not_supported: "该模型不支持此任务",
+  too_many_inputs: "输入条数超过上限", too_many_requests: "并发请求数已达上限，请稍后重试",
+  bad_model: "模型无法使用", unsupported_model: "不支持这个模型", broken_files: "模型文件已损坏", files_changed: "模型文件在加载时发生变化",
+  self_check_failed: "自检未通过", source_error: "无法获取模型文件", source_not_found: "模型仓库中没有这个模型",
+  access_denied: "无权下载该模型", hub_unreachable: "无法连接模型仓库", offline_mode: "处于离线模式，且文件不完整", disk_full: "磁盘空间不足",
+  load: "加载失败", device_lost: "设备丢失",
 };
 
 const CHOICE = "embedyard.language";
@@ -152,6 +170,12 @@ export function language() {
 export function switchLanguage() {
   current = current === "zh" ? "en" : "zh";
   localStorage.setItem(CHOICE, current);
+}
+
+/** Returns a message of the server, in Chinese with the original behind it; as it is in English or of an unknown code. */
+export function serverWords(code, message) {
+  const words = current === "zh" && CHINESE_ERRORS[code];
+  return words ? [words, message].filter(Boolean).join("：") : message;
 }
 
 /** Returns the text of `key` with its `{blanks}` filled in; the key itself when it is missing. */
