@@ -94,8 +94,13 @@ def slots_by_model(server_state: ServerState) -> dict[str, list[Slot]]:
 
 def _slot(status: ModelStatus, spec: ModelSpec | None) -> Slot:
     task = status.info.task if status.info else spec.task if spec else None
-    about = {"description": spec.description, "license": spec.license} if spec else {}
-    return Slot(id=status.model_id, task=task, **about, **structs.asdict(status))
+    return Slot(
+        id=status.model_id,
+        task=task,
+        description=spec.description if spec else "",
+        license=spec.license if spec else "",
+        **structs.asdict(status),
+    )
 
 
 def _model(server_state: ServerState, spec: ModelSpec, slots: Sequence[Slot]) -> Model:

@@ -83,14 +83,17 @@ class Page:
         """Start to record every state and progress that the row shows, and its horizontal overflow."""
         self.driver.execute_script(
             """
-            const row = document.querySelector(`li[data-model="${arguments[0]}"]`);
+            const model = arguments[0];
             window.seen = [];
-            const note = () => window.seen.push([
-                row.dataset.state, row.querySelector(".progress").innerText,
-                document.documentElement.scrollWidth - innerWidth,
-            ]);
+            const note = () => {
+                const row = document.querySelector(`li[data-model="${model}"]`); // another one once it is not absent
+                window.seen.push([
+                    row.dataset.state, row.querySelector(".progress").innerText,
+                    document.documentElement.scrollWidth - innerWidth,
+                ]);
+            };
             const all = {subtree: true, childList: true, attributes: true, characterData: true};
-            new MutationObserver(note).observe(row, all);
+            new MutationObserver(note).observe(document.querySelector("#models-title").closest("section"), all);
             """,
             model_id,
         )
