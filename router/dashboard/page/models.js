@@ -78,9 +78,9 @@ function modelRow(store, id, act) {
   const cells = Object.fromEntries(["dimensions", "memory", "load", "used"].map((key) => [key, cell(key)]));
   const traffic = trafficCell(id);
   const buttons = Object.fromEntries(["preload", "evict", "pin"].map((verb) => [verb, button(verb, id, act)]));
-  const head = h("div", { class: "what" }, name, about,
+  const head = h("div", { class: "what" }, name,
     h("div", { class: "states" }, state, task, pinned, places), progress.node, notes);
-  const node = h("li", { class: "model", "aria-labelledby": `model-${id}`, "data-model": id }, head, error,
+  const node = h("li", { class: "model", "aria-labelledby": `model-${id}`, "data-model": id }, head, about, error,
     cells.dimensions.node, cells.memory.node, cells.load.node, traffic.node, cells.used.node,
     h("div", { class: "actions" }, Object.values(buttons)));
 
