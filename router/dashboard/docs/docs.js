@@ -6,7 +6,6 @@ dress();
 
 const KEY = "embedyard.key"; // where the dashboard keeps it for this tab
 const LANGUAGE = "embedyard.language"; // where it keeps the choice
-const DOCUMENT = "/docs/openapi.json";
 const chosen = localStorage.getItem(LANGUAGE) ?? (navigator.language.toLowerCase().startsWith("zh") ? "zh" : "en");
 const isChinese = chosen === "zh";
 const place = document.getElementById("swagger-ui");
@@ -46,7 +45,7 @@ function translated(text) {
 
 // validatorUrl null: Swagger UI would otherwise send the document to a validator on the internet.
 window.ui = SwaggerUIBundle({
-  url: DOCUMENT,
+  url: "/docs/openapi.json",
   dom_id: "#swagger-ui",
   deepLinking: true,
   tryItOutEnabled: true,
@@ -54,7 +53,7 @@ window.ui = SwaggerUIBundle({
   presets: [SwaggerUIBundle.presets.apis],
   layout: "BaseLayout",
   responseInterceptor(response) {
-    if (isChinese && new URL(response.url, location).pathname === DOCUMENT && response.ok) {
+    if (isChinese && new URL(response.url, location).pathname === "/docs/openapi.json" && response.ok) {
       response.text = translated(response.text);
       response.data = response.text;
     }

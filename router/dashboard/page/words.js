@@ -142,7 +142,7 @@ const CHINESE = {
 };
 
 /** What the server says in English, by code: of errors, and of failed loads. Its own words follow, with the numbers. */
-const CHINESE_ERRORS = {
+const ERRORS_IN_CHINESE = {
   unreachable: "无法连接服务器", body_too_large: "请求体过大", context_length_exceeded: "文本超过模型的最大长度",
   device_down: "设备故障", dimensions_not_supported: "模型不支持该维度", empty_input: "输入为空", host_lost: "执行请求的主机已退出，请重试",
   insufficient_scope: "该密钥权限不足", internal_error: "服务器内部错误，详见服务器日志", invalid_api_key: "密钥错误或缺失",
@@ -174,7 +174,7 @@ export function switchLanguage() {
 
 /** Returns a message of the server, in Chinese with the original behind it; as it is in English or of an unknown code. */
 export function serverWords(code, message) {
-  const words = current === "zh" && CHINESE_ERRORS[code];
+  const words = current === "zh" && ERRORS_IN_CHINESE[code];
   return words ? [words, message].filter(Boolean).join("：") : message;
 }
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from router.config.settings import Settings
+from router.errors import TABLE
 from tests.testkit.servers import Served, serve
 
 PAGE = Path(__file__).parents[4] / "router" / "dashboard" / "page"
@@ -119,3 +120,10 @@ def test_both_languages_have_all_words() -> None:
     assert english == chinese
     assert used <= english
     assert len(used) > 60
+
+
+def test_every_error_code_has_chinese_words() -> None:
+    source = (PAGE / "words.js").read_text().partition("const ERRORS_IN_CHINESE")[2].partition("};")[0]
+    known = set(re.findall(r"\b([a-z_]+): \"", source))
+
+    assert {row.code for row in TABLE.values()} - {"client_closed_request"} <= known  # that one is never sent
