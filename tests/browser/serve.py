@@ -23,7 +23,8 @@ from router.app import create_app
 from router.backends.local import LocalBackend
 from router.config.settings import Settings
 from router.observability.logs import configure_logging
-from router.registry.registry import Registry, open_registry
+from router.registry.opening import open_registry
+from router.registry.registry import Registry
 from router.server.uvicorn_server import listen, run_server
 
 ROOT = Path(__file__).parents[2]

@@ -92,7 +92,7 @@ def test_the_sum_over_devices_is_no_room_on_one_of_them(hub: LoopbackHub, monkey
     monkeypatch.setattr("engines.planner.read_device", half)
     result = plan("remote", "local")
 
-    assert result.stderr.startswith("together 545 MB of 1.0 GB: they take turns")
+    assert result.stderr.startswith("together 520 MiB of 954 MiB: they take turns")
 
 
 def half(device: str, budget: Budget) -> object:
