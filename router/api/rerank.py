@@ -1,4 +1,8 @@
-"""`POST /v1/rerank`, `/v2/rerank` and `/rerank`: Cohere's, Jina's, vLLM's and LiteLLM's, and on `/rerank` TEI's too."""
+"""`POST /v1/rerank`, `/v2/rerank` and `/rerank`: Cohere's, Jina's, vLLM's and LiteLLM's, and on `/rerank` TEI's too.
+
+Infinity's clients are told by their `raw_scores`, which they always send. LiteLLM's `infinity/` sends what its
+`hosted_vllm/` sends and reads another answer, so it has an address of its own, `/infinity/rerank`.
+"""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -10,9 +14,16 @@ from litestar.response.base import ASGIResponse
 from engines.types import ScoreCall
 from router.api.inference import InferenceRoute, rename_error_params
 from router.api.score_calls import either_rerank_call, rerank_call
-from router.api.score_encoding import encode_ranking, encode_tei_ranking
+from router.api.score_encoding import encode_infinity_ranking, encode_ranking, encode_tei_ranking
 from router.api.scoring import score
-from router.schemas.scoring import EitherRerankRequest, RerankOptions, RerankRequest, RerankResponse, TeiRank
+from router.schemas.scoring import (
+    EitherRerankRequest,
+    InfinityRerankResponse,
+    RerankOptions,
+    RerankRequest,
+    RerankResponse,
+    TeiRank,
+)
 
 _BEST_FIRST = "Documents, best first"
 
@@ -35,24 +46,38 @@ class RerankController(Controller):
     @InferenceRoute(
         "/rerank",
         summary="Rank documents (Jina, Infinity, text-embeddings-inference)",
-        returns=RerankResponse | list[TeiRank],
-        description="Documents, best first; a list for a request with `texts`",
+        returns=RerankResponse | InfinityRerankResponse | list[TeiRank],
+        description="Documents, best first; a list for a request with `texts`; as Infinity with `raw_scores`",
     )
     async def either_rerank(self, request: Request[Any, Any, Any], data: JSONBody[EitherRerankRequest]) -> ASGIResponse:
         """As POST /v1/rerank with `documents`; with `texts` as text-embeddings-inference, whose scores are sigmoids."""
         call = either_rerank_call(data)
         if data.documents is not None:
-            return await _answer(request, data, call, "2")
+            return await _answer(request, data, call, "2" if data.raw_scores is None else "infinity")
         with rename_error_params(documents="texts"):
             scored = await score(request, data.model, call, "rerank")
         body = await encode_tei_ranking(scored, call.texts if data.return_text else None)
         return ASGIResponse(body=body, headers=scored.headers)
 
+    @InferenceRoute(
+        "/infinity/rerank",
+        summary="Rank documents (LiteLLM's `infinity/`)",
+        returns=InfinityRerankResponse,
+        description=_BEST_FIRST,
+    )
+    async def infinity_rerank(self, request: Request[Any, Any, Any], data: JSONBody[RerankRequest]) -> ASGIResponse:
+        """As POST /v1/rerank; the answer is Infinity's, with documents as strings."""
+        return await _answer(request, data, rerank_call(data), "infinity")
+
 
 async def _answer(
-    request: Request[Any, Any, Any], data: RerankOptions, call: ScoreCall, api_version: Literal["1", "2"]
+    request: Request[Any, Any, Any], data: RerankOptions, call: ScoreCall, shape: Literal["1", "2", "infinity"]
 ) -> ASGIResponse:
+    """Rank, and answer as that version of Cohere's API does, or as Infinity."""
     scored = await score(request, data.model, call, "rerank", allows_cosine=True)
-    texts: Sequence[str] | None = call.texts if data.return_documents else None
-    body = await encode_ranking(scored, texts, data.top_n, api_version)
+    texts: Sequence[str] | None = call.texts if data.return_documents in (True, "true") else None
+    if shape == "infinity":
+        body = await encode_infinity_ranking(scored, texts, data.top_n)
+    else:
+        body = await encode_ranking(scored, texts, data.top_n, shape)
     return ASGIResponse(body=body, headers=scored.headers)

@@ -48,9 +48,23 @@ async def encode_ranking(
         meta = {
             "api_version": {"version": api_version},
             "billed_units": {"search_units": 1},
-            "tokens": {"input_tokens": scored.num_tokens},
+            "tokens": {"input_tokens": scored.num_tokens, "output_tokens": 0},
         }
         return _join(head, "results", results, {"usage": _usage(scored), "meta": meta})
+
+    return await _offload(encode, scored.values.size, texts)
+
+
+async def encode_infinity_ranking(scored: Scored, texts: Sequence[str] | None, top_n: int | None) -> bytes:
+    """Encode Infinity's answer to `/rerank`, whose documents are strings. `texts`: as for `encode_ranking`."""
+
+    def encode() -> bytes:
+        values = scored.values[:, 0]
+        results = (
+            {"index": index, "relevance_score": values[index]} | ({} if texts is None else {"document": texts[index]})
+            for index in best_first(values, top_n)
+        )
+        return _join(_head("rerank", "rerank", scored) | _method(scored), "results", results, {"usage": _usage(scored)})
 
     return await _offload(encode, scored.values.size, texts)
 

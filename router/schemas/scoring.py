@@ -40,7 +40,9 @@ class RerankOptions(Struct, frozen=True, kw_only=True):
     query: Annotated[str, Meta(description="What the documents are ranked for; not empty.", examples=["a big cat"])]
     model: Annotated[Name | None, Meta(description=_MODEL)] = None
     top_n: Annotated[Count | None, Meta(description="The best documents to return. Default and 0: all.")] = None
-    return_documents: Annotated[bool | None, Meta(description="true: each result has its document.")] = None
+    return_documents: Annotated[
+        bool | Literal["true", "false"] | None, Meta(description="true: each result has its document.")
+    ] = None
     max_tokens_per_doc: Annotated[
         Count | None, Meta(description="Truncate documents to so many tokens. Default and 0: as many as fit.")
     ] = None
@@ -77,7 +79,10 @@ class RerankRequest(RerankOptions, frozen=True, kw_only=True):
 
 
 class EitherRerankRequest(RerankOptions, frozen=True, kw_only=True):
-    """The request above (with `documents`), or that of text-embeddings-inference (with `texts`)."""
+    """The request above (with `documents`), or that of text-embeddings-inference (with `texts`).
+
+    With `documents` and `raw_scores`, it is Infinity's, and so is the answer.
+    """
 
     documents: Annotated[
         list[str | DocumentText] | None,
@@ -118,10 +123,11 @@ class SearchUnits(Struct, frozen=True, kw_only=True):
     search_units: int
 
 
-class InputTokens(Struct, frozen=True, kw_only=True):
-    """Tokens that the model processed, including special tokens."""
+class RerankTokens(Struct, frozen=True, kw_only=True):
+    """Tokens that the model processed, including special tokens; none are generated, and some clients add both."""
 
     input_tokens: int
+    output_tokens: Literal[0]
 
 
 class RerankMeta(Struct, frozen=True, kw_only=True):
@@ -129,7 +135,7 @@ class RerankMeta(Struct, frozen=True, kw_only=True):
 
     api_version: ApiVersion
     billed_units: SearchUnits
-    tokens: InputTokens
+    tokens: RerankTokens
 
 
 class RerankResponse(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -144,6 +150,26 @@ class RerankResponse(Struct, frozen=True, kw_only=True, omit_defaults=True):
     results: list[RerankResult]
     usage: Usage
     meta: RerankMeta
+    method: Literal["cosine"] | None = None
+
+
+class InfinityRank(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Infinity: a document's place in the request, its score, and the document itself as a string."""
+
+    index: int
+    relevance_score: float
+    document: str | None = None
+
+
+class InfinityRerankResponse(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Infinity: documents, best first. `method`: as for POST /v1/rerank."""
+
+    id: str
+    object: Literal["rerank"]
+    created: int
+    model: str
+    results: list[InfinityRank]
+    usage: Usage
     method: Literal["cosine"] | None = None
 
 
@@ -288,6 +314,6 @@ class InfinityClassifyResponse(Struct, frozen=True, kw_only=True):
 
 
 WIRE = (
-    RerankRequest, EitherRerankRequest, RerankResponse, TeiRank, PredictRequest, Prediction, ScoreRequest,
-    ScoreResponse, ClassifyRequest, ClassifyResponse, InfinityClassifyResponse,
+    RerankRequest, EitherRerankRequest, RerankResponse, InfinityRerankResponse, TeiRank, PredictRequest, Prediction,
+    ScoreRequest, ScoreResponse, ClassifyRequest, ClassifyResponse, InfinityClassifyResponse,
 )  # fmt: skip

@@ -67,7 +67,7 @@ def test_documents_come_best_first_in_coheres_shape(served: Served, path: str, v
         "meta": {
             "api_version": {"version": version},
             "billed_units": {"search_units": 1},
-            "tokens": {"input_tokens": 20},
+            "tokens": {"input_tokens": 20, "output_tokens": 0},
         },
     }
 
@@ -141,6 +141,34 @@ def test_teis_options_mean_what_tei_means(
     ask(served, "/rerank", TEI, **fields)
 
     assert (call_of(served).truncate, call_of(served).activation) == (truncate, activation)
+
+
+@pytest.mark.parametrize(("path", "fields"), [("/rerank", {"raw_scores": False}), ("/infinity/rerank", {})], ids=str)
+def test_a_request_of_infinity_gets_its_documents_as_strings(
+    served: Served, path: str, fields: dict[str, object]
+) -> None:
+    answer = ask(served, path, RERANK, top_n=2, return_documents=True, **fields).json()
+
+    assert answer.pop("id")
+    assert answer.pop("created") > 0
+    assert answer == {
+        "object": "rerank",
+        "model": "ranker",
+        "results": [
+            {"index": 0, "relevance_score": 1.0, "document": "first"},
+            {"index": 1, "relevance_score": 0.5, "document": "second one"},
+        ],
+        "usage": {"prompt_tokens": 20, "total_tokens": 20},
+    }
+    assert call_of(served).activation == "default"
+
+
+def test_ragflow_writes_true_as_a_string(served: Served) -> None:
+    shown = ask(served, "/v1/rerank", RERANK, return_documents="true", return_len="true").json()["results"]
+    hidden = ask(served, "/v1/rerank", RERANK, return_documents="false").json()["results"]
+
+    assert [result["document"]["text"] for result in shown] == DOCUMENTS
+    assert all("document" not in result for result in hidden)
 
 
 @pytest.mark.parametrize("path", ["/v1/score", "/score"])
