@@ -4,7 +4,7 @@ PYTHON ?= python3
 JOBS ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
-LITELLM := $(VENV)/clients/litellm
+CLIENTS := $(VENV)/clients
 # Which PyTorch: with CUDA (about 5 GB) where an NVIDIA GPU answers, else the CPU build (0.2 GB).
 COMPUTE ?= $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo cuda || echo cpu)
 # Where it comes from; empty is the package index. macOS has one build, which is there.
@@ -54,9 +54,9 @@ $(VENV)/.installed-bench: $(VENV)/.installed-test
 	@$(PIP) --group bench
 	@touch $@
 
-$(LITELLM)/.installed: tests/contract/litellm.txt $(VENV)/.pip
-	@$(BIN)/python -m venv --without-pip $(LITELLM)
-	@PYTHONWARNINGS=ignore $(BIN)/python -m pip --disable-pip-version-check --python $(LITELLM)/bin/python \
+$(CLIENTS)/%/.installed: tests/contract/%.txt $(VENV)/.pip
+	@$(BIN)/python -m venv --without-pip $(@D)
+	@PYTHONWARNINGS=ignore $(BIN)/python -m pip --disable-pip-version-check --python $(@D)/bin/python \
 		install --quiet --no-deps -r $<
 	@touch $@
 
@@ -65,7 +65,7 @@ ifneq ($(and $(filter cuda,$(COMPUTE)),$(filter command line environment,$(origi
 	@$(BIN)/python -c 'import importlib.metadata as m; exit("+cpu" in m.version("torch"))' || \
 		{ echo "PyTorch in $(VENV) is the build for CPUs: rm -r $(VENV), and again with COMPUTE=cuda" >&2; exit 1; }
 endif
-install-test: $(VENV)/.installed-test $(LITELLM)/.installed
+install-test: $(VENV)/.installed-test $(CLIENTS)/litellm/.installed $(CLIENTS)/rerankers/.installed
 install-bench: $(VENV)/.installed-bench
 
 serve: install  ## serve registry.yaml on 127.0.0.1:6008
