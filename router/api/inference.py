@@ -64,6 +64,10 @@ _HEADERS = (
     *(ResponseHeader(name=name, description=words, documentation_only=True) for name, words in RATE_HEADERS.items()),
 )
 _GUARDS = (requires("embed"), acquire_permit)
+_TRUNCATION = '"truncate": "end"'
+"""How a request asks for truncation, as messages write it."""
+TEI_TRUNCATION = '"truncate": true'
+"""The same for clients of text-embeddings-inference."""
 
 
 class InferenceRoute(HTTPRouteHandler):
@@ -288,10 +292,22 @@ def _statuses(server_state: ServerState, model_id: str) -> Iterator[ModelStatus]
 
 
 @contextmanager
-def rename_error_params(**names: str) -> Iterator[None]:
-    """Rename `param` in errors raised inside the block to the names of a compatibility API: `input="texts"`."""
+def rename_error_params(truncation: str = _TRUNCATION, /, **names: str) -> Iterator[None]:
+    """Rename `param` in errors raised inside the block to the names of a compatibility API: `input="texts"`.
+
+    A message that begins with an item of the field, as `input[3] has ...`, is renamed too.
+
+    Args:
+        truncation: how a request of that API asks for truncation, for messages that advise it.
+        names: ours to theirs.
+    """
     try:
         yield
     except InvalidRequest as error:
-        error.param = names.get(error.param or "", error.param)
+        message, old = str(error), error.param or ""
+        new = names.get(old, old)
+        if message.startswith(f"{old}["):
+            message = new + message.removeprefix(old)
+        error.args = (message.replace(_TRUNCATION, truncation),)
+        error.param = new or None
         raise

@@ -12,7 +12,7 @@ from litestar.params import JSONBody
 from litestar.response.base import ASGIResponse
 
 from engines.types import ScoreCall
-from router.api.inference import InferenceRoute, rename_error_params
+from router.api.inference import TEI_TRUNCATION, InferenceRoute, rename_error_params
 from router.api.score_calls import either_rerank_call, rerank_call
 from router.api.score_encoding import encode_infinity_ranking, encode_ranking, encode_tei_ranking
 from router.api.scoring import score
@@ -54,7 +54,7 @@ class RerankController(Controller):
         call = either_rerank_call(data)
         if data.documents is not None:
             return await _answer(request, data, call, "2" if data.raw_scores is None else "infinity")
-        with rename_error_params(documents="texts"):
+        with rename_error_params(TEI_TRUNCATION, documents="texts"):
             scored = await score(request, data.model, call, "rerank")
         body = await encode_tei_ranking(scored, call.texts if data.return_text else None)
         return ASGIResponse(body=body, headers=scored.headers)

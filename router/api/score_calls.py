@@ -41,6 +41,8 @@ def either_rerank_call(data: EitherRerankRequest) -> ScoreCall:
     Raises:
         EmptyInput, TooManyInputs, InvalidValue.
     """
+    if data.documents is not None and data.texts is not None:
+        raise InvalidValue("texts: send documents or texts (text-embeddings-inference), not both", param="texts")
     if data.documents is not None:
         return _rerank_call(data, data.documents, data.truncate)
     if data.texts is None:

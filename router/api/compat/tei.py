@@ -14,7 +14,14 @@ from engines.spec import ModelSpec
 from engines.types import ModelInfo, TokenizeCall, Tokens
 from router.api.dashboard import DashboardController
 from router.api.encoding import encode_rows
-from router.api.inference import InferenceRoute, embed, headers_of, infos_of, rename_error_params
+from router.api.inference import (
+    TEI_TRUNCATION,
+    InferenceRoute,
+    embed,
+    headers_of,
+    infos_of,
+    rename_error_params,
+)
 from router.api.models import slots_by_model
 from router.api.openapi import BEARER, GUARDED, LOADING, failures
 from router.api.score_calls import checked, predict_call, tei_truncate
@@ -59,7 +66,7 @@ class TeiController(Controller):
     ) -> Response[bytes]:
         """Loads the model first if it is not in memory."""
         spec = resolve(request, state_of(request).registry, data.model)
-        with rename_error_params(input="inputs", input_type="prompt_name"):
+        with rename_error_params(TEI_TRUNCATION, input="inputs", input_type="prompt_name"):
             call = TokenizeCall(
                 model_id=spec.model_id,
                 texts=checked(data.inputs, "inputs"),
@@ -79,7 +86,7 @@ class TeiController(Controller):
     async def tei_predict(self, request: Request[Any, Any, Any], data: JSONBody[PredictRequest]) -> Response[bytes]:
         """Returns the probability of each label."""
         call, is_batch = predict_call(data)
-        with rename_error_params(documents="inputs", query="inputs", input="inputs"):
+        with rename_error_params(TEI_TRUNCATION, documents="inputs", query="inputs", input="inputs"):
             scored = await score(request, data.model, call, "predict")
         return Response(
             await encode_predictions(scored, is_batch=is_batch), media_type=MediaType.JSON, headers=scored.headers
@@ -129,7 +136,7 @@ class TeiRootController(DashboardController):
 
 
 async def _embed(request: Request[Any, Any, Any], data: TeiRequest) -> Response[bytes]:
-    with rename_error_params(input="inputs", input_type="prompt_name"):
+    with rename_error_params(TEI_TRUNCATION, input="inputs", input_type="prompt_name"):
         answer = await embed(request, _to_embedding_request(data))
     body = await encode_rows(answer.embeddings)
     return Response(body, media_type=MediaType.JSON, headers=answer.headers)

@@ -254,6 +254,7 @@ HUGE = "x" * 70_000
 BAD: list[tuple[str, str, Any, str, str | None]] = [
     ("no documents", "/v1/rerank", {"query": "q"}, "invalid_value", "documents"),
     ("neither documents nor texts", "/rerank", {"query": "q"}, "invalid_value", "documents"),
+    ("documents and texts", "/rerank", RERANK | {"texts": ["a"]}, "invalid_value", "texts"),
     ("no query", "/v1/rerank", {"documents": ["a"]}, "invalid_value", "query"),
     ("an empty query", "/v1/rerank", RERANK | {"query": ""}, "empty_input", "query"),
     ("a list as query", "/v1/rerank", RERANK | {"query": ["q"]}, "invalid_value", "query"),
@@ -345,9 +346,14 @@ def test_the_most_documents_with_long_texts_are_answered_whole(served: Served) -
 )
 def test_an_error_of_the_model_names_the_field_of_the_route(served: Served, path: str, body: Any, param: str) -> None:
     for model in ("ranker", "labeler"):
-        served.backend.failures[model] = ContextLengthExceeded("documents[0] has 50 tokens", param="documents")
+        served.backend.failures[model] = ContextLengthExceeded(
+            'documents[0] has 50 tokens: shorten it, or send "truncate": "end"', param="documents"
+        )
+    answer = ask(served, path, body)
+    truncation = "true" if param in ("texts", "inputs") else '"end"'
 
-    assert_envelope(ask(served, path, body), 400, "context_length_exceeded", param)
+    assert_envelope(answer, 400, "context_length_exceeded", param)
+    assert message_of(answer) == f'{param}[0] has 50 tokens: shorten it, or send "truncate": {truncation}'
 
 
 def test_a_score_that_is_not_finite_is_no_answer(served: Served) -> None:
