@@ -3,6 +3,7 @@
 The folders are those of `tests/testkit/rerankers.py`; what they must give, sentence-transformers says.
 """
 
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -11,8 +12,9 @@ from typing import Any
 
 import yaml
 
-from benchmarks.lib.models import RECIPES, quiet
-from tests.testkit.rerankers import FAMILIES, predicted, reference
+from benchmarks.lib import vocabularies
+from benchmarks.lib.models import RECIPES, quiet, wider
+from tests.testkit.rerankers import FAMILIES, bert, classifier, predicted, reference, save_plain
 from tests.testkit.servers import LiveServer, serve_live
 
 KEY = "sk-contract"
@@ -30,19 +32,35 @@ ALIASES = {"ranker": ["rerank-v3.5", "default/not-specified"]}
 
 
 class RerankModels:
-    """The folders of the models, and their scores by the reference."""
+    """The folders of the models, and their scores by the reference.
 
-    def __init__(self, root: Path) -> None:
+    Args:
+        width: hidden size of the reranker and the embedding model, if they shall be larger than a few hundred KB.
+    """
+
+    def __init__(self, root: Path, width: int | None = None) -> None:
         self.folders = {name: root / name for name in (*FOLDERS, "embedder")}
         with quiet():
             for name, family in FOLDERS.items():
                 FAMILIES[family].build(self.folders[name])
-            RECIPES["bert-cls"].build(self.folders["embedder"])
+            if width is None:
+                RECIPES["bert-cls"].build(self.folders["embedder"])
+                return
+            wide = classifier(bert(hidden_size=width))  # as large as the embedding model
+            shutil.rmtree(self.folders["ranker"])
+            save_plain(self.folders["ranker"], wide, vocabularies.bert())
+            with wider(width):
+                RECIPES["bert-cls"].build(self.folders["embedder"])
 
     @cached_property
     def ranker(self) -> Any:
         """The reranker, loaded by sentence-transformers."""
         return reference(self.folders["ranker"])
+
+    @cached_property
+    def expected(self) -> list[float]:
+        """The scores of `DOCUMENTS` for `QUERY`."""
+        return self.scores()
 
     def scores(self, query: str = QUERY, documents: Sequence[str] = DOCUMENTS, **options: Any) -> list[float]:
         """Return the scores of documents in their order; `options`: of `CrossEncoder.predict`."""
@@ -59,17 +77,16 @@ class RerankModels:
         names = labeler.model.config.id2label
         return [names[index] for index in range(len(names))], predicted(labeler, texts, apply_softmax=True).tolist()
 
-    def entries(self, *names: str, **fields: Any) -> list[dict[str, Any]]:
-        """Return entries of a registry; `fields`: of each."""
-        return [
-            {"name": name, "source": str(self.folders[name]), "aliases": ALIASES.get(name, []), **fields}
-            for name in names or self.folders
-        ]
-
     @contextmanager
     def serve(self, registry: Path, **environ: str) -> Iterator[LiveServer]:
         """Serve all of them until the block ends; `environ`: settings of the server."""
-        file = {"version": 1, "default_model": "ranker", "models": self.entries()}
+        file = {"version": 1, "default_model": "ranker", "models": self._entries()}
         registry.write_text(yaml.safe_dump(file))
         with serve_live(registry, API_KEY=KEY, **environ) as server:
             yield server
+
+    def _entries(self) -> list[dict[str, Any]]:
+        return [
+            {"name": name, "source": str(folder), "aliases": ALIASES.get(name, []), "max_batch_tokens": 512}
+            for name, folder in self.folders.items()
+        ]
