@@ -18,7 +18,7 @@ from router.schemas.compat import InfinityRequest
 from router.schemas.inference import EmbeddingRequest, EmbeddingResponse, Model, ModelList
 
 OPENAI_HEADERS = ("openai-processing-ms", "openai-version")
-_UNNAMED = "default/not-specified"
+UNNAMED_MODEL = "default/not-specified"
 """The model that Infinity's client names if its user names none."""
 _VERSION = "2020-10-01"
 """The only version of OpenAI's API so far."""
@@ -62,7 +62,7 @@ class InfinityController(Controller):
         self, request: Request[Any, Any, Any], data: JSONBody[InfinityRequest]
     ) -> ASGIResponse:
         """Does the same as POST /v1/embeddings, and understands the defaults that Infinity's client sends."""
-        model = None if data.model == _UNNAMED else data.model
+        model = None if data.model == UNNAMED_MODEL else data.model
         return await _answer(request, structs.replace(data, model=model, dimensions=data.dimensions or None))
 
     @get(

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from engines.errors import ContextLengthExceeded, InvalidValue, NonFiniteEmbedding, TaskNotSupported
 from engines.spec import ModelSpec, Task
 from engines.types import BaseResult, EmbedCall, Embeddings, ScoreCall, Scores, Timings
+from router.api.embeddings import UNNAMED_MODEL
 from router.api.inference import (
     admit_call,
     headers_of,
@@ -83,7 +84,7 @@ async def score(
         TaskNotSupported: the model computes something else.
     """
     server_state = state_of(request)
-    spec = resolve(request, server_state.registry, model)
+    spec = resolve(request, server_state.registry, None if model == UNNAMED_MODEL else model)
     timeout_s = server_state.settings.load_timeout_s
     call = admit_call(request, server_state, structs.replace(call, model_id=spec.model_id, load_timeout_s=timeout_s))
     began_s = time.perf_counter()

@@ -28,7 +28,7 @@ DOCUMENTS = (
 )
 """The last one is the first again: equal scores are in the order of the request."""
 FOLDERS = {"ranker": "xlm-roberta", "labeler": "roberta-nli"}
-ALIASES = {"ranker": ["rerank-v3.5", "default/not-specified"]}
+ALIASES = {"ranker": ["rerank-v3.5"]}
 
 
 class RerankModels:
