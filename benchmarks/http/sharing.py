@@ -2,21 +2,24 @@
 
     python -m benchmarks.http.sharing queries
     python -m benchmarks.http.sharing models --models minilm minilm
+    python -m benchmarks.http.sharing rerank
 
 `queries`: single queries arrive at random moments, first alone and then while a request of 2,048 texts runs; the bulk
 request runs alone too. Over HTTP, default settings, interleaved rounds. `models`: each model alone, then both at once,
 in one process without HTTP; the shares are seconds of the device. With models of different sizes the sum is of parts:
-what each reaches beside the other over what it reaches alone.
+what each reaches beside the other over what it reaches alone. `rerank`: an embedding model and a reranker, both in
+memory: small requests for either, alone and then while the other has a bulk request.
 """
 
 import argparse
 import asyncio
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from benchmarks.lib import workloads
 from benchmarks.lib.folders import resolve
@@ -24,8 +27,9 @@ from benchmarks.lib.machine import Watch, warn_if_busy
 from benchmarks.lib.measure import SETTLE_S, interleave, percentile, quotient, with_progress
 from benchmarks.lib.peers import interpreter
 from benchmarks.lib.report import RESULTS, Report, publish, run_command
-from benchmarks.lib.servers import make_requests, own_server, summary
+from benchmarks.lib.servers import make_requests, own, own_server, serving, summary, write_registry
 from benchmarks.lib.worker import Worker
+from benchmarks.offline import rerank as rerankers
 from router import loadgen as load
 from router.loadgen import Outcome
 from router.loadgen.http_client import Request, Target, encode
@@ -200,9 +204,94 @@ def main_models(argv: Sequence[str]) -> None:
     publish(run_models(folders, asked.workload, asked.seconds, asked.rounds), asked.results)
 
 
+class Beside(Struct, frozen=True):
+    """One round for one model: its small requests alone, beside a bulk request for the other, and that bulk request."""
+
+    idle: Outcome
+    beside: Outcome
+    bulk: Outcome
+
+
+def run_rerank(
+    embedder: Path, reranker: Path, num_texts: int, rounds: int, *, per_s: float = PER_S, idle_s: float = IDLE_S
+) -> Report:
+    """Measure single texts to embed beside a bulk to rerank, and a query with ten documents beside a bulk to embed."""
+    watch = Watch()
+    warn_if_busy(watch.machine)
+    counter = workloads.counter(embedder)
+    bulk = workloads.make("passages", num_texts, counter).texts
+    small = workloads.make("short", 8 * 11, counter).calls(11)
+    with tempfile.TemporaryDirectory() as draft:
+        registry = write_registry(Path(draft) / "registry.yaml", {"embedder": embedder, "reranker": reranker})
+        with serving(own(registry, "embedder")) as server:
+            embed = server.target
+            rank = structs.replace(embed, model="reranker", route="rerank")
+            requests = {
+                "embed": ([encode(embed, call[:1]) for call in small], encode(rank, bulk)),
+                "rerank": ([encode(rank, call) for call in small], encode(embed, bulk)),
+            }
+            every = [request for queries, large in requests.values() for request in (large, *queries)]
+            load.run(lambda: load.closed(embed, every, 1, until=load.after(len(every))))
+            found = {
+                name: [_beside(embed, *requests[name], per_s, idle_s) for _ in with_progress(range(rounds), name)]
+                for name in requests
+            }
+            machine = watch.machine
+    return Report(
+        name="sharing-rerank",
+        title=f"An embedding model and a reranker; the bulk request has {num_texts} × passages",
+        machine=machine,
+        settings={
+            "models": [embedder.name, reranker.name], "rounds": rounds, "requests a second": per_s, "idle s": idle_s,
+        },
+        header=("what", "samples", "p50 ms", "p95 ms", "p99 ms"),
+        rows=[row for name in found for row in _rows_beside(name, found[name])],
+        samples={
+            name: [{part: summary(getattr(one, part)) for part in ("idle", "beside", "bulk")} for one in of_name]
+            for name, of_name in found.items()
+        },
+        notes=("latency counts from the moment a request was due; a small rerank request has ten short documents",),
+    )  # fmt: skip
+
+
+def _beside(target: Target, queries: Sequence[Request], bulk: Request, per_s: float, idle_s: float) -> Beside:
+    idle = load.run(lambda: load.opened(target, queries, per_s, until=load.after_s(idle_s)))
+    beside, both = load.run(lambda: _both(target, bulk, queries, per_s))
+    for outcome in (idle, beside, both):
+        if outcome.num_failed or not outcome.samples:
+            raise OSError(f"{outcome.num_failed} of {len(outcome.samples)} requests failed: {outcome.errors}")
+    return Beside(idle, beside, both)
+
+
+def _rows_beside(name: str, rounds: Sequence[Beside]) -> list[tuple[str, ...]]:
+    idle = [sample.latency_s for one in rounds for sample in one.idle.samples]
+    busy = [sample.latency_s for one in rounds for sample in one.beside.samples]
+    other = "rerank" if name == "embed" else "embed"
+    return [
+        _latencies(f"{name}, nothing else runs", idle),
+        _latencies(f"{name}, beside a bulk request to {other}", busy),
+        ("ratio", "", *(f"{percentile(busy, at) / percentile(idle, at):.2f}" for at in (0.5, 0.95, 0.99))),
+    ]
+
+
+def main_rerank(argv: Sequence[str]) -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.http.sharing rerank", description=__doc__)
+    parser.add_argument("--size", default="minilm", choices=tuple(rerankers.SIZES), help="of the reranker")
+    parser.add_argument("--texts", type=int, default=BULK_TEXTS, help="of the bulk request")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--per-second", type=float, default=PER_S)
+    parser.add_argument("--idle-seconds", type=float, default=IDLE_S)
+    parser.add_argument("--no-save", dest="results", action="store_const", const=None, default=RESULTS)
+    asked = parser.parse_args(argv)
+    folders = resolve("minilm"), rerankers.build(asked.size)
+    report = run_rerank(*folders, asked.texts, asked.rounds, per_s=asked.per_second, idle_s=asked.idle_seconds)
+    publish(report, asked.results)
+
+
 def main() -> None:
     """Run the requested command."""
-    run_command({"queries": main_queries, "models": main_models})
+    run_command({"queries": main_queries, "models": main_models, "rerank": main_rerank})
 
 
 if __name__ == "__main__":
