@@ -147,6 +147,7 @@ class _Parts:
             texts = pairs.encode(["The yard keeps."] * 2, ["Über den Dächern, 两个人.", "It does."]).ids
             self._probes = plain_logits(self._model, texts, tokens, has_types=has_types)
             head = ScoreHead(self._model, self._model.base_model_prefix, tokens)
+            drop_pooler(self.backbone)  # it is the head's now, in float32
             dropped = None if tokens is not None else getattr(self._config.get_text_config(), "pad_token_id", None)
             rows = select_rows(head, self.backbone, self._probes, dropped, has_types=has_types)
         except Exception as error:

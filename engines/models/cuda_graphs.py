@@ -260,6 +260,16 @@ class CudaGraphs:
         """The recorded sizes that are faster than the ordinary pass, in ascending order."""
         return tuple(self._graphs)
 
+    def full_rows(self, texts: Sequence[Ids]) -> list[tuple[Size, list[int]]]:
+        """Returns for each size which of the texts fill its row, to check it with them (see `fill_row`).
+
+        A size into which none of them fits is forgotten, as nobody would know whether its pass is right: those of a
+        causal reranker are longer than the smallest rows, by their template.
+        """
+        rows = {size: fill_row(size, texts) for size in self.sizes}
+        self._graphs = {size: graph for size, graph in self._graphs.items() if rows[size]}
+        return [(size, found) for size, found in rows.items() if found]
+
     @property
     def kept_tokens(self) -> int:
         """Tokens whose memory is kept; a graph that was not faster has worked in the same memory as the others."""
@@ -278,7 +288,10 @@ class CudaGraphs:
 
 
 def fill_row(size: Size, texts: Sequence[Ids]) -> list[int]:
-    """Returns which of the texts, sorted by length, over and over, make the fullest row of a size; sorted again."""
+    """Returns which of the texts, sorted by length, over and over, make the fullest row of a size; sorted again.
+
+    None where all are longer than the row.
+    """
     rows: list[int] = []
     left = size.tokens
     for row in cycle(reversed(range(len(texts)))):

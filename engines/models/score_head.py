@@ -85,12 +85,13 @@ class ScoreHead:
             _keep_logits(model, tokens.ids)
         self._model = copy.copy(model)
         self._model._modules = {**model._modules, backbone: _GivenStates(pooler, activation)}
-        self._model.float()
+        self.weights: list[Tensor] = [*self._model.parameters(), *self._model.buffers()]
+        for weight in self.weights:
+            weight.data = weight.data.float() if weight.is_floating_point() else weight.data
         self._model.config = _with_padding(model.config)
         self._tokens = tokens
         self.rows: RowChoice = "lasttoken" if tokens is not None else "cls"
         self.dimensions = 1 if tokens is not None else int(model.config.num_labels)
-        self.weights: list[Tensor] = [*self._model.parameters(), *self._model.buffers()]
 
     def __call__(self, hidden: Tensor, layout: PackedLayout, prompt_tokens: Sequence[int] | None = None) -> Tensor:
         """Turns packed hidden states `[T, H]` into logits, float32 `[n, dimensions]`."""

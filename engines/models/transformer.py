@@ -49,7 +49,7 @@ from engines.models.base import (
     Size,
     attention_of,
 )
-from engines.models.cuda_graphs import CudaGraphs, FixedPackedLayout, GraphCapturer, fill_row, kept_bytes
+from engines.models.cuda_graphs import CudaGraphs, FixedPackedLayout, GraphCapturer, kept_bytes
 from engines.models.head import Head
 from engines.models.prepacked import PrepackedWeights
 
@@ -169,8 +169,7 @@ class TransformerEncoder:
             yield PathForm(range(len(texts)), self.encode_forced(texts), ", with attention in blocks,")
         for row in (0, len(texts) - 1) if self._can_share and self.path == "fused" else ():
             yield PathForm([row, row], self.encode_forced([texts[row]] * 2), ", with shared tokens,")
-        for size in self.sizes:
-            rows = fill_row(size, texts)
+        for size, rows in self._graphs.full_rows(texts) if self._graphs is not None else ():
             vectors = self.encode_fixed([texts[row] for row in rows], size)
             yield PathForm(rows, vectors, f", in a row of {size.tokens} tokens,")
 

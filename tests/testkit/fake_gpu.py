@@ -41,7 +41,8 @@ class Finding(NamedTuple):
     """What an operation did that costs time on a GPU, or fails there.
 
     Attributes:
-        place: the innermost function of Embedyard, transformers or a test that was running: `package/module.py:name`.
+        place: the innermost function of Embedyard, transformers or a test that was running: `package/module.py:name`;
+            of what a head runs, the head.
         operation: of torch.
     """
 
@@ -279,14 +280,19 @@ def _is_waited_for(index: Tensor) -> bool:
     return index.dtype == torch.bool or index.device.type == "cpu"
 
 
+_HEADS = {"ScoreHead.__call__"}
+"""Functions that stand for all that they call: a head runs code of transformers that its backbone may run as well."""
+
+
 def _place() -> str:
     frame: FrameType | None = sys._getframe(1)
+    place = ""
     while frame is not None:
-        name = _source(frame.f_code.co_filename)
-        if name:
-            return f"{name}:{frame.f_code.co_qualname}"
+        name, function = _source(frame.f_code.co_filename), frame.f_code.co_qualname
+        if name and (not place or function in _HEADS):
+            place = f"{name}:{function}"
         frame = frame.f_back
-    return "elsewhere"
+    return place or "elsewhere"
 
 
 @cache

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatch
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from msgspec import Struct
@@ -12,6 +13,7 @@ from torch import Tensor
 from benchmarks.lib.engine_kit import Kit
 from benchmarks.lib.models import RECIPES
 from engines.batching.engine import EmbeddingEngine
+from engines.inputs.token_ids import TYPE_SHIFT
 from engines.inputs.tokenizer import Ids
 from engines.models.base import Encoder, ForwardPath, attention_of
 from engines.models.transformer import TransformerEncoder
@@ -76,11 +78,10 @@ INTENDED = (
 """What passes of the parity table's families are found to do, and why it stays. Packed paths never wait."""
 
 
-def unintended(findings: Iterable[Finding], attention: str) -> list[Finding]:
-    """Returns the findings on a path with this attention that nothing of `INTENDED` covers, each once."""
-    return [
-        finding for finding in sorted(set(findings)) if not any(item.covers(finding, attention) for item in INTENDED)
-    ]
+def unintended(findings: Iterable[Finding], attention: str, intended: Iterable[Intended] = INTENDED) -> list[Finding]:
+    """Returns the findings on a path with this attention that nothing of what is intended covers, each once."""
+    items = tuple(intended)
+    return [finding for finding in sorted(set(findings)) if not any(item.covers(finding, attention) for item in items)]
 
 
 class OnePath(Struct, frozen=True):
@@ -109,7 +110,13 @@ class Family(Struct, frozen=True):
 
 
 class Families:
-    """Every recipe on the fake GPU, run when it is first asked for."""
+    """Every recipe on the fake GPU, run when it is first asked for.
+
+    Attributes:
+        skipped: paths that are not run.
+    """
+
+    skipped: tuple[ForwardPath, ...] = ()
 
     def __init__(self, fake: FakeGpuKit, kit: Kit) -> None:
         self._fake, self._kit = fake, kit
@@ -120,13 +127,24 @@ class Families:
             self._known[name] = self._run(name)
         return self._known[name]
 
+    def source(self, name: str) -> tuple[Path, dict[str, Any]]:
+        """Returns the folder of a model, and the registry's fields for it."""
+        return self._kit.recipe_folder(name), RECIPES[name].spec
+
+    def on_cpu(self, name: str) -> EmbeddingEngine:
+        """Returns the model on the CPU, in float32."""
+        return self._kit.engine(name)
+
     def _run(self, name: str) -> Family:
         self._fake.gpu.take()
-        engine = self._fake.load(self._kit.recipe_folder(name), **RECIPES[name].spec)
+        folder, spec = self.source(name)
+        engine = self._fake.load(folder, **spec)
         loaded, encoder, info = tuple(self._fake.gpu.take()), encoder_of(engine), engine.info
         texts = texts_for(encoder)
         if isinstance(encoder, TransformerEncoder):
-            paths = {path: self._on(encoder, path, texts) for path in encoder.candidate_paths()}
+            paths = {
+                path: self._on(encoder, path, texts) for path in encoder.candidate_paths() if path not in self.skipped
+            }
         else:
             paths = {encoder.path: self._passes(encoder, texts, is_half=False)}
         return Family(engine, info, loaded, texts, paths)
@@ -150,7 +168,7 @@ class Families:
 
     def expected(self, name: str) -> dict[str, NDArray[np.float32]]:
         """Returns what `OnePath.vectors` is on the CPU, in float32."""
-        encoder = encoder_of(self._kit.engine(name))
+        encoder = encoder_of(self.on_cpu(name))
         return {what: run().numpy() for what, run in _runs(encoder, self[name].texts).items()}
 
     def used(self) -> set[Intended]:
@@ -182,7 +200,11 @@ def encoder_of(engine: EmbeddingEngine) -> Encoder:
 
 
 def texts_for(encoder: Encoder) -> tuple[Ids, ...]:
-    """Returns texts of random ids that the encoder knows, sorted by length."""
+    """Returns texts of random ids that the encoder knows, sorted by length; with types where it reads them."""
     size = encoder._model.config.get_text_config().vocab_size if isinstance(encoder, TransformerEncoder) else 100
     random = np.random.default_rng(len(LENGTHS))
-    return tuple(random.integers(5, size, length) for length in LENGTHS)
+    texts = [random.integers(5, size, length) for length in LENGTHS]
+    if isinstance(encoder, TransformerEncoder) and encoder._has_types:
+        for ids in texts:
+            ids[len(ids) // 2 :] |= 1 << TYPE_SHIFT
+    return tuple(texts)

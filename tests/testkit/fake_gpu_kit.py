@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten
 from engines.batching.engine import EmbeddingEngine
 from engines.device.scheduler import DeviceScheduler
 from engines.inputs.tokenizer_threads import TokenizerThreads
-from engines.loading import builders, module_weights
+from engines.loading import builders, module_weights, scorers
 from engines.loading.loader import LoaderSettings, TorchLoader
 from engines.models import adapters, base, cuda_graphs
 from engines.spec import ModelSpec
@@ -183,8 +183,11 @@ def imitated(gpu: FakeGpu) -> Iterator[None]:
         imports = transformers.utils.import_utils
         patch.setattr(imports, "is_fake_tensor", lambda tensor: False)  # values of ours can be read
         patch.setattr(imports, "is_cuda_stream_capturing", lambda: gpu.is_capturing)
-        patch.setattr(builders, "read_model", _outside(_counted(gpu, builders.read_model)))
-        patch.setattr(builders, "capturer_for", lambda device: _WatchedCapturer(gpu) if device.type == "cuda" else None)
+        for module in (builders, scorers):  # both import them by name
+            patch.setattr(module, "read_model", _outside(_counted(gpu, module.read_model)))
+            patch.setattr(
+                module, "capturer_for", lambda device: _WatchedCapturer(gpu) if device.type == "cuda" else None
+            )
         patch.setattr(cuda_graphs, "SIZES", cuda_graphs.SIZES[:_NUM_SIZES])
         patch.setattr(module_weights, "_read", _outside(module_weights._read))
         measure = adapters.storage_bytes

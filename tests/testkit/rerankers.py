@@ -378,7 +378,7 @@ def _qwen3_chat(folder: Path) -> None:
 @family("mistral")
 def _mistral(folder: Path) -> None:
     tokenizer = vocabularies.llama()
-    save_plain(folder, classifier(_decoder(MistralConfig, tokenizer, sliding_window=24, head_dim=12)), tokenizer)
+    save_plain(folder, classifier(_decoder(MistralConfig, tokenizer, sliding_window=24, head_dim=16)), tokenizer)
 
 
 @family("llama", num_labels=3)
@@ -391,7 +391,7 @@ def _llama(folder: Path) -> None:
 def _gemma2(folder: Path) -> None:
     tokenizer = vocabularies.gemma()
     config = _decoder(
-        Gemma2Config, tokenizer, head_dim=12, sliding_window=32, attn_logit_softcapping=20.0, query_pre_attn_scalar=12
+        Gemma2Config, tokenizer, head_dim=16, sliding_window=32, attn_logit_softcapping=20.0, query_pre_attn_scalar=16
     )
     model = classifier(config)
     model.get_input_embeddings().weight.data.mul_(0.1)  # Gemma multiplies its embeddings
@@ -449,7 +449,7 @@ def _mxbai_original(folder: Path) -> None:
 @family("bge-reranker-v2-gemma", kind="original", spec={"template": "bge-reranker-v2-gemma"})
 def _gemma_original(folder: Path) -> None:
     tokenizer = vocabularies.gemma(with_end=False)
-    model = causal(_lm(GemmaConfig, tokenizer, head_dim=12))
+    model = causal(_lm(GemmaConfig, tokenizer, head_dim=16))
     model.get_input_embeddings().weight.data.mul_(0.1)
     save_plain(folder, model, tokenizer)
 

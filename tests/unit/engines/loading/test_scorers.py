@@ -45,6 +45,17 @@ def copy(kit: Kit, tmp_path: Path) -> Callable[[str], Path]:
     return lambda name: Path(shutil.copytree(_built(kit, name), tmp_path / name))
 
 
+@pytest.mark.parametrize("name", ["bert-multi-label", "albert"])
+def test_a_pooler_that_the_head_runs_in_float32_is_not_run_by_a_bfloat16_backbone(kit: Kit, name: str) -> None:
+    engine = kit.load(_built(kit, name), dtype="bfloat16")
+    exact = kit.load(_built(kit, name))
+
+    assert (engine.info.dtype, exact.info.dtype) == ("bfloat16", "float32")
+    assert np.abs(scores(engine, PAIRS) - scores(exact, PAIRS)).max() < 0.1
+    for each in (engine, exact):
+        each.close()
+
+
 # Sabotage.
 
 
