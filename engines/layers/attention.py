@@ -83,14 +83,15 @@ def packed_attention(  # noqa: PLR0913  # the signature is transformers'
     return (rows[0] if len(rows) == 1 else torch.cat(rows))[None], None
 
 
-def last_token_attention(
+def single_query_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, *, scaling: float | None, window: int | None
 ) -> Tensor:
-    """Computes attention of the last token of each text only, which attends to its whole text, causal or not.
+    """Computes attention of one token of each text, which attends to its whole text: any token where attention is not
+    causal, else the last.
 
     Args:
-        query: `[1, heads, n, d]`, of the last tokens; `key`, `value`: `[1, kv_heads, T, d]`, of all tokens.
-        window: exclusive bound of the distance between query and key.
+        query: `[1, heads, n, d]`, of these tokens; `key`, `value`: `[1, kv_heads, T, d]`, of all tokens.
+        window: exclusive bound of the distance between query and key; of last tokens only.
 
     Returns:
         `[n, heads, d]`.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import rms_norm, silu
 
 from engines.device.load_throttle import throttle_point
-from engines.layers.attention import last_token_attention, packed_attention, resolve_causal
+from engines.layers.attention import packed_attention, resolve_causal, single_query_attention
 from engines.layers.packed_linear import Product, ProductFactory, replace_joined
 from engines.layers.packing import PackedLayout, PackedState
 from engines.layers.products import apply, linear
@@ -103,7 +103,7 @@ def _fuse_layer(layer: nn.Module, family: DecoderFamily, state: PackedState, *, 
         if state.layout is None or not state.is_fused:
             return plain(hidden_states, *args, **kwargs)
         cos, sin = kwargs["position_embeddings"]
-        run = fused.last_tokens if is_last and state.only_last else fused
+        run = fused.last_tokens if is_last and state.kept == "last" else fused
         return run(hidden_states[0], state.layout, (cos[0, :, None], sin[0, :, None]))[None]
 
     layer.forward = forward
@@ -167,7 +167,7 @@ class FusedDecoderLayer:
         key, value = self._split(others, first=self._heads, count=self._kv_heads)
         query, key = _rotate(query, (rope[0][last], rope[1][last])), _rotate(key, rope)
         query, key, value = (_as_row(part) for part in (query, key, value))
-        context = last_token_attention(query, key, value, layout, scaling=self._scaling, window=self._window)
+        context = single_query_attention(query, key, value, layout, scaling=self._scaling, window=self._window)
         return self._finish(x[last], context.flatten(1))
 
     def replace_products(self, make: ProductFactory, make_joined: ProductFactory) -> None:

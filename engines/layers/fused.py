@@ -2,8 +2,9 @@
 
 The overhead of transformers' own layers is a twentieth of the time of a full batch and a quarter of that of a single
 short text: three products where one suffices, results copied into place, and much Python. Here query, key and value are
-one product, and sums are made in place. Supported layers are recognized by their parts, not by a list of names: every
-part must be known, or the model is left unchanged. As every path, this one is used only where
+one product, and sums are made in place. Where a head reads one token of each text, the last layer computes keys and
+values of all tokens, and everything else of these only. Supported layers are recognized by their parts, not by a list
+of names: every part must be known, or the model is left unchanged. As every path, this one is used only where
 `engines/models/verification.py` finds that it gives the vectors of the reference.
 """
 
@@ -18,9 +19,9 @@ from transformers.activations import GELUActivation
 
 from engines.device.load_throttle import throttle_point
 from engines.device.torch_runtime import usable_threads
-from engines.layers.attention import packed_attention
+from engines.layers.attention import packed_attention, single_query_attention
 from engines.layers.packed_linear import ProductFactory, replace_joined
-from engines.layers.packing import KernelVariant, PackedLayout, PackedState
+from engines.layers.packing import KernelVariant, PackedLayout, PackedState, TokenChoice
 from engines.layers.products import apply, linear
 
 
@@ -118,12 +119,12 @@ def fuse(model: nn.Module, state: PackedState) -> "list[FusedLayer]":
         return []
     fused = []
     for layer in layers:
-        fused.append(_fuse_layer(layer, names, state))
+        fused.append(_fuse_layer(layer, names, state, is_last=layer is layers[-1]))
         throttle_point()
     return fused
 
 
-def _fuse_layer(layer: nn.Module, names: PartNames, state: PackedState) -> "FusedLayer":
+def _fuse_layer(layer: nn.Module, names: PartNames, state: PackedState, *, is_last: bool) -> "FusedLayer":
     """Replaces the forward method of a layer, which runs as before outside of a fused row."""
     plain: Callable[..., Any] = layer.forward
     fused = FusedLayer(layer, names)
@@ -131,6 +132,8 @@ def _fuse_layer(layer: nn.Module, names: PartNames, state: PackedState) -> "Fuse
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if state.layout is None or not state.is_fused:
             return plain(hidden_states, *args, **kwargs)
+        if is_last and state.kept in fused.skips:
+            return fused.one_token(hidden_states[0], state.layout, state.kept)[None]
         bias = kwargs.get("position_bias", args[1] if names.gives_tuple and len(args) > 1 else None)
         out = fused(hidden_states[0], state.layout, bias, state.variant or fastest_variant(state.layout))[None]
         return (out,) if names.gives_tuple else out
@@ -168,6 +171,11 @@ class FusedLayer:
         self._joined: nn.Module | None = None
         self.heads = int(getattr(self._attention, "num_attention_heads", None) or self._attention.n_heads)
         self.head_width: int = projections[0].out_features // self.heads
+
+    @property
+    def skips(self) -> tuple[TokenChoice, ...]:
+        """The choices of tokens for which the layer can be run alone; none with an attention bias."""
+        return () if self._has_bias else ("first", "last")
 
     @property
     def can_be_prepacked(self) -> bool:
@@ -218,10 +226,32 @@ class FusedLayer:
     def many(self, x: Tensor, layout: PackedLayout, position_bias: Tensor | None) -> Tensor:
         """Runs the layer with the tokens as the left factor of each product, `[T, H]` to `[T, H]`."""
         joined = linear(x, self._weight, self._bias) if self._joined is None else self._joined(x)
-        context = self._attend(joined, layout, position_bias)
+        return self._finish(x, self._attend(joined, layout, position_bias))
+
+    def _finish(self, x: Tensor, context: Tensor) -> Tensor:
+        """Runs what follows attention, from the layer's input and the context, both `[T, H]`."""
         x = _norm(apply(self._context, context).add_(x), self._first_norm)
         inner = self._activate(apply(self._up, x))
         return _norm(apply(self._down, inner).add_(x), self._second_norm)
+
+    def one_token(self, x: Tensor, layout: PackedLayout, kept: TokenChoice) -> Tensor:
+        """Runs the layer for the first or the last token of each text, `[T, H]` to `[n, H]`.
+
+        Keys and values are computed of all tokens, the rest, five sixths of the products, of these only.
+        """
+        split = self.heads * self.head_width
+        places = layout.starts if kept == "first" else layout.ends - 1
+        rows = x[places]
+        if self._joined is not None:  # gives queries of all tokens, too
+            joined = self._joined(x)
+            query, others = joined[places, :split], joined[:, split:]
+        else:
+            query = linear(rows, self._weight[:split], self._bias[:split])
+            others = linear(x, self._weight[split:], self._bias[split:])
+        key, value = others.view(-1, 2, self.heads, self.head_width).permute(1, 2, 0, 3)[:, None]
+        query = query.view(-1, self.heads, self.head_width).transpose(0, 1)[None]
+        context = single_query_attention(query, key, value, layout, scaling=self.head_width**-0.5, window=None)
+        return self._finish(rows, context.flatten(1))
 
     def few(self, x: Tensor, layout: PackedLayout, position_bias: Tensor | None) -> Tensor:
         """Runs the layer with the weights as the left factor of each product: see `_FEW_ROWS`."""

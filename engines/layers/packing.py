@@ -17,6 +17,9 @@ KernelVariant = Literal["few", "many", "prepacked", "shared"]
 """The kernels that run a row: those of fused layers for few or for many tokens, or those of prepacked weights on one
 thread or shared by several threads."""
 
+TokenChoice = Literal["all", "first", "last"]
+"""The tokens of each text whose hidden states a head reads."""
+
 # The largest share of padding among the tokens of a padded batch; beyond it the batch is cut in two.
 PADDING_SHARE = 0.25
 
@@ -127,13 +130,13 @@ class PackedState(threading.local):
         layout: None outside of a packed row.
         is_fused: whether the row runs through fused layers.
         variant: the kernels that it must use; None for the fastest.
-        only_last: whether the last layer gives the last token of each text only.
+        kept: the tokens of each text that the last layer gives.
     """
 
     layout: PackedLayout | None = None
     is_fused: bool = False
     variant: KernelVariant | None = None
-    only_last: bool = False
+    kept: TokenChoice = "all"
 
     @contextmanager
     def running(
@@ -142,21 +145,21 @@ class PackedState(threading.local):
         *,
         is_fused: bool,
         variant: KernelVariant | None = None,
-        only_last: bool = False,
+        kept: TokenChoice = "all",
     ) -> Iterator[None]:
         """Sets the state of a row inside the block, and restores that of a preempted pass afterwards.
 
         Args:
             is_fused: whether the row runs through the layers of `engines/layers/fused.py` or `decoder.py`.
             variant: the kernels that it must use; None for the fastest.
-            only_last: whether a fused last layer gives the last token of each text only, `[n, H]`.
+            kept: the tokens that a fused last layer gives: all `[T, H]`, or one of each text `[n, H]`.
         """
-        before = self.layout, self.is_fused, self.variant, self.only_last
-        self.layout, self.is_fused, self.variant, self.only_last = layout, is_fused, variant, only_last
+        before = self.layout, self.is_fused, self.variant, self.kept
+        self.layout, self.is_fused, self.variant, self.kept = layout, is_fused, variant, kept
         try:
             yield
         finally:
-            self.layout, self.is_fused, self.variant, self.only_last = before
+            self.layout, self.is_fused, self.variant, self.kept = before
 
 
 def to_device(array: NDArray[np.int64], device: torch.device) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Protocol
 import structlog
 from torch import Tensor
 
-from engines.layers.packing import PackedLayout
+from engines.layers.packing import PackedLayout, TokenChoice
 from engines.layers.pooling import pool
 from engines.spec import PoolingMode
 
@@ -35,8 +35,8 @@ class Head(Protocol):
         """Returns the width of the rows."""
 
     @property
-    def reads_last_tokens_only(self) -> bool:
-        """Whether the hidden states of other tokens need not be computed."""
+    def reads(self) -> TokenChoice:
+        """Returns the tokens whose hidden states must be computed."""
 
     def __call__(self, hidden: Tensor, layout: PackedLayout, prompt_tokens: Sequence[int] | None = None) -> Tensor:
         """Turns packed hidden states `[T, H]` into float32 rows `[n, dimensions]`.
@@ -88,9 +88,11 @@ class EmbeddingHead:
         return self.widths[self.target]
 
     @property
-    def reads_last_tokens_only(self) -> bool:
-        """Whether the vector of a text depends on the hidden states of its last token only."""
-        return self.pooling == ("lasttoken",)
+    def reads(self) -> TokenChoice:
+        """The tokens whose hidden states the vector of a text depends on."""
+        if self.pooling == ("lasttoken",):
+            return "last"
+        return "first" if self.pooling == ("cls",) and not self.excludes_prompt else "all"
 
     def add_pooling(self, modes: tuple[PoolingMode, ...], *, include_prompt: bool = True) -> None:
         """Adds pooling by `modes`, side by side, or by the registry's modes where it has any."""

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 
 from engines.errors import UnsupportedModel
 from engines.inputs.token_ids import ID_MASK, TYPE_SHIFT, Ids
-from engines.layers.packing import PackedLayout
+from engines.layers.packing import PackedLayout, TokenChoice
 from engines.layers.pooling import pool
 
 RowChoice = Literal["cls", "mean", "lasttoken"]
@@ -75,8 +75,6 @@ class ScoreHead:
         weights: the head's own.
     """
 
-    reads_last_tokens_only = False
-
     def __init__(self, model: Any, backbone: str, tokens: LogitTokens | None = None) -> None:
         base = getattr(model, backbone)
         pooler = getattr(base, "pooler", None)
@@ -92,6 +90,12 @@ class ScoreHead:
         self._tokens = tokens
         self.rows: RowChoice = "lasttoken" if tokens is not None else "cls"
         self.dimensions = 1 if tokens is not None else int(model.config.num_labels)
+
+    @property
+    def reads(self) -> TokenChoice:
+        """See `Head`."""
+        choices: dict[RowChoice, TokenChoice] = {"cls": "first", "lasttoken": "last"}
+        return choices.get(self.rows, "all")
 
     def __call__(self, hidden: Tensor, layout: PackedLayout, prompt_tokens: Sequence[int] | None = None) -> Tensor:
         """Turns packed hidden states `[T, H]` into logits, float32 `[n, dimensions]`."""

@@ -27,6 +27,7 @@ from engines.layers.packing import (
     KernelVariant,
     PackedLayout,
     PackedState,
+    TokenChoice,
     WindowMasks,
     bucket_by_length,
     padded,
@@ -104,12 +105,12 @@ class TransformerEncoder:
         self._copies = PrepackedWeights(model, self._fused, has_types=has_types)
         self._is_fusible = bool(self._fused or decoder)
         on_cpu = self._device.type == "cpu"
-        self._can_skip = bool(decoder) and on_cpu and chain.reads_last_tokens_only
+        skips = ("last",) if decoder else self._fused[-1].skips if self._fused else ()
+        self._kept: TokenChoice = chain.reads if on_cpu and chain.reads in skips else "all"
         self._can_share = bool(decoder) and on_cpu and all(layer.is_causal for layer in decoder)
         if on_cpu and not self.notes:
             replace_products(model, self._state)
-        can_record = has_varlen(self._device, model.dtype) and not self._rope.remembers
-        self._recorder = recorder if can_record else None
+        self._recorder = recorder if has_varlen(self._device, model.dtype) and not self._rope.remembers else None
         self._graphs: CudaGraphs | None = None
         self.window: int | None = getattr(model.config.get_text_config(), "sliding_window", None)
         self.dimensions = chain.dimensions
@@ -291,7 +292,7 @@ class TransformerEncoder:
             self._padding_share, self._form = PADDING_SHARE, None
 
     def _pooled(self, hidden: Tensor, layout: PackedLayout, prompt_tokens: Sequence[int] | None = None) -> Tensor:
-        """Applies the head to hidden states of all tokens `[T, H]`, or of the last token of each text `[n, H]`."""
+        """Applies the head to hidden states of all tokens `[T, H]`, or of one token of each text `[n, H]`."""
         if len(hidden) < layout.num_tokens:
             layout, prompt_tokens = PackedLayout([1] * len(hidden), self._device), None
         return self._chain(hidden, layout, prompt_tokens)
@@ -300,7 +301,7 @@ class TransformerEncoder:
         return PackedLayout([len(ids) for ids in texts], self._device, self._masks)
 
     def _hidden(self, texts: Sequence[Ids], layout: PackedLayout) -> Tensor:
-        """Returns hidden states `[T, H]` by the path in use; `[n, H]` of last tokens where the head reads no others."""
+        """Returns hidden states `[T, H]` by the path in use; `[n, H]` of one token each if the head reads no others."""
         runs: dict[Attention, Run] = {"packed": self._packed, "padded": self._padded, "unpadded": self._unpadded}
         return self._in_runs(runs[self.attention], texts, layout)
 
@@ -360,7 +361,7 @@ class TransformerEncoder:
         shared = SharedPrefixLayout(layout.lengths, num_shared, self._device)
         shared.in_blocks = self._is_forced
         hidden = self._row(to_device(row, self._device), shared)
-        return hidden if self._can_skip else hidden[shared.spread]
+        return hidden if self._kept == "last" else hidden[shared.spread]
 
     def _row(self, row: Tensor, layout: PackedLayout) -> Tensor:
         """Returns the hidden states of a packed row of ids `[T]`."""
@@ -369,8 +370,8 @@ class TransformerEncoder:
         if self._copies.supports(layout, self._form):
             return self._copies(row, positions, layout, self._form, self._preemption_point)
         options = {"position_ids": positions[None], **types} if self._takes_positions else types
-        is_fused, only_last = self._is_fusible and self.path != "packed", self._can_skip and self.path == "fused"
-        with self._state.running(layout, is_fused=is_fused, variant=self._form, only_last=only_last):
+        is_fused, skips = self._is_fusible and self.path != "packed", self.path in ("fused", "prepacked")
+        with self._state.running(layout, is_fused=is_fused, variant=self._form, kept=self._kept if skips else "all"):
             return self._forward(ids, attention_mask=None, packed_layout=layout, **options)[0]
 
     def _padded(self, texts: Sequence[Ids], layout: PackedLayout) -> Tensor:

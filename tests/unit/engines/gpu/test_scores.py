@@ -138,7 +138,7 @@ def test_a_request_waits_once_and_gets_the_scores_of_the_cpu(
 ) -> None:
     engine, encoder = families[name].engine, encoder_of(families[name].engine)
     assert isinstance(encoder, TransformerEncoder)
-    fake.call(lambda: encoder.switch_to(families[name].info.path))
+    fake.call(lambda: encoder.switch_to(encoder.candidate_paths()[0]))
     fake.gpu.take()
     queries, texts = zip(*PAIRS, strict=True)
 

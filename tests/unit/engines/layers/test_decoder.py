@@ -25,7 +25,7 @@ from transformers import (
 from engines.layers.attention import PACKED
 from engines.layers.decoder import fuse_decoder
 from engines.layers.packed_linear import Int8Linear, PackedLinear, Product, total_bytes
-from engines.layers.packing import PackedLayout, PackedState
+from engines.layers.packing import PackedLayout, PackedState, TokenChoice
 from engines.layers.shared_prefix import SharedPrefixLayout, num_shared_tokens
 from engines.models.adapters import storage_bytes
 from tests.testkit.random_models import SHAPE, build
@@ -82,10 +82,10 @@ def alone(model: Any, texts: Texts) -> list[Tensor]:
 
 
 @torch.inference_mode()
-def fused(model: Any, state: PackedState, row: Sequence[int], layout: PackedLayout, *, only_last: bool) -> Tensor:
+def fused(model: Any, state: PackedState, row: Sequence[int], layout: PackedLayout, *, kept: TokenChoice) -> Tensor:
     model.set_attn_implementation(PACKED)
     ids, positions = torch.tensor([row]), layout.positions[None]
-    with state.running(layout, is_fused=True, only_last=only_last):
+    with state.running(layout, is_fused=True, kept=kept):
         hidden: Tensor = model(input_ids=ids, position_ids=positions, packed_layout=layout).last_hidden_state[0]
     return hidden
 
@@ -106,7 +106,7 @@ def test_a_row_has_the_hidden_states_of_each_text_alone(name: str) -> None:
 
     assert len(fuse_decoder(model, state)) == 2
     row, layout = in_one_row(TEXTS)
-    assert torch.allclose(fused(model, state, row, layout, only_last=False), expected, atol=1e-5)
+    assert torch.allclose(fused(model, state, row, layout, kept="all"), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", [*MODELS, *(f"{name}-not-causal" for name in NOT_CAUSAL)])
@@ -116,7 +116,7 @@ def test_last_tokens_only_are_those_of_each_text_alone(name: str) -> None:
     fuse_decoder(model, state)
 
     row, layout = in_one_row(TEXTS)
-    assert torch.allclose(fused(model, state, row, layout, only_last=True), expected, atol=1e-5)
+    assert torch.allclose(fused(model, state, row, layout, kept="last"), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("num_shared", [1, 4, len(BEGIN)])
@@ -127,8 +127,8 @@ def test_shared_tokens_change_no_hidden_state(name: str, num_shared: int) -> Non
     fuse_decoder(model, state)
     row, layout = behind_shared_tokens(TEXTS, num_shared)
 
-    found = fused(model, state, row, layout, only_last=False)
-    last = fused(model, state, row, layout, only_last=True)
+    found = fused(model, state, row, layout, kept="all")
+    last = fused(model, state, row, layout, kept="last")
 
     assert len(found) == len(row)
     assert torch.allclose(found[layout.spread], torch.cat(whole), atol=1e-5)
@@ -143,7 +143,7 @@ def test_layers_that_are_not_causal_share_no_tokens(name: str) -> None:
 
     assert not any(layer.is_causal for layer in layers)
     with pytest.raises(NotImplementedError, match="not causal"):
-        fused(model, state, row, layout, only_last=False)
+        fused(model, state, row, layout, kept="all")
 
 
 def test_a_neighbour_changes_no_last_token() -> None:
@@ -151,8 +151,8 @@ def test_a_neighbour_changes_no_last_token() -> None:
     fuse_decoder(model, state)
     others = [TEXTS[0], [50] * 9, list(range(60, 90))]
 
-    first = fused(model, state, *in_one_row(TEXTS), only_last=True)[0]
-    again = fused(model, state, *in_one_row(others), only_last=True)[0]
+    first = fused(model, state, *in_one_row(TEXTS), kept="last")[0]
+    again = fused(model, state, *in_one_row(others), kept="last")[0]
 
     assert torch.allclose(first, again, atol=1e-6)
 
@@ -212,8 +212,8 @@ def test_products_of_another_form_serve_a_row_last_tokens_and_the_layers_themsel
             layer.replace_products(product, product)
 
     assert _worst_cosine(torch.cat(alone(model, TEXTS)), expected) > least
-    assert _worst_cosine(fused(model, state, row, layout, only_last=False), expected) > least
-    assert _worst_cosine(fused(model, state, row, layout, only_last=True), expected[layout.ends - 1]) > least
+    assert _worst_cosine(fused(model, state, row, layout, kept="all"), expected) > least
+    assert _worst_cosine(fused(model, state, row, layout, kept="last"), expected[layout.ends - 1]) > least
 
 
 def test_weights_of_another_form_are_held_once() -> None:

@@ -18,9 +18,13 @@ from transformers import (
 
 from engines.layers.attention import PACKED
 from engines.layers.fused import fastest_variant, fuse
-from engines.layers.packing import PackedLayout, PackedState
+from engines.layers.packing import PackedLayout, PackedState, TokenChoice
 from engines.models.adapters import storage_bytes
 from tests.testkit.random_models import BERT, bert, build
+
+
+def distilbert() -> Any:
+    return build(DistilBertModel, DistilBertConfig(vocab_size=100, dim=48, n_layers=2, n_heads=4, hidden_dim=96))
 
 
 @pytest.mark.parametrize(
@@ -29,7 +33,7 @@ from tests.testkit.random_models import BERT, bert, build
         bert(),
         bert(hidden_act="relu"),
         build(MPNetModel, MPNetConfig(**BERT)),
-        build(DistilBertModel, DistilBertConfig(vocab_size=100, dim=48, n_layers=2, n_heads=4, hidden_dim=96)),
+        distilbert(),
     ],
     ids=["bert", "bert-relu", "mpnet", "distilbert"],
 )
@@ -101,6 +105,36 @@ def test_any_number_of_tokens_on_any_number_of_threads_has_the_plain_vectors(
         torch.set_num_threads(usual)
 
     assert torch.allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("lengths", [(7,), (1, 1), (2, 2, 5, 9), (1, 40, 60)])
+@pytest.mark.parametrize("kept", ["first", "last"])
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+def test_one_token_of_each_text_has_the_plain_hidden_state(
+    family: str, kept: TokenChoice, lengths: tuple[int, ...]
+) -> None:
+    model, state = (bert() if family == "bert" else distilbert()), PackedState()
+    layout = PackedLayout(list(lengths), torch.device("cpu"))
+    ids = torch.arange(layout.num_tokens) % 90
+    place = 0 if kept == "first" else -1
+    with torch.inference_mode():
+        parts = torch.split(ids, layout.lengths)
+        expected = torch.stack([model(input_ids=part[None]).last_hidden_state[0, place] for part in parts])
+        fuse(model, state)
+        model.set_attn_implementation(PACKED)
+        positions = layout.positions[None]
+        with state.running(layout, is_fused=True, kept=kept):
+            found = model(input_ids=ids[None], position_ids=positions, packed_layout=layout).last_hidden_state[0]
+
+    assert found.shape == expected.shape
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_a_layer_with_a_position_bias_gives_all_tokens() -> None:
+    """Its bias is made for whole texts."""
+    layers = fuse(build(MPNetModel, MPNetConfig(**BERT)), PackedState())
+
+    assert [layer.skips for layer in layers] == [(), ()]
 
 
 def test_outside_of_a_fused_row_the_layers_run_as_before() -> None:
