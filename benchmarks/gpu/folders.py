@@ -17,7 +17,14 @@ import torch
 from msgspec import Struct
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import AutoModel, BertConfig, PretrainedConfig, Qwen3Config, XLMRobertaConfig
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    PretrainedConfig,
+    Qwen3Config,
+    XLMRobertaConfig,
+)
 
 from benchmarks.lib.folders import BENCH, prepare
 from benchmarks.lib.workloads import english
@@ -30,7 +37,9 @@ _LEAST_VOCABULARY = 30522
 
 
 class Model(Struct, frozen=True):
-    """A model to make. `kind`: of its config; `pooling`: as sentence-transformers names it; `shape`: of its config."""
+    """A model to make. `kind`: of its config; `pooling`: as sentence-transformers names it, or the class of a reranker,
+    which has a head of its own; `shape`: of its config.
+    """
 
     name: str
     kind: type[PretrainedConfig]
@@ -41,7 +50,18 @@ class Model(Struct, frozen=True):
     def config(self) -> PretrainedConfig:
         """The config; special tokens are those of the tokenizer."""
         ids = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
-        return self.kind(dtype="bfloat16", **{**ids, "vocab_size": _LEAST_VOCABULARY, **self.shape})
+        head = {"architectures": [self.pooling], "num_labels": 1} if self.is_reranker else {}
+        return self.kind(dtype="bfloat16", **{**ids, "vocab_size": _LEAST_VOCABULARY, **head, **self.shape})
+
+    @property
+    def is_reranker(self) -> bool:
+        """Whether it gives scores."""
+        return self.pooling.endswith("ForSequenceClassification")
+
+    @property
+    def last_file(self) -> str:
+        """The file that is written last, so that a half-made folder is made again."""
+        return "config.json" if self.is_reranker else "modules.json"
 
 
 def _qwen3(name: str, *, layers: int, width: int, heads: int, inner: int) -> Model:
@@ -60,6 +80,9 @@ _XLMR = {
 _SMALL = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
 _SMALL_DECODER = {**_SMALL, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 1024}
 
+_RERANKER = "XLMRobertaForSequenceClassification"
+_XLMR_BASE = {"vocab_size": 250_002, "max_position_embeddings": MAX_TOKENS + 2, "type_vocab_size": 1}
+
 MODELS = {
     model.name: model
     for model in (
@@ -68,6 +91,8 @@ MODELS = {
         _qwen3("qwen3-0.6b", layers=28, width=1024, heads=16, inner=3072),
         _qwen3("qwen3-4b", layers=36, width=2560, heads=32, inner=9728),
         _qwen3("qwen3-8b", layers=36, width=4096, heads=32, inner=12_288),
+        Model("bge-reranker-base", XLMRobertaConfig, _RERANKER, _XLMR_BASE),
+        Model("small-reranker", XLMRobertaConfig, _RERANKER, {**_XLMR_BASE, **_SMALL, "vocab_size": 30522}),
         Model("small-bert", BertConfig, "cls", _SMALL),
         Model("small-xlmr", XLMRobertaConfig, "cls", {**_SMALL, "max_position_embeddings": 514, "type_vocab_size": 1}),
         Model("small-qwen3", Qwen3Config, "lasttoken", _SMALL_DECODER),
@@ -75,6 +100,7 @@ MODELS = {
 }
 SPEED_MODELS = {"full": ("bge-base", "xlmr-large", "qwen3-0.6b"), "small": ("small-bert", "small-xlmr", "small-qwen3")}
 LOAD_MODELS = {"full": ("qwen3-0.6b", "qwen3-4b", "qwen3-8b"), "small": ("small-qwen3",)}
+RERANKER = {"full": "bge-reranker-base", "small": "small-reranker"}
 BASE = {"full": "bge-base", "small": "small-bert"}
 LARGE = {"full": "xlmr-large", "small": "small-xlmr"}
 
@@ -87,23 +113,33 @@ def folder_of(name: str, device: str = "cpu") -> Path:
     """
     prepare(BENCH)
     folder = ROOT / name
-    if not (folder / "modules.json").exists():
+    if not (folder / MODELS[name].last_file).exists():
         build(MODELS[name], folder, device)
     return folder
 
 
 def build(model: Model, folder: Path, device: str = "cpu") -> None:
-    """Make a folder; `modules.json` is written last, so that a half-made one is made again."""
+    """Make a folder, its `Model.last_file` last."""
     shutil.rmtree(folder, ignore_errors=True)
-    (folder / "1_Pooling").mkdir(parents=True)
+    folder.mkdir(parents=True)
     config = model.config
-    save_weights(config, folder, device)
+    save_weights(config, folder, device, AutoModelForSequenceClassification if model.is_reranker else AutoModel)
+    _save_tokenizer(folder)
     config.save_pretrained(folder)
+    if not model.is_reranker:
+        _save_modules(model, config, folder)
+
+
+def _save_tokenizer(folder: Path) -> None:
     tokenizer().save(str(folder / "tokenizer.json"))
     names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
     _write(folder / "tokenizer_config.json", names | {
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": MAX_TOKENS, "mask_token": "[MASK]",
     })  # fmt: skip
+
+
+def _save_modules(model: Model, config: PretrainedConfig, folder: Path) -> None:
+    (folder / "1_Pooling").mkdir()
     modes = {"cls": "pooling_mode_cls_token", "lasttoken": "pooling_mode_lasttoken"}
     width = config.get_text_config().hidden_size
     pooling = dict.fromkeys(modes.values(), False) | {"pooling_mode_mean_tokens": False, modes[model.pooling]: True}
@@ -116,10 +152,10 @@ def build(model: Model, folder: Path, device: str = "cpu") -> None:
     ])  # fmt: skip
 
 
-def save_weights(config: PretrainedConfig, folder: Path, device: str = "cpu") -> None:
+def save_weights(config: PretrainedConfig, folder: Path, device: str = "cpu", kind: Any = AutoModel) -> None:
     """Write bfloat16 weights of a config in shards, as the hub has them; tensors of one shape have the same values."""
     with torch.device("meta"):
-        whole: Any = AutoModel.from_config(config)  # type: ignore[no-untyped-call]  # untyped upstream
+        whole: Any = kind.from_config(config)
     shapes = {name: parameter.shape for name, parameter in whole.named_parameters()}
     drawn: dict[tuple[Any, ...], torch.Tensor] = {}
     shards: list[dict[str, torch.Tensor]] = [{}]
@@ -194,7 +230,9 @@ def tokenizer() -> Tokenizer:
     made.normalizer, made.pre_tokenizer = normalizer, splitter
     made.add_special_tokens(list(_SPECIALS))
     around = [(token, made.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
-    made.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=around)
+    made.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=around
+    )
     return made
 
 

@@ -53,6 +53,10 @@ PARTS = (
         question="how many tokens a second, beside sentence-transformers?",
     ),
     Part(
+        name="rerankers", entry=f"{_PARTS}.rerankers:run", expected_s=28, limit_s=60, cpu_limit_s=60,
+        question="are scores right, head by head, and how many texts a second beside CrossEncoder?",
+    ),
+    Part(
         name="peers", entry=f"{_PARTS}.speed:peers", expected_s=1, limit_s=20, cpu_limit_s=30,
         question="how many tokens a second, beside vLLM and Infinity?",
     ),

@@ -17,7 +17,7 @@ from engines.loading.loader import LoaderSettings, TorchLoader
 from engines.machine import open_scheduler
 from engines.models.transformer import TransformerEncoder
 from engines.spec import ModelSpec
-from engines.types import EmbedCall, ModelFiles
+from engines.types import EmbedCall, ModelFiles, ScoreCall
 
 MODEL = "m"
 
@@ -93,6 +93,12 @@ class Rig:
             return await asyncio.gather(*(engine.run(_call(texts, call)) for texts in calls))
 
         return [result.array() for result in self.wait(run())]
+
+    def score(self, engine: EmbeddingEngine, query: str, texts: Sequence[str]) -> Any:
+        """Return the logits of one query with each text, `[n]`."""
+        call = ScoreCall(model_id=MODEL, queries=(query,), texts=tuple(texts), activation="none")
+        result: Any = self.wait(engine.run(call))
+        return result.array()[:, 0]
 
     def wait(self, work: Awaitable[Result]) -> Result:
         """Run something on the rig's event loop."""

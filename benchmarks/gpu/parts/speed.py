@@ -67,7 +67,7 @@ def throughput(context: PartContext) -> None:
                 PEER: partial(_encode, peer, workload.texts, PEER_BATCHES[size]),
             }
             worst = float(cosines(runs[OURS](), runs[PEER]()).min())
-            seconds = _interleave(runs, ROUNDS[size])
+            seconds = interleave_calls(runs, ROUNDS[size])
             context.record(
                 model=name, workload=workload.name, texts=len(workload.texts), tokens=workload.num_tokens,
                 seconds=seconds, tokens_per_s={each: workload.num_tokens / median(s) for each, s in seconds.items()},
@@ -92,7 +92,7 @@ def roofline(context: PartContext) -> None:
     runs: dict[str, Callable[[], object]] = {OURS: partial(rig.embed, engine, workload.texts)}
     products = {"square": [GEMM[size]], "its layers": [(GEMM_ROWS[size], *linear) for linear in shape.linears]}
     runs |= {name: partial(_multiply, rig, _factors(rig, shapes, dtype)) for name, shapes in products.items()}
-    seconds = _interleave(runs, ROUNDS[size] + 2)
+    seconds = interleave_calls(runs, ROUNDS[size] + 2)
     flops = shape.flops(workload.tokens)
     own = [flops / each for each in seconds[OURS]]
     peaks = {
@@ -192,7 +192,7 @@ def _encode(peer: SentenceTransformer, texts: Sequence[str], batch_size: int) ->
     return peer.encode(list(texts), batch_size=batch_size, show_progress_bar=False)
 
 
-def _interleave(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def interleave_calls(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Return seconds of one call by program; a sample is the mean of as many calls as fill `_SAMPLE_S`."""
     first_s = {name: timed(run) for name, run in runs.items()}
     first_s = {name: min(first_s[name], timed(run)) for name, run in runs.items()}  # warm, unless it is long

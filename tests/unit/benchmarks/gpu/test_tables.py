@@ -70,6 +70,20 @@ def test_the_share_of_the_peak_is_forty_percent_or_missed() -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(("off_by", "state"), [(0.01, "met"), (0.2, "missed")])
+def test_every_head_of_a_reranker_must_give_the_scores_of_float32(off_by: float, state: str) -> None:
+    records: list[Record] = [
+        {"head": "first token", "off_by": 0.001, "ok": True}, {"head": "mean", "off_by": off_by, "ok": state == "met"},
+        {"workload": "documents", "times": 2.0, "ok": True},
+    ]  # fmt: skip
+
+    found = row([result("cuda", "rerankers", records)], "heads of rerankers")
+
+    good = 2 if state == "met" else 1
+    assert found[2:] == (f"{good} / 2, {off_by:.0e}", f"{state} on NVIDIA H200, 2026-12-01")
+    assert row([result("cuda", "rerankers", records)], "a query and 100 documents")[2] == "2.00"
+
+
 def test_what_must_not_be_is_listed_and_what_could_not_be_tried_is_not() -> None:
     found = result("cuda", "recipes", [
         {"recipe": "a", "ok": True, "cosine": 0.9999}, {"recipe": "b", "ok": False, "raised": "x"},
