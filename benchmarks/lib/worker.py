@@ -91,6 +91,10 @@ class Worker:
         """See `Contestant.seconds`."""
         return float(self.ask(op="time", calls=list(calls))["seconds"])
 
+    def cpu_seconds(self, calls: Sequence[Sequence[str]]) -> float:
+        """Return the processor time of the calls, of all threads: a busy machine changes it little."""
+        return float(self.ask(op="time", calls=list(calls))["cpu_s"])
+
     def vectors(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Return the vectors of texts, `[n, D]`."""
         return np.asarray(self.ask(op="vectors", texts=list(texts))["vectors"], dtype=np.float32)

@@ -61,9 +61,9 @@ async def answer(host: Host, question: dict[str, Any], make_call: Callable[[list
         for call in waiting:
             await run_call(call)
 
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), time.process_time()
     await asyncio.gather(*(client() for _ in range(question.get("concurrency", 1))))
-    return {"seconds": time.perf_counter() - started}
+    return {"seconds": time.perf_counter() - started, "cpu_s": time.process_time() - cpu}
 
 
 def _call(texts: list[str]) -> Any:
