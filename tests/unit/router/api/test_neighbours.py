@@ -135,7 +135,7 @@ def test_cohere_takes_inputs_instead_of_texts(served: Served, filler: str) -> No
     [
         ({}, "texts", "texts is required"),
         ({"inputs": [], }, "inputs", "input is empty"),
-        ({"inputs": as_inputs("a", "")}, "inputs", "input[1] is empty"),
+        ({"inputs": as_inputs("a", "")}, "inputs", "inputs[1] is empty"),
         ({"inputs": as_inputs("a"), "texts": ["a"]}, "inputs", "send one of them"),
         ({"inputs": [{"content": []}]}, "inputs", "length >= 1"),
         ({"inputs": [{"content": 2 * [{"type": "text", "text": "a"}]}]}, "inputs", "length <= 1"),
