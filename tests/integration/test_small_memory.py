@@ -148,7 +148,7 @@ async def test_two_models_that_cannot_both_fit_take_turns(truths: dict[str, Trut
 
     assert min(gaps) >= RESIDENCY_S
     assert thrash
-    assert all(line["missing"] > 0 for line in thrash)
+    assert all(line["missing_bytes"] > 0 for line in thrash)
     assert all("so the two take turns" in event.cause for event in turns[2:])
 
 

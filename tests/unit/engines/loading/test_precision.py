@@ -117,7 +117,7 @@ async def test_without_memory_for_both_forms_a_model_is_refused_unless_it_asks_f
     monkeypatch.setattr(precision, "device_memory", lambda _: _Full())
     spec = structs.replace(SPEC, dtype="bfloat16")
 
-    with pytest.raises(OutOfMemory, match=r"needs 18\d MB, but 100 MB are free; .*`min_cosine: 0`"):
+    with pytest.raises(OutOfMemory, match=r"needs 17\d MiB, but 95\.4 MiB are free; .*`min_cosine: 0`"):
         await _load(loader, spec)
     engine = await _load(loader, structs.replace(spec, min_cosine=0))
 
