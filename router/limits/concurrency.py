@@ -134,15 +134,17 @@ class ConcurrencyLimiter:
 
     def release(self) -> None:
         """Uncount a running request, or hand its place to one that waits."""
-        if not self._waiting:
-            self.num_running -= 1
-            return
-        name = next(iter(self._waiting))
-        line = self._waiting.pop(name)
-        line.popleft().set_result(None)
-        self.num_waiting -= 1
-        if line:
-            self._waiting[name] = line  # behind the other callers
+        while self._waiting:
+            name = next(iter(self._waiting))
+            line = self._waiting.pop(name)
+            place = line.popleft()
+            self.num_waiting -= 1
+            if line:
+                self._waiting[name] = line  # behind the other callers
+            if not place.done():  # else its request was cancelled, and has not run since
+                place.set_result(None)
+                return
+        self.num_running -= 1
 
     def release_admission(self, caller: Caller) -> None:
         """Uncount a request for its caller."""
@@ -175,7 +177,9 @@ class ConcurrencyLimiter:
         _subtract(self._incoming_bytes, caller, num_bytes)
 
     def _leave(self, caller: Caller, place: asyncio.Future[None]) -> None:
-        line = self._waiting[caller.name]
+        line = self._waiting.get(caller.name)
+        if line is None or place not in line:
+            return  # `release` has passed over it
         line.remove(place)
         self.num_waiting -= 1
         if not line:

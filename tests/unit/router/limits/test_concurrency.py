@@ -205,6 +205,22 @@ async def test_a_place_that_comes_with_the_cancellation_is_given_on() -> None:
     assert (left.cancelled(), limiter.num_running) == (True, 1)
 
 
+async def test_a_place_that_comes_right_after_the_cancellation_goes_to_the_next() -> None:
+    """The request is cancelled, and has not run since: it is still in the line."""
+    limiter = ConcurrencyLimiter(1, max_wait_s=60)
+    limiter.try_acquire()
+    left, again, stays = await queued(limiter, WEB, WEB, LAB)
+    left.cancel()
+    limiter.release()
+
+    assert await finished([left, stays]) == [True, True]
+    assert (left.cancelled(), limiter.num_running, limiter.num_waiting) == (True, 1, 1)
+    again.cancel()
+    limiter.release()
+    assert await finished([again]) == [True]
+    assert (limiter.num_running, limiter.num_waiting) == (0, 0)
+
+
 async def test_a_request_that_waits_too_long_is_refused() -> None:
     limiter = ConcurrencyLimiter(1, max_wait_s=0.001)
     limiter.try_acquire()
