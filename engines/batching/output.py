@@ -78,7 +78,34 @@ class OutputSpec(Struct, frozen=True):
         raise NotImplementedError
 
 
-class DenseOutput(OutputSpec, frozen=True):
+class TensorOutput(OutputSpec, frozen=True):
+    """Base of kinds that have one float32 row of a fixed width for each input. Raw outputs are one tensor `[n, K]`.
+
+    A subclass defines `transform`. The cache keeps raw rows, so that every request is served from them.
+    """
+
+    @classmethod
+    def cache_rows(cls, raw: Tensor) -> FinishedRows:
+        """See `OutputSpec`."""
+        return _finished(raw)
+
+    def finish(self, raw: Tensor, indexes: Sequence[int] | None) -> FinishedRows:
+        """See `OutputSpec`. Copying the rows to main memory is the one moment at which a GPU is waited for."""
+        if indexes is not None:
+            raw = raw[to_device(np.array(indexes, dtype=np.int64), raw.device)]  # a list is copied while the host waits
+        return _finished(self.transform(raw))
+
+    def finish_cached(self, rows: Rows) -> NDArray[np.float32]:
+        """See `OutputSpec`."""
+        found: NDArray[np.float32] = self.transform(torch.from_numpy(np.stack(list(rows)))).numpy()
+        return found
+
+    def transform(self, raw: Tensor) -> Tensor:
+        """Returns raw rows `[n, K]` as this request wants them, float32 `[n, width]`."""
+        raise NotImplementedError
+
+
+class DenseOutput(TensorOutput, frozen=True):
     """One float32 vector for each input, answered by `Embeddings`. Raw outputs are the encoder's vectors, `[n, D]`.
 
     The cache keeps the encoder's own vector, so that every width and quantisation is served from it.
@@ -92,22 +119,6 @@ class DenseOutput(OutputSpec, frozen=True):
     def encode(cls, encoder: Encoder, texts: Sequence[Ids], prompt_tokens: Sequence[int] | None) -> Tensor:
         """See `OutputSpec`."""
         return encoder(texts, prompt_tokens)
-
-    @classmethod
-    def cache_rows(cls, raw: Tensor) -> FinishedRows:
-        """See `OutputSpec`."""
-        return _finished(raw)
-
-    def finish(self, raw: Tensor, indexes: Sequence[int] | None) -> FinishedRows:
-        """See `OutputSpec`. Copying the rows to main memory is the one moment at which a GPU is waited for."""
-        if indexes is not None:
-            raw = raw[to_device(np.array(indexes, dtype=np.int64), raw.device)]  # a list is copied while the host waits
-        return _finished(self._cut(raw))
-
-    def finish_cached(self, rows: Rows) -> NDArray[np.float32]:
-        """See `OutputSpec`."""
-        found: NDArray[np.float32] = self._cut(torch.from_numpy(np.stack(list(rows)))).numpy()
-        return found
 
     def allocate(self, num_items: int) -> NDArray[np.float32]:
         """See `OutputSpec`; `[num_items, dimensions]`."""
@@ -125,9 +136,10 @@ class DenseOutput(OutputSpec, frozen=True):
             index=index,
         )
 
-    def _cut(self, vectors: Tensor) -> Tensor:
+    def transform(self, raw: Tensor) -> Tensor:
+        """See `TensorOutput`: cut to the width, and normalized."""
         return truncate_and_normalize(
-            vectors, dimensions=self.dimensions, normalized=self.normalized, pre_norm=self.pre_norm
+            raw, dimensions=self.dimensions, normalized=self.normalized, pre_norm=self.pre_norm
         )
 
 

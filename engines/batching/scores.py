@@ -10,12 +10,11 @@ from msgspec import Struct
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from engines.batching.output import FinishedRows, OutputDefaults, OutputSpec, Rows, register_output
+from engines.batching.output import OutputDefaults, TensorOutput, register_output
 from engines.batching.request import MAX_FRAME_CHARS
 from engines.errors import EngineError, InvalidValue, NonFiniteEmbedding, TaskNotSupported, UnsupportedModel
 from engines.inputs.pairs import Cut, PairReading, PairTokenizer
 from engines.inputs.tokenizer import Ids
-from engines.layers.packing import to_device
 from engines.models.base import Encoder
 from engines.spec import ModelSpec, Task
 from engines.types import ModelInfo, ResultDetails, ScoreCall, Scores
@@ -57,7 +56,7 @@ def activation_named(name: str) -> Callable[[Tensor], Tensor]:
         ) from error
 
 
-class ScoreOutput(OutputSpec, frozen=True):
+class ScoreOutput(TensorOutput, frozen=True):
     """One score for each label, float32, answered by `Scores`. Raw outputs are the encoder's logits, `[n, labels]`.
 
     The cache keeps logits, so that every activation is served from it.
@@ -70,22 +69,6 @@ class ScoreOutput(OutputSpec, frozen=True):
     def encode(cls, encoder: Encoder, texts: Sequence[Ids], prompt_tokens: Sequence[int] | None) -> Tensor:
         """See `OutputSpec`."""
         return encoder(texts)
-
-    @classmethod
-    def cache_rows(cls, raw: Tensor) -> FinishedRows:
-        """See `OutputSpec`."""
-        return _finished(raw)
-
-    def finish(self, raw: Tensor, indexes: Sequence[int] | None) -> FinishedRows:
-        """See `OutputSpec`."""
-        if indexes is not None:
-            raw = raw[to_device(np.array(indexes, dtype=np.int64), raw.device)]  # a list is copied while the host waits
-        return _finished(self._activated(raw))
-
-    def finish_cached(self, rows: Rows) -> NDArray[np.float32]:
-        """See `OutputSpec`."""
-        found: NDArray[np.float32] = self._activated(torch.from_numpy(np.stack(list(rows)))).numpy()
-        return found
 
     def allocate(self, num_items: int) -> NDArray[np.float32]:
         """See `OutputSpec`; `[num_items, labels]`."""
@@ -103,14 +86,10 @@ class ScoreOutput(OutputSpec, frozen=True):
             index=index,
         )
 
-    def _activated(self, logits: Tensor) -> Tensor:
+    def transform(self, raw: Tensor) -> Tensor:
+        """See `TensorOutput`: the activation's scores."""
         with torch.inference_mode():
-            return activation_named(self.activation)(logits.float())
-
-
-def _finished(scores: Tensor) -> FinishedRows:
-    rows = scores.cpu().numpy()
-    return FinishedRows(rows, np.isfinite(rows).all(axis=-1))
+            return activation_named(self.activation)(raw.float())
 
 
 @register_output(ScoreCall)

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 FIRST: dict[str, ForwardPath] = {"deberta-v2": "padded", "gemma2": "padded", "mpnet": "fused"}
 """Families that cannot be recorded: their attention has no kernel for rows."""
 
-COPIED_BACK = Finding("sync", "engines/batching/scores.py:_finished", "aten._to_copy.default")
+COPIED_BACK = Finding("sync", "engines/batching/output.py:_finished", "aten._to_copy.default")
 """The one moment at which the host waits for a batch."""
 
 PAIRS = (("what is kept?", "The yard keeps a cat."), ("what is kept?", "It does."))
