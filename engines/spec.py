@@ -12,6 +12,9 @@ PoolingMode = Literal["cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmea
 Task = Literal["embed", "rerank", "classify"]
 """What a model computes: a vector for a text, one score for a pair, or a score for each label of a text or pair."""
 
+Output = Literal["dense", "sparse", "multi_vector"]
+"""What an embedding model gives for a text: one vector, weights of vocabulary entries, or one vector for each token."""
+
 RerankTemplate = Literal["qwen3-reranker", "mxbai-rerank-v2", "bge-reranker-v2-gemma"]
 """The templates of causal rerankers whose own files do not state one; `engines/loading/rerank_templates.py`."""
 

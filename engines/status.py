@@ -4,7 +4,7 @@ from typing import Literal
 
 from msgspec import Struct
 
-from engines.spec import Matryoshka, Precision, Task
+from engines.spec import Matryoshka, Output, Precision, Task
 
 State = Literal[
     "absent", "fetching", "cold", "waiting_space", "loading", "warming", "ready", "draining", "unloading",
@@ -21,6 +21,9 @@ class ModelInfo(Struct, frozen=True, kw_only=True):
     path is in use until the selected one is retried. `notes`: each fallback and its reason. `task`: what it computes;
     `dimensions` is 0 unless that is `embed`. `labels`: names of the columns of `Scores`, `is_multi_label`: whether they
     do not exclude each other; none and False for `embed`. `precision`: of a reduced dtype, where it was measured.
+    `outputs`: what an `OutputsCall` may ask for, none unless the task is `embed`; `vocab_size`: the number of entries
+    that sparse outputs index; `vector_width`: the width of the vectors of tokens. Both are 0 without such an output;
+    `dimensions` is 0 without a dense one.
     """
 
     dimensions: int
@@ -36,6 +39,9 @@ class ModelInfo(Struct, frozen=True, kw_only=True):
     labels: tuple[str, ...] = ()
     is_multi_label: bool = False
     precision: Precision | None = None
+    outputs: tuple[Output, ...] = ("dense",)
+    vocab_size: int = 0
+    vector_width: int = 0
 
 
 class ModelStatus(Struct, frozen=True, kw_only=True):

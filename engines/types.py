@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict
 
 from msgspec import Struct, structs
 
-from engines.spec import Truncate
+from engines.spec import Output, Truncate
 from engines.status import Event as Event
 from engines.status import HostSnapshot as HostSnapshot
 from engines.status import ModelInfo as ModelInfo
@@ -97,6 +97,26 @@ class EmbedCall(TextCall, frozen=True, kw_only=True, tag="embed"):
     normalize: bool | None = None
 
 
+class OutputsCall(TextCall, frozen=True, kw_only=True, tag="outputs"):
+    """Asks for several kinds of output of each input, from one forward pass; answered by `Outputs`.
+
+    Args:
+        outputs: what is wanted: not empty, no kind twice. `tokens` are the last hidden states of all tokens, which
+            every embedding model has; they exclude `multi_vector`.
+        dimensions, normalize: of the dense vectors, as in `EmbedCall`.
+        sparse_top_k: the most entries of a sparse output, the heaviest; None is the server's ceiling.
+        sparse_min_weight: entries that weigh less are left out; at least 0.
+        pool_factor: vectors of a document's tokens are clustered to one for each so many, where that is more than 1.
+    """
+
+    outputs: tuple[Output | Literal["tokens"], ...]
+    dimensions: int | None = None
+    normalize: bool | None = None
+    sparse_top_k: int | None = None
+    sparse_min_weight: float = 0.0
+    pool_factor: int = 1
+
+
 Activation = Literal["default", "none", "probabilities"]
 """What becomes of the logits of a pair or text.
 
@@ -151,9 +171,9 @@ class TokenizeCall(BaseCall, frozen=True, kw_only=True, tag="tokenize"):
 MAX_LISTED_CHARS = 2**18
 """Characters whose tokens one call may ask for: 3 MB of places, up to 20 MB as JSON."""
 
-ModelCall = EmbedCall | ScoreCall
+ModelCall = EmbedCall | OutputsCall | ScoreCall
 """Calls that run the model, which limits count the tokens of."""
-Call = EmbedCall | ScoreCall | TokenizeCall
+Call = EmbedCall | OutputsCall | ScoreCall | TokenizeCall
 """All kinds of calls: a tagged union, by `type`. A new kind is a new member here."""
 
 
@@ -238,6 +258,48 @@ class Embeddings(BaseResult, frozen=True, kw_only=True, tag="embeddings"):
         return np.frombuffer(self.vectors, dtype="<f4").reshape(len(self.token_counts), self.dimensions)
 
 
+class Outputs(BaseResult, frozen=True, kw_only=True, tag="outputs"):
+    """The result of one `OutputsCall`, inputs in order. What was not asked for is empty.
+
+    `body`, all little-endian, one part after the other: dense vectors, float32 `num_items × dimensions`; vocabulary
+    entries of the sparse outputs, int32, rising within each input, and as many weights, float32; vectors of tokens,
+    float32 `sum(num_vectors) × vector_width`. `num_terms`, `num_vectors`: how many of them each input has.
+    """
+
+    body: bytes
+    dimensions: int = 0
+    num_terms: tuple[int, ...] = ()
+    num_vectors: tuple[int, ...] = ()
+    vector_width: int = 0
+
+    def split_body(self) -> tuple[Self, bytes]:
+        """See `BaseResult`."""
+        return structs.replace(self, body=b""), self.body
+
+    def with_body(self, body: bytes) -> Self:
+        """See `BaseResult`."""
+        return structs.replace(self, body=body)
+
+    def array(self) -> "NDArray[np.float32]":
+        """Returns a read-only view of the dense vectors, shape `[num_items, dimensions]`."""
+        return self._part("<f4", 0, len(self.token_counts) * self.dimensions).reshape(-1, self.dimensions)
+
+    def terms(self) -> "tuple[NDArray[Any], NDArray[np.float32]]":
+        """Returns read-only views of the entries, int32, and of their weights, both of shape `[sum(num_terms)]`."""
+        start, count = len(self.token_counts) * self.dimensions, sum(self.num_terms)
+        return self._part("<i4", start, count), self._part("<f4", start + count, count)
+
+    def vectors(self) -> "NDArray[np.float32]":
+        """Returns a read-only view of the vectors of all tokens, shape `[sum(num_vectors), vector_width]`."""
+        start = len(self.token_counts) * self.dimensions + 2 * sum(self.num_terms)
+        return self._part("<f4", start, sum(self.num_vectors) * self.vector_width).reshape(-1, self.vector_width)
+
+    def _part(self, dtype: str, start: int, count: int) -> "NDArray[Any]":
+        import numpy as np  # imported late, as for `Embeddings`
+
+        return np.frombuffer(self.body, dtype=dtype, count=count, offset=4 * start)
+
+
 class Scores(BaseResult, frozen=True, kw_only=True, tag="scores"):
     """The result of one `ScoreCall`, rows in input order.
 
@@ -291,7 +353,7 @@ class Tokens(BaseResult, frozen=True, kw_only=True, tag="tokens"):
         return np.frombuffer(self.places, dtype="<i4").reshape(-1, 3)
 
 
-Result = Embeddings | Scores | Tokens
+Result = Embeddings | Outputs | Scores | Tokens
 """All kinds of results: a tagged union, by `type`. A new kind is a new member here."""
 
 

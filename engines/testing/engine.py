@@ -17,15 +17,19 @@ from engines.errors import (
     PromptNotFound,
     TaskNotSupported,
 )
-from engines.spec import Matryoshka, ModelSpec
+from engines.spec import Matryoshka, ModelSpec, Output
+from engines.testing.outputs import SPARSE_ENTRIES, TOKEN_WIDTH, chosen_terms, fake_row, join_body
 from engines.types import (
     Call,
     EmbedCall,
     Embeddings,
     ModelInfo,
+    Outputs,
+    OutputsCall,
     Result,
     ScoreCall,
     Scores,
+    TextCall,
     Timings,
     TokenizeCall,
     Tokens,
@@ -82,9 +86,10 @@ class FakeEngine:
         embed_s, sleep: how long a call takes, and the function that waits for it.
         failures: the errors of its first calls.
         warm_failure: the error of `warm_up`.
+        outputs: of a model that embeds.
     """
 
-    def __init__(  # a script: every argument is optional and named
+    def __init__(  # noqa: PLR0913  # a script: every argument is optional and named
         self,
         spec: ModelSpec,
         *,
@@ -93,6 +98,7 @@ class FakeEngine:
         failures: Sequence[Exception | None] = (),
         warm_failure: Exception | None = None,
         violations: list[str] | None = None,
+        outputs: tuple[Output, ...] = ("dense",),
     ) -> None:
         self.spec = spec
         self.weight_bytes = WEIGHT_BYTES
@@ -101,8 +107,9 @@ class FakeEngine:
         self.running = 0
         self.cancelled = 0
         self.is_closed = False
+        outputs = outputs if spec.task in (None, "embed") else ()
         self.info = ModelInfo(
-            dimensions=WIDTH if spec.task in (None, "embed") else 0,
+            dimensions=WIDTH if "dense" in outputs else 0,
             max_tokens=spec.max_tokens or 512,
             dtype="float32",
             attention="packed",
@@ -110,6 +117,9 @@ class FakeEngine:
             matryoshka=spec.matryoshka or Matryoshka(),
             task=spec.task or "embed",
             labels=_LABELS.get(spec.task or "embed", ()),
+            outputs=outputs,
+            vocab_size=SPARSE_ENTRIES if "sparse" in outputs else 0,
+            vector_width=TOKEN_WIDTH if "multi_vector" in outputs else 0,
         )
         self.violations = [] if violations is None else violations
         self._embed_s = embed_s
@@ -136,6 +146,8 @@ class FakeEngine:
             await self._sleep(self._embed_s)
             if isinstance(call, TokenizeCall):
                 return self._tokenize_now(call)
+            if isinstance(call, OutputsCall):
+                return self._outputs_now(call)
             return self._embed_now(call) if isinstance(call, EmbedCall) else self._score_now(call)
         except asyncio.CancelledError:
             self.cancelled += 1
@@ -148,9 +160,33 @@ class FakeEngine:
             self.violations.append(f"{self.spec.model_id} was freed under {self.running} requests")
         self.is_closed = True
 
+    def _outputs_now(self, call: OutputsCall) -> Outputs:
+        for name in call.outputs:
+            if name != "tokens" and name not in self.info.outputs:
+                raise TaskNotSupported(f"{call.model_id} has no {name} output", param="outputs")
+        parts: list[NDArray[np.float32] | NDArray[np.int32]] = []
+        width = (call.dimensions or WIDTH) if "dense" in call.outputs else 0
+        texts = [self._prompted(call, text) for text in call.texts]
+        rows = [fake_row(text) for text in texts]
+        if width:
+            parts += [fake_vector(self.spec.model_id, text, width) for text in texts]
+        terms = [chosen_terms(row, call) for row in rows] if "sparse" in call.outputs else []
+        parts += [entries for entries, _ in terms] + [weights for _, weights in terms]
+        vectors = [row.vectors for row in rows] if {"multi_vector", "tokens"} & {*call.outputs} else []
+        return Outputs(
+            body=join_body([*parts, *vectors]),
+            dimensions=width,
+            num_terms=tuple(len(entries) for entries, _ in terms),
+            num_vectors=tuple(map(len, vectors)),
+            vector_width=TOKEN_WIDTH if vectors else 0,
+            token_counts=tuple(self._count(call, text, index) for index, text in enumerate(texts)),
+            timings=Timings(forward_s=self._embed_s),
+        )
+
     def _embed_now(self, call: EmbedCall) -> Embeddings:
-        if self.info.task != "embed":
-            raise TaskNotSupported(f"{call.model_id} can {self.info.task}, not embed", param="model")
+        if "dense" not in self.info.outputs:
+            can = self.info.task if self.info.task != "embed" else f"give {' and '.join(self.info.outputs)} outputs"
+            raise TaskNotSupported(f"{call.model_id} can {can}, not embed", param="model")
         width = call.dimensions or WIDTH
         if width != WIDTH and not self.info.matryoshka.allows(width, WIDTH):
             allowed = self.info.matryoshka.describe(WIDTH)
@@ -206,7 +242,7 @@ class FakeEngine:
             before=before,
         )
 
-    def _prompted(self, call: EmbedCall, text: str) -> str:
+    def _prompted(self, call: TextCall, text: str) -> str:
         return (self._named_prompt(call.input_type) if call.prompt is None else call.prompt) + text
 
     def _named_prompt(self, name: str | None) -> str:
@@ -217,7 +253,7 @@ class FakeEngine:
             raise PromptNotFound(f"no prompt {name!r}; this model has {known}", param="input_type")
         return self.spec.prompts[name]
 
-    def _count(self, call: EmbedCall, item: str | tuple[int, ...], index: int) -> int:
+    def _count(self, call: TextCall, item: str | tuple[int, ...], index: int) -> int:
         if not isinstance(item, str) and max(item) >= VOCABULARY:
             raise InvalidTokenId(f"token id {max(item)} of input {index} is not below {VOCABULARY}", param="input")
         count = len(item.split()) + 2 if isinstance(item, str) else len(item)

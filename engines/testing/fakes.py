@@ -15,7 +15,7 @@ from engines.host import Host, HostConfig, HostRuntime
 from engines.pool.estimates import Measurements
 from engines.pool.runtime import LoopTime
 from engines.protocols import Files, Loader, Progress
-from engines.spec import ModelSpec
+from engines.spec import ModelSpec, Output
 from engines.testing.engine import WEIGHT_BYTES, WIDTH, WORKSPACE_BYTES, Attempts, FakeEngine, Script, fake_vector
 from engines.testing.runtime import FakeMemory, FakeTime, InlineWorkers
 from engines.types import Budget, ModelFiles, fingerprint
@@ -144,6 +144,7 @@ class FakeLoader:
         failures, warm_failures, embed_failures: the errors of loads, warm-ups and calls.
         embed_s, sleep: how long calls take; setting them later affects engines loaded afterwards.
         pause: called with the model id on the loader's thread; it may block or sleep.
+        outputs: of engines, by model; `dense` where nothing is stated.
     """
 
     def __init__(  # noqa: PLR0913  # a script: every argument is optional and named
@@ -157,7 +158,9 @@ class FakeLoader:
         embed_s: float = 0.0,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         pause: Callable[[str], None] = lambda model_id: None,
+        outputs: Mapping[str, tuple[Output, ...]] | None = None,
     ) -> None:
+        self._outputs = outputs or {}
         self._weight_bytes = weight_bytes or {}
         self._workspace_bytes = workspace_bytes or {}
         self._loads = Attempts(failures)
@@ -201,6 +204,7 @@ class FakeLoader:
             failures=self._embed_failures.get(spec.model_id, ()),
             warm_failure=warm[attempt] if attempt < len(warm) else None,
             violations=self.violations,
+            outputs=self._outputs.get(spec.model_id, ("dense",)),
         )
         engine.weight_bytes = self._weight_bytes.get(spec.model_id, WEIGHT_BYTES)
         engine.workspace_bytes = self._workspace_bytes.get(spec.model_id, WORKSPACE_BYTES)

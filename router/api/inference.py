@@ -18,7 +18,7 @@ from msgspec import Struct, structs
 
 from engines.errors import EngineFailed, InvalidRequest, NonFiniteEmbedding, TaskNotSupported
 from engines.spec import Calibration, ModelSpec, Task
-from engines.types import BaseResult, EmbedCall, Embeddings, ModelCall, ModelInfo, ModelStatus, Result
+from engines.types import BaseResult, Embeddings, ModelCall, ModelInfo, ModelStatus, Result, TextCall
 from router.api.decoding import StrictRequest, decode_token_ids, embed_call
 from router.api.encoding import check_ranges
 from router.api.openapi import BEARER, EMBEDDING, failures
@@ -271,7 +271,7 @@ def _max_tokens(server_state: ServerState, spec: ModelSpec, call: ModelCall) -> 
 
 def _longest(call: ModelCall) -> int:
     """Return the length of the longest input, of pairs that of both texts: in characters, or token ids."""
-    if isinstance(call, EmbedCall):
+    if isinstance(call, TextCall):
         return max(map(len, call.texts or call.token_ids))
     return max(map(len, call.texts)) + max(map(len, call.queries), default=0)
 

@@ -12,7 +12,7 @@ from typing import Any, cast
 from litestar.handlers import BaseRouteHandler
 from litestar.types import HTTPReceiveMessage, Receive
 
-from engines.types import EmbedCall, ModelCall, ScoreCall
+from engines.types import ModelCall, ScoreCall, TextCall
 from router.auth.guards import Connection, key_of
 from router.config.settings import Settings
 from router.errors import ClientLeft, RateLimitExceeded, RequestExceedsLimit
@@ -254,11 +254,11 @@ def estimate_tokens(call: ModelCall, longest: int | None) -> int:
     Args:
         longest: maximum tokens that the model reads of one input; None when unknown.
     """
-    sizes = _sizes(call) if isinstance(call, EmbedCall) else _pair_sizes(call)
+    sizes = _sizes(call) if isinstance(call, TextCall) else _pair_sizes(call)
     return sum(sizes) if longest is None else sum(min(size, longest) for size in sizes)
 
 
-def _sizes(call: EmbedCall) -> list[int]:
+def _sizes(call: TextCall) -> list[int]:
     if call.token_ids:
         return [len(ids) for ids in call.token_ids]
     frame = len(call.prompt or "") + len(call.instruction or "")

@@ -41,6 +41,8 @@ from engines.types import (
     ModelFiles,
     ModelInfo,
     ModelStatus,
+    Outputs,
+    OutputsCall,
     Plan,
     Result,
     ScoreCall,
@@ -77,6 +79,7 @@ class ScriptedBackend:
         self.calls: list[EmbedCall] = []
         self.score_calls: list[ScoreCall] = []
         self.tokenize_calls: list[TokenizeCall] = []
+        self.outputs_calls: list[OutputsCall] = []
         self.commands: list[tuple[object, ...]] = []
         self.cancelled: list[str] = []
         self.remembered: list[Event] = []
@@ -98,6 +101,8 @@ class ScriptedBackend:
             await self._run_script(call.model_id)
             places = [(7, 0, len(text)) for text in call.texts]
             return Tokens(places=np.array(places, "<i4").tobytes(), token_counts=(1,) * call.num_items)
+        if isinstance(call, OutputsCall):
+            return await self._outputs(call)
         self.calls.append(call)
         await self._run_script(call.model_id)
         items = call.texts or call.token_ids
@@ -109,6 +114,32 @@ class ScriptedBackend:
             token_counts=tuple(len(item) for item in items),
             truncated=self.truncated,
             timings=Timings(load_s=0.5, tokenize_s=0.0012, queue_s=0.0, forward_s=0.0305),
+        )
+
+    async def _outputs(self, call: OutputsCall) -> Outputs:
+        """Vectors as of the other calls; `index + 1` entries `0, 1, …` of weight 0.5; and as many vectors `[1, 0]`."""
+        self.outputs_calls.append(call)
+        await self._run_script(call.model_id)
+        items = call.texts or call.token_ids
+        width = (call.dimensions or WIDTH) if "dense" in call.outputs else 0
+        dense = [vector(item, width) for item in items] if width else []
+        counts = tuple(range(1, len(items) + 1))
+        has_terms, has_vectors = "sparse" in call.outputs, bool({"multi_vector", "tokens"} & {*call.outputs})
+        entries = [entry for count in counts for entry in range(count)] if has_terms else []
+        parts = (
+            np.array(dense, "<f4"),
+            np.array(entries, "<i4"),
+            np.full(len(entries), 0.5, "<f4"),
+            np.tile(np.array([1, 0], "<f4"), sum(counts) if has_vectors else 0),
+        )
+        return Outputs(
+            body=b"".join(part.tobytes() for part in parts),
+            dimensions=width,
+            num_terms=counts if has_terms else (),
+            num_vectors=counts if has_vectors else (),
+            vector_width=2 if has_vectors else 0,
+            token_counts=tuple(len(item) for item in items),
+            truncated=self.truncated,
         )
 
     async def _score(self, call: ScoreCall) -> Scores:

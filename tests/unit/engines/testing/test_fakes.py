@@ -13,10 +13,10 @@ from engines.errors import (
     PromptNotFound,
     TaskNotSupported,
 )
-from engines.spec import Matryoshka, ModelSpec
+from engines.spec import Matryoshka, ModelSpec, Output
 from engines.testing.fakes import FakeEngine, FakeFiles, FakeLoader, FakeTime, fake_host, fake_specs, fake_vector
 from engines.testing.runtime import let_run
-from engines.types import EmbedCall, Embeddings, ScoreCall
+from engines.types import EmbedCall, Embeddings, Outputs, OutputsCall, ScoreCall
 
 SPEC = ModelSpec(
     model_id="a", source="x", prompts={"query": "q: "}, max_tokens=4, matryoshka=Matryoshka(widths=(8,))
@@ -155,3 +155,25 @@ async def test_scores_depend_on_the_pair_alone_and_a_model_refuses_what_it_does_
         await reranker.run(call("one"))
     with pytest.raises(TaskNotSupported, match="a can embed, not score"):
         await FakeEngine(SPEC).run(ScoreCall(model_id="a", texts=("one",)))
+
+
+async def test_several_outputs_of_one_call_are_those_of_a_call_for_each() -> None:
+    engine = FakeEngine(SPEC, outputs=("dense", "sparse", "multi_vector"))
+    texts = ("the cat and the dog", "a bird")
+
+    async def run(*outputs: Output) -> Outputs:
+        result = await engine.run(OutputsCall(model_id="a", texts=texts, outputs=outputs, sparse_top_k=2))
+        assert isinstance(result, Outputs)
+        return result
+
+    together = await run("dense", "sparse", "multi_vector")
+
+    dense, sparse, vectors = await run("dense"), await run("sparse"), await run("multi_vector")
+    assert together.array().tolist() == dense.array().tolist() == (await engine.run(call(*texts))).array().tolist()
+    assert [part.tolist() for part in together.terms()] == [part.tolist() for part in sparse.terms()]
+    assert together.num_terms == sparse.num_terms == (2, 2)
+    assert together.vectors().tolist() == vectors.vectors().tolist()
+    assert together.num_vectors == vectors.num_vectors == (7, 4)
+    assert together.body == together.split_body()[0].with_body(together.split_body()[1]).body
+    with pytest.raises(TaskNotSupported, match="a has no sparse output"):
+        await FakeEngine(SPEC).run(OutputsCall(model_id="a", texts=texts, outputs=("sparse",)))
