@@ -16,6 +16,7 @@ from msgspec import Struct
 from benchmarks.lib.folders import BENCH, prepare, resolve
 from benchmarks.lib.machine import ROOT
 from benchmarks.lib.worker import PEER_SCRIPTS, Worker, WorkerFailed
+from engines.spec import Dtype
 
 TORCH = f"torch=={torch.__version__.partition('+')[0]}"
 
@@ -35,12 +36,16 @@ FORMS = {"onnx": "onnx", "onnx-plain": "onnx", "openvino": "openvino"}
 
 
 class Peer(Struct, frozen=True, kw_only=True):
-    """One program offline: its `kind` in `peers/peer.py`, its environment (None: ours), its form of the model."""
+    """One program offline: its `kind` in `peers/peer.py`, its environment (None: ours), its form of the model.
+
+    One with a `dtype` is our own engine.
+    """
 
     name: str
     kind: str
     environment: str | None = None
     form: str | None = None
+    dtype: Dtype | None = None
 
 
 PEERS = (
@@ -51,6 +56,8 @@ PEERS = (
     Peer(name="ONNX Runtime, sorted", kind="onnxruntime-sorted", environment="onnx", form="onnx"),
     Peer(name="Infinity (torch)", kind="infinity-torch", environment="infinity"),
     Peer(name="Infinity (ONNX)", kind="infinity-onnx", environment="infinity", form="onnx-plain"),
+    Peer(name="Embedyard, bfloat16", kind="embedyard-bfloat16", dtype="bfloat16"),
+    Peer(name="Embedyard, int8", kind="embedyard-int8", dtype="int8"),
 )
 BASE = PEERS[0]
 OURS = "Embedyard"
@@ -101,9 +108,10 @@ def model_folder(folder: Path, form: str | None) -> Path:
     return target
 
 
-def own_worker(folder: Path, *, name: str = OURS, packages: Path = ROOT) -> Worker:
+def own_worker(folder: Path, *, name: str = OURS, packages: Path = ROOT, dtype: Dtype | None = None) -> Worker:
     """Start our engine from the tree `packages`; it is still loading."""
-    return Worker(name, "own.py", [str(folder)], python=interpreter(None), packages=packages)
+    options = [] if dtype is None else ["embed", dtype]
+    return Worker(name, "own.py", [str(folder), *options], python=interpreter(None), packages=packages)
 
 
 def peer_worker(peer: Peer, folder: Path) -> Worker:
@@ -112,6 +120,8 @@ def peer_worker(peer: Peer, folder: Path) -> Worker:
     Raises:
         WorkerFailed: its environment is missing, or the export of the model failed.
     """
+    if peer.dtype is not None:
+        return own_worker(folder, name=peer.name, dtype=peer.dtype)
     if not is_installed(peer.environment):
         raise WorkerFailed(f"{peer.name} is not installed: python -m benchmarks.lib.peers")
     model = model_folder(folder, peer.form)

@@ -1,6 +1,6 @@
 """Runs the offline engine as a worker: a host of `engines/machine.py` with pool, scheduler and engine, as served.
 
-`own.py FOLDER [rerank]`; a call of a reranker is a query and then its documents.
+`own.py FOLDER [rerank | embed [DTYPE]]`; a call of a reranker is a query and then its documents.
 
 Imports `engines` from the tree in PYTHONPATH: `bench-diff` runs this script on two trees.
 """
@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 import engines
 from engines.host import Host
@@ -29,12 +31,13 @@ lines: Any = importlib.import_module("lines")
 EmbedCall: Any = layouts.embed_call()
 
 
-async def run(folder: str, task: str = "embed") -> None:
+async def run(folder: str, task: str = "embed", dtype: Any = None) -> None:
     """Load the model, then answer questions until stdin ends."""
     say = lines.open_answers()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     config = MachineConfig(devices=("cpu",), cores=cores, tokenizer_threads=cores)
-    machine = Machine(config, {MODEL: ModelSpec(model_id=MODEL, source=folder)})
+    spec = ModelSpec(model_id=MODEL, source=folder)
+    machine = Machine(config, {MODEL: spec if dtype is None else msgspec.structs.replace(spec, dtype=dtype)})
     (host,) = machine.hosts
     await host.start()
     status = await host.preload(MODEL)
