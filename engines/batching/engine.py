@@ -16,6 +16,7 @@ from engines.batching.autotune import BatchSizeTuner, TunedBatchSize
 from engines.batching.batch import BatchLimits, attribute_batch
 from engines.batching.cache import VectorCache
 from engines.batching.output import OutputDefaults, OutputSpec, output_spec
+from engines.batching.outputs import OutputFacts, side_of
 from engines.batching.queue import Queue
 from engines.batching.request import Entry, Origin, PendingRequest, prepare_inputs
 from engines.batching.runner import Failures, Runner
@@ -59,6 +60,7 @@ class Parts(Struct, frozen=True):
     """What the loader made of a model folder.
 
     `tuner` finds the size of batches; None where that is known. `scoring`: of a model that scores; None for vectors.
+    `facts`: what it gives beside dense vectors.
     """
 
     encoder: Encoder
@@ -67,6 +69,7 @@ class Parts(Struct, frozen=True):
     info: ModelInfo
     tuner: BatchSizeTuner | None = None
     scoring: Scoring | None = None
+    facts: OutputFacts = OutputFacts()
 
 
 Reading = TextReading | IdReading | PairReading
@@ -112,7 +115,11 @@ class EmbeddingEngine:
         self._limits = limits
         self._scoring = parts.scoring
         activation = "Identity" if parts.scoring is None else parts.scoring.activation
-        self._defaults = OutputDefaults(parts.spec.normalize, limits.target_dim, activation)
+        facts = parts.facts
+        self._query_tokenizer = facts.query_tokenizer
+        self._defaults = OutputDefaults(
+            parts.spec.normalize, limits.target_dim, activation, facts.states_width, facts.default_side
+        )
         self._check: Callable[[], tuple[ModelInfo, int, int]] | None = check
         self._release = release
 
@@ -152,7 +159,10 @@ class EmbeddingEngine:
         if isinstance(call, ScoreCall):
             assert self._scoring is not None, "`output_spec` has checked the task"
             return read_scored(call, self._scoring.pairs, self._spec)
-        return prepare_inputs(call, self._tokenizer, self._spec, self._info.prompts)
+        tokenizer = self._tokenizer
+        if self._query_tokenizer is not None and side_of(call, self._defaults.side) == "query":
+            tokenizer = self._query_tokenizer
+        return prepare_inputs(call, tokenizer, self._spec, self._info.prompts)
 
     async def _tokenize(self, call: TokenizeCall) -> Tokens:
         begun = time.monotonic()
@@ -164,8 +174,9 @@ class EmbeddingEngine:
         loop = asyncio.get_running_loop()
         begun = time.monotonic()
         encoded = reading.run_all() if _is_inline(reading) else await self._threads.run(reading)
+        output.check_size(encoded.token_counts)
         job = PendingRequest(encoded, output, loop, time.monotonic(), origin)
-        known = self._cache.fill(job) if self._cache is not None else ()
+        known = self._cache.fill(job) if self._cache is not None and output.is_cached else ()
         missing = [index for index in range(len(job.ids)) if index not in known] if known else None
         deduplicated = self._queue.admit(job, missing)
         self._scheduler.notify()
@@ -175,7 +186,8 @@ class EmbeddingEngine:
         except asyncio.CancelledError:
             self._queue.drop(job)
             raise
-        return self._result(job, encoded, begun, deduplicated=deduplicated, cache_hits=len(known))
+        pack = partial(self._result, job, encoded, begun, deduplicated=deduplicated, cache_hits=len(known))
+        return await self._threads.call(pack) if output.is_large(job.rows) else pack()
 
     def close(self) -> None:
         """Frees the model; blocks. Requests that still wait are failed."""

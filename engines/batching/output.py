@@ -6,7 +6,7 @@ call.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar, Unpack
+from typing import Any, ClassVar, NamedTuple, TypeVar, Unpack
 
 import numpy as np
 import torch
@@ -19,7 +19,8 @@ from engines.inputs.tokenizer import Ids
 from engines.layers.packing import to_device
 from engines.layers.pooling import truncate_and_normalize
 from engines.models.base import Encoder
-from engines.types import BaseCall, EmbedCall, Embeddings, ModelInfo, Result, ResultDetails
+from engines.models.outputs import Side
+from engines.types import BaseCall, EmbedCall, Embeddings, ModelInfo, OutputsCall, Result, ResultDetails
 
 Row = NDArray[Any]
 """The output for one input, in main memory; its shape and dtype are the output kind's own."""
@@ -41,7 +42,12 @@ class OutputSpec(Struct, frozen=True):
     A kind of output is a subclass. Its class methods are the same for all requests of the kind, which share forward
     passes, duplicates and cached rows; requests of different kinds share none of these. "Raw" outputs are what `encode`
     returns; no other module looks into them.
+
+    Attributes:
+        is_cached: whether the cache keeps rows of this kind.
     """
+
+    is_cached: ClassVar[bool] = True
 
     @classmethod
     def encode(cls, encoder: Encoder, texts: Sequence[Ids], prompt_tokens: Sequence[int] | None) -> Any:
@@ -65,9 +71,20 @@ class OutputSpec(Struct, frozen=True):
         """Returns rows as this request wants them, from what `cache_rows` returned for them earlier."""
         raise NotImplementedError
 
+    def check_size(self, token_counts: Sequence[int]) -> None:
+        """Checks, before any work is done for a request, that its answer is not too large.
+
+        Raises:
+            InvalidValue: it is.
+        """
+
     def allocate(self, num_items: int) -> Any:
         """Returns a place for `num_items` rows: `allocated[index] = row` must store one."""
         raise NotImplementedError
+
+    def is_large(self, allocated: Any) -> bool:
+        """Tells whether `pack` takes so long that it must not run on the event loop."""
+        return False
 
     def pack(self, allocated: Any, **details: Unpack[ResultDetails]) -> Result:
         """Returns the result, once all rows are stored in what `allocate` returned."""
@@ -155,11 +172,15 @@ class OutputDefaults(Struct, frozen=True):
         normalize: whether vectors are brought to length one.
         target_dim: width of vectors, where the model allows it; None is the model's own.
         activation: of scores, as the model's files state it (`engines.batching.scores.activation_named`).
+        states_width: of the hidden states of tokens; 0 where the model gives none.
+        side: of texts whose call names none.
     """
 
     normalize: bool = True
     target_dim: int | None = None
     activation: str = "Identity"
+    states_width: int = 0
+    side: Side = "document"
 
 
 OutputMaker = Callable[[Any, ModelInfo, OutputDefaults], OutputSpec]
@@ -191,15 +212,18 @@ def output_spec(call: BaseCall, info: ModelInfo, defaults: OutputDefaults) -> Ou
 
 
 @register_output(EmbedCall)
-def _dense_output(call: EmbedCall, info: ModelInfo, defaults: OutputDefaults) -> DenseOutput:
+def dense_output(call: EmbedCall | OutputsCall, info: ModelInfo, defaults: OutputDefaults) -> DenseOutput:
     """Returns the width and length of the vectors.
 
     Raises:
         DimensionsNotSupported: naming the widths that the model gives.
-        TaskNotSupported: the model gives scores.
+        TaskNotSupported: the model gives scores, or other outputs only.
     """
     if info.task != "embed":
         raise TaskNotSupported(f"{call.model_id} can {info.task}, not embed", param="model")
+    if "dense" not in info.outputs:
+        given = " and ".join(info.outputs)
+        raise TaskNotSupported(f"{call.model_id} gives {given} outputs, no dense vectors", param="model")
     native, allowed = info.dimensions, info.matryoshka
     width = call.dimensions
     if width is None:

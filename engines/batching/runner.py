@@ -140,7 +140,7 @@ class Runner:
         if raw is None:
             return self._run_halves(texts)
         self._close(texts)
-        if self._keep is not None:
+        if self._keep is not None and texts[0].kind.is_cached:
             rows, is_finite = texts[0].kind.cache_rows(raw)
             kept = [index for index, is_good in enumerate(is_finite) if is_good]
             self._keep([texts[index].key for index in kept], [rows[index] for index in kept])

@@ -12,10 +12,9 @@ from engines.types import TextCall
 
 # Equivalent prompt names; the first that the model has is used, in sentence-transformers' order for `encode_query` and
 # `encode_document`. A model without any of them gets the texts without a prompt.
-_FAMILIES = (
-    ("query", "search_query"),
-    ("document", "passage", "corpus", "search_document", "search_passage"),
-)
+QUERY_NAMES = ("query", "search_query")
+DOCUMENT_NAMES = ("document", "passage", "corpus", "search_document", "search_passage")
+_FAMILIES = (QUERY_NAMES, DOCUMENT_NAMES)
 
 
 class PromptTemplate(Struct, frozen=True):
@@ -78,7 +77,7 @@ def select_prompt(
 def _apply_instruction(call: TextCall, template: str | None) -> PromptTemplate:
     if template is None:
         raise InvalidValue("this model does not support instruction: use input_type or prompt", param="instruction")
-    if call.input_type is not None and call.input_type not in _FAMILIES[0]:
+    if call.input_type is not None and call.input_type not in QUERY_NAMES:
         raise InvalidValue(
             f"instruction applies to queries, but input_type is {call.input_type!r}: send one of them",
             param="instruction",

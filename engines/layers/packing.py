@@ -74,10 +74,14 @@ class PackedLayout:
         positions: int64 `[T]`, the position of each token inside its text, from 0.
         prefix: the tokens in front of the texts that all of them share; None for none.
         in_blocks: whether attention runs in blocks wherever it can, as it does for long texts.
+        needs_all: whether the hidden states of all tokens are needed, also where the vector is that of one token.
+        texts: the ids of each text, where heads read them.
     """
 
     prefix: LengthGroup | None = None
     in_blocks = False
+    needs_all = False
+    texts: Sequence[NDArray[np.int64]] = ()
 
     def __init__(self, lengths: list[int], device: torch.device, masks: WindowMasks | None = None) -> None:
         self.masks = masks or WindowMasks()
@@ -93,6 +97,11 @@ class PackedLayout:
         texts, tokens = len(lengths), self.num_tokens
         self.starts, self.ends = whole[:texts], whole[texts : 2 * texts]
         self.segments, self.positions = whole[2 * texts : -tokens], whole[-tokens:]
+
+    @cached_property
+    def ids(self) -> Tensor:
+        """The ids of all tokens, int64 `[T]`, as `texts` has them."""
+        return to_device(np.concatenate(self.texts), self.starts.device)
 
     @cached_property
     def groups(self) -> tuple[LengthGroup, ...]:

@@ -9,6 +9,7 @@ from msgspec import structs
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, PretrainedConfig
 
+from engines.batching.outputs import OutputFacts
 from engines.batching.scores import Scoring
 from engines.device.torch_runtime import compute_capability
 from engines.errors import BadModel, BrokenFiles, UnsupportedModel, is_device_error
@@ -23,10 +24,11 @@ from engines.loading.tokenizer import ModelFacts, read_tokenizer
 from engines.models.adapters import Positions, drop_pooler, unused_weights
 from engines.models.base import EncoderConfig, LoadedEncoder
 from engines.models.cuda_graphs import capturer_for
+from engines.models.multi_output import MultiOutputEncoder
 from engines.models.observation import observe
-from engines.models.transformer import TransformerEncoder
+from engines.models.output_heads import OutputHeads
 from engines.models.weight_forms import weight_form
-from engines.spec import Dtype, ModelSpec
+from engines.spec import Dtype, ModelSpec, Output
 
 log = structlog.get_logger(__name__)
 
@@ -37,12 +39,13 @@ _INDEX = "model.safetensors.index.json"
 
 
 class Built(NamedTuple):
-    """An encoder, its tokenizer, the dtype of its weights, and what is known of its scores, if it gives any."""
+    """An encoder, its tokenizer, the dtype of its weights, and what is known of its scores or of its outputs."""
 
     encoder: LoadedEncoder
     tokenizer: Tokenizer
     dtype: str
     scoring: Scoring | None = None
+    facts: OutputFacts = OutputFacts(outputs=())
 
 
 def build(folder: Folder, spec: ModelSpec, encoder_config: EncoderConfig) -> Built:
@@ -55,7 +58,8 @@ def build(folder: Folder, spec: ModelSpec, encoder_config: EncoderConfig) -> Bui
         log.warning("model.remote_code_trusted", model=spec.model_id, source=spec.source, revision=spec.revision)
     kind = "Transformer" if folder.modules is None else folder.modules[0].kind
     if kind == "StaticEmbedding":
-        return Built(*build_static(folder, spec, encoder_config.device))
+        static = build_static(folder, spec, encoder_config.device)
+        return Built(*static, facts=OutputFacts(dimensions=static[0].dimensions))
     if kind == "Transformer":
         return _build_transformer(folder, spec, encoder_config)
     raise UnsupportedModel(
@@ -83,8 +87,21 @@ def _build_transformer(folder: Folder, spec: ModelSpec, encoder_config: EncoderC
     against_packing = observed.why_not_packed(tokenizer.max_tokens)
     name = "int8" if spec.dtype == "int8" else dtype_name(model)
     encoder_config = structs.replace(encoder_config, weight_form=weight_form(name, device))
-    encoder = TransformerEncoder(model, head, encoder_config, capturer_for(device), notes=against_packing)
-    return Built(encoder, tokenizer, name)
+    heads = OutputHeads(head)
+    encoder = MultiOutputEncoder(model, heads, encoder_config, capturer_for(device), notes=against_packing)
+    return Built(encoder, tokenizer, name, facts=facts_of(heads))
+
+
+def facts_of(heads: OutputHeads) -> OutputFacts:
+    """Returns what heads give."""
+    given: dict[Output, Any] = {"dense": heads.dense, "sparse": heads.sparse, "multi_vector": heads.tokens}
+    return OutputFacts(
+        outputs=tuple(name for name, head in given.items() if head is not None),
+        dimensions=0 if heads.dense is None else heads.dense.dimensions,
+        vocab_size=0 if heads.sparse is None else heads.sparse.vocab_size,
+        vector_width=0 if heads.tokens is None else heads.tokens.width,
+        states_width=heads.states_width,
+    )
 
 
 def dtype_name(model: Any) -> str:

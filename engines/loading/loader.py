@@ -114,11 +114,11 @@ class TorchLoader:
         gate = PrecisionGate(store, spec, files.revision, self._device)
         gate.prepare(folder, config)
         built = build(folder, spec, config) if form is None else build_scorer(folder, spec, config, form)
-        encoder, tokenizer, dtype, scoring = built
+        encoder, tokenizer, dtype, scoring, facts = built
         checksums.check()
         prompts = {**folder.prompts, **spec.prompts}
         info = ModelInfo(
-            dimensions=encoder.dimensions if scoring is None else 0,
+            dimensions=facts.dimensions,
             max_tokens=tokenizer.max_tokens,
             dtype=dtype,
             attention=encoder.attention,
@@ -128,6 +128,9 @@ class TorchLoader:
             task="embed" if scoring is None else scoring.task,
             labels=() if scoring is None else scoring.labels,
             is_multi_label=scoring is not None and scoring.is_multi_label,
+            outputs=facts.outputs,
+            vocab_size=facts.vocab_size,
+            vector_width=facts.vector_width,
         )
         resolved = with_default_prompt(spec, folder.default_prompt, prompts)
         identity = [spec.model_id, files.revision, dtype, self._device.type, spec.pooling, spec.max_tokens]
@@ -148,7 +151,7 @@ class TorchLoader:
         limits = self._limits(tokens, self._default_width(spec, info, folder.truncate_dim))
         largest = max(CANDIDATES[self._device.type]) if tuner is not None else tokens
         workspace = reserved_workspace_bytes(encoder, largest, self._scheduler.num_threads)
-        parts = Parts(encoder, tokenizer, resolved, info, tuner, scoring)
+        parts = Parts(encoder, tokenizer, resolved, info, tuner, scoring, facts)
         # The vector cache is in main memory, which is part of a CPU's budget but not of a GPU's.
         size = weight_bytes(encoder) + (spec.cache_bytes if self._device.type == "cpu" else 0)
         return EmbeddingEngine(parts, self._scheduler, self._threads, limits, check, self._free_memory, size)

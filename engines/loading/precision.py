@@ -102,7 +102,7 @@ def measure_dtype(spec: ModelSpec, files: ModelFiles, dtype: str, texts: Sequenc
     if score_form(folder, spec) is not None:
         raise UnsupportedModel(f"{spec.model_id} gives scores: precision is measured of models that embed")
     full, tokenizer, *_ = build(folder, structs.replace(spec, dtype="float32"), config)
-    reduced, _, found, _ = build(folder, msgspec.convert({**structs.asdict(spec), "dtype": dtype}, ModelSpec), config)
+    reduced, _, found, *_ = build(folder, msgspec.convert({**structs.asdict(spec), "dtype": dtype}, ModelSpec), config)
     if found != dtype:
         raise UnsupportedModel(f"{spec.model_id} has no weights to reduce: it always runs in {found}")
     select_forward_path(reduced.paths, tokenizer, dtype)

@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from msgspec import Struct
@@ -328,6 +328,21 @@ class PathFallback:
 def weight_bytes(encoder: LoadedEncoder) -> int:
     """Returns the bytes of everything that stays on the device as long as the encoder lives."""
     return storage_bytes(encoder.tensors())
+
+
+def layer_token_bytes(model: Any, width: int) -> int:
+    """Returns the memory that one token needs in a layer, an upper estimate.
+
+    Eight copies of the residual stream (itself, norm, query, key, value, context, output, sum) and three of the widest
+    inner layer (gate, up, activation).
+
+    Args:
+        width: of the hidden states, where the config states none.
+    """
+    config = model.config.get_text_config()
+    width = getattr(config, "hidden_size", None) or width
+    inner = getattr(config, "intermediate_size", None) or 4 * width
+    return int((8 * width + 3 * inner) * model.dtype.itemsize)
 
 
 def workspace_bytes(encoder: LoadedEncoder, batch_tokens: int) -> int:

@@ -77,10 +77,14 @@ class EmbeddingHead:
         Args:
             prompt_tokens: the number of leading tokens of each text that belong to its prompt.
         """
+        return self.run(hidden, layout, prompt_tokens)[self.target]
+
+    def run(self, hidden: Tensor, layout: PackedLayout, prompt_tokens: Sequence[int] | None = None) -> Features:
+        """Returns all named tensors that the modules leave, from packed hidden states `[T, H]`."""
         features = {TOKENS: hidden.float()}
         for step in self._steps:
             step(features, layout, prompt_tokens)
-        return features[self.target]
+        return features
 
     @property
     def dimensions(self) -> int:

@@ -1,14 +1,20 @@
 """Defines what a pass gives beside dense vectors: entries of a vocabulary, and vectors of tokens."""
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from engines.inputs.token_ids import Ids
 from engines.layers.packing import PackedLayout
 
 Side = Literal["query", "document"]
 """The side of a search that a text is on, where a model treats the two differently; without one: `document`."""
+
+
+MAX_TERMS = 8192
+"""The most entries of a sparse output. SPLADE models give some hundreds; those of a model that is not sparse would take
+250 KB a text."""
 
 
 class SparseRows(NamedTuple):
@@ -37,16 +43,49 @@ class RawOutputs(NamedTuple):
     tokens: TokenRows | None = None
 
 
+class Wanted(NamedTuple):
+    """The outputs that a pass shall give.
+
+    `multi_vector`: vectors of tokens by the model's head for these; `states`: those that pooling reads, without a head.
+    At most one of the two.
+    """
+
+    dense: bool = False
+    sparse: bool = False
+    multi_vector: bool = False
+    states: bool = False
+    side: Side = "document"
+
+    @property
+    def is_dense_only(self) -> bool:
+        """Tells whether nothing but a dense vector is wanted."""
+        return not (self.sparse or self.multi_vector or self.states)
+
+
+@runtime_checkable
+class OutputsEncoder(Protocol):
+    """An encoder that gives more than one row of numbers for each text."""
+
+    def run_outputs(self, texts: Sequence[Ids], prompt_tokens: Sequence[int] | None, wanted: Wanted) -> RawOutputs:
+        """Runs one pass over texts, sorted by length, and returns what is wanted of it.
+
+        Raises:
+            ForwardPathFailed: run the texts again.
+        """
+
+
 class SparseHead(Protocol):
     """Turns hidden states into entries of a vocabulary.
 
     Attributes:
         vocab_size: the number of entries.
         weights: the tensors that it holds.
+        token_bytes: memory that each token of a pass needs in it, an upper estimate.
     """
 
     vocab_size: int
     weights: list[Tensor]
+    token_bytes: int
 
     def __call__(self, hidden: Tensor, layout: PackedLayout, ids: Tensor, side: Side) -> SparseRows:
         """Turns packed hidden states `[T, H]` of the tokens `ids` `[T]` into the entries of each text."""

@@ -33,7 +33,7 @@ from engines.layers.packing import (
     padded,
     to_device,
 )
-from engines.layers.products import onednn_is_faster, replace_products
+from engines.layers.products import replace_products
 from engines.layers.rope import LengthAwareRope
 from engines.layers.shared_prefix import SharedPrefixLayout, num_shared_tokens
 from engines.models import prepacked
@@ -49,9 +49,11 @@ from engines.models.base import (
     PathForm,
     Size,
     attention_of,
+    layer_token_bytes,
 )
 from engines.models.cuda_graphs import CudaGraphs, FixedPackedLayout, GraphCapturer, kept_bytes
 from engines.models.head import Head
+from engines.models.path_forms import path_forms
 from engines.models.prepacked import PrepackedWeights
 
 log = structlog.get_logger(__name__)
@@ -119,7 +121,7 @@ class TransformerEncoder:
         self._is_recording = self._is_forced = False
         self._chosen: ForwardPath = "padded"
         self._failure = ""
-        self._passes = PathFallback(self._leave, self._resume)
+        self._passes = PathFallback(lambda: self.switch_to("unpadded"), self._resume)
         self.num_layers = len(layers := layers_of(model))
         for layer in layers:
             layer.register_forward_pre_hook(lambda *_: self._preemption_point())
@@ -159,20 +161,11 @@ class TransformerEncoder:
                 return self._pooled(self._hidden_or_fail_over(texts, layout), layout, prompt_tokens)
 
     def forms(self, texts: Sequence[Ids]) -> Iterator[PathForm]:
-        """See `ForwardPaths`: in a batch and the first alone, by each kernel that such passes take; with attention in
-        blocks, as long texts have it, and with shared tokens; and in a full row of each size that has a recorded
-        pass."""
-        for vectors in self.encode_batched(texts):
-            yield PathForm(range(len(texts)), vectors)
-        for vector in self.encode_single(texts[0]):
-            yield PathForm([0], vector[None])
-        if self.attention == "packed" and self._device.type == "cpu" and onednn_is_faster():
-            yield PathForm(range(len(texts)), self.encode_forced(texts), ", with attention in blocks,")
-        for row in (0, len(texts) - 1) if self._can_share and self.path == "fused" else ():
-            yield PathForm([row, row], self.encode_forced([texts[row]] * 2), ", with shared tokens,")
-        for size, rows in self._graphs.full_rows(texts) if self._graphs is not None else ():
-            vectors = self.encode_fixed([texts[row] for row in rows], size)
-            yield PathForm(rows, vectors, f", in a row of {size.tokens} tokens,")
+        """See `ForwardPaths`, and `engines/models/path_forms.py`."""
+        full_rows = self._graphs.full_rows(texts) if self._graphs is not None else ()
+        takes_blocks = self.attention == "packed" and self._device.type == "cpu"
+        shares_tokens = self._can_share and self.path == "fused"
+        return path_forms(self, texts, full_rows, takes_blocks=takes_blocks, shares_tokens=shares_tokens)
 
     @torch.inference_mode()
     def encode_batched(self, texts: Sequence[Ids]) -> Tensor:
@@ -214,7 +207,10 @@ class TransformerEncoder:
             hidden = self._in_runs(self._unpadded, texts, self._layout(texts))
         finally:
             self.switch_to(used)
-        return self._chain(hidden, self._layout(texts), prompt_tokens)
+        return self._reference_rows(hidden, self._layout(texts), prompt_tokens)
+
+    def _reference_rows(self, hidden: Tensor, layout: PackedLayout, prompt_tokens: Sequence[int] | None) -> Tensor:
+        return self._chain(hidden, layout, prompt_tokens)
 
     @torch.inference_mode()
     def switch_to(self, path: ForwardPath) -> None:
@@ -252,15 +248,11 @@ class TransformerEncoder:
         return [*self._model.parameters(), *self._model.buffers(), *self._chain.weights]
 
     def token_bytes(self) -> int:
-        """See `Encoder`.
+        """See `LoadedEncoder`.
 
-        Eight copies of the residual stream (itself, norm, query, key, value, context, output, sum) and three of the
-        widest inner layer (gate, up, activation); those of a layer are freed before those of the next are allocated.
+        Those of a layer are freed before those of the next are allocated.
         """
-        config = self._model.config.get_text_config()
-        width = getattr(config, "hidden_size", None) or self.dimensions
-        inner = getattr(config, "intermediate_size", None) or 4 * width
-        return int((8 * width + 3 * inner) * self._model.dtype.itemsize) + 16 * self._has_types
+        return layer_token_bytes(self._model, self.dimensions) + 16 * self._has_types
 
     def _copied_bytes(self) -> int:
         return self._copies.size_bytes(self._config.max_prepacked_bytes, self._config.num_threads)
@@ -283,11 +275,14 @@ class TransformerEncoder:
         return self._chain(self._row(layout.ids, layout), layout)
 
     def _as_asked(self, texts: Sequence[Ids], form: KernelVariant | None = None) -> Tensor:
-        """Returns vectors by the path in use, without falling back when it fails."""
+        """Returns rows of the check by the path in use, without falling back when it fails."""
         layout = self._layout(texts)
+        return self._pooled(self._in_form(texts, layout, form), layout)
+
+    def _in_form(self, texts: Sequence[Ids], layout: PackedLayout, form: KernelVariant | None) -> Tensor:
         self._padding_share, self._form = 1.0, form
         try:
-            return self._pooled(self._hidden(texts, layout), layout)
+            return self._hidden(texts, layout)
         finally:
             self._padding_share, self._form = PADDING_SHARE, None
 
@@ -297,8 +292,14 @@ class TransformerEncoder:
             layout, prompt_tokens = PackedLayout([1] * len(hidden), self._device), None
         return self._chain(hidden, layout, prompt_tokens)
 
-    def _layout(self, texts: Sequence[Ids]) -> PackedLayout:
-        return PackedLayout([len(ids) for ids in texts], self._device, self._masks)
+    def _layout(self, texts: Sequence[Ids], *, needs_all: bool = False) -> PackedLayout:
+        layout = PackedLayout([len(ids) for ids in texts], self._device, self._masks)
+        layout.texts, layout.needs_all = texts, needs_all
+        return layout
+
+    def _kept_tokens(self, layout: PackedLayout) -> TokenChoice:
+        """Returns the tokens of which the last layer gives hidden states."""
+        return self._kept if self.path in ("fused", "prepacked") and not layout.needs_all else "all"
 
     def _hidden(self, texts: Sequence[Ids], layout: PackedLayout) -> Tensor:
         """Returns hidden states `[T, H]` by the path in use; `[n, H]` of one token each if the head reads no others."""
@@ -324,9 +325,6 @@ class TransformerEncoder:
             self._passes.report_failure()
             raise ForwardPathFailed from error
 
-    def _leave(self) -> None:
-        self.switch_to("unpadded")
-
     def _resume(self) -> bool:
         """Switches back to the failed path if its vectors are right: the failure may have corrupted it."""
         try:
@@ -348,7 +346,8 @@ class TransformerEncoder:
         if len(spans) == 1:
             self._rope.reset()
             return run(texts, layout)
-        return torch.cat([self._in_runs(run, part, self._layout(part)) for part in (texts[a:b] for a, b in spans)])
+        parts = [(texts[a:b], self._layout(texts[a:b], needs_all=layout.needs_all)) for a, b in spans]
+        return torch.cat([self._in_runs(run, *part) for part in parts])
 
     def _packed(self, texts: Sequence[Ids], layout: PackedLayout) -> Tensor:
         """Runs the texts as one packed row; in a causal model they share the tokens that all begin with."""
@@ -359,9 +358,9 @@ class TransformerEncoder:
             return self._row(to_device(np.concatenate(texts), self._device), layout)
         row = np.concatenate([texts[0][:num_shared], *(ids[num_shared:] for ids in texts)])
         shared = SharedPrefixLayout(layout.lengths, num_shared, self._device)
-        shared.in_blocks = self._is_forced
+        shared.in_blocks, shared.needs_all = self._is_forced, layout.needs_all
         hidden = self._row(to_device(row, self._device), shared)
-        return hidden if self._kept == "last" else hidden[shared.spread]
+        return hidden if self._kept_tokens(layout) == "last" else hidden[shared.spread]
 
     def _row(self, row: Tensor, layout: PackedLayout) -> Tensor:
         """Returns the hidden states of a packed row of ids `[T]`."""
@@ -370,8 +369,8 @@ class TransformerEncoder:
         if self._copies.supports(layout, self._form):
             return self._copies(row, positions, layout, self._form, self._preemption_point)
         options = {"position_ids": positions[None], **types} if self._takes_positions else types
-        is_fused, skips = self._is_fusible and self.path != "packed", self.path in ("fused", "prepacked")
-        with self._state.running(layout, is_fused=is_fused, variant=self._form, kept=self._kept if skips else "all"):
+        is_fused = self._is_fusible and self.path != "packed"
+        with self._state.running(layout, is_fused=is_fused, variant=self._form, kept=self._kept_tokens(layout)):
             return self._forward(ids, attention_mask=None, packed_layout=layout, **options)[0]
 
     def _padded(self, texts: Sequence[Ids], layout: PackedLayout) -> Tensor:

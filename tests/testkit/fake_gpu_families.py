@@ -45,7 +45,7 @@ class Intended(NamedTuple):
 _PADDED = ("padded", "unpadded")
 
 INTENDED = (
-    Intended("float32", "engines/models/head.py:EmbeddingHead.__call__", "the head is float32, and so are vectors"),
+    Intended("float32", "engines/models/head.py:EmbeddingHead.run", "the head is float32, and so are vectors"),
     Intended("float32", "engines/layers/pooling.py:*", "sums over a text's tokens: bfloat16 has 8 bits"),
     Intended("float32", "engines/loading/modules.py:*", "modules after pooling run on one row a text, in float32"),
     Intended("float32", "engines/models/cuda_graphs.py:_Graph.__call__", "vectors, copied from where graphs put them"),

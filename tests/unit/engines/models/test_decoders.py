@@ -12,7 +12,7 @@ from benchmarks.lib.engine_kit import Kit, assert_same, embed, encode
 from benchmarks.lib.workloads import SENTENCES
 from engines.layers import attention, blocked_attention
 from engines.layers.shared_prefix import SharedPrefixLayout
-from engines.models import transformer
+from engines.models import path_forms, transformer
 
 TASK = "Instruct: Given a web search query, retrieve relevant passages that answer the query\nQuery:"
 CAUSAL = ["qwen3-last", "qwen2-last", "mistral-last", "llama-mean"]
@@ -98,7 +98,7 @@ def test_attention_in_blocks_that_is_wrong_is_found_at_load(
 ) -> None:
     right = blocked_attention.blocked_attention
     monkeypatch.setattr(blocked_attention, "_NARROWEST", 1)
-    monkeypatch.setattr(transformer, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(path_forms, "onednn_is_faster", lambda: True)
     assert kit.load(kit.recipe_folder(name)).info.attention == "packed"
 
     monkeypatch.setattr(attention, "blocked_attention", lambda *args, **options: 1.01 * right(*args, **options))

@@ -1,0 +1,55 @@
+"""Runs the probes of the check at load in every form that the path in use has (`engines/models/verification.py`)."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from engines.inputs.token_ids import Ids
+from engines.layers.products import onednn_is_faster
+from engines.models.base import PathForm, Size
+
+
+class FormEncoder(Protocol):
+    """What can be made to run texts in one form or another; see `engines.models.transformer.TransformerEncoder`."""
+
+    def encode_batched(self, texts: Sequence[Ids]) -> Tensor:
+        """Returns rows `[forms, n, D]` of texts in one batch."""
+
+    def encode_single(self, text: Ids) -> Tensor:
+        """Returns rows `[forms, D]` of a text alone."""
+
+    def encode_forced(self, texts: Sequence[Ids]) -> Tensor:
+        """Returns rows `[n, D]` by the kernels of long texts, with tokens shared wherever that can be."""
+
+    def encode_fixed(self, texts: Sequence[Ids], size: Size) -> Tensor:
+        """Returns rows `[n, D]` by the recorded pass of a size."""
+
+
+def path_forms(
+    encoder: FormEncoder,
+    texts: Sequence[Ids],
+    full_rows: Iterable[tuple[Size, Sequence[int]]],
+    *,
+    takes_blocks: bool,
+    shares_tokens: bool,
+) -> Iterator[PathForm]:
+    """Runs texts in a batch and the first alone, by each kernel that such passes take; with attention in blocks, as
+    long texts have it, and with shared tokens; and in a full row of each size that has a recorded pass.
+
+    Args:
+        full_rows: the sizes of recorded passes, and which texts fill a row of each.
+        takes_blocks: whether attention on the path in use can run in blocks.
+        shares_tokens: whether texts there share the tokens that they begin with.
+    """
+    for vectors in encoder.encode_batched(texts):
+        yield PathForm(range(len(texts)), vectors)
+    for vector in encoder.encode_single(texts[0]):
+        yield PathForm([0], vector[None])
+    if takes_blocks and onednn_is_faster():
+        yield PathForm(range(len(texts)), encoder.encode_forced(texts), ", with attention in blocks,")
+    for row in (0, len(texts) - 1) if shares_tokens else ():
+        yield PathForm([row, row], encoder.encode_forced([texts[row]] * 2), ", with shared tokens,")
+    for size, rows in full_rows:
+        vectors = encoder.encode_fixed([texts[row] for row in rows], size)
+        yield PathForm(rows, vectors, f", in a row of {size.tokens} tokens,")
