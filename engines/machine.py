@@ -32,7 +32,7 @@ from engines.protocols import Loader
 from engines.spec import ModelSpec, Precision
 from engines.types import Budget, ModelFiles
 
-__all__ = ["LoaderSettings", "Machine", "MachineConfig", "find_devices", "measure_precisions"]
+__all__ = ["LoaderSettings", "Machine", "MachineConfig", "PoolPolicy", "find_devices", "measure_precisions"]
 
 # Up to this many cores, forward passes use them all; beyond, one is left to the event loop.
 _SHARED_CORES = 2

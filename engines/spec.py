@@ -18,6 +18,9 @@ Output = Literal["dense", "sparse", "multi_vector"]
 RerankTemplate = Literal["qwen3-reranker", "mxbai-rerank-v2", "bge-reranker-v2-gemma"]
 """The templates of causal rerankers whose own files do not state one; `engines/loading/rerank_templates.py`."""
 
+Eviction = Literal["lru", "cost"]
+"""Which model leaves memory first: the least recently used one, or the one whose absence is expected to cost least."""
+
 NEVER_IDLE = -1.0
 """`keep_alive_s` of a model that is never evicted for idleness."""
 

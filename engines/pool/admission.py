@@ -16,6 +16,7 @@ from engines.pool.eviction import (
     missing_bytes,
     never_fits,
     total_bytes,
+    victim_order,
     without_leaving,
 )
 from engines.pool.messages import ArmTimer, ReadMemory, StartLoad, StartLocate
@@ -205,9 +206,10 @@ class Admission:
         staying = without_leaving(charged)
         if missing_bytes(staying, need, limit) == 0:
             return False  # (2)
-        victims = choose_victims(staying, self._candidates(even_leased=False), need, limit)  # (3)
+        order = victim_order(self.state.rules, self.state.now_s)
+        victims = choose_victims(staying, self._candidates(even_leased=False), need, limit, order)  # (3)
         if victims is None and is_overdue:
-            victims = choose_victims(staying, self._candidates(even_leased=True), need, limit)  # (4)
+            victims = choose_victims(staying, self._candidates(even_leased=True), need, limit, order)  # (4)
         if victims and claimant is not None and self.state.now_s >= self.state.ceiling_until_s:
             self._read()  # the reading is old: other processes may hold the memory, and the evictions would be in vain
             return False

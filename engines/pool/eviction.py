@@ -7,7 +7,8 @@ The workspace of a model is that of as many of its batches as the device has thr
 whichever models, none larger than those of that model.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 from engines.pool.slot import LEAVING, NO_MEMORY, MemoryNeed, PoolPolicy, Slot
 
@@ -44,14 +45,43 @@ def can_be_victim(slot: Slot, rules: PoolPolicy, now_s: float, *, even_leased: b
     )
 
 
-def victim_order(slot: Slot) -> tuple[bool, int, float]:
+VictimOrder = Callable[[Slot], tuple[bool, float, float]]
+"""The key that sorts models, the first to leave first."""
+
+
+def victim_order(rules: PoolPolicy, now_s: float) -> VictimOrder:
+    """Returns the order in which models leave for others."""
+    return lru_order if rules.eviction == "lru" else partial(cost_order, rules=rules, now_s=now_s)
+
+
+def lru_order(slot: Slot) -> tuple[bool, float, float]:
     """Sorts idle before busy models, then least recently used (to the second), then fastest reload per byte."""
-    seconds_per_byte = (slot.load_s or 0.0) / max(1, slot.reserved.weight_bytes)
-    return bool(slot.leases), int(slot.used_at_s), seconds_per_byte
+    return bool(slot.leases), int(slot.used_at_s), _seconds_per_byte(slot)
+
+
+def cost_order(slot: Slot, *, rules: PoolPolicy, now_s: float) -> tuple[bool, float, float]:
+    """Sorts idle before busy models, then by the cost that their absence is expected to have for each byte freed.
+
+    That is the rate at which requests come (decayed, up to a factor that all models share) × the seconds of the last
+    load ÷ bytes. It is the ordering of a knapsack by value per size; with equal loads and sizes it is by frequency.
+    """
+    return (
+        bool(slot.leases),
+        slot.heat_now(now_s, rules.heat_decay_s) * _seconds_per_byte(slot),
+        slot.used_at_s,
+    )
+
+
+def _seconds_per_byte(slot: Slot) -> float:
+    return (slot.load_s or 0.0) / max(1, slot.reserved.weight_bytes)
 
 
 def choose_victims(
-    charged: Sequence[Slot], candidates: Iterable[Slot], need: MemoryNeed, limit_bytes: int
+    charged: Sequence[Slot],
+    candidates: Iterable[Slot],
+    need: MemoryNeed,
+    limit_bytes: int,
+    order: VictimOrder = lru_order,
 ) -> tuple[Slot, ...] | None:
     """Chooses as few `candidates` as possible, in eviction order, so that `need` fits; None if all are not enough.
 
@@ -59,7 +89,7 @@ def choose_victims(
     """
     staying = {slot.slot_id: slot for slot in charged}
     victims: list[Slot] = []
-    for slot in sorted(candidates, key=victim_order):
+    for slot in sorted(candidates, key=order):
         if total_bytes(charges(staying.values(), need)) <= limit_bytes:
             break
         del staying[slot.slot_id]

@@ -3,12 +3,13 @@
 They decide nothing and hold no engine; `EffectRunner` holds the engines by `slot_id`.
 """
 
+from math import exp
 from typing import Literal
 
 import msgspec
 from msgspec import Struct
 
-from engines.spec import ModelSpec
+from engines.spec import Eviction, ModelSpec
 from engines.types import ModelFiles, State
 
 EDGES: dict[State, frozenset[State]] = {
@@ -35,13 +36,17 @@ Work = Literal["locate", "fetch", "discard", "load", "warm", "unload"]
 """The asynchronous work that runs for a slot; at most one at a time."""
 
 
+HEAT_DECAY_S = 900.0
+"""How long a request speaks for the next one; `benchmarks.lifecycle.replay decay` compares other values."""
+
+
 class PoolPolicy(Struct, frozen=True, kw_only=True):
     """Tuning constants of the pool, in seconds.
 
     A loaded model stays for `min_residency_s`, or `residency_loads` times its load time if that is longer. A claim or a
     deficit is overdue after `overdue_after_s`. A reading of the device is valid for `reading_s`. `retry_*` are the
     (first, longest) delay of the quarantine, which doubles. `oom_growth` scales an estimate after an out-of-memory
-    error.
+    error. `eviction` orders victims; for `cost`, a request counts less by a factor of e after each `heat_decay_s`.
     """
 
     min_residency_s: float = 5.0
@@ -51,6 +56,8 @@ class PoolPolicy(Struct, frozen=True, kw_only=True):
     retry_s: tuple[float, float] = (10.0, 300.0)
     retry_denied_s: tuple[float, float] = (60.0, 1800.0)
     oom_growth: float = 1.5
+    eviction: Eviction = "lru"
+    heat_decay_s: float = HEAT_DECAY_S
 
 
 class MemoryNeed(Struct, frozen=True, kw_only=True):
@@ -141,7 +148,8 @@ class Slot(Struct, eq=False, kw_only=True):
     `claim`: the position in the queue for memory; set by the first request or preload and kept until the model is ready
     or has failed, even if the request is cancelled. `is_wanted`: a preload asked for the model, so a failed load is
     retried without a request. `claimed_at_s`: when it began to wait for memory. `evicted_for`: the last claimant that
-    it was evicted for. `estimated_bytes`: the estimate that its last load was admitted with.
+    it was evicted for. `estimated_bytes`: the estimate that its last load was admitted with. `heat`: the number of its
+    requests, each decayed by its age, as of `heat_at_s`.
     """
 
     slot_id: int
@@ -175,6 +183,8 @@ class Slot(Struct, eq=False, kw_only=True):
     loads: int = 0
     evictions: int = 0
     evicted_for: str | None = None
+    heat: float = 0.0
+    heat_at_s: float = 0.0
 
     failure: LoadFailure | None = None
     attempts: int = 0
@@ -204,6 +214,15 @@ class Slot(Struct, eq=False, kw_only=True):
     def idle_at_s(self) -> float:
         """When the idle time of the model ends. Valid only for `keep_alive_s >= 0`."""
         return self.used_at_s + self.keep_alive_s
+
+    def heat_up(self, now_s: float, decay_s: float) -> None:
+        """Counts a request."""
+        self.heat = self.heat * exp((self.heat_at_s - now_s) / decay_s) + 1.0
+        self.heat_at_s = now_s
+
+    def heat_now(self, now_s: float, decay_s: float) -> float:
+        """Returns the decayed number of requests: `decay_s` times the rate at which they come."""
+        return self.heat * exp((self.heat_at_s - now_s) / decay_s)
 
     def evictable_from_s(self, rules: PoolPolicy) -> float:
         """Returns the end of its minimum residency; before it, the model is not evicted for a claim."""

@@ -89,6 +89,7 @@ def _replace(state: PoolState, old: Slot, spec: ModelSpec) -> None:
     new = state.add_slot(spec)
     new.operator_pin, new.is_wanted = old.operator_pin, old.is_wanted
     new.loads, new.evictions, new.claim = old.loads, old.evictions, old.claim
+    new.heat, new.heat_at_s = old.heat, old.heat_at_s
     if old.state == "ready" or (old.state == "failed" and old.is_wanted):
         state.make_claim(new)
     for waiter in old.waiters.values():
@@ -170,6 +171,7 @@ class PoolStateMachine:
         if slot is None:
             self.state.effects.append(Fail(event.waiter_id, not_found(event.model_id)))  # (2)
             return True
+        slot.heat_up(self.state.now_s, self.state.rules.heat_decay_s)
         if slot.state == "ready":
             self.state.grant(slot, waiter)  # (3)
             return True

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 
 from engines.pool.admission import claimed_bytes
-from engines.pool.eviction import charges, choose_victims, missing_bytes, total_bytes, victim_order
+from engines.pool.eviction import VictimOrder, charges, choose_victims, missing_bytes, total_bytes, victim_order
 from engines.pool.reasons import blocked_by_pinned, known_bytes
 from engines.pool.slot import CHARGED, LEAVING, NO_MEMORY, Slot
 from engines.pool.state import PoolState
@@ -75,7 +75,7 @@ class StatusView:
             free_bytes=max(0, state.budget_bytes - used - workspace),
             claimed_bytes=claimed_bytes(state),
             ceiling_bytes=state.ceiling_bytes if now_s < state.ceiling_until_s + _CEILING_S else None,
-            residents=residents(charged),
+            residents=residents(charged, victim_order(state.rules, now_s)),
             models=tuple(
                 self.status(slot, engines.get(slot.slot_id), state.blocked) for slot in state.current.values()
             ),
@@ -100,14 +100,14 @@ class StatusView:
         )
 
 
-def residents(charged: Iterable[Slot]) -> tuple[str, ...]:
+def residents(charged: Iterable[Slot], order: VictimOrder) -> tuple[str, ...]:
     """Returns model ids in eviction order: leaving, ready, loading, and last pinned models."""
 
-    def order(slot: Slot) -> tuple[int, tuple[bool, int, float]]:
+    def place(slot: Slot) -> tuple[int, tuple[bool, float, float]]:
         rank = 0 if slot.state in LEAVING else 3 if slot.is_pinned else 1 if slot.state == "ready" else 2
-        return rank, victim_order(slot)
+        return rank, order(slot)
 
-    return tuple(slot.model_id for slot in sorted(charged, key=order))
+    return tuple(slot.model_id for slot in sorted(charged, key=place))
 
 
 def predict_load(state: PoolState, slot: Slot) -> tuple[Sequence[Slot], bool, str]:
@@ -130,7 +130,8 @@ def predict_load(state: PoolState, slot: Slot) -> tuple[Sequence[Slot], bool, st
     missing = missing_bytes(staying, need, budget)
     if missing == 0:
         return (), True, "fits in free memory"  # (5)
-    victims = choose_victims(staying, [other for other in staying if not other.is_pinned], need, budget)
+    order = victim_order(state.rules, state.now_s)
+    victims = choose_victims(staying, [other for other in staying if not other.is_pinned], need, budget, order)
     if victims is None:
         return (), False, blocked_by_pinned(slot, total_bytes(charges(pinned)), budget)  # (3)
     return victims, True, f"{format_bytes(missing)} are missing; other models are evicted once idle"  # (6)

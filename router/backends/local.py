@@ -219,7 +219,8 @@ def open_local_backend(settings: Settings, registry: Registry) -> LocalBackend:
     from engines.machine import Machine  # late: torch takes seconds to import
 
     budget = settings.memory_budget or registry.memory_budget
-    machine = Machine(machine_config(settings, budget, settings.device, usable_cores()), registry.models)
+    config = machine_config(settings, budget, settings.device, usable_cores(), registry.eviction)
+    machine = Machine(config, registry.models)
     return LocalBackend(machine.hosts, registry.models, machine.close)
 
 

@@ -7,7 +7,7 @@ from msgspec import Struct, structs
 
 from engines.host import Host
 from engines.rpc.messages import Generation
-from engines.spec import ModelSpec
+from engines.spec import Eviction, ModelSpec
 from engines.types import Budget
 from router.config.settings import Settings, usable_cores
 
@@ -36,11 +36,14 @@ class WorkerConfig(Struct, frozen=True, kw_only=True):
     settings: Settings
     open: Callable[["WorkerConfig", CrashNote], Host]
     generation: Generation = Generation()
+    eviction: Eviction = "lru"
 
 
-def machine_config(settings: Settings, budget: Budget, devices: tuple[str, ...], cores: int) -> "MachineConfig":
+def machine_config(
+    settings: Settings, budget: Budget, devices: tuple[str, ...], cores: int, eviction: Eviction
+) -> "MachineConfig":
     """Derive the `MachineConfig` from the settings."""
-    from engines.machine import LoaderSettings, MachineConfig  # late: torch takes seconds to import
+    from engines.machine import LoaderSettings, MachineConfig, PoolPolicy  # late: torch takes seconds to import
 
     return MachineConfig(
         devices=devices,
@@ -49,6 +52,7 @@ def machine_config(settings: Settings, budget: Budget, devices: tuple[str, ...],
         tokenizer_threads=settings.thread_pool_size,
         state_folder=settings.state_dir,
         watchdog_s=settings.watchdog_seconds,
+        rules=PoolPolicy(eviction=eviction),
         loader=LoaderSettings(
             max_batch_tokens=settings.max_batch_tokens,
             max_batch_items=settings.max_batch_size,
@@ -69,7 +73,7 @@ def open_real_host(config: WorkerConfig, note: CrashNote) -> Host:
     from engines.machine import Machine, find_devices  # late, as above
 
     device = find_devices((config.device,))[0]
-    machine = machine_config(config.settings, config.budget, (device,), config.cores)
+    machine = machine_config(config.settings, config.budget, (device,), config.cores, config.eviction)
     return Machine(structs.replace(machine, host_id=config.host_id, note=note), config.specs).hosts[0]
 
 

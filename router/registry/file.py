@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from engines.spec import Dtype, RerankTemplate, Task, Truncate
+from engines.spec import Dtype, Eviction, RerankTemplate, Task, Truncate
 from router.config.quantities import (
     BUDGET_PATTERN,
     DEVICE_PATTERN,
@@ -160,9 +160,10 @@ Poolings = Annotated[list[PoolingName], Meta(min_length=1)]
 
 
 class MemorySection(Struct, forbid_unknown_fields=True, kw_only=True):
-    """The memory that models may use."""
+    """The memory that models may use, and which of them leaves it first."""
 
     budget: MemoryBudget
+    eviction: Eviction | UnsetType = UNSET
 
 
 class MatryoshkaRule(Struct, forbid_unknown_fields=True, kw_only=True):

@@ -18,7 +18,10 @@ MEANINGS = {
     "version": "Version of the file format.",
     "models": "The models to serve.",
     "default_model": "Name or alias of the model for requests without `model`. Default: none, so `model` is required.",
-    "memory": "The memory that models may use.",
+    "memory": "The memory that models may use, and which of them leaves it first.",
+    "eviction": "Which model leaves memory first. lru: the least recently used one. cost: the one whose absence is "
+    "expected to cost least, by the requests that it gets, the seconds that it takes to load and its bytes. Default: "
+    "lru. A change needs a restart.",
     "backend": "Where the models run: local (in the server process), process (one worker process per device) or ray "
     "(hosts on a Ray cluster). Default: process with several GPUs, else local. Overridden by the environment variable "
     "BACKEND.",

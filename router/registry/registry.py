@@ -16,7 +16,7 @@ import msgspec
 from msgspec import UNSET, Struct, UnsetType, structs
 
 from engines.errors import InvalidValue, ModelNotFound
-from engines.spec import Calibration, Matryoshka, ModelSpec, is_same_engine
+from engines.spec import Calibration, Eviction, Matryoshka, ModelSpec, is_same_engine
 from engines.types import Budget
 from router.config.quantities import parse_budget, parse_cache_bytes, parse_keep_alive_s
 from router.config.yaml_document import FileError, Mistake, read_document, read_text
@@ -119,6 +119,7 @@ class Registry(Struct, frozen=True, kw_only=True):
     version: int = 1
     default_model: str | None = None
     memory_budget: Budget = DEFAULT_BUDGET
+    eviction: Eviction = "lru"
     backend: str | None = None
     models: dict[str, ModelSpec] = {}
     aliases: dict[str, str] = {}
@@ -215,6 +216,7 @@ def _to_registry(file: RegistryFile) -> Registry:
         version=file.version,
         default_model=aliases.get(default, default) if default else None,
         memory_budget=parse_budget(file.memory.budget) if file.memory else DEFAULT_BUDGET,
+        eviction=(file.memory.eviction if file.memory else UNSET) or "lru",
         backend=file.backend or None,
         models=models,
         aliases=aliases,

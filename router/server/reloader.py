@@ -164,6 +164,8 @@ class Reloader:
         registry = await asyncio.to_thread(open_registry, self._settings, needs_file=needs_file)
         changes = diff(self._server_state.registry, registry)
         await self._server_state.backend.reload(registry.models, self._new_budget(registry, changes))
+        if registry.eviction != self._server_state.registry.eviction:
+            log.warning("registry.needs_restart", key="memory.eviction")
         self._server_state.registry = registry
         if not changes.is_empty:
             log.info("registry.reloaded", **structs.asdict(changes))

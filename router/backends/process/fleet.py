@@ -85,6 +85,7 @@ def _worker_configs(device: str, settings: Settings, registry: Registry, num_dev
             budget=divide_budget(budget, hosts),
             settings=settings,
             open=open_real_host,
+            eviction=registry.eviction,
         )
         for index in range(hosts)
     ]

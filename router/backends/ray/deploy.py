@@ -106,6 +106,7 @@ def worker_config_of(settings: Settings, registry: Registry, plan: DeploymentPla
         budget=settings.memory_budget or registry.memory_budget,
         settings=settings,
         open=open_real_host,
+        eviction=registry.eviction,
         generation=first_generation(registry.models),
     )
 

@@ -9,7 +9,7 @@ from engines.pool import admission, eviction
 from engines.pool import state as pool_state
 from engines.pool.admission import next_deadlines
 from engines.pool.completions import CompletionHandlers
-from engines.pool.eviction import can_be_victim, victim_order
+from engines.pool.eviction import VictimOrder, can_be_victim
 from engines.pool.messages import BudgetChanged, Fail, LeaseCancelled, LeaseRequested, StartLoad
 from engines.pool.slot import CHARGED, MemoryNeed, PoolPolicy, Slot, Waiter
 from engines.pool.state import PoolState
@@ -110,10 +110,10 @@ def eviction_that_still_does_not_fit(patch: Patch) -> None:
     """All candidates are evicted even if the claim still does not fit."""
 
     def mutant(
-        charged: list[Slot], candidates: list[Slot], need: MemoryNeed, limit_bytes: int
+        charged: list[Slot], candidates: list[Slot], need: MemoryNeed, limit_bytes: int, order: VictimOrder
     ) -> tuple[Slot, ...] | None:
-        chosen = eviction.choose_victims(charged, candidates, need, limit_bytes)
-        return tuple(sorted(candidates, key=victim_order)) if chosen is None else chosen
+        chosen = eviction.choose_victims(charged, candidates, need, limit_bytes, order)
+        return tuple(sorted(candidates, key=order)) if chosen is None else chosen
 
     patch.setattr(admission, "choose_victims", mutant)
 
