@@ -81,7 +81,7 @@ def create_app(
     server_state = ServerState(settings, registry, backend, open_keyring(settings), int(wall_clock()))
     reloader = Reloader(server_state)
     recorder, traffic = MetricsRecorder(), Traffic()
-    observers = open_observers(settings, recorder, traffic)
+    observers = open_observers(settings, recorder, traffic, backend.snapshots)
     limiter = Limiter(settings, open_store(settings, limit_clock))
     parts = {
         "server_state": server_state,

@@ -19,6 +19,7 @@ SUMMARIES = {
     "models": "Show the models of the registry.",
     "pull": "Download models ahead of time.",
     "plan": "Predict what loading models would need, without loading them.",
+    "replay": "Replay a day's requests with other budgets and orders of eviction.",
     "precision": "Measure what a reduced dtype of a model costs and gains on this machine.",
     "calibrate": "Compute a model's ranges for int8 vectors.",
     "keys": "Create, list and revoke API keys.",

@@ -72,6 +72,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     log_format: str = "auto"
     log_level: str = "info"
     otlp_endpoint: str | None = None
+    replay_trace: Path | None = None
     state_dir: Path = field(default_factory=lambda: Path(_STATE_DIR).expanduser())
     max_body_bytes: int = 64 * 2**20
     cors_origins: tuple[str, ...] = ()
@@ -138,6 +139,7 @@ VARIABLES = (
     Variable.of("LOG_FORMAT", values.one_of("auto", "console", "json")),
     Variable.of("LOG_LEVEL", values.one_of("debug", "info", "warning", "error")),
     Variable("OTEL_EXPORTER_OTLP_ENDPOINT", values.web_address, "otlp_endpoint"),
+    Variable.of("REPLAY_TRACE", values.path),
     Variable.of("STATE_DIR", values.path, default=_STATE_DIR),
     Variable.of("MAX_BODY_BYTES", values.size_bytes),
     Variable.of("CORS_ORIGINS", values.origins),

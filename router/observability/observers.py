@@ -1,8 +1,10 @@
 """`Observers`: passes every request to metrics, traffic, log and traces, once, when it has ended."""
 
 import asyncio
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
+from engines.types import HostSnapshot
 from router.config.settings import Settings, SettingsError
 from router.observability.logs import log_request
 from router.observability.recorder import MetricsRecorder
@@ -16,42 +18,55 @@ _NOT_INSTALLED = (
 
 
 class TraceRecorder(Protocol):
-    """The interface of `Traces`; a protocol, because OpenTelemetry is optional."""
+    """The interface of `Traces`, because OpenTelemetry is optional, and of `ReplayTrace`."""
 
     def record(self, context: RequestContext) -> None:
-        """Export a request that has ended."""
+        """Record a request that has ended."""
 
     def close(self) -> None:
-        """Send what is left; may block for seconds."""
+        """Send or write what is left; may block for seconds."""
 
 
-def open_observers(settings: Settings, recorder: MetricsRecorder, traffic: Traffic) -> "Observers":
-    """Create the observers; with traces when the settings name a collector.
+def open_observers(
+    settings: Settings, recorder: MetricsRecorder, traffic: Traffic, snapshots: Callable[[], Iterable[HostSnapshot]]
+) -> "Observers":
+    """Create the observers; with traces when the settings name a collector, or a file to replay from.
+
+    Args:
+        snapshots: of the hosts.
 
     Raises:
-        SettingsError: a collector is set, but OpenTelemetry is not installed.
+        SettingsError: a collector is set, but OpenTelemetry is not installed; or the file cannot be written.
     """
-    if settings.otlp_endpoint is None:
-        return Observers(recorder, traffic)
-    try:
-        from router.observability.tracing import open_traces
-    except ImportError as error:
-        raise SettingsError((_NOT_INSTALLED,)) from error
-    return Observers(recorder, traffic, open_traces(settings.otlp_endpoint, embedyard_version()))
+    recorders: list[TraceRecorder] = []
+    if settings.otlp_endpoint is not None:
+        try:
+            from router.observability.tracing import open_traces
+        except ImportError as error:
+            raise SettingsError((_NOT_INSTALLED,)) from error
+        recorders.append(open_traces(settings.otlp_endpoint, embedyard_version()))
+    if settings.replay_trace is not None:
+        from router.observability.replay_trace import ReplayTrace  # late: few servers write one
+
+        try:
+            recorders.append(ReplayTrace(settings.replay_trace, snapshots))
+        except OSError as error:
+            raise SettingsError((f"REPLAY_TRACE cannot be written: {error.strerror}",)) from error
+    return Observers(recorder, traffic, recorders)
 
 
 class Observers:
     """Calls all observers."""
 
-    def __init__(self, recorder: MetricsRecorder, traffic: Traffic, traces: TraceRecorder | None = None) -> None:
+    def __init__(self, recorder: MetricsRecorder, traffic: Traffic, traces: Sequence[TraceRecorder] = ()) -> None:
         self._recorder = recorder
         self._traffic = traffic
         self._traces = traces
 
     async def aclose(self) -> None:
-        """Send the remaining traces."""
-        if self._traces is not None:
-            await asyncio.to_thread(self._traces.close)
+        """Send and write the remaining traces."""
+        for traces in self._traces:
+            await asyncio.to_thread(traces.close)
 
     def begin(self, context: RequestContext) -> None:
         """Count a request as in flight."""
@@ -60,8 +75,8 @@ class Observers:
     def end(self, context: RequestContext) -> None:
         """Record a request that was answered, or whose client has disconnected."""
         self._recorder.in_flight.dec()
-        if self._traces is not None:
-            self._traces.record(context)
+        for traces in self._traces:
+            traces.record(context)
         log_request(context)
         self._recorder.record(context)
         self._traffic.record(context)

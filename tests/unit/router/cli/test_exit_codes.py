@@ -31,6 +31,7 @@ CASES = {
     ("pull", 2): ["pull", "none"],
     ("plan", 1): ["plan", "gpu"],
     ("plan", 2): ["plan", "none"],
+    ("replay", 2): ["replay", "none.jsonl"],
     ("precision", 1): ["precision", "gone"],
     ("precision", 2): ["precision", "none"],
     ("calibrate", 2): ["calibrate", "gpu", "none.txt"],

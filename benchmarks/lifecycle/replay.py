@@ -1,0 +1,163 @@
+"""Compares orders of eviction with each other and with the best possible one, on the traces of `benchmarks/traces`.
+
+    python -m benchmarks.lifecycle.replay policies
+    python -m benchmarks.lifecycle.replay decay
+
+`policies`: seconds spent loading by `lru` and by `cost`, for three budgets, as a multiple of the least that any order
+could do which knows the future. That bound is computed over all sets of models that fit: a model may leave at any
+moment, even while it is used, so that it is lower than what the pool's rules allow. `decay`: the same by how long a
+request speaks for the next one (`engines.pool.slot.HEAT_DECAY_S`).
+"""
+
+import argparse
+from collections.abc import Sequence
+
+import numpy as np
+from msgspec import Struct
+from numpy.typing import NDArray
+
+from benchmarks.lib.machine import Watch
+from benchmarks.lib.report import RESULTS, Report, publish, run_command
+from benchmarks.lib.traces import TRACES, make
+from engines.replay import PoolPolicy, replay
+from engines.spec import Eviction
+from engines.trace import Trace
+from engines.types import format_bytes
+
+SHARES = (0.4, 0.6, 0.8)
+"""Budgets, as shares of what all models of a trace need together; at least what the largest needs."""
+
+DECAYS_S = (60.0, 300.0, 900.0, 3600.0, 14_400.0)
+POLICIES: tuple[Eviction, ...] = ("lru", "cost")
+
+
+class Case(Struct, frozen=True):
+    """A trace and a budget."""
+
+    name: str
+    trace: Trace
+    budget_bytes: int
+
+
+def cases() -> list[Case]:
+    """Make all cases."""
+    found = []
+    for name in TRACES:
+        trace = make(name)
+        largest = max(model.weight_bytes + model.workspace_bytes for model in trace.models.values())
+        budgets = sorted({max(largest, int(share * trace.resident_bytes)) for share in SHARES})
+        found += [Case(name, trace, budget) for budget in budgets]
+    return found
+
+
+def least_loading_s(trace: Trace, budget_bytes: int) -> float:
+    """Return the least seconds that loads can take together for a sequence of requests that is known in advance.
+
+    Dynamic programming over the sets of models in memory: at a request for a model that is not there, any set that
+    contains it, fits, and has nothing else that was not there may follow. Belady's rule is the case of equal sizes and
+    costs (L. A. Belady, 1966); with different ones no rule of its kind is optimal, so that all sets are tried.
+    """
+    models = list(trace.models.values())
+    places = {model.model_id: place for place, model in enumerate(models)}
+    sets = np.arange(2 ** len(models))
+    weights = sum(((sets >> place & 1) * model.weight_bytes for place, model in enumerate(models)), np.zeros_like(sets))
+    workspaces = np.max([(sets >> place & 1) * model.workspace_bytes for place, model in enumerate(models)], axis=0)
+    fits = weights + workspaces <= budget_bytes
+    cost: NDArray[np.float64] = np.full(len(sets), np.inf)
+    cost[0] = 0.0
+    last = -1
+    for request in trace.requests:
+        place = places[request.model_id]
+        if place != last:
+            cost = _after(cost, place, models[place].load_s, fits, sets)
+        last = place
+    return float(cost.min())
+
+
+def _after(
+    cost: NDArray[np.float64], place: int, load_s: float, fits: NDArray[np.bool_], sets: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Return the least cost of each set of models after a request for the model at a place."""
+    has = (sets >> place & 1).astype(bool)
+    reachable = np.where(has, np.inf, cost)
+    for other in range(len(sets).bit_length() - 1):  # of each set, the least cost of all sets that contain it
+        pairs = reachable.reshape(-1, 2, 1 << other)
+        np.minimum(pairs[:, 0], pairs[:, 1], out=pairs[:, 0])
+    loaded = np.full_like(cost, np.inf)
+    loaded[has] = reachable[sets[has] & ~(1 << place)] + load_s
+    loaded[~fits] = np.inf
+    return np.minimum(loaded, np.where(has, cost, np.inf))
+
+
+def run_policies() -> Report:
+    """Compare the orders of eviction."""
+    watch = Watch()
+    rows, samples = [], []
+    for case in cases():
+        least = least_loading_s(case.trace, case.budget_bytes)
+        cells = [case.name, format_bytes(case.budget_bytes), f"{least:,.0f} s"]
+        for policy in POLICIES:
+            result = replay(case.trace, budget_bytes=case.budget_bytes, rules=PoolPolicy(eviction=policy))
+            cells += [
+                f"{result.loading_s / least:.2f}",
+                f"{result.waited_s:,.0f} s",
+                f"{result.cold_wait_s(0.95):.1f} s",
+            ]
+            samples.append({
+                "trace": case.name, "budget_bytes": case.budget_bytes, "policy": policy, "least_s": least,
+                "loading_s": result.loading_s, "waited_s": result.waited_s, "reloads": result.reloads,
+            })  # fmt: skip
+        rows.append(tuple(cells))
+    columns = [f"{policy}: {what}" for policy in POLICIES for what in ("loading, × the least", "waited", "p95 cold")]
+    return Report(
+        name="replay",
+        title="Orders of eviction on four days of requests, in virtual time",
+        machine=watch.machine,
+        settings={"shares": SHARES},
+        header=("trace", "budget", "least loading", *columns),
+        rows=rows,
+        samples={"replays": samples},
+        notes=("virtual time: the figures are the same on every machine",),
+    )
+
+
+def run_decay() -> Report:
+    """Compare how long a request speaks for the next one."""
+    watch = Watch()
+    rows = []
+    for case in cases():
+        cells = [case.name, format_bytes(case.budget_bytes)]
+        for decay_s in DECAYS_S:
+            rules = PoolPolicy(eviction="cost", heat_decay_s=decay_s)
+            result = replay(case.trace, budget_bytes=case.budget_bytes, rules=rules)
+            cells.append(f"{result.loading_s:,.0f} s")
+        rows.append(tuple(cells))
+    return Report(
+        name="replay-decay",
+        title="Seconds spent loading with `eviction: cost`, by the decay of requests",
+        machine=watch.machine,
+        settings={"shares": SHARES},
+        header=("trace", "budget", *(f"{decay_s:g} s" for decay_s in DECAYS_S)),
+        rows=rows,
+        samples={},
+        notes=("virtual time: the figures are the same on every machine",),
+    )
+
+
+def _main(argv: Sequence[str], kind: str) -> None:
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.lifecycle.replay {kind}", description=__doc__)
+    parser.add_argument("--no-save", dest="results", action="store_const", const=None, default=RESULTS)
+    asked = parser.parse_args(argv)
+    publish(run_policies() if kind == "policies" else run_decay(), asked.results)
+
+
+def main() -> None:
+    """Run the requested command."""
+    run_command({
+        "policies": lambda argv: _main(argv, "policies"),
+        "decay": lambda argv: _main(argv, "decay"),
+    })  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""`ReplayTrace`: writes which model was asked when to a file, for `embedyard replay`. No text, no key."""
+
+import queue
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import BinaryIO
+
+import structlog
+
+from engines.trace import TraceModel, TraceRequest, encode_line
+from engines.types import HostSnapshot
+from router.observability.request_context import RequestContext
+
+log = structlog.get_logger()
+
+MAX_FILE_BYTES = 256 * 2**20
+"""About two million requests. A full file is renamed to `NAME.1`, whose predecessor is lost."""
+
+_MAX_WAITING = 65_536
+"""Lines that may wait for the disk; further ones are dropped."""
+
+_FULL_STAGES = frozenset({"tokenize", "queue", "forward", "encode"})
+"""The stages of a request during which its model may not leave."""
+
+
+class ReplayTrace:
+    """Appends to a file from a thread of its own.
+
+    Args:
+        path: of the file; what it has already is kept.
+        snapshots: of the hosts; called at a model's first request.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+
+    def __init__(
+        self, path: Path, snapshots: Callable[[], Iterable[HostSnapshot]], *, max_bytes: int = MAX_FILE_BYTES
+    ) -> None:
+        self._path = path
+        self._snapshots = snapshots
+        self._max_bytes = max_bytes
+        self._known: dict[str, TraceModel] = {}
+        self._lines: queue.Queue[bytes | None] = queue.Queue(_MAX_WAITING)
+        self._dropped = 0
+        self._file: BinaryIO = path.open("ab")
+        self._thread = threading.Thread(target=self._write, name="replay-trace", daemon=True)
+        self._thread.start()
+
+    def record(self, context: RequestContext) -> None:
+        """Write a request that was answered by a model, and before the first of a model what that took."""
+        if context.answer is None:
+            return
+        model_id = context.model
+        if model_id not in self._known and (described := describe(model_id, self._snapshots())) is not None:
+            self._known[model_id] = described
+            self._put(encode_line(described))
+        seconds = sum(stage.seconds for stage in context.stages if stage.name in _FULL_STAGES)
+        self._put(
+            encode_line(
+                TraceRequest(
+                    at_s=round(context.began_ns / 1e9, 3),
+                    model_id=model_id,
+                    tokens=sum(context.answer.token_counts),
+                    seconds=round(seconds, 4),
+                )
+            )
+        )
+
+    def close(self) -> None:
+        """Write what waits, and close the file; blocks."""
+        self._lines.put(None)
+        self._thread.join()
+        self._file.close()
+        if self._dropped:
+            log.warning("replay.lines_dropped", count=self._dropped)
+
+    def _put(self, line: bytes) -> None:
+        try:
+            self._lines.put_nowait(line)
+        except queue.Full:
+            self._dropped += 1
+
+    def _write(self) -> None:
+        while (line := self._lines.get()) is not None:
+            try:
+                self._file.write(line)
+                if self._lines.empty():
+                    self._file.flush()
+                if self._file.tell() >= self._max_bytes:
+                    self._rotate()
+            except OSError as error:
+                self._dropped += 1
+                log.warning("replay.not_written", reason=error.strerror or type(error).__name__)
+
+    def _rotate(self) -> None:
+        """Begin a new file, with what is known of the models."""
+        self._file.close()
+        self._path.replace(f"{self._path}.1")
+        self._file = self._path.open("ab")
+        for model in list(self._known.values()):
+            self._file.write(encode_line(model))
+
+
+def describe(model_id: str, snapshots: Iterable[HostSnapshot]) -> TraceModel | None:
+    """Return what a model took when it was loaded, by the host where it took longest; None while none has it."""
+    loaded = [
+        status
+        for host in snapshots
+        for status in host.models
+        if status.model_id == model_id and status.load_s is not None and status.weight_bytes
+    ]
+    if not loaded:
+        return None
+    status = max(loaded, key=lambda status: status.load_s or 0.0)
+    return TraceModel(
+        model_id=model_id,
+        weight_bytes=status.weight_bytes,
+        workspace_bytes=status.workspace_bytes,
+        load_s=round(status.load_s or 0.0, 3),
+    )

@@ -1,0 +1,107 @@
+"""Replays of a trace: what the pool's rules would have made of a day."""
+
+import pytest
+
+from benchmarks.lib.traces import TRACES, make
+from benchmarks.lifecycle.replay import least_loading_s
+from engines.pool.slot import PoolPolicy
+from engines.replay import replay
+from engines.trace import Trace, TraceModel, TraceRequest
+
+ANY = PoolPolicy(min_residency_s=0.0, residency_loads=0.0)
+
+
+def trace(*requests: tuple[float, str], seconds: float = 0.1, **load_s: float) -> Trace:
+    """Models of 100 bytes with a workspace of 10, and requests `(time, model)`."""
+    models = {
+        name: TraceModel(model_id=name, weight_bytes=100, workspace_bytes=10, load_s=seconds)
+        for name, seconds in load_s.items()
+    }
+    return Trace(models, [TraceRequest(at_s=1e9 + at_s, model_id=name, seconds=seconds) for at_s, name in requests])
+
+
+def test_a_model_is_loaded_once_and_only_the_first_request_waits() -> None:
+    result = replay(trace((0, "a"), (10, "a"), (20, "a"), a=2.0), budget_bytes=110)
+
+    assert (result.requests, result.loads, result.reloads, result.failed) == (3, 1, 0, 0)
+    assert result.cold_waits_s == (2.0,)
+    assert result.loading_s == 2.0
+    assert result.peak_bytes == 110
+
+
+def test_requests_that_come_during_a_load_wait_for_its_rest() -> None:
+    result = replay(trace((0, "a"), (0.5, "a"), (1.5, "a"), a=2.0), budget_bytes=110)
+
+    assert result.cold_waits_s == pytest.approx((0.5, 1.5, 2.0))
+
+
+def test_two_models_with_room_for_one_take_turns_and_with_room_for_both_do_not() -> None:
+    day = trace(*((10.0 * at, "ab"[at % 2]) for at in range(6)), a=1.0, b=1.0)
+
+    narrow, wide = replay(day, budget_bytes=110, rules=ANY), replay(day, budget_bytes=day.resident_bytes, rules=ANY)
+
+    assert (narrow.loads, narrow.reloads) == (6, 4)
+    assert (wide.loads, wide.reloads) == (2, 0)
+    assert day.resident_bytes == 210
+
+
+def test_a_request_that_runs_keeps_its_model_until_it_ends() -> None:
+    result = replay(trace((0, "a"), (2, "b"), seconds=5.0, a=1.0, b=1.0), budget_bytes=110, rules=ANY)
+
+    assert result.cold_waits_s == pytest.approx((1.0, 5.0))  # a runs from 1 to 6; b is ready at 7
+
+
+def test_a_pinned_model_never_leaves_and_others_that_need_its_place_fail() -> None:
+    result = replay(trace((0, "a"), (10, "b"), (20, "a"), a=1.0, b=1.0), budget_bytes=110, pinned=["a"])
+
+    assert (result.requests, result.failed, result.reloads) == (2, 1, 0)
+
+
+def test_a_model_that_is_asked_often_is_kept_by_cost_and_lost_by_recency() -> None:
+    asked = [(float(at), "often") for at in range(100)] + [(101.0, "rare"), (110.0, "new"), (120.0, "often")]
+    day = trace(*asked, often=1.0, rare=1.0, new=1.0)
+
+    lru = replay(day, budget_bytes=210, rules=PoolPolicy(min_residency_s=0, residency_loads=0, eviction="lru"))
+    cost = replay(day, budget_bytes=210, rules=PoolPolicy(min_residency_s=0, residency_loads=0, eviction="cost"))
+
+    assert (lru.reloads, cost.reloads) == (1, 0)
+
+
+def test_a_request_for_a_model_of_unknown_size_is_refused() -> None:
+    day = Trace({}, [TraceRequest(at_s=0.0, model_id="a")])
+
+    with pytest.raises(ValueError, match="does not say how large a is"):
+        replay(day, budget_bytes=100)
+
+
+def test_a_day_without_requests_costs_nothing() -> None:
+    result = replay(trace(a=1.0), budget_bytes=110)
+
+    assert (result.requests, result.loads, result.waited_s, result.cold_wait_s(0.95)) == (0, 0, 0.0, 0.0)
+
+
+def test_the_least_loading_of_equal_models_is_that_of_belady() -> None:
+    """Room for two of three. Belady keeps what is asked next: a b c a b c loads a, b, c, then b once more."""
+    day = trace(*((float(at), name) for at, name in enumerate("abcabc")), a=1.0, b=1.0, c=1.0)
+
+    assert least_loading_s(day, 210) == 4.0
+    assert least_loading_s(day, 310) == 3.0
+    assert least_loading_s(day, 110) == 6.0
+
+
+def test_the_least_loading_keeps_the_model_that_is_dear_to_load() -> None:
+    day = trace(*((float(at), name) for at, name in enumerate("abcab")), a=9.0, b=1.0, c=1.0)
+
+    assert least_loading_s(day, 210) == 9 + 1 + 1 + 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRACES)
+def test_on_every_shipped_trace_all_requests_are_answered_by_both_orders(name: str) -> None:
+    day = make(name)
+
+    for rules in (PoolPolicy(), PoolPolicy(eviction="cost")):
+        result = replay(day, budget_bytes=int(0.8 * day.resident_bytes), rules=rules)
+
+        assert (result.requests, result.failed) == (len(day.requests), 0)
+        assert result.peak_bytes <= 0.8 * day.resident_bytes
