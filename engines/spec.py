@@ -82,6 +82,8 @@ class Precision(Struct, frozen=True, kw_only=True):
 class ModelSpec(Struct, frozen=True, kw_only=True):
     """One model of the registry, defaults applied. `None` means: the value from the model's own files.
 
+    `preload_at`: a time in cron's words at which it is loaded, in local time.
+
     `min_cosine`: the least that a reduced `dtype` may reach against float32 (`engines/precision.py`).
 
     `replicas`: the maximum number of hosts that hold a busy model at the same time.
@@ -111,6 +113,7 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
     keep_alive_s: float = NEVER_IDLE
     pinned: bool = False
     preload: bool = False
+    preload_at: str | None = None
     replicas: int = 1
     trust_remote_code: bool = False
     max_batch_tokens: int | None = None
@@ -125,7 +128,17 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
 
 
 IN_PLACE = frozenset(
-    {"keep_alive_s", "pinned", "preload", "replicas", "description", "license", "token_encoding", "calibration"}
+    {
+        "keep_alive_s",
+        "pinned",
+        "preload",
+        "preload_at",
+        "replicas",
+        "description",
+        "license",
+        "token_encoding",
+        "calibration",
+    }
 )
 """The fields of a `ModelSpec` that change without a reload, as no engine reads them. Every other field affects vectors
 or memory (`max_batch_tokens` too: the workspace was measured for it), so changing it loads a new generation."""

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 
 from litestar import Controller, Litestar
 from litestar.config.cors import CORSConfig
@@ -40,6 +40,7 @@ from router.registry.registry import Registry
 from router.server.application import Application
 from router.server.background import background_tasks
 from router.server.reloader import Reloader, open_keyring, watched_keys
+from router.server.schedule import run_schedule
 from router.server.state import ServerState, provide_spec
 
 _CONTROLLERS = (
@@ -117,14 +118,15 @@ def _lifespan(
     @asynccontextmanager
     async def lifespan(_: Litestar) -> AsyncIterator[None]:
         await server_state.backend.start()
-        watch = asyncio.create_task(reloader.watch()) if reloader else None
+        tasks = [asyncio.create_task(run_schedule(server_state))]
+        if reloader is not None:
+            tasks.append(asyncio.create_task(reloader.watch()))
         try:
             yield
         finally:
-            if watch is not None:
-                watch.cancel()
-                with suppress(asyncio.CancelledError):
-                    await watch
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             await server_state.close()
 
     return lifespan

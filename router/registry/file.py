@@ -6,8 +6,10 @@ are documented in `router/registry/json_schema.py`; rules between keys are in `r
 
 import re
 from collections.abc import Callable
+from datetime import datetime
 from typing import Annotated, Literal
 
+from cronsim import CronSim, CronSimError
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from engines.spec import Dtype, Eviction, RerankTemplate, Task, Truncate
@@ -23,6 +25,8 @@ from router.config.quantities import (
 )
 
 MAX_NAME_CHARS = 200
+MAX_SCHEDULE_CHARS = 200
+_CRON_FIELDS = 5
 NAME_PATTERN = r"^[^\s/]+(/[^\s/]+)*$"
 
 SOURCE_ALLOWED = (
@@ -81,6 +85,17 @@ def read_min_cosine(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
         raise ValueError("a number above 0, and 1 at most")
     return float(value)
+
+
+def read_schedule(value: object) -> str:
+    """Validate a time in cron's words."""
+    try:
+        if isinstance(value, str) and len(value) <= MAX_SCHEDULE_CHARS and len(value.split()) == _CRON_FIELDS:
+            next(CronSim(value, datetime(2000, 1, 1)))  # any moment
+            return value
+    except (CronSimError, StopIteration):
+        pass
+    raise ValueError("minute, hour, day of the month, month and day of the week as in cron, such as '0 8 * * 1-5'")
 
 
 def read_prompt_name(value: object) -> str:
@@ -152,6 +167,7 @@ Prompt = Annotated[str, _read_by(read_prompt)]
 FileName = Annotated[str, _read_by(read_file_name, minLength=1)]
 Sha256 = Annotated[str, _read_by(read_sha256, pattern="^[0-9a-f]{64}$")]
 Template = Annotated[str, _read_by(read_template)]
+Schedule = Annotated[str, _read_by(read_schedule, minLength=9, maxLength=MAX_SCHEDULE_CHARS)]
 MinCosine = Annotated[int | float, _read_by(read_min_cosine, exclusiveMinimum=0, maximum=1)]
 Count = Annotated[int, Meta(ge=1)]
 Widths = Annotated[list[Count], Meta(min_length=1)]
@@ -194,6 +210,7 @@ class Defaults(Struct, forbid_unknown_fields=True, kw_only=True):
     keep_alive: Duration | UnsetType = UNSET
     pinned: bool | UnsetType = UNSET
     preload: bool | UnsetType = UNSET
+    preload_at: Schedule | UnsetType = UNSET
     cache: CacheSize | UnsetType = UNSET
     cache_shared: bool | UnsetType = UNSET
     replicas: Count | UnsetType = UNSET

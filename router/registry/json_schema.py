@@ -52,6 +52,8 @@ MEANINGS = {
     "(never, the default).",
     "pinned": "Never evict the model for others once it is loaded. Default: false.",
     "preload": "Load the model at start, not at the first request. Default: false.",
+    "preload_at": "Load the model at these times, in cron's words and the server's local time: 0 8 * * 1-5 is eight "
+    "o'clock on workdays. Default: at none.",
     "cache": "Size of the cache of vectors, so that repeated texts are not computed again: 256MiB. Default: 0 (no "
     "cache).",
     "cache_shared": "Whether keys share the cache. Faster if they send the same texts, but the response time then "

@@ -30,6 +30,7 @@ OTHER: dict[str, Any] = {
     "keep_alive_s": 5.0,
     "pinned": True,
     "preload": True,
+    "preload_at": "0 8 * * *",
     "replicas": 2,
     "trust_remote_code": True,
     "max_batch_tokens": 64,
