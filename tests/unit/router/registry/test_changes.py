@@ -63,7 +63,17 @@ def test_equal_registries_differ_in_nothing() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["keep_alive_s", "pinned", "preload", "replicas", "description", "license", "token_encoding", "calibration"],
+    [
+        "keep_alive_s",
+        "pinned",
+        "preload",
+        "preload_at",
+        "replicas",
+        "description",
+        "license",
+        "token_encoding",
+        "calibration",
+    ],
 )
 def test_what_an_engine_never_sees_changes_in_place(name: str) -> None:
     changed = structs.replace(SPEC, **{name: OTHER[name]})
