@@ -11,7 +11,7 @@ from msgspec import Struct
 from engines.spec import ModelSpec
 from router.auth.key_file import KeysError, read_keys
 from router.cli.start_warnings import target_dim_warnings
-from router.config.settings import DEFAULT_REGISTRY, Settings, SettingsError, load_settings
+from router.config.settings import DEFAULT_REGISTRY, Settings, SettingsError, load_settings, unknown_settings
 from router.config.yaml_document import FileError, show_path
 from router.registry.opening import is_embedded_only, missing_sources, open_registry
 from router.registry.registry import Registry, RegistryError, read_registry
@@ -68,7 +68,7 @@ def command(registry: Path | None, *, as_json: bool) -> None:
     except RegistryError as error:
         _exit_invalid(error, path, as_json=as_json)
     missing = missing_sources(found.models.values()) if settings else {}
-    warnings = target_dim_warnings(settings, found) if settings else ()
+    warnings = (*unknown_settings(), *target_dim_warnings(settings, found)) if settings else ()
     if as_json:
         _print(CheckResult(models=tuple(found.models), missing=missing, warnings=warnings))
     else:

@@ -21,7 +21,7 @@ from router.auth.key_file import KeysError, read_keys
 from router.cli.client import RemoteError, get
 from router.cli.hardware import bfloat16_effect, count_nvidia_gpus, read_processor
 from router.cli.output import is_terminal
-from router.config.settings import Settings, SettingsError, load_settings, usable_cores
+from router.config.settings import Settings, SettingsError, load_settings, unknown_settings, usable_cores
 from router.registry.opening import open_registry
 from router.registry.registry import Registry, RegistryError
 from router.registry.starter import INSTALL_DEMO
@@ -64,6 +64,8 @@ def run_checks() -> Iterator[Finding]:
         yield Finding("settings", "fail", str(error), "correct the named variables in the environment or in .env")
         return
     yield Finding("settings", "ok", _access(settings))
+    for warning in unknown_settings():
+        yield Finding("settings", "warn", warning, "correct its name in the environment or in .env, or remove it")
     yield from check_address(settings)
     if settings.keys_file is not None:
         yield keys(settings.keys_file)

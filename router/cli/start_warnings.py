@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from router.config.settings import Settings
+from router.config.settings import Settings, unknown_settings
 from router.registry.opening import missing_sources
 from router.registry.registry import Registry
 
@@ -10,10 +10,10 @@ _SHOWN = 3
 
 
 def start_warnings(settings: Settings, registry: Registry) -> tuple[str, ...]:
-    """Return one sentence for each model that cannot be loaded here, and for a setting without effect."""
+    """Return one sentence for each model that cannot be loaded here, and for a setting that is misspelt or in vain."""
     missing = missing_sources(registry.models.values())
     lost = tuple(f"{model_id} cannot be loaded: {reason}" for model_id, reason in missing.items())
-    return (*lost, *target_dim_warnings(settings, registry))
+    return (*unknown_settings(), *lost, *target_dim_warnings(settings, registry))
 
 
 def target_dim_warnings(settings: Settings, registry: Registry) -> tuple[str, ...]:

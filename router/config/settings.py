@@ -17,10 +17,13 @@ from engines.types import Budget
 from router.config import setting_values as values
 from router.config.quantities import parse_budget
 from router.config.setting_values import is_loopback
+from router.config.unknown_settings import warn_unknown
 
 DOTENV = Path(".env")
 DEFAULT_REGISTRY = Path("registry.yaml")
 _STATE_DIR = "~/.cache/embedyard"
+_OF_COMPOSE = ("BIND",)
+"""Variables in `.env` that docker-compose.yml reads."""
 _EXPOSED = (
     "HOST={host} is reachable from other machines, but no key is set: set API_KEY (or ADMIN_API_KEY, or KEYS_FILE), "
     "set HOST=127.0.0.1, or set ALLOW_ANONYMOUS=true to serve everyone without a key"
@@ -171,6 +174,13 @@ def export_hub_variables(dotenv: Path = DOTENV) -> None:
     for name, text in _read_dotenv(dotenv)[0].items():
         if name.startswith(("HF_", "OTEL_")):
             os.environ.setdefault(name, text)
+
+
+def unknown_settings(environ: Mapping[str, str] = os.environ, dotenv: Path | None = DOTENV) -> tuple[str, ...]:
+    """Return one warning for each variable of `.env` or the environment that is most likely a misspelt setting."""
+    others = ("HF_", "OTEL_", "COMPOSE_", "DOCKER_")
+    from_file = [name for name in _read_dotenv(dotenv)[0] if not name.startswith(others)]
+    return warn_unknown(environ, from_file, (*(variable.name for variable in VARIABLES), *_OF_COMPOSE))
 
 
 def read_settings(environ: Mapping[str, str], dotenv: Path | None = None) -> Settings:

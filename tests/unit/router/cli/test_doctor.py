@@ -109,6 +109,15 @@ def test_wrong_settings_end_the_examination_with_every_mistake(monkeypatch: pyte
     assert "registry" not in result.stdout
 
 
+def test_a_setting_that_is_misspelt_is_a_warning(setup: Path) -> None:
+    (setup / ".env").write_text("API_KEYS=secret\n")
+    result = run()
+
+    assert result.exit_code == 0
+    assert "warn\tsettings\tAPI_KEYS is not a setting, and is ignored: did you mean API_KEY?" in result.stdout
+    assert "secret" not in result.stdout
+
+
 def test_a_key_is_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("API_KEY", "hush-hush-hush")
     result = run()

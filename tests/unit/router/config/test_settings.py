@@ -14,6 +14,7 @@ from router.config.settings import (
     export_hub_variables,
     load_settings,
     read_settings,
+    unknown_settings,
 )
 
 ROOT = Path(__file__).parents[4]
@@ -312,3 +313,33 @@ def test_no_other_module_of_the_router_reads_the_environment() -> None:
     assert readers == {"router/config/settings.py", "router/backends/ray/environment.py"}, (
         "the second sets what Ray reads, and no more"
     )
+
+
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [
+        ("MAX_QUE_SIZE", "did you mean MAX_QUEUE_SIZE?"),
+        ("BATCH_SIZE", "did you mean MAX_BATCH_SIZE?"),
+        ("EMBEDYARD_PORT", "did you mean PORT?"),
+        ("port", "did you mean PORT?"),
+        ("MAX_CLIENTS", "docs/configuration.md lists all settings"),
+    ],
+)
+def test_a_name_in_dotenv_that_is_likely_meant_as_a_setting_is_a_warning(line: str, meant: str, tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text(f"{line}=7\n")
+
+    assert unknown_settings({}, tmp_path / ".env") == (f"{line} is not a setting, and is ignored: {meant}",)
+
+
+def test_variables_of_other_programs_are_no_misspelt_settings(tmp_path: Path) -> None:
+    foreign = ["GEMINI_API_KEY", "XAI_API_KEY", "HOSTNAME", "HF_TOKEN", "OTEL_SERVICE_NAME", "POST", "BIND", "PATH"]
+    (tmp_path / ".env").write_text("".join(f"{name}=7\n" for name in foreign))
+    linked = dict.fromkeys(
+        [*foreign, "EMBEDYARD_PORT", "BATCH_SIZE", "MAX_CLIENTS", "LOG_DIR", "REDIS_PORT", "MODEL"], "x"
+    )
+
+    assert unknown_settings(linked, tmp_path / ".env") == ()
+    assert unknown_settings({"MAX_QUE_SIZE": "7"}, None) == (
+        "MAX_QUE_SIZE is not a setting, and is ignored: did you mean MAX_QUEUE_SIZE?",
+    )
+    assert unknown_settings(CONTRACT, ROOT / ".env.example") == ()
