@@ -91,6 +91,7 @@ check: install-test  ## format, lint, types, import contracts, known vulnerabili
 format: install-test  ## put the code into shape
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	cp registry.yaml router/registry/catalogue.yaml  # what `embedyard add` knows of models
 
 BROWSER := command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
 	{ echo "installing chromium and its driver ..."; apt-get update -qq && apt-get install -y -qq chromium chromium-driver >/dev/null; }

@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from engines.errors import BadModel
-from engines.spec import ModelSpec
+from engines.errors import BadModel, HubUnreachable, OfflineMode
+from engines.spec import Matryoshka, ModelSpec
 from router.config.settings import SettingsError, load_settings
 from router.config.yaml_editing import EditError
+from router.registry.catalogue import known_model, with_known
 from router.registry.editor import add_entry, check_is_new, create_file
 from router.registry.file import SOURCE_ALLOWED, is_hub_id, read_name, read_source
 from router.registry.new_entry import NewEntry, entry_lines
@@ -45,16 +46,18 @@ Examples:
 def command(model: str, name: str | None, revision: str | None, registry: Path | None) -> None:
     """Add MODEL, a hub id or a folder, to the registry, with the prompts, widths and licence that its files state.
 
-    Of a hub only the configurations are read (kilobytes). Comments of the registry are kept; without a file, one is
-    written. Exit code 0: added; 1: the model cannot be read or served; 2: invalid command, registry or settings, or a
-    name that is taken.
+    Of a hub only the configurations are read (kilobytes). A model of the registry that Embedyard is shipped with gets
+    the vendor's prompts, instruction template and widths from there, unless --revision is given. Comments of the
+    registry are kept; without a file, one is written. Exit code 0: added; 1: the model cannot be read or served; 2:
+    invalid command, registry or settings, or a name that is taken.
     """
     try:
         settings = load_settings(flags={"REGISTRY": str(registry)} if registry else {})
         path = settings.registry
         entry = _bare_entry(model, name, revision, path)
         check_is_new(read_registry(path) if path.exists() else Registry(), entry)
-        entry = _described(entry)
+        known = None if revision or existing_folder(model) else known_model(model)
+        entry = _described(entry) if known is None else _known(entry, known, path)
         _write(path, entry)
     except BadModel as error:
         _fail(f"{model} was not added: {error}", EXIT_FAILED)
@@ -62,7 +65,7 @@ def command(model: str, name: str | None, revision: str | None, registry: Path |
         _fail(str(error), EXIT_INVALID)
     except OSError as error:
         _fail(f"the registry cannot be written: {error.strerror}", EXIT_INVALID)
-    click.echo(f"Added to {path}:\n")
+    click.echo(f"Added to {path}{', with what Embedyard knows of this model' if known else ''}:\n")
     click.echo("\n".join(f"  {line}" for line in entry_lines(entry)))
     option = f" --registry {registry}" if registry else ""
     click.echo(f"\nNext: embedyard serve{option}; a server that runs reads the file by itself")
@@ -98,8 +101,8 @@ def _folder_source(given: str, folder: Path, registry: Path) -> str:
     return f"./{folder.relative_to(Path.cwd())}" if is_beside else str(folder)
 
 
-def _described(entry: NewEntry) -> NewEntry:
-    """Return the entry with what the model's files state.
+def _describe(entry: NewEntry) -> "Description":
+    """Read what the model's files state.
 
     Raises:
         BadModel: they cannot be read, or the model cannot be served.
@@ -107,12 +110,34 @@ def _described(entry: NewEntry) -> NewEntry:
     from engines.description import describe  # late: imports huggingface_hub
     from engines.planner import ModelStore
 
-    spec = ModelSpec(model_id=entry.name, source=entry.source, revision=entry.revision)
     store = ModelStore()
     try:
-        found = describe(store, spec)
+        return describe(store, ModelSpec(model_id=entry.name, source=entry.source, revision=entry.revision))
     finally:
         store.close()
+
+
+def _known(entry: NewEntry, known: ModelSpec, registry: Path) -> NewEntry:
+    """Return the entry of a model that the shipped registry has. Its files are asked only whether they can be served.
+
+    Raises:
+        BadModel: they cannot.
+    """
+    entry = with_known(entry, known, read_registry(registry) if registry.exists() else Registry())
+    try:
+        _describe(entry)
+    except (HubUnreachable, OfflineMode):
+        click.echo("warning: the hub does not answer, so the model's own files were not looked at", err=True)
+    return entry
+
+
+def _described(entry: NewEntry) -> NewEntry:
+    """Return the entry with what the model's files state.
+
+    Raises:
+        BadModel: as for `_describe`.
+    """
+    found = _describe(entry)
     return NewEntry(
         name=entry.name,
         source=entry.source,
@@ -121,7 +146,7 @@ def _described(entry: NewEntry) -> NewEntry:
         task=None if found.task == "embed" else found.task,
         prompts=found.prompts,
         default_prompt=found.default_prompt if found.default_prompt in found.prompts else None,
-        matryoshka=found.matryoshka_widths,
+        matryoshka=Matryoshka(widths=found.matryoshka_widths) if found.matryoshka_widths else None,
         assumed_pooling=found.assumed_pooling,
         description=_summary(found),
         license=found.license,

@@ -6,6 +6,8 @@ import re
 import yaml
 from msgspec import Struct
 
+from engines.spec import Matryoshka
+
 _PLAIN = re.compile(r"[A-Za-z0-9./~][A-Za-z0-9./~_+-]*(;? [A-Za-z0-9.,/()_+-]+)*", re.ASCII)
 _PLAIN_IN_LIST = re.compile(r"[A-Za-z0-9./~][A-Za-z0-9./~_+-]*", re.ASCII)
 _POOLING_NOTE = " # no modules.json states it: this is sentence-transformers' default; compare with the model card"
@@ -24,7 +26,8 @@ class NewEntry(Struct, frozen=True, kw_only=True):
     task: str | None = None
     prompts: dict[str, str] = {}
     default_prompt: str | None = None
-    matryoshka: tuple[int, ...] = ()
+    instruction_template: str | None = None
+    matryoshka: Matryoshka | None = None
     assumed_pooling: str | None = None
     description: str = ""
     license: str = ""
@@ -42,12 +45,23 @@ def entry_lines(entry: NewEntry) -> list[str]:
         lines += [f"    {scalar(name)}: {_quoted(text)}" for name, text in entry.prompts.items()]
     if entry.default_prompt:
         lines.append(f"  default_prompt: {scalar(entry.default_prompt)}")
+    if entry.instruction_template:
+        lines.append(f"  instruction_template: {_quoted(entry.instruction_template)}")
     if entry.matryoshka:
-        lines.append(f"  matryoshka: [{', '.join(map(str, entry.matryoshka))}]")
+        lines.append(f"  matryoshka: {_widths(entry.matryoshka)}")
     if entry.assumed_pooling:
         lines.append(f"  pooling: {entry.assumed_pooling}{_POOLING_NOTE}")
     lines += [f"  {key}: {scalar(text)}" for key in ("description", "license") if (text := getattr(entry, key))]
     return lines
+
+
+def _widths(rule: Matryoshka) -> str:
+    """Format a rule as a list, or as a mapping if it is more than widths."""
+    widths = f"[{', '.join(map(str, rule.widths))}]"
+    if rule.minimum is None and not rule.layer_norm:
+        return widths
+    bound = f"min: {rule.minimum}" if rule.minimum is not None else f"widths: {widths}"
+    return f"{{ {bound}{', layer_norm: true' if rule.layer_norm else ''} }}"
 
 
 def scalar(text: str, plain: re.Pattern[str] = _PLAIN) -> str:

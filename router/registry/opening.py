@@ -14,12 +14,17 @@ from engines.spec import ModelSpec
 from router.config.settings import DEFAULT_REGISTRY, Settings
 from router.config.yaml_document import Mistake
 from router.config.yaml_schema import nearest
+from router.registry.catalogue import known_model
 from router.registry.file import is_hub_id
 from router.registry.file import read_name as check_name
 from router.registry.file import read_source as check_source
 from router.registry.registry import Registry, RegistryError, read_registry
 from router.registry.starter import DEMO_PACKAGE, INSTALL_DEMO, starter_registry
 
+NAMES = "embedyard models lists those of the registry, and a hub id such as BAAI/bge-m3 need not be among them"
+"""The models that a command may name, for its messages."""
+
+_NAMES_AND_IDS = "a hub id is ORG/NAME. embedyard models lists the registry, embedyard add ORG/NAME adds to it"
 _PACKAGE = "package:"
 _FOLDER_STARTS = ("/", "./", "../", "~")
 
@@ -90,7 +95,7 @@ def _with_named(registry: Registry, name: str) -> Registry:
     if name in known:
         return structs.replace(registry, default_model=known[name])
     if "/" not in name and not name.startswith(_PACKAGE) and existing_folder(name) is None:
-        _refuse(f"{name}: no model of the registry, and no folder{nearest(name, known)}; a hub id is ORG/NAME")
+        _refuse(f"{name}: no model of the registry, and no folder{nearest(name, known)}; {_NAMES_AND_IDS}")
     return _with_model(registry, name, label=name, may_use_whole_id=True)
 
 
@@ -116,7 +121,8 @@ def _with_model(registry: Registry, given: str, *, label: str, may_use_whole_id:
     1. an existing folder: registered under its base name. A model of that name keeps its prompts and limits, because
        the folder is most likely a copy of it; its revision and `trust_remote_code` are reset.
     2. a name, alias or source in the registry: that model.
-    3. another hub id or package: registered under its base name, with the full id as alias.
+    3. another hub id or package: registered under its base name, with the full id as alias, and with what the shipped
+       registry says of it.
     """
     folder = existing_folder(given)
     if folder is not None:  # (1)
@@ -131,11 +137,12 @@ def _with_model(registry: Registry, given: str, *, label: str, may_use_whole_id:
     if not is_hub_id(given) and not given.startswith(_PACKAGE):
         _refuse(f"{label}: folder not found")
     base = given.rpartition("/")[2]  # (3)
-    if base not in names:
-        return _with_default(registry, ModelSpec(model_id=base, source=given), label)
-    if not may_use_whole_id or not is_hub_id(given):
+    if base in names and not (may_use_whole_id and is_hub_id(given)):
         _refuse(f"{label}: the name {base!r} is used by another model: add this one to the registry")
-    return _with_default(registry, ModelSpec(model_id=given, source=given), label)
+    spec = structs.replace(known_model(given) or ModelSpec(model_id=base, source=given), model_id=base)
+    if base in names:
+        spec = structs.replace(spec, model_id=given)
+    return _with_default(registry, spec, label, alias=given)
 
 
 def existing_folder(given: str) -> Path | None:
@@ -147,7 +154,8 @@ def existing_folder(given: str) -> Path | None:
         return None
 
 
-def _with_default(registry: Registry, spec: ModelSpec, label: str) -> Registry:
+def _with_default(registry: Registry, spec: ModelSpec, label: str, alias: str = "") -> Registry:
+    """Return the registry with a model as its default; `alias`: another name for it, if it is a hub id."""
     try:
         check_name(spec.model_id)
         check_source(spec.source)
@@ -155,8 +163,9 @@ def _with_default(registry: Registry, spec: ModelSpec, label: str) -> Registry:
         _refuse(f"{label}: needs {error}")
     models = registry.models | {spec.model_id: spec}
     aliases = {alias: target for alias, target in registry.aliases.items() if alias != spec.model_id}
-    if "/" in spec.source and is_hub_id(spec.source) and spec.source != spec.model_id:
-        aliases[spec.source] = spec.model_id
+    for name in (alias, spec.source):
+        if "/" in name and is_hub_id(name) and name != spec.model_id:
+            aliases[name] = spec.model_id
     return structs.replace(registry, models=models, aliases=aliases, default_model=spec.model_id)
 
 

@@ -143,7 +143,7 @@ class Registry(Struct, frozen=True, kw_only=True):
         spec = self.models.get(name) or self.models.get(self.aliases.get(name, ""))
         if spec is None:
             raise ModelNotFound(
-                f"Model {_shorten(name)!r} not found{self._nearest(name, may_suggest)}; GET /v1/models lists all models"
+                f"Model {_shorten(name)!r} not found: {self._nearest(name, may_suggest)}GET /v1/models lists all models"
             )
         return spec
 
@@ -158,7 +158,8 @@ class Registry(Struct, frozen=True, kw_only=True):
         likely = nlargest(_MAX_LIKELY, targets, key=lambda known: len(pairs.intersection(pairwise(known.lower()))))
         folded = {known.lower(): known for known in likely if may_suggest(targets[known])}
         close = get_close_matches(word, islice(folded, _MAX_COMPARED), n=3)
-        return f"; did you mean {' or '.join(folded[known] for known in close)}?" if close else ""
+        by_model = {targets[folded[known]]: folded[known] for known in reversed(close)}  # one name a model: the nearest
+        return f"did you mean {' or '.join(reversed(by_model.values()))}? " if close else ""
 
 
 def diff(old: Registry, new: Registry) -> Changes:

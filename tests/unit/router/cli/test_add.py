@@ -63,6 +63,27 @@ def test_a_hub_id_is_added_with_what_its_files_state_and_comments_stay(hub: Loop
     assert read_registry(tmp_path / "registry.yaml").models["two"].matryoshka == Matryoshka(widths=(4,))
 
 
+def test_a_model_that_the_shipped_registry_has_gets_its_prompts_from_there(hub: LoopbackHub, tmp_path: Path) -> None:
+    hub.add("Qwen/Qwen3-Embedding-0.6B", plain_model(tmp_path / "qwen"))
+    result = run("add", "Qwen/Qwen3-Embedding-0.6B", "--name", "qwen")
+    spec = read_registry(tmp_path / "registry.yaml").models["qwen"]
+
+    assert result.exit_code == 0, result.stderr
+    assert "Added to registry.yaml, with what Embedyard knows of this model:" in result.stdout
+    assert result.stderr == ""
+    assert spec.instruction_template == "Instruct: {task}\nQuery:{text}"
+    assert (spec.matryoshka, spec.license, spec.pooling) == (Matryoshka(minimum=32), "Apache-2.0", None)
+
+
+def test_a_known_model_is_added_without_a_hub_too(hub: LoopbackHub, tmp_path: Path) -> None:
+    hub.fail("BAAI/bge-large-zh-v1.5", loopback.server_error())
+    result = run("add", "BAAI/bge-large-zh-v1.5")
+
+    assert result.exit_code == 0, result.stderr
+    assert "warning: the hub does not answer" in result.stderr
+    assert read_registry(tmp_path / "registry.yaml").models["bge-large-zh-v1.5"].prompts.keys() == {"query"}
+
+
 @pytest.mark.parametrize(
     ("given", "source"), [("./mine", "./mine"), ("mine", "./mine"), ("sub/../mine/", "./sub/../mine")]
 )

@@ -54,7 +54,7 @@ def test_every_field_is_written_and_read_again() -> None:
         task="rerank",
         prompts={"query": 'say "a: b"\n\\n # ', "no": "é：问"},
         default_prompt="query",
-        matryoshka=(64, 256),
+        matryoshka=Matryoshka(widths=(64, 256)),
         assumed_pooling="mean",
         description="no: yes # 1",
         license="MIT",

@@ -8,6 +8,7 @@ from msgspec import structs
 from engines.spec import ModelSpec
 from router.config.settings import DEFAULT_REGISTRY, VARIABLES, Settings
 from router.registry import opening
+from router.registry.catalogue import catalogue
 from router.registry.opening import choose_models, is_embedded_only, missing_sources, open_registry
 from router.registry.registry import Registry, RegistryError, parse_registry, read_registry
 from router.registry.starter import starter_registry, starter_text
@@ -88,11 +89,20 @@ def test_only_the_named_models_are_served_and_the_first_is_the_default() -> None
     registry = open_registry(Settings(models=("BAAI/bge-m3", "intfloat/e5-small")))
 
     assert registry.models == {
-        "bge-m3": ModelSpec(model_id="bge-m3", source="BAAI/bge-m3", preload=True),
+        "bge-m3": structs.replace(catalogue().models["bge-m3"], preload=True, truncate=None),
         "e5-small": ModelSpec(model_id="e5-small", source="intfloat/e5-small"),
     }
     assert registry.default_model == "bge-m3"
     assert registry.resolve("intfloat/e5-small").model_id == "e5-small"
+
+
+def test_a_hub_id_that_is_in_no_registry_gets_what_the_shipped_one_says_of_it() -> None:
+    registry = open_registry(Settings(models=("BAAI/bge-large-zh-v1.5", "Alibaba-NLP/gte-multilingual-base")))
+    zh, gte = registry.models.values()
+
+    assert zh.prompts == {"query": "为这个句子生成表示以用于检索相关文章："}
+    assert (gte.model_id, gte.source) == ("gte-multilingual-base", "alibaba-nlp-community/gte-multilingual-base")
+    assert registry.resolve("Alibaba-NLP/gte-multilingual-base") == gte
 
 
 @pytest.mark.parametrize("name", ["bge-m3", "m3", "BAAI/bge-m3"])

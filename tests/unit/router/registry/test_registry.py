@@ -488,7 +488,7 @@ def test_names_aliases_and_no_name_are_resolved(name: str | None, model_id: str)
 
 def test_an_unknown_name_suggests_the_nearest() -> None:
     with pytest.raises(
-        ModelNotFound, match=r"Model 'baai/bge_m3' not found; did you mean BAAI/bge-m3\b.*GET /v1/models"
+        ModelNotFound, match=r"Model 'baai/bge_m3' not found: did you mean BAAI/bge-m3\b.*GET /v1/models"
     ):
         TWO.resolve("baai/bge_m3")
 
