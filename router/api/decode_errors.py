@@ -9,6 +9,7 @@ import msgspec
 from msgspec import Struct, structs
 
 from engines.errors import DimensionsNotSupported, InvalidRequest, InvalidTokenId, InvalidValue
+from router.api.value_words import describe_mismatch
 from router.schemas.inference import MAX_WIDTH
 
 _MISSING = re.compile(r"Object missing required field `(?P<field>\w+)`")
@@ -60,7 +61,8 @@ def explain_invalid_value(error: msgspec.ValidationError, place: str, wanted: An
     if param in _ID_FIELDS and _BEYOND_64_BITS.match(what):
         return InvalidTokenId(f"{where} is not a token id: it has more than 64 bits", param=param)
     refusal = DimensionsNotSupported if "dimension" in (param or "") and _TOO_WIDE.match(what) else InvalidValue
-    return refusal(f"{where or 'body'}: {what}", param=param)
+    annotation = _annotation(wanted, where)
+    return refusal(describe_mismatch(what, where or "body", annotation), param=param)
 
 
 def explain_invalid_json(error: msgspec.DecodeError, content: Any) -> str:
@@ -94,9 +96,14 @@ def misspelt(field: str, body: bytes, known: Collection[str]) -> str:
     return alike[0] if alike else ""
 
 
+def _annotation(wanted: Any, field: str | None) -> Any:
+    """Return the type of a field of the body; None where it is not known."""
+    kinds = [each for each in (wanted, *get_args(wanted)) if isinstance(each, type) and issubclass(each, Struct)]
+    return next((each.type for kind in kinds for each in structs.fields(kind) if each.encode_name == field), None)
+
+
 def _allowed(wanted: Any, field: str | None) -> str:
-    found = next((each.type for each in structs.fields(wanted) if each.encode_name == field), None) if wanted else None
-    words = list(dict.fromkeys(_words(found)))
+    words = list(dict.fromkeys(_words(_annotation(wanted, field))))
     return " or ".join(filter(None, (", ".join(words[:-1]), *words[-1:]))) or "another value"
 
 
