@@ -68,6 +68,7 @@ def _hostname(address: str) -> str:
 Connection = ASGIConnection[Any, Any, Any, Any]
 Guard = Callable[[Connection, BaseRouteHandler], Coroutine[Any, Any, None]]
 _MISSING_KEY = "Missing API key: send the header 'Authorization: Bearer KEY'"
+_NO_BEARER = "Authorization without the word Bearer: send the header 'Authorization: Bearer KEY'"
 _INVALID_KEY = "Invalid API key: check the header 'Authorization: Bearer KEY'"
 _QUOTED = re.compile(r"""(?<!\w)(?:'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")(?!\w)""")
 _NAME = re.compile(r"[\w./:@+-]{1,128}", re.ASCII)
@@ -99,7 +100,8 @@ class Keyring:
         if scope in self._open_scopes:
             return ANONYMOUS
         if key is None:
-            raise NotAuthorizedException(_INVALID_KEY if is_given else _MISSING_KEY)
+            is_bare = bool(scheme) and scheme.lower() != "bearer"
+            raise NotAuthorizedException(_INVALID_KEY if is_given else _NO_BEARER if is_bare else _MISSING_KEY)
         raise PermissionDeniedException(
             f"Insufficient scope: this key has {', '.join(sorted(key.scopes))}, this route needs {scope}"
         )

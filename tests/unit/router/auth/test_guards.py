@@ -83,6 +83,23 @@ def test_the_header_is_read_as_browsers_and_sdks_write_it(header: str | None, is
     assert was_admitted == is_admitted
 
 
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (None, "Missing API key: send the header 'Authorization: Bearer KEY'"),
+        ("Bearer ", "Missing API key: send the header 'Authorization: Bearer KEY'"),
+        (CLIENT, "Authorization without the word Bearer: send the header 'Authorization: Bearer KEY'"),
+        (f"Basic {CLIENT}", "Authorization without the word Bearer: send the header 'Authorization: Bearer KEY'"),
+        (f"Bearer {CLIENT}x", "Invalid API key: check the header 'Authorization: Bearer KEY'"),
+    ],
+)
+def test_a_refusal_says_what_is_wrong_with_the_header(header: str | None, message: str) -> None:
+    with pytest.raises(NotAuthorizedException) as caught:
+        Keyring([Key.of("web", CLIENT, "embed")]).admit(header, "embed")
+
+    assert caught.value.detail == message
+
+
 def test_keys_are_kept_as_digests() -> None:
     assert CLIENT not in repr(Key.of("web", CLIENT, "embed"))
     assert CLIENT not in repr(vars(keyring_of(Settings(api_key=CLIENT))))
