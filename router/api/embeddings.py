@@ -9,13 +9,14 @@ from litestar.response.base import ASGIResponse
 from msgspec import structs
 
 from engines.spec import ModelSpec
+from router.api.compat.infinity import list_for_infinity
 from router.api.encoding import EncodedAnswer, OutputFormat, encode_answer
 from router.api.inference import Answer, InferenceRoute, embed
-from router.api.models import describe_model, list_visible_models
+from router.api.models import describe_model
 from router.api.openapi import BEARER, GUARDED, failures
 from router.auth.guards import requires
-from router.schemas.compat import InfinityRequest
-from router.schemas.inference import EmbeddingRequest, EmbeddingResponse, Model, ModelList
+from router.schemas.compat import InfinityModelList, InfinityRequest
+from router.schemas.inference import EmbeddingRequest, EmbeddingResponse, Model
 
 OPENAI_HEADERS = ("openai-processing-ms", "openai-version")
 UNNAMED_MODEL = "default/not-specified"
@@ -72,9 +73,9 @@ class InfinityController(Controller):
         responses=failures(*GUARDED),
         summary="List the models (Infinity)",
     )
-    async def infinity_models(self, request: Request[Any, Any, Any]) -> ModelList:
-        """Does the same as GET /v1/models."""
-        return list_visible_models(request)
+    async def infinity_models(self, request: Request[Any, Any, Any]) -> InfinityModelList:
+        """Lists what GET /v1/models does, with Infinity's `stats`, `backend` and `capabilities`."""
+        return list_for_infinity(request)
 
     @get(
         "/models/{model_id:str}",

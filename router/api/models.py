@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import PurePath
-from typing import Any
+from typing import Any, Literal
 
 from litestar import Controller, Request, get
 from litestar.di import NamedDependency
 from msgspec import structs
 
-from engines.spec import ModelSpec
+from engines.spec import ModelSpec, Task
 from engines.types import ModelStatus, State
 from router.api.openapi import BEARER, GUARDED, failures
 from router.auth.guards import key_of, requires
@@ -21,6 +21,12 @@ _NEAREST_FIRST: tuple[State, ...] = (
     "ready", "warming", "loading", "waiting_space", "fetching", "draining", "unloading", "cold", "failed", "absent",
     "retired",
 )  # fmt: skip
+
+
+_XINFERENCE_TYPES: dict[Task | None, Literal["embedding", "rerank"]] = {
+    "embed": "embedding", "rerank": "rerank", None: "embedding"
+}  # fmt: skip
+_XINFERENCE_ABILITIES = {"embedding": ("embed",), "rerank": ("rerank",)}
 
 
 class ModelsController(Controller):
@@ -115,6 +121,8 @@ def _model(server_state: ServerState, spec: ModelSpec, slots: Sequence[Slot]) ->
         aliases=server_state.registry.aliases_of(spec.model_id),
         task=task,
         outputs=OUTPUTS[task] if task else (),
+        model_type=(model_type := _XINFERENCE_TYPES.get(task)),
+        model_ability=() if model_type is None else _XINFERENCE_ABILITIES[model_type],
         labels=info.labels if info else (),
         dimensions=(info.dimensions or None) if info else None,
         matryoshka=info.matryoshka if info else spec.matryoshka,

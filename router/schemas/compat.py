@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from msgspec import Meta, Struct, field
 
 from engines.types import MAX_LISTED_CHARS
-from router.schemas.inference import INPUT_FORMS, MAX_INPUTS, MAX_WIDTH, EmbeddingRequest, Input, Name, Width
+from router.schemas.inference import INPUT_FORMS, MAX_INPUTS, MAX_WIDTH, EmbeddingRequest, Input, Model, Name, Width
 
 _TEXTS = f"1 to {MAX_INPUTS} texts, none empty."
 _TEXT_SCHEMA = {"type": "string", "minLength": 1}
@@ -234,8 +234,33 @@ class CohereFloats(Struct, frozen=True, kw_only=True):
     meta: CohereMeta
 
 
+class InfinityStats(Struct, frozen=True, kw_only=True):
+    """What waits and runs for a model: texts in its queues, their share of `MAX_QUEUE_SIZE`, and running requests."""
+
+    queue_fraction: float
+    queue_absolute: int
+    results_pending: int
+    batch_size: int
+
+
+class InfinityModel(Model, frozen=True, kw_only=True):
+    """OpenAI's model object with the fields that Infinity's client needs; its owner is always `infinity`."""
+
+    stats: InfinityStats
+    backend: str = "torch"
+    capabilities: tuple[str, ...] = ()
+
+
+class InfinityModelList(Struct, frozen=True, kw_only=True):
+    """The models that may be served, in memory or not."""
+
+    object: Literal["list"] = "list"
+    data: list[InfinityModel]
+
+
 WIRE = (
     InfinityRequest,
+    InfinityModelList,
     TeiRequest,
     TeiTokenizeRequest,
     TeiInfo,

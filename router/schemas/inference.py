@@ -169,6 +169,8 @@ class Model(Struct, frozen=True, kw_only=True):
     """OpenAI's model object, with additional fields. Null: unknown until the model is loaded.
 
     `outputs`: what it returns; `labels`: the names of a classifier's labels. Both are empty while unknown.
+    `model_type`, `model_ability`: in Xinference's words, which its client asks for before it sends texts; a model whose
+    task is not known yet counts as one for embeddings.
     """
 
     id: str
@@ -180,6 +182,8 @@ class Model(Struct, frozen=True, kw_only=True):
     aliases: tuple[str, ...]
     task: Task | None = None
     outputs: tuple[Literal["dense", "score", "labels"], ...] = ()
+    model_type: Literal["embedding", "rerank"] | None = None
+    model_ability: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
     dimensions: int | None = None
     matryoshka: Matryoshka | None = None

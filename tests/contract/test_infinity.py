@@ -25,6 +25,7 @@ def test_infinitys_client(url: str) -> None:
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout.splitlines()[-1])
 
+    assert [model for model in seen["models"] if model[0] == "mini"] == [["mini", "infinity", 0]]
     for name, model, width in (("named", "org/other", 16), ("unnamed", "mini", 16), ("narrow", "mini", 4)):
         found, tokens, vectors = seen[name]
         assert (found, tokens) == (model, 9)

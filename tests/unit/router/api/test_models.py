@@ -10,7 +10,7 @@ from tests.testkit.servers import Served, fake_server
 READY = {
     "id": "mini", "object": "model", "created": 1_700_000_000, "owned_by": "embedyard", "state": "ready",
     "source": "org/mini", "aliases": ["text-embedding-3-small"], "task": "embed", "outputs": ["dense"],
-    "labels": [], "dimensions": 8,
+    "model_type": "embedding", "model_ability": ["embed"], "labels": [], "dimensions": 8,
     "matryoshka": {"widths": [4], "minimum": None, "layer_norm": False}, "max_tokens": 512,
     "prompts": {"query": "q: "}, "dtype": "float32", "precision": None, "device": "cpu", "memory_bytes": 300,
     "revision": "f" * 40,
@@ -18,8 +18,9 @@ READY = {
 }  # fmt: skip
 UNKNOWN_YET = {
     "id": "cold", "object": "model", "created": 1_700_000_000, "owned_by": "embedyard", "state": "absent",
-    "source": "org/cold", "aliases": [], "task": None, "outputs": [], "labels": [], "dimensions": None,
-    "matryoshka": None, "max_tokens": 77,
+    "source": "org/cold", "aliases": [], "task": None, "outputs": [],
+    "model_type": "embedding", "model_ability": ["embed"], "labels": [], "dimensions": None, "matryoshka": None,
+     "max_tokens": 77,
     "prompts": {"query": "q: "}, "dtype": "auto", "precision": None, "device": "auto", "memory_bytes": 0,
     "revision": "v1",
     "trust_remote_code": True,
@@ -37,12 +38,14 @@ def test_the_list_holds_every_model_of_the_registry(served: Served) -> None:
 
 async def test_models_say_what_they_can_do_before_and_after_a_load() -> None:
     fields = ("task", "outputs", "labels", "dimensions")
+    in_xinferences_words = [("rerank", ["rerank"]), (None, []), ("embedding", ["embed"]), ("embedding", ["embed"])]
     async with fake_server(registry=RERANKERS) as server:
         before = (await server.client.get("/v1/models")).json()["data"]
         for model in ("ranker", "labeler", "unknown"):
             await server.client.post(f"/admin/models/{model}/preload")
         after = (await server.client.get("/v1/models")).json()["data"]
 
+    assert [(model["model_type"], model["model_ability"]) for model in before] == in_xinferences_words
     assert [tuple(model[field] for field in fields) for model in before] == [
         ("rerank", ["score"], [], None),
         ("classify", ["labels"], [], None),

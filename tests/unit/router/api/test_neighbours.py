@@ -137,8 +137,8 @@ def test_cohere_takes_inputs_instead_of_texts(served: Served, filler: str) -> No
         ({"inputs": [], }, "inputs", "input is empty"),
         ({"inputs": as_inputs("a", "")}, "inputs", "inputs[1] is empty"),
         ({"inputs": as_inputs("a"), "texts": ["a"]}, "inputs", "send one of them"),
-        ({"inputs": [{"content": []}]}, "inputs", "length >= 1"),
-        ({"inputs": [{"content": 2 * [{"type": "text", "text": "a"}]}]}, "inputs", "length <= 1"),
+        ({"inputs": [{"content": []}]}, "inputs", "inputs[0].content must have at least 1 item"),
+        ({"inputs": [{"content": 2 * [{"type": "text", "text": "a"}]}]}, "inputs", "must have at most 1 item"),
         ({"inputs": [{"content": [{"type": "image_url", "text": "a"}]}]}, "inputs", "'image_url': use text"),
     ],
 )  # fmt: skip
@@ -193,7 +193,10 @@ def test_infinity_and_base_urls_without_v1_are_openais_api(served: Served) -> No
     answer, ours = served.client.post("/embeddings", json=body), served.client.post(EMBED, json=body)
 
     assert answer.content == ours.content
-    assert served.client.get("/models").json() == served.client.get("/v1/models").json()
+    infinitys, openais = served.client.get("/models").json()["data"], served.client.get("/v1/models").json()["data"]
+    stats = {"queue_fraction": 0.0, "queue_absolute": 0, "results_pending": 0, "batch_size": 512}
+    more = {"owned_by": "infinity", "stats": stats, "backend": "torch"}
+    assert infinitys == [model | more | {"capabilities": [model["task"]] if model["task"] else []} for model in openais]
     assert served.client.get("/models/BAAI/bge-m3").json() == served.client.get("/v1/models/BAAI/bge-m3").json()
     assert_envelope(served.client.get("/models/no/thing"), 404, "model_not_found", None)
 
