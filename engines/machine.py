@@ -164,10 +164,17 @@ def find_devices(device_settings: Sequence[str]) -> tuple[str, ...]:
             found.append("cuda:0" if device == "cuda" else device)
     for device in found:
         if device != "cpu" and int(device.removeprefix("cuda:")) >= num_gpus:
-            raise InvalidValue(
-                f"DEVICE names {device}, but torch finds {num_gpus} CUDA devices on this machine: choose another DEVICE"
-            )
+            raise InvalidValue(f"DEVICE names {device}, but {_why_no_gpu(num_gpus)}")
     return tuple(dict.fromkeys(found))
+
+
+def _why_no_gpu(num_gpus: int) -> str:
+    if torch.version.cuda is None and torch.version.hip is None:
+        return (
+            f"PyTorch {torch.__version__} is a build for CPUs: remove .venv, then make serve COMPUTE=cuda (an image: "
+            "make image COMPUTE=cuda); or set DEVICE=cpu"
+        )
+    return f"torch finds {num_gpus} CUDA devices on this machine: choose another DEVICE"
 
 
 def open_scheduler(device: str, num_cores: int, kind: type[DeviceScheduler] = DeviceScheduler) -> DeviceScheduler:

@@ -71,7 +71,7 @@ class Backend(Protocol):
 
 def raise_model_not_found(model_id: str) -> NoReturn:
     """Raise ModelNotFound for a model that is not in the registry."""
-    raise ModelNotFound(f"model {model_id!r} not found; GET /v1/models lists the served models")
+    raise ModelNotFound(f"Model {model_id!r} not found: GET /v1/models lists the served models")
 
 
 def raise_host_not_found(host_id: str, known: Iterable[str]) -> NoReturn:

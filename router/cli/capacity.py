@@ -41,12 +41,13 @@ class CapacityReport(Struct, frozen=True, kw_only=True):
                 f"pinned and preloaded models do not fit: {_gib(self.wanted_bytes)} of {budget}; no room for "
                 f"{_names(self.misfits)}. Raise MEMORY_BUDGET, or pin and preload fewer"
             )
-        wanted = f"pinned and preloaded models take {_gib(self.wanted_bytes)} of {budget}"
+        num = "1 model" if self.num_known == 1 else f"{self.num_known} models"
+        need = f"{num} of known size: {_gib(self.total_bytes)} of {budget}"
         if self.alternating:
-            need = f"all {self.num_known} of known size need {_gib(self.total_bytes)}"
             verb = "take turns" if len(self.alternating) > 1 else "takes turns with others"
-            return f"{wanted}; {need}, so {_names(self.alternating)} {verb}"
-        return f"{wanted}; all {self.num_known} of known size fit at once ({_gib(self.total_bytes)})"
+            wanted = f"; pinned and preloaded ones take {_gib(self.wanted_bytes)}" if self.wanted_bytes else ""
+            return f"{need}, so {_names(self.alternating)} {verb}{wanted}"
+        return f"{need}{'' if self.num_known == 1 else ', all at once'}"
 
 
 def plan_capacity(registry: Registry, hosts: Sequence[HostSnapshot]) -> CapacityReport:

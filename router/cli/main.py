@@ -5,6 +5,7 @@ Subcommands are imported on use, so that `embedyard check` does not import torch
 """
 
 import importlib
+from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
 
 import click
@@ -59,6 +60,14 @@ class LazyGroup(click.Group):
             return None
         command: click.Command = importlib.import_module(f"router.cli.{MODULES.get(cmd_name, cmd_name)}").command
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        close = get_close_matches(args[0], SUMMARIES, n=1)
+        if args[0] not in SUMMARIES and close:
+            ctx.fail(f"No such command {args[0]!r}: did you mean {close[0]}?")
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

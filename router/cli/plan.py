@@ -1,5 +1,6 @@
 """`embedyard plan`: predicts what loading models would need and evict, without loading anything."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from router.cli.client import RemoteError, get
 from router.cli.completion import model_names
 from router.cli.output import print_rows
 from router.config.settings import Settings, SettingsError, load_settings
-from router.registry.opening import choose_models, open_registry
+from router.registry.opening import NAMES, choose_models, open_registry
 from router.registry.registry import Registry, RegistryError
 
 if TYPE_CHECKING:
@@ -25,6 +26,11 @@ if TYPE_CHECKING:
 EXIT_DOES_NOT_FIT = 1
 EXIT_INVALID = 2
 """Exit codes: a model does not fit; invalid command, registry, settings or address."""
+
+_UNKNOWN = (
+    "size not known of {models}: the files are not on this machine, and the hub does not tell it. embedyard pull "
+    "{arguments} downloads them; embedyard doctor says whether the hub is reachable"
+)
 
 COLUMNS = ("name", "device", "state", "needs", "free", "fits", "would leave", "load", "why")
 
@@ -39,7 +45,7 @@ Examples:
   embedyard plan bge-m3 --url http://127.0.0.1:6008    on a running server, as it is now
 """
 )
-@click.argument("models", nargs=-1, required=True, metavar="MODEL...", shell_complete=model_names)
+@click.argument("models", nargs=-1, metavar="MODEL...", shell_complete=model_names)
 @click.option("--url", help="Plan on the server at this address.")
 @click.option("--registry", type=click.Path(path_type=Path), help="Registry file, instead of REGISTRY.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list of plans.")
@@ -47,8 +53,11 @@ def command(models: tuple[str, ...], *, url: str | None, registry: Path | None, 
     """Predict what loading MODELs would need, without loading them.
 
     Sizes come from earlier loads, else from the files, else from headers on the hub (a few kilobytes, no download).
-    Exit code 0: every model fits; 1: some do not; 2: invalid command, registry, settings or address.
+    Exit code 0: every model fits, or its size is not known; 1: some do not fit; 2: invalid command, registry, settings
+    or address.
     """
+    if not models:
+        raise click.UsageError(f"name models: {NAMES}")
     try:
         settings = load_settings(flags={"REGISTRY": str(registry)} if registry else {})
         plans, summary = (
@@ -61,19 +70,19 @@ def command(models: tuple[str, ...], *, url: str | None, registry: Path | None, 
         click.echo(msgspec.json.format(msgspec.json.encode(plans), indent=2))
     else:
         print_rows(COLUMNS, [_cells(plan) for plan in plans])
-        if summary:
-            click.echo(summary, err=True)
+        for line in summary:
+            click.echo(line, err=True)
     if not all(plan.fits for plan in plans):
         raise SystemExit(EXIT_DOES_NOT_FIT)
 
 
-def _plan_on_server(url: str, models: tuple[str, ...], settings: Settings) -> tuple[list[Plan], str]:
+def _plan_on_server(url: str, models: tuple[str, ...], settings: Settings) -> tuple[list[Plan], list[str]]:
     """Plan on a running server."""
     key = settings.admin_api_key or settings.api_key
-    return [get(url, f"/admin/plan?model={quote(name, safe='')}", Plan, key) for name in models], ""
+    return [get(url, f"/admin/plan?model={quote(name, safe='')}", Plan, key) for name in models], []
 
 
-def _plan_locally(models: tuple[str, ...], settings: Settings, registry: Registry) -> tuple[list[Plan], str]:
+def _plan_locally(models: tuple[str, ...], settings: Settings, registry: Registry) -> tuple[list[Plan], list[str]]:
     """Plan on this machine, with nothing in memory.
 
     Raises:
@@ -98,7 +107,7 @@ def _plan_locally(models: tuple[str, ...], settings: Settings, registry: Registr
     finally:
         store.close()
     plans = [plan_best(devices, spec, forecasts[model_id]) or _no_device(spec) for model_id, spec in specs.items()]
-    return plans, _summary(_known_needs(specs, forecasts, devices), specs, devices) if len(specs) > 1 else ""
+    return plans, _summary(_known_needs(specs, forecasts, devices), specs, devices)
 
 
 def _devices(settings: Settings) -> tuple[str, ...]:
@@ -134,15 +143,23 @@ def _known_needs(
     }
 
 
-def _summary(needs: Mapping[str, KnownNeed], specs: Mapping[str, ModelSpec], devices: "Sequence[Device]") -> str:
-    """Tell whether the models fit at once, by the placement that the banner of `serve` predicts with."""
+def _summary(needs: Mapping[str, KnownNeed], specs: Mapping[str, ModelSpec], devices: "Sequence[Device]") -> list[str]:
+    """Tell whether the models fit at once, by the placement that the banner of `serve` predicts with.
+
+    Of unknown sizes it tells how to know them; one of these models may make the others take turns.
+    """
     budgets = {device.name: device.budget_bytes for device in devices}
     unknown = [model_id for model_id in specs if model_id not in needs]
     needs = {model_id: need for model_id, need in needs.items() if need.devices}  # the others have a line of their own
-    verdict = "they take turns" if Capacities(budgets).place(needs) else "they fit at once"
-    end = f"; size of {', '.join(unknown)} not known" if unknown else ""
-    need, budget = total_bytes(needs.values()), sum(budgets.values())
-    return f"together {format_bytes(need)} of {format_bytes(budget)}: {verdict}{end}"
+    lines = []
+    if len(needs) > 1:
+        verdict = "they take turns" if Capacities(budgets).place(needs) else "they fit at once"
+        need, budget = total_bytes(needs.values()), sum(budgets.values())
+        without = f", without {', '.join(unknown)}" if unknown else ""
+        lines.append(f"together {format_bytes(need)} of {format_bytes(budget)}: {verdict}{without}")
+    if unknown:
+        lines.append(_UNKNOWN.format(models=", ".join(unknown), arguments=shlex.join(unknown)))
+    return lines
 
 
 def _fits(plan: Plan) -> str:

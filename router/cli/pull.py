@@ -13,7 +13,7 @@ from engines.types import format_bytes
 from router.cli.completion import model_names
 from router.cli.output import is_terminal
 from router.config.settings import SettingsError, load_settings
-from router.registry.opening import choose_models, open_registry
+from router.registry.opening import NAMES, choose_models, open_registry
 from router.registry.registry import RegistryError
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def command(models: tuple[str, ...], *, is_all: bool, registry: Path | None) -> 
     some are not; 2: invalid command, registry or settings.
     """
     if bool(models) == is_all:
-        raise click.UsageError("name models, or pass --all")
+        raise click.UsageError(f"name models, or pass --all: {NAMES}")
     try:
         settings = load_settings(flags={"REGISTRY": str(registry)} if registry else {})
         found = open_registry(settings)

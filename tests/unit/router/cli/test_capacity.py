@@ -41,7 +41,8 @@ def test_all_fit() -> None:
     capacity = plan_capacity(registry("a", "b", "c", pinned="a"), [here])
 
     assert (capacity.misfits, capacity.alternating, capacity.num_known) == ((), (), 2)
-    assert str(capacity) == ("pinned and preloaded models take 3.0 of 10.0 GiB; all 2 of known size fit at once (6.0)")
+    assert str(capacity) == "2 models of known size: 6.0 of 10.0 GiB, all at once"
+    assert str(plan_capacity(registry("a"), [here])) == "1 model of known size: 3.0 of 10.0 GiB"
 
 
 def test_models_that_do_not_fit_together_take_turns() -> None:
@@ -51,8 +52,9 @@ def test_models_that_do_not_fit_together_take_turns() -> None:
     two = plan_capacity(registry("a", "b", "c", "d", preload="a"), [here])
 
     assert (one.alternating, two.alternating) == (("c",), ("c", "d"))
-    assert str(one).endswith("all 3 of known size need 11.0, so c takes turns with others")
-    assert str(two).endswith("all 4 of known size need 14.0, so c and d take turns")
+    wanted = "; pinned and preloaded ones take 5.0"
+    assert str(one) == f"3 models of known size: 11.0 of 10.0 GiB, so c takes turns with others{wanted}"
+    assert str(two) == f"4 models of known size: 14.0 of 10.0 GiB, so c and d take turns{wanted}"
 
 
 def test_pinned_models_that_do_not_fit_are_named_with_the_cure() -> None:

@@ -178,6 +178,16 @@ def test_check_warns_of_a_target_dim_beyond_every_known_width(registry: Path) ->
     assert narrow.stderr == ""
 
 
+def test_check_warns_of_a_setting_that_is_misspelt(registry: Path) -> None:
+    (registry.parent / ".env").write_text("MAX_QUE_SIZE=7\n")
+    plain, as_json = run("check"), run("check", "--json")
+    warning = "MAX_QUE_SIZE is not a setting, and is ignored: did you mean MAX_QUEUE_SIZE?"
+
+    assert plain.exit_code == 0
+    assert plain.stderr == f"warning: {warning}\n"
+    assert json.loads(as_json.stdout)["warnings"] == [warning]
+
+
 def test_models_is_plain_in_a_pipe(registry: Path) -> None:
     result = run("models")
 
@@ -283,7 +293,8 @@ def test_an_unknown_command_exits_2() -> None:
     result = run("chekc")
 
     assert result.exit_code == 2
-    assert "chekc" in result.stderr
+    assert "No such command 'chekc': did you mean check?" in result.stderr
+    assert "No such command 'xyzzy'." in run("xyzzy").stderr
 
 
 def test_version_is_shown() -> None:

@@ -129,13 +129,20 @@ def test_an_unknown_size_is_a_question_mark(hub: LoopbackHub) -> None:
     cells = plan("lost").stdout.split("\t")
 
     assert (cells[3], cells[5]) == ("?", "?")
-    assert "not known" in plan("lost", "local").stderr
+    for args in (["lost"], ["lost", "local"]):
+        assert plan(*args).stderr.startswith("size not known of lost: the files are not on this machine")
+        assert "embedyard pull lost downloads them" in plan(*args).stderr
+    assert plan("remote", "lost", "local").stderr.startswith(
+        "together 520 MiB of 1.0 GiB: they fit at once, without lost\nsize not known of lost: "
+    )
 
 
 @pytest.mark.parametrize(
     ("args", "words"),
     [
+        ([], "embedyard models lists those of the registry"),
         (["remotee"], "did you mean remote"),
+        (["remotee"], "embedyard add ORG/NAME"),
         (["remote", "--registry", "nowhere.yaml"], "no file nowhere.yaml"),
         (["remote", "--url", "http://127.0.0.1:9"], "no server answers at http://127.0.0.1:9"),
         (["remote", "--url", "nonsense"], "no server answers at nonsense"),

@@ -13,10 +13,13 @@ import httpx
 import pytest
 from click.testing import CliRunner, Result
 
-from engines.types import HostSnapshot
+from engines.spec import ModelSpec
+from engines.types import HostSnapshot, ModelStatus
 from router.cli.serve import banner, command
+from router.cli.start_warnings import start_warnings
 from router.config.settings import VARIABLES, Settings
 from router.registry import opening
+from router.registry.registry import Registry, read_registry
 from router.version import embedyard_version
 from tests.testkit.model_folders import plain_model
 from tests.testkit.servers import REGISTRY
@@ -69,8 +72,7 @@ def test_a_taken_port_is_refused_before_anything_is_loaded(folder: Path) -> None
         result = serve("--port", str(port))
 
     assert result.exit_code == 2
-    assert f"PORT={port}" in result.stderr
-    assert "in use" in result.stderr
+    assert f"PORT={port} is in use on 127.0.0.1: choose another, or stop the process that has it" in result.stderr
 
 
 @pytest.mark.parametrize("port", ["70000", "-1", "http"])
@@ -138,19 +140,43 @@ def test_a_named_model_that_does_not_exist_is_refused(folder: Path, name: str, w
 def test_the_banner_says_where_what_and_with_how_much() -> None:
     host = HostSnapshot(
         host_id="cpu", device="cpu", total_bytes=16 * 2**30, budget_bytes=12 * 2**30, used_bytes=0, workspace_bytes=0,
-        free_bytes=0, residents=(), models=(),
+        free_bytes=0, residents=(),
+        models=(
+            ModelStatus(model_id="mini", state="absent", host_id="cpu", device="cpu", source="s"),
+            ModelStatus(model_id="BAAI/bge-m3", state="absent", host_id="cpu", device="cpu", source="s"),
+            ModelStatus(model_id="cold", state="cold", host_id="cpu", device="cpu", source="s"),
+        ),
     )  # fmt: skip
     lines = banner(Settings(host="0.0.0.0", api_key="hunter2"), REGISTRY, (host,), 6008).splitlines()
 
     assert lines == [
         "Embedyard serves http://127.0.0.1:6008  (documentation: http://127.0.0.1:6008/docs)",
         "  model   mini (default)",
-        "  model   BAAI/bge-m3",
         "  model   cold",
+        "  models  1 more, downloaded when first asked for (embedyard models lists them)",
         "  device  cpu: 12.0 GiB of 16.0 GiB for models",
         "Try:",
         '  curl http://127.0.0.1:6008/v1/embeddings -H "Authorization: Bearer $API_KEY" '
         '-H \'Content-Type: application/json\' -d \'{"model": "mini", "input": "The cat sits outside"}\'',
+    ]
+
+
+def test_a_long_registry_stays_a_short_banner() -> None:
+    names = [f"m{number}" for number in range(30)]
+    registry = Registry(models={name: ModelSpec(model_id=name, source=f"o/{name}") for name in names})
+    host = HostSnapshot(
+        host_id="cpu", device="cpu", total_bytes=1, budget_bytes=1, used_bytes=0, workspace_bytes=0, free_bytes=0,
+        residents=(),
+        models=tuple(
+            ModelStatus(model_id=name, state="ready", host_id="cpu", device="cpu", source="s") for name in names[:12]
+        ),
+    )  # fmt: skip
+    lines = banner(Settings(), registry, (host,), 6008).splitlines()
+
+    assert lines[1:11] == [f"  model   m{number}" for number in range(10)]
+    assert lines[11:13] == [
+        "  models  2 more on disk",
+        "  models  18 more, downloaded when first asked for (embedyard models lists them)",
     ]
 
 
@@ -169,6 +195,13 @@ def test_the_banner_is_left_out_where_the_output_is_for_programs(
 
     assert "Embedyard serves http://127.0.0.1:" in printed[0]
     assert printed[1] == ""
+
+
+def test_a_misspelt_setting_is_a_warning_at_start(folder: Path) -> None:
+    (folder / ".env").write_text("MAX_QUE_SIZE=7\n")
+    warnings = start_warnings(Settings(), read_registry(folder / "registry.yaml"))
+
+    assert warnings == ("MAX_QUE_SIZE is not a setting, and is ignored: did you mean MAX_QUEUE_SIZE?",)
 
 
 def test_an_ipv6_address_stands_in_brackets() -> None:
