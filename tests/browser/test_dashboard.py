@@ -362,6 +362,7 @@ def test_the_documentation_switches_its_language_with_the_page(dashboard: Page) 
     assert "兼容 OpenAI 接口" in chinese
     assert "Embed texts" not in chinese
     assert "List the models" not in chinese
+    assert "字段、参数和响应的说明为英文" in chinese
 
 
 def test_the_documentation_has_the_same_style_and_uses_the_key_of_the_dashboard(dashboard: Page) -> None:

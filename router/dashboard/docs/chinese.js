@@ -50,10 +50,55 @@ const CHINESE = {
   "The models in the registry.": "注册表中的模型。",
   "Models in memory and operator commands; needs a key with the scope `admin`.": "内存中的模型与运维操作；需要具有 `admin` 权限的密钥。",
   "Probes; no key needed.": "探针，无须密钥。",
+  // What each route does, below its summary.
+  "Loads the model first if it is not in memory; the request waits for it.": "模型不在内存中时先加载，请求会等待。",
+  "Loads the model first if it is not in memory.": "模型不在内存中时先加载。",
+  "Ignores the body's `model`, which OpenAI's clients always send.": "忽略请求体里的 `model`（OpenAI 的客户端总会发送它）。",
+  "Ignores the body's `model`, which is the deployment's or the model's own name at Azure.": "忽略请求体里的 `model`，它在 Azure 上是部署名或模型自己的名字。",
+  "Does the same as POST /v1/embeddings, and understands the defaults that Infinity's client sends.": "与 POST /v1/embeddings 相同，并理解 Infinity 客户端发送的默认值。",
+  "Lists what GET /v1/models does, with Infinity's `stats`, `backend` and `capabilities`.": "与 GET /v1/models 相同，另有 Infinity 的 `stats`、`backend` 和 `capabilities`。",
+  "Does the same as GET /v1/models/{model_id}.": "与 GET /v1/models/{model_id} 相同。",
+  "Scores each document with a reranker; an embedding model ranks by the cosine of its vectors (`method`).": "用重排模型给每篇文档打分；向量模型按向量的余弦相似度排序（见 `method`）。",
+  "As POST /v1/rerank.": "与 POST /v1/rerank 相同。",
+  "As POST /v1/rerank with `documents`; with `texts` as text-embeddings-inference, whose scores are sigmoids.": "带 `documents` 时与 POST /v1/rerank 相同；带 `texts` 时与 text-embeddings-inference 相同，得分取 sigmoid。",
+  "As POST /v1/rerank; the answer is Infinity's, with documents as strings.": "与 POST /v1/rerank 相同；回答是 Infinity 的格式，文档为字符串。",
+  "Scores one text with each of many, or two lists item by item; an embedding model computes cosines.": "为一条文本与多条文本逐一打分，或为两个列表逐项打分；向量模型计算余弦相似度。",
+  "As POST /v1/score.": "与 POST /v1/score 相同。",
+  "Returns the probability of each label, for each text.": "为每条文本返回每个标签的概率。",
+  "Returns the probability of each label.": "返回每个标签的概率。",
+  "As POST /v1/classify.": "与 POST /v1/classify 相同。",
+  "Lists the models that the key may use, in memory or not.": "列出该密钥可以使用的模型，无论是否在内存中。",
+  "Shows a model by id or alias.": "按 id 或别名查看一个模型。",
+  "Lists every model on every device.": "列出每个设备上的每个模型。",
+  "Shows one model on every device.": "查看一个模型在各设备上的状态。",
+  "Loads the model where it fits best, or on the given host. The load goes on if the client does not wait. With `Accept: text/event-stream` the answer is a stream of this model's events as in /admin/events, followed by one event `done` with its slots, or one event `error` with the error envelope.":
+    "在最合适的设备上加载模型，或加载到指定的主机。客户端不等待时加载仍会继续。带 `Accept: text/event-stream` 时，回答是该模型的事件流（与 /admin/events 相同），最后是带有其状态的 `done` 事件，或带有错误信息的 `error` 事件。",
+  "Finishes the host's requests, ends its process, starts a new one and loads the models that were ready. This frees memory that leaked. Other hosts keep serving. Answers with all devices once the new process takes work.":
+    "完成该主机的请求，结束其进程，启动新进程并加载原来就绪的模型。这会释放泄漏的内存，其他主机继续服务。新进程可以接受请求后，返回所有设备。",
+  "Waits for running requests, then frees the model on every device.": "等正在运行的请求完成，再从所有设备上释放模型。",
+  "Shows the memory of each device, and its models in eviction order.": "查看每个设备的内存，以及按驱逐顺序排列的模型。",
+  "Shows texts, tokens and latencies of the models that answered in the last minute.": "查看最近一分钟有应答的模型的文本数、token 数和延迟。",
+  "Shows what loading a model would do, without loading it. Without `model`: the default model.": "预演加载一个模型会怎样，但不加载。不写 `model` 时为默认模型。",
+  "Applies the whole file and lists the changes, or applies nothing and lists every mistake in the file.": "应用整个文件并列出变更；文件有错时什么都不应用，并列出所有错误。",
+  "Streams state changes and download progress; with `Last-Event-ID` it starts after that event.": "以流的形式发送状态变化和下载进度；带 `Last-Event-ID` 时从该事件之后开始。",
+  "Needs a key with the scope `admin`, unless the server listens on loopback.": "需要具有 `admin` 权限的密钥，除非服务器只监听本机。",
+  "Answers 200 while the process works, 503 with the reason if it must be restarted.": "进程正常时返回 200；需要重启时返回 503 及原因。",
+  "Answers 200 if the server takes new work, 503 while it drains or if no device works.": "可以接受新请求时返回 200；正在关闭或没有可用设备时返回 503。",
+  "Computes the vectors once and returns them in each requested type.": "只计算一次向量，并按请求的每种类型返回。",
+  "Answers as /v2/embed, but with a plain list of vectors unless types are named.": "与 /v2/embed 相同，但没有指定类型时返回普通的向量列表。",
+  "Loads the model first if it is not in memory. Without texts it answers without vectors, as Ollama does.": "模型不在内存中时先加载。没有文本时返回空结果，与 Ollama 相同。",
+  "Returns an empty vector for an empty text, as Ollama does.": "空文本得到空向量，与 Ollama 相同。",
+  "Lists loaded models, one entry for each device that holds one.": "列出已加载的模型，每个设备一条。",
+  "Shows the version of Ollama whose API this is.": "查看所兼容的 Ollama 版本。",
+  "Shows what is known of the model without loading it.": "查看模型的已知信息，不加载模型。",
+  "Fetches a model of the registry and loads it, as /admin/models/{model_id}/preload does.": "下载并加载注册表里的模型，与 /admin/models/{model_id}/preload 相同。",
+  "Returns only the vectors, as numbers.": "只返回向量，以数字表示。",
+  "Shows the default model and the limits of the server. Loads the model if it has never been in memory.": "查看默认模型和服务器的上限。模型从未加载过时会先加载。",
+  "Does the same as POST /embed: the hub's clients send requests to the address itself.": "与 POST /embed 相同：模型仓库的客户端直接把请求发到地址本身。",
 };
 
 const CHINESE_INTRODUCTION = "兼容 OpenAI 接口的多模型向量服务。所有错误格式相同，每个响应都带 `x-request-id`。429 与 503 响应用 " +
-  "`Retry-After` 和 `retry-after-ms` 说明何时重试；`x-should-retry: false` 表示重试也会失败。";
+  "`Retry-After` 和 `retry-after-ms` 说明何时重试；`x-should-retry: false` 表示重试也会失败。字段、参数和响应的说明为英文。";
 
 const CHINESE_LABELS = {
   Authorize: "授权", "Available authorizations": "可用的授权方式", Close: "关闭", Logout: "退出", "Try it out": "试一试", Cancel: "取消",

@@ -38,7 +38,10 @@ function translated(text) {
   document.info.description = CHINESE_INTRODUCTION;
   for (const tag of document.tags ?? []) tag.description = CHINESE[tag.description] ?? tag.description;
   for (const route of Object.values(document.paths)) {
-    for (const operation of Object.values(route)) operation.summary = CHINESE[operation.summary] ?? operation.summary;
+    for (const operation of Object.values(route)) {
+      operation.summary = CHINESE[operation.summary] ?? operation.summary;
+      operation.description = CHINESE[operation.description?.replace(/\s+/g, " ").trim()] ?? operation.description;
+    }
   }
   return JSON.stringify(document);
 }

@@ -2,12 +2,14 @@
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 from litestar import Litestar
 
+import router
 from engines import errors as engine
 from router.api.docs import openapi_config
 from router.config.settings import Settings
@@ -16,6 +18,7 @@ from tests.testkit.contract import BAD_BODIES, CODES, EMBED
 from tests.testkit.servers import Served, serve
 
 Document = dict[str, Any]
+CHINESE = (Path(router.__file__).parent / "dashboard" / "docs" / "chinese.js").read_text(encoding="utf-8")
 LEFT_TO_WORDS = {
     "int8 with one input", "an unknown duration", "a negative duration", "prompt and input type",
     "prompt and instruction", "a body too large", "an unknown model", "an empty model", "a path as model",
@@ -276,6 +279,17 @@ def test_the_browser_is_told_to_load_nothing_from_elsewhere(keyed: Served) -> No
     assert "http" not in policy
     assert "validatorUrl: null" in script
     assert 'url: "/docs/openapi.json"' in script
+
+
+def test_the_main_routes_are_described_in_chinese_too(document: Document) -> None:
+    """What has no translation stays English, as the page says: the routes of other servers, fields and codes."""
+    known = set(re.findall(r'^  "((?:[^"\\]|\\.)+)":', CHINESE, re.MULTILINE))
+    main = re.compile(r"/v1/(embeddings|models|rerank|score|classify)\b|/admin/")
+    described = [operation for _, path, operation in operations(document) if main.match(path)]
+
+    assert len(described) > 12
+    for operation in described:
+        assert {operation["summary"], " ".join(operation["description"].split())} <= known
 
 
 def test_the_document_says_where_it_comes_from() -> None:
