@@ -179,8 +179,8 @@ def run(folder: Path, names: Sequence[str], seconds: float, num_calls: int) -> R
         machine=watch.machine,
         settings={"model": folder.name, "seconds": seconds, "hosts": HOSTS, "calls": num_calls},
         header=(
-            "backend", "texts/s, 1 client", "p50, p95 ms", "texts/s, 32 clients", "p50, p95 ms", "memory MB", "start s",
-            "cold request s", "a call, 1 text ms", "256 texts ms",
+            "backend", "texts/s, 1 client", "p50, p95 ms", "texts/s, 32 clients", "p50, p95 ms", "memory MiB",
+            "start s", "cold request s", "a call, 1 text ms", "256 texts ms",
         ),
         rows=[_row(name, one) for name, one in found.items()],
         samples={name: one for name, one in found.items()},  # noqa: C416 - of its own type for the encoder
@@ -194,7 +194,7 @@ def _row(name: str, found: Found) -> tuple[str, ...]:
         p50, p95 = found.latencies_s[clients]
         phases += [f"{found.texts_per_s[clients]:,.0f}", f"{1000 * p50:.1f}, {1000 * p95:.1f}"]
     return (
-        name, *phases, f"{found.memory_bytes / 1e6:,.0f}", f"{found.start_s:.1f}", f"{found.cold_s:.2f}",
+        name, *phases, f"{found.memory_bytes / 2**20:,.0f}", f"{found.start_s:.1f}", f"{found.cold_s:.2f}",
         f"{1000 * found.call['one_text_s']:.2f}", f"{1000 * found.call['many_texts_s']:.2f}",
     )  # fmt: skip
 

@@ -140,7 +140,7 @@ def run(folder: Path, rounds: int, seconds: float) -> Report:
                         sample = measure(server, folder, clients, seconds)
                         found[clients][name] += [sample] if number else []
                 print("; ".join(_row(clients, found[clients])), flush=True)
-            memory = {name: memory_bytes([server.pid]) / 1e6 for name, server in servers.items()}
+            memory = {name: memory_bytes([server.pid]) / 2**20 for name, server in servers.items()}
             machine = watch.machine
     busy = {name: _median(found[64][name]) for name in NAMES}
     return Report(
@@ -153,7 +153,7 @@ def run(folder: Path, rounds: int, seconds: float) -> Report:
         rows=[_row(clients, by) for clients, by in found.items()],
         samples={str(clients): _rates(by) for clients, by in found.items()},
         notes=(
-            f"memory: local {memory['local']:,.0f} MB, process {memory['process']:,.0f} MB",
+            f"memory: local {memory['local']:,.0f} MiB, process {memory['process']:,.0f} MiB",
             *(_bounds(busy, cores) for cores in CORES),
         ),
     )  # fmt: skip

@@ -125,7 +125,7 @@ def run_loading(folder: Path, names: Sequence[str], rounds: int) -> Report:
     lags = {name: _lags_of_loads(name, folder, rounds) for name in with_progress(names, "backend")}
     return Report(
         name="backends-lag",
-        title=f"Event-loop lag of the router while a host loads {size / 1e9:.2f} GB",
+        title=f"Event-loop lag of the router while a host loads {size / 2**30:.2f} GiB",
         machine=watch.machine,
         settings={"model": folder.name, "rounds": rounds},
         header=("backend", "samples", "p50 ms", "p99 ms", "p99.9 ms", "max ms"),

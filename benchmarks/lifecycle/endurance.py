@@ -207,7 +207,7 @@ async def everything(server: Server, kinds: Sequence[Kind], seconds: float) -> t
             await asyncio.sleep(_SAMPLE_S)
             samples.append(read_process(process, time.monotonic() - began_s))
             if len(samples) % _PRINT_EVERY == 0:
-                progress = f"{samples[-1].at_s:.0f} of {seconds:.0f} s, {samples[-1].rss_bytes / 1e6:,.0f} MB"
+                progress = f"{samples[-1].at_s:.0f} of {seconds:.0f} s, {samples[-1].rss_bytes / 2**20:,.0f} MiB"
                 print(progress, file=sys.stderr, flush=True)
 
     watching = asyncio.create_task(watch())
@@ -298,11 +298,11 @@ def _row(kind: Kind, outcome: Outcome) -> tuple[str, ...]:
 
 
 def _facts(verdict: Verdict, samples: Sequence[Sample]) -> tuple[str, ...]:
-    first, last = (size / 1e6 for size in verdict.rss_bytes)
-    most = max(sample.rss_bytes for sample in samples) / 1e6
+    first, last = (size / 2**20 for size in verdict.rss_bytes)
+    most = max(sample.rss_bytes for sample in samples) / 2**20
     return (
-        f"memory (RSS): {first:.0f} MB in the first quarter, {last:.0f} MB in the last "
-        f"({100 * verdict.rss_growth:+.1f} %), {most:.0f} MB at most",
+        f"memory (RSS): {first:.0f} MiB in the first quarter, {last:.0f} MiB in the last "
+        f"({100 * verdict.rss_growth:+.1f} %), {most:.0f} MiB at most",
         f"at rest before and after: {verdict.threads[0]} and {verdict.threads[1]} threads, "
         f"{verdict.files[0]} and {verdict.files[1]} open files",
     )

@@ -230,7 +230,7 @@ def run(megabytes: int, rounds: int, rate: float, quiet_s: float) -> Report:
     ]
     return Report(
         name="load-latency",
-        title=f"Latency of {READY} while a model of {size / 1e6:,.0f} MB is downloaded and loaded",
+        title=f"Latency of {READY} while a model of {size / 2**20:,.0f} MiB is downloaded and loaded",
         machine=machine,
         settings={"megabytes": megabytes, "rounds": rounds, "requests_per_s": rate},
         header=("stretch", "s", "requests", "p50 ms", "p95 ms", "p99 ms", "worst ms"),
