@@ -90,11 +90,12 @@ def openapi_config() -> OpenAPIConfig:
         ),
         tags=[
             Tag(name="embeddings", description="Compute vectors of texts."),
-            Tag(name="skins", description="The APIs of other embedding servers; `SKINS` selects them."),
+            Tag(name="rerank", description="Compute scores and labels; embedding models give cosines."),
             Tag(name="models", description="The models in the registry."),
             Tag(
                 name="admin", description="Models in memory and operator commands; needs a key with the scope `admin`."
             ),
             Tag(name="health", description="Probes; no key needed."),
+            Tag(name="skins", description="The APIs of other embedding servers; `SKINS` selects them."),
         ],
     )

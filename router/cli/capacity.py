@@ -41,8 +41,8 @@ class CapacityReport(Struct, frozen=True, kw_only=True):
                 f"pinned and preloaded models do not fit: {_gib(self.wanted_bytes)} of {budget}; no room for "
                 f"{_names(self.misfits)}. Raise MEMORY_BUDGET, or pin and preload fewer"
             )
-        num = "1 model" if self.num_known == 1 else f"{self.num_known} models"
-        need = f"{num} of known size: {_gib(self.total_bytes)} of {budget}"
+        whose = "the one model whose size is" if self.num_known == 1 else f"the {self.num_known} models whose sizes are"
+        need = f"{_gib(self.total_bytes)} of {budget} for {whose} known"
         if self.alternating:
             verb = "take turns" if len(self.alternating) > 1 else "takes turns with others"
             wanted = f"; pinned and preloaded ones take {_gib(self.wanted_bytes)}" if self.wanted_bytes else ""

@@ -46,6 +46,7 @@ const CHINESE = {
   "List the models (Ollama)": "列出模型（Ollama）",
   "Embed texts with the model of the path": "用路径中的模型生成向量",
   "Compute vectors of texts.": "计算文本的向量。",
+  "Compute scores and labels; embedding models give cosines.": "计算得分与标签；向量模型给出余弦相似度。",
   "The APIs of other embedding servers; `SKINS` selects them.": "其他向量服务器的接口，由 `SKINS` 选择。",
   "The models in the registry.": "注册表中的模型。",
   "Models in memory and operator commands; needs a key with the scope `admin`.": "内存中的模型与运维操作；需要具有 `admin` 权限的密钥。",
@@ -106,4 +107,5 @@ const CHINESE_LABELS = {
   Responses: "响应", Code: "状态码", Description: "说明", Links: "链接", "No links": "无链接", Schemas: "数据结构", Name: "名称",
   "Media type": "媒体类型", "Example Value": "示例", Schema: "结构", "Server response": "服务器响应", "Response body": "响应体",
   "Response headers": "响应头", "Request URL": "请求地址", Details: "详情", Download: "下载", Examples: "示例", required: "必填",
+  "Edit Value": "编辑", Controls: "控制", "header.": "请求头。", "Request duration": "用时", Curl: "curl 命令",
 };

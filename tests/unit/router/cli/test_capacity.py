@@ -41,8 +41,8 @@ def test_all_fit() -> None:
     capacity = plan_capacity(registry("a", "b", "c", pinned="a"), [here])
 
     assert (capacity.misfits, capacity.alternating, capacity.num_known) == ((), (), 2)
-    assert str(capacity) == "2 models of known size: 6.0 of 10.0 GiB, all at once"
-    assert str(plan_capacity(registry("a"), [here])) == "1 model of known size: 3.0 of 10.0 GiB"
+    assert str(capacity) == "6.0 of 10.0 GiB for the 2 models whose sizes are known, all at once"
+    assert str(plan_capacity(registry("a"), [here])) == "3.0 of 10.0 GiB for the one model whose size is known"
 
 
 def test_models_that_do_not_fit_together_take_turns() -> None:
@@ -53,8 +53,8 @@ def test_models_that_do_not_fit_together_take_turns() -> None:
 
     assert (one.alternating, two.alternating) == (("c",), ("c", "d"))
     wanted = "; pinned and preloaded ones take 5.0"
-    assert str(one) == f"3 models of known size: 11.0 of 10.0 GiB, so c takes turns with others{wanted}"
-    assert str(two) == f"4 models of known size: 14.0 of 10.0 GiB, so c and d take turns{wanted}"
+    assert str(one) == f"11.0 of 10.0 GiB for the 3 models whose sizes are known, so c takes turns with others{wanted}"
+    assert str(two) == f"14.0 of 10.0 GiB for the 4 models whose sizes are known, so c and d take turns{wanted}"
 
 
 def test_pinned_models_that_do_not_fit_are_named_with_the_cure() -> None:
