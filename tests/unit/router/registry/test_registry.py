@@ -493,6 +493,16 @@ def test_an_unknown_name_suggests_the_nearest() -> None:
         TWO.resolve("baai/bge_m3")
 
 
+def test_a_model_is_suggested_under_the_nearest_of_its_names_alone() -> None:
+    near = parse_registry("version: 1\nmodels: [{name: all-MiniLM-L6-v2, source: o/s, aliases: [all-minilm]}]\n")
+    with pytest.raises(ModelNotFound) as caught:
+        near.resolve("all-MiniLM")
+
+    assert str(caught.value) == (
+        "Model 'all-MiniLM' not found: did you mean all-minilm? GET /v1/models lists all models"
+    )
+
+
 @pytest.mark.parametrize("name", ["", "zzz", "x" * 100_000])
 def test_a_strange_name_gets_a_short_answer(name: str) -> None:
     with pytest.raises(ModelNotFound, match="GET /v1/models lists all models") as caught:
