@@ -231,7 +231,8 @@ class DeviceScheduler:
         """Starts the task that goes before the running one.
 
         1. A task of a source that has used less time.
-        2. A small task of the same source.
+        2. A small task of such a source whose long task this one has preempted: else it would wait for all of this one.
+        3. A small task of the same source.
         """
         outer = worker.running[-1]
         with self._lock:
@@ -239,7 +240,12 @@ class DeviceScheduler:
                 return None
             self._refresh_usages()
             others = [usage for usage in self._usages if usage.used_s < outer.usage.used_s]
-            return self._pick(worker, others) or self._pick_small(worker, outer)  # (1), (2)
+            waiting = [active for active in worker.running[:-1] if active.usage in others and outer.task.is_long]
+            return (
+                self._pick(worker, others)  # (1)
+                or next(filter(None, (self._pick_small(worker, active) for active in reversed(waiting))), None)  # (2)
+                or self._pick_small(worker, outer)  # (3)
+            )
 
     def _pick(self, worker: WorkerThread, usages: Sequence[Usage]) -> ActiveTask | None:
         """Starts a task of the source that has used the fewest seconds, of those that have work."""
@@ -252,7 +258,7 @@ class DeviceScheduler:
         return None
 
     def _pick_small(self, worker: WorkerThread, outer: ActiveTask) -> ActiveTask | None:
-        """Starts a small task of the source of a long one.
+        """Starts a small task of the source of a long one, which runs on this thread or is preempted there.
 
         Small tasks get at most as much time as the long one has run, or a stream of small requests would stop it.
         """

@@ -168,6 +168,57 @@ def test_a_task_that_is_not_long_is_not_preempted_by_small_ones() -> None:
     assert order_with_small(2, small=1, parts=2, is_long=False) == ["part", "part"]
 
 
+def order_with_nested(num_tasks: int, small: int, *, is_long: bool) -> list[str]:
+    """Returns the order of tasks of a source whose bulk is preempted by another's of three parts, both of 2 s a part;
+    its small tasks of 1 s are there from the first of these on."""
+    tasks = TaskLog(num_tasks)
+    scheduler = tasks.scheduler()
+    first, second = ScriptedSource(1, lambda: None, is_long=True), ScriptedSource(0, lambda: None, is_long=is_long)
+
+    def preempted() -> None:
+        tasks.task("first", 2.0)()
+        second.left = 1
+        scheduler.preemption_point()
+        tasks.task("first", 2.0)()
+
+    def preempting() -> None:
+        for part in range(3):
+            tasks.task("second", 2.0)()
+            if part == 0:
+                first.small = [tasks.task("small", 1.0)] * small
+            scheduler.preemption_point()
+
+    first.work, second.work = preempted, preempting
+    try:
+        scheduler.attach(first)
+        scheduler.attach(second)
+        scheduler.notify()
+        assert tasks.done.wait(10)
+    finally:
+        scheduler.close()
+    return tasks.order
+
+
+def test_small_tasks_of_a_preempted_source_go_between_the_parts_of_the_task_that_preempts_it() -> None:
+    """Two models have bulk requests, and a query comes for the one whose batches are preempted on every thread."""
+    order = order_with_nested(6, small=1, is_long=True)
+
+    assert order == ["first", "second", "second", "small", "second", "first"]
+
+
+def test_small_tasks_of_a_preempted_source_get_no_more_time_than_is_fair() -> None:
+    order = order_with_nested(8, small=100, is_long=True)
+
+    assert order == ["first", "second", "second", *["small"] * 2, "second", "small", "first"]
+
+
+def test_a_short_task_is_not_preempted_by_small_tasks_of_the_source_that_it_preempts() -> None:
+    """Two sources of small tasks would preempt each other without end."""
+    order = order_with_nested(6, small=1, is_long=False)
+
+    assert order == ["first", "second", "second", "second", "small", "first"]
+
+
 def test_a_task_that_has_just_begun_is_not_preempted() -> None:
     """The check takes the lock, and there is a preemption point before each of perhaps a hundred layers."""
     tasks = TaskLog(2)
