@@ -97,7 +97,7 @@ def fuse_decoder(model: nn.Module, state: PackedState) -> "list[FusedDecoderLaye
 def _fuse_layer(layer: nn.Module, family: DecoderFamily, state: PackedState, *, is_last: bool) -> "FusedDecoderLayer":
     """Replaces the forward method of a layer, which runs as before outside of a fused row."""
     plain: Callable[..., Any] = layer.forward
-    fused = FusedDecoderLayer(layer, family, is_last=is_last)
+    fused = FusedDecoderLayer(layer, family, state.pause, is_last=is_last)
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if state.layout is None or not state.is_fused:
@@ -113,11 +113,15 @@ def _fuse_layer(layer: nn.Module, family: DecoderFamily, state: PackedState, *, 
 class FusedDecoderLayer:
     """Runs one layer on a packed row.
 
+    Args:
+        pause: called between the layer's products: other rows need not wait for a whole layer.
+
     Attributes:
         is_causal: whether a token attends to those before it only.
     """
 
-    def __init__(self, layer: Any, family: DecoderFamily, *, is_last: bool) -> None:
+    def __init__(self, layer: Any, family: DecoderFamily, pause: Callable[[], None], *, is_last: bool) -> None:
+        self._pause = pause
         self._layer, self._is_last = layer, is_last
         self._attention, self._mlp = layer.self_attn, layer.mlp
         self._width = int(self._attention.head_dim)
@@ -151,12 +155,14 @@ class FusedDecoderLayer:
     def __call__(self, x: Tensor, layout: PackedLayout, rope: Rope) -> Tensor:
         """Runs the layer, `[T, H]` to `[T, H]`."""
         heads, values = self._split(self._joined(self._before_attention(x)))
+        self._pause()
         heads = _rotate(heads, rope)
         query, key, value = (_as_row(part) for part in (heads[:, : self._heads], heads[:, self._heads :], values))
         context, _ = packed_attention(
             self._attention, query, key, value, None,
             packed_layout=layout, scaling=self._scaling, is_causal=self.is_causal, sliding_window=self._window,
         )  # fmt: skip
+        self._pause()
         return self._finish(x, context[0].flatten(1))
 
     def last_tokens(self, x: Tensor, layout: PackedLayout, rope: Rope) -> Tensor:
@@ -214,9 +220,12 @@ class FusedDecoderLayer:
         mlp = self._mlp
         x = self._after_attention(apply(self._attention.o_proj, context)).add_(x)
         normed = self._before_mlp(x)
+        self._pause()
         gate = apply(mlp.gate_proj, normed)
         gate = silu(gate, inplace=True) if type(mlp.act_fn) is nn.SiLU else mlp.act_fn(gate)
+        self._pause()
         inner = gate.mul_(apply(mlp.up_proj, normed))
+        self._pause()
         return self._after_mlp(apply(mlp.down_proj, inner)).add_(x)
 
 

@@ -127,7 +127,7 @@ def fuse(model: nn.Module, state: PackedState) -> "list[FusedLayer]":
 def _fuse_layer(layer: nn.Module, names: PartNames, state: PackedState, *, is_last: bool) -> "FusedLayer":
     """Replaces the forward method of a layer, which runs as before outside of a fused row."""
     plain: Callable[..., Any] = layer.forward
-    fused = FusedLayer(layer, names)
+    fused = FusedLayer(layer, names, state.pause)
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if state.layout is None or not state.is_fused:
@@ -150,12 +150,16 @@ def fastest_variant(layout: PackedLayout) -> KernelVariant:
 class FusedLayer:
     """Runs one layer on a packed row.
 
+    Args:
+        pause: called between the layer's products, of rows of many tokens: other rows need not wait for a whole layer.
+
     Attributes:
         heads, head_width: the number of attention heads and the width of each.
         operator: the activation as an ONNX operator (`engines/models/onnx_graph.py`); empty where that has none.
     """
 
-    def __init__(self, layer: nn.Module, names: PartNames) -> None:
+    def __init__(self, layer: nn.Module, names: PartNames, pause: Callable[[], None]) -> None:
+        self._pause = pause
         part: Callable[[str], Any] = layer.get_submodule
         self._attention = part(names.attention)
         projections = [part(name) for name in (names.query, names.key, names.value)]
@@ -226,12 +230,17 @@ class FusedLayer:
     def many(self, x: Tensor, layout: PackedLayout, position_bias: Tensor | None) -> Tensor:
         """Runs the layer with the tokens as the left factor of each product, `[T, H]` to `[T, H]`."""
         joined = linear(x, self._weight, self._bias) if self._joined is None else self._joined(x)
-        return self._finish(x, self._attend(joined, layout, position_bias))
+        self._pause()
+        context = self._attend(joined, layout, position_bias)
+        self._pause()
+        return self._finish(x, context)
 
     def _finish(self, x: Tensor, context: Tensor) -> Tensor:
         """Runs what follows attention, from the layer's input and the context, both `[T, H]`."""
         x = _norm(apply(self._context, context).add_(x), self._first_norm)
+        self._pause()
         inner = self._activate(apply(self._up, x))
+        self._pause()
         return _norm(apply(self._down, inner).add_(x), self._second_norm)
 
     def one_token(self, x: Tensor, layout: PackedLayout, kept: TokenChoice) -> Tensor:

@@ -1,7 +1,7 @@
 """Lays texts out in packed rows and padded batches. Depends on their lengths only, not on models."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -132,8 +132,15 @@ class PackedLayout:
         return torch.cat([self.starts[:1], self.ends]).to(torch.int32)
 
 
+def _no_pause() -> None:
+    """Does nothing."""
+
+
 class PackedState(threading.local):
     """The layout of the row that this thread runs now, for code that transformers calls without passing it.
+
+    Args:
+        pause: called by fused layers between two products; it may run other rows, on the same thread.
 
     Attributes:
         layout: None outside of a packed row.
@@ -146,6 +153,9 @@ class PackedState(threading.local):
     is_fused: bool = False
     variant: KernelVariant | None = None
     kept: TokenChoice = "all"
+
+    def __init__(self, pause: Callable[[], None] = _no_pause) -> None:
+        self.pause = pause
 
     @contextmanager
     def running(

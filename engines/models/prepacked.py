@@ -18,7 +18,7 @@ from engines.device.load_throttle import throttle_point
 from engines.device.torch_runtime import usable_threads
 from engines.inputs.token_ids import ID_MASK, TYPE_SHIFT
 from engines.layers.fused import FusedLayer
-from engines.layers.packing import KernelVariant, PackedLayout
+from engines.layers.packing import KernelVariant, PackedLayout, TokenChoice
 from engines.models.onnx_graph import SLOW_FUSIONS, Shape, Weights, encoder_graph
 
 _MODELS = ({"embeddings", "encoder"}, {"embeddings", "transformer"})
@@ -74,6 +74,9 @@ _MAX_TEXT_TOKENS = 256
 
 _MAX_PADDED_RATIO = 1.5
 """A padded batch may have this many times as many places as tokens."""
+
+_SKIP_TOKENS = 128
+"""Rows of fewer tokens run the last layer in full: torch's products of a few rows take longer than what they save."""
 
 _SWITCH = np.array(False), np.array(True)
 
@@ -177,20 +180,31 @@ class PrepackedWeights:
         layout: PackedLayout,
         variant: KernelVariant | None,
         pause: Callable[[], None],
+        kept: TokenChoice = "all",
     ) -> Tensor:
-        """Runs a packed row, ids (with their types) and positions `[T]`, to hidden states `[T, H]`.
+        """Runs a packed row, ids (with their types) and positions `[T]`, to hidden states `[T, H]`; `[n, H]` of one
+        token of each text where the last layer can leave out the others.
 
         Args:
             variant: None selects, for each call, the one for the cores that this thread may use by then.
             pause: called before each of the session's calls.
+            kept: the tokens of each text whose hidden states are read.
         """
         ids, types = (ids & ID_MASK, ids >> TYPE_SHIFT) if self._has_types else (ids, None)
         row, at_once = row_inputs(ids, positions, layout, types), layers_at_once(layout)
         hidden: NDArray[np.float32] | None = None
-        for first in range(0, len(self._layers), at_once):
+        is_short = self._is_shorter(layout, kept)
+        num_whole = len(self._layers) - is_short
+        for first in range(0, num_whole, at_once):
             pause()
-            hidden = self._encoders[variant or self._fastest_variant()](row, hidden, range(first, first + at_once))
-        return from_numpy(hidden)
+            layers = range(first, min(first + at_once, num_whole))
+            hidden = self._encoders[variant or self._fastest_variant()](row, hidden, layers)
+        whole = from_numpy(hidden)
+        return self._layers[-1].one_token(whole, layout, kept) if is_short else whole
+
+    def _is_shorter(self, layout: PackedLayout, kept: TokenChoice) -> bool:
+        """Whether the last layer runs for one token of each text, by torch: see `FusedLayer.one_token`."""
+        return len(self._layers) > 1 and kept in self._layers[-1].skips and layout.num_tokens >= _SKIP_TOKENS
 
     def _fastest_variant(self) -> KernelVariant:
         shared = self._encoders.get("shared")

@@ -86,7 +86,7 @@ class TransformerEncoder:
     ) -> None:
         self._model = model
         self._chain, self._config, self._device = chain, config, config.device
-        self._state = PackedState()
+        self._state = PackedState(self._preemption_point)
         self._masks = WindowMasks()
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self._positions = Positions(model)
@@ -266,7 +266,7 @@ class TransformerEncoder:
             self._is_recording = False
 
     def _preemption_point(self) -> None:
-        """Lets other texts run between two layers, but during a recording, in which they would be recorded too."""
+        """Lets other texts run, but during a recording, in which they would be recorded too."""
         if not self._is_recording:
             self._config.preemption_point()
 
@@ -367,7 +367,7 @@ class TransformerEncoder:
         ids, types = self._parted(row[None])
         positions = self._positions(ids[0], layout)
         if self._copies.supports(layout, self._form):
-            return self._copies(row, positions, layout, self._form, self._preemption_point)
+            return self._copies(row, positions, layout, self._form, self._preemption_point, self._kept)
         options = {"position_ids": positions[None], **types} if self._takes_positions else types
         is_fused = self._is_fusible and self.path != "packed"
         with self._state.running(layout, is_fused=is_fused, variant=self._form, kept=self._kept_tokens(layout)):

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from engines.layers.fused import fuse
-from engines.layers.packing import KernelVariant, PackedLayout, PackedState
+from engines.layers.packing import KernelVariant, PackedLayout, PackedState, TokenChoice
 from engines.models import prepacked
 from engines.models.adapters import Positions, drop_pooler
 from engines.models.prepacked import MAX_PREPACKED_BYTES, PrepackedEncoder, PrepackedWeights
@@ -45,12 +45,13 @@ def run(
     lengths: list[int],
     pause: Any = lambda: None,
     variant: KernelVariant | None = "prepacked",
+    kept: TokenChoice = "all",
 ) -> Tensor:
     """Returns the hidden states of texts of those lengths, from the copies."""
     layout = PackedLayout(lengths, CPU)
     row = torch.arange(layout.num_tokens) % 90 + 5
     assert copies.supports(layout, variant)
-    return copies(row, Positions(model)(row, layout), layout, variant, pause)
+    return copies(row, Positions(model)(row, layout), layout, variant, pause, kept)
 
 
 @contextmanager
@@ -102,6 +103,30 @@ def test_a_pass_from_copies_equals_the_models_own(name: str, lengths: list[int])
     expected = plain(model, lengths)
 
     assert torch.allclose(run(copies_of(model, 1), model, lengths), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["bert", "distilbert"])
+@pytest.mark.parametrize("kept", ["first", "last"])
+@pytest.mark.parametrize("lengths", [[130], [40, 44, 50], [1, 2, 7]])
+def test_where_one_token_of_each_text_is_read_the_last_layer_leaves_out_the_others(
+    name: str, kept: TokenChoice, lengths: list[int]
+) -> None:
+    """Short rows run in full: a product of a few rows is bound by reading the weights."""
+    model = MODELS[name]()
+    texts = torch.split(plain(model, lengths), lengths)
+    expected = torch.stack([text[0 if kept == "first" else -1] for text in texts])
+
+    found = run(copies_of(model, 1), model, lengths, kept=kept)
+
+    is_short = sum(lengths) < 128
+    assert len(found) == (sum(lengths) if is_short else len(lengths))
+    assert torch.allclose(found, torch.cat(texts) if is_short else expected, atol=1e-6)
+
+
+def test_a_model_of_one_layer_runs_it_in_full() -> None:
+    model = bert(num_hidden_layers=1)
+
+    assert torch.allclose(run(copies_of(model, 1), model, [130], kept="first"), plain(model, [130]), atol=1e-6)
 
 
 @pytest.mark.parametrize(("num_tokens", "num_threads", "is_used"), [(256, 1, True), (257, 1, False), (12, 0, False)])
