@@ -1,5 +1,6 @@
 """Builds an encoder and a tokenizer from a model folder, or raises an error that names the file and the remedy."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +37,11 @@ log = structlog.get_logger(__name__)
 _ENCODER_ONLY_OF = ("t5", "mt5", "umt5")
 
 _INDEX = "model.safetensors.index.json"
+
+_OWN_CODE = (
+    "config.json names code from the model's own repository, which is disabled; review it, then set "
+    "`trust_remote_code: true` and a 40-hex `revision` in the registry"
+)
 
 
 class Built(NamedTuple):
@@ -244,26 +250,36 @@ def read_model(
             raise
         raise _translate_error(error, _broken_file(folder.weights)) from error
     missing = set(report["missing_keys"])
-    absent = sorted(missing if has_head else missing - unused_weights(missing))
-    if absent:
-        file = _weight_file_name(folder.weights)
-        raise BrokenFiles(
-            f"{file} lacks {len(absent)} tensors that the model needs (first: {absent[0]!r}); fetch the model again, "
-            f"or set `trust_remote_code: true` and a 40-hex `revision` in the registry if this {config.model_type!r} "
-            "model needs its own code",
-            file=file,
-        )
+    _check_complete(sorted(missing if has_head else missing - unused_weights(missing)), folder, spec, config)
     return model
+
+
+def _check_complete(absent: Sequence[str], folder: Folder, spec: ModelSpec, config: PretrainedConfig) -> None:
+    """Checks that no weights are absent.
+
+    Raises:
+        UnsupportedModel: the repository has its own code for a model type of the library's (jina-reranker-v2: an
+            `xlm-roberta` with other tensors). Its files are whole, so that fetching them again would not help.
+        BrokenFiles: some are.
+    """
+    if not absent:
+        return
+    file = _weight_file_name(folder.weights)
+    lacks = f"{file} lacks {len(absent)} tensors that the model needs (first: {absent[0]!r})"
+    if getattr(config, "auto_map", None) and not spec.trust_remote_code:
+        raise UnsupportedModel(f"{lacks}; {_OWN_CODE}")
+    raise BrokenFiles(
+        f"{lacks}; fetch the model again, or set `trust_remote_code: true` and a 40-hex `revision` in the registry if "
+        f"this {config.model_type!r} model needs its own code",
+        file=file,
+    )
 
 
 def _translate_error(error: Exception, file: str) -> BadModel:
     """Translates an error of `from_pretrained`, whose own text may contain paths."""
     text = str(error)
     if "trust_remote_code" in text:
-        return UnsupportedModel(
-            "config.json names code from the model's own repository, which is disabled; review it, then set "
-            "`trust_remote_code: true` and a 40-hex `revision` in the registry"
-        )
+        return UnsupportedModel(_OWN_CODE)
     if isinstance(error, ImportError):
         return UnsupportedModel(f"the model's code needs Python packages that are not installed: {error.name or text}")
     if "model type" in text and isinstance(error, ValueError | KeyError):

@@ -134,6 +134,18 @@ def test_a_checkpoint_of_another_architecture_is_refused(kit: Kit, folder: Path)
     assert "trust_remote_code" in str(refusal(kit, folder))
 
 
+def test_a_checkpoint_whose_own_code_is_for_a_type_of_the_library_is_not_fetched_again(kit: Kit, folder: Path) -> None:
+    """jina-reranker-v2 is an XLM-RoBERTa with other tensors: its files are whole, whatever the library looks for."""
+    edit_json(folder / "config.json", auto_map={"AutoModel": "own.M"})
+    weights = {name.replace("attention.self", "mixer"): value for name, value in load_file(folder / WEIGHTS).items()}
+    save_file(weights, folder / WEIGHTS, {"format": "pt"})
+
+    error = refusal(kit, folder)
+
+    assert isinstance(error, UnsupportedModel)
+    assert "config.json names code from the model's own repository" in str(error)
+
+
 def test_a_pooler_that_no_embedding_passes_may_be_missing(kit: Kit, folder: Path) -> None:
     weights = {name: value for name, value in load_file(folder / WEIGHTS).items() if not name.startswith("pooler")}
     assert len(weights) < len(load_file(folder / WEIGHTS))

@@ -56,6 +56,22 @@ def test_a_pooler_that_the_head_runs_in_float32_is_not_run_by_a_bfloat16_backbon
         each.close()
 
 
+@pytest.mark.parametrize("model_type", ["new", "xlm-roberta"], ids=["gte-multilingual-reranker", "jina-reranker-v2"])
+def test_a_reranker_with_code_of_its_own_is_refused_until_that_is_trusted(
+    kit: Kit, copy: Callable[[str], Path], model_type: str
+) -> None:
+    folder = copy("xlm-roberta")
+    code = {"AutoConfig": "own.C", "AutoModelForSequenceClassification": "own.M"}
+    edit(folder / "config.json", model_type=model_type, auto_map=code)
+    weights = {name.replace("attention", "mixer"): it for name, it in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+    error = refusal(kit, folder)
+
+    assert isinstance(error, UnsupportedModel)
+    assert "review it, then set `trust_remote_code: true` and a 40-hex `revision` in the registry" in str(error)
+
+
 # Sabotage.
 
 
