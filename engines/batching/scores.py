@@ -19,6 +19,9 @@ from engines.models.base import Encoder
 from engines.spec import ModelSpec, Task
 from engines.types import ModelInfo, ResultDetails, ScoreCall, Scores
 
+_MAX_TOKENS_PER_CHAR = 4
+"""Bytes of a character, each of which may be a token."""
+
 
 class Scoring(Struct, frozen=True, kw_only=True):
     """What a loader found out about a model that scores.
@@ -121,14 +124,34 @@ def read_scored(call: ScoreCall, pairs: PairTokenizer, spec: ModelSpec) -> PairR
             "each",
             param="query",
         )
+    _check_repeated(call, pairs.max_tokens)
     own = pairs.own_cut(call.truncate or spec.truncate)
     only_text = own.only_text or (call.truncate is not None and bool(call.queries))
-    num_chars = len(call.instruction or "") * max(len(call.queries), 1)
+    cut = Cut(own.side, only_text, call.max_text_tokens)
+    return pairs.read(call.queries, call.texts, cut, instruction=call.instruction)
+
+
+def _check_repeated(call: ScoreCall, max_tokens: int) -> None:
+    """Bounds what a call repeats: its instruction in front of each query, and a query that is read with each document.
+
+    Raises:
+        InvalidValue: a small request would take much memory.
+    """
+    instruction = len(call.instruction or "")
+    num_chars = instruction * max(len(call.queries), 1)
     if num_chars > MAX_FRAME_CHARS:
         raise InvalidValue(
             f"instruction puts {num_chars} characters in front of {len(call.queries)} queries, and a request may have "
             f"{MAX_FRAME_CHARS}; shorten it, or send fewer queries",
             param="instruction",
         )
-    cut = Cut(own.side, only_text, call.max_text_tokens)
-    return pairs.read(call.queries, call.texts, cut, instruction=call.instruction)
+    if len(call.queries) != 1:
+        return
+    num_chars = instruction + len(call.queries[0])
+    num_tokens = min(_MAX_TOKENS_PER_CHAR * num_chars, max_tokens) * len(call.texts)
+    if num_tokens > MAX_FRAME_CHARS:
+        raise InvalidValue(
+            f"query is read with each of {len(call.texts)} documents, as up to {num_tokens} tokens, and a request may "
+            f"have {MAX_FRAME_CHARS}; shorten it, or send fewer documents",
+            param="query",
+        )

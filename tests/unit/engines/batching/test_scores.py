@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from msgspec import structs
 
+from engines.batching import scores as scores_module
 from engines.batching.output import OutputDefaults, output_spec
 from engines.batching.scores import ScoreOutput, activation_named, read_scored
 from engines.errors import InvalidValue, TaskNotSupported, UnsupportedModel
@@ -95,6 +97,18 @@ def test_an_instruction_for_many_queries_is_bounded() -> None:
     with pytest.raises(InvalidValue, match="instruction puts 18000000 characters") as error:
         read_scored(call, pairs(), SPEC)
     assert error.value.param == "instruction"
+
+
+def test_a_long_query_for_many_documents_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """150 KB of request would be 1 GB of ids: 2,048 documents, and a query of 32,768 tokens."""
+    monkeypatch.setattr(scores_module, "MAX_FRAME_CHARS", 100)
+    many = ScoreCall(model_id="m", queries=("q" * 1000,), texts=tuple("t" * 6))
+
+    with pytest.raises(InvalidValue, match="each of 6 documents, as up to 120 tokens") as error:
+        read_scored(many, pairs(), SPEC)
+    assert error.value.param == "query"
+    assert read_scored(structs.replace(many, texts=tuple("t" * 5)), pairs(), SPEC)
+    assert read_scored(structs.replace(many, queries=("q",), texts=tuple("t" * 25)), pairs(), SPEC)
 
 
 @pytest.mark.parametrize(("asked", "kept"), [(None, "^qqqqqqqqq|tttttttt$"), ("end", "^qqqqqqqqqqqq|ttttt$")])
