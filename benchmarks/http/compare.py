@@ -12,7 +12,7 @@ in a process without a server, eight at a time. The client runs on the same core
 import argparse
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -67,13 +67,18 @@ def plans(folder: Path, draft: Path) -> list[Plan]:
 
 
 @contextmanager
-def open_servers(wanted: Sequence[Plan]) -> Iterator[tuple[list[Server], list[str]]]:
-    """Start the servers; yield those that start, and a note for each that does not. Ours must start."""
+def open_servers(
+    wanted: Sequence[Plan], *, first: Callable[[Target], object] | None = None
+) -> Iterator[tuple[list[Server], list[str]]]:
+    """Start the servers; yield those that start, and a note for each that does not. Ours must start.
+
+    `first`: see `serving`.
+    """
     with ExitStack() as stack:
         servers, notes = [], []
         for plan in wanted:
             try:
-                servers.append(stack.enter_context(serving(plan)))
+                servers.append(stack.enter_context(serving(plan, first=first)))
             except WorkerFailed as error:
                 if plan.name == OURS:
                     raise

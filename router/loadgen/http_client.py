@@ -101,6 +101,21 @@ def vectors(target: Target, texts: Sequence[str], encoding_format: str = "base64
     return np.stack([_decode(item["embedding"]) for item in items])
 
 
+def scores(target: Target, query: str, documents: Sequence[str]) -> list[float]:
+    """Send one rerank request; return the scores in the order of the documents.
+
+    Raises:
+        OSError: the server is unreachable, or its response is invalid.
+    """
+    body = msgspec.json.encode({"model": target.model, "query": query, "documents": list(documents)})
+    try:
+        results = _request_json(target, "POST", target.path, body)["results"]
+        found = {result["index"]: float(result["relevance_score"]) for result in results}
+        return [found[index] for index in range(len(documents))]
+    except (KeyError, TypeError, ValueError):
+        raise OSError(f"{target.url} did not answer one score for each of {len(documents)} documents") from None
+
+
 def models(target: Target) -> list[str]:
     """List the model ids of the server.
 

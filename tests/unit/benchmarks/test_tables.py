@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.http import rerank as rerank_http
 from benchmarks.lib.machine import Machine
 from benchmarks.lib.peers import BASE, OURS
 from benchmarks.lib.report import Report, save, table
@@ -12,6 +13,7 @@ from benchmarks.lib.workloads import Workload
 from benchmarks.offline import regression, throughput
 from benchmarks.offline.ceiling import read_shape
 from benchmarks.offline.throughput import Case, make_cases
+from router.loadgen import Outcome, Sample
 
 MACHINE = Machine(
     cpu="test", cores=2, instructions=("avx2",), memory_bytes=1, system="Linux", python="3.11", packages={"torch": "2"},
@@ -128,3 +130,16 @@ def test_the_picture_of_a_comparison_has_every_program_and_ours_first(
         (["short"], {OURS: [pytest.approx(1 / 3)], BASE.name: [1.0], "another": [0.5]})
     ]
     assert next(iter(drawn[0][3])) == OURS
+
+
+def test_a_row_of_rerankers_over_http_has_both_ratios_to_the_best_peer() -> None:
+    def rounds(wall_s: float, core_s: float) -> list[rerank_http.Measured]:
+        samples = (Sample(0.0, wall_s, 100, 200),)
+        return [rerank_http.Measured(Outcome(wall_s=wall_s, client_cores=0.1, samples=samples), core_s)]
+
+    found = {OURS: rounds(1.0, 2.0), "one": rounds(2.0, 3.0), "other": rounds(4.0, 2.5)}
+
+    assert rerank_http.row("mixed", found) == (
+        "mixed", "100.0", "50.0", "25.0", "2.00 (2.00–2.00)", "1,000 / 2,000 / 4,000", "50.0 / 33.3 / 40.0",
+        "1.25 (1.25–1.25)",
+    )  # fmt: skip

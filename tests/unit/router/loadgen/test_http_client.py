@@ -1,8 +1,10 @@
 """The client reads everything that HTTP/1.1 allows, and reports errors otherwise."""
 
+import asyncio
+
 import pytest
 
-from router.loadgen.http_client import Connection, Target, encode, refusal
+from router.loadgen.http_client import Connection, Target, encode, refusal, scores
 from tests.testkit.http_wire import OK, respond_with, response, wire
 
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -105,3 +107,16 @@ async def test_what_is_no_answer_is_an_error(pieces: tuple[bytes, ...], message:
 )
 def test_a_refusal_has_the_servers_message(body: bytes, expected: tuple[str, str]) -> None:
     assert refusal(body) == expected
+
+
+async def test_scores_are_in_the_order_of_the_documents() -> None:
+    body = b'{"results":[{"index":1,"relevance_score":0.9},{"index":0,"relevance_score":0.2}]}'
+    async with wire(respond_with(response(body))) as (_, target):
+        assert await asyncio.to_thread(scores, target, "query", ["first", "second"]) == [0.2, 0.9]
+
+
+@pytest.mark.parametrize("body", [b'{"results":[{"index":0,"relevance_score":0.2}]}', OK, b"[]", b"no JSON"])
+async def test_an_answer_without_a_score_for_each_document_is_an_error(body: bytes) -> None:
+    async with wire(respond_with(response(body))) as (_, target):
+        with pytest.raises(OSError, match=r"score|unreadable"):
+            await asyncio.to_thread(scores, target, "query", ["first", "second"])
