@@ -366,11 +366,12 @@ class TransformerEncoder:
         """Returns the hidden states of a packed row of ids `[T]`."""
         ids, types = self._parted(row[None])
         positions = self._positions(ids[0], layout)
+        kept = self._kept_tokens(layout)
         if self._copies.supports(layout, self._form):
-            return self._copies(row, positions, layout, self._form, self._preemption_point, self._kept)
+            return self._copies(row, positions, layout, self._form, self._preemption_point, kept)
         options = {"position_ids": positions[None], **types} if self._takes_positions else types
         is_fused = self._is_fusible and self.path != "packed"
-        with self._state.running(layout, is_fused=is_fused, variant=self._form, kept=self._kept_tokens(layout)):
+        with self._state.running(layout, is_fused=is_fused, variant=self._form, kept=kept):
             return self._forward(ids, attention_mask=None, packed_layout=layout, **options)[0]
 
     def _padded(self, texts: Sequence[Ids], layout: PackedLayout) -> Tensor:

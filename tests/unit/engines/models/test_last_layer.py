@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from torch import Tensor
 
@@ -78,6 +79,24 @@ def test_the_last_layer_runs_for_what_the_head_reads(
 
     assert kept == expected
     assert_same(found.numpy(), encoder.reference(texts).numpy())
+
+
+def test_short_texts_in_onnx_runtime_skip_other_tokens_unless_another_output_needs_them(
+    kit: Kit, kept: list[TokenChoice]
+) -> None:
+    encoder = encoder_for(kit, "bert-cls")
+    encoder.switch_to("prepacked")
+    texts = [np.arange(70) % 50 + 5] * 2
+    layouts = [encoder._layout(texts, needs_all=needs_all) for needs_all in (False, True)]
+    kept.clear()
+    try:
+        found = [encoder._hidden(texts, layout) for layout in layouts]
+    finally:
+        encoder.switch_to("fused")
+
+    assert [len(hidden) for hidden in found] == [2, 140]
+    assert kept == ["first"]
+    assert_same(found[0].numpy(), found[1][layouts[1].starts].numpy())
 
 
 @pytest.mark.parametrize("name", ["xlm-roberta", "bert-cls"])
