@@ -86,7 +86,7 @@ def test_short_texts_in_onnx_runtime_skip_other_tokens_unless_another_output_nee
 ) -> None:
     encoder = encoder_for(kit, "bert-cls")
     encoder.switch_to("prepacked")
-    texts = [np.arange(70) % 50 + 5] * 2
+    texts = [np.resize(np.arange(5, 55, dtype=np.int64), 70)] * 2
     layouts = [encoder._layout(texts, needs_all=needs_all) for needs_all in (False, True)]
     kept.clear()
     try:
