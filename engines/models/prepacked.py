@@ -76,7 +76,8 @@ _MAX_PADDED_RATIO = 1.5
 """A padded batch may have this many times as many places as tokens."""
 
 _SKIP_TOKENS = 128
-"""Rows of fewer tokens run the last layer in full: torch's products of a few rows take longer than what they save."""
+"""Rows of fewer tokens run the last layer in full. Without the other tokens in it, MiniLM is 1.07 to 1.20 times as fast
+with rows of 128 to 1,000 tokens (one core), and 0.90 times with 12, as torch is slower with a few rows."""
 
 _SWITCH = np.array(False), np.array(True)
 
