@@ -154,7 +154,9 @@ def run(
     names = [server.name for server in servers]
     client = max(one.outcome.client_cores for by in found.values() for several in by.values() for one in several)
     return Report(
-        name=f"rerank-http-{folder.name.removeprefix('reranker-')}",
+        name="-".join(
+            ["rerank-http", folder.name.removeprefix("reranker-"), *(cases if len(cases) < len(CASES) else [])]
+        ),
         title=f"Rerankers over HTTP beside the peers, {folder.name}, one query and {documents} documents a request, "
         f"{CLIENTS} clients",
         machine=machine,
