@@ -23,6 +23,15 @@ id, because no vocabulary reaches here; `engines/models/transformer.py` parts th
 
 ID_MASK = (1 << TYPE_SHIFT) - 1
 
+UNSEEN = 1 << (TYPE_SHIFT + 8)
+"""The bit of a token to which no other attends: it fills a query up (`engines/layers/hidden_keys.py`). Such tokens
+stand at the end of a text. Clients cannot send this bit either."""
+
+
+def num_seen(ids: Ids) -> int:
+    """Returns the number of tokens of a text that attention reads."""
+    return int(np.count_nonzero(ids < UNSEEN))
+
 
 def typed(ids: Sequence[int] | Ids, token_type: int) -> Ids:
     """Returns ids that carry a token type."""

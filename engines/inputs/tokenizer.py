@@ -109,7 +109,7 @@ class TokenizerLimits(Struct, frozen=True, kw_only=True):
     included. `vocab_size`: ids from here on have no embedding; the tokenizer may yield such ids if `has_foreign_ids`.
     `truncate`: the side that the tokenizer's own files truncate. `takes_empty`: whether a text may have no tokens.
     `counts_prompt`: whether pooling needs the number of prompt tokens. `max_word_chars`: a longer word becomes one
-    unknown token (WordPiece).
+    unknown token (WordPiece). `fill_to`, `filler`: texts of fewer tokens are filled up with that id.
     """
 
     prefix: tuple[int, ...] = ()
@@ -121,6 +121,8 @@ class TokenizerLimits(Struct, frozen=True, kw_only=True):
     takes_empty: bool = False
     counts_prompt: bool = False
     max_word_chars: int = 0
+    fill_to: int = 0
+    filler: int = 0
 
     @property
     def margin_tokens(self) -> int:
@@ -227,7 +229,8 @@ class Tokenizer:
             self._ids.check_not_empty(index, ids)
         if limits.has_foreign_ids:
             self._ids.check(index, ids)
-        return ids
+        missing = limits.fill_to - len(ids)
+        return np.append(ids, np.full(missing, limits.filler)) if missing > 0 else ids
 
     def count_prompt(self, prompt: str, truncate: Truncate) -> int:
         """Counts the tokens of a prompt as sentence-transformers does: truncated like a text, without a last special
@@ -274,11 +277,8 @@ class Tokenizer:
         max_text_tokens = self.max_text_tokens
         if min(len(first), len(second)) < max_text_tokens + self.limits.margin_tokens:
             return False
-        return (
-            first[-max_text_tokens:] == second[-max_text_tokens:]
-            if keep_end
-            else first[:max_text_tokens] == second[:max_text_tokens]
-        )
+        kept = slice(-max_text_tokens, None) if keep_end else slice(max_text_tokens)
+        return first[kept] == second[kept]
 
 
 class TextReading:

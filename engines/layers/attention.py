@@ -20,6 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from engines.layers.blocked_attention import blocked_attention, can_run, is_faster
+from engines.layers.hidden_keys import attend_to_visible
 from engines.layers.packing import LengthGroup, PackedLayout, WindowMasks
 from engines.layers.varlen import VarlenKernel, Window, choose_kernel
 
@@ -69,6 +70,12 @@ def packed_attention(  # noqa: PLR0913  # the signature is transformers'
     """
     _reject_unsupported(attention_mask, unused)
     causal = resolve_causal(module, is_causal)
+    if packed_layout.num_visible is not None:
+        attended = attend_to_visible(
+            query, key, value, packed_layout, causal=causal, window=sliding_window, position_bias=position_bias,
+            scaling=scaling,
+        )  # fmt: skip
+        return attended, None
     kernel = _kernel(query.device, query.dtype) if position_bias is None else None
     flash_window = _flash_window(sliding_window, causal)
     if kernel is not None and kernel.supports(query, value, scaling, flash_window):

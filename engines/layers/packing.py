@@ -13,6 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engines.inputs.token_ids import UNSEEN, num_seen
+
 KernelVariant = Literal["few", "many", "prepacked", "shared"]
 """The kernels that run a row: those of fused layers for few or for many tokens, or those of prepacked weights on one
 thread or shared by several threads."""
@@ -102,6 +104,13 @@ class PackedLayout:
     def ids(self) -> Tensor:
         """The ids of all tokens, int64 `[T]`, as `texts` has them."""
         return to_device(np.concatenate(self.texts), self.starts.device)
+
+    @cached_property
+    def num_visible(self) -> Sequence[int] | None:
+        """The first tokens of each text that attention reads; None where it reads all (`token_ids.UNSEEN`)."""
+        if not any(len(ids) and ids[-1] >= UNSEEN for ids in self.texts):
+            return None
+        return [num_seen(ids) for ids in self.texts]
 
     @cached_property
     def groups(self) -> tuple[LengthGroup, ...]:

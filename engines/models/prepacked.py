@@ -172,6 +172,8 @@ class PrepackedWeights:
 
     def supports(self, layout: PackedLayout, variant: KernelVariant | None) -> bool:
         """Whether a row can run from copies in this variant; with None, whether it is faster in one of them."""
+        if layout.num_visible is not None:
+            return False
         return variant in self._encoders or (variant is None and bool(self._encoders) and is_suitable(layout))
 
     def __call__(

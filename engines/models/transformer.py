@@ -18,7 +18,7 @@ from torch import Tensor
 
 from engines.device.torch_runtime import reserve_for_onnxruntime
 from engines.errors import device_loss, is_device_error
-from engines.inputs.token_ids import ID_MASK, TYPE_SHIFT, Ids
+from engines.inputs.token_ids import ID_MASK, TYPE_SHIFT, UNSEEN, Ids
 from engines.layers.attention import PACKED, has_varlen
 from engines.layers.decoder import fuse_decoder
 from engines.layers.fused import fuse
@@ -352,7 +352,7 @@ class TransformerEncoder:
     def _packed(self, texts: Sequence[Ids], layout: PackedLayout) -> Tensor:
         """Runs the texts as one packed row; in a causal model they share the tokens that all begin with."""
         layout.in_blocks = self._is_forced
-        can_share = self._can_share and self.path == "fused" and len(texts) > 1
+        can_share = self._can_share and self.path == "fused" and len(texts) > 1 and layout.num_visible is None
         num_shared = num_shared_tokens(texts, is_forced=self._is_forced) if can_share else 0
         if not num_shared:
             return self._row(to_device(np.concatenate(texts), self._device), layout)
@@ -388,12 +388,13 @@ class TransformerEncoder:
         ids, mask = padded(texts, self._filler)
         places = np.flatnonzero(mask)  # on the host, which would wait for a GPU to count the tokens of a mask
         row, types = self._parted(to_device(ids, self._device))
-        hidden = self._forward(row, attention_mask=to_device(mask, self._device), **types).flatten(0, 1)
+        seen = to_device(mask & (ids < UNSEEN), self._device)
+        hidden = self._forward(row, attention_mask=seen, **types).flatten(0, 1)
         return hidden if len(places) == len(hidden) else hidden[to_device(places, self._device)]
 
     def _parted(self, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns ids without types, and the types as the model takes them; none where ids carry none."""
-        return (ids & ID_MASK, {"token_type_ids": ids >> TYPE_SHIFT}) if self._has_types else (ids, {})
+        """Returns ids without marks, and the types as the model takes them; none where ids carry none."""
+        return ids & ID_MASK, {"token_type_ids": ids >> TYPE_SHIFT} if self._has_types else {}
 
     def _forward(self, input_ids: Tensor, **options: Any) -> Tensor:
         hidden: Tensor = self._model(input_ids=input_ids, **options).last_hidden_state
