@@ -13,7 +13,7 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
@@ -42,10 +42,12 @@ CASES = {"mixed": "documents", "equal": "equal"}
 
 BASE = "sentence-transformers"
 
-PEERS = {BASE: ("cross-encoder", None), "Infinity (torch)": ("infinity-rerank", "infinity")}
+Peers = Mapping[str, tuple[str, str | None]]
+
+PEERS: Peers = {BASE: ("cross-encoder", None), "Infinity (torch)": ("infinity-rerank", "infinity")}
 """By name: the kind in `peers/peer.py`, and the environment."""
 
-_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
 
 
 def build(size: str, root: Path = BENCH / "models") -> Path:
@@ -60,7 +62,7 @@ def build(size: str, root: Path = BENCH / "models") -> Path:
     shape: dict[str, Any] = {"vocab_size": 30522, "num_labels": 1, **SIZES[size]}
     model: Any = BertForSequenceClassification(BertConfig(**shape))
     model.save_pretrained(folder)
-    for file in _TOKENIZER:
+    for file in TOKENIZER_FILES:
         shutil.copy(minilm_package() / file, folder / file)
     limits = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(limits | {"model_max_length": MAX_TOKENS}))
@@ -69,12 +71,12 @@ def build(size: str, root: Path = BENCH / "models") -> Path:
 
 
 @contextmanager
-def open_programs(folder: Path) -> Iterator[tuple[list[Worker], list[str]]]:
+def open_programs(folder: Path, peers: Peers = PEERS) -> Iterator[tuple[list[Worker], list[str]]]:
     """Ours and the peers that start, all warm; and a note for each that does not."""
     with ExitStack() as stack:
         own = Worker(OURS, "own.py", [str(folder), "rerank"], python=interpreter(None))
         workers, notes = [stack.enter_context(own).wait_until_warm()], []
-        for name, (kind, environment) in PEERS.items():
+        for name, (kind, environment) in peers.items():
             if not is_installed(environment):
                 notes.append(f"left out: {name} is not installed (python -m benchmarks.lib.peers)")
                 continue
@@ -93,7 +95,7 @@ def run(  # the options of the command
     rounds: int,
     documents: int = 100,
     *,
-    settle_s: float = SETTLE_S,
+    peers: Peers = PEERS,
     is_cpu_time: bool = False,
 ) -> Report:
     """Measure a reranker."""
@@ -102,7 +104,7 @@ def run(  # the options of the command
     count = workloads.counter(folder)
     query = workloads.make("short", 1, count).texts[0]
     calls = {case: [[query, *workloads.make(CASES[case], documents, count).texts]] for case in cases}
-    with open_programs(folder) as (workers, notes):
+    with open_programs(folder, peers) as (workers, notes):
         first = calls[cases[0]][0]
         scores = {worker.name: worker.vectors(first[:21]) for worker in workers}
         off_by = {name: float(np.abs(found - scores[BASE]).max()) for name, found in scores.items()}
@@ -111,7 +113,7 @@ def run(  # the options of the command
             runs: dict[str, Run] = {
                 worker.name: _timed(worker, calls[case], is_cpu_time=is_cpu_time) for worker in workers
             }
-            samples[case] = interleave(runs, rounds, settle_s=settle_s, is_warm=False)
+            samples[case] = interleave(runs, rounds, settle_s=SETTLE_S, is_warm=False)
             print(case, {name: f"{documents / median(times):.0f}" for name, times in samples[case].items()}, flush=True)
         machine = watch.machine
     return Report(

@@ -113,6 +113,18 @@ def cross_encoder(folder: str) -> Encode:
     return lambda texts: model.predict([[texts[0], text] for text in texts[1:]], show_progress_bar=False)[:, None]
 
 
+def multi_vector(folder: str) -> Encode:
+    """sentence-transformers' MultiVectorEncoder and its similarity; texts are a query, then documents."""
+    package: Any = importlib.import_module("sentence_transformers")
+    model = package.MultiVectorEncoder(folder, device="cpu")
+
+    def score(texts: list[str]) -> Any:
+        query, documents = model.encode_query(texts[:1]), model.encode_document(texts[1:])
+        return model.similarity(query, documents).T.numpy()
+
+    return score
+
+
 def infinity_rerank(folder: str) -> Encode:
     """Infinity's own engine for rerankers, without its HTTP server."""
     np: Any = importlib.import_module("numpy")
@@ -142,6 +154,7 @@ KINDS: dict[str, Callable[[str], Encode]] = {
     "onnxruntime-sorted": onnxruntime_sorted,
     "infinity-torch": lambda folder: infinity(folder, "torch"),
     "cross-encoder": cross_encoder,
+    "multi-vector": multi_vector,
     "infinity-rerank": infinity_rerank,
     "infinity-onnx": lambda folder: infinity(folder, "optimum"),
 }
