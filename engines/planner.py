@@ -58,9 +58,11 @@ _STATIC_TABLES = ("embedding.weight", "embeddings")
 
 
 def native_width(root: Path, spec: ModelSpec) -> int | None:
-    """Returns the width of the engine's vectors; None if the files do not state it, give scores or are not a model."""
+    """Returns the width of dense vectors; None if the files do not state it, give none of these or are not a model."""
     try:
-        return None if score_form(read_folder(root), spec) is not None else _width(root, spec)
+        folder = read_folder(root)
+        gives_none = score_form(folder, spec) is not None or folder.late is not None
+        return None if gives_none else _width(root, spec)
     except (BadModel, OSError, KeyError, TypeError, ValueError, StopIteration):
         return None
 

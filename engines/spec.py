@@ -15,6 +15,9 @@ Task = Literal["embed", "rerank", "classify"]
 Output = Literal["dense", "sparse", "multi_vector"]
 """What an embedding model gives for a text: one vector, weights of vocabulary entries, or one vector for each token."""
 
+Similarity = Literal["maxsim", "meanmaxsim"]
+"""How vectors of tokens score a document: the sum of the best matches of a query's vectors, or their mean."""
+
 RerankTemplate = Literal["qwen3-reranker", "mxbai-rerank-v2", "bge-reranker-v2-gemma"]
 """The templates of causal rerankers whose own files do not state one; `engines/loading/rerank_templates.py`."""
 

@@ -15,8 +15,9 @@ from msgspec import Struct, structs
 from engines.batching.autotune import BatchSizeTuner, TunedBatchSize
 from engines.batching.batch import BatchLimits, attribute_batch
 from engines.batching.cache import VectorCache
+from engines.batching.maxsim import MaxSimScorer
 from engines.batching.output import OutputDefaults, OutputSpec, output_spec
-from engines.batching.outputs import OutputFacts, side_of
+from engines.batching.outputs import OutputFacts
 from engines.batching.queue import Queue
 from engines.batching.request import Entry, Origin, PendingRequest, prepare_inputs
 from engines.batching.runner import Failures, Runner
@@ -115,11 +116,14 @@ class EmbeddingEngine:
         self._limits = limits
         self._scoring = parts.scoring
         activation = "Identity" if parts.scoring is None else parts.scoring.activation
-        facts = parts.facts
-        self._query_tokenizer = facts.query_tokenizer
+        self._facts = facts = parts.facts
+        self._has_sides = facts.has_sides
         self._defaults = OutputDefaults(
-            parts.spec.normalize, limits.target_dim, activation, facts.states_width, facts.default_side
-        )
+            parts.spec.normalize, limits.target_dim, activation, facts.states_width, facts.default_side, facts.pooling,
+            facts.pooled_on,
+        )  # fmt: skip
+        documents = facts.document_tokenizer or parts.tokenizer
+        self._maxsim = MaxSimScorer(facts, documents, parts.spec, parts.info.prompts) if facts.similarity else None
         self._check: Callable[[], tuple[ModelInfo, int, int]] | None = check
         self._release = release
 
@@ -150,7 +154,11 @@ class EmbeddingEngine:
         """See `Engine.run`. Cancelling drops what is in no batch yet."""
         if isinstance(call, TokenizeCall):
             return await self._tokenize(call)
-        output = output_spec(call, self._info, self._defaults)
+        if isinstance(call, ScoreCall) and self._maxsim is not None:
+            return await self._maxsim.score(call, self._answer)
+        return await self._answer(call, output_spec(call, self._info, self._defaults))
+
+    async def _answer(self, call: ModelCall, output: OutputSpec) -> Result:
         reading = self._reading(call)
         with self._threads.trim_heap_after() if reading.num_chars > _HEAVY_CHARS else nullcontext():
             return await self._run(reading, output, Origin(call.caller, self._spec.cache_shared))
@@ -160,8 +168,8 @@ class EmbeddingEngine:
             assert self._scoring is not None, "`output_spec` has checked the task"
             return read_scored(call, self._scoring.pairs, self._spec)
         tokenizer = self._tokenizer
-        if self._query_tokenizer is not None and side_of(call, self._defaults.side) == "query":
-            tokenizer = self._query_tokenizer
+        if self._has_sides:
+            tokenizer = self._facts.tokenizer_of(call) or tokenizer
         return prepare_inputs(call, tokenizer, self._spec, self._info.prompts)
 
     async def _tokenize(self, call: TokenizeCall) -> Tokens:
@@ -186,6 +194,8 @@ class EmbeddingEngine:
         except asyncio.CancelledError:
             self._queue.drop(job)
             raise
+        for step in job.output.remaining_steps(job.rows):
+            await self._threads.call(step)
         pack = partial(self._result, job, encoded, begun, deduplicated=deduplicated, cache_hits=len(known))
         return await self._threads.call(pack) if output.is_large(job.rows) else pack()
 

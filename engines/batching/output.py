@@ -18,6 +18,7 @@ from engines.errors import DimensionsNotSupported, EngineError, NonFiniteEmbeddi
 from engines.inputs.tokenizer import Ids
 from engines.layers.packing import to_device
 from engines.layers.pooling import truncate_and_normalize
+from engines.layers.token_pooling import TokenPooling
 from engines.models.base import Encoder
 from engines.models.outputs import Side
 from engines.types import BaseCall, EmbedCall, Embeddings, ModelInfo, OutputsCall, Result, ResultDetails
@@ -67,6 +68,10 @@ class OutputSpec(Struct, frozen=True):
         """Returns the rows of the texts at `indexes` of a batch (None: all of them), as this request wants them."""
         raise NotImplementedError
 
+    def finish_inputs(self, raw: Any, indexes: Sequence[int] | None, inputs: Sequence[int]) -> FinishedRows:
+        """Returns the same, where a row also depends on the input of the request that it is for, of `inputs`."""
+        return self.finish(raw, indexes)
+
     def finish_cached(self, rows: Rows) -> Rows:
         """Returns rows as this request wants them, from what `cache_rows` returned for them earlier."""
         raise NotImplementedError
@@ -81,6 +86,10 @@ class OutputSpec(Struct, frozen=True):
     def allocate(self, num_items: int) -> Any:
         """Returns a place for `num_items` rows: `allocated[index] = row` must store one."""
         raise NotImplementedError
+
+    def remaining_steps(self, allocated: Any) -> Sequence[Callable[[], None]]:
+        """Returns what is to be done with all rows before `pack`, in steps; each runs on a thread, and takes long."""
+        return ()
 
     def is_large(self, allocated: Any) -> bool:
         """Tells whether `pack` takes so long that it must not run on the event loop."""
@@ -174,6 +183,7 @@ class OutputDefaults(Struct, frozen=True):
         activation: of scores, as the model's files state it (`engines.batching.scores.activation_named`).
         states_width: of the hidden states of tokens; 0 where the model gives none.
         side: of texts whose call names none.
+        pooling: how the model merges vectors of tokens, on the sides `pooled_on`; None for none.
     """
 
     normalize: bool = True
@@ -181,6 +191,8 @@ class OutputDefaults(Struct, frozen=True):
     activation: str = "Identity"
     states_width: int = 0
     side: Side = "document"
+    pooling: TokenPooling | None = None
+    pooled_on: tuple[Side, ...] = ()
 
 
 OutputMaker = Callable[[Any, ModelInfo, OutputDefaults], OutputSpec]

@@ -4,12 +4,13 @@ A row is int32 of one dimension, whatever its parts are: the number of its vocab
 tokens; then the dense vector, the entries, their weights and the vectors, as many of these as were asked for.
 """
 
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import ClassVar, Unpack, cast
 
 import msgspec
 import numpy as np
+import torch
 from msgspec import Struct
 from numpy.typing import NDArray
 
@@ -22,12 +23,14 @@ from engines.batching.output import (
     dense_output,
     register_output,
 )
+from engines.batching.pooled import check_pooled
 from engines.errors import EngineError, InvalidValue, NonFiniteEmbedding, TaskNotSupported
 from engines.inputs.prompts import DOCUMENT_NAMES, QUERY_NAMES
 from engines.inputs.tokenizer import Ids, Tokenizer
+from engines.layers.token_pooling import TokenPooling
 from engines.models.base import Encoder
 from engines.models.outputs import MAX_TERMS, OutputsEncoder, RawOutputs, Side, SparseRows, TokenRows, Wanted
-from engines.spec import Output
+from engines.spec import Output, Similarity
 from engines.types import ModelInfo, Outputs, OutputsCall, ResultDetails, TextCall, format_bytes
 
 MAX_ANSWER_BYTES = 256 * 2**20
@@ -49,7 +52,9 @@ class OutputFacts(Struct, frozen=True, kw_only=True):
         vector_width: of the vectors of tokens by a head for these; 0 without one.
         states_width: of the hidden states of tokens that pooling reads; 0 where there are none.
         default_side: of texts whose call names none.
-        query_tokenizer: reads queries where the model reads them in a way of its own.
+        query_tokenizer, document_tokenizer: read queries and documents where the model reads them in a way of its own.
+        similarity: how documents are scored by their vectors of tokens; None where they are not.
+        pooling: how the model merges vectors of tokens, on the sides `pooled_on`; None for none.
     """
 
     outputs: tuple[Output, ...] = ("dense",)
@@ -59,6 +64,26 @@ class OutputFacts(Struct, frozen=True, kw_only=True):
     states_width: int = 0
     default_side: Side = "document"
     query_tokenizer: Tokenizer | None = None
+    document_tokenizer: Tokenizer | None = None
+    similarity: Similarity | None = None
+    pooling: TokenPooling | None = None
+    pooled_on: tuple[Side, ...] = ()
+
+    def longest(self, max_tokens: int) -> int:
+        """Returns the longest input of any side, where one of no side has at most `max_tokens`."""
+        sides = (self.query_tokenizer, self.document_tokenizer)
+        return max([max_tokens, *(side.max_tokens for side in sides if side is not None)])
+
+    @property
+    def has_sides(self) -> bool:
+        """Tells whether queries or documents are read in a way of their own."""
+        return self.query_tokenizer is not None or self.document_tokenizer is not None
+
+    def tokenizer_of(self, call: TextCall) -> Tokenizer | None:
+        """Returns what reads the inputs of a call; None for the model's own tokenizer, which reads texts of no side."""
+        if side_of(call, self.default_side) == "query":
+            return self.query_tokenizer
+        return self.document_tokenizer if call.input_type in DOCUMENT_NAMES else None
 
 
 def side_of(call: TextCall, default: Side) -> Side:
@@ -79,6 +104,7 @@ class MixedOutput(OutputSpec, frozen=True):
         dense: how the dense vectors are finished.
         vector_width: of the vectors of tokens.
         max_terms, min_weight: of sparse outputs.
+        pooling: how vectors of tokens are merged, one after the other.
     """
 
     is_cached: ClassVar[bool] = False
@@ -88,6 +114,7 @@ class MixedOutput(OutputSpec, frozen=True):
     vector_width: int
     max_terms: int
     min_weight: float
+    pooling: tuple[TokenPooling, ...] = ()
 
     @classmethod
     def encode(cls, encoder: Encoder, texts: Sequence[Ids], prompt_tokens: Sequence[int] | None) -> RawOutputs:
@@ -111,6 +138,7 @@ class MixedOutput(OutputSpec, frozen=True):
 
     def check_size(self, token_counts: Sequence[int]) -> None:
         """See `OutputSpec`."""
+        check_pooled(self.pooling, token_counts, self.vector_width, "input")
         num_texts, wanted = len(token_counts), self.wanted
         size_bytes = 4 * num_texts * (self.dense.dimensions if self.dense is not None else 0)
         size_bytes += 8 * num_texts * self.max_terms * wanted.sparse
@@ -128,6 +156,10 @@ class MixedOutput(OutputSpec, frozen=True):
     def allocate(self, num_items: int) -> list[Row]:
         """See `OutputSpec`."""
         return [np.empty(0, np.int32)] * num_items
+
+    def remaining_steps(self, allocated: list[Row]) -> Sequence[Callable[[], None]]:
+        """See `OutputSpec`: one for each text whose vectors are merged."""
+        return [partial(self._pool, allocated, index) for index in range(len(allocated))] if self.pooling else ()
 
     def is_large(self, allocated: list[Row]) -> bool:
         """See `OutputSpec`."""
@@ -160,6 +192,16 @@ class MixedOutput(OutputSpec, frozen=True):
             "with `dtype: float32` or `bfloat16`",
             index=index,
         )
+
+    def _pool(self, allocated: list[Row], index: int) -> None:
+        row = allocated[index]
+        num_before = len(row) - int(row[1]) * self.vector_width
+        vectors = torch.from_numpy(row[num_before:].view(np.float32).reshape(-1, self.vector_width))
+        for pooling in self.pooling:
+            vectors = pooling(vectors)
+        pooled = np.concatenate([row[:num_before], vectors.contiguous().numpy().view(np.int32).reshape(-1)])
+        pooled[1] = len(vectors)
+        allocated[index] = pooled
 
     def _terms(self, sparse: SparseRows, chosen: Sequence[int]) -> list[tuple[Row, Row]]:
         """Returns the entries and weights of each chosen text that the request wants, the entries rising."""
@@ -246,7 +288,16 @@ def _mixed_output(call: OutputsCall, info: ModelInfo, defaults: OutputDefaults) 
         vector_width,
         min(call.sparse_top_k or MAX_TERMS, info.vocab_size, MAX_TERMS) if wanted.sparse else 0,
         call.sparse_min_weight,
+        _poolings(call, defaults, wanted) if wanted.multi_vector else (),
     )
+
+
+def _poolings(call: OutputsCall, defaults: OutputDefaults, wanted: Wanted) -> tuple[TokenPooling, ...]:
+    """Returns how vectors of tokens are merged: as the model's own module does, then as the call asks, which concerns
+    documents (as `MultiVectorEncoder.encode` does both)."""
+    own = () if defaults.pooling is None or wanted.side not in defaults.pooled_on else (defaults.pooling,)
+    asked = call.pool_factor > 1 and wanted.side == "document"
+    return (*own, TokenPooling(factor=call.pool_factor)) if asked else own
 
 
 def _check_outputs(call: OutputsCall, info: ModelInfo, defaults: OutputDefaults) -> None:
@@ -262,5 +313,8 @@ def _check_outputs(call: OutputsCall, info: ModelInfo, defaults: OutputDefaults)
             raise TaskNotSupported(
                 f"{call.model_id} gives {', '.join(given)}; it has no {name} output", param="outputs"
             )
-    if call.pool_factor > 1:
-        raise InvalidValue("pool_factor is not supported for this model: send 1", param="pool_factor")
+    if call.pool_factor < 1 or (call.pool_factor > 1 and "multi_vector" not in call.outputs):
+        raise InvalidValue(
+            f"pool_factor is {call.pool_factor}: it merges the vectors of multi_vector outputs and is 1 or more",
+            param="pool_factor",
+        )

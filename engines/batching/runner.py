@@ -193,7 +193,8 @@ def _store(texts: Sequence[Entry], raw: Any) -> Failures:
     for output in {target.job.output for _, target in targets}:
         chosen = [(index, target) for index, target in targets if target.job.output == output]
         indexes = [index for index, _ in chosen]
-        finished = output.finish(raw, None if indexes == list(range(len(texts))) else indexes)
+        all_of_them = indexes == list(range(len(texts)))
+        finished = output.finish_inputs(raw, None if all_of_them else indexes, [target.index for _, target in chosen])
         for (_, target), row, is_finite in zip(chosen, finished.rows, finished.is_finite, strict=True):
             target.job.rows[target.index] = row
             if not is_finite:

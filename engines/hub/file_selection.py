@@ -20,11 +20,14 @@ ReadFile = Callable[[str], bytes]
 MODULES = "modules.json"
 CONFIG = "config.json"
 README = "README.md"
+ARTIFACT = "artifact.metadata"
 
 _METADATA = (
     "*config*.json", MODULES, "tokenizer*.json", "vocab*", "merges.txt", "*.model", "*.tiktoken", "bpe.codes",
-    "special_tokens_map.json", "added_tokens.json", "chat_template*",
+    "special_tokens_map.json", "added_tokens.json", "chat_template*", ARTIFACT, "colbert_linear.pt",
 )  # fmt: skip
+"""Files beside the weights; the last two are of models with a vector for each token (Stanford's ColBERT, bge-m3)."""
+
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """In transformers' order of preference."""
 
@@ -90,7 +93,9 @@ def description_files(names: Collection[str], read: ReadFile) -> tuple[str, ...]
 
     def is_wanted(name: str) -> bool:
         folder, _, base = name.rpartition("/")
-        return name == README or (folder in folders and (base == MODULES or fnmatchcase(base, "*config*.json")))
+        return name == README or (
+            folder in folders and (base in (MODULES, ARTIFACT) or fnmatchcase(base, "*config*.json"))
+        )
 
     return tuple(name for name in names if is_wanted(name))
 

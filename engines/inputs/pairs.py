@@ -232,7 +232,7 @@ class PairReading:
         try:
             following = step()
         except InvalidRequest as error:
-            raise _renamed(error, name) from error
+            raise renamed(error, name) from error
         with self._lock:
             self._steps_left += len(following) - 1
             is_last = not self._steps_left
@@ -326,7 +326,7 @@ def _without_end(ids: Ids, dropped: int) -> Ids:
     return ids[:end]
 
 
-def _renamed(error: InvalidRequest, field: str) -> InvalidRequest:
+def renamed(error: InvalidRequest, field: str) -> InvalidRequest:
     """Returns an error of a text as one of a field of the request."""
     message = str(error)
     if field == "query":

@@ -19,9 +19,10 @@ from engines.inputs.tokenizer import Tokenizer
 from engines.loading.dtype import automatic_dtype, overflows_float16
 from engines.loading.folder import Folder, read_json
 from engines.loading.modules import build_head
+from engines.loading.multi_vector import TokenFacts, build_token_head
 from engines.loading.preflight import check_counts, check_proportions
 from engines.loading.static import build_static
-from engines.loading.tokenizer import ModelFacts, read_tokenizer
+from engines.loading.tokenizer import ModelFacts, read_reference
 from engines.models.adapters import Positions, drop_pooler, unused_weights
 from engines.models.base import EncoderConfig, LoadedEncoder
 from engines.models.cuda_graphs import capturer_for
@@ -81,27 +82,31 @@ def _build_transformer(folder: Folder, spec: ModelSpec, encoder_config: EncoderC
     _check_pooling_is_known(folder, spec, model)
     vocab_size = vocab_size_of(model)
     observed = observe(model, vocab_size, device)
-    head = build_head(folder, observed.width or stated_width(config), device, spec.pooling)
+    width = observed.width or stated_width(config)
+    head = None if folder.late is not None else build_head(folder, width, device, spec.pooling)
     facts = ModelFacts(
         config,
         vocab_size=vocab_size,
         position_limit=min(filter(None, (observed.position_limit, Positions(model).limit)), default=None),
-        pooling=head.pooling,
-        counts_prompt=head.excludes_prompt,
+        pooling=() if head is None else head.pooling,
+        counts_prompt=head is not None and head.excludes_prompt,
     )
-    tokenizer = read_tokenizer(folder, spec, facts)
-    against_packing = observed.why_not_packed(tokenizer.max_tokens)
+    reference = read_reference(folder, spec, facts)
+    tokenizer = reference.tokenizer
+    tokens, sides = build_token_head(folder, spec, reference, TokenFacts(width, facts.position_limit, observed), device)
+    against_packing = observed.why_not_packed(sides.longest(tokenizer.max_tokens))
     name = "int8" if spec.dtype == "int8" else dtype_name(model)
     encoder_config = structs.replace(encoder_config, weight_form=weight_form(name, device))
-    heads = OutputHeads(head)
+    heads = OutputHeads(head, tokens=tokens)
     encoder = MultiOutputEncoder(model, heads, encoder_config, capturer_for(device), notes=against_packing)
-    return Built(encoder, tokenizer, name, facts=facts_of(heads))
+    return Built(encoder, tokenizer, name, facts=facts_of(heads, sides))
 
 
-def facts_of(heads: OutputHeads) -> OutputFacts:
-    """Returns what heads give."""
+def facts_of(heads: OutputHeads, sides: OutputFacts) -> OutputFacts:
+    """Returns what heads give, and how queries and documents are told apart."""
     given: dict[Output, Any] = {"dense": heads.dense, "sparse": heads.sparse, "multi_vector": heads.tokens}
-    return OutputFacts(
+    return structs.replace(
+        sides,
         outputs=tuple(name for name, head in given.items() if head is not None),
         dimensions=0 if heads.dense is None else heads.dense.dimensions,
         vocab_size=0 if heads.sparse is None else heads.sparse.vocab_size,
@@ -176,7 +181,7 @@ def _check_pooling_is_known(folder: Folder, spec: ModelSpec, model: Any) -> None
     Raises:
         UnsupportedModel: a causal model without stated pooling: families differ between last token and mean.
     """
-    if folder.modules is not None or spec.pooling is not None:
+    if folder.modules is not None or spec.pooling is not None or folder.late is not None:
         return
     is_causal = any(getattr(module, "is_causal", False) for module in model.modules())
     if is_causal and getattr(model.config, "is_causal", True) is not False:

@@ -5,21 +5,29 @@ The files are those of sentence-transformers: `modules.json`, `sentence_bert_con
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
 from msgspec import Struct
 
 from engines.errors import BrokenFiles, UnsupportedModel
+from engines.loading.late_interaction import (
+    ARTIFACT,
+    LENGTH_KEYS,
+    MULTI_VECTOR_KINDS,
+    LateInteraction,
+    legacy_prompts,
+    read_late_interaction,
+)
 from engines.spec import PoolingMode
 
 Json = dict[str, Any]
 
-# Keys of the Transformer module that change its output and that are not implemented here.
+# Keys of the Transformer module that change its output and that are not implemented here; of late interaction, the
+# lengths are (`engines/loading/late_interaction.py`).
 _UNSUPPORTED_KEYS = (
-    "query_expansion",
-    "query_length",
-    "document_length",
+    *LENGTH_KEYS,
     "processing_kwargs",
     "tokenizer_name_or_path",
 )
@@ -119,6 +127,9 @@ def _gives_last_hidden_state(text: object) -> bool:
 
 _ST_PREFIX = "sentence_transformers."
 
+_PYLATE_DENSE = "pylate.models.Dense.Dense"
+"""PyLate's own name of sentence-transformers' module."""
+
 PLACEHOLDER_PROMPTS = ("query", "document")
 """Prompt names that every model has; empty unless the folder defines them."""
 
@@ -153,6 +164,7 @@ class Folder(Struct, frozen=True, kw_only=True):
     `modules` is None without a `modules.json`. `transformer` is the Transformer module's own config.
     `truncate_dim` is the width to which sentence-transformers truncates this model's vectors by default.
     `is_cross_encoder`: whether its CrossEncoder saved the folder, whose `activation_fn` is `activation`.
+    `late`: of a folder whose model gives a vector for each token instead of one for a text; else None.
     """
 
     root: Path
@@ -164,6 +176,7 @@ class Folder(Struct, frozen=True, kw_only=True):
     truncate_dim: int | None = None
     is_cross_encoder: bool = False
     activation: str | None = None
+    late: LateInteraction | None = None
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -189,17 +202,34 @@ def read_folder(root: Path) -> Folder:
     activation = st_config.get("activation_fn") if is_cross_encoder else None
     where = modules[0].path if modules else ""
     width = st_config.get("truncate_dim")
+    late, prompts = _read_late(root, modules, st_config)
     return Folder(
         root=root,
         modules=modules,
-        transformer=_read_transformer(root, where, is_checked=not is_cross_encoder),
-        prompts=_read_prompts(st_config),
+        transformer=_read_transformer(root, where, is_checked=not is_cross_encoder, has_lengths=late is not None),
+        prompts={**_read_prompts(st_config), **prompts},
         default_prompt=st_config.get("default_prompt_name"),
         matryoshka_widths=_read_widths(root, where, st_config),
         truncate_dim=width if isinstance(width, int) and width > 0 else None,
         is_cross_encoder=is_cross_encoder,
         activation=activation if isinstance(activation, str) else None,
+        late=late,
     )
+
+
+def _read_late(
+    root: Path, modules: tuple[ModuleRef, ...] | None, st_config: Json
+) -> tuple[LateInteraction | None, Mapping[str, str]]:
+    """Returns what the folder says of late interaction, and the prompts of such a folder that stand elsewhere."""
+    where = modules[0].path if modules else ""
+    stated = (read_json(root / where, "config.json") or {}).get("architectures")
+    architectures = stated if isinstance(stated, list) else []
+    artifact = (read_json(root, ARTIFACT) or {}) if modules is None else {}
+    transformer = _read_transformer(root, where, is_checked=False)
+    kinds = None if modules is None else [ref.kind for ref in modules]
+    late = read_late_interaction(st_config, transformer, kinds, architectures, artifact)
+    prompts = {} if late is None else legacy_prompts(st_config, architectures if modules is None else (), artifact)
+    return late, {side: text for side, text in prompts.items() if text}
 
 
 def _read_prompts(st_config: Json) -> dict[str, str]:
@@ -221,16 +251,17 @@ def _read_prompts(st_config: Json) -> dict[str, str]:
 
 
 def _check_kind(st_config: Json) -> str:
-    """Returns the kind of model; rejects a SparseEncoder or MultiVectorEncoder, which save the same files.
+    """Returns the kind of model; rejects a SparseEncoder, which saves the same files.
 
     Raises:
         UnsupportedModel
     """
     kind = st_config.get("model_type") or "SentenceTransformer"
-    if kind not in ("SentenceTransformer", CROSS_ENCODER):
+    if kind not in ("SentenceTransformer", CROSS_ENCODER, *MULTI_VECTOR_KINDS):
         raise UnsupportedModel(
-            f"{_ST_CONFIG} declares a {kind}; only a SentenceTransformer, which gives one dense vector a text, and a "
-            f"{CROSS_ENCODER}, which scores pairs, are supported"
+            f"{_ST_CONFIG} declares a {kind}; only a SentenceTransformer, which gives one dense vector a text, a "
+            f"MultiVectorEncoder, which gives one for each token, and a {CROSS_ENCODER}, which scores pairs, are "
+            "supported"
         )
     return str(kind)
 
@@ -298,7 +329,7 @@ def _module_ref(kind: str, path: str) -> ModuleRef:
 
     A name outside the package is the repository's own code, even with the same class name (`custom_st.Transformer`).
     """
-    if not kind.startswith(_ST_PREFIX):
+    if not kind.startswith(_ST_PREFIX) and kind != _PYLATE_DENSE:
         raise UnsupportedModel(
             f"modules.json names {kind!r}, which is the repository's own code and not a module of "
             "sentence-transformers; use a model without custom modules"
@@ -308,7 +339,7 @@ def _module_ref(kind: str, path: str) -> ModuleRef:
     return ModuleRef(kind.rsplit(".", 1)[-1], path)
 
 
-def _read_transformer(root: Path, where: str, *, is_checked: bool) -> Json:
+def _read_transformer(root: Path, where: str, *, is_checked: bool, has_lengths: bool = False) -> Json:
     for name in _TRANSFORMER_CONFIGS:
         config = read_json(root / where, name)
         if config:
@@ -316,7 +347,7 @@ def _read_transformer(root: Path, where: str, *, is_checked: bool) -> Json:
     else:
         return {}
     if is_checked:
-        check_transformer(config, name)
+        check_transformer({k: v for k, v in config.items() if not (has_lengths and k in LENGTH_KEYS)}, name)
     return config
 
 

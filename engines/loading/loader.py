@@ -26,7 +26,7 @@ from engines.device.torch_runtime import compute_capability, device_name, finish
 from engines.errors import DeviceDown, OutOfMemory, UnsupportedModel, device_loss, is_out_of_memory
 from engines.inputs.tokenizer import Tokenizer
 from engines.inputs.tokenizer_threads import TokenizerThreads
-from engines.loading.builders import build
+from engines.loading.builders import Built, build
 from engines.loading.checksums import Checksums
 from engines.loading.dtype import dtype_notes
 from engines.loading.folder import PLACEHOLDER_PROMPTS, read_folder
@@ -37,7 +37,7 @@ from engines.models.base import EncoderConfig, LoadedEncoder, weight_bytes, work
 from engines.models.cuda_graphs import CAPTURING
 from engines.models.prepacked import MAX_PREPACKED_BYTES
 from engines.models.transformer import TransformerEncoder
-from engines.models.verification import Canaries, SelfCheck
+from engines.models.verification import Canaries, ProbeTokenizer, SelfCheck, SideTokenizers
 from engines.precision import PrecisionStore
 from engines.spec import Matryoshka, ModelSpec
 from engines.types import ModelFiles, ModelInfo, fingerprint
@@ -119,7 +119,7 @@ class TorchLoader:
         prompts = {**folder.prompts, **spec.prompts}
         info = ModelInfo(
             dimensions=facts.dimensions,
-            max_tokens=tokenizer.max_tokens,
+            max_tokens=(facts.document_tokenizer or tokenizer).max_tokens,
             dtype=dtype,
             attention=encoder.attention,
             path=encoder.path,
@@ -134,8 +134,9 @@ class TorchLoader:
         )
         resolved = with_default_prompt(spec, folder.default_prompt, prompts)
         identity = [spec.model_id, files.revision, dtype, self._device.type, spec.pooling, spec.max_tokens]
+        identity += facts.outputs if facts.outputs != ("dense",) else ()  # the rows of a check are others then
         key = fingerprint(identity if scoring is None else [*identity, spec.template, spec.default_prompt, "scores"])
-        probes = tokenizer if scoring is None else scoring.pairs
+        probes = _probe_tokenizer(built)
 
         def check() -> tuple[ModelInfo, int, int]:
             notes = self_check.run(encoder.paths, probes, dtype, key, _last_written_s(files))
@@ -240,6 +241,13 @@ def reserved_workspace_bytes(encoder: LoadedEncoder, batch_tokens: int, num_thre
     as batches of other models run beside it: the largest of these sums is enough for any batches that run at once.
     """
     return num_threads * workspace_bytes(encoder, batch_tokens)
+
+
+def _probe_tokenizer(built: Built) -> ProbeTokenizer:
+    if built.scoring is not None:
+        return built.scoring.pairs
+    queries = built.facts.query_tokenizer
+    return built.tokenizer if queries is None else SideTokenizers(built.tokenizer, queries)
 
 
 def _last_written_s(files: ModelFiles) -> float:

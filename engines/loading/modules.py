@@ -4,7 +4,7 @@ The head turns packed hidden states `[T, H]` into one float32 vector per text `[
 tensors, as sentence-transformers' `features` do: `token_embeddings` `[T, *]` and `sentence_embedding` `[n, *]`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from torch.nn.functional import layer_norm, linear, normalize
 from engines.errors import BrokenFiles, UnsupportedModel
 from engines.loading.folder import Folder, Json, ModuleRef, pooling_of, read_json, require_json
 from engines.loading.module_weights import ModuleWeights, read_module_weights
-from engines.models.head import SENTENCE, EmbeddingHead
+from engines.models.head import SENTENCE, TOKENS, EmbeddingHead
 from engines.spec import PoolingMode
 
 
@@ -44,6 +44,26 @@ def build_head(
     return head
 
 
+def build_token_chain(
+    folder: Folder, hidden_size: int, device: torch.device, refs: Sequence[ModuleRef]
+) -> EmbeddingHead:
+    """Builds the modules that turn hidden states into vectors of tokens, `[k, H]` to `[k, W]`, of any tokens.
+
+    Raises:
+        BrokenFiles, UnsupportedModel.
+    """
+    chain = EmbeddingHead(hidden_size)
+    chain.source = chain.target = TOKENS
+    for ref in refs:
+        _TOKEN_BUILDERS[ref.kind](chain, folder.root, ref, device)
+    if others := chain.widths.keys() - {TOKENS}:
+        raise UnsupportedModel(
+            f"a module in modules.json gives {min(others)!r}, but vectors of tokens are read from {TOKENS!r}; fetch "
+            "the model again"
+        )
+    return chain
+
+
 def _add_unstated_pooling(head: EmbeddingHead, folder: Folder, pooling: tuple[PoolingMode, ...] | None) -> None:
     """Adds mean pooling for a folder without `modules.json` and for static embeddings, as sentence-transformers does.
 
@@ -69,7 +89,7 @@ def _add_pooling(head: EmbeddingHead, root: Path, ref: ModuleRef, device: torch.
 
 def _add_dense(head: EmbeddingHead, root: Path, ref: ModuleRef, device: torch.device) -> None:
     config = require_json(root, ref.file("config.json"))
-    source = config.get("module_input_name") or SENTENCE
+    source = config.get("module_input_name") or head.source
     in_width = _input_width(head, ref, source)
     out_width = config.get("out_features")
     if type(out_width) is not int or out_width < 1:
@@ -161,3 +181,8 @@ _BUILDERS: dict[str, Callable[[EmbeddingHead, Path, ModuleRef, torch.device], No
     "Normalize": _add_normalize,
     "Dropout": _skip_dropout,
 }
+
+_TOKEN_BUILDERS = {kind: _BUILDERS[kind] for kind in ("Dense", "Normalize", "Dropout")}
+
+TOKEN_MODULES = tuple(_TOKEN_BUILDERS)
+"""The modules that work on one token at a time."""

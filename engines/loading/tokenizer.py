@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, cast
 
 import structlog
 from msgspec import Struct, structs
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.normalizers import Lowercase
 from tokenizers.normalizers import Sequence as Normalizers
@@ -64,6 +65,8 @@ def read_reference(folder: Folder, spec: ModelSpec, facts: ModelFacts) -> Refere
     """
     check_tokenizer_files(folder.weights)
     reference = _load(folder, spec)
+    if folder.late is not None:
+        _register_markers(reference, folder.late.markers)
     backend: FastTokenizer | None = getattr(reference, "backend_tokenizer", None)
     if backend is None:
         raise UnsupportedModel(f"{type(reference).__name__} has no fast form: add a tokenizer.json to the model folder")
@@ -102,6 +105,22 @@ def _load(folder: Folder, spec: ModelSpec) -> Any:
             "model again, or save its tokenizer in the fast form",
             file="tokenizer.json",
         ) from error
+
+
+def _register_markers(theirs: Any, markers: Sequence[str]) -> None:
+    """Makes transformers' tokenizer read each marker as the one token that it knows it as.
+
+    A marker such as `[unused0]` was put in front of ids in training. As text, it would fall into pieces.
+    """
+    known = set(theirs.get_vocab())
+    missing = []
+    for marker in markers:
+        candidates = (marker, *marker.split(None, 1)[:1])
+        token = next((candidate for candidate in candidates if candidate.strip() and candidate in known), None)
+        if token is not None and theirs.tokenize(token) != [token]:
+            missing.append(AddedToken(token, normalized=False, special=True))
+    if missing:
+        theirs.add_special_tokens({"additional_special_tokens": missing})
 
 
 def _options(folder: Folder) -> dict[str, Any]:

@@ -56,6 +56,7 @@ class EmbeddingHead:
     Attributes:
         pooling: the pooling modes in use.
         override: the registry's pooling modes, which replace the folder's.
+        source: the tensor that a Dense module reads which names none.
         target: the name of the tensor that is the result.
         excludes_prompt: whether pooling leaves out the tokens of the prompt.
         widths: the width of each named tensor after the modules so far.
@@ -66,7 +67,7 @@ class EmbeddingHead:
         self.widths = {TOKENS: hidden_size}
         self.pooling: tuple[PoolingMode, ...] = ()
         self.override = pooling
-        self.target = SENTENCE
+        self.source = self.target = SENTENCE
         self.excludes_prompt = False
         self.weights: list[Tensor] = []
         self._steps: list[Step] = []

@@ -55,8 +55,20 @@ _LARGEST_PROBED_WINDOW = 128
 _MARK = fingerprint([_SHORT, _LONG, _BEYOND_WINDOW, _LARGEST_PROBED_WINDOW])[:8]
 
 
-ProbeTokenizer = Tokenizer | PairTokenizer
-"""What reads the probes: a tokenizer of texts, or of pairs where the model scores these."""
+class SideTokenizers(NamedTuple):
+    """What reads the probes of a model that reads queries in a way of their own."""
+
+    own: Tokenizer
+    queries: Tokenizer
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest input in tokens."""
+        return self.own.max_tokens
+
+
+ProbeTokenizer = Tokenizer | PairTokenizer | SideTokenizers
+"""What reads the probes: a tokenizer of texts, two where queries are read otherwise, or one of pairs."""
 
 
 def probe_inputs(tokenizer: ProbeTokenizer, window: int | None = None) -> list[Ids]:
@@ -67,6 +79,9 @@ def probe_inputs(tokenizer: ProbeTokenizer, window: int | None = None) -> list[I
     """
     if isinstance(tokenizer, PairTokenizer):
         return _probe_pairs(tokenizer, window)
+    if isinstance(tokenizer, SideTokenizers):
+        short, long = tokenizer.queries.encode((_SHORT, _LONG), PromptTemplate(), "end").ids
+        return sorted((*probe_inputs(tokenizer.own, window), short, short, long), key=len)
     short, long = tokenizer.encode((_SHORT, _LONG), PromptTemplate(), "end").ids
     first, behind = len(tokenizer.limits.prefix), len(short) - len(tokenizer.limits.suffix)
     backwards = np.concatenate([short[:first], short[first:behind][::-1], short[behind:]])

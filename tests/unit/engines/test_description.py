@@ -114,6 +114,18 @@ def test_a_classifier_with_one_label_reranks(
     assert describe(store, local(folder)).task == task
 
 
+def test_a_model_says_what_it_gives_for_a_text(store: ModelStore, tmp_path: Path) -> None:
+    dense, late = sentence_model(tmp_path / "dense"), sentence_model(tmp_path / "late")
+    write_json(late / "config_sentence_transformers.json", {"model_type": "MultiVectorEncoder"})
+    assert describe(store, local(dense)).outputs == ("dense",)
+
+    (dense / "colbert_linear.pt").touch()
+    found = describe(store, local(late))
+
+    assert describe(store, local(dense)).outputs == ("dense", "multi_vector")
+    assert (found.task, found.outputs, found.width) == ("embed", ("multi_vector",), None)
+
+
 def test_a_model_that_cannot_be_served_is_refused_with_the_reason(store: ModelStore, tmp_path: Path) -> None:
     sparse = sentence_model(tmp_path / "sparse")
     write_json(sparse / "config_sentence_transformers.json", {"model_type": "SparseEncoder"})
