@@ -13,8 +13,8 @@ from msgspec import Struct, structs
 from engines.errors import HubUnreachable, OfflineMode
 from engines.hub.local_folder import is_local
 from engines.hub.store import ModelStore
-from engines.loading.folder import Folder, Json, read_folder, read_json
-from engines.loading.late_interaction import COLBERT_LINEAR
+from engines.loading.folder import Folder, Json, outputs_of, read_folder, read_json
+from engines.loading.routes import read_routes
 from engines.loading.score_forms import score_form
 from engines.planner import native_width
 from engines.spec import ModelSpec, Output, PoolingMode, Task
@@ -41,13 +41,13 @@ _PARAMETER_BYTES = 4
 class Description(Struct, frozen=True, kw_only=True):
     """The facts that a model's own files state; None and empty: they do not.
 
-    `outputs`: what a model that embeds gives for a text. `prompts`: without empty ones. `matryoshka_widths`: below the
+    `outputs`: of a model that embeds, as in `ModelInfo`. `prompts`: without empty ones. `matryoshka_widths`: below the
     full width. `assumed_pooling`: for a folder without modules.json, which states no pooling. `num_parameters`:
     floating-point weights in the files.
     """
 
     task: Task = "embed"
-    outputs: tuple[Output, ...] = ("dense",)
+    outputs: tuple[Output, ...] = ()
     width: int | None = None
     max_tokens: int | None = None
     num_parameters: int | None = None
@@ -82,6 +82,8 @@ def describe(store: ModelStore, spec: ModelSpec) -> Description:
 
 def _describe_folder(root: Path, spec: ModelSpec, num_parameters: int | None) -> Description:
     folder = read_folder(root)
+    if folder.is_sparse_encoder:
+        read_routes(folder)
     width = native_width(root, spec)
     task = _task_of(folder, spec)
     facts = Description(
@@ -95,7 +97,7 @@ def _describe_folder(root: Path, spec: ModelSpec, num_parameters: int | None) ->
         return facts
     return structs.replace(
         facts,
-        outputs=_outputs_of(folder),
+        outputs=outputs_of(folder),
         prompts={name: text for name, text in folder.prompts.items() if text},
         default_prompt=folder.default_prompt,
         matryoshka_widths=tuple(sorted({each for each in folder.widths if width is None or each < width})),
@@ -110,12 +112,6 @@ def _task_of(folder: Folder, spec: ModelSpec) -> Task:
         return "embed"
     config = read_json(folder.weights, "config.json") or {}
     return "classify" if form == "classifier" and _num_labels(config) > 1 else "rerank"
-
-
-def _outputs_of(folder: Folder) -> tuple[Output, ...]:
-    if folder.late is not None:
-        return ("multi_vector",)
-    return ("dense", "multi_vector") if (folder.root / COLBERT_LINEAR).exists() else ("dense",)
 
 
 def _num_labels(config: Json) -> int:

@@ -69,6 +69,8 @@ def native_width(root: Path, spec: ModelSpec) -> int | None:
 
 def _width(root: Path, spec: ModelSpec) -> int:
     folder = read_folder(root)
+    if folder.is_sparse_encoder:
+        raise ValueError("it gives no vectors of a fixed width")
     first, *rest = folder.modules or (ModuleRef("Transformer", ""),)
     if first.kind == "StaticEmbedding":
         return _table_width(root, first)

@@ -18,6 +18,9 @@ Output = Literal["dense", "sparse", "multi_vector"]
 Similarity = Literal["maxsim", "meanmaxsim"]
 """How vectors of tokens score a document: the sum of the best matches of a query's vectors, or their mean."""
 
+Side = Literal["query", "document"]
+"""The side of a search that a text is on, where a model treats the two differently; without one: `document`."""
+
 RerankTemplate = Literal["qwen3-reranker", "mxbai-rerank-v2", "bge-reranker-v2-gemma"]
 """The templates of causal rerankers whose own files do not state one; `engines/loading/rerank_templates.py`."""
 

@@ -24,16 +24,23 @@ ARTIFACT = "artifact.metadata"
 
 _METADATA = (
     "*config*.json", MODULES, "tokenizer*.json", "vocab*", "merges.txt", "*.model", "*.tiktoken", "bpe.codes",
-    "special_tokens_map.json", "added_tokens.json", "chat_template*", ARTIFACT, "colbert_linear.pt",
+    "special_tokens_map.json", "added_tokens.json", "chat_template*", ARTIFACT,
 )  # fmt: skip
-"""Files beside the weights; the last two are of models with a vector for each token (Stanford's ColBERT, bge-m3)."""
+"""Files beside the weights; the last one is of Stanford's ColBERT."""
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """In transformers' order of preference."""
 
-_WITH_CONFIG = ("Transformer", "Pooling", "Dense", "LayerNorm")
-_WITH_WEIGHTS = ("Transformer", "Dense", "LayerNorm")
+_TRANSFORMERS = ("Transformer", "MLMTransformer")
+_WITH_CONFIG = (*_TRANSFORMERS, "Pooling", "Dense", "LayerNorm", "SpladePooling")
+_WITH_WEIGHTS = (*_TRANSFORMERS, "Dense", "LayerNorm", "SparseStaticEmbedding")
 """sentence-transformers modules that require a config, or weights."""
+
+_ROUTER_CONFIGS = ("router_config.json", CONFIG)
+"""Where a Router lists the modules of its routes, in sentence-transformers' order."""
+
+HEAD_FILES = ("sparse_linear.pt", "colbert_linear.pt")
+"""Heads beside the transformer of FlagEmbedding's bge-m3, without which it gives dense vectors only."""
 
 
 class Selection(Struct, frozen=True, kw_only=True):
@@ -68,23 +75,49 @@ def select(names: Collection[str], read: ReadFile, *, source: str, with_code: bo
             weights += _shards(names, read, entry)
         elif entry is not None:
             weights.append(entry)
+    weights += [name for module in modules for name in _head_files(names, module)]
     files = sorted({*metadata, *indexes, *weights})
     return Selection(files=tuple(files), weights=tuple(sorted(set(weights))))
 
 
 def read_modules(names: Collection[str], read: ReadFile) -> tuple[Module, ...]:
-    """Returns the module chain of modules.json; a plain transformers folder has one module at its root."""
+    """Returns the modules of modules.json, those of a Router's routes in its place; a plain transformers folder has one
+    module at its root."""
     if MODULES not in names:
         return (Module("", "Transformer"),)
     entries = _read_json(MODULES, read)
     if not isinstance(entries, list) or not entries:
         raise BrokenFiles(f"{MODULES} is not a list of modules", file=MODULES)
     try:
-        return tuple(
-            Module(_normalize_folder(entry["path"]), str(entry["type"]).rsplit(".", 1)[-1]) for entry in entries
-        )
+        modules = [_module(entry["path"], entry["type"]) for entry in entries]
     except (TypeError, KeyError):
         raise BrokenFiles(f"{MODULES} has a module without path or type", file=MODULES) from None
+    return tuple(each for module in modules for each in _routed_modules(names, module, read))
+
+
+def _module(path: object, kind: object) -> Module:
+    return Module(_normalize_folder(path), str(kind).rsplit(".", 1)[-1])
+
+
+def _routed_modules(names: Collection[str], module: Module, read: ReadFile) -> list[Module]:
+    """Returns a module, or those of a Router's routes."""
+    if module.kind != "Router":
+        return [module]
+    places = [_join_path(module.path, name) for name in _ROUTER_CONFIGS]
+    name = next((place for place in places if place in names), None)
+    if name is None:
+        raise _missing_error(places[0], "a Router module")
+    content = _read_json(name, read)
+    types = content.get("types") if isinstance(content, dict) else None
+    if not isinstance(types, dict) or not types:
+        raise BrokenFiles(f"{name} lists no modules", file=name)
+    return [_module(_join_path(module.path, path) if path else module.path, kind) for path, kind in types.items()]
+
+
+def _head_files(names: Collection[str], module: Module) -> list[str]:
+    return [
+        name for file in HEAD_FILES if (name := _join_path(module.path, file)) in names and module.kind == "Transformer"
+    ]
 
 
 def description_files(names: Collection[str], read: ReadFile) -> tuple[str, ...]:
@@ -119,7 +152,7 @@ def _metadata(names: Collection[str], folders: Collection[str], *, with_code: bo
 def _weights_entry(names: Collection[str], module: Module, source: str) -> str | None:
     """Returns the file that holds or indexes a module's weights; None for a module without weights."""
     entry = next((name for name in (_join_path(module.path, weights) for weights in _WEIGHTS) if name in names), None)
-    if entry is None and module.kind == "Transformer":
+    if entry is None and module.kind in _TRANSFORMERS:
         raise UnsupportedModel(
             f"'source' {source} has no supported weights: neither model.safetensors nor pytorch_model.bin"
         )

@@ -17,6 +17,7 @@ from engines.errors import BadModel, BrokenFiles, UnsupportedModel, is_device_er
 from engines.hub.local_folder import is_writable_in_place
 from engines.inputs.tokenizer import Tokenizer
 from engines.loading.dtype import automatic_dtype, overflows_float16
+from engines.loading.flag_heads import lexical_head
 from engines.loading.folder import Folder, read_json
 from engines.loading.modules import build_head
 from engines.loading.multi_vector import TokenFacts, build_token_head
@@ -94,15 +95,16 @@ def _build_transformer(folder: Folder, spec: ModelSpec, encoder_config: EncoderC
     reference = read_reference(folder, spec, facts)
     tokenizer = reference.tokenizer
     tokens, sides = build_token_head(folder, spec, reference, TokenFacts(width, facts.position_limit, observed), device)
+    sparse = lexical_head(folder, width, vocab_size, reference.theirs, device)
     against_packing = observed.why_not_packed(sides.longest(tokenizer.max_tokens))
     name = "int8" if spec.dtype == "int8" else dtype_name(model)
     encoder_config = structs.replace(encoder_config, weight_form=weight_form(name, device))
-    heads = OutputHeads(head, tokens=tokens)
+    heads = OutputHeads(head, sparse, tokens=tokens)
     encoder = MultiOutputEncoder(model, heads, encoder_config, capturer_for(device), notes=against_packing)
     return Built(encoder, tokenizer, name, facts=facts_of(heads, sides))
 
 
-def facts_of(heads: OutputHeads, sides: OutputFacts) -> OutputFacts:
+def facts_of(heads: OutputHeads, sides: OutputFacts = OutputFacts(outputs=())) -> OutputFacts:
     """Returns what heads give, and how queries and documents are told apart."""
     given: dict[Output, Any] = {"dense": heads.dense, "sparse": heads.sparse, "multi_vector": heads.tokens}
     return structs.replace(

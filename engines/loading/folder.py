@@ -14,13 +14,14 @@ from msgspec import Struct
 from engines.errors import BrokenFiles, UnsupportedModel
 from engines.loading.late_interaction import (
     ARTIFACT,
+    COLBERT_LINEAR,
     LENGTH_KEYS,
     MULTI_VECTOR_KINDS,
     LateInteraction,
     legacy_prompts,
     read_late_interaction,
 )
-from engines.spec import PoolingMode
+from engines.spec import Output, PoolingMode
 
 Json = dict[str, Any]
 
@@ -138,6 +139,12 @@ _ST_CONFIG = "config_sentence_transformers.json"
 CROSS_ENCODER = "CrossEncoder"
 """sentence-transformers' kind of model that scores pairs."""
 
+SPARSE_LINEAR = "sparse_linear.pt"
+"""The head for sparse outputs beside the transformer of FlagEmbedding's bge-m3."""
+
+SPARSE_ENCODER = "SparseEncoder"
+"""sentence-transformers' kind of model that gives weights of vocabulary entries."""
+
 _TRANSFORMER_CONFIGS = tuple(
     f"sentence_{family}_config.json"
     for family in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
@@ -165,6 +172,7 @@ class Folder(Struct, frozen=True, kw_only=True):
     `truncate_dim` is the width to which sentence-transformers truncates this model's vectors by default.
     `is_cross_encoder`: whether its CrossEncoder saved the folder, whose `activation_fn` is `activation`.
     `late`: of a folder whose model gives a vector for each token instead of one for a text; else None.
+    `is_sparse_encoder`: whether its SparseEncoder did, which keeps at most `max_active_dims` entries of a text.
     """
 
     root: Path
@@ -177,6 +185,8 @@ class Folder(Struct, frozen=True, kw_only=True):
     is_cross_encoder: bool = False
     activation: str | None = None
     late: LateInteraction | None = None
+    is_sparse_encoder: bool = False
+    max_active_dims: int | None = None
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -189,6 +199,16 @@ class Folder(Struct, frozen=True, kw_only=True):
         return self.root / (self.modules[0].path if self.modules else "")
 
 
+def outputs_of(folder: Folder) -> tuple[Output, ...]:
+    """Returns what a folder of a model that embeds gives, as its files state it."""
+    if folder.is_sparse_encoder:
+        return ("sparse",)
+    if folder.late is not None:
+        return ("multi_vector",)
+    files: dict[Output, str] = {"sparse": SPARSE_LINEAR, "multi_vector": COLBERT_LINEAR}
+    return ("dense", *(output for output, file in files.items() if (folder.weights / file).exists()))
+
+
 def read_folder(root: Path) -> Folder:
     """Reads a folder's configuration.
 
@@ -198,15 +218,17 @@ def read_folder(root: Path) -> Folder:
     """
     modules = _read_modules(root)
     st_config = read_json(root, _ST_CONFIG) or {}
-    is_cross_encoder = _check_kind(st_config) == CROSS_ENCODER
+    kind = _check_kind(st_config)
+    is_cross_encoder = kind == CROSS_ENCODER
     activation = st_config.get("activation_fn") if is_cross_encoder else None
     where = modules[0].path if modules else ""
-    width = st_config.get("truncate_dim")
+    width, max_active = st_config.get("truncate_dim"), st_config.get("max_active_dims")
     late, prompts = _read_late(root, modules, st_config)
+    is_checked = kind not in (CROSS_ENCODER, SPARSE_ENCODER)
     return Folder(
         root=root,
         modules=modules,
-        transformer=_read_transformer(root, where, is_checked=not is_cross_encoder, has_lengths=late is not None),
+        transformer=read_transformer(root, where, is_checked=is_checked, has_lengths=late is not None),
         prompts={**_read_prompts(st_config), **prompts},
         default_prompt=st_config.get("default_prompt_name"),
         matryoshka_widths=_read_widths(root, where, st_config),
@@ -214,6 +236,8 @@ def read_folder(root: Path) -> Folder:
         is_cross_encoder=is_cross_encoder,
         activation=activation if isinstance(activation, str) else None,
         late=late,
+        is_sparse_encoder=kind == SPARSE_ENCODER,
+        max_active_dims=max_active if isinstance(max_active, int) and max_active > 0 else None,
     )
 
 
@@ -225,7 +249,7 @@ def _read_late(
     stated = (read_json(root / where, "config.json") or {}).get("architectures")
     architectures = stated if isinstance(stated, list) else []
     artifact = (read_json(root, ARTIFACT) or {}) if modules is None else {}
-    transformer = _read_transformer(root, where, is_checked=False)
+    transformer = read_transformer(root, where, is_checked=False)
     kinds = None if modules is None else [ref.kind for ref in modules]
     late = read_late_interaction(st_config, transformer, kinds, architectures, artifact)
     prompts = {} if late is None else legacy_prompts(st_config, architectures if modules is None else (), artifact)
@@ -251,17 +275,17 @@ def _read_prompts(st_config: Json) -> dict[str, str]:
 
 
 def _check_kind(st_config: Json) -> str:
-    """Returns the kind of model; rejects a SparseEncoder, which saves the same files.
+    """Returns the kind of model.
 
     Raises:
         UnsupportedModel
     """
     kind = st_config.get("model_type") or "SentenceTransformer"
-    if kind not in ("SentenceTransformer", CROSS_ENCODER, *MULTI_VECTOR_KINDS):
+    if kind not in ("SentenceTransformer", CROSS_ENCODER, SPARSE_ENCODER, *MULTI_VECTOR_KINDS):
         raise UnsupportedModel(
             f"{_ST_CONFIG} declares a {kind}; only a SentenceTransformer, which gives one dense vector a text, a "
-            f"MultiVectorEncoder, which gives one for each token, and a {CROSS_ENCODER}, which scores pairs, are "
-            "supported"
+            f"{SPARSE_ENCODER}, which gives weights of vocabulary entries, a MultiVectorEncoder, which gives a vector "
+            f"for each token, and a {CROSS_ENCODER}, which scores pairs, are supported"
         )
     return str(kind)
 
@@ -312,7 +336,7 @@ def _read_modules(root: Path) -> tuple[ModuleRef, ...] | None:
     try:
         _check_size(root / name, name)
         lines = json.loads((root / name).read_text(encoding="utf-8"))
-        refs = tuple(_module_ref(line["type"], line["path"]) for line in lines)
+        refs = tuple(module_ref(line["type"], line["path"]) for line in lines)
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
@@ -324,7 +348,7 @@ def _read_modules(root: Path) -> tuple[ModuleRef, ...] | None:
     return refs
 
 
-def _module_ref(kind: str, path: str) -> ModuleRef:
+def module_ref(kind: str, path: str) -> ModuleRef:
     """Parses a module's class name: both `sentence_transformers.models.Pooling` and the longer names of ≥ 5.4.
 
     A name outside the package is the repository's own code, even with the same class name (`custom_st.Transformer`).
@@ -339,7 +363,8 @@ def _module_ref(kind: str, path: str) -> ModuleRef:
     return ModuleRef(kind.rsplit(".", 1)[-1], path)
 
 
-def _read_transformer(root: Path, where: str, *, is_checked: bool, has_lengths: bool = False) -> Json:
+def read_transformer(root: Path, where: str, *, is_checked: bool, has_lengths: bool = False) -> Json:
+    """Reads the Transformer module's own config in the folder `where`; empty without one."""
     for name in _TRANSFORMER_CONFIGS:
         config = read_json(root / where, name)
         if config:

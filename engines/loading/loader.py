@@ -29,10 +29,11 @@ from engines.inputs.tokenizer_threads import TokenizerThreads
 from engines.loading.builders import Built, build
 from engines.loading.checksums import Checksums
 from engines.loading.dtype import dtype_notes
-from engines.loading.folder import PLACEHOLDER_PROMPTS, read_folder
+from engines.loading.folder import PLACEHOLDER_PROMPTS, Folder, read_folder
 from engines.loading.precision import PrecisionGate
-from engines.loading.score_forms import score_form
+from engines.loading.score_forms import Form, score_form
 from engines.loading.scorers import build_scorer
+from engines.loading.sparse import build_sparse
 from engines.models.base import EncoderConfig, LoadedEncoder, weight_bytes, workspace_bytes
 from engines.models.cuda_graphs import CAPTURING
 from engines.models.prepacked import MAX_PREPACKED_BYTES
@@ -110,10 +111,10 @@ class TorchLoader:
         folder = read_folder(Path(files.path))
         self_check = SelfCheck(self._canaries)
         form, config = score_form(folder, spec), self._encoder_config(self_check)
-        store = self._settings.precision_store if form is None else None
+        store = self._settings.precision_store if form is None and not folder.is_sparse_encoder else None
         gate = PrecisionGate(store, spec, files.revision, self._device)
         gate.prepare(folder, config)
-        built = build(folder, spec, config) if form is None else build_scorer(folder, spec, config, form)
+        built = _build(folder, spec, config, form)
         encoder, tokenizer, dtype, scoring, facts = built
         checksums.check()
         prompts = {**folder.prompts, **spec.prompts}
@@ -231,6 +232,12 @@ class TorchLoader:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
+
+
+def _build(folder: Folder, spec: ModelSpec, config: EncoderConfig, form: Form | None) -> Built:
+    if form is not None:
+        return build_scorer(folder, spec, config, form)
+    return build_sparse(folder, spec, config) if folder.is_sparse_encoder else build(folder, spec, config)
 
 
 def reserved_workspace_bytes(encoder: LoadedEncoder, batch_tokens: int, num_threads: int) -> int:

@@ -165,7 +165,7 @@ def build_behind_first_head(folder: Folder, hidden_size: int, device: torch.devi
     Raises:
         BrokenFiles: the file cannot be read, or holds something else.
     """
-    path = folder.root / COLBERT_LINEAR
+    path = folder.weights / COLBERT_LINEAR
     if not path.exists():
         return None
     tensors = _read_linear(path)

@@ -49,11 +49,26 @@ class MultiOutputEncoder(TransformerEncoder):
         """See `OutputsEncoder`."""
         if wanted.is_dense_only:
             return RawOutputs(dense=self(texts, prompt_tokens))
+        if wanted.side == "query" and self.heads.queries is not None:
+            return self.heads.queries.run_outputs(texts, prompt_tokens, wanted)
         with self._passes.running_pass():
             layout = self._layout(texts, needs_all=True)
             with reserve_for_onnxruntime(self._copies.supports(layout, None)):
                 hidden = self._hidden_or_fail_over(texts, layout)
             return self.heads.run(hidden, layout, prompt_tokens, wanted)
+
+    @property
+    def model_dtype(self) -> torch.dtype:
+        """Returns the dtype of the model's weights."""
+        dtype: torch.dtype = self._model.dtype
+        return dtype
+
+    @torch.inference_mode()
+    def sparse_weights(self, texts: Sequence[Ids]) -> Tensor:
+        """Returns the weights of all entries, float32 `[n, vocabulary]`, by the path in use."""
+        assert self.heads.sparse is not None, "the caller knows the heads"
+        layout = self._layout(texts, needs_all=True)
+        return self.heads.sparse.all_weights(self._hidden(texts, layout), layout, layout.ids, "document")
 
     def forms(self, texts: Sequence[Ids]) -> Iterator[PathForm]:
         """See `TransformerEncoder`; and in a batch that computes all tokens where a dense vector needs one of them."""

@@ -10,6 +10,7 @@ from engines.inputs.token_ids import ID_MASK
 from engines.layers.packing import PackedLayout, TokenChoice
 from engines.layers.pooling import pool
 from engines.models.head import TOKENS, EmbeddingHead
+from engines.models.lexical import LexicalTable
 from engines.models.outputs import RawOutputs, Side, SparseHead, SparseRows, TokenHead, TokenRows, Wanted
 
 _MAX_CHECK_WIDTH = 32768
@@ -24,6 +25,7 @@ class OutputHeads:
         dense: the modules behind the transformer.
         sparse: gives entries of a vocabulary.
         tokens: gives vectors of tokens.
+        queries: gives the sparse outputs of queries, in place of the transformer and `sparse`.
 
     Attributes:
         weights: the tensors of all heads.
@@ -31,10 +33,15 @@ class OutputHeads:
     """
 
     def __init__(
-        self, dense: EmbeddingHead | None = None, sparse: SparseHead | None = None, tokens: TokenHead | None = None
+        self,
+        dense: EmbeddingHead | None = None,
+        sparse: SparseHead | None = None,
+        tokens: TokenHead | None = None,
+        queries: LexicalTable | None = None,
     ) -> None:
-        self.dense, self.sparse, self.tokens = dense, sparse, tokens
+        self.dense, self.sparse, self.tokens, self.queries = dense, sparse, tokens, queries
         self.weights = [weight for head in (dense, sparse, tokens) if head is not None for weight in head.weights]
+        self.weights += [] if queries is None else queries.tensors()
         self.dimensions = dense.dimensions if dense is not None else self.check_width
 
     @property
@@ -58,7 +65,7 @@ class OutputHeads:
         if self.dense is not None and self.is_dense_only:
             return self.dense.dimensions
         widths = [2 * [self.dense.dimensions] if self.dense is not None else []]
-        widths += [[_check_width(self.sparse)] if self.sparse is not None else []]
+        widths += [[_check_width(head)] for head in (self.sparse, self.queries) if head is not None]
         widths += [2 * [self.tokens.width] if self.tokens is not None else []]
         parts = [width for group in widths for width in group]
         return parts[0] if len(parts) == 1 else sum(parts) + len(parts)
@@ -99,7 +106,10 @@ class OutputHeads:
         if self.dense is not None:
             parts = [self.dense(hidden, layout) if dense is None else dense, self.dense(hidden, layout)]
         if self.sparse is not None:
-            parts.append(_all_weights(self._sparse_rows(hidden, layout, "document"), _check_width(self.sparse)))
+            ids = layout.ids & ID_MASK
+            parts.append(folded(self.sparse.all_weights(hidden, layout, ids, "document"), _check_width(self.sparse)))
+        if self.queries is not None:
+            parts.append(folded(self.queries(layout.texts), _check_width(self.queries)))
         if self.tokens is not None:
             sides: tuple[Side, ...] = ("document", "query")
             parts += [_weighted_mean(self._token_rows(hidden, layout, side)) for side in sides]
@@ -118,15 +128,14 @@ class OutputHeads:
         return self.tokens(hidden, layout, layout.ids & ID_MASK, side)
 
 
-def _check_width(head: SparseHead) -> int:
+def _check_width(head: SparseHead | LexicalTable) -> int:
     return min(head.vocab_size, _MAX_CHECK_WIDTH)
 
 
-def _all_weights(rows: SparseRows, width: int) -> Tensor:
-    """Returns the weights of all entries, `[n, width]`; entries that share a column are added."""
-    texts = torch.repeat_interleave(torch.arange(len(rows.counts), device=rows.counts.device), rows.counts)
-    whole = rows.weights.new_zeros(len(rows.counts) * width)
-    return whole.index_add_(0, texts * width + rows.entries.long() % width, rows.weights).view(-1, width)
+def folded(weights: Tensor, width: int) -> Tensor:
+    """Returns the weights of all entries `[n, vocabulary]` in `width` columns; entries that share one are added."""
+    columns = torch.arange(weights.shape[1], device=weights.device) % width
+    return weights.new_zeros(len(weights), width).index_add_(1, columns, weights)
 
 
 def _weighted_mean(rows: TokenRows) -> Tensor:

@@ -1,16 +1,13 @@
 """Defines what a pass gives beside dense vectors: entries of a vocabulary, and vectors of tokens."""
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from engines.inputs.token_ids import Ids
 from engines.layers.packing import PackedLayout
-
-Side = Literal["query", "document"]
-"""The side of a search that a text is on, where a model treats the two differently; without one: `document`."""
-
+from engines.spec import Side as Side
 
 MAX_TERMS = 8192
 """The most entries of a sparse output. SPLADE models give some hundreds; those of a model that is not sparse would take
@@ -89,6 +86,9 @@ class SparseHead(Protocol):
 
     def __call__(self, hidden: Tensor, layout: PackedLayout, ids: Tensor, side: Side) -> SparseRows:
         """Turns packed hidden states `[T, H]` of the tokens `ids` `[T]` into the entries of each text."""
+
+    def all_weights(self, hidden: Tensor, layout: PackedLayout, ids: Tensor, side: Side) -> Tensor:
+        """Returns the weights of all entries, float32 `[n, vocab_size]`, before any are left out; for few texts."""
 
 
 class TokenHead(Protocol):

@@ -38,7 +38,7 @@ class LogitTokens(NamedTuple):
         return [self.true] if self.false is None else [self.true, self.false]
 
 
-class _GivenStates(nn.Module):
+class GivenStates(nn.Module):
     """Stands in for the backbone of a model: returns the vectors `inputs_embeds` `[n, 1, H]` as its hidden states."""
 
     def __init__(self, pooler: nn.Module | None, activation: Callable[[Tensor], Tensor] | None) -> None:
@@ -82,7 +82,7 @@ class ScoreHead:
         if tokens is not None:
             _keep_logits(model, tokens.ids)
         self._model = copy.copy(model)
-        self._model._modules = {**model._modules, backbone: _GivenStates(pooler, activation)}
+        self._model._modules = {**model._modules, backbone: GivenStates(pooler, activation)}
         self.weights: list[Tensor] = [*self._model.parameters(), *self._model.buffers()]
         for weight in self.weights:
             weight.data = weight.data.float() if weight.is_floating_point() else weight.data

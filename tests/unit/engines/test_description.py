@@ -44,7 +44,7 @@ def full_model(folder: Path) -> Path:
 
 FULL = Description(
     width=10, max_tokens=16, num_parameters=1032, prompts={"query": "q: "}, default_prompt="query",
-    matryoshka_widths=(4, 8), license="Apache-2.0",
+    matryoshka_widths=(4, 8), license="Apache-2.0", outputs=("dense",),
 )  # fmt: skip
 
 

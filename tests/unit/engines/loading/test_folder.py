@@ -96,7 +96,7 @@ def test_both_vocabularies_are_read_by_their_last_word(tmp_path: Path, kind: str
     assert (modules[0].kind, modules[0].path) == ("Transformer", "0_Transformer")
 
 
-@pytest.mark.parametrize("kind", ["SparseEncoder", "MultiVectorEncoder"])
+@pytest.mark.parametrize("kind", ["MultiVectorEncoder", "SomethingNew"])
 def test_what_is_no_dense_embedder_is_refused(tmp_path: Path, kind: str) -> None:
     (tmp_path / "config_sentence_transformers.json").write_text(json.dumps({"model_type": kind}))
 
