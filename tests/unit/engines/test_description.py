@@ -176,3 +176,12 @@ def test_the_count_of_parameters_is_that_of_the_weights(store: ModelStore, tmp_p
 
     assert found.num_parameters == pytest.approx(1000, rel=0.05)
     assert json.loads((tmp_path / "plain" / "config.json").read_text())["hidden_size"] == found.width
+
+
+def test_a_folder_tells_which_outputs_it_gives(store: ModelStore, tmp_path: Path) -> None:
+    folder = sentence_model(tmp_path / "m3")
+    assert describe(store, local(folder)).outputs == ("dense",)
+
+    (folder / "sparse_linear.pt").write_bytes(b"")
+
+    assert describe(store, local(folder)).outputs == ("dense", "sparse")
