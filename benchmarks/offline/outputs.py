@@ -46,7 +46,8 @@ OURS, BASE = "Embedyard", "sentence-transformers"
 def build_splade(folder: Path, layers: int) -> None:
     """Writes a SPLADE of random weights."""
     torch.manual_seed(7)
-    model: Any = BertForMaskedLM(BertConfig(vocab_size=_VOCABULARY, num_hidden_layers=layers)).eval()
+    kind: Any = BertForMaskedLM
+    model = kind(BertConfig(vocab_size=_VOCABULARY, num_hidden_layers=layers)).eval()
     tokenizer = AutoTokenizer.from_pretrained(str(minilm_package()))
     with torch.inference_mode():
         ids = tokenizer(workloads.mixed(4, seed=1), padding=True, truncation=True, max_length=256, return_tensors="pt")
@@ -63,7 +64,8 @@ def build_m3(folder: Path, layers: int) -> None:
     """Writes a model with bge-m3's files and random weights."""
     torch.manual_seed(7)
     shape: dict[str, Any] = {"hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 4096}
-    model: Any = BertModel(BertConfig(vocab_size=_VOCABULARY, num_hidden_layers=layers, **shape)).eval()
+    kind: Any = BertModel
+    model = kind(BertConfig(vocab_size=_VOCABULARY, num_hidden_layers=layers, **shape)).eval()
     with quiet(), TemporaryDirectory() as draft:
         model.save_pretrained(draft)
         AutoTokenizer.from_pretrained(str(minilm_package())).save_pretrained(draft)
@@ -136,7 +138,7 @@ def _report(  # noqa: PLR0913  # the parts of a report
     name: str,
     watch: Watch,
     header: tuple[str, ...],
-    rows: list[tuple[str, ...]],
+    rows: Sequence[tuple[str, ...]],
     samples: dict[str, list[float]],
     notes: tuple[str, ...],
     *,
@@ -148,7 +150,7 @@ def _report(  # noqa: PLR0913  # the parts of a report
         machine=watch.machine,
         settings={"rounds": len(next(iter(samples.values())))},
         header=header,
-        rows=rows,
+        rows=[*rows],
         samples={"seconds": samples},
         notes=notes,
     )

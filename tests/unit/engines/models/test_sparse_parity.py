@@ -14,6 +14,7 @@ from benchmarks.lib.engine_kit import Kit, embed
 from benchmarks.lib.workloads import SENTENCES
 from engines.batching.engine import EmbeddingEngine
 from engines.errors import SelfCheckFailed, TaskNotSupported, UnsupportedModel
+from engines.layers.products import linear
 from engines.loading import sparse
 from engines.loading.loader import LoaderSettings
 from engines.models import splade
@@ -259,3 +260,25 @@ def test_the_head_lets_other_texts_run_between_two_blocks(kit: Kit, monkeypatch:
     encoder.run_outputs(texts, None, Wanted(sparse=True))
 
     assert len(pauses) == -(-engine.info.vocab_size // 256)
+
+
+def test_no_pass_holds_the_logits_of_all_its_tokens(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = kit.load(folder_of(kit, "bert", save_splade, "bert"))
+    assert engine._runner is not None
+    encoder = engine._runner._encoder
+    assert isinstance(encoder, MultiOutputEncoder)
+    texts = texts_for(encoder)
+    held: list[int] = []
+    monkeypatch.setattr(splade, "_BLOCK_NUMBERS", 4096)
+    monkeypatch.setattr(splade, "_LEAST_BLOCK", 16)
+
+    def recorded(*args: Any) -> torch.Tensor:
+        logits = linear(*args)
+        held.append(logits.numel())
+        return logits
+
+    monkeypatch.setattr(splade, "linear", recorded)
+    encoder.run_outputs(texts, None, Wanted(sparse=True))
+
+    assert max(held) <= 4096
+    assert sum(held) == sum(map(len, texts)) * engine.info.vocab_size
