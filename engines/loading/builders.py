@@ -104,7 +104,7 @@ def _build_transformer(folder: Folder, spec: ModelSpec, encoder_config: EncoderC
     return Built(encoder, tokenizer, name, facts=facts_of(heads, sides))
 
 
-def facts_of(heads: OutputHeads, sides: OutputFacts = OutputFacts(outputs=())) -> OutputFacts:
+def facts_of(heads: OutputHeads, sides: OutputFacts) -> OutputFacts:
     """Returns what heads give, and how queries and documents are told apart."""
     given: dict[Output, Any] = {"dense": heads.dense, "sparse": heads.sparse, "multi_vector": heads.tokens}
     return structs.replace(

@@ -113,7 +113,7 @@ def _build_splade(
     notes = observed.why_not_packed(tokenizer.max_tokens)
     encoder = MultiOutputEncoder(backbone, heads, encoder_config, notes=notes)
     _check(encoder, probes, expected, type(model).__name__)
-    return Built(encoder, tokenizer, dtype, facts=facts_of(heads))
+    return Built(encoder, tokenizer, dtype, facts=facts_of(heads, OutputFacts(outputs=())))
 
 
 def _read_pooling(folder: Folder) -> SpladePooling:

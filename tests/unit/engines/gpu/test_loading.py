@@ -110,7 +110,7 @@ def test_a_path_that_failed_is_checked_again_on_the_gpu(fake: FakeGpuKit, kit: K
     encoder._chosen = encoder.path
     fake.gpu.take()
 
-    fake.call(encoder._leave)
+    fake.call(lambda: encoder.switch_to("unpadded"))
     assert fake.call(encoder._resume)
 
     assert encoder.path == encoder._chosen == "graphed"
