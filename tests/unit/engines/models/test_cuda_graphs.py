@@ -308,7 +308,8 @@ def test_nothing_runs_in_the_middle_of_a_recording(kit: Kit, recorder: FakeGraph
     assert paused == []
     encoder(texts(encoder, 150, 150))
 
-    assert (len(paused), encoder.path) == (encoder.num_layers, "graphed")
+    assert len(paused) >= encoder.num_layers
+    assert encoder.path == "graphed"
 
 
 def test_pauses_come_back_after_a_recording_that_failed(
