@@ -105,7 +105,11 @@ class Machine:
             watchdog_s=config.watchdog_s,
             rules=config.rules,
         )
-        runtime = structs.replace(default_runtime(host_config, self._measurements), health=scheduler.health)
+        runtime = structs.replace(
+            default_runtime(host_config, self._measurements),
+            health=scheduler.health,
+            precisions=self._loader_settings.precision_store,
+        )
         return Host(host_config, specs, self._store, loader, runtime)
 
     def _scheduler_and_loader(self, device: str, config: MachineConfig) -> tuple[DeviceScheduler, Loader, str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.spec import ModelSpec, Precision
+from engines.spec import CalibrationTexts, ModelSpec, Precision
 from engines.storage import JsonStore
 from engines.types import fingerprint
 
@@ -74,14 +74,30 @@ class PrecisionStore:
         )
 
     def get(self, spec: ModelSpec, revision: str, dtype: str, device: str) -> Precision | None:
-        """Returns what was measured for a model's files in a dtype on a kind of device; None without it."""
+        """Returns what decides about a model's files in a dtype on a kind of device; None without it.
+
+        What was measured on the operator's texts decides where there are any: they are nearest to what is embedded.
+        """
+        own = self.get_on("own", spec, revision, dtype, device)
+        return self.get_on("built-in", spec, revision, dtype, device) if own is None else own
+
+    def get_on(
+        self, texts: CalibrationTexts, spec: ModelSpec, revision: str, dtype: str, device: str
+    ) -> Precision | None:
+        """Returns what was measured on the built-in texts, or on the operator's."""
         with self._lock:
-            return self._kept.get(_key(spec, revision, dtype, device))
+            return self._kept.get(_key(spec, revision, dtype, device, texts))
 
     def put(self, spec: ModelSpec, revision: str, precision: Precision, device: str) -> None:
-        """Keeps what was measured; blocks on the disk."""
+        """Keeps what was measured; blocks on the disk. What was measured on other texts stays."""
         with self._lock:
-            self._kept.put(_key(spec, revision, precision.dtype, device), precision)
+            self._kept.refresh()
+            self._kept.put(_key(spec, revision, precision.dtype, device, precision.texts), precision)
+
+    def refresh(self) -> None:
+        """Reads what other processes measured meanwhile, as `embedyard precision` does; blocks on the disk."""
+        with self._lock:
+            self._kept.refresh()
 
     def offers(self, spec: ModelSpec, revision: str, device: str) -> tuple[str, ...]:
         """Returns descriptions of the measured dtypes that a model in float32 could gain from."""
@@ -89,8 +105,9 @@ class PrecisionStore:
         return tuple(filter(None, (describe_offer(one, spec.min_cosine) for one in known if one is not None)))
 
 
-def _key(spec: ModelSpec, revision: str, dtype: str, device: str) -> str:
-    return fingerprint([revision, dtype, device.partition(":")[0], spec.pooling, spec.max_tokens])
+def _key(spec: ModelSpec, revision: str, dtype: str, device: str, texts: CalibrationTexts) -> str:
+    identity = [revision, dtype, device.partition(":")[0], spec.pooling, spec.max_tokens]
+    return fingerprint(identity if texts == "built-in" else [*identity, texts])
 
 
 def _unit(vectors: Vectors) -> NDArray[np.float64]:

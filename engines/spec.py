@@ -9,6 +9,9 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 PoolingMode = Literal["cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"]
 """Pooling modes as sentence-transformers names them; several are concatenated in the order given."""
 
+CalibrationTexts = Literal["built-in", "own"]
+"""What a reduced dtype was compared on: the texts of `engines/loading/calibration_texts.py`, or the operator's."""
+
 Task = Literal["embed", "rerank", "classify"]
 """What a model computes: a vector for a text, one score for a pair, or a score for each label of a text or pair."""
 
@@ -73,7 +76,7 @@ class Precision(Struct, frozen=True, kw_only=True):
     """How near a reduced dtype comes to float32, measured on this machine over calibration texts.
 
     `recall_at_10`: the share of each text's ten nearest other texts that stay among them. `speedup`, `size_ratio`: the
-    speed and the bytes of the weights, each as a multiple of float32's.
+    speed and the bytes of the weights, each as a multiple of float32's. `texts`: what it was measured on.
     """
 
     dtype: str
@@ -83,6 +86,7 @@ class Precision(Struct, frozen=True, kw_only=True):
     speedup: float
     size_ratio: float
     num_texts: int
+    texts: CalibrationTexts = "built-in"
 
 
 class ModelSpec(Struct, frozen=True, kw_only=True):
@@ -91,6 +95,8 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
     `preload_at`: a time in cron's words at which it is loaded, in local time.
 
     `min_cosine`: the least that a reduced `dtype` may reach against float32 (`engines/precision.py`).
+
+    `smaller_dtypes`: what a load may take instead of `dtype`, in this order, where that would evict other models.
 
     `replicas`: the maximum number of hosts that hold a busy model at the same time.
 
@@ -106,6 +112,7 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
     template: RerankTemplate | None = None
     revision: str | None = None
     dtype: Dtype = "auto"
+    smaller_dtypes: tuple[Dtype, ...] = ()
     min_cosine: float | None = None
     device: str = "auto"
     max_tokens: int | None = None
@@ -131,6 +138,11 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
     cache_shared: bool = False
     calibration: Calibration | None = None
     sha256: dict[str, str] = {}
+
+
+def in_dtype(spec: ModelSpec, dtype: Dtype) -> ModelSpec:
+    """Returns the spec of a model in one of its dtypes."""
+    return structs.replace(spec, dtype=dtype, smaller_dtypes=())
 
 
 IN_PLACE = frozenset(

@@ -49,7 +49,8 @@ class ModelStatus(Struct, frozen=True, kw_only=True):
 
     `weight_bytes` and `workspace_bytes` are charged against the budget. `need_bytes`: its weights when resident,
     estimated or measured; 0 if unknown. `need_workspace_bytes`: the additional memory of its largest forward pass;
-    a guess until the first load.
+    a guess until the first load. `bytes_by_dtype`: of the weights in each dtype that a load may take, where the
+    registry lists several.
     """
 
     model_id: str
@@ -76,6 +77,7 @@ class ModelStatus(Struct, frozen=True, kw_only=True):
     retry_at: float | None = None
     need_bytes: int = 0
     need_workspace_bytes: int = 0
+    bytes_by_dtype: dict[str, int] = {}
 
 
 class HostSnapshot(Struct, frozen=True, kw_only=True):
@@ -136,7 +138,10 @@ class Event(Struct, frozen=True, kw_only=True):
 
 
 class Plan(Struct, frozen=True, kw_only=True):
-    """The predicted effect of loading a model. `seconds` is an estimate from earlier loads, None if unknown."""
+    """The predicted effect of loading a model. `seconds` is an estimate from earlier loads, None if unknown.
+
+    `dtype`: what it would be loaded in, as the registry has it; `bytes_by_dtype`: see `ModelStatus`.
+    """
 
     model_id: str
     host_id: str
@@ -147,3 +152,5 @@ class Plan(Struct, frozen=True, kw_only=True):
     evict: tuple[str, ...] = ()
     seconds: float | None = None
     reason: str = ""
+    dtype: str = ""
+    bytes_by_dtype: dict[str, int] = {}

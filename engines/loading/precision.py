@@ -107,7 +107,8 @@ def measure_dtype(spec: ModelSpec, files: ModelFiles, dtype: str, texts: Sequenc
         raise UnsupportedModel(f"{spec.model_id} has no weights to reduce: it always runs in {found}")
     select_forward_path(reduced.paths, tokenizer, dtype)
     ids = calibration_ids(tokenizer, CALIBRATION_TEXTS if texts is None else texts)
-    return measure(full, reduced, dtype, ids, time.perf_counter)
+    found = measure(full, reduced, dtype, ids, time.perf_counter)
+    return found if texts is None else structs.replace(found, texts="own")
 
 
 def _held_bytes(encoder: LoadedEncoder) -> int:
@@ -159,6 +160,8 @@ class PrecisionGate:
         self._store, self._spec, self._revision, self._device = store, spec, revision, device.type
         self._full: LoadedEncoder | None = None
         self.known: Precision | None = None
+        if store is not None:
+            store.refresh()
         if store is not None and spec.dtype in REDUCED:
             self.known = store.get(spec, revision, spec.dtype, device.type)
 

@@ -10,6 +10,7 @@ from engines.errors import OutOfMemory
 from engines.pool.eviction import (
     can_be_victim,
     charges,
+    choose_form,
     choose_victims,
     deficit_bytes,
     may_pass,
@@ -141,8 +142,12 @@ class Admission:
 
     def need(self, slot: Slot) -> MemoryNeed:
         """Returns the bytes to charge for a load: guesses are capped to the budget that pinned models leave."""
-        pinned = self._pinned()
-        return (slot.need or NO_MEMORY).capped(self.state.budget_bytes - total_bytes(charges(pinned)))
+        return self._form(slot)[1]
+
+    def _form(self, slot: Slot) -> tuple[int, MemoryNeed]:
+        """Returns the form that a load would take now, and its bytes."""
+        available_bytes = self.state.budget_bytes - total_bytes(charges(self._pinned()))
+        return choose_form(slot.need or NO_MEMORY, self.state.charged(), available_bytes, self.state.limit_bytes())
 
     def _pinned(self) -> list[Slot]:
         """Returns ready pinned models.
@@ -261,10 +266,11 @@ class Admission:
             return
         if slot.files is None:
             raise RuntimeError(f"bug: {slot.model_id} waits for space without files")
-        need = self.need(slot)
-        self.state.move(slot, "loading", f"{format_bytes(need.total_bytes)} admitted")
+        slot.form, need = self._form(slot)
+        form = f" in {slot.loaded_spec.dtype}" if slot.spec.smaller_dtypes else ""
+        self.state.move(slot, "loading", f"{format_bytes(need.total_bytes)} admitted{form}")
         slot.reserved, slot.load_began_at_s = need, self.state.now_s
-        self.state.start(slot, StartLoad(slot.slot_id, slot.spec, slot.files, need))
+        self.state.start(slot, StartLoad(slot.slot_id, slot.loaded_spec, slot.files, need))
 
     def _read(self) -> None:
         """Requests a reading of the device, unless one is in progress. The result is an event."""

@@ -179,17 +179,18 @@ class CompletionHandlers:
         """
         slot = self.state.finish(event.slot_id, "warm")
         slot.load_s = self.state.now_s - slot.load_began_at_s
-        slot.reserved = slot.need = MemoryNeed(
+        slot.reserved = measured = MemoryNeed(
             weight_bytes=event.weight_bytes,
             workspace_bytes=event.workspace_bytes,
             weights_known=True,
             workspace_known=True,
             load_s=slot.load_s,
         )
+        slot.need = (slot.need or measured).measured_as(slot.form, measured)
         if slot.is_retired:
             self.state.unload(slot, slot.leaving_cause or "")  # (1)
             return
-        if total_bytes([slot.need]) > self.state.budget_bytes:
+        if total_bytes([measured]) > self.state.budget_bytes:
             self._refuse(slot)
             self.state.unload(slot, "measured larger than the whole budget")  # (2)
             return

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from msgspec import Struct, structs
 
-from engines.pool.slot import MemoryNeed
-from engines.precision import is_compared_at_load
+from engines.pool.slot import MemoryNeed, SmallerForm
+from engines.precision import PrecisionStore, is_compared_at_load
 from engines.protocols import Files
-from engines.spec import ModelSpec
+from engines.spec import ModelSpec, in_dtype
 from engines.storage import JsonStore
 from engines.types import ModelFiles
 
@@ -48,36 +48,57 @@ class Estimates:
     Args:
         workspace_bytes: the guess for a model without a measurement.
         conditions: the settings that the bytes depend on (`HostConfig.conditions`).
+        precisions: what is known of reduced dtypes, so that no load compares with float32 for it again; None: whatever
+            was loaded before was compared.
     """
 
     def __init__(
-        self, files: Files, measurements: Measurements, device: str, workspace_bytes: int, conditions: str = ""
+        self,
+        files: Files,
+        measurements: Measurements,
+        device: str,
+        workspace_bytes: int,
+        conditions: str = "",
+        precisions: PrecisionStore | None = None,
     ) -> None:
         self._files = files
         self._measurements = measurements
         self._device = device
         self._workspace_bytes = workspace_bytes
         self._conditions = conditions
+        self._precisions = precisions
 
     def estimate(self, spec: ModelSpec, files: ModelFiles | None) -> MemoryNeed | None:
-        """Estimates the model's memory; None if unknown.
+        """Estimates the model's memory, in each dtype that a load may take; None if unknown."""
+        need = self._estimate(spec, files)
+        if need is None or not spec.smaller_dtypes:
+            return need
+        others = ((dtype, self._estimate(in_dtype(spec, dtype), files)) for dtype in spec.smaller_dtypes)
+        return structs.replace(need, smaller=tuple(SmallerForm(dtype, other or need) for dtype, other in others))
+
+    def _estimate(self, spec: ModelSpec, files: ModelFiles | None) -> MemoryNeed | None:
+        """Estimates the model's memory in `dtype`; None if unknown.
 
         Measurements count as guesses, as settings and software change: only weights from safetensors headers are
         certain and can refuse a model. Five cases:
 
         1. measured under the same settings;  2. measured under other settings: at least the weights of the headers;
-        3. weights from the headers, and those in float32 where a first load compares with them;
-        4. only the size on disk is known: a guess;  5. nothing is known.
+        3. weights from the headers;  4. only the size on disk is known: a guess;  5. nothing is known.
+
+        To 1, 2 and 3 the weights in float32 are added where the load will compare with them.
         """
         same, other = self._find_measurements(spec, files) if files else (None, None)
         weight_bytes = self._files.weight_bytes(spec, self._device)
+        compared_bytes = self._compared_bytes(spec, files, was_loaded=bool(same or other))
         if same is not None:
-            return _need_of(same, same.weight_bytes, min(weight_bytes or 0, same.weight_bytes))  # (1)
+            least_bytes = min(weight_bytes or 0, same.weight_bytes)
+            return _need_of(same, same.weight_bytes + compared_bytes, least_bytes + compared_bytes)  # (1)
         if other is not None:
             least_bytes = weight_bytes or 0
-            return _need_of(other, max(least_bytes, other.weight_bytes), least_bytes)  # (2)
+            more_bytes = max(least_bytes, other.weight_bytes)
+            return _need_of(other, more_bytes + compared_bytes, least_bytes + compared_bytes)  # (2)
         if weight_bytes is not None:
-            weight_bytes += self._compared_bytes(spec)
+            weight_bytes += compared_bytes
             return MemoryNeed(
                 weight_bytes=weight_bytes, workspace_bytes=self._workspace_bytes, weights_known=True
             )  # (3)
@@ -85,10 +106,16 @@ class Estimates:
             return MemoryNeed(weight_bytes=files.size_bytes, workspace_bytes=self._workspace_bytes)  # (4)
         return None  # (5)
 
-    def _compared_bytes(self, spec: ModelSpec) -> int:
-        if not is_compared_at_load(spec):
+    def _compared_bytes(self, spec: ModelSpec, files: ModelFiles | None, *, was_loaded: bool) -> int:
+        """Returns the bytes of the float32 form that the load will build to compare with; 0 where it builds none."""
+        if not is_compared_at_load(spec) or self._is_compared(spec, files, was_loaded=was_loaded):
             return 0
         return self._files.weight_bytes(structs.replace(spec, dtype="float32"), self._device) or 0
+
+    def _is_compared(self, spec: ModelSpec, files: ModelFiles | None, *, was_loaded: bool) -> bool:
+        if self._precisions is None or files is None:
+            return was_loaded
+        return self._precisions.get(spec, files.revision, spec.dtype, self._device) is not None
 
     def save(self, spec: ModelSpec, files: ModelFiles, measurement: Measurement) -> None:
         """Saves a measurement for later estimates."""

@@ -28,8 +28,34 @@ def charges(slots: Iterable[Slot], *others: MemoryNeed) -> list[MemoryNeed]:
 
 
 def never_fits(need: MemoryNeed, immovable: Iterable[Slot], budget_bytes: int) -> bool:
-    """Tells whether the certain part of `need` exceeds the budget beside models that cannot be evicted."""
-    return total_bytes(charges(immovable, need.known())) > budget_bytes
+    """Tells whether the certain part of `need`, in every form, exceeds the budget beside models that cannot be
+    evicted."""
+    staying = list(immovable)
+    return all(total_bytes(charges(staying, form.known())) > budget_bytes for form in need.forms)
+
+
+def choose_form(
+    need: MemoryNeed, charged: Sequence[Slot], available_bytes: int, limit_bytes: int
+) -> tuple[int, MemoryNeed]:
+    """Chooses the form to load and the bytes to charge for it. Three cases:
+
+    1. there is one form;  2. the first form that fits into free memory;  3. the smallest, for which the least is
+    evicted, where none fits.
+
+    Args:
+        charged: the slots in memory.
+        available_bytes: what pinned models leave of the budget: guesses are capped to it.
+
+    Returns:
+        An index of `need.forms`, and the need.
+    """
+    forms = [form.capped(available_bytes) for form in need.forms]
+    if len(forms) == 1:
+        return 0, forms[0]  # (1)
+    fitting = (at for at, form in enumerate(forms) if missing_bytes(charged, form, limit_bytes) == 0)
+    smallest = min(range(len(forms)), key=lambda at: forms[at].total_bytes)
+    chosen = next(fitting, smallest)  # (2), (3)
+    return chosen, forms[chosen]
 
 
 def can_be_victim(slot: Slot, rules: PoolPolicy, now_s: float, *, even_leased: bool) -> bool:

@@ -68,7 +68,9 @@ class ModelPool:
         self._runtime = runtime
         self._machine = PoolStateMachine(specs, budget_bytes=0, rules=config.rules, jitter=runtime.jitter)
         self._state = self._machine.state
-        estimates = Estimates(files, runtime.measurements, config.device, config.workspace_bytes, config.conditions)
+        estimates = Estimates(
+            files, runtime.measurements, config.device, config.workspace_bytes, config.conditions, runtime.precisions
+        )
         self._runner = EffectRunner(files, loader, estimates, runtime.workers, self._step_threadsafe, config.hang_s)
         self._verification = IdleVerification(self._runner, self._state, runtime.time, self.step, self._spawn)
         self._scanner = DiskScanner(self._runner, self.step, self._spawn)
@@ -285,7 +287,7 @@ class ModelPool:
             measured = Measurement(
                 weight_bytes=event.weight_bytes, workspace_bytes=event.workspace_bytes, load_s=slot.load_s
             )
-            await self._runner.save_measurement(slot.spec, slot.files, measured)
+            await self._runner.save_measurement(slot.loaded_spec, slot.files, measured)
 
     def _step_threadsafe(self, event: PoolEvent) -> None:
         """Schedules a step from another thread; drops the event if the loop has closed."""

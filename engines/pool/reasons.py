@@ -21,8 +21,8 @@ IDLE = "idle for its keep_alive"
 
 
 def known_bytes(need: MemoryNeed | None) -> int:
-    """Returns the bytes that the model needs for certain."""
-    return need.known().total_bytes if need else 0
+    """Returns the bytes that the model needs for certain, in its smallest form."""
+    return min(form.known().total_bytes for form in need.forms) if need else 0
 
 
 def too_large(slot: Slot, budget_bytes: int) -> ModelTooLarge:

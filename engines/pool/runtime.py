@@ -18,6 +18,7 @@ from engines.device.health import DeviceHealth, ReadHealth
 from engines.device.memory import DeviceMemory, device_memory
 from engines.pool.estimates import Measurements
 from engines.pool.slot import PoolPolicy
+from engines.precision import PrecisionStore
 from engines.types import Budget
 
 
@@ -225,7 +226,8 @@ class HostConfig(Struct, frozen=True, kw_only=True):
 class HostRuntime(Struct, frozen=True, kw_only=True):
     """The dependencies of a host that tests replace. `measurements` is shared by all hosts of a process.
 
-    `jitter`: random numbers in [0, 1). `health`: reads the health of the device's scheduler.
+    `jitter`: random numbers in [0, 1). `health`: reads the health of the device's scheduler. `precisions`: the loader's
+    knowledge of reduced dtypes, see `Estimates`.
     """
 
     time: Time
@@ -234,6 +236,7 @@ class HostRuntime(Struct, frozen=True, kw_only=True):
     measurements: Measurements
     jitter: Callable[[], float] = random.random
     health: ReadHealth = DeviceHealth
+    precisions: PrecisionStore | None = None
 
 
 def default_runtime(config: HostConfig, measurements: Measurements | None = None) -> HostRuntime:

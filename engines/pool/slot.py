@@ -9,7 +9,7 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
-from engines.spec import Eviction, ModelSpec
+from engines.spec import Dtype, Eviction, ModelSpec, in_dtype
 from engines.types import ModelFiles, State
 
 EDGES: dict[State, frozenset[State]] = {
@@ -64,7 +64,8 @@ class MemoryNeed(Struct, frozen=True, kw_only=True):
     """Bytes that a model needs. A figure that is not `known` is a guess: it is used for planning, but never refuses a
     model.
 
-    `least_weight_bytes`: a certain lower bound of the weights where these are a guess.
+    `least_weight_bytes`: a certain lower bound of the weights where these are a guess. `smaller`: what it needs in the
+    dtypes that a load may take instead, as the registry lists them.
     """
 
     weight_bytes: int = 0
@@ -73,11 +74,29 @@ class MemoryNeed(Struct, frozen=True, kw_only=True):
     weights_known: bool = False
     workspace_known: bool = False
     load_s: float | None = None
+    smaller: "tuple[SmallerForm, ...]" = ()
 
     @property
     def total_bytes(self) -> int:
         """The bytes that the model needs when it is alone on the device."""
         return self.weight_bytes + self.workspace_bytes
+
+    @property
+    def forms(self) -> "tuple[MemoryNeed, ...]":
+        """The needs in all dtypes that a load may take, the preferred first."""
+        return (self, *(form.need for form in self.smaller))
+
+    def in_form(self, index: int) -> "MemoryNeed":
+        """Returns the need in one of `forms`; the preferred one where the registry has fewer by now."""
+        return self.forms[index if index < len(self.forms) else 0]
+
+    def measured_as(self, index: int, measured: "MemoryNeed") -> "MemoryNeed":
+        """Returns the need with what a load in one of `forms` has measured."""
+        if index == 0 or index > len(self.smaller):
+            return msgspec.structs.replace(measured, smaller=self.smaller)
+        smaller = list(self.smaller)
+        smaller[index - 1] = SmallerForm(smaller[index - 1].dtype, measured)
+        return msgspec.structs.replace(self, smaller=tuple(smaller))
 
     def known(self) -> "MemoryNeed":
         """Returns the need without its guesses."""
@@ -92,6 +111,7 @@ class MemoryNeed(Struct, frozen=True, kw_only=True):
             weight_bytes=int(self.weight_bytes * factor),
             workspace_bytes=int(self.workspace_bytes * factor),
             load_s=self.load_s,
+            smaller=tuple(SmallerForm(form.dtype, form.need.scaled(factor)) for form in self.smaller),
         )
 
     def capped(self, available_bytes: int) -> "MemoryNeed":
@@ -100,6 +120,13 @@ class MemoryNeed(Struct, frozen=True, kw_only=True):
         rest = max(0, available_bytes - weights)
         workspace = self.workspace_bytes if self.workspace_known else min(self.workspace_bytes, rest)
         return msgspec.structs.replace(self, weight_bytes=weights, workspace_bytes=workspace)
+
+
+class SmallerForm(Struct, frozen=True):
+    """The need of a model in another dtype."""
+
+    dtype: Dtype
+    need: MemoryNeed
 
 
 NO_MEMORY = MemoryNeed()
@@ -148,8 +175,9 @@ class Slot(Struct, eq=False, kw_only=True):
     `claim`: the position in the queue for memory; set by the first request or preload and kept until the model is ready
     or has failed, even if the request is cancelled. `is_wanted`: a preload asked for the model, so a failed load is
     retried without a request. `claimed_at_s`: when it began to wait for memory. `evicted_for`: the last claimant that
-    it was evicted for. `estimated_bytes`: the estimate that its last load was admitted with. `heat`: the number of its
-    requests, each decayed by its age, as of `heat_at_s`.
+    it was evicted for. `estimated_bytes`: the estimate that its last load was admitted with. `form`: the dtype of
+    that load, an index into the spec's dtype and its smaller ones. `heat`: the number of its requests, each decayed by
+    its age, as of `heat_at_s`.
     """
 
     slot_id: int
@@ -162,6 +190,7 @@ class Slot(Struct, eq=False, kw_only=True):
     need: MemoryNeed | None = None
     reserved: MemoryNeed = NO_MEMORY
     estimated_bytes: int = 0
+    form: int = 0
     fetched_bytes: int = 0
     fetch_total_bytes: int = 0
 
@@ -195,6 +224,13 @@ class Slot(Struct, eq=False, kw_only=True):
     @property
     def model_id(self) -> str:
         return self.spec.model_id
+
+    @property
+    def loaded_spec(self) -> ModelSpec:
+        """The spec in the dtype of its last load."""
+        if not self.spec.smaller_dtypes:
+            return self.spec
+        return in_dtype(self.spec, (self.spec.dtype, *self.spec.smaller_dtypes)[self.form])
 
     @property
     def is_pinned(self) -> bool:

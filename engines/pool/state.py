@@ -74,7 +74,7 @@ class PoolState:
 
     def is_too_large(self, need: MemoryNeed | None) -> bool:
         """Tells whether the model certainly exceeds the budget even alone; a guess never refuses a model."""
-        return need is not None and total_bytes([need.known()]) > self.budget_bytes
+        return need is not None and all(total_bytes([form.known()]) > self.budget_bytes for form in need.forms)
 
     def expired(self) -> Iterator[tuple[Slot, int]]:
         """Yields the waiters past their deadline; drops the deadlines of requests that no longer wait."""

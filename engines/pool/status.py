@@ -3,9 +3,17 @@
 from collections.abc import Callable, Iterable, Sequence
 
 from engines.pool.admission import claimed_bytes
-from engines.pool.eviction import VictimOrder, charges, choose_victims, missing_bytes, total_bytes, victim_order
+from engines.pool.eviction import (
+    VictimOrder,
+    charges,
+    choose_form,
+    choose_victims,
+    missing_bytes,
+    total_bytes,
+    victim_order,
+)
 from engines.pool.reasons import blocked_by_pinned, known_bytes
-from engines.pool.slot import CHARGED, LEAVING, NO_MEMORY, Slot
+from engines.pool.slot import CHARGED, LEAVING, NO_MEMORY, MemoryNeed, Slot
 from engines.pool.state import PoolState
 from engines.protocols import Engine
 from engines.types import HostSnapshot, ModelStatus, Plan, format_bytes
@@ -25,6 +33,7 @@ class StatusView:
     def status(self, slot: Slot, engine: Engine | None, blocked: str = "") -> ModelStatus:
         """Builds the status of one slot. `engine`: None unless loaded. `blocked`: the load that hangs, or empty."""
         is_failed = slot.state == "failed"
+        need = (slot.need or NO_MEMORY).in_form(slot.form if slot.state in CHARGED else 0)
         last_error = f"{slot.failure.kind}: {slot.failure.message}" if slot.failure else None
         if blocked and slot.work in ("load", "unload"):
             last_error = f"load_hangs: {blocked}"
@@ -51,8 +60,9 @@ class StatusView:
             fetch_total_bytes=slot.fetch_total_bytes,
             last_error=last_error,
             retry_at=self.to_unix_s(slot.retry_at_s) if is_failed else None,
-            need_bytes=slot.need.weight_bytes if slot.need else 0,
-            need_workspace_bytes=slot.need.workspace_bytes if slot.need else 0,
+            need_bytes=need.weight_bytes,
+            need_workspace_bytes=need.workspace_bytes,
+            bytes_by_dtype=bytes_by_dtype(slot),
         )
 
     def snapshot(
@@ -85,7 +95,7 @@ class StatusView:
 
     def plan(self, state: PoolState, slot: Slot) -> Plan:
         """Predicts a load that begins now, as if no model were leased or within its minimum residency."""
-        need = slot.need or NO_MEMORY
+        at, need = predict_form(state, slot)
         evict, fits, reason = predict_load(state, slot)
         return Plan(
             model_id=slot.model_id,
@@ -97,7 +107,29 @@ class StatusView:
             evict=tuple(victim.model_id for victim in evict),
             seconds=0.0 if slot.state == "ready" else slot.load_s or need.load_s,
             reason=reason,
+            dtype=(slot.spec.dtype, *slot.spec.smaller_dtypes)[at],
+            bytes_by_dtype=bytes_by_dtype(slot),
         )
+
+
+def bytes_by_dtype(slot: Slot) -> dict[str, int]:
+    """Returns the bytes of the weights in each dtype that a load may take; none where there is no choice."""
+    if slot.need is None or not slot.need.smaller:
+        return {}
+    return {slot.spec.dtype: slot.need.weight_bytes} | {
+        form.dtype: form.need.weight_bytes for form in slot.need.smaller
+    }
+
+
+def predict_form(state: PoolState, slot: Slot) -> tuple[int, MemoryNeed]:
+    """Returns the form in memory, else the one that a load would take now, and its need without a cap."""
+    need = slot.need or NO_MEMORY
+    if slot.state in CHARGED and slot.state not in LEAVING:
+        return slot.form, need.in_form(slot.form)
+    staying = [other for other in state.charged() if other is not slot]
+    available_bytes = state.budget_bytes - total_bytes(charges(other for other in staying if other.is_pinned))
+    at, _ = choose_form(need, staying, available_bytes, state.budget_bytes)
+    return at, need.forms[at]
 
 
 def residents(charged: Iterable[Slot], order: VictimOrder) -> tuple[str, ...]:
@@ -126,7 +158,7 @@ def predict_load(state: PoolState, slot: Slot) -> tuple[Sequence[Slot], bool, st
         return (), True, "its size is unknown until its files are downloaded"  # (4)
     staying = [other for other in state.charged() if other is not slot]
     pinned = [other for other in staying if other.is_pinned]
-    need = slot.need.capped(budget - total_bytes(charges(pinned)))
+    need = predict_form(state, slot)[1].capped(budget - total_bytes(charges(pinned)))
     missing = missing_bytes(staying, need, budget)
     if missing == 0:
         return (), True, "fits in free memory"  # (5)

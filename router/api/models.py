@@ -129,6 +129,7 @@ def _model(server_state: ServerState, spec: ModelSpec, slots: Sequence[Slot]) ->
         max_tokens=info.max_tokens if info else spec.max_tokens,
         prompts=info.prompts if info else spec.prompts,
         dtype=info.dtype if info else spec.dtype,
+        bytes_by_dtype=nearest.bytes_by_dtype,
         precision=info.precision if info else None,
         device=nearest.device,
         memory_bytes=sum(slot.weight_bytes + slot.workspace_bytes for slot in slots),

@@ -21,6 +21,7 @@ from router.auth.key_file import KeysError, read_keys
 from router.cli.client import RemoteError, get
 from router.cli.hardware import bfloat16_effect, count_nvidia_gpus, read_processor
 from router.cli.output import is_terminal
+from router.cli.precision_offers import MEASURE, precision_offers
 from router.config.settings import Settings, SettingsError, load_settings, unknown_settings, usable_cores
 from router.registry.opening import open_registry
 from router.registry.registry import Registry, RegistryError
@@ -211,20 +212,13 @@ def check_precision(registry: Registry, settings: Settings) -> Iterator[Finding]
     """List the reduced dtypes that would be faster here, as far as they were measured."""
     if "cpu" not in settings.device and "auto" not in settings.device:
         return
-    from engines.planner import ModelStore, PrecisionStore, fast_dtypes  # late, as above
+    from engines.planner import fast_dtypes  # late, as above
 
-    kept, store = PrecisionStore(settings.state_dir), ModelStore()
-    try:
-        for spec in registry.models.values():
-            files = store.locate(spec) if spec.dtype in ("auto", "float32") else None
-            offers = kept.offers(spec, files.revision, "cpu") if files else ()
-            if offers:
-                yield Finding("precision", "ok", f"{spec.model_id}: {'; '.join(offers)}")
-    finally:
-        store.close()
+    for offer in precision_offers(registry, settings):
+        yield Finding("precision", "ok", offer)
     formats = ", ".join(fast_dtypes())
     detail = f"this CPU multiplies {formats} faster than float32" if formats else "only float32 is fast on this CPU"
-    yield Finding("precision", "ok", detail, "embedyard precision MODEL measures what it costs" if formats else "")
+    yield Finding("precision", "ok", detail, MEASURE if formats else "")
 
 
 def check_disk(settings: Settings) -> Iterator[Finding]:

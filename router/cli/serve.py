@@ -15,6 +15,7 @@ from engines.types import HostSnapshot
 from router.auth.key_file import read_keys
 from router.cli.capacity import plan_capacity
 from router.cli.completion import model_names
+from router.cli.precision_offers import start_lines
 from router.cli.start_warnings import start_warnings
 from router.config.settings import DEFAULT_REGISTRY, Settings, SettingsError, load_settings
 from router.config.yaml_document import FileError, Mistake
@@ -125,7 +126,11 @@ def _serve(settings: Settings, registry: Registry, listener: socket.socket) -> N
 
     def announce() -> None:
         if settings.log_format != "json":  # else the output is for programs, and the log says it all
-            click.echo(banner(settings, registry, backend.snapshots(), port))
+            hosts = backend.snapshots()
+            click.echo(banner(settings, registry, hosts, port))
+            if any(host.device == "cpu" for host in hosts):
+                for line in start_lines(registry, settings):
+                    click.echo(f"  dtype   {line}")
             if is_embedded_only(registry):
                 click.echo(_MORE_MODELS.format(file=settings.registry))
         for warning in start_warnings(settings, registry):

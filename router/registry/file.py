@@ -82,8 +82,8 @@ def read_revision(value: object) -> str:
 
 def read_min_cosine(value: object) -> float:
     """Validate the least cosine of a reduced dtype."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-        raise ValueError("a number above 0, and 1 at most")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError("a number from 0 to 1; 0 compares nothing")
     return float(value)
 
 
@@ -168,10 +168,11 @@ FileName = Annotated[str, _read_by(read_file_name, minLength=1)]
 Sha256 = Annotated[str, _read_by(read_sha256, pattern="^[0-9a-f]{64}$")]
 Template = Annotated[str, _read_by(read_template)]
 Schedule = Annotated[str, _read_by(read_schedule, minLength=9, maxLength=MAX_SCHEDULE_CHARS)]
-MinCosine = Annotated[int | float, _read_by(read_min_cosine, exclusiveMinimum=0, maximum=1)]
+MinCosine = Annotated[int | float, _read_by(read_min_cosine, minimum=0, maximum=1)]
 Count = Annotated[int, Meta(ge=1)]
 Widths = Annotated[list[Count], Meta(min_length=1)]
 Bounds = int | float | Annotated[list[int | float], Meta(min_length=1)]
+Dtypes = Annotated[list[Dtype], Meta(min_length=1)]
 Poolings = Annotated[list[PoolingName], Meta(min_length=1)]
 
 
@@ -200,7 +201,7 @@ class CalibrationRule(Struct, forbid_unknown_fields=True, kw_only=True):
 class Defaults(Struct, forbid_unknown_fields=True, kw_only=True):
     """Default values for all models."""
 
-    dtype: Dtype | UnsetType = UNSET
+    dtype: Dtype | Dtypes | UnsetType = UNSET
     min_cosine: MinCosine | UnsetType = UNSET
     device: Device | UnsetType = UNSET
     max_tokens: Count | UnsetType = UNSET

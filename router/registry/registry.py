@@ -45,6 +45,9 @@ def to_spec(entry: ModelEntry, defaults: Defaults | UnsetType) -> ModelSpec:
         given["keep_alive_s"] = parse_keep_alive_s(given.pop("keep_alive"))
     if "min_cosine" in given:
         given["min_cosine"] = float(given["min_cosine"])
+    if isinstance(given.get("dtype"), list):
+        given["dtype"], *smaller = given["dtype"]
+        given["smaller_dtypes"] = tuple(smaller)
     if "cache" in given:
         given["cache_bytes"] = parse_cache_bytes(given.pop("cache"))
     if "pooling" in given:

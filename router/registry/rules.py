@@ -130,7 +130,19 @@ def _bounds(value: object) -> list[Any] | None:
     return values if values and all(type(number) in (int, float) for number in values) else None
 
 
+_SIZES = {"auto": 32, "float32": 32, "bfloat16": 16, "float16": 16, "int8": 8}
+"""Bits of a weight; `auto` counts as what it is on a CPU."""
+
+
+def _check_dtypes(document: Document, entry: Mapping[str, Any], path: KeyPath) -> None:
+    given = entry.get("dtype")
+    sizes = [_SIZES.get(str(dtype), 0) for dtype in given] if isinstance(given, list) else []
+    if all(sizes) and sizes != sorted(set(sizes), reverse=True):
+        document.add((*path, "dtype"), "each dtype must be smaller than the one before it, as in [float32, int8]")
+
+
 _ENTRY_RULES: tuple[Rule, ...] = (
+    _check_dtypes,
     _check_remote_code_revision,
     _check_revision_has_hub_source,
     _check_default_prompt,

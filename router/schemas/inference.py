@@ -171,6 +171,7 @@ class Model(Struct, frozen=True, kw_only=True):
     `outputs`: what it returns; `labels`: the names of a classifier's labels. Both are empty while unknown.
     `model_type`, `model_ability`: in Xinference's words, which its client asks for before it sends texts; a model whose
     task is not known yet counts as one for embeddings.
+    `bytes_by_dtype`: of the weights in each dtype that a load may take, where the registry lists several.
     """
 
     id: str
@@ -190,6 +191,7 @@ class Model(Struct, frozen=True, kw_only=True):
     max_tokens: int | None = None
     prompts: dict[str, str] = {}
     dtype: str = "auto"
+    bytes_by_dtype: dict[str, int] = {}
     precision: Precision | None = None
     device: str = "auto"
     memory_bytes: int = 0

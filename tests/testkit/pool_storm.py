@@ -7,7 +7,7 @@ state of the pool is detected.
 from collections.abc import Callable, Mapping, Sequence
 from random import Random
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from engines.pool.messages import (
     NEVER,
@@ -47,7 +47,7 @@ from engines.pool.messages import (
     WarmUpCompleted,
     WarmUpErrored,
 )
-from engines.pool.slot import EDGES, LoadFailure, MemoryNeed, PoolPolicy
+from engines.pool.slot import EDGES, LoadFailure, MemoryNeed, PoolPolicy, SmallerForm
 from engines.pool.state_machine import PoolStateMachine
 from engines.spec import ModelSpec
 from engines.types import ModelFiles, State
@@ -78,6 +78,12 @@ class SlotView(Struct):
     ready_at_s: float = 0.0
     load_began_at_s: float = 0.0
     load_s: float = 0.0
+    dtype: str = "auto"
+
+
+def in_int8(need: MemoryNeed) -> MemoryNeed:
+    """Returns what a model takes in int8."""
+    return structs.replace(need, weight_bytes=need.weight_bytes // 3)
 
 
 def sum_needs(needs: Sequence[MemoryNeed]) -> int:
@@ -178,9 +184,8 @@ class Storm:
 
     def stray(self, slot_id: int) -> None:
         """Sends late reports: of the scan at start, and the progress of a finished download."""
-        view = self.views[slot_id]
         self.step(DownloadProgressed(slot_id, 1, 2))
-        self.step(FilesFound(slot_id, a_folder(), self._estimate(view.model_id, "ok")))
+        self.step(FilesFound(slot_id, a_folder(), self._estimate(slot_id, "ok")))
 
     def block(self, reason: str) -> None:
         """A load of this process begins or ceases to hang, on this host or another."""
@@ -256,14 +261,15 @@ class Storm:
         if fate not in ("ok", "low", "high"):
             return self._failed(work, LoadFailure(kind=fate, message="scripted"))
         if isinstance(work, StartFetch):
-            return DownloadCompleted(slot_id, a_folder(), self._estimate(work.spec.model_id, fate))
+            return DownloadCompleted(slot_id, a_folder(), self._estimate(slot_id, fate))
         if isinstance(work, StartLoad):
             return LoadCompleted(slot_id)
-        need = self.truth[self.views[slot_id].model_id]
+        view = self.views[slot_id]
+        need = in_int8(self.truth[view.model_id]) if view.dtype == "int8" else self.truth[view.model_id]
         return WarmUpCompleted(slot_id, need.weight_bytes, need.workspace_bytes)
 
     def _located(self, work: StartLocate, fate: str) -> PoolEvent:
-        estimate = self._estimate(work.spec.model_id, fate)
+        estimate = self._estimate(work.slot_id, fate)
         if fate in ("ok", "low", "high"):
             return FilesLocated(work.slot_id, a_folder(), estimate)
         if fate in ("absent", "unknown"):
@@ -277,9 +283,17 @@ class Storm:
             LoadErrored(work.slot_id, failure) if isinstance(work, StartLoad) else WarmUpErrored(work.slot_id, failure)
         )
 
-    def _estimate(self, model_id: str, fate: str) -> MemoryNeed:
+    def _estimate(self, slot_id: int, fate: str) -> MemoryNeed:
+        """Returns an estimate for each dtype."""
+        spec = self.core.state.slots[slot_id].spec
+        need = self._estimate_of(self.truth[spec.model_id], fate)
+        if not spec.smaller_dtypes:
+            return need
+        smaller = self._estimate_of(in_int8(self.truth[spec.model_id]), fate)
+        return structs.replace(need, smaller=(SmallerForm("int8", smaller),))
+
+    def _estimate_of(self, truth: MemoryNeed, fate: str) -> MemoryNeed:
         """Returns an estimate: exact weights and a guessed workspace, or all too low or too high."""
-        truth = self.truth[model_id]
         if fate == "high":  # measured under other settings, with smaller weights in the headers
             least = truth.weight_bytes * 2 // 3
             return MemoryNeed(weight_bytes=truth.weight_bytes * 2, workspace_bytes=90, least_weight_bytes=least)
@@ -354,9 +368,17 @@ class Storm:
             require(is_last, f"{view.model_id} is evicted for an operator, but was preloaded since")
         if effect.claimant is None:
             return
+        self._check_no_form_fits(effect.claimant)
         mature_s = view.ready_at_s + max(RULES.min_residency_s, RULES.residency_loads * view.load_s)
         require(self.now_s >= mature_s, f"{view.model_id} was evicted before its minimum residency")
         self._evictions.append((effect.slot_id, effect.claimant))
+
+    def _check_no_form_fits(self, claimant: str) -> None:
+        """Checks that nothing is evicted for a model that fits into free memory in one of its dtypes."""
+        need = self.core.state.current[claimant].need
+        held = [v.charge for v in self.views.values() if v.charge]
+        for form in need.smaller if need is not None else ():
+            require(sum_needs([*held, form.need]) > self.limit, f"{claimant} fits in {form.dtype}, but evicts for it")
 
     def _on_grant(self, effect: Grant) -> None:
         require(effect.waiter_id in self.waiting, f"waiter {effect.waiter_id} gets a second outcome, or was cancelled")
@@ -400,7 +422,8 @@ class Storm:
         require(view.model_id not in self.evicted, f"{view.model_id} was evicted and is loaded again without a request")
         require(not self.blocked, f"{view.model_id} is to be loaded while loads hang")
         require(view.charge is None, f"{view.model_id} is loaded while its last memory is not free")
-        view.charge = effect.need
+        self._check_form(view, effect)
+        view.charge, view.dtype = effect.need, effect.spec.dtype
         require(self.used() <= self.limit, f"loading {view.model_id} takes {self.used()} of {self.limit} bytes")
         mine = self.since.pop(effect.slot_id)
         older = [slot_id for slot_id, claim in self.since.items() if claim < mine and self._can_fit(slot_id)]
@@ -410,6 +433,19 @@ class Storm:
             needs = [self.core.admission.need(self.core.state.slots[slot_id]) for slot_id in older]
             require(sum_needs([*stay, *needs]) <= self.limit, f"{view.model_id} takes memory that an older claim needs")
             self._check_claim_order(view, min(older, key=lambda slot_id: self.since[slot_id]))
+
+    def _check_form(self, view: SlotView, effect: StartLoad) -> None:
+        """Checks that a smaller dtype is taken only where the preferred one does not fit into free memory."""
+        slot = self.core.state.slots[effect.slot_id]
+        if effect.spec.dtype == slot.spec.dtype:
+            return
+        require(effect.spec.dtype in slot.spec.smaller_dtypes, f"{view.model_id} is loaded in {effect.spec.dtype}")
+        assert slot.need is not None
+        held = [v.charge for v in self.views.values() if v.charge]
+        least = slot.need.known()
+        fits = sum_needs([*held, least, MemoryNeed(workspace_bytes=slot.need.workspace_bytes)]) <= self.limit
+        is_certain = least.weight_bytes == slot.need.weight_bytes
+        require(not (fits and is_certain), f"{view.model_id} is loaded in int8, but its preferred dtype fits")
 
     def _check_claim_order(self, view: SlotView, head: int) -> None:
         """Checks that a younger claim does not take memory that is being freed for the oldest one."""
@@ -487,6 +523,7 @@ FATES: dict[type, tuple[str, ...]] = {
     StartLocate: LOCATE, StartFetch: FETCH, Discard: ("ok", "kept"), StartLoad: LOAD, StartWarm: WARM,
 }  # fmt: skip
 CEILINGS = (None, None, None, BUDGET, 600, 250)
+_WITH_SMALLER_DTYPES = "be"
 KEEP_ALIVES = (-1.0, -1.0, -1.0, 0.0, 3.0, 30.0)
 
 
@@ -500,6 +537,7 @@ def random_specs(random: Random) -> dict[str, ModelSpec]:
             keep_alive_s=random.choice(KEEP_ALIVES),
             pinned=random.random() < 0.1,
             preload=random.random() < 0.2,
+            smaller_dtypes=("int8",) if model_id in _WITH_SMALLER_DTYPES else (),
         )
         for model_id in "abcdef"[: random.randint(2, 6)]
     }

@@ -74,12 +74,13 @@ function modelRow(store, id, act) {
   const progress = progressLine(store, id);
   const error = h("p", { class: "error" });
   const about = h("p", { class: "quiet small about" });
+  const precision = h("p", { class: "quiet small precision" });
   const notes = h("p", { class: "quiet small" });
   const cells = Object.fromEntries(["dimensions", "memory", "load", "used"].map((key) => [key, cell(key)]));
   const traffic = trafficCell(id);
   const buttons = Object.fromEntries(["preload", "evict", "pin"].map((verb) => [verb, button(verb, id, act)]));
   const head = h("div", { class: "what" }, name,
-    h("div", { class: "states" }, state, task, pinned, places), progress.node, notes);
+    h("div", { class: "states" }, state, task, pinned, places), progress.node, precision, notes);
   const node = h("li", { class: "model", "aria-labelledby": `model-${id}`, "data-model": id }, head, about, error,
     cells.dimensions.node, cells.memory.node, cells.load.node, traffic.node, cells.used.node,
     h("div", { class: "actions" }, Object.values(buttons)));
@@ -97,6 +98,8 @@ function modelRow(store, id, act) {
     show(task, scores);
     const hosts = slots.filter((each) => !AWAY.includes(each.state)).map((each) => store.deviceName(each.host_id));
     text(places, store.devices.length > 1 && hosts.length ? t("models.on", { device: hosts.join(", ") }) : "");
+    text(precision, precisionWords(slot.info));
+    show(precision, Boolean(slot.info?.precision));
     text(notes, slot.info?.notes.join("; "));
     show(notes, Boolean(slot.info?.notes.length));
     progress.update(slot);
@@ -135,6 +138,13 @@ function widthWords(info) {
   const { widths, minimum } = info.matryoshka;
   const below = minimum ? t("models.from", { width: number(minimum) }) : widths.filter((width) => width < info.dimensions).map((width) => number(width)).join(", ");
   return [number(info.dimensions), below].filter(Boolean).join("\n");
+}
+
+/** Formats what a reduced dtype costs and gains against float32. */
+function precisionWords(info) {
+  if (!info?.precision) return "";
+  const { dtype, worst_cosine: worst, recall_at_10: recall, speedup, texts } = info.precision;
+  return t("models.precision", { dtype, worst: number(worst, 4), recall: number(recall, 3), speed: number(speedup, 1), texts: t(texts === "own" ? "texts.own" : "texts.builtin") });
 }
 
 function memoryWords(slots, slot) {

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from engines.precision import PrecisionStore, compare, describe_offer, why_refused
 from engines.spec import ModelSpec, Precision
@@ -76,3 +77,29 @@ def test_what_was_measured_is_there_after_a_restart_for_the_same_files_only(tmp_
     assert later.get(SPEC, "r2", "bfloat16", "cpu") is None
     assert later.get(SPEC, "r1", "int8", "cpu") is None
     assert len(later.offers(SPEC, "r1", "cpu")) == 1
+
+
+def test_what_was_measured_on_the_operators_texts_decides_and_the_other_is_kept(tmp_path: Path) -> None:
+    own = structs.replace(_precision(worst=0.9), texts="own")
+    store = PrecisionStore(tmp_path)
+    store.put(SPEC, "r1", own, "cpu")
+    store.put(SPEC, "r1", _precision(), "cpu")
+
+    assert store.get(SPEC, "r1", "bfloat16", "cpu") == own
+    assert store.get_on("built-in", SPEC, "r1", "bfloat16", "cpu") == _precision()
+    assert not store.offers(SPEC, "r1", "cpu")
+
+
+def test_what_another_process_measured_is_found_and_not_overwritten(tmp_path: Path) -> None:
+    server, command = PrecisionStore(tmp_path), PrecisionStore(tmp_path)
+    server.put(SPEC, "r1", _precision(worst=0.9991), "cpu")
+    command.put(SPEC, "r1", _precision(worst=0.9995), "cpu")
+
+    server.refresh()
+    found = server.get(SPEC, "r1", "bfloat16", "cpu")
+    command.put(SPEC, "r1", _precision(worst=0.9997), "cpu")
+    server.put(SPEC, "r1", _precision("int8"), "cpu")
+    later = PrecisionStore(tmp_path).get(SPEC, "r1", "bfloat16", "cpu")
+
+    assert found == _precision(worst=0.9995)
+    assert later == _precision(worst=0.9997)

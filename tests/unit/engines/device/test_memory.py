@@ -12,13 +12,17 @@ from msgspec import structs
 
 from engines.device.memory import CgroupLimit, CpuMemory, CudaMemory, anonymous_bytes, cgroup_limit, device_memory
 from engines.pool.estimates import Estimates, Measurement, Measurements
-from engines.spec import ModelSpec
+from engines.precision import PrecisionStore
+from engines.spec import ModelSpec, Precision
 from engines.testing.fakes import FakeFiles
 from engines.types import Budget, ModelFiles, format_bytes
 
 SPEC = ModelSpec(model_id="a", source="x")
 FILES = ModelFiles(path="/m", revision="r1", size_bytes=700)
 TOOK = Measurement(weight_bytes=10, workspace_bytes=2, load_s=0.5)
+_COMPARED = Precision(
+    dtype="int8", worst_cosine=0.995, median_cosine=0.997, recall_at_10=0.95, speedup=1.8, size_ratio=0.25, num_texts=50
+)
 
 
 # ---- bytes ----------------------------------------------------------------------------------------------------
@@ -222,6 +226,21 @@ def test_a_first_load_that_is_compared_with_float32_is_charged_both_forms(
     assert first is not None and later is not None
     assert first.known().weight_bytes == 1000 * num_forms
     assert later.weight_bytes == TOOK.weight_bytes
+
+
+@pytest.mark.parametrize("conditions", ["", "threads=2"])
+def test_a_load_that_compares_again_is_charged_both_forms_until_the_comparison_is_known(conditions: str) -> None:
+    spec, measurements, precisions = structs.replace(SPEC, dtype="int8"), Measurements(), PrecisionStore(None)
+    estimates(measurements).save(spec, FILES, TOOK)
+    known = Estimates(FakeFiles(), measurements, "cpu", 99, conditions, precisions)
+
+    before = known.estimate(spec, FILES)
+    precisions.put(spec, FILES.revision, _COMPARED, "cpu")
+    after = known.estimate(spec, FILES)
+
+    assert before is not None and after is not None
+    assert before.weight_bytes == after.weight_bytes + 1000
+    assert before.known().weight_bytes == after.known().weight_bytes + 1000
 
 
 def test_a_stored_size_can_never_refuse_a_model_but_its_headers_can() -> None:

@@ -140,4 +140,16 @@ def test_operator_texts_are_measured_instead_of_the_built_in_ones() -> None:
 
     found = precision.measure_dtype(SPEC, FILES, "int8", texts)
 
-    assert found.num_texts == 20
+    assert (found.num_texts, found.texts) == (20, "own")
+
+
+async def test_what_a_command_measured_meanwhile_decides_at_the_next_load(loader: TorchLoader, tmp_path: Path) -> None:
+    spec = structs.replace(SPEC, dtype="bfloat16")
+    engine = await _load(loader, spec)
+    engine.close()
+    assert engine.info.precision is not None
+    bad = structs.replace(engine.info.precision, worst_cosine=0.5, texts="own")
+    PrecisionStore(tmp_path).put(spec, FILES.revision, bad, "cpu")
+
+    with pytest.raises(UnsupportedModel, match="min_cosine"):
+        loader.load(spec, FILES)

@@ -4,6 +4,7 @@ random."""
 from collections.abc import Mapping
 
 import pytest
+from msgspec import structs
 
 from engines.errors import (
     LoadFailed,
@@ -33,6 +34,7 @@ from engines.pool.messages import (
 )
 from engines.pool.slot import MemoryNeed
 from engines.pool.state_machine import PoolStateMachine
+from engines.pool.status import StatusView
 from engines.spec import ModelSpec
 from engines.testing.fakes import fake_specs
 from engines.types import State
@@ -87,6 +89,80 @@ class Pool(Storm):
 
     def count(self, kind: type) -> int:
         return sum(isinstance(effect, kind) for effect in self.seen)
+
+
+# ---- smaller dtypes ------------------------------------------------------------------------------------------
+
+
+def with_int8(*model_ids: str) -> dict[str, ModelSpec]:
+    return {
+        model_id: structs.replace(spec, dtype="float32", smaller_dtypes=("int8",))
+        for model_id, spec in fake_specs(*model_ids).items()
+    }
+
+
+def loaded_dtypes(pool: Pool) -> list[tuple[str, str]]:
+    return [(effect.spec.model_id, effect.spec.dtype) for effect in pool.seen if isinstance(effect, StartLoad)]
+
+
+def test_a_model_is_loaded_in_its_preferred_dtype_where_that_fits() -> None:
+    pool = Pool(with_int8("a"), a=300)
+    pool.load_idle("a")
+
+    assert loaded_dtypes(pool) == [("a", "float32")]
+
+
+def test_a_smaller_dtype_is_taken_rather_than_a_model_evicted() -> None:
+    pool = Pool(with_int8("a", "b"), a=600, b=600)
+    pool.load_idle("a")
+    pool.load_idle("b")
+
+    assert loaded_dtypes(pool) == [("a", "float32"), ("b", "int8")]
+    assert pool.state("a") == pool.state("b") == "ready"
+    assert "in int8" in next(cause for cause in pool.causes("b") if "admitted" in cause)
+
+
+def test_where_no_dtype_fits_models_are_evicted_for_the_smallest() -> None:
+    pool = Pool(with_int8("a", "b", "c"), a=600, b=900, c=600)
+    pool.load_idle("a")
+    pool.load_idle("b")
+    pool.load_idle("c")
+
+    assert loaded_dtypes(pool) == [("a", "float32"), ("b", "int8"), ("c", "float32")]
+    assert pool.state("a") == "cold"
+
+
+def test_a_model_whose_preferred_dtype_exceeds_the_budget_is_loaded_in_a_smaller_one() -> None:
+    pool = Pool(with_int8("a"), a=2 * BUDGET)
+    pool.load_idle("a")
+
+    assert loaded_dtypes(pool) == [("a", "int8")]
+
+
+def test_a_model_that_was_small_is_loaded_in_its_preferred_dtype_once_there_is_room() -> None:
+    pool = Pool(with_int8("a", "b"), a=600, b=600)
+    pool.load_idle("a")
+    pool.load_idle("b")
+    for model_id in ("a", "b"):
+        pool.evict(model_id)
+    pool.finish_all()
+    pool.load_idle("b")
+
+    assert loaded_dtypes(pool)[-1] == ("b", "float32")
+
+
+def test_the_bytes_of_each_dtype_are_known_and_those_in_use_are_measured() -> None:
+    pool = Pool(with_int8("a", "b"), a=600, b=600)
+    pool.load_idle("a")
+    pool.load_idle("b")
+    state = pool.core.state
+    view = StatusView("h", "cpu", lambda at_s: at_s)
+
+    status, plan = view.status(state.current["b"], None), view.plan(state, state.current["b"])
+
+    assert status.bytes_by_dtype == plan.bytes_by_dtype == {"float32": 600, "int8": 200}
+    assert status.need_bytes == status.weight_bytes == 200
+    assert plan.dtype == "int8"
 
 
 # ---- rules 1 to 3: leases ------------------------------------------------------------------------------------

@@ -5,13 +5,15 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from msgspec import structs
 
 from engines import machine
-from engines.planner import ModelStore, PrecisionStore
+from engines.planner import ModelStore, PrecisionStore, fast_dtypes
 from engines.spec import ModelSpec, Precision
 from engines.types import ModelFiles
 from router.cli import doctor
 from router.cli.main import cli
+from router.cli.precision_offers import start_lines
 from router.config.settings import VARIABLES, Settings
 from router.registry.registry import parse_registry
 
@@ -58,6 +60,45 @@ def test_a_table_says_whether_the_dtype_would_be_served() -> None:
     assert int8.split()[0] == "int8"
     assert "allowed" in int8
     assert "below min_cosine 0.999" in bfloat16
+
+
+def test_what_was_measured_on_own_texts_decides_and_the_other_is_shown_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    precision("here", "--dtype", "int8")
+    own = structs.replace(_measured(), worst_cosine=0.95, texts="own", num_texts=2)
+    monkeypatch.setattr(machine, "measure_dtype", lambda *_: own)
+    Path("texts.txt").write_text("one\ntwo\n")
+
+    first, second = precision("here", "texts.txt", "--dtype", "int8").stdout.splitlines()[-2:]
+
+    assert "own (2)" in first
+    assert "below min_cosine 0.99" in first
+    assert "built-in (50)" in second
+    assert "your own texts decide" in second
+
+
+@pytest.mark.parametrize("model", ["org/elsewhere", "./folder"])
+def test_a_hub_id_or_a_folder_need_not_be_in_the_registry(model: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+
+    result = precision(model, "--dtype", "int8")
+
+    assert result.exit_code == 0
+    assert "allowed" in result.stdout
+
+
+@pytest.mark.skipif(not fast_dtypes(), reason="this CPU has no instructions for a reduced dtype")
+def test_a_server_says_at_start_what_would_be_faster_or_how_to_find_out(tmp_path: Path) -> None:
+    registry, settings = parse_registry(REGISTRY), Settings(state_dir=tmp_path)
+
+    before = start_lines(registry, settings)
+    precision("here", "--dtype", "int8")
+    after = start_lines(registry, settings)
+
+    assert "embedyard precision MODEL" in before[0]
+    assert after == ["here: int8 would be 1.8 × as fast here, with 25% of the memory, worst cosine 0.9951: set dtype"]
+    assert start_lines(parse_registry(REGISTRY.replace("}", ", dtype: int8}")), settings) == []
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ OTHER: dict[str, Any] = {
     "template": "qwen3-reranker",
     "revision": "main",
     "dtype": "float16",
+    "smaller_dtypes": ("int8",),
     "min_cosine": 0.5,
     "device": "cpu",
     "max_tokens": 7,

@@ -250,10 +250,15 @@ def test_the_error_prints_as_one_readable_list() -> None:
         (
             "dtype: int4",
             "models[0].dtype",
-            "one of auto, bfloat16, float16, float32, int8; got 'int4' (did you mean int8?)",
+            "one of auto, bfloat16, float16, float32, int8 or a list of at least 1; got 'int4' (did you mean int8?)",
         ),
-        ("min_cosine: 1.2", "models[0].min_cosine", "a number above 0, and 1 at most"),
-        ("min_cosine: high", "models[0].min_cosine", "a number above 0, and 1 at most"),
+        ("min_cosine: 1.2", "models[0].min_cosine", "a number from 0 to 1"),
+        ("min_cosine: -0.1", "models[0].min_cosine", "a number from 0 to 1"),
+        ("min_cosine: high", "models[0].min_cosine", "a number from 0 to 1"),
+        ("dtype: []", "models[0].dtype", "a list of at least 1"),
+        ("dtype: [float32, int9]", "models[0].dtype[1]", "did you mean int8?"),
+        ("dtype: [int8, float32]", "models[0].dtype", "must be smaller than the one before it"),
+        ("dtype: [float32, float32]", "models[0].dtype", "must be smaller than the one before it"),
         ("dtype: true", "models[0].dtype", "got true"),
         ("device: gpu", "models[0].device", "auto, cpu, cuda or cuda:N"),
         ("max_tokens: 0", "models[0].max_tokens", "1 or more; got 0"),
@@ -613,7 +618,7 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=30).filter(la
 WIDTHS = st.lists(st.integers(1, 8192), min_size=1, max_size=4)
 POOLINGS = st.sampled_from(["cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"])
 DEFAULTS: dict[str, st.SearchStrategy[Any]] = {
-    "dtype": st.sampled_from(["auto", "float32", "bfloat16", "float16", "int8"]),
+    "dtype": st.sampled_from(["auto", "float32", "bfloat16", "float16", "int8", ["float32", "int8"]]),
     "device": st.sampled_from(["auto", "cpu", "cuda", "cuda:3"]),
     "max_tokens": st.integers(1, 2**31),
     "max_batch_tokens": st.integers(1, 2**31),
@@ -664,6 +669,8 @@ def expected(entry: dict[str, Any]) -> ModelSpec:
     values = {key: value for key, value in entry.items() if key != "aliases"}
     values["model_id"] = values.pop("name")
     values["keep_alive_s"] = float(values.pop("keep_alive", NEVER_IDLE))
+    if isinstance(values.get("dtype"), list):
+        values["dtype"], values["smaller_dtypes"] = values["dtype"][0], tuple(values["dtype"][1:])
     if "cache" in values:
         values["cache_bytes"] = values.pop("cache")
     if "pooling" in values:
