@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from engines.layers import bfloat16_attention
 from engines.layers.blocked_attention import blocked_attention, can_run, is_faster
 from engines.layers.hidden_keys import attend_to_visible
 from engines.layers.packing import LengthGroup, PackedLayout, WindowMasks
@@ -192,6 +193,9 @@ def _attend(  # noqa: PLR0913  # the tensors, the four options that shape the sc
     if position_bias is None and (is_faster(q, causal=causal, window=window) or (in_blocks and can_run(q))):
         out = blocked_attention(q, k, v, causal=causal, window=window, scaling=scaling)
         return out.transpose(1, 2).flatten(0, 1)
+    is_plain = position_bias is None and num_keys == length
+    if is_plain and bfloat16_attention.is_faster(q, causal=causal, window=window):
+        return bfloat16_attention.bfloat16_attention(q, k, v, scaling).transpose(1, 2).flatten(0, 1)
     sdpa = partial(scaled_dot_product_attention, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
     if position_bias is not None:
         out = sdpa(q, k, v, attn_mask=_masked_bias(position_bias[..., :length, :length], causal, window))

@@ -20,7 +20,7 @@ from transformers.activations import GELUActivation
 from engines.device.load_throttle import throttle_point
 from engines.device.torch_runtime import usable_threads
 from engines.layers.attention import packed_attention, single_query_attention
-from engines.layers.packed_linear import ProductFactory, replace_joined
+from engines.layers.packed_linear import Int8Linear, PackedLinear, ProductFactory, replace_joined
 from engines.layers.packing import KernelVariant, PackedLayout, PackedState, TokenChoice
 from engines.layers.products import apply, linear
 
@@ -216,9 +216,12 @@ class FusedLayer:
         joined = make_joined(self._weight, self._bias)
         replace_joined(self._layer, (names.query, names.key, names.value), names.attention, [joined])
         self._joined, self._weight, self._bias = joined, joined.weight, joined.weight
+        dtype = joined.weight.dtype if joined.weight.is_floating_point() else torch.float32
         made = [make(part.weight, part.bias) for part in (self._context, self._up, self._down)]
         for name, part in zip((names.context, names.up, names.down), made, strict=True):
             self._layer.set_submodule(name, part)
+        if isinstance(made[1], Int8Linear):  # the next product rounds from float32, not from bfloat16
+            made[1].out_dtype, made[2].out_dtype = torch.float32, dtype
         self._context, self._up, self._down = made
 
     def __call__(self, x: Tensor, layout: PackedLayout, position_bias: Tensor | None, variant: KernelVariant) -> Tensor:
@@ -239,9 +242,15 @@ class FusedLayer:
         """Runs what follows attention, from the layer's input and the context, both `[T, H]`."""
         x = _norm(apply(self._context, context).add_(x), self._first_norm)
         self._pause()
-        inner = self._activate(apply(self._up, x))
+        inner = self._inner(x)
         self._pause()
         return _norm(apply(self._down, inner).add_(x), self._second_norm)
+
+    def _inner(self, x: Tensor) -> Tensor:
+        """Returns the activations between the last two products, `[T, H]` to `[T, inner]`."""
+        if self._activate is gelu and type(self._up) is PackedLinear:
+            return self._up.multiply_and_gelu(x)
+        return self._activate(apply(self._up, x))
 
     def one_token(self, x: Tensor, layout: PackedLayout, kept: TokenChoice) -> Tensor:
         """Runs the layer for the first or the last token of each text, `[T, H]` to `[n, H]`.

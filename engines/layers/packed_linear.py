@@ -67,7 +67,16 @@ class PackedLinear(Product):
 
     def multiply(self, x: Tensor) -> Tensor:
         """See `Product`."""
-        found: Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), self._packed, self._bias, "none", [], "")
+        return self._multiply(x, "none")
+
+    def multiply_and_gelu(self, x: Tensor) -> Tensor:
+        """Returns the exact (erf) GELU of the product, computed before it is rounded to the dtype of `x`."""
+        return self._multiply(x.reshape(-1, self.in_features), "gelu").view(*x.shape[:-1], self.out_features)
+
+    def _multiply(self, x: Tensor, activation: str) -> Tensor:
+        found: Tensor = torch.ops.mkldnn._linear_pointwise(
+            x.contiguous(), self._packed, self._bias, activation, [], "none"
+        )
         return found
 
 
@@ -76,13 +85,17 @@ class Int8Linear(Product):
 
     Args:
         weight: `[out, in]`, of any float dtype, or int8 with `scale` `[out]`.
-        bias: `[out]`; also its dtype is used for the outputs.
+        bias: `[out]`.
+
+    Attributes:
+        out_dtype: of the outputs; None for that of the inputs.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> None:
         super().__init__(weight, torch.int8)
         rounded, scale = quantize_rows(weight) if scale is None else (weight, scale)
-        self._scale, self._bias = scale, None if bias is None else bias.detach().clone()
+        self.out_dtype: torch.dtype | None = None
+        self._scale, self._bias = scale, None if bias is None else bias.detach().float()
         self._zeros = torch.zeros(len(scale), dtype=torch.int64)
         self._is_packed = can_multiply_int8()
         shape = [_PACKED_FOR_ROWS, self.in_features]
@@ -91,12 +104,13 @@ class Int8Linear(Product):
 
     def multiply(self, x: Tensor) -> Tensor:
         """See `Product`."""
+        dtype = self.out_dtype or x.dtype
         if not self._is_packed:  # smaller, but no faster
-            return linear(x, (self._weight * self._scale[:, None]).to(x.dtype), self._bias)
+            return linear(x.float(), self._weight * self._scale[:, None], self._bias).to(dtype)
         levels, scale = _to_unsigned(x)
-        found = _sums(levels, self._weight, self._scale, self._zeros, x.dtype)
-        found = found.mul_(scale)
-        return found if self._bias is None else found.add_(self._bias)
+        # In float32: torch adds and multiplies bfloat16 half as fast.
+        found = _sums(levels, self._weight, self._scale, self._zeros, torch.float32).mul_(scale)
+        return (found if self._bias is None else found.add_(self._bias)).to(dtype)
 
 
 class JoinedPart(nn.Module):
@@ -178,15 +192,12 @@ _SCRATCH = _Scratch()
 
 
 def _to_unsigned(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rounds each row of `[T, K]` to 1 … 255 around 128; also returns the scales `[T, 1]`, in the dtype of `x`.
-
-    The scale is rounded to that dtype before it is used, so that its error is in no result.
-    """
+    """Rounds each row of `[T, K]` to 1 … 255 around 128; also returns the float32 scales `[T, 1]`."""
     scratch = _SCRATCH.of(x)
-    wide = scratch[0].copy_(x)
+    wide = x if x.dtype is torch.float32 else scratch[0].copy_(x)
     scale = torch.abs(wide, out=scratch[1]).amax(1, keepdim=True)
-    scale = scale.div_(_LEVELS).clamp_(min=torch.finfo(torch.float32).tiny * _LEVELS).to(x.dtype)
-    rounded = wide.mul_(scale.float().reciprocal()).round_().to(torch.int8)
+    scale = scale.div_(_LEVELS).clamp_(min=torch.finfo(torch.float32).tiny * _LEVELS)
+    rounded = torch.mul(wide, scale.reciprocal(), out=scratch[0]).round_().to(torch.int8)
     levels = rounded.view(torch.uint8).bitwise_xor_(_ZERO_POINT)  # adds 128; torch converts to uint8 five times slower
     return levels, scale
 

@@ -45,6 +45,27 @@ def test_an_int8_product_is_near_float32_and_a_quarter_of_its_size(dtype: torch.
     assert product.size_bytes == 48 * 64 + 4 * 48
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_packed_product_with_its_gelu_gives_what_both_give(dtype: torch.dtype) -> None:
+    layer, x = _linear(dtype), torch.randn(2, 30, 64, dtype=dtype)
+
+    found = PackedLinear(layer.weight, layer.bias).multiply_and_gelu(x)
+
+    assert (found.shape, found.dtype) == ((2, 30, 48), dtype)
+    wanted = nn.functional.gelu(layer.double()(x.double()))
+    assert _cosine(found, wanted) > (1 - 1e-10 if dtype == torch.float32 else 0.9999)
+
+
+def test_an_int8_product_gives_the_dtype_that_is_asked_for() -> None:
+    layer, x = _linear(), torch.randn(5, 64, dtype=torch.bfloat16)
+    product = Int8Linear(layer.weight, layer.bias)
+    wide = Int8Linear(layer.weight, layer.bias)
+    wide.out_dtype = torch.float32
+
+    assert (product(x).dtype, wide(x).dtype) == (torch.bfloat16, torch.float32)
+    assert torch.equal(wide(x).to(torch.bfloat16), product(x))
+
+
 def test_a_row_of_an_int8_product_depends_on_no_other_row() -> None:
     layer, x = _linear(), torch.randn(20, 64)
     product = Int8Linear(layer.weight, layer.bias)
