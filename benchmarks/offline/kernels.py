@@ -1,8 +1,12 @@
-"""Measures the float32 kernels that a CPU has, in turns: products with weights, and attention of long texts.
+"""Measures the kernels that a CPU has, in turns: products with weights, and attention.
 
     python -m benchmarks.offline.kernels products
+    python -m benchmarks.offline.kernels int8-products
     python -m benchmarks.offline.kernels attention --lengths 256 512 1024 2048
+    python -m benchmarks.offline.kernels bfloat16-attention
 
+`int8-products`: packed bfloat16 beside int8 with the rounding of its inputs. `bfloat16-attention`: torch's kernel
+beside `engines/layers/bfloat16_attention.py`. The others are of float32.
 `products`: torch's own (MKL) beside oneDNN with the same weights. `attention`: `scaled_dot_product_attention` beside
 blocks of 256 queries by oneDNN's products (`engines/layers/blocked_attention.py`), one text of 12 heads. The engine
 uses oneDNN where `engines/layers/products.py` measures it 1.2 times as fast, and blocks where they lead in this table.
@@ -19,7 +23,9 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 
 from benchmarks.lib.machine import Watch, warn_if_busy
 from benchmarks.lib.report import RESULTS, Report, publish, run_command
+from engines.layers.bfloat16_attention import bfloat16_attention
 from engines.layers.blocked_attention import blocked_attention
+from engines.layers.packed_linear import Int8Linear, PackedLinear, quantize_rows
 from engines.layers.products import onednn_linear
 
 _SHAPES = ((384, 1536), (768, 3072), (1024, 4096), (3072, 1024))
@@ -69,8 +75,52 @@ def measure_attention(lengths: Sequence[int], rounds: int) -> dict[str, dict[str
     return rates
 
 
-def report(name: str, title: str, rates: Mapping[str, Mapping[str, float]], watch: Watch, rounds: int) -> Report:
-    """The table: both rates, and the second over the first."""
+def measure_int8(row_counts: Sequence[int], rounds: int) -> dict[str, dict[str, float]]:
+    """GFLOP/s by shape and dtype, from and to bfloat16, and of int8 without its rounding and scaling."""
+    rates = {}
+    for inputs, outputs in ((384, 1152), (384, 384), (384, 1536), (1536, 384), (768, 768), (768, 3072), (3072, 768)):
+        weight, bias = torch.randn(outputs, inputs), torch.randn(outputs)
+        packed, small = PackedLinear(weight.bfloat16(), bias.bfloat16()), Int8Linear(weight, bias)
+        plain = torch.ops.onednn.qlinear_prepack(quantize_rows(weight)[0], [64, inputs])
+        scale, zeros = torch.ones(outputs), torch.zeros(outputs, dtype=torch.int64)
+        for rows in row_counts:
+            tokens = torch.randn(rows, inputs).bfloat16()
+            levels = torch.randint(0, 256, (rows, inputs), dtype=torch.uint8)
+            bare = partial(
+                torch.ops.onednn.qlinear_pointwise,
+                levels, 1.0, 128, plain, scale, zeros, None, 1.0, 0, torch.bfloat16, "none", [], "",
+            )  # fmt: skip
+            runs = {"bfloat16": partial(packed, tokens), "int8": partial(small, tokens), "int8, bare": bare}
+            rates[f"{rows} × {inputs} → {outputs}"] = fastest(runs, 2.0 * rows * inputs * outputs, rounds)
+    return rates
+
+
+def measure_bfloat16_attention(lengths: Sequence[int], rounds: int) -> dict[str, dict[str, float]]:
+    """GFLOP/s by shape and kernel, of about 512 tokens."""
+    rates = {}
+    for width in (32, 64):
+        for length in lengths:
+            texts = max(1, 512 // length)
+            row = torch.randn(texts * length, 3, _HEADS, width).bfloat16().permute(1, 2, 0, 3)
+            query, key, value = (part.view(_HEADS, texts, length, width).transpose(0, 1) for part in row)
+            runs: dict[str, Callable[[], Any]] = {
+                "torch": partial(scaled_dot_product_attention, query, key, value),
+                "products": partial(bfloat16_attention, query, key, value, None),
+            }
+            flops = 4.0 * texts * length * length * width * _HEADS
+            rates[f"{texts} × {length} tokens, {width} wide"] = fastest(runs, flops, rounds)
+    return rates
+
+
+def report(
+    name: str,
+    title: str,
+    rates: Mapping[str, Mapping[str, float]],
+    watch: Watch,
+    rounds: int,
+    dtype: str = "float32",
+) -> Report:
+    """The table: all rates, and the second over the first."""
     kernels = list(next(iter(rates.values())))
     rows = [
         (shape, *(f"{row[kernel]:.0f}" for kernel in kernels), f"{row[kernels[1]] / row[kernels[0]]:.2f}")
@@ -78,7 +128,7 @@ def report(name: str, title: str, rates: Mapping[str, Mapping[str, float]], watc
     ]
     return Report(
         name=name,
-        title=f"{title}, float32, {torch.get_num_threads()} threads",
+        title=f"{title}, {dtype}, {torch.get_num_threads()} threads",
         machine=watch.machine,
         settings={"rounds": rounds},
         header=("shape", *(f"{kernel}, GFLOP/s" for kernel in kernels), "ratio"),
@@ -115,9 +165,32 @@ def main_attention(argv: Sequence[str]) -> None:
     publish(report("kernels-attention", "Attention of one text, 12 heads", rates, watch, asked.rounds), asked.results)
 
 
+def main_int8(argv: Sequence[str]) -> None:
+    """Print the table of int8 products."""
+    asked = _asked("int8-products", argv, "rows", (16, 128, 512))
+    warn_if_busy((watch := Watch()).machine)
+    rates = measure_int8(asked.rows, asked.rounds)
+    title = "Products with weights"
+    publish(report("kernels-int8-products", title, rates, watch, asked.rounds, "bfloat16 and int8"), asked.results)
+
+
+def main_bfloat16_attention(argv: Sequence[str]) -> None:
+    """Print the table of attention in bfloat16."""
+    asked = _asked("bfloat16-attention", argv, "lengths", (16, 64, 100, 200, 256, 384, 512))
+    warn_if_busy((watch := Watch()).machine)
+    rates = measure_bfloat16_attention(asked.lengths, asked.rounds)
+    title = "Attention, 12 heads"
+    publish(report("kernels-bfloat16-attention", title, rates, watch, asked.rounds, "bfloat16"), asked.results)
+
+
 def main() -> None:
     """Run the command that is asked for."""
-    run_command({"products": main_products, "attention": main_attention})
+    run_command({
+        "products": main_products,
+        "int8-products": main_int8,
+        "attention": main_attention,
+        "bfloat16-attention": main_bfloat16_attention,
+    })  # fmt: skip
 
 
 if __name__ == "__main__":

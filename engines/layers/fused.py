@@ -104,6 +104,11 @@ _ROW_MULTIPLE = 16
 """The kernels of such products work on this many rows at once: 12 rows cost more than 16."""
 
 
+_INT8_ROWS = 256
+"""Rows at once between two int8 products, whose float32 activations then stay in a core's cache: BERT-base's size takes
+0.91 of the time."""
+
+
 def fuse(model: nn.Module, state: PackedState) -> "list[FusedLayer]":
     """Replaces the forward methods of the layers of `model`, which run fused while `state` says so.
 
@@ -242,15 +247,31 @@ class FusedLayer:
         """Runs what follows attention, from the layer's input and the context, both `[T, H]`."""
         x = _norm(apply(self._context, context).add_(x), self._first_norm)
         self._pause()
-        inner = self._inner(x)
-        self._pause()
-        return _norm(apply(self._down, inner).add_(x), self._second_norm)
+        return _norm(self._feed_forward(x).add_(x), self._second_norm)
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        """Runs the last two products and the activation between them, `[T, H]` to `[T, H]`."""
+        if type(self._up) is not Int8Linear:
+            inner = self._inner(x)
+            self._pause()
+            return apply(self._down, inner)
+        out = torch.empty_like(x)
+        for first in range(0, len(x), _INT8_ROWS):
+            some = slice(first, first + _INT8_ROWS)
+            inner = self._inner(x[some])
+            self._pause()
+            out[some] = self._down(inner)
+        return out
 
     def _inner(self, x: Tensor) -> Tensor:
         """Returns the activations between the last two products, `[T, H]` to `[T, inner]`."""
-        if self._activate is gelu and type(self._up) is PackedLinear:
+        if self._activate is not gelu:
+            return self._activate(apply(self._up, x))
+        if type(self._up) is PackedLinear:
             return self._up.multiply_and_gelu(x)
-        return self._activate(apply(self._up, x))
+        inner = apply(self._up, x)
+        gelued: Tensor = torch.ops.aten.gelu_(inner) if type(self._up) is Int8Linear else gelu(inner)
+        return gelued
 
     def one_token(self, x: Tensor, layout: PackedLayout, kept: TokenChoice) -> Tensor:
         """Runs the layer for the first or the last token of each text, `[T, H]` to `[n, H]`.

@@ -12,7 +12,8 @@ READY = {
     "source": "org/mini", "aliases": ["text-embedding-3-small"], "task": "embed", "outputs": ["dense"],
     "model_type": "embedding", "model_ability": ["embed"], "labels": [], "dimensions": 8,
     "matryoshka": {"widths": [4], "minimum": None, "layer_norm": False}, "max_tokens": 512,
-    "prompts": {"query": "q: "}, "dtype": "float32", "precision": None, "device": "cpu", "memory_bytes": 300,
+    "prompts": {"query": "q: "}, "dtype": "float32", "bytes_by_dtype": {}, "precision": None,
+    "device": "cpu", "memory_bytes": 300,
     "revision": "f" * 40,
     "trust_remote_code": False,
 }  # fmt: skip
@@ -21,7 +22,8 @@ UNKNOWN_YET = {
     "source": "org/cold", "aliases": [], "task": None, "outputs": [],
     "model_type": "embedding", "model_ability": ["embed"], "labels": [], "dimensions": None, "matryoshka": None,
      "max_tokens": 77,
-    "prompts": {"query": "q: "}, "dtype": "auto", "precision": None, "device": "auto", "memory_bytes": 0,
+    "prompts": {"query": "q: "}, "dtype": "auto", "bytes_by_dtype": {}, "precision": None,
+    "device": "auto", "memory_bytes": 0,
     "revision": "v1",
     "trust_remote_code": True,
 }  # fmt: skip
