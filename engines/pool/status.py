@@ -116,9 +116,8 @@ def bytes_by_dtype(slot: Slot) -> dict[str, int]:
     """Returns the bytes of the weights in each dtype that a load may take; none where there is no choice."""
     if slot.need is None or not slot.need.smaller:
         return {}
-    return {slot.spec.dtype: slot.need.weight_bytes} | {
-        form.dtype: form.need.weight_bytes for form in slot.need.smaller
-    }
+    dtypes = (slot.spec.dtype, *(form.dtype for form in slot.need.smaller))
+    return {dtype: form.weight_bytes for dtype, form in zip(dtypes, slot.need.forms, strict=True)}
 
 
 def predict_form(state: PoolState, slot: Slot) -> tuple[int, MemoryNeed]:

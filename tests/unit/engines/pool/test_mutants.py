@@ -247,7 +247,27 @@ def the_largest_workspace_is_not_reserved(patch: Patch) -> None:
     patch.setattr(admission, "missing_bytes", mutant)
 
 
+def the_smallest_dtype_is_always_taken(patch: Patch) -> None:
+    """A load takes the smallest dtype also where the preferred one fits."""
+
+    def mutant(need: MemoryNeed, charged: list[Slot], available_bytes: int, limit_bytes: int) -> tuple[int, MemoryNeed]:
+        return len(need.forms) - 1, need.forms[-1].capped(available_bytes)
+
+    patch.setattr(admission, "choose_form", mutant)
+
+
+def models_are_evicted_for_the_preferred_dtype(patch: Patch) -> None:
+    """Models are evicted although a smaller dtype fits."""
+
+    def mutant(need: MemoryNeed, charged: list[Slot], available_bytes: int, limit_bytes: int) -> tuple[int, MemoryNeed]:
+        return 0, need.capped(available_bytes)
+
+    patch.setattr(admission, "choose_form", mutant)
+
+
 MUTANTS: tuple[Callable[[Patch], None], ...] = (
+    the_smallest_dtype_is_always_taken,
+    models_are_evicted_for_the_preferred_dtype,
     evict_while_leased,
     grant_after_eviction_began,
     lost_wake_up_after_a_release,
