@@ -26,6 +26,7 @@ from benchmarks.lib.peers import OURS, interpreter, own_worker
 from benchmarks.lib.report import Report, publish
 from benchmarks.lib.worker import Worker
 from benchmarks.offline.throughput import Case, arguments, describe, make_cases
+from engines.spec import Dtype
 
 
 class Shape(Struct, frozen=True):
@@ -129,7 +130,7 @@ def run(  # noqa: PLR0913  # as a benchmark is asked for
     scale: float = 1.0,
     settle_s: float = SETTLE_S,
     peak_s: float = PEAK_S,
-    dtype: str = "float32",
+    dtype: Dtype = "float32",
 ) -> Report:
     """Measure a model folder."""
     watch = Watch()
@@ -137,7 +138,7 @@ def run(  # noqa: PLR0913  # as a benchmark is asked for
     shape, cases = read_shape(folder), make_cases(names, workloads.counter(folder), scale)
     cores = usable_cores()
     # float32 is what `auto` is on a CPU, and trees that know no other have no argument for it
-    own = own_worker(folder, dtype="auto" if dtype == "float32" else dtype)
+    own = own_worker(folder, dtype=None if dtype == "float32" else dtype)
     with own as engine, Worker("gemm", "gemm.py", [str(cores)], python=interpreter(None)) as gemm:
         engine.wait_until_warm()
         gemm.wait_until_warm()

@@ -225,9 +225,10 @@ class FusedLayer:
         made = [make(part.weight, part.bias) for part in (self._context, self._up, self._down)]
         for name, part in zip((names.context, names.up, names.down), made, strict=True):
             self._layer.set_submodule(name, part)
-        if isinstance(made[1], Int8Linear):  # the next product rounds from float32, not from bfloat16
-            made[1].out_dtype, made[2].out_dtype = torch.float32, dtype
         self._context, self._up, self._down = made
+        _, up, down = made
+        if isinstance(up, Int8Linear) and isinstance(down, Int8Linear):  # rounds from float32, not from bfloat16
+            up.out_dtype, down.out_dtype = torch.float32, dtype
 
     def __call__(self, x: Tensor, layout: PackedLayout, position_bias: Tensor | None, variant: KernelVariant) -> Tensor:
         """Runs the layer, `[T, H]` to `[T, H]`. The variant `few` is for CPU threads: a GPU runs `many` instead."""

@@ -107,8 +107,8 @@ def measure_dtype(spec: ModelSpec, files: ModelFiles, dtype: str, texts: Sequenc
         raise UnsupportedModel(f"{spec.model_id} has no weights to reduce: it always runs in {found}")
     select_forward_path(reduced.paths, tokenizer, dtype)
     ids = calibration_ids(tokenizer, CALIBRATION_TEXTS if texts is None else texts)
-    found = measure(full, reduced, dtype, ids, time.perf_counter)
-    return found if texts is None else structs.replace(found, texts="own")
+    measured = measure(full, reduced, dtype, ids, time.perf_counter)
+    return measured if texts is None else structs.replace(measured, texts="own")
 
 
 def _held_bytes(encoder: LoadedEncoder) -> int:
