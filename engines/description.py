@@ -3,6 +3,8 @@
 Like `engines/planner.py`, it is for commands that run without a server.
 """
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -10,16 +12,17 @@ from typing import Any
 import yaml
 from msgspec import Struct, structs
 
-from engines.errors import HubUnreachable, OfflineMode
+from engines.errors import HubUnreachable, OfflineMode, UnsupportedModel
+from engines.hub.file_selection import ADAPTER_CONFIG
 from engines.hub.local_folder import is_local
 from engines.hub.store import ModelStore
 from engines.loading.folder import Folder, Json, outputs_of, read_folder, read_json
 from engines.loading.routes import read_routes
 from engines.loading.score_forms import score_form
 from engines.planner import native_width
-from engines.spec import ModelSpec, Output, PoolingMode, Task
+from engines.spec import ModelSpec, Output, PoolingMode, Task, parts_of
 
-__all__ = ["Description", "describe"]
+__all__ = ["Description", "base_of", "describe"]
 
 _DEFAULT_LABELS = 2
 """Labels of a transformers config that states none."""
@@ -67,8 +70,45 @@ def describe(store: ModelStore, spec: ModelSpec) -> Description:
     """
     weight_bytes = store.weight_bytes(spec, "cpu")
     num_parameters = weight_bytes // _PARAMETER_BYTES if weight_bytes else None
+    with ExitStack() as stack:
+        root, *adapters = [stack.enter_context(_configurations(store, part)) for part in parts_of(spec)]
+        return _describe_folder(root, next(iter(adapters), None), spec, num_parameters)
+
+
+def base_of(store: ModelStore, spec: ModelSpec) -> tuple[str, str | None] | None:
+    """Returns the source and revision of the model that a source is a PEFT adapter of; None if it is none.
+
+    Raises:
+        As `describe`.
+    """
+    with _configurations(store, spec) as root:
+        return adapter_base(root)
+
+
+def adapter_base(folder: Path) -> tuple[str, str | None] | None:
+    """Returns the model that the adapter in a folder belongs to, and its revision, if stated; None for no adapter.
+
+    Raises:
+        BrokenFiles, UnsupportedModel: as `read_folder`; or the adapter does not name its model.
+    """
+    stated = read_json(read_folder(folder).weights, ADAPTER_CONFIG)
+    if stated is None:
+        return None
+    base, revision = stated.get("base_model_name_or_path"), stated.get("revision")
+    if not isinstance(base, str) or not base:
+        raise UnsupportedModel(
+            f"{ADAPTER_CONFIG} does not name the base model of the adapter: add it to the registry by hand, with the "
+            "base model as `source`"
+        )
+    return base, revision if isinstance(revision, str) else None
+
+
+@contextmanager
+def _configurations(store: ModelStore, spec: ModelSpec) -> Iterator[Path]:
+    """Gives a folder with the configurations and the README of a source; those of a hub are read into a new one."""
     if is_local(spec.source):
-        return _describe_folder(Path(store.fetch(spec, lambda *_: None).path), spec, num_parameters)
+        yield Path(store.fetch(spec, lambda *_: None).path)
+        return
     with TemporaryDirectory() as folder:
         try:
             store.copy_description(spec, Path(folder))
@@ -76,22 +116,23 @@ def describe(store: ModelStore, spec: ModelSpec) -> Description:
             files = store.locate(spec)
             if files is None:
                 raise
-            return _describe_folder(Path(files.path), spec, num_parameters)
-        return _describe_folder(Path(folder), spec, num_parameters)
+            yield Path(files.path)
+        else:
+            yield Path(folder)
 
 
-def _describe_folder(root: Path, spec: ModelSpec, num_parameters: int | None) -> Description:
-    folder = read_folder(root)
+def _describe_folder(root: Path, adapter: Path | None, spec: ModelSpec, num_parameters: int | None) -> Description:
+    folder = read_folder(root, adapter)
     if folder.is_sparse_encoder:
         read_routes(folder)
-    width = native_width(root, spec)
+    width = native_width(root, spec, adapter)
     task = _task_of(folder, spec)
     facts = Description(
         task=task,
         width=width,
         max_tokens=_max_tokens(folder),
         num_parameters=num_parameters,
-        license=_read_license(root / "README.md"),
+        license=(_read_license(adapter / "README.md") if adapter else "") or _read_license(root / "README.md"),
     )
     if task != "embed":
         return facts

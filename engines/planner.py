@@ -16,7 +16,7 @@ from engines.errors import BadModel
 from engines.hub.client import HubConfig
 from engines.hub.store import ModelStore
 from engines.hub.weight_files import read_header, read_range
-from engines.loading.folder import Json, ModuleRef, pooling_of, read_folder, read_json, require_json
+from engines.loading.folder import Folder, Json, ModuleRef, pooling_of, read_folder, read_json, require_json
 from engines.loading.score_forms import score_form
 from engines.pool.estimates import Estimates, Measurements
 from engines.pool.runtime import device_matches, guessed_workspace_bytes
@@ -57,20 +57,20 @@ _PROJECTED_TYPES = ("embedding_gemma2_text",)
 _STATIC_TABLES = ("embedding.weight", "embeddings")
 
 
-def native_width(root: Path, spec: ModelSpec) -> int | None:
+def native_width(root: Path, spec: ModelSpec, adapter: Path | None = None) -> int | None:
     """Returns the width of dense vectors; None if the files do not state it, give none of these or are not a model."""
     try:
-        folder = read_folder(root)
+        folder = read_folder(root, adapter)
         gives_none = score_form(folder, spec) is not None or folder.late is not None
-        return None if gives_none else _width(root, spec)
+        return None if gives_none else _width(folder, spec)
     except (BadModel, OSError, KeyError, TypeError, ValueError, StopIteration):
         return None
 
 
-def _width(root: Path, spec: ModelSpec) -> int:
-    folder = read_folder(root)
+def _width(folder: Folder, spec: ModelSpec) -> int:
     if folder.is_sparse_encoder:
         raise ValueError("it gives no vectors of a fixed width")
+    root = folder.root
     first, *rest = folder.modules or (ModuleRef("Transformer", ""),)
     if first.kind == "StaticEmbedding":
         return _table_width(root, first)
@@ -158,7 +158,7 @@ class Forecaster:
         """Forecasts a model from its files on disk; without them, if `ask_hub`, from a few kilobytes of the hub's."""
         files = self._files.locate(spec)
         need = self._estimates.estimate(spec, files) if files or ask_hub else None
-        width = native_width(Path(files.path), spec) if files else None
+        width = native_width(Path(files.path), spec, files.adapter_folder) if files else None
         return Forecast(model_id=spec.model_id, files=files, need=need, width=width)
 
 

@@ -103,7 +103,10 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
     `source` is a hub id, a local folder (absolute, or starting with `./` or `../` or `~`),
     or `package:NAME/SUB/FOLDER` for files inside an installed Python package.
 
-    `sha256`: of files in the model's folder, by name, in lower-case hex; others are refused at load.
+    `adapter`: of a PEFT adapter, as `source`; it is merged into the weights of `source` at load.
+
+    `sha256`: of files in the model's folder, by name, in lower-case hex; others are refused at load. Names of files of
+    the adapter begin with `adapter/`.
     """
 
     model_id: str
@@ -111,6 +114,8 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
     task: Task | None = None
     template: RerankTemplate | None = None
     revision: str | None = None
+    adapter: str | None = None
+    adapter_revision: str | None = None
     dtype: Dtype = "auto"
     smaller_dtypes: tuple[Dtype, ...] = ()
     min_cosine: float | None = None
@@ -143,6 +148,14 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
 def in_dtype(spec: ModelSpec, dtype: Dtype) -> ModelSpec:
     """Returns the spec of a model in one of its dtypes."""
     return structs.replace(spec, dtype=dtype, smaller_dtypes=())
+
+
+def parts_of(spec: ModelSpec) -> tuple[ModelSpec, ...]:
+    """Returns a spec for each folder or repository that a model's files come from: the model's, then its adapter's."""
+    if spec.adapter is None:
+        return (spec,)
+    base = structs.replace(spec, adapter=None, adapter_revision=None)
+    return base, ModelSpec(model_id=spec.model_id, source=spec.adapter, revision=spec.adapter_revision)
 
 
 IN_PLACE = frozenset(

@@ -1,5 +1,9 @@
-"""Records of the state of models and hosts, sent like those of `engines/types.py`, from which they are imported."""
+"""Records of models and hosts: their files and their state. Sent like those of `engines/types.py`, from which they are
+imported."""
 
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 from msgspec import Struct
@@ -154,3 +158,38 @@ class Plan(Struct, frozen=True, kw_only=True):
     reason: str = ""
     dtype: str = ""
     bytes_by_dtype: dict[str, int] = {}
+
+
+class ModelFiles(Struct, frozen=True, kw_only=True):
+    """A model's files, complete and on disk.
+
+    `revision` is the commit, or for a folder without one a fingerprint of names, sizes and times. `size_bytes` is
+    their size on disk. `stamp` changes when a file is replaced or written, even if `revision` stays the same; empty
+    if `revision` covers that. `parts`: of a model with an adapter, the files of the model and of the adapter.
+    """
+
+    path: str
+    revision: str
+    size_bytes: int
+    stamp: str = ""
+    parts: tuple["ModelFiles", ...] = ()
+
+    def with_adapter(self, adapter: "ModelFiles") -> "ModelFiles":
+        """Returns the files of this model with an adapter; both revisions, and both stamps, are part of theirs."""
+        return ModelFiles(
+            path=self.path,
+            revision=f"{self.revision}+{adapter.revision}",
+            size_bytes=self.size_bytes + adapter.size_bytes,
+            stamp=fingerprint([self.stamp, adapter.stamp]) if self.stamp or adapter.stamp else "",
+            parts=(self, adapter),
+        )
+
+    @property
+    def adapter_folder(self) -> Path | None:
+        """The folder of the adapter; None without one."""
+        return Path(self.parts[1].path) if self.parts else None
+
+
+def fingerprint(parts: Sequence[object]) -> str:
+    """Hashes a sequence of printable values to 40 hex digits, the length of a commit."""
+    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:40]

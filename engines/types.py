@@ -3,8 +3,6 @@
 Vectors are bytes: little-endian float32, row after row, so that a record is sent without conversion.
 """
 
-import hashlib
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict
 
 from msgspec import Struct, structs
@@ -12,10 +10,12 @@ from msgspec import Struct, structs
 from engines.spec import Output, Truncate
 from engines.status import Event as Event
 from engines.status import HostSnapshot as HostSnapshot
+from engines.status import ModelFiles as ModelFiles
 from engines.status import ModelInfo as ModelInfo
 from engines.status import ModelStatus as ModelStatus
 from engines.status import Plan as Plan
 from engines.status import State as State
+from engines.status import fingerprint as fingerprint
 
 if TYPE_CHECKING:
     import numpy as np
@@ -355,22 +355,3 @@ class Tokens(BaseResult, frozen=True, kw_only=True, tag="tokens"):
 
 Result = Embeddings | Outputs | Scores | Tokens
 """All kinds of results: a tagged union, by `type`. A new kind is a new member here."""
-
-
-class ModelFiles(Struct, frozen=True, kw_only=True):
-    """A model's files, complete and on disk.
-
-    `revision` is the commit, or for a folder without one a fingerprint of names, sizes and times. `size_bytes` is
-    their size on disk. `stamp` changes when a file is replaced or written, even if `revision` stays the same; empty
-    if `revision` covers that.
-    """
-
-    path: str
-    revision: str
-    size_bytes: int
-    stamp: str = ""
-
-
-def fingerprint(parts: Sequence[object]) -> str:
-    """Hashes a sequence of printable values to 40 hex digits, the length of a commit."""
-    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:40]

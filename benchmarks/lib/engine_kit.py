@@ -57,11 +57,20 @@ class Kit:
         return self._references[name]
 
     def load(
-        self, folder: Path, *, settings: LoaderSettings | None = None, revision: str = "r1", **spec: Any
+        self,
+        folder: Path,
+        *,
+        settings: LoaderSettings | None = None,
+        revision: str = "r1",
+        adapter: Path | None = None,
+        **spec: Any,
     ) -> EmbeddingEngine:
-        """Load a folder and warm it up, as a host does."""
+        """Load a folder, with the adapter of another, and warm it up, as a host does."""
         loader = TorchLoader("cpu", self.scheduler, self.threads, settings or LoaderSettings())
         files = ModelFiles(path=str(folder), revision=revision, size_bytes=0)
+        if adapter is not None:
+            files = files.with_adapter(ModelFiles(path=str(adapter), revision="a1", size_bytes=0))
+            spec["adapter"] = str(adapter)
         engine = loader.load(ModelSpec(**{"model_id": "m", "source": str(folder), **spec}), files)
         asyncio.run(engine.warm_up())
         return engine

@@ -21,6 +21,8 @@ MODULES = "modules.json"
 CONFIG = "config.json"
 README = "README.md"
 ARTIFACT = "artifact.metadata"
+ADAPTER_CONFIG = "adapter_config.json"
+"""Marks a PEFT adapter, which has no config.json."""
 
 _METADATA = (
     "*config*.json", MODULES, "tokenizer*.json", "vocab*", "merges.txt", "*.model", "*.tiktoken", "bpe.codes",
@@ -30,6 +32,8 @@ _METADATA = (
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """In transformers' order of preference."""
+_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+"""In PEFT's order of preference."""
 
 _TRANSFORMERS = ("Transformer", "MLMTransformer")
 _WITH_CONFIG = (*_TRANSFORMERS, "Pooling", "Dense", "LayerNorm", "SpladePooling")
@@ -151,7 +155,11 @@ def _metadata(names: Collection[str], folders: Collection[str], *, with_code: bo
 
 def _weights_entry(names: Collection[str], module: Module, source: str) -> str | None:
     """Returns the file that holds or indexes a module's weights; None for a module without weights."""
-    entry = next((name for name in (_join_path(module.path, weights) for weights in _WEIGHTS) if name in names), None)
+    is_adapter = module.kind == "Transformer" and _join_path(module.path, ADAPTER_CONFIG) in names
+    entry = _first(names, module.path, _ADAPTER_WEIGHTS) if is_adapter else None
+    if entry is not None:
+        return entry
+    entry = _first(names, module.path, _WEIGHTS)
     if entry is None and module.kind in _TRANSFORMERS:
         raise UnsupportedModel(
             f"'source' {source} has no supported weights: neither model.safetensors nor pytorch_model.bin"
@@ -161,6 +169,10 @@ def _weights_entry(names: Collection[str], module: Module, source: str) -> str |
     if module.kind in _WITH_CONFIG and _join_path(module.path, CONFIG) not in names:
         raise _missing_error(_join_path(module.path, CONFIG), f"a {module.kind} module")
     return entry
+
+
+def _first(names: Collection[str], folder: str, wanted: Collection[str]) -> str | None:
+    return next((name for name in (_join_path(folder, file) for file in wanted) if name in names), None)
 
 
 def _shards(names: Collection[str], read: ReadFile, index: str) -> list[str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from engines.errors import BrokenFiles, SourceNotFound
 from engines.hub.file_selection import Selection, is_safe, select
 from engines.hub.weight_files import WeightCount, count_weights, read_header, read_range
+from engines.spec import ModelSpec, parts_of
 from engines.types import ModelFiles, fingerprint
 
 PACKAGE = "package:"
@@ -22,6 +23,11 @@ _FOLDER_STARTS = ("/", "./", "../", "~")
 def is_local(source: str) -> bool:
     """Returns whether a registry's `source` is a folder or a package rather than a hub id."""
     return source.startswith((*_FOLDER_STARTS, PACKAGE)) or source in {".", ".."}
+
+
+def is_on_disk(spec: ModelSpec) -> bool:
+    """Returns whether no file of a model, or of its adapter, comes from a hub."""
+    return all(is_local(part.source) for part in parts_of(spec))
 
 
 def is_writable_in_place(source: str) -> bool:

@@ -23,7 +23,7 @@ from engines.hub.repository import FreeBytes, Repository
 from engines.hub.single_flight import SingleFlights
 from engines.hub.weight_files import WeightCount, target_dtype
 from engines.protocols import Progress
-from engines.spec import ModelSpec
+from engines.spec import ModelSpec, parts_of
 from engines.types import ModelFiles
 
 log = structlog.get_logger(__name__)
@@ -68,11 +68,12 @@ class ModelStore:
     def locate(self, spec: ModelSpec) -> ModelFiles | None:
         """Returns the model's files if they are complete on disk, else None. Never uses the network."""
         try:
-            if is_local(spec.source):
-                return self._folder(spec).files()
-            return self._repository(spec).locate()
+            base, *adapters = [self._locate(part) for part in parts_of(spec)]
         except (BadModel, OSError):
             return None
+        for adapter in adapters:
+            base = base.with_adapter(adapter) if base is not None and adapter is not None else None
+        return base
 
     def fetch(self, spec: ModelSpec, on_progress: Progress, *, refresh: bool = False) -> ModelFiles:
         """Downloads and verifies the files if needed; concurrent calls for the same files share one download.
@@ -84,6 +85,18 @@ class ModelStore:
             UnsupportedModel: no weights in a supported format.
             ShuttingDown: the store was closed.
         """
+        base, *adapters = parts_of(spec)
+        found = [self._fetch(adapter, on_progress, refresh=refresh) for adapter in adapters]  # the small files first
+        num_bytes = sum(files.size_bytes for files in found)
+        files = self._fetch(base, lambda done, total: on_progress(done + num_bytes, total + num_bytes), refresh=refresh)
+        return files.with_adapter(found[0]) if found else files
+
+    def _locate(self, spec: ModelSpec) -> ModelFiles | None:
+        if is_local(spec.source):
+            return self._folder(spec).files()
+        return self._repository(spec).locate()
+
+    def _fetch(self, spec: ModelSpec, on_progress: Progress, *, refresh: bool) -> ModelFiles:
         if is_local(spec.source):
             files = self._folder(spec).files()
         else:
@@ -104,9 +117,7 @@ class ModelStore:
 
     def is_current(self, spec: ModelSpec, files: ModelFiles) -> bool:
         """Returns whether the files on disk are still the ones in `files`."""
-        if is_local(spec.source):
-            return self.locate(spec) == files
-        return self._repository(spec).is_current(files)
+        return all(map(self._is_current, parts_of(spec), files.parts or (files,)))
 
     def verify(
         self,
@@ -126,22 +137,24 @@ class ModelStore:
             BrokenFiles: a file is damaged.
             FilesChanged: a file was replaced since `files` were located.
         """
-        if not is_local(spec.source):
-            self._repository(spec).verify(files, should_continue, is_anew=is_anew)
+        for part, part_files in zip(parts_of(spec), files.parts or (files,), strict=True):
+            if not is_local(part.source):
+                self._repository(part).verify(part_files, should_continue, is_anew=is_anew)
 
     def discard(self, spec: ModelSpec, file: str | None) -> bool:
         """Deletes a corrupt file (all files when None); returns False for local sources, which are never deleted."""
-        if is_local(spec.source):
-            return False
-        self._repository(spec).discard(file)
-        return True
+        downloaded = [part for part in parts_of(spec) if not is_local(part.source)]
+        for part in downloaded:  # a file of that name is deleted in both: the message of a broken file names no folder
+            self._repository(part).discard(file)
+        return bool(downloaded)
 
     def weight_bytes(self, spec: ModelSpec, device: str) -> int | None:
         """Returns the bytes of the weights on `device` in the spec's dtype, before any download; None when unknown.
 
-        Exact for safetensors, except for heads that an embedder drops (`WeightCount.bytes_in`). Blocks: it may request
-        a listing and a few kilobytes of each weight file from the hub.
+        Exact for safetensors, except for heads that an embedder drops (`WeightCount.bytes_in`). An adapter adds
+        none: it is merged. Blocks: it may request a listing and a few kilobytes of each weight file from the hub.
         """
+        spec = parts_of(spec)[0]
         try:
             return self._count(spec).bytes_in(target_dtype(spec.dtype, device))
         except HubUnreachable as error:
@@ -161,6 +174,11 @@ class ModelStore:
     def close(self) -> None:
         """Ends running downloads with `ShuttingDown`; the next start resumes their partial files."""
         self._hub.close()
+
+    def _is_current(self, spec: ModelSpec, files: ModelFiles) -> bool:
+        if is_local(spec.source):
+            return self.locate(spec) == files
+        return self._repository(spec).is_current(files)
 
     def _recent_failure(self, spec: ModelSpec) -> str:
         """Returns, once, the error of a size lookup that failed in the last `_RECENT_FAILURE_S` seconds; else ""."""

@@ -14,8 +14,10 @@ from engines.batching.outputs import OutputFacts
 from engines.batching.scores import Scoring
 from engines.device.torch_runtime import compute_capability
 from engines.errors import BadModel, BrokenFiles, UnsupportedModel, is_device_error
+from engines.hub.file_selection import ADAPTER_CONFIG
 from engines.hub.local_folder import is_writable_in_place
 from engines.inputs.tokenizer import Tokenizer
+from engines.loading.adapter import merge_adapter
 from engines.loading.dtype import automatic_dtype, overflows_float16
 from engines.loading.flag_heads import lexical_head
 from engines.loading.folder import Folder, read_json
@@ -65,6 +67,8 @@ def build(folder: Folder, spec: ModelSpec, encoder_config: EncoderConfig) -> Bui
     if spec.trust_remote_code:
         log.warning("model.remote_code_trusted", model=spec.model_id, source=spec.source, revision=spec.revision)
     kind = "Transformer" if folder.modules is None else folder.modules[0].kind
+    if folder.adapter is not None and kind != "Transformer":
+        raise UnsupportedModel(f"an adapter needs a transformer to be merged into, and this model is a {kind}")
     if kind == "StaticEmbedding":
         static = build_static(folder, spec, encoder_config.device)
         return Built(*static, facts=OutputFacts(dimensions=static[0].dimensions))
@@ -200,10 +204,10 @@ def read_config(folder: Folder, spec: ModelSpec) -> PretrainedConfig:
     Raises:
         BrokenFiles, UnsupportedModel.
     """
-    if (folder.weights / "adapter_config.json").exists():
+    if (folder.weights / ADAPTER_CONFIG).exists():
         raise UnsupportedModel(
-            "adapter_config.json marks a PEFT adapter, which is not supported: merge it into its base model and serve "
-            "the result"
+            f"{ADAPTER_CONFIG} marks a PEFT adapter: in the registry, name its base model as `source` and the adapter "
+            "as `adapter` (`embedyard add` writes both)"
         )
     check_counts(read_json(folder.weights, "config.json") or {})
     options = dict(folder.transformer.get("config_kwargs") or folder.transformer.get("config_args") or {})
@@ -237,6 +241,7 @@ def read_model(
         model_class: transformers' class of a model with a head; None is the model without one.
     """
     dtype = choose_dtype(spec, config, device)
+    stored = dtype if folder.adapter is None else torch.float32
     is_copied = device.type == "cpu" and is_writable_in_place(spec.source)
     has_head = model_class is not None
     if not has_head:
@@ -245,7 +250,7 @@ def read_model(
     check_proportions(model_class, config, folder.weights, shards, trust_remote_code=spec.trust_remote_code)
     try:
         model, report = model_class.from_pretrained(
-            folder.weights, config=config, dtype=dtype, trust_remote_code=spec.trust_remote_code,
+            folder.weights, config=config, dtype=stored, trust_remote_code=spec.trust_remote_code,
             local_files_only=True, output_loading_info=True, disable_mmap=is_copied or None,
         )  # fmt: skip
         if is_copied and ".bin" in _weight_file_name(folder.weights):  # transformers maps pickled files in any case
@@ -257,6 +262,9 @@ def read_model(
             raise
         raise _translate_error(error, _broken_file(folder.weights)) from error
     missing = set(report["missing_keys"])
+    if folder.adapter is not None:
+        model, replaced = merge_adapter(model, folder.adapter, vocab_size_of(model))
+        model, missing = model.to(dtype), missing - replaced
     _check_complete(sorted(missing if has_head else missing - unused_weights(missing)), folder, spec, config)
     return model
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from engines.errors import BrokenFiles
 
+_ADAPTER = "adapter/"
+
 
 class Checksums:
     """Hashes files on a thread from construction on; hashlib releases the GIL, so loading goes on meanwhile.
@@ -15,15 +17,16 @@ class Checksums:
         folder: the model's folder.
         expected: sha256 in lower-case hex, by file name inside the folder.
         model_id: for messages.
+        adapter: the folder of its adapter; names of files in it begin with `adapter/`.
     """
 
-    def __init__(self, folder: Path, expected: Mapping[str, str], model_id: str) -> None:
+    def __init__(self, folder: Path, expected: Mapping[str, str], model_id: str, adapter: Path | None = None) -> None:
         self._expected = expected
         self._model_id = model_id
         self._found: dict[str, Future[str]] = {}
         if expected:
             thread = ThreadPoolExecutor(1, thread_name_prefix="checksum")
-            self._found = {name: thread.submit(_sha256, folder / name) for name in expected}
+            self._found = {name: thread.submit(_sha256, _path(name, folder, adapter)) for name in expected}
             thread.shutdown(wait=False)
 
     def check(self) -> None:
@@ -43,6 +46,11 @@ class Checksums:
                     f"{self._expected[name]}; fetch or install the model again, or correct `sha256` in the registry",
                     file=name,
                 )
+
+
+def _path(name: str, folder: Path, adapter: Path | None) -> Path:
+    is_adapters = adapter is not None and name.startswith(_ADAPTER)
+    return adapter / name.removeprefix(_ADAPTER) if adapter is not None and is_adapters else folder / name
 
 
 def _sha256(file: Path) -> str:

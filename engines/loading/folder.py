@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from engines.errors import BrokenFiles, UnsupportedModel
 from engines.loading.late_interaction import (
@@ -22,6 +22,7 @@ from engines.loading.late_interaction import (
     read_late_interaction,
 )
 from engines.spec import Output, PoolingMode
+from engines.types import ModelFiles
 
 Json = dict[str, Any]
 
@@ -170,6 +171,8 @@ class Folder(Struct, frozen=True, kw_only=True):
 
     `modules` is None without a `modules.json`. `transformer` is the Transformer module's own config.
     `truncate_dim` is the width to which sentence-transformers truncates this model's vectors by default.
+    `base` is the folder of the transformer's config and weights, where these are not among the modules; `adapter` that
+    of a PEFT adapter to merge into them.
     `is_cross_encoder`: whether its CrossEncoder saved the folder, whose `activation_fn` is `activation`.
     `late`: of a folder whose model gives a vector for each token instead of one for a text; else None.
     `is_sparse_encoder`: whether its SparseEncoder did, which keeps at most `max_active_dims` entries of a text.
@@ -182,6 +185,8 @@ class Folder(Struct, frozen=True, kw_only=True):
     default_prompt: str | None
     matryoshka_widths: tuple[int, ...]
     truncate_dim: int | None = None
+    base: Path | None = None
+    adapter: Path | None = None
     is_cross_encoder: bool = False
     activation: str | None = None
     late: LateInteraction | None = None
@@ -195,7 +200,17 @@ class Folder(Struct, frozen=True, kw_only=True):
 
     @property
     def weights(self) -> Path:
-        """The folder of the transformer's config, tokenizer and weights."""
+        """The folder of the transformer's config and weights."""
+        return self.base or self._first
+
+    @property
+    def tokenizer(self) -> Path:
+        """The folder of the tokenizer: the adapter's, if it has one, else the transformer's."""
+        has_own = self.adapter is not None and (self.adapter / "tokenizer_config.json").exists()
+        return self.adapter if self.adapter is not None and has_own else self.weights
+
+    @property
+    def _first(self) -> Path:
         return self.root / (self.modules[0].path if self.modules else "")
 
 
@@ -209,7 +224,31 @@ def outputs_of(folder: Folder) -> tuple[Output, ...]:
     return ("dense", *(output for output, file in files.items() if (folder.weights / file).exists()))
 
 
-def read_folder(root: Path) -> Folder:
+def read_files(files: ModelFiles) -> Folder:
+    """Reads the configuration of a model's files; see `read_folder`."""
+    return read_folder(Path(files.path), files.adapter_folder)
+
+
+def read_folder(root: Path, adapter: Path | None = None) -> Folder:
+    """Reads the configuration of a folder, and of an adapter of its model.
+
+    An adapter that sentence-transformers saved has modules and prompts, which replace the model's own, as they do in
+    sentence-transformers; any other adapter has weights only, and perhaps a tokenizer.
+
+    Raises:
+        BrokenFiles: a required file is missing, or a file is not valid JSON.
+        UnsupportedModel: a module does not belong to sentence-transformers, or needs an unsupported feature.
+    """
+    folder = _read_folder(root)
+    if adapter is None:
+        return folder
+    if not (adapter / "modules.json").exists():
+        return structs.replace(folder, adapter=adapter)
+    own = _read_folder(adapter)
+    return structs.replace(own, base=folder.weights, adapter=own.weights)
+
+
+def _read_folder(root: Path) -> Folder:
     """Reads a folder's configuration.
 
     Raises:

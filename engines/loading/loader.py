@@ -29,7 +29,7 @@ from engines.inputs.tokenizer_threads import TokenizerThreads
 from engines.loading.builders import Built, build
 from engines.loading.checksums import Checksums
 from engines.loading.dtype import dtype_notes
-from engines.loading.folder import PLACEHOLDER_PROMPTS, Folder, read_folder
+from engines.loading.folder import PLACEHOLDER_PROMPTS, Folder, read_files
 from engines.loading.precision import PrecisionGate
 from engines.loading.score_forms import Form, score_form
 from engines.loading.scorers import build_scorer
@@ -107,8 +107,8 @@ class TorchLoader:
             raise OutOfMemory(f"{self._device} has no memory left to load {spec.model_id}") from error
 
     def _load(self, spec: ModelSpec, files: ModelFiles) -> EmbeddingEngine:
-        checksums = Checksums(Path(files.path), spec.sha256, spec.model_id)
-        folder = read_folder(Path(files.path))
+        checksums = Checksums(Path(files.path), spec.sha256, spec.model_id, files.adapter_folder)
+        folder = read_files(files)
         self_check = SelfCheck(self._canaries)
         form, config = score_form(folder, spec), self._encoder_config(self_check)
         store = self._settings.precision_store if form is None and not folder.is_sparse_encoder else None
@@ -259,7 +259,8 @@ def _probe_tokenizer(built: Built) -> ProbeTokenizer:
 
 def _last_written_s(files: ModelFiles) -> float:
     """Returns the latest mtime of files from a hub; 0 for a local folder, whose revision changes with its files."""
-    paths = Path(files.path).rglob("*") if files.stamp else ()
+    stamped = (part for part in files.parts or (files,) if part.stamp)
+    paths = (path for part in stamped for path in Path(part.path).rglob("*"))
     return max((path.stat().st_mtime for path in paths if path.is_file()), default=0.0)
 
 

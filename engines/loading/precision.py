@@ -7,7 +7,6 @@ kept, and refuses the model where it is not near enough; later loads read it and
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -23,7 +22,7 @@ from engines.inputs.prompts import PromptTemplate
 from engines.inputs.tokenizer import Ids, Tokenizer
 from engines.loading.builders import build
 from engines.loading.calibration_texts import CALIBRATION_TEXTS
-from engines.loading.folder import Folder, read_folder
+from engines.loading.folder import Folder, read_files
 from engines.loading.score_forms import score_form
 from engines.models.base import EncoderConfig, LoadedEncoder, weight_bytes
 from engines.models.prepacked import MAX_PREPACKED_BYTES
@@ -97,7 +96,7 @@ def measure_dtype(spec: ModelSpec, files: ModelFiles, dtype: str, texts: Sequenc
         BadModel: the model cannot be loaded, or has no reduced form that is measured, as static and scoring ones.
     """
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # untyped upstream
-    folder = read_folder(Path(files.path))
+    folder = read_files(files)
     config = EncoderConfig(num_threads=torch.get_num_threads(), max_prepacked_bytes=MAX_PREPACKED_BYTES)
     if score_form(folder, spec) is not None:
         raise UnsupportedModel(f"{spec.model_id} gives scores: precision is measured of models that embed")

@@ -63,7 +63,7 @@ def read_reference(folder: Folder, spec: ModelSpec, facts: ModelFacts) -> Refere
         UnsupportedModel: it belongs to another model, does more than add fixed special tokens around a text, or lacks
             the special tokens that it should add.
     """
-    check_tokenizer_files(folder.weights)
+    check_tokenizer_files(folder.tokenizer)
     reference = _load(folder, spec)
     if folder.late is not None:
         _register_markers(reference, folder.late.markers)
@@ -96,7 +96,7 @@ def _load(folder: Folder, spec: ModelSpec) -> Any:
     options = {key: value for key, value in _options(folder).items() if key != "trust_remote_code"}
     try:
         return AutoTokenizer.from_pretrained(
-            folder.weights, trust_remote_code=spec.trust_remote_code, local_files_only=True, **options
+            folder.tokenizer, trust_remote_code=spec.trust_remote_code, local_files_only=True, **options
         )
     # A broken tokenizer.json surfaces as whatever its Rust parser raises, a bare Exception among them.
     except Exception as error:
@@ -220,7 +220,7 @@ def _restore_end_token(folder: Folder, reference: Any, suffix: tuple[int, ...]) 
     followed the first, transformers 5 follows the second, and the vector of such a model is that of the end token.
     """
     end = reference.eos_token_id
-    stated = (read_json(folder.weights, _CONFIG) or {}).get("add_eos_token")
+    stated = (read_json(folder.tokenizer, _CONFIG) or {}).get("add_eos_token")
     if stated is not True or end is None or end in suffix:
         return suffix
     log.info("model.end_token_restored", token=reference.eos_token, why=f"add_eos_token in {_CONFIG}")

@@ -22,7 +22,7 @@ from engines.errors import (
     ShuttingDown,
     is_out_of_memory,
 )
-from engines.hub.local_folder import is_local
+from engines.hub.local_folder import is_on_disk
 from engines.pool.estimates import Estimates, Measurement
 from engines.pool.messages import (
     BudgetChanged,
@@ -150,7 +150,7 @@ class EffectRunner:
 
     async def _estimate_undownloaded(self, spec: ModelSpec) -> MemoryNeed | None:
         """Estimates the size of a model whose files are not on disk."""
-        on_thread = self._workers.read_disk if is_local(spec.source) else self._workers.query_hub
+        on_thread = self._workers.read_disk if is_on_disk(spec) else self._workers.query_hub
         return await on_thread(partial(self._estimates.estimate, spec, None))
 
     async def _fetch(self, effect: StartFetch) -> PoolEvent:
@@ -160,7 +160,7 @@ class EffectRunner:
             assert need is not None, "files on disk have a size"
             return DownloadCompleted(effect.slot_id, files, need)
 
-        on_thread = self._workers.read_disk if is_local(effect.spec.source) else self._workers.fetch
+        on_thread = self._workers.read_disk if is_on_disk(effect.spec) else self._workers.fetch
         try:
             return await on_thread(fetch)
         except Exception as error:  # noqa: BLE001  # becomes the waiters' answer

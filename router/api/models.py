@@ -118,6 +118,7 @@ def _model(server_state: ServerState, spec: ModelSpec, slots: Sequence[Slot]) ->
         owned_by=_owner(spec.model_id),
         state=nearest.state,
         source=_public_source(spec.source),
+        adapter=_public_source(spec.adapter) if spec.adapter else None,
         aliases=server_state.registry.aliases_of(spec.model_id),
         task=task,
         outputs=OUTPUTS[task] if task else (),

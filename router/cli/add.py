@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from msgspec import structs
 
-from engines.errors import BadModel, HubUnreachable, OfflineMode
+from engines.errors import BadModel, HubUnreachable, OfflineMode, UnsupportedModel
 from engines.spec import Matryoshka, ModelSpec
 from router.config.settings import SettingsError, load_settings
 from router.config.yaml_editing import EditError
@@ -36,6 +37,7 @@ _MIN_BILLIONS = 10**8
 Examples:
   embedyard add BAAI/bge-m3
   embedyard add ./my-model --name support-v2
+  embedyard add ./my-lora            a PEFT adapter: merged into its base model at load
   embedyard add intfloat/e5-small-v2 --revision ffb93f3bd4047442299a41ebb6fa998a38507c52
 """
 )
@@ -112,7 +114,7 @@ def _describe(entry: NewEntry) -> "Description":
 
     store = ModelStore()
     try:
-        return describe(store, ModelSpec(model_id=entry.name, source=entry.source, revision=entry.revision))
+        return describe(store, _spec_of(entry))
     finally:
         store.close()
 
@@ -137,12 +139,15 @@ def _described(entry: NewEntry) -> NewEntry:
     Raises:
         BadModel: as for `_describe`.
     """
+    entry = _on_base(entry)
     found = _describe(entry)
     return NewEntry(
         name=entry.name,
         source=entry.source,
         aliases=entry.aliases,
         revision=entry.revision,
+        adapter=entry.adapter,
+        adapter_revision=entry.adapter_revision,
         task=None if found.task == "embed" else found.task,
         prompts=found.prompts,
         default_prompt=found.default_prompt if found.default_prompt in found.prompts else None,
@@ -150,6 +155,48 @@ def _described(entry: NewEntry) -> NewEntry:
         assumed_pooling=found.assumed_pooling,
         description=_summary(found),
         license=found.license,
+    )
+
+
+def _spec_of(entry: NewEntry) -> ModelSpec:
+    return ModelSpec(
+        model_id=entry.name,
+        source=entry.source,
+        revision=entry.revision,
+        adapter=entry.adapter,
+        adapter_revision=entry.adapter_revision,
+    )
+
+
+def _on_base(entry: NewEntry) -> NewEntry:
+    """Return the entry of an adapter with the model that it belongs to as its source; another entry as it is.
+
+    Raises:
+        BadModel: it cannot be read, or that model is neither on a hub nor on this machine.
+    """
+    from engines.description import base_of  # late, as above
+    from engines.planner import ModelStore
+
+    store = ModelStore()
+    try:
+        found = base_of(store, _spec_of(entry))
+    finally:
+        store.close()
+    if found is None:
+        return entry
+    base, revision = found
+    folder = existing_folder(base)
+    if folder is None and not is_hub_id(base):
+        raise UnsupportedModel(
+            f"it is an adapter of {base!r}, which is neither a hub id nor a folder here: add it to the registry by "
+            "hand, with its base model as `source`"
+        )
+    return structs.replace(
+        entry,
+        source=base if folder is None else str(folder),
+        revision=revision if folder is None else None,
+        adapter=entry.source,
+        adapter_revision=entry.revision,
     )
 
 

@@ -8,7 +8,7 @@ import click
 import msgspec
 from msgspec import Struct
 
-from engines.spec import ModelSpec
+from engines.spec import ModelSpec, parts_of
 from router.auth.key_file import KeysError, read_keys
 from router.cli.start_warnings import target_dim_warnings
 from router.config.settings import DEFAULT_REGISTRY, Settings, SettingsError, load_settings, unknown_settings
@@ -127,6 +127,6 @@ def _print(verdict: CheckResult) -> None:
 
 
 def _line(spec: ModelSpec, missing: str | None, *, is_default: bool) -> str:
-    revision = f"@{spec.revision}" if spec.revision else ""
-    shown = f"{spec.model_id}  {spec.source}{revision}{'  (default)' if is_default else ''}"
+    shown = " + ".join(f"{each.source}@{each.revision}" if each.revision else each.source for each in parts_of(spec))
+    shown = f"{spec.model_id}  {shown}{'  (default)' if is_default else ''}"
     return f"missing  {shown}  {missing}" if missing else f"ok  {shown}"

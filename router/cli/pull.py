@@ -106,7 +106,8 @@ def _pull(store: "ModelStore", spec: ModelSpec, report: PullReport) -> bool:
 
 
 def _ok(spec: ModelSpec, files: "ModelFiles") -> str:
-    return f"ok  {spec.model_id}  {format_bytes(files.size_bytes)}  {files.revision[:12]}"
+    revisions = "+".join(part.revision[:12] for part in files.parts or (files,))
+    return f"ok  {spec.model_id}  {format_bytes(files.size_bytes)}  {revisions}"
 
 
 @contextmanager

@@ -36,5 +36,7 @@ def _known_widths(registry: Registry) -> dict[str, int]:
         located = [(spec, store.locate(spec)) for spec in registry.models.values()]
     finally:
         store.close()
-    widths = {spec.model_id: native_width(Path(files.path), spec) for spec, files in located if files}
+    widths = {
+        spec.model_id: native_width(Path(files.path), spec, files.adapter_folder) for spec, files in located if files
+    }
     return {model_id: width for model_id, width in widths.items() if width}

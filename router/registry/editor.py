@@ -52,9 +52,10 @@ def check_is_new(registry: Registry, entry: NewEntry) -> None:
             known = f"{name!r} is in the registry already" + (f", as an alias of {owner!r}" if owner != name else "")
             remedy = "choose another with --name" if name == entry.name else f"use it as {owner!r}"
             raise EditError(f"{known}: {remedy}")
-    twin = next((spec.model_id for spec in registry.models.values() if spec.source == entry.source), None)
-    if twin is not None and not entry.revision:
-        raise EditError(f"{entry.source} is in the registry already, as {twin!r}")
+    sources, revision = (entry.source, entry.adapter), entry.adapter_revision if entry.adapter else entry.revision
+    twin = next((spec.model_id for spec in registry.models.values() if (spec.source, spec.adapter) == sources), None)
+    if twin is not None and not revision:
+        raise EditError(f"{entry.adapter or entry.source} is in the registry already, as {twin!r}")
 
 
 def _models_node(text: str) -> yaml.SequenceNode:
@@ -88,7 +89,8 @@ def _is_spaced(node: yaml.SequenceNode, lines: list[str]) -> bool:
 def _verified(text: str, before: Registry, entry: NewEntry) -> str:
     after = parse_registry(text)
     new = after.models.get(entry.name)
-    is_right = new is not None and new.source == entry.source and dict(new.prompts) == entry.prompts
+    sources = (entry.source, entry.adapter)
+    is_right = new is not None and (new.source, new.adapter) == sources and dict(new.prompts) == entry.prompts
     others = {model_id: spec for model_id, spec in after.models.items() if model_id != entry.name}
     aliases = {alias: target for alias, target in after.aliases.items() if target != entry.name}
     if not is_right or structs.replace(after, models=others, aliases=aliases) != before:

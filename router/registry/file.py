@@ -226,6 +226,8 @@ class ModelEntry(Defaults, forbid_unknown_fields=True, kw_only=True):
     task: Task | UnsetType = UNSET
     template: RerankTemplate | UnsetType = UNSET
     revision: Revision | UnsetType = UNSET
+    adapter: Source | UnsetType = UNSET
+    adapter_revision: Revision | UnsetType = UNSET
     trust_remote_code: bool | UnsetType = UNSET
     pooling: PoolingName | Poolings | UnsetType = UNSET
     prompts: dict[PromptName, Prompt] | UnsetType = UNSET

@@ -32,6 +32,9 @@ MEANINGS = {
     "aliases": "Other names for the same model.",
     "source": "A hub id (BAAI/bge-m3), a local folder (/…, ./…, ../…, ~/…) or package:NAME/SUB/FOLDER.",
     "revision": "Branch, tag or commit of the hub repository. A full commit makes vectors reproducible.",
+    "adapter": "A PEFT adapter (LoRA) of the model, as `source`: merged into the weights at load. One that "
+    "sentence-transformers saved brings modules, prompts and tokenizer with it.",
+    "adapter_revision": "Branch, tag or commit of the adapter's hub repository.",
     "task": "What the model computes: embed (vectors), rerank (a score for a query and a document) or classify (a "
     "score for each label). If given, requests for another task are refused without a load. Default: from the files.",
     "template": "How a causal language model that answers yes or no reads a query and a document, where its own files "
@@ -74,7 +77,8 @@ MEANINGS = {
     "with one text. `embedyard calibrate` prints them. Default: the ranges of each request.",
     "lowest": "Smallest value of each component: a list as long as a vector, or one number for all components.",
     "highest": "Largest value of each component: a list as long as a vector, or one number for all components.",
-    "sha256": "File of the model → its sha256 in hexadecimal digits. A file with another one is refused at load.",
+    "sha256": "File of the model → its sha256 in hexadecimal digits. A file with another one is refused at load. "
+    "`adapter/FILE` is a file of the adapter.",
     "description": "One line for choosing a model: languages, width, size, context length.",
     "license": "SPDX identifier, or the vendor's name of the license.",
     "token_encoding": "The encoding of token ids in requests, if not the model's own; tiktoken, if installed, decodes "

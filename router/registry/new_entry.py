@@ -13,6 +13,9 @@ _PLAIN_IN_LIST = re.compile(r"[A-Za-z0-9./~][A-Za-z0-9./~_+-]*", re.ASCII)
 _POOLING_NOTE = " # no modules.json states it: this is sentence-transformers' default; compare with the model card"
 
 
+_KEYS = ("revision", "adapter", "adapter_revision", "task")
+
+
 class NewEntry(Struct, frozen=True, kw_only=True):
     """An entry to add; what is empty is left out.
 
@@ -23,6 +26,8 @@ class NewEntry(Struct, frozen=True, kw_only=True):
     source: str
     aliases: tuple[str, ...] = ()
     revision: str | None = None
+    adapter: str | None = None
+    adapter_revision: str | None = None
     task: str | None = None
     prompts: dict[str, str] = {}
     default_prompt: str | None = None
@@ -39,7 +44,7 @@ def entry_lines(entry: NewEntry) -> list[str]:
     if entry.aliases:
         lines.append(f"  aliases: [{', '.join(scalar(alias, _PLAIN_IN_LIST) for alias in entry.aliases)}]")
     lines.append(f"  source: {scalar(entry.source)}")
-    lines += [f"  {key}: {scalar(text)}" for key in ("revision", "task") if (text := getattr(entry, key))]
+    lines += [f"  {key}: {scalar(text)}" for key in _KEYS if (text := getattr(entry, key))]
     if entry.prompts:
         lines.append("  prompts:")
         lines += [f"    {scalar(name)}: {_quoted(text)}" for name, text in entry.prompts.items()]

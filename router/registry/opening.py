@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from msgspec import structs
 
-from engines.spec import ModelSpec
+from engines.spec import ModelSpec, parts_of
 from router.config.settings import DEFAULT_REGISTRY, Settings
 from router.config.yaml_document import Mistake
 from router.config.yaml_schema import nearest
@@ -101,7 +101,7 @@ def _with_named(registry: Registry, name: str) -> Registry:
 
 def _known_names(registry: Registry) -> dict[str, str]:
     """Return the model ids by id, alias and source."""
-    by_source = {spec.source: model_id for model_id, spec in registry.models.items()}
+    by_source = {spec.adapter or spec.source: model_id for model_id, spec in registry.models.items()}
     return by_source | registry.aliases | {model_id: model_id for model_id in registry.models}
 
 
@@ -129,7 +129,9 @@ def _with_model(registry: Registry, given: str, *, label: str, may_use_whole_id:
         known = registry.models.get(folder.name)
         spec = ModelSpec(model_id=folder.name, source=str(folder))
         if known is not None:
-            spec = structs.replace(known, source=str(folder), revision=None, trust_remote_code=False)
+            spec = structs.replace(
+                known, source=str(folder), revision=None, adapter=None, adapter_revision=None, trust_remote_code=False
+            )
         return _with_default(registry, spec, label)
     names = _known_names(registry)
     if given in names:  # (2)
@@ -179,7 +181,10 @@ def missing_sources(specs: Iterable[ModelSpec]) -> dict[str, str]:
 
     These are folders and packages only: what is missing of a hub is downloaded. Reads no file and imports no package.
     """
-    reasons = {spec.model_id: _missing_reason(spec.source) for spec in specs}
+    reasons = {
+        spec.model_id: next(filter(None, (_missing_reason(part.source) for part in parts_of(spec))), "")
+        for spec in specs
+    }
     return {model_id: reason for model_id, reason in reasons.items() if reason}
 
 
@@ -196,7 +201,7 @@ def _missing_reason(source: str) -> str:
     folder = existing_folder(source)
     if folder is None:
         return f"the folder {source} does not exist"
-    if not any((folder / name).is_file() for name in ("modules.json", "config.json")):
+    if not any((folder / name).is_file() for name in ("modules.json", "config.json", "adapter_config.json")):
         return f"the folder {source} holds no model (neither modules.json nor config.json)"
     return ""
 

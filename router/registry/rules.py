@@ -78,9 +78,12 @@ def _check_remote_code_revision(document: Document, entry: Mapping[str, Any], pa
 
 
 def _check_revision_has_hub_source(document: Document, entry: Mapping[str, Any], path: KeyPath) -> None:
-    source = entry.get("source")
-    if "revision" in entry and isinstance(source, str) and not is_hub_id(source):
-        document.add((*path, "revision"), "only hub repositories have revisions: remove it, or use a hub id as source")
+    for key, place in (("revision", "source"), ("adapter_revision", "adapter")):
+        source = entry.get(place)
+        if key in entry and isinstance(source, str) and not is_hub_id(source):
+            document.add((*path, key), f"only hub repositories have revisions: remove it, or use a hub id as {place}")
+    if "adapter_revision" in entry and "adapter" not in entry:
+        document.add((*path, "adapter_revision"), "there is no adapter that it could be the revision of: remove it")
 
 
 def _check_default_prompt(document: Document, entry: Mapping[str, Any], path: KeyPath) -> None:

@@ -204,3 +204,4 @@ class ModelList(Struct, frozen=True, kw_only=True):
 
     object: Literal["list"] = "list"
     data: list[Model]
+    adapter: str | None = None

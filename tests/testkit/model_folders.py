@@ -65,6 +65,17 @@ def sentence_model(folder: Path, weights: Tensors | None = None, *, dense: bool 
     return folder
 
 
+def adapter_folder(folder: Path, base: str = "org/model") -> Path:
+    """Writes a PEFT adapter with the usual other files of a hub repository."""
+    write_json(folder / "adapter_config.json", {"peft_type": "LORA", "base_model_name_or_path": base, "r": 2})
+    write_weights(
+        folder / "adapter_model.safetensors", {"base_model.model.lora_A.weight": np.ones((2, 10), np.float32)}
+    )
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    (folder / "training_args.bin").write_bytes(b"x" * 100)
+    return folder
+
+
 def write_modules(folder: Path, modules: Sequence[tuple[str, str]]) -> None:
     entries = [{"idx": i, "name": str(i), "path": path, "type": kind} for i, (path, kind) in enumerate(modules)]
     write_json(folder / "modules.json", entries)

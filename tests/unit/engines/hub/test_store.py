@@ -42,6 +42,7 @@ from engines.types import ModelFiles
 from tests.testkit.model_folders import (
     POOLING,
     TRANSFORMER,
+    adapter_folder,
     plain_model,
     sentence_model,
     sharded_model,
@@ -1156,3 +1157,73 @@ def test_a_local_folder_has_no_known_hashes(local: ModelStore, tmp_path: Path) -
     files = local.fetch(spec(sentence_model(tmp_path / "m")), quiet)
 
     local.verify(spec(tmp_path / "m"), files, is_anew=True)
+
+
+def _with_adapter(adapter: str | Path = "org/adapter") -> ModelSpec:
+    return structs.replace(spec(), adapter=str(adapter))
+
+
+def test_a_model_and_its_adapter_are_fetched_and_located_together(
+    server: LoopbackHub, store: ModelStore, tmp_path: Path
+) -> None:
+    server.add(REPO, plain_model(tmp_path / "repository"))
+    server.add("org/adapter", adapter_folder(tmp_path / "adapter"))
+    figures: list[tuple[int, int]] = []
+
+    files = store.fetch(_with_adapter(), lambda done, total: figures.append((done, total)))
+
+    base, adapter = store.locate(spec()), files.adapter_folder
+    assert base is not None and adapter is not None
+    assert {path.name for path in adapter.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert files.path == base.path
+    assert files.revision == f"{base.revision}+{adapter.name}"
+    assert files.size_bytes == base.size_bytes + sum(path.stat().st_size for path in adapter.iterdir())
+    assert figures[-1] == (files.size_bytes, files.size_bytes)
+    assert store.locate(_with_adapter()) == files
+    assert store.is_current(_with_adapter(), files)
+
+
+def test_a_model_without_its_adapter_is_not_whole(server: LoopbackHub, store: ModelStore, tmp_path: Path) -> None:
+    server.add(REPO, plain_model(tmp_path / "repository"))
+    store.fetch(spec(), quiet)
+
+    assert store.locate(spec()) is not None
+    assert store.locate(_with_adapter()) is None
+
+
+def test_a_changed_adapter_is_another_model(server: LoopbackHub, store: ModelStore, tmp_path: Path) -> None:
+    server.add(REPO, plain_model(tmp_path / "repository"))
+    local = adapter_folder(tmp_path / "adapter")
+    files = store.fetch(_with_adapter(local), quiet)
+    write_json(local / "adapter_config.json", {"peft_type": "LORA", "r": 8})
+    later = store.locate(_with_adapter(local))
+
+    assert later is not None and later.revision != files.revision
+    assert later.parts[0] == files.parts[0]
+    assert not store.is_current(_with_adapter(local), files)
+
+
+def test_damage_to_an_adapter_is_seen_and_mended(server: LoopbackHub, store: ModelStore, tmp_path: Path) -> None:
+    server.add(REPO, plain_model(tmp_path / "repository"))
+    server.add("org/adapter", adapter_folder(tmp_path / "adapter"))
+    files = store.fetch(_with_adapter(), quiet)
+    assert files.adapter_folder is not None
+    weights = (files.adapter_folder / "adapter_model.safetensors").resolve()
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + b"\x7f")
+
+    with pytest.raises(BrokenFiles) as caught:
+        store.verify(_with_adapter(), files)
+    assert store.discard(_with_adapter(), caught.value.file)
+    mended = store.fetch(_with_adapter(), quiet)
+
+    assert mended.adapter_folder is not None
+    assert (mended.adapter_folder / "adapter_model.safetensors").read_bytes() == whole
+    assert mended.revision == files.revision
+
+
+def test_an_adapter_adds_no_weights(server: LoopbackHub, store: ModelStore, tmp_path: Path) -> None:
+    server.add(REPO, plain_model(tmp_path / "repository"))
+    server.add("org/adapter", adapter_folder(tmp_path / "adapter"))
+
+    assert store.weight_bytes(_with_adapter(), "cpu") == store.weight_bytes(spec(), "cpu")

@@ -15,7 +15,7 @@ READY = {
     "prompts": {"query": "q: "}, "dtype": "float32", "bytes_by_dtype": {}, "precision": None,
     "device": "cpu", "memory_bytes": 300,
     "revision": "f" * 40,
-    "trust_remote_code": False,
+    "trust_remote_code": False, "adapter": None,
 }  # fmt: skip
 UNKNOWN_YET = {
     "id": "cold", "object": "model", "created": 1_700_000_000, "owned_by": "embedyard", "state": "absent",
@@ -25,7 +25,7 @@ UNKNOWN_YET = {
     "prompts": {"query": "q: "}, "dtype": "auto", "bytes_by_dtype": {}, "precision": None,
     "device": "auto", "memory_bytes": 0,
     "revision": "v1",
-    "trust_remote_code": True,
+    "trust_remote_code": True, "adapter": None,
 }  # fmt: skip
 
 

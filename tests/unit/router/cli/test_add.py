@@ -15,7 +15,7 @@ from router.cli import add, init
 from router.cli.main import cli
 from router.config.settings import VARIABLES
 from router.registry.registry import read_registry
-from tests.testkit.model_folders import plain_model, sentence_model, write_json
+from tests.testkit.model_folders import adapter_folder, plain_model, sentence_model, write_json
 
 REGISTRY = """\
 # Ours.
@@ -128,6 +128,35 @@ def test_a_reranker_gets_its_task(hub: LoopbackHub, tmp_path: Path) -> None:
 
     assert result.exit_code == 0, result.stderr
     assert (spec.task, spec.pooling, spec.description) == ("rerank", None, "reranker, 1 032 parameters, 16 tokens")
+
+
+@pytest.mark.parametrize("place", ["hub", "folder"])
+def test_an_adapter_is_added_on_its_base_model(hub: LoopbackHub, tmp_path: Path, place: str) -> None:
+    (tmp_path / "registry.yaml").write_text(REGISTRY)
+    adapter = adapter_folder(tmp_path / "tuned", base="org/two")
+    if place == "hub":
+        hub.add("org/tuned", adapter)
+    result = run("add", "org/tuned" if place == "hub" else "./tuned")
+    added = read_registry(tmp_path / "registry.yaml").models["tuned"]
+
+    assert result.exit_code == 0
+    assert (added.source, added.adapter) == ("org/two", "org/tuned" if place == "hub" else "./tuned")
+    assert dict(added.prompts) == {"query": "q: "}
+    assert added.license == "Apache-2.0"
+    assert run("add", "org/two").exit_code == 0, "the base is a model of its own"
+    assert (
+        "is in the registry already" in run("add", "./tuned", "--name", "other").output if place == "folder" else True
+    )
+
+
+def test_an_adapter_of_an_unknown_base_is_not_added(hub: LoopbackHub, tmp_path: Path) -> None:
+    (tmp_path / "registry.yaml").write_text(REGISTRY)
+    adapter_folder(tmp_path / "tuned", base="/home/me/base")
+    result = run("add", "./tuned")
+
+    assert result.exit_code == 1
+    assert "an adapter of '/home/me/base', which is neither a hub id nor a folder here" in result.output
+    assert (tmp_path / "registry.yaml").read_text() == REGISTRY
 
 
 def test_a_branch_is_written_down(hub: LoopbackHub, tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ OTHER: dict[str, Any] = {
     "task": "rerank",
     "template": "qwen3-reranker",
     "revision": "main",
+    "adapter": "o/adapter",
+    "adapter_revision": "v2",
     "dtype": "float16",
     "smaller_dtypes": ("int8",),
     "min_cosine": 0.5,

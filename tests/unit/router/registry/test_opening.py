@@ -186,3 +186,14 @@ def test_missing_folders_and_packages_are_named_with_the_cure(folder: Path, monk
 
 def test_a_default_registry_is_the_one_beside_the_process() -> None:
     assert Settings().registry == DEFAULT_REGISTRY == Path("registry.yaml")
+
+
+def test_an_adapter_is_known_by_its_own_source_and_must_be_there(folder: Path) -> None:
+    registry = parse_registry(
+        "{version: 1, models: [{name: base, source: a/b}, {name: tuned, source: a/b, adapter: c/tuned-lora}, "
+        "{name: local, source: a/b, adapter: ./none}]}"
+    )
+
+    assert choose_models(registry, ["a/b"]).default_model == "base"
+    assert choose_models(registry, ["c/tuned-lora"]).default_model == "tuned"
+    assert missing_sources(registry.models.values()) == {"local": "the folder ./none does not exist"}

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engines.errors import InvalidValue, ModelNotFound
-from engines.spec import NEVER_IDLE, Calibration, Matryoshka, ModelSpec
+from engines.spec import NEVER_IDLE, Calibration, Matryoshka, ModelSpec, is_same_engine, parts_of
 from engines.types import Budget
 from router.config.settings import Settings
 from router.registry import registry as registry_module
@@ -365,6 +365,36 @@ def test_only_the_hub_has_revisions(source: str) -> None:
     assert found == [
         "line 1, models[0].revision (m): only hub repositories have revisions: remove it, or use a hub id as source"
     ]
+
+
+def test_an_adapter_is_named_beside_its_base() -> None:
+    registry = parse_registry("{version: 1, models: [{name: m, source: a/b, adapter: c/d, adapter_revision: v2}]}")
+
+    assert parts_of(registry.models["m"]) == (
+        ModelSpec(model_id="m", source="a/b"), ModelSpec(model_id="m", source="c/d", revision="v2")
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            "adapter: ./d, adapter_revision: v2",
+            "only hub repositories have revisions: remove it, or use a hub id as adapter",
+        ),
+        ("adapter_revision: v2", "there is no adapter that it could be the revision of: remove it"),
+    ],
+)
+def test_an_adapters_revision_needs_an_adapter_of_a_hub(keys: str, message: str) -> None:
+    found = mistakes(f"{{version: 1, models: [{{name: m, source: a/b, {keys}}}]}}")
+
+    assert found == [f"line 1, models[0].adapter_revision (m): {message}"]
+
+
+def test_another_adapter_is_another_generation() -> None:
+    one, other = (ModelSpec(model_id="m", source="a/b", adapter=name) for name in ("c/d", "c/e"))
+
+    assert not is_same_engine(one, other)
 
 
 def test_remote_code_of_a_local_folder_is_the_operators_own() -> None:
