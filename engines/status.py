@@ -8,7 +8,7 @@ from typing import Literal
 
 from msgspec import Struct
 
-from engines.spec import Matryoshka, Output, Precision, Task
+from engines.spec import Matryoshka, Output, PoolingMode, Precision, Task
 
 State = Literal[
     "absent", "fetching", "cold", "waiting_space", "loading", "warming", "ready", "draining", "unloading",
@@ -27,7 +27,8 @@ class ModelInfo(Struct, frozen=True, kw_only=True):
     do not exclude each other; none and False for `embed`. `precision`: of a reduced dtype, where it was measured.
     `outputs`: what an `OutputsCall` may ask for, none unless the task is `embed`; `vocab_size`: the number of entries
     that sparse outputs index; `vector_width`: the width of the vectors of tokens. Both are 0 without such an output;
-    `dimensions` is 0 without a dense one.
+    `dimensions` is 0 without a dense one. `pooling`: how a transformer's tokens become its dense vector; else
+    empty.
     """
 
     dimensions: int
@@ -46,6 +47,7 @@ class ModelInfo(Struct, frozen=True, kw_only=True):
     outputs: tuple[Output, ...] = ("dense",)
     vocab_size: int = 0
     vector_width: int = 0
+    pooling: tuple[PoolingMode, ...] = ()
 
 
 class ModelStatus(Struct, frozen=True, kw_only=True):

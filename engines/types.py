@@ -117,6 +117,22 @@ class OutputsCall(TextCall, frozen=True, kw_only=True, tag="outputs"):
     pool_factor: int = 1
 
 
+class ContextualCall(TextCall, frozen=True, kw_only=True, tag="contextual"):
+    """Asks for one dense vector for each piece of documents, in the context of its document; answered by `Embeddings`.
+
+    `texts` are the pieces of all documents, one document after the other; there are no `token_ids`. `truncate` is about
+    single pieces. A prompt stands in front of each document.
+
+    Args:
+        pieces: how many of `texts` each document has.
+        dimensions, normalize: as in `EmbedCall`.
+    """
+
+    pieces: tuple[int, ...]
+    dimensions: int | None = None
+    normalize: bool | None = None
+
+
 Activation = Literal["default", "none", "probabilities"]
 """What becomes of the logits of a pair or text.
 
@@ -171,9 +187,9 @@ class TokenizeCall(BaseCall, frozen=True, kw_only=True, tag="tokenize"):
 MAX_LISTED_CHARS = 2**18
 """Characters whose tokens one call may ask for: 3 MB of places, up to 20 MB as JSON."""
 
-ModelCall = EmbedCall | OutputsCall | ScoreCall
+ModelCall = EmbedCall | ContextualCall | OutputsCall | ScoreCall
 """Calls that run the model, which limits count the tokens of."""
-Call = EmbedCall | OutputsCall | ScoreCall | TokenizeCall
+Call = EmbedCall | ContextualCall | OutputsCall | ScoreCall | TokenizeCall
 """All kinds of calls: a tagged union, by `type`. A new kind is a new member here."""
 
 

@@ -15,6 +15,7 @@ from router.api.compat.cohere import CohereController
 from router.api.compat.ollama import OllamaController, answer_ollama_error
 from router.api.compat.ollama_models import OllamaModelsController
 from router.api.compat.tei import TeiController, TeiRootController
+from router.api.compat.voyage import VoyageController
 from router.api.dashboard import DashboardController
 from router.api.docs import openapi_config
 from router.api.embeddings import (
@@ -54,6 +55,7 @@ _COMPATIBILITY_APIS: dict[str, tuple[type[Controller], ...]] = {
     "infinity": (InfinityController,),
     "azure": (AzureController,),
     "path": (PathController,),
+    "voyage": (VoyageController,),
 }
 
 

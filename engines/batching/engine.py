@@ -15,6 +15,7 @@ from msgspec import Struct, structs
 from engines.batching.autotune import BatchSizeTuner, TunedBatchSize
 from engines.batching.batch import BatchLimits, attribute_batch
 from engines.batching.cache import VectorCache
+from engines.batching.contextual import read_documents
 from engines.batching.maxsim import MaxSimScorer
 from engines.batching.output import OutputDefaults, OutputSpec, output_spec
 from engines.batching.outputs import OutputFacts
@@ -24,13 +25,14 @@ from engines.batching.runner import Failures, Runner
 from engines.batching.scores import Scoring, read_scored
 from engines.device.scheduler import DeviceScheduler, Task, post
 from engines.errors import EngineError, ShuttingDown
+from engines.inputs.documents import DocumentReading
 from engines.inputs.pairs import PairReading
 from engines.inputs.token_listing import list_tokens
 from engines.inputs.tokenizer import IdReading, TextReading, TokenizedRequest, Tokenizer
 from engines.inputs.tokenizer_threads import TokenizerThreads
 from engines.models.base import Encoder, ForwardPathFailed
 from engines.spec import ModelSpec
-from engines.types import Call, ModelCall, ModelInfo, Result, ScoreCall, Timings, TokenizeCall, Tokens
+from engines.types import Call, ContextualCall, ModelCall, ModelInfo, Result, ScoreCall, Timings, TokenizeCall, Tokens
 
 _INLINE_CHARS = 1000
 _INLINE_TEXTS = 16
@@ -73,7 +75,7 @@ class Parts(Struct, frozen=True):
     facts: OutputFacts = OutputFacts()
 
 
-Reading = TextReading | IdReading | PairReading
+Reading = TextReading | IdReading | PairReading | DocumentReading
 """The inputs of a request, to be tokenised."""
 
 
@@ -167,6 +169,8 @@ class EmbeddingEngine:
         if isinstance(call, ScoreCall):
             assert self._scoring is not None, "`output_spec` has checked the task"
             return read_scored(call, self._scoring.pairs, self._spec)
+        if isinstance(call, ContextualCall):
+            return read_documents(call, self._tokenizer, self._spec, self._info.prompts)
         tokenizer = self._tokenizer
         if self._has_sides:
             tokenizer = self._facts.tokenizer_of(call) or tokenizer

@@ -30,7 +30,7 @@ from engines.inputs.tokenizer import Ids, Tokenizer
 from engines.layers.token_pooling import TokenPooling
 from engines.models.base import Encoder
 from engines.models.outputs import MAX_TERMS, OutputsEncoder, RawOutputs, Side, SparseRows, TokenRows, Wanted
-from engines.spec import Output, Similarity
+from engines.spec import Output, PoolingMode, Similarity
 from engines.types import ModelInfo, Outputs, OutputsCall, ResultDetails, TextCall, format_bytes
 
 MAX_ANSWER_BYTES = 256 * 2**20
@@ -51,6 +51,7 @@ class OutputFacts(Struct, frozen=True, kw_only=True):
         vocab_size: the number of entries that sparse outputs index; 0 without them.
         vector_width: of the vectors of tokens by a head for these; 0 without one.
         states_width: of the hidden states of tokens that pooling reads; 0 where there are none.
+        pooling_modes: how tokens become the dense vector; empty where there are none, or no such vector.
         default_side: of texts whose call names none.
         query_tokenizer, document_tokenizer: read queries and documents where the model reads them in a way of its own.
         similarity: how documents are scored by their vectors of tokens; None where they are not.
@@ -62,6 +63,7 @@ class OutputFacts(Struct, frozen=True, kw_only=True):
     vocab_size: int = 0
     vector_width: int = 0
     states_width: int = 0
+    pooling_modes: tuple[PoolingMode, ...] = ()
     default_side: Side = "document"
     query_tokenizer: Tokenizer | None = None
     document_tokenizer: Tokenizer | None = None

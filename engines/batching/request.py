@@ -9,9 +9,9 @@ from msgspec import Struct
 
 from engines.batching.output import OutputSpec, Row
 from engines.errors import InvalidValue
-from engines.inputs.prompts import select_prompt
+from engines.inputs.prompts import PromptTemplate, select_prompt
 from engines.inputs.tokenizer import IdReading, Ids, TextReading, TokenizedRequest, Tokenizer
-from engines.spec import ModelSpec
+from engines.spec import ModelSpec, Truncate
 from engines.types import Batch, TextCall
 
 Key = tuple[bytes, int, str, type[OutputSpec]]
@@ -133,18 +133,33 @@ def prepare_inputs(
     Raises:
         InvalidRequest: they cannot be read as the call says.
     """
-    truncate = call.truncate or spec.truncate or tokenizer.limits.truncate
-    if call.max_tokens is not None:
-        tokenizer = _limit(tokenizer, call.max_tokens)
     if call.token_ids:
+        truncate = call.truncate or spec.truncate or tokenizer.limits.truncate
+        if call.max_tokens is not None:
+            tokenizer = _limit(tokenizer, call.max_tokens)
         if call.input_type is not None or call.instruction is not None or call.prompt is not None:
             raise InvalidValue("token ids are taken verbatim: no prompt can be put in front of them", param="input")
         return tokenizer.read_ids(call.token_ids, truncate, must_be_framed=not spec.unframed_token_ids)
+    tokenizer, frame, truncate = choose_frame(call, tokenizer, spec, prompts)
+    return tokenizer.read(call.texts, frame, truncate)
+
+
+def choose_frame(
+    call: TextCall, tokenizer: Tokenizer, spec: ModelSpec, prompts: Mapping[str, str]
+) -> tuple[Tokenizer, PromptTemplate, Truncate]:
+    """Returns the tokenizer with the call's limit, the prompt around its texts, and the side that is truncated.
+
+    Raises:
+        InvalidRequest: they cannot be read as the call says.
+    """
+    truncate = call.truncate or spec.truncate or tokenizer.limits.truncate
+    if call.max_tokens is not None:
+        tokenizer = _limit(tokenizer, call.max_tokens)
     if call.instruction is not None:
         _check_frame(call, len(call.instruction))
     frame = select_prompt(call, prompts, spec.default_prompt, spec.instruction_template)
     _check_frame(call, frame.num_chars)
-    return tokenizer.read(call.texts, frame, truncate)
+    return tokenizer, frame, truncate
 
 
 def _limit(tokenizer: Tokenizer, max_tokens: int) -> Tokenizer:

@@ -118,6 +118,7 @@ def facts_of(heads: OutputHeads, sides: OutputFacts) -> OutputFacts:
         vocab_size=0 if heads.sparse is None else heads.sparse.vocab_size,
         vector_width=0 if heads.tokens is None else heads.tokens.width,
         states_width=heads.states_width,
+        pooling_modes=() if heads.dense is None else heads.dense.pooling,
     )
 
 

@@ -132,6 +132,7 @@ class TorchLoader:
             outputs=facts.outputs,
             vocab_size=facts.vocab_size,
             vector_width=facts.vector_width,
+            pooling=facts.pooling_modes,
         )
         resolved = with_default_prompt(spec, folder.default_prompt, prompts)
         identity = [spec.model_id, files.revision, dtype, self._device.type, spec.pooling, spec.max_tokens]

@@ -3,12 +3,13 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from engines.device.torch_runtime import reserve_for_onnxruntime
 from engines.inputs.token_ids import Ids
-from engines.layers.packing import KernelVariant, PackedLayout
+from engines.layers.packing import KernelVariant, PackedLayout, to_device
 from engines.models.base import EncoderConfig, PathForm
 from engines.models.cuda_graphs import GraphCapturer
 from engines.models.head import Head
@@ -53,9 +54,17 @@ class MultiOutputEncoder(TransformerEncoder):
             return self.heads.queries.run_outputs(texts, prompt_tokens, wanted)
         with self._passes.running_pass():
             layout = self._layout(texts, needs_all=True)
-            with reserve_for_onnxruntime(self._copies.supports(layout, None)):
-                hidden = self._hidden_or_fail_over(texts, layout)
-            return self.heads.run(hidden, layout, prompt_tokens, wanted)
+            return self.heads.run(self._hidden_of_all(texts, layout), layout, prompt_tokens, wanted)
+
+    @torch.inference_mode()
+    def encode_pieces(self, texts: Sequence[Ids], marks: Sequence[Ids]) -> Tensor:
+        """See `engines.batching.contextual.PiecesEncoder`: to the dense head, each piece is a text."""
+        assert self.heads.dense is not None, "the pooling of a model without a dense head is not known"
+        with self._passes.running_pass():
+            hidden = self._hidden_of_all(texts, self._layout(texts, needs_all=True))
+            kept = to_device(np.flatnonzero(np.concatenate(marks)), self._device)
+            lengths = [int(count) for each in marks for count in np.bincount(each)[1:]]
+            return self.heads.dense(hidden[kept], PackedLayout(lengths, self._device))
 
     @property
     def model_dtype(self) -> torch.dtype:
@@ -79,6 +88,10 @@ class MultiOutputEncoder(TransformerEncoder):
     def token_bytes(self) -> int:
         """See `LoadedEncoder`: of the layers and the sparse head, which follow each other."""
         return super().token_bytes() + (self.heads.sparse.token_bytes if self.heads.sparse is not None else 0)
+
+    def _hidden_of_all(self, texts: Sequence[Ids], layout: PackedLayout) -> Tensor:
+        with reserve_for_onnxruntime(self._copies.supports(layout, None)):
+            return self._hidden_or_fail_over(texts, layout)
 
     @torch.inference_mode()
     def _with_all_tokens(self, texts: Sequence[Ids]) -> Tensor:

@@ -21,6 +21,7 @@ from engines.spec import Matryoshka, ModelSpec, Output
 from engines.testing.outputs import SPARSE_ENTRIES, TOKEN_WIDTH, chosen_terms, fake_row, join_body
 from engines.types import (
     Call,
+    ContextualCall,
     EmbedCall,
     Embeddings,
     ModelInfo,
@@ -148,6 +149,8 @@ class FakeEngine:
                 return self._tokenize_now(call)
             if isinstance(call, OutputsCall):
                 return self._outputs_now(call)
+            if isinstance(call, ContextualCall):
+                return self._contextual_now(call)
             return self._embed_now(call) if isinstance(call, EmbedCall) else self._score_now(call)
         except asyncio.CancelledError:
             self.cancelled += 1
@@ -201,6 +204,21 @@ class FakeEngine:
             dimensions=width,
             token_counts=tuple(min(count, limit) for count in counts),
             truncated=tuple(index for index, count in enumerate(counts) if count > limit),
+            timings=Timings(forward_s=self._embed_s),
+        )
+
+    def _contextual_now(self, call: ContextualCall) -> Embeddings:
+        """The vector of a piece is that of its whole document, a line break and the piece."""
+        width, vectors, counts, start = call.dimensions or WIDTH, [], [], 0
+        for num_pieces in call.pieces:
+            pieces = call.texts[start : start + num_pieces]
+            document, start = self._prompted(call, "".join(pieces)), start + num_pieces
+            vectors += [fake_vector(self.spec.model_id, f"{document}\n{piece}", width) for piece in pieces]
+            counts += [len(piece.split()) for piece in pieces[:-1]] + [len(pieces[-1].split()) + 2]
+        return Embeddings(
+            vectors=np.stack(vectors).tobytes(),
+            dimensions=width,
+            token_counts=tuple(counts),
             timings=Timings(forward_s=self._embed_s),
         )
 

@@ -5,7 +5,7 @@ call for megabytes would block the event loop even from a thread.
 """
 
 import asyncio
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, TypeGuard
 
 import msgspec
@@ -155,6 +155,33 @@ def _encode(embeddings: Embeddings, model_id: str, output: OutputFormat) -> byte
         parts += piece[1:-1], b","
     parts[-1] = b"],"
     return b"".join([*parts, tail[1:]])
+
+
+async def encode_documents(embeddings: Embeddings, pieces: Sequence[int], model_id: str, output: OutputFormat) -> bytes:
+    """Encode the JSON body of `POST /v1/contextualizedembeddings`: the vectors in one list for each document.
+
+    Args:
+        pieces: how many of the vectors each document has.
+
+    Raises:
+        InvalidValue: the calibration has another width.
+    """
+    if embeddings.array().size <= _INLINE_COMPONENTS[output.encoding]:
+        return _encode_documents(embeddings, pieces, model_id, output)
+    return await asyncio.to_thread(_encode_documents, embeddings, pieces, model_id, output)
+
+
+def _encode_documents(embeddings: Embeddings, pieces: Sequence[int], model_id: str, output: OutputFormat) -> bytes:
+    matrix = quantize(embeddings.array(), output.dtype, output.calibration)
+    encode = _encode_numbers if output.encoding == "float" else _encode_base64
+    parts, start = [b'{"object":"list","data":['], 0
+    for index, count in enumerate(pieces):
+        rows = b",".join(part[1:-1] for part in encode(matrix[start : start + count]))
+        parts += b'{"object":"list","data":[', rows, b'],"index":%d}' % index, b","
+        start += count
+    tail = {"model": model_id, "usage": {"total_tokens": sum(embeddings.token_counts)}}
+    parts[-1] = b"]," + msgspec.json.encode(tail)[1:]
+    return b"".join(parts)
 
 
 async def encode_rows(embeddings: Embeddings, output: OutputFormat = FLOATS) -> bytes:

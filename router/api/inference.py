@@ -18,7 +18,7 @@ from msgspec import Struct, structs
 
 from engines.errors import EngineFailed, InvalidRequest, NonFiniteEmbedding, TaskNotSupported
 from engines.spec import Calibration, ModelSpec, Task
-from engines.types import BaseResult, Embeddings, ModelCall, ModelInfo, ModelStatus, Result, TextCall
+from engines.types import BaseResult, ContextualCall, Embeddings, ModelCall, ModelInfo, ModelStatus, Result, TextCall
 from router.api.decoding import StrictRequest, decode_token_ids, embed_call
 from router.api.encoding import check_ranges
 from router.api.openapi import BEARER, EMBEDDING, failures
@@ -167,10 +167,13 @@ def format_indexes(indexes: Sequence[int], max_chars: int = _MAX_HEADER_CHARS) -
     return text if len(text) <= max_chars else text[: text.rindex(",", 0, max_chars - 3) + 1] + "..."
 
 
-async def embed(request: Request[Any, Any, Any], wanted: EmbeddingRequest) -> Answer:
+async def embed(request: Request[Any, Any, Any], wanted: EmbeddingRequest, pieces: tuple[int, ...] = ()) -> Answer:
     """Embed the inputs of `wanted`; compatibility routes translate their requests into it.
 
     A model that is not in memory is loaded first. The work is cancelled if the client disconnects.
+
+    Args:
+        pieces: how many of the inputs each document has, if these are pieces of documents.
     """
     server_state = state_of(request)
     spec = resolve(request, server_state.registry, wanted.model)
@@ -183,8 +186,11 @@ async def embed(request: Request[Any, Any, Any], wanted: EmbeddingRequest) -> An
         texts = await decode_token_ids(spec.token_encoding, call.token_ids)
         call = structs.replace(call, texts=texts, token_ids=())
     began_s = time.perf_counter()
-    embeddings = await run_call(request, server_state, spec, call)
-    assert isinstance(embeddings, Embeddings), "an EmbedCall is answered by Embeddings"
+    if wanted.late_chunking:
+        pieces = (call.num_items,)
+    work = ContextualCall(**structs.asdict(call), pieces=pieces) if pieces else call
+    embeddings = await run_call(request, server_state, spec, work)
+    assert isinstance(embeddings, Embeddings), "both kinds of calls are answered by Embeddings"
     record_result(request, embeddings, began_s)
     return Answer(spec.model_id, embeddings, spec.calibration)
 

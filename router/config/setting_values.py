@@ -12,7 +12,7 @@ from pathlib import Path
 from router.config.quantities import SIZE_ALLOWED, parse_bytes, parse_device, parse_duration_s
 
 HOST_ALLOWED = "an address or host name without a port, such as 127.0.0.1, 0.0.0.0, ::1 or localhost"
-SKINS = ("tei", "cohere", "ollama", "infinity", "azure", "path")
+SKINS = ("tei", "cohere", "ollama", "infinity", "azure", "path", "voyage")
 """The compatibility APIs: those of other embedding servers, and `path` (the model in the path)."""
 _WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 _ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^\s/,]+", re.ASCII)

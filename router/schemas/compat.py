@@ -8,7 +8,19 @@ from typing import Annotated, Literal
 from msgspec import Meta, Struct, field
 
 from engines.types import MAX_LISTED_CHARS
-from router.schemas.inference import INPUT_FORMS, MAX_INPUTS, MAX_WIDTH, EmbeddingRequest, Input, Model, Name, Width
+from router.schemas.inference import (
+    INPUT_FORMS,
+    MAX_INPUTS,
+    MAX_WIDTH,
+    Embedding,
+    EmbeddingRequest,
+    EncodingFormat,
+    Input,
+    Model,
+    Name,
+    OutputDtype,
+    Width,
+)
 
 _TEXTS = f"1 to {MAX_INPUTS} texts, none empty."
 _TEXT_SCHEMA = {"type": "string", "minLength": 1}
@@ -258,6 +270,48 @@ class InfinityModelList(Struct, frozen=True, kw_only=True):
     data: list[InfinityModel]
 
 
+class ContextualizedRequest(Struct, frozen=True, kw_only=True):
+    """Voyage's request: documents in pieces, each of which is embedded in the context of its document."""
+
+    inputs: Annotated[
+        list[list[str]],
+        Meta(
+            description=f"Documents, each a list of its pieces in order; 1 to {MAX_INPUTS} pieces in all, none empty. "
+            "The pieces of a document are joined as they are.",
+            extra_json_schema={"type": "array", "minItems": 1, "maxItems": MAX_INPUTS, "items": _TEXTS_SCHEMA},
+            examples=[[["Berlin is the capital of Germany. ", "It has 3.85 million inhabitants."], ["One piece."]]],
+        ),
+    ]
+    model: Annotated[Name | None, Meta(description="A model that pools by the mean.")] = None
+    input_type: Annotated[Name | None, Meta(description="As in POST /v1/embeddings; `query` or `document`.")] = None
+    output_dimension: Width | None = None
+    output_dtype: OutputDtype | None = None
+    encoding_format: EncodingFormat | None = None
+
+
+class ContextualizedDocument(Struct, frozen=True, kw_only=True):
+    """The vectors of one document's pieces."""
+
+    object: Literal["list"]
+    data: list[Embedding]
+    index: int
+
+
+class TotalTokens(Struct, frozen=True, kw_only=True):
+    """Tokens that the model processed, including special tokens and the overlap of windows."""
+
+    total_tokens: int
+
+
+class ContextualizedResponse(Struct, frozen=True, kw_only=True):
+    """The vectors, in input order."""
+
+    object: Literal["list"]
+    data: list[ContextualizedDocument]
+    model: str
+    usage: TotalTokens
+
+
 WIRE = (
     InfinityRequest,
     InfinityModelList,
@@ -269,4 +323,6 @@ WIRE = (
     CohereResponse,
     CohereFloats,
     TeiToken,
+    ContextualizedRequest,
+    ContextualizedResponse,
 )

@@ -110,6 +110,13 @@ class EmbeddingRequest(Struct, frozen=True, kw_only=True):
             "least two inputs."
         ),
     ] = None
+    late_chunking: Annotated[
+        bool | None,
+        Meta(
+            description="true: all of `input` is one document, in pieces, which are joined as they are. Each gets a "
+            "vector in the context of the whole. For models that pool by the mean."
+        ),
+    ] = None
     keep_alive: Annotated[
         KeepAlive | None,
         Meta(
@@ -197,6 +204,7 @@ class Model(Struct, frozen=True, kw_only=True):
     memory_bytes: int = 0
     revision: str | None = None
     trust_remote_code: bool = False
+    adapter: str | None = None
 
 
 class ModelList(Struct, frozen=True, kw_only=True):
@@ -204,4 +212,3 @@ class ModelList(Struct, frozen=True, kw_only=True):
 
     object: Literal["list"] = "list"
     data: list[Model]
-    adapter: str | None = None

@@ -34,6 +34,7 @@ from engines.testing.fakes import WEIGHT_BYTES, WORKSPACE_BYTES, FakeFiles, Fake
 from engines.types import (
     Budget,
     Call,
+    ContextualCall,
     EmbedCall,
     Embeddings,
     Event,
@@ -77,6 +78,7 @@ class ScriptedBackend:
         self.truncated: tuple[int, ...] = ()
         self.num_labels = 1
         self.calls: list[EmbedCall] = []
+        self.contextual_calls: list[ContextualCall] = []
         self.score_calls: list[ScoreCall] = []
         self.tokenize_calls: list[TokenizeCall] = []
         self.outputs_calls: list[OutputsCall] = []
@@ -103,7 +105,10 @@ class ScriptedBackend:
             return Tokens(places=np.array(places, "<i4").tobytes(), token_counts=(1,) * call.num_items)
         if isinstance(call, OutputsCall):
             return await self._outputs(call)
-        self.calls.append(call)
+        if isinstance(call, ContextualCall):
+            self.contextual_calls.append(call)
+        else:
+            self.calls.append(call)
         await self._run_script(call.model_id)
         items = call.texts or call.token_ids
         width = call.dimensions or WIDTH

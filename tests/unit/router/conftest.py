@@ -32,6 +32,7 @@ def served(module_server: Served) -> Served:
     backend = module_server.backend
     backend.failures.clear()
     backend.calls.clear()
+    backend.contextual_calls.clear()
     backend.tokenize_calls.clear()
     backend.commands.clear()
     backend.truncated = ()

@@ -22,6 +22,7 @@ APIS = {
     "infinity": ("/embeddings", "input", {}),
     "azure": ("/openai/deployments/BAAI/bge-m3/embeddings", "input", {}),
     "path": ("/m/BAAI/bge-m3/v1/embeddings", "input", {}),
+    "voyage": ("/v1/contextualizedembeddings", "inputs", {}),
 }
 """Path, field of the texts, and other required fields of each API."""
 
@@ -137,8 +138,8 @@ def test_the_model_in_the_path_wins(served: Served) -> None:
     assert (encoded.status_code, encoded.json()["model"]) == (200, "BAAI/bge-m3")
 
 
-WITH_ENVELOPE = [api for api in APIS if api != "ollama"]
-"""Ollama's errors are strings."""
+WITH_ENVELOPE = [api for api in APIS if api not in ("ollama", "voyage")]
+"""Ollama's errors are strings, and Voyage's inputs are lists of texts (`test_late_chunking.py`)."""
 
 
 @pytest.mark.parametrize("api", WITH_ENVELOPE)
@@ -213,6 +214,7 @@ def test_each_compatibility_api_is_off_unless_it_is_listed(api: str) -> None:
         "/embed", "/tokenize", "/predict", "/info", "/v1/embed", "/v2/embed", "/api/embed", "/api/embeddings",
         "/api/tags", "/api/ps", "/api/show", "/api/version", "/api/pull", "/embeddings", "/models",
         "/models/{model_id:str}", "/openai/deployments/{model_id:str}/embeddings", "/m/{model_id:str}/v1/embeddings",
+        "/v1/contextualizedembeddings",
     }  # fmt: skip
     assert "/v1/embeddings" in routes[()]
 
