@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from engines.errors import UnsupportedModel
 from engines.layers.attention import packed_attention
 from engines.layers.packing import PackedLayout, PackedState
 
@@ -39,7 +40,13 @@ def why_not_packed(model: Any) -> tuple[str, ...]:
 def switch_attention(model: Any, implementation: str) -> None:
     """Makes the model use the attention function that transformers knows under this name, if it can."""
     if model._can_set_attn_implementation():
-        model.set_attn_implementation(implementation)
+        try:
+            model.set_attn_implementation(implementation)
+        except ValueError as error:
+            raise UnsupportedModel(
+                f"config.json describes a {model.config.model_type}, a part of which cannot use the attention of its "
+                f"text part ({implementation}); serve the folder of its text model"
+            ) from error
     elif model.config.model_type == "mpnet":  # only decides whether a mask is made
         model.config._attn_implementation = implementation
 

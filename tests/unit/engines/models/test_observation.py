@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,8 @@ from benchmarks.lib import vocabularies
 from benchmarks.lib.engine_kit import Kit, assert_same, embed, encode
 from benchmarks.lib.models import WIDTH, configure, edit_json, reference, save, to_legacy, transformer
 from benchmarks.lib.workloads import text
+from engines.errors import UnsupportedModel
+from engines.models.adapters import switch_attention
 from engines.models.observation import BOUNDED_ROWS, NOT_UNDERSTOOD, Call, Observed, observe
 from engines.planner import native_width
 from engines.spec import ModelSpec
@@ -324,3 +327,17 @@ def test_a_config_with_the_padding_token_in_its_text_config_is_served(kit: Kit, 
 
     assert engine.info.dimensions == native_width(tmp_path, ModelSpec(model_id="m", source="s")) == 64
     assert_same(embed(engine, TEXTS), np.stack(alone))
+
+
+def test_a_model_with_a_part_that_lacks_the_attention_function_is_refused() -> None:
+    class Composite:
+        config = SimpleNamespace(model_type="gemma4")
+
+        def _can_set_attn_implementation(self) -> bool:
+            return True
+
+        def set_attn_implementation(self, name: str) -> None:
+            raise ValueError(f"Gemma4AudioModel does not support {name}")
+
+    with pytest.raises(UnsupportedModel, match="a gemma4, a part of which cannot use the attention"):
+        switch_attention(Composite(), "sdpa")
