@@ -16,7 +16,8 @@ from engines.errors import HubUnreachable, OfflineMode, UnsupportedModel
 from engines.hub.file_selection import ADAPTER_CONFIG
 from engines.hub.local_folder import is_local
 from engines.hub.store import ModelStore
-from engines.loading.folder import Folder, Json, outputs_of, read_folder, read_json
+from engines.loading.folder import Folder, outputs_of, read_folder, read_json
+from engines.loading.module_settings import Json
 from engines.loading.routes import read_routes
 from engines.loading.score_forms import score_form
 from engines.planner import native_width

@@ -16,7 +16,8 @@ from engines.errors import BadModel
 from engines.hub.client import HubConfig
 from engines.hub.store import ModelStore
 from engines.hub.weight_files import read_header, read_range
-from engines.loading.folder import Folder, Json, ModuleRef, pooling_of, read_folder, read_json, require_json
+from engines.loading.folder import Folder, ModuleRef, read_folder, read_json, require_json
+from engines.loading.module_settings import Json, pooling_of
 from engines.loading.score_forms import score_form
 from engines.pool.estimates import Estimates, Measurements
 from engines.pool.runtime import device_matches, guessed_workspace_bytes

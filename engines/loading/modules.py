@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm, linear, normalize
 
 from engines.errors import BrokenFiles, UnsupportedModel
-from engines.loading.folder import Folder, Json, ModuleRef, pooling_of, read_json, require_json
+from engines.loading.folder import Folder, ModuleRef, read_json, require_json
+from engines.loading.module_settings import Json, pooling_of
 from engines.loading.module_weights import ModuleWeights, read_module_weights
 from engines.models.head import SENTENCE, TOKENS, EmbeddingHead
 from engines.spec import PoolingMode

@@ -14,8 +14,9 @@ from engines.errors import BrokenFiles, UnsupportedModel, is_device_error
 from engines.inputs.token_ids import UNSEEN
 from engines.inputs.tokenizer import Tokenizer
 from engines.layers.token_pooling import TokenPooling, has_clustering
-from engines.loading.folder import Folder, Json, ModuleRef, require_json
+from engines.loading.folder import Folder, ModuleRef, require_json
 from engines.loading.late_interaction import COLBERT_LINEAR, LateInteraction, QueryExpansion
+from engines.loading.module_settings import Json
 from engines.loading.module_weights import read_module_weights
 from engines.loading.modules import TOKEN_MODULES, build_token_chain
 from engines.loading.tokenizer import Reference

@@ -21,7 +21,7 @@ from transformers.initialization import meta_device_safe_creation_ops, no_init_w
 
 from engines.errors import BrokenFiles
 from engines.hub.weight_files import read_header, read_range
-from engines.loading.folder import Json
+from engines.loading.module_settings import Json
 from engines.models.adapters import unused_weights
 
 log = structlog.get_logger(__name__)

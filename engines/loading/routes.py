@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 from msgspec import structs
 
 from engines.errors import BrokenFiles, UnsupportedModel
-from engines.loading.folder import Folder, Json, check_options, module_ref, read_transformer, require_json
+from engines.loading.folder import Folder, module_ref, read_transformer, require_json
+from engines.loading.module_settings import Json, check_options
 from engines.spec import Side
 
 _ROUTER_CONFIGS = ("router_config.json", "config.json")

@@ -19,7 +19,8 @@ from engines.batching.scores import Scoring, activation_named
 from engines.errors import BadModel, SelfCheckFailed, UnsupportedModel, is_device_error
 from engines.inputs.pairs import PairTokenizer
 from engines.loading.builders import Built, dtype_name, read_config, read_model, stated_width, vocab_size_of
-from engines.loading.folder import Folder, Json, check_options, read_json, require_json
+from engines.loading.folder import Folder, read_json, require_json
+from engines.loading.module_settings import Json, check_options
 from engines.loading.modules import build_head
 from engines.loading.pairs import by_chat_template, by_template, paired
 from engines.loading.rerank_templates import TemplateText, template_of

@@ -86,8 +86,7 @@ class TransformerEncoder:
     ) -> None:
         self._model = model
         self._chain, self._config, self._device = chain, config, config.device
-        self._state = PackedState(self._preemption_point)
-        self._masks = WindowMasks()
+        self._state, self._masks = PackedState(self._preemption_point), WindowMasks()
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self._positions = Positions(model)
         self._filler = padding_id(model)

@@ -14,7 +14,7 @@ from benchmarks.lib.engine_kit import Kit, assert_same, embed, encode
 from benchmarks.lib.models import WIDTH, dense, edit_json, reference
 from benchmarks.lib.workloads import SENTENCES
 from engines.errors import BrokenFiles, UnsupportedModel
-from engines.loading.folder import pooling_of
+from engines.loading.module_settings import pooling_of
 from tests.testkit.refusals import refusal
 
 TEXTS = list(SENTENCES[:6])
