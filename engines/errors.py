@@ -7,6 +7,7 @@ EngineError
 │   ├── DimensionsNotSupported
 │   ├── PromptNotFound
 │   ├── InvalidTokenId
+│   ├── SpaceMismatch (other_model)
 │   └── TaskNotSupported
 ├── ModelNotFound                         no such model on this host
 ├── HostNotFound                          no such host
@@ -101,6 +102,19 @@ class PromptNotFound(InvalidRequest):
 
 class InvalidTokenId(InvalidRequest):
     """A token id lies outside the model's vocabulary."""
+
+
+class SpaceMismatch(InvalidRequest):
+    """The vectors would lie in another space than the client expects.
+
+    `other_model`: a model that the message names beside the request's own, which the client may not be allowed to know.
+    """
+
+    other_model: str | None
+
+    def __init__(self, message: str, *, other_model: str | None = None) -> None:
+        super().__init__(message, param="expect_space")
+        self.other_model = other_model
 
 
 class TaskNotSupported(InvalidRequest):

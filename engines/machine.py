@@ -18,6 +18,7 @@ from engines.device.scheduler import DeviceScheduler
 from engines.errors import InvalidValue
 from engines.host import Host, HostConfig, default_runtime
 from engines.hub.client import HubConfig
+from engines.hub.content_digests import ContentDigests
 from engines.hub.file_verification import Verification
 from engines.hub.store import ModelStore
 from engines.inputs.tokenizer_threads import TokenizerThreads
@@ -29,6 +30,7 @@ from engines.pool.runtime import GPU_THREADS, guessed_workspace_bytes
 from engines.pool.slot import PoolPolicy
 from engines.precision import PrecisionStore
 from engines.protocols import Loader
+from engines.space_memory import SpaceMemory
 from engines.spec import ModelSpec, Precision
 from engines.types import Budget, ModelFiles
 
@@ -78,6 +80,8 @@ class Machine:
             canary_folder=folder / "canaries" if folder else None,
             tuning_store=TuningStore(folder),
             precision_store=PrecisionStore(folder),
+            content_digests=ContentDigests(folder),
+            space_memory=SpaceMemory(folder),
         )
         self.hosts = tuple(self._host(device, config, specs) for device in find_devices(config.devices))
 

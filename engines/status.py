@@ -8,6 +8,7 @@ from typing import Literal
 
 from msgspec import Struct
 
+from engines.space import Ingredients
 from engines.spec import Matryoshka, Output, PoolingMode, Precision, Task
 
 State = Literal[
@@ -28,7 +29,7 @@ class ModelInfo(Struct, frozen=True, kw_only=True):
     `outputs`: what an `OutputsCall` may ask for, none unless the task is `embed`; `vocab_size`: the number of entries
     that sparse outputs index; `vector_width`: the width of the vectors of tokens. Both are 0 without such an output;
     `dimensions` is 0 without a dense one. `pooling`: how a transformer's tokens become its dense vector; else
-    empty.
+    empty. `ingredients`: what decides its vectors' space; None until its files are hashed, and for scores.
     """
 
     dimensions: int
@@ -48,6 +49,7 @@ class ModelInfo(Struct, frozen=True, kw_only=True):
     vocab_size: int = 0
     vector_width: int = 0
     pooling: tuple[PoolingMode, ...] = ()
+    ingredients: Ingredients | None = None
 
 
 class ModelStatus(Struct, frozen=True, kw_only=True):

@@ -2,6 +2,7 @@
 
 import os
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -69,16 +70,24 @@ class JsonStore(Generic[Value]):
     Args:
         path: the file; None keeps the values in memory only.
         kind: the type that msgspec decodes the file to, `dict[str, Value]`.
+        keep: chooses what is kept of too many values; by default all are.
     """
 
-    def __init__(self, path: Path | None, kind: Any) -> None:
+    def __init__(
+        self, path: Path | None, kind: Any, keep: Callable[[dict[str, Value]], dict[str, Value]] = lambda values: values
+    ) -> None:
         self._path = path
         self._kind = kind
+        self._keep = keep
         self._known = self._read()
 
     def get(self, key: str) -> Value | None:
         """Returns the value of `key`; None when there is none."""
         return self._known.get(key)
+
+    def values(self) -> tuple[Value, ...]:
+        """Returns all values."""
+        return tuple(self._known.values())
 
     def refresh(self) -> None:
         """Reads what other processes have written. Blocks on the disk."""
@@ -87,7 +96,7 @@ class JsonStore(Generic[Value]):
     def put(self, key: str, value: Value) -> None:
         """Sets a value and writes the file; blocks on the disk. A disk that cannot be written is only logged: the next
         start has to measure again, and no more is lost."""
-        self._known = {**self._read(), **self._known, key: value}
+        self._known = self._keep({**self._read(), **self._known, key: value})
         if self._path is not None:
             self._write(self._path)
 

@@ -3,7 +3,7 @@
 Vectors are bytes: little-endian float32, row after row, so that a record is sent without conversion.
 """
 
-from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, Self, TypedDict
 
 from msgspec import Struct, structs
 
@@ -74,6 +74,7 @@ class TextCall(BaseCall, frozen=True, kw_only=True):
     `input_type`, `instruction` and `prompt` choose the prompt as `engines/inputs/prompts.py` documents; `token_ids` are
     taken verbatim. `max_tokens`: tokens that are read of each input, special tokens included, where that is fewer than
     the model reads. `None` means the model's own default.
+    `expect_space`: the space that the vectors must lie in (`engines/space.py`), or the call is refused.
     """
 
     texts: tuple[str, ...] = ()
@@ -83,6 +84,7 @@ class TextCall(BaseCall, frozen=True, kw_only=True):
     prompt: str | None = None
     truncate: Truncate | None = None
     max_tokens: int | None = None
+    expect_space: str | None = None
 
     @property
     def num_items(self) -> int:
@@ -223,6 +225,7 @@ class ResultDetails(TypedDict):
     batches: tuple[Batch, ...]
     deduplicated: int
     cache_hits: int
+    space: NotRequired[str]
 
 
 class BaseResult(Struct, frozen=True, kw_only=True):
@@ -232,6 +235,7 @@ class BaseResult(Struct, frozen=True, kw_only=True):
     inputs that were cut. `batches`: forward passes to be counted with this result; one that several results shared is
     reported with the first of them only. `deduplicated`: inputs that were already in the queue, for another request or
     twice in this one; `cache_hits`: inputs found in the cache.
+    `space`: the space that its vectors lie in; empty while it is unknown, and without vectors.
     """
 
     token_counts: tuple[int, ...]
@@ -240,6 +244,7 @@ class BaseResult(Struct, frozen=True, kw_only=True):
     batches: tuple[Batch, ...] = ()
     deduplicated: int = 0
     cache_hits: int = 0
+    space: str = ""
 
     def split_body(self) -> tuple[Self, bytes]:
         """Returns the result without its bulk, and the bulk as raw bytes that no transport converts or copies."""

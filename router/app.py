@@ -25,6 +25,7 @@ from router.api.embeddings import (
     InfinityController,
     PathController,
 )
+from router.api.inference import SPACE_HEADER
 from router.api.models import ModelsController
 from router.api.probes import HealthController, MetricsController
 from router.api.rerank import RerankController
@@ -143,6 +144,7 @@ def _cors(settings: Settings) -> CORSConfig | None:
             "x-request-id",
             "server-timing",
             "x-embed-truncated",
+            SPACE_HEADER,
             "retry-after-ms",
             *OPENAI_HEADERS,
             *RATE_HEADERS,

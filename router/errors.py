@@ -99,6 +99,7 @@ TABLE: dict[type[Exception], ErrorRow] = {
     engine.DimensionsNotSupported: _invalid("dimensions_not_supported"),
     engine.PromptNotFound: _invalid("prompt_not_found"),
     engine.InvalidTokenId: _invalid("invalid_token_id"),
+    engine.SpaceMismatch: ErrorRow(409, "conflict_error", "space_mismatch", should_retry=False),
     engine.TaskNotSupported: _invalid("task_not_supported"),
     engine.ModelNotFound: _invalid("model_not_found", 404),
     engine.HostNotFound: _invalid("not_found", 404),

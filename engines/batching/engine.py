@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
+from typing import TypedDict
 
 from msgspec import Struct, structs
 
@@ -23,8 +24,9 @@ from engines.batching.queue import Queue
 from engines.batching.request import Entry, Origin, PendingRequest, prepare_inputs
 from engines.batching.runner import Failures, Runner
 from engines.batching.scores import Scoring, read_scored
+from engines.batching.spaces import FIRST_ANSWER_S, ModelSpaces
 from engines.device.scheduler import DeviceScheduler, Task, post
-from engines.errors import EngineError, ShuttingDown
+from engines.errors import EngineError, ShuttingDown, SpaceMismatch
 from engines.inputs.documents import DocumentReading
 from engines.inputs.pairs import PairReading
 from engines.inputs.token_listing import list_tokens
@@ -32,7 +34,18 @@ from engines.inputs.tokenizer import IdReading, TextReading, TokenizedRequest, T
 from engines.inputs.tokenizer_threads import TokenizerThreads
 from engines.models.base import Encoder, ForwardPathFailed
 from engines.spec import ModelSpec
-from engines.types import Call, ContextualCall, ModelCall, ModelInfo, Result, ScoreCall, Timings, TokenizeCall, Tokens
+from engines.types import (
+    Call,
+    ContextualCall,
+    ModelCall,
+    ModelInfo,
+    Result,
+    ScoreCall,
+    TextCall,
+    Timings,
+    TokenizeCall,
+    Tokens,
+)
 
 _INLINE_CHARS = 1000
 _INLINE_TEXTS = 16
@@ -41,6 +54,9 @@ most, and a thread and back costs as much beside busy cores."""
 
 _HEAVY_CHARS = 1 << 20
 """A request of more leaves memory allocated that is worth returning."""
+
+_MAX_NAMED_SPACES = 256
+"""Forms of requests whose spaces are held; prompts of requests may be of any number."""
 
 
 class EngineLimits(Struct, frozen=True, kw_only=True):
@@ -64,6 +80,7 @@ class Parts(Struct, frozen=True):
 
     `tuner` finds the size of batches; None where that is known. `scoring`: of a model that scores; None for vectors.
     `facts`: what it gives beside dense vectors.
+    `spaces`: names the spaces of vectors; None where they have no names.
     """
 
     encoder: Encoder
@@ -73,6 +90,15 @@ class Parts(Struct, frozen=True):
     tuner: BatchSizeTuner | None = None
     scoring: Scoring | None = None
     facts: OutputFacts = OutputFacts()
+    spaces: ModelSpaces | None = None
+
+
+class Counted(TypedDict):
+    """What is known of a result before its rows are; see `ResultDetails`."""
+
+    deduplicated: int
+    cache_hits: int
+    space: str
 
 
 Reading = TextReading | IdReading | PairReading | DocumentReading
@@ -117,6 +143,8 @@ class EmbeddingEngine:
         self._threads = threads
         self._limits = limits
         self._scoring = parts.scoring
+        self._spaces = parts.spaces
+        self._named_spaces: dict[object, str] = {}
         activation = "Identity" if parts.scoring is None else parts.scoring.activation
         self._facts = facts = parts.facts
         self._has_sides = facts.has_sides
@@ -133,6 +161,8 @@ class EmbeddingEngine:
     def info(self) -> ModelInfo:
         """Returns the model's description, with the forward path in use now."""
         runner = self._runner
+        if self._info.ingredients is None and self._spaces is not None:
+            self._info = structs.replace(self._info, ingredients=self._spaces.ingredients)
         return self._info if runner is None else runner.described(self._info)
 
     @property
@@ -150,6 +180,8 @@ class EmbeddingEngine:
         assert self._check is not None, "warm_up is called once"
         self._info, self.weight_bytes, self.workspace_bytes = await self._scheduler.call(self._check)
         self._check = None
+        if self._spaces is not None:
+            await self._spaces.settled_within(FIRST_ANSWER_S)
         self._scheduler.attach(self)
 
     async def run(self, call: Call) -> Result:
@@ -158,12 +190,40 @@ class EmbeddingEngine:
             return await self._tokenize(call)
         if isinstance(call, ScoreCall) and self._maxsim is not None:
             return await self._maxsim.score(call, self._answer)
-        return await self._answer(call, output_spec(call, self._info, self._defaults))
+        output = output_spec(call, self._info, self._defaults)
+        return await self._answer(call, output, "" if isinstance(call, ScoreCall) else await self._space(call, output))
 
-    async def _answer(self, call: ModelCall, output: OutputSpec) -> Result:
+    async def _answer(self, call: ModelCall, output: OutputSpec, space: str = "") -> Result:
         reading = self._reading(call)
         with self._threads.trim_heap_after() if reading.num_chars > _HEAVY_CHARS else nullcontext():
-            return await self._run(reading, output, Origin(call.caller, self._spec.cache_shared))
+            return await self._run(reading, output, Origin(call.caller, self._spec.cache_shared), space)
+
+    async def _space(self, call: TextCall, output: OutputSpec) -> str:
+        """Returns the space of the call's vectors; empty while it is unknown.
+
+        Raises:
+            SpaceMismatch: the call expects another one.
+        """
+        key = (call.input_type, call.instruction, call.prompt, not call.texts, call.truncate, call.max_tokens, output)
+        space = self._named_spaces.get(key, "")
+        if space and call.expect_space in (None, space):
+            return space
+        if self._spaces is None:
+            if call.expect_space is not None:
+                raise SpaceMismatch(f"the vectors of {call.model_id} have no space here: omit expect_space")
+            return ""
+        is_long = len(call.prompt or call.instruction or "") > _INLINE_CHARS
+        if call.expect_space is not None:
+            space = await self._spaces.check(call, output)
+        elif is_long:
+            return await asyncio.to_thread(self._spaces.name, call, output)
+        else:
+            space = self._spaces.name(call, output)
+        if space and not is_long:
+            if len(self._named_spaces) >= _MAX_NAMED_SPACES:
+                self._named_spaces.clear()
+            self._named_spaces[key] = space
+        return space
 
     def _reading(self, call: ModelCall) -> Reading:
         if isinstance(call, ScoreCall):
@@ -182,7 +242,7 @@ class EmbeddingEngine:
         tokens = await self._threads.call(work)
         return structs.replace(tokens, timings=Timings(tokenize_s=time.monotonic() - begun))
 
-    async def _run(self, reading: Reading, output: OutputSpec, origin: Origin) -> Result:
+    async def _run(self, reading: Reading, output: OutputSpec, origin: Origin, space: str) -> Result:
         loop = asyncio.get_running_loop()
         begun = time.monotonic()
         encoded = reading.run_all() if _is_inline(reading) else await self._threads.run(reading)
@@ -200,7 +260,8 @@ class EmbeddingEngine:
             raise
         for step in job.output.remaining_steps(job.rows):
             await self._threads.call(step)
-        pack = partial(self._result, job, encoded, begun, deduplicated=deduplicated, cache_hits=len(known))
+        details = Counted(deduplicated=deduplicated, cache_hits=len(known), space=space)
+        pack = partial(self._result, job, encoded, begun, details)
         return await self._threads.call(pack) if output.is_large(job.rows) else pack()
 
     def close(self) -> None:
@@ -213,6 +274,8 @@ class EmbeddingEngine:
         self._cache = None
         self._tuner = None
         self._check = None
+        if self._spaces is not None:
+            self._spaces.close()
         self._release()
 
     # Called by the scheduler (`engines.device.tasks.TaskSource`).
@@ -307,9 +370,7 @@ class EmbeddingEngine:
         if not job.done.done():
             job.done.set_exception(error)
 
-    def _result(
-        self, job: PendingRequest, encoded: TokenizedRequest, begun: float, *, deduplicated: int, cache_hits: int
-    ) -> Result:
+    def _result(self, job: PendingRequest, encoded: TokenizedRequest, begun: float, counted: Counted) -> Result:
         ended = time.monotonic()
         started = ended if job.started_at is None else job.started_at
         timings = Timings(
@@ -321,8 +382,7 @@ class EmbeddingEngine:
             truncated=encoded.truncated,
             timings=timings,
             batches=tuple(job.batches),
-            deduplicated=deduplicated,
-            cache_hits=cache_hits,
+            **counted,
         )
 
 

@@ -21,6 +21,7 @@ from engines.layers.pooling import truncate_and_normalize
 from engines.layers.token_pooling import TokenPooling
 from engines.models.base import Encoder
 from engines.models.outputs import Side
+from engines.space import VectorForm
 from engines.types import BaseCall, EmbedCall, Embeddings, ModelInfo, OutputsCall, Result, ResultDetails
 
 Row = NDArray[Any]
@@ -103,6 +104,10 @@ class OutputSpec(Struct, frozen=True):
         """Returns the error of a request whose row `index` is not finite."""
         raise NotImplementedError
 
+    def space_form(self) -> VectorForm | None:
+        """Returns its part of the name of its vectors' space: width, length and kind. None: it has no space."""
+        return None
+
 
 class TensorOutput(OutputSpec, frozen=True):
     """Base of kinds that have one float32 row of a fixed width for each input. Raw outputs are one tensor `[n, K]`.
@@ -160,6 +165,15 @@ class DenseOutput(TensorOutput, frozen=True):
             f"the vector of input[{index}] is not finite: the model's dtype overflows on this text. Serve the model "
             "with `dtype: float32` or `bfloat16`",
             index=index,
+        )
+
+    def space_form(self) -> VectorForm:
+        """See `OutputSpec`."""
+        return VectorForm(
+            width=self.dimensions,
+            native_width=self.dimensions,
+            is_normalized=self.normalized,
+            has_layer_norm=self.pre_norm,
         )
 
     def transform(self, raw: Tensor) -> Tensor:

@@ -20,16 +20,19 @@ from msgspec import Struct, structs
 from engines.batching.autotune import CANDIDATES, BatchSizeSearch, BatchSizeTuner, TuningStore
 from engines.batching.batch import BatchLimits
 from engines.batching.engine import EmbeddingEngine, EngineLimits, Parts
+from engines.batching.spaces import ModelSpaces, SpaceSource
 from engines.device.load_throttle import LoadThrottle, throttled_load
 from engines.device.scheduler import DeviceScheduler
 from engines.device.torch_runtime import compute_capability, device_name, finisher
-from engines.errors import DeviceDown, OutOfMemory, UnsupportedModel, device_loss, is_out_of_memory
+from engines.errors import BrokenFiles, DeviceDown, OutOfMemory, UnsupportedModel, device_loss, is_out_of_memory
+from engines.hub.content_digests import ContentDigests
 from engines.inputs.tokenizer import Tokenizer
 from engines.inputs.tokenizer_threads import TokenizerThreads
 from engines.loading.builders import Built, build
 from engines.loading.checksums import Checksums
 from engines.loading.dtype import dtype_notes
 from engines.loading.folder import PLACEHOLDER_PROMPTS, Folder, read_files
+from engines.loading.ingredients import list_weights, read_ingredients
 from engines.loading.precision import PrecisionGate
 from engines.loading.score_forms import Form, score_form
 from engines.loading.scorers import build_scorer
@@ -40,6 +43,8 @@ from engines.models.prepacked import MAX_PREPACKED_BYTES
 from engines.models.transformer import TransformerEncoder
 from engines.models.verification import Canaries, ProbeTokenizer, SelfCheck, SideTokenizers
 from engines.precision import PrecisionStore
+from engines.space import with_numeric
+from engines.space_memory import SpaceMemory
 from engines.spec import Matryoshka, ModelSpec
 from engines.types import ModelFiles, ModelInfo, fingerprint
 
@@ -55,6 +60,8 @@ class LoaderSettings(Struct, frozen=True, kw_only=True):
     `max_prepacked_bytes`: bytes of prepacked copies of weights that a model may hold where that is faster.
     `tuning_store`: tuned batch sizes, for models without a set one; None disables tuning.
     `precision_store`: what reduced dtypes cost; None neither measures nor refuses them.
+    `content_digests`, `space_memory`: hashes of weights, and the spaces of models that were loaded; None keeps them in
+    memory.
     """
 
     max_batch_tokens: int | None = None
@@ -67,6 +74,8 @@ class LoaderSettings(Struct, frozen=True, kw_only=True):
     max_prepacked_bytes: int = MAX_PREPACKED_BYTES
     tuning_store: TuningStore | None = None
     precision_store: PrecisionStore | None = None
+    content_digests: ContentDigests | None = None
+    space_memory: SpaceMemory | None = None
 
 
 class TorchLoader:
@@ -87,6 +96,8 @@ class TorchLoader:
         self._threads = threads
         self._settings = settings
         self._canaries = Canaries(settings.canary_folder)
+        self._digests = settings.content_digests or ContentDigests(None)
+        self._space_memory = settings.space_memory or SpaceMemory(None)
         if self._device.type == "cpu":  # threads that read weights in parallel take cores from requests
             os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
         transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # untyped upstream
@@ -107,8 +118,18 @@ class TorchLoader:
             raise OutOfMemory(f"{self._device} has no memory left to load {spec.model_id}") from error
 
     def _load(self, spec: ModelSpec, files: ModelFiles) -> EmbeddingEngine:
-        checksums = Checksums(Path(files.path), spec.sha256, spec.model_id, files.adapter_folder)
         folder = read_files(files)
+        form = score_form(folder, spec)
+        spaces = self._spaces(folder, spec) if form is None else None
+        try:
+            return self._build(spec, files, folder, spaces)
+        except BaseException:
+            if spaces is not None:
+                spaces.close()
+            raise
+
+    def _build(self, spec: ModelSpec, files: ModelFiles, folder: Folder, spaces: ModelSpaces | None) -> EmbeddingEngine:
+        checksums = Checksums(Path(files.path), spec.sha256, spec.model_id, files.adapter_folder)
         self_check = SelfCheck(self._canaries)
         form, config = score_form(folder, spec), self._encoder_config(self_check)
         store = self._settings.precision_store if form is None and not folder.is_sparse_encoder else None
@@ -154,10 +175,23 @@ class TorchLoader:
         limits = self._limits(tokens, self._default_width(spec, info, folder.truncate_dim))
         largest = max(CANDIDATES[self._device.type]) if tuner is not None else tokens
         workspace = reserved_workspace_bytes(encoder, largest, self._scheduler.num_threads)
-        parts = Parts(encoder, tokenizer, resolved, info, tuner, scoring, facts)
+        parts = Parts(encoder, tokenizer, resolved, info, tuner, scoring, facts, spaces)
+        if spaces is not None:
+            spaces.describe(resolved, info, partial(with_numeric, dtype=dtype))
         # The vector cache is in main memory, which is part of a CPU's budget but not of a GPU's.
         size = weight_bytes(encoder) + (spec.cache_bytes if self._device.type == "cpu" else 0)
         return EmbeddingEngine(parts, self._scheduler, self._threads, limits, check, self._free_memory, size)
+
+    def _spaces(self, folder: Folder, spec: ModelSpec) -> ModelSpaces | None:
+        """Begins to hash the files as they are before the load. None: one is missing, so that the load fails too."""
+        try:
+            weights = list_weights(folder)
+        except (OSError, BrokenFiles):
+            return None
+        read = partial(read_ingredients, folder, spec, weights, self._digests)
+        spaces = ModelSpaces(SpaceSource(read, self._space_memory), spec)
+        spaces.begin()
+        return spaces
 
     def _own_seconds(self) -> float:
         """Returns seconds of the present task so far, without those of tasks that preempted it."""

@@ -19,6 +19,7 @@ from engines.errors import (
 )
 from engines.spec import Matryoshka, ModelSpec, Output
 from engines.testing.outputs import SPARSE_ENTRIES, TOKEN_WIDTH, chosen_terms, fake_row, join_body
+from engines.testing.spaces import check_expected, fake_ingredients, fake_space
 from engines.types import (
     Call,
     ContextualCall,
@@ -121,6 +122,7 @@ class FakeEngine:
             outputs=outputs,
             vocab_size=SPARSE_ENTRIES if "sparse" in outputs else 0,
             vector_width=TOKEN_WIDTH if "multi_vector" in outputs else 0,
+            ingredients=fake_ingredients(spec) if outputs else None,
         )
         self.violations = [] if violations is None else violations
         self._embed_s = embed_s
@@ -196,6 +198,9 @@ class FakeEngine:
             raise DimensionsNotSupported(f"dimensions {width} is not one of {allowed}", param="dimensions")
         items: list[str | tuple[int, ...]] = [self._prompted(call, text) for text in call.texts]
         items += call.token_ids
+        before = "" if call.token_ids else self._prompted(call, "")
+        space = fake_space(self.spec, width=width, native_width=WIDTH, before=before)
+        check_expected(call.expect_space, space)
         counts = [self._count(call, item, index) for index, item in enumerate(items)]
         limit = self.info.max_tokens
         rows = [fake_vector(self.spec.model_id, item, width) for item in items]
@@ -204,6 +209,7 @@ class FakeEngine:
             dimensions=width,
             token_counts=tuple(min(count, limit) for count in counts),
             truncated=tuple(index for index, count in enumerate(counts) if count > limit),
+            space=space,
             timings=Timings(forward_s=self._embed_s),
         )
 

@@ -16,14 +16,22 @@ from litestar.response.base import ASGIResponse
 from litestar.types import ASGIApp, ExceptionHandlersMap
 from msgspec import Struct, structs
 
-from engines.errors import EngineFailed, InvalidRequest, NonFiniteEmbedding, TaskNotSupported
+from engines.errors import (
+    EngineFailed,
+    InvalidRequest,
+    InvalidValue,
+    NonFiniteEmbedding,
+    SpaceMismatch,
+    TaskNotSupported,
+)
+from engines.space import MAX_SPACE_CHARS
 from engines.spec import Calibration, ModelSpec, Task
 from engines.types import BaseResult, ContextualCall, Embeddings, ModelCall, ModelInfo, ModelStatus, Result, TextCall
 from router.api.decoding import StrictRequest, decode_token_ids, embed_call
 from router.api.encoding import check_ranges
 from router.api.openapi import BEARER, EMBEDDING, failures
 from router.auth.guards import Connection, Guard, key_of, requires
-from router.auth.model_access import resolve
+from router.auth.model_access import may_use, resolve
 from router.errors import ClientLeft
 from router.limits.limiter import RATE_HEADERS, acquire_permit, estimate_tokens, permit_of
 from router.observability.request_context import context_of
@@ -48,6 +56,10 @@ _USES: dict[Task, str] = {
     "classify": "classify (POST /v1/classify, /predict)",
 }
 
+SPACE_HEADER = "x-embedding-space"
+_EXPECT_SPACE = b"x-expect-space"
+"""The request header for clients that cannot add fields; the field `expect_space` comes before it."""
+
 AnyCall = TypeVar("AnyCall", bound=ModelCall)
 
 _HEADERS = (
@@ -59,6 +71,11 @@ _HEADERS = (
     ResponseHeader(
         name="x-embed-truncated",
         description="Indexes and ranges of the truncated inputs, as in `0,3,7-19`; absent if none was.",
+        documentation_only=True,
+    ),
+    ResponseHeader(
+        name=SPACE_HEADER,
+        description="The space that the vectors lie in: those of equal spaces may be compared. Absent without vectors.",
         documentation_only=True,
     ),
     *(ResponseHeader(name=name, description=words, documentation_only=True) for name, words in RATE_HEADERS.items()),
@@ -146,10 +163,12 @@ class Answer(Struct, frozen=True):
 
 
 def headers_of(result: BaseResult) -> dict[str, str]:
-    """Return `Server-Timing` in milliseconds, and the indexes of truncated inputs, if any."""
+    """Return `Server-Timing` in milliseconds, the space of the vectors, and the indexes of truncated inputs, if any."""
     spent = result.timings
     parts = {"load": spent.load_s, "tokenize": spent.tokenize_s, "queue": spent.queue_s, "forward": spent.forward_s}
     headers = {"server-timing": ", ".join(f"{name};dur={seconds * 1000:.1f}" for name, seconds in parts.items())}
+    if result.space:
+        headers[SPACE_HEADER] = result.space
     if result.truncated:
         headers["x-embed-truncated"] = format_indexes(result.truncated)
     return headers
@@ -201,17 +220,34 @@ def refuse_task(model_id: str, can: Task, wanted: str) -> NoReturn:
 
 
 def admit_call(request: Request[Any, Any, Any], server_state: ServerState, call: AnyCall) -> AnyCall:
-    """Return the call with its caller.
+    """Return the call with its caller, and with the space that a header expects.
 
     Raises:
         PermissionDeniedException: the key may not set `keep_alive`.
+        InvalidValue: the header is too long.
     """
+    if isinstance(call, TextCall) and call.expect_space is None and (expected := _expected_space(request)) is not None:
+        call = structs.replace(call, expect_space=expected)
     caller = server_state.keyring.caller_of(key_of(request))
     if caller:
         call = structs.replace(call, caller=caller)
     if call.keep_alive_s is not None and not server_state.keyring.may_keep_alive(key_of(request)):
         raise PermissionDeniedException(_KEEP_ALIVE_REFUSED)
     return call
+
+
+def _expected_space(request: Request[Any, Any, Any]) -> str | None:
+    """Return the request header `x-expect-space`. Reads the raw headers: no object is made of them."""
+    for name, value in request.scope["headers"]:
+        if name == _EXPECT_SPACE:
+            if len(value) > MAX_SPACE_CHARS:
+                raise InvalidValue(
+                    f"x-expect-space has {len(value)} characters (maximum {MAX_SPACE_CHARS}): send the "
+                    "x-embedding-space of an earlier answer",
+                    param="x-expect-space",
+                )
+            return value.decode("latin-1")
+    return None
 
 
 def record_result(request: Request[Any, Any, Any], result: BaseResult, began_s: float) -> None:
@@ -231,7 +267,18 @@ async def run_call(
 
 async def _run(request: Request[Any, Any, Any], server_state: ServerState, spec: ModelSpec, call: ModelCall) -> Result:
     async with while_client_stays(request):
-        return await server_state.backend.run(call)
+        try:
+            return await server_state.backend.run(call)
+        except SpaceMismatch as error:
+            _hide_other_model(request, server_state, error)
+            raise
+
+
+def _hide_other_model(request: Request[Any, Any, Any], server_state: ServerState, error: SpaceMismatch) -> None:
+    """Remove a model that the key may not use from the message of an error."""
+    other = error.other_model
+    if other is not None and not may_use(key_of(request), server_state.registry, other):
+        error.args = (str(error).replace(f"that space is {other}", "that space is another model's"),)
 
 
 async def _run_counted(

@@ -8,8 +8,9 @@ from litestar import Controller, Request, get
 from litestar.di import NamedDependency
 from msgspec import structs
 
+from engines.space import Listed, list_spaces
 from engines.spec import ModelSpec, Task
-from engines.types import ModelStatus, State
+from engines.types import ModelInfo, ModelStatus, State
 from router.api.openapi import BEARER, GUARDED, failures
 from router.auth.guards import key_of, requires
 from router.auth.model_access import may_use
@@ -132,11 +133,21 @@ def _model(server_state: ServerState, spec: ModelSpec, slots: Sequence[Slot]) ->
         dtype=info.dtype if info else spec.dtype,
         bytes_by_dtype=nearest.bytes_by_dtype,
         precision=info.precision if info else None,
+        space=_spaces(info, spec) if info else None,
         device=nearest.device,
         memory_bytes=sum(slot.weight_bytes + slot.workspace_bytes for slot in slots),
         revision=nearest.revision or spec.revision,
         trust_remote_code=spec.trust_remote_code,
     )
+
+
+def _spaces(info: ModelInfo, spec: ModelSpec) -> dict[str, dict[str, str]] | None:
+    if info.ingredients is None or not info.dimensions:
+        return None
+    listed = Listed(
+        width=info.dimensions, prompts=info.prompts, matryoshka=info.matryoshka, is_normalized=spec.normalize
+    )
+    return list_spaces(info.ingredients, listed)
 
 
 def _owner(model_id: str) -> str:

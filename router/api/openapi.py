@@ -33,7 +33,7 @@ LOADING = (
 EMBEDDING = (
     *GUARDED, *BODY, *LOADING, "empty_input", "too_many_inputs", "context_length_exceeded", "dimensions_not_supported",
     "prompt_not_found", "invalid_token_id", "model_not_found", "queue_full", "non_finite_embedding",
-    "model_not_allowed", "rate_limit_exceeded", "too_many_requests", "task_not_supported",
+    "model_not_allowed", "rate_limit_exceeded", "too_many_requests", "task_not_supported", "space_mismatch",
 )  # fmt: skip
 """Error codes of every route that runs a model."""
 

@@ -22,6 +22,7 @@ SUMMARIES = {
     "plan": "Predict what loading models would need, without loading them.",
     "replay": "Replay a day's requests with other budgets and orders of eviction.",
     "precision": "Measure what a reduced dtype of a model costs and gains on this machine.",
+    "spaces": "List embedding spaces; of two registries or servers, say which indexes must be rebuilt.",
     "calibrate": "Compute a model's ranges for int8 vectors.",
     "keys": "Create, list and revoke API keys.",
     "bench": "Load-test a running server with an OpenAI-compatible API.",

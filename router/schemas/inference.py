@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
+from engines.space import MAX_SPACE_CHARS
 from engines.spec import Matryoshka, Precision, Task, Truncate
 from engines.types import State
 
@@ -125,6 +126,14 @@ class EmbeddingRequest(Struct, frozen=True, kw_only=True):
             examples=[300, "10m", 0, -1],
         ),
     ] = None
+    expect_space: Annotated[
+        Annotated[str, Meta(max_length=MAX_SPACE_CHARS)] | None,
+        Meta(
+            description="The `x-embedding-space` of the index that the vectors are for: refused with 409 if they would "
+            "lie in another space.",
+            examples=["s1-3f2a77c0b19e-5d41402abc4b2a76"],
+        ),
+    ] = None
 
 
 class Embedding(Struct, frozen=True, kw_only=True):
@@ -179,6 +188,7 @@ class Model(Struct, frozen=True, kw_only=True):
     `model_type`, `model_ability`: in Xinference's words, which its client asks for before it sends texts; a model whose
     task is not known yet counts as one for embeddings.
     `bytes_by_dtype`: of the weights in each dtype that a load may take, where the registry lists several.
+    `space`: the spaces of its vectors, by the name of the prompt (empty: none) and the width.
     """
 
     id: str
@@ -200,6 +210,7 @@ class Model(Struct, frozen=True, kw_only=True):
     dtype: str = "auto"
     bytes_by_dtype: dict[str, int] = {}
     precision: Precision | None = None
+    space: dict[str, dict[str, str]] | None = None
     device: str = "auto"
     memory_bytes: int = 0
     revision: str | None = None

@@ -1,0 +1,188 @@
+"""The spaces of a loaded model: known once its files are hashed; requests that expect one wait for that."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from msgspec import structs
+from structlog.testing import capture_logs
+
+from engines.batching.output import DenseOutput, OutputSpec
+from engines.batching.spaces import ModelSpaces, SpaceSource
+from engines.errors import ModelLoading, PromptNotFound, ShuttingDown, SpaceMismatch
+from engines.space import Ingredients, VectorForm, space_of, with_numeric
+from engines.space_memory import SpaceMemory
+from engines.spec import ModelSpec
+from engines.types import EmbedCall, ModelInfo
+
+FILES = Ingredients({"weights": "ab" * 16, "modules": "Transformer > Pooling", "truncation_side": "end"})
+MODEL = with_numeric(FILES, "float32")
+INFO = ModelInfo(dimensions=8, max_tokens=64, dtype="float32", attention="packed", prompts={"query": "q: "})
+SPEC = ModelSpec(model_id="m", source="m", instruction_template="{task}: {text} !")
+DENSE = DenseOutput(8, normalized=True, pre_norm=False)
+FORM = VectorForm(width=8, native_width=8)
+
+
+def call(**fields: object) -> EmbedCall:
+    return EmbedCall(**{"model_id": "m", "texts": ("text",), "load_timeout_s": 5.0, **fields})  # type: ignore[arg-type]  # a test's own fields
+
+
+class Files:
+    """Files that are hashed when `gate` opens."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.failure: Exception | None = None
+        self.go_on: Callable[[], bool] = lambda: True
+
+    def read(self, go_on: Callable[[], bool]) -> Ingredients:
+        self.go_on = go_on
+        self.gate.wait(10)
+        if self.failure is not None:
+            raise self.failure
+        return FILES
+
+
+@pytest.fixture
+def files() -> Files:
+    return Files()
+
+
+@pytest.fixture
+def spaces(files: Files, tmp_path: Path) -> Iterator[ModelSpaces]:
+    made = ModelSpaces(SpaceSource(files.read, SpaceMemory(tmp_path)), SPEC)
+    made.begin()
+    made.describe(SPEC, INFO, lambda found: with_numeric(found, "float32"))
+    yield made
+    made.close()
+    files.gate.set()
+
+
+async def hashed(files: Files, spaces: ModelSpaces) -> ModelSpaces:
+    files.gate.set()
+    await spaces.settled_within(10)
+    return spaces
+
+
+async def test_until_the_files_are_hashed_vectors_have_no_name(files: Files, spaces: ModelSpaces) -> None:
+    assert (spaces.name(call(), DENSE), spaces.ingredients) == ("", None)
+    await spaces.settled_within(0.001)
+
+    await hashed(files, spaces)
+
+    assert (spaces.name(call(), DENSE), spaces.ingredients) == (space_of(MODEL, FORM), MODEL)
+
+
+FORMS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
+    "a named prompt": ({"input_type": "query"}, {"before": "q: "}),
+    "its alias": ({"input_type": "search_query"}, {"before": "q: "}),
+    "a prompt of the request": ({"prompt": "x"}, {"before": "x"}),
+    "an instruction": ({"instruction": "find"}, {"before": "find: ", "behind": " !"}),
+    "no prompt for token ids": ({"texts": (), "token_ids": ((5,),)}, {}),
+    "the other end": ({"truncate": "start"}, {"cut": "start"}),
+    "the same end": ({"truncate": "end"}, {}),
+    "a refusal instead of a cut": ({"truncate": "error"}, {}),
+    "fewer tokens": ({"max_tokens": 7}, {"max_tokens": 7}),
+    "more tokens than the model reads": ({"max_tokens": 64}, {}),
+}
+
+
+@pytest.mark.parametrize(("fields", "form"), FORMS.values(), ids=FORMS)
+async def test_what_a_request_asks_for_is_part_of_the_name(
+    files: Files, spaces: ModelSpaces, fields: dict[str, object], form: dict[str, object]
+) -> None:
+    await hashed(files, spaces)
+
+    assert spaces.name(call(**fields), DENSE) == space_of(MODEL, structs.replace(FORM, **form))
+
+
+async def test_width_and_length_are_the_outputs(files: Files, spaces: ModelSpaces) -> None:
+    await hashed(files, spaces)
+    output = DenseOutput(4, normalized=False, pre_norm=True)
+
+    form = structs.replace(FORM, width=4, is_normalized=False, has_layer_norm=True)
+    assert spaces.name(call(), output) == space_of(MODEL, form)
+    assert spaces.name(call(), OutputSpec()) == ""
+
+
+async def test_a_default_prompt_counts_where_a_request_names_none(files: Files, spaces: ModelSpaces) -> None:
+    spaces.describe(structs.replace(SPEC, default_prompt="query"), INFO, lambda found: with_numeric(found, "float32"))
+    await hashed(files, spaces)
+
+    assert spaces.name(call(), DENSE) == space_of(MODEL, structs.replace(FORM, before="q: "))
+
+
+async def test_a_request_that_expects_a_space_waits_for_the_hashes(files: Files, spaces: ModelSpaces) -> None:
+    expected = space_of(MODEL, FORM)
+    waiting = asyncio.ensure_future(spaces.check(call(expect_space=expected), DENSE))
+    await asyncio.sleep(0)
+    assert not waiting.done()
+
+    files.gate.set()
+
+    assert await waiting == expected
+
+
+async def test_a_request_that_expects_another_space_is_told_both_and_why(files: Files, spaces: ModelSpaces) -> None:
+    await hashed(files, spaces)
+    expected = space_of(MODEL, FORM)
+
+    with pytest.raises(SpaceMismatch) as caught:
+        await spaces.check(call(expect_space=expected, input_type="query"), DENSE)
+
+    found = space_of(MODEL, structs.replace(FORM, before="q: "))
+    assert str(caught.value) == (
+        f"expect_space is {expected}, but this request gives {found}: that space is m with no prompt; this request has "
+        "the prompt 'query'. Send the requests that made the index, or build it anew"
+    )
+    assert (caught.value.param, caught.value.other_model) == ("expect_space", None)
+
+
+async def test_a_wrong_prompt_is_refused_as_without_an_expectation(files: Files, spaces: ModelSpaces) -> None:
+    await hashed(files, spaces)
+
+    with pytest.raises(PromptNotFound):
+        await spaces.check(call(expect_space="s1", input_type="nothing"), DENSE)
+
+
+async def test_files_that_cannot_be_hashed_refuse_expectations_only(files: Files, spaces: ModelSpaces) -> None:
+    files.failure = OSError("/secret/path")
+    with capture_logs() as lines:
+        await hashed(files, spaces)
+
+    assert (spaces.name(call(), DENSE), spaces.ingredients) == ("", None)
+    assert [line["event"] for line in lines] == ["model.space_unknown"]
+    with pytest.raises(SpaceMismatch, match="the space of m is unknown") as caught:
+        await spaces.check(call(expect_space="s1"), DENSE)
+    assert "secret" not in str(caught.value)
+
+
+async def test_waiting_ends_with_the_time_that_a_load_may_take(spaces: ModelSpaces) -> None:
+    with pytest.raises(ModelLoading, match="still being hashed"):
+        await spaces.check(call(expect_space="s1", load_timeout_s=0.001), DENSE)
+
+
+async def test_a_model_that_leaves_ends_hashing_and_those_that_wait(files: Files, spaces: ModelSpaces) -> None:
+    with capture_logs() as lines:
+        waiting = asyncio.ensure_future(spaces.check(call(expect_space="s1"), DENSE))
+        await asyncio.sleep(0.01)
+        spaces.close()
+        files.gate.set()
+        with pytest.raises(ShuttingDown):
+            await waiting
+
+    assert not files.go_on()
+    assert lines == []
+
+
+async def test_a_cancelled_wait_leaves_the_others(files: Files, spaces: ModelSpaces) -> None:
+    first, second = (asyncio.ensure_future(spaces.check(call(expect_space=space_of(MODEL, FORM)), DENSE)) for _ in "ab")
+    await asyncio.sleep(0)
+    first.cancel()
+    await asyncio.sleep(0)
+
+    files.gate.set()
+
+    assert await second == space_of(MODEL, FORM)
