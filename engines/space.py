@@ -122,7 +122,8 @@ def settled(ingredients: Ingredients, form: VectorForm) -> VectorForm:
 def space_of(ingredients: Ingredients, form: VectorForm) -> str:
     """Returns the fingerprint of the space of vectors of this form."""
     form = settled(ingredients, form)
-    weights, model = {}, {}
+    weights: dict[str, str] = {}
+    model: dict[str, str] = {}
     for name, value in ingredients.values.items():
         kind, colon, _ = name.partition(":")
         if not colon or kind == form.output:

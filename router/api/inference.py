@@ -226,8 +226,9 @@ def admit_call(request: Request[Any, Any, Any], server_state: ServerState, call:
         PermissionDeniedException: the key may not set `keep_alive`.
         InvalidValue: the header is too long.
     """
-    if isinstance(call, TextCall) and call.expect_space is None and (expected := _expected_space(request)) is not None:
-        call = structs.replace(call, expect_space=expected)
+    expected = _expected_space(request)
+    if expected is not None and isinstance(call, TextCall) and call.expect_space is None:
+        call = cast(AnyCall, structs.replace(call, expect_space=expected))
     caller = server_state.keyring.caller_of(key_of(request))
     if caller:
         call = structs.replace(call, caller=caller)

@@ -106,6 +106,7 @@ def _slot(status: ModelStatus, spec: ModelSpec | None) -> Slot:
         task=task,
         description=spec.description if spec else "",
         license=spec.license if spec else "",
+        space=_plain_space(status.info, spec) if status.info and spec else None,
         **structs.asdict(status),
     )
 
@@ -148,6 +149,11 @@ def _spaces(info: ModelInfo, spec: ModelSpec) -> dict[str, dict[str, str]] | Non
         width=info.dimensions, prompts=info.prompts, matryoshka=info.matryoshka, is_normalized=spec.normalize
     )
     return list_spaces(info.ingredients, listed)
+
+
+def _plain_space(info: ModelInfo, spec: ModelSpec) -> str | None:
+    spaces = _spaces(info, spec)
+    return spaces[""][str(info.dimensions)] if spaces else None
 
 
 def _owner(model_id: str) -> str:

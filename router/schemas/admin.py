@@ -13,12 +13,14 @@ class Slot(ModelStatus, frozen=True, kw_only=True):
     """One model on one device. Times are Unix seconds; bytes count against the device's memory budget.
 
     `task`: what the model computes; null while it is unknown. `description`, `license`: of the registry.
+    `space`: of its vectors without a prompt, at the full width; null until it is known.
     """
 
     id: str
     task: Task | None = None
     description: str = ""
     license: str = ""
+    space: str | None = None
 
 
 class SlotList(Struct, frozen=True, kw_only=True):

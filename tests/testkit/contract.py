@@ -17,7 +17,7 @@ CODES = {
     403: {"insufficient_scope", "model_not_allowed"},
     404: {"model_not_found", "not_found"},
     405: {"method_not_allowed"},
-    409: {"model_in_use", "model_pinned"},
+    409: {"model_in_use", "model_pinned", "space_mismatch"},
     413: {"body_too_large"},
     429: {"rate_limit_exceeded", "queue_full", "too_many_requests"},
     500: {"internal_error", "non_finite_embedding", "model_too_large"},

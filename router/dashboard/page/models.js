@@ -4,6 +4,7 @@ import { now } from "./api.js";
 import { h, keyed, set, show, text } from "./dom.js";
 import { bytes, causeWords, duration, latency, number, perSecondWords } from "./format.js";
 import { sparkline } from "./sparkline.js";
+import { copyText } from "./snippets.js";
 import { keyOf } from "./store.js";
 import { minuteOf } from "./traffic.js";
 import { t } from "./words.js";
@@ -76,12 +77,13 @@ function modelRow(store, id, act) {
   const about = h("p", { class: "quiet small about" });
   const precision = h("p", { class: "quiet small precision" });
   const notes = h("p", { class: "quiet small" });
+  const space = spaceLine(id);
   const cells = Object.fromEntries(["dimensions", "memory", "load", "used"].map((key) => [key, cell(key)]));
   const traffic = trafficCell(id);
   const buttons = Object.fromEntries(["preload", "evict", "pin"].map((verb) => [verb, button(verb, id, act)]));
   const head = h("div", { class: "what" }, name,
     h("div", { class: "states" }, state, task, pinned, places), progress.node, precision, notes);
-  const node = h("li", { class: "model", "aria-labelledby": `model-${id}`, "data-model": id }, head, about, error,
+  const node = h("li", { class: "model", "aria-labelledby": `model-${id}`, "data-model": id }, head, about, space.node, error,
     cells.dimensions.node, cells.memory.node, cells.load.node, traffic.node, cells.used.node,
     h("div", { class: "actions" }, Object.values(buttons)));
 
@@ -102,6 +104,7 @@ function modelRow(store, id, act) {
     show(precision, Boolean(slot.info?.precision));
     text(notes, slot.info?.notes.join("; "));
     show(notes, Boolean(slot.info?.notes.length));
+    space.update(slot);
     progress.update(slot);
     const left = slot.retry_at && store.connection.live ? slot.retry_at - now() : 0;
     const retry = left > 0 ? t("models.retry", { time: duration(left) }) : "";
@@ -118,6 +121,26 @@ function modelRow(store, id, act) {
     buttons.evict.disabled = !slots.some((each) => EVICTABLE.includes(each.state));
     buttons.pin.disabled = isPinned;
   }
+  return { node, update };
+}
+
+/** Shows the space of a model's vectors without a prompt, shortened, and copies the whole of it. */
+function spaceLine(id) {
+  const whole = h("code", { class: "whole" });
+  const short = h("code");
+  const copy = h("button", { type: "button", class: "small", "aria-label": t("models.copySpace", { model: id }) }, t("do.copy"));
+  copy.addEventListener("click", async () => {
+    await copyText(whole);
+    text(copy, t("do.copied"));
+    setTimeout(() => text(copy, t("do.copy")), 1500);
+  });
+  const node = h("p", { class: "quiet small about space" }, t("models.space"), " ", short, whole, " ", copy);
+  const update = (slot) => {
+    show(node, Boolean(slot.space));
+    text(whole, slot.space ?? "");
+    text(short, slot.space ? `${slot.space.slice(0, 9)}…${slot.space.slice(-4)}` : "");
+    set(node, "title", slot.space);
+  };
   return { node, update };
 }
 

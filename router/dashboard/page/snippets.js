@@ -76,7 +76,7 @@ export function snippets() {
 }
 
 /** Copies text. The clipboard API needs HTTPS or localhost; elsewhere uses selection and execCommand. */
-async function copyText(node) {
+export async function copyText(node) {
   if (navigator.clipboard) return navigator.clipboard.writeText(node.textContent).catch(() => select(node));
   select(node);
   document.execCommand("copy");

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 from msgspec import structs
 
-from engines import space_memory
 from engines.space import Ingredients, Listed, VectorForm, space_of
 from engines.space_memory import MAX_MODELS, Asked, SpaceMemory
 from engines.spec import Matryoshka
@@ -106,7 +105,7 @@ def test_the_file_is_bounded_and_forgets_what_was_loaded_longest_ago(
     memory: SpaceMemory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter(range(10_000))
-    monkeypatch.setattr(space_memory.time, "time", lambda: float(next(clock)))
+    monkeypatch.setattr("engines.space_memory.time.time", lambda: float(next(clock)))
     memory.remember("m", OLD, LISTED)
     for index in range(MAX_MODELS):
         memory.remember(f"m{index}", Ingredients({"weights": f"{index}"}), LISTED)

@@ -10,7 +10,7 @@ import pytest
 from engines.errors import BrokenFiles, FilesChanged, ShuttingDown
 from engines.hub import content_digests
 from engines.hub.content_digests import MAX_RECORDS, ContentDigests, DigestRecord, WeightFile
-from tests.testkit.model_folders import tensors, write_weights
+from tests.testkit.model_folders import Tensors, tensors, write_weights
 
 TENSORS = tensors(200)
 
@@ -29,7 +29,7 @@ def test_the_same_tensors_in_other_files_have_the_same_digest(file: Path, tmp_pa
     shards = [tmp_path / f"{name}.safetensors" for name in TENSORS]
     for shard, (name, tensor) in zip(shards, TENSORS.items(), strict=True):
         write_weights(shard, {name: tensor})
-    write_weights(tmp_path / "again.safetensors", dict(reversed(TENSORS.items())))
+    write_weights(tmp_path / "again.safetensors", dict(reversed([*TENSORS.items()])))
 
     assert digest(*shards) == digest(*reversed(shards)) == digest(file) == digest(tmp_path / "again.safetensors")
 
@@ -45,7 +45,11 @@ def test_one_bit_changes_it(file: Path, tmp_path: Path) -> None:
 def test_names_shapes_and_dtypes_count(file: Path, tmp_path: Path) -> None:
     matrix = TENSORS["encoder.weight"]
     rest = {name: tensor for name, tensor in TENSORS.items() if tensor is not matrix}
-    others = [{"encoder.bias": matrix}, {"encoder.weight": matrix.T.copy()}, {"encoder.weight": matrix.view(np.int32)}]
+    others: list[Tensors] = [
+        {"encoder.bias": matrix},
+        {"encoder.weight": matrix.T.copy()},
+        {"encoder.weight": matrix.view(np.int32)},
+    ]
     found = {digest(file)}
     for index, other in enumerate(others):
         write_weights(tmp_path / f"{index}.safetensors", {**rest, **other})

@@ -23,10 +23,12 @@ from engines.errors import (
     ModelPinned,
     QueueFull,
     ShuttingDown,
+    SpaceMismatch,
     TaskNotSupported,
 )
 from engines.spec import Matryoshka, ModelSpec
 from engines.testing.engine import WIDTH, fake_score, fake_vector
+from engines.testing.spaces import fake_ingredients, fake_space
 from engines.types import Budget, Call, EmbedCall, Event, HostSnapshot, ScoreCall, Scores, TokenizeCall, Tokens
 from router.backends.base import Backend
 from router.errors import classify
@@ -98,6 +100,24 @@ class Conformance:
         assert (cut.array()[0] == fake_vector("a", "q: one", 4)).all()
         assert (ids.array()[0] == fake_vector("a", (1, 2, 3))).all()
         assert (plain.array().shape[1], plain.token_counts, long.truncated) == (WIDTH, (3, 3), (1,))
+
+    async def test_spaces_are_the_same_on_every_backend_and_expectations_are_kept(self, backend: Backend) -> None:
+        spec = scripted("a", prompts={"query": "q: "})
+        space = fake_space(spec, width=WIDTH, native_width=WIDTH)
+        async with serving(backend, spec, scripted("b")):
+            plain = await backend.run(structs.replace(call("a", "one"), expect_space=space))
+            other = await backend.run(call("b", "one"))
+            refused = await refusal(
+                backend, EmbedCall(model_id="a", texts=("one",), input_type="query", expect_space=space)
+            )
+            await until(backend, lambda hosts: len(homes(hosts)) == 2)
+            infos = {each.model_id: each.info for host in backend.snapshots() for each in host.models if each.info}
+
+        assert plain.space == space == "s1-689441214b40-70f79b7f843de0da"
+        assert other.space not in ("", space)
+        assert isinstance(refused, SpaceMismatch)
+        assert (refused.param, refused.other_model) == ("expect_space", None)
+        assert infos["a"].ingredients == fake_ingredients(spec)
 
     async def test_a_large_answer_comes_whole(self, backend: Backend) -> None:
         texts = tuple(f"text {index}" for index in range(2048))

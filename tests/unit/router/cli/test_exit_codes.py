@@ -34,6 +34,8 @@ CASES = {
     ("replay", 2): ["replay", "none.jsonl"],
     ("precision", 1): ["precision", "gone"],
     ("precision", 2): ["precision", "none"],
+    ("spaces", 1): ["spaces", "registry.yaml", "registry.yaml"],
+    ("spaces", 2): ["spaces", "none.yaml"],
     ("calibrate", 2): ["calibrate", "gpu", "none.txt"],
     ("keys", 2): ["keys", "list", "--file", "none.yaml"],
     ("bench", 2): ["bench", "http://127.0.0.1:9", "--rate", "1", "--seconds", "1", "--no-report"],
