@@ -65,7 +65,8 @@ class VectorForm(Struct, frozen=True, kw_only=True):
         has_layer_norm: whether a layer norm precedes the cut to a smaller width.
         cut: the end at which long texts are cut, where the request names one.
         max_tokens: tokens that are read of a text, where the request asks for fewer than the model reads.
-        output: the kind of output; vectors of different kinds are never comparable.
+        output: the kind of output; vectors of different kinds are never comparable. Several are joined by `+`, and what
+            else tells them apart follows behind a space.
     """
 
     width: int
@@ -122,11 +123,12 @@ def settled(ingredients: Ingredients, form: VectorForm) -> VectorForm:
 def space_of(ingredients: Ingredients, form: VectorForm) -> str:
     """Returns the fingerprint of the space of vectors of this form."""
     form = settled(ingredients, form)
+    kinds = form.output.partition(" ")[0].split("+")
     weights: dict[str, str] = {}
     model: dict[str, str] = {}
     for name, value in ingredients.values.items():
         kind, colon, _ = name.partition(":")
-        if not colon or kind == form.output:
+        if not colon or kind in kinds:
             (weights if WEIGHTS in name else model)[name] = value
     request = [
         form.output, form.width, form.before, form.behind, form.is_normalized, form.has_layer_norm, form.cut,

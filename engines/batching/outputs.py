@@ -11,7 +11,7 @@ from typing import ClassVar, Unpack, cast
 import msgspec
 import numpy as np
 import torch
-from msgspec import Struct
+from msgspec import Struct, structs
 from numpy.typing import NDArray
 
 from engines.batching.output import (
@@ -30,6 +30,7 @@ from engines.inputs.tokenizer import Ids, Tokenizer
 from engines.layers.token_pooling import TokenPooling
 from engines.models.base import Encoder
 from engines.models.outputs import MAX_TERMS, OutputsEncoder, RawOutputs, Side, SparseRows, TokenRows, Wanted
+from engines.space import VectorForm
 from engines.spec import Output, PoolingMode, Similarity
 from engines.types import ModelInfo, Outputs, OutputsCall, ResultDetails, TextCall, format_bytes
 
@@ -204,6 +205,15 @@ class MixedOutput(OutputSpec, frozen=True):
         pooled = np.concatenate([row[:num_before], vectors.contiguous().numpy().view(np.int32).reshape(-1)])
         pooled[1] = len(vectors)
         allocated[index] = pooled
+
+    def space_form(self) -> VectorForm:
+        """See `OutputSpec`. Dense vectors alone lie in the space of those of an `EmbedCall`."""
+        form = VectorForm(width=self.vector_width, native_width=self.vector_width)
+        form = form if self.dense is None else self.dense.space_form()
+        names = [name for name in ("dense", "sparse", "multi_vector", "states") if getattr(self.wanted, name)]
+        side = "" if self.wanted.is_dense_only else f" of a {self.wanted.side}"
+        merged = f", merged by {self.pooling}" if self.pooling else ""
+        return structs.replace(form, output="+".join(names) + side + merged)
 
     def _terms(self, sparse: SparseRows, chosen: Sequence[int]) -> list[tuple[Row, Row]]:
         """Returns the entries and weights of each chosen text that the request wants, the entries rising."""

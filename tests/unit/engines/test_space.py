@@ -90,6 +90,8 @@ def test_ingredients_of_one_kind_of_output_leave_the_others_alone() -> None:
 
     assert space_of(both, FORM) == space_of(MODEL, FORM)
     assert space_of(both, sparse) != space_of(MODEL, sparse)
+    mixed = structs.replace(FORM, output="dense+sparse of a query")
+    assert space_of(both, mixed) != space_of(MODEL, mixed)
 
 
 def test_distinctions_that_change_no_vector_are_none() -> None:

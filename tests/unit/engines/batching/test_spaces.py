@@ -10,8 +10,10 @@ from msgspec import structs
 from structlog.testing import capture_logs
 
 from engines.batching.output import DenseOutput, OutputSpec
+from engines.batching.outputs import kind_of_outputs
 from engines.batching.spaces import ModelSpaces, SpaceSource
 from engines.errors import ModelLoading, PromptNotFound, ShuttingDown, SpaceMismatch
+from engines.models.outputs import Wanted
 from engines.space import Ingredients, VectorForm, space_of, with_numeric
 from engines.space_memory import SpaceMemory
 from engines.spec import ModelSpec
@@ -186,3 +188,16 @@ async def test_a_cancelled_wait_leaves_the_others(files: Files, spaces: ModelSpa
     files.gate.set()
 
     assert await second == space_of(MODEL, FORM)
+
+
+async def test_dense_vectors_have_one_space_whichever_call_asks_for_them(files: Files, spaces: ModelSpaces) -> None:
+    await hashed(files, spaces)
+    alone = kind_of_outputs(Wanted(dense=True))(DENSE, 0, 0, 0.0)
+    both = kind_of_outputs(Wanted(dense=True, sparse=True))(DENSE, 0, 9, 0.0)
+    query = kind_of_outputs(Wanted(dense=True, sparse=True, side="query"))(DENSE, 0, 9, 0.0)
+    states = kind_of_outputs(Wanted(states=True))(None, 8, 0, 0.0)
+
+    names = [spaces.name(call(), output) for output in (alone, both, query, states)]
+
+    assert names[0] == spaces.name(call(), DENSE)
+    assert len({*names}) == 4
