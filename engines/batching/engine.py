@@ -204,15 +204,16 @@ class EmbeddingEngine:
         Raises:
             SpaceMismatch: the call expects another one.
         """
-        key = (call.input_type, call.instruction, call.prompt, not call.texts, call.truncate, call.max_tokens, output)
-        space = self._named_spaces.get(key, "")
+        is_long = len(call.prompt or call.instruction or "") > _INLINE_CHARS
+        frame = () if is_long else (call.input_type, call.instruction, call.prompt)
+        key = (frame, not call.texts, call.truncate, call.max_tokens, output)
+        space = "" if is_long else self._named_spaces.get(key, "")
         if space and call.expect_space in (None, space):
             return space
         if self._spaces is None:
             if call.expect_space is not None:
                 raise SpaceMismatch(f"the vectors of {call.model_id} have no space here: omit expect_space")
             return ""
-        is_long = len(call.prompt or call.instruction or "") > _INLINE_CHARS
         if call.expect_space is not None:
             space = await self._spaces.check(call, output)
         elif is_long:

@@ -46,6 +46,17 @@ _INERT_TOKENIZER = frozenset({
 })  # fmt: skip
 """Keys of tokenizer_config.json that no vector depends on, or that have a name of their own here."""
 
+_NAMED_TRANSFORMER = frozenset({
+    "config_args", "config_kwargs", "do_lower_case", "max_seq_length", "modality_config", "model_args", "model_kwargs",
+    "module_output_name", "processor_kwargs", "tokenizer_args", "transformer_task",
+})  # fmt: skip
+_NAMED_MODEL = frozenset({
+    "__version__", "activation_fn", "default_prompt_name", "matryoshka_dimensions", "matryoshka_dims", "prompts",
+    "similarity_fn_name", "truncate_dim",
+})  # fmt: skip
+"""Keys of sentence-transformers' configs that have a name of their own here, that `folder.py` checks, or that no
+vector depends on. Others count, such as the query expansion of models with vectors of tokens."""
+
 _VOCABULARIES = (
     "vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "bpe.codes",
 )  # fmt: skip
@@ -145,6 +156,13 @@ def _config(folder: Folder) -> dict[str, str]:
     given = {name: _without(each, {"trust_remote_code", "model_max_length"}) for name, each in options.items()}
     if any(given.values()):
         values["transformer options"] = _digest(given)
+    others = {key: value for key, value in folder.transformer.items() if value and key not in _NAMED_TRANSFORMER}
+    if others:
+        values["transformer"] = _digest(others)
+    stated = read_json(folder.root, "config_sentence_transformers.json") or {}
+    kind = {key: value for key, value in stated.items() if value and key not in _NAMED_MODEL}
+    if kind != {"model_type": "SentenceTransformer"} and kind:
+        values["model options"] = _digest(kind)
     return values
 
 

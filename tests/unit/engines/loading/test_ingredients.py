@@ -150,6 +150,8 @@ MUTATIONS: dict[str, Change] = {
     "an end token": edited("tokenizer_config.json", add_eos_token=True),
     "lower-casing": edited("sentence_bert_config.json", do_lower_case=True),
     "options of the tokenizer": edited("sentence_bert_config.json", tokenizer_args={"do_lower_case": True}),
+    "an option that is not known here": edited("sentence_bert_config.json", new_option=32),
+    "another option of the model": edited("config_sentence_transformers.json", skiplist_words=["a"]),
     "longest input": edited("sentence_bert_config.json", max_seq_length=32),
     "truncation side": edited("tokenizer_config.json", truncation_side="left"),
 }
@@ -243,6 +245,9 @@ HARMLESS: dict[str, Change] = {
     "another shard layout": reshard,
     "other metadata of the weights": save_with_metadata,
     "a version of transformers": edited("config.json", transformers_version="9.9", _name_or_path="elsewhere"),
+    "versions of sentence-transformers": edited(
+        "config_sentence_transformers.json", __version__={"pytorch": "9"}, similarity_fn_name="dot"
+    ),
     "labels of a head": edited("config.json", id2label={"0": "a"}, architectures=["BertForMaskedLM"]),
     "the dtype that files name": edited("config.json", torch_dtype="bfloat16", dtype="bfloat16"),
     "a chat template": edited("tokenizer_config.json", chat_template="{{ text }}", padding_side="left"),
