@@ -18,7 +18,7 @@ from engines.device.scheduler import DeviceScheduler
 from engines.errors import InvalidValue
 from engines.host import Host, HostConfig, default_runtime
 from engines.hub.client import HubConfig
-from engines.hub.content_digests import ContentDigests
+from engines.hub.content_digests import SERVING_REST_SHARE, ContentDigests
 from engines.hub.file_verification import Verification
 from engines.hub.store import ModelStore
 from engines.inputs.tokenizer_threads import TokenizerThreads
@@ -80,7 +80,7 @@ class Machine:
             canary_folder=folder / "canaries" if folder else None,
             tuning_store=TuningStore(folder),
             precision_store=PrecisionStore(folder),
-            content_digests=ContentDigests(folder),
+            content_digests=ContentDigests(folder, rest_share=SERVING_REST_SHARE),
             space_memory=SpaceMemory(folder),
         )
         self.hosts = tuple(self._host(device, config, specs) for device in find_devices(config.devices))

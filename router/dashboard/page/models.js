@@ -134,7 +134,7 @@ function spaceLine(id) {
     text(copy, t("do.copied"));
     setTimeout(() => text(copy, t("do.copy")), 1500);
   });
-  const node = h("p", { class: "quiet small about space" }, t("models.space"), " ", short, whole, " ", copy);
+  const node = h("p", { class: "quiet small space" }, t("models.space"), " ", short, whole, " ", copy);
   const update = (slot) => {
     show(node, Boolean(slot.space));
     text(whole, slot.space ?? "");
