@@ -45,8 +45,8 @@ def command(a: str, b: str | None, *, device: str | None, as_json: bool) -> None
     """List the embedding spaces of A, a registry or the URL of a server; with B, compare.
 
     Vectors may be compared where their spaces are equal. A registry's are computed from the files on disk, without
-    loading models: the first time it hashes their weights, about 1.5 GB per second. A server's key is ADMIN_API_KEY or
-    API_KEY.
+    loading models: the first time it hashes their weights, a second or so for each GB. A server's key is ADMIN_API_KEY
+    or API_KEY.
 
     Exit code 0: listed, or every index of A stays valid with B; 1: some must be rebuilt, or cannot be compared; 2:
     invalid registry, settings or address.
