@@ -9,7 +9,7 @@ from msgspec import Struct
 
 from engines.errors import BadModel
 from engines.hub.content_digests import ContentDigests
-from engines.loading.folder import read_folder
+from engines.loading.folder import outputs_of, read_files
 from engines.loading.ingredients import expected_dtype, list_weights, read_ingredients
 from engines.loading.score_forms import score_form
 from engines.planner import native_width
@@ -37,14 +37,15 @@ def spaces_on_disk(files: Files, spec: ModelSpec, device: str, digests: ContentD
         located = files.locate(spec)
         if located is None:
             return DiskSpaces(why_unknown="not on disk")
-        root = Path(located.path)
-        folder = read_folder(root)
+        folder = read_files(located)
         if score_form(folder, spec) is not None:
             return DiskSpaces(why_unknown="gives scores, not vectors")
         found = read_ingredients(folder, spec, list_weights(folder), digests)
     except (BadModel, OSError, ValueError) as error:
         return DiskSpaces(why_unknown=str(error) if isinstance(error, BadModel) else "its files cannot be read")
-    width = native_width(root, spec)
+    if "dense" not in outputs_of(folder):
+        return DiskSpaces(why_unknown="gives no dense vectors")
+    width = native_width(Path(located.path), spec, located.adapter_folder)
     if width is None:
         return DiskSpaces(why_unknown="its files do not state the width of its vectors")
     ingredients = with_numeric(found, expected_dtype(folder, spec, device.partition(":")[0]))

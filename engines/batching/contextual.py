@@ -20,6 +20,7 @@ from engines.inputs.documents import MARK_SHIFT, DocumentReading
 from engines.inputs.token_ids import ID_MASK
 from engines.inputs.tokenizer import Ids, Tokenizer
 from engines.models.base import Encoder
+from engines.space import VectorForm
 from engines.spec import ModelSpec
 from engines.types import ContextualCall, EmbedCall, Embeddings, ModelInfo, ResultDetails
 
@@ -77,6 +78,10 @@ class ContextualOutput(DenseOutput, frozen=True):
     def finish_cached(self, rows: Rows) -> Rows:  # type: ignore[override]  # as above
         """See `OutputSpec`."""
         return [self.transform(torch.from_numpy(np.asarray(row))).numpy() for row in rows]
+
+    def space_form(self) -> VectorForm:
+        """See `OutputSpec`: a piece has another vector in the context of its document than alone."""
+        return structs.replace(DenseOutput.space_form(self), output="dense in the context of its document")
 
     def allocate(self, num_items: int) -> Any:
         """See `OutputSpec`; a list of `num_items` rows."""

@@ -19,6 +19,7 @@ from engines.hub.content_digests import ContentDigests, GoOn, WeightFile
 from engines.loading.dtype import automatic_dtype
 from engines.loading.folder import Folder, ModuleRef, read_json
 from engines.loading.module_settings import Json, pooling_of
+from engines.loading.routes import ROUTER, kinds_of, read_routes
 from engines.space import MODULES, TRUNCATION_SIDE, Ingredients
 from engines.spec import ModelSpec
 
@@ -67,6 +68,18 @@ _TRANSFORMER_WEIGHTS = (
 )  # fmt: skip
 """In transformers' order of preference; an index names its files."""
 
+_INERT_ADAPTER = frozenset({
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "peft_version", "revision",
+    "task_type",
+})  # fmt: skip
+"""Keys of adapter_config.json that no vector depends on: names, training and versions."""
+
+_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+"""In PEFT's order of preference."""
+
+_QUERY_SIDE = "query side "
+"""Begins the names of ingredients of a Router's queries, which pass through modules of their own."""
+
 _MODULE_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _OTHER_HEADS = {"sparse:weights": "sparse_linear.pt", "multi_vector:weights": "colbert_linear.pt"}
 """Heads of bge-m3 for its other outputs, by the ingredient's name."""
@@ -82,9 +95,20 @@ def list_weights(folder: Folder) -> FolderWeights:
     """Lists the weight files; quick, so that it can be done before a load begins.
 
     Raises:
-        OSError, BrokenFiles: a file is missing.
+        OSError, BadModel: a file is missing, or a Router's routes are not understood.
     """
+    if kinds_of(folder) == [ROUTER]:
+        routes = read_routes(folder)
+        sides = {"": list_weights(routes.document), _QUERY_SIDE: list_weights(routes.query)}
+        return FolderWeights(
+            {side + name: files for side, each in sides.items() for name, files in each.by_name.items()}
+        )
     names = {"weights": _transformer_weights(folder.weights)}
+    if folder.adapter is not None:
+        found = (folder.adapter / name for name in _ADAPTER_WEIGHTS)
+        names["adapter weights"] = [
+            next((path for path in found if path.exists()), folder.adapter / _ADAPTER_WEIGHTS[0])
+        ]
     for index, ref in _other_modules(folder):
         path = next(
             (folder.root / ref.file(name) for name in _MODULE_WEIGHTS if (folder.root / ref.file(name)).exists()), None
@@ -105,13 +129,25 @@ def read_ingredients(
     Raises:
         BrokenFiles, FilesChanged, OSError: as `ContentDigests.digest`.
     """
-    values = _config(folder) | _tokenizer(folder) | _modules(folder, spec)
-    values["max_tokens"] = str(_stated_max_tokens(folder, spec))
-    values[TRUNCATION_SIDE] = _truncation_side(folder, spec)
+    values = _stated(folder, spec)
+    if kinds_of(folder) == [ROUTER]:
+        routes = read_routes(folder)
+        values = _stated(routes.document, spec) | {"side without a name": routes.default}
+        values |= {_QUERY_SIDE + name: value for name, value in _stated(routes.query, spec).items()}
     if spec.trust_remote_code:
         values["code"] = _code(folder)
     hashes = {name: digests.digest(files, go_on)[:_DIGITS] for name, files in weights.by_name.items()}
     return Ingredients(values | hashes)
+
+
+def _stated(folder: Folder, spec: ModelSpec) -> dict[str, str]:
+    """Returns what configurations and the registry decide."""
+    values = _config(folder) | _tokenizer(folder) | _modules(folder, spec)
+    values["max_tokens"] = str(_stated_max_tokens(folder, spec))
+    values[TRUNCATION_SIDE] = _truncation_side(folder, spec)
+    if folder.adapter is not None:
+        values["adapter"] = _digest(_without(read_json(folder.adapter, "adapter_config.json") or {}, _INERT_ADAPTER))
+    return values
 
 
 def expected_dtype(folder: Folder, spec: ModelSpec, device_kind: str) -> str:

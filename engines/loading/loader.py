@@ -24,7 +24,7 @@ from engines.batching.spaces import ModelSpaces, SpaceSource
 from engines.device.load_throttle import LoadThrottle, throttled_load
 from engines.device.scheduler import DeviceScheduler
 from engines.device.torch_runtime import compute_capability, device_name, finisher
-from engines.errors import BrokenFiles, DeviceDown, OutOfMemory, UnsupportedModel, device_loss, is_out_of_memory
+from engines.errors import BadModel, DeviceDown, OutOfMemory, UnsupportedModel, device_loss, is_out_of_memory
 from engines.hub.content_digests import ContentDigests
 from engines.inputs.tokenizer import Tokenizer
 from engines.inputs.tokenizer_threads import TokenizerThreads
@@ -186,7 +186,7 @@ class TorchLoader:
         """Begins to hash the files as they are before the load. None: one is missing, so that the load fails too."""
         try:
             weights = list_weights(folder)
-        except (OSError, BrokenFiles):
+        except (OSError, BadModel):
             return None
         read = partial(read_ingredients, folder, spec, weights, self._digests)
         spaces = ModelSpaces(SpaceSource(read, self._space_memory), spec)

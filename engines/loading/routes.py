@@ -16,6 +16,8 @@ from engines.spec import Side
 
 _ROUTER_CONFIGS = ("router_config.json", "config.json")
 _TRANSFORMERS = ("Transformer", "MLMTransformer")
+ROUTER = "Router"
+"""The module that chooses the modules of each side."""
 STATIC = "SparseStaticEmbedding"
 """A table of weights, without a transformer."""
 
@@ -40,7 +42,7 @@ def read_routes(folder: Folder) -> Routes:
         raise UnsupportedModel(
             "the folder of a SparseEncoder has no modules.json: save it again with sentence-transformers 5 or newer"
         )
-    routes = _read_router(folder) if kinds_of(folder) == ["Router"] else Routes(folder, folder, "document")
+    routes = _read_router(folder) if kinds_of(folder) == [ROUTER] else Routes(folder, folder, "document")
     _check_chains(routes)
     return routes
 

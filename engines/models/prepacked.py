@@ -207,7 +207,7 @@ class PrepackedWeights:
 
     def _is_shorter(self, layout: PackedLayout, kept: TokenChoice) -> bool:
         """Whether the last layer runs for one token of each text, by torch: see `FusedLayer.one_token`."""
-        return len(self._layers) > 1 and kept in self._layers[-1].skips and layout.num_tokens >= _SKIP_TOKENS
+        return layout.num_tokens >= _SKIP_TOKENS and len(self._layers) > 1 and kept in self._layers[-1].skips
 
     def _fastest_variant(self) -> KernelVariant:
         shared = self._encoders.get("shared")

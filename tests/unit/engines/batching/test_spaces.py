@@ -10,6 +10,7 @@ from msgspec import structs
 from structlog.testing import capture_logs
 
 from benchmarks.lib.engine_kit import Kit, answer
+from engines.batching.contextual import ContextualOutput
 from engines.batching.output import DenseOutput, OutputSpec
 from engines.batching.outputs import kind_of_outputs
 from engines.batching.spaces import ModelSpaces, SpaceSource
@@ -225,3 +226,11 @@ def test_an_engine_refuses_before_it_reads_a_text(kit: Kit) -> None:
         answer(engine, texts=("text",), expect_space=space, prompt="p" * 2000)
     with pytest.raises(SpaceMismatch, match="with no prompt"):
         answer(engine, texts=("text",), expect_space=space, prompt="p")
+
+
+def test_a_piece_in_the_context_of_its_document_lies_in_a_space_of_its_own() -> None:
+    plain = DenseOutput(dimensions=4, normalized=True, pre_norm=False)
+    late = ContextualOutput(dimensions=4, normalized=True, pre_norm=False)
+
+    assert late.space_form() != plain.space_form()
+    assert late.space_form().width == 4

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from msgspec import structs
 from safetensors.numpy import load_file, save_file
 from sentence_transformers.sentence_transformer.modules import LayerNorm, Pooling
 
@@ -19,11 +20,13 @@ from benchmarks.lib.models import RECIPES, WIDTH, bert_config, dense, edit_json,
 from engines.disk_spaces import DiskSpaces, spaces_on_disk
 from engines.errors import FilesChanged
 from engines.hub.content_digests import ContentDigests
-from engines.loading.folder import read_folder
+from engines.loading.folder import Folder, read_folder
 from engines.loading.ingredients import list_weights, read_ingredients
+from engines.space import Ingredients
 from engines.spec import Matryoshka, ModelSpec
 from engines.testing.fakes import FakeFiles
 from engines.types import EmbedCall, ModelFiles
+from tests.testkit.sparse_models import save_router
 
 Change = Callable[[Path], None]
 PROMPTS = {"query": "query: ", "document": "passage: "}
@@ -340,3 +343,37 @@ def test_a_loaded_model_has_the_spaces_of_its_files(kit: Kit, name: str) -> None
             call = EmbedCall(model_id="m", texts=("text",), dimensions=int(width), input_type=prompt or None)
             assert asyncio.run(engine.run(call)).space == space
     engine.close()
+
+
+def ingredients_of(folder: Folder) -> Ingredients:
+    return read_ingredients(folder, ModelSpec(model_id="m", source="m"), list_weights(folder), ContentDigests(None))
+
+
+def test_an_adapter_and_each_part_of_it_decide_the_vectors(folder: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"r": 4, "base_model_name_or_path": "org/a"}')
+    save_file({"lora_A": np.ones((2, 2), np.float32)}, adapter / "adapter_model.safetensors")
+    plain = read_folder(folder)
+    merged = structs.replace(plain, adapter=adapter)
+    given = ingredients_of(merged)
+
+    assert given != ingredients_of(plain)
+    (adapter / "adapter_config.json").write_text('{"r": 4, "base_model_name_or_path": "another name"}')
+    assert ingredients_of(merged) == given
+    (adapter / "adapter_config.json").write_text('{"r": 8}')
+    assert ingredients_of(merged).values["adapter"] != given.values["adapter"]
+    save_file({"lora_A": np.zeros((2, 2), np.float32)}, adapter / "adapter_model.safetensors")
+    assert ingredients_of(merged).values["adapter weights"] != given.values["adapter weights"]
+
+
+def test_both_sides_of_a_router_decide_the_vectors(tmp_path: Path) -> None:
+    save_router(tmp_path)
+    given = ingredients_of(read_folder(tmp_path))
+    (table,) = tmp_path.glob("query_*/model.safetensors")
+    flip_a_bit(table)
+
+    found = ingredients_of(read_folder(tmp_path))
+
+    assert {name for name, value in found.values.items() if value != given.values[name]} == {"query side weights"}
+    assert given.values["side without a name"] == "document"
