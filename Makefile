@@ -65,7 +65,7 @@ ifneq ($(and $(filter cuda,$(COMPUTE)),$(filter command line environment,$(origi
 	@$(BIN)/python -c 'import importlib.metadata as m; exit("+cpu" in m.version("torch"))' || \
 		{ echo "PyTorch in $(VENV) is the build for CPUs: rm -r $(VENV), and again with COMPUTE=cuda" >&2; exit 1; }
 endif
-install-test: $(VENV)/.installed-test $(CLIENTS)/litellm/.installed $(CLIENTS)/rerankers/.installed
+install-test: $(VENV)/.installed-test $(CLIENTS)/litellm/.installed $(CLIENTS)/rerankers/.installed $(CLIENTS)/stores/.installed
 install-bench: $(VENV)/.installed-bench
 
 serve: install  ## serve registry.yaml on 127.0.0.1:6008

@@ -109,6 +109,7 @@ class OutputsCall(TextCall, frozen=True, kw_only=True, tag="outputs"):
         sparse_top_k: the most entries of a sparse output, the heaviest; None is the server's ceiling.
         sparse_min_weight: entries that weigh less are left out; at least 0.
         pool_factor: vectors of a document's tokens are clustered to one for each so many, where that is more than 1.
+        names_terms: whether `Outputs.term_names` is wanted.
     """
 
     outputs: tuple[Output | Literal["tokens"], ...]
@@ -117,6 +118,7 @@ class OutputsCall(TextCall, frozen=True, kw_only=True, tag="outputs"):
     sparse_top_k: int | None = None
     sparse_min_weight: float = 0.0
     pool_factor: int = 1
+    names_terms: bool = False
 
 
 class ContextualCall(TextCall, frozen=True, kw_only=True, tag="contextual"):
@@ -135,6 +137,9 @@ class ContextualCall(TextCall, frozen=True, kw_only=True, tag="contextual"):
     normalize: bool | None = None
 
 
+SIMILARITIES = frozenset({("maxsim",), ("meanmaxsim",)})
+"""The labels that the `Scores` of a model with vectors of tokens may have."""
+
 Activation = Literal["default", "none", "probabilities"]
 """What becomes of the logits of a pair or text.
 
@@ -145,6 +150,10 @@ softmax over the labels; sigmoid where the model has one label or its labels do 
 
 class ScoreCall(BaseCall, frozen=True, kw_only=True, tag="score"):
     """Asks for the scores of pairs or of single texts, answered by `Scores`.
+
+    A model with vectors of tokens answers with MaxSim, for pairs only: the sum over the query's vectors of the greatest
+    dot product with a vector of the document (Khattab and Zaharia, 2020, ColBERT), or their mean; one column, whose
+    label is one of `SIMILARITIES`. It refuses the activation `probabilities`, which these scores are not.
 
     Args:
         texts: the documents of the pairs, or the single texts; not empty.
@@ -285,6 +294,8 @@ class Outputs(BaseResult, frozen=True, kw_only=True, tag="outputs"):
     `body`, all little-endian, one part after the other: dense vectors, float32 `num_items × dimensions`; vocabulary
     entries of the sparse outputs, int32, rising within each input, and as many weights, float32; vectors of tokens,
     float32 `sum(num_vectors) × vector_width`. `num_terms`, `num_vectors`: how many of them each input has.
+    `term_names`: of each distinct entry of the sparse outputs, its token as the vocabulary writes it (what
+    `convert_ids_to_tokens` of transformers gives), if the call has `names_terms`; else empty.
     """
 
     body: bytes
@@ -292,6 +303,7 @@ class Outputs(BaseResult, frozen=True, kw_only=True, tag="outputs"):
     num_terms: tuple[int, ...] = ()
     num_vectors: tuple[int, ...] = ()
     vector_width: int = 0
+    term_names: dict[int, str] = {}
 
     def split_body(self) -> tuple[Self, bytes]:
         """See `BaseResult`."""

@@ -15,6 +15,7 @@ from router.api.compat.cohere import CohereController
 from router.api.compat.ollama import OllamaController, answer_ollama_error
 from router.api.compat.ollama_models import OllamaModelsController
 from router.api.compat.tei import TeiController, TeiRootController
+from router.api.compat.tei_outputs import TeiOutputsController
 from router.api.compat.voyage import VoyageController
 from router.api.dashboard import DashboardController
 from router.api.docs import openapi_config
@@ -50,7 +51,7 @@ _CONTROLLERS = (
     MetricsController,
 )  # fmt: skip
 _COMPATIBILITY_APIS: dict[str, tuple[type[Controller], ...]] = {
-    "tei": (TeiController,),
+    "tei": (TeiController, TeiOutputsController),
     "cohere": (CohereController,),
     "ollama": (OllamaController, OllamaModelsController),
     "infinity": (InfinityController,),

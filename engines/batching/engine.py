@@ -29,7 +29,7 @@ from engines.device.scheduler import DeviceScheduler, Task, post
 from engines.errors import EngineError, ShuttingDown, SpaceMismatch
 from engines.inputs.documents import DocumentReading
 from engines.inputs.pairs import PairReading
-from engines.inputs.token_listing import list_tokens
+from engines.inputs.token_listing import list_tokens, name_terms
 from engines.inputs.tokenizer import IdReading, TextReading, TokenizedRequest, Tokenizer
 from engines.inputs.tokenizer_threads import TokenizerThreads
 from engines.models.base import Encoder, ForwardPathFailed
@@ -39,6 +39,8 @@ from engines.types import (
     ContextualCall,
     ModelCall,
     ModelInfo,
+    Outputs,
+    OutputsCall,
     Result,
     ScoreCall,
     TextCall,
@@ -196,7 +198,10 @@ class EmbeddingEngine:
     async def _answer(self, call: ModelCall, output: OutputSpec, space: str = "") -> Result:
         reading = self._reading(call)
         with self._threads.trim_heap_after() if reading.num_chars > _HEAVY_CHARS else nullcontext():
-            return await self._run(reading, output, Origin(call.caller, self._spec.cache_shared), space)
+            result = await self._run(reading, output, Origin(call.caller, self._spec.cache_shared), space)
+        if isinstance(result, Outputs) and isinstance(call, OutputsCall) and call.names_terms:
+            return await self._threads.call(partial(name_terms, result, self._tokenizer))
+        return result
 
     async def _space(self, call: TextCall, output: OutputSpec) -> str:
         """Returns the space of the call's vectors; empty while it is unknown.

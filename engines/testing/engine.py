@@ -14,11 +14,21 @@ from engines.errors import (
     ContextLengthExceeded,
     DimensionsNotSupported,
     InvalidTokenId,
+    InvalidValue,
     PromptNotFound,
     TaskNotSupported,
 )
 from engines.spec import Matryoshka, ModelSpec, Output
-from engines.testing.outputs import SPARSE_ENTRIES, TOKEN_WIDTH, chosen_terms, fake_row, join_body
+from engines.testing.outputs import (
+    SPARSE_ENTRIES,
+    TOKEN_WIDTH,
+    Terms,
+    chosen_terms,
+    fake_maxsim,
+    fake_names,
+    fake_row,
+    join_body,
+)
 from engines.testing.spaces import check_expected, fake_ingredients, fake_space
 from engines.types import (
     Call,
@@ -171,10 +181,13 @@ class FakeEngine:
                 raise TaskNotSupported(f"{call.model_id} has no {name} output", param="outputs")
         parts: list[NDArray[np.float32] | NDArray[np.int32]] = []
         width = (call.dimensions or WIDTH) if "dense" in call.outputs else 0
-        texts = [self._prompted(call, text) for text in call.texts]
+        items: list[str | tuple[int, ...]] = [self._prompted(call, text) for text in call.texts]
+        items += call.token_ids
+        texts = [item if isinstance(item, str) else " ".join(map(str, item)) for item in items]
+        counts = [self._count(call, item, index) for index, item in enumerate(items)]
         rows = [fake_row(text) for text in texts]
         if width:
-            parts += [fake_vector(self.spec.model_id, text, width) for text in texts]
+            parts += [fake_vector(self.spec.model_id, item, width) for item in items]
         terms = [chosen_terms(row, call) for row in rows] if "sparse" in call.outputs else []
         parts += [entries for entries, _ in terms] + [weights for _, weights in terms]
         vectors = [row.vectors for row in rows] if {"multi_vector", "tokens"} & {*call.outputs} else []
@@ -184,9 +197,15 @@ class FakeEngine:
             num_terms=tuple(len(entries) for entries, _ in terms),
             num_vectors=tuple(map(len, vectors)),
             vector_width=TOKEN_WIDTH if vectors else 0,
-            token_counts=tuple(self._count(call, text, index) for index, text in enumerate(texts)),
+            term_names=self._term_names(texts, terms) if call.names_terms else {},
+            token_counts=tuple(counts),
             timings=Timings(forward_s=self._embed_s),
         )
+
+    def _term_names(self, texts: Sequence[str], terms: Sequence[Terms]) -> dict[int, str]:
+        wanted = {int(entry) for entries, _ in terms for entry in entries}
+        known = {entry: name for text in texts for entry, name in fake_names(text).items()}
+        return {entry: known[entry] for entry in sorted(wanted)}
 
     def _embed_now(self, call: EmbedCall) -> Embeddings:
         if "dense" not in self.info.outputs:
@@ -229,28 +248,39 @@ class FakeEngine:
         )
 
     def _score_now(self, call: ScoreCall) -> Scores:
-        """Without an activation the scores are logits: `ln(p / (1 - p))`."""
-        if self.info.task == "embed":
+        """Without an activation the scores are logits: `ln(p / (1 - p))`. With vectors of tokens they are MaxSim."""
+        has_vectors = "multi_vector" in self.info.outputs
+        if self.info.task == "embed" and not (has_vectors and call.queries):
             raise TaskNotSupported(f"{call.model_id} can embed, not score", param="model")
         queries = call.queries if len(call.queries) == len(call.texts) else (call.queries or ("",)) * len(call.texts)
-        labels = range(len(self.info.labels))
-        rows = [
-            [fake_score(self.spec.model_id, q, t, label) for label in labels]
-            for q, t in zip(queries, call.texts, strict=True)
-        ]
-        values = np.array(rows, "<f4")
-        if call.activation == "none":
-            values = np.log(values / (1 - values)).astype("<f4")
-        counts = [len(query.split()) + len(text.split()) + 3 for query, text in zip(queries, call.texts, strict=True)]
+        pairs = list(zip(queries, call.texts, strict=True))
+        labels = ("maxsim",) if has_vectors else self.info.labels
+        if has_vectors and call.activation == "probabilities":
+            raise InvalidValue(
+                "the scores of this model are no probabilities: send raw_scores: true", param="raw_scores"
+            )
+        if has_vectors:
+            values = np.array([[fake_maxsim(query, text)] for query, text in pairs], "<f4")
+        else:
+            values = self._scores(pairs, is_raw=call.activation == "none")
+        counts = [len(query.split()) + len(text.split()) + 3 for query, text in pairs]
         limit = self.info.max_tokens
         return Scores(
             values=values.tobytes(),
             num_labels=len(labels),
-            labels=self.info.labels,
+            labels=labels,
             token_counts=tuple(min(count, limit) for count in counts),
             truncated=tuple(index for index, count in enumerate(counts) if count > limit),
             timings=Timings(forward_s=self._embed_s),
         )
+
+    def _scores(self, pairs: Sequence[tuple[str, str]], *, is_raw: bool) -> NDArray[np.float32]:
+        rows = [
+            [fake_score(self.spec.model_id, query, text, label) for label in range(len(self.info.labels))]
+            for query, text in pairs
+        ]
+        values = np.array(rows, "<f4")
+        return np.log(values / (1 - values)).astype("<f4") if is_raw else values
 
     def _tokenize_now(self, call: TokenizeCall) -> Tokens:
         """Each word is a token, whose id is its length; `[CLS]` (101) and `[SEP]` (102) are around them."""

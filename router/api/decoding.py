@@ -32,6 +32,7 @@ from router.schemas.inference import (
     KeepAlive,
 )
 from router.schemas.ollama import OllamaRequest
+from router.schemas.outputs import TeiOutputsRequest
 from router.schemas.scoring import (
     ClassifyRequest,
     EitherRerankRequest,
@@ -98,7 +99,7 @@ _ITEMS_FIELDS: dict[Any, tuple[str, ...]] = {
     EmbeddingRequest: ("input",), TeiRequest: ("inputs",), TeiTokenizeRequest: ("inputs",), OllamaRequest: ("input",),
     CohereRequest: ("texts", "inputs"), CohereV1Request: ("texts", "inputs"), InfinityRequest: ("input",),
     RerankRequest: ("documents",), EitherRerankRequest: ("documents", "texts"), PredictRequest: ("inputs",),
-    ScoreRequest: ("text_1", "text_2"), ClassifyRequest: ("input",),
+    ScoreRequest: ("text_1", "text_2"), ClassifyRequest: ("input",), TeiOutputsRequest: ("inputs",),
 }  # fmt: skip
 """The fields of each request that hold its texts or token ids."""
 
@@ -209,7 +210,7 @@ def _stages(wanted: Any) -> _Stages:
         envelope=msgspec.json.Decoder(envelope),
         whole={name: msgspec.json.Decoder(field.type) for name, field in fields.items()},
         items={name: msgspec.json.Decoder(_item_type(field.type)) for name, field in fields.items()},
-        allows_ids=wanted in (EmbeddingRequest, InfinityRequest, TeiRequest),
+        allows_ids=wanted in (EmbeddingRequest, InfinityRequest, TeiRequest, TeiOutputsRequest),
     )
 
 

@@ -8,12 +8,15 @@ from litestar.params import JSONBody
 from litestar.response.base import ASGIResponse
 from msgspec import structs
 
-from engines.spec import ModelSpec
+from engines.errors import TaskNotSupported
+from engines.spec import ModelSpec, Output
+from engines.types import BaseResult
 from router.api.compat.infinity import list_for_infinity
 from router.api.encoding import EncodedAnswer, OutputFormat, encode_answer
-from router.api.inference import Answer, InferenceRoute, embed
+from router.api.inference import InferenceRoute, embed, headers_of
 from router.api.models import describe_model
 from router.api.openapi import BEARER, GUARDED, failures
+from router.api.outputs import answer_outputs, outputs_without_dense
 from router.auth.guards import requires
 from router.schemas.compat import InfinityModelList, InfinityRequest
 from router.schemas.inference import EmbeddingRequest, EmbeddingResponse, Model
@@ -104,6 +107,31 @@ class AzureController(Controller):
 
 
 async def _answer(request: Request[Any, Any, Any], wanted: EmbeddingRequest) -> ASGIResponse:
+    """Answer with dense vectors, or with the other outputs that the request names. Three cases:
+
+    1. dense vectors alone, or no outputs named and the model has dense vectors.
+    2. no outputs named, and the model has no dense vectors, so that it refuses (1): all that it has.
+    3. other outputs are named.
+    """
+    if wanted.outputs is not None and wanted.outputs != ["dense"]:
+        return await _answer_outputs(request, wanted, tuple(wanted.outputs))  # (3)
+    try:
+        return await _answer_dense(request, wanted)  # (1)
+    except TaskNotSupported as refusal:
+        if wanted.outputs is not None or wanted.late_chunking:
+            raise
+        outputs = await outputs_without_dense(request, wanted.model, refusal)
+    return await _answer_outputs(request, wanted, outputs)  # (2)
+
+
+async def _answer_outputs(
+    request: Request[Any, Any, Any], wanted: EmbeddingRequest, outputs: tuple[Output, ...]
+) -> ASGIResponse:
+    body, result = await answer_outputs(request, wanted, outputs)
+    return EncodedAnswer(body, _headers(result))
+
+
+async def _answer_dense(request: Request[Any, Any, Any], wanted: EmbeddingRequest) -> ASGIResponse:
     answer = await embed(request, wanted)
     output = OutputFormat(
         encoding=wanted.encoding_format or "float",
@@ -111,12 +139,12 @@ async def _answer(request: Request[Any, Any, Any], wanted: EmbeddingRequest) -> 
         calibration=answer.calibration,
     )
     body = await encode_answer(answer.embeddings, answer.model_id, output)
-    return EncodedAnswer(body, _headers(answer))
+    return EncodedAnswer(body, _headers(answer.embeddings))
 
 
-def _headers(answer: Answer) -> dict[str, str]:
+def _headers(result: BaseResult) -> dict[str, str]:
     """Return the headers of an answer, and those of OpenAI: how long it took, and the date of the API."""
-    spent, headers = answer.embeddings.timings, answer.headers
+    spent, headers = result.timings, headers_of(result)
     seconds = spent.load_s + spent.tokenize_s + spent.queue_s + spent.forward_s
     headers["openai-processing-ms"] = f"{seconds * 1000:.0f}"
     headers["openai-version"] = _VERSION

@@ -208,7 +208,13 @@ async def embed(request: Request[Any, Any, Any], wanted: EmbeddingRequest, piece
     if wanted.late_chunking:
         pieces = (call.num_items,)
     work = ContextualCall(**structs.asdict(call), pieces=pieces) if pieces else call
-    embeddings = await run_call(request, server_state, spec, work)
+    try:
+        embeddings = await run_call(request, server_state, spec, work)
+    except TaskNotSupported:
+        info = next(infos_of(server_state, spec.model_id), None)
+        if info is not None and info.task == "embed" and "dense" not in info.outputs:
+            refuse_outputs(spec.model_id, info.outputs, ("dense",), "model")
+        raise
     assert isinstance(embeddings, Embeddings), "both kinds of calls are answered by Embeddings"
     record_result(request, embeddings, began_s)
     return Answer(spec.model_id, embeddings, spec.calibration)
@@ -217,6 +223,17 @@ async def embed(request: Request[Any, Any, Any], wanted: EmbeddingRequest, piece
 def refuse_task(model_id: str, can: Task, wanted: str) -> NoReturn:
     """Raise TaskNotSupported for a model that computes something else."""
     raise TaskNotSupported(f"{model_id} cannot {wanted}: it can {_USES[can]}", param="model")
+
+
+def refuse_outputs(model_id: str, has: Sequence[str], wanted: Sequence[str], param: str) -> NoReturn:
+    """Raise TaskNotSupported for outputs that an embedding model lacks; the message names those that it has."""
+    listed = ", ".join(f'"{output}"' for output in has)
+    rerank = "; POST /v1/rerank" if {"dense", "multi_vector"} & {*has} else ""
+    raise TaskNotSupported(
+        f"{model_id} has no {' or '.join(output for output in wanted if output not in has)} output: it has "
+        f"{' and '.join(has)} (POST /v1/embeddings with outputs [{listed}]{rerank})",
+        param=param,
+    )
 
 
 def admit_call(request: Request[Any, Any, Any], server_state: ServerState, call: AnyCall) -> AnyCall:

@@ -17,7 +17,7 @@ from litestar.openapi.spec import Example
 from engines.types import Plan
 from router.errors import TABLE, ErrorRow
 from router.registry.registry import Changes
-from router.schemas import admin, compat, inference, ollama, scoring
+from router.schemas import admin, compat, inference, ollama, outputs, scoring
 
 BEARER = [{"BearerToken": list[str]()}]
 GUARDED = ("invalid_api_key", "insufficient_scope")
@@ -41,7 +41,7 @@ _WIRE = (
     inference.EmbeddingRequest, inference.EmbeddingResponse, inference.ErrorEnvelope, inference.Model,
     inference.ModelList, admin.Slot, admin.SlotList, admin.ModelSlots, admin.PreloadRequest, admin.EvictRequest,
     admin.Memory, admin.LastMinute, admin.ModelTraffic, admin.Status, Plan, Changes, *compat.WIRE,
-    *scoring.WIRE, *ollama.WIRE,
+    *scoring.WIRE, *ollama.WIRE, *outputs.WIRE,
 )  # fmt: skip
 _REQUEST_EXAMPLE = {"model": "all-MiniLM-L6-v2", "input": ["The cat sits outside", "A man is playing guitar"]}
 
@@ -108,6 +108,8 @@ def wire_schemas(structs: Sequence[type[msgspec.Struct]]) -> dict[str, Any]:
     request = schemas["EmbeddingRequest"]
     request["properties"]["input"]["anyOf"] = inference.INPUT_FORMS
     request["examples"] = [_REQUEST_EXAMPLE]
+    items = [{"$ref": f"#/components/schemas/{name}"} for name in ("Embedding", "TextOutputs")]
+    schemas["EmbeddingResponse"]["properties"]["data"]["items"] = {"anyOf": items}
     return schemas
 
 

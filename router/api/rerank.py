@@ -15,7 +15,7 @@ from engines.types import ScoreCall
 from router.api.inference import TEI_TRUNCATION, InferenceRoute, rename_error_params
 from router.api.score_calls import either_rerank_call, rerank_call
 from router.api.score_encoding import encode_infinity_ranking, encode_ranking, encode_tei_ranking
-from router.api.scoring import score
+from router.api.scoring import METHODS, score
 from router.schemas.scoring import (
     EitherRerankRequest,
     InfinityRerankResponse,
@@ -35,7 +35,7 @@ class RerankController(Controller):
 
     @InferenceRoute("/v1/rerank", summary="Rank documents for a query", returns=RerankResponse, description=_BEST_FIRST)
     async def rerank(self, request: Request[Any, Any, Any], data: JSONBody[RerankRequest]) -> ASGIResponse:
-        """Scores each document with a reranker; an embedding model ranks by the cosine of its vectors (`method`)."""
+        """Scores each document with a reranker; an embedding model ranks by its vectors (`method`)."""
         return await _answer(request, data, rerank_call(data), "1")
 
     @InferenceRoute("/v2/rerank", summary="Rank documents (Cohere)", returns=RerankResponse, description=_BEST_FIRST)
@@ -55,7 +55,7 @@ class RerankController(Controller):
         if data.documents is not None:
             return await _answer(request, data, call, "2" if data.raw_scores is None else "infinity")
         with rename_error_params(TEI_TRUNCATION, documents="texts"):
-            scored = await score(request, data.model, call, "rerank")
+            scored = await score(request, data.model, call, "rerank", methods=("maxsim",), method=data.method)
         body = await encode_tei_ranking(scored, call.texts if data.return_text else None)
         return ASGIResponse(body=body, headers=scored.headers)
 
@@ -74,7 +74,7 @@ async def _answer(
     request: Request[Any, Any, Any], data: RerankOptions, call: ScoreCall, shape: Literal["1", "2", "infinity"]
 ) -> ASGIResponse:
     """Rank, and answer as that version of Cohere's API does, or as Infinity."""
-    scored = await score(request, data.model, call, "rerank", allows_cosine=True)
+    scored = await score(request, data.model, call, "rerank", methods=METHODS, method=data.method)
     texts: Sequence[str] | None = call.texts if data.return_documents in (True, "true") else None
     if shape == "infinity":
         body = await encode_infinity_ranking(scored, texts, data.top_n)

@@ -9,7 +9,7 @@ from litestar.response.base import ASGIResponse
 from router.api.inference import InferenceRoute, rename_error_params
 from router.api.score_calls import classify_call, score_call
 from router.api.score_encoding import encode_infinity_labels, encode_labels, encode_scores
-from router.api.scoring import score
+from router.api.scoring import METHODS, score
 from router.schemas.scoring import (
     ClassifyRequest,
     ClassifyResponse,
@@ -30,7 +30,7 @@ class ScoreController(Controller):
 
     @InferenceRoute("/v1/score", summary="Score pairs of texts", returns=ScoreResponse, description=_IN_ORDER)
     async def score_pairs(self, request: Request[Any, Any, Any], data: JSONBody[ScoreRequest]) -> ASGIResponse:
-        """Scores one text with each of many, or two lists item by item; an embedding model computes cosines."""
+        """Scores one text with each of many, or two lists item by item; an embedding model compares its vectors."""
         return await _score(request, data)
 
     @InferenceRoute("/score", summary="Score pairs of texts (vLLM)", returns=ScoreResponse, description=_IN_ORDER)
@@ -51,7 +51,7 @@ class ScoreController(Controller):
 
 async def _score(request: Request[Any, Any, Any], data: ScoreRequest) -> ASGIResponse:
     with rename_error_params(query="text_1", documents="text_2"):
-        scored = await score(request, data.model, score_call(data), "rerank", allows_cosine=True)
+        scored = await score(request, data.model, score_call(data), "rerank", methods=METHODS, method=data.method)
     return ASGIResponse(body=await encode_scores(scored), headers=scored.headers)
 
 

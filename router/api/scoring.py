@@ -1,31 +1,35 @@
 """Scores pairs and texts for a request: the path that all rerank, score, classify and predict routes share.
 
-A bi-encoder may rerank too: its score is the cosine of the vectors of query and document, and the answer says so.
+An embedding model may rerank too: its score is the cosine of the vectors of query and document, or MaxSim of the
+vectors of their tokens, and the answer says which.
 """
 
 import asyncio
 import time
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, cast
 
 import numpy as np
 from litestar import Request
 from msgspec import Struct, structs
 from numpy.typing import NDArray
 
-from engines.errors import ContextLengthExceeded, InvalidValue, NonFiniteEmbedding, TaskNotSupported
-from engines.spec import ModelSpec, Task
-from engines.types import BaseResult, EmbedCall, Embeddings, ScoreCall, Scores, Timings
+from engines.errors import ContextLengthExceeded, InvalidRequest, InvalidValue, NonFiniteEmbedding, TaskNotSupported
+from engines.spec import ModelSpec, Output, Task
+from engines.types import SIMILARITIES, BaseResult, EmbedCall, Embeddings, ScoreCall, Scores, Timings
 from router.api.embeddings import UNNAMED_MODEL
 from router.api.inference import (
     admit_call,
     headers_of,
     infos_of,
     record_result,
+    refuse_outputs,
     refuse_task,
     rename_error_params,
     run_call,
 )
 from router.auth.model_access import resolve
+from router.schemas.scoring import Method, UsedMethod
 from router.server.state import ServerState, state_of
 
 Use = Literal["rerank", "classify", "predict"]
@@ -36,6 +40,9 @@ _TASKS: dict[Use, frozenset[Task]] = {
     "predict": frozenset({"rerank", "classify"}),
 }
 """The tasks of the models that can serve each use."""
+METHODS: tuple[Method, ...] = ("cosine", "maxsim")
+"""How embedding models score pairs: by the first of these that they have the output for."""
+_OUTPUT_OF: dict[Method, Output] = {"cosine": "dense", "maxsim": "multi_vector"}
 _INLINE_COMPONENTS = 2**17
 """More components of vectors are multiplied on a thread: 0.2 ms on the event loop for so many."""
 
@@ -48,14 +55,14 @@ class Scored(Struct, frozen=True):
         values: float32 `[n, labels]`.
         labels: names of the columns.
         result: tokens, truncated inputs and timings.
-        method: `cosine` if an embedding model has computed vectors; None for scores of the model itself.
+        method: how an embedding model has compared its vectors; None for scores of the model itself.
     """
 
     model_id: str
     values: NDArray[np.float32]
     labels: tuple[str, ...]
     result: BaseResult
-    method: Literal["cosine"] | None = None
+    method: UsedMethod | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -69,16 +76,26 @@ class Scored(Struct, frozen=True):
 
 
 async def score(
-    request: Request[Any, Any, Any], model: str | None, call: ScoreCall, use: Use, *, allows_cosine: bool = False
+    request: Request[Any, Any, Any],
+    model: str | None,
+    call: ScoreCall,
+    use: Use,
+    *,
+    methods: Sequence[Method] = (),
+    method: Method | None = None,
 ) -> Scored:
     """Score the pairs or texts of `call`, which names no model yet. Loads the model first if it is not in memory.
 
     The model's task is that of the registry, else that of its files, which are known once it is loaded. Four cases:
 
     1. a reranker or classifier that can serve the use: its scores.
-    2. a bi-encoder, where `allows_cosine`: the cosine of its vectors.
-    3. unknown: the model is asked for scores, and if it refuses, as in (2).
+    2. an embedding model: by the first of `methods` that it has the output for.
+    3. unknown: as in (2), and a reranker is not refused.
     4. anything else: refused, without a load where the task is known.
+
+    Args:
+        methods: how an embedding model may score, the preferred first; none: it is refused.
+        method: the one of them that the request demands.
 
     Raises:
         TaskNotSupported: the model computes something else.
@@ -89,13 +106,17 @@ async def score(
     call = admit_call(request, server_state, structs.replace(call, model_id=spec.model_id, load_timeout_s=timeout_s))
     began_s = time.perf_counter()
     task = _task_of(server_state, spec)
-    if task == "embed" and allows_cosine:  # (2)
-        scored = await _score_by_cosine(request, spec, call)
+    if task in (None, "embed") and methods:  # (2), (3)
+        scored = await _score_by_vectors(request, spec, call, methods if method is None else (method,))
     else:
         _check_task(spec, task, use)  # (4)
-        scored = await _score(request, spec, call, allows_cosine=allows_cosine and task is None)  # (1), (3)
-        if scored.method is None:
-            _check_task(spec, _task_of(server_state, spec), use)
+        _check_method(spec, method, task)
+        scored = await _score_known(request, spec, call, use)  # (1), (3)
+    if scored.method is None:
+        _check_task(spec, _task_of(server_state, spec), use)
+        _check_method(spec, method, _task_of(server_state, spec) or "rerank")
+    elif not methods:
+        refuse_task(spec.model_id, "embed", use)
     _check_finite(scored.values)
     record_result(request, scored.result, began_s)
     if use == "rerank" and scored.values.shape[1] != 1:
@@ -116,19 +137,55 @@ def _check_task(spec: ModelSpec, task: Task | None, use: Use) -> None:
         refuse_task(spec.model_id, task, use)
 
 
-async def _score(request: Request[Any, Any, Any], spec: ModelSpec, call: ScoreCall, *, allows_cosine: bool) -> Scored:
-    server_state = state_of(request)
-    try:
-        scores = await run_call(request, server_state, spec, call)
-    except TaskNotSupported as refusal:
-        if not allows_cosine:
-            raise
+def _check_method(spec: ModelSpec, method: Method | None, task: Task | None) -> None:
+    if method is not None and task is not None:
+        raise TaskNotSupported(
+            f"{spec.model_id} cannot score by {method}: it can {task}, and the method is that of embedding models; "
+            "omit method",
+            param="method",
+        )
+
+
+async def _score_by_vectors(
+    request: Request[Any, Any, Any], spec: ModelSpec, call: ScoreCall, methods: Sequence[Method]
+) -> Scored:
+    """Score by the first of `methods` that the model does not refuse; those that it is known to lack are not tried."""
+    outputs = _outputs_of(request, spec)
+    refusal: TaskNotSupported | None = None
+    for method in methods:
+        if outputs and _OUTPUT_OF[method] not in outputs:
+            continue
         try:
-            return await _score_by_cosine(request, spec, call)
-        except TaskNotSupported:
-            raise refusal from None
+            return await (_score_by_cosine if method == "cosine" else _score)(request, spec, call)
+        except TaskNotSupported as error:
+            refusal = error
+    outputs = _outputs_of(request, spec)
+    if outputs or refusal is None:
+        refuse_outputs(spec.model_id, outputs, [_OUTPUT_OF[method] for method in methods], "model")
+    raise refusal
+
+
+def _outputs_of(request: Request[Any, Any, Any], spec: ModelSpec) -> tuple[Output, ...]:
+    """Return the outputs of an embedding model; none if it is not one, or not known yet."""
+    return next((info.outputs for info in infos_of(state_of(request), spec.model_id) if info.task == "embed"), ())
+
+
+async def _score_known(request: Request[Any, Any, Any], spec: ModelSpec, call: ScoreCall, use: Use) -> Scored:
+    """Ask the model for scores; if it turns out to be one of another task, that is the error."""
+    try:
+        return await _score(request, spec, call)
+    except InvalidRequest:
+        _check_task(spec, _task_of(state_of(request), spec), use)
+        raise
+
+
+async def _score(request: Request[Any, Any, Any], spec: ModelSpec, call: ScoreCall) -> Scored:
+    """Ask the model for scores, which are MaxSim if it has vectors of tokens."""
+    server_state = state_of(request)
+    scores = await run_call(request, server_state, spec, call)
     assert isinstance(scores, Scores), "a ScoreCall is answered by Scores"
-    return Scored(spec.model_id, scores.array(), _labels(server_state, spec, scores), scores)
+    similarity = cast(UsedMethod, scores.labels[0]) if scores.labels in SIMILARITIES else None
+    return Scored(spec.model_id, scores.array(), _labels(server_state, spec, scores), scores, similarity)
 
 
 def _labels(server_state: ServerState, spec: ModelSpec, scores: Scores) -> tuple[str, ...]:

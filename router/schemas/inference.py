@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from msgspec import Meta, Struct
 
 from engines.space import MAX_SPACE_CHARS
-from engines.spec import Matryoshka, Precision, Task, Truncate
+from engines.spec import Matryoshka, Output, Precision, Task, Truncate
 from engines.types import State
 
 MAX_INPUTS = 2048
@@ -24,6 +24,9 @@ MAX_NAME_CHARS = 1024
 
 MAX_QUANTITY_CHARS = 64
 MAX_WIDTH = 2**31 - 1
+MAX_TOP_K = 2**16
+"""Most entries of a sparse output that a request may ask for; no vocabulary in use has five times as many."""
+MAX_POOL_FACTOR = 16
 EncodingFormat = Literal["float", "base64"]
 OutputDtype = Literal["float", "int8", "uint8", "binary", "ubinary"]
 
@@ -134,10 +137,35 @@ class EmbeddingRequest(Struct, frozen=True, kw_only=True):
             examples=["s1-3f2a77c0b19e-5d41402abc4b2a76"],
         ),
     ] = None
+    outputs: Annotated[
+        Annotated[list[Output], Meta(min_length=1, max_length=3)] | None,
+        Meta(
+            description="What to return for each input, from one forward pass. Default: `dense`, or all that a model "
+            "without dense vectors has; GET /v1/models lists it.",
+            examples=[["dense", "sparse", "multi_vector"]],
+        ),
+    ] = None
+    sparse_top_k: Annotated[
+        Annotated[int, Meta(ge=1, le=MAX_TOP_K)] | None,
+        Meta(description="Return only so many terms of each input, the heaviest."),
+    ] = None
+    sparse_min_weight: Annotated[
+        Annotated[float, Meta(ge=0, le=1e9)] | None, Meta(description="Leave out terms that weigh less. Default 0.")
+    ] = None
+    return_tokens: Annotated[
+        bool | None, Meta(description="true: sparse outputs have the vocabulary's strings beside its ids.")
+    ] = None
+    pool_factor: Annotated[
+        Annotated[int, Meta(ge=1, le=MAX_POOL_FACTOR)] | None,
+        Meta(
+            description="Cluster the token vectors of each document to one for so many tokens, as token pooling of "
+            "PyLate does. Default 1: all."
+        ),
+    ] = None
 
 
 class Embedding(Struct, frozen=True, kw_only=True):
-    """One vector, as numbers or base64."""
+    """One dense vector, as numbers or base64; with other outputs the items are `TextOutputs`."""
 
     object: Literal["embedding"]
     index: int
@@ -175,10 +203,9 @@ class ErrorEnvelope(Struct, frozen=True, kw_only=True):
     error: ErrorDetail
 
 
-OUTPUTS: dict[Task, tuple[Literal["dense", "score", "labels"], ...]] = {
-    "embed": ("dense",), "rerank": ("score",), "classify": ("labels",),
-}  # fmt: skip
-"""What the models of each task return."""
+AnyOutput = Output | Literal["score", "labels"]
+OUTPUTS: dict[Task, tuple[AnyOutput, ...]] = {"embed": (), "rerank": ("score",), "classify": ("labels",)}
+"""What the models of each task return; of those that embed, it is known once they are loaded."""
 
 
 class Model(Struct, frozen=True, kw_only=True):
@@ -189,6 +216,8 @@ class Model(Struct, frozen=True, kw_only=True):
     task is not known yet counts as one for embeddings.
     `bytes_by_dtype`: of the weights in each dtype that a load may take, where the registry lists several.
     `space`: the spaces of its vectors, by the name of the prompt (empty: none) and the width.
+    `dimensions`: the width of its dense vectors; `vocab_size`: of the vocabulary that its sparse outputs index;
+    `vector_width`: of its vectors of tokens. Null without such an output.
     """
 
     id: str
@@ -199,11 +228,13 @@ class Model(Struct, frozen=True, kw_only=True):
     source: str
     aliases: tuple[str, ...]
     task: Task | None = None
-    outputs: tuple[Literal["dense", "score", "labels"], ...] = ()
+    outputs: tuple[AnyOutput, ...] = ()
     model_type: Literal["embedding", "rerank"] | None = None
     model_ability: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
     dimensions: int | None = None
+    vocab_size: int | None = None
+    vector_width: int | None = None
     matryoshka: Matryoshka | None = None
     max_tokens: int | None = None
     prompts: dict[str, str] = {}

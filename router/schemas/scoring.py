@@ -24,6 +24,15 @@ _MODEL = "A model id or alias from GET /v1/models. Default: the registry's defau
 _MAX_FIELDS = 64
 """Most `rank_fields` in a request."""
 
+Method = Literal["cosine", "maxsim"]
+"""How an embedding model compares query and document."""
+UsedMethod = Literal["cosine", "maxsim", "meanmaxsim"]
+"""How it has: a model's own MaxSim is the sum over the query's tokens, or their mean."""
+_METHOD = (
+    "How an embedding model compares query and document: `cosine` of its dense vectors, or `maxsim` of the vectors of "
+    "their tokens. Default: `cosine`, if it has dense vectors. Rerankers have none."
+)
+
 Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 """0 means no limit, which is what vLLM's clients send for it."""
 
@@ -59,6 +68,7 @@ class RerankOptions(Struct, frozen=True, kw_only=True):
     keep_alive: Annotated[
         KeepAlive | None, Meta(description="As for POST /v1/embeddings.", examples=["10m", 0, -1])
     ] = None
+    method: Annotated[Method | None, Meta(description=_METHOD)] = None
 
 
 class RerankRequest(RerankOptions, frozen=True, kw_only=True):
@@ -141,7 +151,7 @@ class RerankMeta(Struct, frozen=True, kw_only=True):
 class RerankResponse(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Documents, best first; equal scores in the order of the request.
 
-    `method`: `cosine` if an embedding model has ranked by the similarity of vectors; else absent.
+    `method`: how an embedding model has ranked; absent for a reranker.
     """
 
     id: str
@@ -150,7 +160,7 @@ class RerankResponse(Struct, frozen=True, kw_only=True, omit_defaults=True):
     results: list[RerankResult]
     usage: Usage
     meta: RerankMeta
-    method: Literal["cosine"] | None = None
+    method: UsedMethod | None = None
 
 
 class InfinityRank(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -170,7 +180,7 @@ class InfinityRerankResponse(Struct, frozen=True, kw_only=True, omit_defaults=Tr
     model: str
     results: list[InfinityRank]
     usage: Usage
-    method: Literal["cosine"] | None = None
+    method: UsedMethod | None = None
 
 
 class TeiRank(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -237,6 +247,7 @@ class ScoreRequest(Struct, frozen=True, kw_only=True):
     ] = None
     truncate: Annotated[Truncate | None, Meta(description="As for POST /v1/rerank.")] = None
     keep_alive: KeepAlive | None = None
+    method: Annotated[Method | None, Meta(description=_METHOD)] = None
 
 
 class PairScore(Struct, frozen=True, kw_only=True):
@@ -256,7 +267,7 @@ class ScoreResponse(Struct, frozen=True, kw_only=True, omit_defaults=True):
     model: str
     data: list[PairScore]
     usage: Usage
-    method: Literal["cosine"] | None = None
+    method: UsedMethod | None = None
 
 
 class ClassifyRequest(Struct, frozen=True, kw_only=True):

@@ -94,6 +94,7 @@ def _fake_gpu(device: str, specs: dict[str, ModelSpec], files: FakeFiles, lock: 
         workspace_bytes=dict.fromkeys(weight_bytes, GIBIBYTE),
         failures={BROKEN: [REASON] * 100},
         pause=lambda model_id: time.sleep(load_s),
+        outputs={"bge-m3": ("dense", "sparse", "multi_vector")},
     )
     runtime = HostRuntime(
         time=LoopTime(),

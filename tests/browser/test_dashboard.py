@@ -17,6 +17,7 @@ pytestmark = pytest.mark.slow
 
 LARGE, SMALL = "Qwen/Qwen3-Embedding-4B", "m3e-base"
 RERANKER, CLASSIFIER = "bge-reranker-v2-m3", "roberta-sentiment"
+MANY_OUTPUTS = "bge-m3"
 DOWNLOADED, BROKEN = "gte-multilingual-base", "jina-embeddings-v3"
 
 
@@ -523,6 +524,43 @@ def test_the_playground_ranks_with_an_embedding_model_and_labels_with_a_classifi
 
     assert set(dashboard.text(".scores .tag").split()) <= {"negative", "neutral", "positive"}
     assert not dashboard.find("#play-query").is_displayed()
+
+
+def test_the_playground_shows_the_heaviest_terms_once_a_model_is_known_to_have_them(dashboard: Page, axe: str) -> None:
+    choose(dashboard, "#play-model", MANY_OUTPUTS)
+    assert dashboard.text("#play-use").split("\n") == ["Embed", "Rank for a query"]
+    admin = {"authorization": f"Bearer {KEY}"}
+    httpx.post(f"{dashboard.url}/admin/models/{MANY_OUTPUTS}/preload", headers=admin)
+    choose(dashboard, "#play-use", "sparse")
+    dashboard.find("#play-run").click()
+    dashboard.find(".terms li")
+    texts = (dashboard.find("#play-texts").get_attribute("value") or "").splitlines()
+    body = {"model": MANY_OUTPUTS, "input": texts, "outputs": ["sparse"], "sparse_top_k": 12, "return_tokens": True}
+    answer = httpx.post(f"{dashboard.url}/v1/embeddings", json=body, headers=admin).json()
+    lists = dashboard.driver.execute_script(
+        "return [...document.querySelectorAll('.terms')].map((list) => [...list.children].map((row) => "
+        "[row.innerText, row.querySelector('.fill').offsetWidth / row.querySelector('.track').offsetWidth]))"
+    )
+
+    most = max(max(item["sparse_embedding"]["values"]) for item in answer["data"])
+    assert len(lists) == len(texts)
+    for rows, item in zip(lists, answer["data"], strict=True):
+        terms = item["sparse_embedding"]
+        heaviest = sorted(zip(terms["values"], terms["tokens"], strict=True), key=lambda pair: -pair[0])
+        assert len(rows) == len(heaviest)
+        for (words, share), (weight, token) in zip(rows, heaviest, strict=True):
+            assert token in words
+            assert f"{weight:.4f}" in words
+            assert share == pytest.approx(weight / most, abs=0.03)
+    assert '"outputs":["sparse"]' in dashboard.text("#code")
+    dashboard.find("#tab-Python").click()
+    compile(dashboard.text("#code"), "snippet.py", "exec")
+    assert 'extra_body={"outputs": ["sparse"], "sparse_top_k": 12, "return_tokens": True}' in dashboard.text("#code")
+    for width, dark in ((390, True), (1280, False)):
+        dashboard.emulate(width, dark=dark)
+        assert dashboard.driver.execute_script("return document.documentElement.scrollWidth - innerWidth") <= 0
+        assert serious_issues(dashboard, axe) == []
+    httpx.post(f"{dashboard.url}/admin/models/{MANY_OUTPUTS}/evict", headers=admin)
 
 
 @pytest.mark.parametrize(("width", "dark"), [(390, False), (390, True), (1280, True)])

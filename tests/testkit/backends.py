@@ -143,6 +143,7 @@ class ScriptedBackend:
             num_terms=counts if has_terms else (),
             num_vectors=counts if has_vectors else (),
             vector_width=2 if has_vectors else 0,
+            term_names={entry: f"term {entry}" for entry in sorted({*entries})} if call.names_terms else {},
             token_counts=tuple(len(item) for item in items),
             truncated=self.truncated,
         )

@@ -27,6 +27,9 @@ class Letters:
     def encode_batch_fast(self, input: Sequence[str], *, add_special_tokens: bool) -> Sequence[SimpleNamespace]:
         return [SimpleNamespace(ids=[ord(letter) for letter in text.encode("utf-8").decode()]) for text in input]
 
+    def id_to_token(self, token_id: int) -> str | None:
+        return chr(token_id)
+
 
 class ScriptedEncoder:
     """An encoder whose vectors depend on the ids alone: `[first, last, sum, length]`.

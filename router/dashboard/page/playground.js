@@ -6,10 +6,12 @@ import { latency, number } from "./format.js";
 import { heatMap, vectorList } from "./results.js";
 import { labelList, rankingList } from "./scores.js";
 import { snippets } from "./snippets.js";
+import { termLists } from "./terms.js";
 import { timingsBar } from "./timings.js";
 import { t } from "./words.js";
 
-const PATHS = { embed: "/v1/embeddings", rerank: "/v1/rerank", classify: "/v1/classify" };
+const PATHS = { embed: "/v1/embeddings", sparse: "/v1/embeddings", rerank: "/v1/rerank", classify: "/v1/classify" };
+const TERMS = { outputs: ["sparse"], sparse_top_k: 12, return_tokens: true };
 
 let draft = null; // these survive a change of language
 let draftQuery = null;
@@ -26,8 +28,9 @@ export function playground(store) {
   show(refusal, false);
 
   const redraw = () => code.update(PATHS[form.mode()], form.request());
-  const facts = () => known.get(form.model.value) ?? fromSlots(store, form.model.value);
+  const facts = () => withOutputs(known.get(form.model.value), fromSlots(store, form.model.value));
   form.node.addEventListener("input", redraw);
+  form.node.addEventListener("change", redraw);
   form.model.addEventListener("change", () => {
     form.offer(facts());
     redraw();
@@ -78,8 +81,12 @@ export function playground(store) {
   }
 
   let asked = false;
+  let offered = "";
   function update() {
-    if (form.list(store.models().map((model) => model.id)) && known.size) form.offer(facts());
+    const isNew = form.list(store.models().map((model) => model.id));
+    const uses = usesOf(facts()).join();
+    if ((isNew && known.size) || uses !== offered) form.offer(facts()); // a model's outputs are known once it is loaded
+    offered = uses;
     redraw();
     if (asked || !store.slots.length) return;
     asked = true;
@@ -91,6 +98,19 @@ export function playground(store) {
 function fromSlots(store, modelId) {
   const slot = store.slot(modelId);
   return slot ? { ...slot.info, task: slot.task } : null;
+}
+
+/** Returns what /v1/models said, with the outputs of a model that has been loaded since. */
+function withOutputs(learnt, live) {
+  return learnt && live ? { ...learnt, task: learnt.task ?? live.task, outputs: live.outputs ?? learnt.outputs } : learnt ?? live;
+}
+
+/** Returns what a model can be used for; of one that embeds, by its outputs, which are unknown until it is loaded. */
+function usesOf(facts) {
+  if (facts?.task === "rerank" || facts?.task === "classify") return [facts.task];
+  const has = (output) => facts?.outputs?.includes(output);
+  if (!facts?.outputs?.length) return ["embed", "rerank"];
+  return [has("dense") && "embed", has("sparse") && "sparse", (has("dense") || has("multi_vector")) && "rerank"].filter(Boolean);
 }
 
 function missingWords({ query, input, documents }) {
@@ -134,7 +154,8 @@ function fields() {
   function arrange() {
     const isRanking = mode() === "rerank";
     show(queryField, isRanking);
-    for (const field of vectorFields) show(field, mode() === "embed");
+    show(vectorFields[0], mode() === "embed" || mode() === "sparse");
+    show(vectorFields[1], mode() === "embed");
     text(textsLabel, t(isRanking ? "play.documents" : "play.texts"));
     text(button, t(`run.${mode()}`));
   }
@@ -145,6 +166,7 @@ function fields() {
     const made = { model: model.value, input };
     if (mode() === "classify") return made;
     if (type.value) made.input_type = type.value;
+    if (mode() === "sparse") return { ...made, ...TERMS };
     if (dimensions.value) made.dimensions = Number(dimensions.value);
     return made;
   }
@@ -157,8 +179,7 @@ function fields() {
   }
 
   function offer(facts) {
-    const uses = { rerank: ["rerank"], classify: ["classify"] }[facts?.task] ?? ["embed", "rerank"];
-    options(use, uses.map((name) => [name, t(`use.${name}`)]), use.value);
+    options(use, usesOf(facts).map((name) => [name, t(`use.${name}`)]), use.value);
     arrange();
     options(type, [["", t("play.noType")], ...Object.keys(facts?.prompts ?? {}).map((name) => [name, name])], type.value);
     const matryoshka = facts?.matryoshka;
@@ -188,7 +209,7 @@ function options(select, pairs, chosen) {
 }
 
 function outcome(mode, request, { data, headers, seconds }) {
-  const [summary, facts, parts] = { embed: vectorsOf, rerank: rankingOf, classify: labelsOf }[mode](request, data);
+  const [summary, facts, parts] = { embed: vectorsOf, sparse: termsOf, rerank: rankingOf, classify: labelsOf }[mode](request, data);
   const cut = headers.get("x-embed-truncated");
   const used = { tokens: number(data.usage.prompt_tokens), time: latency(seconds) };
   return [
@@ -199,14 +220,28 @@ function outcome(mode, request, { data, headers, seconds }) {
   ].filter(Boolean);
 }
 
-function vectorsOf({ input }, { data }) {
+function vectorsOf({ input }, answer) {
+  const { data } = answer;
+  if (data[0].sparse_embedding) return termsOf({ input }, answer); // a model whose outputs were not known yet
+  if (data[0].multi_vector_embedding) return tokensOf(data);
   const vectors = data.map((item) => item.embedding);
   const facts = { count: number(vectors.length), width: number(vectors[0].length) };
   return ["play.summary", facts, [vectors.length > 1 && heatMap(input, vectors), vectorList(input, vectors)]];
 }
 
+function termsOf({ input }, { data }) {
+  const count = data.reduce((sum, item) => sum + item.sparse_embedding.indices.length, 0);
+  const facts = { count: number(data.length), terms: number(count) };
+  return ["play.summaryTerms", facts, data[0].sparse_embedding.tokens ? [termLists(input, data)] : []];
+}
+
+function tokensOf(data) {
+  const vectors = data.flatMap((item) => item.multi_vector_embedding);
+  return ["play.summaryTokens", { count: number(data.length), vectors: number(vectors.length), width: number(vectors[0]?.length ?? 0) }, []];
+}
+
 function rankingOf({ documents }, { results, method }) {
-  const words = method ? "play.summaryCosine" : "play.summaryRanking";
+  const words = { cosine: "play.summaryCosine", maxsim: "play.summaryMaxsim", meanmaxsim: "play.summaryMaxsim" }[method] ?? "play.summaryRanking";
   return [words, { count: number(results.length) }, [rankingList(documents, results)]];
 }
 

@@ -20,10 +20,11 @@ export function labelList(texts, data) {
   return h("div", {}, h("h3", {}, t("play.labels")), h("ol", { class: "scores" }, entries));
 }
 
-function entry(place, words, score, share) {
+/** Builds one bar; `place` may be empty, `share` is its length from 0 to 1. */
+export function entry(place, words, score, share) {
   const fill = h("span", { class: "fill" });
   fill.style.setProperty("--share", Math.max(0, Math.min(1, share)).toFixed(4));
-  return h("li", {}, h("span", { class: "index" }, place), h("span", { class: "words" }, words),
+  return h("li", {}, h("span", place === "" ? {} : { class: "index" }, place), h("span", { class: "words" }, words),
     h("span", { class: "strong" }, number(score, 4)), h("span", { class: "track", "aria-hidden": "true" }, fill));
 }
 

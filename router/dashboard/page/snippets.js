@@ -3,6 +3,7 @@
 import { h, text } from "./dom.js";
 import { t } from "./words.js";
 
+const OPENAI = ["model", "input", "dimensions"]; // fields of OpenAI's client
 const LANGUAGES = { curl, Python: python, JavaScript: javascript };
 
 function curl(url, body) {
@@ -13,11 +14,21 @@ function curl(url, body) {
 /** Code for OpenAI's client; fields unknown to it go into extra_body. JSON strings are Python strings. */
 function python(url, body) {
   if (!url.endsWith("/embeddings")) return pythonPost(url, body);
-  const { input_type: type, ...known } = body;
-  const lines = Object.entries(known).map(([name, value]) => `    ${name}=${JSON.stringify(value)},`);
-  if (type) lines.push(`    extra_body={"input_type": ${JSON.stringify(type)}},`);
+  const fields = Object.entries(body);
+  const lines = fields.filter(([name]) => OPENAI.includes(name)).map(([name, value]) => `    ${name}=${pythonValue(value)},`);
+  const extra = fields.filter(([name]) => !OPENAI.includes(name)).map(([name, value]) => `"${name}": ${pythonValue(value)}`);
+  if (extra.length) lines.push(`    extra_body={${extra.join(", ")}},`);
   const base = url.replace(/\/embeddings$/, "");
-  return `import os\nfrom openai import OpenAI\n\nclient = OpenAI(base_url="${base}", api_key=os.environ.get("API_KEY", "none"))\nanswer = client.embeddings.create(\n${lines.join("\n")}\n)\nprint(answer.data[0].embedding)`;
+  return `import os\nfrom openai import OpenAI\n\nclient = OpenAI(base_url="${base}", api_key=os.environ.get("API_KEY", "none"))\nanswer = client.embeddings.create(\n${lines.join("\n")}\n)\nprint(answer.data[0].${fieldOf(body)})`;
+}
+
+function pythonValue(value) {
+  return value === true ? "True" : JSON.stringify(value);
+}
+
+/** Returns the field of an item that holds the output. */
+function fieldOf({ outputs }) {
+  return outputs ? "sparse_embedding" : "embedding";
 }
 
 /** Code without a client of its own: the fields are texts and lists, which Python writes as JSON does. */
@@ -27,7 +38,7 @@ function pythonPost(url, body) {
 }
 
 function javascript(url, body) {
-  const [name, shown] = url.endsWith("/rerank") ? ["results", "results"] : ["data", url.endsWith("/embeddings") ? "data[0].embedding" : "data"];
+  const [name, shown] = url.endsWith("/rerank") ? ["results", "results"] : ["data", url.endsWith("/embeddings") ? `data[0].${fieldOf(body)}` : "data"];
   return `const answer = await fetch("${url}", {\n  method: "POST",\n  headers: {\n    "Authorization": \`Bearer \${process.env.API_KEY}\`,\n    "Content-Type": "application/json",\n  },\n  body: JSON.stringify(${JSON.stringify(body, null, 2).replaceAll("\n", "\n  ")}),\n});\nconst { ${name} } = await answer.json();\nconsole.log(${shown});`;
 }
 

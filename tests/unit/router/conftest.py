@@ -34,6 +34,7 @@ def served(module_server: Served) -> Served:
     backend.calls.clear()
     backend.contextual_calls.clear()
     backend.tokenize_calls.clear()
+    backend.outputs_calls.clear()
     backend.commands.clear()
     backend.truncated = ()
     backend.is_draining = False

@@ -205,6 +205,15 @@ def test_weights_below_zero_are_kept_unless_a_least_weight_is_asked_for() -> Non
     assert heaviest(entries, weights, 3, 0.5)[0].tolist() == [5, 7]
 
 
+async def test_entries_are_named_where_the_call_asks_for_it(bench: Bench) -> None:
+    engine = await bench.engine()
+    plain, named = [await run(engine, call("sparse", "dense", names_terms=wanted)) for wanted in (False, True)]
+
+    assert plain.term_names == {}
+    assert named.term_names == {ord(letter): letter for letter in "abz"}
+    assert named.body == plain.body
+
+
 async def test_such_rows_are_not_cached(bench: Bench) -> None:
     engine = await bench.engine()
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.models import WordLevel
@@ -10,10 +11,10 @@ from tokenizers.pre_tokenizers import Whitespace
 
 from engines.errors import InvalidValue, PromptNotFound
 from engines.inputs.prompts import PromptTemplate
-from engines.inputs.token_listing import list_tokens
+from engines.inputs.token_listing import list_tokens, name_terms
 from engines.inputs.tokenizer import Tokenizer, TokenizerLimits
 from engines.spec import ModelSpec
-from engines.types import MAX_LISTED_CHARS, TokenizeCall, Tokens
+from engines.types import MAX_LISTED_CHARS, Outputs, TokenizeCall, Tokens
 
 VOCABULARY = {"[UNK]": 0, "[CLS]": 1, "[SEP]": 2, "find": 3, ":": 4, "a": 5, "cat": 6, "é": 7}
 SPEC = ModelSpec(model_id="m", source="test")
@@ -81,3 +82,14 @@ def test_more_characters_than_the_bound_are_refused_before_any_is_read(tokenizer
         listed(tokenizer, half, half + "a")
     with pytest.raises(InvalidValue):
         listed(tokenizer, *[half[:-2]] * 2, input_type="query")
+
+
+def test_entries_of_sparse_outputs_are_named_as_the_vocabulary_writes_them(tokenizer: Tokenizer) -> None:
+    """Those behind the tokenizer's last one, where a head is padded, have no name."""
+    entries = np.array([5, 6, 4, 6, 100], "<i4")
+    found = Outputs(
+        body=entries.tobytes() + np.ones(5, "<f4").tobytes(), num_terms=(2, 3), token_counts=(4, 4), dimensions=0
+    )
+
+    assert name_terms(found, tokenizer).term_names == {4: ":", 5: "a", 6: "cat", 100: ""}
+    assert name_terms(found, tokenizer).body == found.body

@@ -211,7 +211,8 @@ def test_each_compatibility_api_is_off_unless_it_is_listed(api: str) -> None:
     assert path in routes[tuple(APIS)]
     assert path not in routes[others]
     assert {path for path in routes[tuple(APIS)] if path not in routes[()]} == {
-        "/embed", "/tokenize", "/predict", "/info", "/v1/embed", "/v2/embed", "/api/embed", "/api/embeddings",
+        "/embed", "/embed_sparse", "/embed_all", "/tokenize", "/predict", "/info", "/v1/embed",
+        "/v2/embed", "/api/embed", "/api/embeddings",
         "/api/tags", "/api/ps", "/api/show", "/api/version", "/api/pull", "/embeddings", "/models",
         "/models/{model_id:str}", "/openai/deployments/{model_id:str}/embeddings", "/m/{model_id:str}/v1/embeddings",
         "/v1/contextualizedembeddings",

@@ -38,6 +38,9 @@ GOOD_BODIES: list[dict[str, Any]] = [
 GOOD_CALLS: list[tuple[str, str, str, Any, int]] = [
     ("post", EMBED, EMBED, {"input": ["a", "b"]}, 200),
     ("post", EMBED, EMBED, {"input": "a", "encoding_format": "base64"}, 200),
+    ("post", EMBED, EMBED, {"input": "a", "outputs": ["sparse"], "return_tokens": True}, 200),
+    ("post", EMBED, EMBED, {"input": "a", "outputs": ["dense", "multi_vector"]}, 200),
+    ("post", EMBED, EMBED, {"input": "a", "outputs": ["multi_vector"], "encoding_format": "base64"}, 200),
     ("post", EMBED, EMBED, {"input": []}, 400),
     ("post", EMBED, EMBED, {"input": "a", "model": "nothing"}, 404),
     ("post", "/v1/rerank", "/v1/rerank", {"query": "q", "documents": ["a"], "return_documents": True}, 200),
@@ -49,6 +52,8 @@ GOOD_CALLS: list[tuple[str, str, str, Any, int]] = [
     ("post", "/predict", "/predict", {"inputs": "a"}, 400),
     ("post", "/", "/", {"inputs": "a"}, 200),
     ("post", "/embed", "/embed", {"inputs": [[1, 2], [3]]}, 200),
+    ("post", "/embed_sparse", "/embed_sparse", {"inputs": ["a", "b"]}, 200),
+    ("post", "/embed_all", "/embed_all", {"inputs": "a"}, 200),
     ("post", "/tokenize", "/tokenize", {"inputs": ["a", "b"]}, 200),
     ("post", "/tokenize", "/tokenize", {"inputs": []}, 400),
     ("get", "/info", "/info", None, 200),

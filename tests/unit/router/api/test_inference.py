@@ -12,7 +12,8 @@ from tests.testkit.servers import REGISTRY
 
 INFERENCE_PATHS = {
     "/v1/embeddings", "/m/{model_id}/v1/embeddings", "/embeddings", "/openai/deployments/{model_id}/embeddings",
-    "/", "/embed", "/tokenize", "/v1/embed", "/v2/embed", "/api/embed", "/api/embeddings",
+    "/", "/embed", "/embed_sparse", "/embed_all", "/tokenize", "/v1/embed", "/v2/embed", "/api/embed",
+    "/api/embeddings", "/v1/contextualizedembeddings",
     "/v1/rerank", "/v2/rerank", "/rerank", "/infinity/rerank", "/v1/score", "/score", "/v1/classify", "/classify",
     "/predict",
 }  # fmt: skip

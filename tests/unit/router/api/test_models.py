@@ -10,7 +10,8 @@ from tests.testkit.servers import Served, fake_server
 READY = {
     "id": "mini", "object": "model", "created": 1_700_000_000, "owned_by": "embedyard", "state": "ready",
     "source": "org/mini", "aliases": ["text-embedding-3-small"], "task": "embed", "outputs": ["dense"],
-    "model_type": "embedding", "model_ability": ["embed"], "labels": [], "dimensions": 8,
+    "model_type": "embedding", "model_ability": ["embed"], "labels": [], "dimensions": 8, "vocab_size": None,
+    "vector_width": None,
     "matryoshka": {"widths": [4], "minimum": None, "layer_norm": False}, "max_tokens": 512,
     "prompts": {"query": "q: "}, "dtype": "float32", "bytes_by_dtype": {}, "precision": None, "space": None,
     "device": "cpu", "memory_bytes": 300,
@@ -20,8 +21,8 @@ READY = {
 UNKNOWN_YET = {
     "id": "cold", "object": "model", "created": 1_700_000_000, "owned_by": "embedyard", "state": "absent",
     "source": "org/cold", "aliases": [], "task": None, "outputs": [],
-    "model_type": "embedding", "model_ability": ["embed"], "labels": [], "dimensions": None, "matryoshka": None,
-    "max_tokens": 77,
+    "model_type": "embedding", "model_ability": ["embed"], "labels": [], "dimensions": None, "vocab_size": None,
+    "vector_width": None, "matryoshka": None, "max_tokens": 77,
     "prompts": {"query": "q: "}, "dtype": "auto", "bytes_by_dtype": {}, "precision": None, "space": None,
     "device": "auto", "memory_bytes": 0,
     "revision": "v1",
@@ -51,13 +52,13 @@ async def test_models_say_what_they_can_do_before_and_after_a_load() -> None:
     assert [tuple(model[field] for field in fields) for model in before] == [
         ("rerank", ["score"], [], None),
         ("classify", ["labels"], [], None),
-        ("embed", ["dense"], [], None),
+        ("embed", [], [], None),
         (None, [], [], None),
     ]
     assert [tuple(model[field] for field in fields) for model in after] == [
         ("rerank", ["score"], ["LABEL_0"], None),
         ("classify", ["labels"], ["negative", "neutral", "positive"], None),
-        ("embed", ["dense"], [], None),
+        ("embed", [], [], None),
         ("embed", ["dense"], [], 16),
     ]
 
