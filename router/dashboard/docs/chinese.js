@@ -65,7 +65,7 @@ const CHINESE = {
   "As POST /v1/rerank.": "与 POST /v1/rerank 相同。",
   "As POST /v1/rerank with `documents`; with `texts` as text-embeddings-inference, whose scores are sigmoids.": "带 `documents` 时与 POST /v1/rerank 相同；带 `texts` 时与 text-embeddings-inference 相同，得分取 sigmoid。",
   "As POST /v1/rerank; the answer is Infinity's, with documents as strings.": "与 POST /v1/rerank 相同；回答是 Infinity 的格式，文档为字符串。",
-  "Scores one text with each of many, or two lists item by item; an embedding model computes cosines.": "为一条文本与多条文本逐一打分，或为两个列表逐项打分；向量模型计算余弦相似度。",
+  "Scores one text with each of many, or two lists item by item; an embedding model compares its vectors.": "为一条文本与多条文本逐一打分，或为两个列表逐项打分；向量模型比较自己的向量。",
   "As POST /v1/score.": "与 POST /v1/score 相同。",
   "Returns the probability of each label, for each text.": "为每条文本返回每个标签的概率。",
   "Returns the probability of each label.": "返回每个标签的概率。",
