@@ -180,7 +180,7 @@ class FakeEngine:
             if name != "tokens" and name not in self.info.outputs:
                 raise TaskNotSupported(f"{call.model_id} has no {name} output", param="outputs")
         parts: list[NDArray[np.float32] | NDArray[np.int32]] = []
-        width = (call.dimensions or WIDTH) if "dense" in call.outputs else 0
+        width = self._width(call.dimensions) if "dense" in call.outputs else 0
         items: list[str | tuple[int, ...]] = [self._prompted(call, text) for text in call.texts]
         items += call.token_ids
         texts = [item if isinstance(item, str) else " ".join(map(str, item)) for item in items]
@@ -202,6 +202,13 @@ class FakeEngine:
             timings=Timings(forward_s=self._embed_s),
         )
 
+    def _width(self, dimensions: int | None) -> int:
+        width = dimensions or WIDTH
+        if width != WIDTH and not self.info.matryoshka.allows(width, WIDTH):
+            allowed = self.info.matryoshka.describe(WIDTH)
+            raise DimensionsNotSupported(f"dimensions {width} is not one of {allowed}", param="dimensions")
+        return width
+
     def _term_names(self, texts: Sequence[str], terms: Sequence[Terms]) -> dict[int, str]:
         wanted = {int(entry) for entries, _ in terms for entry in entries}
         known = {entry: name for text in texts for entry, name in fake_names(text).items()}
@@ -211,10 +218,7 @@ class FakeEngine:
         if "dense" not in self.info.outputs:
             can = self.info.task if self.info.task != "embed" else f"give {' and '.join(self.info.outputs)} outputs"
             raise TaskNotSupported(f"{call.model_id} can {can}, not embed", param="model")
-        width = call.dimensions or WIDTH
-        if width != WIDTH and not self.info.matryoshka.allows(width, WIDTH):
-            allowed = self.info.matryoshka.describe(WIDTH)
-            raise DimensionsNotSupported(f"dimensions {width} is not one of {allowed}", param="dimensions")
+        width = self._width(call.dimensions)
         items: list[str | tuple[int, ...]] = [self._prompted(call, text) for text in call.texts]
         items += call.token_ids
         before = "" if call.token_ids else self._prompted(call, "")
@@ -234,7 +238,7 @@ class FakeEngine:
 
     def _contextual_now(self, call: ContextualCall) -> Embeddings:
         """The vector of a piece is that of its whole document, a line break and the piece."""
-        width, vectors, counts, start = call.dimensions or WIDTH, [], [], 0
+        width, vectors, counts, start = self._width(call.dimensions), [], [], 0
         for num_pieces in call.pieces:
             pieces = call.texts[start : start + num_pieces]
             document, start = self._prompted(call, "".join(pieces)), start + num_pieces
