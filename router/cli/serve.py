@@ -4,6 +4,7 @@ import errno
 import os
 import shlex
 import socket
+from collections.abc import Iterable
 from pathlib import Path
 
 import click
@@ -127,10 +128,8 @@ def _serve(settings: Settings, registry: Registry, listener: socket.socket) -> N
     def announce() -> None:
         if settings.log_format != "json":  # else the output is for programs, and the log says it all
             hosts = backend.snapshots()
-            click.echo(banner(settings, registry, hosts, port))
-            if any(host.device == "cpu" for host in hosts):
-                for line in start_lines(registry, settings):
-                    click.echo(f"  dtype   {line}")
+            on_cpu = any(host.device == "cpu" for host in hosts)
+            click.echo(banner(settings, registry, hosts, port, start_lines(registry, settings) if on_cpu else ()))
             if is_embedded_only(registry):
                 click.echo(_MORE_MODELS.format(file=settings.registry))
         for warning in start_warnings(settings, registry):
@@ -139,8 +138,14 @@ def _serve(settings: Settings, registry: Registry, listener: socket.socket) -> N
     run_server(create_app(settings, registry, backend, watch_registry=True), listener, announce)
 
 
-def banner(settings: Settings, registry: Registry, hosts: tuple[HostSnapshot, ...], port: int) -> str:
-    """Format the start message: address, models, devices, memory, and an example request."""
+def banner(
+    settings: Settings, registry: Registry, hosts: tuple[HostSnapshot, ...], port: int, offers: Iterable[str] = ()
+) -> str:
+    """Format the start message: address, models, devices, memory, an example request.
+
+    Args:
+        offers: what a reduced dtype would bring.
+    """
     shown = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
     url = f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
     devices = [f"{host.device}: {_gib(host.budget_bytes)} of {_gib(host.total_bytes)} for models" for host in hosts]
@@ -148,7 +153,7 @@ def banner(settings: Settings, registry: Registry, hosts: tuple[HostSnapshot, ..
     lines = [f"Embedyard serves {url}  (documentation: {url}/docs)", *_model_lines(registry, hosts)]
     capacity = plan_capacity(registry, hosts)
     memory = [f"memory  {capacity}"] if capacity.num_known else []
-    lines += [f"  {line}" for line in (*map("device  {}".format, devices), *memory)]
+    lines += [f"  {line}" for line in (*map("device  {}".format, devices), *memory, *map("dtype   {}".format, offers))]
     return "\n".join([*lines, "Try:", f"  {_curl(settings, url, example)}"])
 
 

@@ -147,7 +147,7 @@ def test_the_banner_says_where_what_and_with_how_much() -> None:
             ModelStatus(model_id="cold", state="cold", host_id="cpu", device="cpu", source="s"),
         ),
     )  # fmt: skip
-    lines = banner(Settings(host="0.0.0.0", api_key="hunter2"), REGISTRY, (host,), 6008).splitlines()
+    lines = banner(Settings(host="0.0.0.0", api_key="hunter2"), REGISTRY, (host,), 6008, ["may be int8"]).splitlines()
 
     assert lines == [
         "Embedyard serves http://127.0.0.1:6008  (documentation: http://127.0.0.1:6008/docs)",
@@ -155,6 +155,7 @@ def test_the_banner_says_where_what_and_with_how_much() -> None:
         "  model   cold",
         "  models  1 more, downloaded when first asked for (embedyard models lists them)",
         "  device  cpu: 12.0 GiB of 16.0 GiB for models",
+        "  dtype   may be int8",
         "Try:",
         '  curl http://127.0.0.1:6008/v1/embeddings -H "Authorization: Bearer $API_KEY" '
         '-H \'Content-Type: application/json\' -d \'{"model": "mini", "input": "The cat sits outside"}\'',
