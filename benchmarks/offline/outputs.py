@@ -1,11 +1,11 @@
 """Measures sparse outputs beside `SparseEncoder.encode`, and several outputs of one call beside the dense one alone.
 
     python -m benchmarks.offline.outputs splade [--layers 6] [--cpu-time]
-    python -m benchmarks.offline.outputs together [--layers 6] [--cpu-time]
+    python -m benchmarks.offline.outputs together [--layers 24] [--cpu-time]
 
 Models of random weights with MiniLM's vocabulary of 30,522: a SPLADE of width 768, whose decoder's bias makes about one
-entry in a hundred weigh something, as a trained one does; and one with bge-m3's files, 1,024 wide, of fewer layers than
-its 24, so that what heads cost shows. Both programs run in this process, in interleaved rounds, with as many cores.
+entry in a hundred weigh something, as a trained one does; and one with bge-m3's files, its width of 1,024 and its 24
+layers. Both programs run in this process, in interleaved rounds, with as many cores.
 """
 
 import argparse
@@ -71,7 +71,8 @@ def build_m3(folder: Path, layers: int) -> None:
         AutoTokenizer.from_pretrained(str(minilm_package())).save_pretrained(draft)
         modules = [Transformer(draft, max_seq_length=512), Pooling(1024, "cls"), Normalize()]
         SentenceTransformer(modules=modules, device="cpu").save(str(folder), create_model_card=False)
-    torch.save({"weight": torch.randn(1, 1024), "bias": torch.zeros(1)}, folder / "sparse_linear.pt")
+    for file, rows in (("sparse_linear.pt", 1), ("colbert_linear.pt", 1024)):
+        torch.save({"weight": torch.randn(rows, 1024), "bias": torch.zeros(rows)}, folder / file)
 
 
 def _outputs(engine: EmbeddingEngine, texts: Sequence[str], *names: Any) -> Outputs:
@@ -124,7 +125,7 @@ def measure_together(kit: Kit, folder: Path, texts: list[str], rounds: int, *, i
     warn_if_busy(watch.machine)
     with quiet():
         engine = kit.load(folder)
-    calls: list[tuple[Output | str, ...]] = [("dense",), ("dense", "sparse"), ("dense", "sparse", "tokens")]
+    calls: list[tuple[Output | str, ...]] = [("dense",), ("dense", "sparse"), ("dense", "sparse", "multi_vector")]
     runs = {
         " + ".join(names): _timed(lambda names=names: _outputs(engine, texts, *names), is_cpu_time=is_cpu_time)  # type: ignore[misc]  # a default
         for names in calls
@@ -160,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Prints the table, and saves it."""
     parser: Any = argparse.ArgumentParser(prog="python -m benchmarks.offline.outputs", description=__doc__)
     parser.add_argument("what", choices=["splade", "together"])
-    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--layers", type=int, help="default: 6 of a SPLADE, 24 of bge-m3")
     parser.add_argument("--texts", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cpu-time", action="store_true", help="processor time instead of time, on a busy machine")
@@ -170,7 +171,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     with TemporaryDirectory() as place:
         kit, folder = Kit(Path(place)), Path(place) / "model"
         try:
-            (build_splade if asked.what == "splade" else build_m3)(folder, asked.layers)
+            if asked.what == "splade":
+                build_splade(folder, asked.layers or 6)
+            else:
+                build_m3(folder, asked.layers or 24)
             measure = measure_splade if asked.what == "splade" else measure_together
             publish(measure(kit, folder, texts, asked.rounds, is_cpu_time=asked.cpu_time), asked.results)
         finally:
