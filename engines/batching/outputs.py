@@ -88,6 +88,16 @@ class OutputFacts(Struct, frozen=True, kw_only=True):
             return self.query_tokenizer
         return self.document_tokenizer if call.input_type in DOCUMENT_NAMES else None
 
+    def lengths_of(self, call: TextCall, own: Tokenizer) -> tuple[int, int]:
+        """Returns the tokens that are read of an input of a call, and those that are of one on its side of a search.
+
+        Texts that name no side count as documents, but are read by the model's `own` tokenizer, to another length.
+        """
+        reads = (self.tokenizer_of(call) or own).max_tokens
+        if side_of(call, self.default_side) == "query" and self.query_tokenizer is not None:
+            return reads, reads
+        return reads, (self.document_tokenizer or own).max_tokens
+
 
 def side_of(call: TextCall, default: Side) -> Side:
     """Returns the side of a search that the inputs of a call are on, as its `input_type` or `instruction` says."""

@@ -31,6 +31,10 @@ class SpaceSource(Struct, frozen=True):
     memory: SpaceMemory
 
 
+Lengths = Callable[[TextCall], tuple[int, int]]
+"""Returns the tokens that are read of an input of a call, and those that are of one on its side of a search."""
+
+
 class ModelSpaces:
     """Knows the spaces of one model.
 
@@ -50,14 +54,22 @@ class ModelSpaces:
         self._described = threading.Event()
         self._found: Future[RememberedModel] = Future()
         self._complete: Callable[[Ingredients], Ingredients] = lambda ingredients: ingredients
+        self._lengths: Lengths | None = None
 
     def begin(self) -> None:
         """Starts hashing on a thread."""
         threading.Thread(target=self._read, name=f"space-{self._spec.model_id}", daemon=True).start()
 
-    def describe(self, spec: ModelSpec, info: ModelInfo, complete: Callable[[Ingredients], Ingredients]) -> None:
-        """Gives what is known once the model is built; `complete` adds what only a built model shows."""
-        self._spec, self._info, self._complete = spec, info, complete
+    def describe(
+        self,
+        spec: ModelSpec,
+        info: ModelInfo,
+        complete: Callable[[Ingredients], Ingredients],
+        lengths: Lengths | None = None,
+    ) -> None:
+        """Gives what is known once the model is built; `complete` adds what only a built model shows. `lengths`: of a
+        model that reads queries or documents to lengths of their own."""
+        self._spec, self._info, self._complete, self._lengths = spec, info, complete, lengths
         self._described.set()
 
     def close(self) -> None:
@@ -137,14 +149,16 @@ class ModelSpaces:
         else:
             frame = select_prompt(call, self._info.prompts, self._spec.default_prompt, self._spec.instruction_template)
             before, behind = frame.before, frame.behind
-        limit = call.max_tokens
+        longest = self._info.max_tokens
+        reads, usual = (longest, longest) if self._lengths is None else self._lengths(call)
+        limit = min(call.max_tokens or reads, reads)
         return structs.replace(
             form,
             native_width=self._info.dimensions,
             before=before,
             behind=behind,
             cut=call.truncate if call.truncate in ("start", "end") else None,
-            max_tokens=limit if limit is not None and limit < self._info.max_tokens else None,
+            max_tokens=None if limit == usual else limit,
         )
 
     # ---- on the thread ----

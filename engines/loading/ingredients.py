@@ -116,8 +116,8 @@ def list_weights(folder: Folder) -> FolderWeights:
         if path is not None and ref.path:
             names[f"module {index} ({ref.kind}) weights"] = [path]
     for name, file in _OTHER_HEADS.items():
-        if (folder.root / file).exists():
-            names[name] = [folder.root / file]
+        if (folder.weights / file).exists():
+            names[name] = [folder.weights / file]
     return FolderWeights({name: tuple(map(WeightFile.at, paths)) for name, paths in names.items()})
 
 
@@ -199,6 +199,8 @@ def _config(folder: Folder) -> dict[str, str]:
     kind = {key: value for key, value in stated.items() if value and key not in _NAMED_MODEL}
     if kind != {"model_type": "SentenceTransformer"} and kind:
         values["model options"] = _digest(kind)
+    if folder.late is not None and folder.modules is None:  # its settings stand in `artifact.metadata`
+        values["late interaction"] = _digest(msgspec.to_builtins(folder.late))
     return values
 
 
@@ -226,7 +228,7 @@ def _stated_max_tokens(folder: Folder, spec: ModelSpec) -> int | None:
 
     By the rule of `engines/loading/tokenizer.py`.
     """
-    tokenizer = read_json(folder.weights, "tokenizer_config.json") or {}
+    tokenizer = read_json(folder.tokenizer, "tokenizer_config.json") or {}
     if _is_static(folder):
         cut = (_tokenizer_json(folder) or {}).get("truncation")
         stated = json.loads(bytes(cut)) if cut else None
@@ -247,7 +249,7 @@ def _truncation_side(folder: Folder, spec: ModelSpec) -> str:
         cut = (_tokenizer_json(folder) or {}).get("truncation")
         side = (json.loads(bytes(cut)) or {}).get("direction") if cut else None
         return "start" if str(side).lower() == "left" else "end"
-    side = (read_json(folder.weights, "tokenizer_config.json") or {}).get("truncation_side")
+    side = (read_json(folder.tokenizer, "tokenizer_config.json") or {}).get("truncation_side")
     return "start" if side == "left" else "end"
 
 
@@ -263,7 +265,7 @@ def _tokenizer(folder: Folder) -> dict[str, str]:
     values = {"lower-casing": str(bool(folder.transformer.get("do_lower_case"))).lower()}
     content = _tokenizer_json(folder)
     if content is None:
-        paths = [folder.weights / name for name in _VOCABULARIES]
+        paths = [folder.tokenizer / name for name in _VOCABULARIES]
         found = [(path.name, _file_digest(path)) for path in paths if path.exists()]
         values["vocabulary"] = _digest(found)
     else:
@@ -271,10 +273,10 @@ def _tokenizer(folder: Folder) -> dict[str, str]:
             values[name] = hashlib.sha256(bytes(content.get(key, b"null"))).hexdigest()[:_DIGITS]
     if _is_static(folder):
         return values
-    config = read_json(folder.weights, "tokenizer_config.json") or {}
+    config = read_json(folder.tokenizer, "tokenizer_config.json") or {}
     values["tokenizer options"] = _digest(_without(config, _INERT_TOKENIZER))
     for name in ("added_tokens.json", "special_tokens_map.json"):
-        given = read_json(folder.weights, name)
+        given = read_json(folder.tokenizer, name)
         if given:
             values[name.removesuffix(".json").replace("_", " ")] = _digest(given)
     return values
@@ -288,7 +290,7 @@ _TOKENIZER_PARTS = {
 
 
 def _tokenizer_json(folder: Folder) -> dict[str, msgspec.Raw] | None:
-    path = folder.weights / "tokenizer.json"
+    path = folder.tokenizer / "tokenizer.json"
     try:
         return msgspec.json.decode(path.read_bytes(), type=dict[str, msgspec.Raw])
     except FileNotFoundError:

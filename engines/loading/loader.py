@@ -177,7 +177,8 @@ class TorchLoader:
         workspace = reserved_workspace_bytes(encoder, largest, self._scheduler.num_threads)
         parts = Parts(encoder, tokenizer, resolved, info, tuner, scoring, facts, spaces)
         if spaces is not None:
-            spaces.describe(resolved, info, partial(with_numeric, dtype=dtype))
+            lengths = partial(facts.lengths_of, own=tokenizer) if facts.has_sides else None
+            spaces.describe(resolved, info, partial(with_numeric, dtype=dtype), lengths)
         # The vector cache is in main memory, which is part of a CPU's budget but not of a GPU's.
         size = weight_bytes(encoder) + (spec.cache_bytes if self._device.type == "cpu" else 0)
         return EmbeddingEngine(parts, self._scheduler, self._threads, limits, check, self._free_memory, size)

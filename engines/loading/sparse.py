@@ -48,6 +48,8 @@ def build_sparse(folder: Folder, spec: ModelSpec, encoder_config: EncoderConfig)
         raise UnsupportedModel(f"the registry sets `{key}`, which is for models that give dense vectors: remove it")
     routes = read_routes(folder)
     if routes.document == routes.query and kinds_of(routes.query) == [STATIC]:
+        if folder.adapter is not None:
+            raise UnsupportedModel(f"an adapter needs a transformer to be merged into, and this model is a {STATIC}")
         table, tokenizer = _read_static(routes.query, spec, encoder_config.device)
         return Built(table, tokenizer, "float32", facts=OutputFacts(outputs=("sparse",), vocab_size=table.vocab_size))
     if routes.document == routes.query:

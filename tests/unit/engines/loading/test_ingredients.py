@@ -26,6 +26,7 @@ from engines.space import Ingredients
 from engines.spec import Matryoshka, ModelSpec
 from engines.testing.fakes import FakeFiles
 from engines.types import EmbedCall, ModelFiles
+from tests.testkit import late_models
 from tests.testkit.sparse_models import save_router
 
 Change = Callable[[Path], None]
@@ -365,6 +366,46 @@ def test_an_adapter_and_each_part_of_it_decide_the_vectors(folder: Path, tmp_pat
     assert ingredients_of(merged).values["adapter"] != given.values["adapter"]
     save_file({"lora_A": np.zeros((2, 2), np.float32)}, adapter / "adapter_model.safetensors")
     assert ingredients_of(merged).values["adapter weights"] != given.values["adapter weights"]
+
+
+def test_the_tokenizer_of_an_adapter_takes_the_place_of_its_bases(folder: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    save_file({"lora_A": np.ones((2, 2), np.float32)}, adapter / "adapter_model.safetensors")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folder / name, adapter / name)
+    merged = structs.replace(read_folder(folder), adapter=adapter)
+    given = ingredients_of(merged)
+
+    edit_json(folder / "tokenizer.json", normalizer=None)
+    assert ingredients_of(merged) == given
+    edit_json(adapter / "tokenizer.json", normalizer=None)
+    assert ingredients_of(merged).values["normalizer"] != given.values["normalizer"]
+    edit_json(adapter / "tokenizer_config.json", truncation_side="left")
+    assert ingredients_of(merged).values["truncation_side"] == "start"
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"doc_maxlen": 30}, {"query_maxlen": 20}, {"attend_to_mask_tokens": True}, {"mask_punctuation": False}],
+    ids=lambda setting: next(iter(setting)),
+)
+def test_the_settings_of_stanfords_colbert_decide_the_vectors(tmp_path: Path, setting: dict[str, Any]) -> None:
+    late_models.FAMILIES["stanford"].build(tmp_path)
+    given = ingredients_of(read_folder(tmp_path))
+
+    edit_json(tmp_path / "artifact.metadata", **setting)
+
+    assert ingredients_of(read_folder(tmp_path)) != given
+
+
+def test_heads_beside_a_transformer_in_a_folder_of_its_own_decide_the_vectors(folder: Path, tmp_path: Path) -> None:
+    nested = structs.replace(read_folder(folder), base=tmp_path)
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "sparse_linear.pt").write_bytes(b"a head")
+
+    assert "sparse:weights" in ingredients_of(nested).values
 
 
 def test_both_sides_of_a_router_decide_the_vectors(tmp_path: Path) -> None:

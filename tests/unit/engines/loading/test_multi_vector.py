@@ -307,3 +307,17 @@ def test_the_punctuation_of_a_skip_list_has_no_vectors(kit: Kit, folder: Path) -
 
     assert plain == marked
     assert {",", ".", "!"} <= {*PUNCTUATION}
+
+
+def test_texts_that_are_read_to_another_length_lie_in_another_space(kit: Kit, folder: Path) -> None:
+    """Documents are cut at 50 tokens, texts without a side at 100, and queries are filled up to 24."""
+    edit(folder / "config_sentence_transformers.json", lambda config: {**config, "prompts": {}})
+    engine = kit.load(folder)
+
+    def space(side: str | None = None, max_tokens: int | None = None) -> str:
+        return outputs(engine, ["text"], side, max_tokens=max_tokens).space
+
+    assert len({space(), space("document"), space("query"), space(None, 60), space("document", 40)}) == 5
+    assert space("document", 60) == space("document") == space("passage") == space(None, 50)
+    assert space(None, 120) == space()
+    engine.close()
