@@ -28,7 +28,7 @@ from engines.space import MAX_SPACE_CHARS
 from engines.spec import Calibration, ModelSpec, Task
 from engines.types import BaseResult, ContextualCall, Embeddings, ModelCall, ModelInfo, ModelStatus, Result, TextCall
 from router.api.decoding import StrictRequest, decode_token_ids, embed_call
-from router.api.encoding import check_ranges
+from router.api.encoding import check_ranges, is_scalar
 from router.api.openapi import BEARER, EMBEDDING, failures
 from router.auth.guards import Connection, Guard, key_of, requires
 from router.auth.model_access import may_use, resolve
@@ -200,7 +200,9 @@ async def embed(request: Request[Any, Any, Any], wanted: EmbeddingRequest, piece
         refuse_task(spec.model_id, spec.task, "embed")
     call = embed_call(wanted, spec.model_id, load_timeout_s=server_state.settings.load_timeout_s)
     call = admit_call(request, server_state, call)
-    check_ranges(spec, (wanted.output_dtype,), call.num_items, wanted.normalize)
+    has_dense = wanted.outputs is not None or bool(pieces) or _has_dense(server_state, spec, wanted)
+    if has_dense:
+        check_ranges(spec, (wanted.output_dtype,), call.num_items, wanted.normalize)
     if call.token_ids and spec.token_encoding is not None:
         texts = await decode_token_ids(spec.token_encoding, call.token_ids)
         call = structs.replace(call, texts=texts, token_ids=())
@@ -216,8 +218,17 @@ async def embed(request: Request[Any, Any, Any], wanted: EmbeddingRequest, piece
             refuse_outputs(spec.model_id, info.outputs, ("dense",), "model")
         raise
     assert isinstance(embeddings, Embeddings), "both kinds of calls are answered by Embeddings"
+    if not has_dense:
+        check_ranges(spec, (wanted.output_dtype,), call.num_items, wanted.normalize)
     record_result(request, embeddings, began_s)
     return Answer(spec.model_id, embeddings, spec.calibration)
+
+
+def _has_dense(server_state: ServerState, spec: ModelSpec, wanted: EmbeddingRequest) -> bool:
+    """Return whether vectors to quantize are known to be dense: those of tokens need no range of their own."""
+    if not is_scalar(wanted.output_dtype):
+        return True
+    return any("dense" in info.outputs for info in infos_of(server_state, spec.model_id))
 
 
 def refuse_task(model_id: str, can: Task, wanted: str) -> NoReturn:

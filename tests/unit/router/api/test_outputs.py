@@ -138,6 +138,20 @@ def test_int8_vectors_of_tokens_need_no_second_input(served: Served) -> None:
     assert item == {"shape": [1, 2], "data": "fv8="}
 
 
+async def test_int8_of_one_input_needs_no_ranges_where_the_model_turns_out_to_have_vectors_of_tokens() -> None:
+    async with output_server() as server:
+        answers = [
+            await embed(server, "colbert", None, input="a", output_dtype="int8", encoding_format="base64")
+            for _ in ("cold", "warm")
+        ]
+        refused = [await embed(server, "dense", None, input="a", output_dtype="int8") for _ in ("cold", "warm")]
+
+    assert [answer.status_code for answer in answers] == [200, 200]
+    assert answers[0].json() == answers[1].json()
+    for answer in refused:
+        assert_envelope(answer, 400, "invalid_value", "output_dtype")
+
+
 @pytest.mark.parametrize(
     ("model", "outputs", "lacks", "has"),
     [
