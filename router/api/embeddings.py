@@ -9,7 +9,7 @@ from litestar.response.base import ASGIResponse
 from msgspec import structs
 
 from engines.errors import TaskNotSupported
-from engines.spec import ModelSpec, Output
+from engines.spec import ModelSpec
 from engines.types import BaseResult
 from router.api.compat.infinity import list_for_infinity
 from router.api.encoding import EncodedAnswer, OutputFormat, encode_answer
@@ -114,21 +114,14 @@ async def _answer(request: Request[Any, Any, Any], wanted: EmbeddingRequest) -> 
     3. other outputs are named.
     """
     if wanted.outputs is not None and wanted.outputs != ["dense"]:
-        return await _answer_outputs(request, wanted, tuple(wanted.outputs))  # (3)
+        return await answer_outputs(request, wanted, tuple(wanted.outputs), _headers)  # (3)
     try:
         return await _answer_dense(request, wanted)  # (1)
     except TaskNotSupported as refusal:
         if wanted.outputs is not None or wanted.late_chunking:
             raise
         outputs = await outputs_without_dense(request, wanted.model, refusal)
-    return await _answer_outputs(request, wanted, outputs)  # (2)
-
-
-async def _answer_outputs(
-    request: Request[Any, Any, Any], wanted: EmbeddingRequest, outputs: tuple[Output, ...]
-) -> ASGIResponse:
-    body, result = await answer_outputs(request, wanted, outputs)
-    return EncodedAnswer(body, _headers(result))
+    return await answer_outputs(request, wanted, outputs, _headers)  # (2)
 
 
 async def _answer_dense(request: Request[Any, Any, Any], wanted: EmbeddingRequest) -> ASGIResponse:

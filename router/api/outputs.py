@@ -5,14 +5,16 @@ Requests for dense vectors alone do not come here: `router/api/embeddings.py` se
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import Any, Literal
 
 from litestar import Request
+from litestar.response.base import ASGIResponse
 from msgspec import Struct, structs
 
 from engines.errors import DimensionsNotSupported, InvalidValue, TaskNotSupported
 from engines.spec import ModelSpec, Output
-from engines.types import EmbedCall, ModelInfo, Outputs, OutputsCall
+from engines.types import BaseResult, EmbedCall, ModelInfo, Outputs, OutputsCall
 from router.api.decoding import decode_token_ids, embed_call
 from router.api.encoding import OutputFormat, check_ranges
 from router.api.inference import admit_call, infos_of, record_result, refuse_outputs, refuse_task, run_call
@@ -36,17 +38,22 @@ class OutputsAnswer(Struct, frozen=True):
 
 
 async def answer_outputs(
-    request: Request[Any, Any, Any], wanted: EmbeddingRequest, outputs: tuple[Output, ...]
-) -> tuple[bytes, Outputs]:
-    """Compute `outputs` of the inputs of `wanted`, and encode them as the body of `POST /v1/embeddings`."""
+    request: Request[Any, Any, Any],
+    wanted: EmbeddingRequest,
+    outputs: tuple[Output, ...],
+    headers: Callable[[BaseResult], dict[str, str]],
+) -> ASGIResponse:
+    """Compute `outputs` of the inputs of `wanted`, and answer as `POST /v1/embeddings` does, with these headers."""
     answer = await compute_outputs(request, wanted, outputs)
     output = OutputFormat(
         encoding=wanted.encoding_format or "float",
         dtype=wanted.output_dtype or "float",
         calibration=answer.spec.calibration,
     )
-    body = await encode_outputs(answer.result, answer.spec.model_id, output, has_names=bool(wanted.return_tokens))
-    return body, answer.result
+    has_names = bool(wanted.return_tokens)
+    return await encode_outputs(
+        answer.result, answer.spec.model_id, output, headers(answer.result), has_names=has_names
+    )
 
 
 async def compute_outputs(

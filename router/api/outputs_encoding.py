@@ -1,24 +1,27 @@
 """Encodes several outputs of each text as the bodies of `/v1/embeddings`, `/embed_sparse` and `/embed_all`.
 
 Large answers are encoded on a thread, in pieces of bounded size, as in `router/api/encoding.py`: one text may have
-8,192 vectors of 1,024 numbers.
+8,192 vectors of 1,024 numbers. They are sent as they are encoded: 256 MiB of vectors are 600 MB of JSON, and encoding
+them before the first byte was sent took 1.7 GB a request.
 """
 
 import asyncio
 import binascii
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
 import msgspec
 import numpy as np
 import orjson
+from litestar.response.base import ASGIResponse
+from litestar.types import Receive, Scope, Send
 from numpy.typing import NDArray
 
 from engines.errors import InvalidValue
 from engines.spec import Calibration
 from engines.types import Outputs
-from router.api.encoding import Matrix, OutputFormat, is_scalar, quantize
+from router.api.encoding import EncodedAnswer, Matrix, OutputFormat, is_scalar, quantize
 from router.schemas.inference import OutputDtype, Usage
 
 _INLINE_NUMBERS = 2**14
@@ -29,6 +32,9 @@ _PIECE_NUMBERS = 2**15
 _PIECE_BYTES = 3 * 2**18
 """The same bounds as in `router/api/encoding.py`; base64 of multiples of three bytes can be joined."""
 
+_CHUNK_BYTES = 2**20
+"""Of a large answer: encoded at once on a thread, in 12 ms, and held until the client has read it."""
+
 UNIT_RANGE = Calibration(lowest=(-1.0,), highest=(1.0,))
 """The range of int8 and uint8 vectors of tokens, which have length 1: so vectors of all requests can be compared."""
 _MAX_COMPONENT = 1.001
@@ -38,40 +44,95 @@ Ragged = list[Any]
 """One array for each text, of as many rows as it has terms or tokens."""
 
 
-async def encode_outputs(result: Outputs, model_id: str, output: OutputFormat, *, has_names: bool = False) -> bytes:
+class StreamedAnswer(ASGIResponse):
+    """A JSON body that is encoded while it is sent, with its headers, status 200.
+
+    Args:
+        chunks: the body, not empty.
+        headers: names in lower case.
+    """
+
+    def __init__(self, chunks: AsyncIterator[bytes], headers: dict[str, str]) -> None:
+        self._chunks = chunks
+        self._fields = headers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the response; each chunk is encoded when the client has read those before it."""
+        fields = [(name.encode("latin-1"), text.encode("latin-1")) for name, text in self._fields.items()]
+        own = [(b"content-type", b"application/json")]
+        await send({"type": "http.response.start", "status": 200, "headers": [*fields, *own]})
+        async for chunk in self._chunks:
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def encode_outputs(
+    result: Outputs, model_id: str, output: OutputFormat, headers: dict[str, str], *, has_names: bool = False
+) -> ASGIResponse:
     """Encode the JSON body of `POST /v1/embeddings` with `outputs`. `has_names`: the terms have their tokens.
 
     Raises:
         InvalidValue: the calibration has another width, or int8 and uint8 do not cover the vectors of tokens.
     """
-    return await _offload(result, lambda: b"".join(_answer(result, model_id, output, has_names)))
+    return await _respond(result, headers, lambda: _answer(result, model_id, output, has_names))
 
 
-async def encode_terms(result: Outputs) -> bytes:
+async def encode_terms(result: Outputs, headers: dict[str, str]) -> ASGIResponse:
     """Encode TEI's answer to `/embed_sparse`: for each text a list of `{index, value}`."""
 
-    def encode() -> bytes:
-        entries, weights = _split_terms(result)
-        pairs = zip(entries, weights, strict=True)
-        rows = ([{"index": index, "value": value} for index, value in zip(*pair, strict=True)] for pair in pairs)
-        return b"[" + b",".join(orjson.dumps(row, option=orjson.OPT_SERIALIZE_NUMPY) for row in rows) + b"]"
+    def encode() -> Iterator[bytes]:
+        opening = b"["
+        for pair in zip(*_split_terms(result), strict=True):
+            row = [{"index": index, "value": value} for index, value in zip(*pair, strict=True)]
+            yield opening + orjson.dumps(row, option=orjson.OPT_SERIALIZE_NUMPY)
+            opening = b","
+        yield b"]"
 
-    return await _offload(result, encode)
+    return await _respond(result, headers, encode)
 
 
-async def encode_token_vectors(result: Outputs) -> bytes:
+async def encode_token_vectors(result: Outputs, headers: dict[str, str]) -> ASGIResponse:
     """Encode TEI's answer to `/embed_all`: for each text a vector for each token."""
 
-    def encode() -> bytes:
-        rows = (b"".join(_numbers(vectors)) for vectors in _split(result.vectors(), result.num_vectors))
-        return b"[" + b",".join(rows) + b"]"
+    def encode() -> Iterator[bytes]:
+        opening = b"["
+        for vectors in _split(result.vectors(), result.num_vectors):
+            yield opening
+            yield from _numbers(vectors)
+            opening = b","
+        yield b"]"
 
-    return await _offload(result, encode)
+    return await _respond(result, headers, encode)
 
 
-async def _offload(result: Outputs, encode: Callable[[], bytes]) -> bytes:
-    is_large = len(result.body) // 4 + _NUMBERS_OF_ITEM * len(result.token_counts) > _INLINE_NUMBERS
-    return await asyncio.to_thread(encode) if is_large else encode()
+async def _respond(result: Outputs, headers: dict[str, str], encode: Callable[[], Iterator[bytes]]) -> ASGIResponse:
+    """Return a response whose body has been encoded, or of a large one the first chunk, so that errors are raised."""
+    size = len(result.body) // 4 + _NUMBERS_OF_ITEM * len(result.token_counts)
+    if size <= _INLINE_NUMBERS:
+        return EncodedAnswer(b"".join(encode()), headers)
+    chunks = _joined(encode())
+    first = await asyncio.to_thread(next, chunks)
+    return StreamedAnswer(_later(first, chunks), headers)
+
+
+async def _later(first: bytes, others: Iterator[bytes]) -> AsyncIterator[bytes]:
+    chunk: bytes | None = first
+    while chunk is not None:
+        yield chunk
+        chunk = await asyncio.to_thread(next, others, None)
+
+
+def _joined(parts: Iterator[bytes]) -> Iterator[bytes]:
+    """Join parts to chunks of at least `_CHUNK_BYTES`, but the last."""
+    held: list[bytes] = []
+    size = 0
+    for part in parts:
+        held.append(part)
+        size += len(part)
+        if size >= _CHUNK_BYTES:
+            yield b"".join(held)
+            held, size = [], 0
+    yield b"".join(held)
 
 
 def _answer(result: Outputs, model_id: str, output: OutputFormat, has_names: bool) -> Iterator[bytes]:

@@ -2,8 +2,9 @@
 
 from typing import Any, Literal
 
-from litestar import Controller, MediaType, Request, Response
+from litestar import Controller, Request
 from litestar.params import JSONBody
+from litestar.response.base import ASGIResponse
 
 from engines.types import Outputs
 from router.api.inference import TEI_TRUNCATION, InferenceRoute, headers_of, rename_error_params
@@ -27,10 +28,10 @@ class TeiOutputsController(Controller):
     )
     async def tei_embed_sparse(
         self, request: Request[Any, Any, Any], data: JSONBody[TeiOutputsRequest]
-    ) -> Response[bytes]:
+    ) -> ASGIResponse:
         """Returns every vocabulary entry that has a weight, for a model with sparse outputs."""
         result = await _compute(request, data, "sparse")
-        return Response(await encode_terms(result), media_type=MediaType.JSON, headers=headers_of(result))
+        return await encode_terms(result, headers_of(result))
 
     @InferenceRoute(
         "/embed_all",
@@ -38,12 +39,10 @@ class TeiOutputsController(Controller):
         returns=list[list[list[float]]],
         description="A vector for each token of each text, special tokens included",
     )
-    async def tei_embed_all(
-        self, request: Request[Any, Any, Any], data: JSONBody[TeiOutputsRequest]
-    ) -> Response[bytes]:
+    async def tei_embed_all(self, request: Request[Any, Any, Any], data: JSONBody[TeiOutputsRequest]) -> ASGIResponse:
         """Returns the last hidden states, not pooled, projected or normalized, of any embedding model."""
         result = await _compute(request, data, "tokens")
-        return Response(await encode_token_vectors(result), media_type=MediaType.JSON, headers=headers_of(result))
+        return await encode_token_vectors(result, headers_of(result))
 
 
 async def _compute(

@@ -4,7 +4,7 @@ import base64
 import json
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from litestar.response.base import ASGIResponse
 from numpy.typing import NDArray
 
 from engines.errors import InvalidValue
@@ -52,6 +53,24 @@ def unit_rows(seed: int, rows: int, width: int) -> NDArray[np.float32]:
     return rows_of_length_1
 
 
+async def body_of(answer: Awaitable[ASGIResponse], on_chunk: Callable[[], None] = lambda: None) -> bytes:
+    """What a client reads of an answer; `on_chunk` is called after each part."""
+    parts: list[bytes] = []
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            parts.append(message["body"])
+            on_chunk()
+
+    response: Any = await answer
+    await response({}, None, send)
+    return b"".join(parts)
+
+
+async def encoded_body(result: Outputs, output: OutputFormat, *, has_names: bool = False) -> bytes:
+    return await body_of(encode_outputs(result, "m", output, {}, has_names=has_names))
+
+
 def decoded(item: Any, dtype: str = "<f4") -> NDArray[Any]:
     return np.frombuffer(base64.b64decode(item["data"]), dtype).reshape(item["shape"])
 
@@ -83,9 +102,7 @@ async def test_every_answer_reads_back_as_its_numbers(
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(outputs_encoding, "_PIECE_NUMBERS", piece)
         patched.setattr(outputs_encoding, "_PIECE_BYTES", piece)
-        body = await encode_outputs(
-            made_outputs(dense, terms, vectors, rows), "m", OutputFormat(encoding=encoding), has_names=False
-        )
+        body = await encoded_body(made_outputs(dense, terms, vectors, rows), OutputFormat(encoding=encoding))
 
     answer = json.loads(body)
     assert answer["usage"] == {"prompt_tokens": 3 * rows, "total_tokens": 3 * rows}
@@ -110,7 +127,7 @@ async def test_every_answer_reads_back_as_its_numbers(
 
 async def test_base64_states_the_shape_of_the_array_even_where_it_is_empty() -> None:
     result = made_outputs(None, None, [unit_rows(1, 3, 5), np.zeros((0, 5), "<f4")], 2)
-    items = json.loads(await encode_outputs(result, "m", OutputFormat(encoding="base64")))["data"]
+    items = json.loads(await encoded_body(result, OutputFormat(encoding="base64")))["data"]
 
     assert [item["multi_vector_embedding"]["shape"] for item in items] == [[3, 5], [0, 5]]
     assert items[1]["multi_vector_embedding"]["data"] == ""
@@ -125,7 +142,7 @@ async def test_quantized_vectors_of_tokens_are_the_same_as_numbers_and_as_base64
 ) -> None:
     result = made_outputs(None, None, [unit_rows(2, 4, 12)], 1)
     numbers, encoded = [
-        json.loads(await encode_outputs(result, "m", OutputFormat(encoding=encoding, dtype=dtype)))["data"][0][
+        json.loads(await encoded_body(result, OutputFormat(encoding=encoding, dtype=dtype)))["data"][0][
             "multi_vector_embedding"
         ]
         for encoding in ("float", "base64")
@@ -164,7 +181,7 @@ async def test_a_calibration_is_that_of_dense_vectors_and_not_of_tokens() -> Non
     calibration = Calibration(lowest=(-0.1,), highest=(0.1,))
     dense, vectors = unit_rows(6, 1, 8), unit_rows(7, 3, 8)
     output = OutputFormat(dtype="int8", calibration=calibration)
-    item = json.loads(await encode_outputs(made_outputs(dense, None, [vectors], 1), "m", output))["data"][0]
+    item = json.loads(await encoded_body(made_outputs(dense, None, [vectors], 1), output))["data"][0]
 
     assert item["embedding"] == quantize(dense, "int8", calibration)[0].tolist()
     assert item["multi_vector_embedding"] == quantize_token_vectors(vectors, "int8").tolist()
@@ -173,7 +190,7 @@ async def test_a_calibration_is_that_of_dense_vectors_and_not_of_tokens() -> Non
 async def test_terms_have_their_names_as_the_vocabulary_writes_them() -> None:
     terms = [(np.array([2, 9], "<i4"), np.array([0.5, 0.25], "<f4")), (np.array([], "<i4"), np.array([], "<f4"))]
     result = made_outputs(None, terms, None, 2, {2: '##"ing', 9: "▁的"})
-    items = json.loads(await encode_outputs(result, "m", OutputFormat(), has_names=True))["data"]
+    items = json.loads(await encoded_body(result, OutputFormat(), has_names=True))["data"]
 
     assert items[0]["sparse_embedding"] == {"indices": [2, 9], "values": [0.5, 0.25], "tokens": ['##"ing', "▁的"]}
     assert items[1]["sparse_embedding"] == {"indices": [], "values": [], "tokens": []}
@@ -183,11 +200,11 @@ async def test_the_shapes_of_text_embeddings_inference() -> None:
     terms = [(np.array([2, 9], "<i4"), np.array([0.5, 0.25], "<f4")), (np.array([], "<i4"), np.array([], "<f4"))]
     vectors = [unit_rows(8, 2, 3), unit_rows(9, 1, 3)]
 
-    assert json.loads(await encode_terms(made_outputs(None, terms, None, 2))) == [
+    assert json.loads(await body_of(encode_terms(made_outputs(None, terms, None, 2), {}))) == [
         [{"index": 2, "value": 0.5}, {"index": 9, "value": 0.25}],
         [],
     ]
-    found = json.loads(await encode_token_vectors(made_outputs(None, None, vectors, 2)))
+    found = json.loads(await body_of(encode_token_vectors(made_outputs(None, None, vectors, 2), {})))
     assert [np.array(rows, "<f4").tolist() for rows in found] == [rows.tolist() for rows in vectors]
 
 
@@ -204,7 +221,37 @@ async def test_large_answers_are_encoded_on_a_thread(
 
     monkeypatch.setattr(outputs_encoding, "_numbers", noted)
     result = made_outputs(None, None, [unit_rows(10, rows, 16)], 1)
-    await encode_outputs(result, "m", OutputFormat())
-    await encode_token_vectors(result)
+    await encoded_body(result, OutputFormat())
+    await body_of(encode_token_vectors(result, {}))
 
     assert {name == "MainThread" for name in threads} == {not on_a_thread}
+
+
+async def test_a_large_answer_is_encoded_as_the_client_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a server never holds the JSON of it, which is three times as large as the vectors."""
+    monkeypatch.setattr(outputs_encoding, "_CHUNK_BYTES", 4096)
+    begun: list[int] = []
+    read: list[int] = []
+    numbers = outputs_encoding._numbers
+
+    def noted(array: Any) -> Iterator[bytes]:
+        begun.append(len(read))
+        return numbers(array)
+
+    monkeypatch.setattr(outputs_encoding, "_numbers", noted)
+    vectors = [unit_rows(seed, 20, 32) for seed in range(60)]
+    body = await body_of(
+        encode_outputs(made_outputs(None, None, vectors, 60), "m", OutputFormat(), {}), lambda: read.append(1)
+    )
+
+    assert begun == sorted(begun)
+    assert begun[-1] > 50
+    items = json.loads(body)["data"]
+    assert [np.array(item["multi_vector_embedding"], "<f4").tolist() for item in items] == [v.tolist() for v in vectors]
+
+
+async def test_what_cannot_be_encoded_is_refused_before_the_answer_begins() -> None:
+    with pytest.raises(InvalidValue, match="int8 covers vectors of tokens of length 1"):
+        await encode_outputs(
+            made_outputs(None, None, [2 * unit_rows(1, 4000, 16)], 1), "m", OutputFormat(dtype="int8"), {}
+        )
