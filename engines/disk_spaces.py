@@ -14,7 +14,7 @@ from engines.loading.ingredients import expected_dtype, list_weights, read_ingre
 from engines.loading.score_forms import score_form
 from engines.planner import native_width
 from engines.protocols import Files
-from engines.space import Ingredients, Listed, list_spaces, with_numeric
+from engines.space import NO_DENSE, Ingredients, Listed, list_spaces, with_numeric
 from engines.spec import Matryoshka, ModelSpec
 
 __all__ = ["ContentDigests", "DiskSpaces", "spaces_on_disk"]
@@ -23,10 +23,12 @@ __all__ = ["ContentDigests", "DiskSpaces", "spaces_on_disk"]
 class DiskSpaces(Struct, frozen=True, kw_only=True):
     """The spaces of one model. `spaces` is as `list_spaces` returns it.
 
-    `why_unknown`: why they are not known, in words; empty where they are. `ingredients` is None then.
+    `prompts`: of the model, by name. `why_unknown`: why `spaces` is empty, in words. `ingredients` is None then, except
+    of a model that gives sparse outputs or vectors of tokens only: the names of their spaces need the loaded model.
     """
 
     ingredients: Ingredients | None = None
+    prompts: dict[str, str] = {}
     spaces: dict[str, dict[str, str]] = {}
     why_unknown: str = ""
 
@@ -43,16 +45,17 @@ def spaces_on_disk(files: Files, spec: ModelSpec, device: str, digests: ContentD
         found = read_ingredients(folder, spec, list_weights(folder), digests)
     except (BadModel, OSError, ValueError) as error:
         return DiskSpaces(why_unknown=str(error) if isinstance(error, BadModel) else "its files cannot be read")
+    ingredients = with_numeric(found, expected_dtype(folder, spec, device.partition(":")[0]))
+    prompts = {**folder.prompts, **spec.prompts}
     if "dense" not in outputs_of(folder):
-        return DiskSpaces(why_unknown="gives no dense vectors")
+        return DiskSpaces(ingredients=ingredients, prompts=prompts, why_unknown=NO_DENSE)
     width = native_width(Path(located.path), spec, located.adapter_folder)
     if width is None:
         return DiskSpaces(why_unknown="its files do not state the width of its vectors")
-    ingredients = with_numeric(found, expected_dtype(folder, spec, device.partition(":")[0]))
     listed = Listed(
         width=width,
-        prompts={**folder.prompts, **spec.prompts},
+        prompts=prompts,
         matryoshka=spec.matryoshka or Matryoshka(widths=folder.widths),
         is_normalized=spec.normalize,
     )
-    return DiskSpaces(ingredients=ingredients, spaces=list_spaces(ingredients, listed))
+    return DiskSpaces(ingredients=ingredients, prompts=prompts, spaces=list_spaces(ingredients, listed))

@@ -35,6 +35,9 @@ NUMERIC_CLASSES: Mapping[str, str] = {"float32": "exact"}
 """Classes of arithmetic by dtype: the vectors of each class agree within its tolerance on every device. Dtypes that are
 not listed are a class of their own: theirs differ from float32's beyond any tolerance."""
 
+NO_DENSE = "gives no dense vectors"
+"""Why a model has no spaces to list."""
+
 MAX_LISTED_PROMPTS = 32
 MAX_LISTED_WIDTHS = 16
 """Bounds of `list_spaces`."""

@@ -5,7 +5,7 @@ from typing import Literal
 
 from msgspec import Struct
 
-from engines.space import Ingredients, differences, parts_of
+from engines.space import NO_DENSE, Ingredients, differences, parts_of
 
 Verdict = Literal["same", "changed", "only in A", "only in B", "unknown"]
 
@@ -16,12 +16,13 @@ _SAME_AS = "named {} in B"
 class ModelSide(Struct, frozen=True, kw_only=True):
     """The spaces of one model on one side.
 
-    `spaces`: by the name of the prompt (empty: none) and the width. `ingredients`: None where they are not told.
-    `why_unknown`: why `spaces` is empty.
+    `spaces`: of dense vectors, by the name of the prompt (empty: none) and the width. `ingredients`: None where they
+    are not told. `prompts`: by name. `why_unknown`: why `spaces` is empty.
     """
 
     spaces: Mapping[str, Mapping[str, str]] = {}
     ingredients: Ingredients | None = None
+    prompts: Mapping[str, str] = {}
     why_unknown: str = ""
 
 
@@ -50,17 +51,35 @@ def compare(a: Side, b: Side) -> list[Compared]:
 
 def _compare(name: str, side: ModelSide, b: Side) -> Compared:
     if name not in b:
-        other = next((other for other, found in b.items() if side.spaces and _is_same(side, found)), None)
+        same = (other for other, found in b.items() if _is_same(side, found) and not _changed_ingredients(side, found))
+        other = next(same, None) if side.spaces else None
         if other is not None:
             return Compared(model=name, verdict="same", why=(_SAME_AS.format(other),))
         return Compared(model=name, verdict="only in A")
     found = b[name]
+    changed = _changed_ingredients(side, found)
+    if changed:  # also those that decide sparse outputs or vectors of tokens only
+        return Compared(model=name, verdict="changed", why=tuple(changed))
+    if _have_no_dense(side, found):
+        other = [f"the prompt {each!r}" for each, text in side.prompts.items() if found.prompts.get(each) != text]
+        return Compared(model=name, verdict="changed" if other else "same", why=tuple(other))
     unknown = [f"{label}: {each.why_unknown}" for label, each in (("A", side), ("B", found)) if not each.spaces]
     if unknown:
         return Compared(model=name, verdict="unknown", why=tuple(unknown))
     if _is_same(side, found):
         return Compared(model=name, verdict="same")
     return Compared(model=name, verdict="changed", why=tuple(_reasons(side, found)))
+
+
+def _changed_ingredients(a: ModelSide, b: ModelSide) -> list[str]:
+    if a.ingredients is None or b.ingredients is None:
+        return []
+    return [str(each) for each in differences(a.ingredients, b.ingredients)]
+
+
+def _have_no_dense(a: ModelSide, b: ModelSide) -> bool:
+    """Whether both are known not to give dense vectors: ingredients and prompts decide what they give."""
+    return all(each.why_unknown == NO_DENSE and each.ingredients is not None for each in (a, b))
 
 
 def _is_same(a: ModelSide, b: ModelSide) -> bool:
@@ -71,13 +90,7 @@ def _is_same(a: ModelSide, b: ModelSide) -> bool:
 
 
 def _reasons(a: ModelSide, b: ModelSide) -> Iterator[str]:
-    """Yield what differs: ingredients of all vectors, else the prompts and widths whose vectors differ."""
-    changed = (
-        [str(each) for each in differences(a.ingredients, b.ingredients)] if a.ingredients and b.ingredients else []
-    )
-    if changed:
-        yield from changed
-        return
+    """Yield the prompts and widths whose vectors differ."""
     for prompt, row in a.spaces.items():
         words = f"with the prompt {prompt!r}" if prompt else "without a prompt"
         for width, space in row.items():

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 import msgspec
 
-from engines.space import Ingredients
+from engines.space import NO_DENSE, Ingredients
 from engines.spec import ModelSpec
 from router.cli.client import RemoteError, get
 from router.cli.output import print_rows
@@ -14,7 +14,7 @@ from router.cli.space_comparison import Compared, ModelSide, Side, compare
 from router.config.settings import Settings, SettingsError, load_settings
 from router.registry.registry import RegistryError, read_registry
 from router.schemas.admin import SlotList
-from router.schemas.inference import ModelList
+from router.schemas.inference import Model, ModelList
 
 EXIT_CHANGED = 1
 EXIT_INVALID = 2
@@ -85,11 +85,17 @@ def _read_server(url: str, key: str | None) -> Side:
         model.id: ModelSide(
             spaces=model.space or {},
             ingredients=known.get(model.id),
-            why_unknown="" if model.space else _NOT_LOADED,
+            prompts=model.prompts,
+            why_unknown="" if model.space else _why_unknown(model),
         )
         for model in models
         if model.task in (None, "embed")
     }
+
+
+def _why_unknown(model: Model) -> str:
+    is_known = model.vocab_size is not None or model.vector_width is not None
+    return NO_DENSE if is_known and "dense" not in model.outputs else _NOT_LOADED
 
 
 def _read_registry(path: Path, settings: Settings, device: str | None) -> Side:
@@ -100,7 +106,9 @@ def _read_registry(path: Path, settings: Settings, device: str | None) -> Side:
 
     def side(spec: ModelSpec) -> ModelSide:
         found = spaces_on_disk(store, spec, device or _device(spec, settings), digests)
-        return ModelSide(spaces=found.spaces, ingredients=found.ingredients, why_unknown=found.why_unknown)
+        return ModelSide(
+            spaces=found.spaces, ingredients=found.ingredients, prompts=found.prompts, why_unknown=found.why_unknown
+        )
 
     try:
         specs = read_registry(path).models.values()

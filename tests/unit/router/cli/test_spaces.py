@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from benchmarks.lib.models import edit_json
 from engines.host import Host, HostConfig
 from engines.space import Ingredients
 from engines.spec import ModelSpec
@@ -21,6 +22,7 @@ from router.config.settings import VARIABLES, Settings
 from router.registry.registry import Registry
 from tests.testkit.model_folders import sentence_model, tensors
 from tests.testkit.servers import serving_in_thread
+from tests.testkit.sparse_models import save_splade
 
 MODEL = "  - {name: NAME, source: ./FOLDER, prompts: {query: 'q: '}}\n"
 
@@ -172,3 +174,35 @@ def test_b_may_have_more_prompts_than_a() -> None:
     row = {"8": "s1-aaaabbbbcccc-0123456789abcdef"}
 
     assert compare({"m": ModelSide(spaces={"": row})}, {"m": ModelSide(spaces={"": row, "new": row})})[0].is_good
+
+
+def test_a_head_for_another_output_changes_the_model_whose_dense_vectors_are_the_same() -> None:
+    registry("a.yaml", m="one")
+    for folder, content in (("one", b"a head"), ("copy", b"another head")):
+        (Path(folder) / "colbert_linear.pt").write_bytes(content)
+    registry("b.yaml", m="copy")
+    registry("c.yaml", renamed="copy")
+
+    changed, renamed = spaces("a.yaml", "b.yaml"), spaces("a.yaml", "c.yaml")
+
+    assert [row[:2] for row in rows(changed)] == [["m", "changed"]]
+    assert rows(changed)[0][2].startswith("multi_vector:weights")
+    assert changed.exit_code == 1
+    assert [row[:2] for row in rows(renamed)] == [["m", "only in A"], ["renamed", "only in B"]]
+
+
+def test_models_without_dense_vectors_are_compared_by_what_decides_theirs(tmp_path: Path) -> None:
+    save_splade(tmp_path / "one-sparse")
+    shutil.copytree(tmp_path / "one-sparse", tmp_path / "same-sparse")
+    shutil.copytree(tmp_path / "one-sparse", tmp_path / "sum")
+    edit_json(tmp_path / "sum" / "1_SpladePooling" / "config.json", pooling_strategy="sum")
+    for name, folder in (("a", "one-sparse"), ("b", "same-sparse"), ("c", "sum")):
+        registry(f"{name}.yaml", m=folder)
+    Path("d.yaml").write_text(Path("b.yaml").read_text().replace("q: ", "find: "))
+
+    same, pooled, prompted = (spaces("a.yaml", f"{name}.yaml") for name in "bcd")
+
+    assert (rows(same)[0][:2], same.exit_code) == (["m", "same"], 0)
+    assert (rows(pooled)[0][:2], pooled.exit_code) == (["m", "changed"], 1)
+    assert "SpladePooling" in rows(pooled)[0][2]
+    assert rows(prompted) == [["m", "changed", "the prompt 'query'"]]
