@@ -7,9 +7,9 @@ them before the first byte was sent took 1.7 GB a request.
 
 import asyncio
 import binascii
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import numpy as np
@@ -57,12 +57,18 @@ class StreamedAnswer(ASGIResponse):
         self._fields = headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the response; each chunk is encoded when the client has read those before it."""
+        """Send the response; each chunk is encoded when the client has read those before it, and none once it left."""
         fields = [(name.encode("latin-1"), text.encode("latin-1")) for name, text in self._fields.items()]
         own = [(b"content-type", b"application/json")]
         await send({"type": "http.response.start", "status": 200, "headers": [*fields, *own]})
-        async for chunk in self._chunks:
-            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        leaving = asyncio.ensure_future(cast(Awaitable[Any], receive()))  # the request has been read
+        try:
+            async for chunk in self._chunks:
+                if leaving.done():
+                    return
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        finally:
+            leaving.cancel()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

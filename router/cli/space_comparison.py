@@ -61,8 +61,8 @@ def _compare(name: str, side: ModelSide, b: Side) -> Compared:
     if changed:  # also those that decide sparse outputs or vectors of tokens only
         return Compared(model=name, verdict="changed", why=tuple(changed))
     if _have_no_dense(side, found):
-        other = [f"the prompt {each!r}" for each, text in side.prompts.items() if found.prompts.get(each) != text]
-        return Compared(model=name, verdict="changed" if other else "same", why=tuple(other))
+        unlike = [f"the prompt {each!r}" for each, text in side.prompts.items() if found.prompts.get(each) != text]
+        return Compared(model=name, verdict="changed" if unlike else "same", why=tuple(unlike))
     unknown = [f"{label}: {each.why_unknown}" for label, each in (("A", side), ("B", found)) if not each.spaces]
     if unknown:
         return Compared(model=name, verdict="unknown", why=tuple(unknown))

@@ -1,5 +1,6 @@
 """Tests the encoding of several outputs: numbers, base64, quantized vectors of tokens, and large answers."""
 
+import asyncio
 import base64
 import json
 import math
@@ -53,9 +54,18 @@ def unit_rows(seed: int, rows: int, width: int) -> NDArray[np.float32]:
     return rows_of_length_1
 
 
-async def body_of(answer: Awaitable[ASGIResponse], on_chunk: Callable[[], None] = lambda: None) -> bytes:
-    """What a client reads of an answer; `on_chunk` is called after each part."""
+async def body_of(
+    answer: Awaitable[ASGIResponse],
+    on_chunk: Callable[[], None] = lambda: None,
+    left: asyncio.Event | None = None,
+) -> bytes:
+    """What a client reads of an answer until it has `left`; `on_chunk` is called after each part."""
     parts: list[bytes] = []
+    leaving = left or asyncio.Event()
+
+    async def receive() -> Any:
+        await leaving.wait()
+        return {"type": "http.disconnect"}
 
     async def send(message: Any) -> None:
         if message["type"] == "http.response.body":
@@ -63,7 +73,7 @@ async def body_of(answer: Awaitable[ASGIResponse], on_chunk: Callable[[], None] 
             on_chunk()
 
     response: Any = await answer
-    await response({}, None, send)
+    await response({}, receive, send)
     return b"".join(parts)
 
 
@@ -248,6 +258,18 @@ async def test_a_large_answer_is_encoded_as_the_client_reads_it(monkeypatch: pyt
     assert begun[-1] > 50
     items = json.loads(body)["data"]
     assert [np.array(item["multi_vector_embedding"], "<f4").tolist() for item in items] == [v.tolist() for v in vectors]
+
+
+async def test_nothing_more_is_encoded_for_a_client_that_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outputs_encoding, "_CHUNK_BYTES", 4096)
+    result = made_outputs(None, None, [unit_rows(seed, 20, 32) for seed in range(60)], 60)
+    whole = await body_of(encode_outputs(result, "m", OutputFormat(), {}))
+    left = asyncio.Event()
+
+    part = await body_of(encode_outputs(result, "m", OutputFormat(), {}), left.set, left)
+
+    assert whole.startswith(part)
+    assert len(part) < len(whole) / 4
 
 
 async def test_what_cannot_be_encoded_is_refused_before_the_answer_begins() -> None:
