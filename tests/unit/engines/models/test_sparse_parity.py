@@ -184,6 +184,15 @@ def test_registry_keys_for_dense_vectors_are_refused(kit: Kit, spec: dict[str, A
         kit.load(folder_of(kit, "bert", save_splade, "bert"), **spec)
 
 
+def test_an_adapter_of_a_table_is_refused(kit: Kit, tmp_path: Path) -> None:
+    """It was ignored: there is no transformer to merge it into."""
+    folder = folder_of(kit, "static", save_static)
+    (tmp_path / "adapter_config.json").write_text("{}")
+
+    with pytest.raises(UnsupportedModel, match="an adapter needs a transformer"):
+        kit.load(folder, adapter=tmp_path)
+
+
 def test_a_head_with_another_bias_is_refused_at_load(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
     made = SpladeHead.__init__
 
