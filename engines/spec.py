@@ -94,6 +94,9 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
 
     `preload_at`: a time in cron's words at which it is loaded, in local time.
 
+    `host_keep_alive_s`: the idle time before a parked model leaves main memory too. `warm`: it is loaded at start and
+    may then be parked for others.
+
     `min_cosine`: the least that a reduced `dtype` may reach against float32 (`engines/precision.py`).
 
     `smaller_dtypes`: what a load may take instead of `dtype`, in this order, where that would evict other models.
@@ -129,8 +132,10 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
     matryoshka: Matryoshka | None = None
     truncate: Truncate | None = None
     keep_alive_s: float = NEVER_IDLE
+    host_keep_alive_s: float = NEVER_IDLE
     pinned: bool = False
     preload: bool = False
+    warm: bool = False
     preload_at: str | None = None
     replicas: int = 1
     trust_remote_code: bool = False
@@ -161,8 +166,10 @@ def parts_of(spec: ModelSpec) -> tuple[ModelSpec, ...]:
 IN_PLACE = frozenset(
     {
         "keep_alive_s",
+        "host_keep_alive_s",
         "pinned",
         "preload",
+        "warm",
         "preload_at",
         "replicas",
         "description",

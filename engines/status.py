@@ -13,7 +13,7 @@ from engines.spec import Matryoshka, Output, PoolingMode, Precision, Task
 
 State = Literal[
     "absent", "fetching", "cold", "waiting_space", "loading", "warming", "ready", "draining", "unloading",
-    "failed", "retired",
+    "parking", "parked", "waking", "failed", "retired",
 ]  # fmt: skip
 """The states of a slot in the pool; `engines/pool/state_machine.py` has the diagram."""
 

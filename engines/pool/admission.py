@@ -20,7 +20,8 @@ from engines.pool.eviction import (
     victim_order,
     without_leaving,
 )
-from engines.pool.messages import ArmTimer, ReadMemory, StartLoad, StartLocate
+from engines.pool.messages import ArmTimer, ReadMemory, StartLoad, StartLocate, StartWake
+from engines.pool.parking import Parking, is_host_idle_evictable
 from engines.pool.reasons import IDLE, blocked_by_others, blocked_by_pinned, eviction_cause, load_hangs, still_loading
 from engines.pool.slot import CHARGED, NO_MEMORY, MemoryNeed, Slot
 from engines.pool.state import PoolState
@@ -35,6 +36,7 @@ def next_deadlines(state: PoolState, deficit_since_s: float | None) -> list[floa
     found = [slot.retry_at_s for slot in state.in_state("failed") if slot.is_wanted]
     ready = state.in_state("ready")
     found += [slot.idle_at_s for slot in ready if is_idle_evictable(slot)]
+    found += [slot.host_idle_at_s for slot in state.in_state("parked") if is_host_idle_evictable(slot)]
     deadline_s = state.next_deadline_s()
     if deadline_s is not None:
         found.append(deadline_s)
@@ -58,6 +60,7 @@ class Admission:
 
     def __init__(self, state: PoolState) -> None:
         self.state = state
+        self.parking = Parking(state)
         self.is_fresh = False
         self._is_reading = False
         self._is_contested = False
@@ -90,11 +93,15 @@ class Admission:
         self._end_quarantines()
         if not self.state.blocked:
             self._evict_idle()
+            self.parking.evict_idle()
         self._start_fetches()
         self._queue_for_space()
         if not self.state.blocked:
             self._reduce_deficit()
+            self._free_oversized()
             self._serve_claims()
+            self.parking.reduce_deficit()
+        self.parking.place()
         self._arm_timer()
         self._is_contested = bool(self.state.claims()) or self._deficit_since_s is not None
         self.is_fresh = False
@@ -146,6 +153,8 @@ class Admission:
 
     def _form(self, slot: Slot) -> tuple[int, MemoryNeed]:
         """Returns the form that a load would take now, and its bytes."""
+        if slot.state == "parked":
+            return slot.form, slot.measured
         available_bytes = self.state.budget_bytes - total_bytes(charges(self._pinned()))
         return choose_form(slot.need or NO_MEMORY, self.state.charged(), available_bytes, self.state.limit_bytes())
 
@@ -166,6 +175,15 @@ class Admission:
         is_overdue = self.state.now_s >= self._deficit_since_s + self.state.rules.overdue_after_s
         self._free_memory(NO_MEMORY, None, self.state.budget_bytes, is_overdue=is_overdue)
 
+    def _free_oversized(self) -> None:
+        """Unloads parked models whose form cannot fit any more where another one, from disk, can."""
+        immovable, budget_bytes = self._pinned(), self.state.budget_bytes
+        for slot in self.state.in_state("parked"):
+            need = slot.need or NO_MEMORY
+            is_stuck = slot.claim is not None and never_fits(slot.measured, immovable, budget_bytes)
+            if is_stuck and not never_fits(need, immovable, budget_bytes):
+                self.state.unload(slot, "does not fit any more in the dtype that it is parked in")
+
     def _serve_claims(self) -> None:
         """Admits claims, oldest first. Five cases:
 
@@ -179,7 +197,7 @@ class Admission:
         immovable, limit = self._pinned(), self.state.limit_bytes()
         claims = []
         for slot in self.state.claims():
-            if never_fits(slot.need or NO_MEMORY, immovable, self.state.budget_bytes):
+            if never_fits(slot.claimed_need, immovable, self.state.budget_bytes):
                 self._refuse(slot)  # (1)
             elif missing_bytes(immovable, self.need(slot), limit) > 0:
                 self._redirect_waiters(slot, limit)  # (3)
@@ -264,6 +282,9 @@ class Admission:
         if not self.is_fresh:
             self._read()
             return
+        if slot.state == "parked":
+            self._wake(slot)
+            return
         if slot.files is None:
             raise RuntimeError(f"bug: {slot.model_id} waits for space without files")
         slot.form, need = self._form(slot)
@@ -271,6 +292,12 @@ class Admission:
         self.state.move(slot, "loading", f"{format_bytes(need.total_bytes)} admitted{form}")
         slot.reserved, slot.load_began_at_s = need, self.state.now_s
         self.state.start(slot, StartLoad(slot.slot_id, slot.loaded_spec, slot.files, need))
+
+    def _wake(self, slot: Slot) -> None:
+        """Charges device memory to a parked model and starts to bring it back; until then both budgets are charged."""
+        self.state.move(slot, "waking", f"{format_bytes(slot.measured.total_bytes)} admitted")
+        slot.reserved, slot.load_began_at_s = slot.measured, self.state.now_s
+        self.state.start(slot, StartWake(slot.slot_id))
 
     def _read(self) -> None:
         """Requests a reading of the device, unless one is in progress. The result is an event."""
@@ -317,5 +344,5 @@ def claimed_bytes(state: PoolState) -> int:
     Placement counts them; otherwise a burst of requests would over-commit one host.
     """
     return sum(
-        s.need.weight_bytes for s in state.slots.values() if s.claim is not None and s.need and s.state not in CHARGED
+        s.claimed_need.weight_bytes for s in state.slots.values() if s.claim is not None and s.state not in CHARGED
     )

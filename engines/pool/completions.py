@@ -140,16 +140,20 @@ class CompletionHandlers:
 
         1. the slot has other files by now, or is changing state: ignored;
         2. ready: its vectors may be wrong, so it is evicted, and reloaded from files downloaded again;
-        3. cold: the next load detects the damage and downloads the files again.
+        3. cold: the next load detects the damage and downloads the files again;
+        4. parked: its weights may be wrong, so they are freed, and the files downloaded again.
         """
         slot = self.state.slots.get(event.slot_id)
-        if slot is None or slot.is_retired or slot.files != event.files or slot.state not in ("ready", "cold"):
+        is_current = slot is not None and slot.files == event.files and not slot.is_retired
+        if slot is None or not is_current or slot.state not in ("ready", "cold", "parked"):
             return  # (1)
         slot.failure = event.failure
         if slot.state == "ready":
             slot.is_wanted = True
             self.state.make_claim(slot)
             self.state.drain(slot, DAMAGED)  # (2), (3)
+        elif slot.state == "parked":
+            self.state.unload(slot, DAMAGED)  # (4)
 
     # ---- engines ----
 
@@ -167,7 +171,7 @@ class CompletionHandlers:
         slot = self.state.finish(event.slot_id, "load")
         if not slot.is_retired:
             self._clear_preload_if_evicted(slot)
-            slot.leaving_cause = None
+            slot.leaving_cause = slot.leaves_to = None
         self.state.notify_evictors(slot)
         self._after_failure(slot, event.failure)
 
@@ -178,8 +182,8 @@ class CompletionHandlers:
         3. ready: all waiters are granted in this step;  4. and if it is being evicted, it drains after them.
         """
         slot = self.state.finish(event.slot_id, "warm")
-        slot.load_s = self.state.now_s - slot.load_began_at_s
-        slot.reserved = measured = MemoryNeed(
+        slot.load_s, slot.came_s = self.state.now_s - slot.load_began_at_s, None
+        slot.reserved = slot.measured = measured = MemoryNeed(
             weight_bytes=event.weight_bytes,
             workspace_bytes=event.workspace_bytes,
             weights_known=True,
@@ -196,12 +200,9 @@ class CompletionHandlers:
             return
         self.state.move(slot, "ready", f"loaded and warm after {slot.load_s:.1f} s")
         slot.ready_at_s, slot.loads = self.state.now_s, slot.loads + 1
-        slot.keep_alive_override_s = None
-        slot.claim, slot.is_wanted, slot.failure, slot.attempts = None, False, None, 0
+        slot.failure, slot.attempts = None, 0
         slot.had_oom = slot.had_refetch = False
-        self.state.grant_all(slot)  # (3)
-        if slot.leaving_cause is not None:
-            self.state.drain(slot, slot.leaving_cause)  # (4)
+        become_ready(self.state, slot)  # (3), (4)
 
     def _warm_failed(self, event: WarmUpErrored) -> None:
         slot = self.state.finish(event.slot_id, "warm")
@@ -217,7 +218,7 @@ class CompletionHandlers:
             return
         if failure is not None:
             self._clear_preload_if_evicted(slot)
-        slot.leaving_cause = slot.leaving_for = None
+        slot.leaving_cause = slot.leaving_for = slot.leaves_to = None
         self.state.notify_evictors(slot)
         if failure is not None:
             self._after_failure(slot, failure)  # (2)
@@ -266,6 +267,15 @@ class CompletionHandlers:
         slot.retry_at_s = self.state.now_s + delay_s
         if failure.is_broken or failure.is_changed:
             slot.files = None
-        slot.claim, slot.leaving_cause = None, None
+        slot.claim = slot.leaving_cause = slot.leaves_to = None
         self.state.move(slot, "failed", f"{failure.kind}: {failure.message}; next attempt after {delay_s:.0f} s")
         self.state.fail_waiters(slot, lambda: load_error(slot, failure, self.state.now_s))
+
+
+def become_ready(state: PoolState, slot: Slot) -> None:
+    """Grants the waiters of a slot that has just become ready; if it is being evicted, it drains after them."""
+    slot.keep_alive_override_s = None
+    slot.claim, slot.is_wanted = None, False
+    state.grant_all(slot)
+    if slot.leaving_cause is not None:
+        state.drain(slot, slot.leaving_cause)

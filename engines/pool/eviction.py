@@ -99,7 +99,7 @@ def cost_order(slot: Slot, *, rules: PoolPolicy, now_s: float) -> tuple[bool, fl
 
 
 def _seconds_per_byte(slot: Slot) -> float:
-    return (slot.load_s or 0.0) / max(1, slot.reserved.weight_bytes)
+    return (slot.load_s or 0.0) / max(1, slot.reserved.weight_bytes or slot.host_bytes)
 
 
 def choose_victims(
@@ -126,6 +126,32 @@ def choose_victims(
         if total_bytes(charges(staying.values(), slot.reserved, need)) <= limit_bytes:
             staying[slot.slot_id] = slot
             victims.remove(slot)
+    return tuple(victims)
+
+
+def can_leave_host(slot: Slot, rules: PoolPolicy, now_s: float) -> bool:
+    """Tells whether a parked model may leave main memory for another: no request waits for it, it is not pinned, and it
+    is past its minimum residency there."""
+    is_free = slot.state == "parked" and slot.claim is None and not slot.is_pinned
+    return is_free and now_s >= slot.parked_at_s + rules.min_residency_s
+
+
+def choose_parked_victims(candidates: Iterable[Slot], missing_bytes: int, order: VictimOrder) -> tuple[Slot, ...]:
+    """Chooses as few parked models as possible, in eviction order, that free `missing_bytes`; none if all are not
+    enough."""
+    victims: list[Slot] = []
+    freed = 0
+    for slot in sorted(candidates, key=order):
+        if freed >= missing_bytes:
+            break
+        victims.append(slot)
+        freed += slot.host_bytes
+    if freed < missing_bytes:
+        return ()
+    for slot in reversed(victims[:]):  # a later large victim may make an earlier small one unnecessary
+        if freed - slot.host_bytes >= missing_bytes:
+            victims.remove(slot)
+            freed -= slot.host_bytes
     return tuple(victims)
 
 

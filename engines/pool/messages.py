@@ -9,8 +9,8 @@ from typing import Literal
 from msgspec import Struct
 
 from engines.errors import EngineError
-from engines.pool.reasons import DAMAGED, EVICTED, IDLE, SHUTDOWN
-from engines.pool.slot import LoadFailure, MemoryNeed, Slot
+from engines.pool.event_details import NO_DETAILS, EventDetails
+from engines.pool.slot import LoadFailure, MemoryNeed, Tier
 from engines.spec import ModelSpec
 from engines.types import ModelFiles, State
 
@@ -82,25 +82,22 @@ class StartUnload(Struct, frozen=True):
     slot_id: int
 
 
+class StartPark(Struct, frozen=True):
+    """Moves the weights of an engine without leases to main memory. Ends in `ParkCompleted` or `ParkErrored`."""
+
+    slot_id: int
+
+
+class StartWake(Struct, frozen=True):
+    """Moves the weights of a parked engine back to the device. Ends in `WakeCompleted` or `WakeErrored`."""
+
+    slot_id: int
+
+
 class ArmTimer(Struct, frozen=True):
     """Sets the only timer: it sends `TimerFired` at `at_s`; None cancels it."""
 
     at_s: float | None
-
-
-_BY_CAUSE = {EVICTED: "operator", SHUTDOWN: "shutdown", DAMAGED: "damaged"}
-
-
-class EventDetails(Struct, frozen=True, kw_only=True):
-    """The fields of `engines.types.Event` for programs."""
-
-    reason: str = ""
-    seconds: float = 0.0
-    estimated_bytes: int = 0
-    measured_bytes: int = 0
-
-
-NO_DETAILS = EventDetails()
 
 
 class Emit(Struct, frozen=True):
@@ -124,37 +121,8 @@ class Emit(Struct, frozen=True):
 
 Effect = (
     Grant | Done | Fail | Emit | ArmTimer | ReadMemory
-    | StartLocate | StartFetch | Discard | StartLoad | StartWarm | StartUnload
+    | StartLocate | StartFetch | Discard | StartLoad | StartWarm | StartUnload | StartPark | StartWake
 )  # fmt: skip
-
-
-def event_details(slot: Slot, target: State, now_s: float) -> EventDetails:
-    """Returns the event fields for the slot's step from its present state to `target`. Four cases:
-
-    1. a load has succeeded;  2. an eviction begins to free memory: its requests have ended;
-    3. a download, load or warm-up has failed, whether it is retried or not;  4. any other step.
-    """
-    step = (slot.state, target)
-    if step == ("warming", "ready"):
-        return EventDetails(
-            seconds=slot.load_s or 0.0, estimated_bytes=slot.estimated_bytes, measured_bytes=slot.reserved.total_bytes
-        )  # (1)
-    if step == ("draining", "unloading"):
-        return EventDetails(reason=_eviction_reason(slot), seconds=now_s - slot.ready_at_s)  # (2)
-    is_failure = target == "failed" or (slot.state in ("loading", "unloading") and target in ("cold", "fetching"))
-    if is_failure and slot.failure is not None:
-        return EventDetails(reason=slot.failure.kind)  # (3)
-    return NO_DETAILS  # (4)
-
-
-def _eviction_reason(slot: Slot) -> str:
-    """Returns the eviction's reason from a fixed list, for metrics; `cause` is the text for people."""
-    cause = slot.leaving_cause or ""
-    if slot.is_retired:
-        return "registry"
-    if slot.leaving_for:
-        return "room"
-    return _BY_CAUSE.get(cause, "idle" if cause.startswith(IDLE) else "over_budget")
 
 
 NEVER = float("inf")
@@ -197,11 +165,15 @@ class PreloadRequested(Struct, frozen=True):
 
 
 class EvictionRequested(Struct, frozen=True):
-    """An operator evicts a model. Exactly one `Done` or `Fail` follows, unless it is cancelled first."""
+    """An operator evicts a model. Exactly one `Done` or `Fail` follows, unless it is cancelled first.
+
+    `to`: `host` parks it where the host budget has room.
+    """
 
     waiter_id: int
     model_id: str
     is_forced: bool = False
+    to: Tier = "disk"
 
 
 class RegistryReloaded(Struct, frozen=True):
@@ -292,6 +264,12 @@ class BudgetChanged(Struct, frozen=True):
     ceiling_bytes: int | None = None
 
 
+class HostBudgetChanged(Struct, frozen=True):
+    """The host budget has changed; 0 parks no model."""
+
+    budget_bytes: int
+
+
 class LoadsBlocked(Struct, frozen=True):
     """A load hangs, so nothing can be loaded or freed; `reason` describes it, and is empty once it has ended."""
 
@@ -332,6 +310,33 @@ class UnloadCompleted(Struct, frozen=True):
     slot_id: int
 
 
+class ParkCompleted(Struct, frozen=True):
+    """The weights are in main memory, `host_bytes` of them, and those on the device are free."""
+
+    slot_id: int
+    host_bytes: int
+
+
+class ParkErrored(Struct, frozen=True):
+    """The engine could not be parked and must be unloaded."""
+
+    slot_id: int
+    failure: LoadFailure
+
+
+class WakeCompleted(Struct, frozen=True):
+    """The weights are on the device again and gave the same vectors; main memory holds none of them."""
+
+    slot_id: int
+
+
+class WakeErrored(Struct, frozen=True):
+    """The engine could not be brought back, or gives other vectors; it must be unloaded."""
+
+    slot_id: int
+    failure: LoadFailure
+
+
 PoolEvent = (
     LeaseRequested
     | LeaseCancelled
@@ -350,10 +355,15 @@ PoolEvent = (
     | FilesDiscarded
     | FilesDamaged
     | BudgetChanged
+    | HostBudgetChanged
     | LoadsBlocked
     | LoadCompleted
     | LoadErrored
     | WarmUpCompleted
     | WarmUpErrored
     | UnloadCompleted
+    | ParkCompleted
+    | ParkErrored
+    | WakeCompleted
+    | WakeErrored
 )

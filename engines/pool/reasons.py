@@ -18,6 +18,8 @@ EVICTED = "evicted by an operator"
 SHUTDOWN = "the host shuts down"
 DAMAGED = "its files were damaged or replaced on the disk"
 IDLE = "idle for its keep_alive"
+_DOING = {"fetching": "downloading", "waiting_space": "waiting for memory", "parked": "waiting for memory"}
+HOST_IDLE = "parked and idle for its host_keep_alive"
 
 
 def known_bytes(need: MemoryNeed | None) -> int:
@@ -60,7 +62,7 @@ def interrupted_by_shutdown() -> ShuttingDown:
 
 def still_loading(slot: Slot) -> ModelLoading:
     """The error of a request whose load time-out has passed; the load continues."""
-    doing = {"fetching": "downloading", "waiting_space": "waiting for memory"}.get(slot.state, slot.state)
+    doing = _DOING.get(slot.state, slot.state)
     if slot.state == "fetching" and slot.fetch_total_bytes:
         doing += f" ({format_bytes(slot.fetched_bytes)} of {format_bytes(slot.fetch_total_bytes)})"
     return ModelLoading(

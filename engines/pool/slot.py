@@ -20,20 +20,29 @@ EDGES: dict[State, frozenset[State]] = {
     "loading": frozenset({"warming", "unloading", "cold", "fetching", "failed", "retired"}),
     "warming": frozenset({"ready", "unloading"}),
     "ready": frozenset({"draining"}),
-    "draining": frozenset({"unloading", "ready"}),
+    "draining": frozenset({"unloading", "ready", "parking"}),
+    "parking": frozenset({"parked", "unloading"}),
+    "parked": frozenset({"waking", "unloading"}),
+    "waking": frozenset({"ready", "unloading"}),
     "unloading": frozenset({"cold", "fetching", "failed", "retired"}),
     "failed": frozenset({"absent", "cold", "retired"}),
     "retired": frozenset(),
 }
 """The allowed state transitions; `engines/pool/state_machine.py` has the diagram."""
 
-CHARGED: frozenset[State] = frozenset({"loading", "warming", "ready", "draining", "unloading"})
+CHARGED: frozenset[State] = frozenset({"loading", "warming", "ready", "draining", "unloading", "parking", "waking"})
 """States whose bytes count against the budget: from before the first byte is allocated until the last one is freed."""
 
-LEAVING: frozenset[State] = frozenset({"draining", "unloading"})
+HOST_CHARGED: frozenset[State] = frozenset({"parking", "parked", "waking", "unloading"})
+"""States whose bytes may count against the host budget; of an unloading model, those of one that was parked."""
 
-Work = Literal["locate", "fetch", "discard", "load", "warm", "unload"]
+LEAVING: frozenset[State] = frozenset({"draining", "unloading", "parking"})
+
+Work = Literal["locate", "fetch", "discard", "load", "warm", "unload", "park", "wake"]
 """The asynchronous work that runs for a slot; at most one at a time."""
+
+Tier = Literal["host", "disk"]
+"""Where a model goes that leaves the device: to main memory (it is parked), or only its files stay."""
 
 
 HEAT_DECAY_S = 900.0
@@ -43,7 +52,8 @@ HEAT_DECAY_S = 900.0
 class PoolPolicy(Struct, frozen=True, kw_only=True):
     """Tuning constants of the pool, in seconds.
 
-    A loaded model stays for `min_residency_s`, or `residency_loads` times its load time if that is longer. A claim or a
+    A loaded model stays for `min_residency_s`, or `residency_loads` times its load time if that is longer (of a parked
+    model: the time that it took to wake); a parked one stays in main memory for `min_residency_s`. A claim or a
     deficit is overdue after `overdue_after_s`. A reading of the device is valid for `reading_s`. `retry_*` are the
     (first, longest) delay of the quarantine, which doubles. `oom_growth` scales an estimate after an out-of-memory
     error. `eviction` orders victims; for `cost`, a request counts less by a factor of e after each `heat_decay_s`.
@@ -177,7 +187,9 @@ class Slot(Struct, eq=False, kw_only=True):
     retried without a request. `claimed_at_s`: when it began to wait for memory. `evicted_for`: the last claimant that
     it was evicted for. `estimated_bytes`: the estimate that its last load was admitted with. `form`: the dtype of
     that load, an index into the spec's dtype and its smaller ones. `heat`: the number of its requests, each decayed by
-    its age, as of `heat_at_s`.
+    its age, as of `heat_at_s`. `measured`: what it takes on the device in that form, once a load has measured it.
+    `host_bytes`: what is charged to the host budget for it. `leaves_to`: where an operator wants it; None: the pool
+    decides. `came_s`: how long its last way to the device took where that was from main memory; None: `load_s` did.
     """
 
     slot_id: int
@@ -202,6 +214,13 @@ class Slot(Struct, eq=False, kw_only=True):
     evictors: set[int] = msgspec.field(default_factory=set)
     leaving_cause: str | None = None
     leaving_for: str | None = None
+    leaves_to: Tier | None = None
+    measured: MemoryNeed = NO_MEMORY
+    host_bytes: int = 0
+    parked_at_s: float = 0.0
+    wake_s: float | None = None
+    wakes: int = 0
+    came_s: float | None = None
 
     operator_pin: bool = False
     keep_alive_override_s: float | None = None
@@ -251,6 +270,16 @@ class Slot(Struct, eq=False, kw_only=True):
         """When the idle time of the model ends. Valid only for `keep_alive_s >= 0`."""
         return self.used_at_s + self.keep_alive_s
 
+    @property
+    def claimed_need(self) -> MemoryNeed:
+        """The need of its claim: a parked model comes back in the form that it was loaded in."""
+        return self.measured if self.state == "parked" else self.need or NO_MEMORY
+
+    @property
+    def host_idle_at_s(self) -> float:
+        """When a parked model may leave main memory for idleness. Valid only for `spec.host_keep_alive_s >= 0`."""
+        return max(self.parked_at_s, self.used_at_s) + self.spec.host_keep_alive_s
+
     def heat_up(self, now_s: float, decay_s: float) -> None:
         """Counts a request."""
         self.heat = self.heat * exp((self.heat_at_s - now_s) / decay_s) + 1.0
@@ -262,4 +291,5 @@ class Slot(Struct, eq=False, kw_only=True):
 
     def evictable_from_s(self, rules: PoolPolicy) -> float:
         """Returns the end of its minimum residency; before it, the model is not evicted for a claim."""
-        return self.ready_at_s + max(rules.min_residency_s, rules.residency_loads * (self.load_s or 0.0))
+        came_s = self.load_s or 0.0 if self.came_s is None else self.came_s
+        return self.ready_at_s + max(rules.min_residency_s, rules.residency_loads * came_s)

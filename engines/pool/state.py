@@ -7,6 +7,7 @@ import heapq
 from collections.abc import Callable, Iterator, Mapping
 
 from engines.errors import EngineError
+from engines.pool.event_details import event_details
 from engines.pool.eviction import total_bytes
 from engines.pool.messages import (
     Discard,
@@ -18,27 +19,32 @@ from engines.pool.messages import (
     StartFetch,
     StartLoad,
     StartLocate,
+    StartPark,
     StartUnload,
+    StartWake,
     StartWarm,
-    event_details,
 )
-from engines.pool.reasons import EVICTED
-from engines.pool.slot import CHARGED, EDGES, NO_MEMORY, MemoryNeed, PoolPolicy, Slot, Waiter, Work
+from engines.pool.reasons import DAMAGED, EVICTED
+from engines.pool.slot import CHARGED, EDGES, HOST_CHARGED, NO_MEMORY, MemoryNeed, PoolPolicy, Slot, Waiter, Work
 from engines.spec import ModelSpec
 from engines.types import State
 
 _WORK: dict[type, Work] = {
     StartLocate: "locate", StartFetch: "fetch", Discard: "discard",
     StartLoad: "load", StartWarm: "warm", StartUnload: "unload",
+    StartPark: "park", StartWake: "wake",
 }  # fmt: skip
 
 
 class PoolState:
     """Holds slots by id (all generations) and by model (the current one), and the effects of the step in progress."""
 
-    def __init__(self, specs: Mapping[str, ModelSpec], budget_bytes: int, rules: PoolPolicy) -> None:
+    def __init__(
+        self, specs: Mapping[str, ModelSpec], budget_bytes: int, rules: PoolPolicy, host_budget_bytes: int = 0
+    ) -> None:
         self.rules = rules
         self.budget_bytes = budget_bytes
+        self.host_budget_bytes = host_budget_bytes
         self.ceiling_bytes: int | None = None
         self.ceiling_until_s = 0.0
         self.is_draining = False
@@ -64,7 +70,30 @@ class PoolState:
 
     def claims(self) -> list[Slot]:
         """Returns the slots that wait for memory, oldest claim first."""
-        return sorted(self.in_state("waiting_space"), key=lambda slot: slot.claim or 0)
+        waiting = self.in_state("waiting_space")
+        waiting += [slot for slot in self.in_state("parked") if slot.claim is not None]
+        return sorted(waiting, key=lambda slot: slot.claim or 0)
+
+    def host_used_bytes(self) -> int:
+        """Returns the bytes that are charged to the host budget."""
+        return sum(slot.host_bytes for slot in self.slots.values())
+
+    def holds_memory(self) -> bool:
+        """Tells whether any model is in memory, on the device or parked."""
+        return any(slot.state in CHARGED or slot.host_bytes for slot in self.slots.values())
+
+    def may_park(self, slot: Slot) -> bool:
+        """Tells whether a model that leaves the device may stay in main memory. Four cases:
+
+        1. there is no host budget, or the host shuts down;  2. nobody will ask for this generation again;
+        3. its files are damaged, and so are its weights perhaps;  4. it leaves for others or for idleness, or as an
+        operator has it.
+        """
+        if not self.host_budget_bytes or self.is_draining:
+            return False  # (1)
+        if slot.is_retired or slot.failure is not None or slot.leaving_cause == DAMAGED:
+            return False  # (2), (3)
+        return slot.leaves_to == "host" or (slot.leaves_to is None and slot.leaving_cause != EVICTED)  # (4)
 
     def limit_bytes(self) -> int:
         """Returns the budget, or less if a valid reading shows that other processes use the device."""
@@ -114,6 +143,8 @@ class PoolState:
             slot.claimed_at_s = self.now_s
         if target not in CHARGED:
             slot.reserved = NO_MEMORY
+        if target not in HOST_CHARGED:
+            slot.host_bytes = 0
         if target == "retired":
             del self.slots[slot.slot_id]
 
@@ -144,12 +175,25 @@ class PoolState:
         self.unload_if_free(slot)
 
     def unload_if_free(self, slot: Slot) -> None:
-        if slot.state == "draining" and not slot.leases:
-            slot.evictions += 1
-            slot.evicted_for = slot.leaving_for
-            if slot.leaving_cause == EVICTED:
-                slot.operator_pin = False  # not earlier: a cancelled eviction keeps the pin
+        """Unloads a draining model once it has no leases; one that may be parked is left to
+        `engines.pool.parking`, which acts in the same step."""
+        if slot.state == "draining" and not slot.leases and not self.may_park(slot):
+            self._count_eviction(slot)
             self.unload(slot, slot.leaving_cause or "")
+
+    def park(self, slot: Slot) -> None:
+        """Starts to move a draining model without leases to main memory; until that is done, both budgets are
+        charged."""
+        self._count_eviction(slot)
+        self.move(slot, "parking", slot.leaving_cause or "", slot.leaving_for)
+        slot.host_bytes = slot.reserved.weight_bytes
+        self.start(slot, StartPark(slot.slot_id))
+
+    def _count_eviction(self, slot: Slot) -> None:
+        slot.evictions += 1
+        slot.evicted_for = slot.leaving_for
+        if slot.leaving_cause == EVICTED:
+            slot.operator_pin = False  # not earlier: a cancelled eviction keeps the pin
 
     def unload(self, slot: Slot, cause: str) -> None:
         """Starts to free the engine; its bytes stay charged until `UnloadCompleted`."""
@@ -162,6 +206,7 @@ class PoolState:
         """Puts the slot in the queue for memory; cancelled requests do not remove it."""
         if slot.claim is None:
             slot.claim = self._next_claim
+            slot.claimed_at_s = self.now_s
             self._next_claim += 1
 
     def drop_claim(self, slot: Slot, cause: str) -> None:

@@ -52,7 +52,7 @@ from engines.pool.reasons import (
     shutting_down,
     too_large,
 )
-from engines.pool.slot import CHARGED, PoolPolicy, Slot, Waiter
+from engines.pool.slot import CHARGED, PoolPolicy, Slot, Tier, Waiter
 from engines.pool.state import PoolState
 from engines.spec import ModelSpec, is_same_engine
 
@@ -100,10 +100,13 @@ def _replace(state: PoolState, old: Slot, spec: ModelSpec) -> None:
 
 
 def _retire_generation(state: PoolState, slot: Slot, cause: str) -> None:
-    """Retires a generation. Two cases: 1. after its leases or its asynchronous work have ended; 2. at once."""
+    """Retires a generation. Two cases: 1. after its leases or its asynchronous work have ended (a parked one: its
+    unload); 2. at once."""
     slot.is_retired, slot.claim, slot.is_wanted, slot.leaving_cause = True, None, False, cause
     if slot.state == "ready":
         state.drain(slot, cause)  # (1)
+    elif slot.state == "parked":
+        state.unload(slot, cause)  # (1)
     elif slot.work is None and slot.state != "draining":
         state.retire(slot)  # (2)
 
@@ -118,9 +121,10 @@ class PoolStateMachine:
         budget_bytes: int,
         rules: PoolPolicy | None = None,
         jitter: Callable[[], float] = lambda: 0.5,
+        host_budget_bytes: int = 0,
     ) -> None:
         """`jitter` returns a number in [0, 1) for each failure, so that hosts do not retry at the same moment."""
-        self.state = PoolState(specs, budget_bytes, rules or PoolPolicy())
+        self.state = PoolState(specs, budget_bytes, rules or PoolPolicy(), host_budget_bytes)
         self.admission = Admission(self.state)
         self._handlers: dict[type, Callable[..., bool | None]] = {
             LeaseRequested: self._acquire,
@@ -134,6 +138,7 @@ class PoolStateMachine:
             BudgetChanged: self._budget_changed,
             LoadsBlocked: self._blocked,
             **CompletionHandlers(self.state, jitter).handlers,
+            **self.admission.parking.handlers,
         }
 
     def handle(self, event: PoolEvent, now_s: float) -> list[Effect]:
@@ -250,12 +255,13 @@ class PoolStateMachine:
         self.state.make_claim(slot)  # (5)
 
     def _evict(self, event: EvictionRequested) -> None:
-        """Evicts a model for an operator. Seven cases:
+        """Evicts a model for an operator. Nine cases:
 
         1. no such model: fails;  2. pinned, and not forced: fails;  3. a load hangs, so nothing can be freed: fails;
         4. not in memory and not loading: done; its claim is dropped unless requests wait for it;
-        5. ready: drains;  6. loading or warming: drains once its waiters have had their leases;
-        7. draining or unloading already: done when it is free; it is loaded again only for waiting requests.
+        5. ready: drains;  6. loading, warming or waking: drains once its waiters have had their leases;
+        7. draining, parking or unloading already: done when it is there; it is loaded again only for waiting requests;
+        8. parked, and that is where it shall be: done, as 4;  9. parked: unloaded, and loaded again only as 7.
         """
         slot = self.state.current.get(event.model_id)
         if slot is None:
@@ -267,21 +273,30 @@ class PoolStateMachine:
             message = f"model {event.model_id!r} is pinned; set force to evict it"
             self.state.effects.append(Fail(event.waiter_id, ModelPinned(message)))  # (2)
             return
-        if self.state.blocked and slot.state in CHARGED:
+        if self.state.blocked and (slot.state in CHARGED or (slot.state == "parked" and event.to == "disk")):
             error = cannot_be_freed(slot, self.state.blocked)
             self.state.effects.append(Fail(event.waiter_id, error))  # (3)
             return
         slot.evictors.add(event.waiter_id)
         self.state.holders[event.waiter_id] = slot
-        if slot.state in ("absent", "fetching", "cold", "waiting_space", "failed"):
+        self._leave(slot, event.to, is_evicted=is_evicted)
+
+    def _leave(self, slot: Slot, to: Tier, *, is_evicted: bool) -> None:
+        """Makes a model leave for an operator: cases 4 to 9 of `_evict`."""
+        resting = ("absent", "fetching", "cold", "waiting_space", "failed", *(("parked",) if to == "host" else ()))
+        if slot.state in resting:
             self.state.clear_preload(slot)
-            self.state.notify_evictors(slot)  # (4)
-        elif slot.state == "ready":
+            self.state.notify_evictors(slot)  # (4), (8)
+            return
+        slot.leaves_to = to
+        if slot.state == "ready":
             self.state.drain(slot, EVICTED)  # (5)
-        elif slot.state in ("loading", "warming"):
+        elif slot.state in ("loading", "warming", "waking"):
             slot.leaving_cause = EVICTED  # (6)
         elif not is_evicted:
             self.state.clear_preload(slot)  # (7)
+        if slot.state == "parked":
+            self.state.unload(slot, EVICTED)  # (9)
 
     def _abandon_eviction(self, slot: Slot) -> None:
         """Undoes an eviction after its last operator cancelled it, unless the host is shutting down."""
@@ -295,7 +310,7 @@ class PoolStateMachine:
 
     def _cancel_eviction(self, slot: Slot, cause: str) -> None:
         """Cancels an eviction in progress: a draining model becomes ready again."""
-        slot.leaving_cause = slot.leaving_for = None
+        slot.leaving_cause = slot.leaving_for = slot.leaves_to = None
         if slot.state == "draining":
             self.state.move(slot, "ready", cause)
             self.state.grant_all(slot)
@@ -308,7 +323,7 @@ class PoolStateMachine:
         """
         self.state.blocked = event.reason
         for slot in list(self.state.slots.values()) if event.reason else ():
-            if slot.work in ("load", "unload"):
+            if slot.work in ("load", "unload", "park", "wake"):
                 self.state.effects.append(
                     Emit(slot.slot_id, slot.model_id, "state", slot.state, slot.state, event.reason)
                 )  # (1)
@@ -326,10 +341,12 @@ class PoolStateMachine:
         for slot in list(self.state.slots.values()):
             slot.leaving_cause = slot.leaving_cause or SHUTDOWN
             self.state.drop_claim(slot, SHUTDOWN)
-            if slot.state not in ("loading", "warming"):
+            if slot.state not in ("loading", "warming", "waking"):
                 self.state.fail_waiters(slot, shutting_down)
             if slot.state == "ready":
                 self.state.drain(slot, SHUTDOWN)
+            if slot.state == "parked":
+                self.state.unload(slot, SHUTDOWN)
 
     def _tick(self, event: TimerFired) -> None:
         self.admission.on_tick()

@@ -123,6 +123,8 @@ def bytes_by_dtype(slot: Slot) -> dict[str, int]:
 def predict_form(state: PoolState, slot: Slot) -> tuple[int, MemoryNeed]:
     """Returns the form in memory, else the one that a load would take now, and its need without a cap."""
     need = slot.need or NO_MEMORY
+    if slot.state == "parked":
+        return slot.form, slot.measured
     if slot.state in CHARGED and slot.state not in LEAVING:
         return slot.form, need.in_form(slot.form)
     staying = [other for other in state.charged() if other is not slot]

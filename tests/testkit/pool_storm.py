@@ -27,12 +27,15 @@ from engines.pool.messages import (
     FilesFound,
     FilesLocated,
     Grant,
+    HostBudgetChanged,
     LeaseCancelled,
     LeaseReleased,
     LeaseRequested,
     LoadCompleted,
     LoadErrored,
     LoadsBlocked,
+    ParkCompleted,
+    ParkErrored,
     PoolEvent,
     PreloadRequested,
     ReadMemory,
@@ -40,14 +43,18 @@ from engines.pool.messages import (
     StartFetch,
     StartLoad,
     StartLocate,
+    StartPark,
     StartUnload,
+    StartWake,
     StartWarm,
     TimerFired,
     UnloadCompleted,
+    WakeCompleted,
+    WakeErrored,
     WarmUpCompleted,
     WarmUpErrored,
 )
-from engines.pool.slot import EDGES, LoadFailure, MemoryNeed, PoolPolicy, SmallerForm
+from engines.pool.slot import EDGES, LoadFailure, MemoryNeed, PoolPolicy, SmallerForm, Tier
 from engines.pool.state_machine import PoolStateMachine
 from engines.spec import ModelSpec
 from engines.types import ModelFiles, State
@@ -69,7 +76,8 @@ def require(holds: bool, message: str) -> None:
 
 
 class SlotView(Struct):
-    """A slot as derived from events alone."""
+    """A slot as derived from events alone. `measured`: its memory when it left the device; `is_other`: its weights came
+    back wrong from main memory."""
 
     model_id: str
     state: State = "absent"
@@ -79,6 +87,10 @@ class SlotView(Struct):
     load_began_at_s: float = 0.0
     load_s: float = 0.0
     dtype: str = "auto"
+    host_charge: int = 0
+    parked_at_s: float = 0.0
+    measured: MemoryNeed | None = None
+    is_other: bool = False
 
 
 def in_int8(need: MemoryNeed) -> MemoryNeed:
@@ -100,8 +112,11 @@ class Storm:
         truth: Mapping[str, MemoryNeed],
         make: Callable[..., PoolStateMachine] = PoolStateMachine,
         rules: PoolPolicy = RULES,
+        host_budget: int = 0,
     ) -> None:
-        self.core = make(specs, budget_bytes=BUDGET, rules=rules)
+        self.core = make(specs, budget_bytes=BUDGET, rules=rules, host_budget_bytes=host_budget)
+        self.host_budget = host_budget
+        self.host_allowance = 0
         self.specs, self.truth = dict(specs), truth
         self.now_s = 100.0
         self.timer_s: float | None = None
@@ -163,14 +178,14 @@ class Storm:
             self.last_command[model_id] = "preload"
         self.step(PreloadRequested(model_id, pin, is_tentative))
 
-    def evict(self, model_id: str, *, force: bool = False) -> int:
+    def evict(self, model_id: str, *, force: bool = False, to: Tier = "disk") -> int:
         waiter_id = self._new_id()
         self.evictors.append(waiter_id)
         slot = self.core.state.current.get(model_id)
         if slot is not None and model_id not in self.waiting.values():
             self.sole_evictors[waiter_id] = (slot.slot_id, model_id)
         self.last_command[model_id] = "evict"
-        self.step(EvictionRequested(waiter_id, model_id, force))
+        self.step(EvictionRequested(waiter_id, model_id, force, to))
         return waiter_id
 
     def _note_request(self, model_id: str) -> None:
@@ -187,6 +202,12 @@ class Storm:
         self.step(DownloadProgressed(slot_id, 1, 2))
         self.step(FilesFound(slot_id, a_folder(), self._estimate(slot_id, "ok")))
 
+    def set_host_budget(self, budget: int) -> None:
+        """The registry gives another host budget; parked models may exceed it until they have left."""
+        self.host_budget = budget
+        self.host_allowance = max(self.host_allowance, self.host_used())
+        self.step(HostBudgetChanged(budget))
+
     def block(self, reason: str) -> None:
         """A load of this process begins or ceases to hang, on this host or another."""
         self.blocked = reason
@@ -194,7 +215,7 @@ class Storm:
 
     def can_end(self, work: Effect) -> bool:
         """Tells whether the work can end: a hanging load blocks all work on the loader's thread."""
-        return not (self.blocked and isinstance(work, StartLoad | StartUnload | ReadMemory))
+        return not (self.blocked and isinstance(work, StartLoad | StartUnload | StartPark | StartWake | ReadMemory))
 
     def drain(self) -> None:
         self.is_draining = True
@@ -212,7 +233,8 @@ class Storm:
         work = self.work.pop(index)
         event = self._outcome(work, fate, ceiling)
         if isinstance(event, UnloadCompleted | LoadErrored):
-            self.views[event.slot_id].charge = None
+            self.views[event.slot_id].charge, self.views[event.slot_id].host_charge = None, 0
+        self._note_tier(event)
         if isinstance(event, WarmUpCompleted):
             need = MemoryNeed(weight_bytes=event.weight_bytes, workspace_bytes=event.workspace_bytes)
             self.views[event.slot_id].charge = need
@@ -221,6 +243,17 @@ class Storm:
             self.budget, self.ceiling, self.read_at_s = event.budget_bytes, event.ceiling_bytes, self.now_s
             self.peak_allowance = max(self.peak_allowance, self.used())
         self.step(event)
+
+    def _note_tier(self, event: PoolEvent) -> None:
+        """Records that copies between the tiers have ended, and what each tier holds then."""
+        if isinstance(event, ParkCompleted):
+            view = self.views[event.slot_id]
+            view.measured, view.charge, view.host_charge = view.charge, None, event.host_bytes
+            self.host_allowance = max(self.host_allowance, self.host_used())
+        if isinstance(event, WakeCompleted):
+            self.views[event.slot_id].host_charge = 0
+        if isinstance(event, WakeErrored):
+            self.views[event.slot_id].is_other = True
 
     def settle(self) -> None:
         """Completes all work, releases all leases, fires timers; then no request or operator may still wait."""
@@ -240,8 +273,10 @@ class Storm:
         require(not self.waiting, f"requests {list(self.waiting.values())} wait for ever: {self.core!r}")
         require(not self.evictors, f"an operator waits for ever: {self.core!r}")
         for view in self.views.values():
-            require(view.state in ("absent", "cold", "ready", "failed"), f"{view.model_id} is stuck in {view.state}")
-            require(not self.is_draining or view.state != "ready", f"{view.model_id} is still ready after the shutdown")
+            is_at_rest = view.state in ("absent", "cold", "ready", "parked", "failed")
+            require(is_at_rest, f"{view.model_id} is stuck in {view.state}")
+            is_held = view.state in ("ready", "parked")
+            require(not self.is_draining or not is_held, f"{view.model_id} is still {view.state} after the shutdown")
         for slot in self.core.state.slots.values():
             require(slot.claim is None, f"{slot.model_id} still claims memory: a load was lost")
 
@@ -250,10 +285,15 @@ class Storm:
     def _outcome(self, work: Effect, fate: str, ceiling: int | None) -> PoolEvent:
         if isinstance(work, ReadMemory):
             return BudgetChanged(self.budget, ceiling)
-        assert isinstance(work, StartLocate | StartFetch | Discard | StartLoad | StartWarm | StartUnload)
-        slot_id = work.slot_id
+        if isinstance(work, StartPark | StartWake):
+            return self._copied(work, fate)
         if isinstance(work, StartUnload):
-            return UnloadCompleted(slot_id)
+            return UnloadCompleted(work.slot_id)
+        assert isinstance(work, StartLocate | StartFetch | Discard | StartLoad | StartWarm)
+        return self._made(work, fate)
+
+    def _made(self, work: StartLocate | StartFetch | Discard | StartLoad | StartWarm, fate: str) -> PoolEvent:
+        slot_id = work.slot_id
         if isinstance(work, Discard):
             return FilesDiscarded(slot_id, fate != "kept")
         if isinstance(work, StartLocate):
@@ -267,6 +307,18 @@ class Storm:
         view = self.views[slot_id]
         need = in_int8(self.truth[view.model_id]) if view.dtype == "int8" else self.truth[view.model_id]
         return WarmUpCompleted(slot_id, need.weight_bytes, need.workspace_bytes)
+
+    def _copied(self, work: StartPark | StartWake, fate: str) -> PoolEvent:
+        """Ends a copy between the tiers; `high`: more bytes than were charged."""
+        failure = LoadFailure(kind=fate, message="scripted")
+        if isinstance(work, StartWake):
+            return WakeCompleted(work.slot_id) if fate == "ok" else WakeErrored(work.slot_id, failure)
+        charge = self.views[work.slot_id].charge
+        assert charge is not None
+        more = {"ok": 0, "high": 40}.get(fate)
+        if more is None:
+            return ParkErrored(work.slot_id, failure)
+        return ParkCompleted(work.slot_id, charge.weight_bytes + more)
 
     def _located(self, work: StartLocate, fate: str) -> PoolEvent:
         estimate = self._estimate(work.slot_id, fate)
@@ -314,6 +366,9 @@ class Storm:
     def used(self) -> int:
         return sum_needs([view.charge for view in self.views.values() if view.charge])
 
+    def host_used(self) -> int:
+        return sum(view.host_charge for view in self.views.values())
+
     @property
     def limit(self) -> int:
         """The budget, or less while a reading of the device is valid."""
@@ -340,18 +395,44 @@ class Storm:
         require(effect.source == view.state, f"{view.model_id} was {view.state}, the event says {effect.source}")
         require(effect.target in EDGES[effect.source], f"{effect.source} → {effect.target} is not drawn")
         view.state = effect.target
-        if effect.target == "loading":
-            view.load_began_at_s = self.now_s
-        if effect.source == "warming" and effect.target == "ready":
-            view.ready_at_s, view.load_s = self.now_s, self.now_s - view.load_began_at_s
+        self._note_times(effect, view)
+        if effect.source == "parked" and effect.target == "unloading":
+            self._on_leaving_host(effect, view)
         if effect.target == "draining":
             self._on_eviction(effect, view)
+        self._note_claims(effect)
+        if effect.target == "retired":
+            del self.views[effect.slot_id]
+
+    def _note_times(self, effect: Emit, view: SlotView) -> None:
+        if effect.target in ("loading", "waking"):
+            view.load_began_at_s = self.now_s
+        if effect.target == "parked":
+            view.parked_at_s = self.now_s
+        if effect.target == "ready":
+            require(not view.is_other, f"{view.model_id} serves with other weights than before it was parked")
+        if effect.source in ("warming", "waking") and effect.target == "ready":
+            view.ready_at_s, view.load_s = self.now_s, self.now_s - view.load_began_at_s
+
+    def _note_claims(self, effect: Emit) -> None:
         if effect.source == "waiting_space" and effect.target != "loading":
             del self.since[effect.slot_id]
         if effect.target == "waiting_space":
             self.since[effect.slot_id] = self.core.state.slots[effect.slot_id].claim or 0
-        if effect.target == "retired":
-            del self.views[effect.slot_id]
+
+    def _on_leaving_host(self, effect: Emit, view: SlotView) -> None:
+        """Checks that a parked model leaves for others only if nobody waits for it, it is old enough and not pinned."""
+        require(
+            not self.blocked or effect.cause in UNCONDITIONAL_CAUSES, f"{view.model_id} leaves, but cannot be freed"
+        )
+        self.since.pop(effect.slot_id, None)
+        if not effect.cause.startswith("left main memory for"):
+            return
+        slot = self.core.state.slots[effect.slot_id]
+        require(slot.claim is None and not slot.waiters, f"{view.model_id} left main memory, but requests wait for it")
+        require(not (slot.spec.pinned or slot.operator_pin), f"{view.model_id} is pinned and left main memory")
+        is_mature = self.now_s >= view.parked_at_s + RULES.min_residency_s
+        require(is_mature, f"{view.model_id} left main memory before its minimum residency")
 
     def _on_eviction(self, effect: Emit, view: SlotView) -> None:
         """Checks an eviction: only operators evict pinned models, no claim evicts young models or in vain."""
@@ -375,7 +456,8 @@ class Storm:
 
     def _check_no_form_fits(self, claimant: str) -> None:
         """Checks that nothing is evicted for a model that fits into free memory in one of its dtypes."""
-        need = self.core.state.current[claimant].need
+        slot = self.core.state.current[claimant]
+        need = slot.need if slot.state != "parked" else None  # a parked model comes back as it was loaded
         held = [v.charge for v in self.views.values() if v.charge]
         for form in need.smaller if need is not None else ():
             require(sum_needs([*held, form.need]) > self.limit, f"{claimant} fits in {form.dtype}, but evicts for it")
@@ -405,6 +487,10 @@ class Storm:
             require(view.leases == 0, f"{view.model_id} is freed with {view.leases} leases")
         if isinstance(effect, StartLoad):
             self._on_load(effect)
+        if isinstance(effect, StartPark):
+            self._on_park(effect)
+        if isinstance(effect, StartWake):
+            self._on_wake(effect)
         if isinstance(effect, StartFetch | StartLocate):
             same = [
                 w
@@ -413,6 +499,28 @@ class Storm:
             ]
             require(not same, f"{effect.spec.model_id} is fetched twice at once")
         self.work.append(effect)
+
+    def _on_park(self, effect: StartPark) -> None:
+        """Charges main memory from before the copy begins."""
+        view = self.views[effect.slot_id]
+        require(view.state == "parking" and view.leases == 0, f"{view.model_id} is parked with {view.leases} leases")
+        require(not self.blocked, f"{view.model_id} is to be parked while loads hang")
+        assert view.charge is not None
+        view.host_charge = view.charge.weight_bytes
+        require(self.host_used() <= self.host_budget, f"parking {view.model_id} takes {self.host_used()} bytes")
+
+    def _on_wake(self, effect: StartWake) -> None:
+        """Charges the device from before the copy begins."""
+        view = self.views[effect.slot_id]
+        at_work = [work for work in self.work if getattr(work, "slot_id", None) == effect.slot_id]
+        require(view.state == "waking" and not at_work, f"{view.model_id} is woken during {at_work}")
+        require(view.charge is None and view.host_charge > 0, f"{view.model_id} is woken, but is not in main memory")
+        require(view.model_id not in self.evicted, f"{view.model_id} was evicted and is woken without a request")
+        require(not self.blocked, f"{view.model_id} is to be woken while loads hang")
+        view.charge = view.measured
+        require(self.used() <= self.limit, f"waking {view.model_id} takes {self.used()} of {self.limit} bytes")
+        self.since.pop(effect.slot_id, None)
+        self._check_precedence(effect.slot_id)
 
     def _on_load(self, effect: StartLoad) -> None:
         view = self.views[effect.slot_id]
@@ -423,9 +531,15 @@ class Storm:
         require(not self.blocked, f"{view.model_id} is to be loaded while loads hang")
         require(view.charge is None, f"{view.model_id} is loaded while its last memory is not free")
         self._check_form(view, effect)
-        view.charge, view.dtype = effect.need, effect.spec.dtype
+        view.charge, view.dtype, view.is_other = effect.need, effect.spec.dtype, False
         require(self.used() <= self.limit, f"loading {view.model_id} takes {self.used()} of {self.limit} bytes")
-        mine = self.since.pop(effect.slot_id)
+        del self.since[effect.slot_id]
+        self._check_precedence(effect.slot_id)
+
+    def _check_precedence(self, slot_id: int) -> None:
+        """Checks that a claim which was just admitted takes no memory that an older one needs."""
+        view, mine = self.views[slot_id], self.core.state.slots[slot_id].claim
+        assert mine is not None
         older = [slot_id for slot_id, claim in self.since.items() if claim < mine and self._can_fit(slot_id)]
         if older:
             first_s = min(self.core.state.slots[slot_id].claimed_at_s for slot_id in older)
@@ -449,7 +563,9 @@ class Storm:
 
     def _check_claim_order(self, view: SlotView, head: int) -> None:
         """Checks that a younger claim does not take memory that is being freed for the oldest one."""
-        stay = [v.charge for v in self.views.values() if v.charge and v.state not in ("draining", "unloading")]
+        stay = [
+            v.charge for v in self.views.values() if v.charge and v.state not in ("draining", "unloading", "parking")
+        ]
         before = [charge for charge in stay if charge is not view.charge]
         need = self.core.admission.need(self.core.state.slots[head])
         if sum_needs([*before, need]) <= self.limit:
@@ -482,6 +598,7 @@ class Storm:
         if self.used() <= self.budget:
             self.peak_allowance = 0
         require(self.used() <= max(self.budget, self.peak_allowance), f"{self.used()} of {self.budget} bytes")
+        self._check_host_tier()
         for slot in state.claims():
             stuck = self.movable.intersection(slot.waiters)
             require(not stuck or self._can_fit(slot.slot_id), f"{stuck} wait where others hold the memory")
@@ -489,8 +606,23 @@ class Storm:
             self._check_eviction(slot_id, claimant)
         self._evictions = []
 
+    def _check_host_tier(self) -> None:
+        held = self.core.state.host_used_bytes()
+        require(
+            held == self.host_used(), f"the pool charges {held} bytes of main memory, the events {self.host_used()}"
+        )
+        if self.host_used() <= self.host_budget:
+            self.host_allowance = 0
+        allowed = max(self.host_budget, self.host_allowance)
+        require(self.host_used() <= allowed, f"{self.host_used()} of {self.host_budget} bytes of main memory")
+        for view in self.views.values():
+            is_split = view.state == "parked" and (view.charge is not None or not view.host_charge)
+            require(not is_split, f"{view.model_id} is parked, but holds {view.charge} on the device")
+
     def _check_eviction(self, slot_id: int, claimant: str) -> None:
-        stay = [v.charge for v in self.views.values() if v.charge and v.state not in ("draining", "unloading")]
+        stay = [
+            v.charge for v in self.views.values() if v.charge and v.state not in ("draining", "unloading", "parking")
+        ]
         need = self.core.admission.need(self.core.state.current[claimant])
         require(
             sum_needs([*stay, need]) <= self.limit, f"{slot_id} was evicted for {claimant}, which still does not fit"
@@ -509,6 +641,10 @@ class Storm:
         for slot_id, slot in self.core.state.slots.items():
             if slot_id not in self.views:
                 self.views[slot_id] = SlotView(slot.model_id)
+            if slot.state == "parked":
+                self.since.pop(slot_id, None)
+                if slot.claim is not None:
+                    self.since[slot_id] = slot.claim
 
     def _new_id(self) -> int:
         self._next_id += 1
@@ -519,8 +655,12 @@ LOCATE = ("ok",) * 6 + ("absent",) * 4 + ("unknown", "low", "high", "access_deni
 FETCH = ("ok",) * 6 + ("low", "high", "broken_files", "hub_unreachable")
 LOAD = ("ok",) * 8 + ("out_of_memory", "broken_files", "bad_model")
 WARM = ("ok",) * 8 + ("out_of_memory", "self_check_failed")
+PARK = ("ok",) * 8 + ("high", "out_of_memory")
+WAKE = ("ok",) * 8 + ("out_of_memory", "self_check_failed")
+HOST_BUDGETS = (0, 300, 1000, 3000)
 FATES: dict[type, tuple[str, ...]] = {
     StartLocate: LOCATE, StartFetch: FETCH, Discard: ("ok", "kept"), StartLoad: LOAD, StartWarm: WARM,
+    StartPark: PARK, StartWake: WAKE,
 }  # fmt: skip
 CEILINGS = (None, None, None, BUDGET, 600, 250)
 _WITH_SMALLER_DTYPES = "be"
@@ -535,6 +675,7 @@ def random_specs(random: Random) -> dict[str, ModelSpec]:
             source=f"org/{model_id}",
             revision=random.choice(("v1", "v2")),
             keep_alive_s=random.choice(KEEP_ALIVES),
+            host_keep_alive_s=(-1.0, 20.0, -1.0)[len(model_id * ord(model_id)) % 3],
             pinned=random.random() < 0.1,
             preload=random.random() < 0.2,
             smaller_dtypes=("int8",) if model_id in _WITH_SMALLER_DTYPES else (),
@@ -556,10 +697,11 @@ def random_truth(random: Random) -> dict[str, MemoryNeed]:
 
 def random_storm(seed: int, make: Callable[..., PoolStateMachine] = PoolStateMachine, num_steps: int = 60) -> Storm:
     """Runs random actions, then `settle`. Half of the hosts shut down in the middle or at the end, and every other one
-    evicts by cost: whichever order victims have, no invariant depends on it."""
+    evicts by cost: whichever order victims have, no invariant depends on it. Three in four have a host budget."""
     random = Random(seed)
     specs = random_specs(random)
-    storm = Storm(specs, random_truth(random), make, PoolPolicy(eviction="cost") if seed % 2 else RULES)
+    rules, host_budget = PoolPolicy(eviction="cost") if seed % 2 else RULES, HOST_BUDGETS[seed // 2 % 4]
+    storm = Storm(specs, random_truth(random), make, rules, host_budget)
     shuts_down_at = random.choice((None, None, num_steps, random.randrange(num_steps)))
     for at in range(num_steps):
         if at == shuts_down_at:
@@ -609,9 +751,13 @@ def operator_step(storm: Storm, random: Random, model_id: str) -> None:
             model_id = random.choice(going)
         storm.preload(model_id, pin=random.random() < 0.3, is_tentative=random.random() < 0.3)
     elif roll < 0.7:
-        storm.evict(model_id, force=random.random() < 0.5)
+        to: Tier = "host" if storm.host_budget and random.random() < 0.4 else "disk"
+        storm.evict(model_id, force=random.random() < 0.5, to=to)
     elif roll < 0.8:
-        storm.reload(random_specs(random))
+        if storm.host_budget and random.random() < 0.3:
+            storm.set_host_budget(random.choice(HOST_BUDGETS))
+        else:
+            storm.reload(random_specs(random))
     else:
         storm.stray(random.choice(list(storm.views)))
 

@@ -5,13 +5,23 @@ from collections.abc import Callable
 import pytest
 
 from engines.errors import ModelLoading
-from engines.pool import admission, eviction
+from engines.pool import admission, eviction, parking
 from engines.pool import state as pool_state
 from engines.pool.admission import next_deadlines
 from engines.pool.completions import CompletionHandlers
 from engines.pool.eviction import VictimOrder, can_be_victim
-from engines.pool.messages import BudgetChanged, Fail, LeaseCancelled, LeaseRequested, StartLoad
-from engines.pool.slot import CHARGED, MemoryNeed, PoolPolicy, Slot, Waiter
+from engines.pool.messages import (
+    BudgetChanged,
+    Fail,
+    LeaseCancelled,
+    LeaseRequested,
+    StartLoad,
+    StartWake,
+    WakeCompleted,
+    WakeErrored,
+)
+from engines.pool.parking import Parking
+from engines.pool.slot import CHARGED, HOST_CHARGED, NO_MEMORY, MemoryNeed, PoolPolicy, Slot, Waiter
 from engines.pool.state import PoolState
 from engines.pool.state_machine import PoolStateMachine
 from tests.testkit.pool_storm import Violation, random_storm
@@ -265,6 +275,83 @@ def models_are_evicted_for_the_preferred_dtype(patch: Patch) -> None:
     patch.setattr(admission, "choose_form", mutant)
 
 
+def woken_while_parking(patch: Patch) -> None:
+    """A model that is being parked is woken at once for a request that waits for it."""
+    park = PoolState.park
+
+    def mutant(self: PoolState, slot: Slot) -> None:
+        park(self, slot)
+        if slot.claim is not None:
+            self.effects.append(StartWake(slot.slot_id))
+
+    patch.setattr(PoolState, "park", mutant)
+
+
+def device_bytes_are_credited_while_they_are_copied(patch: Patch) -> None:
+    """A model that is being parked is charged to main memory only, though the device still holds it."""
+    park = PoolState.park
+
+    def mutant(self: PoolState, slot: Slot) -> None:
+        park(self, slot)
+        slot.reserved = NO_MEMORY
+
+    patch.setattr(PoolState, "park", mutant)
+
+
+def host_bytes_are_credited_before_they_are_free(patch: Patch) -> None:
+    """A parked model that is unloaded is no longer charged to main memory before it has gone."""
+    patch.setattr(pool_state, "HOST_CHARGED", HOST_CHARGED - {"unloading"})
+
+
+def woken_without_device_memory(patch: Patch) -> None:
+    """A model that wakes is not charged to the device."""
+    wake = admission.Admission._wake
+
+    def mutant(self: admission.Admission, slot: Slot) -> None:
+        wake(self, slot)
+        slot.reserved = NO_MEMORY
+
+    patch.setattr(admission.Admission, "_wake", mutant)
+
+
+def parked_over_the_host_budget(patch: Patch) -> None:
+    """Models are parked whether they fit in the host budget or not."""
+    patch.setattr(Parking, "_place", lambda self, slot: self.state.park(slot))
+
+
+def a_parked_model_is_leased(patch: Patch) -> None:
+    """A parked model still looks ready to a new request."""
+    acquire = PoolStateMachine._acquire
+
+    def mutant(self: PoolStateMachine, event: LeaseRequested) -> bool:
+        slot = self.state.current.get(event.model_id)
+        if slot is not None and slot.state == "parked" and not self.state.is_draining:
+            self.state.grant(slot, Waiter(event.waiter_id, None, event.deadline_s))
+            return True
+        return acquire(self, event)
+
+    patch.setattr(PoolStateMachine, "_acquire", mutant)
+
+
+def the_canary_of_a_woken_model_is_skipped(patch: Patch) -> None:
+    """A model that came back with other weights serves."""
+
+    def mutant(self: Parking, event: WakeErrored) -> None:
+        self._woken(WakeCompleted(event.slot_id))
+
+    patch.setattr(Parking, "_wake_failed", mutant)
+
+
+def parked_models_leave_at_once_for_others(patch: Patch) -> None:
+    """Parked models have no minimum residency, and leave although requests wait for them."""
+    patch.setattr(parking, "can_leave_host", lambda slot, rules, now_s: slot.state == "parked")
+
+
+def parked_models_stay_after_the_shutdown(patch: Patch) -> None:
+    """A model that was being parked when the host began to shut down stays in main memory."""
+    patch.setattr(PoolState, "may_park", lambda self, slot: bool(self.host_budget_bytes))
+
+
 MUTANTS: tuple[Callable[[Patch], None], ...] = (
     the_smallest_dtype_is_always_taken,
     models_are_evicted_for_the_preferred_dtype,
@@ -292,6 +379,15 @@ MUTANTS: tuple[Callable[[Patch], None], ...] = (
     an_eviction_outlives_a_later_preload,
     an_evicted_model_comes_back_unasked,
     the_largest_workspace_is_not_reserved,
+    woken_while_parking,
+    device_bytes_are_credited_while_they_are_copied,
+    host_bytes_are_credited_before_they_are_free,
+    woken_without_device_memory,
+    parked_over_the_host_budget,
+    a_parked_model_is_leased,
+    the_canary_of_a_woken_model_is_skipped,
+    parked_models_leave_at_once_for_others,
+    parked_models_stay_after_the_shutdown,
 )
 
 

@@ -8,16 +8,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from engines.pool.messages import NEVER
-from tests.testkit.pool_storm import CEILINGS, FATES, Storm, random_specs, random_storm, random_truth
+from engines.pool.slot import Tier
+from tests.testkit.pool_storm import CEILINGS, FATES, HOST_BUDGETS, Storm, random_specs, random_storm, random_truth
 
 pytestmark = pytest.mark.slow
 
-SEEDS = range(0, 2000, 100)
+SEEDS = range(0, 6000, 250)
 
 
 @pytest.mark.parametrize("first", SEEDS)
-def test_two_thousand_storms_break_no_invariant(first: int) -> None:
-    for seed in range(first, first + 100):
+def test_six_thousand_storms_break_no_invariant(first: int) -> None:
+    for seed in range(first, first + 250):
         random_storm(seed)
 
 
@@ -26,10 +27,10 @@ class PoolMachine(RuleBasedStateMachine):
 
     storm: Storm
 
-    @initialize(seed=st.integers(0, 10_000))
-    def start(self, seed: int) -> None:
+    @initialize(seed=st.integers(0, 10_000), host_budget=st.sampled_from(HOST_BUDGETS))
+    def start(self, seed: int, host_budget: int) -> None:
         random = Random(seed)
-        self.storm = Storm(random_specs(random), random_truth(random))
+        self.storm = Storm(random_specs(random), random_truth(random), host_budget=host_budget)
 
     @rule(data=st.data(), keep_alive_s=st.sampled_from((None, 0.0, -1.0)), timeout_s=st.sampled_from((NEVER, 3.0)))
     def acquire(self, data: st.DataObject, keep_alive_s: float | None, timeout_s: float) -> None:
@@ -67,9 +68,9 @@ class PoolMachine(RuleBasedStateMachine):
     def preload(self, data: st.DataObject, pin: bool, is_tentative: bool) -> None:
         self.storm.preload(data.draw(st.sampled_from(sorted(self.storm.specs))), pin=pin, is_tentative=is_tentative)
 
-    @rule(data=st.data(), force=st.booleans())
-    def evict(self, data: st.DataObject, force: bool) -> None:
-        self.storm.evict(data.draw(st.sampled_from(sorted(self.storm.specs))), force=force)
+    @rule(data=st.data(), force=st.booleans(), to=st.sampled_from(("disk", "host")))
+    def evict(self, data: st.DataObject, force: bool, to: Tier) -> None:
+        self.storm.evict(data.draw(st.sampled_from(sorted(self.storm.specs))), force=force, to=to)
 
     @rule(seed=st.integers(0, 1000))
     def reload(self, seed: int) -> None:
