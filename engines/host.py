@@ -18,6 +18,7 @@ from engines.errors import DeviceDown
 from engines.pause_detector import PauseDetector
 from engines.pool.pool import ModelPool
 from engines.pool.runtime import HostConfig, HostRuntime, default_runtime, device_matches
+from engines.pool.slot import Tier
 from engines.protocols import Files, Loader
 from engines.spec import ModelSpec
 from engines.types import Budget, Call, Event, HostSnapshot, ModelStatus, Plan, Result, State
@@ -84,20 +85,27 @@ class Host:
         """
         return await self._pool.preload(model_id, pin=pin, wait=wait, may_move=may_move)
 
-    async def evict(self, model_id: str, *, force: bool = False, timeout_s: float = 30.0) -> ModelStatus:
-        """Waits until the model's running requests have ended, then frees its memory.
+    async def evict(
+        self, model_id: str, *, force: bool = False, timeout_s: float = 30.0, to: Tier = "disk"
+    ) -> ModelStatus:
+        """Waits until the model's running requests have ended, then frees its memory; with `to` `host`, that of the
+        device only, where main memory has room (`HostConfig.host_budget_bytes`).
 
         Raises:
             ModelPinned: the model is pinned and `force` is false.
             ModelInUse: requests were still running after `timeout_s`; the model stays ready.
         """
-        return await self._pool.evict(model_id, force=force, timeout_s=timeout_s)
+        return await self._pool.evict(model_id, force=force, timeout_s=timeout_s, to=to)
 
     async def reload(self, specs: Mapping[str, ModelSpec], budget: Budget | None = None) -> None:
         """Replaces the registry, and the budget if one is given; unchanged models are not touched."""
         if budget is not None:
             self._pool.set_budget(budget)
         self._pool.reload(self._matching_specs(specs))
+
+    def set_host_budget(self, budget_bytes: int) -> None:
+        """Sets the main memory for parked models; 0 frees them all."""
+        self._pool.set_host_budget(budget_bytes)
 
     async def aclose(self, *, grace_s: float = 30.0) -> None:
         """Shuts down: refuses new requests, lets admitted ones finish within `grace_s`, frees all memory."""

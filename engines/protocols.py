@@ -50,6 +50,29 @@ class Engine(Protocol):
             InvalidRequest, QueueFull, NonFiniteEmbedding, OutOfMemory, EngineFailed.
         """
 
+    def park(self) -> int:
+        """Moves what is on the device to main memory, and returns the bytes that it takes there.
+
+        Blocks, so call it on a thread; no call may be running, and none may follow before `wake` and `resume`.
+
+        Raises:
+            EngineFailed: it cannot be parked. After any error only `close` may be called.
+        """
+
+    def wake(self) -> None:
+        """Moves what `park` moved back to the device, and frees it in main memory. Blocks, so call it on a thread.
+
+        Raises:
+            OutOfMemory: the device ran out of memory. After any error only `close` may be called.
+        """
+
+    async def resume(self) -> None:
+        """Checks a woken engine, which may be called again then.
+
+        Raises:
+            SelfCheckFailed: its vectors differ from those before it was parked.
+        """
+
     def close(self) -> None:
         """Frees everything, device memory included. Blocks, so call it on a thread; no call may be running."""
 

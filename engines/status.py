@@ -58,7 +58,8 @@ class ModelStatus(Struct, frozen=True, kw_only=True):
     `weight_bytes` and `workspace_bytes` are charged against the budget. `need_bytes`: its weights when resident,
     estimated or measured; 0 if unknown. `need_workspace_bytes`: the additional memory of its largest forward pass;
     a guess until the first load. `bytes_by_dtype`: of the weights in each dtype that a load may take, where the
-    registry lists several.
+    registry lists several. `host_bytes` are charged against the host budget: of a parked model. `wake_s`: how long it
+    last took to come back from main memory; `wakes`: how often it has.
     """
 
     model_id: str
@@ -86,6 +87,9 @@ class ModelStatus(Struct, frozen=True, kw_only=True):
     need_bytes: int = 0
     need_workspace_bytes: int = 0
     bytes_by_dtype: dict[str, int] = {}
+    host_bytes: int = 0
+    wake_s: float | None = None
+    wakes: int = 0
 
 
 class HostSnapshot(Struct, frozen=True, kw_only=True):
@@ -96,7 +100,8 @@ class HostSnapshot(Struct, frozen=True, kw_only=True):
     `claimed_bytes`: weights of models that wait for memory here and are not charged yet. `ceiling_bytes`: the memory
     that this process could use at most beside other processes, as of a recent reading; None without one. `stuck`: the
     load that hangs and blocks all loads and unloads; empty if none does. `restarts`: how often the host's process has
-    died and was restarted.
+    died and was restarted. `host_budget_bytes`: main memory for parked models, 0 where none are parked;
+    `host_used_bytes`: what is charged to it. `parked` are model ids in the order in which they leave main memory.
     """
 
     host_id: str
@@ -113,6 +118,9 @@ class HostSnapshot(Struct, frozen=True, kw_only=True):
     ceiling_bytes: int | None = None
     stuck: str = ""
     restarts: int = 0
+    host_budget_bytes: int = 0
+    host_used_bytes: int = 0
+    parked: tuple[str, ...] = ()
 
 
 class Event(Struct, frozen=True, kw_only=True):
@@ -123,8 +131,9 @@ class Event(Struct, frozen=True, kw_only=True):
     because they do not fit together; that much more memory would end the thrashing.
 
     For programs: `reason` is why a model is evicted (`room, over_budget, idle, operator, registry, shutdown, damaged`,
-    on the step to `unloading`) or the kind of a failure; `seconds` is the duration of the load (on `ready`) or of the
-    residency (on `unloading`); `estimated_bytes` is what a load was admitted with, `measured_bytes` what it took.
+    on the step from `draining`) or the kind of a failure; `seconds` is the duration of the load (on `ready`) or of the
+    residency (on the step from `draining`); `estimated_bytes` is what a load was admitted with, `measured_bytes` what
+    it took.
     """
 
     seq: int

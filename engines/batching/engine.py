@@ -26,13 +26,14 @@ from engines.batching.runner import Failures, Runner
 from engines.batching.scores import Scoring, read_scored
 from engines.batching.spaces import FIRST_ANSWER_S, ModelSpaces
 from engines.device.scheduler import DeviceScheduler, Task, post
-from engines.errors import EngineError, ShuttingDown, SpaceMismatch
+from engines.errors import EngineError, EngineFailed, ShuttingDown, SpaceMismatch
 from engines.inputs.documents import DocumentReading
 from engines.inputs.pairs import PairReading
 from engines.inputs.token_listing import list_tokens, name_terms
 from engines.inputs.tokenizer import IdReading, TextReading, TokenizedRequest, Tokenizer
 from engines.inputs.tokenizer_threads import TokenizerThreads
 from engines.models.base import Encoder, ForwardPathFailed
+from engines.models.parking import ParkableEncoder
 from engines.spec import ModelSpec
 from engines.types import (
     Call,
@@ -81,8 +82,8 @@ class Parts(Struct, frozen=True):
     """What the loader made of a model folder.
 
     `tuner` finds the size of batches; None where that is known. `scoring`: of a model that scores; None for vectors.
-    `facts`: what it gives beside dense vectors.
-    `spaces`: names the spaces of vectors; None where they have no names.
+    `facts`: what it gives beside dense vectors. `spaces`: names the spaces of vectors; None where they have no names.
+    `parkable`: moves its weights to main memory; None where nothing can.
     """
 
     encoder: Encoder
@@ -93,6 +94,7 @@ class Parts(Struct, frozen=True):
     scoring: Scoring | None = None
     facts: OutputFacts = OutputFacts()
     spaces: ModelSpaces | None = None
+    parkable: ParkableEncoder | None = None
 
 
 class Counted(TypedDict):
@@ -157,6 +159,7 @@ class EmbeddingEngine:
         documents = facts.document_tokenizer or parts.tokenizer
         self._maxsim = MaxSimScorer(facts, documents, parts.spec, parts.info.prompts) if facts.similarity else None
         self._check: Callable[[], tuple[ModelInfo, int, int]] | None = check
+        self._parkable = parts.parkable
         self._release = release
 
     @property
@@ -270,12 +273,39 @@ class EmbeddingEngine:
         pack = partial(self._result, job, encoded, begun, details)
         return await self._threads.call(pack) if output.is_large(job.rows) else pack()
 
-    def close(self) -> None:
-        """Frees the model; blocks. Requests that still wait are failed."""
+    def park(self) -> int:
+        """See `Engine.park`. Everything but the weights stays: modules, tokenizer, batch size, cache, what the check at
+        load found."""
+        if self._parkable is None:
+            raise EngineFailed("this model cannot be parked; it is loaded again when it is asked for")
+        self._leave_device()
+        moved_bytes = self._parkable.park()
+        return self.weight_bytes if self._parkable.is_on_cpu else moved_bytes
+
+    def wake(self) -> None:
+        """See `Engine.wake`."""
+        assert self._parkable is not None, "it was parked"
+        self._parkable.wake()
+
+    async def resume(self) -> None:
+        """See `Engine.resume`."""
+        assert self._parkable is not None, "it was parked"
+        await self._scheduler.call(self._parkable.check)
+        self._scheduler.attach(self)
+
+    def _leave_device(self) -> None:
+        """Takes no more batches, waits for those that run, and fails what still waits."""
         self._scheduler.detach(self)
         for job in self._queue.clear():
             reason = ShuttingDown("the model left while the request waited; send it again")
             post(job.done.get_loop(), self._fail, job, reason)
+
+    def close(self) -> None:
+        """Frees the model; blocks. Requests that still wait are failed."""
+        self._leave_device()
+        if self._parkable is not None:
+            self._parkable.close()
+        self._parkable = None
         self._runner = None
         self._cache = None
         self._tuner = None

@@ -39,6 +39,7 @@ from engines.loading.scorers import build_scorer
 from engines.loading.sparse import build_sparse
 from engines.models.base import EncoderConfig, LoadedEncoder, weight_bytes, workspace_bytes
 from engines.models.cuda_graphs import CAPTURING
+from engines.models.parking import ParkableEncoder
 from engines.models.prepacked import MAX_PREPACKED_BYTES
 from engines.models.transformer import TransformerEncoder
 from engines.models.verification import Canaries, ProbeTokenizer, SelfCheck, SideTokenizers
@@ -175,7 +176,8 @@ class TorchLoader:
         limits = self._limits(tokens, self._default_width(spec, info, folder.truncate_dim))
         largest = max(CANDIDATES[self._device.type]) if tuner is not None else tokens
         workspace = reserved_workspace_bytes(encoder, largest, self._scheduler.num_threads)
-        parts = Parts(encoder, tokenizer, resolved, info, tuner, scoring, facts, spaces)
+        parkable = ParkableEncoder(encoder, self._device, partial(self_check.check_woken, encoder.paths))
+        parts = Parts(encoder, tokenizer, resolved, info, tuner, scoring, facts, spaces, parkable)
         if spaces is not None:
             lengths = partial(facts.lengths_of, own=tokenizer) if facts.has_sides else None
             spaces.describe(resolved, info, partial(with_numeric, dtype=dtype), lengths)

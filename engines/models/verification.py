@@ -44,6 +44,9 @@ _SCORE_TOLERANCE = {"float32": 1e-8, "bfloat16": 1e-2, "float16": 1e-3}
 # Rows of one text that is in a batch twice may differ this much (as `distance`): rounding, and no more.
 _TWICE = {"float32": 1e-11, "bfloat16": 1e-5, "float16": 1e-5, "int8": 1e-5}
 
+# Rows of one path before and after its weights were moved (as `distance`): the number of threads may differ.
+_WOKEN = {dtype: 10 * apart for dtype, apart in _TWICE.items()}
+
 # Paths treat texts of one length and of two lengths differently; each further length would cost every load a pass.
 _SHORT = "The yard keeps."
 _LONG = "Über den Dächern, 两个人."
@@ -366,6 +369,27 @@ class SelfCheck:
         if self._passed is None:
             raise NotImplementedError("a path that was not checked at load has nothing to be compared with")
         check_again(paths, *self._passed)
+
+    def check_woken(self, paths: ForwardPaths) -> None:
+        """Compares the path in use, after its weights were moved, with the vectors of the check at load.
+
+        It runs the probes once, as at load, so that little more than the order of sums may differ; where passes were
+        recorded again, each of these is checked too.
+
+        Raises:
+            SelfCheckFailed: its vectors are others.
+        """
+        assert self._passed is not None, "an engine that was parked has passed its check"
+        tokenizer, dtype, vectors = self._passed
+        form = next(iter(paths.forms(probe_inputs(tokenizer, paths.window))))
+        expected = torch.from_numpy(vectors)[list(form.rows)]
+        far = distance(form.vectors.cpu(), expected, kind_of(tokenizer))
+        if not far <= _WOKEN[dtype]:
+            raise SelfCheckFailed(
+                f"after waking, vectors are {far:.1e} from those before, more than {_WOKEN[dtype]:.0e}"
+            )
+        if paths.path == "graphed":
+            self.check_again(paths)
 
     def while_running(self, preemption_point: Callable[[], None]) -> Callable[[], None]:
         """Returns a function that calls `preemption_point` during the check at load, and else does nothing."""

@@ -36,14 +36,20 @@ from engines.pool.messages import (
     FilesLocated,
     LoadCompleted,
     LoadErrored,
+    ParkCompleted,
+    ParkErrored,
     PoolEvent,
     SizeEstimated,
     StartFetch,
     StartLoad,
     StartLocate,
+    StartPark,
     StartUnload,
+    StartWake,
     StartWarm,
     UnloadCompleted,
+    WakeCompleted,
+    WakeErrored,
     WarmUpCompleted,
     WarmUpErrored,
 )
@@ -95,6 +101,8 @@ class EffectRunner:
             StartLoad: self._load,
             StartWarm: self._warm,
             StartUnload: self._unload,
+            StartPark: self._park,
+            StartWake: self._wake,
         }
 
     async def run(self, effect: Effect) -> PoolEvent:
@@ -279,6 +287,26 @@ class EffectRunner:
         except Exception:  # the slot must not stay in `unloading` forever
             log.exception("model.not_closed", slot=effect.slot_id)
         return UnloadCompleted(effect.slot_id)
+
+    async def _park(self, effect: StartPark) -> PoolEvent:
+        engine, spec = self.engines[effect.slot_id], self._loads[effect.slot_id].spec
+        try:
+            task = LoaderTask(f"parking model {spec.model_id!r}", self._hang_s)
+            host_bytes = await self._workers.load(engine.park, task)
+        except Exception as error:  # noqa: BLE001  # the model is unloaded instead
+            log.warning("model.not_parked", model=spec.model_id, error=str(error))
+            return ParkErrored(effect.slot_id, load_failure_of(error, spec))
+        return ParkCompleted(effect.slot_id, host_bytes)
+
+    async def _wake(self, effect: StartWake) -> PoolEvent:
+        engine, spec = self.engines[effect.slot_id], self._loads[effect.slot_id].spec
+        try:
+            await self._workers.load(engine.wake, LoaderTask(f"waking model {spec.model_id!r}", self._hang_s))
+            await engine.resume()
+        except Exception as error:  # noqa: BLE001  # the model is loaded from its files instead
+            log.warning("model.not_woken", model=spec.model_id, error=str(error))
+            return WakeErrored(effect.slot_id, load_failure_of(error, spec))
+        return WakeCompleted(effect.slot_id)
 
     async def save_measurement(self, spec: ModelSpec, files: ModelFiles, measurement: Measurement) -> None:
         """Saves the measurement for later estimates."""

@@ -25,6 +25,7 @@ from engines.pool.messages import (
     EvictionRequested,
     Fail,
     Grant,
+    HostBudgetChanged,
     LeaseCancelled,
     LeaseRequested,
     LoadsBlocked,
@@ -45,7 +46,7 @@ from engines.pool.reasons import (
     shutting_down,
 )
 from engines.pool.runtime import HostConfig, HostRuntime, Timer
-from engines.pool.slot import Slot
+from engines.pool.slot import Slot, Tier
 from engines.pool.state_machine import PoolStateMachine
 from engines.pool.status import StatusView
 from engines.protocols import Files, Loader
@@ -66,7 +67,13 @@ class ModelPool:
     ) -> None:
         self._config = config
         self._runtime = runtime
-        self._machine = PoolStateMachine(specs, budget_bytes=0, rules=config.rules, jitter=runtime.jitter)
+        self._machine = PoolStateMachine(
+            specs,
+            budget_bytes=0,
+            rules=config.rules,
+            jitter=runtime.jitter,
+            host_budget_bytes=config.host_budget_bytes,
+        )
         self._state = self._machine.state
         estimates = Estimates(
             files, runtime.measurements, config.device, config.workspace_bytes, config.conditions, runtime.precisions
@@ -134,15 +141,15 @@ class ModelPool:
                 raise cancelled_by_eviction(slot)
         return self.status(model_id)
 
-    async def evict(self, model_id: str, *, force: bool, timeout_s: float) -> ModelStatus:
-        """Evicts the model after its running requests.
+    async def evict(self, model_id: str, *, force: bool, timeout_s: float, to: Tier = "disk") -> ModelStatus:
+        """Evicts the model after its running requests; `to` `host` parks it where the host budget has room.
 
         Raises:
             ModelInUse: it was not free after `timeout_s`, or a load hangs, or a preload cancelled the eviction.
             ModelPinned: it is pinned and `force` is false.
         """
         waiter_id, future = self._callers.register()
-        self.step(EvictionRequested(waiter_id, model_id, force))
+        self.step(EvictionRequested(waiter_id, model_id, force, to))
         at_s = self._runtime.time.now_s() + timeout_s
         timer = self._runtime.time.call_at(at_s, partial(self._time_out_eviction, waiter_id, timeout_s))
         try:
@@ -179,6 +186,10 @@ class ModelPool:
         """Sets the memory budget and reads the device; models over the budget are evicted under the usual rules."""
         self._config = structs.replace(self._config, budget=budget)
         self._spawn(self._run(ReadMemory()))
+
+    def set_host_budget(self, budget_bytes: int) -> None:
+        """Sets the main memory for parked models; those beyond it leave, 0 frees them all."""
+        self.step(HostBudgetChanged(budget_bytes))
 
     # ---- status ----
 
@@ -234,7 +245,7 @@ class ModelPool:
         """Passes one event to the state machine and executes all its effects before returning."""
         for effect in self._machine.handle(event, self._runtime.time.now_s()):
             self._execute(effect)
-        if self._state.is_draining and not self._state.charged():
+        if self._state.is_draining and not self._state.holds_memory():
             self._freed.set()
 
     def _execute(self, effect: Effect) -> None:
@@ -303,7 +314,7 @@ class ModelPool:
         timer = self._runtime.time.call_at(self._runtime.time.now_s() + seconds, self._freed.set)
         await self._freed.wait()
         timer.cancel()
-        if self._state.charged():
+        if self._state.holds_memory():
             self._freed.clear()
             return False
         return True

@@ -199,6 +199,7 @@ class HostConfig(Struct, frozen=True, kw_only=True):
 
     Args:
         device: `cpu` or `cuda:N`.
+        host_budget_bytes: main memory for parked models; 0 parks none.
         workspace_bytes: the guess for a model without a measurement.
         measurements: the file that stores measurements; None keeps them in memory only.
         conditions: the settings that measured bytes depend on, as opaque text that is only compared.
@@ -209,6 +210,7 @@ class HostConfig(Struct, frozen=True, kw_only=True):
     host_id: str
     device: str = "cpu"
     budget: Budget = Budget(fraction=0.8)
+    host_budget_bytes: int = 0
     workspace_bytes: int = _GUESSED_BATCH_BYTES
     rules: PoolPolicy = PoolPolicy()
     max_events: int = 2048

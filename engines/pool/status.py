@@ -22,6 +22,11 @@ _CEILING_S = 60.0
 """How long placement uses a reading of the device; after that, the host is worth another try."""
 
 
+_COPIED_BYTES_PER_S = 10e9
+"""The rate at which a model is assumed to come back from main memory that has not done so before: PCIe 4 gives twice as
+much from pinned memory, and half of it from pageable memory."""
+
+
 class StatusView:
     """Converts slots to public records; `to_unix_s` converts times of the pool's clock."""
 
@@ -33,7 +38,7 @@ class StatusView:
     def status(self, slot: Slot, engine: Engine | None, blocked: str = "") -> ModelStatus:
         """Builds the status of one slot. `engine`: None unless loaded. `blocked`: the load that hangs, or empty."""
         is_failed = slot.state == "failed"
-        need = (slot.need or NO_MEMORY).in_form(slot.form if slot.state in CHARGED else 0)
+        need = slot.claimed_need.in_form(slot.form if slot.state in CHARGED else 0)
         last_error = f"{slot.failure.kind}: {slot.failure.message}" if slot.failure else None
         if blocked and slot.work in ("load", "unload"):
             last_error = f"load_hangs: {blocked}"
@@ -63,6 +68,9 @@ class StatusView:
             need_bytes=need.weight_bytes,
             need_workspace_bytes=need.workspace_bytes,
             bytes_by_dtype=bytes_by_dtype(slot),
+            host_bytes=slot.host_bytes,
+            wake_s=slot.wake_s,
+            wakes=slot.wakes,
         )
 
     def snapshot(
@@ -91,6 +99,11 @@ class StatusView:
             ),
             stuck=state.blocked,
             is_draining=state.is_draining,
+            host_budget_bytes=state.host_budget_bytes,
+            host_used_bytes=state.host_used_bytes(),
+            parked=tuple(
+                slot.model_id for slot in sorted(state.in_state("parked"), key=victim_order(state.rules, now_s))
+            ),
         )
 
     def plan(self, state: PoolState, slot: Slot) -> Plan:
@@ -105,11 +118,20 @@ class StatusView:
             need_bytes=need.total_bytes,
             free_bytes=max(0, state.budget_bytes - total_bytes(charges(state.charged()))),
             evict=tuple(victim.model_id for victim in evict),
-            seconds=0.0 if slot.state == "ready" else slot.load_s or need.load_s,
+            seconds=expected_s(slot, need),
             reason=reason,
             dtype=(slot.spec.dtype, *slot.spec.smaller_dtypes)[at],
             bytes_by_dtype=bytes_by_dtype(slot),
         )
+
+
+def expected_s(slot: Slot, need: MemoryNeed) -> float | None:
+    """Returns the seconds until the model is ready, from earlier times; None if they are unknown."""
+    if slot.state == "ready":
+        return 0.0
+    if slot.state == "parked":
+        return slot.wake_s or need.weight_bytes / _COPIED_BYTES_PER_S
+    return slot.load_s or need.load_s
 
 
 def bytes_by_dtype(slot: Slot) -> dict[str, int]:
@@ -162,7 +184,7 @@ def predict_load(state: PoolState, slot: Slot) -> tuple[Sequence[Slot], bool, st
     need = predict_form(state, slot)[1].capped(budget - total_bytes(charges(pinned)))
     missing = missing_bytes(staying, need, budget)
     if missing == 0:
-        return (), True, "fits in free memory"  # (5)
+        return (), True, "fits in free memory" + (", from main memory" if slot.state == "parked" else "")  # (5)
     order = victim_order(state.rules, state.now_s)
     victims = choose_victims(staying, [other for other in staying if not other.is_pinned], need, budget, order)
     if victims is None:

@@ -97,7 +97,7 @@ class FakeEngine:
         spec: prompts, matryoshka and truncation are applied; a text has one token per word, and two more.
         embed_s, sleep: how long a call takes, and the function that waits for it.
         failures: the errors of its first calls.
-        warm_failure: the error of `warm_up`.
+        warm_failure, park_failure, wake_failure: the errors of `warm_up`, `park` and `resume`.
         outputs: of a model that embeds.
     """
 
@@ -109,6 +109,8 @@ class FakeEngine:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         failures: Sequence[Exception | None] = (),
         warm_failure: Exception | None = None,
+        park_failure: Exception | None = None,
+        wake_failure: Exception | None = None,
         violations: list[str] | None = None,
         outputs: tuple[Output, ...] = ("dense",),
     ) -> None:
@@ -118,7 +120,7 @@ class FakeEngine:
         self.max_queue_items = 8192
         self.running = 0
         self.cancelled = 0
-        self.is_closed = False
+        self.is_closed = self.is_parked = False
         outputs = outputs if spec.task in (None, "embed") else ()
         self.info = ModelInfo(
             dimensions=WIDTH if "dense" in outputs else 0,
@@ -138,7 +140,7 @@ class FakeEngine:
         self._embed_s = embed_s
         self._sleep = sleep
         self._attempts = Attempts({spec.model_id: failures})
-        self._warm_failure = warm_failure
+        self._warm_failure, self._park_failure, self._wake_failure = warm_failure, park_failure, wake_failure
 
     @property
     def queue_items(self) -> int:
@@ -151,8 +153,10 @@ class FakeEngine:
 
     async def run(self, call: Call) -> Result:
         """As a real engine: the same fields are obeyed, the same errors raised."""
-        if self.is_closed:
-            self.violations.append(f"{self.spec.model_id} was used after it was freed")
+        if self.is_closed or self.is_parked:
+            self.violations.append(
+                f"{self.spec.model_id} was used after it was {'freed' if self.is_closed else 'parked'}"
+            )
         self.running += 1
         try:
             self._attempts.next(call.model_id)
@@ -169,6 +173,24 @@ class FakeEngine:
             raise
         finally:
             self.running -= 1
+
+    def park(self) -> int:
+        if self.running or self.is_parked or self.is_closed:
+            self.violations.append(f"{self.spec.model_id} was parked under {self.running} requests, or twice")
+        if self._park_failure is not None:
+            raise self._park_failure
+        self.is_parked = True
+        return self.weight_bytes
+
+    def wake(self) -> None:
+        if not self.is_parked or self.is_closed:
+            self.violations.append(f"{self.spec.model_id} was woken without having been parked")
+
+    async def resume(self) -> None:
+        await self._sleep(0)
+        if self._wake_failure is not None:
+            raise self._wake_failure
+        self.is_parked = False
 
     def close(self) -> None:
         if self.running:

@@ -57,13 +57,19 @@ def fake_runtime(total_bytes: int = 10**9, time: FakeTime | None = None) -> Host
 def fake_host(
     *models: str | ModelSpec,
     budget_bytes: int = 10**6,
+    host_budget_bytes: int = 0,
     files: Files | None = None,
     loader: Loader | None = None,
     runtime: HostRuntime | None = None,
     host_id: str = "fake",
 ) -> Host:
     """Builds a host of fakes; `await host.start()` before use."""
-    config = HostConfig(host_id=host_id, budget=Budget(size_bytes=budget_bytes), workspace_bytes=WORKSPACE_BYTES)
+    config = HostConfig(
+        host_id=host_id,
+        budget=Budget(size_bytes=budget_bytes),
+        host_budget_bytes=host_budget_bytes,
+        workspace_bytes=WORKSPACE_BYTES,
+    )
     specs: dict[str, ModelSpec] = {}
     for model in models:
         specs.update(fake_specs(model) if isinstance(model, str) else {model.model_id: model})
@@ -142,6 +148,7 @@ class FakeLoader:
     Args:
         weight_bytes, workspace_bytes: the measured bytes of engines, by model.
         failures, warm_failures, embed_failures: the errors of loads, warm-ups and calls.
+        park_failures, wake_failures: the errors of parking and of waking, by load.
         embed_s, sleep: how long calls take; setting them later affects engines loaded afterwards.
         pause: called with the model id on the loader's thread; it may block or sleep.
         outputs: of engines, by model; `dense` where nothing is stated.
@@ -154,6 +161,8 @@ class FakeLoader:
         workspace_bytes: Mapping[str, int] | None = None,
         failures: Script | None = None,
         warm_failures: Script | None = None,
+        park_failures: Script | None = None,
+        wake_failures: Script | None = None,
         embed_failures: Script | None = None,
         embed_s: float = 0.0,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
@@ -165,6 +174,7 @@ class FakeLoader:
         self._workspace_bytes = workspace_bytes or {}
         self._loads = Attempts(failures)
         self._warm_failures = warm_failures or {}
+        self._park_failures, self._wake_failures = park_failures or {}, wake_failures or {}
         self._embed_failures = embed_failures or {}
         self.embed_s = embed_s
         self.sleep = sleep
@@ -180,7 +190,7 @@ class FakeLoader:
 
     @property
     def resident_bytes(self) -> int:
-        """The weights of all engines that are not closed."""
+        """The weights of all engines that are not closed, in whichever memory."""
         return sum(engine.weight_bytes for engine in list(self.engines) if not engine.is_closed)
 
     def load(self, spec: ModelSpec, files: ModelFiles) -> FakeEngine:
@@ -196,13 +206,18 @@ class FakeLoader:
             self._lock.release()
 
     def _engine(self, spec: ModelSpec, attempt: int) -> FakeEngine:
-        warm = self._warm_failures.get(spec.model_id, ())
+        def of(script: Script) -> Exception | None:
+            errors = script.get(spec.model_id, ())
+            return errors[attempt] if attempt < len(errors) else None
+
         engine = FakeEngine(
             spec,
             embed_s=self.embed_s,
             sleep=self.sleep,
             failures=self._embed_failures.get(spec.model_id, ()),
-            warm_failure=warm[attempt] if attempt < len(warm) else None,
+            warm_failure=of(self._warm_failures),
+            park_failure=of(self._park_failures),
+            wake_failure=of(self._wake_failures),
             violations=self.violations,
             outputs=self._outputs.get(spec.model_id, ("dense",)),
         )
