@@ -18,10 +18,9 @@ from engines.errors import DeviceDown
 from engines.pause_detector import PauseDetector
 from engines.pool.pool import ModelPool
 from engines.pool.runtime import HostConfig, HostRuntime, default_runtime, device_matches
-from engines.pool.slot import Tier
 from engines.protocols import Files, Loader
 from engines.spec import ModelSpec
-from engines.types import Budget, Call, Event, HostSnapshot, ModelStatus, Plan, Result, State
+from engines.types import Budget, Call, Event, HostSnapshot, ModelStatus, Plan, Result, State, Tier
 
 __all__ = ["Host", "HostConfig", "HostRuntime", "default_runtime", "device_matches"]
 

@@ -43,6 +43,9 @@ _SHARED_CORES = 2
 class MachineConfig(Struct, frozen=True, kw_only=True):
     """The server's settings for this machine.
 
+    `host_budget`: main memory for parked models, of the whole machine; None: half of what is free now where there is a
+    GPU, else nothing. It is divided among the devices of as many processes as `host_parts`.
+
     `devices`: any of `auto`, `cpu`, `cuda`, `cuda:N`. `cores`: the number that this process may use. `hub`: None uses
     huggingface_hub's environment. `host_id`: the only host's id, if the device's name is not unique. `note`: receives
     crash journal notes (`engines/device/crash_journal.py`); None keeps no journal.
@@ -50,6 +53,8 @@ class MachineConfig(Struct, frozen=True, kw_only=True):
 
     devices: tuple[str, ...] = ("auto",)
     budget: Budget = Budget(fraction=0.8)
+    host_budget: Budget | None = None
+    host_parts: int = 1
     cores: int = 1
     tokenizer_threads: int = 1
     state_folder: Path | None = None
@@ -83,7 +88,9 @@ class Machine:
             content_digests=ContentDigests(folder, rest_share=SERVING_REST_SHARE),
             space_memory=SpaceMemory(folder),
         )
-        self.hosts = tuple(self._host(device, config, specs) for device in find_devices(config.devices))
+        devices = find_devices(config.devices)
+        self._host_budget_bytes = host_budget_bytes(config.host_budget, devices) // (config.host_parts * len(devices))
+        self.hosts = tuple(self._host(device, config, specs) for device in devices)
 
     def close(self) -> None:
         """Ends the threads; the hosts must be closed before."""
@@ -104,6 +111,7 @@ class Machine:
             host_id=config.host_id or device,
             device=device,
             budget=config.budget,
+            host_budget_bytes=self._host_budget_bytes,
             workspace_bytes=guessed_workspace_bytes(device),
             conditions=conditions,
             watchdog_s=config.watchdog_s,
@@ -129,6 +137,23 @@ class Machine:
             return scheduler, loader, conditions
         scheduler.journal = CrashJournal(config.note)
         return scheduler, JournaledLoader(loader, scheduler), conditions
+
+
+SPARE_SHARE = 0.5
+"""The part of free main memory that parked models may take by default, where models run on GPUs."""
+
+
+def host_budget_bytes(budget: Budget | None, devices: Sequence[str]) -> int:
+    """Returns the bytes of main memory for parked models, of all devices together.
+
+    Args:
+        budget: a part of main memory, or a size; None: what can be spared, nothing where a device is the CPU.
+    """
+    if budget is not None:
+        return budget.of(device_memory("cpu").read().total_bytes)
+    if "cpu" in devices:
+        return 0
+    return int((device_memory("cpu").read().ceiling_bytes or 0) * SPARE_SHARE)
 
 
 def conditions_of(settings: LoaderSettings, num_threads: int) -> str:

@@ -18,6 +18,10 @@ State = Literal[
 """The states of a slot in the pool; `engines/pool/state_machine.py` has the diagram."""
 
 
+Tier = Literal["host", "disk"]
+"""Where a model goes that leaves the device: to main memory (it is parked), or only its files stay."""
+
+
 class ModelInfo(Struct, frozen=True, kw_only=True):
     """Properties of a loaded engine.
 

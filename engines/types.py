@@ -15,6 +15,7 @@ from engines.status import ModelInfo as ModelInfo
 from engines.status import ModelStatus as ModelStatus
 from engines.status import Plan as Plan
 from engines.status import State as State
+from engines.status import Tier as Tier
 from engines.status import fingerprint as fingerprint
 
 if TYPE_CHECKING:

@@ -282,6 +282,11 @@ class EmbeddingEngine:
         moved_bytes = self._parkable.park()
         return self.weight_bytes if self._parkable.is_on_cpu else moved_bytes
 
+    @property
+    def moved_bytes(self) -> int:
+        """Returns the bytes that `park` has freed on the device; 0 while the engine is not parked."""
+        return 0 if self._parkable is None else self._parkable.moved_bytes
+
     def wake(self) -> None:
         """See `Engine.wake`."""
         assert self._parkable is not None, "it was parked"

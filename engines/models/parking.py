@@ -173,7 +173,12 @@ class ParkableEncoder:
         if self._path == "graphed":  # graphs hold addresses; they are recorded again after waking
             paths.switch_to("packed")
         self._copy = HostCopy(self._encoder.tensors(), self._device)
-        return self._copy.moved_bytes
+        return self.moved_bytes
+
+    @property
+    def moved_bytes(self) -> int:
+        """The bytes that the device holds no more; 0 while the encoder is not parked."""
+        return 0 if self._copy is None else self._copy.moved_bytes
 
     def wake(self) -> None:
         """Moves the weights back; blocks."""

@@ -10,9 +10,9 @@ from msgspec import Struct
 
 from engines.errors import EngineError
 from engines.pool.event_details import NO_DETAILS, EventDetails
-from engines.pool.slot import LoadFailure, MemoryNeed, Tier
+from engines.pool.slot import LoadFailure, MemoryNeed
 from engines.spec import ModelSpec
-from engines.types import ModelFiles, State
+from engines.types import ModelFiles, State, Tier
 
 
 class Grant(Struct, frozen=True):

@@ -46,12 +46,12 @@ from engines.pool.reasons import (
     shutting_down,
 )
 from engines.pool.runtime import HostConfig, HostRuntime, Timer
-from engines.pool.slot import Slot, Tier
+from engines.pool.slot import Slot
 from engines.pool.state_machine import PoolStateMachine
 from engines.pool.status import StatusView
 from engines.protocols import Files, Loader
 from engines.spec import ModelSpec
-from engines.types import BaseCall, Budget, HostSnapshot, ModelStatus, Plan, State
+from engines.types import BaseCall, Budget, HostSnapshot, ModelStatus, Plan, State, Tier
 
 log = structlog.get_logger(__name__)
 
@@ -283,14 +283,21 @@ class ModelPool:
 
     async def _run(self, effect: Effect) -> None:
         if isinstance(effect, ReadMemory):
-            event: PoolEvent = await self._runner.read(
-                self._runtime.memory, self._config.budget, self._state.budget_bytes
+            event: PoolEvent = self._without_parked(
+                await self._runner.read(self._runtime.memory, self._config.budget, self._state.budget_bytes)
             )
         else:
             event = await self._runner.run(effect)
         self.step(event)
         if isinstance(event, WarmUpCompleted):
             await self._save_measurement(event)
+
+    def _without_parked(self, reading: BudgetChanged) -> BudgetChanged:
+        """Returns a reading without the bytes of parked models: on a CPU these are in the same memory, which the
+        reading counts as this process's to use."""
+        if reading.ceiling_bytes is None or self._config.device != "cpu":
+            return reading
+        return BudgetChanged(reading.budget_bytes, max(0, reading.ceiling_bytes - self._state.host_used_bytes()))
 
     async def _save_measurement(self, event: WarmUpCompleted) -> None:
         slot = self._state.slots[event.slot_id]

@@ -10,7 +10,7 @@ import msgspec
 from msgspec import Struct
 
 from engines.spec import Dtype, Eviction, ModelSpec, in_dtype
-from engines.types import ModelFiles, State
+from engines.types import ModelFiles, State, Tier
 
 EDGES: dict[State, frozenset[State]] = {
     "absent": frozenset({"fetching", "cold", "retired"}),
@@ -40,9 +40,6 @@ LEAVING: frozenset[State] = frozenset({"draining", "unloading", "parking"})
 
 Work = Literal["locate", "fetch", "discard", "load", "warm", "unload", "park", "wake"]
 """The asynchronous work that runs for a slot; at most one at a time."""
-
-Tier = Literal["host", "disk"]
-"""Where a model goes that leaves the device: to main memory (it is parked), or only its files stay."""
 
 
 HEAT_DECAY_S = 900.0

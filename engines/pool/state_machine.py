@@ -11,6 +11,7 @@
                  │                                    ├─► unloading  replaced, or shutting down   │
                  └─► failed ◄─────────────────────────┴───────────────────────────────────────────┘
                         └─► absent, cold  when the quarantine ends; on disk already: absent ─► cold
+    draining ─► parking ─► parked ─► waking ─► ready  with a host budget (`engines/pool/parking.py`)
     any state without memory or work ─► retired  removed from the registry, or replaced by a new generation
 
 `handle(event, now_s)` is the only entry. The machine uses no event loop, thread, clock or engine;
@@ -52,9 +53,10 @@ from engines.pool.reasons import (
     shutting_down,
     too_large,
 )
-from engines.pool.slot import CHARGED, PoolPolicy, Slot, Tier, Waiter
+from engines.pool.slot import CHARGED, PoolPolicy, Slot, Waiter
 from engines.pool.state import PoolState
 from engines.spec import ModelSpec, is_same_engine
+from engines.types import Tier
 
 REMOVED = "removed from the registry"
 CHANGED = "changed in the registry"

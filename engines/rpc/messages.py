@@ -15,7 +15,7 @@ from msgspec import Struct
 
 from engines.rpc.errors import ErrorRecord
 from engines.spec import ModelSpec
-from engines.types import BaseCall, BaseResult, Budget, Call, Event, HostSnapshot, ModelStatus, Plan, Result
+from engines.types import BaseCall, BaseResult, Budget, Call, Event, HostSnapshot, ModelStatus, Plan, Result, Tier
 
 _PREFIX = struct.Struct("<II")
 """The prefix of a frame: bytes of the head, bytes of the body."""
@@ -45,6 +45,7 @@ class Evict(Struct, frozen=True, kw_only=True, tag=True):
     model_id: str
     force: bool = False
     timeout_s: float = 30.0
+    to: Tier = "disk"
 
 
 class PlanRequest(Struct, frozen=True, kw_only=True, tag=True):

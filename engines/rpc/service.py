@@ -62,7 +62,9 @@ class HostService:
                 )
                 return self._command_result(status)
             case Evict():
-                status = await self.host.evict(request.model_id, force=request.force, timeout_s=request.timeout_s)
+                status = await self.host.evict(
+                    request.model_id, force=request.force, timeout_s=request.timeout_s, to=request.to
+                )
                 return self._command_result(status)
             case PlanRequest():
                 return await self._plan(request)

@@ -111,7 +111,7 @@ class AdminController(Controller):
     ) -> ModelSlots:
         """Waits for running requests, then frees the model on every device."""
         server_state, wanted = state_of(request), data or EvictRequest()
-        await server_state.backend.evict(spec.model_id, force=wanted.force, timeout_s=wanted.timeout)
+        await server_state.backend.evict(spec.model_id, force=wanted.force, timeout_s=wanted.timeout, to=wanted.to)
         return _model_slots(server_state, spec)
 
     @post(

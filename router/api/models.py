@@ -19,8 +19,8 @@ from router.schemas.inference import OUTPUTS, Model, ModelList
 from router.server.state import ServerState, state_of
 
 _NEAREST_FIRST: tuple[State, ...] = (
-    "ready", "warming", "loading", "waiting_space", "fetching", "draining", "unloading", "cold", "failed", "absent",
-    "retired",
+    "ready", "waking", "warming", "parked", "loading", "waiting_space", "fetching", "draining", "parking", "unloading",
+    "cold", "failed", "absent", "retired",
 )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from typing import NoReturn, Protocol
 
 from engines.errors import HostNotFound, ModelNotFound
 from engines.spec import ModelSpec
-from engines.types import Budget, Call, Event, HostSnapshot, ModelStatus, Plan, Result
+from engines.types import Budget, Call, Event, HostSnapshot, ModelStatus, Plan, Result, Tier
 
 SIZE_TIMEOUT_S = 10.0
 """Timeout of the hub query for a model's size in `plan`; past it the plan reports the size as unknown."""
@@ -32,8 +32,10 @@ class Backend(Protocol):
             HostNotFound: no host has this id.
         """
 
-    async def evict(self, model_id: str, *, force: bool = False, timeout_s: float = 30.0) -> tuple[ModelStatus, ...]:
-        """Wait for running requests, then free the model on every host.
+    async def evict(
+        self, model_id: str, *, force: bool = False, timeout_s: float = 30.0, to: Tier = "disk"
+    ) -> tuple[ModelStatus, ...]:
+        """Wait for running requests, then free the model on every host; with `to` `host`, park it where it fits.
 
         Raises:
             ModelPinned: pinned, and not forced.

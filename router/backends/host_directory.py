@@ -23,7 +23,7 @@ def ready_models(snapshot: HostSnapshot | None) -> list[ModelStatus]:
 
 def without_models(snapshot: HostSnapshot) -> HostSnapshot:
     """Return the snapshot with every model unloaded, closed to calls."""
-    gone = dict.fromkeys(("weight_bytes", "workspace_bytes", "leases", "waiters", "queue_items"), 0)
+    gone = dict.fromkeys(("weight_bytes", "workspace_bytes", "leases", "waiters", "queue_items", "host_bytes"), 0)
     models = tuple(
         status if status.state in NOT_LOADED else structs.replace(status, state="cold", info=None, **gone)
         for status in snapshot.models
@@ -31,6 +31,8 @@ def without_models(snapshot: HostSnapshot) -> HostSnapshot:
     return structs.replace(
         snapshot,
         used_bytes=0,
+        host_used_bytes=0,
+        parked=(),
         workspace_bytes=0,
         claimed_bytes=0,
         free_bytes=snapshot.budget_bytes,

@@ -10,7 +10,7 @@ from msgspec import structs
 from engines.errors import EngineError, InvalidValue
 from engines.host import Host
 from engines.spec import ModelSpec
-from engines.types import Budget, Call, Event, HostSnapshot, ModelStatus, Plan, Result, State
+from engines.types import Budget, Call, Event, HostSnapshot, ModelStatus, Plan, Result, State, Tier
 from router.backends.base import SIZE_TIMEOUT_S, raise_host_not_found, raise_model_not_found
 from router.backends.placement import (
     earliest_retry,
@@ -21,8 +21,9 @@ from router.backends.placement import (
     not_resident,
     ranked_hosts,
     replica_host,
+    warm_first,
 )
-from router.backends.worker_config import machine_config
+from router.backends.worker_config import machine_config, memory_rules
 from router.config.settings import Settings, usable_cores
 from router.registry.registry import Registry
 
@@ -78,9 +79,12 @@ class LocalBackend:
 
         return await self._try_hosts(model_id, self._eligible(model_id, host_id), preload)
 
-    async def evict(self, model_id: str, *, force: bool = False, timeout_s: float = 30.0) -> tuple[ModelStatus, ...]:
+    async def evict(
+        self, model_id: str, *, force: bool = False, timeout_s: float = 30.0, to: Tier = "disk"
+    ) -> tuple[ModelStatus, ...]:
         """Evict on all hosts at once; waits for all of them before the first error is raised."""
-        evictions = (host.evict(model_id, force=force, timeout_s=timeout_s) for host in self._eligible(model_id))
+        hosts = self._eligible(model_id)
+        evictions = (host.evict(model_id, force=force, timeout_s=timeout_s, to=to) for host in hosts)
         outcomes = await asyncio.gather(*evictions, return_exceptions=True)
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
@@ -172,9 +176,9 @@ class LocalBackend:
                 await self._hosts[host_id].preload(model_id, wait=False)
 
     async def _load_wanted(self, specs: Iterable[ModelSpec]) -> None:
-        """Loads those that no host has or is about to have, in the registry's order."""
+        """Loads those that no host has or is about to have, in the registry's order, those that may be parked first."""
         hosts = list(self._hosts.values())
-        for spec in not_resident(specs, [HostInProcess(host) for host in hosts]):
+        for spec in not_resident(warm_first(specs), [HostInProcess(host) for host in hosts]):
             serving = [host for host in hosts if host.state(spec.model_id) is not None]
             with suppress(EngineError):  # as on other backends: its slot tells why, and the others are still loaded
                 await self._ranked(spec.model_id, serving)[0].preload(spec.model_id, wait=False)
@@ -218,8 +222,7 @@ def open_local_backend(settings: Settings, registry: Registry) -> LocalBackend:
     """
     from engines.machine import Machine  # late: torch takes seconds to import
 
-    budget = settings.memory_budget or registry.memory_budget
-    config = machine_config(settings, budget, settings.device, usable_cores(), registry.eviction)
+    config = machine_config(settings, memory_rules(settings, registry), settings.device, usable_cores())
     machine = Machine(config, registry.models)
     return LocalBackend(machine.hosts, registry.models, machine.close)
 

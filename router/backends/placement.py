@@ -16,8 +16,9 @@ from engines.types import HostSnapshot, ModelStatus, State
 
 NOT_LOADED = ("absent", "cold", "failed")
 """States of a model that a host neither has nor is about to have."""
-_RESIDENT = {"ready": 0, "warming": 1, "loading": 2}
+_RESIDENT = {"ready": 0, "waking": 1, "warming": 2, "loading": 3}
 _EXPECTED = ("fetching", "waiting_space")
+_PARKED = ("parking", "parked")
 
 _OF_THE_HOST = frozenset({"load", "out_of_memory", "self_check_failed", "load_hangs"})
 """Kinds of `LoadFailed` that may be caused by the host; the others come from the files or the hub, on every host."""
@@ -80,13 +81,23 @@ def not_resident(specs: Iterable[ModelSpec], hosts: Sequence[HostView]) -> Itera
     its turn, so that loads which were begun for the ones before count."""
     for spec in specs:
         states = [state for host in hosts if (state := host.state(spec.model_id)) is not None]
-        if states and all(state in NOT_LOADED for state in states):
+        if states and all(state in NOT_LOADED or (state == "parked" and not is_only_warm(spec)) for state in states):
             yield spec
 
 
 def is_wanted(spec: ModelSpec) -> bool:
     """Tells whether the model must be in memory before anyone asks for it."""
-    return spec.pinned or spec.preload
+    return spec.pinned or spec.preload or spec.warm
+
+
+def is_only_warm(spec: ModelSpec) -> bool:
+    """Tells whether main memory is enough for a model that is wanted."""
+    return spec.warm and not (spec.pinned or spec.preload)
+
+
+def warm_first(specs: Iterable[ModelSpec]) -> list[ModelSpec]:
+    """Sorts models in the order of their loads at start: those that later ones may park come first."""
+    return sorted(specs, key=lambda spec: not is_only_warm(spec))
 
 
 def is_newly_wanted(old: ModelSpec | None, new: ModelSpec) -> bool:
@@ -134,12 +145,12 @@ def _wait_s(error: EngineError) -> float:
 def rank_hosts(model_id: str, need_bytes: int, snapshots: Iterable[HostSnapshot]) -> list[str]:
     """Rank host ids for a model, best first. `need_bytes`: memory the model needs, 0 when unknown.
 
-    1. it is resident: ready, then warming, then loading;
+    1. it is resident: ready, then waking, then warming, then loading;
     2. it fits into free, unclaimed memory;
     3. other models must be evicted, the longest idle first;
     4. its last load failed there and was not retried since;
     5. it cannot be loaded now: the host is too busy, too small, draining, or other processes hold the memory.
-    Within each tier: hosts that expect the model already come first, then rendezvous hashing decides.
+    Within each tier: hosts that expect the model already or have it parked come first, then rendezvous hashing decides.
     """
     keys = {host.host_id: _key(model_id, need_bytes, host) for host in snapshots}
     return sorted(keys, key=lambda host_id: keys[host_id])
@@ -165,7 +176,7 @@ def pick_replica_host(spec: ModelSpec, need_bytes: int, snapshots: Sequence[Host
 
 def _has_or_expects(model_id: str, host: HostSnapshot) -> bool:
     status = _status(model_id, host)
-    return status is not None and (status.state not in NOT_LOADED or status.waiters > 0)
+    return status is not None and (status.state not in (*NOT_LOADED, *_PARKED) or status.waiters > 0)
 
 
 def _state(model_id: str, host: HostSnapshot) -> State | None:
@@ -181,7 +192,8 @@ def _key(model_id: str, need_bytes: int, host: HostSnapshot) -> Key:
     status = _status(model_id, host)
     is_expected = status is not None and (status.state in _EXPECTED or status.waiters > 0)
     tier, order = _tier(need_bytes, host, status, is_expected=is_expected)
-    return tier, order, not is_expected, -_weight(model_id, host.host_id)
+    is_near = is_expected or (status is not None and status.state in _PARKED)
+    return tier, order, not is_near, -_weight(model_id, host.host_id)
 
 
 def _tier(need_bytes: int, host: HostSnapshot, status: ModelStatus | None, *, is_expected: bool) -> tuple[int, float]:

@@ -15,10 +15,17 @@ from msgspec import structs
 from engines.errors import DeviceDown, EngineError, HostLost, ShuttingDown
 from engines.rpc.messages import CommandResult, Evict, PlanRequest, Preload, Request
 from engines.spec import ModelSpec
-from engines.types import Budget, Call, EmbedCall, Event, HostSnapshot, ModelStatus, Plan, Result
+from engines.types import Budget, Call, EmbedCall, Event, HostSnapshot, ModelStatus, Plan, Result, Tier
 from router.backends.base import SIZE_TIMEOUT_S, raise_host_not_found, raise_model_not_found
 from router.backends.fleet import Fleet, NotSent, RoutedCall
-from router.backends.placement import earliest_retry, eligible_hosts, is_newly_wanted, is_wanted, may_succeed_elsewhere
+from router.backends.placement import (
+    earliest_retry,
+    eligible_hosts,
+    is_newly_wanted,
+    is_wanted,
+    may_succeed_elsewhere,
+    warm_first,
+)
 
 log = structlog.get_logger()
 
@@ -88,9 +95,11 @@ class RemoteBackend:
                 except EngineError as error:
                     self._prepare_retry(routed, error)
 
-    async def evict(self, model_id: str, *, force: bool = False, timeout_s: float = 30.0) -> tuple[ModelStatus, ...]:
+    async def evict(
+        self, model_id: str, *, force: bool = False, timeout_s: float = 30.0, to: Tier = "disk"
+    ) -> tuple[ModelStatus, ...]:
         """Evict on all hosts at once; waits for all of them before the first error is raised."""
-        request = Evict(model_id=model_id, force=force, timeout_s=timeout_s)
+        request = Evict(model_id=model_id, force=force, timeout_s=timeout_s, to=to)
         outcomes = await self._ask_all(self._directory.open_hosts(self._spec(model_id)), request)
         return tuple(outcome.status for outcome in outcomes.values() if outcome.status is not None)
 
@@ -254,7 +263,7 @@ class RemoteBackend:
 
     async def _load_wanted(self, specs: Iterable[ModelSpec]) -> None:
         """Load the models that no host has loaded or expects, in the registry's order."""
-        for spec in self._directory.not_resident([spec for spec in specs if is_wanted(spec)]):
+        for spec in self._directory.not_resident(warm_first(spec for spec in specs if is_wanted(spec))):
             with suppress(EngineError):
                 await self.preload(spec.model_id, wait=False)
 

@@ -10,6 +10,7 @@ from engines.rpc.messages import Generation
 from engines.spec import Eviction, ModelSpec
 from engines.types import Budget
 from router.config.settings import Settings, usable_cores
+from router.registry.registry import Registry
 
 if TYPE_CHECKING:
     from engines.machine import MachineConfig
@@ -37,22 +38,53 @@ class WorkerConfig(Struct, frozen=True, kw_only=True):
     open: Callable[["WorkerConfig", CrashNote], Host]
     generation: Generation = Generation()
     eviction: Eviction = "lru"
+    host_budget: Budget | None = None
+    host_parts: int = 1
+
+    @property
+    def memory(self) -> "MemoryRules":
+        """The rules of its memory."""
+        return MemoryRules(
+            budget=self.budget, eviction=self.eviction, host_budget=self.host_budget, host_parts=self.host_parts
+        )
 
 
-def machine_config(
-    settings: Settings, budget: Budget, devices: tuple[str, ...], cores: int, eviction: Eviction
-) -> "MachineConfig":
+class MemoryRules(Struct, frozen=True, kw_only=True):
+    """The memory that models may use, and which of them leaves it first.
+
+    `host_budget`, `host_parts`: see `engines.machine.MachineConfig`.
+    """
+
+    budget: Budget
+    eviction: Eviction = "lru"
+    host_budget: Budget | None = None
+    host_parts: int = 1
+
+
+def memory_rules(settings: Settings, registry: Registry) -> MemoryRules:
+    """Return the rules of the settings, else of the registry."""
+    host_budget = settings.host_memory_budget
+    return MemoryRules(
+        budget=settings.memory_budget or registry.memory_budget,
+        eviction=registry.eviction,
+        host_budget=registry.host_memory_budget if host_budget is None else host_budget,
+    )
+
+
+def machine_config(settings: Settings, memory: MemoryRules, devices: tuple[str, ...], cores: int) -> "MachineConfig":
     """Derive the `MachineConfig` from the settings."""
     from engines.machine import LoaderSettings, MachineConfig, PoolPolicy  # late: torch takes seconds to import
 
     return MachineConfig(
         devices=devices,
-        budget=budget,
+        budget=memory.budget,
+        host_budget=memory.host_budget,
+        host_parts=memory.host_parts,
         cores=cores,
         tokenizer_threads=settings.thread_pool_size,
         state_folder=settings.state_dir,
         watchdog_s=settings.watchdog_seconds,
-        rules=PoolPolicy(eviction=eviction),
+        rules=PoolPolicy(eviction=memory.eviction),
         loader=LoaderSettings(
             max_batch_tokens=settings.max_batch_tokens,
             max_batch_items=settings.max_batch_size,
@@ -73,7 +105,7 @@ def open_real_host(config: WorkerConfig, note: CrashNote) -> Host:
     from engines.machine import Machine, find_devices  # late, as above
 
     device = find_devices((config.device,))[0]
-    machine = machine_config(config.settings, config.budget, (device,), config.cores, config.eviction)
+    machine = machine_config(config.settings, config.memory, (device,), config.cores)
     return Machine(structs.replace(machine, host_id=config.host_id, note=note), config.specs).hosts[0]
 
 

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 COLUMNS = ("name", "state", "on disk", "in memory", "task", "dimensions", "license", "source", "description")
 _GPU_DRIVER = Path("/dev/nvidiactl")
-_NEAREST_FIRST = ("ready", "warming", "loading", "waiting_space", "fetching", "draining", "unloading", "failed", "cold")
+_NEAREST_FIRST = (
+    "ready", "waking", "warming", "parked", "loading", "waiting_space", "fetching", "draining", "parking", "unloading",
+    "failed", "cold",
+)  # fmt: skip
 
 
 @click.command(

@@ -101,6 +101,16 @@ def parse_budget(value: object) -> Budget:
     return Budget(size_bytes=size_bytes)
 
 
+def parse_host_budget(value: object) -> Budget:
+    """Parse a budget, or 0 for none."""
+    if not isinstance(value, bool) and _text(value) == "0":
+        return Budget(size_bytes=0)
+    try:
+        return parse_budget(value)
+    except ValueError as error:
+        raise ValueError(f"{error}, or 0 for none") from None
+
+
 def _text(value: object) -> str:
     """Return a quantity as text; empty, which no parser accepts, if it is too long."""
     try:

@@ -15,7 +15,7 @@ from msgspec import Struct, field
 
 from engines.types import Budget
 from router.config import setting_values as values
-from router.config.quantities import parse_budget
+from router.config.quantities import parse_budget, parse_host_budget
 from router.config.setting_values import is_loopback
 from router.config.unknown_settings import warn_unknown
 
@@ -39,8 +39,8 @@ def usable_cores() -> int:
 class Settings(Struct, frozen=True, kw_only=True):
     """The server's settings, named after their variables, with `_s` added to times without a unit.
 
-    `None` means off, or chosen elsewhere (`max_batch_tokens` by the device, `memory_budget` and `backend` by the
-    registry).
+    `None` means off, or chosen elsewhere (`max_batch_tokens` by the device, `memory_budget`, `host_memory_budget` and
+    `backend` by the registry).
     """
 
     host: str = "127.0.0.1"
@@ -56,6 +56,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     backend: str | None = None
     cpu_hosts: int = 1
     memory_budget: Budget | None = None
+    host_memory_budget: Budget | None = None
     target_dim: int | None = None
     max_concurrent_requests: int = 1024
     concurrency_timeout_s: float = 30.0
@@ -123,6 +124,7 @@ VARIABLES = (
     Variable.of("BACKEND", values.one_of("local", "process", "ray")),
     Variable.of("CPU_HOSTS", values.integer(1, 256)),
     Variable.of("MEMORY_BUDGET", parse_budget),
+    Variable.of("HOST_MEMORY_BUDGET", parse_host_budget),
     Variable.of("TARGET_DIM", values.integer(1)),
     Variable.of("MAX_CONCURRENT_REQUESTS", values.integer(1)),
     Variable.of("CONCURRENCY_TIMEOUT", values.duration_s(0.0, 3600.0), unit="_s"),

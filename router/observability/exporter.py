@@ -70,6 +70,8 @@ def _of_host(host: HostSnapshot, now_s: float) -> Iterator[tuple[Metric, tuple[s
         (metrics.WORKSPACE_BYTES, host.workspace_bytes),
         (metrics.FREE_BYTES, host.free_bytes),
         (metrics.BUDGET_BYTES, host.budget_bytes),
+        (metrics.HOST_USED_BYTES, host.host_used_bytes),
+        (metrics.HOST_BUDGET_BYTES, host.host_budget_bytes),
         (metrics.DEVICE_BYTES, host.total_bytes),
         (metrics.WORKING_SET_BYTES, working_set_bytes(host, now_s)),
         (metrics.HOST_RESTARTS, host.restarts),

@@ -76,9 +76,11 @@ LOAD_FAILURES = _counter("load_failures", "model kind", "Failed fetches, loads a
 EVICTIONS = _counter(
     "evictions",
     "model cause",
-    "Models that left memory: room, over_budget, idle, operator, registry, shutdown or damaged",
+    "Models that left their device: room, over_budget, idle, operator, registry, shutdown or damaged",
 )
 EVICTION_AGE_SECONDS = _histogram("eviction_age_seconds", "model", "How long evicted models had stayed", _LONG_SECONDS)
+WAKES = _counter("wakes", "model host", "Models that came back from main memory, where they were parked")
+WAKE_SECONDS = _histogram("wake_seconds", "model", "One return from main memory, with the check of the vectors")
 TURNS = _counter(
     "turns", "model", "Evictions in favour of the model that had just made room for this one: memory is too small"
 )
@@ -102,6 +104,10 @@ USED_BYTES = _gauge("used_bytes", "host", "Weights charged to the budget")
 WORKSPACE_BYTES = _gauge("workspace_bytes", "host", "Reserved for the forward passes that may run at once")
 FREE_BYTES = _gauge("free_bytes", "host", "What the budget has left")
 BUDGET_BYTES = _gauge("budget_bytes", "host", "What models may take of the device")
+HOST_USED_BYTES = _gauge("host_used_bytes", "host", "Main memory charged to the host budget, for parked models")
+HOST_BUDGET_BYTES = _gauge(
+    "host_budget_bytes", "host", "Main memory that parked models may take; 0 where none are parked"
+)
 DEVICE_BYTES = _gauge("device_bytes", "host", "The device's memory")
 WORKING_SET_BYTES = _gauge(
     "working_set_bytes", "host", "What the models used within 10 minutes would take together; above the budget: thrash"
@@ -117,8 +123,8 @@ ALL: tuple[Metric, ...] = tuple(value for value in vars().values() if isinstance
 
 READ_AT_SCRAPE = frozenset({
     MODEL_STATE, QUEUE_DEPTH, LEASES, WAITERS, FALLBACK, MODEL_BYTES, RESIDENTS, USED_BYTES, WORKSPACE_BYTES,
-    FREE_BYTES, BUDGET_BYTES, DEVICE_BYTES, WORKING_SET_BYTES, DEVICE_UP, HOST_RESTARTS, READY, LIMIT_STORAGE_UP,
-    BUILD_INFO,
+    FREE_BYTES, BUDGET_BYTES, HOST_USED_BYTES, HOST_BUDGET_BYTES, DEVICE_BYTES, WORKING_SET_BYTES, DEVICE_UP,
+    HOST_RESTARTS, READY, LIMIT_STORAGE_UP, BUILD_INFO,
 })  # fmt: skip
 """Metrics whose values are not stored between scrapes."""
 

@@ -173,7 +173,8 @@ class EventMetrics:
             self.count(event)
 
     def count(self, event: Event) -> None:
-        """Record an event. Five cases: 1. download progress  2. loaded  3. evicted  4. a failure  5. none of these."""
+        """Record an event. Five cases: 1. download progress  2. loaded or woken  3. evicted, also when it is parked
+        4. a failure  5. none of these."""
         if event.kind == "progress":
             self._count_download(event)  # (1)
             return
@@ -181,7 +182,10 @@ class EventMetrics:
         model, step = event.model_id, (event.source, event.target)
         if step == ("warming", "ready"):
             self._count_load(event)  # (2)
-        elif step == ("draining", "unloading"):
+        elif step == ("waking", "ready"):
+            self._recorder.add(metrics.WAKES, model, event.host_id)
+            self._recorder.observe(metrics.WAKE_SECONDS, model, value=event.seconds)
+        elif step in (("draining", "unloading"), ("draining", "parking")):
             self._recorder.add(metrics.EVICTIONS, model, event.reason)  # (3)
             self._recorder.observe(metrics.EVICTION_AGE_SECONDS, model, value=event.seconds)
         elif event.reason:

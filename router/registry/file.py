@@ -21,6 +21,7 @@ from router.config.quantities import (
     parse_budget,
     parse_cache_bytes,
     parse_device,
+    parse_host_budget,
     parse_keep_alive_s,
 )
 
@@ -162,6 +163,7 @@ Device = Annotated[str, _read_by(parse_device, pattern=DEVICE_PATTERN)]
 Duration = Annotated[int | float | str, _read_by(parse_keep_alive_s, pattern=KEEP_ALIVE_PATTERN)]
 CacheSize = Annotated[int | str, _read_by(parse_cache_bytes, pattern=SIZE_PATTERN)]
 MemoryBudget = Annotated[int | str, _read_by(parse_budget, pattern=BUDGET_PATTERN)]
+HostBudget = Annotated[int | str, _read_by(parse_host_budget, pattern=BUDGET_PATTERN)]
 PromptName = Annotated[str, _read_by(read_prompt_name, minLength=1)]
 Prompt = Annotated[str, _read_by(read_prompt)]
 FileName = Annotated[str, _read_by(read_file_name, minLength=1)]
@@ -180,6 +182,7 @@ class MemorySection(Struct, forbid_unknown_fields=True, kw_only=True):
     """The memory that models may use, and which of them leaves it first."""
 
     budget: MemoryBudget
+    host_budget: HostBudget | UnsetType = UNSET
     eviction: Eviction | UnsetType = UNSET
 
 
@@ -209,8 +212,10 @@ class Defaults(Struct, forbid_unknown_fields=True, kw_only=True):
     normalize: bool | UnsetType = UNSET
     truncate: Truncate | UnsetType = UNSET
     keep_alive: Duration | UnsetType = UNSET
+    host_keep_alive: Duration | UnsetType = UNSET
     pinned: bool | UnsetType = UNSET
     preload: bool | UnsetType = UNSET
+    warm: bool | UnsetType = UNSET
     preload_at: Schedule | UnsetType = UNSET
     cache: CacheSize | UnsetType = UNSET
     cache_shared: bool | UnsetType = UNSET

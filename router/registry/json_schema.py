@@ -28,6 +28,9 @@ MEANINGS = {
     "defaults": "Default values for all models.",
     "budget": "Share of each device's memory for models: 80% or 20GiB. Overridden by the environment variable "
     "MEMORY_BUDGET.",
+    "host_budget": "Main memory for models that left their device (parked), of the whole machine: 30%, 64GiB or 0 for "
+    "none. They come back by copies alone. Default: with GPUs half of the main memory that is free at start, else 0. "
+    "Overridden by the environment variable HOST_MEMORY_BUDGET. A change needs a restart.",
     "name": "The name that clients send as `model`. May contain slashes, but no spaces.",
     "aliases": "Other names for the same model.",
     "source": "A hub id (BAAI/bge-m3), a local folder (/…, ./…, ../…, ~/…) or package:NAME/SUB/FOLDER.",
@@ -54,8 +57,11 @@ MEANINGS = {
     "them. Default: end.",
     "keep_alive": "Idle time before the model is unloaded: 10m, 1h30m, 90 (seconds), 0 (after each request) or -1 "
     "(never, the default).",
+    "host_keep_alive": "Idle time before the model, once parked in main memory, leaves that too; as keep_alive. "
+    "Default: -1.",
     "pinned": "Never evict the model for others once it is loaded. Default: false.",
     "preload": "Load the model at start, not at the first request. Default: false.",
+    "warm": "Load the model at start, before those of preload, which may park it in main memory. Default: false.",
     "preload_at": "Load the model at these times, in cron's words and the server's local time: 0 8 * * 1-5 is eight "
     "o'clock on workdays. Default: at none.",
     "cache": "Size of the cache of vectors, so that repeated texts are not computed again: 256MiB. Default: 0 (no "

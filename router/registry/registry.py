@@ -18,7 +18,7 @@ from msgspec import UNSET, Struct, UnsetType, structs
 from engines.errors import InvalidValue, ModelNotFound
 from engines.spec import Calibration, Eviction, Matryoshka, ModelSpec, is_same_engine
 from engines.types import Budget
-from router.config.quantities import parse_budget, parse_cache_bytes, parse_keep_alive_s
+from router.config.quantities import parse_budget, parse_cache_bytes, parse_host_budget, parse_keep_alive_s
 from router.config.yaml_document import FileError, Mistake, read_document, read_text
 from router.config.yaml_schema import check_shape
 from router.registry.file import (
@@ -36,13 +36,15 @@ _POOLING_MODES = {"mean_sqrt_len": "mean_sqrt_len_tokens", "last_token": "lastto
 """Names in the registry for pooling modes that sentence-transformers calls differently."""
 
 
+_DURATIONS = ("keep_alive", "host_keep_alive")
+
+
 def to_spec(entry: ModelEntry, defaults: Defaults | UnsetType) -> ModelSpec:
     """Build the spec of an entry; missing values come from the defaults, else from `ModelSpec`."""
     given = (_given(defaults) if defaults else {}) | _given(entry)
     given.pop("aliases", None)
     given["model_id"] = given.pop("name")
-    if "keep_alive" in given:
-        given["keep_alive_s"] = parse_keep_alive_s(given.pop("keep_alive"))
+    given |= {f"{name}_s": parse_keep_alive_s(given.pop(name)) for name in _DURATIONS if name in given}
     if "min_cosine" in given:
         given["min_cosine"] = float(given["min_cosine"])
     if isinstance(given.get("dtype"), list):
@@ -115,6 +117,7 @@ class Registry(Struct, frozen=True, kw_only=True):
     Attributes:
         models: by `model_id`.
         aliases: alias to `model_id`.
+        host_memory_budget: main memory for parked models; None if the file does not set it.
         backend: where the models run; None if the file does not set it.
         is_from_file: whether `REGISTRY` was read, rather than done without.
     """
@@ -122,6 +125,7 @@ class Registry(Struct, frozen=True, kw_only=True):
     version: int = 1
     default_model: str | None = None
     memory_budget: Budget = DEFAULT_BUDGET
+    host_memory_budget: Budget | None = None
     eviction: Eviction = "lru"
     backend: str | None = None
     models: dict[str, ModelSpec] = {}
@@ -220,11 +224,17 @@ def _to_registry(file: RegistryFile) -> Registry:
         version=file.version,
         default_model=aliases.get(default, default) if default else None,
         memory_budget=parse_budget(file.memory.budget) if file.memory else DEFAULT_BUDGET,
+        host_memory_budget=_host_budget(file),
         eviction=(file.memory.eviction if file.memory else UNSET) or "lru",
         backend=file.backend or None,
         models=models,
         aliases=aliases,
     )
+
+
+def _host_budget(file: RegistryFile) -> Budget | None:
+    given = file.memory.host_budget if file.memory else UNSET
+    return None if given is UNSET else parse_host_budget(given)
 
 
 def _shorten(name: str) -> str:

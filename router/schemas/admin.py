@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from msgspec import Meta, Struct
 
 from engines.spec import Task
-from engines.types import ModelStatus
+from engines.types import ModelStatus, Tier
 from router.schemas.inference import Name
 
 
@@ -45,16 +45,20 @@ class PreloadRequest(Struct, frozen=True, kw_only=True):
 
 
 class EvictRequest(Struct, frozen=True, kw_only=True):
-    """`force`: evict a pinned model too. `timeout`: seconds to wait for running requests."""
+    """`force`: evict a pinned model too. `to`: `disk`, or `host` to park it in main memory where that has room.
+    `timeout`: seconds to wait for running requests."""
 
     force: bool = False
+    to: Tier = "disk"
     timeout: Annotated[float, Meta(ge=0, le=3600)] = 30.0
 
 
 class DeviceMemory(Struct, frozen=True, kw_only=True):
     """One device. `used_bytes`: weights. `workspace_bytes`: reserved for the forward passes that may run at once.
 
-    `residents`: ids of the models in memory, the next to be evicted first.
+    `residents`: ids of the models in memory, the next to be evicted first. `host_budget_bytes`: of main memory, for
+    models that left this device; 0 where none are parked. `host_used_bytes`: what they take. `parked`: their ids, the
+    next to leave first.
     """
 
     host_id: str
@@ -66,6 +70,9 @@ class DeviceMemory(Struct, frozen=True, kw_only=True):
     free_bytes: int
     residents: tuple[str, ...]
     is_draining: bool
+    host_budget_bytes: int
+    host_used_bytes: int
+    parked: tuple[str, ...]
 
 
 class ModelTraffic(Struct, frozen=True, kw_only=True):

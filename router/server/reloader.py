@@ -166,6 +166,8 @@ class Reloader:
         await self._server_state.backend.reload(registry.models, self._new_budget(registry, changes))
         if registry.eviction != self._server_state.registry.eviction:
             log.warning("registry.needs_restart", key="memory.eviction")
+        if registry.host_memory_budget != self._server_state.registry.host_memory_budget:
+            log.warning("registry.needs_restart", key="memory.host_budget")
         self._server_state.registry = registry
         if not changes.is_empty:
             log.info("registry.reloaded", **structs.asdict(changes))

@@ -48,6 +48,7 @@ from engines.types import (
     Result,
     ScoreCall,
     Scores,
+    Tier,
     Timings,
     TokenizeCall,
     Tokens,
@@ -171,8 +172,10 @@ class ScriptedBackend:
             model_id=model_id, state="loading", host_id="cpu", device="cpu", source="s"
         )  # fmt: skip
 
-    async def evict(self, model_id: str, *, force: bool = False, timeout_s: float = 30.0) -> tuple[ModelStatus, ...]:
-        self.commands.append(("evict", model_id, force, timeout_s))
+    async def evict(
+        self, model_id: str, *, force: bool = False, timeout_s: float = 30.0, to: Tier = "disk"
+    ) -> tuple[ModelStatus, ...]:
+        self.commands.append(("evict", model_id, force, timeout_s, *([to] if to != "disk" else [])))
         await self._run_script(model_id)
         return ()
 

@@ -54,10 +54,10 @@ from engines.pool.messages import (
     WarmUpCompleted,
     WarmUpErrored,
 )
-from engines.pool.slot import EDGES, LoadFailure, MemoryNeed, PoolPolicy, SmallerForm, Tier
+from engines.pool.slot import EDGES, LoadFailure, MemoryNeed, PoolPolicy, SmallerForm
 from engines.pool.state_machine import PoolStateMachine
 from engines.spec import ModelSpec
-from engines.types import ModelFiles, State
+from engines.types import ModelFiles, State, Tier
 
 BUDGET = 1000
 RULES = PoolPolicy()

@@ -24,7 +24,7 @@ from router.backends.placement import NOT_LOADED
 from router.backends.process.crashes import CrashCounter
 from router.backends.process.worker import Worker, WorkerCallbacks, prepare_forkserver
 from router.backends.remote import RemoteBackend
-from router.backends.worker_config import WorkerConfig, divide_budget, divide_cores, open_real_host
+from router.backends.worker_config import WorkerConfig, divide_budget, divide_cores, memory_rules, open_real_host
 from router.config.settings import Settings
 from router.registry.generation import DesiredRegistry
 from router.registry.registry import Registry
@@ -75,17 +75,19 @@ def find_devices_elsewhere(
 
 def _worker_configs(device: str, settings: Settings, registry: Registry, num_devices: int) -> list[WorkerConfig]:
     hosts = settings.cpu_hosts if device == "cpu" else 1
-    budget = settings.memory_budget or registry.memory_budget
+    rules = memory_rules(settings, registry)
     return [
         WorkerConfig(
             host_id=f"{device}:{index}" if device == "cpu" else device,
             device=device,
             cores=divide_cores(max(hosts, num_devices)),
             specs=registry.models,
-            budget=divide_budget(budget, hosts),
+            budget=divide_budget(rules.budget, hosts),
+            host_budget=rules.host_budget,
+            host_parts=hosts * num_devices,
             settings=settings,
             open=open_real_host,
-            eviction=registry.eviction,
+            eviction=rules.eviction,
         )
         for index in range(hosts)
     ]

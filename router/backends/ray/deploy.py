@@ -10,7 +10,7 @@ from ray.serve.config import RequestRouterConfig
 from engines.errors import InvalidValue
 from router.backends.ray.environment import APP, DEPLOYMENT, HEALTH_PERIOD_S, STATS_PERIOD_S, named_address
 from router.backends.ray.replica import HostReplica
-from router.backends.worker_config import WorkerConfig, open_real_host
+from router.backends.worker_config import WorkerConfig, memory_rules, open_real_host
 from router.config.settings import Settings, load_settings
 from router.registry.generation import first_generation
 from router.registry.opening import open_registry
@@ -98,15 +98,18 @@ def application(config: WorkerConfig, plan: DeploymentPlan) -> serve.Application
 
 def worker_config_of(settings: Settings, registry: Registry, plan: DeploymentPlan) -> WorkerConfig:
     """Build the config of every replica. A replica takes the first device that its node assigns to it."""
+    rules = memory_rules(settings, registry)
     return WorkerConfig(
         host_id="",
         device="cuda" if plan.gpus else "cpu",
         cores=max(1, int(plan.cpus)),
         specs=registry.models,
-        budget=settings.memory_budget or registry.memory_budget,
+        budget=rules.budget,
+        host_budget=rules.host_budget,
+        host_parts=plan.hosts,
         settings=settings,
         open=open_real_host,
-        eviction=registry.eviction,
+        eviction=rules.eviction,
         generation=first_generation(registry.models),
     )
 

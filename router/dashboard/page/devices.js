@@ -5,8 +5,8 @@ import { h, keyed, set, show, text } from "./dom.js";
 import { bytes, duration } from "./format.js";
 import { t } from "./words.js";
 
-const LEAVING = ["draining", "unloading"];
-const COMING = ["loading", "warming"];
+const LEAVING = ["draining", "parking", "unloading"];
+const COMING = ["loading", "warming", "waking"];
 
 export function devicesPanel(store) {
   const list = h("div", { class: "devices" });
@@ -33,8 +33,12 @@ function deviceCard(store) {
   const reserved = h("span", { class: "quiet facts" });
   const legend = h("div", { class: "legend" }, order,
     h("p", { class: "reserved" }, h("i", { class: "swatch workspace", "aria-hidden": "true" }), t("devices.workspace"), reserved));
+  const hostWords = h("p", { class: "quiet small" });
+  const hostBar = h("div", { class: "bar", role: "img" });
+  const hostBlocks = keyed(hostBar, (block) => block.key, makeBlock);
   const empty = h("p", { class: "quiet small" }, t("devices.empty"));
-  const node = h("article", { class: "device" }, h("div", { class: "device-head" }, name, used, rest), bar, empty, legend);
+  const node = h("article", { class: "device" }, h("div", { class: "device-head" }, name, used, rest), bar, empty, legend,
+    hostWords, hostBar);
 
   function update({ device, marked }) {
     const residents = device.residents.map((id) => resident(store, device, id, marked));
@@ -59,8 +63,23 @@ function deviceCard(store) {
     text(reserved, bytes(device.workspace_bytes));
     set(order, "aria-label", t("devices.order"));
     rows(residents);
+    updateHost(device, title);
+  }
+
+  function updateHost(device, title) {
+    const parked = device.parked.map((id) => ({ ...resident(store, device, id, []), ...hostSize(store, device, id) }));
+    for (const part of [hostWords, hostBar]) show(part, device.host_budget_bytes > 0);
+    text(hostWords, t("devices.host", { used: bytes(device.host_used_bytes), budget: bytes(device.host_budget_bytes) }));
+    set(hostBar, "aria-label", t("devices.hostBar", { device: title, words: parked.map((each) => `${each.name} ${each.size}`).join(", ") }));
+    hostBlocks(parked);
+    hostBar.style.setProperty("--scale", Math.max(device.host_budget_bytes, device.host_used_bytes));
   }
   return { node, update };
+}
+
+function hostSize(store, device, id) {
+  const size = store.slot(id, device.host_id)?.host_bytes ?? 0;
+  return { bytes: size, size: bytes(size) };
 }
 
 /** Whether a model may soon be evicted: one waits for memory, or less than an eighth of the budget is free. */

@@ -40,10 +40,11 @@ export function sentence(entry) {
   if (step === "warming ready") {
     return t("feed.ready", { model, bytes: bytes(entry.measured_bytes), time: duration(entry.seconds) });
   }
-  if (entry.target === "unloading" && entry.reason) return evictionSentence(entry);
+  if (step === "waking ready") return t("feed.woken", { model, time: duration(entry.seconds) });
+  if (["unloading", "parking"].includes(entry.target) && entry.reason) return evictionSentence(entry);
   if (entry.target === "failed") return t("feed.failed", { model, cause: causeWords(entry.cause) });
   if (step === "fetching cold") return t("feed.fetched", { model });
-  return ["loading", "fetching", "retired"].includes(entry.target) ? t(`feed.${entry.target}`, { model }) : null;
+  return ["loading", "fetching", "parked", "retired"].includes(entry.target) ? t(`feed.${entry.target}`, { model }) : null;
 }
 
 function evictionSentence(entry) {

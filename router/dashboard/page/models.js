@@ -10,8 +10,8 @@ import { minuteOf } from "./traffic.js";
 import { t } from "./words.js";
 
 const AWAY = ["absent", "cold", "failed"];
-const EVICTABLE = ["waiting_space", "loading", "warming", "ready"];
-const TIMED = ["waiting_space", "loading", "warming", "draining", "unloading"];
+const EVICTABLE = ["waiting_space", "loading", "warming", "ready", "parked", "waking"];
+const TIMED = ["waiting_space", "loading", "warming", "draining", "parking", "waking", "unloading"];
 const IN_MEMORY = ["ready", "draining"];
 
 export function modelsPanel(store, act) {

@@ -5,7 +5,7 @@ import { h } from "./dom.js";
 import { bytes, duration } from "./format.js";
 import { t } from "./words.js";
 
-const IN_MEMORY = ["loading", "warming", "ready", "draining", "unloading"];
+const IN_MEMORY = ["loading", "warming", "waking", "ready", "draining", "parking", "unloading"];
 const ACTIONS = {
   preload: (model) => post(modelPath(model.id, "preload"), { wait: false }),
   pin: (model) => post(modelPath(model.id, "preload"), { wait: false, pin: true }),
@@ -54,9 +54,9 @@ function victimWords(slot, id) {
 }
 
 function evictWords(store, model) {
-  const held = model.slots.filter((slot) => IN_MEMORY.includes(slot.state));
+  const held = model.slots.filter((slot) => IN_MEMORY.includes(slot.state) || slot.host_bytes);
   const leases = held.reduce((sum, slot) => sum + slot.leases, 0);
-  const lines = held.map((slot) => t("plan.frees", { bytes: bytes(slot.weight_bytes), host: store.deviceName(slot.host_id) }));
+  const lines = held.map((slot) => t("plan.frees", { bytes: bytes(slot.weight_bytes || slot.host_bytes), host: store.deviceName(slot.host_id) }));
   if (!held.length) lines.push(t("plan.drops"));
   if (leases) lines.push(t("plan.running", { leases }));
   if (held.some((slot) => slot.pinned)) lines.push(t("plan.unpins"));

@@ -8,7 +8,7 @@ const POLL_MS = 5000; // leases and queues change without events
 const SETTLE_MS = 120; // one refresh per burst of events
 const MAX_FEED = 200;
 const NOT_LOADED = ["absent", "cold"];
-const ACTIVE = ["fetching", "waiting_space", "loading", "warming", "draining", "unloading"];
+const ACTIVE = ["fetching", "waiting_space", "loading", "warming", "draining", "parking", "waking", "unloading"];
 
 export class Store {
   constructor(onChange, onRefused) {

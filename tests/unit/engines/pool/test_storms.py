@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from engines.pool.messages import NEVER
-from engines.pool.slot import Tier
+from engines.types import Tier
 from tests.testkit.pool_storm import CEILINGS, FATES, HOST_BUDGETS, Storm, random_specs, random_storm, random_truth
 
 pytestmark = pytest.mark.slow

@@ -92,6 +92,7 @@ def test_memory_is_reported_for_each_device(served: Served) -> None:
             {
                 "host_id": "cpu", "device": "cpu", "total_bytes": 1000, "budget_bytes": 800, "used_bytes": 300,
                 "workspace_bytes": 100, "free_bytes": 400, "residents": ["mini", "BAAI/bge-m3"], "is_draining": False,
+                    "host_budget_bytes": 0, "host_used_bytes": 0, "parked": [],
             }
         ]
     }  # fmt: skip

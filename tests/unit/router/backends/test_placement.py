@@ -16,6 +16,7 @@ from router.backends.placement import (
     rank_hosts,
     ranked_hosts,
     replica_host,
+    warm_first,
 )
 
 
@@ -124,6 +125,25 @@ def test_among_equal_hosts_the_one_that_already_expects_the_model_gets_all_reque
         expecting = host(host_id, model("m", "fetching", waiters=1), claimed=50)
 
         assert rank_hosts("m", 50, [*hosts, expecting])[0] == host_id
+
+
+def test_of_hosts_where_a_model_fits_one_that_has_it_parked_comes_first() -> None:
+    cold = [host(str(number)) for number in range(8)]
+    parked = host("p", model("m", "parked"))
+
+    assert rank_hosts("m", 10, [*cold, parked])[0] == "p"
+    assert rank_hosts("m", 10, [parked, host("w", model("m", "waking")), host("r", model("m", "ready"))]) == [
+        "r", "w", "p",
+    ]  # fmt: skip
+
+
+def test_a_parked_model_is_in_memory_for_one_that_is_warm_and_not_for_one_that_is_preloaded() -> None:
+    preloaded, warm = (ModelSpec(model_id="m", source="x", **{name: True}) for name in ("preload", "warm"))
+    views = [View(host("h", model("m", "parked")))]
+
+    assert list(not_resident([preloaded], views)) == [preloaded]
+    assert list(not_resident([warm], views)) == []
+    assert warm_first([preloaded, warm]) == [warm, preloaded]
 
 
 def test_a_host_too_small_draining_or_for_another_device_comes_last() -> None:

@@ -14,6 +14,7 @@ from router.config.quantities import (
     parse_cache_bytes,
     parse_device,
     parse_duration_s,
+    parse_host_budget,
     parse_keep_alive_s,
 )
 
@@ -152,3 +153,14 @@ def test_no_quantity_is_longer_than_people_write(parse: Callable[[object], objec
 
 def test_a_duration_beyond_what_timers_take_is_as_good_as_for_ever() -> None:
     assert parse_duration_s("9" * 60) == parse_duration_s("99999999999999d") == 1e9
+
+
+def test_a_host_budget_may_be_nothing() -> None:
+    assert parse_host_budget("0") == parse_host_budget(0) == Budget(size_bytes=0)
+    assert parse_host_budget("30%") == Budget(fraction=0.3)
+
+
+@pytest.mark.parametrize("written", [False, "20", "0%", "-1", ""])
+def test_a_host_budget_that_is_none_says_what_is_allowed(written: object) -> None:
+    with pytest.raises(ValueError, match="or 0 for none"):
+        parse_host_budget(written)

@@ -43,6 +43,21 @@ def test_a_load_is_counted_with_its_seconds_and_its_estimate() -> None:
     assert exposition("embedyard_estimate_error_ratio_sum", model="m") == pytest.approx(1.2)
 
 
+def test_a_parked_model_is_evicted_once_and_its_return_is_no_load() -> None:
+    exposition = recorded(
+        [
+            step("draining", "parking", reason="room", seconds=30.0),
+            step("parking", "parked"),
+            step("parked", "waking"),
+            step("waking", "ready", seconds=0.25),
+        ]
+    )
+
+    assert exposition("embedyard_evictions_total", model="m", cause="room") == 1
+    assert exposition("embedyard_wakes_total", model="m", host="cpu") == 1
+    assert exposition("embedyard_wake_seconds_sum", model="m") == 0.25
+
+
 def test_an_eviction_is_counted_by_cause_with_its_age() -> None:
     exposition = recorded(
         [

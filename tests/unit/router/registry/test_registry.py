@@ -640,6 +640,16 @@ def test_a_folder_whose_name_is_no_model_name_is_refused(tmp_path: Path) -> None
         with_model_path(TWO, Settings(model_path=str(tmp_path / "my model")))
 
 
+def test_a_registry_may_give_main_memory_to_parked_models() -> None:
+    written = "{version: 1, models: [], memory: {budget: 80%%, host_budget: %s}}"
+
+    assert parse_registry("{version: 1, models: [], memory: {budget: 80%}}").host_memory_budget is None
+    assert parse_registry(written % "0").host_memory_budget == Budget(size_bytes=0)
+    assert parse_registry(written % "64GiB").host_memory_budget == Budget(size_bytes=64 * 2**30)
+    with pytest.raises(RegistryError, match="or 0 for none"):
+        parse_registry(written % "lots")
+
+
 # ── Random files ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 PARTS = st.text("abcXYZ019_-:@é中", min_size=1, max_size=8)
@@ -655,8 +665,10 @@ DEFAULTS: dict[str, st.SearchStrategy[Any]] = {
     "normalize": st.booleans(),
     "truncate": st.sampled_from(["start", "end", "error"]),
     "keep_alive": st.integers(-1, 10**9) | st.floats(0, 1e9, allow_subnormal=False).map(lambda value: round(value, 3)),
+    "host_keep_alive": st.integers(-1, 10**9),
     "pinned": st.booleans(),
     "preload": st.booleans(),
+    "warm": st.booleans(),
     "cache_shared": st.booleans(),
     "cache": st.just(0) | st.integers(2**20, 2**40),
 }
@@ -699,6 +711,7 @@ def expected(entry: dict[str, Any]) -> ModelSpec:
     values = {key: value for key, value in entry.items() if key != "aliases"}
     values["model_id"] = values.pop("name")
     values["keep_alive_s"] = float(values.pop("keep_alive", NEVER_IDLE))
+    values["host_keep_alive_s"] = float(values.pop("host_keep_alive", NEVER_IDLE))
     if isinstance(values.get("dtype"), list):
         values["dtype"], values["smaller_dtypes"] = values["dtype"][0], tuple(values["dtype"][1:])
     if "cache" in values:
