@@ -11,30 +11,29 @@ from contextlib import nullcontext
 from functools import partial
 from typing import TypedDict
 
-from msgspec import Struct, structs
+from msgspec import structs
 
-from engines.batching.autotune import BatchSizeTuner, TunedBatchSize
+from engines.batching.autotune import TunedBatchSize
 from engines.batching.batch import BatchLimits, attribute_batch
 from engines.batching.cache import VectorCache
 from engines.batching.contextual import read_documents
 from engines.batching.maxsim import MaxSimScorer
 from engines.batching.output import OutputDefaults, OutputSpec, output_spec
-from engines.batching.outputs import OutputFacts
+from engines.batching.parts import EngineLimits as EngineLimits
+from engines.batching.parts import Parts as Parts
 from engines.batching.queue import Queue
 from engines.batching.request import Entry, Origin, PendingRequest, prepare_inputs
 from engines.batching.runner import Failures, Runner
-from engines.batching.scores import Scoring, read_scored
-from engines.batching.spaces import FIRST_ANSWER_S, ModelSpaces
+from engines.batching.scores import read_scored
+from engines.batching.spaces import FIRST_ANSWER_S
 from engines.device.scheduler import DeviceScheduler, Task, post
 from engines.errors import EngineError, EngineFailed, ShuttingDown, SpaceMismatch
 from engines.inputs.documents import DocumentReading
 from engines.inputs.pairs import PairReading
 from engines.inputs.token_listing import list_tokens, name_terms
-from engines.inputs.tokenizer import IdReading, TextReading, TokenizedRequest, Tokenizer
+from engines.inputs.tokenizer import IdReading, TextReading, TokenizedRequest
 from engines.inputs.tokenizer_threads import TokenizerThreads
-from engines.models.base import Encoder, ForwardPathFailed
-from engines.models.parking import ParkableEncoder
-from engines.spec import ModelSpec
+from engines.models.base import ForwardPathFailed
 from engines.types import (
     Call,
     ContextualCall,
@@ -60,41 +59,6 @@ _HEAVY_CHARS = 1 << 20
 
 _MAX_NAMED_SPACES = 256
 """Forms of requests whose spaces are held; prompts of requests may be of any number."""
-
-
-class EngineLimits(Struct, frozen=True, kw_only=True):
-    """Bounds of an engine.
-
-    Args:
-        max_queue_items: texts that may wait.
-        max_queue_requests: requests that may wait; None is any number.
-        target_dim: width when a request names none and the model allows it.
-    """
-
-    batch: BatchLimits
-    max_queue_items: int = 8192
-    max_queue_requests: int | None = None
-    batch_timeout_s: float = 0.0
-    target_dim: int | None = None
-
-
-class Parts(Struct, frozen=True):
-    """What the loader made of a model folder.
-
-    `tuner` finds the size of batches; None where that is known. `scoring`: of a model that scores; None for vectors.
-    `facts`: what it gives beside dense vectors. `spaces`: names the spaces of vectors; None where they have no names.
-    `parkable`: moves its weights to main memory; None where nothing can.
-    """
-
-    encoder: Encoder
-    tokenizer: Tokenizer
-    spec: ModelSpec
-    info: ModelInfo
-    tuner: BatchSizeTuner | None = None
-    scoring: Scoring | None = None
-    facts: OutputFacts = OutputFacts()
-    spaces: ModelSpaces | None = None
-    parkable: ParkableEncoder | None = None
 
 
 class Counted(TypedDict):

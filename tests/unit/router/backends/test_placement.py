@@ -138,7 +138,7 @@ def test_of_hosts_where_a_model_fits_one_that_has_it_parked_comes_first() -> Non
 
 
 def test_a_parked_model_is_in_memory_for_one_that_is_warm_and_not_for_one_that_is_preloaded() -> None:
-    preloaded, warm = (ModelSpec(model_id="m", source="x", **{name: True}) for name in ("preload", "warm"))
+    preloaded, warm = ModelSpec(model_id="m", source="x", preload=True), ModelSpec(model_id="m", source="x", warm=True)
     views = [View(host("h", model("m", "parked")))]
 
     assert list(not_resident([preloaded], views)) == [preloaded]
