@@ -52,6 +52,7 @@ def test_one_model_shows_its_nearest_slot_and_all_of_them(served: Served) -> Non
         ("org/deep/alias/preload", None, ("preload", "BAAI/bge-m3", False, True), 200),
         ("mini/preload", {"host": "cuda:1"}, ("preload", "mini", False, True, "cuda:1"), 200),
         ("mini/evict", None, ("evict", "mini", False, 30.0), 200),
+        ("mini/evict", {"to": "host"}, ("evict", "mini", False, 30.0, "host"), 200),
         ("BAAI/bge-m3/evict", {"force": True, "timeout": 0.5}, ("evict", "BAAI/bge-m3", True, 0.5), 200),
     ],
 )
