@@ -311,7 +311,8 @@ class EmbeddingEngine:
         is_long = self._is_reentrant and not all(
             any(limit.is_small(target.job) for target in text.targets) for text in texts
         )
-        return Task(partial(self._run_task, texts), is_long=is_long, uses_idle_cores=True)
+        is_wide = not self._limits.even_batches  # more cores add up some products in another order
+        return Task(partial(self._run_task, texts), is_long=is_long, uses_idle_cores=is_wide)
 
     def next_small_task(self) -> Task | None:
         """See `engines.device.tasks.TaskSource`."""
@@ -332,7 +333,9 @@ class EmbeddingEngine:
         return self._runner is not None and self._runner.is_reentrant
 
     def _limit(self) -> BatchLimits:
-        return self._batch if self._runner is None else self._runner.bound(self._batch)
+        limit = self._batch if self._runner is None else self._runner.bound(self._batch)
+        # With parts as large as a batch, a call is never split among the threads that happen to be idle.
+        return structs.replace(limit, part_tokens=limit.max_tokens) if self._limits.even_batches else limit
 
     def _run_task(self, texts: list[Entry]) -> None:
         """Runs a batch and hands its outcome to the event loop."""

@@ -20,6 +20,7 @@ class EngineLimits(Struct, frozen=True, kw_only=True):
     Args:
         max_queue_items: texts that may wait.
         max_queue_requests: requests that may wait; None is any number.
+        even_batches: the batches of a call that is alone depend on its texts only, not on which threads are idle.
         target_dim: width when a request names none and the model allows it.
     """
 
@@ -27,6 +28,7 @@ class EngineLimits(Struct, frozen=True, kw_only=True):
     max_queue_items: int = 8192
     max_queue_requests: int | None = None
     batch_timeout_s: float = 0.0
+    even_batches: bool = False
     target_dim: int | None = None
 
 

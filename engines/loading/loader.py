@@ -58,6 +58,7 @@ _BATCH_TOKENS = {"cpu": 512, "cuda": 16384}
 class LoaderSettings(Struct, frozen=True, kw_only=True):
     """The server's settings for engines; `None` means the device's default.
 
+    `even_batches`: see `EngineLimits`; sizes are not tuned then, as a tuned size comes in the midst of work.
     `max_prepacked_bytes`: bytes of prepacked copies of weights that a model may hold where that is faster.
     `tuning_store`: tuned batch sizes, for models without a set one; None disables tuning.
     `precision_store`: what reduced dtypes cost; None neither measures nor refuses them.
@@ -70,6 +71,7 @@ class LoaderSettings(Struct, frozen=True, kw_only=True):
     max_queue_items: int = 8192
     max_queue_requests: int | None = None
     batch_timeout_s: float = 0.0
+    even_batches: bool = False
     target_dim: int | None = None
     canary_folder: Path | None = None
     max_prepacked_bytes: int = MAX_PREPACKED_BYTES
@@ -220,11 +222,11 @@ class TorchLoader:
     ) -> tuple[int, BatchSizeTuner | None]:
         """Returns the tokens per batch and a tuner, if any.
 
-        Three cases: 1. the size is set in the registry or the settings, or tuning is disabled; 2. it was tuned before;
-        3. it will be tuned.
+        Three cases: 1. the size is set in the registry or the settings, tuning is disabled, or batches are even; 2. it
+        was tuned before; 3. it will be tuned.
         """
         given, tuning_store = spec.max_batch_tokens or self._settings.max_batch_tokens, self._settings.tuning_store
-        if given is not None or tuning_store is None:
+        if given is not None or tuning_store is None or self._settings.even_batches:
             return given or _BATCH_TOKENS[self._device.type], None  # (1)
         key = fingerprint([weights, device_name(self._device), self._scheduler.num_threads, torch.__version__])
         tuned = tuning_store.get(key)
@@ -258,6 +260,7 @@ class TorchLoader:
             max_queue_items=settings.max_queue_items,
             max_queue_requests=settings.max_queue_requests,
             batch_timeout_s=settings.batch_timeout_s,
+            even_batches=settings.even_batches,
             target_dim=target_dim,
         )
 

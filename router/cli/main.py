@@ -24,6 +24,7 @@ SUMMARIES = {
     "precision": "Measure what a reduced dtype of a model costs and gains on this machine.",
     "spaces": "List embedding spaces; of two registries or servers, say which indexes must be rebuilt.",
     "calibrate": "Compute a model's ranges for int8 vectors.",
+    "embed": "Embed files of texts, in this process or by a running server.",
     "keys": "Create, list and revoke API keys.",
     "bench": "Load-test a running server with an OpenAI-compatible API.",
     "ray": "Deploy hosts to a Ray cluster.",

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from engines.errors import InvalidValue
 from engines.spec import Calibration, ModelSpec
 from engines.types import Embeddings
-from router.api.encoding import EncodedAnswer, OutputFormat, check_ranges, encode_answer, quantize
+from router.api.encoding import EncodedAnswer, OutputFormat, check_ranges, encode_answer
+from router.quantization import quantize
 from router.schemas.inference import EncodingFormat, OutputDtype
 
 DTYPES: tuple[OutputDtype, ...] = ("int8", "uint8", "binary", "ubinary")

@@ -1,0 +1,208 @@
+"""Embeds on hosts in this process, with the vectors that `embedyard serve` gives on this machine."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from msgspec import structs
+
+from engines.errors import Busy, EngineError, NonFiniteEmbedding, Unavailable
+from engines.host import Host
+from engines.spec import NEVER_IDLE, ModelSpec
+from engines.types import EmbedCall, Embeddings, Outputs, OutputsCall
+from router.backends.worker_config import machine_config
+from router.bulk.records import BulkError, BulkStopped, EmbedOptions, Refusal, Vectors, VectorWidths, WindowAnswer
+from router.config.settings import Settings, usable_cores
+from router.quantization import quantize
+from router.registry.registry import Registry
+
+_TRIES = 5
+_CHECK_S = 1.0
+_GRACE_S = 10.0
+_PROBE = "text"
+
+
+class LocalEmbedder:
+    """Runs one window at a time on each device.
+
+    A window is one call, and nothing else runs, so its batches are the same whenever it is run again.
+
+    Args:
+        hosts: one for each device, not started.
+        spec: the model.
+        options: as they were asked for.
+        on_close: called when all hosts are closed.
+    """
+
+    def __init__(
+        self, hosts: Sequence[Host], spec: ModelSpec, options: EmbedOptions, on_close: Any = lambda: None
+    ) -> None:
+        self.lanes = len(hosts)
+        self._hosts, self._spec, self._options, self._on_close = hosts, spec, options, on_close
+        self._free: asyncio.Queue[Host] = asyncio.Queue()
+        self._watch: asyncio.Task[None] | None = None
+        self._refuses_long = (options.truncate or spec.truncate) == "error"
+        self._max_tokens = 0
+
+    async def open(self) -> tuple[VectorWidths, Mapping[str, Any]]:
+        """See `Embedder`."""
+        check_ranges(self._spec, self._options)
+        for host in self._hosts:
+            await host.start()
+            self._free.put_nowait(host)
+        self._watch = asyncio.create_task(self._check_hosts())
+        answer = await self._run(self._hosts[0], [_PROBE])
+        status = self._hosts[0].status(self._spec.model_id)
+        info = status.info
+        assert info is not None, "it has just answered"
+        self._max_tokens = info.max_tokens
+        vectors = answer.vectors
+        widths = VectorWidths(
+            0 if vectors.dense is None else vectors.dense.shape[1],
+            0 if vectors.tokens is None else vectors.tokens[0].shape[1],
+        )
+        model = {"id": self._spec.model_id, "source": self._spec.source, "dtype": info.dtype, "path": info.path}
+        return widths, model | {"revision": status.revision, "prompts": info.prompts}
+
+    async def embed(self, texts: list[str]) -> WindowAnswer:
+        """See `Embedder`."""
+        host = await self._free.get()
+        try:
+            return await self._run(host, texts)
+        finally:
+            self._free.put_nowait(host)
+
+    async def close(self) -> None:
+        """See `Embedder`."""
+        if self._watch is not None:
+            self._watch.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._watch
+        for host in self._hosts:
+            await host.aclose(grace_s=_GRACE_S)
+        self._on_close()
+
+    async def _run(self, host: Host, texts: list[str]) -> WindowAnswer:
+        """Run a window; a text whose vector is not finite is refused, and the others are run again without it."""
+        refusals: dict[int, Refusal] = {}
+        while True:
+            left = [index for index in range(len(texts)) if index not in refusals]
+            if not left:
+                return WindowAnswer(vectors=Vectors(), refusals=refusals)
+            try:
+                result = await self._call(host, tuple(texts[index] for index in left))
+            except NonFiniteEmbedding as error:
+                refusals[left[error.index]] = Refusal("non_finite_embedding", "the model's vector is not finite")
+                continue
+            kept = list(range(len(left)))
+            if self._refuses_long:
+                message = f"the text has more than {self._max_tokens} tokens, which is what the model reads"
+                refusals |= {left[row]: Refusal("context_length_exceeded", message) for row in result.truncated}
+                kept = [row for row in kept if row not in set(result.truncated)]
+            vectors = pick_rows(self._vectors(result), kept)
+            return WindowAnswer(vectors=vectors, refusals=refusals, num_tokens=sum(result.token_counts))
+
+    async def _call(self, host: Host, texts: tuple[str, ...]) -> Embeddings | Outputs:
+        """Run one call; what a device cannot do for the moment is tried again."""
+        options = self._options
+        fields: dict[str, Any] = {
+            "model_id": self._spec.model_id, "texts": texts, "input_type": options.input_type, "prompt": options.prompt,
+            "truncate": "end" if self._refuses_long else options.truncate, "dimensions": options.dimensions,
+            "load_timeout_s": 3600.0,
+        }  # fmt: skip
+        is_dense = options.outputs == ("dense",)
+        call = EmbedCall(**fields) if is_dense else OutputsCall(outputs=options.outputs, **fields)
+        for attempt in range(_TRIES):
+            try:
+                result = await host.run(call)
+            except (Busy, Unavailable) as error:
+                if attempt == _TRIES - 1:
+                    raise BulkStopped(str(error)) from error
+                await asyncio.sleep(min(error.retry_after_s, 30.0))
+            except NonFiniteEmbedding:
+                raise
+            except EngineError as error:
+                raise BulkError(str(error)) from error
+            else:
+                assert isinstance(result, Embeddings | Outputs), "the answers of these calls"
+                return result
+        raise AssertionError("the last attempt returns or raises")
+
+    def _vectors(self, result: Embeddings | Outputs) -> Vectors:
+        dtype, calibration = self._options.dtype, self._spec.calibration
+        has_dense = "dense" in self._options.outputs
+        dense = quantize(result.array(), dtype, calibration) if has_dense else None
+        if isinstance(result, Embeddings):
+            return Vectors(dense=dense)
+        sparse = tokens = None
+        if "sparse" in self._options.outputs:
+            entries, weights = result.terms()
+            sparse = list(zip(_split(entries, result.num_terms), _split(weights, result.num_terms), strict=True))
+        if "multi_vector" in self._options.outputs:
+            tokens = _split(quantize(result.vectors(), dtype), result.num_vectors)
+        return Vectors(dense=dense, sparse=sparse, tokens=tokens)
+
+    async def _check_hosts(self) -> None:
+        """Fail the calls of a device that does not respond, as the server does."""
+        while True:
+            await asyncio.sleep(_CHECK_S)
+            for host in self._hosts:
+                host.check()
+
+
+def open_local(settings: Settings, registry: Registry, spec: ModelSpec, options: EmbedOptions) -> LocalEmbedder:
+    """Create the hosts of this machine, as `embedyard serve` does, for one model.
+
+    Raises:
+        InvalidValue: a requested device does not exist.
+    """
+    from engines.machine import Machine  # late: torch takes seconds to import
+
+    budget = settings.memory_budget or registry.memory_budget
+    config = machine_config(settings, budget, settings.device, usable_cores(), registry.eviction)
+    config = structs.replace(
+        config, loader=structs.replace(config.loader, even_batches=True, max_queue_requests=None, batch_timeout_s=0.0)
+    )
+    # The cache would leave texts out of batches.
+    own = structs.replace(spec, cache_bytes=0, preload=False, keep_alive_s=NEVER_IDLE, replicas=1)
+    machine = Machine(config, {own.model_id: own})
+    hosts = [host for host in machine.hosts if host.state(own.model_id) is not None]
+    if not hosts:
+        machine.close()
+        raise BulkError(f"{own.model_id} is for device {own.device}, which this machine does not have")
+    return LocalEmbedder(hosts, own, options, machine.close)
+
+
+def check_ranges(spec: ModelSpec, options: EmbedOptions) -> None:
+    """Check that int8 and uint8 have ranges that are the same for all texts.
+
+    Raises:
+        BulkError: the model has no calibration, or vectors of tokens are asked for.
+    """
+    if options.dtype not in ("int8", "uint8"):
+        return
+    if spec.calibration is None:
+        raise BulkError(
+            f"--dtype {options.dtype} needs the `calibration` of {spec.model_id} in the registry (embedyard calibrate), "
+            "or each part of the output would have ranges of its own; or use binary or ubinary"
+        )
+    if "multi_vector" in options.outputs:
+        raise BulkError(f"--dtype {options.dtype} is for dense vectors: use float, binary or ubinary for multi_vector")
+
+
+def pick_rows(vectors: Vectors, rows: Sequence[int]) -> Vectors:
+    """Return the outputs of some texts."""
+    return Vectors(
+        dense=None if vectors.dense is None else vectors.dense[list(rows)],
+        sparse=None if vectors.sparse is None else [vectors.sparse[row] for row in rows],
+        tokens=None if vectors.tokens is None else [vectors.tokens[row] for row in rows],
+    )
+
+
+def _split(matrix: Any, counts: Sequence[int]) -> list[Any]:
+    found, start = [], 0
+    for count in counts:
+        found.append(matrix[start : start + count])
+        start += count
+    return found
