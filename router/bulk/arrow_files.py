@@ -44,7 +44,8 @@ def read_rows(source: "Source", columns: "Columns", start: int) -> Iterator[Mapp
     with open_parquet(source.path) as file:
         check_columns(source, columns, file.schema_arrow.names)
         names = list(dict.fromkeys([columns.text, *([columns.id] if columns.id else []), *columns.kept]))
-        groups, skip = [], start
+        groups: list[int] = []
+        skip = start
         for group in range(file.num_row_groups):
             num_rows = file.metadata.row_group(group).num_rows
             if not groups and skip >= num_rows:

@@ -67,7 +67,7 @@ class BulkJob(Struct, frozen=True, kw_only=True):
     """What is read, computed and written.
 
     Args:
-        window_texts: the most texts of a window; tests take few.
+        window_texts: the most texts of a window.
     """
 
     sources: tuple[Source, ...]

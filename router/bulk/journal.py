@@ -4,7 +4,7 @@ Beside `OUT` there are, until the job is done:
 
 - `OUT.partial`, `OUT.ids.partial`, `OUT.errors.partial`: what was written so far, and perhaps a torn rest.
 - `OUT.journal`: one line for the job, then one for each window, each with its own CRC-32. A window counts from the
-  moment when its line is on the disk, which is after its data is; `open_journal` cuts the files off behind the last one.
+  moment when its line is on the disk, after its data; `open_journal` cuts the files off behind the last one.
 - `OUT.ready`, `OUT.ids.ready`: the finished files. Once all are on the disk the journal says so, and they are renamed.
 """
 
@@ -111,13 +111,20 @@ class Journal:
         self.state = state
         self._files, self._disk, self._handle = files, disk, handle
         self._data = {part: files.partial(part).open("ab", buffering=0) for part in _PARTS}
-        for part, size in zip(_PARTS, state.sizes, strict=True):
-            if self._data[part].tell() < size and not state.is_ready:
+        try:
+            self._cut_off()
+        except BaseException:
+            self.close()
+            raise
+
+    def _cut_off(self) -> None:
+        for part, size in zip(_PARTS, self.state.sizes, strict=True):
+            if self._data[part].tell() < size and not self.state.is_ready:
                 raise BulkError(
-                    f"{files.partial(part)} is shorter than its journal says: remove the journal to begin anew"
+                    f"{self._files.partial(part)} is shorter than its journal says: remove the journal to begin anew"
                 )
-            if not state.is_ready:
-                disk.truncate(self._data[part], size)
+            if not self.state.is_ready:
+                self._disk.truncate(self._data[part], size)
 
     def append(self, part: str, data: bytes) -> None:
         """Append to a partial file; it counts from the next `commit` on."""

@@ -184,8 +184,8 @@ def check_ranges(spec: ModelSpec, options: EmbedOptions) -> None:
         return
     if spec.calibration is None:
         raise BulkError(
-            f"--dtype {options.dtype} needs the `calibration` of {spec.model_id} in the registry (embedyard calibrate), "
-            "or each part of the output would have ranges of its own; or use binary or ubinary"
+            f"--dtype {options.dtype} needs a calibration of {spec.model_id} in the registry (embedyard calibrate): "
+            "without it each part of OUT would have ranges of its own; or use binary or ubinary"
         )
     if "multi_vector" in options.outputs:
         raise BulkError(f"--dtype {options.dtype} is for dense vectors: use float, binary or ubinary for multi_vector")

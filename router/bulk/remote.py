@@ -28,40 +28,40 @@ _OF_ONE_TEXT = frozenset({"context_length_exceeded", "non_finite_embedding", "em
 """Codes that are about a text, and not about the job."""
 
 
-class _Sparse(Struct):
+class _Sparse(Struct, frozen=True):
     indices: list[int]
     values: list[float]
 
 
-class _Array(Struct):
+class _Array(Struct, frozen=True):
     shape: tuple[int, int]
     data: bytes
 
 
-class _Item(Struct):
+class _Item(Struct, frozen=True):
     index: int
     embedding: bytes | None = None
     sparse_embedding: _Sparse | None = None
     multi_vector_embedding: _Array | None = None
 
 
-class _Usage(Struct):
+class _Usage(Struct, frozen=True):
     prompt_tokens: int = 0
 
 
-class _Answer(Struct):
+class _Answer(Struct, frozen=True):
     data: list[_Item]
     model: str = ""
     usage: _Usage = _Usage()
 
 
-class _Detail(Struct):
+class _Detail(Struct, frozen=True):
     message: str
     code: str | None = None
     param: str | None = None
 
 
-class _Envelope(Struct):
+class _Envelope(Struct, frozen=True):
     error: _Detail
 
 
@@ -199,7 +199,9 @@ class RemoteEmbedder:
         try:
             if [item.index for item in items] != list(range(num_texts)):
                 raise ValueError
-            dense = np.stack([_array(item.embedding, number) for item in items]) if "dense" in outputs else None
+            dense: Any = None
+            if "dense" in outputs:
+                dense = np.stack([_array(item.embedding, number) for item in items])
             sparse = [_terms(item.sparse_embedding) for item in items] if "sparse" in outputs else None
             tokens = None
             if "multi_vector" in outputs:
@@ -245,7 +247,7 @@ def join_answers(num_texts: int, groups: Sequence[Sequence[int]], answers: Seque
             parts.append(answer.vectors)
     joined = Vectors()
     if parts:
-        dense = [part.dense for part in parts if part.dense is not None]
+        dense: list[Any] = [part.dense for part in parts if part.dense is not None]
         sparse = [row for part in parts for row in part.sparse or ()]
         tokens = [row for part in parts for row in part.tokens or ()]
         order = np.argsort(places, kind="stable")

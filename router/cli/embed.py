@@ -77,6 +77,8 @@ Examples:
 @click.option("--api-key", metavar="KEY", help="Default: API_KEY from the settings, for servers on this machine.")
 @click.option("--concurrency", type=click.IntRange(1, 256), default=4, show_default=True, metavar="N",
               help="Requests in flight, with --url.")  # fmt: skip
+@click.option("--window", type=click.IntRange(1, 65_536), default=2048, show_default=True, metavar="TEXTS",
+              help="Texts that are sorted by length and kept together.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace OUT, and what another job has left beside it.")
 @click.option("--registry", type=click.Path(path_type=Path), help="Registry file, instead of REGISTRY.")
 def command(**chosen: Any) -> None:
@@ -147,12 +149,13 @@ def _prepare(chosen: dict[str, Any]) -> "tuple[BulkJob, Embedder, Observer]":
         out=chosen["out"],
         format=output_format(chosen["out"], chosen["output_format"]),
         overwrite=chosen["overwrite"],
+        window_texts=chosen["window"],
     )
     registry_flag = chosen["registry"]
     settings = load_settings(flags={"REGISTRY": str(registry_flag)} if registry_flag else {})
-    is_live = sys.stderr.isatty()
-    progress = LineProgress(
-        Meter(job.sources), _write_over if is_live else _write_line, **({"every_s": 0.0} if is_live else {})
+    meter = Meter(job.sources)
+    progress = (
+        LineProgress(meter, _write_over, every_s=0.0) if sys.stderr.isatty() else LineProgress(meter, _write_line)
     )
     return job, _open_embedder(chosen, settings, options), progress
 

@@ -1,0 +1,84 @@
+"""Embedding on hosts in this process, with fake engines: the vectors of the server, and refusals of single texts."""
+
+import numpy as np
+import pytest
+from msgspec import structs
+
+from engines.errors import Busy, NonFiniteEmbedding
+from engines.host import Host, HostConfig
+from engines.spec import Calibration, ModelSpec, Output
+from engines.testing.engine import WIDTH, fake_vector
+from engines.testing.fakes import WORKSPACE_BYTES, FakeFiles, FakeLoader, InlineWorkers, fake_runtime
+from engines.types import Budget
+from router.bulk.local import LocalEmbedder, check_ranges
+from router.bulk.records import BulkError, EmbedOptions, VectorWidths
+from router.errors import TABLE
+from router.quantization import quantize
+from tests.testkit.servers import fake_server
+
+SPEC = ModelSpec(model_id="mini", source="fake/mini", max_tokens=5)
+TEXTS = ["a b", "one two three four five", "c"]
+
+
+def embedder(options: EmbedOptions, spec: ModelSpec = SPEC, loader: FakeLoader | None = None) -> LocalEmbedder:
+    config = HostConfig(host_id="cpu", budget=Budget(size_bytes=10**6), workspace_bytes=WORKSPACE_BYTES)
+    runtime = structs.replace(fake_runtime(), workers=InlineWorkers())
+    host = Host(config, {spec.model_id: spec}, FakeFiles(), loader or FakeLoader(), runtime)
+    return LocalEmbedder([host], spec, options)
+
+
+async def test_vectors_are_those_of_the_server_bit_by_bit() -> None:
+    here = embedder(EmbedOptions())
+    widths, model = await here.open()
+    found = await here.embed(TEXTS)
+    await here.close()
+    async with fake_server() as server:
+        data = (await server.client.post("/v1/embeddings", json={"model": "mini", "input": TEXTS})).json()["data"]
+
+    assert found.vectors.dense is not None
+    assert np.array_equal(found.vectors.dense, np.array([item["embedding"] for item in data], np.float32))
+    assert widths == VectorWidths(dense=WIDTH)
+    assert model["id"] == "mini"
+    assert found.refusals == {}  # too long ones are cut, as the server does
+
+
+async def test_too_long_texts_are_refused_alone() -> None:
+    here = embedder(EmbedOptions(truncate="error"))
+    await here.open()
+    found = await here.embed(TEXTS)
+    await here.close()
+
+    assert {index: refusal.code for index, refusal in found.refusals.items()} == {1: "context_length_exceeded"}
+    assert "more than 5 tokens" in found.refusals[1].message
+    assert found.vectors.dense is not None
+    assert np.array_equal(found.vectors.dense, np.stack([fake_vector("mini", TEXTS[0]), fake_vector("mini", TEXTS[2])]))
+
+
+async def test_binary_vectors_are_those_of_output_dtype() -> None:
+    here = embedder(EmbedOptions(dtype="binary"))
+    widths, _ = await here.open()
+    found = await here.embed(TEXTS)
+    await here.close()
+    expected = quantize(np.stack([fake_vector("mini", text) for text in TEXTS]), "binary")
+
+    assert found.vectors.dense is not None
+    assert np.array_equal(found.vectors.dense, expected)
+    assert widths.dense == WIDTH // 8
+
+
+def test_int8_without_calibration_is_refused_as_each_window_would_have_its_own_ranges() -> None:
+    calibrated = structs.replace(SPEC, calibration=Calibration(lowest=(-0.5,), highest=(0.5,)))
+    check_ranges(calibrated, EmbedOptions(dtype="int8"))
+    with pytest.raises(BulkError, match="needs a calibration of mini"):
+        check_ranges(SPEC, EmbedOptions(dtype="int8"))
+    outputs: tuple[Output, ...] = ("multi_vector",)
+    with pytest.raises(BulkError, match="is for dense vectors"):
+        check_ranges(calibrated, EmbedOptions(dtype="int8", outputs=outputs))
+
+
+def test_codes_in_the_errors_file_are_those_of_the_table() -> None:
+    from engines import errors
+
+    assert TABLE[errors.ContextLengthExceeded].code == "context_length_exceeded"
+    assert TABLE[NonFiniteEmbedding].code == "non_finite_embedding"
+    assert issubclass(errors.QueueFull, Busy)
