@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from engines.errors import InvalidValue
 from engines.spec import Calibration
 from engines.types import Outputs
-from router.api.encoding import EncodedAnswer, Matrix, OutputFormat, is_scalar, quantize
+from router.api.encoding import EncodedAnswer, OutputFormat, is_scalar
+from router.quantization import Matrix, quantize
 from router.schemas.inference import OutputDtype, Usage
 
 _INLINE_NUMBERS = 2**14

@@ -100,7 +100,11 @@ STORES = DOCS / "vector-stores.md"
 """Its snippets need vector stores and a model with all outputs: `tests/contract/test_vector_stores.py` runs them."""
 
 
-@pytest.mark.parametrize("snippet", blocks("python", *(page for page in ENGLISH if page != STORES)))
+BULK = DOCS / "bulk.md"
+"""Its snippets need embedded stores: `tests/contract/test_bulk_stores.py` runs them."""
+
+
+@pytest.mark.parametrize("snippet", blocks("python", *(page for page in ENGLISH if page not in (STORES, BULK))))
 def test_a_snippet_of_the_docs_prints_what_it_shows(snippet: str, server: LiveServer) -> None:
     printed = io.StringIO()
     code = compile(snippet.replace(DOCUMENTED_ADDRESS, server.url), "README.md", "exec")

@@ -20,8 +20,9 @@ from engines.errors import InvalidValue
 from engines.spec import Calibration
 from engines.types import Outputs
 from router.api import outputs_encoding
-from router.api.encoding import OutputFormat, quantize
+from router.api.encoding import OutputFormat
 from router.api.outputs_encoding import encode_outputs, encode_terms, encode_token_vectors, quantize_token_vectors
+from router.quantization import quantize
 
 FORMATS = ("float", "base64")
 

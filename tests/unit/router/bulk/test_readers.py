@@ -14,7 +14,7 @@ from router.bulk.readers import Columns, open_sources, read_records
 from router.bulk.records import BulkError, Cursor, Record
 
 TEXT, BEGIN = Columns(), Cursor()
-TEXTS = st.lists(st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), min_size=1), max_size=12)
+TEXTS = st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1), max_size=12)
 EXAMPLES = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 

@@ -37,6 +37,7 @@ CASES = {
     ("spaces", 1): ["spaces", "registry.yaml", "registry.yaml"],
     ("spaces", 2): ["spaces", "none.yaml"],
     ("calibrate", 2): ["calibrate", "gpu", "none.txt"],
+    ("embed", 2): ["embed", "none", "none.txt", "-o", "out.jsonl"],
     ("keys", 2): ["keys", "list", "--file", "none.yaml"],
     ("bench", 2): ["bench", "http://127.0.0.1:9", "--rate", "1", "--seconds", "1", "--no-report"],
     ("ray", 2): ["ray", "deploy"],
@@ -44,6 +45,7 @@ CASES = {
 }
 ELSEWHERE = {
     ("serve", 1): "tests/integration/test_shutdown.py",
+    ("embed", 1): "tests/unit/router/cli/test_embed.py",
     ("bench", 1): "tests/unit/router/cli/test_bench.py",
 }
 """Codes that take a running server, and the tests that have one."""
