@@ -9,7 +9,7 @@ for a bulk request because both want the same input.
 from collections.abc import Container, Iterable, Sequence
 from itertools import chain
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from engines.batching.request import Entry, PendingRequest
 from engines.models.base import PART_TOKENS
@@ -29,6 +29,11 @@ class BatchLimits(Struct, frozen=True):
     max_tokens: int
     max_items: int
     part_tokens: int = PART_TOKENS
+
+    def unsplit(self) -> "BatchLimits":
+        """Returns the same limits with parts as large as a batch: texts are not split among threads that happen to be
+        idle. The last bit of some products depends on the rows of a batch, and on its cores."""
+        return structs.replace(self, part_tokens=self.max_tokens)
 
     def is_small(self, job: PendingRequest) -> bool:
         """Tells whether a request need not wait for bulk requests."""

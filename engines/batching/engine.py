@@ -311,8 +311,7 @@ class EmbeddingEngine:
         is_long = self._is_reentrant and not all(
             any(limit.is_small(target.job) for target in text.targets) for text in texts
         )
-        is_wide = not self._limits.even_batches  # more cores add up some products in another order
-        return Task(partial(self._run_task, texts), is_long=is_long, uses_idle_cores=is_wide)
+        return Task(partial(self._run_task, texts), is_long=is_long, uses_idle_cores=not self._limits.even_batches)
 
     def next_small_task(self) -> Task | None:
         """See `engines.device.tasks.TaskSource`."""
@@ -334,8 +333,7 @@ class EmbeddingEngine:
 
     def _limit(self) -> BatchLimits:
         limit = self._batch if self._runner is None else self._runner.bound(self._batch)
-        # With parts as large as a batch, a call is never split among the threads that happen to be idle.
-        return structs.replace(limit, part_tokens=limit.max_tokens) if self._limits.even_batches else limit
+        return limit.unsplit() if self._limits.even_batches else limit
 
     def _run_task(self, texts: list[Entry]) -> None:
         """Runs a batch and hands its outcome to the event loop."""

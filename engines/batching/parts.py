@@ -20,7 +20,7 @@ class EngineLimits(Struct, frozen=True, kw_only=True):
     Args:
         max_queue_items: texts that may wait.
         max_queue_requests: requests that may wait; None is any number.
-        even_batches: the batches of a call that is alone depend on its texts only, not on which threads are idle.
+        even_batches: a call that is alone gives the same bits each time, whichever threads and cores are idle.
         target_dim: width when a request names none and the model allows it.
     """
 

@@ -11,7 +11,7 @@ from engines.errors import Busy, EngineError, NonFiniteEmbedding, Unavailable
 from engines.host import Host
 from engines.spec import NEVER_IDLE, ModelSpec
 from engines.types import EmbedCall, Embeddings, Outputs, OutputsCall
-from router.backends.worker_config import machine_config
+from router.backends.worker_config import machine_config, memory_rules
 from router.bulk.records import BulkError, BulkStopped, EmbedOptions, Refusal, Vectors, VectorWidths, WindowAnswer
 from router.config.settings import Settings, usable_cores
 from router.quantization import quantize
@@ -159,8 +159,7 @@ def open_local(settings: Settings, registry: Registry, spec: ModelSpec, options:
     """
     from engines.machine import Machine  # late: torch takes seconds to import
 
-    budget = settings.memory_budget or registry.memory_budget
-    config = machine_config(settings, budget, settings.device, usable_cores(), registry.eviction)
+    config = machine_config(settings, memory_rules(settings, registry), settings.device, usable_cores())
     config = structs.replace(
         config, loader=structs.replace(config.loader, even_batches=True, max_queue_requests=None, batch_timeout_s=0.0)
     )
