@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from engines.batching.batch import BatchLimits, form_batch, split_for_threads
 from engines.batching.output import DenseOutput
+from engines.batching.queue import Queue
 from engines.batching.request import Entry, PendingRequest, RowTarget
 from engines.inputs.tokenizer import TokenizedRequest
 
@@ -107,6 +108,19 @@ def test_work_for_several_threads_is_split_into_equal_parts(loop: asyncio.Abstra
     assert split_for_threads(BatchLimits(512, 64), [request], 1) == BatchLimits(512, 64)
     assert split_for_threads(BatchLimits(512, 64), [request], 2) == BatchLimits(200, 64)
     assert split_for_threads(BatchLimits(150, 64), [request], 2) == BatchLimits(150, 64)
+
+
+def test_unsplit_batches_do_not_depend_on_the_idle_threads(loop: asyncio.AbstractEventLoop) -> None:
+    limit = BatchLimits(max_tokens=256, max_items=64).unsplit()
+
+    def batches(idle: Sequence[int]) -> list[list[int]]:
+        queue = Queue(1000, 0.0, lambda: 0.0)
+        queue.admit(job(loop, *(20 + n % 50 for n in range(30))))
+        return [lengths(queue.next_batch(limit, 1 + num_idle)) for num_idle in idle]
+
+    expected = batches([0] * 6)
+    assert sum(map(len, expected)) == 30
+    assert batches([1] * 6) == batches([0, 1, 0, 1, 3, 3]) == expected
 
 
 def test_work_that_is_not_enough_for_two_threads_stays_together(loop: asyncio.AbstractEventLoop) -> None:
