@@ -7,7 +7,7 @@ from typing import Any
 
 from msgspec import structs
 
-from engines.errors import Busy, EngineError, NonFiniteEmbedding, Unavailable
+from engines.errors import Busy, EngineError, LoadFailed, NonFiniteEmbedding, Unavailable
 from engines.host import Host
 from engines.spec import NEVER_IDLE, ModelSpec
 from engines.types import EmbedCall, Embeddings, Outputs, OutputsCall
@@ -116,6 +116,8 @@ class LocalEmbedder:
         for attempt in range(_TRIES):
             try:
                 result = await host.run(call)
+            except LoadFailed as error:
+                raise BulkError(str(error)) from error
             except (Busy, Unavailable) as error:
                 if attempt == _TRIES - 1:
                     raise BulkStopped(str(error)) from error

@@ -31,6 +31,7 @@ EXIT_STOPPED = 3
 EXIT_INTERRUPTED = 130
 """Exit codes: some texts were refused; the command or a file must be corrected; stopped before the end; by Ctrl+C."""
 
+_LINE_BEGIN = "\r\x1b[K"
 _OUTPUTS = ("dense", "sparse", "multi_vector")
 
 
@@ -100,17 +101,17 @@ def command(**chosen: Any) -> None:
         click.echo(str(error), err=True)
         raise SystemExit(EXIT_INVALID) from None
     except BulkStopped as error:
-        click.echo(f"stopped: {error}\n{_how_to_continue()}", err=True)
+        _end(f"stopped: {error}\n{_how_to_continue()}")
         raise SystemExit(EXIT_STOPPED) from None
     except OSError as error:
-        click.echo(f"stopped: {error.strerror or error}\n{_how_to_continue()}", err=True)
+        _end(f"stopped: {error.strerror or error}\n{_how_to_continue()}")
         raise SystemExit(EXIT_STOPPED) from None
     except (KeyboardInterrupt, asyncio.CancelledError):
-        click.echo(f"interrupted\n{_how_to_continue()}", err=True)
+        _end(f"interrupted\n{_how_to_continue()}")
         raise SystemExit(EXIT_INTERRUPTED) from None
     from router.bulk.progress import describe_end
 
-    click.echo(describe_end(job.out, state), err=True)
+    _end(describe_end(job.out, state))
     if state.refused:
         raise SystemExit(EXIT_REFUSED)
 
@@ -193,10 +194,15 @@ async def _run(job: "BulkJob", embedder: "Embedder", observer: "Observer") -> "J
     return await run_job(job, embedder, observer)
 
 
+def _end(text: str) -> None:
+    """Write the last line in the place of the progress."""
+    click.echo(f"{_LINE_BEGIN}{text}" if sys.stderr.isatty() else text, err=True)
+
+
 def _write_line(line: str) -> None:
     click.echo(line, err=True)
 
 
 def _write_over(line: str) -> None:
     """Write over the terminal's present line."""
-    click.echo(f"\r\x1b[K{line}", err=True, nl=False)
+    click.echo(f"{_LINE_BEGIN}{line}", err=True, nl=False)

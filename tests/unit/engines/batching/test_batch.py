@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from engines.batching.batch import BatchLimits, form_batch, split_for_threads
 from engines.batching.output import DenseOutput
-from engines.batching.queue import Queue
 from engines.batching.request import Entry, PendingRequest, RowTarget
 from engines.inputs.tokenizer import TokenizedRequest
 
@@ -114,9 +113,8 @@ def test_unsplit_batches_do_not_depend_on_the_idle_threads(loop: asyncio.Abstrac
     limit = BatchLimits(max_tokens=256, max_items=64).unsplit()
 
     def batches(idle: Sequence[int]) -> list[list[int]]:
-        queue = Queue(1000, 0.0, lambda: 0.0)
-        queue.admit(job(loop, *(20 + n % 50 for n in range(30))))
-        return [lengths(queue.next_batch(limit, 1 + num_idle)) for num_idle in idle]
+        waiting = [job(loop, *(20 + n % 50 for n in range(30)))]
+        return [lengths(form_batch(waiting, split_for_threads(limit, waiting, 1 + num_idle))) for num_idle in idle]
 
     expected = batches([0] * 6)
     assert sum(map(len, expected)) == 30

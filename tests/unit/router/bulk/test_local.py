@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from msgspec import structs
 
-from engines.errors import Busy, NonFiniteEmbedding
+from engines.errors import Busy, NonFiniteEmbedding, QueueFull, UnsupportedModel
 from engines.host import Host, HostConfig
 from engines.spec import Calibration, ModelSpec, Output
 from engines.testing.engine import WIDTH, fake_vector
@@ -64,6 +64,25 @@ async def test_binary_vectors_are_those_of_output_dtype() -> None:
     assert found.vectors.dense is not None
     assert np.array_equal(found.vectors.dense, expected)
     assert widths.dense == WIDTH // 8
+
+
+async def test_a_text_whose_vector_is_not_finite_is_refused_and_the_others_run_again() -> None:
+    failures = {"mini": (None, NonFiniteEmbedding("nan", index=1), QueueFull("full", retry_after_s=0.0))}
+    here = embedder(EmbedOptions(), loader=FakeLoader(embed_failures=failures))
+    await here.open()
+    found = await here.embed(TEXTS)
+    await here.close()
+
+    assert {index: refusal.code for index, refusal in found.refusals.items()} == {1: "non_finite_embedding"}
+    assert found.vectors.dense is not None
+    assert np.array_equal(found.vectors.dense, np.stack([fake_vector("mini", TEXTS[0]), fake_vector("mini", TEXTS[2])]))
+
+
+async def test_a_model_that_cannot_be_loaded_ends_the_job_at_once() -> None:
+    here = embedder(EmbedOptions(), loader=FakeLoader(failures={"mini": (UnsupportedModel("a head it lacks"),) * 9}))
+    with pytest.raises(BulkError, match="a head it lacks"):
+        await here.open()
+    await here.close()
 
 
 def test_int8_without_calibration_is_refused_as_each_window_would_have_its_own_ranges() -> None:
