@@ -60,6 +60,7 @@ class BaseCall(Struct, frozen=True, kw_only=True):
     processes hold.
     `caller` separates the users of one server: no caller fills a queue alone, and none learns what another has asked.
     Empty where there is one user.
+    `is_flex`: the call uses only what other calls leave idle, and may take long.
     """
 
     model_id: str
@@ -67,6 +68,7 @@ class BaseCall(Struct, frozen=True, kw_only=True):
     load_timeout_s: float = 300.0
     may_move: bool = False
     caller: str = ""
+    is_flex: bool = False
 
 
 class TextCall(BaseCall, frozen=True, kw_only=True):

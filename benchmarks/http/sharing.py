@@ -1,11 +1,13 @@
 """Measures what sharing costs: queries beside a bulk request (`queries`), and two models on one device (`models`).
 
     python -m benchmarks.http.sharing queries
+    python -m benchmarks.http.sharing queries --flex
     python -m benchmarks.http.sharing models --models minilm minilm
     python -m benchmarks.http.sharing rerank
 
 `queries`: single queries arrive at random moments, first alone and then while a request of 2,048 texts runs; the bulk
-request runs alone too. Over HTTP, default settings, interleaved rounds. `models`: each model alone, then both at once,
+request runs alone too. Over HTTP, default settings, interleaved rounds. With `--flex` the bulk request asks for idle
+capacity only (`service_tier: "flex"`). `models`: each model alone, then both at once,
 in one process without HTTP; the shares are seconds of the device. With models of different sizes the sum is of parts:
 what each reaches beside the other over what it reaches alone. `rerank`: an embedding model and a reranker, both in
 memory: small requests for either, alone and then while the other has a bulk request.
@@ -90,21 +92,29 @@ def _latencies(name: str, samples: Sequence[float]) -> tuple[str, ...]:
     return (name, str(len(samples)), *(f"{1000 * percentile(samples, at):.1f}" for at in (0.5, 0.95, 0.99)))
 
 
-def run_queries(
-    folder: Path, workload: str, num_texts: int, rounds: int, *, per_s: float = PER_S, idle_s: float = IDLE_S
+def run_queries(  # noqa: PLR0913  # the workload of one measurement
+    folder: Path,
+    workload: str,
+    num_texts: int,
+    rounds: int,
+    *,
+    per_s: float = PER_S,
+    idle_s: float = IDLE_S,
+    is_flex: bool = False,
 ) -> Report:
-    """Measure queries beside a bulk request, on a model folder."""
+    """Measure queries beside a bulk request, on a model folder; the bulk may use only what the queries leave idle."""
     watch = Watch()
     warn_if_busy(watch.machine)
     texts = workloads.make(workload, num_texts, workloads.counter(folder)).texts
     with own_server(folder) as target:
-        bulk, queries = encode(target, texts), make_requests(target, folder, "short", 1)
+        tier = {"service_tier": "flex"} if is_flex else {}
+        bulk, queries = encode(target, texts, **tier), make_requests(target, folder, "short", 1)
         load.run(lambda: load.closed(target, [encode(target, texts[:64]), *queries], 1, until=load.after(20)))
         found = [measure(target, bulk, queries, per_s, idle_s) for _ in with_progress(range(rounds), "round")]
         machine = watch.machine
     return Report(
-        name="fairness",
-        title=f"Queries beside a bulk request of {num_texts} × {workload}",
+        name="fairness-flex" if is_flex else "fairness",
+        title=f"Queries beside a {'flex' if is_flex else 'bulk'} request of {num_texts} × {workload}",
         machine=machine,
         settings={"model": folder.name, "rounds": rounds, "queries a second": per_s, "idle s": idle_s},
         header=("what", "samples", "p50 ms", "p95 ms", "p99 ms"),
@@ -126,9 +136,14 @@ def main_queries(argv: Sequence[str]) -> None:
     parser.add_argument("--texts", type=int, default=BULK_TEXTS, help="of the bulk request")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--per-second", type=float, default=PER_S)
+    parser.add_argument("--idle-seconds", type=float, default=IDLE_S)
+    parser.add_argument("--flex", action="store_true", help="the bulk request has service_tier: flex")
     parser.add_argument("--no-save", dest="results", action="store_const", const=None, default=RESULTS)
     asked = parser.parse_args(argv)
-    report = run_queries(resolve(asked.model), asked.workload, asked.texts, asked.rounds, per_s=asked.per_second)
+    report = run_queries(
+        resolve(asked.model), asked.workload, asked.texts, asked.rounds, per_s=asked.per_second,
+        idle_s=asked.idle_seconds, is_flex=asked.flex,
+    )  # fmt: skip
     publish(report, asked.results)
 
 

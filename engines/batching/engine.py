@@ -17,6 +17,7 @@ from engines.batching.autotune import TunedBatchSize
 from engines.batching.batch import BatchLimits, attribute_batch
 from engines.batching.cache import VectorCache
 from engines.batching.contextual import read_documents
+from engines.batching.flex import FlexTasks
 from engines.batching.maxsim import MaxSimScorer
 from engines.batching.output import OutputDefaults, OutputSpec, output_spec
 from engines.batching.parts import EngineLimits as EngineLimits
@@ -108,6 +109,7 @@ class EmbeddingEngine:
         self._batch = limits.batch
         self._spec = parts.spec
         self._scheduler = scheduler
+        self._flex = FlexTasks(self._queue, self._limit, self._run_task, lambda: self._is_reentrant)
         self._threads = threads
         self._limits = limits
         self._scoring = parts.scoring
@@ -151,7 +153,7 @@ class EmbeddingEngine:
         self._check = None
         if self._spaces is not None:
             await self._spaces.settled_within(FIRST_ANSWER_S)
-        self._scheduler.attach(self)
+        self._scheduler.attach(self, self._flex)
 
     async def run(self, call: Call) -> Result:
         """See `Engine.run`. Cancelling drops what is in no batch yet."""
@@ -165,7 +167,7 @@ class EmbeddingEngine:
     async def _answer(self, call: ModelCall, output: OutputSpec, space: str = "") -> Result:
         reading = self._reading(call)
         with self._threads.trim_heap_after() if reading.num_chars > _HEAVY_CHARS else nullcontext():
-            result = await self._run(reading, output, Origin(call.caller, self._spec.cache_shared), space)
+            result = await self._run(reading, output, Origin(call.caller, self._spec.cache_shared, call.is_flex), space)
         if isinstance(result, Outputs) and isinstance(call, OutputsCall) and call.names_terms:
             return await self._threads.call(partial(name_terms, result, self._tokenizer))
         return result
@@ -224,7 +226,7 @@ class EmbeddingEngine:
         known = self._cache.fill(job) if self._cache is not None and output.is_cached else ()
         missing = [index for index in range(len(job.ids)) if index not in known] if known else None
         deduplicated = self._queue.admit(job, missing)
-        self._scheduler.notify()
+        self._scheduler.notify(is_flex=job.is_flex)
         try:
             if job.rows_missing:
                 await job.done
@@ -289,13 +291,12 @@ class EmbeddingEngine:
     def max_concurrent_tasks(self) -> int:
         """Returns how many batches may run at once; see `engines.device.tasks.TaskSource`.
 
-        A few texts (fewer tokens than the encoder's `part_tokens`) wait for the batch that runs, which has every core
-        meanwhile: a second small batch beside it would read all weights once more, and leave no texts to share the next
-        one with.
+        A few texts (fewer tokens than the encoder's `part_tokens`) wait for the batch that runs, which has every core:
+        a second small one beside it would read all weights again, and leave no texts to share the next one with.
         """
-        return (
-            self._scheduler.num_threads if self._is_reentrant and self._queue.is_worth_splitting(self._limit()) else 1
-        )
+        if not self._is_reentrant:
+            return 0 if self._flex.num_running else 1
+        return self._scheduler.num_threads if self._queue.is_worth_splitting(self._limit()) else 1
 
     def ready_in_s(self) -> float | None:
         """See `engines.device.tasks.TaskSource`. Trials of the batch size run when no text waits."""
@@ -350,7 +351,8 @@ class EmbeddingEngine:
             return
         attribute_batch(self._runner.measure(texts), texts, bad)
         jobs = [target.job for text in texts for target in text.targets]
-        self._queue.on_batch_done(sum(not job.unscheduled for job in set(jobs)), self._scheduler.task_elapsed_s())
+        if not texts[0].is_flex:
+            self._queue.on_batch_done(sum(not job.unscheduled for job in set(jobs)), self._scheduler.task_elapsed_s())
         for loop in {job.done.get_loop() for job in jobs}:
             post(loop, self._settle, iter([job for job in jobs if job.done.get_loop() is loop]), bad)
 

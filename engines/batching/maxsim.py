@@ -202,8 +202,9 @@ class MaxSimScorer:
 
 def _part(call: ScoreCall, texts: tuple[str, ...], side: str) -> OutputsCall:
     return OutputsCall(
-        model_id=call.model_id, texts=texts, outputs=("multi_vector",), input_type=side, caller=call.caller
-    )
+        model_id=call.model_id, texts=texts, outputs=("multi_vector",), input_type=side, caller=call.caller,
+        is_flex=call.is_flex,
+    )  # fmt: skip
 
 
 def _check(call: ScoreCall) -> None:

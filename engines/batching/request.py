@@ -28,10 +28,12 @@ class Origin(Struct, frozen=True):
     Args:
         caller: empty where callers are not told apart.
         is_open: whether callers share their outputs.
+        is_flex: whether the request uses only what others leave idle.
     """
 
     caller: str = ""
     is_open: bool = False
+    is_flex: bool = False
 
     @property
     def circle(self) -> str:
@@ -48,6 +50,7 @@ class PendingRequest:
 
     Attributes:
         caller: empty where callers are not told apart.
+        is_flex: whether it uses only what other requests leave idle.
         keys: of each input.
         output: what it wants of each input.
         rows: one for each input, as `output.allocate` made them; the thread that has a row stores it.
@@ -69,6 +72,7 @@ class PendingRequest:
     ) -> None:
         self.ids = encoded.ids
         self.caller = origin.caller
+        self.is_flex = origin.is_flex
         circle, kind = origin.circle, type(output)
         self.keys: list[Key] = [(ids.tobytes(), encoded.prompt_tokens, circle, kind) for ids in encoded.ids]
         self.output = output
@@ -103,12 +107,14 @@ class Entry:
     """One distinct input in the queue or in a batch, and all requests that want its output.
 
     `owner`: the request that has it among its `unscheduled`, and whose share of a batch takes it; None once one has.
+    `is_flex`: it waits for, or is in a batch of, flex requests.
     """
 
     ids: Ids
     key: Key
     targets: list[RowTarget]
     owner: PendingRequest | None = None
+    is_flex: bool = False
 
     @property
     def prompt_tokens(self) -> int:

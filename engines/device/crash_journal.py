@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from engines.device.flex import FlexSource
 from engines.device.scheduler import DeviceScheduler, Task, TaskSource
 from engines.errors import device_loss
 from engines.protocols import Engine, Loader
@@ -76,12 +77,13 @@ class JournaledScheduler(DeviceScheduler):
         self._journaled: dict[int, _JournaledSource] = {}
         super().__init__(*args, **more)
 
-    def attach(self, source: TaskSource) -> None:
+    def attach(self, source: TaskSource, flex: FlexSource | None = None) -> None:
         """As `DeviceScheduler.attach`."""
         name = self.names.get(source)
         if name is not None:
             self._journaled[id(source)] = _JournaledSource(source, name, self.journal)
-        super().attach(self._wrapped(source))
+            flex = None if flex is None else _JournaledFlexSource(flex, name, self.journal)
+        super().attach(self._wrapped(source), flex)
 
     def detach(self, source: TaskSource) -> None:
         """As `DeviceScheduler.detach`."""
@@ -133,6 +135,22 @@ class _JournaledSource:
                 task.run()
 
         return replace(task, run=run)
+
+
+class _JournaledFlexSource(_JournaledSource):
+    """The same, of flex tasks (`engines.device.flex.FlexSource`)."""
+
+    def __init__(self, source: FlexSource, name: str, journal: CrashJournal) -> None:
+        super().__init__(source, name, journal)
+        self._flex_source = source
+
+    @property
+    def is_exclusive(self) -> bool:
+        return self._flex_source.is_exclusive
+
+    @property
+    def must_finish(self) -> bool:
+        return self._flex_source.must_finish
 
 
 class JournaledLoader:

@@ -8,7 +8,8 @@ The shares are fair in time, not in number of tasks: the source that has used th
 was idle starts level with the rest, so that it can neither save up time nor be starved (start-time fair queuing: Goyal,
 Vin and Cheng 1996). Nothing crosses the event loop between two batches: the threads form the next batch themselves.
 Between two layers a task can be preempted (`DeviceScheduler.preemption_point`): by sources that have used less time,
-and, where it belongs to a bulk job, by small tasks of its own model.
+and, where it belongs to a bulk job, by small tasks of its own model. Flex tasks run on threads of their own, when these
+are idle (`engines.device.flex`).
 """
 
 import asyncio
@@ -19,6 +20,7 @@ from typing import TypeVar
 
 import structlog
 
+from engines.device.flex import LONGEST_SLICE_S, FlexSource, FlexThreads
 from engines.device.health import DeviceHealth, least_healthy
 from engines.device.tasks import ActiveTask, CallQueue, Task, TaskSource, Usage, WorkerThread, post
 from engines.errors import device_loss
@@ -71,6 +73,9 @@ class DeviceScheduler:
         self._ended = threading.Condition(self._lock)
         self._num_free = self._num_woken = 0
         self._local = threading.local()
+        self._name, self._prepare = name, prepare
+        self._num_aside = 0
+        self._flex = FlexThreads(self._lock, clock, self._is_busy, num_threads, self._run_flex)
         self._calls = CallQueue(num_threads, self.report_error)
         self.attach(self._calls)
         self._workers = [WorkerThread() for _ in range(num_threads)]
@@ -90,7 +95,7 @@ class DeviceScheduler:
     @property
     def is_alive(self) -> bool:
         """Whether every thread still runs."""
-        return all(thread.is_alive() for thread in self._threads)
+        return all(thread.is_alive() for thread in (*self._threads, *self._flex.threads))
 
     def health(self) -> DeviceHealth:
         """Returns the health of the thread nearest to its limit; the threads of a closed scheduler count as alive."""
@@ -108,27 +113,34 @@ class DeviceScheduler:
             self._loss = loss
             log.error("device.lost", loss=loss, exc_info=error)
 
-    def attach(self, source: TaskSource) -> None:
-        """Adds a source, which may have work already."""
+    def attach(self, source: TaskSource, flex: FlexSource | None = None) -> None:
+        """Adds a source, which may have work already, and that of its flex tasks."""
         with self._lock:
-            self._usages.append(Usage(source))
+            self._usages.append(usage := Usage(source))
+            if flex is not None:
+                self._flex.attach(flex, usage)
             self._work.notify()
 
     def detach(self, source: TaskSource) -> None:
         """Removes a source; blocks until its running tasks have ended, so that its memory can be freed."""
         with self._lock:
             self._usages = [usage for usage in self._usages if usage.source is not source]
-            self._ended.wait_for(lambda: not any(worker.holds(source) for worker in self._workers))
+            sources, workers = [source, *self._flex.detach(source)], [*self._workers, *self._flex.workers]
+            self._ended.wait_for(lambda: not any(worker.holds(each) for worker in workers for each in sources))
 
     def seconds_of(self, source: TaskSource) -> float:
         """Returns the seconds charged to a source's tasks so far; 0 for a source that is not attached."""
         with self._lock:
-            return sum(usage.total_s for usage in self._usages if usage.source is source)
+            usual_s = sum(usage.total_s for usage in self._usages if usage.source is source)
+            return usual_s + self._flex.seconds_of(source)
 
-    def notify(self) -> None:
-        """Announces that a source may have work. Wakes one thread, which wakes the next when there is more."""
+    def notify(self, *, is_flex: bool = False) -> None:
+        """Announces that a source may have work, also flex work. Wakes one thread, which wakes the next when there is
+        more."""
         with self._lock:
             self._work.notify()
+            if is_flex:
+                self._flex.notify(self._name)
 
     def preemption_point(self) -> None:
         """Runs the tasks that go before the present one. Called before each layer, on the task's thread.
@@ -138,9 +150,15 @@ class DeviceScheduler:
         worker: WorkerThread | None = getattr(self._local, "worker", None)
         if worker is None or not worker.running:
             return
+        if worker.is_flex:
+            self._flex.give_way(worker)
+            return
         if self._clock() - worker.checked_s >= self._check_interval_s:
             with self._lock:
-                worker.charge(self._clock())
+                seconds = worker.charge(self._clock())
+                if self._flex.is_active:
+                    self._flex.on_charged(worker.running[-1].usage, seconds)
+                    self._stand_aside(worker)
             while (picked := self._next_preempting(worker)) is not None:
                 self._run_task(worker, picked)
             worker.checked_s = self._clock()
@@ -175,7 +193,8 @@ class DeviceScheduler:
         with self._lock:
             self._is_closed = True
             self._work.notify_all()
-        for thread in self._threads:
+            self._flex.close()
+        for thread in (*self._threads, *self._flex.threads):
             thread.join(_JOIN_TIMEOUT_S)
 
     def _run(self, worker: WorkerThread, prepare: Callable[[], None]) -> None:
@@ -184,6 +203,48 @@ class DeviceScheduler:
         while (picked := self._wait_for_task(worker)) is not None:
             self._run_task(worker, picked)
             del picked  # it may hold a model, whose memory must be freed while this thread waits
+
+    def _run_flex(self, worker: WorkerThread) -> None:
+        """Runs flex tasks on a flex thread."""
+        self._local.worker = worker
+        self._prepare()
+        while True:
+            with self._lock:
+                picked = self._flex.wait_for_task(worker)
+            if picked is None:
+                return
+            worker.charged_until_s = self._clock()
+            try:
+                picked.task.run()
+            except Exception:
+                log.exception("lane.turn_raised")
+            with self._lock:
+                self._flex.end_task(worker)
+                self._ended.notify_all()
+                self._work.notify()  # an engine whose batches run one at a time may have waited for this one
+            del picked  # as in `_run`
+
+    def _is_busy(self) -> bool:
+        """Whether tasks that are not flex run or wait."""
+        is_running = any(worker.running for worker in self._workers)
+        return is_running or any(usage.source.ready_in_s() is not None for usage in self._usages)
+
+    def _stand_aside(self, worker: WorkerThread) -> bool:
+        """Leaves the core of this thread to flex tasks while the floor is open and no other thread is idle.
+
+        Returns:
+            Whether that was in vain: other processes took the core.
+        """
+        while self._flex.floor.is_open and not (self._num_free or self._num_aside or self._is_closed):
+            self._num_aside += 1
+            is_over = self._flex.slice_ended.wait(LONGEST_SLICE_S)
+            self._num_aside -= 1
+            if worker.running:
+                worker.charged_until_s = self._clock()
+            if not is_over:
+                self._flex.floor.close()
+                return True
+        return False
 
     def _run_task(self, worker: WorkerThread, picked: ActiveTask) -> None:
         """Runs a task that `_pick` or `_pick_small` has started on this worker."""
@@ -194,8 +255,10 @@ class DeviceScheduler:
         except Exception:
             log.exception("lane.turn_raised")
         with self._lock:
-            worker.end_task(self._clock())
+            seconds = worker.end_task(self._clock())
             self._ended.notify_all()
+            if self._flex.is_active:
+                self._flex.on_charged(picked.usage, seconds)
 
     def _share_idle_cores(self, worker: WorkerThread) -> None:
         """Sets the cores of this thread: its own, and an equal part of those of threads that are idle and not woken."""
@@ -210,12 +273,18 @@ class DeviceScheduler:
         """Waits for work and starts a task; returns None when the scheduler closes."""
         with self._lock:
             while not self._is_closed:
+                if self._flex.is_active and self._stand_aside(worker):
+                    in_slice = self._flex.pick(worker)
+                    if in_slice is not None:
+                        return in_slice
                 wait_s = self._refresh_usages()
                 picked = self._pick(worker, self._usages)
                 if picked is not None:
                     self._wake_another()
                     return picked
                 self._num_free += 1
+                if self._flex.is_active:
+                    self._flex.wake()
                 self._work.wait(wait_s)
                 self._num_free, self._num_woken = self._num_free - 1, max(0, self._num_woken - 1)
             return None

@@ -101,12 +101,14 @@ class WorkerThread:
         charged_until_s: the time up to which the running task has been charged, None between tasks.
         checked_s: the time of the last check for preemption.
         cores: the number of cores that the thread may use.
+        is_flex: whether it runs flex tasks, and only these.
     """
 
     running: list[ActiveTask] = field(default_factory=list)
     charged_until_s: float | None = None
     checked_s: float = -math.inf
     cores: int = 0
+    is_flex: bool = False
 
     def start_task(self, started: ActiveTask) -> ActiveTask:
         """Puts a task before the running one."""
@@ -114,22 +116,24 @@ class WorkerThread:
         self.running.append(started)
         return started
 
-    def end_task(self, now_s: float) -> None:
-        """Removes the running task, which has ended."""
-        self.charge(now_s)
+    def end_task(self, now_s: float) -> float:
+        """Removes the running task, which has ended; returns the seconds since it was charged last."""
+        seconds = self.charge(now_s)
         ended = self.running.pop()
         ended.usage.num_tasks -= 1
         if ended.preempted is not None:
             ended.preempted.yielded_s += ended.own_s
         self.charged_until_s = now_s if self.running else None
+        return seconds
 
-    def charge(self, now_s: float) -> None:
-        """Charges the running task for the time since it began or was charged last."""
+    def charge(self, now_s: float) -> float:
+        """Charges the running task for the seconds since it began or was charged last, and returns them."""
         seconds = now_s - (now_s if self.charged_until_s is None else self.charged_until_s)
         self.running[-1].own_s += seconds
         self.running[-1].usage.total_s += seconds
         self.running[-1].usage.used_s += seconds
         self.charged_until_s = now_s
+        return seconds
 
     def holds(self, source: TaskSource) -> bool:
         """Whether a task of the source runs here or is preempted."""

@@ -20,6 +20,7 @@ from engines.pool.eviction import (
     victim_order,
     without_leaving,
 )
+from engines.pool.flex import is_patient, is_spared, patience_deadlines, patient_last
 from engines.pool.messages import ArmTimer, ReadMemory, StartLoad, StartLocate, StartWake
 from engines.pool.parking import Parking, is_host_idle_evictable
 from engines.pool.reasons import IDLE, blocked_by_others, blocked_by_pinned, eviction_cause, load_hangs, still_loading
@@ -42,7 +43,8 @@ def next_deadlines(state: PoolState, deficit_since_s: float | None) -> list[floa
         found.append(deadline_s)
     claims = state.claims()
     if claims:
-        found += [claims[0].claimed_at_s + state.rules.overdue_after_s, state.ceiling_until_s]
+        oldest = patient_last(claims, state.rules, state.now_s)[0]
+        found += [oldest.claimed_at_s + state.rules.overdue_after_s, state.ceiling_until_s, *patience_deadlines(state)]
     if deficit_since_s is not None:
         found.append(deficit_since_s + state.rules.overdue_after_s)
     if claims or deficit_since_s is not None:
@@ -185,7 +187,7 @@ class Admission:
                 self.state.unload(slot, "does not fit any more in the dtype that it is parked in")
 
     def _serve_claims(self) -> None:
-        """Admits claims, oldest first. Five cases:
+        """Admits claims, oldest first, patient ones last (`engines/pool/flex.py`). Five cases:
 
         1. a claim that can never fit beside the pinned models is refused, whatever its position;
         2. while a model loads or warms up, no other load starts: its true size is not known yet;
@@ -205,6 +207,7 @@ class Admission:
                 claims.append(slot)
         if not claims or self.state.in_state("loading", "warming"):  # (2)
             return
+        claims = patient_last(claims, self.state.rules, self.state.now_s)
         head = claims[0]
         is_overdue = self.state.now_s >= head.claimed_at_s + self.state.rules.overdue_after_s
         if self._free_memory(self.need(head), head, limit, is_overdue=is_overdue):
@@ -219,7 +222,7 @@ class Admission:
 
         1. it fits;
         2. it will fit when the models that are draining or unloading are free: wait for them;
-        3. evicting idle models suffices: they are evicted;
+        3. evicting idle models suffices: they are evicted; for a patient claim, those that are idle for long;
         4. the claim is overdue, and evicting idle and busy models suffices: they get no new leases and drain;
         5. nothing suffices yet: no model is evicted.
         """
@@ -230,8 +233,9 @@ class Admission:
         if missing_bytes(staying, need, limit) == 0:
             return False  # (2)
         order = victim_order(self.state.rules, self.state.now_s)
-        victims = choose_victims(staying, self._candidates(even_leased=False), need, limit, order)  # (3)
-        if victims is None and is_overdue:
+        is_polite = claimant is not None and is_patient(claimant, self.state.rules, self.state.now_s)
+        victims = choose_victims(staying, self._candidates(even_leased=False, is_polite=is_polite), need, limit, order)
+        if victims is None and is_overdue and not is_polite:
             victims = choose_victims(staying, self._candidates(even_leased=True), need, limit, order)  # (4)
         if victims and claimant is not None and self.state.now_s >= self.state.ceiling_until_s:
             self._read()  # the reading is old: other processes may hold the memory, and the evictions would be in vain
@@ -241,12 +245,13 @@ class Admission:
             self._evict(victim, claimant, need, missing)
         return False
 
-    def _candidates(self, *, even_leased: bool) -> list[Slot]:
+    def _candidates(self, *, even_leased: bool, is_polite: bool = False) -> list[Slot]:
         state = self.state
         return [
             slot
             for slot in state.slots.values()
             if can_be_victim(slot, state.rules, state.now_s, even_leased=even_leased)
+            and not (is_polite and is_spared(slot, state.rules, state.now_s))
         ]
 
     def _evict(self, victim: Slot, claimant: Slot | None, need: MemoryNeed, missing: int) -> None:

@@ -139,6 +139,7 @@ class LeaseRequested(Struct, frozen=True):
     keep_alive_s: float | None = None
     deadline_s: float = NEVER
     may_move: bool = False
+    is_flex: bool = False
 
 
 class LeaseCancelled(Struct, frozen=True):

@@ -113,7 +113,7 @@ class ModelPool:
         deadline_s = self._runtime.time.now_s() + call.load_timeout_s
 
         def acquire(waiter_id: int) -> LeaseRequested:
-            return LeaseRequested(waiter_id, call.model_id, call.keep_alive_s, deadline_s, call.may_move)
+            return LeaseRequested(waiter_id, call.model_id, call.keep_alive_s, deadline_s, call.may_move, call.is_flex)
 
         return Lease(self.step, self._callers, acquire)
 

@@ -54,6 +54,8 @@ class PoolPolicy(Struct, frozen=True, kw_only=True):
     deficit is overdue after `overdue_after_s`. A reading of the device is valid for `reading_s`. `retry_*` are the
     (first, longest) delay of the quarantine, which doubles. `oom_growth` scales an estimate after an out-of-memory
     error. `eviction` orders victims; for `cost`, a request counts less by a factor of e after each `heat_decay_s`.
+    A claim of flex requests alone evicts only models that are idle for `flex_idle_s`, until it has waited for
+    `flex_patience_s`: `engines/pool/flex.py`.
     """
 
     min_residency_s: float = 5.0
@@ -65,6 +67,8 @@ class PoolPolicy(Struct, frozen=True, kw_only=True):
     oom_growth: float = 1.5
     eviction: Eviction = "lru"
     heat_decay_s: float = HEAT_DECAY_S
+    flex_idle_s: float = 300.0
+    flex_patience_s: float = 120.0
 
 
 class MemoryNeed(Struct, frozen=True, kw_only=True):
@@ -181,12 +185,13 @@ class Slot(Struct, eq=False, kw_only=True):
 
     `claim`: the position in the queue for memory; set by the first request or preload and kept until the model is ready
     or has failed, even if the request is cancelled. `is_wanted`: a preload asked for the model, so a failed load is
-    retried without a request. `claimed_at_s`: when it began to wait for memory. `evicted_for`: the last claimant that
-    it was evicted for. `estimated_bytes`: the estimate that its last load was admitted with. `form`: the dtype of
-    that load, an index into the spec's dtype and its smaller ones. `heat`: the number of its requests, each decayed by
-    its age, as of `heat_at_s`. `measured`: what it takes on the device in that form, once a load has measured it.
-    `host_bytes`: what is charged to the host budget for it. `leaves_to`: where an operator wants it; None: the pool
-    decides. `came_s`: how long its last way to the device took where that was from main memory; None: `load_s` did.
+    retried without a request. `is_flex_claim`: only flex requests made the claim. `claimed_at_s`: when it began to wait
+    for memory. `evicted_for`: the last claimant that it was evicted for. `estimated_bytes`: the estimate that its last
+    load was admitted with. `form`: the dtype of that load, an index into the spec's dtype and its smaller ones. `heat`:
+    the number of its requests, each decayed by its age, as of `heat_at_s`. `measured`: what it takes on the device in
+    that form, once a load has measured it. `host_bytes`: what is charged to the host budget for it. `leaves_to`: where
+    an operator wants it; None: the pool decides. `came_s`: how long its last way to the device took where that was from
+    main memory; None: `load_s` did.
     """
 
     slot_id: int
@@ -205,6 +210,7 @@ class Slot(Struct, eq=False, kw_only=True):
 
     claim: int | None = None
     claimed_at_s: float = 0.0
+    is_flex_claim: bool = False
     is_wanted: bool = False
     waiters: dict[int, Waiter] = {}
     leases: set[int] = msgspec.field(default_factory=set)

@@ -189,6 +189,7 @@ class PoolStateMachine:
         if slot.state == "failed":
             end_quarantine(self.state, slot, "asked for again")
         self.state.add_waiter(slot, waiter)  # (5)
+        slot.is_flex_claim = event.is_flex and (slot.claim is None or slot.is_flex_claim)
         self.state.make_claim(slot)
         return False
 

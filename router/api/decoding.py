@@ -305,6 +305,7 @@ def embed_call(request: EmbeddingRequest, model_id: str, *, load_timeout_s: floa
         keep_alive_s=keep_alive_s(request.keep_alive),
         load_timeout_s=load_timeout_s,
         expect_space=request.expect_space,
+        is_flex=request.service_tier == "flex",
     )
 
 

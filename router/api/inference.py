@@ -250,9 +250,12 @@ def refuse_outputs(model_id: str, has: Sequence[str], wanted: Sequence[str], par
 def admit_call(request: Request[Any, Any, Any], server_state: ServerState, call: AnyCall) -> AnyCall:
     """Return the call with its caller, and with the space that a header expects.
 
+    A flex call no longer takes a place among the running requests.
+
     Raises:
         PermissionDeniedException: the key may not set `keep_alive`.
         InvalidValue: the header is too long.
+        TooManyRequests: too many flex requests run.
     """
     expected = _expected_space(request)
     if expected is not None and isinstance(call, TextCall) and call.expect_space is None:
@@ -262,6 +265,8 @@ def admit_call(request: Request[Any, Any, Any], server_state: ServerState, call:
         call = structs.replace(call, caller=caller)
     if call.keep_alive_s is not None and not server_state.keyring.may_keep_alive(key_of(request)):
         raise PermissionDeniedException(_KEEP_ALIVE_REFUSED)
+    if call.is_flex:
+        permit_of(request).become_flex()
     return call
 
 

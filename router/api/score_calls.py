@@ -56,6 +56,7 @@ def either_rerank_call(data: EitherRerankRequest) -> ScoreCall:
         truncate=tei_truncate(data.truncate, data.truncation_direction),
         activation="none" if data.raw_scores else "probabilities",
         keep_alive_s=keep_alive_s(data.keep_alive),
+        is_flex=data.service_tier == "flex",
     )
 
 
@@ -74,6 +75,7 @@ def _rerank_call(
         max_text_tokens=data.max_tokens_per_doc or None,
         activation="none" if data.raw_scores else "default",
         keep_alive_s=keep_alive_s(data.keep_alive),
+        is_flex=data.service_tier == "flex",
     )
 
 

@@ -212,6 +212,7 @@ async def _score_by_cosine(request: Request[Any, Any, Any], spec: ModelSpec, cal
         normalize=True,
         load_timeout_s=call.load_timeout_s,
         caller=call.caller,
+        is_flex=call.is_flex,
     )
     documents = structs.replace(
         queries,

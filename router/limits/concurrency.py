@@ -72,7 +72,7 @@ class ConcurrencyLimiter:
     A request counts for its caller from its head on, and for the server once its body is complete: a client that sends
     a body byte by byte uses up its own limit, and none of the server's. When as many run as may, a complete request
     waits for one of them to end. Places are given to the waiting callers in turn, so that one with many requests does
-    not delay the others.
+    not delay the others. Flex requests, which may wait for long, have as many places of their own.
     """
 
     def __init__(self, max_running: int, max_body_bytes: int = _BODY_BYTES, max_wait_s: float = 0.0) -> None:
@@ -84,7 +84,7 @@ class ConcurrencyLimiter:
         self._max_incoming_bytes = max(4 * max_body_bytes, _MAX_INCOMING_BYTES)
         self._admitted: Counter[str] = Counter()
         self._incoming_bytes: Counter[str] = Counter()
-        self.num_running = 0
+        self.num_running = self.num_flex = 0
         self.incoming_bytes = 0
 
     def admit(self, caller: Caller) -> None:
@@ -145,6 +145,24 @@ class ConcurrencyLimiter:
                 place.set_result(None)
                 return
         self.num_running -= 1
+
+    def acquire_flex(self) -> None:
+        """Count a running request as a flex request, and hand its place on.
+
+        Raises:
+            TooManyRequests: as many flex requests run as may; nothing was changed.
+        """
+        if self.num_flex >= self._max_running:
+            raise TooManyRequests(
+                f"Concurrency limit reached: {self.num_flex} flex requests running "
+                f"(MAX_CONCURRENT_REQUESTS={self._max_running}); retry"
+            )
+        self.num_flex += 1
+        self.release()
+
+    def release_flex(self) -> None:
+        """Uncount a flex request."""
+        self.num_flex -= 1
 
     def release_admission(self, caller: Caller) -> None:
         """Uncount a request for its caller."""

@@ -68,7 +68,7 @@ class RequestPermit:
         self._limiter = limiter
         self._caller = caller
         self._headers = headers
-        self._is_admitted = self._is_running = False
+        self._is_admitted = self._is_running = self._is_flex = False
         self._body_bytes = 0
         self._reservation: Reservation | None = None
 
@@ -129,6 +129,16 @@ class RequestPermit:
         finally:
             for task in (place, disconnected):
                 task.cancel()
+
+    def become_flex(self) -> None:
+        """Exchange the place among the running requests for one among the flex requests, which may run for long.
+
+        Raises:
+            TooManyRequests: as many flex requests run as may.
+        """
+        if self._is_running and not self._is_flex:
+            self._limiter.concurrency.acquire_flex()
+            self._is_flex = True
 
     async def reserve(self, tokens: int, *, is_certain: bool) -> None:
         """Reserve tokens for this request; `settle` must follow. Does nothing without a token limit.
@@ -192,7 +202,7 @@ class RequestPermit:
         self._end_body()
         if self._is_running:
             self._is_running = False
-            concurrency.release()
+            (concurrency.release_flex if self._is_flex else concurrency.release)()
         if self._is_admitted:
             self._is_admitted = False
             concurrency.release_admission(self._caller)

@@ -30,6 +30,9 @@ MAX_POOL_FACTOR = 16
 EncodingFormat = Literal["float", "base64"]
 OutputDtype = Literal["float", "int8", "uint8", "binary", "ubinary"]
 
+ServiceTier = Literal["auto", "default", "flex", "priority"]
+"""OpenAI's values; all but `flex` are the ordinary class."""
+
 TokenId = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 """64 bits, which is what can be sent to an engine; the engine checks whether the model has the id."""
 
@@ -160,6 +163,13 @@ class EmbeddingRequest(Struct, frozen=True, kw_only=True):
         Meta(
             description="Cluster the token vectors of each document to one for so many tokens, as token pooling of "
             "PyLate does. Default 1: all."
+        ),
+    ] = None
+    service_tier: Annotated[
+        ServiceTier | None,
+        Meta(
+            description="`flex`: use only what other requests leave idle; the request may take long. `auto`, `default` "
+            "and `priority` are the ordinary class."
         ),
     ] = None
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from engines.spec import Truncate
-from router.schemas.inference import MAX_INPUTS, KeepAlive, Name, Usage
+from router.schemas.inference import MAX_INPUTS, KeepAlive, Name, ServiceTier, Usage
 
 _TEXT_SCHEMA = {"type": "string", "minLength": 1}
 _DOCUMENT_SCHEMA = {
@@ -69,6 +69,7 @@ class RerankOptions(Struct, frozen=True, kw_only=True):
         KeepAlive | None, Meta(description="As for POST /v1/embeddings.", examples=["10m", 0, -1])
     ] = None
     method: Annotated[Method | None, Meta(description=_METHOD)] = None
+    service_tier: Annotated[ServiceTier | None, Meta(description="As for POST /v1/embeddings.")] = None
 
 
 class RerankRequest(RerankOptions, frozen=True, kw_only=True):

@@ -486,21 +486,26 @@ class Storm:
 
     def step(self) -> None:
         """Take one random step."""
-        steps = [self.come, self.come, self.cut, self.finish_one, self.put_back_one, self.leave]
+        steps = [self.come, self.come, self.cut, self.cut_flex, self.finish_one, self.put_back_one, self.leave]
         self.chance.choice(steps)()
         assert self.queue.num_items == sum(len(each.unscheduled) for each in self.jobs)
         for each in self.jobs:
             assert all(text.owner is each for text in each.unscheduled)
-            assert all(each.num_tokens == min(w.job.num_tokens for w in text.targets) for text in each.unscheduled)
+            assert all(rank(each) == min(rank(w.job) for w in text.targets) for text in each.unscheduled)
+            assert all(text.is_flex is each.is_flex for text in each.unscheduled)
 
     def come(self) -> None:
-        self.jobs.append(job(self.loop, *(self.chance.choice("abcdefgh") for _ in range(self.chance.randint(1, 5)))))
+        texts = [self.chance.choice("abcdefgh") for _ in range(self.chance.randint(1, 5))]
+        self.jobs.append(job(self.loop, *texts, origin=Origin(is_flex=self.chance.random() < 0.4)))
         self.queue.admit(self.jobs[-1])
 
     def cut(self) -> None:
         self.running.append(
             self.queue.next_batch(BatchLimits(self.chance.randint(1, 4), 64), self.chance.randint(1, 2))
         )
+
+    def cut_flex(self) -> None:
+        self.running.append(self.queue.next_flex_batch(BatchLimits(self.chance.randint(1, 4), 64)))
 
     def finish_one(self) -> None:
         if self.running:
@@ -524,9 +529,13 @@ class Storm:
         """End all running batches."""
         for texts in self.running:
             self.finish(texts)
-        while texts := self.queue.next_batch(LIMIT):
+        while texts := self.queue.next_batch(LIMIT) or self.queue.next_flex_batch(LIMIT):
             self.finish(texts)
         self.loop.close()
+
+
+def rank(each: PendingRequest) -> tuple[bool, int]:
+    return each.is_flex, each.num_tokens
 
 
 @given(seed=st.integers(0, 2**32), steps=st.integers(1, 60))

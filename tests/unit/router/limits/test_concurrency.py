@@ -279,3 +279,38 @@ def test_a_client_that_leaves_while_it_waits_costs_no_place(tmp_path: Path) -> N
     assert status == 200
     assert [call.model_id for call in server.backend.calls] == ["cold", "mini"]
     assert concurrency_of(server).incoming_bytes == 0
+
+
+async def test_a_flex_request_hands_its_place_to_one_that_waits_and_takes_one_of_its_own() -> None:
+    concurrency, caller = ConcurrencyLimiter(1, max_wait_s=10.0), Caller("a", "a")
+    assert concurrency.try_acquire()
+    waiting = asyncio.create_task(concurrency.acquire(caller))
+    await asyncio.sleep(0)
+
+    concurrency.acquire_flex()
+    await waiting
+    running = concurrency.num_running, concurrency.num_flex
+    with pytest.raises(TooManyRequests, match=r"1 flex requests running \(MAX_CONCURRENT_REQUESTS=1\)"):
+        concurrency.acquire_flex()
+    concurrency.release_flex()
+    concurrency.release()
+
+    assert running == (1, 1)
+    assert (concurrency.num_running, concurrency.num_flex) == (0, 0)
+
+
+def test_flex_requests_that_run_keep_no_other_request_out(tmp_path: Path) -> None:
+    keys = write_keys(tmp_path / "keys.yaml", {"web": {}})
+    settings = Settings(keys_file=keys, max_concurrent_requests=1, concurrency_timeout_s=0)
+    with limited(settings) as server, ThreadPoolExecutor() as threads:
+        server.backend.delays_s["cold"] = 0.5
+        flex = threads.submit(server.embed, "web", model="cold", service_tier="flex")
+        while not concurrency_of(server).num_flex:
+            time.sleep(0.002)
+        other = server.embed("web").status_code
+        was_running = concurrency_of(server).num_flex
+        status = flex.result().status_code
+        while concurrency_of(server).num_flex:
+            time.sleep(0.002)
+
+    assert (other, was_running, status, inside(server)) == (200, 1, 200, 0)
