@@ -89,7 +89,7 @@ class Machine:
             space_memory=SpaceMemory(folder),
         )
         devices = find_devices(config.devices)
-        self._host_budget_bytes = host_budget_bytes(config.host_budget, devices) // (config.host_parts * len(devices))
+        self._host_budget_bytes = host_budget_bytes(config.host_budget) // (config.host_parts * len(devices))
         self.hosts = tuple(self._host(device, config, specs) for device in devices)
 
     def close(self) -> None:
@@ -139,21 +139,13 @@ class Machine:
         return scheduler, JournaledLoader(loader, scheduler), conditions
 
 
-SPARE_SHARE = 0.5
-"""The part of free main memory that parked models may take by default, where models run on GPUs."""
-
-
-def host_budget_bytes(budget: Budget | None, devices: Sequence[str]) -> int:
+def host_budget_bytes(budget: Budget | None) -> int:
     """Returns the bytes of main memory for parked models, of all devices together.
 
     Args:
-        budget: a part of main memory, or a size; None: what can be spared, nothing where a device is the CPU.
+        budget: a part of main memory, or a size; None: none, until parking has been measured on a GPU.
     """
-    if budget is not None:
-        return budget.of(device_memory("cpu").read().total_bytes)
-    if "cpu" in devices:
-        return 0
-    return int((device_memory("cpu").read().ceiling_bytes or 0) * SPARE_SHARE)
+    return 0 if budget is None else budget.of(device_memory("cpu").read().total_bytes)
 
 
 def conditions_of(settings: LoaderSettings, num_threads: int) -> str:

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from engines import machine
-from engines.device.memory import MemoryReading
 from engines.errors import InvalidValue
 from engines.machine import Machine, MachineConfig, find_devices
 from engines.spec import ModelSpec
@@ -29,16 +28,12 @@ def test_a_gpu_is_refused_on_a_build_for_cpus_with_the_one_that_is_needed(monkey
         find_devices(["cuda"])
 
 
-def test_main_memory_for_parked_models_is_off_where_a_device_is_the_cpu_and_else_what_can_be_spared(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_main_memory_for_parked_models_is_off_unless_a_budget_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "device_memory", lambda device: FakeMemory(1000))
-    monkeypatch.setattr(FakeMemory, "read", lambda self: MemoryReading(1000, 600))
 
-    assert machine.host_budget_bytes(None, ["cpu"]) == 0
-    assert machine.host_budget_bytes(None, ["cuda:0", "cuda:1"]) == 300
-    assert machine.host_budget_bytes(Budget(fraction=0.2), ["cpu"]) == 200
-    assert machine.host_budget_bytes(Budget(size_bytes=0), ["cuda:0"]) == 0
+    assert machine.host_budget_bytes(None) == 0
+    assert machine.host_budget_bytes(Budget(fraction=0.2)) == 200
+    assert machine.host_budget_bytes(Budget(size_bytes=0)) == 0
 
 
 async def test_a_parked_model_of_a_machine_comes_back_by_copies_alone_with_the_same_vectors() -> None:
