@@ -11,6 +11,8 @@ from litestar.datastructures import State
 from litestar.di import Provide
 
 from router.api.admin import AdminController
+from router.api.batch_service import open_batches, run_batches
+from router.api.batches import BatchesController
 from router.api.compat.cohere import CohereController
 from router.api.compat.ollama import OllamaController, answer_ollama_error
 from router.api.compat.ollama_models import OllamaModelsController
@@ -26,6 +28,7 @@ from router.api.embeddings import (
     InfinityController,
     PathController,
 )
+from router.api.files import FilesController
 from router.api.inference import SPACE_HEADER
 from router.api.models import ModelsController
 from router.api.probes import HealthController, MetricsController
@@ -47,8 +50,8 @@ from router.server.schedule import run_schedule
 from router.server.state import ServerState, provide_spec
 
 _CONTROLLERS = (
-    EmbeddingsController, RerankController, ScoreController, ModelsController, AdminController, HealthController,
-    MetricsController,
+    EmbeddingsController, RerankController, ScoreController, ModelsController, FilesController, BatchesController,
+    AdminController, HealthController, MetricsController,
 )  # fmt: skip
 _COMPATIBILITY_APIS: dict[str, tuple[type[Controller], ...]] = {
     "tei": (TeiController, TeiOutputsController),
@@ -81,7 +84,7 @@ def create_app(
         watch_registry: reload the registry when the file changes that `REGISTRY` names.
 
     Raises:
-        KeysError, SettingsError: the keys file, the storage of limits or the tracing exporter cannot be used.
+        KeysError, SettingsError: the keys file, the storage of limits, the tracing exporter or DATA_DIR cannot be used.
     """
     server_state = ServerState(settings, registry, backend, open_keyring(settings), int(wall_clock()))
     reloader = Reloader(server_state)
@@ -94,6 +97,7 @@ def create_app(
         "limiter": limiter,
         "recorder": recorder,
         "traffic": traffic,
+        "batches": open_batches(settings, server_state, recorder, wall_clock),
     }
     compatibility_apis = [controller for name in settings.skins for controller in _COMPATIBILITY_APIS[name]]
     page = TeiRootController if "tei" in settings.skins else DashboardController
@@ -107,6 +111,7 @@ def create_app(
             lambda _: watched_keys(server_state),
             lambda _: background_tasks(backend, recorder),
             _lifespan(server_state, reloader if watch_registry else None),
+            run_batches,
         ],
         state=State(parts | {"observers": observers}),
         request_max_body_size=settings.max_body_bytes,

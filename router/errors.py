@@ -63,6 +63,34 @@ class TooManyRequests(engine.Busy):
     """The caller or the server has reached its limit of concurrent requests."""
 
 
+class FileTooLarge(engine.EngineError):
+    """The uploaded file has more bytes than MAX_FILE_BYTES."""
+
+
+class QuotaExceeded(engine.EngineError):
+    """The key has as many files, stored bytes or unfinished batches as it may have."""
+
+
+class FileInUse(engine.Conflict):
+    """An unfinished batch reads this file."""
+
+
+class BatchFinished(engine.Conflict):
+    """The batch cannot be cancelled any more."""
+
+
+class ObjectNotFound(engine.EngineError):
+    """This key has no file or batch with this id."""
+
+
+class BatchesDisabled(engine.EngineError):
+    """This server keeps no files and runs no batches, because DATA_DIR is not set."""
+
+
+class StorageUnavailable(engine.Unavailable):
+    """The disk or the database of files and batches cannot be used now."""
+
+
 class ClientLeft(Exception):
     """The client disconnected before its answer was ready. Nothing is sent; the log shows status 499."""
 
@@ -107,6 +135,13 @@ TABLE: dict[type[Exception], ErrorRow] = {
     RateLimitExceeded: ErrorRow(429, "rate_limit_error", "rate_limit_exceeded"),
     RequestExceedsLimit: ErrorRow(429, "rate_limit_error", "rate_limit_exceeded", should_retry=False),
     TooManyRequests: ErrorRow(429, "rate_limit_error", "too_many_requests"),
+    FileTooLarge: _invalid("body_too_large", 413),
+    QuotaExceeded: ErrorRow(429, "rate_limit_error", "quota_exceeded", should_retry=False),
+    FileInUse: ErrorRow(409, "conflict_error", "file_in_use", should_retry=False),
+    BatchFinished: ErrorRow(409, "conflict_error", "batch_finished", should_retry=False),
+    ObjectNotFound: _invalid("not_found", 404),
+    BatchesDisabled: _invalid("not_found", 404),
+    StorageUnavailable: _server(503, "storage_unavailable"),
     engine.QueueFull: ErrorRow(429, "rate_limit_error", "queue_full"),
     engine.ModelLoading: _server(503, "model_loading"),
     engine.LoadFailed: _LOAD_FAILED,

@@ -91,6 +91,7 @@ def openapi_config() -> OpenAPIConfig:
         tags=[
             Tag(name="embeddings", description="Compute vectors of texts."),
             Tag(name="rerank", description="Compute scores and labels; embedding models give cosines."),
+            Tag(name="batches", description="Files and batches, as OpenAI has them; `DATA_DIR` turns them on."),
             Tag(name="models", description="The models in the registry."),
             Tag(
                 name="admin", description="Models in memory and operator commands; needs a key with the scope `admin`."

@@ -39,7 +39,7 @@ class EmbeddingsController(Controller):
         self, request: Request[Any, Any, Any], data: JSONBody[EmbeddingRequest]
     ) -> ASGIResponse:
         """Loads the model first if it is not in memory; the request waits for it."""
-        return await _answer(request, data)
+        return await answer_embeddings(request, data)
 
 
 class PathController(Controller):
@@ -53,7 +53,7 @@ class PathController(Controller):
         self, request: Request[Any, Any, Any], data: JSONBody[EmbeddingRequest], spec: NamedDependency[ModelSpec]
     ) -> ASGIResponse:
         """Ignores the body's `model`, which OpenAI's clients always send."""
-        return await _answer(request, structs.replace(data, model=spec.model_id))
+        return await answer_embeddings(request, structs.replace(data, model=spec.model_id))
 
 
 class InfinityController(Controller):
@@ -67,7 +67,7 @@ class InfinityController(Controller):
     ) -> ASGIResponse:
         """Does the same as POST /v1/embeddings, and understands the defaults that Infinity's client sends."""
         model = None if data.model == UNNAMED_MODEL else data.model
-        return await _answer(request, structs.replace(data, model=model, dimensions=data.dimensions or None))
+        return await answer_embeddings(request, structs.replace(data, model=model, dimensions=data.dimensions or None))
 
     @get(
         "/models",
@@ -103,10 +103,10 @@ class AzureController(Controller):
         self, request: Request[Any, Any, Any], data: JSONBody[EmbeddingRequest], spec: NamedDependency[ModelSpec]
     ) -> ASGIResponse:
         """Ignores the body's `model`, which is the deployment's or the model's own name at Azure."""
-        return await _answer(request, structs.replace(data, model=spec.model_id))
+        return await answer_embeddings(request, structs.replace(data, model=spec.model_id))
 
 
-async def _answer(request: Request[Any, Any, Any], wanted: EmbeddingRequest) -> ASGIResponse:
+async def answer_embeddings(request: Request[Any, Any, Any], wanted: EmbeddingRequest) -> ASGIResponse:
     """Answer with dense vectors, or with the other outputs that the request names. Three cases:
 
     1. dense vectors alone, or no outputs named and the model has dense vectors.

@@ -17,7 +17,7 @@ from litestar.openapi.spec import Example
 from engines.types import Plan
 from router.errors import TABLE, ErrorRow
 from router.registry.registry import Changes
-from router.schemas import admin, compat, inference, ollama, outputs, scoring
+from router.schemas import admin, batches, compat, inference, ollama, outputs, scoring
 
 BEARER = [{"BearerToken": list[str]()}]
 GUARDED = ("invalid_api_key", "insufficient_scope")
@@ -41,8 +41,25 @@ _WIRE = (
     inference.EmbeddingRequest, inference.EmbeddingResponse, inference.ErrorEnvelope, inference.Model,
     inference.ModelList, admin.Slot, admin.SlotList, admin.ModelSlots, admin.PreloadRequest, admin.EvictRequest,
     admin.Memory, admin.LastMinute, admin.ModelTraffic, admin.Status, Plan, Changes, *compat.WIRE,
-    *scoring.WIRE, *ollama.WIRE, *outputs.WIRE,
+    *scoring.WIRE, *ollama.WIRE, *batches.WIRE, *outputs.WIRE,
 )  # fmt: skip
+_UPLOAD = {
+    "required": True,
+    "content": {
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "required": ["purpose", "file"],
+                "properties": {
+                    "purpose": {"type": "string", "enum": ["batch"]},
+                    "file": {"type": "string", "format": "binary"},
+                    "expires_after[seconds]": {"type": "integer", "minimum": 3600, "maximum": 2592000},
+                },
+            }
+        }
+    },
+}
+"""The body of `POST /v1/files`, which its handler reads as it arrives."""
 _REQUEST_EXAMPLE = {"model": "all-MiniLM-L6-v2", "input": ["The cat sits outside", "A man is playing guitar"]}
 
 
@@ -99,6 +116,7 @@ class OpenApiJson(JsonRenderPlugin):
             path: {method: _corrected(operation) for method, operation in item.items()}
             for path, item in openapi_schema["paths"].items()
         }
+        paths["/v1/files"] |= {"post": paths["/v1/files"]["post"] | {"requestBody": _UPLOAD}}
         return super().render(request, openapi_schema | {"components": components, "paths": paths})
 
 

@@ -49,6 +49,7 @@ class MetricsController(Controller):
             version=embedyard_version(),
             now_s=time.time(),
             is_limit_storage_up=not limiter_of(request).store.is_down,
+            batches=batches.counts if (batches := request.app.state.batches) is not None else {},
         )
         exporter = MetricsExporter(recorder_of(request), sample)
         body, content_type = await asyncio.to_thread(exporter.text, request.headers.get("accept", ""))

@@ -36,12 +36,12 @@ class RerankController(Controller):
     @InferenceRoute("/v1/rerank", summary="Rank documents for a query", returns=RerankResponse, description=_BEST_FIRST)
     async def rerank(self, request: Request[Any, Any, Any], data: JSONBody[RerankRequest]) -> ASGIResponse:
         """Scores each document with a reranker; an embedding model ranks by its vectors (`method`)."""
-        return await _answer(request, data, rerank_call(data), "1")
+        return await answer_rerank(request, data, rerank_call(data), "1")
 
     @InferenceRoute("/v2/rerank", summary="Rank documents (Cohere)", returns=RerankResponse, description=_BEST_FIRST)
     async def cohere_rerank(self, request: Request[Any, Any, Any], data: JSONBody[RerankRequest]) -> ASGIResponse:
         """As POST /v1/rerank."""
-        return await _answer(request, data, rerank_call(data), "2")
+        return await answer_rerank(request, data, rerank_call(data), "2")
 
     @InferenceRoute(
         "/rerank",
@@ -53,7 +53,7 @@ class RerankController(Controller):
         """As POST /v1/rerank with `documents`; with `texts` as text-embeddings-inference, whose scores are sigmoids."""
         call = either_rerank_call(data)
         if data.documents is not None:
-            return await _answer(request, data, call, "2" if data.raw_scores is None else "infinity")
+            return await answer_rerank(request, data, call, "2" if data.raw_scores is None else "infinity")
         with rename_error_params(TEI_TRUNCATION, documents="texts"):
             scored = await score(request, data.model, call, "rerank", methods=("maxsim",), method=data.method)
         body = await encode_tei_ranking(scored, call.texts if data.return_text else None)
@@ -67,10 +67,10 @@ class RerankController(Controller):
     )
     async def infinity_rerank(self, request: Request[Any, Any, Any], data: JSONBody[RerankRequest]) -> ASGIResponse:
         """As POST /v1/rerank; the answer is Infinity's, with documents as strings."""
-        return await _answer(request, data, rerank_call(data), "infinity")
+        return await answer_rerank(request, data, rerank_call(data), "infinity")
 
 
-async def _answer(
+async def answer_rerank(
     request: Request[Any, Any, Any], data: RerankOptions, call: ScoreCall, shape: Literal["1", "2", "infinity"]
 ) -> ASGIResponse:
     """Rank, and answer as that version of Cohere's API does, or as Infinity."""

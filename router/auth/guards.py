@@ -82,7 +82,7 @@ class Keyring:
     def __init__(self, keys: Iterable[Key], open_scopes: Iterable[Scope] = ()) -> None:
         self.keys = tuple(keys)
         self._open_scopes = frozenset(open_scopes)
-        num_callers = sum("embed" in key.scopes for key in self.keys) + ("embed" in self._open_scopes)
+        num_callers = sum(key.has("batch") for key in self.keys) + ("embed" in self._open_scopes)
         self._is_shared = num_callers > 1
 
     def admit(self, authorization: str | None, scope: Scope) -> Key:
@@ -95,9 +95,9 @@ class Keyring:
         scheme, _, secret = (authorization or "").partition(" ")
         is_given = scheme.lower() == "bearer" and bool(secret.strip())
         key = self._find(secret.strip()) if is_given else None
-        if key is not None and scope in key.scopes:
+        if key is not None and key.has(scope):
             return key
-        if scope in self._open_scopes:
+        if scope in self._open_scopes or (scope == "batch" and "embed" in self._open_scopes):
             return ANONYMOUS
         if key is None:
             is_bare = bool(scheme) and scheme.lower() != "bearer"
@@ -116,6 +116,12 @@ class Keyring:
     def _may_show(self, value: str) -> bool:
         is_name = bool(_NAME.fullmatch(value)) or value in _CONSTANTS
         return is_name and self._find(value) is None
+
+    def find(self, owner: str) -> Key | None:
+        """Return the key with the owner's name (see `owner_of`) if it may run batches now."""
+        if owner == owner_of(ANONYMOUS):
+            return ANONYMOUS if "embed" in self._open_scopes else None
+        return next((key for key in self.keys if owner_of(key) == owner and key.has("batch")), None)
 
     def caller_of(self, key: Key) -> str:
         """Return the name under which engines schedule this key's requests; empty if only one key can embed."""
@@ -137,6 +143,11 @@ class Keyring:
         digest = digest_of(secret)
         matches = [key for key in self.keys if hmac.compare_digest(key.digest, digest)]
         return matches[0] if matches else None
+
+
+def owner_of(key: Key) -> str:
+    """Return the name under which the files and batches of a key are stored; all requests without a key share one."""
+    return "anonymous" if key.is_anonymous else f"key:{key.id}"
 
 
 def keyring_of(settings: Settings, filed: Iterable[Key] = ()) -> Keyring:

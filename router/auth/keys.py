@@ -8,7 +8,8 @@ from typing import Literal
 
 from msgspec import Struct
 
-Scope = Literal["embed", "admin"]
+Scope = Literal["embed", "admin", "batch"]
+"""`batch`: files and batches; `embed` includes it, so that `batch` alone is a key for bulk work only."""
 
 _PREFIX = "ey-"
 _RANDOM_BYTES = 32
@@ -42,6 +43,10 @@ class Key(Struct, frozen=True, kw_only=True):
     def is_anonymous(self) -> bool:
         """Whether this stands for requests without a key."""
         return not self.digest
+
+    def has(self, scope: Scope) -> bool:
+        """Whether the key opens routes of that scope."""
+        return scope in self.scopes or (scope == "batch" and "embed" in self.scopes)
 
     def may_use(self, names: Iterable[str]) -> bool:
         """Whether a model with these names is allowed."""

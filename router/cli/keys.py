@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, get_args
 
 import click
 import msgspec
@@ -59,7 +59,7 @@ def command() -> None:
 
 @command.command("create")
 @click.argument("key_id", metavar="NAME", callback=_checked_by(read_id))
-@click.option("--scope", "scopes", type=click.Choice(["embed", "admin"]), multiple=True, help="Default: embed.")
+@click.option("--scope", "scopes", type=click.Choice(get_args(Scope)), multiple=True, help="Default: embed.")
 @click.option(
     "--model",
     "models",

@@ -16,6 +16,7 @@ SKINS = ("tei", "cohere", "ollama", "infinity", "azure", "path", "voyage")
 """The compatibility APIs: those of other embedding servers, and `path` (the model in the path)."""
 _WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 _ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^\s/,]+", re.ASCII)
+_DATABASE = re.compile(r"[a-z0-9]+(?:\+[a-z0-9_]+)?://\S*", re.ASCII)
 _STORAGE = re.compile(r"async\+[a-z0-9+.-]+://\S*", re.ASCII)
 
 
@@ -142,6 +143,13 @@ def storage(text: str) -> str:
         raise ValueError(
             "a storage URI that starts with async+, such as async+memory:// or async+redis://localhost:6379"
         )
+    return text
+
+
+def database(text: str) -> str:
+    """Parse a database URL as SQLAlchemy writes it."""
+    if not _DATABASE.fullmatch(text):
+        raise ValueError("a SQLAlchemy URL such as postgresql+psycopg://user:password@host/name")
     return text
 
 

@@ -82,6 +82,13 @@ class Settings(Struct, frozen=True, kw_only=True):
     cors_origins: tuple[str, ...] = ()
     forwarded_allow_ips: tuple[str, ...] = ()
     skins: tuple[str, ...] = values.SKINS
+    data_dir: Path | None = None
+    batch_database: str | None = None
+    batch_concurrency: int = 32
+    max_file_bytes: int = 2 * 2**30
+    max_files_per_key: int = 1000
+    max_bytes_per_key: int = 20 * 2**30
+    file_retention_s: float = 30 * 86400.0
 
     @property
     def is_loopback(self) -> bool:
@@ -150,6 +157,13 @@ VARIABLES = (
     Variable.of("CORS_ORIGINS", values.origins),
     Variable.of("FORWARDED_ALLOW_IPS", values.networks),
     Variable.of("SKINS", values.skins),
+    Variable.of("DATA_DIR", values.path),
+    Variable.of("BATCH_DATABASE", values.database, is_secret=True),  # its URL may hold a password
+    Variable.of("BATCH_CONCURRENCY", values.integer(1, 4096)),
+    Variable.of("MAX_FILE_BYTES", values.size_bytes),
+    Variable.of("MAX_FILES_PER_KEY", values.integer(1)),
+    Variable.of("MAX_BYTES_PER_KEY", values.size_bytes),
+    Variable.of("FILE_RETENTION", values.duration_s(3600.0), unit="_s"),
 )
 
 

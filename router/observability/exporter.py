@@ -1,6 +1,6 @@
 """`MetricsExporter`: writes `GET /metrics`: recorded values, and states and bytes from the hosts' snapshots."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from msgspec import Struct
 from prometheus_client import Metric as Family
@@ -16,7 +16,10 @@ _RECENT_S = 600.0
 
 
 class ServerSample(Struct, frozen=True):
-    """State of the server at one scrape. `faults`: host ids whose device is down. `now_s`: Unix time."""
+    """State of the server at one scrape.
+
+    `faults`: host ids whose device is down. `now_s`: Unix time. `batches`: how many there are by status.
+    """
 
     hosts: Sequence[HostSnapshot]
     faults: frozenset[str]
@@ -24,6 +27,7 @@ class ServerSample(Struct, frozen=True):
     version: str
     now_s: float
     is_limit_storage_up: bool = True
+    batches: Mapping[str, int] = {}
 
 
 class MetricsExporter:
@@ -56,6 +60,8 @@ def samples(sample: ServerSample) -> Iterator[tuple[Metric, tuple[str, ...], flo
     yield metrics.BUILD_INFO, (sample.version,), 1.0
     yield metrics.READY, (), float(sample.is_ready)
     yield metrics.LIMIT_STORAGE_UP, (), float(sample.is_limit_storage_up)
+    for status, count in sample.batches.items():
+        yield metrics.BATCHES, (status,), float(count)
     for host in sample.hosts:
         yield metrics.DEVICE_UP, (host.host_id,), float(host.host_id not in sample.faults)
         yield from _of_host(host, sample.now_s)

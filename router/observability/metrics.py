@@ -68,6 +68,8 @@ BATCH_TEXTS = _histogram("batch_texts", "model", "Texts in one forward pass", _T
 BATCH_TOKENS = _histogram("batch_tokens", "model", "Real tokens in one forward pass", _TOKENS)
 PACKING = _histogram("packing_efficiency_ratio", "model", "Real tokens over computed ones; 1 has no padding", _SHARES)
 
+BATCH_LINES = _counter("batch_lines", "outcome", "Lines of batches answered: completed, or failed into the error file")
+
 # ---- models, counted from the event stream ----
 
 LOADS = _counter("loads", "model host", "Models loaded")
@@ -116,6 +118,7 @@ DEVICE_UP = _gauge("device_up", "host", "0 when the device has failed, its threa
 HOST_RESTARTS = _gauge("host_restarts", "host", "How often the host's worker process has died and was started anew")
 READY = _gauge("ready", "", "1 while new work is taken, 0 while the server drains")
 LIMIT_STORAGE_UP = _gauge("limit_storage_up", "", "0 while the storage of rate limits does not answer")
+BATCHES = _gauge("batches", "status", "Batches of all servers on this database, by status")
 BUILD_INFO = _gauge("build_info", "version", "Always 1")
 LOOP_LAG_SECONDS = _histogram("event_loop_lag_seconds", "", "How late the event loop woke a task that slept 0.25 s")
 
@@ -124,7 +127,7 @@ ALL: tuple[Metric, ...] = tuple(value for value in vars().values() if isinstance
 READ_AT_SCRAPE = frozenset({
     MODEL_STATE, QUEUE_DEPTH, LEASES, WAITERS, FALLBACK, MODEL_BYTES, RESIDENTS, USED_BYTES, WORKSPACE_BYTES,
     FREE_BYTES, BUDGET_BYTES, HOST_USED_BYTES, HOST_BUDGET_BYTES, DEVICE_BYTES, WORKING_SET_BYTES, DEVICE_UP,
-    HOST_RESTARTS, READY, LIMIT_STORAGE_UP, BUILD_INFO,
+    HOST_RESTARTS, READY, LIMIT_STORAGE_UP, BATCHES, BUILD_INFO,
 })  # fmt: skip
 """Metrics whose values are not stored between scrapes."""
 

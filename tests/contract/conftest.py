@@ -17,14 +17,14 @@ KEY = "sk-contract"
 REGISTRY = Path(__file__).with_name("registry.yaml")
 
 
-def contract_app() -> Litestar:
-    """Return the server's app, which is not started yet."""
+def contract_app(data_dir: Path) -> Litestar:
+    """Return the server's app, which is not started yet. `data_dir`: for files and batches."""
     registry = read_registry(REGISTRY)
     backend = LocalBackend([fake_host(*registry.models.values())], registry.models)
-    return create_app(Settings(api_key=KEY, registry=REGISTRY), registry, backend)
+    return create_app(Settings(api_key=KEY, registry=REGISTRY, data_dir=data_dir), registry, backend)
 
 
 @pytest.fixture(scope="session")
-def url() -> Iterator[str]:
-    with serving_in_thread(contract_app()) as url:
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with serving_in_thread(contract_app(tmp_path_factory.mktemp("data"))) as url:
         yield url

@@ -12,6 +12,8 @@ import logging
 import re
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import structlog
 from msgspec import Struct
@@ -53,7 +55,7 @@ def main() -> int:
     """Send thousands of requests, and write schemathesis' report."""
     max_examples = int(sys.argv[1]) if len(sys.argv) > 1 else 300
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
-    with serving_in_thread(contract_app()) as url:
+    with tempfile.TemporaryDirectory() as folder, serving_in_thread(contract_app(Path(folder))) as url:
         found = fuzz(url, max_examples=max_examples)
     sys.stdout.write(found.report + "\n")
     return 0 if found.is_clean and found.cases >= CASES else 1

@@ -1,5 +1,5 @@
 // The official Node client against the server at BASE_URL: prints one JSON line of what it saw.
-import OpenAI from "openai";
+import OpenAI, { toFile } from "openai";
 
 const client = new OpenAI({ baseURL: `${process.env.BASE_URL}/v1`, apiKey: process.env.API_KEY, maxRetries: 0 });
 const texts = ["the first text", "another one"];
@@ -19,6 +19,26 @@ async function refusal(call) {
   }
 }
 
+const lines = texts.map((input, index) =>
+  JSON.stringify({ custom_id: `${index}`, method: "POST", url: "/v1/embeddings", body: { model: "mini", input } }),
+);
+const file = await client.files.create({
+  file: await toFile(Buffer.from(lines.join("\n")), "corpus.jsonl"),
+  purpose: "batch",
+});
+let batch = await client.batches.create({
+  input_file_id: file.id,
+  endpoint: "/v1/embeddings",
+  completion_window: "24h",
+});
+while (["validating", "in_progress", "finalizing"].includes(batch.status)) {
+  await new Promise((resolve) => setTimeout(resolve, 20));
+  batch = await client.batches.retrieve(batch.id);
+}
+const output = await (await client.files.content(batch.output_file_id)).text();
+const listed = [];
+for await (const found of client.batches.list({ limit: 1 })) listed.push(found.id);
+
 const wrongKey = new OpenAI({ baseURL: `${process.env.BASE_URL}/v1`, apiKey: "sk-wrong", maxRetries: 0 });
 console.log(
   JSON.stringify({
@@ -28,6 +48,10 @@ console.log(
     timing: plain.response.headers.get("server-timing"),
     narrow: narrow.data[0].embedding,
     models,
+    batch,
+    batchVectors: output.trim().split("\n").map((row) => JSON.parse(row).response.body.data[0].embedding),
+    batchListed: listed.includes(batch.id),
+    cancelled: await refusal(() => client.batches.cancel(batch.id)),
     other: other.id,
     badWidth: await refusal(() => client.embeddings.create({ model: "mini", input: "a", dimensions: 5 })),
     noModel: await refusal(() => client.embeddings.create({ model: "nothing", input: "a" })),

@@ -63,6 +63,15 @@ def test_models_are_listed_and_found(seen: dict[str, Any]) -> None:
     assert seen["other"] == "org/other"
 
 
+def test_a_batch_runs_from_upload_to_download(seen: dict[str, Any]) -> None:
+    assert seen["batch"]["status"] == "completed"
+    assert seen["batch"]["request_counts"] == {"total": 2, "completed": 2, "failed": 0}
+    expected = [fake_vector("mini", text) for text in ("the first text", "another one")]
+    assert np.allclose(np.array(seen["batchVectors"], np.float32), np.array(expected), atol=1e-6)
+    assert seen["batchListed"]
+    assert seen["cancelled"] == {"kind": "ConflictError", "status": 409, "code": "batch_finished", "param": None}
+
+
 def test_refusals_become_the_clients_own_errors(seen: dict[str, Any]) -> None:
     assert seen["badWidth"] == {
         "kind": "BadRequestError", "status": 400, "code": "dimensions_not_supported", "param": "dimensions"

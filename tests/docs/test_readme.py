@@ -51,8 +51,8 @@ COMMANDS = list(dict.fromkeys(line.removeprefix("$ ") for line in LINES if line.
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[LiveServer]:
-    with serve_live(ROOT / "registry.yaml") as server:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    with serve_live(ROOT / "registry.yaml", DATA_DIR=str(tmp_path_factory.mktemp("data"))) as server:
         yield server
 
 

@@ -17,11 +17,14 @@ CODES = {
     403: {"insufficient_scope", "model_not_allowed"},
     404: {"model_not_found", "not_found"},
     405: {"method_not_allowed"},
-    409: {"model_in_use", "model_pinned", "space_mismatch"},
+    409: {"model_in_use", "model_pinned", "space_mismatch", "file_in_use", "batch_finished"},
     413: {"body_too_large"},
-    429: {"rate_limit_exceeded", "queue_full", "too_many_requests"},
+    429: {"rate_limit_exceeded", "queue_full", "too_many_requests", "quota_exceeded"},
     500: {"internal_error", "non_finite_embedding", "model_too_large"},
-    503: {"model_loading", "model_load_failed", "shutting_down", "out_of_memory", "device_down", "host_lost"},
+    503: {
+        "model_loading", "model_load_failed", "shutting_down", "out_of_memory", "device_down", "host_lost",
+        "storage_unavailable",
+    },
 }  # fmt: skip
 """Error codes of the contract by status."""
 

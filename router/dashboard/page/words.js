@@ -172,6 +172,7 @@ const ERRORS_IN_CHINESE = {
   model_pinned: "模型已固定，不能驱逐", model_too_large: "模型超过内存预算", non_finite_embedding: "模型算出的向量含非有限值",
   not_found: "没有这个路由", out_of_memory: "内存不足", prompt_not_found: "模型没有这个提示词", queue_full: "队列已满，请稍后重试",
   rate_limit_exceeded: "已达速率上限，请稍后重试", shutting_down: "服务器正在关闭", task_not_supported: "该模型不支持此任务", space_mismatch: "向量不在所期望的空间",
+  batch_finished: "批处理已结束，无法取消", file_in_use: "批处理正在读取该文件", quota_exceeded: "已达该密钥的文件或批处理配额", storage_unavailable: "文件与批处理的存储暂不可用",
   too_many_inputs: "输入条数超过上限", too_many_requests: "并发请求数已达上限，请稍后重试",
   bad_model: "模型无法使用", unsupported_model: "不支持这个模型", broken_files: "模型文件已损坏", files_changed: "模型文件在加载时发生变化",
   self_check_failed: "自检未通过", source_error: "无法获取模型文件", source_not_found: "模型仓库中没有这个模型",

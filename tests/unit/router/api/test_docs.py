@@ -96,6 +96,8 @@ GOOD_CALLS: list[tuple[str, str, str, Any, int]] = [
     ("get", "/admin/traffic", "/admin/traffic", None, 200),
     ("get", "/admin/plan", "/admin/plan?model=mini", None, 200),
     ("get", "/admin/plan", "/admin/plan?model=nothing", None, 404),
+    ("get", "/v1/files", "/v1/files", None, 404),
+    ("post", "/v1/batches", "/v1/batches", {"input_file_id": "f", "endpoint": "/v1/embeddings"}, 404),
     ("get", "/health", "/health", None, 200),
     ("get", "/ready", "/ready", None, 200),
 ]
@@ -196,7 +198,8 @@ def test_the_embeddings_route_names_every_code_it_can_answer(document: Document)
     responses = document["paths"][EMBED]["post"]["responses"].values()
     described = set(re.findall(r"\w+", " ".join(response["description"] for response in responses)))
     admin_only = {"model_in_use", "model_pinned"}
-    elsewhere = {"not_found", "method_not_allowed", "client_closed_request"}
+    of_batches = {"quota_exceeded", "file_in_use", "batch_finished", "storage_unavailable"}
+    elsewhere = {"not_found", "method_not_allowed", "client_closed_request"} | of_batches
 
     for row in TABLE.values():
         assert (row.code in described) == (row.code not in admin_only | elsewhere)

@@ -87,7 +87,7 @@ def test_every_mistake_is_reported_with_its_line_and_key() -> None:
         "line 14, [3].models[0] (API_KEY)",
         "line 14, [3].models[1] (API_KEY)",
     ]
-    assert found[1].endswith("needs one of admin, embed (did you mean admin?)")
+    assert found[1].endswith("needs one of admin, batch, embed (did you mean admin?)")
     assert "see line 1" in found[5]
     assert "did you mean scopes?" in found[6]
     assert "the same key" in found[9]

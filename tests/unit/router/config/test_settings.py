@@ -58,6 +58,13 @@ CONTRACT = {
     "CORS_ORIGINS": "https://a.example, http://localhost:3000/",
     "FORWARDED_ALLOW_IPS": "127.0.0.1, 10.0.0.0/8, fd00::/8",
     "SKINS": "Ollama, tei",
+    "DATA_DIR": "/var/lib/embedyard/data",
+    "BATCH_DATABASE": "postgresql+psycopg://me:secret@db/embedyard",
+    "BATCH_CONCURRENCY": "8",
+    "MAX_FILE_BYTES": "1GiB",
+    "MAX_FILES_PER_KEY": "50",
+    "MAX_BYTES_PER_KEY": "5GiB",
+    "FILE_RETENTION": "48h",
 }
 
 
@@ -110,6 +117,13 @@ def test_every_variable_is_read() -> None:
         cors_origins=("https://a.example", "http://localhost:3000"),
         forwarded_allow_ips=("127.0.0.1", "10.0.0.0/8", "fd00::/8"),
         skins=("tei", "ollama"),
+        data_dir=Path("/var/lib/embedyard/data"),
+        batch_database="postgresql+psycopg://me:secret@db/embedyard",
+        batch_concurrency=8,
+        max_file_bytes=2**30,
+        max_files_per_key=50,
+        max_bytes_per_key=5 * 2**30,
+        file_retention_s=48 * 3600.0,
     )
 
 

@@ -32,7 +32,7 @@ def test_the_working_set_is_what_recent_traffic_wants_in_memory_or_not() -> None
 def test_everything_read_at_a_scrape_has_a_value_with_the_declared_labels() -> None:
     reading = ServerSample(
         hosts=[host(model("a", leases=2, waiters=3, queue_items=4, weight_bytes=5))],
-        faults=frozenset(), is_ready=True, version="1.2", now_s=NOW_S,
+        faults=frozenset(), is_ready=True, version="1.2", now_s=NOW_S, batches={"completed": 2},
     )  # fmt: skip
     values = {metric: (labels, value) for metric, labels, value in samples(reading)}
 

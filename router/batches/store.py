@@ -1,0 +1,244 @@
+"""`BatchStore`: the files and batches that clients see, each by its owner only. Blocking: call it on a thread."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, TypeVar
+
+import msgspec
+from msgspec import structs
+from sqlalchemy import Connection, Engine, Select, Table, and_, delete, func, insert, or_, select, update
+
+from router.batches.database import BATCHES, FILES, SEGMENTS
+from router.batches.records import UNFINISHED, BatchRecord, FileRecord, Page, Quota, Segment
+from router.errors import BatchFinished, FileInUse, ObjectNotFound, QuotaExceeded
+from router.schemas.batches import Purpose
+
+Record = TypeVar("Record", BatchRecord, FileRecord, Segment)
+
+
+class BatchStore:
+    """Reads and writes the rows of files and batches.
+
+    Args:
+        engine: of the database.
+        quota: of each owner.
+        clock: Unix time in seconds.
+    """
+
+    def __init__(self, engine: Engine, quota: Quota, clock: Callable[[], float]) -> None:
+        self._engine = engine
+        self._quota = quota
+        self._clock = clock
+
+    # ---- files
+
+    def check_room(self, owner: str) -> int:
+        """Return how many bytes the owner may still store.
+
+        Raises:
+            QuotaExceeded: none, or no further file.
+        """
+        with self._engine.begin() as connection:
+            return self._room(connection, owner)
+
+    def add_file(self, record: FileRecord) -> None:
+        """Add an uploaded file, whose bytes are on disk.
+
+        Raises:
+            QuotaExceeded: the owner has stored other files meanwhile.
+        """
+        with self._engine.begin() as connection:
+            room = self._room(connection, record.owner)
+            if record.bytes > room:
+                raise QuotaExceeded(
+                    f"File quota exceeded: the file has {record.bytes} bytes, and this key may store {room} more of "
+                    f"{self._quota.max_bytes}; delete files"
+                )
+            connection.execute(insert(FILES).values(structs.asdict(record)))
+
+    def file(self, owner: str, file_id: str) -> FileRecord:
+        """Return a file of the owner.
+
+        Raises:
+            ObjectNotFound.
+        """
+        with self._engine.begin() as connection:
+            return _file(connection, owner, file_id)
+
+    def files(self, owner: str, page: Page, purpose: Purpose | None = None) -> tuple[list[FileRecord], bool]:
+        """Return one page of the owner's files, and whether there are more.
+
+        Raises:
+            ObjectNotFound: there is no file `after`.
+        """
+        wanted = select(FILES).where(FILES.c.owner == owner)
+        if purpose is not None:
+            wanted = wanted.where(FILES.c.purpose == purpose)
+        with self._engine.begin() as connection:
+            if page.after is not None:
+                after = _file(connection, owner, page.after)
+                wanted = wanted.where(_behind(FILES, after.created_at, after.id, page))
+            rows = connection.execute(_ordered(wanted, FILES, page)).mappings().all()
+        return [to_record(row, FileRecord) for row in rows[: page.limit]], len(rows) > page.limit
+
+    def delete_file(self, owner: str, file_id: str) -> None:
+        """Delete the row of a file.
+
+        Raises:
+            ObjectNotFound, FileInUse.
+        """
+        with self._engine.begin() as connection:
+            _file(connection, owner, file_id)
+            user = connection.execute(
+                select(BATCHES.c.id).where(BATCHES.c.input_file_id == file_id, BATCHES.c.status.in_(UNFINISHED))
+            ).scalar()
+            if user is not None:
+                raise FileInUse(f"File {file_id} is read by {user}: cancel the batch, or wait until it has ended")
+            connection.execute(delete(FILES).where(FILES.c.id == file_id))
+
+    def drop_expired(self, limit: int = 100) -> list[str]:
+        """Delete the rows of files whose time is over and that no unfinished batch reads; return their ids."""
+        used = select(BATCHES.c.input_file_id).where(BATCHES.c.status.in_(UNFINISHED))
+        expired = select(FILES.c.id).where(FILES.c.expires_at <= self._clock(), FILES.c.id.not_in(used)).limit(limit)
+        with self._engine.begin() as connection:
+            ids = list(connection.execute(expired).scalars())
+            connection.execute(delete(FILES).where(FILES.c.id.in_(ids)))
+        return ids
+
+    def known_files(self, ids: Collection[str]) -> set[str]:
+        """Return which of the ids are files of any owner."""
+        with self._engine.begin() as connection:
+            return set(connection.execute(select(FILES.c.id).where(FILES.c.id.in_(ids))).scalars())
+
+    def drop_old_batches(self, before: float) -> None:
+        """Delete the rows of batches that were made before that time and have ended."""
+        old = select(BATCHES.c.id).where(BATCHES.c.created_at < before, BATCHES.c.status.not_in(UNFINISHED))
+        with self._engine.begin() as connection:
+            connection.execute(delete(SEGMENTS).where(SEGMENTS.c.batch_id.in_(old)))
+            connection.execute(
+                delete(BATCHES).where(BATCHES.c.created_at < before, BATCHES.c.status.not_in(UNFINISHED))
+            )
+
+    # ---- batches
+
+    def add_batch(self, record: BatchRecord) -> None:
+        """Add a batch of an input file of the same owner.
+
+        Raises:
+            ObjectNotFound: the owner has no such file.
+            QuotaExceeded: the owner has too many unfinished batches.
+        """
+        with self._engine.begin() as connection:
+            file = _file(connection, record.owner, record.input_file_id)
+            if file.purpose != "batch":
+                raise ObjectNotFound(f"File {file.id} has the purpose {file.purpose}: a batch reads files for batch")
+            count = connection.execute(
+                select(func.count()).where(BATCHES.c.owner == record.owner, BATCHES.c.status.in_(UNFINISHED))
+            ).scalar_one()
+            if count >= self._quota.max_unfinished:
+                raise QuotaExceeded(
+                    f"Batch quota exceeded: this key has {count} unfinished batches (maximum "
+                    f"{self._quota.max_unfinished}); wait until one has ended, or cancel one"
+                )
+            connection.execute(insert(BATCHES).values(msgspec.to_builtins(record)))
+
+    def batch(self, owner: str, batch_id: str) -> BatchRecord:
+        """Return a batch of the owner.
+
+        Raises:
+            ObjectNotFound.
+        """
+        with self._engine.begin() as connection:
+            return _batch(connection, owner, batch_id)
+
+    def batches(self, owner: str, page: Page) -> tuple[list[BatchRecord], bool]:
+        """Return one page of the owner's batches, and whether there are more.
+
+        Raises:
+            ObjectNotFound: there is no batch `after`.
+        """
+        wanted = select(BATCHES).where(BATCHES.c.owner == owner)
+        with self._engine.begin() as connection:
+            if page.after is not None:
+                after = _batch(connection, owner, page.after)
+                wanted = wanted.where(_behind(BATCHES, after.created_at, after.id, page))
+            rows = connection.execute(_ordered(wanted, BATCHES, page)).mappings().all()
+        return [to_record(row, BatchRecord) for row in rows[: page.limit]], len(rows) > page.limit
+
+    def cancel(self, owner: str, batch_id: str) -> BatchRecord:
+        """Ask for the end of a batch; its runner stops and keeps what is done. Idempotent until it has ended.
+
+        Raises:
+            ObjectNotFound, BatchFinished.
+        """
+        with self._engine.begin() as connection:
+            _batch(connection, owner, batch_id)
+            connection.execute(
+                update(BATCHES)
+                .where(BATCHES.c.id == batch_id, BATCHES.c.status.in_(("validating", "in_progress")))
+                .values(status="cancelling", cancelling_at=self._clock())
+            )
+            found = _batch(connection, owner, batch_id)
+        if found.status not in ("cancelling", "cancelled"):
+            raise BatchFinished(f"Batch {batch_id} cannot be cancelled: its status is {found.status}")
+        return found
+
+    def unfinished_ids(self) -> set[str]:
+        """Return the ids of all unfinished batches."""
+        with self._engine.begin() as connection:
+            return set(connection.execute(select(BATCHES.c.id).where(BATCHES.c.status.in_(UNFINISHED))).scalars())
+
+    def count_by_status(self) -> dict[str, int]:
+        """Return the number of batches by status."""
+        with self._engine.begin() as connection:
+            rows = connection.execute(select(BATCHES.c.status, func.count()).group_by(BATCHES.c.status)).all()
+        return dict(tuple(row) for row in rows)
+
+    def _room(self, connection: Connection, owner: str) -> int:
+        count, stored = connection.execute(
+            select(func.count(), func.coalesce(func.sum(FILES.c.bytes), 0)).where(FILES.c.owner == owner)
+        ).one()
+        if count >= self._quota.max_files:
+            raise QuotaExceeded(
+                f"File quota exceeded: this key has {count} files (maximum {self._quota.max_files}, "
+                "MAX_FILES_PER_KEY); delete files"
+            )
+        if stored >= self._quota.max_bytes:
+            raise QuotaExceeded(
+                f"File quota exceeded: this key has stored {stored} bytes (maximum {self._quota.max_bytes}, "
+                "MAX_BYTES_PER_KEY); delete files"
+            )
+        return int(self._quota.max_bytes - stored)
+
+
+def to_record(row: Mapping[Any, Any], kind: type[Record]) -> Record:
+    """Build the record of a row, whose names are of a subclass of `str` that msgspec refuses."""
+    return msgspec.convert({str(name): value for name, value in row.items()}, kind)
+
+
+def _file(connection: Connection, owner: str, file_id: str) -> FileRecord:
+    found = select(FILES).where(FILES.c.id == file_id, FILES.c.owner == owner)
+    row = connection.execute(found).mappings().one_or_none()
+    if row is None:
+        raise ObjectNotFound(f"No file {file_id!r}: GET /v1/files lists the files of this key")
+    return to_record(row, FileRecord)
+
+
+def _batch(connection: Connection, owner: str, batch_id: str) -> BatchRecord:
+    found = select(BATCHES).where(BATCHES.c.id == batch_id, BATCHES.c.owner == owner)
+    row = connection.execute(found).mappings().one_or_none()
+    if row is None:
+        raise ObjectNotFound(f"No batch {batch_id!r}: GET /v1/batches lists the batches of this key")
+    return to_record(row, BatchRecord)
+
+
+def _behind(table: Table, created_at: float, row_id: str, page: Page) -> Any:
+    created, ids = table.c.created_at, table.c.id
+    if page.is_ascending:
+        return or_(created > created_at, and_(created == created_at, ids > row_id))
+    return or_(created < created_at, and_(created == created_at, ids < row_id))
+
+
+def _ordered(wanted: Select[Any], table: Table, page: Page) -> Select[Any]:
+    columns: Sequence[Any] = (table.c.created_at, table.c.id)
+    order = [column if page.is_ascending else column.desc() for column in columns]
+    return wanted.order_by(*order).limit(page.limit + 1)
