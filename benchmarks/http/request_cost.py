@@ -36,7 +36,7 @@ BODY = json.dumps({"model": "all-MiniLM-L6-v2", "input": "The cat sits outside"}
 _WARM_UP, _BATCHES, _REQUESTS, _TRACED = 200, 40, 25, 50
 _NAMES = {
     "Settings": ("router.config.settings", "router.settings"),
-    "open_registry": ("router.registry.registry", "router.registry"),
+    "open_registry": ("router.registry.opening", "router.registry.registry", "router.registry"),
     "open_local_backend": ("router.backends.local", "router.local"),
 }
 """Where each is: today, and before the packages of docs/architecture.md."""
