@@ -262,7 +262,7 @@ class EmbeddingEngine:
         """See `Engine.resume`."""
         assert self._parkable is not None, "it was parked"
         await self._scheduler.call(self._parkable.check)
-        self._scheduler.attach(self)
+        self._scheduler.attach(self, self._flex)
 
     def _leave_device(self) -> None:
         """Takes no more batches, waits for those that run, and fails what still waits."""

@@ -15,6 +15,7 @@ from engines.batching.engine import EmbeddingEngine
 from engines.errors import EngineFailed, SelfCheckFailed
 from engines.models import parking
 from engines.models.parking import HostCopy, PinnedMemory
+from engines.types import EmbedCall, Result
 
 CPU = torch.device("cpu")
 TEXTS = ["The cat sits outside.", "A man is playing guitar, and nobody listens.", "x"]
@@ -110,6 +111,17 @@ def test_a_woken_engine_gives_the_same_vectors_without_its_files(
         park_and_wake(engine)
 
         assert np.array_equal(embed(engine, TEXTS), before)
+    engine.close()
+
+
+def test_a_woken_engine_answers_flex_requests_too(kit: Kit) -> None:
+    engine = kit.load(kit.recipe_folder("bert-cls"))
+    park_and_wake(engine)
+
+    async def ask() -> Result:
+        return await asyncio.wait_for(engine.run(EmbedCall(model_id="m", texts=tuple(TEXTS), is_flex=True)), 30)
+
+    assert np.abs(asyncio.run(ask()).array() - embed(engine, TEXTS)).max() < 1e-6
     engine.close()
 
 
