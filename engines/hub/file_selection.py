@@ -30,20 +30,20 @@ _METADATA = (
 )  # fmt: skip
 """Files beside the weights; the last one is of Stanford's ColBERT."""
 
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """In transformers' order of preference."""
-_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 """In PEFT's order of preference."""
 
-_TRANSFORMERS = ("Transformer", "MLMTransformer")
-_WITH_CONFIG = (*_TRANSFORMERS, "Pooling", "Dense", "LayerNorm", "SpladePooling")
-_WITH_WEIGHTS = (*_TRANSFORMERS, "Dense", "LayerNorm", "SparseStaticEmbedding")
+TRANSFORMERS = ("Transformer", "MLMTransformer")
+_WITH_CONFIG = (*TRANSFORMERS, "Pooling", "Dense", "LayerNorm", "SpladePooling")
+_WITH_WEIGHTS = (*TRANSFORMERS, "Dense", "LayerNorm", "SparseStaticEmbedding")
 """sentence-transformers modules that require a config, or weights."""
 
-_ROUTER_CONFIGS = ("router_config.json", CONFIG)
+ROUTER_CONFIGS = ("router_config.json", CONFIG)
 """Where a Router lists the modules of its routes, in sentence-transformers' order."""
 
-HEAD_FILES = ("sparse_linear.pt", "colbert_linear.pt")
+SPARSE_LINEAR, COLBERT_LINEAR = HEAD_FILES = ("sparse_linear.pt", "colbert_linear.pt")
 """Heads beside the transformer of FlagEmbedding's bge-m3, without which it gives dense vectors only."""
 
 
@@ -107,7 +107,7 @@ def _routed_modules(names: Collection[str], module: Module, read: ReadFile) -> l
     """Returns a module, or those of a Router's routes."""
     if module.kind != "Router":
         return [module]
-    places = [_join_path(module.path, name) for name in _ROUTER_CONFIGS]
+    places = [_join_path(module.path, name) for name in ROUTER_CONFIGS]
     name = next((place for place in places if place in names), None)
     if name is None:
         raise _missing_error(places[0], "a Router module")
@@ -156,16 +156,16 @@ def _metadata(names: Collection[str], folders: Collection[str], *, with_code: bo
 def _weights_entry(names: Collection[str], module: Module, source: str) -> str | None:
     """Returns the file that holds or indexes a module's weights; None for a module without weights."""
     is_adapter = module.kind == "Transformer" and _join_path(module.path, ADAPTER_CONFIG) in names
-    entry = _first(names, module.path, _ADAPTER_WEIGHTS) if is_adapter else None
+    entry = _first(names, module.path, ADAPTER_WEIGHTS) if is_adapter else None
     if entry is not None:
         return entry
-    entry = _first(names, module.path, _WEIGHTS)
-    if entry is None and module.kind in _TRANSFORMERS:
+    entry = _first(names, module.path, WEIGHTS)
+    if entry is None and module.kind in TRANSFORMERS:
         raise UnsupportedModel(
             f"'source' {source} has no supported weights: neither model.safetensors nor pytorch_model.bin"
         )
     if entry is None and module.kind in _WITH_WEIGHTS:
-        raise _missing_error(_join_path(module.path, _WEIGHTS[0]), MODULES)
+        raise _missing_error(_join_path(module.path, WEIGHTS[0]), MODULES)
     if module.kind in _WITH_CONFIG and _join_path(module.path, CONFIG) not in names:
         raise _missing_error(_join_path(module.path, CONFIG), f"a {module.kind} module")
     return entry

@@ -16,6 +16,7 @@ from msgspec import Struct
 
 from engines.errors import BrokenFiles
 from engines.hub.content_digests import ContentDigests, GoOn, WeightFile
+from engines.hub.file_selection import ADAPTER_WEIGHTS, COLBERT_LINEAR, SPARSE_LINEAR, WEIGHTS
 from engines.loading.dtype import automatic_dtype
 from engines.loading.folder import Folder, ModuleRef, read_json
 from engines.loading.module_settings import Json, pooling_of
@@ -63,25 +64,17 @@ _VOCABULARIES = (
 )  # fmt: skip
 """Files of tokenizers that are read where there is no tokenizer.json."""
 
-_TRANSFORMER_WEIGHTS = (
-    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
-)  # fmt: skip
-"""In transformers' order of preference; an index names its files."""
-
 _INERT_ADAPTER = frozenset({
     "auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "peft_version", "revision",
     "task_type",
 })  # fmt: skip
 """Keys of adapter_config.json that no vector depends on: names, training and versions."""
 
-_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-"""In PEFT's order of preference."""
-
 _QUERY_SIDE = "query side "
 """Begins the names of ingredients of a Router's queries, which pass through modules of their own."""
 
 _MODULE_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-_OTHER_HEADS = {"sparse:weights": "sparse_linear.pt", "multi_vector:weights": "colbert_linear.pt"}
+_OTHER_HEADS = {"sparse:weights": SPARSE_LINEAR, "multi_vector:weights": COLBERT_LINEAR}
 """Heads of bge-m3 for its other outputs, by the ingredient's name."""
 
 
@@ -105,9 +98,9 @@ def list_weights(folder: Folder) -> FolderWeights:
         )
     names = {"weights": _transformer_weights(folder.weights)}
     if folder.adapter is not None:
-        found = (folder.adapter / name for name in _ADAPTER_WEIGHTS)
+        found = (folder.adapter / name for name in ADAPTER_WEIGHTS)
         names["adapter weights"] = [
-            next((path for path in found if path.exists()), folder.adapter / _ADAPTER_WEIGHTS[0])
+            next((path for path in found if path.exists()), folder.adapter / ADAPTER_WEIGHTS[0])
         ]
     for index, ref in _other_modules(folder):
         path = next(
@@ -165,7 +158,7 @@ def _is_static(folder: Folder) -> bool:
 
 
 def _transformer_weights(root: Path) -> list[Path]:
-    found = next((name for name in _TRANSFORMER_WEIGHTS if (root / name).exists()), _TRANSFORMER_WEIGHTS[0])
+    found = next((name for name in WEIGHTS if (root / name).exists()), WEIGHTS[0])
     if not found.endswith(".index.json"):
         return [root / found]
     shards = (read_json(root, found) or {}).get("weight_map")

@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 from msgspec import structs
 
 from engines.errors import BrokenFiles, UnsupportedModel
+from engines.hub.file_selection import ROUTER_CONFIGS, TRANSFORMERS
 from engines.loading.folder import Folder, module_ref, read_transformer, require_json
 from engines.loading.module_settings import Json, check_options
 from engines.spec import Side
 
-_ROUTER_CONFIGS = ("router_config.json", "config.json")
-_TRANSFORMERS = ("Transformer", "MLMTransformer")
 ROUTER = "Router"
 """The module that chooses the modules of each side."""
 STATIC = "SparseStaticEmbedding"
@@ -61,7 +60,7 @@ def _check_chains(routes: Routes) -> None:
         )
     if document == query == [STATIC]:
         return
-    if len(document) != 2 or document[0] not in _TRANSFORMERS or document[1] != "SpladePooling":
+    if len(document) != 2 or document[0] not in TRANSFORMERS or document[1] != "SpladePooling":
         raise UnsupportedModel(
             f"the model is made of {', '.join(document)}; of a SparseEncoder, a Transformer with SpladePooling and a "
             f"{STATIC} are supported"
@@ -71,8 +70,8 @@ def _check_chains(routes: Routes) -> None:
 
 def _read_router(folder: Folder) -> Routes:
     assert folder.modules is not None, "it has a Router"
-    name = next((name for name in map(folder.modules[0].file, _ROUTER_CONFIGS) if (folder.root / name).exists()), "")
-    config = require_json(folder.root, name or folder.modules[0].file(_ROUTER_CONFIGS[0]))
+    name = next((name for name in map(folder.modules[0].file, ROUTER_CONFIGS) if (folder.root / name).exists()), "")
+    config = require_json(folder.root, name or folder.modules[0].file(ROUTER_CONFIGS[0]))
     try:
         names: dict[str | None, str] = {side: _route_name(config, side) for side in (None, "query", "document")}
         routes = {side: _route(folder, config, name) for side, name in names.items()}
