@@ -3,6 +3,7 @@
 The composition root of `engines`. Importing it imports torch, so `engines/host.py`, the public interface, does not.
 """
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from msgspec import Struct, structs
 from engines.batching.autotune import TuningStore
 from engines.device import torch_runtime
 from engines.device.crash_journal import CrashJournal, JournaledLoader, JournaledScheduler
+from engines.device.flex import FlexWork
 from engines.device.memory import device_memory
 from engines.device.scheduler import DeviceScheduler
 from engines.errors import InvalidValue
@@ -210,4 +212,10 @@ def open_scheduler(device: str, num_cores: int, kind: type[DeviceScheduler] = De
     if device != "cpu":
         return kind(device, partial(torch.cuda.set_device, torch.device(device)), num_threads=GPU_THREADS)
     num_threads = num_cores if num_cores <= _SHARED_CORES else num_cores - 1
-    return kind(device, torch_runtime.prepare, num_threads=num_threads, use_cores=torch_runtime.set_threads)
+    return kind(
+        device,
+        torch_runtime.prepare,
+        num_threads=num_threads,
+        use_cores=torch_runtime.set_threads,
+        flex_work=FlexWork(time.thread_time, pins_cores=True),
+    )

@@ -10,11 +10,12 @@ take while flex tasks wait, in slices, during which one of the other threads lea
 that core, the thread runs a flex task itself.
 """
 
-import os
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
+from engines.device.cores import CorePin, leave_cores_to_others, usable_cores
 from engines.device.tasks import ActiveTask, TaskSource, Usage, WorkerThread
 
 FLOOR = 0.02
@@ -87,8 +88,31 @@ class _FlexUsage(Usage):
         return self.can_run and is_free and self.source.ready_in_s() is not None
 
 
+@dataclass(frozen=True)
+class FlexWork:
+    """How flex threads measure their work.
+
+    Args:
+        clock: returns the seconds that the calling thread has worked. On a CPU that is its processor time: waiting for
+            a core, which other processes may take for long, is no work. On a GPU it is the time.
+        pins_cores: whether each thread keeps to a core of its own.
+    """
+
+    clock: Callable[[], float]
+    pins_cores: bool = False
+
+
+class _FlexLocal(threading.local):
+    """What a flex thread knows of itself: its pin, and when it began or resumed its work, on both clocks."""
+
+    pin: CorePin | None = None
+    resumed_s: float = 0.0
+    resumed_work_s: float = 0.0
+
+
 class FlexThreads:
-    """The flex threads of one device. All methods but `give_way` are called with the scheduler's lock held.
+    """The flex threads of one device. All methods but `start_work` and `give_way` are called with the scheduler's lock
+    held.
 
     Args:
         lock: the scheduler's.
@@ -96,6 +120,7 @@ class FlexThreads:
         is_busy: tells whether other tasks run or wait.
         num_threads: flex tasks that run at once.
         run: runs threads: called on each with its worker, returns at the scheduler's end.
+        work: how their work is measured; by default on the same clock.
 
     Attributes:
         is_active: whether flex tasks run or wait.
@@ -109,8 +134,12 @@ class FlexThreads:
         is_busy: Callable[[], bool],
         num_threads: int,
         run: Callable[[WorkerThread], None],
+        *,
+        work: FlexWork | None = None,
     ) -> None:
         self._lock, self._clock, self._is_busy, self._run = lock, clock, is_busy, run
+        self._work = work or FlexWork(clock)
+        self._local = _FlexLocal()
         self._changed = threading.Condition(lock)
         self.slice_ended = threading.Condition(lock)
         self.floor = FlexFloor()
@@ -140,7 +169,9 @@ class FlexThreads:
         self.is_active = True
         if not self.threads:
             self.threads = [
-                threading.Thread(target=self._run_thread, args=(worker,), name=f"flex-{name}-{index}", daemon=True)
+                threading.Thread(
+                    target=self._run_thread, args=(worker, index), name=f"flex-{name}-{index}", daemon=True
+                )
                 for index, worker in enumerate(self.workers)
             ]
             for thread in self.threads:
@@ -182,10 +213,19 @@ class FlexThreads:
             self._changed.wait(_RECHECK_S if waits else None)
         return None
 
+    def start_work(self, worker: WorkerThread) -> None:
+        """Counts the running task's seconds from now on. Called on its thread."""
+        self._local.resumed_s = self._clock()
+        self._local.resumed_work_s = worker.charged_until_s = self._work.clock()
+
+    def charge(self, worker: WorkerThread) -> float:
+        """Charges the running task for its seconds of work, and returns them. Called on its thread."""
+        return worker.charge(self._work.clock())
+
     def end_task(self, worker: WorkerThread) -> None:
-        """Removes the task that has ended."""
+        """Removes the task that has ended. Called on its thread."""
         self._charge(worker)
-        worker.end_task(self._clock())
+        worker.end_task(self._work.clock())
 
     def give_way(self, worker: WorkerThread) -> None:
         """Waits while other tasks run or wait. Called before each layer of a flex task, on its thread."""
@@ -194,7 +234,7 @@ class FlexThreads:
             while self._must_wait(worker):
                 worker.charged_until_s = None
                 self._changed.wait(_RECHECK_S)
-            worker.charged_until_s = self._clock()
+            self.start_work(worker)
 
     def _must_wait(self, worker: WorkerThread) -> bool:
         if self._is_closed or self._may_run():
@@ -207,7 +247,11 @@ class FlexThreads:
         return self.floor.is_open or not self._is_busy()
 
     def _charge(self, worker: WorkerThread) -> None:
-        seconds = worker.charge(self._clock())
+        seconds = self.charge(worker)
+        if self._local.pin is not None:
+            now_s = self._clock()
+            worked_s = self._work.clock() - self._local.resumed_work_s
+            self._local.pin.on_work(now_s - self._local.resumed_s, worked_s, now_s)
         if self.floor.is_open or self._is_busy():
             self.floor.on_flex(seconds)
             if not self.floor.is_open:
@@ -230,15 +274,8 @@ class FlexThreads:
                 return worker.start_task(ActiveTask(usage, task))
         return None
 
-    def _run_thread(self, worker: WorkerThread) -> None:
+    def _run_thread(self, worker: WorkerThread, place: int) -> None:
         leave_cores_to_others()
+        if self._work.pins_cores:
+            self._local.pin = CorePin(place, usable_cores())
         self._run(worker)
-
-
-def leave_cores_to_others() -> None:
-    """Makes the operating system run this thread on cores that no other thread wants; does nothing where it cannot."""
-    if hasattr(os, "SCHED_IDLE"):
-        try:
-            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-        except OSError:
-            return

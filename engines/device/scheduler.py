@@ -20,7 +20,7 @@ from typing import TypeVar
 
 import structlog
 
-from engines.device.flex import LONGEST_SLICE_S, FlexSource, FlexThreads
+from engines.device.flex import LONGEST_SLICE_S, FlexSource, FlexThreads, FlexWork
 from engines.device.health import DeviceHealth, least_healthy
 from engines.device.tasks import ActiveTask, CallQueue, Task, TaskSource, Usage, WorkerThread, post
 from engines.errors import device_loss
@@ -49,9 +49,10 @@ class DeviceScheduler:
         num_threads: the number of tasks that may run at once.
         use_cores: called on a thread with the number of cores that it may use from now on.
         check_interval_s: the least time between two checks of a running task for preemption.
+        flex_work: how the work of flex threads is measured; by default on the same clock.
     """
 
-    def __init__(  # one device, and the parts of the environment that a test replaces
+    def __init__(  # noqa: PLR0913  # one device, and the parts of the environment that a test replaces
         self,
         name: str,
         prepare: Callable[[], None] = lambda: None,
@@ -60,6 +61,7 @@ class DeviceScheduler:
         num_threads: int = 1,
         use_cores: Callable[[int], None] = lambda cores: None,
         check_interval_s: float = _CHECK_INTERVAL_S,
+        flex_work: FlexWork | None = None,
     ) -> None:
         self._clock = clock
         self._use_cores = use_cores
@@ -75,7 +77,7 @@ class DeviceScheduler:
         self._local = threading.local()
         self._name, self._prepare = name, prepare
         self._num_aside = 0
-        self._flex = FlexThreads(self._lock, clock, self._is_busy, num_threads, self._run_flex)
+        self._flex = FlexThreads(self._lock, clock, self._is_busy, num_threads, self._run_flex, work=flex_work)
         self._calls = CallQueue(num_threads, self.report_error)
         self.attach(self._calls)
         self._workers = [WorkerThread() for _ in range(num_threads)]
@@ -170,7 +172,10 @@ class DeviceScheduler:
         if worker is None or not worker.running:
             return 0.0
         with self._lock:
-            worker.charge(self._clock())
+            if worker.is_flex:
+                self._flex.charge(worker)
+            else:
+                worker.charge(self._clock())
             return worker.running[-1].own_s
 
     def wait_for_short_tasks(self, timeout_s: float) -> None:
@@ -213,7 +218,7 @@ class DeviceScheduler:
                 picked = self._flex.wait_for_task(worker)
             if picked is None:
                 return
-            worker.charged_until_s = self._clock()
+            self._flex.start_work(worker)
             try:
                 picked.task.run()
             except Exception:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from engines.device.flex import FlexFloor
+from engines.device.flex import FlexFloor, FlexWork
 from engines.device.scheduler import DeviceScheduler
 from tests.testkit.scheduling import ScriptedSource, TaskLog
 
@@ -179,6 +179,30 @@ def test_flex_tasks_of_two_engines_have_equal_seconds() -> None:
 
     assert tasks.order.index("small") == 1
     assert [tasks.order[:6].count(name) for name in ("large", "small")] == [2, 4]
+
+
+def test_seconds_in_which_a_flex_task_waits_for_a_core_are_not_charged_to_it() -> None:
+    """Else other processes that keep the cores busy would use up the floor."""
+    tasks, work_s = TaskLog(1), [0.0]
+
+    def layer() -> None:
+        tasks.now_s += 10.0
+        work_s[0] += 0.25
+        scheduler.preemption_point()
+        tasks.task("flex", 10.0)()
+        work_s[0] += 0.5
+
+    work = FlexWork(lambda: work_s[0])
+    scheduler = DeviceScheduler("test", clock=lambda: tasks.now_s, check_interval_s=0.0, flex_work=work)
+    owner = ScriptedSource(0, lambda: None)
+    try:
+        scheduler.attach(owner, ScriptedFlexSource(1, layer))
+        scheduler.notify(is_flex=True)
+        assert tasks.done.wait(10)
+    finally:
+        scheduler.close()
+
+    assert scheduler.seconds_of(owner) == 0.75
 
 
 # ---- engines that run one batch at a time ----
