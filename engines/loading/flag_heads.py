@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engines.errors import BrokenFiles
-from engines.loading.folder import SPARSE_LINEAR, Folder
+from engines.errors import BrokenFiles, is_device_error
+from engines.hub.file_selection import SPARSE_LINEAR
+from engines.loading.folder import Folder
 from engines.models.lexical import LexicalHead
 
 _MAX_BYTES = 256 * 2**20
@@ -71,6 +72,8 @@ def _load(path: Path, name: str) -> dict[Any, Any]:
         found = torch.load(path, map_location="cpu", weights_only=True)
     # A broken pickle may raise any exception, and so does one that would run code.
     except Exception as error:
+        if is_device_error(error):
+            raise
         raise _broken(name, type(error).__name__) from error
     if not isinstance(found, dict):
         raise _broken(name, "it holds no tensors by name")

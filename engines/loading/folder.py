@@ -11,9 +11,9 @@ from pathlib import Path
 from msgspec import Struct, structs
 
 from engines.errors import BrokenFiles, UnsupportedModel
+from engines.hub.file_selection import COLBERT_LINEAR, SPARSE_LINEAR
 from engines.loading.late_interaction import (
     ARTIFACT,
-    COLBERT_LINEAR,
     LENGTH_KEYS,
     MULTI_VECTOR_KINDS,
     LateInteraction,
@@ -36,9 +36,6 @@ _ST_CONFIG = "config_sentence_transformers.json"
 
 CROSS_ENCODER = "CrossEncoder"
 """sentence-transformers' kind of model that scores pairs."""
-
-SPARSE_LINEAR = "sparse_linear.pt"
-"""The head for sparse outputs beside the transformer of FlagEmbedding's bge-m3."""
 
 SPARSE_ENCODER = "SparseEncoder"
 """sentence-transformers' kind of model that gives weights of vocabulary entries."""

@@ -26,9 +26,6 @@ LENGTH_KEYS = ("query_length", "document_length", "query_expansion")
 ARTIFACT = "artifact.metadata"
 """The file in which Stanford's ColBERT keeps its settings."""
 
-COLBERT_LINEAR = "colbert_linear.pt"
-"""The projection of bge-m3's vectors of tokens, beside a model that gives dense ones."""
-
 _ST_CONFIG = "config_sentence_transformers.json"
 
 _PREFIXES = {"query": "query_prefix", "document": "document_prefix"}

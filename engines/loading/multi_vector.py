@@ -1,21 +1,21 @@
 """Builds what gives vectors of tokens: the head of a model of late interaction or of bge-m3, and a tokenizer a side."""
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import structlog
 import torch
 from msgspec import structs
-from torch import Tensor
 from torch.nn.functional import linear, normalize
 
 from engines.batching.outputs import OutputFacts
-from engines.errors import BrokenFiles, UnsupportedModel, is_device_error
+from engines.errors import BrokenFiles, UnsupportedModel
+from engines.hub.file_selection import COLBERT_LINEAR
 from engines.inputs.token_ids import UNSEEN
 from engines.inputs.tokenizer import Tokenizer
 from engines.layers.token_pooling import TokenPooling, has_clustering
+from engines.loading.flag_heads import read_linear
 from engines.loading.folder import Folder, ModuleRef, require_json
-from engines.loading.late_interaction import COLBERT_LINEAR, LateInteraction, QueryExpansion
+from engines.loading.late_interaction import LateInteraction, QueryExpansion
 from engines.loading.module_settings import Json
 from engines.loading.module_weights import read_module_weights
 from engines.loading.modules import TOKEN_MODULES, build_token_chain
@@ -166,24 +166,8 @@ def build_behind_first_head(folder: Folder, hidden_size: int, device: torch.devi
     Raises:
         BrokenFiles: the file cannot be read, or holds something else.
     """
-    path = folder.weights / COLBERT_LINEAR
-    if not path.exists():
-        return None
-    tensors = _read_linear(path)
-    weight, bias = tensors.get("weight"), tensors.get("bias")
-    fits = (
-        tensors.keys() == {"weight", "bias"}
-        and weight is not None
-        and bias is not None
-        and weight.ndim == 2
-        and weight.shape == (len(bias), hidden_size)
-    )
-    if not fits or weight is None or bias is None:
-        raise BrokenFiles(
-            f"{COLBERT_LINEAR} is not a linear layer over hidden states {hidden_size} wide; fetch the model again",
-            file=COLBERT_LINEAR,
-        )
-    return BehindFirstHead(weight.to(device, torch.float32), bias.to(device, torch.float32))
+    weights = read_linear(folder, COLBERT_LINEAR, lambda shape: len(shape) == 2 and shape[1] == hidden_size)
+    return None if weights is None else BehindFirstHead(*(weight.to(device) for weight in weights))
 
 
 def side_tokenizers(
@@ -290,16 +274,3 @@ def _strings(config: Json, key: str) -> list[str]:
     if not isinstance(found, list) or not all(isinstance(word, str) for word in found):
         raise BrokenFiles(f"{key} of MultiVectorMask is not a list of texts; fetch the model again")
     return found
-
-
-def _read_linear(path: Path) -> dict[str, Tensor]:
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-        return {str(name): tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
-    # A broken pickle may raise any exception.
-    except Exception as error:
-        if is_device_error(error):
-            raise
-        raise BrokenFiles(
-            f"{path.name} is truncated or corrupt ({type(error).__name__}); fetch the model again", file=path.name
-        ) from error

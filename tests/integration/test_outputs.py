@@ -13,8 +13,7 @@ import torch
 from benchmarks.lib import vocabularies
 from benchmarks.lib.models import RECIPES, quiet
 from benchmarks.lib.workloads import SENTENCES
-from engines.loading.folder import SPARSE_LINEAR
-from engines.loading.late_interaction import COLBERT_LINEAR
+from engines.hub.file_selection import COLBERT_LINEAR, SPARSE_LINEAR
 from tests.testkit import late_models
 from tests.testkit.servers import LiveServer, serve_live
 from tests.testkit.sparse_models import save_router, save_splade, sparse_encode, sparse_reference

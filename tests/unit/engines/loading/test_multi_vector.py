@@ -17,9 +17,9 @@ from benchmarks.lib.engine_kit import Kit, embed
 from benchmarks.lib.models import quiet
 from engines.batching import pooled
 from engines.errors import BrokenFiles, ContextLengthExceeded, InvalidValue, SelfCheckFailed, UnsupportedModel
+from engines.hub.file_selection import COLBERT_LINEAR
 from engines.layers import attention, hidden_keys
 from engines.loading import multi_vector
-from engines.loading.late_interaction import COLBERT_LINEAR
 from engines.loading.loader import LoaderSettings
 from engines.models.token_head import ScoringMask
 from tests.testkit.late_models import FAMILIES, PUNCTUATION, assert_same, outputs, projection, scored, split, vectors
@@ -285,10 +285,10 @@ def test_bge_m3_scores_by_the_mean_of_the_best_products(kit: Kit, m3: Path) -> N
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ({"weight": torch.ones(32, 47), "bias": torch.ones(32)}, "not a linear layer over hidden states 48 wide"),
-        ({"weight": torch.ones(48, 32), "bias": torch.ones(32)}, "not a linear layer"),
-        ({"weight": torch.ones(32, 48)}, "not a linear layer"),
-        ({"weight": torch.ones(32, 48), "bias": Path("x")}, "truncated or corrupt"),
+        ({"weight": torch.ones(32, 47), "bias": torch.ones(32)}, r"\(32, 47\) and \(32,\), which do not fit the model"),
+        ({"weight": torch.ones(48, 32), "bias": torch.ones(32)}, "do not fit the model"),
+        ({"weight": torch.ones(32, 48)}, "it holds weight in place of weight and bias"),
+        ({"weight": torch.ones(32, 48), "bias": Path("x")}, "UnpicklingError"),
     ],
 )
 def test_another_file_in_the_place_of_the_projection_is_refused(

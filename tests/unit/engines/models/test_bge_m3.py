@@ -16,7 +16,7 @@ from benchmarks.lib.models import quiet
 from benchmarks.lib.workloads import SENTENCES
 from engines.batching.engine import EmbeddingEngine
 from engines.errors import BrokenFiles, SelfCheckFailed
-from engines.loading.folder import SPARSE_LINEAR
+from engines.hub.file_selection import SPARSE_LINEAR
 from engines.loading.loader import LoaderSettings
 from engines.models.lexical import LexicalHead
 from engines.models.multi_output import MultiOutputEncoder
