@@ -102,6 +102,10 @@ class EmbedCall(TextCall, frozen=True, kw_only=True, tag="embed"):
     normalize: bool | None = None
 
 
+MAX_ANSWER_BYTES = 256 * 2**20
+"""The most bytes that the outputs of one `OutputsCall` may take, before they are encoded."""
+
+
 class OutputsCall(TextCall, frozen=True, kw_only=True, tag="outputs"):
     """Asks for several kinds of output of each input, from one forward pass; answered by `Outputs`.
 

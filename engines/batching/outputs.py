@@ -32,10 +32,7 @@ from engines.models.base import Encoder
 from engines.models.outputs import MAX_TERMS, OutputsEncoder, RawOutputs, Side, SparseRows, TokenRows, Wanted
 from engines.space import VectorForm
 from engines.spec import Output, PoolingMode, Similarity
-from engines.types import ModelInfo, Outputs, OutputsCall, ResultDetails, TextCall, format_bytes
-
-MAX_ANSWER_BYTES = 256 * 2**20
-"""The most bytes that the outputs of one call may take, before they are encoded."""
+from engines.types import MAX_ANSWER_BYTES, ModelInfo, Outputs, OutputsCall, ResultDetails, TextCall, format_bytes
 
 _LARGE_BYTES = 64 * 1024
 """An answer of more is joined on a thread: joining that many takes 0.1 ms, and more with every row."""

@@ -5,7 +5,7 @@ Requests for dense vectors alone do not come here: `router/api/embeddings.py` se
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 from litestar import Request
@@ -14,13 +14,15 @@ from msgspec import Struct, structs
 
 from engines.errors import DimensionsNotSupported, InvalidValue, TaskNotSupported
 from engines.spec import ModelSpec, Output
-from engines.types import BaseResult, EmbedCall, ModelInfo, Outputs, OutputsCall
+from engines.types import MAX_ANSWER_BYTES, BaseResult, EmbedCall, ModelInfo, Outputs, OutputsCall
 from router.api.decoding import decode_token_ids, embed_call
 from router.api.encoding import OutputFormat, check_ranges
 from router.api.inference import admit_call, infos_of, record_result, refuse_outputs, refuse_task, run_call
 from router.api.outputs_encoding import encode_outputs
 from router.auth.model_access import resolve
+from router.limits.limiter import permit_of
 from router.schemas.inference import EmbeddingRequest
+from router.server.application import while_client_stays
 from router.server.state import ServerState, state_of
 
 Wanted = Output | Literal["tokens"]
@@ -28,6 +30,17 @@ Wanted = Output | Literal["tokens"]
 _REPORT_S = 0.1
 _REPORTS = 20
 """The host of another process says within a second what a model has that it has just loaded."""
+
+
+_SMALL_BYTES = 2**20
+"""Answers that cannot be larger hold no memory of the limiter: as many as may run at once are 1 GiB."""
+
+_FRAME_TOKENS = 64
+MOST_TERMS = 8192
+"""Entries of a sparse output at most (`engines.models.outputs.MAX_TERMS`)."""
+_WIDEST = 1024
+"""Numbers in a hidden state, and in a vector of a model that was not loaded yet: bge-m3's."""
+_LONGEST = 8192
 
 
 class OutputsAnswer(Struct, frozen=True):
@@ -80,6 +93,10 @@ async def compute_outputs(
         texts = await decode_token_ids(spec.token_encoding, call.token_ids)
         call = structs.replace(call, texts=texts, token_ids=())
     began_s = time.perf_counter()
+    size_bytes = largest_answer_bytes(call, infos_of(server_state, spec.model_id))
+    if size_bytes > _SMALL_BYTES:
+        async with while_client_stays(request):
+            await permit_of(request).reserve_answer(size_bytes)
     try:
         result = await run_call(request, server_state, spec, call)
     except TaskNotSupported:
@@ -88,6 +105,29 @@ async def compute_outputs(
     assert isinstance(result, Outputs), "an OutputsCall is answered by Outputs"
     record_result(request, result, began_s)
     return OutputsAnswer(spec, result)
+
+
+def largest_answer_bytes(call: OutputsCall, infos: Iterable[ModelInfo]) -> int:
+    """Return the bytes that the outputs of a call may take, from the characters of its texts.
+
+    Tokenizers give at most about one token for a character. The engine counts the tokens and refuses what is larger.
+
+    Args:
+        infos: what the hosts know of the model; its widths and its longest input.
+    """
+    info = next(iter(infos), None)
+    longest = _LONGEST if info is None else info.max_tokens
+    frame = _FRAME_TOKENS + len(call.prompt or "") + len(call.instruction or "")
+    size_bytes = 0
+    if "dense" in call.outputs:
+        size_bytes += 4 * call.num_items * (_WIDEST if info is None else info.dimensions)
+    if "sparse" in call.outputs:
+        most = MOST_TERMS if info is None else min(info.vocab_size, MOST_TERMS)
+        size_bytes += 8 * call.num_items * min(call.sparse_top_k or most, most)
+    if {"multi_vector", "tokens"} & {*call.outputs}:
+        tokens = sum(min(frame + len(text), longest) for text in call.texts or call.token_ids)
+        size_bytes += 4 * tokens * (_WIDEST if info is None or "tokens" in call.outputs else info.vector_width)
+    return min(size_bytes, MAX_ANSWER_BYTES)
 
 
 def outputs_call(wanted: EmbeddingRequest, call: EmbedCall, outputs: tuple[Wanted, ...]) -> OutputsCall:

@@ -16,6 +16,7 @@ from engines.types import ModelCall, ScoreCall, TextCall
 from router.auth.guards import Connection, key_of
 from router.config.settings import Settings
 from router.errors import ClientLeft, RateLimitExceeded, RequestExceedsLimit
+from router.limits.answer_memory import AnswerMemory
 from router.limits.budgets import Balance, Limit, RequestBudget, Reservation, TokenBudget
 from router.limits.concurrency import Caller, ConcurrencyLimiter, caller_of
 from router.limits.store import LimitStore, StoreDown
@@ -51,6 +52,7 @@ class Limiter:
         self.concurrency = ConcurrencyLimiter(
             settings.max_concurrent_requests, settings.max_body_bytes, settings.concurrency_timeout_s
         )
+        self.answers = AnswerMemory(settings.concurrency_timeout_s)
         self.requests = RequestBudget(store)
         self.tokens = TokenBudget(store)
         self.fails_open = settings.rate_limit_on_error == "open"
@@ -69,7 +71,7 @@ class RequestPermit:
         self._caller = caller
         self._headers = headers
         self._is_admitted = self._is_running = self._is_flex = False
-        self._body_bytes = 0
+        self._body_bytes = self._answer_bytes = 0
         self._reservation: Reservation | None = None
 
     async def acquire(self) -> None:
@@ -140,6 +142,15 @@ class RequestPermit:
             self._limiter.concurrency.acquire_flex()
             self._is_flex = True
 
+    async def reserve_answer(self, num_bytes: int) -> None:
+        """Wait until memory for a large answer is free, and hold it until the request ends.
+
+        Raises:
+            TooManyRequests: other large answers hold it, and too few of them were sent in time.
+        """
+        await self._limiter.answers.hold(self._caller.name, num_bytes)
+        self._answer_bytes += num_bytes
+
     async def reserve(self, tokens: int, *, is_certain: bool) -> None:
         """Reserve tokens for this request; `settle` must follow. Does nothing without a token limit.
 
@@ -200,6 +211,9 @@ class RequestPermit:
         """Uncount the request. Idempotent."""
         concurrency = self._limiter.concurrency
         self._end_body()
+        if self._answer_bytes:
+            self._limiter.answers.release(self._caller.name, self._answer_bytes)
+            self._answer_bytes = 0
         if self._is_running:
             self._is_running = False
             (concurrency.release_flex if self._is_flex else concurrency.release)()

@@ -8,10 +8,14 @@ import numpy as np
 import pytest
 
 from engines.errors import OutOfMemory, TaskNotSupported
+from engines.models.outputs import MAX_TERMS
 from engines.testing.engine import fake_vector
 from engines.testing.outputs import fake_names, fake_row
-from engines.types import OutputsCall
+from engines.types import MAX_ANSWER_BYTES, ModelInfo, OutputsCall
+from router.api.outputs import MOST_TERMS, largest_answer_bytes
 from router.config.settings import Settings
+from router.limits import limiter
+from router.limits.answer_memory import AnswerMemory
 from tests.testkit.contract import assert_envelope
 from tests.testkit.output_servers import output_server
 from tests.testkit.servers import EMBED, FakeServer, Served, bearer, limited, write_keys
@@ -308,3 +312,46 @@ async def test_many_requests_at_once_get_their_own_outputs() -> None:
         row = fake_row(f"text {number}")
         assert answer.json()["data"][0]["sparse_embedding"]["indices"] == row.entries.tolist()
         assert answer.json()["data"][0]["multi_vector_embedding"] == pytest.approx(row.vectors)
+
+
+async def test_an_answer_that_may_be_large_waits_for_memory_and_gives_it_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory, long = AnswerMemory(0.0, max_bytes=4 * 2**20), ["word " * 200]
+    monkeypatch.setattr(limiter, "AnswerMemory", lambda max_wait_s: memory)
+    async with output_server() as server:
+        await memory.hold("another", 2**21)
+        await memory.hold("a third", 2**19)
+        refused = await embed(server, "bge-m3", ["multi_vector"], input=long)
+        memory.release("another", 2**21)
+        answered = await embed(server, "bge-m3", ["multi_vector"], input=long)
+
+    assert_envelope(refused, 429, "too_many_requests", None)
+    assert refused.json()["error"]["message"].startswith("Memory for large answers is full: 2.5 MiB of 4.0 MiB")
+    assert answered.status_code == 200
+    assert memory.held_bytes == 2**19
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"outputs": ("dense",)}, 4 * 2 * 24),
+        ({"outputs": ("sparse",)}, 8 * 2 * 100),
+        ({"outputs": ("sparse",), "sparse_top_k": 7}, 8 * 2 * 7),
+        ({"outputs": ("multi_vector",)}, 4 * 16 * (65 + 512)),
+        ({"outputs": ("multi_vector",), "texts": ("x" * 10**8,)}, 4 * 16 * 512),
+        ({"outputs": ("tokens",), "texts": ("x" * 10**8,) * 1000}, MAX_ANSWER_BYTES),
+    ],
+)
+def test_the_largest_answer_of_a_call_is_known_before_it_runs(fields: dict[str, Any], expected: int) -> None:
+    info = ModelInfo(
+        dimensions=24, max_tokens=512, dtype="float32", attention="packed", vocab_size=100, vector_width=16
+    )
+    call = OutputsCall(**({"model_id": "m", "texts": ("x", "y" * 500)} | fields))
+
+    assert largest_answer_bytes(call, [info]) == min(expected, MAX_ANSWER_BYTES)
+
+
+def test_sparse_outputs_of_an_unknown_model_have_as_many_entries_as_the_engine_gives() -> None:
+    call = OutputsCall(model_id="m", texts=("x",), outputs=("sparse",))
+
+    assert MOST_TERMS == MAX_TERMS
+    assert largest_answer_bytes(call, []) == 8 * MAX_TERMS
