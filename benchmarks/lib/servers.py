@@ -116,14 +116,14 @@ def serving(plan: Plan, *, first: Callable[[Target], object] | None = None) -> I
     """
     if not is_installed(plan.environment):
         raise WorkerFailed(f"{plan.name} is not installed: python -m benchmarks.lib.peers")
-    port = _free_port()
+    port = free_port()
     target = Target(f"http://127.0.0.1:{port}", plan.model)
     with tempfile.TemporaryDirectory() as state, tempfile.TemporaryFile("w+") as log:
         started_s = time.perf_counter()
         process = subprocess.Popen(
             plan.command(port),
             cwd=plan.folder,
-            env=_bare(state) | dict(plan.variables),
+            env=bare_environment(state) | dict(plan.variables),
             stdout=log,
             stderr=subprocess.STDOUT,
         )
@@ -138,7 +138,7 @@ def _embed(target: Target) -> None:
     vectors(target, ["The server is up."])
 
 
-def _bare(state: str) -> dict[str, str]:
+def bare_environment(state: str) -> dict[str, str]:
     """Return an environment without this shell's settings, and with its own state folder."""
     base = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
     return base | OFFLINE | {"STATE_DIR": state}
@@ -167,7 +167,8 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of loopback that nothing listens on."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port: int = listener.getsockname()[1]
         return port

@@ -3,6 +3,7 @@
     python -m benchmarks.lifecycle.endurance soak
     python -m benchmarks.lifecycle.endurance cycles
     python -m benchmarks.lifecycle.endurance crowd
+    python -m benchmarks.lifecycle.endurance batches
 
 `soak`: twenty minutes. Four models in a memory for two, so that models are loaded and evicted all the time;
 clients with short texts, long ones and bulk; requests with mistakes; an operator who moves models. Every answer's
@@ -12,6 +13,7 @@ eviction, and after the tenth it may not move by more than 5 %.
 `crowd`: a minute; eight small models, memory for three, 64 clients without a pause. Every answer is compared with
 sentence-transformers'. The accounting may never exceed the budget, and each eviction must be explained in the event
 stream. Clients, server and models share one process, so that its accounting can be read after each step.
+`batches`: 200 × kill -9 of the server, its worker or both while they run a batch of 20,000 lines; see `batch_kills`.
 Each exits with 1 when something is not as it should be.
 """
 
@@ -42,6 +44,7 @@ from benchmarks.lib.measure import with_progress
 from benchmarks.lib.report import RESULTS, Report, publish, run_command
 from benchmarks.lib.servers import Server, own, serving, write_registry
 from benchmarks.lib.small_memory import CLIENTS, NUM_RESIDENT, Crowd, build_truths, crowd, unexplained
+from benchmarks.lifecycle.batch_kills import run_kills
 from benchmarks.lifecycle.cold_start import ready
 from engines.types import format_bytes
 from router import loadgen as load
@@ -442,9 +445,22 @@ def main_crowd(argv: Sequence[str]) -> None:
         sys.exit("memory was over the budget, or an eviction was not explained")
 
 
+def main_batches(argv: Sequence[str]) -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.lifecycle.endurance batches", description=__doc__)
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--lines", type=int, default=20_000)
+    parser.add_argument("--seed", type=int, default=11)
+    parser.add_argument("--no-save", dest="results", action="store_const", const=None, default=RESULTS)
+    asked = parser.parse_args(argv)
+    report, faults = run_kills(asked.kills, asked.lines, asked.seed)
+    publish(report, asked.results)
+    raise SystemExit(1 if faults else 0)
+
+
 def main() -> None:
     """Run the requested command."""
-    run_command({"soak": main_soak, "cycles": main_cycles, "crowd": main_crowd})
+    run_command({"soak": main_soak, "cycles": main_cycles, "crowd": main_crowd, "batches": main_batches})
 
 
 if __name__ == "__main__":

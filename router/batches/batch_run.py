@@ -46,6 +46,7 @@ class BatchRun:
         self._flushed_at_s = 0.0
         self._flushing: asyncio.Future[None] | None = None
         self._weight = 0
+        self._is_patient = True
         self._end: End | None = None
         self._error = _REVOKED
         self._ended = asyncio.Event()
@@ -66,14 +67,21 @@ class BatchRun:
             await self._close(await self._work_until_stopped())
         except LeaseLost:
             log.warning("batch.lease_lost", batch=self.batch.id)
+        except FileNotFoundError:
+            reason = "a file of this batch is not in DATA_DIR"
+            log.error("batch.stalled", batch=self.batch.id, retry_in_s=RETRY_S, reason=reason)
+            await self._delay()
         except Exception:
             log.exception("batch.stalled", batch=self.batch.id, retry_in_s=RETRY_S)
-            with suppress(Exception):  # the database may be what fails; the lease ends by itself then
-                await self._io(self._parts.leases.release, self.batch, RETRY_S)
+            await self._delay()
         finally:
             watch.cancel()
             await asyncio.gather(watch, return_exceptions=True)
             self._journal.close()
+
+    async def _delay(self) -> None:
+        with suppress(Exception):  # the database may be what fails; the lease ends by itself then
+            await self._io(self._parts.leases.release, self.batch, RETRY_S)
 
     # ---- why it stops
 
@@ -240,16 +248,20 @@ class BatchRun:
         return await self._io(parse_line, *args)
 
     async def _execute(self, work: LineWork) -> LineAnswer:
-        """Answer one line; again while the server has no room, and a few times if it cannot serve."""
-        attempts = 0
+        """Answer one line; again while the server has no room, and for a while if it cannot serve."""
+        attempts, waited_s = 0, 0.0
         while True:
             answer = await self._parts.execute(work)
             if answer.retry_after_s is None:
                 return answer
             attempts += 1
-            if answer.status != 429 and attempts >= self._policy.max_attempts:
+            is_long = waited_s >= self._policy.outage_s or not self._is_patient
+            if answer.status != 429 and attempts >= self._policy.max_attempts and is_long:
+                self._is_patient = False
                 return answer
-            await self._parts.sleep(min(30.0, max(answer.retry_after_s, 0.1 * 2**attempts)))
+            pause_s = min(30.0, max(answer.retry_after_s, 0.1 * 2 ** min(attempts, 9)))
+            waited_s += pause_s
+            await self._parts.sleep(pause_s)
 
     async def _expire_rest(self) -> None:
         """Write the lines that were not answered in time to the error file."""

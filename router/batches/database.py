@@ -4,6 +4,8 @@ Every transaction on SQLite begins with the write lock: one that reads first and
 server has written in between, whatever the busy timeout.
 """
 
+from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from sqlalchemy import (
@@ -20,11 +22,26 @@ from sqlalchemy import (
     Table,
     create_engine,
     event,
+    insert,
+    make_url,
+    select,
 )
-from sqlalchemy.exc import OperationalError, ProgrammingError
+from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
 
 METADATA = MetaData()
 _BUSY_TIMEOUT_S = 30.0
+_IDLE_TIMEOUT_S = 10.0
+"""PostgreSQL ends a transaction whose server has been silent for this long: one that was suspended, or whose machine is
+gone, would keep its locks, so that no other could take its batches over."""
+_LOCK_TIMEOUT_S = 15.0
+_LIBPQ: Mapping[str, Any] = {
+    "connect_timeout": 10,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 30_000,  # milliseconds
+}
+"""Without them a thread waits for hours for a database whose machine is gone."""
 
 FILES = Table(
     "files",
@@ -80,6 +97,13 @@ SEGMENTS = Table(
     Column("error_bytes", BigInteger, nullable=False),
 )
 
+DATA_FOLDERS = Table(
+    "data_folder",
+    METADATA,
+    Column("id", Integer, primary_key=True),
+    Column("identity", String(32), nullable=False),
+)
+
 
 def open_database(url: str) -> Engine:
     """Connect, and create the tables that are missing.
@@ -87,15 +111,33 @@ def open_database(url: str) -> Engine:
     Raises:
         sqlalchemy.exc.SQLAlchemyError: the URL is not valid, or the database does not answer.
     """
-    engine = create_engine(url, pool_pre_ping=True)
+    asked = make_url(url)
+    is_libpq = asked.get_driver_name() in ("psycopg", "psycopg2")
+    options = {name: value for name, value in _LIBPQ.items() if name not in asked.query} if is_libpq else {}
+    engine = create_engine(asked, pool_pre_ping=True, connect_args=options)
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _configure_sqlite)
         event.listen(engine, "begin", _begin_immediate)
+    elif engine.dialect.name == "postgresql":
+        event.listen(engine, "connect", _configure_postgresql)
     try:
         METADATA.create_all(engine)
     except (OperationalError, ProgrammingError):
         METADATA.create_all(engine)  # another server has created them at the same moment
     return engine
+
+
+def bind_folder(engine: Engine, identity: str) -> bool:
+    """Return whether the database belongs to the folder of that identity. A new database belongs to the first."""
+    known = select(DATA_FOLDERS.c.identity)
+    with engine.begin() as connection:
+        found = connection.execute(known).scalar()
+    if found is None:
+        with suppress(IntegrityError), engine.begin() as connection:  # another server was first
+            connection.execute(insert(DATA_FOLDERS).values(id=1, identity=identity))
+        with engine.begin() as connection:
+            found = connection.execute(known).scalar()
+    return bool(found == identity)
 
 
 def _configure_sqlite(connection: Any, _: Any) -> None:
@@ -105,6 +147,14 @@ def _configure_sqlite(connection: Any, _: Any) -> None:
     cursor.execute("PRAGMA journal_mode = WAL")
     cursor.execute("PRAGMA synchronous = FULL")
     cursor.close()
+
+
+def _configure_postgresql(connection: Any, _: Any) -> None:
+    cursor = connection.cursor()
+    cursor.execute(f"SET idle_in_transaction_session_timeout = {int(_IDLE_TIMEOUT_S * 1000)}")
+    cursor.execute(f"SET lock_timeout = {int(_LOCK_TIMEOUT_S * 1000)}")
+    cursor.close()
+    connection.commit()
 
 
 def _begin_immediate(connection: Connection) -> None:

@@ -1,6 +1,7 @@
 """`DataFolder`: the bytes of files, and of what running batches have written so far. Blocking: call it on a thread.
 
     files/ID                     complete files: uploads, and the output and errors of batches that have ended
+    files/FOLDER                 the identity of this folder, which its database knows
     uploads/NAME.part            uploads in progress
     batches/ID.EPOCH.output      what one lease of a running batch has written; `.errors` beside it
 
@@ -43,6 +44,20 @@ class DataFolder:
         """Create the folder, for this user only: it holds what clients have sent."""
         for folder in (self._files, self._uploads, self._batches):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def identity(self) -> str:
+        """Return the random id of this folder, the same for all servers that share it; made by the first of them."""
+        path = self._files / "FOLDER"
+        if not path.exists():
+            draft = self.new_upload()
+            draft.write_text(secrets.token_hex(16))
+            try:
+                os.link(draft, path)  # of several servers that start at once, one is first
+            except FileExistsError:
+                pass
+            finally:
+                draft.unlink()
+        return path.read_text()
 
     def file(self, file_id: str) -> Path:
         """Return the path of a complete file."""

@@ -4,7 +4,9 @@
 2. one transaction journals how many bytes of them count, and up to which line.
 
 A crash between the two leaves bytes behind the journaled ones, which nobody reads: the next lease has segments of its
-own and begins at the journaled line. Blocking: call it on a thread, one call at a time.
+own and begins at the journaled line. The output is written to a file of this lease, too, and the transaction that ends
+the batch names it: a server that was suspended and has lost its lease has no file to spoil. Blocking: call it on a
+thread, one call at a time.
 """
 
 import hashlib
@@ -16,7 +18,7 @@ import msgspec
 from msgspec import Struct, structs
 
 from router.batches.folder import KINDS, DataFolder, Kind
-from router.batches.leases import Leases
+from router.batches.leases import LeaseLost, Leases
 from router.batches.parts import LineAnswer
 from router.batches.records import BatchRecord, FileRecord, Segment
 from router.schemas.batches import BatchError, BatchStatus
@@ -87,7 +89,7 @@ class BatchJournal:
         self.batch, self._segment, self._is_broken = batch, segment, False
 
     def finish(self, status: BatchStatus, expires_at: float, errors: Sequence[BatchError] = ()) -> None:
-        """Publish the output and the errors of all leases, and end the batch. Repeated after a crash, it does the same.
+        """Publish the output and the errors of all leases, and end the batch. Can be repeated after a crash.
 
         Args:
             status: how the batch ends.
@@ -105,7 +107,7 @@ class BatchJournal:
             if not any(sizes):
                 continue
             paths = [self._folder.segment(batch.id, segment.epoch, kind) for segment in segments]
-            file_id = result_id(batch.id, kind)
+            file_id = result_id(batch.id, batch.epoch, kind)
             self._folder.join(list(zip(paths, sizes, strict=True)), file_id, f"{batch.id}.{batch.epoch}.{kind}")
             files[_COLUMNS[kind]] = FileRecord(
                 id=file_id,
@@ -116,8 +118,17 @@ class BatchJournal:
                 created_at=self._leases.now(),
                 expires_at=expires_at,
             )
-        self._leases.finish(batch, status, files, errors)
-        self._folder.delete_segments(batch.id, [segment.epoch for segment in segments])
+        try:
+            self._leases.finish(batch, status, files, errors)
+        except LeaseLost:
+            self._folder.delete_files([record.id for record in files.values()])
+            raise
+        epochs = [segment.epoch for segment in segments]
+        self._folder.delete_segments(batch.id, epochs)
+        # of leases whose server died just before its transaction
+        self._folder.delete_files(
+            [result_id(batch.id, epoch, kind) for epoch in epochs if epoch != batch.epoch for kind in KINDS]
+        )
 
     def close(self) -> None:
         """Close the segments."""
@@ -136,9 +147,9 @@ def _size(segment: Segment, kind: Kind) -> int:
     return segment.output_bytes if kind == "output" else segment.error_bytes
 
 
-def result_id(batch_id: str, kind: Kind) -> str:
-    """Return the id of a batch's output or error file: the same each time, so that publishing can be repeated."""
-    return "file-" + hashlib.blake2b(f"{batch_id}/{kind}".encode(), digest_size=16).hexdigest()
+def result_id(batch_id: str, epoch: int, kind: Kind) -> str:
+    """Return the id of the output or error file that one lease of a batch publishes."""
+    return "file-" + hashlib.blake2b(f"{batch_id}/{epoch}/{kind}".encode(), digest_size=16).hexdigest()
 
 
 def line_id(batch_id: str, number: int) -> str:

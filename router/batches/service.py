@@ -13,7 +13,7 @@ from msgspec import Struct
 from sqlalchemy.exc import SQLAlchemyError
 
 from router.batches.batch_runner import BatchRunner
-from router.batches.database import open_database
+from router.batches.database import bind_folder, open_database
 from router.batches.folder import DataFolder, is_id, new_id
 from router.batches.leases import Leases
 from router.batches.parts import Execute, RunParts, RunPolicy
@@ -28,6 +28,10 @@ MAX_UNFINISHED = 100
 """Unfinished batches of one key."""
 MAX_UPLOADS, MAX_UPLOADS_OF_OWNER = 16, 4
 """Uploads at the same time."""
+_OTHER_FOLDER = (
+    "BATCH_DATABASE belongs to another DATA_DIR: all servers on one database share one folder (a network file system); "
+    "mount it here, or use another database"
+)
 _WRITE_BYTES = 2**20
 _STOP_GRACE_S = 10.0
 _THREADS = 8
@@ -69,6 +73,8 @@ class BatchService:
         try:
             self.folder.create()
             self._database = open_database(settings.batch_database or f"sqlite:///{settings.data_dir / 'batches.db'}")
+            if settings.batch_database is not None and not bind_folder(self._database, self.folder.identity()):
+                raise SettingsError((_OTHER_FOLDER,))
         except OSError as error:
             raise SettingsError((f"DATA_DIR cannot be used: {error.strerror}",)) from None
         except (SQLAlchemyError, ImportError) as error:

@@ -87,7 +87,7 @@ class BatchStore:
             ObjectNotFound, FileInUse.
         """
         with self._engine.begin() as connection:
-            _file(connection, owner, file_id)
+            _file(connection, owner, file_id, is_locked=True)  # no batch of it is added meanwhile
             user = connection.execute(
                 select(BATCHES.c.id).where(BATCHES.c.input_file_id == file_id, BATCHES.c.status.in_(UNFINISHED))
             ).scalar()
@@ -100,7 +100,9 @@ class BatchStore:
         used = select(BATCHES.c.input_file_id).where(BATCHES.c.status.in_(UNFINISHED))
         expired = select(FILES.c.id).where(FILES.c.expires_at <= self._clock(), FILES.c.id.not_in(used)).limit(limit)
         with self._engine.begin() as connection:
-            ids = list(connection.execute(expired).scalars())
+            found = connection.execute(expired.with_for_update(skip_locked=True)).scalars().all()
+            # once they are locked no batch of them is added, but one may have been since they were found
+            ids = [*set(found) - set(connection.execute(used.where(BATCHES.c.input_file_id.in_(found))).scalars())]
             connection.execute(delete(FILES).where(FILES.c.id.in_(ids)))
         return ids
 
@@ -128,7 +130,7 @@ class BatchStore:
             QuotaExceeded: the owner has too many unfinished batches.
         """
         with self._engine.begin() as connection:
-            file = _file(connection, record.owner, record.input_file_id)
+            file = _file(connection, record.owner, record.input_file_id, is_locked=True)
             if file.purpose != "batch":
                 raise ObjectNotFound(f"File {file.id} has the purpose {file.purpose}: a batch reads files for batch")
             count = connection.execute(
@@ -215,8 +217,10 @@ def to_record(row: Mapping[Any, Any], kind: type[Record]) -> Record:
     return msgspec.convert({str(name): value for name, value in row.items()}, kind)
 
 
-def _file(connection: Connection, owner: str, file_id: str) -> FileRecord:
+def _file(connection: Connection, owner: str, file_id: str, *, is_locked: bool = False) -> FileRecord:
     found = select(FILES).where(FILES.c.id == file_id, FILES.c.owner == owner)
+    if is_locked:  # SQLite has no row locks and needs none: its transactions run one at a time
+        found = found.with_for_update()
     row = connection.execute(found).mappings().one_or_none()
     if row is None:
         raise ObjectNotFound(f"No file {file_id!r}: GET /v1/files lists the files of this key")

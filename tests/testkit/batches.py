@@ -168,7 +168,13 @@ class BatchWorld:
     ) -> Iterator[BatchRunner]:
         """Yield the runner of one server, which nothing runs yet."""
         fuse = fuse or Fuse()
-        bounds = {"max_line_bytes": MAX_LINE_BYTES, "retention_s": HOUR_S, "flush_s": 0.0, "poll_s": 0.01}
+        bounds = {
+            "max_line_bytes": MAX_LINE_BYTES,
+            "retention_s": HOUR_S,
+            "flush_s": 0.0,
+            "poll_s": 0.01,
+            "outage_s": 0.0,
+        }
         with ThreadPoolExecutor(4) as executor:
             parts = RunParts(
                 folder=MortalFolder(self.root, fuse),

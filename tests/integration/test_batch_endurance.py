@@ -1,0 +1,18 @@
+"""Tests that deaths of real servers and workers, at random moments of a batch, leave the output as it would have been.
+
+`python -m benchmarks.lifecycle.endurance batches` does it 200 times with 20,000 lines.
+"""
+
+import pytest
+
+from benchmarks.lifecycle.batch_kills import run_kills
+
+pytestmark = pytest.mark.slow
+KILLS = 6
+
+
+def test_kill_9_of_server_and_worker_changes_no_byte_of_the_output() -> None:
+    report, faults = run_kills(KILLS, lines=1200)
+
+    assert faults == [], str(report)
+    assert sum(int(count) for name, count in report.rows if name.startswith("kill -9")) == KILLS
