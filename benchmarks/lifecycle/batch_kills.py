@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal, NamedTuple
@@ -37,7 +37,10 @@ RECIPE = "bert-cls"
 START_S = 120.0
 _WORKER_DEATHS = 2
 """In a row: after a third the server takes the model for the cause, and quarantines it for ten minutes."""
+_WORKER_STARTS_S = 3.0
 _STARTING_SHARE = 0.15
+INPUTS = 8
+"""Texts of one line, so that 20,000 lines take minutes, and a second between two deaths does not do them all."""
 _ORPHAN_S = 30.0
 _END_S = 1800.0
 _LINE_IDS = re.compile(rb"batch_req_[0-9a-f]{32}")
@@ -56,11 +59,15 @@ class Kills(Struct, kw_only=True):
 
 
 class Site(Struct, frozen=True, kw_only=True):
-    """Where servers run: one registry, one folder for state and logs, one for files and batches."""
+    """Where servers run: one registry, one folder for state and logs, one for files and batches.
+
+    `settings`: in addition to, or instead of those of this module.
+    """
 
     registry: Path
     root: Path
     data: Path
+    settings: Mapping[str, str] = {}
 
 
 class Life:
@@ -69,11 +76,12 @@ class Life:
     def __init__(self, site: Site) -> None:
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
-        self._log = (site.root / "log").open("ab")
+        self.log = site.root / f"log-{port}"
+        self._log = self.log.open("ab")
         self.process = subprocess.Popen(
             [sys.executable, "-m", "router", "serve", "--registry", str(site.registry), "--port", str(port)],
             cwd=ROOT,
-            env=bare_environment(str(site.root)) | _SETTINGS | {"DATA_DIR": str(site.data)},
+            env=bare_environment(str(site.root)) | _SETTINGS | {"DATA_DIR": str(site.data), **site.settings},
             stdout=self._log,
             stderr=self._log,
         )
@@ -91,7 +99,7 @@ class Life:
                     return time.monotonic() - began_s
             except httpx.TransportError:
                 time.sleep(0.02)
-        raise RuntimeError(f"the server did not start: see {self._log.name}")
+        raise RuntimeError(f"the server did not start: see {self.log}")
 
     def workers(self) -> list[psutil.Process]:
         """Return the worker processes: children of the fork server, which is a child of the server."""
@@ -134,14 +142,15 @@ def _is_worker(process: psutil.Process) -> bool:
         return False
 
 
-def make_lines(number: int) -> list[str]:
+def make_lines(number: int, inputs: int = 1) -> list[str]:
     """Return the lines of a batch of embeddings."""
-    texts = mixed(number, seed=5, longest_words=12)
+    texts = mixed(number + inputs, seed=5, longest_words=12)
     return [
         json.dumps({
-            "custom_id": f"id-{at}", "method": "POST", "url": "/v1/embeddings", "body": {"model": MODEL, "input": text},
+            "custom_id": f"id-{at}", "method": "POST", "url": "/v1/embeddings",
+            "body": {"model": MODEL, "input": texts[at : at + inputs]},
         })
-        for at, text in enumerate(texts)
+        for at in range(number)
     ]  # fmt: skip
 
 
@@ -235,7 +244,7 @@ def endure(at: Site, rows: Sequence[str], kills: int, rng: random.Random) -> Kil
             is_running = victim == "worker"
             if not is_running or found.victims.total() >= kills:
                 break
-            time.sleep(rng.uniform(0.0, median(found.starts_s)))
+            time.sleep(rng.uniform(0.0, _WORKER_STARTS_S))
     if not is_running:
         life = Life(at)
         found.starts_s.append(life.wait())
@@ -296,7 +305,7 @@ def run_kills(kills: int, lines: int, seed: int = 11) -> tuple[Report, list[str]
     """Return the report and all faults."""
     watch = Watch()
     with tempfile.TemporaryDirectory() as folder:
-        found = endure(build_site(Path(folder)), make_lines(lines), kills, random.Random(seed))
+        found = endure(build_site(Path(folder)), make_lines(lines, INPUTS), kills, random.Random(seed))
     moments = found.journaled
     during = sum(0 < done < lines for done in moments)
     report = Report(

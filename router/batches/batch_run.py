@@ -135,8 +135,7 @@ class BatchRun:
             for task in (work, stopped):
                 task.cancel()
             await asyncio.wait((work, stopped))
-            if self._flushing is not None:
-                await asyncio.wait((self._flushing,))
+            await self._settle()
         if not work.cancelled():
             return work.result()
         assert self._end is not None, "work is cancelled only by a stop"
@@ -147,6 +146,8 @@ class BatchRun:
         if end == "expired":
             await self._expire_rest()
             end = self._end if self._end in ("released", "lost") else end
+        if end == "lost":
+            raise LeaseLost(self.batch.id)
         if end == "released":
             await self._io(self._parts.leases.release, self.batch, 0.0)
         elif end == "completed":
@@ -171,19 +172,17 @@ class BatchRun:
             return "invalid"
         await self._io(self._parts.leases.begin, self.batch, scan.total)
         pending: deque[tuple[asyncio.Task[LineResult], int]] = deque()
-        file = await self._io(self._parts.folder.open, self.batch.input_file_id)
-        try:
-            await self._answer_all(self._reader(file), scan, pending)
-        finally:
-            tasks = [task for task, _ in pending]
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            if self._flushing is not None:
-                await asyncio.wait((self._flushing,))
-            self._keep_first(tasks)
-            file.close()
-            await self._flush()
+        with await self._io(self._parts.folder.open, self.batch.input_file_id) as file:
+            try:
+                await self._answer_all(self._reader(file), scan, pending)
+            finally:
+                tasks = [task for task, _ in pending]
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                await self._settle()
+                self._keep_first(tasks)
+                await self._flush()
         return "completed"
 
     async def _scan(self) -> Scan:
@@ -317,6 +316,12 @@ class BatchRun:
         completed = sum(result.is_completed for result in results)
         self._parts.on_line("completed", completed)
         self._parts.on_line("failed", len(results) - completed)
+
+    async def _settle(self) -> None:
+        """Wait for the write under way, and raise what it raised: nothing may be written behind it."""
+        if self._flushing is not None:
+            await asyncio.wait((self._flushing,))
+            self._flushing.result()
 
     def _reader(self, file: BinaryIO) -> LineReader:
         done = self._journal.batch
