@@ -1,15 +1,22 @@
 """Tests runs of batches: order, bad lines, cancellation, expiry and takeover."""
 
 import asyncio
+import io
 from collections import Counter
+from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
-from router.batches.leases import LEASE_S
-from router.batches.parts import LineAnswer, LineWork
+from router.batches.folder import DataFolder
+from router.batches.journal import BatchJournal, LineResult, line_id
+from router.batches.leases import LEASE_S, LeaseLost
+from router.batches.lines import LineReader
+from router.batches.parts import LineAnswer, LineWork, RunPolicy
 from tests.testkit.batches import (
     BATCH,
     HOUR_S,
+    INPUT_ID,
     MAX_LINE_BYTES,
     OWNER,
     BatchWorld,
@@ -103,6 +110,36 @@ async def test_a_line_is_tried_again_while_the_server_has_no_room(
     await run_here(world, busy)
 
     assert world.batch().completed == completed
+
+
+async def test_an_outage_costs_no_line_until_one_was_in_vain(world: BatchWorld) -> None:
+    world.add(TEN)
+    tries = Counter[str]()
+
+    async def down(work: LineWork) -> LineAnswer:
+        tries[work.request_id] += 1
+        return LineAnswer(503, b"{}", retry_after_s=60.0)
+
+    await run_here(world, down, outage_s=900.0)
+
+    counts = [tries[line_id(BATCH.id, number)] for number in range(1, 11)]
+    assert world.batch().failed == 10
+    assert max(counts) * 30 >= 900  # seconds: a pause has at most 30
+    assert counts[-1] == 8
+
+
+async def test_a_model_that_returns_within_an_outage_loses_no_line(world: BatchWorld) -> None:
+    world.add(TEN)
+    tries = Counter[str]()
+
+    async def quarantined(work: LineWork) -> LineAnswer:
+        tries[work.request_id] += 1
+        is_down = tries[work.request_id] <= 20  # pauses of 30 s: ten minutes
+        return LineAnswer(503, b"{}", retry_after_s=600.0) if is_down else LineAnswer(200, b"{}")
+
+    await run_here(world, quarantined, outage_s=RunPolicy(max_line_bytes=1, retention_s=1).outage_s)
+
+    assert (world.batch().completed, world.batch().failed) == (10, 0)
 
 
 @pytest.mark.parametrize(("text", "code"), [(b"", "empty_file"), (b" \n\n \t\r\n", "empty_file")])
@@ -242,6 +279,75 @@ async def test_a_server_that_was_suspended_spoils_nothing(world: BatchWorld) -> 
     assert world.batch().status == "completed"
     assert world.output() == expected
     assert len(parsed(expected)) == 10
+
+
+async def test_a_lease_that_is_lost_within_a_write_is_logged_as_lost(world: BatchWorld) -> None:
+    world.add(TEN)
+
+    async def late(work: LineWork) -> LineAnswer:
+        if not world.now_s:
+            world.now_s += LEASE_S + 1
+            assert world.leases_of("other").claim(Counter()) is not None
+        return await echo(work)
+
+    with capture_logs() as logged:
+        await run_here(world, late, poll_s=60.0)
+
+    assert [row["event"] for row in logged] == ["batch.lease_lost"]
+
+
+async def test_a_lease_that_is_found_lost_while_nothing_is_written_is_logged(world: BatchWorld) -> None:
+    world.add(TEN)
+    gate = Gate(0)
+    with capture_logs() as logged, world.server(gate) as runner:
+        task = asyncio.create_task(make_run(runner).run())
+        await gate.held.wait()
+        world.now_s += LEASE_S + 1
+        assert world.leases_of("other").claim(Counter()) is not None
+        await task
+
+    assert [row["event"] for row in logged] == ["batch.lease_lost"]
+
+
+def test_a_server_that_was_suspended_while_it_published_replaces_nothing(world: BatchWorld) -> None:
+    """It believes that the batch failed after three lines, as the clock or the keys of its machine say."""
+    world.add(TEN)
+    leases = world.leases_of("first")
+    batch = leases.claim(Counter())
+    assert batch is not None
+    seen: list[bytes] = []
+
+    class SlowFolder(DataFolder):
+        def publish(self, source: Path, file_id: str) -> None:
+            world.now_s += LEASE_S + 1
+            asyncio.run(run_here(world, holder="other"))
+            seen.append(world.output())
+            super().publish(source, file_id)
+
+    journal = BatchJournal(SlowFolder(world.root), leases, batch)
+    reader = LineReader(io.BytesIO(TEN), 0, 1, MAX_LINE_BYTES)
+    journal.append([LineResult(one.number, one.end, b"{}\n", is_completed=True) for one in reader.read(3, 10**6)])
+    with pytest.raises(LeaseLost):
+        journal.finish("failed", HOUR_S)
+    journal.close()
+
+    assert world.batch().status == "completed"
+    assert [world.output()] == seen and len(parsed(seen[0][9:])) == 7
+    assert {path.name for path in (world.root / "files").iterdir()} == {
+        INPUT_ID, world.batch().output_file_id
+    }  # fmt: skip
+
+
+async def test_a_missing_input_file_is_named_as_the_reason(world: BatchWorld) -> None:
+    world.add(TEN)
+    world.folder.delete_files([INPUT_ID])
+
+    with capture_logs() as logged:
+        await run_here(world)
+
+    assert [(row["event"], row.get("reason")) for row in logged] == [
+        ("batch.stalled", "a file of this batch is not in DATA_DIR")
+    ]
 
 
 async def test_an_error_of_the_disk_delays_the_batch(world: BatchWorld) -> None:
