@@ -30,6 +30,7 @@ from benchmarks.lib.report import Report
 from benchmarks.lib.servers import bare_environment, free_port, write_registry
 from benchmarks.lib.workloads import mixed
 from router.batches.journal import line_id
+from router.batches.records import UNFINISHED
 
 Victim = Literal["server", "worker", "both", "starting"]
 MODEL = "small"
@@ -162,7 +163,7 @@ def submit(url: str, rows: Sequence[str]) -> str:
         return str(client.post("/v1/batches", json=body).raise_for_status().json()["id"])
 
 
-def fetch(url: str, batch_id: str, limit_s: float = _END_S) -> tuple[dict[str, Any], bytes]:
+def fetch(url: str, batch_id: str, limit_s: float = _END_S, poll_s: float = 0.2) -> tuple[dict[str, Any], bytes]:
     """Wait until a batch has ended; return it and its output.
 
     Raises:
@@ -172,10 +173,10 @@ def fetch(url: str, batch_id: str, limit_s: float = _END_S) -> tuple[dict[str, A
     with httpx.Client(base_url=url, timeout=60) as client:
         while time.monotonic() < deadline_s:
             batch: dict[str, Any] = client.get(f"/v1/batches/{batch_id}").raise_for_status().json()
-            if batch["status"] not in ("validating", "in_progress", "finalizing"):
+            if batch["status"] not in UNFINISHED:
                 output = batch["output_file_id"]
                 return batch, client.get(f"/v1/files/{output}/content").content if output else b""
-            time.sleep(0.2)
+            time.sleep(poll_s)
     raise TimeoutError(f"batch {batch_id} has not ended after {limit_s:g} s")
 
 

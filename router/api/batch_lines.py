@@ -63,7 +63,9 @@ class BatchLines:
             retry_after_s = getattr(error, "retry_after_s", 1.0)
             is_transient = row.status in _TRANSIENT and row.should_retry
             return LineAnswer(row.status, msgspec.json.encode(envelope), retry_after_s if is_transient else None)
-        return LineAnswer(200, body, headers=_headers(request))
+        result = context_of(request).answer
+        num_truncated = len(result.truncated) if result is not None else 0
+        return LineAnswer(200, body, headers=_headers(request), num_truncated=num_truncated)
 
     def _admit(self, request: Request[Any, Any, Any], key: Key) -> None:
         caller = caller_of(key, "batches", self._limiter.settings)
@@ -91,6 +93,7 @@ class BatchLines:
             "state": {},
         }
         RequestContext(cast(HTTPScope, scope), _send_nothing)
+        scope["state"]["is_batch_line"] = True
         return Request(cast(HTTPScope, scope), receive=_wait_for_ever, send=_send_nothing)
 
 

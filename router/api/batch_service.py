@@ -39,7 +39,12 @@ def open_batches(
         if number:
             recorder.add(metrics.BATCH_LINES, outcome, amount=number)
 
-    hooks = ServiceHooks(may_run=lambda owner: server_state.keyring.find(owner) is not None, on_line=count, clock=clock)
+    hooks = ServiceHooks(
+        may_run=lambda owner: server_state.keyring.find(owner) is not None,
+        on_line=count,
+        on_end=lambda status, seconds: recorder.observe(metrics.BATCH_JOB_SECONDS, status, value=seconds),
+        clock=clock,
+    )
     return BatchService(settings, hooks)
 
 

@@ -287,7 +287,7 @@ def _expected_space(request: Request[Any, Any, Any]) -> str | None:
 def record_result(request: Request[Any, Any, Any], result: BaseResult, began_s: float) -> None:
     """Record the result of a request whose work began at `began_s`, for metrics, log and trace."""
     context_of(request).record_result(result, began_s)
-    if result.truncated:
+    if result.truncated and "is_batch_line" not in request.scope["state"]:  # a batch logs the sum of its lines
         log.warning("inputs.truncated", inputs=len(result.token_counts), truncated=len(result.truncated))
 
 

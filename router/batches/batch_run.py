@@ -1,7 +1,7 @@
 """`BatchRun`: runs one batch while its lease is held: answers its lines in order, and publishes the results."""
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, BinaryIO, Literal, TypeVar
@@ -47,6 +47,7 @@ class BatchRun:
         self._flushing: asyncio.Future[None] | None = None
         self._weight = 0
         self._is_patient = True
+        self._truncated = Counter[str]()
         self._end: End | None = None
         self._error = _REVOKED
         self._ended = asyncio.Event()
@@ -78,6 +79,8 @@ class BatchRun:
             watch.cancel()
             await asyncio.gather(watch, return_exceptions=True)
             self._journal.close()
+            if self._truncated:
+                log.warning("inputs.truncated", batch=self.batch.id, **self._truncated)
 
     async def _delay(self) -> None:
         with suppress(Exception):  # the database may be what fails; the lease ends by itself then
@@ -162,7 +165,12 @@ class BatchRun:
         expires_at = self._parts.leases.now() + self._policy.retention_s
         await self._io(self._journal.finish, status, expires_at, errors)
         done = self._journal.batch
-        log.info("batch.ended", batch=done.id, status=status, completed=done.completed, failed=done.failed)
+        seconds = self._parts.leases.now() - done.created_at
+        self._parts.on_end(status, seconds)
+        log.info(
+            "batch.ended", batch=done.id, status=status, completed=done.completed, failed=done.failed,
+            seconds=round(seconds, 1),
+        )  # fmt: skip
 
     # ---- the work
 
@@ -237,6 +245,8 @@ class BatchRun:
             text = encode_failure(request_id, bad.custom_id, bad.code, str(bad))
             return LineResult(line.number, line.end, text, is_completed=False)
         answer = await self._execute(LineWork(batch.owner, batch.endpoint, bytes(request.body), request_id))
+        if answer.num_truncated:
+            self._truncated.update(lines=1, truncated=answer.num_truncated)
         text = encode_response(request_id, request.custom_id, answer)
         return LineResult(line.number, line.end, text, is_completed=answer.status == 200)
 

@@ -24,13 +24,14 @@ class LineWork(Struct, frozen=True):
 class LineAnswer(Struct, frozen=True):
     """The answer: its status, its JSON on one line, and the headers that say what the vectors are.
 
-    `retry_after_s`: None if a retry would give the same.
+    `retry_after_s`: None if a retry would give the same. `num_truncated`: inputs that were cut.
     """
 
     status: int
     body: bytes
     retry_after_s: float | None = None
     headers: Mapping[str, str] = {}
+    num_truncated: int = 0
 
 
 class Execute(Protocol):
@@ -72,6 +73,7 @@ class RunParts(Struct, frozen=True, kw_only=True):
         share: how many lines of one batch may be in flight.
         may_run: whether an owner may still run batches.
         on_line: told the outcome of each line that was journaled, `completed` or `failed`, with their number.
+        on_end: told the status with which a batch has ended, and its seconds since it was created.
         executor: its threads read and write files and the database.
     """
 
@@ -83,4 +85,5 @@ class RunParts(Struct, frozen=True, kw_only=True):
     share: Callable[[], int]
     may_run: Callable[[str], bool]
     on_line: Callable[[str, int], None]
+    on_end: Callable[[str, float], None]
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep

@@ -118,11 +118,19 @@ class Segment(Struct, frozen=True, kw_only=True):
 
 
 class Quota(Struct, frozen=True, kw_only=True):
-    """What one key may store and run."""
+    """What one key may store and run, and what all keys together may store."""
 
     max_files: int
     max_bytes: int
     max_unfinished: int
+    max_stored: int
+
+
+class Room(Struct, frozen=True, order=True):
+    """How many bytes may still be stored, and the setting that allows no more."""
+
+    num_bytes: int
+    setting: str
 
 
 class Page(Struct, frozen=True, kw_only=True):

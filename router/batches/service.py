@@ -17,11 +17,11 @@ from router.batches.database import bind_folder, open_database
 from router.batches.folder import DataFolder, is_id, new_id
 from router.batches.leases import Leases
 from router.batches.parts import Execute, RunParts, RunPolicy
-from router.batches.records import BatchRecord, FileRecord, Page, Quota
+from router.batches.records import BatchRecord, FileRecord, Page, Quota, Room
 from router.batches.store import BatchStore
 from router.batches.upload import Upload
 from router.config.settings import Settings, SettingsError
-from router.errors import ObjectNotFound, StorageUnavailable, TooManyRequests
+from router.errors import ObjectNotFound, QuotaExceeded, StorageUnavailable, TooManyRequests
 from router.schemas.batches import CreateBatchRequest, Purpose
 
 MAX_UNFINISHED = 100
@@ -33,6 +33,7 @@ _OTHER_FOLDER = (
     "mount it here, or use another database"
 )
 _WRITE_BYTES = 2**20
+_LOOK_BYTES = 64 * 2**20
 _STOP_GRACE_S = 10.0
 _THREADS = 8
 """Twice as many as batches run at once: each may keep one busy for seconds."""
@@ -45,11 +46,13 @@ class ServiceHooks(Struct, frozen=True, kw_only=True):
     Attributes:
         may_run: whether an owner may still run batches.
         on_line: told how many lines were journaled as `completed` or `failed`.
+        on_end: told the status with which a batch has ended, and its seconds since it was created.
         clock: Unix time in seconds.
     """
 
     may_run: Callable[[str], bool]
     on_line: Callable[[str, int], None]
+    on_end: Callable[[str, float], None]
     clock: Callable[[], float] = time.time
 
 
@@ -83,11 +86,13 @@ class BatchService:
             max_files=settings.max_files_per_key,
             max_bytes=settings.max_bytes_per_key,
             max_unfinished=MAX_UNFINISHED,
+            max_stored=settings.max_stored_bytes,
         )
         self._store = BatchStore(self._database, quota, hooks.clock)
         self._leases = Leases(self._database, token_hex(16), hooks.clock)
         self._runner: BatchRunner | None = None
         self._uploads = Counter[str]()
+        self._uploading_bytes = 0
 
     @asynccontextmanager
     async def running(self, execute: Execute, draining: asyncio.Event) -> AsyncIterator[None]:
@@ -104,6 +109,7 @@ class BatchService:
                 share=lambda: max(1, self._settings.batch_concurrency // max(1, runner.num_running)),
                 may_run=self._hooks.may_run,
                 on_line=self._hooks.on_line,
+                on_end=self._hooks.on_end,
             ),
         )
         self._runner = runner
@@ -127,18 +133,35 @@ class BatchService:
         Raises:
             InvalidValue, FileTooLarge, QuotaExceeded, TooManyRequests, StorageUnavailable.
         """
-        with self._counted(owner):
-            room = await self._io(self._store.check_room, owner)
-            is_small = room < self._settings.max_file_bytes
-            limits = (room, "MAX_BYTES_PER_KEY") if is_small else (self._settings.max_file_bytes, "MAX_FILE_BYTES")
+        with self._counted(owner) as written:
+            room = min(
+                await self._io(self._store.check_room, owner), Room(self._settings.max_file_bytes, "MAX_FILE_BYTES")
+            )
             path = self.folder.new_upload()
-            upload = Upload(content_type, path, *limits)
+            upload = Upload(content_type, path, room)
             try:
                 async for data in _merged(chunks):
+                    await self._check_disk(written, len(data))
                     await self._io(upload.write, data)
                 return await asyncio.shield(asyncio.ensure_future(self._io(self._publish, owner, upload, path)))
             finally:
                 await asyncio.shield(asyncio.ensure_future(self._io(upload.abandon)))
+
+    async def _check_disk(self, written: Counter[str], num_bytes: int) -> None:
+        """Count the bytes that are about to be written, and refuse them if all uploads together fill the storage.
+
+        What is stored is asked for every 64 MiB of an upload: in between others may end, which were counted here.
+        """
+        if written["bytes"] % _LOOK_BYTES < num_bytes:
+            written["stored"] = await self._io(self._store.stored_bytes)
+        written["bytes"] += num_bytes
+        self._uploading_bytes += num_bytes
+        if written["stored"] + self._uploading_bytes > self._settings.max_stored_bytes:
+            raise QuotaExceeded(
+                f"Storage full: {written['stored']} bytes are stored for all keys, and {self._uploading_bytes} are in "
+                f"uploads (maximum {self._settings.max_stored_bytes}, MAX_STORED_BYTES); delete files, or wait until "
+                "others expire"
+            )
 
     def _publish(self, owner: str, upload: Upload, path: Any) -> FileRecord:
         uploaded = upload.finish()
@@ -244,17 +267,19 @@ class BatchService:
             self._runner.wake(batch_id)
 
     @contextmanager
-    def _counted(self, owner: str) -> Iterator[None]:
-        """Count an upload while it runs."""
+    def _counted(self, owner: str) -> Iterator[Counter[str]]:
+        """Count an upload while it runs; yield the counter of its bytes."""
         if self._uploads.total() >= MAX_UPLOADS or self._uploads[owner] >= MAX_UPLOADS_OF_OWNER:
             raise TooManyRequests(
                 f"Upload limit reached: {self._uploads[owner]} uploads of this key (maximum {MAX_UPLOADS_OF_OWNER}), "
                 f"{self._uploads.total()} of all (maximum {MAX_UPLOADS}); retry"
             )
         self._uploads[owner] += 1
+        written = Counter[str]()
         try:
-            yield
+            yield written
         finally:
+            self._uploading_bytes -= written["bytes"]
             self._uploads[owner] -= 1
             self._uploads += Counter()  # without the owners that have none
 

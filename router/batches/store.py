@@ -5,14 +5,15 @@ from typing import Any, TypeVar
 
 import msgspec
 from msgspec import structs
-from sqlalchemy import Connection, Engine, Select, Table, and_, delete, func, insert, or_, select, update
+from sqlalchemy import Connection, Engine, Select, and_, delete, func, insert, or_, select, update
 
 from router.batches.database import BATCHES, FILES, SEGMENTS
-from router.batches.records import UNFINISHED, BatchRecord, FileRecord, Page, Quota, Segment
+from router.batches.records import UNFINISHED, BatchRecord, FileRecord, Page, Quota, Room, Segment
 from router.errors import BatchFinished, FileInUse, ObjectNotFound, QuotaExceeded
 from router.schemas.batches import Purpose
 
 Record = TypeVar("Record", BatchRecord, FileRecord, Segment)
+Listed = TypeVar("Listed", BatchRecord, FileRecord)
 
 
 class BatchStore:
@@ -31,7 +32,7 @@ class BatchStore:
 
     # ---- files
 
-    def check_room(self, owner: str) -> int:
+    def check_room(self, owner: str) -> Room:
         """Return how many bytes the owner may still store.
 
         Raises:
@@ -39,6 +40,11 @@ class BatchStore:
         """
         with self._engine.begin() as connection:
             return self._room(connection, owner)
+
+    def stored_bytes(self) -> int:
+        """Return how many bytes all owners have stored, with what running batches have written."""
+        with self._engine.begin() as connection:
+            return _stored(connection)
 
     def add_file(self, record: FileRecord) -> None:
         """Add an uploaded file, whose bytes are on disk.
@@ -48,10 +54,10 @@ class BatchStore:
         """
         with self._engine.begin() as connection:
             room = self._room(connection, record.owner)
-            if record.bytes > room:
+            if record.bytes > room.num_bytes:
                 raise QuotaExceeded(
-                    f"File quota exceeded: the file has {record.bytes} bytes, and this key may store {room} more of "
-                    f"{self._quota.max_bytes}; delete files"
+                    f"File quota exceeded: the file has {record.bytes} bytes, and this key may store {room.num_bytes} "
+                    f"more ({room.setting}); delete files"
                 )
             connection.execute(insert(FILES).values(structs.asdict(record)))
 
@@ -74,11 +80,8 @@ class BatchStore:
         if purpose is not None:
             wanted = wanted.where(FILES.c.purpose == purpose)
         with self._engine.begin() as connection:
-            if page.after is not None:
-                after = _file(connection, owner, page.after)
-                wanted = wanted.where(_behind(FILES, after.created_at, after.id, page))
-            rows = connection.execute(_ordered(wanted, FILES, page)).mappings().all()
-        return [to_record(row, FileRecord) for row in rows[: page.limit]], len(rows) > page.limit
+            after = _file(connection, owner, page.after) if page.after is not None else None
+            return _page(connection, FileRecord, wanted, page, after)
 
     def delete_file(self, owner: str, file_id: str) -> None:
         """Delete the row of a file.
@@ -127,12 +130,13 @@ class BatchStore:
 
         Raises:
             ObjectNotFound: the owner has no such file.
-            QuotaExceeded: the owner has too many unfinished batches.
+            QuotaExceeded: the owner has too many unfinished batches, or nothing more may be stored.
         """
         with self._engine.begin() as connection:
             file = _file(connection, record.owner, record.input_file_id, is_locked=True)
             if file.purpose != "batch":
                 raise ObjectNotFound(f"File {file.id} has the purpose {file.purpose}: a batch reads files for batch")
+            self._room_of_all(connection)  # for its results
             count = connection.execute(
                 select(func.count()).where(BATCHES.c.owner == record.owner, BATCHES.c.status.in_(UNFINISHED))
             ).scalar_one()
@@ -160,11 +164,8 @@ class BatchStore:
         """
         wanted = select(BATCHES).where(BATCHES.c.owner == owner)
         with self._engine.begin() as connection:
-            if page.after is not None:
-                after = _batch(connection, owner, page.after)
-                wanted = wanted.where(_behind(BATCHES, after.created_at, after.id, page))
-            rows = connection.execute(_ordered(wanted, BATCHES, page)).mappings().all()
-        return [to_record(row, BatchRecord) for row in rows[: page.limit]], len(rows) > page.limit
+            after = _batch(connection, owner, page.after) if page.after is not None else None
+            return _page(connection, BatchRecord, wanted, page, after)
 
     def cancel(self, owner: str, batch_id: str) -> BatchRecord:
         """Ask for the end of a batch; its runner stops and keeps what is done. Idempotent until it has ended.
@@ -195,7 +196,7 @@ class BatchStore:
             rows = connection.execute(select(BATCHES.c.status, func.count()).group_by(BATCHES.c.status)).all()
         return dict(tuple(row) for row in rows)
 
-    def _room(self, connection: Connection, owner: str) -> int:
+    def _room(self, connection: Connection, owner: str) -> Room:
         count, stored = connection.execute(
             select(func.count(), func.coalesce(func.sum(FILES.c.bytes), 0)).where(FILES.c.owner == owner)
         ).one()
@@ -209,7 +210,17 @@ class BatchStore:
                 f"File quota exceeded: this key has stored {stored} bytes (maximum {self._quota.max_bytes}, "
                 "MAX_BYTES_PER_KEY); delete files"
             )
-        return int(self._quota.max_bytes - stored)
+        of_key = Room(int(self._quota.max_bytes - stored), "MAX_BYTES_PER_KEY")
+        return min(of_key, self._room_of_all(connection))
+
+    def _room_of_all(self, connection: Connection) -> Room:
+        stored = _stored(connection)
+        if stored >= self._quota.max_stored:
+            raise QuotaExceeded(
+                f"Storage full: {stored} bytes are stored for all keys (maximum {self._quota.max_stored}, "
+                "MAX_STORED_BYTES); delete files, or wait until others expire"
+            )
+        return Room(self._quota.max_stored - stored, "MAX_STORED_BYTES")
 
 
 def to_record(row: Mapping[Any, Any], kind: type[Record]) -> Record:
@@ -235,14 +246,26 @@ def _batch(connection: Connection, owner: str, batch_id: str) -> BatchRecord:
     return to_record(row, BatchRecord)
 
 
-def _behind(table: Table, created_at: float, row_id: str, page: Page) -> Any:
-    created, ids = table.c.created_at, table.c.id
-    if page.is_ascending:
-        return or_(created > created_at, and_(created == created_at, ids > row_id))
-    return or_(created < created_at, and_(created == created_at, ids < row_id))
+def _stored(connection: Connection) -> int:
+    files = select(func.coalesce(func.sum(FILES.c.bytes), 0))
+    running = (
+        select(func.coalesce(func.sum(SEGMENTS.c.output_bytes + SEGMENTS.c.error_bytes), 0))
+        .join(BATCHES, BATCHES.c.id == SEGMENTS.c.batch_id)
+        .where(BATCHES.c.status.in_(UNFINISHED))
+    )
+    return sum(int(connection.execute(query).scalar_one()) for query in (files, running))
 
 
-def _ordered(wanted: Select[Any], table: Table, page: Page) -> Select[Any]:
-    columns: Sequence[Any] = (table.c.created_at, table.c.id)
+def _page(
+    connection: Connection, kind: type[Listed], wanted: Select[Any], page: Page, after: Listed | None
+) -> tuple[list[Listed], bool]:
+    """Return the rows of a page behind `after`, by time of creation, and whether there are more."""
+    created, ids = wanted.selected_columns.created_at, wanted.selected_columns.id
+    if after is not None:
+        is_later = or_(created > after.created_at, and_(created == after.created_at, ids > after.id))
+        is_earlier = or_(created < after.created_at, and_(created == after.created_at, ids < after.id))
+        wanted = wanted.where(is_later if page.is_ascending else is_earlier)
+    columns: Sequence[Any] = (created, ids)
     order = [column if page.is_ascending else column.desc() for column in columns]
-    return wanted.order_by(*order).limit(page.limit + 1)
+    rows = connection.execute(wanted.order_by(*order).limit(page.limit + 1)).mappings().all()
+    return [to_record(row, kind) for row in rows[: page.limit]], len(rows) > page.limit

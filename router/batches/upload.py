@@ -9,6 +9,7 @@ from msgspec import Struct
 from multipart import MultipartError, MultipartSegment, PushMultipartParser, parse_options_header
 
 from engines.errors import InvalidValue
+from router.batches.records import Room
 from router.errors import FileTooLarge
 
 _MAX_FIELD_BYTES = 1024
@@ -33,19 +34,17 @@ class Upload:
     Args:
         content_type: the header.
         path: to write to.
-        max_bytes: of the file.
-        limit_name: of the limit, for the message.
+        room: for the file.
     """
 
-    def __init__(self, content_type: str, path: Path, max_bytes: int, limit_name: str) -> None:
+    def __init__(self, content_type: str, path: Path, room: Room) -> None:
         kind, options = parse_options_header(content_type)
         boundary = options.get("boundary", "")
         if kind != "multipart/form-data" or not _BOUNDARY.fullmatch(boundary):
             raise InvalidValue(_NOT_MULTIPART)
         self._parser = PushMultipartParser(boundary, max_segment_count=_MAX_PARTS)
         self._path = path
-        self._max_bytes = max_bytes
-        self._limit_name = limit_name
+        self._room = room
         self._file: BinaryIO | None = None
         self._segment: MultipartSegment | None = None
         self._fields: dict[str, bytearray] = {}
@@ -112,8 +111,11 @@ class Upload:
         if self._segment.name == "file":
             assert self._file is not None, "opened when the part began"
             self._num_bytes += len(data)
-            if self._num_bytes > self._max_bytes:
-                raise FileTooLarge(f"File too large: more than {self._max_bytes} bytes ({self._limit_name}); split it")
+            if self._num_bytes > self._room.num_bytes:
+                remedy = "split it" if self._room.setting == "MAX_FILE_BYTES" else "delete files"
+                raise FileTooLarge(
+                    f"File too large: more than {self._room.num_bytes} bytes ({self._room.setting}); {remedy}"
+                )
             self._file.write(data)
             return
         field = self._fields[self._segment.name or ""]

@@ -88,6 +88,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     max_file_bytes: int = 2 * 2**30
     max_files_per_key: int = 1000
     max_bytes_per_key: int = 20 * 2**30
+    max_stored_bytes: int = 100 * 2**30
     file_retention_s: float = 30 * 86400.0
 
     @property
@@ -163,6 +164,7 @@ VARIABLES = (
     Variable.of("MAX_FILE_BYTES", values.size_bytes),
     Variable.of("MAX_FILES_PER_KEY", values.integer(1)),
     Variable.of("MAX_BYTES_PER_KEY", values.size_bytes),
+    Variable.of("MAX_STORED_BYTES", values.size_bytes),
     Variable.of("FILE_RETENTION", values.duration_s(3600.0), unit="_s"),
 )
 

@@ -69,6 +69,10 @@ BATCH_TOKENS = _histogram("batch_tokens", "model", "Real tokens in one forward p
 PACKING = _histogram("packing_efficiency_ratio", "model", "Real tokens over computed ones; 1 has no padding", _SHARES)
 
 BATCH_LINES = _counter("batch_lines", "outcome", "Lines of batches answered: completed, or failed into the error file")
+BATCH_JOB_SECONDS = _histogram(
+    "batch_job_seconds", "status", "A batch of a file from its creation to its end, by the status it ended with",
+    _LONG_SECONDS,
+)  # fmt: skip
 
 # ---- models, counted from the event stream ----
 

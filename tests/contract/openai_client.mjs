@@ -39,6 +39,36 @@ const output = await (await client.files.content(batch.output_file_id)).text();
 const listed = [];
 for await (const found of client.batches.list({ limit: 1 })) listed.push(found.id);
 
+async function run(rows, endpoint) {
+  const content = await toFile(Buffer.from(rows.join("\n")), "rows.jsonl");
+  const input = await client.files.create({ file: content, purpose: "batch" });
+  return client.batches.create({ input_file_id: input.id, endpoint, completion_window: "24h" });
+}
+
+async function ended(made) {
+  while (["validating", "in_progress", "finalizing", "cancelling"].includes(made.status)) {
+    await new Promise((resolve) => setTimeout(resolve, 20));
+    made = await client.batches.retrieve(made.id);
+  }
+  return made;
+}
+
+async function rowsOf(fileId) {
+  const text = await (await client.files.content(fileId)).text();
+  return text.trim().split("\n").map((row) => JSON.parse(row));
+}
+
+const bad = await ended(await run([lines[0], "{", lines[0]], "/v1/embeddings"));
+const badRows = await rowsOf(bad.error_file_id);
+const many = Array.from({ length: 3000 }, (_, index) => lines[0].replace('"0"', `"many-${index}"`));
+const stopped = await run(many, "/v1/embeddings");
+await client.batches.cancel(stopped.id);
+const asked = performance.now();
+const stoppedNow = await ended(stopped);
+const stoppedMs = performance.now() - asked;
+const files = [];
+for await (const found of client.files.list({ purpose: "batch" })) files.push(found.id);
+
 const wrongKey = new OpenAI({ baseURL: `${process.env.BASE_URL}/v1`, apiKey: "sk-wrong", maxRetries: 0 });
 console.log(
   JSON.stringify({
@@ -51,6 +81,14 @@ console.log(
     batch,
     batchVectors: output.trim().split("\n").map((row) => JSON.parse(row).response.body.data[0].embedding),
     batchListed: listed.includes(batch.id),
+    bad: { counts: bad.request_counts, errors: badRows.map((row) => [row.custom_id, row.error.code, row.response]) },
+    stopped: {
+      status: stoppedNow.status,
+      completed: stoppedNow.request_counts.completed,
+      ms: stoppedMs,
+      rows: stoppedNow.output_file_id ? (await rowsOf(stoppedNow.output_file_id)).length : 0,
+    },
+    fileListed: files.includes(file.id),
     cancelled: await refusal(() => client.batches.cancel(batch.id)),
     other: other.id,
     badWidth: await refusal(() => client.embeddings.create({ model: "mini", input: "a", dimensions: 5 })),

@@ -72,6 +72,22 @@ def test_a_batch_runs_from_upload_to_download(seen: dict[str, Any]) -> None:
     assert seen["cancelled"] == {"kind": "ConflictError", "status": 409, "code": "batch_finished", "param": None}
 
 
+def test_bad_lines_land_in_the_error_file(seen: dict[str, Any]) -> None:
+    assert seen["bad"] == {
+        "counts": {"total": 3, "completed": 1, "failed": 2},
+        "errors": [[None, "invalid_json", None], ["0", "duplicate_custom_id", None]],
+    }
+
+
+def test_a_cancelled_batch_stops_and_keeps_what_is_done(seen: dict[str, Any]) -> None:
+    stopped = seen["stopped"]
+
+    assert stopped["status"] == "cancelled"
+    assert stopped["rows"] == stopped["completed"] < 3000
+    assert stopped["ms"] < 1000
+    assert seen["fileListed"]
+
+
 def test_refusals_become_the_clients_own_errors(seen: dict[str, Any]) -> None:
     assert seen["badWidth"] == {
         "kind": "BadRequestError", "status": 400, "code": "dimensions_not_supported", "param": "dimensions"

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> RerankModels:
 
 @pytest.fixture(scope="module")
 def url(models: RerankModels, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with models.serve(tmp_path_factory.mktemp("served") / "registry.yaml") as server:
+    folder = tmp_path_factory.mktemp("served")
+    with models.serve(folder / "registry.yaml", DATA_DIR=str(folder / "data")) as server:
         yield server.url
 
 
@@ -315,3 +317,28 @@ def test_ragflow_sends_text_embeddings_inference_eight_texts_at_a_time(url: str,
             scores[result["index"] + start] = result["score"]
 
     assert scores == pytest.approx(models.scores(QUERY, texts), abs=1e-5)
+
+
+def test_openai_runs_a_batch_of_rerank_requests(url: str, ranking: Sequence[tuple[int, float]]) -> None:
+    """Its types name OpenAI's endpoints only; the client sends any."""
+    openai = pytest.importorskip("openai")
+    body = {"model": "ranker", **ASKED}
+    lines = [{"custom_id": name, "method": "POST", "url": "/v1/rerank", "body": body} for name in ("a", "b")]
+    lines.append(lines[0] | {"custom_id": "bad", "body": body | {"documents": []}})
+    with openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0) as client:
+        content = "\n".join(map(json.dumps, lines)).encode()
+        file = client.files.create(file=("pairs.jsonl", content), purpose="batch")
+        batch = client.batches.create(input_file_id=file.id, endpoint="/v1/rerank", completion_window="24h")
+        while batch.status in ("validating", "in_progress", "finalizing"):
+            time.sleep(0.05)
+            batch = client.batches.retrieve(batch.id)
+        rows = [json.loads(row) for row in client.files.content(batch.output_file_id).text.splitlines()]
+        (error,) = [json.loads(row) for row in client.files.content(batch.error_file_id).text.splitlines()]
+
+    assert [row["custom_id"] for row in rows] == ["a", "b"]
+    for row in rows:
+        results = row["response"]["body"]["results"]
+        assert_ranking([(found["index"], found["relevance_score"]) for found in results], ranking)
+    assert (error["custom_id"], error["response"]["status_code"]) == ("bad", 400)
+    refused = httpx.post(f"{url}/v1/rerank", json=lines[2]["body"], headers=BEARER)
+    assert error["response"]["body"] == refused.json()

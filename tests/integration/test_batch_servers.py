@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 from msgspec import Struct, structs
 from sqlalchemy import Engine, create_engine, update
@@ -84,6 +85,23 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
                 life.process.send_signal(signal.SIGCONT)
                 life.kill("server")
             engine.dispose()
+
+
+@pytest.mark.parametrize("asked", ["its own server", "the other server"])
+def test_a_cancelled_batch_stops_within_a_second_and_keeps_what_is_done(pair: Pair, asked: str) -> None:
+    batch_id, own, other = pair.begin()
+    url = own.url if asked == "its own server" else other.url
+
+    began_s = time.monotonic()
+    cancelled = httpx.post(f"{url}/v1/batches/{batch_id}/cancel", timeout=60).json()
+    batch, output = fetch(url, batch_id, LIMIT_S, poll_s=0.02)
+    took_s = time.monotonic() - began_s
+
+    done = batch["request_counts"]["completed"]
+    assert (cancelled["status"], batch["status"]) == ("cancelling", "cancelled")
+    assert output == b"".join(with_ids_of(pair.expected, batch_id).splitlines(keepends=True)[:done])
+    assert 0 < done < LINES
+    assert took_s < 2.0  # a second, and another for a busy machine
 
 
 def test_a_suspended_server_that_comes_back_writes_nothing_any_more(pair: Pair) -> None:

@@ -25,7 +25,7 @@ from router.schemas.batches import BatchError, BatchStatus
 
 OWNER = "key:web"
 INPUT_ID, BATCH_ID = "file-" + "1" * 32, "batch_" + "2" * 32
-QUOTA = Quota(max_files=100, max_bytes=10**9, max_unfinished=3)
+QUOTA = Quota(max_files=100, max_bytes=10**9, max_unfinished=3, max_stored=2 * 10**9)
 MAX_LINE_BYTES = 10_000
 HOUR_S = 3600.0
 Value = TypeVar("Value")
@@ -137,6 +137,7 @@ class BatchWorld:
         now_s: what all clocks tell.
         allowed: the owners that may run batches.
         counted: the outcomes that were counted.
+        ended: the batches that were counted, with their seconds.
     """
 
     def __init__(self, root: Path, database: str | None = None) -> None:
@@ -144,6 +145,7 @@ class BatchWorld:
         self.now_s = 0.0
         self.allowed = {OWNER}
         self.counted: list[tuple[str, int]] = []
+        self.ended: list[tuple[str, float]] = []
         self.folder = DataFolder(root)
         self.folder.create()
         self.engine = open_database(database or f"sqlite:///{root / 'batches.db'}")
@@ -185,6 +187,7 @@ class BatchWorld:
                 share=lambda: 4,
                 may_run=self.allowed.__contains__,
                 on_line=lambda outcome, number: self.counted.append((outcome, number)),
+                on_end=lambda status, seconds: self.ended.append((status, seconds)),
                 sleep=lambda _: asyncio.sleep(0),
             )
             yield BatchRunner(self.store, parts)
@@ -211,7 +214,7 @@ class BatchWorld:
 
 def with_id(batch: BatchRecord, number: int, **more: Any) -> BatchRecord:
     """Return a batch with ids and an input of its own."""
-    return structs.replace(batch, id=f"batch_{number:032x}", input_file_id=f"file-{number:032x}", **more)
+    return structs.replace(batch, **{"id": f"batch_{number:032x}", "input_file_id": f"file-{number:032x}"} | more)
 
 
 def parsed(text: bytes) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 from litestar import Request
+from structlog.testing import capture_logs
 
 from engines.errors import QueueFull
 from router.api.batch_lines import body_of
@@ -327,6 +328,53 @@ def test_a_key_may_store_so_many_files_and_bytes(tmp_path: Path) -> None:
             assert answer.headers["x-should-retry"] == "false"
         with httpx.Client(base_url=server.url, headers=bearer("bulk")) as bulk:
             assert upload(bulk, b"x").status_code == 200
+
+
+def test_all_keys_may_store_so_many_bytes_and_uploads_count_while_they_run(tmp_path: Path) -> None:
+    with keyed(tmp_path, max_stored_bytes=3 * 2**20) as server:
+        web, bulk = (httpx.Client(base_url=server.url, headers=bearer(name)) for name in ("web", "bulk"))
+        with web, bulk:
+            answers = []
+
+            def body() -> Iterator[bytes]:
+                whole = form(PURPOSE, FILE)
+                head, tail = whole.split(b"{}")
+                yield head + b"x" * 2 * 2**20
+                while not any(path.stat().st_size > 2**19 for path in (tmp_path / "data" / "uploads").iterdir()):
+                    time.sleep(0.01)
+                answers.append(upload(bulk, b"x" * 5 * 2**19))  # while the other has at least 1 of the 3 MiB
+                yield tail
+
+            first = web.post(FILES, content=body(), headers={"content-type": MULTIPART})
+            assert first.status_code == 200
+            assert [code_of(answer) for answer in answers] == [(429, "quota_exceeded")]
+            assert "MAX_STORED_BYTES" in answers[0].json()["error"]["message"]
+            assert code_of(upload(bulk, b"x" * (2**20 + 1))) in ((413, "body_too_large"), (429, "quota_exceeded"))
+            assert upload(bulk, b"x" * (2**20 - 2048)).status_code == 200
+            answer = upload(bulk, b"x" * 4096)
+            assert code_of(answer) == (429, "quota_exceeded")
+            assert "Storage full" in answer.json()["error"]["message"]
+
+
+def test_truncated_lines_are_logged_once_for_the_batch(served: Served) -> None:
+    served.backend.truncated = (0, 1)
+    try:
+        with capture_logs() as logged:
+            run(served.client, [line(f"{number}", body={"input": ["a", "b"]}) for number in range(3)])
+            while not any(row["event"] == "inputs.truncated" for row in logged):
+                time.sleep(0.01)
+    finally:
+        served.backend.truncated = ()
+
+    (row,) = [row for row in logged if row["event"] == "inputs.truncated"]
+    assert (row["lines"], row["truncated"]) == (3, 6)
+
+
+def test_how_long_batches_take_is_a_metric(served: Served) -> None:
+    run(served.client, [line("a")])
+
+    text = served.client.get("/metrics").text
+    assert 'embedyard_batch_job_seconds_count{status="completed"}' in text
 
 
 def test_a_client_that_leaves_leaves_no_file(served: Served, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from router.config.settings import Settings, SettingsError
 from tests.testkit.batches import BATCH, BatchWorld
 from tests.testkit.postgres_server import postgres_server
 
-HOOKS = ServiceHooks(may_run=lambda _: True, on_line=lambda *_: None)
+HOOKS = ServiceHooks(may_run=lambda _: True, on_line=lambda *_: None, on_end=lambda *_: None)
 
 
 def open_service(folder: Path, database: str) -> None:

@@ -6,7 +6,7 @@ import pytest
 from msgspec import structs
 
 from router.batches.leases import LEASE_S, LeaseLost
-from router.batches.records import Page, Segment
+from router.batches.records import Page, Room, Segment
 from router.errors import BatchFinished, FileInUse, ObjectNotFound, QuotaExceeded
 from tests.testkit.batches import BATCH, INPUT_ID, OWNER, QUOTA, BatchWorld, file_record, with_id
 
@@ -45,18 +45,37 @@ def test_quotas_are_of_each_owner(world: BatchWorld) -> None:
         world.store.check_room(OWNER)
     with pytest.raises(QuotaExceeded):
         world.store.add_file(file_record("file-" + "f" * 32))
-    assert world.store.check_room("key:other") == QUOTA.max_bytes
+    assert world.store.check_room("key:other") == Room(QUOTA.max_bytes, "MAX_BYTES_PER_KEY")
 
 
 def test_stored_bytes_are_limited(world: BatchWorld) -> None:
     world.store.add_file(file_record(bytes=QUOTA.max_bytes - 5))
 
-    assert world.store.check_room(OWNER) == 5
+    assert world.store.check_room(OWNER) == Room(5, "MAX_BYTES_PER_KEY")
     with pytest.raises(QuotaExceeded, match="may store 5 more"):
         world.store.add_file(file_record("file-" + "f" * 32, bytes=6))
     world.store.add_file(file_record("file-" + "f" * 32, bytes=5))
     with pytest.raises(QuotaExceeded, match="MAX_BYTES_PER_KEY"):
         world.store.check_room(OWNER)
+
+
+def test_all_keys_together_may_store_so_many_bytes(world: BatchWorld) -> None:
+    for number in range(2):
+        world.store.add_file(file_record(f"file-{number:032x}", owner=f"key:{number}", bytes=QUOTA.max_bytes - 20))
+    assert world.store.check_room("key:new") == Room(40, "MAX_STORED_BYTES")
+    world.add(b"0123456789")
+    batch = world.leases.claim(NOBODY)
+    assert batch is not None
+    world.leases.advance(batch, Segment(epoch=1, output_bytes=20, error_bytes=5))
+
+    assert world.store.stored_bytes() == QUOTA.max_stored - 5
+    with pytest.raises(QuotaExceeded, match="may store 5 more \\(MAX_STORED_BYTES\\)"):
+        world.store.add_file(file_record("file-" + "f" * 32, owner="key:new", bytes=6))
+    world.leases.advance(batch, Segment(epoch=1, output_bytes=20, error_bytes=10))
+    with pytest.raises(QuotaExceeded, match=r"Storage full.*MAX_STORED_BYTES"):
+        world.store.check_room("key:new")
+    with pytest.raises(QuotaExceeded, match="Storage full"):
+        world.store.add_batch(with_id(BATCH, 7, input_file_id=INPUT_ID))
 
 
 def test_unfinished_batches_are_limited(world: BatchWorld) -> None:

@@ -64,6 +64,7 @@ CONTRACT = {
     "MAX_FILE_BYTES": "1GiB",
     "MAX_FILES_PER_KEY": "50",
     "MAX_BYTES_PER_KEY": "5GiB",
+    "MAX_STORED_BYTES": "50GiB",
     "FILE_RETENTION": "48h",
 }
 
@@ -123,6 +124,7 @@ def test_every_variable_is_read() -> None:
         max_file_bytes=2**30,
         max_files_per_key=50,
         max_bytes_per_key=5 * 2**30,
+        max_stored_bytes=50 * 2**30,
         file_retention_s=48 * 3600.0,
     )
 
