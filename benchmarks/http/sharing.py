@@ -2,12 +2,14 @@
 
     python -m benchmarks.http.sharing queries
     python -m benchmarks.http.sharing queries --flex
+    python -m benchmarks.http.sharing queries --batch
     python -m benchmarks.http.sharing models --models minilm minilm
     python -m benchmarks.http.sharing rerank
 
 `queries`: single queries arrive at random moments, first alone and then while a request of 2,048 texts runs; the bulk
 request runs alone too. Over HTTP, default settings, interleaved rounds. With `--flex` the bulk request asks for idle
-capacity only (`service_tier: "flex"`). `models`: each model alone, then both at once,
+capacity only (`service_tier: "flex"`); with `--batch` the texts are the lines of a batch
+of the Files API. `models`: each model alone, then both at once,
 in one process without HTTP; the shares are seconds of the device. With models of different sizes the sum is of parts:
 what each reaches beside the other over what it reaches alone. `rerank`: an embedding model and a reranker, both in
 memory: small requests for either, alone and then while the other has a bulk request.
@@ -16,11 +18,14 @@ memory: small requests for either, alone and then while the other has a bulk req
 import argparse
 import asyncio
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
+import httpx
+import msgspec
 from msgspec import Struct, structs
 
 from benchmarks.lib import workloads
@@ -33,12 +38,18 @@ from benchmarks.lib.servers import make_requests, own, own_server, serving, summ
 from benchmarks.lib.worker import Worker
 from benchmarks.offline import rerank as rerankers
 from router import loadgen as load
+from router.batches.records import UNFINISHED
 from router.loadgen import Outcome
 from router.loadgen.http_client import Request, Target, encode
+from router.loadgen.results import Sample
 
 BULK_TEXTS = 2048
 PER_S = 5.0
 IDLE_S = 20.0
+_POLL_S = 0.05
+
+Kind = Literal["bulk", "flex", "batch"]
+_TITLES: Mapping[Kind, str] = {"bulk": "bulk request", "flex": "flex request", "batch": "batch"}
 
 
 class Round(Struct, frozen=True):
@@ -50,14 +61,49 @@ class Round(Struct, frozen=True):
     bulk: Outcome
 
 
-def measure(target: Target, bulk: Request, queries: Sequence[Request], per_s: float, idle_s: float) -> Round:
+Bulk = Callable[[], Coroutine[Any, Any, Outcome]]
+"""Runs the bulk work once."""
+
+
+def requested(target: Target, bulk: Request) -> Bulk:
+    """Return the bulk work of one large request."""
+    return lambda: load.closed(target, [bulk], 1, until=load.after(1))
+
+
+def batched(target: Target, texts: Sequence[str]) -> Bulk:
+    """Return the bulk work of one batch, with a line for each text. The file is uploaded now."""
+    body = {"model": target.model, "encoding_format": "base64"}
+    lines = (
+        {"custom_id": f"{at}", "method": "POST", "url": "/v1/embeddings", "body": body | {"input": text}}
+        for at, text in enumerate(texts)
+    )
+    rows = b"\n".join(map(msgspec.json.encode, lines))
+    made = httpx.post(f"{target.url}/v1/files", files={"file": rows}, data={"purpose": "batch"}, timeout=60)
+    wanted = {"input_file_id": made.raise_for_status().json()["id"], "endpoint": "/v1/embeddings"}
+
+    async def run() -> Outcome:
+        async with httpx.AsyncClient(base_url=target.url, timeout=60) as client:
+            began_s = time.perf_counter()
+            batch = (await client.post("/v1/batches", json=wanted)).raise_for_status().json()
+            while batch["status"] in UNFINISHED:
+                await asyncio.sleep(_POLL_S)
+                batch = (await client.get(f"/v1/batches/{batch['id']}")).raise_for_status().json()
+            wall_s = time.perf_counter() - began_s
+        is_whole = batch["status"] == "completed" and batch["request_counts"]["completed"] == len(texts)
+        sample = Sample(due_s=0.0, latency_s=wall_s, num_texts=len(texts), status=200 if is_whole else 0)
+        return Outcome(wall_s=wall_s, client_cores=0.0, samples=(sample,))
+
+    return run
+
+
+def measure(target: Target, bulk: Bulk, queries: Sequence[Request], per_s: float, idle_s: float) -> Round:
     """Measure one round.
 
     Raises:
         OSError: a request failed.
     """
     idle = load.run(lambda: load.opened(target, queries, per_s, until=load.after_s(idle_s)))
-    alone = load.run(lambda: load.closed(target, [bulk], 1, until=load.after(1)))
+    alone = load.run(bulk)
     beside, both = load.run(lambda: _both(target, bulk, queries, per_s))
     for outcome in (idle, alone, beside, both):
         if outcome.num_failed or not outcome.samples:
@@ -65,9 +111,9 @@ def measure(target: Target, bulk: Request, queries: Sequence[Request], per_s: fl
     return Round(idle, alone, beside, both)
 
 
-async def _both(target: Target, bulk: Request, queries: Sequence[Request], per_s: float) -> tuple[Outcome, Outcome]:
-    """Send queries for as long as the bulk request runs."""
-    running = asyncio.create_task(load.closed(target, [bulk], 1, until=load.after(1)))
+async def _both(target: Target, bulk: Bulk, queries: Sequence[Request], per_s: float) -> tuple[Outcome, Outcome]:
+    """Send queries for as long as the bulk work runs."""
+    running = asyncio.create_task(bulk())
     beside = await load.opened(target, queries, per_s, until=lambda sent, _gone_s: running.done() and sent > 0)
     return beside, await running
 
@@ -100,21 +146,22 @@ def run_queries(  # noqa: PLR0913  # the workload of one measurement
     *,
     per_s: float = PER_S,
     idle_s: float = IDLE_S,
-    is_flex: bool = False,
+    kind: Kind = "bulk",
 ) -> Report:
     """Measure queries beside a bulk request, on a model folder; the bulk may use only what the queries leave idle."""
     watch = Watch()
     warn_if_busy(watch.machine)
     texts = workloads.make(workload, num_texts, workloads.counter(folder)).texts
-    with own_server(folder) as target:
-        tier = {"service_tier": "flex"} if is_flex else {}
-        bulk, queries = encode(target, texts, **tier), make_requests(target, folder, "short", 1)
+    with tempfile.TemporaryDirectory() as data, own_server(folder, DATA_DIR=data) as target:
+        tier = {"service_tier": "flex"} if kind == "flex" else {}
+        bulk = batched(target, texts) if kind == "batch" else requested(target, encode(target, texts, **tier))
+        queries = make_requests(target, folder, "short", 1)
         load.run(lambda: load.closed(target, [encode(target, texts[:64]), *queries], 1, until=load.after(20)))
         found = [measure(target, bulk, queries, per_s, idle_s) for _ in with_progress(range(rounds), "round")]
         machine = watch.machine
     return Report(
-        name="fairness-flex" if is_flex else "fairness",
-        title=f"Queries beside a {'flex' if is_flex else 'bulk'} request of {num_texts} × {workload}",
+        name="fairness" if kind == "bulk" else f"fairness-{kind}",
+        title=f"Queries beside a {_TITLES[kind]} of {num_texts} × {workload}",
         machine=machine,
         settings={"model": folder.name, "rounds": rounds, "queries a second": per_s, "idle s": idle_s},
         header=("what", "samples", "p50 ms", "p95 ms", "p99 ms"),
@@ -137,12 +184,14 @@ def main_queries(argv: Sequence[str]) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--per-second", type=float, default=PER_S)
     parser.add_argument("--idle-seconds", type=float, default=IDLE_S)
-    parser.add_argument("--flex", action="store_true", help="the bulk request has service_tier: flex")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--flex", action="store_true", help="the bulk request has service_tier: flex")
+    kinds.add_argument("--batch", action="store_true", help="the bulk work is a batch of the Files API")
     parser.add_argument("--no-save", dest="results", action="store_const", const=None, default=RESULTS)
     asked = parser.parse_args(argv)
     report = run_queries(
         resolve(asked.model), asked.workload, asked.texts, asked.rounds, per_s=asked.per_second,
-        idle_s=asked.idle_seconds, is_flex=asked.flex,
+        idle_s=asked.idle_seconds, kind="flex" if asked.flex else "batch" if asked.batch else "bulk",
     )  # fmt: skip
     publish(report, asked.results)
 
@@ -271,7 +320,7 @@ def run_rerank(
 
 def _beside(target: Target, queries: Sequence[Request], bulk: Request, per_s: float, idle_s: float) -> Beside:
     idle = load.run(lambda: load.opened(target, queries, per_s, until=load.after_s(idle_s)))
-    beside, both = load.run(lambda: _both(target, bulk, queries, per_s))
+    beside, both = load.run(lambda: _both(target, requested(target, bulk), queries, per_s))
     for outcome in (idle, beside, both):
         if outcome.num_failed or not outcome.samples:
             raise OSError(f"{outcome.num_failed} of {len(outcome.samples)} requests failed: {outcome.errors}")

@@ -201,9 +201,9 @@ def summary(outcome: Outcome) -> dict[str, Any]:
 
 
 @contextmanager
-def own_server(folder: Path, model: str = "minilm") -> Iterator[Target]:
-    """Run our server with one model and default settings until the block ends."""
+def own_server(folder: Path, model: str = "minilm", **variables: str) -> Iterator[Target]:
+    """Run our server with one model and default settings, except for `variables`, until the block ends."""
     with tempfile.TemporaryDirectory() as draft:
         registry = write_registry(Path(draft) / "registry.yaml", {model: folder})
-        with serving(own(registry, model)) as server:
+        with serving(own(registry, model, **variables)) as server:
             yield server.target
