@@ -112,3 +112,60 @@ class _Batch:
             self._items_left -= 1
             self._tokens_left -= length
             allowance -= length
+
+
+_SHARE = 0.35
+"""The next batch may wait for this part of the seconds that the last one took."""
+
+_ENOUGH_TOKENS = 128
+"""A batch of this many gains little by more texts."""
+
+_PASSES = 16
+"""After a batch that has waited in vain, this many do not wait."""
+
+
+class RejoinWindow:
+    """Decides how long a batch waits for clients that a batch has just answered to send their next request.
+
+    Knows no thread and no clock: the caller has both.
+
+    Args:
+        timeout_s: how long a batch that is not full waits for them at the most. 0: a share of the time that the last
+            batch took, and no longer than until it has enough tokens.
+    """
+
+    def __init__(self, timeout_s: float = 0.0) -> None:
+        self._timeout_s = timeout_s
+        self._num_expected = 0
+        self._num_back = 0
+        self._until_s = 0.0
+        self._passes = 0
+
+    def on_batch_done(self, num_jobs: int, took_s: float, now_s: float) -> None:
+        """Expects as many requests as a batch has answered."""
+        if self._passes:
+            self._passes -= 1
+            return
+        wait_s = self._timeout_s or _SHARE * took_s
+        self._num_expected, self._num_back, self._until_s = num_jobs, 0, now_s + wait_s
+
+    def on_admitted(self) -> None:
+        """Counts a request as one of those that are expected."""
+        self._num_back += 1
+
+    def is_open(self, jobs: Iterable[PendingRequest], now_s: float) -> bool:
+        """Tells whether a batch of these requests, which wait, goes on waiting for others."""
+        if self._num_back >= self._num_expected or now_s >= self._until_s:
+            return False
+        return not self._timeout_s and count_waiting_tokens(jobs, _ENOUGH_TOKENS) < _ENOUGH_TOKENS
+
+    def wait_s(self, num_tokens: int, now_s: float) -> float:
+        """Returns the seconds for which `num_tokens` that wait should go on waiting; 0 when they need not."""
+        if self._num_back >= self._num_expected or (not self._timeout_s and num_tokens >= _ENOUGH_TOKENS):
+            return 0.0
+        if now_s < self._until_s:
+            return self._until_s - now_s
+        if not self._num_back:
+            self._passes = _PASSES
+        self._num_expected = 0
+        return 0.0

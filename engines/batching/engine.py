@@ -7,7 +7,6 @@ on a pool of threads. What crosses between them is a `PendingRequest`, whose att
 import asyncio
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from functools import partial
 from typing import TypedDict
 
@@ -165,9 +164,12 @@ class EmbeddingEngine:
         return await self._answer(call, output, "" if isinstance(call, ScoreCall) else await self._space(call, output))
 
     async def _answer(self, call: ModelCall, output: OutputSpec, space: str = "") -> Result:
-        reading = self._reading(call)
-        with self._threads.trim_heap_after() if reading.num_chars > _HEAVY_CHARS else nullcontext():
-            result = await self._run(reading, output, Origin(call.caller, self._spec.cache_shared, call.is_flex), space)
+        reading, origin = self._reading(call), Origin(call.caller, self._spec.cache_shared, call.is_flex)
+        if reading.num_chars > _HEAVY_CHARS:
+            with self._threads.trim_heap_after():
+                result = await self._run(reading, output, origin, space)
+        else:
+            result = await self._run(reading, output, origin, space)
         if isinstance(result, Outputs) and isinstance(call, OutputsCall) and call.names_terms:
             return await self._threads.call(partial(name_terms, result, self._tokenizer))
         return result
@@ -226,7 +228,8 @@ class EmbeddingEngine:
         known = self._cache.fill(job) if self._cache is not None and output.is_cached else ()
         missing = [index for index in range(len(job.ids)) if index not in known] if known else None
         deduplicated = self._queue.admit(job, missing)
-        self._scheduler.notify(is_flex=job.is_flex)
+        if job.needs_thread:
+            self._scheduler.notify(is_flex=job.is_flex)
         try:
             if job.rows_missing:
                 await job.done
@@ -276,11 +279,7 @@ class EmbeddingEngine:
         self._leave_device()
         if self._parkable is not None:
             self._parkable.close()
-        self._parkable = None
-        self._runner = None
-        self._cache = None
-        self._tuner = None
-        self._check = None
+        self._parkable = self._runner = self._cache = self._tuner = self._check = None
         if self._spaces is not None:
             self._spaces.close()
         self._release()

@@ -15,61 +15,17 @@ import threading
 from bisect import insort
 from collections.abc import Callable, Iterable, Sequence
 
-from engines.batching.batch import BatchLimits, count_waiting_tokens, form_batch, is_worth_splitting, split_for_threads
+from engines.batching.batch import (
+    BatchLimits,
+    RejoinWindow,
+    count_waiting_tokens,
+    form_batch,
+    is_worth_splitting,
+    split_for_threads,
+)
 from engines.batching.flex import CallerShares
 from engines.batching.request import Entry, Key, PendingRequest, RowTarget
 from engines.errors import QueueFull
-
-_SHARE = 0.35
-"""The next batch may wait for this part of the seconds that the last one took."""
-
-_ENOUGH_TOKENS = 128
-"""A batch of this many gains little by more texts."""
-
-_PASSES = 16
-"""After a batch that has waited in vain, this many do not wait."""
-
-
-class RejoinWindow:
-    """Decides how long a batch waits for clients that a batch has just answered to send their next request.
-
-    Knows no thread and no clock: the caller has both.
-
-    Args:
-        timeout_s: how long a batch that is not full waits for them at the most. 0: a share of the time that the last
-            batch took, and no longer than until it has enough tokens.
-    """
-
-    def __init__(self, timeout_s: float = 0.0) -> None:
-        self._timeout_s = timeout_s
-        self._num_expected = 0
-        self._num_back = 0
-        self._until_s = 0.0
-        self._passes = 0
-
-    def on_batch_done(self, num_jobs: int, took_s: float, now_s: float) -> None:
-        """Expects as many requests as a batch has answered."""
-        if self._passes:
-            self._passes -= 1
-            return
-        wait_s = self._timeout_s or _SHARE * took_s
-        self._num_expected, self._num_back, self._until_s = num_jobs, 0, now_s + wait_s
-
-    def on_admitted(self) -> None:
-        """Counts a request as one of those that are expected."""
-        self._num_back += 1
-
-    def wait_s(self, num_tokens: int, now_s: float) -> float:
-        """Returns the seconds for which `num_tokens` that wait should go on waiting; 0 when they need not."""
-        if self._num_back >= self._num_expected or (not self._timeout_s and num_tokens >= _ENOUGH_TOKENS):
-            return 0.0
-        if now_s < self._until_s:
-            return self._until_s - now_s
-        if not self._num_back:
-            self._passes = _PASSES
-        self._num_expected = 0
-        return 0.0
-
 
 _MIN_WAIT_S = 0.1
 
@@ -201,12 +157,14 @@ class Queue:
                 self._enqueue(own, job, index)
             num_new = len(job.unscheduled)
             own.num_texts += num_new
-            self._adopt_from_larger(own, job)
+            if num_new < len(job.entries):
+                self._adopt_from_larger(own, job)
             if job.unscheduled:
                 job.unscheduled.sort(key=_length)
                 own.jobs.append(job)
             if not job.is_flex:
                 self._rejoin.on_admitted()
+                job.needs_thread = len(own.jobs) < 2 or not self._rejoin.is_open(own.jobs, self._clock())
         return len(wanted) - num_new
 
     def drop(self, job: PendingRequest) -> None:

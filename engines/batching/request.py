@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from msgspec import Struct
@@ -57,6 +56,7 @@ class PendingRequest:
         unscheduled: its own entries that are in no batch yet, the longest last.
         entries: all entries that it waits for, its own or not.
         rows_missing: the event loop counts it down.
+        needs_thread: whether a thread must be told of it; false where one waits for more requests to join its batch.
         done: resolved with None when all rows are stored, or with the error.
         started_at: when the first batch that holds one of its entries began.
         batches: forward passes to be reported with its result; the scheduler's threads append to it.
@@ -79,8 +79,9 @@ class PendingRequest:
         self.rows: Any = output.allocate(len(encoded.ids))
         self.unscheduled: list[Entry] = []
         self.entries: list[Entry] = []
-        self.num_tokens = sum(len(ids) for ids in encoded.ids)
+        self.num_tokens = sum(map(len, encoded.ids))
         self.rows_missing = len(encoded.ids)
+        self.needs_thread = True
         self.done: asyncio.Future[None] = loop.create_future()
         self.admitted_at = now_s
         self.started_at: float | None = None
@@ -94,16 +95,14 @@ class PendingRequest:
         self.rows_missing -= len(cached)
 
 
-@dataclass(frozen=True)
-class RowTarget:
+class RowTarget(Struct, frozen=True, eq=False):
     """One input of one request."""
 
     job: PendingRequest
     index: int
 
 
-@dataclass(eq=False)
-class Entry:
+class Entry(Struct, eq=False):
     """One distinct input in the queue or in a batch, and all requests that want its output.
 
     `owner`: the request that has it among its `unscheduled`, and whose share of a batch takes it; None once one has.

@@ -90,7 +90,7 @@ class TokenizedRequest(Struct, frozen=True):
     @property
     def token_counts(self) -> tuple[int, ...]:
         """The number of tokens of each text, special tokens included."""
-        return tuple(len(ids) for ids in self.ids)
+        return tuple(map(len, self.ids))
 
 
 class IdChecks:

@@ -17,7 +17,7 @@ from litestar import Request
 from litestar.exceptions import InternalServerException
 from msgspec import Struct, structs
 
-from engines.errors import InvalidTokenId, InvalidValue
+from engines.errors import InvalidRequest, InvalidTokenId, InvalidValue
 from engines.types import EmbedCall
 from router.api.decode_errors import explain_invalid_json, explain_invalid_value
 from router.config.quantities import parse_keep_alive_s
@@ -149,32 +149,42 @@ def decode_body(body: bytes, wanted: Any) -> Any:
     Raises:
         InvalidJson, InvalidValue, InvalidTokenId; for a large body also TooManyInputs.
     """
-    with _translate_errors(body, wanted=wanted):
+    try:
         if wanted is PredictRequest or (len(body) > INLINE_BYTES and wanted in _ITEMS_FIELDS):
             # msgspec does not say which pair is too long
             return _decode_in_stages(body, wanted)
         return _decoder(wanted).decode(body)
+    except _UNDECODABLE as error:
+        raise _explained(error, body, wanted=wanted) from None
+
+
+_UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 @contextmanager
-def _translate_errors(content: Any, place: str = "", wanted: Any = None) -> Iterator[None]:
-    """Raise msgspec's errors inside the block as errors of the API.
+def _translate_errors(content: Any, place: str) -> Iterator[None]:
+    """Raise msgspec's errors inside the block as errors of the API; see `_explained`."""
+    try:
+        yield
+    except _UNDECODABLE as error:
+        raise _explained(error, content, place) from None
+
+
+def _explained(error: Exception, content: Any, place: str = "", wanted: Any = None) -> InvalidRequest:
+    """Return an error of msgspec as an error of the API.
 
     Args:
         content: what is being decoded.
         place: its path in the body.
         wanted: its type, if it is the whole body.
     """
-    try:
-        yield
-    except msgspec.ValidationError as error:
-        raise explain_invalid_value(error, place, wanted, content) from None
-    except msgspec.DecodeError as error:
-        raise InvalidJson(explain_invalid_json(error, content)) from None
-    except UnicodeDecodeError:
-        raise InvalidJson("Invalid JSON: the body is not UTF-8") from None
-    except RecursionError:
-        raise InvalidJson("Invalid JSON: the body is nested too deeply") from None
+    if isinstance(error, msgspec.ValidationError):
+        return explain_invalid_value(error, place, wanted, content)
+    if isinstance(error, msgspec.DecodeError):
+        return InvalidJson(explain_invalid_json(error, content))
+    if isinstance(error, UnicodeDecodeError):
+        return InvalidJson("Invalid JSON: the body is not UTF-8")
+    return InvalidJson("Invalid JSON: the body is nested too deeply")
 
 
 @cache
@@ -307,7 +317,7 @@ def embed_call(request: EmbeddingRequest, model_id: str, *, load_timeout_s: floa
         truncate=request.truncate or ("end" if limit is not None else None),
         max_tokens=limit if limit != _WHOLE else None,
         normalize=request.normalize,
-        keep_alive_s=keep_alive_s(request.keep_alive),
+        keep_alive_s=None if request.keep_alive is None else keep_alive_s(request.keep_alive),
         load_timeout_s=load_timeout_s,
         expect_space=request.expect_space,
         is_flex=request.service_tier == "flex",
@@ -316,6 +326,8 @@ def embed_call(request: EmbeddingRequest, model_id: str, *, load_timeout_s: floa
 
 def _split_input(given: Input) -> Items:
     """Split `input` into texts and token ids. It has four forms: a text, texts, ids of a text, ids of texts."""
+    if isinstance(given, str) and len(given) > 0:
+        return (given,), ()
     items = [given] if isinstance(given, str) else given
     if not items:
         raise EmptyInput("input is empty: send at least one text", param="input")

@@ -39,9 +39,11 @@ class EncodedAnswer(ASGIResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the response."""
-        fields = [(name.encode("latin-1"), text.encode("latin-1")) for name, text in self._fields.items()]
-        own = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(self.body))]
-        await send({"type": "http.response.start", "status": 200, "headers": [*fields, *own]})
+        fields = []
+        for name, text in self._fields.items():  # a loop: a comprehension is a call
+            fields.append((name.encode("latin-1"), text.encode("latin-1")))
+        fields += (b"content-type", b"application/json"), (b"content-length", b"%d" % len(self.body))
+        await send({"type": "http.response.start", "status": 200, "headers": fields})
         await send({"type": "http.response.body", "body": self.body, "more_body": False})
 
 

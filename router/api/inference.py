@@ -126,12 +126,13 @@ class InferenceRoute(HTTPRouteHandler):
 
     async def authorize_connection(self, connection: Connection) -> None:
         """Run all guards in order."""
-        for guard in self.resolve_guards():
-            await cast(Guard, guard)(connection, self)
+        for guard in self._own_guards:
+            await guard(connection, self)
 
     def on_registration(self, app: Litestar) -> None:
-        """Keep the exception handlers: Litestar collects them from all layers for each request."""
+        """Keep guards and exception handlers: Litestar collects them from all layers for each request."""
         super().on_registration(app)
+        self._own_guards = cast(Sequence[Guard], self.resolve_guards())
         self._exception_handlers = super().resolve_exception_handlers()
 
     def resolve_exception_handlers(self) -> ExceptionHandlersMap:
@@ -165,8 +166,8 @@ class Answer(Struct, frozen=True):
 def headers_of(result: BaseResult) -> dict[str, str]:
     """Return `Server-Timing` in milliseconds, the space of the vectors, and the indexes of truncated inputs, if any."""
     spent = result.timings
-    parts = {"load": spent.load_s, "tokenize": spent.tokenize_s, "queue": spent.queue_s, "forward": spent.forward_s}
-    headers = {"server-timing": ", ".join(f"{name};dur={seconds * 1000:.1f}" for name, seconds in parts.items())}
+    begin = f"load;dur={spent.load_s * 1000:.1f}, tokenize;dur={spent.tokenize_s * 1000:.1f}, queue"
+    headers = {"server-timing": f"{begin};dur={spent.queue_s * 1000:.1f}, forward;dur={spent.forward_s * 1000:.1f}"}
     if result.space:
         headers[SPACE_HEADER] = result.space
     if result.truncated:
@@ -373,9 +374,8 @@ def _is_ready(server_state: ServerState, model_id: str) -> bool:
 
 
 def _statuses(server_state: ServerState, model_id: str) -> Iterator[ModelStatus]:
-    return (
-        status for host in server_state.backend.snapshots() for status in host.models if status.model_id == model_id
-    )
+    hosts = server_state.backend.snapshots()
+    return (status for host in hosts for status in host.models if status.model_id == model_id)
 
 
 @contextmanager

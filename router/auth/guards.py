@@ -194,36 +194,27 @@ def requires(scope: Scope) -> Guard:
         began_s = time.perf_counter()
         auth = _auth_of(connection)
         headers = connection.headers
-        key = auth.keyring.admit(headers.get("authorization") or _azure_key(headers.get("api-key")), scope)
+        authorization = headers.get("authorization")
+        if not authorization and (api_key := headers.get("api-key")):
+            authorization = f"Bearer {api_key}"  # Azure's clients send it in a header of its own
+        key = auth.keyring.admit(authorization, scope)
         connection.scope["state"]["key"] = key
+        context = context_of(connection)
         if key.is_anonymous:
-            _refuse_cross_origin(connection, auth.settings)
+            reason = reject_cross_origin(auth.settings, headers.get("host", ""), headers.get("origin", ""))
+            if reason:
+                raise PermissionDeniedException(reason)
         else:
-            context_of(connection).set_key(key.id)
-        context_of(connection).stage("auth", began_s)
+            context.set_key(key.id)
+        context.stage("auth", began_s)
 
     return guard
 
 
-def _azure_key(api_key: str | None) -> str | None:
-    """Return the key of Azure's clients, which send it in a header of its own, as `Authorization` would hold it."""
-    return f"Bearer {api_key}" if api_key else None
-
-
 def is_cross_origin(connection: Connection, settings: Settings) -> bool:
     """Whether a request comes from a web page of another origin, or names another host."""
-    return bool(_explain_cross_origin(connection, settings))
-
-
-def _refuse_cross_origin(connection: Connection, settings: Settings) -> None:
-    reason = _explain_cross_origin(connection, settings)
-    if reason:
-        raise PermissionDeniedException(reason)
-
-
-def _explain_cross_origin(connection: Connection, settings: Settings) -> str:
     headers = connection.headers
-    return reject_cross_origin(settings, headers.get("host", ""), headers.get("origin", ""))
+    return bool(reject_cross_origin(settings, headers.get("host", ""), headers.get("origin", "")))
 
 
 def key_of(connection: Connection) -> Key:

@@ -18,7 +18,7 @@ from router.registry.registry import Registry
 
 def may_use(key: Key, registry: Registry, model_id: str) -> bool:
     """Whether a pattern of the key matches this model."""
-    return key.may_use((model_id,)) or key.may_use(registry.aliases_of(model_id))
+    return "*" in key.models or key.may_use((model_id,)) or key.may_use(registry.aliases_of(model_id))
 
 
 def resolve(request: Request[Any, Any, Any], registry: Registry, name: str | None) -> ModelSpec:

@@ -50,6 +50,7 @@ class LocalBackend:
         self._hosts = {host.config.host_id: host for host in hosts}
         self._specs = dict(specs)
         self._on_close = on_close
+        self._allowed: dict[tuple[str, str | None], list[Host]] = {}
 
     async def start(self) -> None:
         await asyncio.gather(*(host.start() for host in self._hosts.values()))
@@ -100,6 +101,7 @@ class LocalBackend:
     async def reload(self, specs: Mapping[str, ModelSpec], budget: Budget | None = None) -> None:
         """See `Backend`. A wanted model that was evicted is not loaded again because another one changed."""
         before, self._specs = self._specs, dict(specs)
+        self._allowed.clear()
         for host in self._hosts.values():
             await host.reload(specs, budget)
         await self._load_wanted(spec for spec in specs.values() if is_newly_wanted(before.get(spec.model_id), spec))
@@ -137,9 +139,12 @@ class LocalBackend:
             raise_model_not_found(model_id)
         if host_id is not None and host_id not in self._hosts:
             raise_host_not_found(host_id, self._hosts)
-        devices = {name: host.config.device for name, host in self._hosts.items() if host_id in (None, name)}
-        hosts = [self._hosts[name] for name in eligible_hosts(spec, devices)]
-        return [host for host in hosts if not host.fault] or hosts
+        hosts = self._allowed.get((model_id, host_id))
+        if hosts is None:
+            devices = {name: host.config.device for name, host in self._hosts.items() if host_id in (None, name)}
+            hosts = [self._hosts[name] for name in eligible_hosts(spec, devices)]
+            self._allowed[model_id, host_id] = hosts
+        return hosts if len(hosts) == 1 else [host for host in hosts if not host.fault] or hosts
 
     async def _try_hosts(
         self, model_id: str, hosts: Sequence[Host], ask: Callable[[Host, bool], Awaitable[Answer]]

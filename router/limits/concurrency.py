@@ -93,14 +93,14 @@ class ConcurrencyLimiter:
         Raises:
             TooManyRequests: the concurrency limit of the caller or of the server is reached.
         """
-        of_caller = self._admitted[caller.name]
+        of_caller = self._admitted.get(caller.name, 0)
         if caller.max_concurrent is not None and of_caller >= caller.max_concurrent:
             raise TooManyRequests(
                 f"Concurrency limit reached: {caller.label} has {of_caller} of {caller.max_concurrent} requests "
                 "running; wait for a response before the next request"
             )
         self._check_capacity(caller)
-        self._admitted[caller.name] += 1
+        self._admitted[caller.name] = of_caller + 1
 
     def try_acquire(self) -> bool:
         """Count a request whose body is complete as running, if there is a place and no other request waits for one."""
@@ -220,6 +220,8 @@ class ConcurrencyLimiter:
 
 
 def _subtract(counts: Counter[str], caller: Caller, amount: int) -> None:
-    counts[caller.name] -= amount
-    if not counts[caller.name]:
+    left = counts[caller.name] - amount
+    if left:
+        counts[caller.name] = left
+    else:
         del counts[caller.name]

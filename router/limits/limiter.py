@@ -82,6 +82,9 @@ class RequestPermit:
         """
         self._limiter.concurrency.admit(self._caller)
         self._is_admitted = True
+        caller = self._caller
+        if caller.tokens is None and caller.requests is None:
+            return
         try:
             await self._check_tokens()
             await self._count_request()
@@ -96,13 +99,14 @@ class RequestPermit:
         """
 
         async def count_and_receive() -> HTTPReceiveMessage:
-            message = cast(HTTPReceiveMessage, await receive())
+            message: HTTPReceiveMessage = await receive()  # type: ignore[assignment]  # not of a WebSocket
             if self._is_running or message["type"] != "http.request":
                 return message
             concurrency = self._limiter.concurrency
             if not message["more_body"] and concurrency.try_acquire():
                 self._is_running = True
-                self._end_body()
+                if self._body_bytes:
+                    self._end_body()
                 return message
             concurrency.receive(self._caller, len(message["body"]))
             self._body_bytes += len(message["body"])
@@ -110,10 +114,11 @@ class RequestPermit:
                 return message
             await self._wait_for_place(receive)
             self._is_running = True
-            self._end_body()
+            if self._body_bytes:
+                self._end_body()
             return message
 
-        return cast(Receive, count_and_receive)
+        return count_and_receive
 
     async def _wait_for_place(self, receive: Receive) -> None:
         """Wait until the request may run, unless its client disconnects."""
@@ -210,7 +215,8 @@ class RequestPermit:
     def release(self) -> None:
         """Uncount the request. Idempotent."""
         concurrency = self._limiter.concurrency
-        self._end_body()
+        if self._body_bytes:
+            self._end_body()
         if self._answer_bytes:
             self._limiter.answers.release(self._caller.name, self._answer_bytes)
             self._answer_bytes = 0
@@ -222,9 +228,8 @@ class RequestPermit:
             concurrency.release_admission(self._caller)
 
     def _end_body(self) -> None:
-        if self._body_bytes:
-            self._limiter.concurrency.end_body(self._caller, self._body_bytes)
-            self._body_bytes = 0
+        self._limiter.concurrency.end_body(self._caller, self._body_bytes)
+        self._body_bytes = 0
 
     def _check_fail_open(self) -> None:
         """Raise when the storage is down, unless RATE_LIMIT_ON_ERROR is `open`."""

@@ -91,9 +91,10 @@ def configure_logging(log_format: str, log_level: str) -> None:
 
 def log_request(context: RequestContext) -> None:
     """Log a request that has ended; structlog's context adds the request id, the model and the key."""
-    log = _log.warning if context.status >= 500 else _log.debug if context.route in POLLED_ROUTES else _log.info
+    route = context.route
+    log = _log.warning if context.status >= 500 else _log.debug if route in POLLED_ROUTES else _log.info
     more: dict[str, object] = {}
-    if not context.route:  # an unknown one; a known route's path may hold a model id, which is a field of its own
+    if not route:  # an unknown one; a known route's path may hold a model id, which is a field of its own
         more["path"] = context.scope["path"][:_MAX_PATH_CHARS]
     if context.code != "ok":
         more |= _refusal(context)
@@ -101,13 +102,14 @@ def log_request(context: RequestContext) -> None:
         more["trace_id"] = context.trace_id
     if context.answer is not None:
         more |= {"texts": len(context.answer.token_counts), "tokens": sum(context.answer.token_counts)}
-        more |= {f"{stage.name}_ms": _ms(stage.seconds) for stage in context.stages}
+        for stage in context.stages:
+            more[f"{stage.name}_ms"] = round(stage.seconds * 1000, 1)
     log(
         "request.done",
         method=context.method,
-        route=context.route,
+        route=route,
         status=context.status,
-        ms=_ms(context.seconds),
+        ms=round(context.seconds * 1000, 1),
         **more,
     )
 
@@ -116,10 +118,6 @@ def _refusal(context: RequestContext) -> dict[str, object]:
     """Return what the caller was told: the code, the field that is wrong, and the beginning of the message."""
     told = {"code": context.code, "param": context.param, "message": context.message[:_MAX_MESSAGE_CHARS]}
     return {name: text for name, text in told.items() if text}
-
-
-def _ms(seconds: float) -> float:
-    return round(seconds * 1000, 1)
 
 
 def _render_json(_logger: object, _method: str, line: EventDict) -> str:

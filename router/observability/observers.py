@@ -70,11 +70,11 @@ class Observers:
 
     def begin(self, context: RequestContext) -> None:
         """Count a request as in flight."""
-        self._recorder.in_flight.inc()
+        self._recorder.values.num_in_flight += 1
 
     def end(self, context: RequestContext) -> None:
         """Record a request that was answered, or whose client has disconnected."""
-        self._recorder.in_flight.dec()
+        self._recorder.values.num_in_flight -= 1
         for traces in self._traces:
             traces.record(context)
         log_request(context)

@@ -8,7 +8,7 @@ import random
 import re
 import time
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 from litestar.connection import ASGIConnection
 from litestar.types import HTTPScope, Message, Send
@@ -34,6 +34,7 @@ _SECURITY_HEADERS = {
     b"referrer-policy": b"no-referrer",
     b"cache-control": b"no-store",
 }
+_SECURITY_PAIRS = tuple(_SECURITY_HEADERS.items())
 """Default headers of every response: a browser must not run, frame, sniff or store our JSON."""
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._:+=/-]{1,128}", re.ASCII)
@@ -69,7 +70,8 @@ class RequestContext:
         self.began_s = time.perf_counter()
         self.began_ns = time.time_ns()
         self.ended_s = self.began_s
-        self.request_id = _request_id(scope)
+        given_id, trace = _ids(scope)
+        self.request_id = given_id or f"{random.getrandbits(128):032x}"
         self.status, self.code, self.model, self.key_id = CLIENT_LEFT, "ok", "", ""
         self.param, self.message = "", ""
         self.answer: BaseResult | None = None
@@ -77,8 +79,7 @@ class RequestContext:
         self.stages: list[Stage] = []
         self.headers: dict[str, str] = {}
         self._finish_callbacks: list[Callable[[], None]] = []
-        found = _TRACEPARENT.fullmatch(header(scope, b"traceparent"))
-        self.trace_id = found.group(1) if found else ""
+        self.trace_id = trace
         scope.setdefault("state", {}).update(request_id=self.request_id, context=self)
         clear_contextvars()
         bind_contextvars(request_id=self.request_id)
@@ -103,13 +104,16 @@ class RequestContext:
             if self.answer is not None:
                 self.stages.append(Stage("encode", self._embedded_s, time.perf_counter() - self._embedded_s))
             self.status = message["status"]
-            own = {"x-request-id": self.request_id} | self.headers
-            if self._is_last():
-                own["connection"] = "close"
-            given = {name for name, _ in message["headers"]}
-            security = [pair for pair in _SECURITY_HEADERS.items() if pair[0] not in given]
-            own_bytes = [(name.encode(), text.encode()) for name, text in own.items()]
-            message["headers"] = [*message["headers"], *security, *own_bytes]
+            headers = [*message["headers"]]
+            if _SECURITY_HEADERS.keys().isdisjoint(given := dict(headers)):
+                headers += _SECURITY_PAIRS
+            else:
+                headers += [pair for pair in _SECURITY_PAIRS if pair[0] not in given]
+            headers.append((b"x-request-id", self.request_id.encode()))
+            own = {**self.headers, "connection": "close"} if self._is_last() else self.headers
+            for name, text in own.items():
+                headers.append((name.encode(), text.encode()))
+            message["headers"] = headers
         await self._send(message)
 
     def set_model(self, model_id: str) -> None:
@@ -156,7 +160,8 @@ class RequestContext:
 
 def context_of(connection: ASGIConnection[Any, Any, Any, Any]) -> RequestContext:
     """Return the context of a connection's request."""
-    return cast(RequestContext, connection.scope["state"]["context"])
+    context: RequestContext = connection.scope["state"]["context"]
+    return context
 
 
 def header(scope: HTTPScope, name: bytes) -> str:
@@ -164,7 +169,15 @@ def header(scope: HTTPScope, name: bytes) -> str:
     return next((value for key, value in scope["headers"] if key == name), b"").decode("latin-1")
 
 
-def _request_id(scope: HTTPScope) -> str:
-    """Return the client's id when it is well-formed, so that both sides' logs can be joined; else a new one."""
-    given = header(scope, b"x-request-id")
-    return given if _SANE_ID.fullmatch(given) else f"{random.getrandbits(128):032x}"
+def _ids(scope: HTTPScope) -> tuple[str, str]:
+    """Return the client's ids of the request and of its trace, so that both sides' logs can be joined; empty where it
+    has sent none, or none that is well-formed. The first header of a name counts."""
+    request_id = trace = None
+    for name, value in scope["headers"]:
+        if request_id is None and name == b"x-request-id":
+            request_id = value
+        elif trace is None and name == b"traceparent":
+            trace = value
+    sane = None if request_id is None else _SANE_ID.fullmatch(request_id.decode("latin-1"))
+    found = None if trace is None else _TRACEPARENT.fullmatch(trace.decode("latin-1"))
+    return sane.group() if sane else "", found.group(1) if found else ""

@@ -4,7 +4,7 @@ Litestar's own middleware runs behind its router, so it sees neither unknown rou
 """
 
 import asyncio
-from typing import Any, cast
+from typing import Any
 from urllib.parse import quote
 
 from litestar import Litestar, Request
@@ -53,17 +53,22 @@ class Application(Litestar):
         if scope["type"] != ScopeType.HTTP:
             await super().__call__(scope, receive, send)
             return
-        http = cast(HTTPScope, scope)
+        http: HTTPScope = scope  # type: ignore[assignment]  # its type was just checked; `cast` is a call
+        to_client: Send = send  # type: ignore[assignment]  # as above
         is_head = http["method"] == "HEAD"
         if is_head:
             http = {**http, "method": "GET"}
         http["path"] = fold_model_id(http["path"][:_MAX_PATH_CHARS])
-        context = RequestContext(http, cast(Send, send), is_last=self.state.server_state.draining.is_set)
-        observers: Observers = self.state.observers
+        state = self.state
+        observers: Observers = state.observers
+        context = RequestContext(http, to_client, is_last=state.server_state.draining.is_set)
         observers.begin(context)
-        receive_body, answer = _without_body(context.send) if is_head else (cast(Receive, receive), context.send)
+        receive_body: Receive = receive  # type: ignore[assignment]  # as above
+        answer: Send = context.send
+        if is_head:
+            receive_body, answer = _without_body(answer)
         try:
-            if not await self._refuse_preflight(http, receive_body, answer):
+            if http["method"] != "OPTIONS" or not await self._refuse_preflight(http, receive_body, answer):
                 await super().__call__(http, receive_body, answer)
         finally:
             if is_head:
@@ -75,7 +80,7 @@ class Application(Litestar):
 
     async def _refuse_preflight(self, scope: HTTPScope, receive: Receive, send: Send) -> bool:
         """Answer a preflight of a forbidden origin with the JSON envelope; Litestar would answer in plain text."""
-        if scope["method"] != "OPTIONS" or self.cors_config is None:
+        if self.cors_config is None:
             return False
         origin = header(scope, b"origin")
         if not origin or self.cors_config.is_origin_allowed(origin):

@@ -214,6 +214,41 @@ def test_a_small_batch_waits_for_clients_that_were_just_answered(loop: asyncio.A
     assert queue.ready_in_s(LIMIT) == 0.0
 
 
+def test_of_the_clients_that_a_batch_waits_for_only_the_first_and_the_last_wake_a_thread(
+    loop: asyncio.AbstractEventLoop,
+) -> None:
+    """The first sets the timer of the thread that waits, the last ends its wait."""
+    queue = Queue(1000, 0.0, lambda: 5.0)
+    queue.on_batch_done(4, took_s=0.1)
+
+    back = [job(loop, text) for text in "abcd"]
+    for one in back:
+        queue.admit(one)
+
+    assert [one.needs_thread for one in back] == [True, False, False, True]
+
+
+def test_a_request_beside_one_that_waits_for_nobody_wakes_a_thread(loop: asyncio.AbstractEventLoop) -> None:
+    queue = Queue(1000, 0.0, lambda: 5.0)
+
+    jobs = [job(loop, text) for text in "ab"]
+    for one in jobs:
+        queue.admit(one)
+
+    assert [one.needs_thread for one in jobs] == [True, True]
+
+
+def test_a_request_that_makes_a_batch_large_enough_wakes_a_thread(loop: asyncio.AbstractEventLoop) -> None:
+    queue = Queue(1000, 0.0, lambda: 5.0)
+    queue.on_batch_done(4, took_s=0.1)
+
+    jobs = [job(loop, "a"), job(loop, "b"), job(loop, "c" * 126)]
+    for one in jobs:
+        queue.admit(one)
+
+    assert [one.needs_thread for one in jobs] == [True, False, True]
+
+
 def test_a_full_batch_does_not_wait_for_clients_that_were_just_answered(loop: asyncio.AbstractEventLoop) -> None:
     queue = Queue(100, 0.0, lambda: 10.0)
     queue.admit(job(loop, "one"))

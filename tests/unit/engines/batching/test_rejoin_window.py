@@ -2,7 +2,7 @@
 
 import pytest
 
-from engines.batching.queue import RejoinWindow
+from engines.batching.batch import RejoinWindow
 
 FEW, MANY = 12, 500
 

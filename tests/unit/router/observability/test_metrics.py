@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import structs
-from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 
 from engines.errors import LoadFailed, ModelLoading, QueueFull
@@ -177,6 +177,7 @@ def recorded(*visits: RequestContext) -> Exposition:
 
 @given(st.lists(st.one_of(st.floats(0, 100), st.sampled_from(metrics.QUEUE_SECONDS.buckets))))
 def test_a_histogram_reads_as_that_of_prometheus_client(seconds: list[float]) -> None:
+    disable_created_metrics()  # type: ignore[no-untyped-call]  # a second, unused series
     metric, recorder, registry = metrics.QUEUE_SECONDS, MetricsRecorder(), CollectorRegistry()
     reference = Histogram(metric.name, metric.meaning, metric.labels, buckets=metric.buckets, registry=registry)
     for value in seconds:
@@ -187,6 +188,21 @@ def test_a_histogram_reads_as_that_of_prometheus_client(seconds: list[float]) ->
         lines = write(recorder.registry).decode().splitlines()
         written = [line for line in lines if f"{metric.name}" in line]
         assert written == [line for line in write(registry).decode().splitlines() if f"{metric.name}" in line]
+
+
+@given(st.lists(st.tuples(st.sampled_from(["mini", 'with "quotes"']), st.integers(0, 100))))
+def test_a_counter_reads_as_that_of_prometheus_client(amounts: list[tuple[str, int]]) -> None:
+    disable_created_metrics()  # type: ignore[no-untyped-call]  # a second, unused series
+    metric, recorder, registry = metrics.PROMPT_TOKENS, MetricsRecorder(), CollectorRegistry()
+    reference = Counter(metric.name, metric.meaning, metric.labels, registry=registry)
+    for model, amount in amounts:
+        recorder.add(metric, model, amount=amount)
+        reference.labels(model).inc(amount)
+
+    for write in (generate_latest, generate_openmetrics):
+        name = metric.name.removesuffix("_total")
+        written = [line for line in write(recorder.registry).decode().splitlines() if name in line]
+        assert written == [line for line in write(registry).decode().splitlines() if name in line]
 
 
 def test_an_answer_is_measured_part_by_part() -> None:
