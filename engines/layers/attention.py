@@ -193,9 +193,9 @@ def _attend(  # noqa: PLR0913  # the tensors, the four options that shape the sc
     if position_bias is None and (is_faster(q, causal=causal, window=window) or (in_blocks and can_run(q))):
         out = blocked_attention(q, k, v, causal=causal, window=window, scaling=scaling)
         return out.transpose(1, 2).flatten(0, 1)
-    is_plain = position_bias is None and num_keys == length
-    if is_plain and bfloat16_attention.is_faster(q, causal=causal, window=window):
-        return bfloat16_attention.bfloat16_attention(q, k, v, scaling).transpose(1, 2).flatten(0, 1)
+    if position_bias is None and bfloat16_attention.is_faster(q):
+        out = bfloat16_attention.bfloat16_attention(q, k, v, scaling, causal=causal, window=window)
+        return out.transpose(1, 2).flatten(0, 1)
     sdpa = partial(scaled_dot_product_attention, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
     if position_bias is not None:
         out = sdpa(q, k, v, attn_mask=_masked_bias(position_bias[..., :length, :length], causal, window))

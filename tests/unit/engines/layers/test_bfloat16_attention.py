@@ -1,11 +1,13 @@
-"""Tests attention in bfloat16 by products of all heads."""
+"""Tests attention in bfloat16 by products of several heads, and its shares by powers of two."""
 
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from engines.device.cpu_features import has_fast_bfloat16
-from engines.layers.bfloat16_attention import MAX_TOKENS, bfloat16_attention, is_faster
+from engines.layers import bfloat16_attention as module
+from engines.layers.bfloat16_attention import bfloat16_attention, is_faster
+from engines.layers.softmax import LOG2_E, shares_by_powers, shares_by_softmax, visible_keys
 
 
 @pytest.fixture(autouse=True)
@@ -45,12 +47,76 @@ def test_a_text_depends_on_no_other_text_of_the_batch() -> None:
     assert float((together[2] - alone[0]).abs().max()) <= 0.01 * float(alone.abs().max())
 
 
-@pytest.mark.skipif(not has_fast_bfloat16(), reason="this CPU has no instructions for bfloat16")
-def test_it_is_for_whole_texts_of_bfloat16_up_to_a_length() -> None:
-    query = _states(1, 2, MAX_TOKENS, 32)
+def _visible(length: int, num_keys: int, *, causal: bool, window: int | None) -> torch.Tensor:
+    ahead = torch.arange(num_keys)[None, :] - torch.arange(num_keys - length, num_keys)[:, None]
+    seen = ahead <= 0 if causal else torch.ones_like(ahead, dtype=torch.bool)
+    return seen if window is None else seen & (ahead.abs() < window)
 
-    assert is_faster(query, causal=False, window=None)
-    assert not is_faster(query, causal=True, window=None)
-    assert not is_faster(query, causal=False, window=9)
-    assert not is_faster(query.float(), causal=False, window=None)
-    assert not is_faster(_states(1, 2, MAX_TOKENS + 1, 32), causal=False, window=None)
+
+@pytest.mark.parametrize(
+    ("length", "num_keys", "causal", "window"),
+    [
+        (70, 70, True, None),
+        (300, 300, True, None),
+        (90, 130, True, None),
+        (1, 40, True, 7),
+        (300, 300, True, 70),
+        (300, 300, False, 70),
+        (300, 300, False, 1),
+        (300, 300, False, 900),
+    ],
+)
+@torch.inference_mode()
+def test_each_query_sees_its_own_keys_in_every_block(
+    monkeypatch: pytest.MonkeyPatch, length: int, num_keys: int, window: int | None, *, causal: bool
+) -> None:
+    monkeypatch.setattr(module, "_SCORES", 2**14)  # blocks of 64 queries and one head
+    q = _states(2, 4, length, 32)
+    k, v = (_states(2, 2, num_keys, 32) for _ in range(2))
+    mask = _visible(length, num_keys, causal=causal, window=window)
+    wanted = scaled_dot_product_attention(q.double(), k.double(), v.double(), attn_mask=mask, enable_gqa=True)
+
+    found = bfloat16_attention(q, k, v, None, causal=causal, window=window)
+
+    assert float((found.double() - wanted).norm() / wanted.norm()) < 0.01
+
+
+@pytest.mark.parametrize("score", [30.0, 1000.0, -1000.0])
+@torch.inference_mode()
+def test_scores_of_any_size_give_attention(score: float) -> None:
+    q, v = torch.eye(20, 32).expand(2, 3, 20, 32).to(torch.bfloat16), _states(2, 3, 20, 32)
+    scores = score * torch.eye(20, dtype=torch.float64)
+
+    found = bfloat16_attention(q, score * q, v, 1.0)
+
+    assert torch.allclose(found.double(), torch.softmax(scores, dim=-1) @ v.double(), atol=0.01)
+
+
+@pytest.mark.parametrize("moved_by", [0.0, 45.0, -45.0])
+@pytest.mark.parametrize(("causal", "window"), [(False, None), (True, None), (True, 3), (False, 3)])
+def test_shares_by_powers_are_those_of_softmax(window: int | None, moved_by: float, *, causal: bool) -> None:
+    scores = 5 * torch.randn(2, 9, 9) + moved_by
+    keys = visible_keys(0, 9, 9, causal=causal, window=window)
+    mask = _visible(9, 9, causal=causal, window=window)
+    wanted = torch.softmax(scores.double().masked_fill(~mask, float("-inf")), dim=-1)
+    by_powers, by_softmax = scores * LOG2_E, scores * LOG2_E
+
+    assert shares_by_powers(by_powers, keys)
+    assert torch.allclose(by_powers.double(), wanted, atol=1e-5)
+    assert torch.allclose(shares_by_softmax(by_softmax, keys).double(), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("far", [200.0, -200.0, float("nan"), float("inf")])
+def test_a_row_that_is_out_of_range_is_reported(far: float) -> None:
+    scores = torch.randn(2, 4, 4)
+    scores[1, 2] = far
+
+    assert not shares_by_powers(scores, visible_keys(0, 4, 4, causal=False, window=None))
+
+
+@pytest.mark.skipif(not has_fast_bfloat16(), reason="this CPU has no instructions for bfloat16")
+def test_it_is_for_bfloat16() -> None:
+    query = _states(1, 2, 600, 32)
+
+    assert is_faster(query)
+    assert not is_faster(query.float())
