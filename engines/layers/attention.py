@@ -81,6 +81,12 @@ def packed_attention(  # noqa: PLR0913  # the signature is transformers'
     flash_window = _flash_window(sliding_window, causal)
     if kernel is not None and kernel.supports(query, value, scaling, flash_window):
         return kernel(query, key, value, packed_layout, scaling, flash_window), None
+    is_grouped = packed_layout.prefix is None and position_bias is None
+    if is_grouped and bfloat16_attention.is_faster(query):
+        attended = bfloat16_attention.attend_groups(
+            query, key, value, packed_layout.groups, scaling, causal=causal, window=sliding_window
+        )
+        return attended[None], None
     attend = partial(
         _attend, causal=causal, window=sliding_window, position_bias=position_bias, scaling=scaling,
         masks=packed_layout.masks, in_blocks=packed_layout.in_blocks,

@@ -1,15 +1,23 @@
 """Computes attention on a CPU in bfloat16, by oneDNN's products of several heads at once.
 
 torch's kernel for bfloat16 is made for processors with AMX: on one core of an EPYC (Zen 5) products and shares in
-float32 take a quarter to a half of its time (`python -m benchmarks.offline.kernels bfloat16-attention`). Products sum in
-float32; scores and shares of attention are rounded to bfloat16 once each, which `engines/loading/precision.py` measures
-with everything else.
+float32 take 0.2 to 0.7 of its time (`python -m benchmarks.offline.kernels bfloat16-attention`). Products sum in float32;
+scores and shares of attention are rounded to bfloat16 once each, which `engines/loading/precision.py` measures with
+everything else.
+
+oneDNN makes a kernel for each shape (0.3 ms, and half a megabyte: `engines/__init__.py` bounds their number). Texts are
+therefore padded to a few lengths, and cut into blocks of a few sizes: of passages, making kernels took a third of the
+time of a pass.
 """
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from engines.device.cpu_features import has_fast_bfloat16
+from engines.layers.packing import LengthGroup
 from engines.layers.softmax import LOG2_E, VisibleKeys, shares_by_powers, shares_by_softmax, visible_keys
 
 _SCORES = 2**18
@@ -21,47 +29,141 @@ _FEWEST_QUERIES = 64
 _WINDOW_QUERIES = 128
 """Queries of a block within a window of fewer keys: all scores outside of windows are for nothing."""
 
+_STEPS = ((128, 16), (256, 32))
+"""Lengths up to the first are padded to a multiple of the second; longer ones to one of `_LONG_STEP`."""
+
+_LONG_STEP = 64
+
 
 def is_faster(query: Tensor) -> bool:
     """Whether it is faster than torch's kernel for these queries."""
     return query.dtype is torch.bfloat16 and query.device.type == "cpu" and has_fast_bfloat16()
 
 
-def bfloat16_attention(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, *, causal: bool = False, window: int | None = None
+def padded_length(length: int, window: int | None = None) -> int:
+    """Returns the length that a text is padded to: no query of the padding may be without any token in its window."""
+    step = next((step for longest, step in _STEPS if length <= longest), _LONG_STEP)
+    padded = -(-length // step) * step
+    return length if window is not None and padded - length >= window else padded
+
+
+def attend_groups(  # noqa: PLR0913  # the tensors, their texts, and the three options that shape the scores
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    groups: Sequence[LengthGroup],
+    scaling: float | None,
+    *,
+    causal: bool,
+    window: int | None,
 ) -> Tensor:
-    """Computes attention of texts of one length, `[n, heads, L, d]`, some heads and queries at a time.
+    """Computes attention of a packed row, inside each text.
+
+    Args:
+        query: `[1, heads, T, d]`; `key`, `value`: `[1, kv_heads, T, d]`.
+        groups: the row's texts, sorted by length.
+        window: exclusive bound of the distance between query and key.
+
+    Returns:
+        `[T, heads, d]`.
+    """
+    _, heads, num_tokens, width = query.shape
+    out = query.new_empty(num_tokens, heads, width)
+    for length, each in groupby(groups, key=lambda group: padded_length(group.length, window)):
+        members = list(each)
+        padded = [_padded(states, members, length) for states in (query, key, value)]
+        real = None if causal else _real(members, length)
+        found = bfloat16_attention(*padded, scaling, causal=causal, window=window, real=real)
+        first = 0
+        for group in members:
+            texts = found[first : first + group.count, :, : group.length]
+            out[group.start : group.end].view(group.count, group.length, heads, width).copy_(texts.transpose(1, 2))
+            first += group.count
+    return out
+
+
+def bfloat16_attention(  # noqa: PLR0913  # the tensors, and the four options that shape the scores
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    *,
+    causal: bool = False,
+    window: int | None = None,
+    real: Tensor | None = None,
+) -> Tensor:
+    """Computes attention of texts of one length, `[n, heads, L, d]`, some texts, heads and queries at a time.
 
     Args:
         key, value: `[n, kv_heads, M, d]` with `M ≥ L`; heads of the query share them in groups. Where `M > L`, the
             queries are those of the last `L` keys.
         window: exclusive bound of the distance between query and key.
+        real: float32 `[n, M]`, 0 where a key is padding; None where none is, or none that a query sees.
     """
     texts, heads, length, width = query.shape
-    num_keys = key.shape[2]
+    num_keys, behind = key.shape[2], key.shape[2] - length
     scale = (width**-0.5 if scaling is None else scaling) * LOG2_E
     if key.shape[1] < heads:
         key, value = (states.repeat_interleave(heads // key.shape[1], dim=1) for states in (key, value))
     q, k, v = (states.reshape(texts * heads, -1, width) for states in (query, key, value))
-    num_queries, at_once = _block(texts * heads, length, num_keys, window)
-    scratch = _Scratch(at_once * num_queries * num_keys)
+    if real is not None:
+        real = real.repeat_interleave(heads, dim=0)[:, None]
+    num_queries = _queries_at_once(length, num_keys, window)
+    blocks = list(_blocks(texts, heads, _SCORES // (num_queries * num_keys)))
+    scratch = _Scratch(max(block.stop - block.start for block in blocks) * num_queries * num_keys)
     out = torch.empty_like(q)
     for start in range(0, length, num_queries):
-        end, behind = min(start + num_queries, length), num_keys - length
+        end = min(start + num_queries, length)
         keys = visible_keys(start + behind, end + behind, num_keys, causal=causal, window=window)
-        for first in range(0, texts * heads, at_once):
-            some, seen = slice(first, first + at_once), slice(keys.first, keys.last)
-            shares = scratch.shares(q[some, start:end], k[some, seen], scale, keys)
+        seen = slice(keys.first, keys.last)
+        for some in blocks:
+            block_keys = keys if real is None else keys._replace(real=real[some, :, seen])
+            shares = scratch.shares(q[some, start:end], k[some, seen], scale, block_keys)
             _multiply(shares, v[some, seen], out[some, start:end])
     return out.view(texts, heads, length, width)
 
 
-def _block(rows: int, length: int, num_keys: int, window: int | None) -> tuple[int, int]:
-    """Returns the queries and the heads of a block."""
+def _padded(states: Tensor, members: Sequence[LengthGroup], length: int) -> Tensor:
+    """Returns texts of `[1, heads, T, d]` as `[n, heads, length, d]`, with zeros behind those that are shorter."""
+    heads, width = states.shape[1], states.shape[3]
+    out = states.new_empty(sum(group.count for group in members), heads, length, width)
+    first = 0
+    for group in members:
+        texts = states[0, :, group.start : group.end].view(heads, group.count, group.length, width)
+        place = out[first : first + group.count]
+        place[:, :, : group.length] = texts.transpose(0, 1)
+        if group.length < length:
+            place[:, :, group.length :] = 0
+        first += group.count
+    return out
+
+
+def _real(members: Sequence[LengthGroup], length: int) -> Tensor | None:
+    """Returns 1 for tokens and 0 for padding, float32 `[n, length]`; None where there is no padding."""
+    if all(group.length == length for group in members):
+        return None
+    lengths = torch.tensor([group.length for group in members for _ in range(group.count)])
+    return (torch.arange(length) < lengths[:, None]).float()
+
+
+def _queries_at_once(length: int, num_keys: int, window: int | None) -> int:
     num_queries = min(length, max(_FEWEST_QUERIES, _SCORES // num_keys))
-    if window is not None and window < num_queries:
-        num_queries = min(num_queries, max(window, _WINDOW_QUERIES))
-    return num_queries, min(rows, max(1, _SCORES // (num_queries * num_keys)))
+    is_narrow = window is not None and window < num_queries
+    return min(num_queries, max(window, _WINDOW_QUERIES)) if is_narrow and window is not None else num_queries
+
+
+def _blocks(texts: int, heads: int, most: int) -> Iterator[slice]:
+    """Yields the blocks of texts × heads, each of a power of two of texts, or of some heads of one text."""
+    if most < heads:
+        for text in range(texts):
+            for first in range(0, heads, max(1, most)):
+                yield slice(text * heads + first, text * heads + min(first + max(1, most), heads))
+        return
+    first = 0
+    while first < texts:
+        count = 1 << (min(texts - first, most // heads).bit_length() - 1)
+        yield slice(first * heads, (first + count) * heads)
+        first += count
 
 
 def _multiply(shares: Tensor, value: Tensor, out: Tensor) -> None:

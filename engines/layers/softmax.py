@@ -24,6 +24,7 @@ class VisibleKeys(NamedTuple):
 
     Attributes:
         first, last: of the keys that any query of the block sees; `last` is exclusive.
+        real: float32, 1 where a key is a token and 0 where it is padding, `[..., 1, keys]`; None where all are tokens.
         lowest, highest: query `i` of the block sees keys `first + i + lowest` to `first + i + highest`; None where
             that is all on this side.
     """
@@ -32,6 +33,7 @@ class VisibleKeys(NamedTuple):
     last: int
     lowest: int | None = None
     highest: int | None = None
+    real: Tensor | None = None
 
     def hide(self, numbers: Tensor) -> Tensor:
         """Writes zeros into `[..., queries, keys]` where a query does not see a key."""
@@ -39,14 +41,11 @@ class VisibleKeys(NamedTuple):
             numbers.tril_(self.highest)
         if self.lowest is not None:
             numbers.triu_(self.lowest)
-        return numbers
+        return numbers if self.real is None else numbers.mul_(self.real)
 
     def mask(self, scores: Tensor) -> Tensor:
         """Writes minus infinity there."""
-        if self.highest is None and self.lowest is None:
-            return scores
-        seen = self.hide(torch.ones(scores.shape[-2:], dtype=torch.bool))
-        return scores.masked_fill_(~seen, float("-inf"))
+        return scores.masked_fill_(self.hide(torch.ones_like(scores)) == 0, float("-inf"))
 
 
 def visible_keys(start: int, end: int, num_keys: int, *, causal: bool, window: int | None) -> VisibleKeys:

@@ -6,7 +6,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from engines.device.cpu_features import has_fast_bfloat16
 from engines.layers import bfloat16_attention as module
-from engines.layers.bfloat16_attention import bfloat16_attention, is_faster
+from engines.layers.bfloat16_attention import attend_groups, bfloat16_attention, is_faster, padded_length
+from engines.layers.packing import PackedLayout
 from engines.layers.softmax import LOG2_E, shares_by_powers, shares_by_softmax, visible_keys
 
 
@@ -79,6 +80,37 @@ def test_each_query_sees_its_own_keys_in_every_block(
     found = bfloat16_attention(q, k, v, None, causal=causal, window=window)
 
     assert float((found.double() - wanted).norm() / wanted.norm()) < 0.01
+
+
+@pytest.mark.parametrize(("causal", "window"), [(False, None), (True, None), (True, 9), (False, 9), (False, 2)])
+@pytest.mark.parametrize("kv_heads", [2, 4])
+@torch.inference_mode()
+def test_texts_of_several_lengths_attend_to_themselves(kv_heads: int, window: int | None, *, causal: bool) -> None:
+    lengths = [1, 7, 7, 9, 16, 17, 40, 130]
+    row = torch.randn(1, sum(lengths), 4 + 2 * kv_heads, 32).to(torch.bfloat16).transpose(1, 2)
+    q, k, v = row.split([4, kv_heads, kv_heads], dim=1)  # type: ignore[no-untyped-call]  # upstream
+    layout = PackedLayout(lengths, torch.device("cpu"))
+
+    found = attend_groups(q, k, v, layout.groups, None, causal=causal, window=window).double()
+
+    for index, length in enumerate(lengths):
+        first = sum(lengths[:index])
+        parts = [part[:, :, first : first + length].double() for part in (q, k, v)]
+        mask = _visible(length, length, causal=causal, window=window)
+        wanted = scaled_dot_product_attention(*parts, attn_mask=mask, enable_gqa=kv_heads < 4)[0].transpose(0, 1)
+        texts = found[first : first + length]
+        assert float((texts - wanted).norm() / wanted.norm()) < 0.01
+
+
+def test_texts_are_padded_to_few_lengths_and_cut_into_few_blocks() -> None:
+    padded = {padded_length(length) for length in range(1, 513)}
+    sizes = {block.stop - block.start for texts in range(1, 90) for block in module._blocks(texts, 12, 1024)}
+
+    assert len(padded) == 16
+    assert all(padded_length(length) >= length for length in range(1, 2000))
+    assert all(padded_length(length, 3) - length < 3 for length in range(1, 2000))
+    assert sizes == {12, 24, 48, 96, 192, 384, 768}
+    assert [(block.start, block.stop) for block in module._blocks(2, 12, 9)] == [(0, 9), (9, 12), (12, 21), (21, 24)]
 
 
 @pytest.mark.parametrize("score", [30.0, 1000.0, -1000.0])
