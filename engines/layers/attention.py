@@ -196,7 +196,7 @@ def _attend(  # noqa: PLR0913  # the tensors, the four options that shape the sc
     With more keys than queries, the queries are those of the last keys.
     """
     length, num_keys = q.shape[2], k.shape[2]
-    if position_bias is None and (is_faster(q, causal=causal, window=window) or (in_blocks and can_run(q))):
+    if position_bias is None and (is_faster(q, window=window) or (in_blocks and can_run(q))):
         out = blocked_attention(q, k, v, causal=causal, window=window, scaling=scaling)
         return out.transpose(1, 2).flatten(0, 1)
     if position_bias is None and bfloat16_attention.is_faster(q):

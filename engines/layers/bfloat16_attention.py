@@ -1,9 +1,8 @@
 """Computes attention on a CPU in bfloat16, by oneDNN's products of several heads at once.
 
 torch's kernel for bfloat16 is made for processors with AMX: on one core of an EPYC (Zen 5) products and shares in
-float32 take 0.2 to 0.7 of its time (`python -m benchmarks.offline.kernels bfloat16-attention`). Products sum in float32;
-scores and shares of attention are rounded to bfloat16 once each, which `engines/loading/precision.py` measures with
-everything else.
+float32 take 0.2 to 0.7 of its time (`python -m benchmarks.offline.kernels bfloat16-attention`). Products sum in
+float32; scores and shares are rounded to bfloat16 once each, which `engines/loading/precision.py` measures.
 
 oneDNN makes a kernel for each shape (0.3 ms, and half a megabyte: `engines/__init__.py` bounds their number). Texts are
 therefore padded to a few lengths, and cut into blocks of a few sizes: of passages, making kernels took a third of the
