@@ -4,6 +4,8 @@
 cannot be installed are left out of the tables, with a note. All have the same torch, so that only the program differs.
 """
 
+import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,20 +27,25 @@ ENVIRONMENTS: dict[str, tuple[str, ...]] = {
     "onnx": ("sentence-transformers[onnx]>=5,<6", "transformers<4.58", TORCH),
     "openvino": ("sentence-transformers[openvino]>=6", TORCH),
     "fastapi": ("sentence-transformers>=6", "fastapi", "uvicorn[standard]", "-c", str(ROOT / "constraints.txt")),
+    # Built here with this processor's instructions (`BUILD`); a quarter of an hour on two cores.
+    "llama": ("llama-cpp-python>=0.3.36", "gguf", "safetensors", "tokenizers"),
     "infinity": ("infinity-emb[torch,optimum,server,logging]==0.0.78", TORCH),
 }
+
+BUILD = {"CMAKE_ARGS": "-DGGML_NATIVE=ON"}
+"""Variables of an installation, for packages that are compiled here."""
 
 # Comes along, is not used, and its build for CUDA does not load beside torch's for the CPU.
 _UNWANTED = ("torchvision",)
 
-FORMS = {"onnx": "onnx", "onnx-plain": "onnx", "openvino": "openvino"}
+FORMS = {"onnx": "onnx", "onnx-plain": "onnx", "openvino": "openvino", "gguf": "llama"}
 """Forms of a model, and the environment that exports each."""
 
 
 class Peer(Struct, frozen=True, kw_only=True):
     """One program offline: its `kind` in `peers/peer.py`, its environment (None: ours), its form of the model.
 
-    One with a `dtype` is our own engine.
+    One with a `dtype` is our own engine. One with `only` runs models of that type.
     """
 
     name: str
@@ -46,6 +53,11 @@ class Peer(Struct, frozen=True, kw_only=True):
     environment: str | None = None
     form: str | None = None
     dtype: Dtype | None = None
+    only: str | None = None
+
+    def can_run(self, folder: Path) -> bool:
+        """Tell whether the program is compared on this model."""
+        return self.only is None or json.loads((folder / "config.json").read_text())["model_type"] == self.only
 
 
 PEERS = (
@@ -56,6 +68,8 @@ PEERS = (
     Peer(name="ONNX Runtime, sorted", kind="onnxruntime-sorted", environment="onnx", form="onnx"),
     Peer(name="Infinity (torch)", kind="infinity-torch", environment="infinity"),
     Peer(name="Infinity (ONNX)", kind="infinity-onnx", environment="infinity", form="onnx-plain"),
+    Peer(name="llama.cpp, F32", kind="llama-cpp-f32", environment="llama", form="gguf", only="qwen3"),
+    Peer(name="llama.cpp, Q8_0", kind="llama-cpp-q8-0", environment="llama", form="gguf", only="qwen3"),
     Peer(name="Embedyard, bfloat16", kind="embedyard-bfloat16", dtype="bfloat16"),
     Peer(name="Embedyard, int8", kind="embedyard-int8", dtype="int8"),
 )
@@ -81,7 +95,9 @@ def install(environment: str) -> str:
         return ""
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     pip = [str(folder / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
-    done = subprocess.run([*pip, *ENVIRONMENTS[environment]], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*pip, *ENVIRONMENTS[environment]], capture_output=True, text=True, check=False, env=os.environ | BUILD
+    )
     if done.returncode:
         return "\n".join(done.stderr.splitlines()[-5:])
     subprocess.run([*pip[:3], "uninstall", "--quiet", "--yes", *_UNWANTED], capture_output=True, check=True)
@@ -134,6 +150,8 @@ def open_workers(folder: Path, peers: Sequence[Peer]) -> Iterator[tuple[list[Wor
     with ExitStack() as stack:
         workers, notes = [stack.enter_context(own_worker(folder)).wait_until_warm()], []
         for peer in peers:
+            if not peer.can_run(folder):
+                continue
             try:
                 workers.append(stack.enter_context(peer_worker(peer, folder)).wait_until_warm())
             except WorkerFailed as error:
@@ -146,10 +164,10 @@ def main() -> None:
     """Make all environments and forms, and print what failed."""
     for environment in ENVIRONMENTS:
         print(f"{environment}: {install(environment) or 'ready'}", flush=True)
-    folder = resolve("minilm")
     for form, environment in FORMS.items():
+        folder = resolve("qwen3-0.6b-last" if form == "gguf" else "minilm")
         if is_installed(environment):
-            print(f"MiniLM as {form}: {model_folder(folder, form)}", flush=True)
+            print(f"{folder.name} as {form}: {model_folder(folder, form)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -226,7 +226,8 @@ def draw(report: Report, path: Path) -> None:
 def _packages(worker: Worker) -> str:
     """Return the versions of the packages that decide the program's speed."""
     found: dict[str, str] = worker.facts.get("packages", {})
-    shown = ("torch", "transformers", "sentence-transformers", "onnxruntime", "openvino", "infinity-emb")
+    shown = ("torch", "transformers", "sentence-transformers", "onnxruntime", "openvino", "infinity-emb",
+             "llama-cpp-python")  # fmt: skip
     return ", ".join(f"{name} {found[name]}" for name in shown if name in found)
 
 

@@ -15,12 +15,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-lines: Any = importlib.import_module("lines")  # a script: its own folder is on the path
+# This is a script, so its own folder is on the path.
+lines: Any = importlib.import_module("lines")
+llama: Any = importlib.import_module("llama")
 
 Encode = Callable[[list[str]], Any]
 """Texts in, float32 `[n, D]` out."""
 
-PACKAGES = ("torch", "transformers", "sentence-transformers", "onnxruntime", "openvino", "infinity-emb", "tokenizers")
+PACKAGES = ("torch", "transformers", "sentence-transformers", "onnxruntime", "openvino", "infinity-emb", "tokenizers",
+            "llama-cpp-python")  # fmt: skip
 ONNX_BATCH = 32
 
 
@@ -153,6 +156,8 @@ KINDS: dict[str, Callable[[str], Encode]] = {
     "openvino-default": lambda folder: sentence_transformers_openvino(folder, None),
     "onnxruntime-sorted": onnxruntime_sorted,
     "infinity-torch": lambda folder: infinity(folder, "torch"),
+    "llama-cpp-f32": lambda folder: llama.llama_cpp(folder, "F32"),
+    "llama-cpp-q8-0": lambda folder: llama.llama_cpp(folder, "Q8_0"),
     "cross-encoder": cross_encoder,
     "multi-vector": multi_vector,
     "infinity-rerank": infinity_rerank,
@@ -189,6 +194,7 @@ EXPORTS: dict[str, Callable[[str, str], None]] = {
     "export-onnx": export_onnx,
     "export-onnx-plain": export_onnx_plain,
     "export-openvino": export_openvino,
+    "export-gguf": llama.export_gguf,
 }
 
 
@@ -203,15 +209,15 @@ def answer(encode: Encode, question: dict[str, Any]) -> dict[str, Any]:
 
 
 def facts() -> dict[str, Any]:
-    """Return versions of packages, and torch's threads."""
-    torch: Any = importlib.import_module("torch")
+    """Return versions of packages, and torch's threads where there is torch."""
     found = {}
     for name in PACKAGES:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
             continue
-    return {"packages": found, "threads": torch.get_num_threads()}
+    threads = {"threads": importlib.import_module("torch").get_num_threads()} if "torch" in found else {}
+    return {"packages": found, **threads}
 
 
 def _sentence_transformer(folder: str, **options: Any) -> Any:
