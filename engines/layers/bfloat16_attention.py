@@ -70,9 +70,9 @@ def attend_groups(  # noqa: PLR0913  # the tensors, their texts, and the three o
     out = query.new_empty(num_tokens, heads, width)
     for length, each in groupby(groups, key=lambda group: padded_length(group.length, window)):
         members = list(each)
-        padded = [_padded(states, members, length) for states in (query, key, value)]
+        q, k, v = (_padded(states, members, length) for states in (query, key, value))
         real = None if causal else _real(members, length)
-        found = bfloat16_attention(*padded, scaling, causal=causal, window=window, real=real)
+        found = bfloat16_attention(q, k, v, scaling, causal=causal, window=window, real=real)
         first = 0
         for group in members:
             texts = found[first : first + group.count, :, : group.length]

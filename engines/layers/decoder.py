@@ -19,7 +19,7 @@ from torch.nn.functional import rms_norm, silu
 
 from engines.device.load_throttle import throttle_point
 from engines.layers.attention import packed_attention, resolve_causal, single_query_attention
-from engines.layers.packed_linear import Product, ProductFactory, replace_joined
+from engines.layers.packed_linear import PackedLinear, Product, ProductFactory, replace_joined
 from engines.layers.packing import PackedLayout, PackedState
 from engines.layers.products import apply, linear
 
@@ -221,12 +221,22 @@ class FusedDecoderLayer:
         x = self._after_attention(apply(self._attention.o_proj, context)).add_(x)
         normed = self._before_mlp(x)
         self._pause()
-        gate = apply(mlp.gate_proj, normed)
-        gate = silu(gate, inplace=True) if type(mlp.act_fn) is nn.SiLU else mlp.act_fn(gate)
+        gate = self._gate(normed)
         self._pause()
         inner = gate.mul_(apply(mlp.up_proj, normed))
         self._pause()
         return self._after_mlp(apply(mlp.down_proj, inner)).add_(x)
+
+    def _gate(self, x: Tensor) -> Tensor:
+        """Returns the gate of the inner activations, `[T, H]` to `[T, inner]`. In bfloat16 the product computes SiLU:
+        torch's takes as long there as half of the product."""
+        mlp = self._mlp
+        if type(mlp.act_fn) is not nn.SiLU:
+            gated: Tensor = mlp.act_fn(apply(mlp.gate_proj, x))
+            return gated
+        if type(mlp.gate_proj) is PackedLinear:
+            return mlp.gate_proj.multiply_and_silu(x)
+        return silu(apply(mlp.gate_proj, x), inplace=True)
 
 
 class _Norm:

@@ -73,6 +73,10 @@ class PackedLinear(Product):
         """Returns the exact (erf) GELU of the product, computed before it is rounded to the dtype of `x`."""
         return self._multiply(x.reshape(-1, self.in_features), "gelu").view(*x.shape[:-1], self.out_features)
 
+    def multiply_and_silu(self, x: Tensor) -> Tensor:
+        """Returns SiLU of the product, computed before it is rounded to the dtype of `x`."""
+        return self._multiply(x.reshape(-1, self.in_features), "swish").view(*x.shape[:-1], self.out_features)
+
     def _multiply(self, x: Tensor, activation: str) -> Tensor:
         found: Tensor = torch.ops.mkldnn._linear_pointwise(
             x.contiguous(), self._packed, self._bias, activation, [], "none"

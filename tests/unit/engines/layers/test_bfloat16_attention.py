@@ -95,9 +95,10 @@ def test_texts_of_several_lengths_attend_to_themselves(kv_heads: int, window: in
 
     for index, length in enumerate(lengths):
         first = sum(lengths[:index])
-        parts = [part[:, :, first : first + length].double() for part in (q, k, v)]
+        text_q, text_k, text_v = (part[:, :, first : first + length].double() for part in (q, k, v))
         mask = _visible(length, length, causal=causal, window=window)
-        wanted = scaled_dot_product_attention(*parts, attn_mask=mask, enable_gqa=kv_heads < 4)[0].transpose(0, 1)
+        wanted = scaled_dot_product_attention(text_q, text_k, text_v, attn_mask=mask, enable_gqa=kv_heads < 4)
+        wanted = wanted[0].transpose(0, 1)
         texts = found[first : first + length]
         assert float((texts - wanted).norm() / wanted.norm()) < 0.01
 

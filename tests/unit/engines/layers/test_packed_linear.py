@@ -56,6 +56,17 @@ def test_a_packed_product_with_its_gelu_gives_what_both_give(dtype: torch.dtype)
     assert _cosine(found, wanted) > (1 - 1e-10 if dtype == torch.float32 else 0.9999)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_packed_product_with_its_silu_gives_what_both_give(dtype: torch.dtype) -> None:
+    layer, x = _linear(dtype), torch.randn(2, 30, 64, dtype=dtype)
+
+    found = PackedLinear(layer.weight, layer.bias).multiply_and_silu(x)
+
+    assert (found.shape, found.dtype) == ((2, 30, 48), dtype)
+    wanted = nn.functional.silu(layer.double()(x.double()))
+    assert _cosine(found, wanted) > (1 - 1e-10 if dtype == torch.float32 else 0.9999)
+
+
 def test_an_int8_product_gives_the_dtype_that_is_asked_for() -> None:
     layer, x = _linear(), torch.randn(5, 64, dtype=torch.bfloat16)
     product = Int8Linear(layer.weight, layer.bias)
