@@ -27,8 +27,11 @@ DTYPE_BITS: Mapping[str, int] = {
 BYTES_OF: Mapping[str, int] = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 """Bytes per element of the dtypes that models are stored and run in."""
 
-_ATTENDS = re.compile(r"(query|key|value|[qkv]_(proj|lin)|attn\.[qkv])\.weight$")
-"""Names of matrices that give queries, keys or values."""
+_ATTENDS = re.compile(r"self_attn\.[qkv]_proj\.weight$")
+"""Names of a decoder's matrices that give queries, keys or values."""
+
+_BYTES_A_ROW = 8
+"""Beside a row of int8: its scale and its sum."""
 
 _CONFIG = "config.json"
 _LENGTH_BYTES = 8
@@ -62,7 +65,8 @@ class WeightCount(Struct, frozen=True, kw_only=True):
         pickled = math.ceil(self.pickled_bytes * element_bytes / BYTES_OF.get(self.stored_dtype, 2))
         if dtype == "int8":
             rest = self.float_elements - self.matrix_elements
-            return self.matrix_int8_bytes + BYTES_OF["float32"] * (self.matrix_rows + rest) + self.fixed_bytes + pickled
+            wide = _BYTES_A_ROW * self.matrix_rows + BYTES_OF["float32"] * rest
+            return self.matrix_int8_bytes + wide + self.fixed_bytes + pickled
         return self.float_elements * element_bytes + self.fixed_bytes + pickled
 
 
@@ -81,7 +85,10 @@ class TensorEntry(Struct, frozen=True):
 
     @property
     def int8_bytes(self) -> int:
-        """Bytes where int8 is asked for; queries, keys and values keep 16 bits (`engines/models/weight_forms.py`)."""
+        """Bytes where int8 is asked for.
+
+        A decoder's queries, keys and values keep 16 bits (`engines/models/weight_forms.py`).
+        """
         return self.elements * (2 if _ATTENDS.search(self.name) else 1)
 
     @property

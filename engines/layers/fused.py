@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, pad
 from transformers.activations import GELUActivation
 
+from engines.device.cpu_features import has_fast_bfloat16
 from engines.device.load_throttle import throttle_point
 from engines.device.torch_runtime import usable_threads
 from engines.layers.attention import packed_attention, single_query_attention
@@ -221,14 +222,14 @@ class FusedLayer:
         joined = make_joined(self._weight, self._bias)
         replace_joined(self._layer, (names.query, names.key, names.value), names.attention, [joined])
         self._joined, self._weight, self._bias = joined, joined.weight, joined.weight
-        dtype = joined.weight.dtype if joined.weight.is_floating_point() else torch.float32
         made = [make(part.weight, part.bias) for part in (self._context, self._up, self._down)]
         for name, part in zip((names.context, names.up, names.down), made, strict=True):
             self._layer.set_submodule(name, part)
         self._context, self._up, self._down = made
-        _, up, down = made
-        if isinstance(up, Int8Linear) and isinstance(down, Int8Linear):  # rounds from float32, not from bfloat16
-            up.out_dtype, down.out_dtype = torch.float32, dtype
+        for product in (joined, *made):
+            if isinstance(product, Int8Linear):  # gives sums and norms float32; attention is faster in bfloat16
+                is_attended = product is joined and has_fast_bfloat16() and not self._has_bias
+                product.out_dtype = torch.bfloat16 if is_attended else torch.float32
 
     def __call__(self, x: Tensor, layout: PackedLayout, position_bias: Tensor | None, variant: KernelVariant) -> Tensor:
         """Runs the layer, `[T, H]` to `[T, H]`. The variant `few` is for CPU threads: a GPU runs `many` instead."""

@@ -1,8 +1,8 @@
 """Compares a product of reduced precision with plain arithmetic on the same rounded weights.
 
 All paths of a model run the same products, so that a wrong one shows in no comparison of paths. The inputs here need no
-rounding (integers up to 127, times a power of two), which leaves the rounding of outputs only: an error of 2 % in the
-scale of one output shows.
+rounding (integers from -127 to 128, times a power of two), which leaves the rounding of outputs only: an error of 2 %
+in the scale of one output shows.
 """
 
 import torch
@@ -47,9 +47,9 @@ def check_product(product: Product, weight: Tensor, bias: Tensor | None, dtype: 
 
 
 def _inputs(width: int) -> Tensor:
-    """Returns `[8, width]` of integers times a power of two, the largest of each row 127."""
-    x = torch.randint(-_LEVELS, _LEVELS + 1, (_ROWS, width), generator=torch.Generator().manual_seed(1)).float()
-    x[:, 0] = _LEVELS
+    """Returns `[8, width]` of integers times a power of two, which span 255 in each row."""
+    x = torch.randint(-_LEVELS, _LEVELS + 2, (_ROWS, width), generator=torch.Generator().manual_seed(1)).float()
+    x[:, 0], x[:, -1] = -_LEVELS, _LEVELS + 1
     return x * _FACTOR
 
 

@@ -25,7 +25,7 @@ class WeightForm(Struct, frozen=True):
     Attributes:
         is_int8: int8 with a scale for each row, also in the table of token embeddings (but see `joined_product`); else
             packed as they are.
-        activations: dtype of everything between the products; None for that of the weights.
+        activations: dtype of everything between the products (but see `_between`); None for that of the weights.
     """
 
     is_int8: bool = False
@@ -38,21 +38,29 @@ class WeightForm(Struct, frozen=True):
         Raises:
             UnsupportedModel: int8 for a model that reads its weights in ways of its own, as state-space layers do.
         """
+        between = self._between(fused)
         if getattr(model, "_is_stateful", False):
             if self.is_int8:
                 raise UnsupportedModel(f"`dtype: int8` is not supported for {model.config.model_type}: set another")
             return 0
         for layer in fused:
-            layer.replace_products(self.product, self.joined_product)
+            is_encoder = isinstance(layer, FusedLayer)
+            layer.replace_products(self.product, self.product if is_encoder else self.joined_product)
             throttle_point()
         if self.is_int8 or not fused:
             self._replace_linears(model)
         if self.is_int8:
-            self._replace_table(model)
-        if self.activations is not None:
+            self._replace_table(model, between)
+        if between is not None:
             for parameter in model.parameters():
-                parameter.data = parameter.data.to(self.activations)
+                parameter.data = parameter.data.to(between)
         return total_bytes(model.modules())
+
+    def _between(self, fused: Sequence[FusedLayer | FusedDecoderLayer]) -> torch.dtype | None:
+        """Returns the dtype of sums and norms. In encoder layers they are float32 beside int8: products read and give
+        it, and torch adds bfloat16 half as fast."""
+        is_encoder = bool(fused) and all(isinstance(layer, FusedLayer) for layer in fused)
+        return torch.float32 if self.is_int8 and is_encoder else self.activations
 
     def product(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
         """Makes a product in this form, and compares it with plain arithmetic.
@@ -63,8 +71,8 @@ class WeightForm(Struct, frozen=True):
         return self._checked(Int8Linear if self.is_int8 else PackedLinear, weight, bias)
 
     def joined_product(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
-        """Makes the product of queries, keys and values: see `product`. Beside int8 it stays in bfloat16 where that is
-        fast: of all products it moves vectors most (`docs/accuracy.md`)."""
+        """Makes the product of queries, keys and values of a decoder: see `product`. Beside int8 it stays in bfloat16
+        where that is fast: of all products it moves vectors most (`docs/accuracy.md`)."""
         if self.is_int8 and self.activations is torch.bfloat16:
             return self._checked(PackedLinear, weight.to(torch.bfloat16), bias)
         return self.product(weight, bias)
@@ -82,12 +90,12 @@ class WeightForm(Struct, frozen=True):
                 model.set_submodule(name, self.product(part.weight, part.bias))
                 throttle_point()
 
-    def _replace_table(self, model: Any) -> None:
+    def _replace_table(self, model: Any, dtype: torch.dtype | None) -> None:
         """Replaces the table of token embeddings; others are small. One that scales its rows stays as it is."""
         table = model.get_input_embeddings()
         if type(table) is not nn.Embedding:
             return
-        made = Int8Embedding(table.weight, self.activations or table.weight.dtype)
+        made = Int8Embedding(table.weight, dtype or table.weight.dtype)
         for name in [name for name, part in model.named_modules() if part is table]:
             model.set_submodule(name, made)
 

@@ -118,23 +118,23 @@ def test_floats_count_in_the_target_dtype_and_integers_in_their_own(tmp_path: Pa
     assert counted.bytes_in("float16") == 1000 * 2 + 16 * 8
     assert (
         counted.bytes_in("int8")
-        == counted.matrix_int8_bytes + 4 * counted.matrix_rows + 4 * (1000 - counted.matrix_elements) + 16 * 8
+        == counted.matrix_int8_bytes + 8 * counted.matrix_rows + 4 * (1000 - counted.matrix_elements) + 16 * 8
     )
 
 
 @pytest.mark.parametrize(
     ("name", "num_bytes"),
     [
-        ("encoder.layer.0.attention.self.query.weight", 2),
-        ("encoder.layer.0.attention.attn.v.weight", 2),
+        ("encoder.layer.0.attention.self.query.weight", 1),
+        ("encoder.layer.0.attention.attn.v.weight", 1),
         ("layers.3.self_attn.k_proj.weight", 2),
-        ("transformer.layer.1.attention.q_lin.weight", 2),
+        ("transformer.layer.1.attention.q_lin.weight", 1),
         ("layers.3.self_attn.o_proj.weight", 1),
         ("layers.3.mlp.down_proj.weight", 1),
         ("encoder.layer.0.attention.self.query.bias", 1),
     ],
 )
-def test_beside_int8_the_matrices_of_queries_keys_and_values_take_two_bytes(name: str, num_bytes: int) -> None:
+def test_beside_int8_queries_keys_and_values_of_a_decoder_take_two_bytes(name: str, num_bytes: int) -> None:
     assert TensorEntry(name, "F32", (8, 4), 0, 128).int8_bytes == 32 * num_bytes
 
 

@@ -15,6 +15,8 @@ TEXTS = [*SENTENCES[:6], " ".join(SENTENCES[:4]), "x"]
     [
         ("bert-cls", "bfloat16", 0.999),
         ("bert-cls", "int8", 0.99),
+        ("mpnet-mean", "int8", 0.99),
+        ("distilbert-mean", "int8", 0.99),
         ("qwen3-last", "bfloat16", 0.999),
         ("qwen3-last", "int8", 0.98),
         ("jamba-mean", "bfloat16", 0.99),
