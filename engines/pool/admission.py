@@ -17,7 +17,6 @@ from engines.pool.eviction import (
     missing_bytes,
     never_fits,
     total_bytes,
-    victim_order,
     without_leaving,
 )
 from engines.pool.flex import is_patient, is_spared, patience_deadlines, patient_last
@@ -26,6 +25,7 @@ from engines.pool.parking import Parking, is_host_idle_evictable
 from engines.pool.reasons import IDLE, blocked_by_others, blocked_by_pinned, eviction_cause, load_hangs, still_loading
 from engines.pool.slot import CHARGED, NO_MEMORY, MemoryNeed, Slot
 from engines.pool.state import PoolState
+from engines.pool.victim_order import victim_order
 from engines.types import format_bytes
 
 
@@ -232,7 +232,7 @@ class Admission:
         staying = without_leaving(charged)
         if missing_bytes(staying, need, limit) == 0:
             return False  # (2)
-        order = victim_order(self.state.rules, self.state.now_s)
+        order = victim_order(self.state)
         is_polite = claimant is not None and is_patient(claimant, self.state.rules, self.state.now_s)
         victims = choose_victims(staying, self._candidates(even_leased=False, is_polite=is_polite), need, limit, order)
         if victims is None and is_overdue and not is_polite:

@@ -8,7 +8,6 @@ whichever models, none larger than those of that model.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 
 from engines.pool.slot import LEAVING, NO_MEMORY, MemoryNeed, PoolPolicy, Slot
 
@@ -72,30 +71,12 @@ def can_be_victim(slot: Slot, rules: PoolPolicy, now_s: float, *, even_leased: b
 
 
 VictimOrder = Callable[[Slot], tuple[bool, float, float]]
-"""The key that sorts models, the first to leave first."""
-
-
-def victim_order(rules: PoolPolicy, now_s: float) -> VictimOrder:
-    """Returns the order in which models leave for others."""
-    return lru_order if rules.eviction == "lru" else partial(cost_order, rules=rules, now_s=now_s)
+"""The key that sorts models, the first to leave first (`engines/pool/victim_order.py`)."""
 
 
 def lru_order(slot: Slot) -> tuple[bool, float, float]:
     """Sorts idle before busy models, then least recently used (to the second), then fastest reload per byte."""
     return bool(slot.leases), int(slot.used_at_s), _seconds_per_byte(slot)
-
-
-def cost_order(slot: Slot, *, rules: PoolPolicy, now_s: float) -> tuple[bool, float, float]:
-    """Sorts idle before busy models, then by the cost that their absence is expected to have for each byte freed.
-
-    That is the rate at which requests come (decayed, up to a factor that all models share) × the seconds of the last
-    load ÷ bytes. It is the ordering of a knapsack by value per size; with equal loads and sizes it is by frequency.
-    """
-    return (
-        bool(slot.leases),
-        slot.heat_now(now_s, rules.heat_decay_s) * _seconds_per_byte(slot),
-        slot.used_at_s,
-    )
 
 
 def _seconds_per_byte(slot: Slot) -> float:

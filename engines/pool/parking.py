@@ -12,11 +12,12 @@ The bytes of a parked model count against the host budget only; while they are c
 from collections.abc import Callable
 
 from engines.pool.completions import become_ready
-from engines.pool.eviction import can_leave_host, choose_parked_victims, victim_order
+from engines.pool.eviction import can_leave_host, choose_parked_victims
 from engines.pool.messages import HostBudgetChanged, ParkCompleted, ParkErrored, WakeCompleted, WakeErrored
 from engines.pool.reasons import EVICTED, HOST_IDLE, shutting_down
 from engines.pool.slot import NO_MEMORY, Slot
 from engines.pool.state import PoolState
+from engines.pool.victim_order import host_victim_order
 from engines.types import format_bytes
 
 
@@ -44,7 +45,7 @@ class Parking:
     def reduce_deficit(self) -> None:
         """Frees parked models, in eviction order, while they exceed the host budget."""
         missing = self.state.host_used_bytes() - self._leaving_bytes() - self.state.host_budget_bytes
-        order = victim_order(self.state.rules, self.state.now_s)
+        order = host_victim_order(self.state)
         free = [slot for slot in self.state.in_state("parked") if slot.claim is None and not slot.is_pinned]
         for slot in sorted(free, key=order):
             if missing <= 0:
@@ -74,7 +75,7 @@ class Parking:
         missing -= self._leaving_bytes()
         if missing <= 0:
             return  # (2)
-        order = victim_order(self.state.rules, self.state.now_s)
+        order = host_victim_order(self.state)
         rules, now_s = self.state.rules, self.state.now_s
         free = [other for other in self.state.in_state("parked") if can_leave_host(other, rules, now_s)]
         victims = choose_parked_victims((o for o in free if order(o) < order(slot)), missing, order)

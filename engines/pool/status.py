@@ -10,21 +10,16 @@ from engines.pool.eviction import (
     choose_victims,
     missing_bytes,
     total_bytes,
-    victim_order,
 )
 from engines.pool.reasons import blocked_by_pinned, known_bytes
 from engines.pool.slot import CHARGED, LEAVING, NO_MEMORY, MemoryNeed, Slot
 from engines.pool.state import PoolState
+from engines.pool.victim_order import host_victim_order, victim_order, wake_seconds
 from engines.protocols import Engine
 from engines.types import HostSnapshot, ModelStatus, Plan, format_bytes
 
 _CEILING_S = 60.0
 """How long placement uses a reading of the device; after that, the host is worth another try."""
-
-
-_COPIED_BYTES_PER_S = 10e9
-"""The rate at which a model is assumed to come back from main memory that has not done so before: PCIe 4 gives twice as
-much from pinned memory, and half of it from pageable memory."""
 
 
 class StatusView:
@@ -93,7 +88,7 @@ class StatusView:
             free_bytes=max(0, state.budget_bytes - used - workspace),
             claimed_bytes=claimed_bytes(state),
             ceiling_bytes=state.ceiling_bytes if now_s < state.ceiling_until_s + _CEILING_S else None,
-            residents=residents(charged, victim_order(state.rules, now_s)),
+            residents=residents(charged, victim_order(state)),
             models=tuple(
                 self.status(slot, engines.get(slot.slot_id), state.blocked) for slot in state.current.values()
             ),
@@ -101,9 +96,7 @@ class StatusView:
             is_draining=state.is_draining,
             host_budget_bytes=state.host_budget_bytes,
             host_used_bytes=state.host_used_bytes(),
-            parked=tuple(
-                slot.model_id for slot in sorted(state.in_state("parked"), key=victim_order(state.rules, now_s))
-            ),
+            parked=tuple(slot.model_id for slot in sorted(state.in_state("parked"), key=host_victim_order(state))),
         )
 
     def plan(self, state: PoolState, slot: Slot) -> Plan:
@@ -130,7 +123,7 @@ def expected_s(slot: Slot, need: MemoryNeed) -> float | None:
     if slot.state == "ready":
         return 0.0
     if slot.state == "parked":
-        return slot.wake_s or need.weight_bytes / _COPIED_BYTES_PER_S
+        return wake_seconds(slot)
     return slot.load_s or need.load_s
 
 
@@ -185,7 +178,7 @@ def predict_load(state: PoolState, slot: Slot) -> tuple[Sequence[Slot], bool, st
     missing = missing_bytes(staying, need, budget)
     if missing == 0:
         return (), True, "fits in free memory" + (", from main memory" if slot.state == "parked" else "")  # (5)
-    order = victim_order(state.rules, state.now_s)
+    order = victim_order(state)
     victims = choose_victims(staying, [other for other in staying if not other.is_pinned], need, budget, order)
     if victims is None:
         return (), False, blocked_by_pinned(slot, total_bytes(charges(pinned)), budget)  # (3)

@@ -11,7 +11,6 @@ from engines.pool.eviction import (
     missing_bytes,
     never_fits,
     total_bytes,
-    victim_order,
 )
 from engines.pool.slot import NO_MEMORY, MemoryNeed, PoolPolicy, Slot
 from engines.spec import ModelSpec
@@ -67,46 +66,6 @@ def test_idle_models_leave_before_busy_ones() -> None:
     slots = [resident("busy", 45, used_at_s=1, leases=1), resident("idle", 45, used_at_s=9)]
 
     assert chosen(slots, 40) == ["idle"]
-
-
-def by_cost(slots: list[Slot], now_s: float = 100.0) -> list[str]:
-    order = victim_order(PoolPolicy(eviction="cost", heat_decay_s=100.0), now_s)
-    return [slot.model_id for slot in sorted(slots, key=order)]
-
-
-def test_by_cost_a_model_that_is_often_asked_stays_before_one_that_was_asked_last() -> None:
-    often, last = resident("often", 40, used_at_s=50), resident("last", 40, used_at_s=99)
-    for at_s in range(40, 50):
-        often.heat_up(at_s, 100.0)
-    last.heat_up(99, 100.0)
-
-    assert by_cost([often, last]) == ["last", "often"]
-    assert chosen([often, last], 50) == ["often"]
-
-
-def test_by_cost_requests_of_long_ago_count_little() -> None:
-    once, now = resident("once", 40), resident("now", 40)
-    for _ in range(10):
-        once.heat_up(0, 100.0)
-
-    assert by_cost([now, once], now_s=600) == ["now", "once"]
-    now.heat_up(600, 100.0)
-    assert by_cost([now, once], now_s=600) == ["once", "now"]
-
-
-def test_by_cost_a_model_that_loads_slowly_stays_and_a_large_one_leaves() -> None:
-    slow, large, plain = resident("slow", 40, load_s=9), resident("large", 80), resident("plain", 40)
-    for slot in (slow, large, plain):
-        slot.heat_up(90, 100.0)
-
-    assert by_cost([slow, plain, large]) == ["large", "plain", "slow"]
-
-
-def test_by_cost_idle_models_leave_before_busy_ones_and_unasked_ones_first() -> None:
-    busy, idle, preloaded = resident("busy", 40, leases=1), resident("idle", 40), resident("preloaded", 40)
-    idle.heat_up(90, 100.0)
-
-    assert by_cost([busy, idle, preloaded]) == ["preloaded", "idle", "busy"]
 
 
 @given(
