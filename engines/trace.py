@@ -10,12 +10,16 @@ from msgspec import Struct
 
 
 class TraceModel(Struct, frozen=True, kw_only=True, tag_field="kind", tag="model", rename={"model_id": "model"}):
-    """What a model took when it was loaded: bytes of its weights and of its largest forward pass, and seconds."""
+    """What a model took when it was loaded: bytes of its weights and of its largest forward pass, and seconds.
+
+    `wake_s`: how long it took to come back from main memory; None where it never has.
+    """
 
     model_id: str
     weight_bytes: int
     workspace_bytes: int = 0
     load_s: float = 0.0
+    wake_s: float | None = None
 
 
 class TraceRequest(Struct, frozen=True, kw_only=True, tag_field="kind", tag="request", rename={"model_id": "model"}):

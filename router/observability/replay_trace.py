@@ -23,6 +23,9 @@ _MAX_WAITING = 65_536
 _FULL_STAGES = frozenset({"tokenize", "queue", "forward", "encode"})
 """The stages of a request during which its model may not leave."""
 
+_LEAST_WAIT_S = 0.001
+"""A request that got its lease sooner found its model ready."""
+
 
 class ReplayTrace:
     """Appends to a file from a thread of its own.
@@ -49,11 +52,14 @@ class ReplayTrace:
         self._thread.start()
 
     def record(self, context: RequestContext) -> None:
-        """Write a request that was answered by a model, and before the first of a model what that took."""
+        """Write a request that was answered by a model. Write what the model took before its first one, and again once
+        it has come back from main memory."""
         if context.answer is None:
             return
         model_id = context.model
-        if model_id not in self._known and (described := describe(model_id, self._snapshots())) is not None:
+        known = self._known.get(model_id)
+        described = describe(model_id, self._snapshots()) if _may_tell_more(known, context) else known
+        if described is not None and described != known:
             self._known[model_id] = described
             self._put(encode_line(described))
         seconds = sum(stage.seconds for stage in context.stages if stage.name in _FULL_STAGES)
@@ -103,6 +109,15 @@ class ReplayTrace:
             self._file.write(encode_line(model))
 
 
+def _may_tell_more(known: TraceModel | None, context: RequestContext) -> bool:
+    """Tell whether the hosts may know more of a model: at its first request, and where it came back from main memory
+    perhaps for the first time."""
+    if known is None:
+        return True
+    waited_s = sum(stage.seconds for stage in context.stages if stage.name == "lease")
+    return known.wake_s is None and waited_s >= _LEAST_WAIT_S
+
+
 def describe(model_id: str, snapshots: Iterable[HostSnapshot]) -> TraceModel | None:
     """Return what a model took when it was loaded, by the host where it took longest; None while none has it."""
     loaded = [
@@ -114,9 +129,11 @@ def describe(model_id: str, snapshots: Iterable[HostSnapshot]) -> TraceModel | N
     if not loaded:
         return None
     status = max(loaded, key=lambda status: status.load_s or 0.0)
+    wakes_s = [status.wake_s for status in loaded if status.wake_s is not None]
     return TraceModel(
         model_id=model_id,
         weight_bytes=status.weight_bytes,
         workspace_bytes=status.workspace_bytes,
         load_s=round(status.load_s or 0.0, 3),
+        wake_s=round(max(wakes_s), 4) if wakes_s else None,
     )

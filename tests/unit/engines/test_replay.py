@@ -5,7 +5,8 @@ import pytest
 from benchmarks.lib.traces import TRACES, make
 from benchmarks.lifecycle.replay import least_loading_s
 from engines.pool.slot import PoolPolicy
-from engines.replay import replay
+from engines.replay import ReplayOptions, TierRates, replay
+from engines.spec import Eviction
 from engines.trace import Trace, TraceModel, TraceRequest
 
 ANY = PoolPolicy(min_residency_s=0.0, residency_loads=0.0)
@@ -65,6 +66,93 @@ def test_a_model_that_is_asked_often_is_kept_by_cost_and_lost_by_recency() -> No
     cost = replay(day, budget_bytes=210, rules=PoolPolicy(min_residency_s=0, residency_loads=0, eviction="cost"))
 
     assert (lru.reloads, cost.reloads) == (1, 0)
+
+
+TURNS = [(10.0 * at, "ab"[at % 2]) for at in range(6)]
+RATES = TierRates(copy_bytes_per_s=1000.0, check_s=0.05)
+
+
+def test_with_main_memory_for_it_a_model_comes_back_by_a_copy_and_its_check() -> None:
+    """Each of the six requests but two wakes its model: 0.1 s until the other has been copied out, 0.15 s back."""
+    day = trace(*TURNS, a=1.0, b=1.0)
+
+    result = replay(day, budget_bytes=110, rules=ANY, options=ReplayOptions(host_budget_bytes=200, rates=RATES))
+
+    assert (result.requests, result.loads, result.reloads, result.wakes) == (6, 2, 0, 4)
+    assert result.cold_waits_s == pytest.approx((0.25, 0.25, 0.25, 0.25, 1.0, 1.1))
+    assert (result.loading_s, result.waking_s) == pytest.approx((2.0, 4 * 0.15))
+    assert (result.peak_bytes, result.host_peak_bytes) == (110, 200)
+
+
+def test_a_measured_wake_takes_as_long_as_it_did() -> None:
+    models = {name: TraceModel(model_id=name, weight_bytes=100, load_s=1.0, wake_s=0.7) for name in "ab"}
+    day = Trace(models, [TraceRequest(at_s=at_s, model_id=name) for at_s, name in TURNS])
+
+    result = replay(day, budget_bytes=100, rules=ANY, options=ReplayOptions(host_budget_bytes=200, rates=RATES))
+
+    assert result.waking_s == pytest.approx(4 * 0.7)
+
+
+def test_a_model_whose_load_was_not_recorded_takes_as_long_as_its_bytes() -> None:
+    day = trace((0, "a"), a=0.0)
+
+    result = replay(day, budget_bytes=110, options=ReplayOptions(rates=TierRates(disk_bytes_per_s=50.0)))
+
+    assert result.cold_waits_s == (2.0,)
+
+
+def test_main_memory_that_holds_one_of_two_leaves_no_room_to_change_places() -> None:
+    """Both are in main memory while they change places, so that the second one is unloaded."""
+    day = trace(*TURNS, a=1.0, b=1.0)
+
+    result = replay(day, budget_bytes=110, rules=ANY, options=ReplayOptions(host_budget_bytes=100, rates=RATES))
+
+    assert result.host_peak_bytes == 100
+    assert result.reloads > 0
+
+
+@pytest.mark.parametrize("eviction", ["lru", "cost"])
+def test_neither_budget_is_exceeded(eviction: Eviction) -> None:
+    day = make("pairs")
+    device, host = int(0.4 * day.resident_bytes), int(0.3 * day.resident_bytes)
+
+    result = replay(
+        day, budget_bytes=device, rules=PoolPolicy(eviction=eviction), options=ReplayOptions(host_budget_bytes=host)
+    )
+
+    assert (result.requests, result.failed) == (len(day.requests), 0)
+    assert result.peak_bytes <= device
+    assert result.host_peak_bytes <= host
+    assert result.wakes > 0
+
+
+def test_a_warm_model_is_in_memory_before_the_first_request() -> None:
+    day = trace((0, "a"), (10, "b"), a=2.0, b=2.0)
+
+    result = replay(
+        day, budget_bytes=110, rules=ANY, options=ReplayOptions(host_budget_bytes=300, warm=("b", "a"), rates=RATES)
+    )
+
+    assert (result.loads, result.wakes) == (2, 1)
+    assert max(result.cold_waits_s) < 1.0
+
+
+def test_a_model_that_is_preloaded_in_time_is_not_waited_for() -> None:
+    day = trace((0, "a"), (100, "b"), a=2.0, b=2.0)
+
+    early = replay(day, budget_bytes=210, options=ReplayOptions(preloads=[(1e9 + 50, "b")]))
+    late = replay(day, budget_bytes=210, options=ReplayOptions(preloads=[(1e9 + 99, "b")]))
+
+    assert early.cold_waits_s == (2.0,)
+    assert late.cold_waits_s == (1.0, 2.0)
+
+
+def test_a_preload_that_lies_before_the_trace_comes_with_its_first_request() -> None:
+    day = trace((0, "a"), a=2.0)
+
+    result = replay(day, budget_bytes=110, options=ReplayOptions(preloads=[(1.0, "a")]))
+
+    assert (result.loads, result.cold_waits_s) == (1, (2.0,))
 
 
 def test_a_request_for_a_model_of_unknown_size_is_refused() -> None:

@@ -32,13 +32,50 @@ def test_the_table_has_a_row_for_each_budget_and_order(day: Path) -> None:
 
     assert result.exit_code == 0
     rows = [line.split("\t") for line in result.stdout.splitlines()]
-    assert [row[:5] for row in rows] == [
-        ["1.0 GiB", "lru", "6", "4", "12.0 s"],
-        ["1.0 GiB", "cost", "6", "4", "12.0 s"],
-        ["2.0 GiB", "lru", "2", "0", "4.0 s"],
-        ["2.0 GiB", "cost", "2", "0", "4.0 s"],
+    assert [row[:7] for row in rows] == [
+        ["1.0 GiB", "0 B", "lru", "6", "4", "0", "12.0 s"],
+        ["1.0 GiB", "0 B", "cost", "6", "4", "0", "12.0 s"],
+        ["2.0 GiB", "0 B", "lru", "2", "0", "0", "4.0 s"],
+        ["2.0 GiB", "0 B", "cost", "2", "0", "0", "4.0 s"],
     ]
-    assert "with 2.0 GiB no model would have been loaded twice" in result.stderr
+    assert result.stderr == "this day would have needed 2.0 GiB on the device for no reload\n"
+
+
+def test_every_device_budget_is_combined_with_every_size_of_main_memory(day: Path) -> None:
+    result = run(
+        str(day), "--budget", "1GiB,2GiB", "--host-memory", "0,2GiB", "--policy", "lru", "--copy-rate", "4GiB/s"
+    )
+
+    rows = [line.split("\t") for line in result.stdout.splitlines()]
+    assert [row[:7] for row in rows] == [
+        ["1.0 GiB", "0 B", "lru", "6", "4", "0", "12.0 s"],
+        ["1.0 GiB", "2.0 GiB", "lru", "2", "0", "4", "6.5 s"],
+        ["2.0 GiB", "0 B", "lru", "2", "0", "0", "4.0 s"],
+        ["2.0 GiB", "2.0 GiB", "lru", "2", "0", "0", "4.0 s"],
+    ]
+    assert result.stderr.splitlines()[1:] == [
+        "or 1.0 GiB on the device and 2.0 GiB of main memory",
+        "or 2.0 GiB on the device and 0 B of main memory",
+    ]
+
+
+def test_the_main_memory_that_is_said_to_suffice_does(day: Path) -> None:
+    rows = json.loads(run(str(day), "--budget", "1GiB", "--host-memory", "2GiB", "--json").stdout)
+
+    assert [(row["policy"], row["reloads"], row["host_peak_bytes"]) for row in rows] == [
+        ("lru", 0, 2 * GIB),
+        ("cost", 0, 2 * GIB),
+    ]
+
+
+def test_warm_and_scheduled_models_are_not_waited_for(day: Path) -> None:
+    cold = json.loads(run(str(day), "--budget", "2GiB", "--policy", "lru", "--json").stdout)
+    warm = run(
+        str(day), "--budget", "2GiB", "--policy", "lru", "--warm", "a", "--preload-at", "b=* * * * *", "--json"
+    )  # fmt: skip
+
+    assert cold[0]["waited_s"] == 4.0
+    assert json.loads(warm.stdout)[0]["waited_s"] == 0.0
 
 
 def test_without_a_budget_half_of_the_memory_and_all_of_it_are_replayed(day: Path) -> None:
@@ -66,7 +103,7 @@ def test_requests_for_models_that_were_never_in_memory_are_left_out(day: Path) -
     result = run(str(day), "--policy", "lru", "--budget", "2GiB")
 
     assert "1 request is left out: the model was never in memory" in result.stderr
-    assert result.stdout.split("\t")[2] == "2"
+    assert result.stdout.split("\t")[3] == "2"
 
 
 @pytest.mark.parametrize(
@@ -76,6 +113,17 @@ def test_requests_for_models_that_were_never_in_memory_are_left_out(day: Path) -
         (("--budget", ",".join(["1GiB"] * 17)), "at most 16 are replayed at once"),
         (("--policy", "fifo"), "'fifo' is no order of eviction: lru or cost"),
         (("--pin", "c"), "the trace has no model 'c'; it has a, b"),
+        (("--warm", "c"), "the trace has no model 'c'; it has a, b"),
+        (("--preload-at", "c=0 8 * * *"), "the trace has no model 'c'; it has a, b"),
+        (("--preload-at", "a=often"), "--preload-at is 'a=often', but must be MODEL=CRON"),
+        (("--budget", "0"), "--budget is '0', but must be more than 0"),
+        (("--copy-rate", "0"), "--copy-rate is '0', but must be more than 0"),
+        (("--disk-rate", "fast"), "--disk-rate is 'fast', but must be "),
+        (("--host-memory", "much"), "--host-memory is 'much', but must be "),
+        (
+            ("--budget", ",".join(["1GiB"] * 8), "--host-memory", ",".join(["1GiB"] * 8)),
+            "128 combinations, and at most 64 are replayed at once",
+        ),
     ],
 )
 def test_a_mistake_is_said_with_what_is_allowed(day: Path, arguments: tuple[str, ...], message: str) -> None:

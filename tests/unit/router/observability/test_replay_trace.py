@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from msgspec import structs
+
 from engines.trace import read_trace
 from engines.types import BaseResult, HostSnapshot, ModelStatus, Timings
 from router.observability.replay_trace import ReplayTrace
@@ -31,12 +33,14 @@ async def _send(message: Any) -> None:
     """Sends nothing."""
 
 
-def context(model_id: str, *, tokens: tuple[int, ...] = (3, 4), is_answered: bool = True) -> RequestContext:
+def context(
+    model_id: str, *, tokens: tuple[int, ...] = (3, 4), is_answered: bool = True, load_s: float = 9.0
+) -> RequestContext:
     scope: Any = {"type": "http", "method": "POST", "headers": [], "path_template": "/v1/embeddings"}
     found = RequestContext(scope, _send)
     found.set_model(model_id)
     if is_answered:
-        timings = Timings(load_s=9.0, tokenize_s=0.25, queue_s=0.5, forward_s=1.0)
+        timings = Timings(load_s=load_s, tokenize_s=0.25, queue_s=0.5, forward_s=1.0)
         found.record_result(BaseResult(token_counts=tokens, timings=timings), found.began_s)
     return found
 
@@ -55,6 +59,36 @@ def test_a_model_is_described_once_and_before_its_first_request(tmp_path: Path) 
     assert [(each.tokens, each.seconds) for each in trace.requests] == [(7, 1.75), (10, 1.75)]
     assert abs(trace.requests[0].at_s - asked[0].began_ns / 1e9) < 0.01
     assert (tmp_path / "day.jsonl").read_text().count('"kind":"model"') == 1
+
+
+def test_a_model_is_described_again_once_it_has_come_back_from_main_memory(tmp_path: Path) -> None:
+    status = LOADED
+    file = ReplayTrace(tmp_path / "day.jsonl", lambda: [snapshot(status)])
+    file.record(context("a"))
+    file.record(context("a"))
+    status = structs.replace(LOADED, wake_s=0.12, wakes=1)
+    for _ in range(2):
+        file.record(context("a"))
+    file.close()
+
+    with (tmp_path / "day.jsonl").open("rb") as lines:
+        assert read_trace(lines).models["a"].wake_s == 0.12
+    assert (tmp_path / "day.jsonl").read_text().count('"kind":"model"') == 2
+
+
+def test_requests_that_find_their_model_ready_do_not_ask_the_hosts_again(tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def snapshots() -> list[HostSnapshot]:
+        asked.append(1)
+        return [snapshot(LOADED)]
+
+    file = ReplayTrace(tmp_path / "day.jsonl", snapshots)
+    for _ in range(3):
+        file.record(context("a", load_s=0.0001))
+    file.close()
+
+    assert asked == [1]
 
 
 def test_the_wait_for_the_model_is_no_part_of_the_seconds_and_refused_requests_are_left_out(tmp_path: Path) -> None:
