@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks.lib.traces import TRACES, make
-from benchmarks.lifecycle.replay import least_loading_s
+from benchmarks.lifecycle.replay import least_loading_s, least_moving_s
 from engines.pool.slot import PoolPolicy
 from engines.replay import ReplayOptions, TierRates, replay
 from engines.spec import Eviction
@@ -181,6 +181,27 @@ def test_the_least_loading_keeps_the_model_that_is_dear_to_load() -> None:
     day = trace(*((float(at), name) for at, name in enumerate("abcab")), a=9.0, b=1.0, c=1.0)
 
     assert least_loading_s(day, 210) == 9 + 1 + 1 + 1
+
+
+def test_without_main_memory_both_bounds_are_the_same() -> None:
+    day = trace(*((float(at), name) for at, name in enumerate("abcabcacb")), a=9.0, b=1.0, c=2.0)
+
+    for budget in (110, 210, 310):
+        assert least_moving_s(day, budget, 0, RATES) == least_loading_s(day, budget)
+
+
+def test_with_main_memory_the_least_is_a_load_of_each_model_and_copies() -> None:
+    """Room for one on the device: every request but the first of each model costs a copy and its check, 0.15 s."""
+    day = trace(*((float(at), name) for at, name in enumerate("abcabc")), a=9.0, b=1.0, c=1.0)
+
+    assert least_moving_s(day, 110, 200, RATES) == pytest.approx(11.0 + 3 * 0.15)
+
+
+def test_the_least_keeps_in_main_memory_what_is_dear_to_load() -> None:
+    """Room for one on the device and one in main memory, which stays with the dear one: b and c are loaded in turn."""
+    day = trace(*((float(at), name) for at, name in enumerate("abcabca")), a=9.0, b=1.0, c=1.0)
+
+    assert least_moving_s(day, 110, 100, RATES) == pytest.approx(9 + 1 + 1 + 0.15 + 1 + 1 + 0.15)
 
 
 @pytest.mark.slow
