@@ -14,13 +14,14 @@ import msgspec
 import structlog
 
 from engines.device.health import describe_fault
+from engines.device.memory import device_memory
 from engines.errors import DeviceDown
 from engines.pause_detector import PauseDetector
 from engines.pool.pool import ModelPool
 from engines.pool.runtime import HostConfig, HostRuntime, default_runtime, device_matches
 from engines.protocols import Files, Loader
 from engines.spec import ModelSpec
-from engines.types import Budget, Call, Event, HostSnapshot, ModelStatus, Plan, Result, State, Tier
+from engines.types import Budget, Call, Event, HostBudget, HostSnapshot, ModelStatus, Plan, Result, State, Tier
 
 __all__ = ["Host", "HostConfig", "HostRuntime", "default_runtime", "device_matches"]
 
@@ -49,6 +50,7 @@ class Host:
         self.config = config
         runtime = runtime or default_runtime(config)
         self._time = runtime.time
+        self._workers = runtime.workers
         self._read_health = runtime.health
         self._pauses = PauseDetector()
         self.fault = ""
@@ -96,15 +98,26 @@ class Host:
         """
         return await self._pool.evict(model_id, force=force, timeout_s=timeout_s, to=to)
 
-    async def reload(self, specs: Mapping[str, ModelSpec], budget: Budget | None = None) -> None:
-        """Replaces the registry, and the budget if one is given; unchanged models are not touched."""
+    async def reload(
+        self, specs: Mapping[str, ModelSpec], budget: Budget | None = None, host_budget: HostBudget | None = None
+    ) -> None:
+        """Replaces the registry, and each budget that is given; unchanged models are not touched."""
         if budget is not None:
             self._pool.set_budget(budget)
+        if host_budget is not None:
+            self.set_host_budget(await self._share_of(host_budget))
         self._pool.reload(self._matching_specs(specs))
 
     def set_host_budget(self, budget_bytes: int) -> None:
         """Sets the main memory for parked models; 0 frees them all."""
         self._pool.set_host_budget(budget_bytes)
+
+    async def _share_of(self, budget: HostBudget) -> int:
+        """Returns this host's part of the main memory for parked models."""
+        if budget == "auto":
+            return self.config.default_host_bytes
+        reading = await self._workers.read_disk(device_memory("cpu").read)
+        return budget.of(reading.total_bytes) // self.config.host_parts
 
     async def aclose(self, *, grace_s: float = 30.0) -> None:
         """Shuts down: refuses new requests, lets admitted ones finish within `grace_s`, frees all memory."""

@@ -15,7 +15,7 @@ from engines.batching.autotune import TuningStore
 from engines.device import torch_runtime
 from engines.device.crash_journal import CrashJournal, JournaledLoader, JournaledScheduler
 from engines.device.flex import FlexWork
-from engines.device.memory import device_memory
+from engines.device.memory import MemoryReading, device_memory, spare_bytes
 from engines.device.scheduler import DeviceScheduler
 from engines.errors import InvalidValue
 from engines.host import Host, HostConfig, default_runtime
@@ -34,7 +34,7 @@ from engines.precision import PrecisionStore
 from engines.protocols import Loader
 from engines.space_memory import SpaceMemory
 from engines.spec import ModelSpec, Precision
-from engines.types import Budget, ModelFiles
+from engines.types import Budget, HostBudget, ModelFiles
 
 __all__ = ["LoaderSettings", "Machine", "MachineConfig", "PoolPolicy", "find_devices", "measure_precisions"]
 
@@ -45,8 +45,8 @@ _SHARED_CORES = 2
 class MachineConfig(Struct, frozen=True, kw_only=True):
     """The server's settings for this machine.
 
-    `host_budget`: main memory for parked models, of the whole machine; None: half of what is free now where there is a
-    GPU, else nothing. It is divided among the devices of as many processes as `host_parts`.
+    `host_budget`: main memory for parked models, of the whole machine. It is divided among the devices of as many
+    processes as `host_parts`.
 
     `devices`: any of `auto`, `cpu`, `cuda`, `cuda:N`. `cores`: the number that this process may use. `hub`: None uses
     huggingface_hub's environment. `host_id`: the only host's id, if the device's name is not unique. `note`: receives
@@ -55,7 +55,7 @@ class MachineConfig(Struct, frozen=True, kw_only=True):
 
     devices: tuple[str, ...] = ("auto",)
     budget: Budget = Budget(fraction=0.8)
-    host_budget: Budget | None = None
+    host_budget: HostBudget = "auto"
     host_parts: int = 1
     cores: int = 1
     tokenizer_threads: int = 1
@@ -91,7 +91,8 @@ class Machine:
             space_memory=SpaceMemory(folder),
         )
         devices = find_devices(config.devices)
-        self._host_budget_bytes = host_budget_bytes(config.host_budget) // (config.host_parts * len(devices))
+        self._host_parts = config.host_parts * len(devices)
+        self._main_memory = device_memory("cpu").read()
         self.hosts = tuple(self._host(device, config, specs) for device in devices)
 
     def close(self) -> None:
@@ -113,7 +114,9 @@ class Machine:
             host_id=config.host_id or device,
             device=device,
             budget=config.budget,
-            host_budget_bytes=self._host_budget_bytes,
+            host_budget_bytes=host_budget_bytes(config.host_budget, device, self._main_memory) // self._host_parts,
+            default_host_bytes=host_budget_bytes("auto", device, self._main_memory) // self._host_parts,
+            host_parts=self._host_parts,
             workspace_bytes=guessed_workspace_bytes(device),
             conditions=conditions,
             watchdog_s=config.watchdog_s,
@@ -141,13 +144,12 @@ class Machine:
         return scheduler, JournaledLoader(loader, scheduler), conditions
 
 
-def host_budget_bytes(budget: Budget | None) -> int:
-    """Returns the bytes of main memory for parked models, of all devices together.
-
-    Args:
-        budget: a part of main memory, or a size; None: none, until parking has been measured on a GPU.
-    """
-    return 0 if budget is None else budget.of(device_memory("cpu").read().total_bytes)
+def host_budget_bytes(budget: HostBudget, device: str, main_memory: MemoryReading) -> int:
+    """Returns the bytes of main memory for parked models of all devices together. `auto` parks no model of a CPU, whose
+    memory is the same."""
+    if budget != "auto":
+        return budget.of(main_memory.total_bytes)
+    return 0 if device == "cpu" else spare_bytes(main_memory)
 
 
 def conditions_of(settings: LoaderSettings, num_threads: int) -> str:

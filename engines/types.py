@@ -41,6 +41,11 @@ class Budget(Struct, frozen=True):
         return f"{self.size_bytes / 2**30:.2f} GiB"
 
 
+HostBudget = Budget | Literal["auto"]
+"""Main memory for parked models, of the whole machine; `auto`: none on a CPU, else what the machine can spare
+(`engines.device.memory.spare_bytes`)."""
+
+
 def format_bytes(size_bytes: int) -> str:
     """Formats bytes with about three digits and a binary unit (1 GiB = 2**30 B): `9.1 GiB`, `512 B`."""
     size = float(size_bytes)

@@ -79,6 +79,20 @@ def anonymous_bytes() -> int:
     return int(info.rss - getattr(info, "shared", 0))
 
 
+SPARE_SHARE = 0.5
+"""The part of free main memory that parked models may take by default; the rest is for others' growth, for loads, whose
+files are in the page cache, and for tokenizers and requests."""
+
+RESERVED_BYTES = 4 * 2**30
+"""Free main memory that is left alone before anything is shared out: a small machine parks nothing by default."""
+
+
+def spare_bytes(reading: MemoryReading) -> int:
+    """Returns the main memory that parked models may take where nobody has set a budget."""
+    free_bytes = reading.total_bytes if reading.ceiling_bytes is None else reading.ceiling_bytes
+    return int(max(0, free_bytes - RESERVED_BYTES) * SPARE_SHARE)
+
+
 class CgroupLimit(Struct, frozen=True):
     """A memory limit of this process. Page cache counts as free: the kernel drops it before it kills a process."""
 

@@ -9,14 +9,15 @@ code runs for tests and measurements; there memory that torch cannot free stays 
 from a file, those that ONNX Runtime reads in place, and those that oneDNN has packed.
 """
 
+import resource
 import threading
 from collections.abc import Callable, Sequence
 
-import psutil
 import structlog
 import torch
 from torch import Tensor, UntypedStorage
 
+from engines.device.memory import device_memory
 from engines.device.torch_runtime import finisher
 from engines.errors import EngineFailed
 from engines.models.base import LoadedEncoder
@@ -28,12 +29,14 @@ PINNED_SHARE = 0.5
 
 _ALIGNMENT = 64
 
+_REMEDY = "ulimit -l unlimited (Docker: --ulimit memlock=-1), or more main memory; parked models stay pageable"
+
 
 class PinnedMemory:
     """Counts the pinned bytes of this process. Thread-safe.
 
     Args:
-        limit_bytes: the most that may be pinned; None: `PINNED_SHARE` of main memory.
+        limit_bytes: the most that may be pinned; None: `pinned_limit_bytes`.
     """
 
     def __init__(self, limit_bytes: int | None = None) -> None:
@@ -44,12 +47,12 @@ class PinnedMemory:
     def pin(self, buffer: Tensor) -> bool:
         """Pins a buffer in place; returns False, and logs why, where it stays pageable."""
         size = buffer.nbytes
-        limit = self._limit_bytes
-        if limit is None:
-            limit = int(psutil.virtual_memory().total * PINNED_SHARE)
+        limit = pinned_limit_bytes() if self._limit_bytes is None else self._limit_bytes
         with self._lock:
             if self.used_bytes + size > limit:
-                log.info("parking.not_pinned", bytes=size, pinned_bytes=self.used_bytes, limit_bytes=limit)
+                log.info(
+                    "parking.not_pinned", bytes=size, pinned_bytes=self.used_bytes, limit_bytes=limit, remedy=_REMEDY
+                )
                 return False
             self.used_bytes += size
         code = _register(buffer)
@@ -64,6 +67,14 @@ class PinnedMemory:
         _unregister(buffer)
         with self._lock:
             self.used_bytes -= buffer.nbytes
+
+
+def pinned_limit_bytes() -> int:
+    """Returns the most that this process may pin: `PINNED_SHARE` of main memory, of the container's where that is less,
+    and no more than `ulimit -l`. CUDA itself does not look at that, but whoever set it means all pinned memory."""
+    limit = int(device_memory("cpu").read().total_bytes * PINNED_SHARE)
+    locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    return limit if locked == resource.RLIM_INFINITY else min(limit, locked)
 
 
 def _register(buffer: Tensor) -> int:

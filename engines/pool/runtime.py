@@ -198,7 +198,8 @@ class HostConfig(Struct, frozen=True, kw_only=True):
 
     Args:
         device: `cpu` or `cuda:N`.
-        host_budget_bytes: main memory for parked models; 0 parks none.
+        host_budget_bytes: main memory for parked models; 0 parks none. `default_host_bytes`: where nobody has set it.
+            Hosts of one machine, `host_parts` of them, have equal parts of a budget that is set later.
         workspace_bytes: the guess for a model without a measurement.
         measurements: the file that stores measurements; None keeps them in memory only.
         conditions: the settings that measured bytes depend on, as opaque text that is only compared.
@@ -210,6 +211,8 @@ class HostConfig(Struct, frozen=True, kw_only=True):
     device: str = "cpu"
     budget: Budget = Budget(fraction=0.8)
     host_budget_bytes: int = 0
+    default_host_bytes: int = 0
+    host_parts: int = 1
     workspace_bytes: int = _GUESSED_BATCH_BYTES
     rules: PoolPolicy = PoolPolicy()
     max_events: int = 2048

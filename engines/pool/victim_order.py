@@ -4,9 +4,10 @@
 whether main memory would have room for it.
 """
 
+from collections.abc import Sequence
 from functools import cached_property
 
-from engines.pool.eviction import VictimOrder, can_leave_host, lru_order
+from engines.pool.eviction import VictimOrder, can_leave_host, choose_parked_victims, lru_order
 from engines.pool.slot import Slot
 from engines.pool.state import PoolState
 from engines.types import Tier
@@ -38,7 +39,8 @@ class CostOrder:
     That is the rate at which requests come (decayed, up to a factor that all models share) × the seconds that a request
     then waits longer ÷ bytes. It is the ordering of a knapsack by value per size; with equal loads and sizes it is by
     frequency. A model that leaves the device comes back from main memory where it would be parked, else from disk; one
-    that leaves main memory comes back from disk, which takes so much longer.
+    that leaves main memory comes back from disk, which takes so much longer. The cost of models that
+    it would displace there counts too.
 
     Several models that leave at once may each count on the same free main memory.
     """
@@ -48,33 +50,41 @@ class CostOrder:
 
     def on_device(self, slot: Slot) -> tuple[bool, float, float]:
         """Returns the key of a model that would leave the device."""
-        seconds = wake_seconds(slot) if self.next_tier(slot) == "host" else slot.load_s or 0.0
-        return bool(slot.leases), self._cost(slot, seconds), slot.used_at_s
+        displaced = self._displaced_by(slot)
+        if displaced is None:
+            cost = self._heat(slot) * (slot.load_s or 0.0)
+        else:
+            cost = self._heat(slot) * wake_seconds(slot) + sum(self._host_cost(other) for other in displaced)
+        return bool(slot.leases), cost / max(1, slot.reserved.weight_bytes), slot.used_at_s
 
     def in_host(self, slot: Slot) -> tuple[bool, float, float]:
         """Returns the key of a model that would leave main memory, or not be parked there."""
-        return bool(slot.leases), self._host_cost(slot), slot.used_at_s
+        return bool(slot.leases), *self._host_key(slot)
 
     def next_tier(self, slot: Slot) -> Tier:
-        """Returns where a model that leaves the device now will be. In main memory if it fits beside what stays there,
-        once the parked models that come before it have left, as in `engines.pool.parking.Parking`."""
+        """Returns where a model that leaves the device now will be."""
+        return "disk" if self._displaced_by(slot) is None else "host"
+
+    def _displaced_by(self, slot: Slot) -> Sequence[Slot] | None:
+        """Returns the parked models that leave main memory for a model that leaves the device now; None if it does not
+        fit beside those that come later, as in `engines.pool.parking.Parking`."""
         if not self._state.may_park(slot):
-            return "disk"
+            return None
         missing = slot.reserved.weight_bytes - self._host_room
         if missing <= 0:
-            return "host"
-        key = self._host_cost(slot), slot.used_at_s
-        movable = sum(
-            parked.host_bytes for parked in self._movable if (self._host_cost(parked), parked.used_at_s) < key
-        )
-        return "host" if missing <= movable else "disk"
+            return ()
+        key = self._host_key(slot)
+        order = self.in_host
+        return choose_parked_victims((o for o in self._movable if self._host_key(o) < key), missing, order) or None
+
+    def _host_key(self, slot: Slot) -> tuple[float, float]:
+        return self._host_cost(slot) / max(1, slot.reserved.weight_bytes or slot.host_bytes), slot.used_at_s
 
     def _host_cost(self, slot: Slot) -> float:
-        return self._cost(slot, max(0.0, (slot.load_s or 0.0) - wake_seconds(slot)))
+        return self._heat(slot) * max(0.0, (slot.load_s or 0.0) - wake_seconds(slot))
 
-    def _cost(self, slot: Slot, seconds: float) -> float:
-        heat = slot.heat_now(self._state.now_s, self._state.rules.heat_decay_s)
-        return heat * seconds / max(1, slot.reserved.weight_bytes or slot.host_bytes)
+    def _heat(self, slot: Slot) -> float:
+        return slot.heat_now(self._state.now_s, self._state.rules.heat_decay_s)
 
     @cached_property
     def _host_room(self) -> int:

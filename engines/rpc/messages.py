@@ -15,7 +15,19 @@ from msgspec import Struct
 
 from engines.rpc.errors import ErrorRecord
 from engines.spec import ModelSpec
-from engines.types import BaseCall, BaseResult, Budget, Call, Event, HostSnapshot, ModelStatus, Plan, Result, Tier
+from engines.types import (
+    BaseCall,
+    BaseResult,
+    Budget,
+    Call,
+    Event,
+    HostBudget,
+    HostSnapshot,
+    ModelStatus,
+    Plan,
+    Result,
+    Tier,
+)
 
 _PREFIX = struct.Struct("<II")
 """The prefix of a frame: bytes of the head, bytes of the body."""
@@ -70,6 +82,7 @@ class Reload(Struct, frozen=True, kw_only=True, tag=True):
 
     specs: Mapping[str, ModelSpec]
     budget: Budget | None = None
+    host_budget: HostBudget | None = None
     generation: Generation = Generation()
 
 

@@ -86,7 +86,7 @@ class HostService:
     async def _reload(self, request: Reload) -> None:
         """Applies a registry of a higher generation; of several routers, older registries may arrive late."""
         if request.generation > self._generation:
-            await self.host.reload(request.specs, request.budget)
+            await self.host.reload(request.specs, request.budget, request.host_budget)
             self._generation = request.generation
 
     def _command_result(self, status: ModelStatus | None = None) -> CommandResult:

@@ -5,7 +5,7 @@ from typing import NoReturn, Protocol
 
 from engines.errors import HostNotFound, ModelNotFound
 from engines.spec import ModelSpec
-from engines.types import Budget, Call, Event, HostSnapshot, ModelStatus, Plan, Result, Tier
+from engines.types import Budget, Call, Event, HostBudget, HostSnapshot, ModelStatus, Plan, Result, Tier
 
 SIZE_TIMEOUT_S = 10.0
 """Timeout of the hub query for a model's size in `plan`; past it the plan reports the size as unknown."""
@@ -45,8 +45,10 @@ class Backend(Protocol):
     async def plan(self, model_id: str) -> Plan:
         """Predict what loading the model would do, without loading it. May query the hub for its size."""
 
-    async def reload(self, specs: Mapping[str, ModelSpec], budget: Budget | None = None) -> None:
-        """Replace the served models and the memory budget; unchanged models are not touched."""
+    async def reload(
+        self, specs: Mapping[str, ModelSpec], budget: Budget | None = None, host_budget: HostBudget | None = None
+    ) -> None:
+        """Replace the served models and the budgets of devices and of main memory; unchanged models are not touched."""
 
     async def recycle(self, host_id: str) -> None:
         """Drain the host, restart its process, and reload the models that were ready there.

@@ -6,7 +6,7 @@ from typing import Protocol
 from engines.errors import EngineError, HostLost
 from engines.rpc.messages import Reply, Request
 from engines.spec import ModelSpec
-from engines.types import Budget, Call, HostSnapshot, Result
+from engines.types import Budget, Call, HostBudget, HostSnapshot, Result
 from router.backends.event_feed import EventFeed
 from router.backends.host_directory import HostDirectory
 
@@ -57,7 +57,9 @@ class Fleet(Protocol):
     async def ask(self, host_id: str, request: Request) -> Reply:
         """Send a request to one host, and update the directory from its reply."""
 
-    async def reload(self, specs: Mapping[str, ModelSpec], budget: Budget | None) -> None:
+    async def reload(
+        self, specs: Mapping[str, ModelSpec], budget: Budget | None, host_budget: HostBudget | None = None
+    ) -> None:
         """Send a new registry to every host, and to those that appear later."""
 
     async def recycle(self, host_id: str) -> None:

@@ -10,7 +10,7 @@ from msgspec import structs
 from engines.errors import EngineError, InvalidValue
 from engines.host import Host
 from engines.spec import ModelSpec
-from engines.types import Budget, Call, Event, HostSnapshot, ModelStatus, Plan, Result, State, Tier
+from engines.types import Budget, Call, Event, HostBudget, HostSnapshot, ModelStatus, Plan, Result, State, Tier
 from router.backends.base import SIZE_TIMEOUT_S, raise_host_not_found, raise_model_not_found
 from router.backends.placement import (
     earliest_retry,
@@ -98,12 +98,14 @@ class LocalBackend:
             await asyncio.wait_for(asyncio.gather(*(host.estimate_size(model_id) for host in hosts)), SIZE_TIMEOUT_S)
         return self._ranked(model_id, hosts)[0].plan(model_id)
 
-    async def reload(self, specs: Mapping[str, ModelSpec], budget: Budget | None = None) -> None:
+    async def reload(
+        self, specs: Mapping[str, ModelSpec], budget: Budget | None = None, host_budget: HostBudget | None = None
+    ) -> None:
         """See `Backend`. A wanted model that was evicted is not loaded again because another one changed."""
         before, self._specs = self._specs, dict(specs)
         self._allowed.clear()
         for host in self._hosts.values():
-            await host.reload(specs, budget)
+            await host.reload(specs, budget, host_budget)
         await self._load_wanted(spec for spec in specs.values() if is_newly_wanted(before.get(spec.model_id), spec))
 
     async def recycle(self, host_id: str) -> None:

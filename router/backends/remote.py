@@ -15,7 +15,7 @@ from msgspec import structs
 from engines.errors import DeviceDown, EngineError, HostLost, ShuttingDown
 from engines.rpc.messages import CommandResult, Evict, PlanRequest, Preload, Request
 from engines.spec import ModelSpec
-from engines.types import Budget, Call, EmbedCall, Event, HostSnapshot, ModelStatus, Plan, Result, Tier
+from engines.types import Budget, Call, EmbedCall, Event, HostBudget, HostSnapshot, ModelStatus, Plan, Result, Tier
 from router.backends.base import SIZE_TIMEOUT_S, raise_host_not_found, raise_model_not_found
 from router.backends.fleet import Fleet, NotSent, RoutedCall
 from router.backends.placement import (
@@ -114,10 +114,12 @@ class RemoteBackend:
             raise HostLost("all hosts were lost while planning; retry the request")
         return plans[0]
 
-    async def reload(self, specs: Mapping[str, ModelSpec], budget: Budget | None = None) -> None:
+    async def reload(
+        self, specs: Mapping[str, ModelSpec], budget: Budget | None = None, host_budget: HostBudget | None = None
+    ) -> None:
         """See `Backend`. A wanted model that was evicted is not loaded again because another one changed."""
         before, self._specs = self._specs, dict(specs)
-        await self._fleet.reload(specs, budget)
+        await self._fleet.reload(specs, budget, host_budget)
         await self._load_wanted(spec for spec in specs.values() if is_newly_wanted(before.get(spec.model_id), spec))
 
     async def recycle(self, host_id: str) -> None:

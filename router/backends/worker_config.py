@@ -8,7 +8,7 @@ from msgspec import Struct, structs
 from engines.host import Host
 from engines.rpc.messages import Generation
 from engines.spec import Eviction, ModelSpec
-from engines.types import Budget
+from engines.types import Budget, HostBudget
 from router.config.settings import Settings, usable_cores
 from router.registry.registry import Registry
 
@@ -38,7 +38,7 @@ class WorkerConfig(Struct, frozen=True, kw_only=True):
     open: Callable[["WorkerConfig", CrashNote], Host]
     generation: Generation = Generation()
     eviction: Eviction = "lru"
-    host_budget: Budget | None = None
+    host_budget: HostBudget = "auto"
     host_parts: int = 1
 
     @property
@@ -57,17 +57,16 @@ class MemoryRules(Struct, frozen=True, kw_only=True):
 
     budget: Budget
     eviction: Eviction = "lru"
-    host_budget: Budget | None = None
+    host_budget: HostBudget = "auto"
     host_parts: int = 1
 
 
 def memory_rules(settings: Settings, registry: Registry) -> MemoryRules:
     """Return the rules of the settings, else of the registry."""
-    host_budget = settings.host_memory_budget
     return MemoryRules(
         budget=settings.memory_budget or registry.memory_budget,
         eviction=registry.eviction,
-        host_budget=registry.host_memory_budget if host_budget is None else host_budget,
+        host_budget=settings.host_memory_budget or registry.host_memory_budget or "auto",
     )
 
 

@@ -12,7 +12,7 @@ import msgspec
 
 from engines.rpc.messages import Generation, Reload
 from engines.spec import ModelSpec
-from engines.types import Budget
+from engines.types import Budget, HostBudget
 
 
 def first_generation(specs: Mapping[str, ModelSpec]) -> Generation:
@@ -37,10 +37,16 @@ class DesiredRegistry:
         """The generation of this registry."""
         return self.message.generation
 
-    def change(self, specs: Mapping[str, ModelSpec], budget: Budget | None) -> None:
+    def change(
+        self, specs: Mapping[str, ModelSpec], budget: Budget | None, host_budget: HostBudget | None = None
+    ) -> None:
         """Replace the registry by a newly read one, with a generation above all seen. None keeps the last budget."""
         self._is_settled = True
-        self.message = Reload(specs=specs, budget=budget or self.message.budget)
+        self.message = Reload(
+            specs=specs,
+            budget=budget or self.message.budget,
+            host_budget=host_budget or self.message.host_budget,
+        )
         self._set_generation(self._highest + 1, _digest(specs))
 
     def observe(self, shown: Generation) -> None:

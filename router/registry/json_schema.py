@@ -29,8 +29,8 @@ MEANINGS = {
     "budget": "Share of each device's memory for models: 80% or 20GiB. Overridden by the environment variable "
     "MEMORY_BUDGET.",
     "host_budget": "Main memory for models that left their device (parked), of the whole machine: 30%, 64GiB or 0 for "
-    "none. They come back by copies alone. Default: 0; with GPUs half of the main memory that is free is a good first "
-    "value. Overridden by the environment variable HOST_MEMORY_BUDGET. A change needs a restart.",
+    "none. They come back by copies alone. Default: with GPUs half of the main memory that is free at start beyond "
+    "4 GiB, else 0. Overridden by the environment variable HOST_MEMORY_BUDGET.",
     "name": "The name that clients send as `model`. May contain slashes, but no spaces.",
     "aliases": "Other names for the same model.",
     "source": "A hub id (BAAI/bge-m3), a local folder (/…, ./…, ../…, ~/…) or package:NAME/SUB/FOLDER.",

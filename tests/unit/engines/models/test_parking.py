@@ -1,6 +1,7 @@
 """Weights that move to main memory and back, on the CPU, where both are the same."""
 
 import asyncio
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from structlog.testing import capture_logs
 from torch import nn
 
 from benchmarks.lib.engine_kit import Kit, embed
@@ -15,6 +17,7 @@ from engines.batching.engine import EmbeddingEngine
 from engines.errors import EngineFailed, SelfCheckFailed
 from engines.models import parking
 from engines.models.parking import HostCopy, PinnedMemory
+from engines.testing.fakes import FakeMemory
 from engines.types import EmbedCall, Result
 
 CPU = torch.device("cpu")
@@ -74,6 +77,32 @@ def test_pinned_memory_is_bounded_and_given_back(monkeypatch: pytest.MonkeyPatch
     assert pinned.pin(second)
 
     assert (registered, pinned.used_bytes) == ([40], 40)
+
+
+@pytest.mark.parametrize(
+    ("locked_bytes", "expected"), [(resource.RLIM_INFINITY, 500), (8, 8), (800, 500), (0, 0)]
+)  # fmt: skip
+def test_pinned_memory_is_a_part_of_main_memory_and_no_more_than_may_be_locked(
+    monkeypatch: pytest.MonkeyPatch, locked_bytes: int, expected: int
+) -> None:
+    monkeypatch.setattr(parking, "device_memory", lambda device: FakeMemory(1000))
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (locked_bytes, resource.RLIM_INFINITY))
+
+    assert parking.pinned_limit_bytes() == expected
+
+
+def test_weights_beyond_what_may_be_locked_stay_pageable_and_the_log_says_how_to_change_that(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(parking, "_register", lambda buffer: 0)
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (50, 50))
+
+    with capture_logs() as lines:
+        assert not PinnedMemory().pin(torch.zeros(80, dtype=torch.uint8))
+
+    (line,) = lines
+    assert (line["event"], line["bytes"], line["limit_bytes"]) == ("parking.not_pinned", 80, 50)
+    assert "--ulimit memlock=-1" in line["remedy"]
 
 
 def test_memory_that_cuda_does_not_pin_stays_pageable(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,12 +4,14 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from msgspec import structs
+
 from engines.errors import EngineFailed, SelfCheckFailed
 from engines.host import Host
 from engines.spec import ModelSpec
 from engines.testing.fakes import FakeFiles, FakeLoader, FakeTime, fake_host, fake_runtime, fake_vector
 from engines.testing.runtime import InlineWorkers, let_run
-from engines.types import EmbedCall, Embeddings
+from engines.types import Budget, EmbedCall, Embeddings
 
 ONE, TWO = 1500, 2500
 """Budgets that hold one and two of the fakes, which take 1,000 bytes and a workspace of 100."""
@@ -19,6 +21,8 @@ class ParkingHarness:
     """A host and its fakes."""
 
     def __init__(self, *models: str | ModelSpec, host_budget_bytes: int, loader: FakeLoader) -> None:
+        listed = [m if isinstance(m, ModelSpec) else ModelSpec(model_id=m, source=f"fake/{m}") for m in models]
+        self.specs = {spec.model_id: spec for spec in listed}
         self.time, self.loader, self.files = FakeTime(), loader, FakeFiles()
         self.runtime = fake_runtime(time=self.time)
         self.host: Host = fake_host(
@@ -190,6 +194,34 @@ async def test_a_smaller_host_budget_frees_parked_models() -> None:
         await let_run()
 
         assert here.states() == {"a": "cold", "b": "ready"}
+
+
+async def test_a_registry_with_a_smaller_host_budget_frees_parked_models_in_the_order_of_eviction() -> None:
+    async with parking_harness("a", "b", "c", host_budget_bytes=3000) as here:
+        here.host.config = structs.replace(here.host.config, host_parts=2, default_host_bytes=2000)
+        for model_id in "abc":
+            await here.embed(model_id)
+        assert here.states() == {"a": "parked", "b": "parked", "c": "ready"}
+
+        await here.host.reload(here.specs, None, Budget(size_bytes=3000))  # of the machine: half of it is this host's
+        await let_run()
+
+        assert here.host.snapshot().host_budget_bytes == 1500
+        assert here.states() == {"a": "cold", "b": "parked", "c": "ready"}
+
+
+async def test_a_registry_without_a_host_budget_returns_to_the_default_of_the_machine() -> None:
+    async with parking_harness("a", "b", host_budget_bytes=0) as here:
+        here.host.config = structs.replace(here.host.config, default_host_bytes=2000)
+
+        await here.host.reload(here.specs)
+        assert here.host.snapshot().host_budget_bytes == 0
+        await here.host.reload(here.specs, None, "auto")
+        await here.embed("a")
+        await here.embed("b")
+
+        assert here.host.snapshot().host_budget_bytes == 2000
+        assert here.states() == {"a": "parked", "b": "ready"}
 
 
 async def test_a_parked_model_that_leaves_the_registry_is_freed() -> None:

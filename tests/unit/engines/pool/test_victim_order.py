@@ -109,6 +109,17 @@ def test_a_model_for_which_main_memory_has_no_room_costs_a_load() -> None:
     assert pool.order() == ["small", "large"]
 
 
+def test_a_model_that_would_displace_parked_ones_costs_their_loads_too() -> None:
+    """Main memory has room for `small` beside `parked`; `large` would displace that, which is asked now and then."""
+    pool = Pool(host_budget=60)
+    pool.add_parked("parked", 40, requests=2, load_s=50.0, wake_s=0.1)
+    pool.add("large", 40, requests=3, load_s=50.0, wake_s=0.1)
+    pool.add("small", 20, requests=3, load_s=50.0, wake_s=0.1)
+    assert [CostOrder(pool.state).next_tier(slot) for slot in pool.state.in_state("ready")] == ["host", "host"]
+
+    assert pool.order() == ["small", "large"]
+
+
 def test_of_an_unmeasured_copy_the_bytes_tell_how_long_it_takes() -> None:
     pool = Pool(host_budget=10**12)
     pool.add("known", 10**9, wake_s=0.2)

@@ -102,7 +102,7 @@ def test_two_reloads_of_the_same_count_end_alike_on_every_host() -> None:
 
 def test_a_budget_holds_until_there_is_another_one() -> None:
     desired = DesiredRegistry(OLD)
-    desired.change(NEW, BUDGET)
+    desired.change(NEW, BUDGET, "auto")
     desired.change(OLD, None)
 
-    assert desired.message.budget == BUDGET
+    assert (desired.message.budget, desired.message.host_budget) == (BUDGET, "auto")

@@ -20,7 +20,7 @@ from engines.errors import ShuttingDown
 from engines.host import Host, HostConfig
 from engines.spec import ModelSpec
 from engines.testing.fakes import FakeFiles, FakeLoader, InlineWorkers, fake_runtime
-from engines.types import Budget
+from engines.types import Budget, HostBudget
 from router.app import create_app
 from router.auth.guards import keyring_of
 from router.backends.local import LocalBackend
@@ -211,6 +211,31 @@ async def test_the_budget_of_the_environment_stands(tmp_path: Path) -> None:
     assert backend.commands == [("reload", "a", "b", "d"), ("reload", "a", "b", "d", Budget(size_bytes=64 * 2**20))]
 
 
+async def test_another_host_budget_is_applied_and_none_is_the_default_of_the_machine(tmp_path: Path) -> None:
+    backend, file = ScriptedBackend(), tmp_path / "registry.yaml"
+    server_state = ServerState(Settings(registry=file), Registry(), backend, keyring_of(Settings()), 0)
+    for memory in ("host_budget: 1GiB", "host_budget: 1GiB", "host_budget: 0", "eviction: lru"):
+        file.write_text(f"version: 1\nmodels: []\nmemory: {{budget: 80%, {memory}}}\n")
+        await Reloader(server_state).reload()
+
+    assert backend.commands == [
+        ("reload", Budget(size_bytes=2**30)),
+        ("reload",),
+        ("reload", Budget(size_bytes=0)),
+        ("reload", "auto"),
+    ]
+
+
+async def test_the_host_budget_of_the_environment_stands(tmp_path: Path) -> None:
+    backend, file = ScriptedBackend(), tmp_path / "registry.yaml"
+    file.write_text("version: 1\nmodels: []\nmemory: {budget: 80%, host_budget: 1GiB}\n")
+    settings = Settings(registry=file, host_memory_budget=Budget(size_bytes=0))
+
+    await Reloader(ServerState(settings, Registry(), backend, keyring_of(Settings()), 0)).reload()
+
+    assert backend.commands == [("reload",)]
+
+
 async def test_a_file_that_appears_is_read_and_then_its_absence_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -341,7 +366,9 @@ class SlowBackend(ScriptedBackend):
         self.running_reloads = 0
         self.most = 0
 
-    async def reload(self, specs: Mapping[str, ModelSpec], budget: Budget | None = None) -> None:
+    async def reload(
+        self, specs: Mapping[str, ModelSpec], budget: Budget | None = None, host_budget: HostBudget | None = None
+    ) -> None:
         self.running_reloads += 1
         self.most = max(self.most, self.running_reloads)
         await self.gate.wait()

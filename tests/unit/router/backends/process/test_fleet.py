@@ -441,6 +441,16 @@ async def test_a_new_budget_is_shared_by_the_hosts_of_one_device() -> None:
     assert len(hosts) == 2
 
 
+async def test_a_new_host_budget_reaches_every_host() -> None:
+    backend: Backend = RemoteBackend(ProcessFleet(worker_configs()[:2], 2, grace_s=1.0), {})
+    await backend.start()
+    await backend.reload({}, None, Budget(size_bytes=2**24))
+    hosts = await until(backend, lambda hosts: {host.host_budget_bytes for host in hosts} == {2**24})
+    await backend.aclose(grace_s=0)
+
+    assert len(hosts) == 2
+
+
 def report_two(answer: Connection, wanted: tuple[str, ...]) -> None:
     answer.send(("cuda:0", "cuda:1"))
 
