@@ -76,18 +76,27 @@ class SlowFiles(FakeFiles):
         return super().fetch(spec, lambda done, total: on_progress(total_bytes, total_bytes))
 
 
-def fake_gpus(count: int, specs: dict[str, ModelSpec], download_s: float, load_s: float) -> list[Host]:
-    """Make hosts with 12 GiB and a budget of 10 GiB each, with one disk and one load lock, in real time."""
+def fake_gpus(count: int, specs: dict[str, ModelSpec], speed: tuple[float, float], host_bytes: int) -> list[Host]:
+    """Make hosts with 12 GiB and a budget of 10 GiB each, with one disk and one load lock, in real time.
+
+    Args:
+        speed: the seconds of a download and of a load.
+        host_bytes: main memory for parked models, of each.
+    """
+    download_s, load_s = speed
     weight_bytes = {model_id: size * 2**20 for model_id, size in MEBIBYTES.items()}
     files, lock = SlowFiles(weight_bytes, download_s), LoadLock()
-    return [_fake_gpu(f"cuda:{number}", specs, files, lock, load_s) for number in range(count)]
+    return [_fake_gpu(f"cuda:{number}", specs, (files, lock), load_s, host_bytes) for number in range(count)]
 
 
-def _fake_gpu(device: str, specs: dict[str, ModelSpec], files: FakeFiles, lock: LoadLock, load_s: float) -> Host:
+def _fake_gpu(
+    device: str, specs: dict[str, ModelSpec], shared: tuple[FakeFiles, LoadLock], load_s: float, host_bytes: int
+) -> Host:
+    files, lock = shared
     weight_bytes = {model_id: size * 2**20 for model_id, size in MEBIBYTES.items()}
     config = HostConfig(
         host_id=device, device=device, budget=Budget(size_bytes=10 * GIBIBYTE), workspace_bytes=GIBIBYTE,
-        rules=PoolPolicy(min_residency_s=0.0, residency_loads=0.0),
+        host_budget_bytes=host_bytes, rules=PoolPolicy(min_residency_s=0.0, residency_loads=0.0),
     )  # fmt: skip
     loader = FakeLoader(
         weight_bytes=weight_bytes,
@@ -132,7 +141,10 @@ def _fake_spec(model_id: str) -> ModelSpec:
 @click.option("--gpus", default=1)
 @click.option("--download", "download_s", default=1.0)
 @click.option("--load", "load_s", default=0.6)
-def main(port: int, key: str | None, *, real: bool, gpus: int, download_s: float, load_s: float) -> None:
+@click.option("--host-gib", default=0, help="Main memory for parked models, of each GPU.")
+def main(  # noqa: PLR0913 - one argument an option
+    port: int, key: str | None, *, real: bool, gpus: int, download_s: float, load_s: float, host_gib: int
+) -> None:
     """Serve until SIGTERM; the first line printed is the address."""
     configure_logging("json", "warning")
     specs = {model_id: _fake_spec(model_id) for model_id in MEBIBYTES}
@@ -140,7 +152,7 @@ def main(port: int, key: str | None, *, real: bool, gpus: int, download_s: float
     if real:
         specs, default = {MINI.model_id: MINI, **specs}, MINI.model_id
     machine = real_cpu(specs) if real else None
-    hosts = [*(machine.hosts if machine else ()), *fake_gpus(gpus, specs, download_s, load_s)]
+    hosts = [*(machine.hosts if machine else ()), *fake_gpus(gpus, specs, (download_s, load_s), host_gib * GIBIBYTE)]
     backend = LocalBackend(hosts, specs, machine.close if machine else lambda: None)
     settings = Settings(api_key=key, grace_seconds=2.0, registry=Path("none.yaml"))
     app = create_app(settings, Registry(models=specs, default_model=default), backend)

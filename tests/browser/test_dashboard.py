@@ -391,7 +391,7 @@ def test_the_documentation_has_the_same_style_and_uses_the_key_of_the_dashboard(
 @pytest.fixture(scope="module")
 def quick_server() -> Iterator[ServerProcess]:
     """Start a server with two fake GPUs and no key, which takes a second."""
-    dashboard = ServerProcess("--gpus", "2", "--load", "0.2")
+    dashboard = ServerProcess("--gpus", "2", "--load", "0.2", "--host-gib", "6")
     dashboard.start()
     yield dashboard
     dashboard.stop()
@@ -422,6 +422,24 @@ def test_several_devices_stand_side_by_side_each_with_its_own(open_page: Page) -
     assert cards == ["cuda:0", "cuda:1"]
     assert {home.rpartition("on ")[2] for home in homes} == {"cuda:0", "cuda:1"}
     assert f"Frees 7.9 GiB on {homes[1].rpartition('on ')[2]}" in plan
+
+
+def test_parked_models_have_a_bar_and_a_list_of_their_own(open_page: Page, axe: str) -> None:
+    open_page.do("preload", "m3e-base")
+    open_page.wait_for_state("m3e-base", "ready")
+    httpx.post(f"{open_page.url}/admin/models/m3e-base/evict", json={"to": "host"}).raise_for_status()
+    open_page.wait_for_state("m3e-base", "parked")
+    home = open_page.find(".device:has(.host .name)").text
+    label = open_page.find(".device:has(.host .name) .host .bar").get_attribute("aria-label")
+    mistakes = serious_issues(open_page, axe)
+    open_page.do("evict", "m3e-base")
+    open_page.wait_for_state("m3e-base", "cold")
+
+    assert "390 MiB of 6.0 GiB of main memory for parked models" in home
+    assert "m3e-base" in home.partition("main memory")[2]
+    assert label is not None
+    assert label.endswith("m3e-base 390 MiB, free 5.6 GiB")
+    assert mistakes == []
 
 
 @pytest.mark.parametrize("width", [375, 390])

@@ -36,9 +36,12 @@ function deviceCard(store) {
   const hostWords = h("p", { class: "quiet small" });
   const hostBar = h("div", { class: "bar", role: "img" });
   const hostBlocks = keyed(hostBar, (block) => block.key, makeBlock);
+  const hostOrder = h("ol", { class: "order", role: "list" });
+  const hostRows = keyed(hostOrder, (row) => row.key, makeRow);
+  const hostLegend = h("div", { class: "legend" }, hostOrder);
+  const host = h("div", { class: "host" }, hostWords, hostBar, hostLegend);
   const empty = h("p", { class: "quiet small" }, t("devices.empty"));
-  const node = h("article", { class: "device" }, h("div", { class: "device-head" }, name, used, rest), bar, empty, legend,
-    hostWords, hostBar);
+  const node = h("article", { class: "device" }, h("div", { class: "device-head" }, name, used, rest), bar, empty, legend, host);
 
   function update({ device, marked }) {
     const residents = device.residents.map((id) => resident(store, device, id, marked));
@@ -67,11 +70,16 @@ function deviceCard(store) {
   }
 
   function updateHost(device, title) {
-    const parked = device.parked.map((id) => ({ ...resident(store, device, id, []), ...hostSize(store, device, id) }));
-    for (const part of [hostWords, hostBar]) show(part, device.host_budget_bytes > 0);
+    const parked = device.parked.map((id) => ({ ...resident(store, device, id, []), ...hostSize(store, device, id), state: "ready" }));
+    show(host, device.host_budget_bytes > 0);
+    show(hostLegend, parked.length > 0);
     text(hostWords, t("devices.host", { used: bytes(device.host_used_bytes), budget: bytes(device.host_budget_bytes) }));
-    set(hostBar, "aria-label", t("devices.hostBar", { device: title, words: parked.map((each) => `${each.name} ${each.size}`).join(", ") }));
+    const words = [...parked.map((each) => `${each.name} ${each.size}`),
+      `${t("devices.freeRoom")} ${bytes(Math.max(0, device.host_budget_bytes - device.host_used_bytes))}`];
+    set(hostBar, "aria-label", t("devices.hostBar", { device: title, words: words.join(", ") }));
+    set(hostOrder, "aria-label", t("devices.hostOrder"));
     hostBlocks(parked);
+    hostRows(parked);
     hostBar.style.setProperty("--scale", Math.max(device.host_budget_bytes, device.host_used_bytes));
   }
   return { node, update };
