@@ -36,14 +36,12 @@ class Budget(Struct, frozen=True):
         return int(total_bytes * (self.fraction or 0.0))
 
     def __str__(self) -> str:
-        if self.size_bytes is None:
-            return f"{(self.fraction or 0.0) * 100:g}%"
-        return f"{self.size_bytes / 2**30:.2f} GiB"
+        size = self.size_bytes
+        return f"{(self.fraction or 0.0) * 100:g}%" if size is None else f"{size / 2**30:.2f} GiB"
 
 
 HostBudget = Budget | Literal["auto"]
-"""Main memory for parked models, of the whole machine; `auto`: none on a CPU, else what the machine can spare
-(`engines.device.memory.spare_bytes`)."""
+"""Main memory for parked models; `auto`: what a machine with GPUs can spare (`engines.device.memory.spare_bytes`)."""
 
 
 def format_bytes(size_bytes: int) -> str:
