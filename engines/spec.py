@@ -30,6 +30,9 @@ RerankTemplate = Literal["qwen3-reranker", "mxbai-rerank-v2", "bge-reranker-v2-g
 Eviction = Literal["lru", "cost"]
 """Which model leaves memory first: the least recently used one, or the one whose absence is expected to cost least."""
 
+Offload = Literal["allowed", "never"]
+"""Whether a model that no device can hold alone may be split over the devices of a host and main memory."""
+
 NEVER_IDLE = -1.0
 """`keep_alive_s` of a model that is never evicted for idleness."""
 
@@ -103,6 +106,8 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
 
     `replicas`: the maximum number of hosts that hold a busy model at the same time.
 
+    `offload`: `allowed` splits the model where no device can hold it alone (`engines/pool/splitting.py`).
+
     `source` is a hub id, a local folder (absolute, or starting with `./` or `../` or `~`),
     or `package:NAME/SUB/FOLDER` for files inside an installed Python package.
 
@@ -138,6 +143,7 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
     warm: bool = False
     preload_at: str | None = None
     replicas: int = 1
+    offload: Offload = "never"
     trust_remote_code: bool = False
     max_batch_tokens: int | None = None
     description: str = ""

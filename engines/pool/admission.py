@@ -4,9 +4,10 @@ The pool calls `assign` after every event. It walks all slots and starts what ca
 not track which models they unblock.
 """
 
+from copy import copy
 from functools import partial
 
-from engines.errors import OutOfMemory
+from engines.errors import EngineError, OutOfMemory
 from engines.pool.eviction import (
     can_be_victim,
     charges,
@@ -21,9 +22,12 @@ from engines.pool.eviction import (
 )
 from engines.pool.flex import is_patient, is_spared, patience_deadlines, patient_last
 from engines.pool.messages import ArmTimer, ReadMemory, StartLoad, StartLocate, StartWake
+from engines.pool.neighbour_messages import NeighbourEvicts
 from engines.pool.parking import Parking, is_host_idle_evictable
 from engines.pool.reasons import IDLE, blocked_by_others, blocked_by_pinned, eviction_cause, load_hangs, still_loading
 from engines.pool.slot import CHARGED, NO_MEMORY, MemoryNeed, Slot
+from engines.pool.split_admission import SplitAdmission, evict
+from engines.pool.splitting import must_split, pinned, pools_of, target, visitors
 from engines.pool.state import PoolState
 from engines.pool.victim_order import victim_order
 from engines.types import format_bytes
@@ -42,6 +46,8 @@ def next_deadlines(state: PoolState, deficit_since_s: float | None) -> list[floa
     if deadline_s is not None:
         found.append(deadline_s)
     claims = state.claims()
+    ready += [slot for slot in state.neighbours.guests(state) if slot.state == "ready"]
+    found += [at_s for slot in claims if must_split(state, slot) for at_s in neighbour_deadlines(state, slot)]
     if claims:
         oldest = patient_last(claims, state.rules, state.now_s)[0]
         found += [oldest.claimed_at_s + state.rules.overdue_after_s, state.ceiling_until_s, *patience_deadlines(state)]
@@ -50,6 +56,16 @@ def next_deadlines(state: PoolState, deficit_since_s: float | None) -> list[floa
     if claims or deficit_since_s is not None:
         found += [slot.evictable_from_s(state.rules) for slot in ready if not slot.is_pinned]
     return [at_s for at_s in found if at_s > state.now_s]
+
+
+def neighbour_deadlines(state: PoolState, slot: Slot) -> list[float]:
+    """Returns the times at which memory of other pools may become free for a split claim without an event."""
+    found = []
+    for pool in pools_of(state, slot):
+        found += [other.evictable_from_s(pool.rules) for other in pool.charged() if other.state == "ready"]
+        found += [other.parked_at_s + pool.rules.min_residency_s for other in pool.in_state("parked")]
+        found.append(pool.ceiling_until_s)
+    return found
 
 
 def is_idle_evictable(slot: Slot) -> bool:
@@ -63,6 +79,7 @@ class Admission:
     def __init__(self, state: PoolState) -> None:
         self.state = state
         self.parking = Parking(state)
+        self.splits = SplitAdmission(state, self.read)
         self.is_fresh = False
         self._is_reading = False
         self._is_contested = False
@@ -81,7 +98,7 @@ class Admission:
 
         A model's idle time needs no new timer while an earlier one is armed: that one arms the next.
         """
-        if slot.state != "ready" or self._is_contested:
+        if slot.state != "ready" or self._is_contested or slot.split is not None:
             return True
         return is_idle_evictable(slot) and (self._armed_at_s is None or self._armed_at_s > slot.idle_at_s)
 
@@ -105,7 +122,8 @@ class Admission:
             self.parking.reduce_deficit()
         self.parking.place()
         self._arm_timer()
-        self._is_contested = bool(self.state.claims()) or self._deficit_since_s is not None
+        is_asked = bool(self.state.claims()) or self.state.neighbours.is_involved()
+        self._is_contested = is_asked or self._deficit_since_s is not None
         self.is_fresh = False
 
     # ---- time ----
@@ -157,15 +175,14 @@ class Admission:
         """Returns the form that a load would take now, and its bytes."""
         if slot.state == "parked":
             return slot.form, slot.measured
+        share = self.splits.need_here(slot)
+        if share is not None:
+            return 0, share
         available_bytes = self.state.budget_bytes - total_bytes(charges(self._pinned()))
         return choose_form(slot.need or NO_MEMORY, self.state.charged(), available_bytes, self.state.limit_bytes())
 
     def _pinned(self) -> list[Slot]:
-        """Returns ready pinned models.
-
-        A pinned model that still loads is charged by a guess, which must not refuse other models.
-        """
-        return [slot for slot in self.state.in_state("ready") if slot.is_pinned]
+        return pinned(self.state)
 
     def _reduce_deficit(self) -> None:
         """Evicts models, by the usual rules, while measured models exceed the budget."""
@@ -196,26 +213,51 @@ class Admission:
         4. the oldest other claim is admitted if it fits; else models are evicted for it;
         5. a younger claim passes if it fits now and delays no older one.
         """
-        immovable, limit = self._pinned(), self.state.limit_bytes()
-        claims = []
-        for slot in self.state.claims():
-            if never_fits(slot.claimed_need, immovable, self.state.budget_bytes):
-                self._refuse(slot)  # (1)
-            elif missing_bytes(immovable, self.need(slot), limit) > 0:
-                self._redirect_waiters(slot, limit)  # (3)
-            else:
-                claims.append(slot)
-        if not claims or self.state.in_state("loading", "warming"):  # (2)
+        claims = patient_last(self._servable_claims(), self.state.rules, self.state.now_s)
+        if not claims or any(slot.state in ("loading", "warming") for slot in self.state.charged()):  # (2)
             return
-        claims = patient_last(claims, self.state.rules, self.state.now_s)
-        head = claims[0]
-        is_overdue = self.state.now_s >= head.claimed_at_s + self.state.rules.overdue_after_s
-        if self._free_memory(self.need(head), head, limit, is_overdue=is_overdue):
-            self._admit(head)  # (4)
-            return
+        if self._serve(claims[0]):
+            return  # (4)
         passing = next((slot for at, slot in enumerate(claims) if at and self._may_pass(slot, claims[:at])), None)
         if passing is not None:
             self._admit(passing)  # (5)
+
+    def _servable_claims(self) -> list[Slot]:
+        """Returns the claims that what is freed here can serve, oldest first, with those of other pools that are split;
+        deals with the others."""
+        immovable, limit = self._pinned(), self.state.limit_bytes()
+        claims = []
+        for slot in self.state.claims():
+            if must_split(self.state, slot):
+                error = self.splits.refusal(slot)
+                if error is not None:
+                    self._refuse(slot, error)  # (1)
+                    continue
+                is_held = target(self.state, slot) is None
+            elif never_fits(slot.claimed_need, immovable, self.state.budget_bytes):
+                message = blocked_by_pinned(slot, total_bytes(charges(immovable)), self.state.budget_bytes)
+                self._refuse(slot, OutOfMemory(message, stage="load"))  # (1)
+                continue
+            else:
+                is_held = missing_bytes(immovable, self.need(slot), limit) > 0
+            if is_held:
+                self._redirect_waiters(slot, limit)  # (3)
+            else:
+                claims.append(slot)
+        return sorted([*claims, *visitors(self.state)], key=lambda slot: slot.claim or 0)
+
+    def _serve(self, head: Slot) -> bool:
+        """Admits the oldest claim or frees memory for it; returns whether it was admitted. One of another pool is
+        served there."""
+        if head.home is not None:
+            return False
+        is_overdue = self.state.now_s >= head.claimed_at_s + self.state.rules.overdue_after_s
+        if must_split(self.state, head):
+            return self.splits.serve(head, is_overdue=is_overdue)
+        is_free = self._free_memory(self.need(head), head, self.state.limit_bytes(), is_overdue=is_overdue)
+        if is_free:
+            self._admit(head)
+        return is_free
 
     def _free_memory(self, need: MemoryNeed, claimant: Slot | None, limit: int, *, is_overdue: bool) -> bool:
         """Returns whether `need` fits now; if not, evicts models if that makes it fit. Five cases:
@@ -238,7 +280,7 @@ class Admission:
         if victims is None and is_overdue and not is_polite:
             victims = choose_victims(staying, self._candidates(even_leased=True), need, limit, order)  # (4)
         if victims and claimant is not None and self.state.now_s >= self.state.ceiling_until_s:
-            self._read()  # the reading is old: other processes may hold the memory, and the evictions would be in vain
+            self.read()  # the reading is old: other processes may hold the memory, and the evictions would be in vain
             return False
         missing = missing_bytes(staying, need, limit)
         for victim in victims or ():  # (5)
@@ -249,7 +291,7 @@ class Admission:
         state = self.state
         return [
             slot
-            for slot in state.slots.values()
+            for slot in (*state.slots.values(), *state.neighbours.guests(state))
             if can_be_victim(slot, state.rules, state.now_s, even_leased=even_leased)
             and not (is_polite and is_spared(slot, state.rules, state.now_s))
         ]
@@ -259,14 +301,19 @@ class Admission:
 
         If the claimant was last evicted for this victim, the two take turns, and more memory would end the thrashing.
         """
+        home = self.state.index if victim.home is None else victim.home
         if claimant is None:
-            self.state.drain(victim, f"memory is over the budget by {format_bytes(missing)}")
+            cause = f"memory is over the budget by {format_bytes(missing)}"
+            evict(self.state, home, NeighbourEvicts(victim.slot_id, cause))
             return
         is_turn = claimant.evicted_for == victim.model_id
         cause = eviction_cause(claimant, need, missing, is_turn=is_turn)
-        self.state.drain(victim, cause, claimant.model_id, missing if is_turn else 0)
+        event = NeighbourEvicts(victim.slot_id, cause, claimant.model_id, missing if is_turn else 0)
+        evict(self.state, home, event)
 
     def _may_pass(self, slot: Slot, older: list[Slot]) -> bool:
+        if slot.home is not None or must_split(self.state, slot):
+            return False  # it would have to delay no claim on several devices
         need = self.need(slot)
         if missing_bytes(self.state.charged(), need, self.state.limit_bytes()) > 0:
             return False
@@ -285,7 +332,7 @@ class Admission:
     def _admit(self, slot: Slot) -> None:
         """Starts a load if the device was read in this step, else requests a reading: other processes use it too."""
         if not self.is_fresh:
-            self._read()
+            self.read()
             return
         if slot.state == "parked":
             self._wake(slot)
@@ -304,17 +351,16 @@ class Admission:
         slot.reserved, slot.load_began_at_s = slot.measured, self.state.now_s
         self.state.start(slot, StartWake(slot.slot_id))
 
-    def _read(self) -> None:
+    def read(self) -> None:
         """Requests a reading of the device, unless one is in progress. The result is an event."""
         if not self._is_reading:
             self._is_reading = True
             self.state.effects.append(ReadMemory())
 
-    def _refuse(self, slot: Slot) -> None:
+    def _refuse(self, slot: Slot, error: EngineError) -> None:
         """Refuses a claim that cannot fit until an operator unpins a model or raises the budget."""
-        message = blocked_by_pinned(slot, total_bytes(charges(self._pinned())), self.state.budget_bytes)
-        self.state.fail_waiters(slot, lambda: OutOfMemory(message, stage="load"))
-        self.state.drop_claim(slot, message)
+        self.state.fail_waiters(slot, partial(copy, error))
+        self.state.drop_claim(slot, str(error))
 
     def _redirect_waiters(self, slot: Slot, limit_bytes: int) -> None:
         """Fails the waiters that another host can serve.

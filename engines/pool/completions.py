@@ -5,6 +5,8 @@ Every handler first calls `PoolState.finish`, which raises if that work was not 
 
 from collections.abc import Callable
 
+from msgspec import structs
+
 from engines.pool.eviction import total_bytes
 from engines.pool.messages import (
     Discard,
@@ -26,8 +28,9 @@ from engines.pool.messages import (
     WarmUpCompleted,
     WarmUpErrored,
 )
-from engines.pool.reasons import DAMAGED, EVICTED, load_error, too_large
-from engines.pool.slot import LoadFailure, MemoryNeed, Slot
+from engines.pool.reasons import DAMAGED, EVICTED, load_error
+from engines.pool.slot import LoadFailure, MemoryNeed, Slot, Split
+from engines.pool.splitting import with_measured
 from engines.pool.state import PoolState
 
 
@@ -102,7 +105,7 @@ class CompletionHandlers:
         self.state.move(slot, "cold", cause)
 
     def _refuse(self, slot: Slot) -> None:
-        self.state.fail_waiters(slot, lambda: too_large(slot, self.state.budget_bytes))
+        self.state.fail_waiters(slot, lambda: self.state.too_large(slot))
         slot.claim, slot.is_wanted = None, False
 
     def _fetch_failed(self, event: DownloadErrored) -> None:
@@ -183,6 +186,9 @@ class CompletionHandlers:
         """
         slot = self.state.finish(event.slot_id, "warm")
         slot.load_s, slot.came_s = self.state.now_s - slot.load_began_at_s, None
+        if slot.split is not None:
+            self._warmed_split(slot, slot.split, event)
+            return
         slot.reserved = slot.measured = measured = MemoryNeed(
             weight_bytes=event.weight_bytes,
             workspace_bytes=event.workspace_bytes,
@@ -198,6 +204,20 @@ class CompletionHandlers:
             self._refuse(slot)
             self.state.unload(slot, "measured larger than the whole budget")  # (2)
             return
+        self._become_ready(slot)
+
+    def _warmed_split(self, slot: Slot, split: Split, event: WarmUpCompleted) -> None:
+        """Charges the measured bytes of a split model to each budget: cases 1, 3 and 4 of `_warmed`. A share that is
+        over its budget is a deficit there."""
+        self.state.neighbours.place(slot, self.state.index, with_measured(split, event))
+        if slot.need is not None:
+            slot.need = structs.replace(slot.need, workspace_bytes=event.workspace_bytes)
+        if slot.is_retired:
+            self.state.unload(slot, slot.leaving_cause or "")
+            return
+        self._become_ready(slot)
+
+    def _become_ready(self, slot: Slot) -> None:
         self.state.move(slot, "ready", f"loaded and warm after {slot.load_s:.1f} s")
         slot.ready_at_s, slot.loads = self.state.now_s, slot.loads + 1
         slot.failure, slot.attempts = None, 0

@@ -10,7 +10,8 @@ from msgspec import Struct
 
 from engines.errors import EngineError
 from engines.pool.event_details import NO_DETAILS, EventDetails
-from engines.pool.slot import LoadFailure, MemoryNeed
+from engines.pool.neighbour_messages import NeighbourChanged, NeighbourEvicts, Notify, ReadingWanted
+from engines.pool.slot import LoadFailure, MemoryNeed, Split
 from engines.spec import ModelSpec
 from engines.types import ModelFiles, State, Tier
 
@@ -62,12 +63,14 @@ class ReadMemory(Struct, frozen=True):
 
 
 class StartLoad(Struct, frozen=True):
-    """Builds the engine; `need` is charged already. Ends in `LoadCompleted` or `LoadErrored`."""
+    """Builds the engine; `need` is charged already, or the shares of `split`. Ends in `LoadCompleted` or
+    `LoadErrored`."""
 
     slot_id: int
     spec: ModelSpec
     files: ModelFiles
     need: MemoryNeed
+    split: Split | None = None
 
 
 class StartWarm(Struct, frozen=True):
@@ -120,7 +123,7 @@ class Emit(Struct, frozen=True):
 
 
 Effect = (
-    Grant | Done | Fail | Emit | ArmTimer | ReadMemory
+    Grant | Done | Fail | Emit | ArmTimer | ReadMemory | Notify
     | StartLocate | StartFetch | Discard | StartLoad | StartWarm | StartUnload | StartPark | StartWake
 )  # fmt: skip
 
@@ -291,11 +294,13 @@ class LoadErrored(Struct, frozen=True):
 
 
 class WarmUpCompleted(Struct, frozen=True):
-    """The engine ran once; its memory is measured."""
+    """The engine ran once; its memory is measured: of a split model in `share_bytes`, the weights on each device and
+    then those in main memory."""
 
     slot_id: int
     weight_bytes: int
     workspace_bytes: int
+    share_bytes: tuple[int, ...] = ()
 
 
 class WarmUpErrored(Struct, frozen=True):
@@ -367,4 +372,7 @@ PoolEvent = (
     | ParkErrored
     | WakeCompleted
     | WakeErrored
+    | NeighbourChanged
+    | NeighbourEvicts
+    | ReadingWanted
 )

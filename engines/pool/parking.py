@@ -12,12 +12,15 @@ The bytes of a parked model count against the host budget only; while they are c
 from collections.abc import Callable
 
 from engines.pool.completions import become_ready
-from engines.pool.eviction import can_leave_host, choose_parked_victims
+from engines.pool.eviction import can_be_victim, can_leave_host, choose_parked_victims
 from engines.pool.messages import HostBudgetChanged, ParkCompleted, ParkErrored, WakeCompleted, WakeErrored
+from engines.pool.neighbour_messages import NeighbourEvicts
 from engines.pool.reasons import EVICTED, HOST_IDLE, shutting_down
 from engines.pool.slot import NO_MEMORY, Slot
+from engines.pool.split_admission import evict, without_staying
+from engines.pool.splitting import claimed_host_bytes
 from engines.pool.state import PoolState
-from engines.pool.victim_order import host_victim_order
+from engines.pool.victim_order import host_victim_order, victim_order
 from engines.types import format_bytes
 
 
@@ -52,6 +55,19 @@ class Parking:
                 return
             missing -= slot.host_bytes
             self.state.unload(slot, "parked models are over the host budget")
+        if missing > 0:
+            self._evict_split(missing)
+
+    def _evict_split(self, missing: int) -> None:
+        """Evicts models with layers in main memory, of any pool, while these are over this host budget."""
+        held = self.state.neighbours.in_main_memory(self.state)
+        rules, now_s = self.state.rules, self.state.now_s
+        for slot in sorted(held, key=victim_order(self.state)):
+            if missing > 0 and can_be_victim(slot, rules, now_s, even_leased=True):
+                home = self.state.index if slot.home is None else slot.home
+                share = slot.split.share_of(self.state.index) if slot.split is not None else None
+                missing -= share.host_bytes if share is not None else 0
+                evict(self.state, home, NeighbourEvicts(slot.slot_id, "layers are over the host budget"))
 
     def place(self) -> None:
         """Parks or unloads draining models without leases."""
@@ -68,7 +84,8 @@ class Parking:
         1. it fits: it is parked;  2. it will fit once other models have left main memory: it waits for them;
         3. parked models that come before it in eviction order leave for it;  4. else it is unloaded.
         """
-        missing = self.state.host_used_bytes() + slot.reserved.weight_bytes - self.state.host_budget_bytes
+        used = self.state.host_used_bytes() + claimed_host_bytes(self.state)
+        missing = used + slot.reserved.weight_bytes - self.state.host_budget_bytes
         if missing <= 0:
             self.state.park(slot)  # (1)
             return
@@ -88,7 +105,10 @@ class Parking:
 
     def _leaving_bytes(self) -> int:
         """Returns the bytes of main memory that are being freed."""
-        return sum(slot.host_bytes for slot in self.state.in_state("unloading", "waking"))
+        leaving = without_staying(self.state.neighbours.in_main_memory(self.state))
+        shares = (slot.split.share_of(self.state.index) for slot in leaving if slot.split is not None)
+        of_split = sum(share.host_bytes for share in shares if share is not None)
+        return of_split + sum(slot.host_bytes for slot in self.state.in_state("unloading", "waking"))
 
     # ---- results of asynchronous work ----
 

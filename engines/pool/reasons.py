@@ -123,6 +123,23 @@ def blocked_by_pinned(slot: Slot, pinned_bytes: int, budget_bytes: int) -> str:
     )
 
 
+def cannot_be_split(slot: Slot, device_bytes: int, host_bytes: int) -> str:
+    """The message for a model that does not fit on all devices of its host and in main memory together."""
+    need = slot.need
+    size = sum(need.parts) + need.workspace_bytes if need and need.parts else known_bytes(need)
+    return (
+        f"model {slot.model_id!r} needs {format_bytes(size)}, the devices of this host have "
+        f"{format_bytes(device_bytes)}, and the host budget {format_bytes(host_bytes)} of main memory, less what "
+        "pinned models take; raise MEMORY_BUDGET or HOST_MEMORY_BUDGET, or choose a smaller dtype"
+    )
+
+
+def split_cause(claimant: Slot, need: MemoryNeed, missing_bytes: int, *, is_turn: bool) -> str:
+    """The cause of an eviction for a claim of a model that is split."""
+    cause = eviction_cause(claimant, need, missing_bytes, is_turn=is_turn)
+    return cause.replace("; ", " here, as a part of it; ", 1)
+
+
 def blocked_by_others(slot: Slot, need: MemoryNeed, limit_bytes: int) -> str:
     """The message for a model that does not fit because of other processes, whatever is evicted."""
     return (

@@ -77,6 +77,9 @@ class MemoryNeed(Struct, frozen=True, kw_only=True):
 
     `least_weight_bytes`: a certain lower bound of the weights where these are a guess. `smaller`: what it needs in the
     dtypes that a load may take instead, as the registry lists them.
+
+    `parts`: of a model that may be split, the bytes of its parts in the order of a pass: the first holds everything
+    but the layers, each other one a layer; empty while they are unknown. None: it may not be split.
     """
 
     weight_bytes: int = 0
@@ -86,6 +89,7 @@ class MemoryNeed(Struct, frozen=True, kw_only=True):
     workspace_known: bool = False
     load_s: float | None = None
     smaller: "tuple[SmallerForm, ...]" = ()
+    parts: tuple[int, ...] | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -104,7 +108,7 @@ class MemoryNeed(Struct, frozen=True, kw_only=True):
     def measured_as(self, index: int, measured: "MemoryNeed") -> "MemoryNeed":
         """Returns the need with what a load in one of `forms` has measured."""
         if index == 0 or index > len(self.smaller):
-            return msgspec.structs.replace(measured, smaller=self.smaller)
+            return msgspec.structs.replace(measured, smaller=self.smaller, parts=self.parts)
         smaller = list(self.smaller)
         smaller[index - 1] = SmallerForm(smaller[index - 1].dtype, measured)
         return msgspec.structs.replace(self, smaller=tuple(smaller))
@@ -117,12 +121,16 @@ class MemoryNeed(Struct, frozen=True, kw_only=True):
         )
 
     def scaled(self, factor: float) -> "MemoryNeed":
-        """Returns the need times `factor`, all of it a guess: an out-of-memory error proved the figures too low."""
+        """Returns the need times `factor`, all of it a guess: an out-of-memory error proved the figures too low. The
+        parts of a model that may be split are exact: what was too low is the workspace."""
+        if self.parts:
+            return msgspec.structs.replace(self, workspace_bytes=int(self.workspace_bytes * factor))
         return MemoryNeed(
             weight_bytes=int(self.weight_bytes * factor),
             workspace_bytes=int(self.workspace_bytes * factor),
             load_s=self.load_s,
             smaller=tuple(SmallerForm(form.dtype, form.need.scaled(factor)) for form in self.smaller),
+            parts=self.parts,
         )
 
     def capped(self, available_bytes: int) -> "MemoryNeed":
@@ -141,6 +149,38 @@ class SmallerForm(Struct, frozen=True):
 
 
 NO_MEMORY = MemoryNeed()
+
+
+class Share(Struct, frozen=True, kw_only=True):
+    """What one device is charged for a model that is split.
+
+    `pool`: the device, as an index of `Neighbours.pools`. `num_parts`: how many parts of the model it holds.
+    `host_bytes`: of the parts in main memory, what its host budget is charged.
+    """
+
+    pool: int
+    need: MemoryNeed = NO_MEMORY
+    num_parts: int = 0
+    host_bytes: int = 0
+
+
+class Split(Struct, frozen=True):
+    """Where the parts of a model are: consecutive ones on each device, and the last ones in main memory.
+
+    `shares`: in the order of a pass; the first is that of the model's own pool.
+    """
+
+    shares: tuple[Share, ...]
+    num_host_parts: int = 0
+
+    @property
+    def host_bytes(self) -> int:
+        """The bytes of the parts in main memory."""
+        return sum(share.host_bytes for share in self.shares)
+
+    def share_of(self, pool: int) -> Share | None:
+        """Returns the share of a device; None where it has none."""
+        return next((share for share in self.shares if share.pool == pool), None)
 
 
 class LoadFailure(Struct, frozen=True, kw_only=True):
@@ -191,7 +231,8 @@ class Slot(Struct, eq=False, kw_only=True):
     the number of its requests, each decayed by its age, as of `heat_at_s`. `measured`: what it takes on the device in
     that form, once a load has measured it. `host_bytes`: what is charged to the host budget for it. `leaves_to`: where
     an operator wants it; None: the pool decides. `came_s`: how long its last way to the device took where that was from
-    main memory; None: `load_s` did.
+    main memory; None: `load_s` did. `split`: its shares of several budgets, while it is charged for them. `home`: of a
+    copy that stands for another pool's model in this pool's arithmetic (`Neighbours`), the index of that pool.
     """
 
     slot_id: int
@@ -205,6 +246,8 @@ class Slot(Struct, eq=False, kw_only=True):
     reserved: MemoryNeed = NO_MEMORY
     estimated_bytes: int = 0
     form: int = 0
+    split: Split | None = None
+    home: int | None = None
     fetched_bytes: int = 0
     fetch_total_bytes: int = 0
 

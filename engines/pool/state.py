@@ -6,7 +6,7 @@
 import heapq
 from collections.abc import Callable, Iterator, Mapping
 
-from engines.errors import EngineError
+from engines.errors import EngineError, ModelTooLarge
 from engines.pool.event_details import event_details
 from engines.pool.eviction import total_bytes
 from engines.pool.messages import (
@@ -24,7 +24,8 @@ from engines.pool.messages import (
     StartWake,
     StartWarm,
 )
-from engines.pool.reasons import DAMAGED, EVICTED
+from engines.pool.neighbours import Neighbours
+from engines.pool.reasons import DAMAGED, EVICTED, cannot_be_split, too_large
 from engines.pool.slot import CHARGED, EDGES, HOST_CHARGED, NO_MEMORY, MemoryNeed, PoolPolicy, Slot, Waiter, Work
 from engines.spec import ModelSpec
 from engines.types import State
@@ -37,11 +38,22 @@ _WORK: dict[type, Work] = {
 
 
 class PoolState:
-    """Holds slots by id (all generations) and by model (the current one), and the effects of the step in progress."""
+    """Holds slots by id (all generations) and by model (the current one), and the effects of the step in progress.
+
+    `neighbours`: the pools with which this one may share a model, `name` what they call it.
+    """
 
     def __init__(
-        self, specs: Mapping[str, ModelSpec], budget_bytes: int, rules: PoolPolicy, host_budget_bytes: int = 0
+        self,
+        specs: Mapping[str, ModelSpec],
+        budget_bytes: int,
+        rules: PoolPolicy,
+        host_budget_bytes: int = 0,
+        neighbours: Neighbours | None = None,
     ) -> None:
+        self.neighbours = neighbours or Neighbours()
+        self.index = self.neighbours.join(self)
+        self.name = ""
         self.rules = rules
         self.budget_bytes = budget_bytes
         self.host_budget_bytes = host_budget_bytes
@@ -55,8 +67,6 @@ class PoolState:
         self.holders: dict[int, Slot] = {}
         self.effects: list[Effect] = []
         self._deadlines: list[tuple[float, int]] = []
-        self._next_slot = 0
-        self._next_claim = 0
         for spec in specs.values():
             self.add_slot(spec)
 
@@ -66,7 +76,8 @@ class PoolState:
         return [slot for slot in self.slots.values() if slot.state in states]
 
     def charged(self) -> list[Slot]:
-        return [slot for slot in self.slots.values() if slot.state in CHARGED]
+        """Returns the slots with memory on the device, and copies of other pools' slots with a share of it."""
+        return [slot for slot in self.slots.values() if slot.state in CHARGED] + self.neighbours.guests(self)
 
     def claims(self) -> list[Slot]:
         """Returns the slots that wait for memory, oldest claim first."""
@@ -76,7 +87,7 @@ class PoolState:
 
     def host_used_bytes(self) -> int:
         """Returns the bytes that are charged to the host budget."""
-        return sum(slot.host_bytes for slot in self.slots.values())
+        return sum(slot.host_bytes for slot in self.slots.values()) + self.neighbours.host_bytes(self)
 
     def holds_memory(self) -> bool:
         """Tells whether any model is in memory, on the device or parked."""
@@ -85,11 +96,11 @@ class PoolState:
     def may_park(self, slot: Slot) -> bool:
         """Tells whether a model that leaves the device may stay in main memory. Four cases:
 
-        1. there is no host budget, or the host shuts down;  2. nobody will ask for this generation again;
+        1. there is no host budget, the host shuts down, or it is split;  2. nobody will ask for this generation again;
         3. its files are damaged, and so are its weights perhaps;  4. it leaves for others or for idleness, or as an
         operator has it.
         """
-        if not self.host_budget_bytes or self.is_draining:
+        if not self.host_budget_bytes or self.is_draining or slot.split is not None:
             return False  # (1)
         if slot.is_retired or slot.failure is not None or slot.leaving_cause == DAMAGED:
             return False  # (2), (3)
@@ -102,8 +113,22 @@ class PoolState:
         return min(self.budget_bytes, self.ceiling_bytes)
 
     def is_too_large(self, need: MemoryNeed | None) -> bool:
-        """Tells whether the model certainly exceeds the budget even alone; a guess never refuses a model."""
-        return need is not None and all(total_bytes([form.known()]) > self.budget_bytes for form in need.forms)
+        """Tells whether the model certainly exceeds the budget even alone; a guess never refuses a model.
+
+        One that may be split has all budgets; `engines.pool.split_admission` knows more, once its parts are known.
+        """
+        if need is None:
+            return False
+        budget = self.budget_bytes if need.parts is None else self.neighbours.capacity_bytes()
+        return all(total_bytes([form.known()]) > budget for form in need.forms)
+
+    def too_large(self, slot: Slot) -> ModelTooLarge:
+        """The error of requests for a model that is too large."""
+        if slot.need is None or slot.need.parts is None:
+            return too_large(slot, self.budget_bytes)
+        pools = self.neighbours.pools
+        devices, host = sum(pool.budget_bytes for pool in pools), sum(pool.host_budget_bytes for pool in pools)
+        return ModelTooLarge(cannot_be_split(slot, devices, host))
 
     def expired(self) -> Iterator[tuple[Slot, int]]:
         """Yields the waiters past their deadline; drops the deadlines of requests that no longer wait."""
@@ -122,8 +147,8 @@ class PoolState:
     # ---- slots ----
 
     def add_slot(self, spec: ModelSpec) -> Slot:
-        slot = Slot(slot_id=self._next_slot, spec=spec)
-        self._next_slot += 1
+        slot = Slot(slot_id=next(self.neighbours.slot_ids), spec=spec)
+        self.neighbours.is_used = self.neighbours.is_used or spec.offload == "allowed"
         self.slots[slot.slot_id] = self.current[spec.model_id] = slot
         return slot
 
@@ -143,6 +168,7 @@ class PoolState:
             slot.claimed_at_s = self.now_s
         if target not in CHARGED:
             slot.reserved = NO_MEMORY
+            self.neighbours.remove(slot)
         if target not in HOST_CHARGED:
             slot.host_bytes = 0
         if target == "retired":
@@ -205,9 +231,8 @@ class PoolState:
     def make_claim(self, slot: Slot) -> None:
         """Puts the slot in the queue for memory; cancelled requests do not remove it."""
         if slot.claim is None:
-            slot.claim = self._next_claim
+            slot.claim = next(self.neighbours.claims)
             slot.claimed_at_s = self.now_s
-            self._next_claim += 1
 
     def drop_claim(self, slot: Slot, cause: str) -> None:
         slot.claim, slot.is_wanted = None, False

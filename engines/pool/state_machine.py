@@ -42,6 +42,8 @@ from engines.pool.messages import (
     RegistryReloaded,
     TimerFired,
 )
+from engines.pool.neighbour_messages import NeighbourChanged, NeighbourEvicts, ReadingWanted
+from engines.pool.neighbours import Neighbours
 from engines.pool.reasons import (
     EVICTED,
     SHUTDOWN,
@@ -51,9 +53,9 @@ from engines.pool.reasons import (
     load_hangs,
     not_found,
     shutting_down,
-    too_large,
 )
 from engines.pool.slot import CHARGED, PoolPolicy, Slot, Waiter
+from engines.pool.split_admission import leave
 from engines.pool.state import PoolState
 from engines.spec import ModelSpec, is_same_engine
 from engines.types import Tier
@@ -124,9 +126,10 @@ class PoolStateMachine:
         rules: PoolPolicy | None = None,
         jitter: Callable[[], float] = lambda: 0.5,
         host_budget_bytes: int = 0,
+        neighbours: Neighbours | None = None,
     ) -> None:
         """`jitter` returns a number in [0, 1) for each failure, so that hosts do not retry at the same moment."""
-        self.state = PoolState(specs, budget_bytes, rules or PoolPolicy(), host_budget_bytes)
+        self.state = PoolState(specs, budget_bytes, rules or PoolPolicy(), host_budget_bytes, neighbours)
         self.admission = Admission(self.state)
         self._handlers: dict[type, Callable[..., bool | None]] = {
             LeaseRequested: self._acquire,
@@ -139,6 +142,9 @@ class PoolStateMachine:
             TimerFired: self._tick,
             BudgetChanged: self._budget_changed,
             LoadsBlocked: self._blocked,
+            NeighbourChanged: self._neighbour_changed,
+            NeighbourEvicts: partial(leave, self.state),
+            ReadingWanted: self._reading_wanted,
             **CompletionHandlers(self.state, jitter).handlers,
             **self.admission.parking.handlers,
         }
@@ -150,8 +156,12 @@ class PoolStateMachine:
         A handler returns True if no other model can be affected; admission is skipped then (the warm path).
         """
         self.state.now_s, self.state.effects = now_s, []
+        self.state.neighbours.set_time(now_s)
         if not self._handlers[type(event)](event):
             self.admission.assign()
+            is_notice = isinstance(event, NeighbourChanged | NeighbourEvicts | ReadingWanted)
+            has_changed = not is_notice or any(isinstance(effect, Emit) for effect in self.state.effects)
+            self.state.effects += self.state.neighbours.notices(self.state, has_changed=has_changed)
         return self.state.effects
 
     def __repr__(self) -> str:
@@ -203,7 +213,7 @@ class PoolStateMachine:
         if self.state.blocked and slot.state != "warming":
             return load_hangs(slot, self.state.blocked)  # (2)
         if self.state.is_too_large(slot.need):
-            return too_large(slot, self.state.budget_bytes)  # (3)
+            return self.state.too_large(slot)  # (3)
         return None  # (4)
 
     def _cancel(self, event: LeaseCancelled) -> bool:
@@ -350,6 +360,12 @@ class PoolStateMachine:
                 self.state.drain(slot, SHUTDOWN)
             if slot.state == "parked":
                 self.state.unload(slot, SHUTDOWN)
+
+    def _neighbour_changed(self, event: NeighbourChanged) -> None:
+        """Does nothing but what `handle` does after every event."""
+
+    def _reading_wanted(self, event: ReadingWanted) -> None:
+        self.admission.read()
 
     def _tick(self, event: TimerFired) -> None:
         self.admission.on_tick()
