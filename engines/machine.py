@@ -28,6 +28,7 @@ from engines.loading.loader import LoaderSettings, TorchLoader
 from engines.loading.precision import measure_dtype
 from engines.models.prepacked import COPY_SHARE, MAX_PREPACKED_BYTES
 from engines.pool.estimates import Measurements
+from engines.pool.pool_group import PoolGroup
 from engines.pool.runtime import GPU_THREADS, guessed_workspace_bytes
 from engines.pool.slot import PoolPolicy
 from engines.precision import PrecisionStore
@@ -48,7 +49,8 @@ class MachineConfig(Struct, frozen=True, kw_only=True):
     `host_budget`: main memory for parked models, of the whole machine. It is divided among the devices of as many
     processes as `host_parts`.
 
-    `devices`: any of `auto`, `cpu`, `cuda`, `cuda:N`. `cores`: the number that this process may use. `hub`: None uses
+    `devices`: any of `auto`, `cpu`, `cuda`, `cuda:N`; `cpu:0`, `cpu:1` … simulate several devices on a CPU, each with
+    the budget. `cores`: the number that this process may use. `hub`: None uses
     huggingface_hub's environment. `host_id`: the only host's id, if the device's name is not unique. `note`: receives
     crash journal notes (`engines/device/crash_journal.py`); None keeps no journal.
     """
@@ -93,6 +95,7 @@ class Machine:
         devices = find_devices(config.devices)
         self._host_parts = config.host_parts * len(devices)
         self._main_memory = device_memory("cpu").read()
+        self._groups = {"cpu": PoolGroup(), "cuda": PoolGroup()}  # models are split over devices of one kind
         self.hosts = tuple(self._host(device, config, specs) for device in devices)
 
     def close(self) -> None:
@@ -107,11 +110,12 @@ class Machine:
         """The hosts' schedulers, in the order of the hosts."""
         return self._schedulers
 
-    def _host(self, device: str, config: MachineConfig, specs: Mapping[str, ModelSpec]) -> Host:
+    def _host(self, name: str, config: MachineConfig, specs: Mapping[str, ModelSpec]) -> Host:
+        device = torch_name(name)
         scheduler, loader, conditions = self._scheduler_and_loader(device, config)
         self._schedulers.append(scheduler)
         host_config = HostConfig(
-            host_id=config.host_id or device,
+            host_id=config.host_id or name,
             device=device,
             budget=config.budget,
             host_budget_bytes=host_budget_bytes(config.host_budget, device, self._main_memory) // self._host_parts,
@@ -126,6 +130,7 @@ class Machine:
             default_runtime(host_config, self._measurements),
             health=scheduler.health,
             precisions=self._loader_settings.precision_store,
+            group=self._groups[device.partition(":")[0]],
         )
         return Host(host_config, specs, self._store, loader, runtime)
 
@@ -192,9 +197,14 @@ def find_devices(device_settings: Sequence[str]) -> tuple[str, ...]:
         else:
             found.append("cuda:0" if device == "cuda" else device)
     for device in found:
-        if device != "cpu" and int(device.removeprefix("cuda:")) >= num_gpus:
+        if torch_name(device) != "cpu" and int(device.removeprefix("cuda:")) >= num_gpus:
             raise InvalidValue(f"DEVICE names {device}, but {_why_no_gpu(num_gpus)}")
     return tuple(dict.fromkeys(found))
+
+
+def torch_name(device: str) -> str:
+    """Returns torch's name of a device: `cpu:N`, one of several simulated devices, is the CPU."""
+    return "cpu" if device.startswith("cpu") else device
 
 
 def _why_no_gpu(num_gpus: int) -> str:

@@ -6,6 +6,8 @@
 from collections.abc import Callable
 from typing import Protocol
 
+from msgspec import Struct
+
 from engines.spec import ModelSpec
 from engines.types import Call, ModelFiles, ModelInfo, Result
 
@@ -14,6 +16,23 @@ Clock = Callable[[], float]
 
 Progress = Callable[[int, int], None]
 """Called on the downloading thread with (bytes done, total bytes); may be called often and with repeated figures."""
+
+
+class ModelParts(Struct, frozen=True, kw_only=True):
+    """The bytes of a model's parts in the order of a pass: everything but the layers, then each layer. And those that
+    its batches need on each device."""
+
+    parts: tuple[int, ...]
+    workspace_bytes: int
+
+
+class Placement(Struct, frozen=True, kw_only=True):
+    """Where the parts of a model go: so many consecutive ones to each device, the first to the model's own, and the
+    last ones to main memory, from where each is copied to the last device for its turn."""
+
+    devices: tuple[str, ...]
+    num_parts: tuple[int, ...]
+    num_host_parts: int = 0
 
 
 class Engine(Protocol):
@@ -119,8 +138,17 @@ class Files(Protocol):
 class Loader(Protocol):
     """Builds engines from model folders, on one device."""
 
-    def load(self, spec: ModelSpec, files: ModelFiles) -> Engine:
-        """Builds the engine; blocks. The caller holds the load lock: only one load runs in a process at a time.
+    def parts(self, spec: ModelSpec, files: ModelFiles) -> ModelParts | None:
+        """Measures the parts of a model from its config.json; None where it cannot be split. Blocks. The caller holds
+        the load lock.
+
+        Raises:
+            BadModel.
+        """
+
+    def load(self, spec: ModelSpec, files: ModelFiles, placement: Placement | None = None) -> Engine:
+        """Builds the engine, with a `placement` split over devices; blocks. The caller holds the load lock: only one
+        load runs in a process at a time.
 
         Raises:
             BadModel, OutOfMemory.

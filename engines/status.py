@@ -33,7 +33,8 @@ class ModelInfo(Struct, frozen=True, kw_only=True):
     `outputs`: what an `OutputsCall` may ask for, none unless the task is `embed`; `vocab_size`: the number of entries
     that sparse outputs index; `vector_width`: the width of the vectors of tokens. Both are 0 without such an output;
     `dimensions` is 0 without a dense one. `pooling`: how a transformer's tokens become its dense vector; else
-    empty. `ingredients`: what decides its vectors' space; None until its files are hashed, and for scores.
+    empty. `share_bytes`: of a split model, its weights on each device, then in main memory. `ingredients`: what
+    decides its vectors' space; None until its files are hashed, and for scores.
     """
 
     dimensions: int
@@ -53,6 +54,7 @@ class ModelInfo(Struct, frozen=True, kw_only=True):
     vocab_size: int = 0
     vector_width: int = 0
     pooling: tuple[PoolingMode, ...] = ()
+    share_bytes: tuple[int, ...] = ()
     ingredients: Ingredients | None = None
 
 

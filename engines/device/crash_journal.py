@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 from engines.device.flex import FlexSource
 from engines.device.scheduler import DeviceScheduler, Task, TaskSource
 from engines.errors import device_loss
-from engines.protocols import Engine, Loader
+from engines.protocols import Engine, Loader, ModelParts, Placement
 from engines.spec import ModelSpec
 from engines.types import ModelFiles
 
@@ -160,9 +160,13 @@ class JournaledLoader:
         self._loader = loader
         self._scheduler = scheduler
 
-    def load(self, spec: ModelSpec, files: ModelFiles) -> Engine:
+    def parts(self, spec: ModelSpec, files: ModelFiles) -> ModelParts | None:
+        """See `Loader.parts`."""
+        return self._loader.parts(spec, files)
+
+    def load(self, spec: ModelSpec, files: ModelFiles, placement: Placement | None = None) -> Engine:
         """See `Loader.load`."""
         with self._scheduler.journal.running(spec.model_id):
-            engine = self._loader.load(spec, files)
+            engine = self._loader.load(spec, files, placement)
         self._scheduler.names[engine] = spec.model_id
         return engine

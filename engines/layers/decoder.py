@@ -19,6 +19,7 @@ from torch.nn.functional import rms_norm, silu
 
 from engines.device.load_throttle import throttle_point
 from engines.layers.attention import packed_attention, resolve_causal, single_query_attention
+from engines.layers.host_layers import resident
 from engines.layers.packed_linear import PackedLinear, Product, ProductFactory, replace_joined
 from engines.layers.packing import PackedLayout, PackedState
 from engines.layers.products import apply, linear
@@ -89,7 +90,8 @@ def fuse_decoder(model: nn.Module, state: PackedState) -> "list[FusedDecoderLaye
         return []
     fused = []
     for layer in stacks[0]:
-        fused.append(_fuse_layer(layer, family, state, is_last=layer is stacks[0][-1]))
+        with resident(layer):
+            fused.append(_fuse_layer(layer, family, state, is_last=layer is stacks[0][-1]))
         throttle_point()
     return fused
 
@@ -104,7 +106,7 @@ def _fuse_layer(layer: nn.Module, family: DecoderFamily, state: PackedState, *, 
             return plain(hidden_states, *args, **kwargs)
         cos, sin = kwargs["position_embeddings"]
         run = fused.last_tokens if is_last and state.kept == "last" else fused
-        return run(hidden_states[0], state.layout, (cos[0, :, None], sin[0, :, None]))[None]
+        return run(hidden_states[0], state.layout.on(hidden_states.device), (cos[0, :, None], sin[0, :, None]))[None]
 
     layer.forward = forward
     return fused

@@ -21,6 +21,7 @@ from engines.device.cpu_features import has_fast_bfloat16
 from engines.device.load_throttle import throttle_point
 from engines.device.torch_runtime import usable_threads
 from engines.layers.attention import packed_attention, single_query_attention
+from engines.layers.host_layers import resident
 from engines.layers.packed_linear import Int8Linear, PackedLinear, ProductFactory, replace_joined
 from engines.layers.packing import KernelVariant, PackedLayout, PackedState, TokenChoice
 from engines.layers.products import apply, linear
@@ -125,7 +126,8 @@ def fuse(model: nn.Module, state: PackedState) -> "list[FusedLayer]":
         return []
     fused = []
     for layer in layers:
-        fused.append(_fuse_layer(layer, names, state, is_last=layer is layers[-1]))
+        with resident(layer):
+            fused.append(_fuse_layer(layer, names, state, is_last=layer is layers[-1]))
         throttle_point()
     return fused
 
@@ -138,10 +140,11 @@ def _fuse_layer(layer: nn.Module, names: PartNames, state: PackedState, *, is_la
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if state.layout is None or not state.is_fused:
             return plain(hidden_states, *args, **kwargs)
+        layout = state.layout.on(hidden_states.device)
         if is_last and state.kept in fused.skips:
-            return fused.one_token(hidden_states[0], state.layout, state.kept)[None]
+            return fused.one_token(hidden_states[0], layout, state.kept)[None]
         bias = kwargs.get("position_bias", args[1] if names.gives_tuple and len(args) > 1 else None)
-        out = fused(hidden_states[0], state.layout, bias, state.variant or fastest_variant(state.layout))[None]
+        out = fused(hidden_states[0], layout, bias, state.variant or fastest_variant(layout))[None]
         return (out,) if names.gives_tuple else out
 
     layer.forward = forward

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import groupby
@@ -87,6 +88,7 @@ class PackedLayout:
 
     def __init__(self, lengths: list[int], device: torch.device, masks: WindowMasks | None = None) -> None:
         self.masks = masks or WindowMasks()
+        self._moved: dict[torch.device, PackedLayout] = {}
         self.lengths = lengths
         self.num_tokens = sum(lengths)
         self.longest = max(lengths)
@@ -99,6 +101,20 @@ class PackedLayout:
         texts, tokens = len(lengths), self.num_tokens
         self.starts, self.ends = whole[:texts], whole[texts : 2 * texts]
         self.segments, self.positions = whole[2 * texts : -tokens], whole[-tokens:]
+
+    def on(self, device: torch.device) -> "PackedLayout":
+        """Returns the same layout with its tensors on another device, for layers that are there."""
+        if self.starts.device == device:
+            return self
+        moved = self._moved.get(device)
+        if moved is None:
+            moved = copy(self)
+            moved._moved, moved.masks = {}, WindowMasks()
+            for name, value in vars(self).items():
+                if isinstance(value, Tensor):
+                    setattr(moved, name, value.to(device, non_blocking=True))
+            self._moved[device] = moved
+        return moved
 
     @cached_property
     def ids(self) -> Tensor:

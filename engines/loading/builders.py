@@ -32,6 +32,8 @@ from engines.models.cuda_graphs import capturer_for
 from engines.models.multi_output import MultiOutputEncoder
 from engines.models.observation import observe
 from engines.models.output_heads import OutputHeads
+from engines.models.parking import PINNED
+from engines.models.placement import PlacedModel
 from engines.models.weight_forms import weight_form
 from engines.spec import Dtype, ModelSpec, Output
 
@@ -82,8 +84,7 @@ def build(folder: Folder, spec: ModelSpec, encoder_config: EncoderConfig) -> Bui
 def _build_transformer(folder: Folder, spec: ModelSpec, encoder_config: EncoderConfig) -> Built:
     device = encoder_config.device
     config = read_config(folder, spec)
-    model = read_model(folder, spec, config, device).to(device).eval()
-    drop_pooler(model)
+    model, encoder_config = _placed(read_model(folder, spec, config, device).eval(), encoder_config)
     _check_pooling_is_known(folder, spec, model)
     vocab_size = vocab_size_of(model)
     observed = observe(model, vocab_size, device)
@@ -102,10 +103,24 @@ def _build_transformer(folder: Folder, spec: ModelSpec, encoder_config: EncoderC
     sparse = lexical_head(folder, width, vocab_size, reference.theirs, device)
     against_packing = observed.why_not_packed(sides.longest(tokenizer.max_tokens))
     name = "int8" if spec.dtype == "int8" else dtype_name(model)
-    encoder_config = structs.replace(encoder_config, weight_form=weight_form(name, device))
+    form = weight_form(name, device) if encoder_config.placed is None else None
+    encoder_config = structs.replace(encoder_config, weight_form=form)
     heads = OutputHeads(head, sparse, tokens=tokens)
-    encoder = MultiOutputEncoder(model, heads, encoder_config, capturer_for(device), notes=against_packing)
+    recorder = capturer_for(device) if encoder_config.placed is None else None
+    encoder = MultiOutputEncoder(model, heads, encoder_config, recorder, notes=against_packing)
     return Built(encoder, tokenizer, name, facts=facts_of(heads, sides))
+
+
+def _placed(model: Any, encoder_config: EncoderConfig) -> tuple[Any, EncoderConfig]:
+    """Moves a model, which is in main memory, to the device or to the devices that it is split over."""
+    placement = encoder_config.placement
+    if placement is None:
+        model = model.to(encoder_config.device)
+        drop_pooler(model)
+        return model, encoder_config
+    drop_pooler(model)
+    placed = PlacedModel(model, placement, PINNED.pin)
+    return model, structs.replace(encoder_config, placed=placed, max_prepacked_bytes=0)
 
 
 def facts_of(heads: OutputHeads, sides: OutputFacts) -> OutputFacts:
@@ -245,8 +260,7 @@ def read_model(
     stored = dtype if folder.adapter is None else torch.float32
     is_copied = device.type == "cpu" and is_writable_in_place(spec.source)
     has_head = model_class is not None
-    if not has_head:
-        model_class = AutoModelForTextEncoding if config.model_type in _ENCODER_ONLY_OF else AutoModel
+    model_class = model_class or model_class_of(config)
     shards = _listed_shards(folder.weights)
     check_proportions(model_class, config, folder.weights, shards, trust_remote_code=spec.trust_remote_code)
     try:
@@ -268,6 +282,11 @@ def read_model(
         model, missing = model.to(dtype), missing - replaced
     _check_complete(sorted(missing if has_head else missing - unused_weights(missing)), folder, spec, config)
     return model
+
+
+def model_class_of(config: PretrainedConfig) -> Any:
+    """Returns transformers' class of the model without a head."""
+    return AutoModelForTextEncoding if config.model_type in _ENCODER_ONLY_OF else AutoModel
 
 
 def _check_complete(absent: Sequence[str], folder: Folder, spec: ModelSpec, config: PretrainedConfig) -> None:

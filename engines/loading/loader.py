@@ -33,6 +33,7 @@ from engines.loading.checksums import Checksums
 from engines.loading.dtype import dtype_notes
 from engines.loading.folder import PLACEHOLDER_PROMPTS, Folder, read_files
 from engines.loading.ingredients import list_weights, read_ingredients
+from engines.loading.parts import measure_parts
 from engines.loading.precision import PrecisionGate
 from engines.loading.score_forms import Form, score_form
 from engines.loading.scorers import build_scorer
@@ -44,6 +45,7 @@ from engines.models.prepacked import MAX_PREPACKED_BYTES
 from engines.models.transformer import TransformerEncoder
 from engines.models.verification import Canaries, ProbeTokenizer, SelfCheck, SideTokenizers
 from engines.precision import PrecisionStore
+from engines.protocols import ModelParts, Placement
 from engines.space import with_numeric
 from engines.space_memory import SpaceMemory
 from engines.spec import Matryoshka, ModelSpec
@@ -106,12 +108,18 @@ class TorchLoader:
         transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # untyped upstream
         transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # untyped upstream
 
-    def load(self, spec: ModelSpec, files: ModelFiles) -> EmbeddingEngine:
+    def parts(self, spec: ModelSpec, files: ModelFiles) -> ModelParts | None:
+        """See `Loader.parts`."""
+        config = self._encoder_config(SelfCheck(self._canaries), None)
+        tokens = spec.max_batch_tokens or self._settings.max_batch_tokens or _BATCH_TOKENS[self._device.type]
+        return measure_parts(read_files(files), spec, config, tokens)
+
+    def load(self, spec: ModelSpec, files: ModelFiles, placement: Placement | None = None) -> EmbeddingEngine:
         """Builds the engine; see `Loader.load`."""
         try:
             with warnings.catch_warnings(), throttled_load(LoadThrottle(self._scheduler.wait_for_short_tasks)):
                 warnings.simplefilter("ignore")
-                return self._load(spec, files)
+                return self._load(spec, files, placement)
         except Exception as error:
             self._scheduler.report_error(error)
             if loss := device_loss(error):
@@ -120,21 +128,28 @@ class TorchLoader:
                 raise
             raise OutOfMemory(f"{self._device} has no memory left to load {spec.model_id}") from error
 
-    def _load(self, spec: ModelSpec, files: ModelFiles) -> EmbeddingEngine:
+    def _load(self, spec: ModelSpec, files: ModelFiles, placement: Placement | None) -> EmbeddingEngine:
         folder = read_files(files)
         form = score_form(folder, spec)
         spaces = self._spaces(folder, spec) if form is None else None
         try:
-            return self._build(spec, files, folder, spaces)
+            return self._build(spec, files, folder, spaces, placement)
         except BaseException:
             if spaces is not None:
                 spaces.close()
             raise
 
-    def _build(self, spec: ModelSpec, files: ModelFiles, folder: Folder, spaces: ModelSpaces | None) -> EmbeddingEngine:
+    def _build(
+        self,
+        spec: ModelSpec,
+        files: ModelFiles,
+        folder: Folder,
+        spaces: ModelSpaces | None,
+        placement: Placement | None,
+    ) -> EmbeddingEngine:
         checksums = Checksums(Path(files.path), spec.sha256, spec.model_id, files.adapter_folder)
         self_check = SelfCheck(self._canaries)
-        form, config = score_form(folder, spec), self._encoder_config(self_check)
+        form, config = score_form(folder, spec), self._encoder_config(self_check, placement)
         store = self._settings.precision_store if form is None and not folder.is_sparse_encoder else None
         gate = PrecisionGate(store, spec, files.revision, self._device)
         gate.prepare(folder, config)
@@ -170,7 +185,12 @@ class TorchLoader:
                 notes = (*dtype_notes(spec.dtype, dtype, compute_capability(self._device)), *notes)
             precision = gate.check(encoder, tokenizer, dtype, self._own_seconds)
             found = structs.replace(
-                info, attention=encoder.attention, path=encoder.path, notes=notes, precision=precision
+                info,
+                attention=encoder.attention,
+                path=encoder.path,
+                notes=notes,
+                precision=precision,
+                share_bytes=share_bytes_of(encoder),
             )
             return found, size + encoder.extra_bytes(), workspace
 
@@ -203,7 +223,7 @@ class TorchLoader:
         finisher(self._device)()
         return self._scheduler.task_elapsed_s()
 
-    def _encoder_config(self, self_check: SelfCheck) -> EncoderConfig:
+    def _encoder_config(self, self_check: SelfCheck, placement: Placement | None) -> EncoderConfig:
         """Returns how an encoder of this device runs. On a GPU passes can be preempted in the check at load only: when
         they serve, their kernels wait on the device already, and none can be overtaken."""
         preemption_point: Callable[[], None] = self._scheduler.preemption_point
@@ -215,6 +235,7 @@ class TorchLoader:
             max_prepacked_bytes=self._settings.max_prepacked_bytes,
             preemption_point=preemption_point,
             recheck=self_check.check_again,
+            placement=placement,
         )
 
     def _batch_tokens(
@@ -222,11 +243,12 @@ class TorchLoader:
     ) -> tuple[int, BatchSizeTuner | None]:
         """Returns the tokens per batch and a tuner, if any.
 
-        Three cases: 1. the size is set in the registry or the settings, tuning is disabled, or batches are even; 2. it
-        was tuned before; 3. it will be tuned.
+        Three cases: 1. the size is set in the registry or the settings, tuning is disabled, batches are even, or the
+        model is split; 2. it was tuned before; 3. it will be tuned.
         """
         given, tuning_store = spec.max_batch_tokens or self._settings.max_batch_tokens, self._settings.tuning_store
-        if given is not None or tuning_store is None or self._settings.even_batches:
+        is_split = bool(share_bytes_of(encoder))
+        if given is not None or tuning_store is None or self._settings.even_batches or is_split:
             return given or _BATCH_TOKENS[self._device.type], None  # (1)
         key = fingerprint([weights, device_name(self._device), self._scheduler.num_threads, torch.__version__])
         tuned = tuning_store.get(key)
@@ -279,6 +301,12 @@ def _build(folder: Folder, spec: ModelSpec, config: EncoderConfig, form: Form | 
     if form is not None:
         return build_scorer(folder, spec, config, form)
     return build_sparse(folder, spec, config) if folder.is_sparse_encoder else build(folder, spec, config)
+
+
+def share_bytes_of(encoder: LoadedEncoder) -> tuple[int, ...]:
+    """Returns the bytes of weights on each device of a split model, then in main memory; nothing for others."""
+    placed = encoder.placed if isinstance(encoder, TransformerEncoder) else None
+    return () if placed is None else placed.share_bytes(encoder.tensors())
 
 
 def reserved_workspace_bytes(encoder: LoadedEncoder, batch_tokens: int, num_threads: int) -> int:

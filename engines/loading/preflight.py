@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import structlog
-import torch
+from accelerate import init_empty_weights
 from msgspec import Struct
 from transformers import PretrainedConfig
 from transformers.initialization import meta_device_safe_creation_ops, no_init_weights
@@ -108,12 +108,22 @@ def _repeat_counts(config: Json) -> Iterator[tuple[str, float]]:
             yield from ((key, number) for number in numbers if isinstance(number, int | float))
 
 
-def _count_model(model_class: Any, config: PretrainedConfig, *, trust_remote_code: bool) -> tuple[int, int]:
-    """Counts the parameters of the model that a config describes, and the bytes of its buffers."""
+def empty_model(model_class: Any, config: PretrainedConfig, *, trust_remote_code: bool) -> Any:
+    """Builds the model that a config describes, without memory for its weights.
+
+    With its buffers, accelerate builds by torch's device context of this thread; without, it would replace a method of
+    `nn.Module` for all threads meanwhile.
+    """
     config = copy.deepcopy(config)  # building a model writes into its config
-    with torch.device("meta"), no_init_weights(), meta_device_safe_creation_ops():
+    with init_empty_weights(include_buffers=True), no_init_weights(), meta_device_safe_creation_ops():
         model = model_class.from_config(config, trust_remote_code=trust_remote_code)
     model.tie_weights()
+    return model
+
+
+def _count_model(model_class: Any, config: PretrainedConfig, *, trust_remote_code: bool) -> tuple[int, int]:
+    """Counts the parameters of the model that a config describes, and the bytes of its buffers."""
+    model = empty_model(model_class, config, trust_remote_code=trust_remote_code)
     own = dict(model.named_parameters())
     unused = unused_weights(set(own))
     elements = sum(parameter.numel() for name, parameter in own.items() if name not in unused)

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from engines.inputs.tokenizer import Ids
 from engines.models.adapters import storage_bytes
+from engines.models.placement import PlacedModel
 from engines.models.weight_forms import WeightForm
-from engines.protocols import Clock
+from engines.protocols import Clock, Placement
 
 PART_TOKENS = 64
 """Tokens of the smallest part that is cut for a thread of its own, where few tokens cost nearly as much as these."""
@@ -159,6 +160,7 @@ class EncoderConfig(Struct, frozen=True, kw_only=True):
             reentrant.
         recheck: called before a path that failed is used again; raises where its vectors are not right.
         weight_form: of the model's products; None leaves them as they were read.
+        placement: of a model that is split over devices; `placed`: that model, once it is built.
     """
 
     device: torch.device = torch.device("cpu")
@@ -167,6 +169,8 @@ class EncoderConfig(Struct, frozen=True, kw_only=True):
     preemption_point: Callable[[], None] = _no_preemption
     recheck: Callable[[ForwardPaths], None] = _never_checked
     weight_form: WeightForm | None = None
+    placement: Placement | None = None
+    placed: PlacedModel | None = None
 
 
 class SinglePathEncoder:

@@ -114,7 +114,7 @@ class TransformerEncoder:
         self._recorder = recorder if has_varlen(self._device, model.dtype) and not self._rope.remembers else None
         self._graphs: CudaGraphs | None = None
         self.window: int | None = getattr(model.config.get_text_config(), "sliding_window", None)
-        self.dimensions = chain.dimensions
+        self.dimensions, self.placed = chain.dimensions, config.placed
         self.path: ForwardPath = "padded"
         self.part_tokens = PART_TOKENS
         self._is_recording = self._is_forced = False
@@ -137,8 +137,8 @@ class TransformerEncoder:
 
     @property
     def is_reentrant(self) -> bool:
-        """See `Encoder`. False where the model itself keeps state from one pass to the next."""
-        return not self._passes.is_switch_due and not self._rope.remembers
+        """See `Encoder`. False where the model keeps state from one pass to the next, or layers take turns."""
+        return not (self._passes.is_switch_due or self._rope.remembers or (self.placed and self.placed.host_layers))
 
     @property
     def fallback(self) -> str:

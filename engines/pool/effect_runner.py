@@ -55,7 +55,8 @@ from engines.pool.messages import (
 )
 from engines.pool.runtime import LoaderTask, Workers
 from engines.pool.slot import LoadFailure, MemoryNeed, Slot
-from engines.protocols import Engine, Files, Loader
+from engines.pool.split_effects import PartsReader, placement_of
+from engines.protocols import Engine, Files, Loader, Placement
 from engines.spec import ModelSpec
 from engines.types import Budget, ModelFiles
 
@@ -91,6 +92,7 @@ class EffectRunner:
         self._loader = loader
         self._estimates = estimates
         self._workers = workers
+        self._parts = PartsReader(loader, workers, hang_s)
         self._report = report
         self._hang_s = hang_s
         self._is_closed = False
@@ -127,7 +129,10 @@ class EffectRunner:
             return FilesFound(slot_id, files, need) if files and need else None
 
         try:
-            return await self._workers.read_disk(find)
+            found = await self._workers.read_disk(find)
+            if found is None:
+                return None
+            return FilesFound(slot_id, found.files, await self._parts.add(spec, found.files, found.need))
         except Exception as error:  # noqa: BLE001  # only a look; a request would tell what is wrong
             log.warning("model.not_located", model=spec.model_id, error=str(error))
             return None
@@ -152,6 +157,8 @@ class EffectRunner:
             files, need = await self._workers.read_disk(locate)
             if files is None:
                 need = await self._estimate_undownloaded(effect.spec)
+            elif need is not None:
+                need = await self._parts.add(effect.spec, files, need)
         except Exception as error:  # noqa: BLE001  # becomes the waiters' answer
             return DownloadErrored(effect.slot_id, load_failure_of(error, effect.spec))
         return FilesLocated(effect.slot_id, files, need)
@@ -170,7 +177,9 @@ class EffectRunner:
 
         on_thread = self._workers.read_disk if is_on_disk(effect.spec) else self._workers.fetch
         try:
-            return await on_thread(fetch)
+            fetched = await on_thread(fetch)
+            need = await self._parts.add(effect.spec, fetched.files, fetched.need)
+            return DownloadCompleted(effect.slot_id, fetched.files, need)
         except Exception as error:  # noqa: BLE001  # becomes the waiters' answer
             return DownloadErrored(effect.slot_id, load_failure_of(error, effect.spec))
 
@@ -234,13 +243,14 @@ class EffectRunner:
     async def _load(self, effect: StartLoad) -> PoolEvent:
         try:
             task = LoaderTask(f"the load of model {effect.spec.model_id!r}", load_limit_s(effect.need, self._hang_s))
-            engine = await self._workers.load(partial(self._load_unchanged, effect.spec, effect.files), task)
+            load = partial(self._load_unchanged, effect.spec, effect.files, placement_of(effect))
+            engine = await self._workers.load(load, task)
         except Exception as error:  # noqa: BLE001  # becomes the waiters' answer
             return LoadErrored(effect.slot_id, await self._diagnose(error, effect))
         self.engines[effect.slot_id], self._loads[effect.slot_id] = engine, effect
         return LoadCompleted(effect.slot_id)
 
-    def _load_unchanged(self, spec: ModelSpec, files: ModelFiles) -> Engine:
+    def _load_unchanged(self, spec: ModelSpec, files: ModelFiles, placement: Placement | None = None) -> Engine:
         """Loads the engine; checks before and after that the files are the expected ones.
 
         An operator may replace a local folder at any time, and an engine built from old and new files would compute
@@ -252,7 +262,7 @@ class EffectRunner:
         """
         self._check_unchanged(spec, files)
         try:
-            engine = self._loader.load(spec, files)
+            engine = self._loader.load(spec, files, placement)
         except BadModel:
             self._check_unchanged(spec, files)
             raise
@@ -276,7 +286,8 @@ class EffectRunner:
             await engine.warm_up()
         except Exception as error:  # noqa: BLE001  # becomes the waiters' answer
             return WarmUpErrored(effect.slot_id, await self._diagnose(error, self._loads[effect.slot_id]))
-        return WarmUpCompleted(effect.slot_id, engine.weight_bytes, engine.workspace_bytes)
+        shares = engine.info.share_bytes if self._loads[effect.slot_id].split is not None else ()
+        return WarmUpCompleted(effect.slot_id, engine.weight_bytes, engine.workspace_bytes, shares)
 
     async def _unload(self, effect: StartUnload) -> PoolEvent:
         """Closes the engine. If that fails, its memory is lost, which the next reading of the device shows."""

@@ -71,6 +71,8 @@ class Estimates:
     def estimate(self, spec: ModelSpec, files: ModelFiles | None) -> MemoryNeed | None:
         """Estimates the model's memory, in each dtype that a load may take; None if unknown."""
         need = self._estimate(spec, files)
+        if need is not None and spec.offload == "allowed":
+            need = structs.replace(need, parts=())
         if need is None or not spec.smaller_dtypes:
             return need
         others = ((dtype, self._estimate(in_dtype(spec, dtype), files)) for dtype in spec.smaller_dtypes)

@@ -63,14 +63,15 @@ class ReadMemory(Struct, frozen=True):
 
 
 class StartLoad(Struct, frozen=True):
-    """Builds the engine; `need` is charged already, or the shares of `split`. Ends in `LoadCompleted` or
-    `LoadErrored`."""
+    """Builds the engine; `need` is charged already, or the shares of `split`, on `devices`. Ends in
+    `LoadCompleted` or `LoadErrored`."""
 
     slot_id: int
     spec: ModelSpec
     files: ModelFiles
     need: MemoryNeed
     split: Split | None = None
+    devices: tuple[str, ...] = ()
 
 
 class StartWarm(Struct, frozen=True):

@@ -24,11 +24,14 @@ class Neighbours:
     Attributes:
         pools: in the order in which they joined.
         slot_ids, claims: numbers that no two pools use twice; the lower claim is the older one.
+        names, devices: of the pools, where they have hosts.
         is_used: whether any model may be split; while none may, pools do not look at each other.
     """
 
     def __init__(self) -> None:
         self.pools: list[PoolState] = []
+        self.names: list[str] = []
+        self.devices: list[str] = []
         self.slot_ids, self.claims = count(), count()
         self.is_used = False
         self._placed: dict[int, tuple[int, Slot]] = {}
@@ -38,6 +41,14 @@ class Neighbours:
         """Adds a pool; returns its index."""
         self.pools.append(pool)
         return len(self.pools) - 1
+
+    def name_of(self, index: int) -> str:
+        """Returns what people call a pool."""
+        return self.names[index] if index < len(self.names) else f"device {index}"
+
+    def devices_of(self, split: Split) -> tuple[str, ...]:
+        """Returns the devices of a split's shares, in the order of a pass."""
+        return tuple(self.devices[share.pool] for share in split.shares if share.need != NO_MEMORY and self.devices)
 
     # ---- charges ----
 

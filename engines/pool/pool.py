@@ -36,6 +36,8 @@ from engines.pool.messages import (
     TimerFired,
     WarmUpCompleted,
 )
+from engines.pool.neighbour_messages import Notify
+from engines.pool.pool_group import PoolGroup
 from engines.pool.reasons import (
     EVICTED,
     cancelled_by_eviction,
@@ -67,13 +69,16 @@ class ModelPool:
     ) -> None:
         self._config = config
         self._runtime = runtime
+        self._group = runtime.group or PoolGroup()
         self._machine = PoolStateMachine(
             specs,
             budget_bytes=0,
             rules=config.rules,
             jitter=runtime.jitter,
             host_budget_bytes=config.host_budget_bytes,
+            neighbours=self._group.core,
         )
+        self._group.join(config.host_id, config.device, self.step)
         self._state = self._machine.state
         estimates = Estimates(
             files, runtime.measurements, config.device, config.workspace_bytes, config.conditions, runtime.precisions
@@ -245,6 +250,7 @@ class ModelPool:
         """Passes one event to the state machine and executes all its effects before returning."""
         for effect in self._machine.handle(event, self._runtime.time.now_s()):
             self._execute(effect)
+        self._group.deliver()
         if self._state.is_draining and not self._state.holds_memory():
             self._freed.set()
 
@@ -260,6 +266,8 @@ class ModelPool:
                 self.log.record(effect, self._runtime.time.unix_s())
             case ArmTimer():
                 self._arm_timer(effect.at_s)
+            case Notify():
+                self._group.post(effect)
             case _:
                 self._spawn(self._run(effect))
 
@@ -301,7 +309,7 @@ class ModelPool:
 
     async def _save_measurement(self, event: WarmUpCompleted) -> None:
         slot = self._state.slots[event.slot_id]
-        if slot.files is not None and slot.load_s is not None:
+        if slot.files is not None and slot.load_s is not None and not event.share_bytes:  # those of a part
             measured = Measurement(
                 weight_bytes=event.weight_bytes, workspace_bytes=event.workspace_bytes, load_s=slot.load_s
             )

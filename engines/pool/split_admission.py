@@ -183,8 +183,9 @@ class SplitAdmission:
         self.state.neighbours.place(slot, self.state.index, split)
         self.state.move(slot, "loading", f"{describe(self.state, split)} admitted")
         slot.load_began_at_s = self.state.now_s
+        devices = self.state.neighbours.devices_of(split)
         need = MemoryNeed(weight_bytes=sum(share.need.total_bytes + share.host_bytes for share in split.shares))
-        self.state.start(slot, StartLoad(slot.slot_id, slot.loaded_spec, slot.files, need, split))
+        self.state.start(slot, StartLoad(slot.slot_id, slot.loaded_spec, slot.files, need, split, devices))
 
 
 def evict(state: PoolState, home: int, event: NeighbourEvicts) -> None:
@@ -217,7 +218,7 @@ def describe(state: PoolState, split: Split) -> str:
 def _places(state: PoolState, split: Split) -> Iterator[str]:
     for share in split.shares:
         if share.need != NO_MEMORY:
-            yield f"{format_bytes(share.need.total_bytes)} on {state.neighbours.pools[share.pool].name}"
+            yield f"{format_bytes(share.need.total_bytes)} on {state.neighbours.name_of(share.pool)}"
     if split.num_host_parts:
         yield f"{format_bytes(split.host_bytes)} in main memory"
 

@@ -40,7 +40,7 @@ _WORK: dict[type, Work] = {
 class PoolState:
     """Holds slots by id (all generations) and by model (the current one), and the effects of the step in progress.
 
-    `neighbours`: the pools with which this one may share a model, `name` what they call it.
+    `neighbours`: the pools with which this one may share a model; `index`: its own among them.
     """
 
     def __init__(
@@ -53,7 +53,6 @@ class PoolState:
     ) -> None:
         self.neighbours = neighbours or Neighbours()
         self.index = self.neighbours.join(self)
-        self.name = ""
         self.rules = rules
         self.budget_bytes = budget_bytes
         self.host_budget_bytes = host_budget_bytes

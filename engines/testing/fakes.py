@@ -14,7 +14,7 @@ from engines.errors import BrokenFiles
 from engines.host import Host, HostConfig, HostRuntime
 from engines.pool.estimates import Measurements
 from engines.pool.runtime import LoopTime
-from engines.protocols import Files, Loader, Progress
+from engines.protocols import Files, Loader, ModelParts, Placement, Progress
 from engines.spec import ModelSpec, Output
 from engines.testing.engine import WEIGHT_BYTES, WIDTH, WORKSPACE_BYTES, Attempts, FakeEngine, Script, fake_vector
 from engines.testing.runtime import FakeMemory, FakeTime, InlineWorkers
@@ -152,6 +152,7 @@ class FakeLoader:
         embed_s, sleep: how long calls take; setting them later affects engines loaded afterwards.
         pause: called with the model id on the loader's thread; it may block or sleep.
         outputs: of engines, by model; `dense` where nothing is stated.
+        parts: the bytes of the parts of models that can be split.
     """
 
     def __init__(  # noqa: PLR0913  # a script: every argument is optional and named
@@ -168,7 +169,10 @@ class FakeLoader:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         pause: Callable[[str], None] = lambda model_id: None,
         outputs: Mapping[str, tuple[Output, ...]] | None = None,
+        parts: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
+        self._parts = parts or {}
+        self.placements: dict[str, Placement | None] = {}
         self._outputs = outputs or {}
         self._weight_bytes = weight_bytes or {}
         self._workspace_bytes = workspace_bytes or {}
@@ -193,7 +197,12 @@ class FakeLoader:
         """The weights of all engines that are not closed, in whichever memory."""
         return sum(engine.weight_bytes for engine in list(self.engines) if not engine.is_closed)
 
-    def load(self, spec: ModelSpec, files: ModelFiles) -> FakeEngine:
+    def parts(self, spec: ModelSpec, files: ModelFiles) -> ModelParts | None:
+        sizes = self._parts.get(spec.model_id)
+        return ModelParts(parts=sizes, workspace_bytes=WORKSPACE_BYTES) if sizes else None
+
+    def load(self, spec: ModelSpec, files: ModelFiles, placement: Placement | None = None) -> FakeEngine:
+        self.placements[spec.model_id] = placement
         if not self._lock.acquire(blocking=False):
             self.violations.append("two loads at once")
             self._lock.acquire()

@@ -59,7 +59,7 @@ from tests.testkit.pool_storm import a_folder, require, sum_needs
 
 BUDGET = 1000
 PARTS: dict[str, tuple[int, ...] | None] = {
-    "a": (300, *(200,) * 8),  # more than one device
+    "a": (300, *(200,) * 7),  # more than one device
     "b": (100, *(150,) * 12),
     "c": (200, *(400,) * 6),  # large layers: devices and main memory
     "d": (150, *(120,) * 5),  # fits on one device
