@@ -58,6 +58,19 @@ class ModelInfo(Struct, frozen=True, kw_only=True):
     ingredients: Ingredients | None = None
 
 
+class ModelShare(Struct, frozen=True, kw_only=True):
+    """What one host is charged for a model that is split over several.
+
+    `device_bytes`: of its device, with the workspace; `host_bytes`: of its part of main memory. `num_parts`: how many
+    parts of the model are on the device: its layers, and on the first host one for everything else.
+    """
+
+    host_id: str
+    device_bytes: int = 0
+    host_bytes: int = 0
+    num_parts: int = 0
+
+
 class ModelStatus(Struct, frozen=True, kw_only=True):
     """The status of one model on one host. Times are Unix seconds.
 
@@ -65,7 +78,8 @@ class ModelStatus(Struct, frozen=True, kw_only=True):
     estimated or measured; 0 if unknown. `need_workspace_bytes`: the additional memory of its largest forward pass;
     a guess until the first load. `bytes_by_dtype`: of the weights in each dtype that a load may take, where the
     registry lists several. `host_bytes` are charged against the host budget: of a parked model. `wake_s`: how long it
-    last took to come back from main memory; `wakes`: how often it has.
+    last took to come back from main memory; `wakes`: how often it has. `shares`: of a split model, whose
+    `weight_bytes` are those of the host alone, what each host is charged; empty for others.
     """
 
     model_id: str
@@ -96,6 +110,7 @@ class ModelStatus(Struct, frozen=True, kw_only=True):
     host_bytes: int = 0
     wake_s: float | None = None
     wakes: int = 0
+    shares: tuple[ModelShare, ...] = ()
 
 
 class HostSnapshot(Struct, frozen=True, kw_only=True):
@@ -163,7 +178,7 @@ class Event(Struct, frozen=True, kw_only=True):
 class Plan(Struct, frozen=True, kw_only=True):
     """The predicted effect of loading a model. `seconds` is an estimate from earlier loads, None if unknown.
 
-    `dtype`: what it would be loaded in, as the registry has it; `bytes_by_dtype`: see `ModelStatus`.
+    `dtype`: what it would be loaded in, as the registry has it; `bytes_by_dtype`, `shares`: see `ModelStatus`.
     """
 
     model_id: str
@@ -177,6 +192,7 @@ class Plan(Struct, frozen=True, kw_only=True):
     reason: str = ""
     dtype: str = ""
     bytes_by_dtype: dict[str, int] = {}
+    shares: tuple[ModelShare, ...] = ()
 
 
 class ModelFiles(Struct, frozen=True, kw_only=True):

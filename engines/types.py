@@ -12,6 +12,7 @@ from engines.status import Event as Event
 from engines.status import HostSnapshot as HostSnapshot
 from engines.status import ModelFiles as ModelFiles
 from engines.status import ModelInfo as ModelInfo
+from engines.status import ModelShare as ModelShare
 from engines.status import ModelStatus as ModelStatus
 from engines.status import Plan as Plan
 from engines.status import State as State

@@ -2,7 +2,7 @@
 
 Modules stay built: only the memory behind their tensors is allocated and freed, as `engines/models/parking.py` does, so
 that fused layers and tied weights go on to refer to them. accelerate's hooks put other tensors into modules instead,
-which a fused layer would not see (docs/decisions/0042-split-models.md).
+which a fused layer would not see (docs/decisions/032-split-models.md).
 """
 
 from collections.abc import Callable, Iterator
@@ -30,9 +30,9 @@ class HostLayer:
         self._places: list[tuple[UntypedStorage, int, Tensor]] = []
         self._buffer = torch.empty(0, dtype=torch.uint8)
         setattr(layer, _ATTRIBUTE, self)
-        for tensor in self._tensors():
-            moved = tensor.data.to(device)
-            tensor.data = moved if moved.untyped_storage().resizable() else moved.clone()
+        layer.to(device)
+        if not all(tensor.untyped_storage().resizable() for tensor in self._tensors()):  # mapped from files
+            layer._apply(torch.clone)
         self.keep()
         layer.register_forward_pre_hook(self._before)
         layer.register_forward_hook(self._after, always_call=True)

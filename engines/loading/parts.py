@@ -14,6 +14,7 @@ from engines.loading.preflight import empty_model
 from engines.loading.score_forms import score_form
 from engines.models.adapters import drop_pooler, layers_of
 from engines.models.base import EncoderConfig, layer_token_bytes
+from engines.precision import is_compared_at_load
 from engines.protocols import ModelParts
 from engines.spec import ModelSpec
 
@@ -21,7 +22,8 @@ from engines.spec import ModelSpec
 def measure_parts(folder: Folder, spec: ModelSpec, config: EncoderConfig, batch_tokens: int) -> ModelParts | None:
     """Measures a model's parts on a device; None where it cannot be split.
 
-    Only models that give vectors or weights of tokens by one stack of layers, in a floating-point dtype, are split.
+    Only models that give vectors or weights of tokens by one stack of layers, in a floating-point dtype, are split, and
+    none that its load would build in float32 too, to compare with.
 
     Args:
         batch_tokens: of the largest batch.
@@ -31,7 +33,7 @@ def measure_parts(folder: Folder, spec: ModelSpec, config: EncoderConfig, batch_
     """
     is_transformer = folder.modules is None or folder.modules[0].kind == "Transformer"
     is_plain = is_transformer and not folder.is_sparse_encoder and folder.adapter is None and spec.dtype != "int8"
-    if not is_plain or score_form(folder, spec) is not None:
+    if not is_plain or score_form(folder, spec) is not None or is_compared_at_load(spec):
         return None
     model_config = read_config(folder, spec)
     model = empty_model(model_class_of(model_config), model_config, trust_remote_code=spec.trust_remote_code)

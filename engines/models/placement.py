@@ -69,10 +69,10 @@ class PlacedModel:
         self, devices: Sequence[torch.device], in_host: Sequence[nn.Module], pin: Callable[[Tensor], bool]
     ) -> list[HostLayer]:
         host_layers = []
-        inside = {id(tensor) for group in self._by_device for layer in group for tensor in _tensors(layer)}
-        for tensor in _tensors(self._model):
-            if id(tensor) not in inside:
-                tensor.data = tensor.data.to(self._home)
+        inside = {module for group in self._by_device for layer in group for module in layer.modules()}
+        for module in self._model.modules():
+            if module not in inside:
+                module._apply(lambda tensor: tensor.to(self._home), recurse=False)
         for device, group in zip(devices, self._by_device, strict=True):
             for layer in group:
                 layer.register_forward_pre_hook(_Mover(device), with_kwargs=True)

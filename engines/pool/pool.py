@@ -86,7 +86,7 @@ class ModelPool:
         self._runner = EffectRunner(files, loader, estimates, runtime.workers, self._step_threadsafe, config.hang_s)
         self._verification = IdleVerification(self._runner, self._state, runtime.time, self.step, self._spawn)
         self._scanner = DiskScanner(self._runner, self.step, self._spawn)
-        self._view = StatusView(config.host_id, config.device, self._to_unix_s)
+        self._view = StatusView(config.host_id, config.device, self._to_unix_s, self._group.core)
         self._callers = Callers()
         self.interrupt = self._callers.interrupt_all
         self._tasks: set[asyncio.Task[None]] = set()

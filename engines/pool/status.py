@@ -11,8 +11,10 @@ from engines.pool.eviction import (
     missing_bytes,
     total_bytes,
 )
+from engines.pool.neighbours import Neighbours
 from engines.pool.reasons import blocked_by_pinned, known_bytes
 from engines.pool.slot import CHARGED, LEAVING, NO_MEMORY, MemoryNeed, Slot
+from engines.pool.split_status import SplitPrediction, shares_of
 from engines.pool.state import PoolState
 from engines.pool.victim_order import host_victim_order, victim_order, wake_seconds
 from engines.protocols import Engine
@@ -25,10 +27,13 @@ _CEILING_S = 60.0
 class StatusView:
     """Converts slots to public records; `to_unix_s` converts times of the pool's clock."""
 
-    def __init__(self, host_id: str, device: str, to_unix_s: Callable[[float], float]) -> None:
+    def __init__(
+        self, host_id: str, device: str, to_unix_s: Callable[[float], float], neighbours: Neighbours | None = None
+    ) -> None:
         self.host_id = host_id
         self.device = device
         self.to_unix_s = to_unix_s
+        self.neighbours = neighbours or Neighbours()
 
     def status(self, slot: Slot, engine: Engine | None, blocked: str = "") -> ModelStatus:
         """Builds the status of one slot. `engine`: None unless loaded. `blocked`: the load that hangs, or empty."""
@@ -66,6 +71,7 @@ class StatusView:
             host_bytes=slot.host_bytes,
             wake_s=slot.wake_s,
             wakes=slot.wakes,
+            shares=shares_of(slot.split, self.neighbours),
         )
 
     def snapshot(
@@ -102,7 +108,11 @@ class StatusView:
     def plan(self, state: PoolState, slot: Slot) -> Plan:
         """Predicts a load that begins now, as if no model were leased or within its minimum residency."""
         at, need = predict_form(state, slot)
-        evict, fits, reason = predict_load(state, slot)
+        split = SplitPrediction(state, slot)
+        if split.is_needed:
+            evict, fits, reason = split.evict, split.fits, split.reason
+        else:
+            evict, fits, reason = predict_load(state, slot)
         return Plan(
             model_id=slot.model_id,
             host_id=self.host_id,
@@ -115,6 +125,7 @@ class StatusView:
             reason=reason,
             dtype=(slot.spec.dtype, *slot.spec.smaller_dtypes)[at],
             bytes_by_dtype=bytes_by_dtype(slot),
+            shares=shares_of(slot.split or split.split, self.neighbours),
         )
 
 
@@ -168,6 +179,8 @@ def predict_load(state: PoolState, slot: Slot) -> tuple[Sequence[Slot], bool, st
         return (), True, f"{slot.state} already"  # (1)
     budget = state.budget_bytes
     if state.is_too_large(slot.need):
+        if slot.need is not None and slot.need.parts is not None:
+            return (), False, str(state.too_large(slot))  # (2)
         reason = f"needs {format_bytes(known_bytes(slot.need))} of a budget of {format_bytes(budget)}: it can never fit"
         return (), False, reason  # (2)
     if slot.need is None:

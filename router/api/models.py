@@ -135,13 +135,21 @@ def _model(server_state: ServerState, spec: ModelSpec, slots: Sequence[Slot]) ->
         prompts=info.prompts if info else spec.prompts,
         dtype=info.dtype if info else spec.dtype,
         bytes_by_dtype=nearest.bytes_by_dtype,
+        shares=nearest.shares,
         precision=info.precision if info else None,
         space=_spaces(info, spec) if info else None,
         device=nearest.device,
-        memory_bytes=sum(slot.weight_bytes + slot.workspace_bytes for slot in slots),
+        memory_bytes=sum(map(_device_bytes, slots)),
         revision=nearest.revision or spec.revision,
         trust_remote_code=spec.trust_remote_code,
     )
+
+
+def _device_bytes(slot: Slot) -> int:
+    """Returns what a model takes of all devices that it is split over."""
+    if slot.shares:
+        return sum(share.device_bytes for share in slot.shares)
+    return slot.weight_bytes + slot.workspace_bytes
 
 
 def _spaces(info: ModelInfo, spec: ModelSpec) -> dict[str, dict[str, str]] | None:

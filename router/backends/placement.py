@@ -198,10 +198,12 @@ def _key(model_id: str, need_bytes: int, host: HostSnapshot) -> Key:
 
 def _tier(need_bytes: int, host: HostSnapshot, status: ModelStatus | None, *, is_expected: bool) -> tuple[int, float]:
     is_stuck = bool(host.stuck) and status is not None and status.state not in ("ready", "warming")
-    if host.is_draining or status is None or is_stuck or need_bytes > host.budget_bytes:
+    if host.is_draining or status is None or is_stuck:
         return _NOT_NOW, float(host.is_draining)
-    if status.state in _RESIDENT:
+    if status.state in _RESIDENT:  # also a split model, which needs more than the host has
         return 1, _RESIDENT[status.state]
+    if need_bytes > host.budget_bytes:
+        return _NOT_NOW, 0.0
     claimed = host.claimed_bytes if not is_expected else max(0, host.claimed_bytes - need_bytes)
     missing = need_bytes + claimed - _free_bytes(host)
     used_at = _last_victim_used_at(host, missing) if missing > 0 else 0.0

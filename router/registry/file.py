@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from cronsim import CronSim, CronSimError
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from engines.spec import Dtype, Eviction, RerankTemplate, Task, Truncate
+from engines.spec import Dtype, Eviction, Offload, RerankTemplate, Task, Truncate
 from router.config.quantities import (
     BUDGET_PATTERN,
     DEVICE_PATTERN,
@@ -220,6 +220,7 @@ class Defaults(Struct, forbid_unknown_fields=True, kw_only=True):
     cache: CacheSize | UnsetType = UNSET
     cache_shared: bool | UnsetType = UNSET
     replicas: Count | UnsetType = UNSET
+    offload: Offload | UnsetType = UNSET
 
 
 class ModelEntry(Defaults, forbid_unknown_fields=True, kw_only=True):

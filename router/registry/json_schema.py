@@ -69,6 +69,8 @@ MEANINGS = {
     "cache_shared": "Whether keys share the cache. Faster if they send the same texts, but the response time then "
     "reveals whether another key has sent a text. Default: false.",
     "replicas": "Maximum number of devices that load the model at once, when one is too busy for it. Default: 1.",
+    "offload": "allowed: where no device can hold the model alone, its layers are split over the devices of the host, "
+    "and the last ones kept in main memory (memory.host_budget). Default: never.",
     "pooling": "Overrides the model's own pooling. The results of a list are concatenated in its order.",
     "prompts": "Prompt name (query, document, …) → text that is prepended to inputs. Added to the model's own "
     "prompts, and overrides them. Use double quotes: every space counts.",

@@ -9,7 +9,7 @@ from msgspec import Meta, Struct
 
 from engines.space import MAX_SPACE_CHARS
 from engines.spec import Matryoshka, Output, Precision, Task, Truncate
-from engines.types import State
+from engines.types import ModelShare, State
 
 MAX_INPUTS = 2048
 
@@ -224,7 +224,8 @@ class Model(Struct, frozen=True, kw_only=True):
     `outputs`: what it returns; `labels`: the names of a classifier's labels. Both are empty while unknown.
     `model_type`, `model_ability`: in Xinference's words, which its client asks for before it sends texts; a model whose
     task is not known yet counts as one for embeddings.
-    `bytes_by_dtype`: of the weights in each dtype that a load may take, where the registry lists several.
+    `bytes_by_dtype`: of the weights in each dtype that a load may take, where the registry lists several. `shares`: of
+    a model that is split, what each host is charged.
     `space`: the spaces of its vectors, by the name of the prompt (empty: none) and the width.
     `dimensions`: the width of its dense vectors; `vocab_size`: of the vocabulary that its sparse outputs index;
     `vector_width`: of its vectors of tokens. Null without such an output.
@@ -250,6 +251,7 @@ class Model(Struct, frozen=True, kw_only=True):
     prompts: dict[str, str] = {}
     dtype: str = "auto"
     bytes_by_dtype: dict[str, int] = {}
+    shares: tuple[ModelShare, ...] = ()
     precision: Precision | None = None
     space: dict[str, dict[str, str]] | None = None
     device: str = "auto"
