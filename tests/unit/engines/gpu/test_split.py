@@ -1,5 +1,5 @@
-"""A model that is split over two fake GPUs: no tensors of two devices meet. (Fake tensors have no memory to free, so that
-layers in main memory are tested on the CPU: `tests/unit/engines/test_split_models.py`.)"""
+"""A model that is split over two fake GPUs: no tensors of two devices meet. (Fake tensors have no memory to free, so
+that layers in main memory are tested on the CPU: `tests/unit/engines/test_split_models.py`.)"""
 
 import asyncio
 from pathlib import Path
@@ -40,6 +40,7 @@ def load(fake: FakeGpuKit, folder: Path, placement: Placement | None) -> Embeddi
     return engine
 
 
+@pytest.mark.slow
 def test_activations_follow_the_layers_from_gpu_to_gpu(fake: FakeGpuKit, folder: Path) -> None:
     whole = load(fake, folder, None)
     expected = np.frombuffer(fake.embed(whole, texts=TEXTS).vectors, dtype=np.float32)
