@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from msgspec import Struct
 
@@ -138,6 +138,18 @@ class Files(Protocol):
 class Loader(Protocol):
     """Builds engines from model folders, on one device."""
 
+    def load(self, spec: ModelSpec, files: ModelFiles) -> Engine:
+        """Builds the engine; blocks. The caller holds the load lock: only one load runs in a process at a time.
+
+        Raises:
+            BadModel, OutOfMemory.
+        """
+
+
+@runtime_checkable
+class SplitLoader(Loader, Protocol):
+    """A loader that can also split a model over devices; models of other loaders are never split."""
+
     def parts(self, spec: ModelSpec, files: ModelFiles) -> ModelParts | None:
         """Measures the parts of a model from its config.json; None where it cannot be split. Blocks. The caller holds
         the load lock.
@@ -146,10 +158,5 @@ class Loader(Protocol):
             BadModel.
         """
 
-    def load(self, spec: ModelSpec, files: ModelFiles, placement: Placement | None = None) -> Engine:
-        """Builds the engine, with a `placement` split over devices; blocks. The caller holds the load lock: only one
-        load runs in a process at a time.
-
-        Raises:
-            BadModel, OutOfMemory.
-        """
+    def load_split(self, spec: ModelSpec, files: ModelFiles, placement: Placement) -> Engine:
+        """Builds an engine whose layers are on several devices or in main memory; as `load`."""

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 from engines.device.flex import FlexSource
 from engines.device.scheduler import DeviceScheduler, Task, TaskSource
 from engines.errors import device_loss
-from engines.protocols import Engine, Loader, ModelParts, Placement
+from engines.protocols import Engine, Loader, ModelParts, Placement, SplitLoader
 from engines.spec import ModelSpec
 from engines.types import ModelFiles
 
@@ -160,13 +160,22 @@ class JournaledLoader:
         self._loader = loader
         self._scheduler = scheduler
 
-    def parts(self, spec: ModelSpec, files: ModelFiles) -> ModelParts | None:
-        """See `Loader.parts`."""
-        return self._loader.parts(spec, files)
-
-    def load(self, spec: ModelSpec, files: ModelFiles, placement: Placement | None = None) -> Engine:
+    def load(self, spec: ModelSpec, files: ModelFiles) -> Engine:
         """See `Loader.load`."""
+        return self._named(spec, lambda: self._loader.load(spec, files))
+
+    def parts(self, spec: ModelSpec, files: ModelFiles) -> ModelParts | None:
+        """See `SplitLoader.parts`."""
+        return self._loader.parts(spec, files) if isinstance(self._loader, SplitLoader) else None
+
+    def load_split(self, spec: ModelSpec, files: ModelFiles, placement: Placement) -> Engine:
+        """See `SplitLoader.load_split`."""
+        loader = self._loader
+        assert isinstance(loader, SplitLoader), "it has told the parts"
+        return self._named(spec, lambda: loader.load_split(spec, files, placement))
+
+    def _named(self, spec: ModelSpec, load: Callable[[], Engine]) -> Engine:
         with self._scheduler.journal.running(spec.model_id):
-            engine = self._loader.load(spec, files, placement)
+            engine = load()
         self._scheduler.names[engine] = spec.model_id
         return engine

@@ -7,7 +7,7 @@ which a fused layer would not see (docs/decisions/032-split-models.md).
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, UntypedStorage, nn
@@ -32,7 +32,7 @@ class HostLayer:
         setattr(layer, _ATTRIBUTE, self)
         layer.to(device)
         if not all(tensor.untyped_storage().resizable() for tensor in self._tensors()):  # mapped from files
-            layer._apply(torch.clone)
+            cast("Any", layer)._apply(torch.clone)
         self.keep()
         layer.register_forward_pre_hook(self._before)
         layer.register_forward_hook(self._after, always_call=True)

@@ -109,17 +109,25 @@ class TorchLoader:
         transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # untyped upstream
 
     def parts(self, spec: ModelSpec, files: ModelFiles) -> ModelParts | None:
-        """See `Loader.parts`."""
+        """See `SplitLoader.parts`."""
         config = self._encoder_config(SelfCheck(self._canaries), None)
         tokens = spec.max_batch_tokens or self._settings.max_batch_tokens or _BATCH_TOKENS[self._device.type]
         return measure_parts(read_files(files), spec, config, tokens)
 
-    def load(self, spec: ModelSpec, files: ModelFiles, placement: Placement | None = None) -> EmbeddingEngine:
+    def load(self, spec: ModelSpec, files: ModelFiles) -> EmbeddingEngine:
         """Builds the engine; see `Loader.load`."""
+        return self._load_guarded(spec, lambda: self._load(spec, files))
+
+    def load_split(self, spec: ModelSpec, files: ModelFiles, placement: Placement) -> EmbeddingEngine:
+        """See `SplitLoader.load_split`."""
+        return self._load_guarded(spec, lambda: self._load(spec, files, placement))
+
+    def _load_guarded(self, spec: ModelSpec, load: Callable[[], EmbeddingEngine]) -> EmbeddingEngine:
+        """Loads while requests are served, and translates errors of the device."""
         try:
             with warnings.catch_warnings(), throttled_load(LoadThrottle(self._scheduler.wait_for_short_tasks)):
                 warnings.simplefilter("ignore")
-                return self._load(spec, files, placement)
+                return load()
         except Exception as error:
             self._scheduler.report_error(error)
             if loss := device_loss(error):
@@ -128,7 +136,7 @@ class TorchLoader:
                 raise
             raise OutOfMemory(f"{self._device} has no memory left to load {spec.model_id}") from error
 
-    def _load(self, spec: ModelSpec, files: ModelFiles, placement: Placement | None) -> EmbeddingEngine:
+    def _load(self, spec: ModelSpec, files: ModelFiles, placement: Placement | None = None) -> EmbeddingEngine:
         folder = read_files(files)
         form = score_form(folder, spec)
         spaces = self._spaces(folder, spec) if form is None else None

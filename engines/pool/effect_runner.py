@@ -55,7 +55,7 @@ from engines.pool.messages import (
 )
 from engines.pool.runtime import LoaderTask, Workers
 from engines.pool.slot import LoadFailure, MemoryNeed, Slot
-from engines.pool.split_effects import PartsReader, placement_of
+from engines.pool.split_effects import PartsReader, load_engine, placement_of
 from engines.protocols import Engine, Files, Loader, Placement
 from engines.spec import ModelSpec
 from engines.types import Budget, ModelFiles
@@ -262,7 +262,7 @@ class EffectRunner:
         """
         self._check_unchanged(spec, files)
         try:
-            engine = self._loader.load(spec, files, placement)
+            engine = load_engine(self._loader, spec, files, placement)
         except BadModel:
             self._check_unchanged(spec, files)
             raise

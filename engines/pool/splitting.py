@@ -100,7 +100,7 @@ def with_measured(split: Split, event: WarmUpCompleted) -> Split:
     if not event.share_bytes:
         return split
     on_devices = [share for share in split.shares if share.need != NO_MEMORY]
-    shares = []
+    shares: list[Share] = []
     for share, weight_bytes in zip(on_devices, event.share_bytes, strict=False):
         need = MemoryNeed(weight_bytes=weight_bytes, workspace_bytes=event.workspace_bytes)
         shares.append(structs.replace(share, need=_share_need(need, weight_bytes, is_home=not shares)))

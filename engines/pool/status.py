@@ -109,6 +109,7 @@ class StatusView:
         """Predicts a load that begins now, as if no model were leased or within its minimum residency."""
         at, need = predict_form(state, slot)
         split = SplitPrediction(state, slot)
+        evict: Sequence[Slot]
         if split.is_needed:
             evict, fits, reason = split.evict, split.fits, split.reason
         else:

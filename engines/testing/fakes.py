@@ -172,7 +172,7 @@ class FakeLoader:
         parts: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
         self._parts = parts or {}
-        self.placements: dict[str, Placement | None] = {}
+        self.placements: dict[str, Placement] = {}
         self._outputs = outputs or {}
         self._weight_bytes = weight_bytes or {}
         self._workspace_bytes = workspace_bytes or {}
@@ -201,8 +201,11 @@ class FakeLoader:
         sizes = self._parts.get(spec.model_id)
         return ModelParts(parts=sizes, workspace_bytes=WORKSPACE_BYTES) if sizes else None
 
-    def load(self, spec: ModelSpec, files: ModelFiles, placement: Placement | None = None) -> FakeEngine:
+    def load_split(self, spec: ModelSpec, files: ModelFiles, placement: Placement) -> FakeEngine:
         self.placements[spec.model_id] = placement
+        return self.load(spec, files)
+
+    def load(self, spec: ModelSpec, files: ModelFiles) -> FakeEngine:
         if not self._lock.acquire(blocking=False):
             self.violations.append("two loads at once")
             self._lock.acquire()

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModel, BertConfig, BertTokenizerFast, PretrainedConfig, Qwen3Config
+from transformers import AutoModel, BertConfig, BertTokenizer, PretrainedConfig, Qwen3Config
 
 WORDS = ("the", "yard", "keeps", "cats", "dogs", "birds", "boats", "over", "old", "new", "red", "a", "b", "one", "two")
 TEXTS = ("the yard keeps old boats", "one", "two red birds over the yard keeps cats dogs a b", "new birds")
@@ -33,8 +33,9 @@ def write_model(folder: Path, config: PretrainedConfig) -> Path:
     """Writes a model with random weights and a small vocabulary."""
     folder.mkdir()
     (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
-    BertTokenizerFast(vocab=str(folder / "vocab.txt"), model_max_length=64).save_pretrained(folder)
+    BertTokenizer(vocab=str(folder / "vocab.txt"), model_max_length=64).save_pretrained(folder)
     torch.manual_seed(5)
-    model: Any = AutoModel.from_config(config)
+    kind: Any = AutoModel
+    model = kind.from_config(config)
     model.save_pretrained(folder)
     return folder

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from transformers import PretrainedConfig
 
 from engines.errors import ModelTooLarge
@@ -14,7 +15,7 @@ from engines.host import Host
 from engines.loading.loader import LoaderSettings
 from engines.machine import Machine, MachineConfig
 from engines.spec import ModelSpec, Offload
-from engines.types import Budget, EmbedCall
+from engines.types import Budget, EmbedCall, Embeddings
 from tests.testkit.split_models import TEXTS, bert_config, qwen3_config, write_model
 
 KB = 1000
@@ -41,12 +42,10 @@ def machine(spec: ModelSpec, devices: tuple[str, ...], budget: int, host_budget:
         here.close()
 
 
-def vectors(data: bytes) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    return np.frombuffer(data, dtype=np.float32).reshape(len(TEXTS), -1)
-
-
-async def embed(host: Host) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    return vectors((await host.run(EmbedCall(model_id="m", texts=TEXTS))).vectors)
+async def embed(host: Host) -> NDArray[np.float32]:
+    result = await host.run(EmbedCall(model_id="m", texts=TEXTS))
+    assert isinstance(result, Embeddings)
+    return np.frombuffer(result.vectors, dtype=np.float32).reshape(len(TEXTS), -1)
 
 
 async def sampled(hosts: tuple[Host, ...], until: asyncio.Task[object]) -> list[tuple[int, int, int, int]]:

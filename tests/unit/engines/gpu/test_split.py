@@ -35,7 +35,10 @@ def load(fake: FakeGpuKit, folder: Path, placement: Placement | None) -> Embeddi
     loader = TorchLoader(str(GPU), fake.lane, fake.threads, LoaderSettings(max_batch_tokens=64))
     files = ModelFiles(path=str(folder), revision="r1", size_bytes=0)
     spec = ModelSpec(model_id="m", source=str(folder), dtype="float32")
-    engine = fake.call(lambda: loader.load(spec, files, placement))
+    if placement is None:
+        engine = fake.call(lambda: loader.load(spec, files))
+    else:
+        engine = fake.call(lambda: loader.load_split(spec, files, placement))
     asyncio.run(engine.warm_up())
     return engine
 

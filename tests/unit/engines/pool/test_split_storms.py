@@ -6,6 +6,7 @@ import pytest
 from msgspec import structs
 
 from engines.pool import split_admission, splitting
+from engines.pool.neighbour_messages import NeighbourEvicts
 from engines.pool.neighbours import Neighbours
 from engines.pool.slot import NO_MEMORY, Share, Slot, Split
 from engines.pool.split_admission import SplitAdmission
@@ -83,7 +84,7 @@ def a_split_model_is_parked(patch: Patch) -> None:
 def leases_of_guests_are_ignored(patch: Patch) -> None:
     """A model whose requests run is freed for another pool's claim."""
 
-    def leave(state: PoolState, event: split_admission.NeighbourEvicts) -> None:
+    def leave(state: PoolState, event: NeighbourEvicts) -> None:
         slot = state.slots.get(event.slot_id)
         if slot is not None and slot.state == "ready":
             state.move(slot, "draining", event.cause, event.claimant)
