@@ -180,11 +180,10 @@ class TorchLoader:
             vocab_size=facts.vocab_size,
             vector_width=facts.vector_width,
             pooling=facts.pooling_modes,
+            share_bytes=share_bytes_of(encoder, cache_bytes := spec.cache_bytes if self._device.type == "cpu" else 0),
         )
         resolved = with_default_prompt(spec, folder.default_prompt, prompts)
-        identity = [spec.model_id, files.revision, dtype, self._device.type, spec.pooling, spec.max_tokens]
-        identity += facts.outputs if facts.outputs != ("dense",) else ()  # the rows of a check are others then
-        key = fingerprint(identity if scoring is None else [*identity, spec.template, spec.default_prompt, "scores"])
+        key = self._canary_key(spec, files.revision, built)
         probes = _probe_tokenizer(built)
 
         def check() -> tuple[ModelInfo, int, int]:
@@ -193,12 +192,7 @@ class TorchLoader:
                 notes = (*dtype_notes(spec.dtype, dtype, compute_capability(self._device)), *notes)
             precision = gate.check(encoder, tokenizer, dtype, self._own_seconds)
             found = structs.replace(
-                info,
-                attention=encoder.attention,
-                path=encoder.path,
-                notes=notes,
-                precision=precision,
-                share_bytes=share_bytes_of(encoder),
+                info, attention=encoder.attention, path=encoder.path, notes=notes, precision=precision
             )
             return found, size + encoder.extra_bytes(), workspace
 
@@ -212,8 +206,16 @@ class TorchLoader:
             lengths = partial(facts.lengths_of, own=tokenizer) if facts.has_sides else None
             spaces.describe(resolved, info, partial(with_numeric, dtype=dtype), lengths)
         # The vector cache is in main memory, which is part of a CPU's budget but not of a GPU's.
-        size = weight_bytes(encoder) + (spec.cache_bytes if self._device.type == "cpu" else 0)
+        size = weight_bytes(encoder) + cache_bytes
         return EmbeddingEngine(parts, self._scheduler, self._threads, limits, check, self._free_memory, size)
+
+    def _canary_key(self, spec: ModelSpec, revision: str, built: Built) -> str:
+        """Returns the key of the vectors that every later load must give again."""
+        outputs = built.facts.outputs
+        identity = [spec.model_id, revision, built.dtype, self._device.type, spec.pooling, spec.max_tokens]
+        identity += outputs if outputs != ("dense",) else ()  # the rows of a check are others then
+        is_scored = built.scoring is not None
+        return fingerprint([*identity, spec.template, spec.default_prompt, "scores"] if is_scored else identity)
 
     def _spaces(self, folder: Folder, spec: ModelSpec) -> ModelSpaces | None:
         """Begins to hash the files as they are before the load. None: one is missing, so that the load fails too."""
@@ -311,10 +313,17 @@ def _build(folder: Folder, spec: ModelSpec, config: EncoderConfig, form: Form | 
     return build_sparse(folder, spec, config) if folder.is_sparse_encoder else build(folder, spec, config)
 
 
-def share_bytes_of(encoder: LoadedEncoder) -> tuple[int, ...]:
-    """Returns the bytes of weights on each device of a split model, then in main memory; nothing for others."""
+def share_bytes_of(encoder: LoadedEncoder, home_bytes: int = 0) -> tuple[int, ...]:
+    """Returns the bytes of weights on each device of a split model, then in main memory; nothing for others.
+
+    Args:
+        home_bytes: what else is at home.
+    """
     placed = encoder.placed if isinstance(encoder, TransformerEncoder) else None
-    return () if placed is None else placed.share_bytes(encoder.tensors())
+    if placed is None:
+        return ()
+    home, *others = placed.share_bytes(encoder.tensors())
+    return (home + home_bytes, *others)
 
 
 def reserved_workspace_bytes(encoder: LoadedEncoder, batch_tokens: int, num_threads: int) -> int:

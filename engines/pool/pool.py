@@ -250,7 +250,8 @@ class ModelPool:
         """Passes one event to the state machine and executes all its effects before returning."""
         for effect in self._machine.handle(event, self._runtime.time.now_s()):
             self._execute(effect)
-        self._group.deliver()
+        if self._group.queue:
+            self._group.deliver()
         if self._state.is_draining and not self._state.holds_memory():
             self._freed.set()
 

@@ -13,12 +13,13 @@ class PoolGroup:
 
     Attributes:
         core: what their state machines share.
+        queue: messages that are not delivered yet.
     """
 
     def __init__(self) -> None:
         self.core = Neighbours()
         self._steps: list[Callable[[PoolEvent], None]] = []
-        self._queue: deque[Notify] = deque()
+        self.queue: deque[Notify] = deque()
         self._is_delivering = False
 
     def join(self, name: str, device: str, step: Callable[[PoolEvent], None]) -> None:
@@ -29,7 +30,7 @@ class PoolGroup:
 
     def post(self, notice: Notify) -> None:
         """Queues a message, for `deliver`."""
-        self._queue.append(notice)
+        self.queue.append(notice)
 
     def deliver(self) -> None:
         """Delivers all messages, each as a step of its own; those of these steps too. Does nothing inside a step that
@@ -38,8 +39,8 @@ class PoolGroup:
             return
         self._is_delivering = True
         try:
-            while self._queue:
-                notice = self._queue.popleft()
+            while self.queue:
+                notice = self.queue.popleft()
                 self._steps[notice.pool](notice.event)
         finally:
             self._is_delivering = False

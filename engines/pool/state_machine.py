@@ -156,7 +156,8 @@ class PoolStateMachine:
         A handler returns True if no other model can be affected; admission is skipped then (the warm path).
         """
         self.state.now_s, self.state.effects = now_s, []
-        self.state.neighbours.set_time(now_s)
+        if self.state.neighbours.is_used:
+            self.state.neighbours.set_time(now_s)
         if not self._handlers[type(event)](event):
             self.admission.assign()
             is_notice = isinstance(event, NeighbourChanged | NeighbourEvicts | ReadingWanted)

@@ -110,7 +110,9 @@ USED_BYTES = _gauge("used_bytes", "host", "Weights charged to the budget")
 WORKSPACE_BYTES = _gauge("workspace_bytes", "host", "Reserved for the forward passes that may run at once")
 FREE_BYTES = _gauge("free_bytes", "host", "What the budget has left")
 BUDGET_BYTES = _gauge("budget_bytes", "host", "What models may take of the device")
-HOST_USED_BYTES = _gauge("host_used_bytes", "host", "Main memory charged to the host budget, for parked models")
+HOST_USED_BYTES = _gauge(
+    "host_used_bytes", "host", "Main memory charged to the host budget, for parked models and layers of split ones"
+)
 HOST_BUDGET_BYTES = _gauge(
     "host_budget_bytes", "host", "Main memory that parked models may take; 0 where none are parked"
 )

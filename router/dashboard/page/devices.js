@@ -97,13 +97,15 @@ function isUnderPressure(store, device) {
 }
 
 function resident(store, device, id, marked) {
-  const slot = store.slot(id, device.host_id);
-  const size = slot?.weight_bytes ?? 0;
+  const split = store.splitSlot(id, device.host_id);
+  const slot = split ?? store.slot(id, device.host_id);
+  const place = split?.shares.findIndex((share) => share.host_id === device.host_id);
+  const size = place > 0 ? split.shares[place].device_bytes : slot?.weight_bytes ?? 0;
   const idle = slot?.last_used_at ? now() - slot.last_used_at : null;
   const isBusy = Boolean(slot?.leases || slot?.queue_items);
   return {
     key: id,
-    name: id,
+    name: split ? t("devices.part", { model: id, part: place + 1, parts: split.shares.length }) : id,
     bytes: size,
     size: bytes(size),
     state: slot?.state ?? "ready",

@@ -39,6 +39,7 @@ function planWords(store, verb, plan) {
     const host = store.deviceName(plan.host_id);
     const [need, free] = [bytes(plan.need_bytes), bytes(plan.free_bytes)];
     lines.push(plan.need_bytes ? t("plan.needs", { need, free, host }) : t("plan.unknown"));
+    if (plan.shares?.length) lines.push(plan.shares.flatMap((share) => shareWords(store, share)));
     if (plan.state === "absent") lines.push(t("plan.download"));
     lines.push(plan.evict.length ? t("plan.leaves") : t("plan.nobody"));
     if (plan.evict.length) lines.push(plan.evict.map((id) => victimWords(store.slot(id, plan.host_id), id)));
@@ -46,6 +47,12 @@ function planWords(store, verb, plan) {
   }
   if (verb === "pin") lines.push(t("plan.pinned"));
   return lines;
+}
+
+function shareWords(store, share) {
+  const host = store.deviceName(share.host_id);
+  const places = [["plan.share", share.device_bytes], ["plan.shareHost", share.host_bytes]];
+  return places.filter(([, size]) => size).map(([word, size]) => t(word, { bytes: bytes(size), host }));
 }
 
 function victimWords(slot, id) {

@@ -60,6 +60,11 @@ export class Store {
     return device && isAlone ? device : hostId;
   }
 
+  /** Returns the slot of a model that is split, if this host has a share of it. */
+  splitSlot(modelId, hostId) {
+    return this.slots.find((slot) => slot.id === modelId && slot.shares?.some((share) => share.host_id === hostId));
+  }
+
   slot(modelId, hostId) {
     return this.slots.find((slot) => slot.id === modelId && (!hostId || slot.host_id === hostId));
   }

@@ -37,6 +37,7 @@ OTHER: dict[str, Any] = {
     "warm": True,
     "preload_at": "0 8 * * *",
     "replicas": 2,
+    "offload": "allowed",
     "trust_remote_code": True,
     "max_batch_tokens": 64,
     "cache_bytes": 2**20,
