@@ -165,6 +165,7 @@ class TorchLoader:
         encoder, tokenizer, dtype, scoring, facts = built
         checksums.check()
         prompts = {**folder.prompts, **spec.prompts}
+        cache_bytes = spec.cache_bytes if self._device.type == "cpu" else 0  # in main memory: of a CPU's budget alone
         info = ModelInfo(
             dimensions=facts.dimensions,
             max_tokens=(facts.document_tokenizer or tokenizer).max_tokens,
@@ -180,7 +181,7 @@ class TorchLoader:
             vocab_size=facts.vocab_size,
             vector_width=facts.vector_width,
             pooling=facts.pooling_modes,
-            share_bytes=share_bytes_of(encoder, cache_bytes := spec.cache_bytes if self._device.type == "cpu" else 0),
+            share_bytes=share_bytes_of(encoder, cache_bytes),
         )
         resolved = with_default_prompt(spec, folder.default_prompt, prompts)
         key = self._canary_key(spec, files.revision, built)
@@ -191,21 +192,19 @@ class TorchLoader:
             if isinstance(encoder, TransformerEncoder):
                 notes = (*dtype_notes(spec.dtype, dtype, compute_capability(self._device)), *notes)
             precision = gate.check(encoder, tokenizer, dtype, self._own_seconds)
-            found = structs.replace(
-                info, attention=encoder.attention, path=encoder.path, notes=notes, precision=precision
-            )
+            paths = {"attention": encoder.attention, "path": encoder.path}
+            found = structs.replace(info, **paths, notes=notes, precision=precision)
             return found, size + encoder.extra_bytes(), workspace
 
         tokens, tuner = self._batch_tokens(spec, encoder, tokenizer, f"{files.revision} {dtype}")
         limits = self._limits(tokens, self._default_width(spec, info, folder.truncate_dim))
-        largest = max(CANDIDATES[self._device.type]) if tuner is not None else tokens
+        largest = tokens if tuner is None else max(CANDIDATES[self._device.type])
         workspace = reserved_workspace_bytes(encoder, largest, self._scheduler.num_threads)
         parkable = ParkableEncoder(encoder, self._device, partial(self_check.check_woken, encoder.paths))
         parts = Parts(encoder, tokenizer, resolved, info, tuner, scoring, facts, spaces, parkable)
         if spaces is not None:
             lengths = partial(facts.lengths_of, own=tokenizer) if facts.has_sides else None
             spaces.describe(resolved, info, partial(with_numeric, dtype=dtype), lengths)
-        # The vector cache is in main memory, which is part of a CPU's budget but not of a GPU's.
         size = weight_bytes(encoder) + cache_bytes
         return EmbeddingEngine(parts, self._scheduler, self._threads, limits, check, self._free_memory, size)
 
