@@ -9,7 +9,7 @@ class NeighbourChanged(Struct, frozen=True):
 
 class NeighbourEvicts(Struct, frozen=True):
     """Another pool needs memory that a model of this pool holds, on a device or in main memory. Ignored unless the
-    model is ready, or parked without a claim."""
+    model is ready or parked."""
 
     slot_id: int
     cause: str

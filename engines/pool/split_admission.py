@@ -155,7 +155,7 @@ class SplitAdmission:
             candidates = [
                 other
                 for other in held
-                if can_leave_host(other, pool.rules, self.state.now_s)
+                if self._may_leave_host(other, pool, slot)
                 or self._may_leave(other, pool, slot, even_leased=even_leased)
             ]
             left = choose_parked_victims(candidates, missing, host_victim_order(pool))
@@ -163,6 +163,13 @@ class SplitAdmission:
                 return None
             found |= {victim.slot_id: Victim(victim, pool, missing) for victim in left}
         return list(found.values())
+
+    def _may_leave_host(self, other: Slot, pool: PoolState, claimant: Slot) -> bool:
+        """Tells whether a parked model may leave main memory; also one that waits behind the claim, as it could not
+        come back before."""
+        if other.claim is not None and other.claim > (claimant.claim or 0):
+            other = structs.replace(other, claim=None)
+        return can_leave_host(other, pool.rules, self.state.now_s)
 
     def _may_leave(self, other: Slot, pool: PoolState, claimant: Slot, *, even_leased: bool) -> bool:
         rules, now_s = pool.rules, self.state.now_s
@@ -199,14 +206,15 @@ def evict(state: PoolState, home: int, event: NeighbourEvicts) -> None:
 def leave(state: PoolState, event: NeighbourEvicts) -> None:
     """Begins to free a model of this pool for a claim of this or another pool. Three cases:
 
-    1. ready and not pinned: drains;  2. parked, without a claim: leaves main memory;  3. it has changed meanwhile.
+    1. ready and not pinned: drains;  2. parked: leaves main memory, and is loaded from its files if it has a claim;
+    3. it has changed meanwhile.
     """
     slot = state.slots.get(event.slot_id)
     if slot is None or slot.is_pinned or state.blocked:
         return  # (3)
     if slot.state == "ready":
         state.drain(slot, event.cause, event.claimant, event.missing_bytes)  # (1)
-    elif slot.state == "parked" and slot.claim is None:
+    elif slot.state == "parked":
         state.unload(slot, event.cause)  # (2)
 
 

@@ -188,6 +188,8 @@ class SplitStorm:
             self.charges[event.slot_id].on_device = {}
         if isinstance(event, WakeCompleted):
             self.charges[event.slot_id].in_host = {}
+        if isinstance(event, WarmUpCompleted) and not event.share_bytes:  # was charged by a guess, after a failure
+            self.allowances[pool] = max(self.allowances[pool], self.used(pool))
         self.step(pool, event)
 
     def settle(self) -> None:
