@@ -4,13 +4,14 @@ from collections.abc import Sequence
 
 from msgspec import structs
 
-from engines.pool.eviction import choose_victims, never_fits, victim_order
+from engines.pool.eviction import choose_victims, never_fits
 from engines.pool.neighbours import Neighbours
 from engines.pool.reasons import cannot_be_split
 from engines.pool.slot import Share, Slot, Split
 from engines.pool.split_admission import describe
 from engines.pool.splitting import must_split, pools_of, target
 from engines.pool.state import PoolState
+from engines.pool.victim_order import victim_order
 from engines.types import ModelShare
 
 
@@ -54,7 +55,7 @@ class SplitPrediction:
             devices = sum(pool.budget_bytes for pool in pools)
             self.reason = cannot_be_split(slot, devices, sum(pool.host_budget_bytes for pool in pools))
             return
-        self.evict = _evicted(pools, self.split, state.now_s)
+        self.evict = _evicted(pools, self.split)
         self.reason = f"split: {describe(state, self.split)}"
         if self.evict:
             self.reason += "; other models are evicted once idle"
@@ -69,14 +70,14 @@ class SplitPrediction:
         self.reason = "will be split over the devices of this host; where is known once its files are on disk"
 
 
-def _evicted(pools: Sequence[PoolState], split: Split, now_s: float) -> tuple[Slot, ...]:
+def _evicted(pools: Sequence[PoolState], split: Split) -> tuple[Slot, ...]:
     """Returns the models that leave the devices, each once."""
     found: dict[int, Slot] = {}
     for pool in pools:
         share = split.share_of(pool.index) or Share(pool=pool.index)
         staying = [slot for slot in pool.charged() if slot.slot_id not in found]
         movable = [slot for slot in staying if not slot.is_pinned]
-        order = victim_order(pool.rules, now_s)
+        order = victim_order(pool)
         victims = choose_victims(staying, movable, share.need, pool.budget_bytes, order) or ()
         found |= {victim.slot_id: victim for victim in victims}
     return tuple(found.values())
