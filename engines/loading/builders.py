@@ -9,6 +9,7 @@ import torch
 from msgspec import structs
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, PretrainedConfig
+from transformers.models.auto.auto_factory import _get_model_class
 
 from engines.batching.outputs import OutputFacts
 from engines.batching.scores import Scoring
@@ -26,6 +27,7 @@ from engines.loading.multi_vector import TokenFacts, build_token_head
 from engines.loading.preflight import check_counts, check_proportions
 from engines.loading.static import build_static
 from engines.loading.tokenizer import ModelFacts, read_reference
+from engines.loading.weight_reader import WeightReader
 from engines.models.adapters import Positions, drop_pooler, unused_weights
 from engines.models.base import EncoderConfig, LoadedEncoder
 from engines.models.cuda_graphs import capturer_for
@@ -253,24 +255,17 @@ def read_model(
     process (SIGBUS), overwriting it changes vectors. Files that are written in place are therefore read into memory.
 
     Args:
-        device: where it will run; it is returned on the CPU.
+        device: where it will run; what is not read straight onto it is returned on the CPU.
         model_class: transformers' class of a model with a head; None is the model without one.
     """
     dtype = choose_dtype(spec, config, device)
     stored = dtype if folder.adapter is None else torch.float32
-    is_copied = device.type == "cpu" and is_writable_in_place(spec.source)
     has_head = model_class is not None
     model_class = model_class or model_class_of(config)
     shards = _listed_shards(folder.weights)
     check_proportions(model_class, config, folder.weights, shards, trust_remote_code=spec.trust_remote_code)
     try:
-        model, report = model_class.from_pretrained(
-            folder.weights, config=config, dtype=stored, trust_remote_code=spec.trust_remote_code,
-            local_files_only=True, output_loading_info=True, disable_mmap=is_copied or None,
-        )  # fmt: skip
-        if is_copied and ".bin" in _weight_file_name(folder.weights):  # transformers maps pickled files in any case
-            for tensor in (*model.parameters(), *model.buffers()):
-                tensor.data = tensor.data.clone()
+        model, report = _load(_Source(folder, spec, config, device, shards), model_class, stored)
     # A corrupt pickle may raise any exception.
     except Exception as error:
         if is_device_error(error):  # not a reason to download intact files again
@@ -287,6 +282,66 @@ def read_model(
 def model_class_of(config: PretrainedConfig) -> Any:
     """Returns transformers' class of the model without a head."""
     return AutoModelForTextEncoding if config.model_type in _ENCODER_ONLY_OF else AutoModel
+
+
+class _Source(NamedTuple):
+    """What a model is made from; `shards` are the weight files that an index lists."""
+
+    folder: Folder
+    spec: ModelSpec
+    config: PretrainedConfig
+    device: torch.device
+    shards: list[str]
+
+    @property
+    def files(self) -> list[str]:
+        """The safetensors files, as transformers chooses them; none where the weights are pickled."""
+        return ["model.safetensors"] if (self.folder.weights / "model.safetensors").exists() else self.shards
+
+
+def _load(source: _Source, model_class: Any, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """Makes a model with its weights; returns it with transformers' report of what was missing. Three cases:
+
+    1. safetensors that may be written in place: read straight into their places;  2. other safetensors, those on the
+    way to a GPU, where no GPU has run the reader yet, and what needs transformers' own way (its own code, quantised
+    files): transformers maps them, or reads them where they may be written in place;  3. pickled weights: transformers
+    maps them in any case.
+    """
+    folder, spec, config, device, _ = source
+    options = {"dtype": dtype, "local_files_only": True, "output_loading_info": True}
+    is_copied = device.type == "cpu" and is_writable_in_place(spec.source)
+    library = _library_class(model_class, config, spec) if is_copied else None
+    if library is not None and source.files:
+        kind, own_config = library
+        with WeightReader(folder.weights, source.files, device) as reader:
+            if reader.can_read_all:
+                model, report = kind.from_pretrained(None, config=own_config, state_dict=reader.tensors(), **options)
+                return model, report  # (1)
+    model, report = model_class.from_pretrained(
+        folder.weights, config=config, trust_remote_code=spec.trust_remote_code, disable_mmap=is_copied or None,
+        **options,
+    )  # fmt: skip
+    if is_copied and ".bin" in _weight_file_name(folder.weights):
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone()  # (3)
+    return model, report  # (2)
+
+
+def _library_class(model_class: Any, config: PretrainedConfig, spec: ModelSpec) -> tuple[Any, PretrainedConfig] | None:
+    """Returns transformers' own class for a config, and the part of the config that it takes, as its auto classes do.
+
+    None: the model needs the auto class itself, or more of its files than the weights.
+    """
+    is_plain = not spec.trust_remote_code and getattr(config, "quantization_config", None) is None
+    if not is_plain or getattr(config, "transformers_weights", None) or type(config).extra_files:
+        return None
+    if type(config) not in model_class._model_mapping:
+        return None
+    kind: Any = _get_model_class(config, model_class._model_mapping)  # type: ignore[no-untyped-call]  # untyped upstream
+    if not kind.__module__.startswith("transformers."):
+        return None
+    part = config.sub_configs.get("text_config")
+    return kind, config.get_text_config() if part is not None and kind.config_class == part else config
 
 
 def _check_complete(absent: Sequence[str], folder: Folder, spec: ModelSpec, config: PretrainedConfig) -> None:

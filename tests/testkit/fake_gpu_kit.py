@@ -18,8 +18,9 @@ from torch.utils._pytree import tree_flatten
 from engines.batching.engine import EmbeddingEngine
 from engines.device.scheduler import DeviceScheduler
 from engines.inputs.tokenizer_threads import TokenizerThreads
-from engines.loading import builders, module_weights, scorers
+from engines.loading import builders, module_weights, scorers, weight_reader
 from engines.loading.loader import LoaderSettings, TorchLoader
+from engines.loading.weight_reader import WeightReader
 from engines.models import adapters, base, cuda_graphs
 from engines.spec import ModelSpec
 from engines.types import EmbedCall, Embeddings, ModelFiles
@@ -27,6 +28,8 @@ from tests.testkit.encoders import FakeGraphCapturer
 from tests.testkit.fake_gpu import GPU, FakeGpu, twin
 
 Result = TypeVar("Result")
+
+CPU = torch.device("cpu")
 
 CAPABILITY = (9, 0)
 """An H100's or H200's."""
@@ -159,6 +162,16 @@ def _numpy(tensor: FakeTensor) -> Any:
         return twin(tensor).numpy()
 
 
+def _bytes_of_twin(bytes_at: Callable[[Tensor], memoryview]) -> Callable[[Tensor], memoryview]:
+    """Returns the function that gives a tensor's memory, for fake ones too."""
+
+    def of_twin(tensor: Tensor) -> memoryview:
+        with _disable_current_modes():
+            return bytes_at(twin(tensor))
+
+    return of_twin
+
+
 def _set_data(tensor: FakeTensor, value: Tensor) -> None:
     Tensor.data.__set__(tensor, value)  # type: ignore[attr-defined]  # a getset descriptor
     setattr(tensor, "twin", twin(value))  # noqa: B010  # torch's class has no such attribute
@@ -183,6 +196,9 @@ def imitated(gpu: FakeGpu) -> Iterator[None]:
         imports = transformers.utils.import_utils
         patch.setattr(imports, "is_fake_tensor", lambda tensor: False)  # values of ours can be read
         patch.setattr(imports, "is_cuda_stream_capturing", lambda: gpu.is_capturing)
+        # Fake tensors cannot be put into a model that transformers makes outside: it is moved afterwards, as a whole.
+        patch.setattr(builders, "WeightReader", lambda folder, files, _: WeightReader(folder, files, CPU))
+        patch.setattr(weight_reader, "_bytes_at", _bytes_of_twin(weight_reader._bytes_at))
         for module in (builders, scorers):  # both import them by name
             patch.setattr(module, "read_model", _outside(_counted(gpu, module.read_model)))
             patch.setattr(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor
 
@@ -12,12 +13,13 @@ from benchmarks.lib import vocabularies
 from benchmarks.lib.engine_kit import Kit
 from benchmarks.lib.models import bert_config, save, transformer
 from engines.batching.engine import EmbeddingEngine
-from engines.loading import builders
+from engines.loading import builders, weight_reader
 from engines.loading.loader import LoaderSettings, TorchLoader
+from engines.loading.weight_reader import WeightReader
 from engines.models.transformer import TransformerEncoder
 from engines.spec import ModelSpec
 from engines.types import ModelFiles
-from tests.testkit.fake_gpu import GPU
+from tests.testkit.fake_gpu import GPU, twin
 from tests.testkit.fake_gpu_families import encoder_of
 from tests.testkit.fake_gpu_kit import FakeGpuKit
 
@@ -115,3 +117,23 @@ def test_a_path_that_failed_is_checked_again_on_the_gpu(fake: FakeGpuKit, kit: K
 
     assert encoder.path == encoder._chosen == "graphed"
     assert [finding for finding in fake.gpu.take() if finding.kind == "device"] == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_read_in_blocks_onto_the_gpu_where_their_dtype_changes(
+    fake: FakeGpuKit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(weight_reader, "STAGING_BYTES", 4096)
+    stored = torch.arange(-3000.0, 3000.0).reshape(60, 100) / 7
+    save_file({"a": stored}, tmp_path / "model.safetensors")
+    with WeightReader(tmp_path, ["model.safetensors"], GPU) as reader:
+        before = held(fake)
+        fake.gpu.reset_peak()
+
+        made = fake.call(lambda: reader.read("a", dtype))
+
+        peak = {kind: fake.gpu.peak_bytes[kind] - before[kind] for kind in before}
+    assert made.device.type == "cuda"
+    assert torch.equal(twin(made), stored.to(dtype))
+    assert peak["cpu"] <= weight_reader.STAGING_BYTES
+    assert peak["cuda"] <= made.nbytes + weight_reader.STAGING_BYTES

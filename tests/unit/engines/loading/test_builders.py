@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from structlog.testing import capture_logs
-from transformers import AutoModel, BartConfig, BertModel
+from transformers import BartConfig, BertModel
 
 from benchmarks.lib import vocabularies
 from benchmarks.lib.engine_kit import Kit, assert_same, embed, encode
@@ -60,7 +60,7 @@ def test_a_file_that_memory_does_not_suffice_for_is_not_broken(
     def load(*args: Any, **options: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(AutoModel, "from_pretrained", load)
+    monkeypatch.setattr(BertModel, "from_pretrained", load)
 
     with pytest.raises(OutOfMemory):
         kit.load(folder)

@@ -16,7 +16,9 @@ from benchmarks.lib import vocabularies
 from benchmarks.lib.engine_kit import Kit
 from benchmarks.lib.models import RECIPES, configure, edit_json
 from engines.errors import BrokenFiles
+from engines.loading import builders
 from engines.loading.preflight import check_proportions
+from engines.loading.weight_reader import WeightReader
 from tests.testkit.model_folders import write_json
 from tests.testkit.refusals import refusal
 
@@ -31,15 +33,20 @@ def folder(kit: Kit, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Records the folders whose weights transformers loads, except the intact one that `refusal` loads afterwards."""
+    """Records the folders whose weights are loaded, except the intact one that `refusal` loads afterwards."""
     loaded: list[str] = []
-    load = AutoModel.from_pretrained
+    load, read = AutoModel.from_pretrained, WeightReader
 
     def note(path: Path, **options: Any) -> Any:
         loaded.append(Path(path).name)
         return load(path, **options)
 
+    def note_read(path: Path, *options: Any) -> Any:
+        loaded.append(path.name)
+        return read(path, *options)
+
     monkeypatch.setattr(AutoModel, "from_pretrained", note)
+    monkeypatch.setattr(builders, "WeightReader", note_read)
     return loaded
 
 
