@@ -1,7 +1,8 @@
 """Builds model folders to measure on: MiniLM from its Python package, and random weights in sizes of well-known models.
 
-Speed does not depend on what the weights are, so no download is needed. Every folder reads up to 512 tokens, pools by
-the mean (`qwen3-0.6b-last` by the last token) and normalises; every program under test is given the same folder.
+Speed does not depend on what the weights are, so no download is needed. All have MiniLM's tokenizer, with as many
+unused pieces as the model's table of tokens has more rows. Every folder reads up to 512 tokens, pools by the mean
+(`qwen3-0.6b-last` by the last token) and normalises; every program under test is given the same folder.
 """
 
 import importlib.util
@@ -87,12 +88,23 @@ def build(name: str, folder: Path) -> None:
 
 
 def save_random(folder: Path, config: PretrainedConfig, kind: type[PreTrainedModel]) -> None:
-    """Write a folder with random weights of that shape, and MiniLM's tokenizer."""
+    """Write a folder with random weights of that shape, and MiniLM's tokenizer in that size."""
     torch.manual_seed(7)
     # Both constructor and saving are untyped upstream.
     model: Any = kind(config)
     model.save_pretrained(folder)
     add_files(folder, minilm_package(), json.loads((folder / "config.json").read_text()))
+    _enlarge_vocabulary(folder, config.vocab_size)
+
+
+def _enlarge_vocabulary(folder: Path, size: int) -> None:
+    """Add pieces that no text has, up to `size`: a loader reads as many as the model's own tokenizer has."""
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary |= {f"[unused-{number}]": number for number in range(len(vocabulary), size)}
+    path.write_text(json.dumps(tokenizer, ensure_ascii=False))
+    (folder / "vocab.txt").write_text("".join(f"{piece}\n" for piece in sorted(vocabulary, key=vocabulary.__getitem__)))
 
 
 def add_files(folder: Path, source: Path, config: dict[str, Any]) -> None:

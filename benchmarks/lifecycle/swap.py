@@ -3,8 +3,8 @@
     python -m benchmarks.lifecycle.swap [--models minilm,bert-base] [--rounds 5] [--threads N]
 
 `device`: it is ready. `host`: it is parked in main memory, and its files are deleted meanwhile. `disk`: they are in
-the page cache; the engine is built, checked and warmed up. On a CPU both memories are the same: weights that torch can
-free alone are copied, the others stay in place (`engines/models/parking.py`).
+the page cache; the engine is built, checked and warmed up. On a CPU both memories are the same, and parked weights stay
+in place (`engines/models/parking.py`); `--copies` copies those that torch can free alone, as on a GPU.
 """
 
 import argparse
@@ -64,9 +64,9 @@ class Swap(Struct, frozen=True, kw_only=True):
     moved_bytes: int
 
 
-def cases(models: Sequence[str]) -> list[Case]:
-    """Return each model in float32 and in bfloat16."""
-    return [Case(model, dtype) for model in models for dtype in ("auto", "bfloat16")]
+def cases(models: Sequence[str], dtypes: Sequence[Dtype] = ("auto", "bfloat16")) -> list[Case]:
+    """Return each model in each dtype."""
+    return [Case(model, dtype) for model in models for dtype in dtypes]
 
 
 async def measure(loader: TorchLoader, case: Case, folder: Path) -> Swap:
@@ -109,7 +109,7 @@ async def _embed(engine: EmbeddingEngine) -> NDArray[np.float32]:
     return result.array()
 
 
-def run(models: Sequence[str], rounds: int, threads: int) -> Report:
+def run(models: Sequence[str], rounds: int, threads: int, *, copies: bool = False) -> Report:
     """Measure all cases."""
     watch = Watch()
     warn_if_busy(watch.machine)
@@ -118,7 +118,8 @@ def run(models: Sequence[str], rounds: int, threads: int) -> Report:
     )
     found: dict[str, list[Swap]] = {}
     with TemporaryDirectory() as state, closing(TokenizerThreads(threads)) as tokenizers:
-        loader = TorchLoader("cpu", scheduler, tokenizers, LoaderSettings(canary_folder=Path(state)))
+        settings = LoaderSettings(canary_folder=Path(state), copies_parked=copies)
+        loader = TorchLoader("cpu", scheduler, tokenizers, settings)
         for case in cases(models):
             found[case.name] = [_round(loader, case, Path(state) / "model") for _ in range(rounds + 1)][1:]
     scheduler.close()
@@ -126,13 +127,13 @@ def run(models: Sequence[str], rounds: int, threads: int) -> Report:
         name="swap",
         title="Seconds from a request to its answer, by where the model's weights are",
         machine=watch.machine,
-        settings={"models": list(models), "rounds": rounds, "threads": threads},
+        settings={"models": list(models), "rounds": rounds, "threads": threads, "copies": copies},
         header=("model", "weights", "copied", "ready", "from main memory", "from disk", "to park"),
         rows=[_row(name, swaps) for name, swaps in found.items()],
         samples=dict(found),
         notes=(
-            "medians; from main memory: with the check of the vectors, its files deleted meanwhile",
-            "weights that are mapped from files, or held by ONNX Runtime or oneDNN, stay in place on a CPU",
+            "medians; from main memory: its files deleted meanwhile, and vectors checked where weights were copied",
+            "of what is copied, weights held by ONNX Runtime or oneDNN stay in place on a CPU",
         ),
     )
 
@@ -156,10 +157,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.lifecycle.swap", description=__doc__)
     parser.add_argument("--models", default="minilm,bert-base", help="of benchmarks.lib.folders, with commas")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--copies", action="store_true", help="copy the weights of parked models")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the forward pass")
     parser.add_argument("--no-save", dest="results", action="store_const", const=None, default=RESULTS)
     asked = parser.parse_args()
-    publish(run(asked.models.split(","), asked.rounds, asked.threads), asked.results)
+    publish(run(asked.models.split(","), asked.rounds, asked.threads, copies=asked.copies), asked.results)
 
 
 if __name__ == "__main__":

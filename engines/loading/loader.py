@@ -66,6 +66,7 @@ class LoaderSettings(Struct, frozen=True, kw_only=True):
     `precision_store`: what reduced dtypes cost; None neither measures nor refuses them.
     `content_digests`, `space_memory`: hashes of weights, and the spaces of models that were loaded; None keeps them in
     memory.
+    `copies_parked`: whether weights of parked models are copied on a CPU too, as on a GPU; for tests.
     """
 
     max_batch_tokens: int | None = None
@@ -81,6 +82,7 @@ class LoaderSettings(Struct, frozen=True, kw_only=True):
     precision_store: PrecisionStore | None = None
     content_digests: ContentDigests | None = None
     space_memory: SpaceMemory | None = None
+    copies_parked: bool = False
 
 
 class TorchLoader:
@@ -200,7 +202,9 @@ class TorchLoader:
         limits = self._limits(tokens, self._default_width(spec, info, folder.truncate_dim))
         largest = tokens if tuner is None else max(CANDIDATES[self._device.type])
         workspace = reserved_workspace_bytes(encoder, largest, self._scheduler.num_threads)
-        parkable = ParkableEncoder(encoder, self._device, partial(self_check.check_woken, encoder.paths))
+        parkable = ParkableEncoder(
+            encoder, self._device, partial(self_check.check_woken, encoder.paths), copies=self._settings.copies_parked
+        )
         parts = Parts(encoder, tokenizer, resolved, info, tuner, scoring, facts, spaces, parkable)
         if spaces is not None:
             lengths = partial(facts.lengths_of, own=tokenizer) if facts.has_sides else None

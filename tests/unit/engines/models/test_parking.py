@@ -15,12 +15,14 @@ from torch import nn
 from benchmarks.lib.engine_kit import Kit, embed
 from engines.batching.engine import EmbeddingEngine
 from engines.errors import EngineFailed, SelfCheckFailed
+from engines.loading.loader import LoaderSettings
 from engines.models import parking
 from engines.models.parking import HostCopy, PinnedMemory
 from engines.testing.fakes import FakeMemory
 from engines.types import EmbedCall, Result
 
 CPU = torch.device("cpu")
+COPYING = LoaderSettings(copies_parked=True)
 TEXTS = ["The cat sits outside.", "A man is playing guitar, and nobody listens.", "x"]
 
 
@@ -132,7 +134,7 @@ def test_a_woken_engine_gives_the_same_vectors_without_its_files(
 ) -> None:
     folder = tmp_path / "model"
     shutil.copytree(kit.recipe_folder(recipe), folder)
-    engine = kit.load(folder, **spec)
+    engine = kit.load(folder, settings=COPYING, **spec)
     before = embed(engine, TEXTS)
     shutil.rmtree(folder)
 
@@ -144,7 +146,7 @@ def test_a_woken_engine_gives_the_same_vectors_without_its_files(
 
 
 def test_a_woken_engine_answers_flex_requests_too(kit: Kit) -> None:
-    engine = kit.load(kit.recipe_folder("bert-cls"))
+    engine = kit.load(kit.recipe_folder("bert-cls"), settings=COPYING)
     park_and_wake(engine)
 
     async def ask() -> Result:
@@ -155,7 +157,7 @@ def test_a_woken_engine_answers_flex_requests_too(kit: Kit) -> None:
 
 
 def test_a_parked_engine_holds_none_of_what_was_moved(kit: Kit) -> None:
-    engine = kit.load(kit.recipe_folder("bert-cls"), dtype="bfloat16", min_cosine=0.0)
+    engine = kit.load(kit.recipe_folder("bert-cls"), settings=COPYING, dtype="bfloat16", min_cosine=0.0)
 
     host_bytes = engine.park()
 
@@ -166,8 +168,23 @@ def test_a_parked_engine_holds_none_of_what_was_moved(kit: Kit) -> None:
     engine.close()
 
 
+def test_weights_stay_in_place_on_a_cpu_and_nothing_is_checked_again(kit: Kit) -> None:
+    engine = kit.load(kit.recipe_folder("bert-cls"))
+    before = embed(engine, TEXTS)
+    assert engine._parkable is not None
+
+    host_bytes = engine.park()
+
+    assert (host_bytes, engine.moved_bytes) == (engine.weight_bytes, 0)
+    engine.wake()
+    engine._parkable._check = lambda: pytest.fail("there is nothing to check")
+    asyncio.run(engine.resume())
+    assert np.array_equal(embed(engine, TEXTS), before)
+    engine.close()
+
+
 def test_an_engine_that_comes_back_with_other_weights_is_not_served(kit: Kit) -> None:
-    engine = kit.load(kit.recipe_folder("bert-cls"), dtype="bfloat16", min_cosine=0.0)
+    engine = kit.load(kit.recipe_folder("bert-cls"), settings=COPYING, dtype="bfloat16", min_cosine=0.0)
     engine.park()
     assert engine._parkable is not None
     assert engine._parkable._copy is not None
@@ -181,7 +198,7 @@ def test_an_engine_that_comes_back_with_other_weights_is_not_served(kit: Kit) ->
 
 
 def test_an_engine_on_its_fallback_path_is_not_parked(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = kit.load(kit.recipe_folder("bert-cls"))
+    engine = kit.load(kit.recipe_folder("bert-cls"), settings=COPYING)
     assert engine._parkable is not None
     engine._parkable._encoder._passes.report_failure()  # type: ignore[attr-defined]  # a path that fails in service
 
