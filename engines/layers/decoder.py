@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm, silu
 
+from engines.device.huge_pages import join_rows
 from engines.device.load_throttle import throttle_point
 from engines.layers.attention import packed_attention, resolve_causal, single_query_attention
 from engines.layers.host_layers import resident
@@ -302,7 +303,7 @@ def _rotate(heads: Tensor, rope: Rope) -> Tensor:
 
 def _join(parts: list[Tensor]) -> Tensor:
     """Joins weights (or biases) of any number of rows to one tensor, of which each part becomes a view."""
-    joined = torch.cat([part.detach() for part in parts])
+    joined = join_rows([part.detach() for part in parts])
     for part, rows in zip(parts, torch.split(joined, [len(part) for part in parts]), strict=True):
         part.data = rows
     return joined

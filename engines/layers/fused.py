@@ -18,6 +18,7 @@ from torch.nn.functional import gelu, layer_norm, pad
 from transformers.activations import GELUActivation
 
 from engines.device.cpu_features import has_fast_bfloat16
+from engines.device.huge_pages import join_rows
 from engines.device.load_throttle import throttle_point
 from engines.device.torch_runtime import usable_threads
 from engines.layers.attention import packed_attention, single_query_attention
@@ -328,7 +329,7 @@ def _left_product(part: nn.Linear, columns: Tensor) -> Tensor:
 def _join(linears: list[nn.Linear], name: str) -> Tensor:
     """Joins weights (or biases) to one tensor, of which each part becomes a view: nothing is held twice."""
     own = [getattr(part, name) for part in linears]
-    joined = torch.cat([tensor.detach() for tensor in own])
+    joined = join_rows([tensor.detach() for tensor in own])
     for tensor, part in zip(own, joined.chunk(len(own)), strict=True):
         tensor.data = part
     return joined

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.lib.engine_kit import Kit, embed
+from engines.device import huge_pages
 from engines.errors import BrokenFiles
 from engines.loading import weight_reader
 from engines.loading.weight_reader import StoredTensor, WeightReader
@@ -25,7 +26,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes tensors of a few kilobytes large ones."""
     monkeypatch.setattr(weight_reader, "_BLOCK_BYTES", 5000)
     monkeypatch.setattr(weight_reader, "_PART_BYTES", 700)
-    monkeypatch.setattr(weight_reader, "_HUGE_PAGE_BYTES", 4096)
+    monkeypatch.setattr(huge_pages, "PAGE_BYTES", 4096)
     monkeypatch.setattr(weight_reader, "STAGING_BYTES", 4096)
 
 
