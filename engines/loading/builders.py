@@ -9,14 +9,12 @@ import torch
 from msgspec import structs
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, PretrainedConfig
-from transformers.models.auto.auto_factory import _get_model_class
 
 from engines.batching.outputs import OutputFacts
 from engines.batching.scores import Scoring
 from engines.device.torch_runtime import compute_capability
 from engines.errors import BadModel, BrokenFiles, UnsupportedModel, is_device_error
 from engines.hub.file_selection import ADAPTER_CONFIG
-from engines.hub.local_folder import is_writable_in_place
 from engines.inputs.tokenizer import Tokenizer
 from engines.loading.adapter import merge_adapter
 from engines.loading.dtype import automatic_dtype, overflows_float16
@@ -25,9 +23,9 @@ from engines.loading.folder import Folder, read_json
 from engines.loading.modules import build_head
 from engines.loading.multi_vector import TokenFacts, build_token_head
 from engines.loading.preflight import check_counts, check_proportions
+from engines.loading.pretrained import ModelSource, listed_shards, load_weights, weight_file_name
 from engines.loading.static import build_static
 from engines.loading.tokenizer import ModelFacts, read_reference
-from engines.loading.weight_reader import WeightReader
 from engines.models.adapters import Positions, drop_pooler, unused_weights
 from engines.models.base import EncoderConfig, LoadedEncoder
 from engines.models.cuda_graphs import capturer_for
@@ -43,8 +41,6 @@ log = structlog.get_logger(__name__)
 
 # Encoder-decoders of which only the encoder is used, as sentence-transformers does.
 _ENCODER_ONLY_OF = ("t5", "mt5", "umt5")
-
-_INDEX = "model.safetensors.index.json"
 
 _OWN_CODE = (
     "config.json names code from the model's own repository, which is disabled; review it, then set "
@@ -262,10 +258,10 @@ def read_model(
     stored = dtype if folder.adapter is None else torch.float32
     has_head = model_class is not None
     model_class = model_class or model_class_of(config)
-    shards = _listed_shards(folder.weights)
+    shards = listed_shards(folder.weights)
     check_proportions(model_class, config, folder.weights, shards, trust_remote_code=spec.trust_remote_code)
     try:
-        model, report = _load(_Source(folder, spec, config, device, shards), model_class, stored)
+        model, report = load_weights(ModelSource(folder, spec, config, device, shards), model_class, stored)
     # A corrupt pickle may raise any exception.
     except Exception as error:
         if is_device_error(error):  # not a reason to download intact files again
@@ -284,66 +280,6 @@ def model_class_of(config: PretrainedConfig) -> Any:
     return AutoModelForTextEncoding if config.model_type in _ENCODER_ONLY_OF else AutoModel
 
 
-class _Source(NamedTuple):
-    """What a model is made from; `shards` are the weight files that an index lists."""
-
-    folder: Folder
-    spec: ModelSpec
-    config: PretrainedConfig
-    device: torch.device
-    shards: list[str]
-
-    @property
-    def files(self) -> list[str]:
-        """The safetensors files, as transformers chooses them; none where the weights are pickled."""
-        return ["model.safetensors"] if (self.folder.weights / "model.safetensors").exists() else self.shards
-
-
-def _load(source: _Source, model_class: Any, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-    """Makes a model with its weights; returns it with transformers' report of what was missing. Three cases:
-
-    1. safetensors that may be written in place: read straight into their places;  2. other safetensors, those on the
-    way to a GPU, where no GPU has run the reader yet, and what needs transformers' own way (its own code, quantised
-    files): transformers maps them, or reads them where they may be written in place;  3. pickled weights: transformers
-    maps them in any case.
-    """
-    folder, spec, config, device, _ = source
-    options = {"dtype": dtype, "local_files_only": True, "output_loading_info": True}
-    is_copied = device.type == "cpu" and is_writable_in_place(spec.source)
-    library = _library_class(model_class, config, spec) if is_copied else None
-    if library is not None and source.files:
-        kind, own_config = library
-        with WeightReader(folder.weights, source.files, device) as reader:
-            if reader.can_read_all:
-                model, report = kind.from_pretrained(None, config=own_config, state_dict=reader.tensors(), **options)
-                return model, report  # (1)
-    model, report = model_class.from_pretrained(
-        folder.weights, config=config, trust_remote_code=spec.trust_remote_code, disable_mmap=is_copied or None,
-        **options,
-    )  # fmt: skip
-    if is_copied and ".bin" in _weight_file_name(folder.weights):
-        for tensor in (*model.parameters(), *model.buffers()):
-            tensor.data = tensor.data.clone()  # (3)
-    return model, report  # (2)
-
-
-def _library_class(model_class: Any, config: PretrainedConfig, spec: ModelSpec) -> tuple[Any, PretrainedConfig] | None:
-    """Returns transformers' own class for a config, and the part of the config that it takes, as its auto classes do.
-
-    None: the model needs the auto class itself, or more of its files than the weights.
-    """
-    is_plain = not spec.trust_remote_code and getattr(config, "quantization_config", None) is None
-    if not is_plain or getattr(config, "transformers_weights", None) or type(config).extra_files:
-        return None
-    if type(config) not in model_class._model_mapping:
-        return None
-    kind: Any = _get_model_class(config, model_class._model_mapping)  # type: ignore[no-untyped-call]  # untyped upstream
-    if not kind.__module__.startswith("transformers."):
-        return None
-    part = config.sub_configs.get("text_config")
-    return kind, config.get_text_config() if part is not None and kind.config_class == part else config
-
-
 def _check_complete(absent: Sequence[str], folder: Folder, spec: ModelSpec, config: PretrainedConfig) -> None:
     """Checks that no weights are absent.
 
@@ -354,7 +290,7 @@ def _check_complete(absent: Sequence[str], folder: Folder, spec: ModelSpec, conf
     """
     if not absent:
         return
-    file = _weight_file_name(folder.weights)
+    file = weight_file_name(folder.weights)
     lacks = f"{file} lacks {len(absent)} tensors that the model needs (first: {absent[0]!r})"
     if getattr(config, "auto_map", None) and not spec.trust_remote_code:
         raise UnsupportedModel(f"{lacks}; {_OWN_CODE}")
@@ -384,23 +320,12 @@ def _translate_error(error: Exception, file: str) -> BadModel:
     return BrokenFiles(f"{file} cannot be read ({type(error).__name__}); fetch the model again", file=file)
 
 
-def _weight_file_name(weights: Path) -> str:
-    """Returns the name of the folder's weight file or index, for messages."""
-    names = ("model.safetensors", _INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
-    return next((name for name in names if (weights / name).exists()), names[0])
-
-
 def _broken_file(weights: Path) -> str:
     """Returns the name of the weight file that is missing or cannot be opened."""
-    for shard in [*_listed_shards(weights), *sorted(path.name for path in weights.glob("*.safetensors"))]:
+    for shard in [*listed_shards(weights), *sorted(path.name for path in weights.glob("*.safetensors"))]:
         try:
             with safe_open(weights / shard, framework="pt"):
                 pass
         except (SafetensorError, OSError):
             return shard
-    return _weight_file_name(weights)
-
-
-def _listed_shards(weights: Path) -> list[str]:
-    listed = read_json(weights, _INDEX) or {}
-    return sorted(set(listed.get("weight_map", {}).values()))
+    return weight_file_name(weights)

@@ -20,7 +20,6 @@ from engines.device.scheduler import DeviceScheduler
 from engines.inputs.tokenizer_threads import TokenizerThreads
 from engines.loading import builders, module_weights, scorers, weight_reader
 from engines.loading.loader import LoaderSettings, TorchLoader
-from engines.loading.weight_reader import WeightReader
 from engines.models import adapters, base, cuda_graphs
 from engines.spec import ModelSpec
 from engines.types import EmbedCall, Embeddings, ModelFiles
@@ -196,8 +195,6 @@ def imitated(gpu: FakeGpu) -> Iterator[None]:
         imports = transformers.utils.import_utils
         patch.setattr(imports, "is_fake_tensor", lambda tensor: False)  # values of ours can be read
         patch.setattr(imports, "is_cuda_stream_capturing", lambda: gpu.is_capturing)
-        # Fake tensors cannot be put into a model that transformers makes outside: it is moved afterwards, as a whole.
-        patch.setattr(builders, "WeightReader", lambda folder, files, _: WeightReader(folder, files, CPU))
         patch.setattr(weight_reader, "_bytes_at", _bytes_of_twin(weight_reader._bytes_at))
         for module in (builders, scorers):  # both import them by name
             patch.setattr(module, "read_model", _outside(_counted(gpu, module.read_model)))

@@ -16,7 +16,7 @@ from benchmarks.lib import vocabularies
 from benchmarks.lib.engine_kit import Kit
 from benchmarks.lib.models import RECIPES, configure, edit_json
 from engines.errors import BrokenFiles
-from engines.loading import builders
+from engines.loading import pretrained
 from engines.loading.preflight import check_proportions
 from engines.loading.weight_reader import WeightReader
 from tests.testkit.model_folders import write_json
@@ -46,7 +46,7 @@ def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return read(path, *options)
 
     monkeypatch.setattr(AutoModel, "from_pretrained", note)
-    monkeypatch.setattr(builders, "WeightReader", note_read)
+    monkeypatch.setattr(pretrained, "WeightReader", note_read)
     return loaded
 
 
