@@ -168,22 +168,8 @@ class TorchLoader:
         checksums.check()
         prompts = {**folder.prompts, **spec.prompts}
         cache_bytes = spec.cache_bytes if self._device.type == "cpu" else 0  # in main memory: of a CPU's budget alone
-        info = ModelInfo(
-            dimensions=facts.dimensions,
-            max_tokens=(facts.document_tokenizer or tokenizer).max_tokens,
-            dtype=dtype,
-            attention=encoder.attention,
-            path=encoder.path,
-            prompts=prompts,
-            matryoshka=spec.matryoshka or Matryoshka(widths=folder.widths),
-            task="embed" if scoring is None else scoring.task,
-            labels=() if scoring is None else scoring.labels,
-            is_multi_label=scoring is not None and scoring.is_multi_label,
-            outputs=facts.outputs,
-            vocab_size=facts.vocab_size,
-            vector_width=facts.vector_width,
-            pooling=facts.pooling_modes,
-            share_bytes=share_bytes_of(encoder, cache_bytes),
+        info = structs.replace(
+            _info(built, spec, folder), prompts=prompts, share_bytes=share_bytes_of(encoder, cache_bytes)
         )
         resolved = with_default_prompt(spec, folder.default_prompt, prompts)
         key = self._canary_key(spec, files.revision, built)
@@ -327,6 +313,26 @@ def share_bytes_of(encoder: LoadedEncoder, home_bytes: int = 0) -> tuple[int, ..
         return ()
     home, *others = placed.share_bytes(encoder.tensors())
     return (home + home_bytes, *others)
+
+
+def _info(built: Built, spec: ModelSpec, folder: Folder) -> ModelInfo:
+    """Returns what is known of a model before its check, without prompts."""
+    encoder, tokenizer, dtype, scoring, facts = built
+    return ModelInfo(
+        dimensions=facts.dimensions,
+        max_tokens=(facts.document_tokenizer or tokenizer).max_tokens,
+        dtype=dtype,
+        attention=encoder.attention,
+        path=encoder.path,
+        matryoshka=spec.matryoshka or Matryoshka(widths=folder.widths),
+        task="embed" if scoring is None else scoring.task,
+        labels=() if scoring is None else scoring.labels,
+        is_multi_label=scoring is not None and scoring.is_multi_label,
+        outputs=facts.outputs,
+        vocab_size=facts.vocab_size,
+        vector_width=facts.vector_width,
+        pooling=facts.pooling_modes,
+    )
 
 
 def reserved_workspace_bytes(encoder: LoadedEncoder, batch_tokens: int, num_threads: int) -> int:
