@@ -106,8 +106,7 @@ class EmbedCall(TextCall, frozen=True, kw_only=True, tag="embed"):
     normalize: bool | None = None
 
 
-MAX_ANSWER_BYTES = 256 * 2**20
-"""The most bytes that the outputs of one `OutputsCall` may take, before they are encoded."""
+MAX_ANSWER_BYTES = 256 * 2**20  # the most bytes that the outputs of one call may take, before they are encoded
 
 
 class OutputsCall(TextCall, frozen=True, kw_only=True, tag="outputs"):
