@@ -18,7 +18,8 @@ import pytest
 from engines.types import HostSnapshot
 from router.app import create_app
 from router.backends.base import Backend
-from router.backends.ray.deploy import DeploymentPlan, connect, deploy, from_environment
+from router.backends.ray.connection import connect
+from router.backends.ray.deploy import DeploymentPlan, deploy, from_environment
 from router.backends.ray.environment import APP, DEPLOYMENT
 from router.backends.ray.fleet import RayFleet
 from router.backends.ray.replica_directory import REPLICAS
