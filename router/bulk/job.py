@@ -60,7 +60,7 @@ class WindowRunner(Protocol):
     async def open(self) -> tuple[VectorWidths, Mapping[str, Any]]:
         """See `Embedder.open`."""
 
-    def run(self, start: Cursor) -> "AsyncGenerator[tuple[Window, WindowAnswer | None]]":
+    def run(self, start: Cursor) -> "AsyncGenerator[tuple[TextWindow, WindowAnswer | None]]":
         """Yield the windows behind a place, in the order of the input, with their outputs.
 
         The answer is None where no text of the window can be embedded.
@@ -120,7 +120,7 @@ def _stamp(source: Source) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-class Window(Struct, frozen=True):
+class TextWindow(Struct, frozen=True):
     """Records that are computed and committed together."""
 
     records: list[Record]
@@ -184,7 +184,7 @@ def _copy(partial: Path, target: Any) -> None:
             target.write(piece)
 
 
-def read_windows(job: BulkJob, start: Cursor) -> Iterator[Window]:
+def read_windows(job: BulkJob, start: Cursor) -> Iterator[TextWindow]:
     """Yield the windows behind a place.
 
     Raises:
@@ -196,13 +196,13 @@ def read_windows(job: BulkJob, start: Cursor) -> Iterator[Window]:
         records.append(record)
         num_chars += len(record.text)
         if len(records) >= job.window_texts or num_chars >= job.window_chars:
-            yield Window(records)
+            yield TextWindow(records)
             records, num_chars = [], 0
     if records:
-        yield Window(records)
+        yield TextWindow(records)
 
 
-class LaneRunner:
+class EmbedderRunner:
     """Keeps the lanes of an embedder busy (`WindowRunner`), also while a window is committed.
 
     Args:
@@ -217,10 +217,10 @@ class LaneRunner:
         """See `WindowRunner`."""
         return await self._embedder.open()
 
-    async def run(self, start: Cursor) -> AsyncGenerator[tuple[Window, WindowAnswer | None]]:
+    async def run(self, start: Cursor) -> AsyncGenerator[tuple[TextWindow, WindowAnswer | None]]:
         """See `WindowRunner`; the next window is read while one is computed."""
         windows = read_windows(self._job, start)
-        running: deque[tuple[Window, asyncio.Task[WindowAnswer | None]]] = deque()
+        running: deque[tuple[TextWindow, asyncio.Task[WindowAnswer | None]]] = deque()
         try:
             while (window := await asyncio.to_thread(next, windows, None)) is not None:
                 done = await _first(running) if len(running) == self._embedder.lanes else None
@@ -239,14 +239,14 @@ class LaneRunner:
         """See `WindowRunner`."""
         await self._embedder.close()
 
-    async def _embed(self, window: Window) -> WindowAnswer | None:
+    async def _embed(self, window: TextWindow) -> WindowAnswer | None:
         texts = [record.text for record in window.good]
         return await self._embedder.embed(texts) if texts else None
 
 
 async def _first(
-    running: "deque[tuple[Window, asyncio.Task[WindowAnswer | None]]]",
-) -> tuple[Window, WindowAnswer | None]:
+    running: "deque[tuple[TextWindow, asyncio.Task[WindowAnswer | None]]]",
+) -> tuple[TextWindow, WindowAnswer | None]:
     """Wait for the first of the windows that are computed, and take it off."""
     window, task = running[0]
     answer = await task
@@ -267,7 +267,7 @@ class _Committer:
         """Where the next window begins."""
         return self._journal.state.cursor
 
-    def commit(self, window: Window, answer: WindowAnswer | None) -> None:
+    def commit(self, window: TextWindow, answer: WindowAnswer | None) -> None:
         """Write a window; on a thread, as it waits for the disk."""
         good, refused = window.good, {r.number: r.refusal for r in window.records if r.refusal is not None}
         if answer is not None:

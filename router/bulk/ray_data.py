@@ -9,7 +9,8 @@ import asyncio
 import logging
 import os
 import pickle
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+import warnings
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -18,11 +19,14 @@ from msgspec import Struct, structs
 
 from engines.errors import EngineError, InvalidValue
 from router.backends.ray import environment
-from router.bulk.job import BulkJob, Embedder, Window, read_windows
+from router.bulk.job import BulkJob, Embedder, TextWindow, read_windows
 from router.bulk.journal import journaled_cursor
 from router.bulk.records import BulkError, BulkStopped, Cursor, VectorWidths, WindowAnswer
 
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its C++ half warns of what Ray Data itself does
+os.environ.setdefault(
+    "RAY_ENABLE_AUTO_CONNECT", "0"
+)  # else a thread of Ray Data's may start a cluster once we left ours
 
 try:
     import pyarrow as pa
@@ -72,7 +76,7 @@ class _Done(Struct, frozen=True, kw_only=True):
         widths, model: see `Embedder.open`; the same of every actor.
     """
 
-    window: Window
+    window: TextWindow
     answer: WindowAnswer | None
     widths: VectorWidths
     model: Mapping[str, Any]
@@ -95,7 +99,7 @@ class _WindowSource(ray.data.Datasource):  # type: ignore[misc]  # Ray's types a
 
 
 def _blocks(job: BulkJob, start: Cursor) -> Iterator[Any]:
-    yield _pack(Window([]))
+    yield _pack(TextWindow([]))
     try:
         yield from map(_pack, read_windows(job, start))
     except BulkError as error:
@@ -129,13 +133,13 @@ class _WindowWorker:
         failure = window if isinstance(window, _Failure) else self._failure
         return _pack(failure or self._embed(window))
 
-    def _embed(self, window: Window) -> _Done | _Failure:
+    def _embed(self, window: TextWindow) -> _Done | _Failure:
         texts = [record.text for record in window.good]
         try:
             answer = self._runner.run(self._embedder.embed(texts)) if texts else None
         except (BulkError, BulkStopped) as error:
             return _failure_of(error)
-        bare = Window([structs.replace(record, text="") for record in window.records])
+        bare = TextWindow([structs.replace(record, text="") for record in window.records])
         return _Done(window=bare, answer=answer, widths=self._widths, model=self._model)
 
 
@@ -143,7 +147,7 @@ def _failure_of(error: BulkError | BulkStopped | EngineError) -> _Failure:
     return _Failure("stopped" if isinstance(error, BulkStopped) else "error", str(error))
 
 
-def _pack(content: Window | _Done | _Failure) -> Any:
+def _pack(content: TextWindow | _Done | _Failure) -> Any:
     """Return a block of one row. Pickled, because a kept column of Parquet may be of any type."""
     return pa.table({_CELL: pa.array([pickle.dumps(content, protocol=5)], pa.large_binary())})
 
@@ -164,7 +168,7 @@ class RayRunner:
         sources = tuple(structs.replace(one, path=str(Path(one.path).absolute())) for one in job.sources)
         self._job = structs.replace(job, sources=sources)  # a task of Ray runs in a folder of its own
         self._open_embedder, self._plan, self._notify = open_embedder, plan, notify
-        self._answers: Iterator[Any] = iter(())
+        self._answers: Generator[Any] = _no_blocks()
         self._start = Cursor()
         self._known: tuple[VectorWidths, Mapping[str, Any]] | None = None
 
@@ -174,7 +178,7 @@ class RayRunner:
         assert self._known is not None, "an answer has come"
         return self._known
 
-    async def run(self, start: Cursor) -> AsyncGenerator[tuple[Window, WindowAnswer | None]]:
+    async def run(self, start: Cursor) -> AsyncGenerator[tuple[TextWindow, WindowAnswer | None]]:
         """See `WindowRunner`."""
         if start != self._start:
             await self._begin(start)
@@ -187,12 +191,18 @@ class RayRunner:
 
     async def close(self) -> None:
         """See `WindowRunner`; leaves the cluster, which ends the actors, or ends it if it was started for this job."""
-        await asyncio.to_thread(ray.shutdown)
+        await asyncio.to_thread(self._leave)
+
+    def _leave(self) -> None:
+        with suppress(ValueError):  # a thread waits for its next block; it fails once the cluster is left
+            self._answers.close()
+        ray.shutdown()
 
     async def _begin(self, start: Cursor) -> None:
         """Start the pipeline, and wait for the model's facts."""
         self._start = start
-        self._answers = await asyncio.to_thread(_answers, self._job, start, self._open_embedder, self._plan)
+        self._answers.close()
+        self._answers = _answers(self._job, start, self._open_embedder, self._plan)
         first = asyncio.create_task(self._next())
         try:
             while not (await asyncio.wait({first}, timeout=_NOTICE_S))[0]:
@@ -227,13 +237,17 @@ class RayRunner:
         self._known = known
 
 
+def _no_blocks() -> Generator[Any]:
+    yield from ()
+
+
 def _first_line(error: Exception) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
 
 
-def _answers(job: BulkJob, start: Cursor, open_embedder: Callable[[], Embedder], plan: DevicePlan) -> Iterator[Any]:
-    """Start the pipeline; returns the blocks of its answers, in the order of the windows."""
+def _answers(job: BulkJob, start: Cursor, open_embedder: Callable[[], Embedder], plan: DevicePlan) -> Generator[Any]:
+    """Yield the blocks of answers, in the order of the windows; the pipeline starts with the first, and ends with this."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
     context.target_max_block_size = 1  # a window is a block: nothing is joined or cut
@@ -244,19 +258,20 @@ def _answers(job: BulkJob, start: Cursor, open_embedder: Callable[[], Embedder],
         num_cpus=0,
         label_selector={"ray.io/node-id": ray.get_runtime_context().get_node_id()},  # the files are here
     )
-    computed = windows.map_batches(
-        _WindowWorker,
-        fn_constructor_args=(open_embedder,),
-        batch_size=None,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=plan.actors, max_tasks_in_flight_per_actor=_WINDOWS_AHEAD),
-        num_gpus=plan.gpus,
-        num_cpus=plan.cpus,
-        scheduling_strategy="SPREAD",
-        max_restarts=_MAX_RETRIES,
-        max_task_retries=_MAX_RETRIES,
-    )
-    return iter(computed.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # retries have no parameter of their own in this version
+        computed = windows.map_batches(
+            _WindowWorker,
+            fn_constructor_args=(open_embedder,),
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(size=plan.actors, max_tasks_in_flight_per_actor=_WINDOWS_AHEAD),
+            num_gpus=plan.gpus,
+            num_cpus=plan.cpus,
+            max_restarts=_MAX_RETRIES,
+            max_task_retries=_MAX_RETRIES,
+        )
+    yield from computed.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
 
 
 def join_cluster(address: str) -> None:

@@ -182,7 +182,7 @@ def _check_combined(chosen: dict[str, Any]) -> None:
 
 
 def _open_runner(job: "BulkJob", chosen: dict[str, Any], settings: Settings) -> "WindowRunner":
-    from router.bulk.job import LaneRunner
+    from router.bulk.job import EmbedderRunner
 
     if chosen["url"]:
         from router.bulk.remote import RemoteEmbedder
@@ -190,7 +190,7 @@ def _open_runner(job: "BulkJob", chosen: dict[str, Any], settings: Settings) -> 
         own = settings.api_key if is_loopback(urlsplit(chosen["url"]).hostname or "") else None
         key = chosen["api_key"] or own
         remote = RemoteEmbedder(chosen["url"], chosen["model"], job.options, key=key, concurrency=chosen["concurrency"])
-        return LaneRunner(job, remote)
+        return EmbedderRunner(job, remote)
     from router.bulk.local import open_local
 
     registry = open_registry(settings)
@@ -207,7 +207,7 @@ def _open_runner(job: "BulkJob", chosen: dict[str, Any], settings: Settings) -> 
     memory = memory_rules(settings, registry)
     if chosen["ray_address"]:
         return _open_cluster(job, chosen["ray_address"], settings, partial(open_local, memory=memory, spec=spec))
-    return LaneRunner(job, open_local(settings, memory, spec, job.options))
+    return EmbedderRunner(job, open_local(settings, memory, spec, job.options))
 
 
 def _open_cluster(
