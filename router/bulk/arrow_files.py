@@ -163,5 +163,6 @@ def finish_parquet(stream: Path, target: BinaryIO) -> None:
                 if sum(one.nbytes for one in group) >= _GROUP_BYTES:
                     writer.write_table(pa.Table.from_batches(group))
                     group = []
+                    pa.default_memory_pool().release_unused()
             if group:
                 writer.write_table(pa.Table.from_batches(group))

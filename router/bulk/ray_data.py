@@ -247,7 +247,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _answers(job: BulkJob, start: Cursor, open_embedder: Callable[[], Embedder], plan: DevicePlan) -> Generator[Any]:
-    """Yield the blocks of answers, in the order of the windows; the pipeline starts with the first, and ends with this."""
+    """Yield the blocks of answers, in the order of the windows; the pipeline runs as long as this."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
     context.target_max_block_size = 1  # a window is a block: nothing is joined or cut
