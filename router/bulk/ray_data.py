@@ -9,6 +9,8 @@ import asyncio
 import logging
 import os
 import pickle
+import threading
+import time
 import warnings
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping
 from contextlib import suppress
@@ -32,6 +34,7 @@ try:
     import pyarrow as pa
     import ray
     import ray.data
+    from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
     from router.backends.ray.connection import connect
 except ImportError as error:
@@ -48,6 +51,10 @@ _WINDOWS_AHEAD = 2
 """Windows that an actor has at once: one runs, one waits."""
 
 _NOTICE_S = 30.0
+_STOP_S = 60.0
+_PIPELINE_THREADS = ("StreamingExecutor-", "iter_threaded", "map_tp_", "ray-data-")
+"""Name prefixes of Ray Data's threads that call Ray."""
+
 _STORE_BYTES = 512 * 2**20
 """Of the object store of a cluster that is started for a job: about 20 windows of 1,024 floats for 2,048 texts."""
 
@@ -95,10 +102,11 @@ class _WindowSource(ray.data.Datasource):  # type: ignore[misc]  # Ray's types a
         """Return one task: where a window begins is known when the one before it was read."""
         job, start = self._job, self._start
         unknown = ray.data.block.BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-        return [ray.data.ReadTask(lambda: _blocks(job, start), unknown)]
+        return [ray.data.ReadTask(lambda: window_blocks(job, start), unknown)]
 
 
-def _blocks(job: BulkJob, start: Cursor) -> Iterator[Any]:
+def window_blocks(job: BulkJob, start: Cursor) -> Iterator[Any]:
+    """Yield an empty window and those behind a place, each as a block; reading ends with the failure it meets."""
     yield _pack(TextWindow([]))
     try:
         yield from map(_pack, read_windows(job, start))
@@ -108,7 +116,7 @@ def _blocks(job: BulkJob, start: Cursor) -> Iterator[Any]:
         yield _pack(_Failure("stopped", error.strerror or str(error)))
 
 
-class _WindowWorker:
+class WindowWorker:
     """Computes windows on one device. Ray Data creates one in each actor, and another where an actor was lost.
 
     The errors of a job are returned, as Ray Data puts its own traceback around what is raised.
@@ -194,9 +202,10 @@ class RayRunner:
         await asyncio.to_thread(self._leave)
 
     def _leave(self) -> None:
-        with suppress(ValueError):  # a thread waits for its next block; it fails once the cluster is left
-            self._answers.close()
-        ray.shutdown()
+        try:
+            _stop_pipeline(self._answers)
+        finally:
+            ray.shutdown()
 
     async def _begin(self, start: Cursor) -> None:
         """Start the pipeline, and wait for the model's facts."""
@@ -261,7 +270,7 @@ def _answers(job: BulkJob, start: Cursor, open_embedder: Callable[[], Embedder],
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # retries have no parameter of their own in this version
         computed = windows.map_batches(
-            _WindowWorker,
+            WindowWorker,
             fn_constructor_args=(open_embedder,),
             batch_size=None,
             batch_format="pyarrow",
@@ -272,6 +281,26 @@ def _answers(job: BulkJob, start: Cursor, open_embedder: Callable[[], Embedder],
             max_task_retries=_MAX_RETRIES,
         )
     yield from computed.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
+
+
+def _stop_pipeline(answers: Generator[Any]) -> None:
+    """Stop Ray Data, and wait for its threads.
+
+    One that calls Ray once the cluster is left ends this process with status 1, before the error is printed. Ray Data
+    itself waits 2 s for its scheduling, which on a busy machine takes longer.
+    """
+    until = time.monotonic() + _STOP_S
+    while time.monotonic() < until:
+        for thread in threading.enumerate():
+            if isinstance(thread, StreamingExecutor):
+                thread.shutdown(force=True)
+        with suppress(ValueError):  # a thread waits for the next block; it gets none now
+            answers.close()
+            break
+        time.sleep(0.01)
+    for thread in threading.enumerate():
+        if thread.name.startswith(_PIPELINE_THREADS):
+            thread.join(max(0.0, until - time.monotonic()))
 
 
 def join_cluster(address: str) -> None:

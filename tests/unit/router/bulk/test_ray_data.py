@@ -15,11 +15,11 @@ ROOT = Path(__file__).parents[4]
 SUITE = Path(__file__).with_name("ray_suite.py")
 
 
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(600)
 def test_jobs_on_a_cluster_are_those_of_the_ordinary_form(tmp_path: Path) -> None:
     # Without the interpreter's own end, which waits for threads of Ray's.
     main = "import os, sys, pytest; code = pytest.main(sys.argv[1:]); sys.stdout.flush(); os._exit(code)"
-    options = ["-v", "-o", "timeout=180", "-o", "asyncio_mode=strict", "-o", "filterwarnings=default"]
+    options = ["-v", "-o", "timeout=400", "-o", "asyncio_mode=strict", "-o", "filterwarnings=default"]
     command = [sys.executable, "-c", main, *options, "--show-capture=no", "--disable-warnings", str(SUITE)]
     log = tmp_path / "log"  # and no pipe, which daemons of Ray would keep open
 
