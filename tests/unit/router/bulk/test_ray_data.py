@@ -35,4 +35,4 @@ def test_jobs_on_a_cluster_are_those_of_the_ordinary_form(tmp_path: Path) -> Non
     passed = re.search(r"(\d+) passed", printed)
     assert code == 0, printed[-12000:]
     assert passed is not None
-    assert int(passed[1]) >= 10
+    assert int(passed[1]) >= 11
