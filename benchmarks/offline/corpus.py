@@ -120,6 +120,10 @@ def run(passages: int, rounds: int, *, is_cpu_time: bool) -> Report:
                 print(program, f"{passages / times[-1]:.0f} texts/s", flush=True)
         machine = watch.machine
     off_by = distances(vectors)
+    if min(min(times) for times in samples.values()) <= 0:
+        raise SystemExit(
+            "vectors are equal; a start took longer than the passages: measure more, or on a quieter machine"
+        )
     return Report(
         name=f"corpus{'-cpu-time' if is_cpu_time else ''}",
         title=f"{passages} passages of 60 to 120 tokens from JSONL to .npy, {MODEL}"
