@@ -63,7 +63,8 @@ def make(name: str) -> Backend:
         from router.backends.process.fleet import ProcessFleet
 
         return RemoteBackend(ProcessFleet(worker_configs(), 1, grace_s=1.0), {"a": SPEC})
-    from router.backends.ray.deploy import DeploymentPlan, connect, deploy, serve
+    from router.backends.ray.connection import connect
+    from router.backends.ray.deploy import DeploymentPlan, deploy, serve
     from router.backends.ray.environment import APP, DEPLOYMENT
     from router.backends.ray.fleet import RayFleet
     from router.backends.ray.replica_directory import REPLICAS

@@ -21,7 +21,7 @@ except ImportError as error:
     raise BulkError("Parquet and Arrow need pyarrow, which is not installed: pip install 'embedyard[bulk]'") from error
 
 _ROWS_AT_ONCE = 1024
-_GROUP_BYTES = 16 * 2**20
+_GROUP_BYTES = 8 * 2**20
 """Of a row group of the written Parquet file: what is in memory while it is written."""
 
 
@@ -153,7 +153,7 @@ def finish_arrow(stream: Path, target: BinaryIO) -> None:
 
 
 def finish_parquet(stream: Path, target: BinaryIO) -> None:
-    """Write Parquet from a stream without its end, in row groups of about 16 MB."""
+    """Write Parquet from a stream without its end, in row groups of about 8 MB."""
     with stream.open("rb") as source:
         reader = ipc.open_stream(source)
         with pq.ParquetWriter(target, reader.schema, compression="zstd", use_dictionary=False) as writer:
@@ -163,5 +163,6 @@ def finish_parquet(stream: Path, target: BinaryIO) -> None:
                 if sum(one.nbytes for one in group) >= _GROUP_BYTES:
                     writer.write_table(pa.Table.from_batches(group))
                     group = []
+                    pa.default_memory_pool().release_unused()
             if group:
                 writer.write_table(pa.Table.from_batches(group))

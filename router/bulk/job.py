@@ -5,7 +5,8 @@ What a window holds depends on the input alone, so that a job that was killed go
 
 import asyncio
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -44,6 +45,25 @@ class Embedder(Protocol):
 
     async def embed(self, texts: list[str]) -> WindowAnswer:
         """Return the outputs of texts; refusals are about single texts.
+
+        Raises:
+            BulkError, BulkStopped: for the whole job.
+        """
+
+    async def close(self) -> None:
+        """Free everything."""
+
+
+class WindowRunner(Protocol):
+    """Reads and computes the windows of one job."""
+
+    async def open(self) -> tuple[VectorWidths, Mapping[str, Any]]:
+        """See `Embedder.open`."""
+
+    def run(self, start: Cursor) -> "AsyncGenerator[tuple[TextWindow, WindowAnswer | None]]":
+        """Yield the windows behind a place, in the order of the input, with their outputs.
+
+        The answer is None where no text of the window can be embedded.
 
         Raises:
             BulkError, BulkStopped: for the whole job.
@@ -100,15 +120,18 @@ def _stamp(source: Source) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-class _Window(Struct, frozen=True):
+class TextWindow(Struct, frozen=True):
+    """Records that are computed and committed together."""
+
     records: list[Record]
 
     @property
     def good(self) -> list[Record]:
+        """Those whose text can be embedded."""
         return [record for record in self.records if record.refusal is None]
 
 
-async def run_job(job: BulkJob, embedder: Embedder, observer: Observer, disk: Disk | None = None) -> JobState:
+async def run_job(job: BulkJob, runner: WindowRunner, observer: Observer, disk: Disk | None = None) -> JobState:
     """Run the job from where it stopped to its end; returns its final state.
 
     Cancelled, it keeps the windows that are committed.
@@ -118,20 +141,31 @@ async def run_job(job: BulkJob, embedder: Embedder, observer: Observer, disk: Di
         BulkStopped: it stopped before its end; run it again.
     """
     try:
-        widths, model = await embedder.open()
+        widths, model = await runner.open()
         shape = JobShape(sources=job.sources, columns=job.columns, options=job.options, widths=widths)
         writer = open_writer(job.format, shape)
         journal = open_journal(job.out, job.describe(model), disk or Disk(), overwrite=job.overwrite)
         try:
             observer.begin(journal.state)
             if not journal.state.is_ready:
-                await _run_windows(job, embedder, _Committer(journal, writer, observer))
+                await _commit_windows(runner, _Committer(journal, writer, observer))
             await asyncio.to_thread(_publish, journal, writer)
             return journal.state
         finally:
             journal.close()
     finally:
-        await embedder.close()
+        await runner.close()
+
+
+async def _commit_windows(runner: WindowRunner, committer: "_Committer") -> None:
+    async with aclosing(runner.run(committer.cursor)) as answers:
+        async for window, answer in answers:
+            commit = asyncio.ensure_future(asyncio.to_thread(committer.commit, window, answer))
+            try:
+                await asyncio.shield(commit)
+            except asyncio.CancelledError:
+                await commit  # the files are closed next
+                raise
 
 
 def _publish(journal: Journal, writer: WindowWriter) -> None:
@@ -150,54 +184,74 @@ def _copy(partial: Path, target: Any) -> None:
             target.write(piece)
 
 
-def _windows(job: BulkJob, start: Cursor) -> Iterator[_Window]:
+def read_windows(job: BulkJob, start: Cursor) -> Iterator[TextWindow]:
+    """Yield the windows behind a place.
+
+    Raises:
+        BulkError: see `read_records`.
+    """
     records: list[Record] = []
     num_chars = 0
     for record in read_records(job.sources, job.columns, start):
         records.append(record)
         num_chars += len(record.text)
         if len(records) >= job.window_texts or num_chars >= job.window_chars:
-            yield _Window(records)
+            yield TextWindow(records)
             records, num_chars = [], 0
     if records:
-        yield _Window(records)
+        yield TextWindow(records)
 
 
-async def _run_windows(job: BulkJob, embedder: Embedder, committer: "_Committer") -> None:
-    """Keep the embedder's lanes busy; windows are committed in order, and the next one is read meanwhile."""
-    windows = _windows(job, committer.cursor)
-    running: deque[tuple[_Window, asyncio.Task[WindowAnswer | None]]] = deque()
-    try:
-        while (window := await asyncio.to_thread(next, windows, None)) is not None:
-            if len(running) == embedder.lanes:
-                await _commit_first(running, committer)
-            texts = [record.text for record in window.good]
-            running.append((window, asyncio.create_task(_embed(embedder, texts))))
-            await asyncio.sleep(0)  # the task begins before the next window is read
-        while running:
-            await _commit_first(running, committer)
-    finally:
-        for _, task in running:
-            task.cancel()
-        await asyncio.gather(*(task for _, task in running), return_exceptions=True)
+class EmbedderRunner:
+    """Keeps the lanes of an embedder busy (`WindowRunner`), also while a window is committed.
+
+    Args:
+        job: what is read.
+        embedder: computes.
+    """
+
+    def __init__(self, job: BulkJob, embedder: Embedder) -> None:
+        self._job, self._embedder = job, embedder
+
+    async def open(self) -> tuple[VectorWidths, Mapping[str, Any]]:
+        """See `WindowRunner`."""
+        return await self._embedder.open()
+
+    async def run(self, start: Cursor) -> AsyncGenerator[tuple[TextWindow, WindowAnswer | None]]:
+        """See `WindowRunner`; the next window is read while one is computed."""
+        windows = read_windows(self._job, start)
+        running: deque[tuple[TextWindow, asyncio.Task[WindowAnswer | None]]] = deque()
+        try:
+            while (window := await asyncio.to_thread(next, windows, None)) is not None:
+                done = await _first(running) if len(running) == self._embedder.lanes else None
+                running.append((window, asyncio.create_task(self._embed(window))))
+                await asyncio.sleep(0)  # the task begins before the last window is committed
+                if done is not None:
+                    yield done
+            while running:
+                yield await _first(running)
+        finally:
+            for _, task in running:
+                task.cancel()
+            await asyncio.gather(*(task for _, task in running), return_exceptions=True)
+
+    async def close(self) -> None:
+        """See `WindowRunner`."""
+        await self._embedder.close()
+
+    async def _embed(self, window: TextWindow) -> WindowAnswer | None:
+        texts = [record.text for record in window.good]
+        return await self._embedder.embed(texts) if texts else None
 
 
-async def _commit_first(
-    running: "deque[tuple[_Window, asyncio.Task[WindowAnswer | None]]]", committer: "_Committer"
-) -> None:
+async def _first(
+    running: "deque[tuple[TextWindow, asyncio.Task[WindowAnswer | None]]]",
+) -> tuple[TextWindow, WindowAnswer | None]:
+    """Wait for the first of the windows that are computed, and take it off."""
     window, task = running[0]
     answer = await task
     running.popleft()
-    commit = asyncio.ensure_future(asyncio.to_thread(committer.commit, window, answer))
-    try:
-        await asyncio.shield(commit)
-    except asyncio.CancelledError:
-        await commit  # the files are closed next
-        raise
-
-
-async def _embed(embedder: Embedder, texts: list[str]) -> WindowAnswer | None:
-    return await embedder.embed(texts) if texts else None
+    return window, answer
 
 
 class _Committer:
@@ -213,7 +267,7 @@ class _Committer:
         """Where the next window begins."""
         return self._journal.state.cursor
 
-    def commit(self, window: _Window, answer: WindowAnswer | None) -> None:
+    def commit(self, window: TextWindow, answer: WindowAnswer | None) -> None:
         """Write a window; on a thread, as it waits for the disk."""
         good, refused = window.good, {r.number: r.refusal for r in window.records if r.refusal is not None}
         if answer is not None:

@@ -214,6 +214,14 @@ def open_journal(out: Path, job: Mapping[str, Any], disk: Disk, *, overwrite: bo
         raise
 
 
+def journaled_cursor(out: Path) -> Cursor:
+    """Return where the job of an output will probably go on; only `open_journal` tells whether it is the same job."""
+    try:
+        return _read(OutputFiles(out).journal.read_bytes())[1].cursor
+    except FileNotFoundError:
+        return Cursor()
+
+
 def _read_or_begin(
     files: OutputFiles, job: Mapping[str, Any], handle: BinaryIO, disk: Disk, *, overwrite: bool
 ) -> JobState:

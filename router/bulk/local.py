@@ -11,11 +11,10 @@ from engines.errors import Busy, EngineError, LoadFailed, NonFiniteEmbedding, Un
 from engines.host import Host
 from engines.spec import NEVER_IDLE, ModelSpec
 from engines.types import EmbedCall, Embeddings, Outputs, OutputsCall
-from router.backends.worker_config import machine_config, memory_rules
+from router.backends.worker_config import MemoryRules, machine_config
 from router.bulk.records import BulkError, BulkStopped, EmbedOptions, Refusal, Vectors, VectorWidths, WindowAnswer
 from router.config.settings import Settings, usable_cores
 from router.quantization import quantize
-from router.registry.registry import Registry
 
 _TRIES = 5
 _CHECK_S = 1.0
@@ -153,15 +152,24 @@ class LocalEmbedder:
                 host.check()
 
 
-def open_local(settings: Settings, registry: Registry, spec: ModelSpec, options: EmbedOptions) -> LocalEmbedder:
+def open_local(
+    settings: Settings, memory: MemoryRules, spec: ModelSpec, options: EmbedOptions, *, cores: int | None = None
+) -> LocalEmbedder:
     """Create the hosts of this machine, as `embedyard serve` does, for one model.
+
+    Args:
+        settings: of the machine.
+        memory: what the model may use.
+        spec: the model.
+        options: as they were asked for.
+        cores: None takes all that this process may use.
 
     Raises:
         InvalidValue: a requested device does not exist.
     """
     from engines.machine import Machine  # late: torch takes seconds to import
 
-    config = machine_config(settings, memory_rules(settings, registry), settings.device, usable_cores())
+    config = machine_config(settings, memory, settings.device, cores or usable_cores())
     config = structs.replace(
         config, loader=structs.replace(config.loader, even_batches=True, max_queue_requests=None, batch_timeout_s=0.0)
     )

@@ -6,14 +6,17 @@ import shlex
 import signal
 import sys
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import click
 import structlog
+from msgspec import structs
 
 from engines.errors import InvalidValue, ModelNotFound
+from router.backends.worker_config import memory_rules
 from router.cli.completion import model_names
 from router.config.setting_values import is_loopback
 from router.config.settings import Settings, SettingsError, load_settings
@@ -21,9 +24,10 @@ from router.registry.opening import choose_models, existing_folder, open_registr
 from router.registry.registry import RegistryError
 
 if TYPE_CHECKING:
-    from router.bulk.job import BulkJob, Embedder, Observer
+    from collections.abc import Callable
+
+    from router.bulk.job import BulkJob, Embedder, Observer, WindowRunner
     from router.bulk.journal import JobState
-    from router.bulk.records import EmbedOptions
 
 EXIT_REFUSED = 1
 EXIT_INVALID = 2
@@ -52,6 +56,7 @@ Examples:
   embedyard embed ./my-model a.csv b.csv -o out.jsonl --text-column body --dimensions 256
   zcat docs.jsonl.gz | embedyard embed bge-m3 - --format jsonl -o docs.parquet
   embedyard embed bge-m3 docs.parquet -o out.parquet --url http://gpu-box:6008 --api-key KEY
+  embedyard embed bge-m3 docs.parquet -o out.parquet --ray head-node:6379
 """
 )
 @click.argument("model", shell_complete=model_names)
@@ -78,6 +83,8 @@ Examples:
 @click.option("--api-key", metavar="KEY", help="Default: API_KEY from the settings, for servers on this machine.")
 @click.option("--concurrency", type=click.IntRange(1, 256), default=4, show_default=True, metavar="N",
               help="Requests in flight, with --url.")  # fmt: skip
+@click.option("--ray", "ray_address", metavar="ADDRESS|local",
+              help="Ray cluster that computes, one actor a device; local starts one on this machine.")  # fmt: skip
 @click.option("--window", type=click.IntRange(1, 65_536), default=2048, show_default=True, metavar="TEXTS",
               help="Texts that are sorted by length and kept together.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace OUT, and what another job has left beside it.")
@@ -95,8 +102,8 @@ def command(**chosen: Any) -> None:
     from router.bulk.records import BulkError, BulkStopped
 
     try:
-        job, embedder, observer = _prepare(chosen)
-        state = asyncio.run(_run(job, embedder, observer))
+        job, runner, observer = _prepare(chosen)
+        state = asyncio.run(_run(job, runner, observer))
     except (BulkError, SettingsError, RegistryError, ModelNotFound, InvalidValue) as error:
         click.echo(str(error), err=True)
         raise SystemExit(EXIT_INVALID) from None
@@ -126,7 +133,7 @@ def _without_key(arguments: list[str]) -> list[str]:
     return ["KEY" if index and shown[index - 1] == "--api-key" else text for index, text in enumerate(shown)]
 
 
-def _prepare(chosen: dict[str, Any]) -> "tuple[BulkJob, Embedder, Observer]":
+def _prepare(chosen: dict[str, Any]) -> "tuple[BulkJob, WindowRunner, Observer]":
     from router.bulk.job import BulkJob
     from router.bulk.progress import LineProgress, Meter
     from router.bulk.readers import Columns, open_sources
@@ -141,8 +148,7 @@ def _prepare(chosen: dict[str, Any]) -> "tuple[BulkJob, Embedder, Observer]":
         prompt=chosen["prompt"],
         truncate=chosen["truncate"],
     )
-    if options.prompt is not None and options.input_type is not None:
-        raise InvalidValue("--prompt cannot be combined with --input-type")
+    _check_combined(chosen)
     job = BulkJob(
         sources=open_sources(chosen["files"], chosen["input_format"]),
         columns=Columns(chosen["text_column"], chosen["id_column"], tuple(dict.fromkeys(chosen["keep"]))),
@@ -158,16 +164,33 @@ def _prepare(chosen: dict[str, Any]) -> "tuple[BulkJob, Embedder, Observer]":
     progress = (
         LineProgress(meter, _write_over, every_s=0.0) if sys.stderr.isatty() else LineProgress(meter, _write_line)
     )
-    return job, _open_embedder(chosen, settings, options), progress
+    return job, _open_runner(job, chosen, settings), progress
 
 
-def _open_embedder(chosen: dict[str, Any], settings: Settings, options: "EmbedOptions") -> "Embedder":
+def _check_combined(chosen: dict[str, Any]) -> None:
+    """Check options that exclude each other.
+
+    Raises:
+        InvalidValue: naming them.
+    """
+    if chosen["prompt"] is not None and chosen["input_type"] is not None:
+        raise InvalidValue("--prompt cannot be combined with --input-type")
+    if chosen["ray_address"] and chosen["url"]:
+        raise InvalidValue("--ray cannot be combined with --url: a server's own hosts compute what is sent to it")
+    if chosen["ray_address"] and "-" in chosen["files"]:
+        raise InvalidValue("standard input (-) cannot be read with --ray, where a task reads: name a file")
+
+
+def _open_runner(job: "BulkJob", chosen: dict[str, Any], settings: Settings) -> "WindowRunner":
+    from router.bulk.job import EmbedderRunner
+
     if chosen["url"]:
         from router.bulk.remote import RemoteEmbedder
 
         own = settings.api_key if is_loopback(urlsplit(chosen["url"]).hostname or "") else None
         key = chosen["api_key"] or own
-        return RemoteEmbedder(chosen["url"], chosen["model"], options, key=key, concurrency=chosen["concurrency"])
+        remote = RemoteEmbedder(chosen["url"], chosen["model"], job.options, key=key, concurrency=chosen["concurrency"])
+        return EmbedderRunner(job, remote)
     from router.bulk.local import open_local
 
     registry = open_registry(settings)
@@ -181,17 +204,33 @@ def _open_embedder(chosen: dict[str, Any], settings: Settings, options: "EmbedOp
         wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
-    return open_local(settings, registry, spec, options)
+    memory = memory_rules(settings, registry)
+    if chosen["ray_address"]:
+        return _open_cluster(job, chosen["ray_address"], settings, partial(open_local, memory=memory, spec=spec))
+    return EmbedderRunner(job, open_local(settings, memory, spec, job.options))
 
 
-async def _run(job: "BulkJob", embedder: "Embedder", observer: "Observer") -> "JobState":
+def _open_cluster(
+    job: "BulkJob", address: str, settings: Settings, open_with: "Callable[..., Embedder]"
+) -> "WindowRunner":
+    """Join the cluster; the actors open the model."""
+    from router.bulk.ray_data import RayRunner, join_cluster, plan_devices  # late: Ray is optional
+
+    join_cluster(address)
+    plan = plan_devices(settings.device)
+    there = structs.replace(settings, device=("cuda" if plan.gpus else "cpu",))  # the GPU that Ray shows to an actor
+    open_embedder = partial(open_with, there, options=job.options, cores=plan.cpus)
+    return RayRunner(job, open_embedder, plan, _write_line)
+
+
+async def _run(job: "BulkJob", runner: "WindowRunner", observer: "Observer") -> "JobState":
     from router.bulk.job import run_job
 
     task = asyncio.current_task()
     assert task is not None
     with suppress(NotImplementedError):  # Windows
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    return await run_job(job, embedder, observer)
+    return await run_job(job, runner, observer)
 
 
 def _end(text: str) -> None:

@@ -40,11 +40,10 @@ def deploy(hosts: int | None, gpus: float, cpus: float, address: str | None) -> 
     try:
         settings = load_settings()
         registry = open_registry(settings)
-        from router.backends.ray import (
-            deploy as ray_deploy,  # late: takes seconds, and the mistakes above are reported first
-        )
+        from router.backends.ray import connection  # late: takes seconds, and the mistakes above are reported first
+        from router.backends.ray import deploy as ray_deploy
 
-        ray_deploy.connect(address)
+        connection.connect(address)
         plan = (
             ray_deploy.DeploymentPlan(hosts=hosts, gpus=gpus, cpus=cpus) if hosts else ray_deploy.one_per_device(cpus)
         )
@@ -61,9 +60,10 @@ def deploy(hosts: int | None, gpus: float, cpus: float, address: str | None) -> 
 def remove(address: str | None) -> None:
     """Remove the hosts; running requests are finished within GRACE_SECONDS."""
     try:
-        from router.backends.ray import deploy as ray_deploy  # late, as above
+        from router.backends.ray import connection  # late, as above
+        from router.backends.ray import deploy as ray_deploy
 
-        ray_deploy.connect(address)
+        connection.connect(address)
         ray_deploy.remove()
     except ImportError:
         _fail("Ray is not installed: pip install 'embedyard[ray]'")

@@ -1,14 +1,11 @@
 """Deploys the hosts to a Ray cluster, as one Serve deployment with a replica for each device."""
 
-import socket
-
 import ray
 from msgspec import Struct
 from ray import serve as serve
 from ray.serve.config import RequestRouterConfig
 
-from engines.errors import InvalidValue
-from router.backends.ray.environment import APP, DEPLOYMENT, HEALTH_PERIOD_S, STATS_PERIOD_S, named_address
+from router.backends.ray.environment import APP, DEPLOYMENT, HEALTH_PERIOD_S, STATS_PERIOD_S
 from router.backends.ray.replica import HostReplica
 from router.backends.worker_config import WorkerConfig, memory_rules, open_real_host
 from router.config.settings import Settings, load_settings
@@ -16,7 +13,6 @@ from router.registry.generation import first_generation
 from router.registry.opening import open_registry
 from router.registry.registry import Registry
 
-_CONNECT_TIMEOUT_S = 10.0
 _HEALTH_TIMEOUT_S = 30.0
 """A load may hold a host's interpreter lock for seconds."""
 
@@ -27,32 +23,6 @@ class DeploymentPlan(Struct, frozen=True, kw_only=True):
     hosts: int
     gpus: float = 0.0
     cpus: float = 1.0
-
-
-def connect(address: str | None) -> None:
-    """Connect to the cluster; `None` means the one in `RAY_ADDRESS`, else the one on this machine.
-
-    Raises:
-        InvalidValue: no cluster answers.
-    """
-    if ray.is_initialized():
-        return
-    address = address or named_address()
-    try:
-        _check_reachable(address)
-        ray.init(address=address or "auto", log_to_driver=False, logging_level="warning", namespace=APP)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise InvalidValue(
-            f"no Ray cluster answers at {address or 'this machine'}: start one with `ray start --head`, or set its "
-            f"address in RAY_ADDRESS ({type(error).__name__}: {str(error).splitlines()[0]})"
-        ) from error
-
-
-def _check_reachable(address: str | None) -> None:
-    """Raise OSError when nothing listens at the address: Ray itself would retry for minutes."""
-    host, colon, port = (address or "").rpartition(":")
-    if colon and port.isdigit() and "/" not in host:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_S).close()
 
 
 def one_per_device(cpus: float) -> DeploymentPlan:

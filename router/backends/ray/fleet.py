@@ -36,7 +36,7 @@ from engines.types import Budget, HostBudget, HostSnapshot, Result
 from router.backends.event_feed import EventFeed
 from router.backends.fleet import NotSent, RoutedCall
 from router.backends.host_directory import HostDirectory, ready_models
-from router.backends.ray.deploy import connect
+from router.backends.ray.connection import connect
 from router.backends.ray.environment import APP, DEPLOYMENT
 from router.backends.ray.replica_directory import REPLICAS, ReplicaDirectory, RoutedRequest
 from router.backends.remote import RemoteBackend

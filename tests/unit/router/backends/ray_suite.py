@@ -5,9 +5,11 @@ Run by `test_ray_conformance.py` in a separate process, because Ray changes the 
     python -m pytest -o asyncio_mode=strict -o filterwarnings=default tests/unit/router/backends/ray_suite.py
 """
 
+import asyncio
+import json
 import os
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
@@ -18,7 +20,8 @@ import pytest
 from engines.types import HostSnapshot
 from router.app import create_app
 from router.backends.base import Backend
-from router.backends.ray.deploy import DeploymentPlan, connect, deploy, from_environment
+from router.backends.ray.connection import connect
+from router.backends.ray.deploy import DeploymentPlan, deploy, from_environment
 from router.backends.ray.environment import APP, DEPLOYMENT
 from router.backends.ray.fleet import RayFleet
 from router.backends.ray.replica_directory import REPLICAS
@@ -28,6 +31,7 @@ from router.config.settings import Settings
 from router.registry.generation import first_generation
 from router.registry.registry import Registry
 from tests.testkit.backends import BUDGET, HOSTS, crowd, open_scripted_host, scripted, until
+from tests.testkit.batches import line
 from tests.testkit.servers import serving as serving_app
 from tests.testkit.thread_loop import LOOP
 from tests.unit.router.backends.conformance import Conformance, Opened, call, homes, known, serving
@@ -159,6 +163,39 @@ class TestRay(Conformance):
         assert [len(entry["embedding"]) for entry in answer.json()["data"]] == [16, 16]
         named = {line.split('host="')[1].split('"')[0] for line in metrics.splitlines() if "_budget_bytes{" in line}
         assert named == ids(backend.snapshots()) == {d["host_id"] for d in memory["devices"]}
+
+    async def test_a_batch_of_the_server_is_computed_by_the_hosts(
+        self, cluster: Cluster, backend: Backend, tmp_path: Path
+    ) -> None:
+        models = [scripted("a"), scripted("b")]
+        async with serving(backend, *models):
+            registry = Registry(models={spec.model_id: spec for spec in models}, default_model="a")
+            fleet = RayFleet(serve.get_deployment_handle(DEPLOYMENT, APP), REPLICAS, poll_interval_s=0.1)
+            app = create_app(Settings(data_dir=tmp_path), registry, RemoteBackend(fleet, registry.models))
+            async with serving_app(app) as url, httpx.AsyncClient(base_url=f"{url}/v1") as client:
+                answers = await batch_of(client, {f"{name}{n}": f"text {n}" for name in "ab" for n in range(20)})
+                asked = await client.post("/embeddings", json={"input": "text 3", "model": "b"})
+            hosts = backend.snapshots()
+
+        assert homes(hosts).keys() >= {"a", "b"}
+        assert len(answers) == 40
+        assert answers["b3"] == asked.json()["data"][0]["embedding"]
+
+
+async def batch_of(client: httpx.AsyncClient, texts: Mapping[str, str]) -> dict[str, list[float]]:
+    """Run a batch, and return its vectors; a text's id begins with its model."""
+    lines = "\n".join(line(name, body={"model": name[0], "input": text}) for name, text in texts.items())
+    files = {"file": ("corpus.jsonl", lines.encode())}
+    file = (await client.post("/files", files=files, data={"purpose": "batch"})).json()
+    body = {"input_file_id": file["id"], "endpoint": "/v1/embeddings", "completion_window": "24h"}
+    batch = (await client.post("/batches", json=body)).json()
+    while batch["status"] in {"validating", "in_progress", "finalizing"}:
+        await asyncio.sleep(0.02)
+        batch = (await client.get(f"/batches/{batch['id']}")).json()
+    assert batch["status"] == "completed"
+    content = (await client.get(f"/files/{batch['output_file_id']}/content")).text
+    rows = map(json.loads, content.splitlines())
+    return {row["custom_id"]: row["response"]["body"]["data"][0]["embedding"] for row in rows}
 
 
 def add_node(cluster: Cluster, attempts: int = 3) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from engines.testing.engine import fake_vector
 from engines.testing.outputs import fake_row
-from router.bulk.job import BulkJob, run_job
+from router.bulk.job import BulkJob, EmbedderRunner, run_job
 from router.bulk.journal import Disk, JobState
 from router.bulk.readers import Columns, InputFormat, open_sources
 from router.bulk.records import EmbedOptions, Refusal, Vectors, VectorWidths, WindowAnswer
@@ -136,4 +136,5 @@ def job_of(  # noqa: PLR0913  # the options of the command
 
 
 def run(job: BulkJob, embedder: FakeEmbedder | None = None, disk: Disk | None = None) -> JobState:
-    return asyncio.run(run_job(job, embedder or FakeEmbedder(job.options.outputs), Silent(), disk or FastDisk()))
+    runner = EmbedderRunner(job, embedder or FakeEmbedder(job.options.outputs))
+    return asyncio.run(run_job(job, runner, Silent(), disk or FastDisk()))

@@ -85,7 +85,7 @@ def test_a_job_goes_on_behind_the_last_committed_window(tmp_path: Path) -> None:
     run(job_of(source, out, columns=COLUMNS), second)
 
     assert 1 < len(first.windows) < 9
-    assert len(first.windows) + len(second.windows) in (9, 10)
+    assert len(first.windows) + len(second.windows) in (9, 10, 11), "one window runs while the one before it is written"
     assert second.windows[-1] == ["text 56 " * 2, "text 57 " * 3, "text 58 " * 4, "text 59 " * 5]
 
 

@@ -1,6 +1,8 @@
 """`embedyard embed`: its outcome and exit codes, by a server over fake engines; and its memory."""
 
 import json
+import os
+import sys
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,6 +90,7 @@ def test_refused_lines_change_the_exit_code(folder: Path, url: str) -> None:
         (["in.txt", "-o", "out.npy", "--output", "dense,sparse"], ".npy holds dense vectors only"),
         (["in.txt", "-o", "out.jsonl", "--prompt", "a", "--input-type", "query"], "--prompt cannot be combined"),
         (["in.txt", "-o", "out.jsonl", "--output", "dens"], "'dens' is not one of dense, sparse, multi_vector"),
+        (["in.txt", "-o", "out.jsonl", "--ray", "local"], "--ray cannot be combined with --url"),
         (["in.txt", "-o", "out.jsonl", "--dtype", "int8"], "has no calibration on that server"),
     ],
 )
@@ -97,6 +100,22 @@ def test_what_must_be_corrected_is_said(folder: Path, url: str, args: list[str],
     assert result.exit_code == 2
     assert words in result.stderr
     assert not Path("out.jsonl").exists()
+
+
+def test_standard_input_is_refused_on_a_cluster(folder: Path) -> None:
+    result = embed_files("dense", "-", "--format", "lines", "-o", "out.jsonl", "--ray", "local")
+
+    assert result.exit_code == 2
+    assert "standard input (-) cannot be read with --ray" in result.stderr
+
+
+def test_without_ray_the_remedy_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.setattr("os.environ", dict(os.environ))  # the module sets some
+    result = embed_files(str(folder) + "/", "in.txt", "-o", "out.jsonl", "--ray", "local")
+
+    assert result.exit_code == 2
+    assert result.stderr == "--ray needs Ray Data, which is not installed: pip install 'embedyard[ray]'\n"
 
 
 def test_an_interrupted_job_says_how_to_go_on(folder: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
