@@ -7,7 +7,6 @@ again when an actor or a node is lost, and how far reading runs ahead is up to R
 
 import asyncio
 import logging
-import os
 import pickle
 import threading
 import time
@@ -25,10 +24,7 @@ from router.bulk.job import BulkJob, Embedder, TextWindow, read_windows
 from router.bulk.journal import journaled_cursor
 from router.bulk.records import BulkError, BulkStopped, Cursor, VectorWidths, WindowAnswer
 
-os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its C++ half warns of what Ray Data itself does
-os.environ.setdefault(
-    "RAY_ENABLE_AUTO_CONNECT", "0"
-)  # else a thread of Ray Data's may start a cluster once we left ours
+environment.prepare_job_environment()
 
 try:
     import pyarrow as pa

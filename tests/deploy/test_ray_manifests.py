@@ -71,7 +71,7 @@ def test_the_deployment_is_found_where_the_manifest_says() -> None:
 
 def test_the_manifest_names_the_version_that_is_pinned() -> None:
     pinned = re.search(r"^ray==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
-    extra = re.search(r'^ray = \["ray\[serve\]==(.+)\.\*"\]$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    extra = re.search(r'^ray = \["ray\[data,serve\]==(.+)\.\*"\]$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
 
     assert pinned is not None
     assert extra is not None

@@ -24,6 +24,13 @@ VARIABLES = {
 }
 
 
+JOB_VARIABLES = {
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # its C++ half warns of what Ray Data itself does
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # else a thread of Ray Data's may start a cluster once we left ours
+}
+"""Of processes that run a bulk job on a cluster."""
+
+
 def named_address() -> str | None:
     """Return the cluster address from `RAY_ADDRESS`, as Ray reads it."""
     return os.environ.get("RAY_ADDRESS") or None
@@ -32,4 +39,10 @@ def named_address() -> str | None:
 def prepare_environment() -> None:
     """Set the variables. Must be called before the first `import ray` of a process."""
     for name, value in VARIABLES.items():
+        os.environ.setdefault(name, value)
+
+
+def prepare_job_environment() -> None:
+    """Set the variables of a bulk job. Must be called before the first `import ray` of a process."""
+    for name, value in JOB_VARIABLES.items():
         os.environ.setdefault(name, value)

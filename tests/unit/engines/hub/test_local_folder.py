@@ -96,7 +96,7 @@ def test_a_model_whose_weights_are_read_takes_as_many_bytes_as_a_mapped_one(
 ) -> None:
     folder = _copy(kit, NAME, tmp_path / "m")
     read_bytes = kit.load(folder).weight_bytes
-    monkeypatch.setattr("engines.loading.builders.is_writable_in_place", lambda source: False)
+    monkeypatch.setattr("engines.loading.pretrained.is_writable_in_place", lambda source: False)
 
     assert kit.load(folder).weight_bytes == read_bytes
 
