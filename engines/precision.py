@@ -60,6 +60,11 @@ def describe_offer(precision: Precision, min_cosine: float | None = None) -> str
     )
 
 
+FORM_VERSIONS = {"bfloat16": 2, "int8": 2}
+"""Raised when a dtype is computed in another way, so that what was measured before decides nothing any more.
+2: int8 rounds queries, keys and values too, and attention in bfloat16 takes powers of two."""
+
+
 class PrecisionStore:
     """Keeps what was measured between starts. Thread-safe.
 
@@ -106,7 +111,7 @@ class PrecisionStore:
 
 
 def _key(spec: ModelSpec, revision: str, dtype: str, device: str, texts: CalibrationTexts) -> str:
-    identity = [revision, dtype, device.partition(":")[0], spec.pooling, spec.max_tokens]
+    identity = [revision, dtype, FORM_VERSIONS.get(dtype, 1), device.partition(":")[0], spec.pooling, spec.max_tokens]
     return fingerprint(identity if texts == "built-in" else [*identity, texts])
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from msgspec import structs
 
-from engines.precision import PrecisionStore, compare, describe_offer, why_refused
+from engines.precision import FORM_VERSIONS, PrecisionStore, compare, describe_offer, why_refused
 from engines.spec import ModelSpec, Precision
 
 SPEC = ModelSpec(model_id="m", source="./m")
@@ -103,3 +103,15 @@ def test_what_another_process_measured_is_found_and_not_overwritten(tmp_path: Pa
 
     assert found == _precision(worst=0.9995)
     assert later == _precision(worst=0.9997)
+
+
+def test_what_was_measured_of_another_way_to_compute_a_dtype_decides_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = PrecisionStore(tmp_path)
+    store.put(SPEC, "r1", _precision("int8"), "cpu")
+    before = store.get(SPEC, "r1", "int8", "cpu")
+    monkeypatch.setitem(FORM_VERSIONS, "int8", FORM_VERSIONS["int8"] + 1)
+
+    assert before == _precision("int8")
+    assert store.get(SPEC, "r1", "int8", "cpu") is None
