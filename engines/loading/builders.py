@@ -251,7 +251,7 @@ def read_model(
     process (SIGBUS), overwriting it changes vectors. Files that are written in place are therefore read into memory.
 
     Args:
-        device: where it will run; what is not read straight onto it is returned on the CPU.
+        device: where it will run; the model is returned on the CPU.
         model_class: transformers' class of a model with a head; None is the model without one.
     """
     dtype = choose_dtype(spec, config, device)

@@ -20,6 +20,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
+from engines.device.cores import usable_cores
 from engines.device.huge_pages import use_huge_pages
 from engines.device.load_throttle import throttle_point
 from engines.device.torch_runtime import finisher
@@ -63,7 +64,7 @@ class WeightReader:
         self, folder: Path, files: Sequence[str], device: torch.device, num_threads: int | None = None
     ) -> None:
         self._device, self._finish = device, finisher(device)
-        self._num_threads = num_threads or min(MAX_THREADS, _num_cores())
+        self._num_threads = num_threads or min(MAX_THREADS, len(usable_cores()) or 1)
         self._places: dict[str, _Place] = {}
         with ExitStack() as opened:
             self._helpers = opened.enter_context(ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="weights"))
@@ -231,8 +232,3 @@ def _bytes_at(tensor: Tensor) -> memoryview:
     """Returns the memory of a contiguous tensor. Not by `numpy()`, after which torch cannot free it alone."""
     size = tensor.nbytes
     return memoryview((ctypes.c_ubyte * size).from_address(tensor.data_ptr())).cast("B") if size else memoryview(b"")
-
-
-def _num_cores() -> int:
-    """Returns how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -764,3 +764,20 @@ def operator_step(storm: Storm, random: Random, model_id: str) -> None:
 
 def a_folder() -> ModelFiles:
     return ModelFiles(path="/models/m", revision="r", size_bytes=100)
+
+
+def storms_until_found(
+    run_storm: Callable[[int], object], max_storms: int, other_errors: tuple[type[Exception], ...]
+) -> int:
+    """Counts the storms until an invariant breaks; one more than `max_storms` where none does.
+
+    Other exceptions do not count as detection.
+    """
+    for seed in range(max_storms):
+        try:
+            run_storm(seed)
+        except Violation:
+            return seed + 1
+        except other_errors:
+            continue
+    return max_storms + 1

@@ -24,7 +24,7 @@ from engines.pool.parking import Parking
 from engines.pool.slot import CHARGED, HOST_CHARGED, NO_MEMORY, MemoryNeed, PoolPolicy, Slot, Waiter
 from engines.pool.state import PoolState
 from engines.pool.state_machine import PoolStateMachine
-from tests.testkit.pool_storm import Violation, random_storm
+from tests.testkit.pool_storm import random_storm, storms_until_found
 
 Patch = pytest.MonkeyPatch
 MAX_STORMS = 1500
@@ -391,24 +391,15 @@ MUTANTS: tuple[Callable[[Patch], None], ...] = (
 )
 
 
-def storms_until_found(max_storms: int = MAX_STORMS) -> int:
-    """Counts the storms until an invariant breaks; other exceptions do not count as detection."""
-    for seed in range(max_storms):
-        try:
-            random_storm(seed)
-        except Violation:
-            return seed + 1
-        except (RuntimeError, KeyError, AttributeError):
-            continue
-    return max_storms + 1
+OTHER_ERRORS = (RuntimeError, KeyError, AttributeError)
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
 def test_the_invariants_catch(mutant: Callable[[Patch], None], monkeypatch: Patch) -> None:
     mutant(monkeypatch)
 
-    assert storms_until_found() <= MAX_STORMS
+    assert storms_until_found(random_storm, MAX_STORMS, OTHER_ERRORS) <= MAX_STORMS
 
 
 def test_without_a_mutant_nothing_is_found() -> None:
-    assert storms_until_found(100) == 101
+    assert storms_until_found(random_storm, 100, OTHER_ERRORS) == 101

@@ -12,7 +12,7 @@ from engines.pool.slot import NO_MEMORY, Share, Slot, Split
 from engines.pool.split_admission import SplitAdmission
 from engines.pool.state import PoolState
 from engines.pool.state_machine import PoolStateMachine
-from tests.testkit.pool_storm import Violation
+from tests.testkit.pool_storm import storms_until_found
 from tests.testkit.split_storm import SplitStorm, random_split_storm, split_specs
 
 Patch = pytest.MonkeyPatch
@@ -176,23 +176,14 @@ MUTANTS: tuple[Callable[[Patch], None], ...] = (
 )
 
 
-def storms_until_found(max_storms: int = MAX_STORMS) -> int:
-    """Counts the storms until an invariant breaks; other exceptions do not count as detection."""
-    for seed in range(max_storms):
-        try:
-            random_split_storm(seed)
-        except Violation:
-            return seed + 1
-        except (RuntimeError, KeyError, AttributeError, IndexError, AssertionError):
-            continue
-    return max_storms + 1
+OTHER_ERRORS = (RuntimeError, KeyError, AttributeError, IndexError, AssertionError)
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
 def test_the_invariants_catch(mutant: Callable[[Patch], None], monkeypatch: Patch) -> None:
     mutant(monkeypatch)
 
-    assert storms_until_found() <= MAX_STORMS
+    assert storms_until_found(random_split_storm, MAX_STORMS, OTHER_ERRORS) <= MAX_STORMS
 
 
 def two_pools(host_budget: int = 0, model_ids: str = "abcde") -> SplitStorm:

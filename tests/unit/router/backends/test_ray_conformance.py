@@ -1,12 +1,13 @@
 """Runs `ray_suite.py`, the conformance suite for `BACKEND=ray`, in a separate process and on its own cluster."""
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.testkit.suite_process import num_passed
 
 pytest.importorskip("ray", reason="pip install 'embedyard[ray]'")
 pytestmark = pytest.mark.slow
@@ -16,34 +17,7 @@ SUITE = Path(__file__).with_name("ray_suite.py")
 
 @pytest.mark.timeout(500)
 def test_the_conformance_suite_is_green_on_a_cluster(tmp_path: Path) -> None:
-    # Without the interpreter's own end, which waits for threads of Ray's.
-    main = "import os, sys, pytest; code = pytest.main(sys.argv[1:]); sys.stdout.flush(); os._exit(code)"
-    command = [sys.executable, "-c", main, "-v", "--show-capture=no", "-o", "timeout=180", str(SUITE)]
-    quiet = [
-        "-o",
-        "asyncio_mode=strict",
-        "-o",
-        "filterwarnings=default",
-        "--disable-warnings",
-    ]  # Ray warns of itself when it is imported
-    environ = os.environ | {"PYTHONPATH": str(ROOT)}
-    log = tmp_path / "log"  # and no pipe, which daemons of Ray would keep open
-
-    with (
-        log.open("w") as out,
-        subprocess.Popen([*command, *quiet], cwd=ROOT, env=environ, stdout=out, stderr=out) as suite,
-    ):
-        try:
-            code = suite.wait(420)
-        except subprocess.TimeoutExpired:
-            suite.terminate()  # pytest ends its cluster then
-            code = suite.wait(60)
-
-    printed = log.read_text()
-    passed = re.search(r"(\d+) passed", printed)
-    assert code == 0, printed[-12000:]
-    assert passed is not None
-    assert int(passed[1]) > 30
+    assert num_passed(SUITE, tmp_path / "log", timeout_s=180) > 30
 
 
 def test_a_server_that_does_not_use_ray_imports_nothing_of_it() -> None:
