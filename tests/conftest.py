@@ -16,6 +16,16 @@ def _drop(*_: Any) -> NoReturn:
 
 
 structlog.configure(processors=[_drop], logger_factory=structlog.ReturnLoggerFactory())
+_LOGGING = {name: value for name, value in structlog.get_config().items() if name != "processors"}
+
+
+@pytest.fixture(autouse=True)
+def the_suites_logging() -> None:
+    """Restore the level and the logger: `embedyard embed` in one test hid the events of all later ones.
+
+    The list of processors stays: `capture_logs` of a fixture of a wider scope may have changed it.
+    """
+    structlog.configure(**_LOGGING)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
