@@ -2,16 +2,14 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from router.bulk.records import BulkError, Record, Vectors, VectorWidths
-
-if TYPE_CHECKING:
-    from router.bulk.readers import Columns, Source
+from router.bulk.sources import Columns, Source, check_columns
 
 try:
     import pyarrow as pa
@@ -37,10 +35,8 @@ def open_parquet(path: str) -> Any:
         raise BulkError(f"{path} is not a Parquet file that can be read") from None
 
 
-def read_rows(source: "Source", columns: "Columns", start: int) -> Iterator[Mapping[str, Any]]:
+def read_rows(source: Source, columns: Columns, start: int) -> Iterator[Mapping[str, Any]]:
     """Yield the rows from `start` on; row groups before it are not read."""
-    from router.bulk.readers import check_columns  # late: it imports this module
-
     with open_parquet(source.path) as file:
         check_columns(source, columns, file.schema_arrow.names)
         names = list(dict.fromkeys([columns.text, *([columns.id] if columns.id else []), *columns.kept]))

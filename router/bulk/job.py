@@ -15,8 +15,9 @@ import orjson
 from msgspec import Struct
 
 from router.bulk.journal import DATA, ERRORS, IDS, Disk, JobState, Journal, open_journal
-from router.bulk.readers import Columns, Source, read_records
+from router.bulk.readers import read_records
 from router.bulk.records import Cursor, EmbedOptions, Record, Refusal, VectorWidths, WindowAnswer
+from router.bulk.sources import Columns, Source
 from router.bulk.writers import JobShape, OutputFormat, WindowWriter, open_writer
 
 _WINDOW_TEXTS = 2048

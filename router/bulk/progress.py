@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from router.bulk.journal import JobState
-from router.bulk.readers import STDIN, Source
 from router.bulk.records import Cursor
+from router.bulk.sources import STDIN, Source
 
 _EVERY_S = 60.0
 

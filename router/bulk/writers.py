@@ -11,8 +11,8 @@ import msgspec
 import numpy as np
 import orjson
 
-from router.bulk.readers import Columns, Source
 from router.bulk.records import BulkError, EmbedOptions, Record, Vectors, VectorWidths
+from router.bulk.sources import Columns, Source
 from router.schemas.inference import OutputDtype
 
 OutputFormat = Literal["jsonl", "npy", "parquet", "arrow"]

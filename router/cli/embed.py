@@ -136,8 +136,8 @@ def _without_key(arguments: list[str]) -> list[str]:
 def _prepare(chosen: dict[str, Any]) -> "tuple[BulkJob, WindowRunner, Observer]":
     from router.bulk.job import BulkJob
     from router.bulk.progress import LineProgress, Meter
-    from router.bulk.readers import Columns, open_sources
     from router.bulk.records import EmbedOptions
+    from router.bulk.sources import Columns, open_sources
     from router.bulk.writers import output_format
 
     options = EmbedOptions(

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from engines.testing.engine import WIDTH
-from router.bulk.readers import Columns
+from router.bulk.sources import Columns
 from tests.unit.router.bulk.kit import job_of, run
 
 PAGE = Path(__file__).parents[2] / "docs" / "bulk.md"

@@ -12,8 +12,8 @@ from engines.testing.engine import fake_vector
 from engines.testing.outputs import fake_row
 from router.bulk.job import BulkJob, EmbedderRunner, run_job
 from router.bulk.journal import Disk, JobState
-from router.bulk.readers import Columns, InputFormat, open_sources
 from router.bulk.records import EmbedOptions, Refusal, Vectors, VectorWidths, WindowAnswer
+from router.bulk.sources import Columns, InputFormat, open_sources
 from router.bulk.writers import output_format
 
 TEXT = Columns()

@@ -22,8 +22,8 @@ from engines.spec import Output
 from router.bulk.job import BulkJob, Embedder, run_job
 from router.bulk.journal import JobState
 from router.bulk.ray_data import DevicePlan, RayRunner, WindowWorker, join_cluster, window_blocks
-from router.bulk.readers import Columns
 from router.bulk.records import BulkError, BulkStopped, Cursor
+from router.bulk.sources import Columns
 from tests.testkit.ray_jobs import ActorEmbedder, BrokenEmbedder, UnequalDevices, run_on
 from tests.testkit.servers import MODULE, ROOT, environment
 from tests.unit.router.backends.ray_suite import STORE_BYTES, add_node

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from engines.testing.engine import fake_vector
-from router.bulk.readers import Columns
 from router.bulk.records import BulkError
+from router.bulk.sources import Columns
 from tests.unit.router.bulk.kit import FailingDisk, FakeEmbedder, FastDisk, Killed, job_of, run
 
 COLUMNS = Columns(id="id", kept=("title",))

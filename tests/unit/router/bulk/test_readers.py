@@ -10,8 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from router.bulk import readers
-from router.bulk.readers import Columns, open_sources, read_records
+from router.bulk.readers import read_records
 from router.bulk.records import BulkError, Cursor, Record
+from router.bulk.sources import Columns, open_sources
 
 TEXT, BEGIN = Columns(), Cursor()
 TEXTS = st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1), max_size=12)

@@ -15,8 +15,8 @@ from engines.testing.engine import fake_vector
 from engines.testing.outputs import fake_row
 from router.bulk.journal import JobState
 from router.bulk.progress import LineProgress, Meter
-from router.bulk.readers import open_sources
 from router.bulk.records import Cursor, WindowAnswer
+from router.bulk.sources import open_sources
 from router.cli import embed
 from router.cli.main import cli
 from router.config.settings import VARIABLES
