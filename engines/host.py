@@ -9,6 +9,7 @@ await host.aclose()
 """
 
 from collections.abc import AsyncIterator, Mapping
+from functools import partial
 
 import msgspec
 import structlog
@@ -53,6 +54,8 @@ class Host:
         self._workers = runtime.workers
         self._read_health = runtime.health
         self._pauses = PauseDetector()
+        self._kept_forms = runtime.kept_forms
+        self._specs = specs
         self.fault = ""
         self._pool = ModelPool(config, self._matching_specs(specs), files, loader, runtime)
 
@@ -107,6 +110,9 @@ class Host:
         if host_budget is not None:
             self.set_host_budget(await self._share_of(host_budget))
         self._pool.reload(self._matching_specs(specs))
+        old, self._specs = self._specs, specs
+        if self._kept_forms is not None:
+            await self._workers.read_disk(partial(self._kept_forms.remove_unused, old, specs))
 
     def set_host_budget(self, budget_bytes: int) -> None:
         """Sets the main memory for parked models; 0 frees them all."""

@@ -13,6 +13,7 @@ from msgspec import Struct, structs
 
 from engines.batching.autotune import TuningStore
 from engines.device import torch_runtime
+from engines.device.cpu_features import fast_dtypes
 from engines.device.crash_journal import CrashJournal, JournaledLoader, JournaledScheduler
 from engines.device.flex import FlexWork
 from engines.device.memory import MemoryReading, device_memory, spare_bytes
@@ -24,6 +25,7 @@ from engines.hub.content_digests import SERVING_REST_SHARE, ContentDigests
 from engines.hub.file_verification import Verification
 from engines.hub.store import ModelStore
 from engines.inputs.tokenizer_threads import TokenizerThreads
+from engines.kept_forms import KeptForms
 from engines.loading.loader import LoaderSettings, TorchLoader
 from engines.loading.precision import measure_dtype
 from engines.models.prepacked import COPY_SHARE, MAX_PREPACKED_BYTES
@@ -89,6 +91,7 @@ class Machine:
             canary_folder=folder / "canaries" if folder else None,
             tuning_store=TuningStore(folder),
             precision_store=PrecisionStore(folder),
+            kept_forms=KeptForms(folder / "forms" if folder else None, " ".join(fast_dtypes())),
             content_digests=ContentDigests(folder, rest_share=SERVING_REST_SHARE),
             space_memory=SpaceMemory(folder),
         )
@@ -130,6 +133,7 @@ class Machine:
             default_runtime(host_config, self._measurements),
             health=scheduler.health,
             precisions=self._loader_settings.precision_store,
+            kept_forms=self._loader_settings.kept_forms,
             group=self._groups[device.partition(":")[0]],
         )
         return Host(host_config, specs, self._store, loader, runtime)

@@ -1,6 +1,7 @@
 """Builds an encoder and a tokenizer from a model folder, or raises an error that names the file and the remedy."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,13 +21,14 @@ from engines.loading.adapter import merge_adapter
 from engines.loading.dtype import automatic_dtype, overflows_float16
 from engines.loading.flag_heads import lexical_head
 from engines.loading.folder import Folder, read_json
+from engines.loading.form_files import FormSource
 from engines.loading.modules import build_head
 from engines.loading.multi_vector import TokenFacts, build_token_head
 from engines.loading.preflight import check_counts, check_proportions
 from engines.loading.pretrained import ModelSource, listed_shards, load_weights, weight_file_name
 from engines.loading.static import build_static
 from engines.loading.tokenizer import ModelFacts, read_reference
-from engines.models.adapters import Positions, drop_pooler, unused_weights
+from engines.models.adapters import Positions, unused_weights
 from engines.models.base import EncoderConfig, LoadedEncoder
 from engines.models.cuda_graphs import capturer_for
 from engines.models.multi_output import MultiOutputEncoder
@@ -58,8 +60,11 @@ class Built(NamedTuple):
     facts: OutputFacts = OutputFacts(outputs=())
 
 
-def build(folder: Folder, spec: ModelSpec, encoder_config: EncoderConfig) -> Built:
+def build(folder: Folder, spec: ModelSpec, encoder_config: EncoderConfig, source: FormSource | None = None) -> Built:
     """Builds the encoder and tokenizer of a folder.
+
+    Args:
+        source: where the form of its weights comes from; None for the folder.
 
     Raises:
         BadModel: the folder is broken, or cannot be served exactly.
@@ -73,19 +78,21 @@ def build(folder: Folder, spec: ModelSpec, encoder_config: EncoderConfig) -> Bui
         static = build_static(folder, spec, encoder_config.device)
         return Built(*static, facts=OutputFacts(dimensions=static[0].dimensions))
     if kind == "Transformer":
-        return _build_transformer(folder, spec, encoder_config)
+        return _build_transformer(folder, spec, encoder_config, source or FormSource())
     raise UnsupportedModel(
         f"modules.json starts with the module {kind!r}; only Transformer and StaticEmbedding are supported there"
     )
 
 
-def _build_transformer(folder: Folder, spec: ModelSpec, encoder_config: EncoderConfig) -> Built:
+def _build_transformer(folder: Folder, spec: ModelSpec, encoder_config: EncoderConfig, source: FormSource) -> Built:
     device = encoder_config.device
     config = read_config(folder, spec)
-    model, encoder_config = _placed(read_model(folder, spec, config, device).eval(), encoder_config)
+    read = partial(read_model, folder, spec, config, device)
+    model, encoder_config = _placed(source.model(read, model_class_of(config), config), encoder_config)
     _check_pooling_is_known(folder, spec, model)
     vocab_size = vocab_size_of(model)
-    observed = observe(model, vocab_size, device)
+    with source.observing():
+        observed = observe(model, vocab_size, device)
     width = observed.width or stated_width(config)
     head = None if folder.late is not None else build_head(folder, width, device, spec.pooling)
     facts = ModelFacts(
@@ -101,7 +108,7 @@ def _build_transformer(folder: Folder, spec: ModelSpec, encoder_config: EncoderC
     sparse = lexical_head(folder, width, vocab_size, reference.theirs, device)
     against_packing = observed.why_not_packed(sides.longest(tokenizer.max_tokens))
     name = "int8" if spec.dtype == "int8" else dtype_name(model)
-    form = weight_form(name, device) if encoder_config.placed is None else None
+    form = weight_form(name, device, source.take) if encoder_config.placed is None else None
     encoder_config = structs.replace(encoder_config, weight_form=form)
     heads = OutputHeads(head, sparse, tokens=tokens)
     recorder = capturer_for(device) if encoder_config.placed is None else None
@@ -113,10 +120,8 @@ def _placed(model: Any, encoder_config: EncoderConfig) -> tuple[Any, EncoderConf
     """Moves a model, which is in main memory, to the device or to the devices that it is split over."""
     placement = encoder_config.placement
     if placement is None:
-        model = model.to(encoder_config.device)
-        drop_pooler(model)
-        return model, encoder_config
-    drop_pooler(model)
+        is_there = encoder_config.device.type == "cpu"  # also where weights have no memory yet
+        return model if is_there else model.to(encoder_config.device), encoder_config
     placed = PlacedModel(model, placement, PINNED.pin)
     return model, structs.replace(encoder_config, placed=placed, max_prepacked_bytes=0)
 

@@ -28,10 +28,13 @@ from engines.errors import BadModel, DeviceDown, OutOfMemory, UnsupportedModel, 
 from engines.hub.content_digests import ContentDigests
 from engines.inputs.tokenizer import Tokenizer
 from engines.inputs.tokenizer_threads import TokenizerThreads
+from engines.kept_forms import QUANTIZED, KeptForms
 from engines.loading.builders import Built, build
 from engines.loading.checksums import Checksums
 from engines.loading.dtype import dtype_notes
 from engines.loading.folder import PLACEHOLDER_PROMPTS, Folder, read_files
+from engines.loading.form_files import FormSource
+from engines.loading.form_keeping import FormLoad
 from engines.loading.ingredients import list_weights, read_ingredients
 from engines.loading.parts import measure_parts
 from engines.loading.precision import PrecisionGate
@@ -64,6 +67,7 @@ class LoaderSettings(Struct, frozen=True, kw_only=True):
     `max_prepacked_bytes`: bytes of prepacked copies of weights that a model may hold where that is faster.
     `tuning_store`: tuned batch sizes, for models without a set one; None disables tuning.
     `precision_store`: what reduced dtypes cost; None neither measures nor refuses them.
+    `kept_forms`: quantised weights of earlier loads; None keeps none.
     `content_digests`, `space_memory`: hashes of weights, and the spaces of models that were loaded; None keeps them in
     memory.
     `copies_parked`: whether weights of parked models are copied on a CPU too, as on a GPU; for tests.
@@ -80,6 +84,7 @@ class LoaderSettings(Struct, frozen=True, kw_only=True):
     max_prepacked_bytes: int = MAX_PREPACKED_BYTES
     tuning_store: TuningStore | None = None
     precision_store: PrecisionStore | None = None
+    kept_forms: KeptForms | None = None
     content_digests: ContentDigests | None = None
     space_memory: SpaceMemory | None = None
     copies_parked: bool = False
@@ -163,7 +168,8 @@ class TorchLoader:
         store = self._settings.precision_store if form is None and not folder.is_sparse_encoder else None
         gate = PrecisionGate(store, spec, files.revision, self._device)
         gate.prepare(folder, config)
-        built = _build(folder, spec, config, form)
+        forms = self._form_load(spec, files, folder, placement)
+        built = forms.build(partial(_build, folder, spec, config, form))
         encoder, tokenizer, dtype, scoring, facts = built
         checksums.check()
         prompts = {**folder.prompts, **spec.prompts}
@@ -176,10 +182,11 @@ class TorchLoader:
         probes = _probe_tokenizer(built)
 
         def check() -> tuple[ModelInfo, int, int]:
-            notes = self_check.run(encoder.paths, probes, dtype, key, _last_written_s(files))
+            with forms.accepting():
+                notes = self_check.run(encoder.paths, probes, dtype, key, _last_written_s(files))
+                precision = gate.check(encoder, tokenizer, dtype, self._own_seconds)
             if isinstance(encoder, TransformerEncoder):
                 notes = (*dtype_notes(spec.dtype, dtype, compute_capability(self._device)), *notes)
-            precision = gate.check(encoder, tokenizer, dtype, self._own_seconds)
             paths = {"attention": encoder.attention, "path": encoder.path}
             found = structs.replace(info, **paths, notes=notes, precision=precision)
             return found, size + encoder.extra_bytes(), workspace
@@ -216,6 +223,14 @@ class TorchLoader:
         spaces = ModelSpaces(SpaceSource(read, self._space_memory), spec)
         spaces.begin()
         return spaces
+
+    def _form_load(self, spec: ModelSpec, files: ModelFiles, folder: Folder, placement: Placement | None) -> FormLoad:
+        """Returns where the load takes a quantised form from; only those of a CPU are kept."""
+        may_be_kept = self._device.type == "cpu" and placement is None and spec.dtype in QUANTIZED
+        if not may_be_kept:
+            return FormLoad(None, spec, files.revision)
+        read = partial(read_ingredients, folder, spec, list_weights(folder), self._digests)
+        return FormLoad(self._settings.kept_forms, spec, files.revision, read)
 
     def _own_seconds(self) -> float:
         """Returns seconds of the present task so far, without those of tasks that preempted it."""
@@ -296,10 +311,12 @@ class TorchLoader:
             trim(0)
 
 
-def _build(folder: Folder, spec: ModelSpec, config: EncoderConfig, form: Form | None) -> Built:
+def _build(
+    folder: Folder, spec: ModelSpec, config: EncoderConfig, form: Form | None, source: FormSource | None = None
+) -> Built:
     if form is not None:
         return build_scorer(folder, spec, config, form)
-    return build_sparse(folder, spec, config) if folder.is_sparse_encoder else build(folder, spec, config)
+    return build_sparse(folder, spec, config) if folder.is_sparse_encoder else build(folder, spec, config, source)
 
 
 def share_bytes_of(encoder: LoadedEncoder, home_bytes: int = 0) -> tuple[int, ...]:

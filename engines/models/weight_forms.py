@@ -3,7 +3,8 @@
 The form is applied once, after the layers are fused. Weights are held once: what is replaced is freed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,10 +14,19 @@ from torch import nn
 from engines.device.cpu_features import has_fast_bfloat16
 from engines.device.load_throttle import throttle_point
 from engines.errors import UnsupportedModel
+from engines.layers import packed_linear
 from engines.layers.decoder import FusedDecoderLayer
 from engines.layers.fused import FusedLayer
-from engines.layers.packed_linear import Int8Embedding, Int8Linear, PackedLinear, Product, ProductFactory, total_bytes
+from engines.layers.packed_linear import Int8Embedding, Int8Linear, PackedLinear, Product, total_bytes
 from engines.layers.product_check import check_product
+
+Take = Callable[[torch.Tensor, Callable[[], tuple[torch.Tensor, ...]]], tuple[torch.Tensor, ...]]
+"""(weight, makes its tensors) → the tensors of the product that replaces a weight."""
+
+
+def make_anew(_: torch.Tensor, make: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
+    """Makes the tensors of a product from its weights; see `WeightForm.take`."""
+    return make()
 
 
 class WeightForm(Struct, frozen=True):
@@ -26,10 +36,13 @@ class WeightForm(Struct, frozen=True):
         is_int8: int8 with a scale for each row, also in the table of token embeddings (but see `joined_product`); else
             packed as they are.
         activations: dtype of everything between the products (but see `_between`); None for that of the weights.
+        take: returns the tensors of the product that replaces a weight, which may be on torch's meta device where they
+            are read from a file (`engines/loading/form_files.py`).
     """
 
     is_int8: bool = False
     activations: torch.dtype | None = None
+    take: Take = make_anew
 
     def apply(self, model: Any, fused: Sequence[FusedLayer | FusedDecoderLayer]) -> int:
         """Replaces the products of fused layers, and of the rest of the model where int8 is to save memory there or
@@ -68,19 +81,29 @@ class WeightForm(Struct, frozen=True):
         Raises:
             SelfCheckFailed: it computes something else.
         """
-        return self._checked(Int8Linear if self.is_int8 else PackedLinear, weight, bias)
+        if not self.is_int8:
+            return self._checked(partial(PackedLinear, weight), weight, bias)
+        rounded, scale = self._rounded(weight)
+        given = rounded.float().mul_(scale[:, None]) if weight.is_meta else weight
+        return self._checked(partial(Int8Linear, rounded, scale=scale), given, bias)
 
     def joined_product(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
         """Makes the product of queries, keys and values of a decoder: see `product`. Beside int8 it stays in bfloat16
         where that is fast: of all products it moves vectors most (`docs/accuracy.md`)."""
         if self.is_int8 and self.activations is torch.bfloat16:
-            return self._checked(PackedLinear, weight.to(torch.bfloat16), bias)
+            (rounded,) = self.take(weight, lambda: (weight.to(torch.bfloat16),))
+            return self._checked(partial(PackedLinear, rounded), rounded, bias)
         return self.product(weight, bias)
 
-    def _checked(self, kind: ProductFactory, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+    def _rounded(self, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.take(weight, lambda: packed_linear.quantize_rows(weight))
+
+    def _checked(
+        self, make: Callable[[torch.Tensor | None], Product], weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> Product:
         dtype = self.activations or weight.dtype
         bias = None if bias is None else bias.to(dtype)
-        made = kind(weight, bias)
+        made = make(bias)
         check_product(made, weight, bias, dtype)
         return made
 
@@ -95,15 +118,17 @@ class WeightForm(Struct, frozen=True):
         table = model.get_input_embeddings()
         if type(table) is not nn.Embedding:
             return
-        made = Int8Embedding(table.weight, dtype or table.weight.dtype)
+        rounded, scale = self._rounded(table.weight)
+        made = Int8Embedding(rounded, dtype or table.weight.dtype, scale)
         for name in [name for name, part in model.named_modules() if part is table]:
             model.set_submodule(name, made)
 
 
-def weight_form(dtype: str, device: torch.device) -> WeightForm | None:
+def weight_form(dtype: str, device: torch.device, take: Take = make_anew) -> WeightForm | None:
     """Returns the form of weights in a dtype on a device; None where torch's own is the fastest that is known."""
     if device.type != "cpu":
         return None
     if dtype == "int8":
-        return WeightForm(is_int8=True, activations=torch.bfloat16 if has_fast_bfloat16() else torch.float32)
+        activations = torch.bfloat16 if has_fast_bfloat16() else torch.float32
+        return WeightForm(is_int8=True, activations=activations, take=take)
     return WeightForm() if dtype == "bfloat16" and has_fast_bfloat16() else None

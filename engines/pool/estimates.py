@@ -5,6 +5,7 @@ from pathlib import Path
 
 from msgspec import Struct, structs
 
+from engines.kept_forms import QUANTIZED, KeptForms
 from engines.pool.slot import MemoryNeed, SmallerForm
 from engines.precision import PrecisionStore, is_compared_at_load
 from engines.protocols import Files
@@ -42,14 +43,24 @@ class Measurements:
             self._store.put(key, measurement)
 
 
+class ReducedForms(Struct, frozen=True):
+    """What earlier loads left of reduced dtypes.
+
+    `precisions`: what was compared with float32, so that no load does so again; None: whatever was loaded before was
+    compared. `kept`: quantised weights on disk; None: no load is charged for float weights that it rounds.
+    """
+
+    precisions: PrecisionStore | None = None
+    kept: KeptForms | None = None
+
+
 class Estimates:
     """Estimates memory on one device. Blocks, sometimes on the network: call it on a thread.
 
     Args:
         workspace_bytes: the guess for a model without a measurement.
         conditions: the settings that the bytes depend on (`HostConfig.conditions`).
-        precisions: what is known of reduced dtypes, so that no load compares with float32 for it again; None: whatever
-            was loaded before was compared.
+        reduced: what is known of reduced dtypes.
     """
 
     def __init__(
@@ -59,14 +70,14 @@ class Estimates:
         device: str,
         workspace_bytes: int,
         conditions: str = "",
-        precisions: PrecisionStore | None = None,
+        reduced: ReducedForms | None = None,
     ) -> None:
         self._files = files
         self._measurements = measurements
         self._device = device
         self._workspace_bytes = workspace_bytes
         self._conditions = conditions
-        self._precisions = precisions
+        self._reduced = reduced or ReducedForms()
 
     def estimate(self, spec: ModelSpec, files: ModelFiles | None) -> MemoryNeed | None:
         """Estimates the model's memory, in each dtype that a load may take; None if unknown."""
@@ -87,22 +98,29 @@ class Estimates:
         1. measured under the same settings;  2. measured under other settings: at least the weights of the headers;
         3. weights from the headers;  4. only the size on disk is known: a guess;  5. nothing is known.
 
-        To 1, 2 and 3 the weights in float32 are added where the load will compare with them.
+        To 1, 2 and 3 the weights in float32 are added where the load will compare with them; and, as a guess, those
+        that it holds until they are rounded.
         """
         same, other = self._find_measurements(spec, files) if files else (None, None)
         weight_bytes = self._files.weight_bytes(spec, self._device)
         compared_bytes = self._compared_bytes(spec, files, was_loaded=bool(same or other))
+        rounded_bytes = self._rounded_bytes(spec, files)
         if same is not None:
             least_bytes = min(weight_bytes or 0, same.weight_bytes)
-            return _need_of(same, same.weight_bytes + compared_bytes, least_bytes + compared_bytes)  # (1)
+            return _need_of(
+                same, same.weight_bytes + compared_bytes + rounded_bytes, least_bytes + compared_bytes
+            )  # (1)
         if other is not None:
             least_bytes = weight_bytes or 0
             more_bytes = max(least_bytes, other.weight_bytes)
-            return _need_of(other, more_bytes + compared_bytes, least_bytes + compared_bytes)  # (2)
+            return _need_of(other, more_bytes + compared_bytes + rounded_bytes, least_bytes + compared_bytes)  # (2)
         if weight_bytes is not None:
             weight_bytes += compared_bytes
             return MemoryNeed(
-                weight_bytes=weight_bytes, workspace_bytes=self._workspace_bytes, weights_known=True
+                weight_bytes=weight_bytes + rounded_bytes,
+                workspace_bytes=self._workspace_bytes,
+                least_weight_bytes=weight_bytes,
+                weights_known=not rounded_bytes,
             )  # (3)
         if files is not None:
             return MemoryNeed(weight_bytes=files.size_bytes, workspace_bytes=self._workspace_bytes)  # (4)
@@ -114,10 +132,20 @@ class Estimates:
             return 0
         return self._files.weight_bytes(structs.replace(spec, dtype="float32"), self._device) or 0
 
+    def _rounded_bytes(self, spec: ModelSpec, files: ModelFiles | None) -> int:
+        """Returns how many more bytes float32 weights take, until they are rounded, than the form that they become; 0
+        where the load reads that form from disk."""
+        if self._reduced.kept is None or spec.dtype not in QUANTIZED or self._device.partition(":")[0] != "cpu":
+            return 0
+        if files is not None and self._reduced.kept.is_kept(spec, files.revision):
+            return 0
+        full, own = (self._files.weight_bytes(one, self._device) for one in (in_dtype(spec, "float32"), spec))
+        return max(0, (full or 0) - (own or 0))
+
     def _is_compared(self, spec: ModelSpec, files: ModelFiles | None, *, was_loaded: bool) -> bool:
-        if self._precisions is None or files is None:
+        if self._reduced.precisions is None or files is None:
             return was_loaded
-        return self._precisions.get(spec, files.revision, spec.dtype, self._device) is not None
+        return self._reduced.precisions.get(spec, files.revision, spec.dtype, self._device) is not None
 
     def save(self, spec: ModelSpec, files: ModelFiles, measurement: Measurement) -> None:
         """Saves a measurement for later estimates."""

@@ -11,7 +11,7 @@ import structlog
 from msgspec import structs
 
 from engines.pool.effect_runner import DiskScanner, EffectRunner
-from engines.pool.estimates import Estimates, Measurement
+from engines.pool.estimates import Estimates, Measurement, ReducedForms
 from engines.pool.event_log import EventLog
 from engines.pool.idle_verification import IdleVerification
 from engines.pool.lease import Callers, Lease
@@ -80,8 +80,9 @@ class ModelPool:
         )
         self._group.join(config.host_id, config.device, self.step)
         self._state = self._machine.state
+        reduced = ReducedForms(runtime.precisions, runtime.kept_forms)
         estimates = Estimates(
-            files, runtime.measurements, config.device, config.workspace_bytes, config.conditions, runtime.precisions
+            files, runtime.measurements, config.device, config.workspace_bytes, config.conditions, reduced
         )
         self._runner = EffectRunner(files, loader, estimates, runtime.workers, self._step_threadsafe, config.hang_s)
         self._verification = IdleVerification(self._runner, self._state, runtime.time, self.step, self._spawn)

@@ -5,13 +5,15 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 import pytest
 import structlog
 from msgspec import structs
 
 from engines.device.memory import CgroupLimit, CpuMemory, CudaMemory, anonymous_bytes, cgroup_limit, device_memory
-from engines.pool.estimates import Estimates, Measurement, Measurements
+from engines.kept_forms import HEADER_BYTES, KeptForms
+from engines.pool.estimates import Estimates, Measurement, Measurements, ReducedForms
 from engines.precision import PrecisionStore
 from engines.spec import ModelSpec, Precision
 from engines.testing.fakes import FakeFiles
@@ -232,7 +234,7 @@ def test_a_first_load_that_is_compared_with_float32_is_charged_both_forms(
 def test_a_load_that_compares_again_is_charged_both_forms_until_the_comparison_is_known(conditions: str) -> None:
     spec, measurements, precisions = structs.replace(SPEC, dtype="int8"), Measurements(), PrecisionStore(None)
     estimates(measurements).save(spec, FILES, TOOK)
-    known = Estimates(FakeFiles(), measurements, "cpu", 99, conditions, precisions)
+    known = Estimates(FakeFiles(), measurements, "cpu", 99, conditions, ReducedForms(precisions))
 
     before = known.estimate(spec, FILES)
     precisions.put(spec, FILES.revision, _COMPARED, "cpu")
@@ -241,6 +243,35 @@ def test_a_load_that_compares_again_is_charged_both_forms_until_the_comparison_i
     assert before is not None and after is not None
     assert before.weight_bytes == after.weight_bytes + 1000
     assert before.known().weight_bytes == after.known().weight_bytes + 1000
+
+
+class _FilesByDtype(FakeFiles):
+    def weight_bytes(self, spec: ModelSpec, device: str) -> int:
+        return 4000 if spec.dtype == "float32" else 1000
+
+
+@pytest.mark.parametrize("was_measured", [False, True])
+def test_a_load_that_rounds_float_weights_is_charged_them_until_their_form_is_kept_but_never_refused_for_them(
+    tmp_path: Path, was_measured: bool
+) -> None:
+    spec, kept = structs.replace(SPEC, dtype="int8", min_cosine=0.0), KeptForms(tmp_path)
+    measurements = Measurements()
+    rounding = Estimates(_FilesByDtype(), measurements, "cpu", 99, "", ReducedForms(kept=kept))
+    if was_measured:
+        rounding.save(spec, FILES, structs.replace(TOOK, weight_bytes=1000))
+
+    before = rounding.estimate(spec, FILES)
+    path = kept.path(spec)
+    assert path is not None
+    header = msgspec.json.encode({"__metadata__": {"identity": kept.identity(spec, FILES.revision)}})
+    path.write_bytes((HEADER_BYTES - 8).to_bytes(8, "little") + header.ljust(HEADER_BYTES - 8))
+    after = rounding.estimate(spec, FILES)
+
+    assert before is not None and after is not None
+    assert (before.weight_bytes, after.weight_bytes) == (4000, 1000)
+    assert (before.known().weight_bytes, after.known().weight_bytes) == (1000, 1000)
+    on_a_gpu = Estimates(_FilesByDtype(), measurements, "cuda:0", 99, "", ReducedForms(kept=KeptForms(None)))
+    assert (on_a_gpu.estimate(spec, None) or before).weight_bytes == 1000
 
 
 def test_a_stored_size_can_never_refuse_a_model_but_its_headers_can() -> None:
