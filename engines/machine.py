@@ -27,7 +27,7 @@ from engines.hub.store import ModelStore
 from engines.inputs.tokenizer_threads import TokenizerThreads
 from engines.kept_forms import KeptForms
 from engines.loading.loader import LoaderSettings, TorchLoader
-from engines.loading.precision import measure_dtype
+from engines.loading.precision import MeasuredState, measure_dtype
 from engines.models.prepacked import COPY_SHARE, MAX_PREPACKED_BYTES
 from engines.pool.estimates import Measurements
 from engines.pool.pool_group import PoolGroup
@@ -91,7 +91,7 @@ class Machine:
             canary_folder=folder / "canaries" if folder else None,
             tuning_store=TuningStore(folder),
             precision_store=PrecisionStore(folder),
-            kept_forms=KeptForms(folder / "forms" if folder else None, " ".join(fast_dtypes())),
+            kept_forms=kept_forms_in(folder),
             content_digests=ContentDigests(folder, rest_share=SERVING_REST_SHARE),
             space_memory=SpaceMemory(folder),
         )
@@ -170,19 +170,29 @@ def conditions_of(settings: LoaderSettings, num_threads: int) -> str:
     return f"threads={num_threads} tokens={tokens} copies={settings.max_prepacked_bytes}"
 
 
+def kept_forms_in(state_folder: Path | None) -> KeptForms:
+    """Returns the quantised weights that this machine keeps in a folder of state; None keeps none."""
+    return KeptForms(state_folder / "forms" if state_folder else None, " ".join(fast_dtypes()))
+
+
 def measure_precisions(
-    spec: ModelSpec, files: ModelFiles, dtypes: Sequence[str], texts: Sequence[str] | None, store: PrecisionStore
+    spec: ModelSpec, files: ModelFiles, dtypes: Sequence[str], texts: Sequence[str] | None, state_folder: Path | None
 ) -> Iterator[Precision]:
-    """Measures reduced dtypes of a model on this machine's CPU, and keeps what was found.
+    """Measures reduced dtypes of a model on this machine's CPU, and keeps what was found and quantised weights.
 
     Args:
         texts: the operator's; None for the built-in ones.
+        state_folder: where; None keeps nothing.
 
     Raises:
         BadModel: the model cannot be loaded.
     """
+    store, state = (
+        PrecisionStore(state_folder),
+        MeasuredState(kept_forms_in(state_folder), ContentDigests(state_folder)),
+    )
     for dtype in dtypes:
-        precision = measure_dtype(spec, files, dtype, texts)
+        precision = measure_dtype(spec, files, dtype, texts, state)
         store.put(spec, files.revision, precision, "cpu")
         yield precision
 

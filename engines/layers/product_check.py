@@ -24,11 +24,14 @@ _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
 
 @torch.inference_mode()
-def check_product(product: Product, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+def check_product(
+    product: Product, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, *, is_rounded: bool = False
+) -> None:
     """Checks a product whose inputs and outputs have a dtype.
 
     Args:
         weight: that it was made from, `[out, in]`; `bias`: `[out]`.
+        is_rounded: whether the weight is one that the product holds, in float32, and not the one before.
 
     Raises:
         SelfCheckFailed: it computes something else.
@@ -36,7 +39,7 @@ def check_product(product: Product, weight: Tensor, bias: Tensor | None, dtype: 
     x = _inputs(product.in_features)
     at_zero = product.multiply(torch.zeros(1, product.in_features, dtype=dtype)).float()
     found = product.multiply(x.to(dtype)).float() - at_zero
-    far = _relative_error(found, linear(x, _rounded(weight, product.weight.dtype)))
+    far = _relative_error(found, linear(x, weight if is_rounded else _rounded(weight, product.weight.dtype)))
     if bias is not None:
         far = max(far, _relative_error(at_zero, bias.detach().float()[None]))
     if not far <= _TOLERANCE[dtype]:

@@ -19,7 +19,7 @@ from typing import Any, Self
 import msgspec
 import structlog
 import torch
-from safetensors.torch import _TYPES  # type: ignore[attr-defined]  # the format's names of dtypes
+from safetensors.torch import _TYPES
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 from torch.overrides import TorchFunctionMode
@@ -227,7 +227,7 @@ class FormReader(FormSource):
         """See `FormSource`."""
         number, self._num_taken = self._num_taken, self._num_taken + 1
         first = self._read(f"{_PRODUCT}.{number}.0", weight.shape)
-        rest = []
+        rest: list[Tensor] = []
         while (name := f"{_PRODUCT}.{number}.{1 + len(rest)}") in self._names:
             rest.append(self._read(name))
         return (first, *rest)
@@ -278,7 +278,7 @@ def _replaced(model: Any) -> set[str] | None:
     if len(list(model.named_parameters(remove_duplicate=False))) != len(list(model.named_parameters())):
         return None
     table = model.get_input_embeddings()
-    replaced = {table} if type(table) is nn.Embedding else set()
+    replaced: set[nn.Module] = {table} if type(table) is nn.Embedding else set()
     replaced |= {part for part in model.modules() if type(part) is nn.Linear}
     return {f"{name}.weight" for name, part in model.named_modules() if part in replaced}
 

@@ -68,9 +68,13 @@ class FormLoad:
         return built
 
     @contextmanager
-    def accepting(self) -> Iterator[None]:
+    def accepting(self, *, waits: bool = False) -> Iterator[None]:
         """Checks the model in the block. Where that ends, keeps what was written, on a thread; where it raises, keeps
-        nothing, and removes what was read."""
+        nothing, and removes what was read.
+
+        Args:
+            waits: for the thread.
+        """
         writer, self._writer = self._writer, None
         try:
             yield
@@ -81,7 +85,11 @@ class FormLoad:
                 writer.close()
             raise
         if writer is not None:
-            threading.Thread(target=self._keep, args=(writer,), name=f"form-{self._spec.model_id}", daemon=True).start()
+            name = f"form-{self._spec.model_id}"
+            keeping = threading.Thread(target=self._keep, args=(writer,), name=name, daemon=True)
+            keeping.start()
+            if waits:
+                keeping.join()
 
     def _keep(self, writer: FormWriter) -> None:
         assert self._path is not None, "it is written there"

@@ -7,6 +7,7 @@ kept, and refuses the model where it is not near enough; later loads read it and
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -17,12 +18,16 @@ from msgspec import structs
 
 from engines.device.memory import device_memory
 from engines.errors import OutOfMemory, UnsupportedModel
+from engines.hub.content_digests import ContentDigests
 from engines.hub.weight_files import count_weights, read_range
 from engines.inputs.prompts import PromptTemplate
 from engines.inputs.tokenizer import Ids, Tokenizer
+from engines.kept_forms import KeptForms
 from engines.loading.builders import build
 from engines.loading.calibration_texts import CALIBRATION_TEXTS
 from engines.loading.folder import Folder, read_files
+from engines.loading.form_keeping import FormLoad
+from engines.loading.ingredients import list_weights, read_ingredients
 from engines.loading.score_forms import score_form
 from engines.models.base import EncoderConfig, LoadedEncoder, weight_bytes
 from engines.models.prepacked import MAX_PREPACKED_BYTES
@@ -42,6 +47,16 @@ _FEWEST_TEXTS = 12
 
 _TIMED_TOKENS = 512
 _ROUNDS = 3
+
+
+class MeasuredState(NamedTuple):
+    """Where a command keeps the quantised form of weights, and the hashes of files."""
+
+    kept: KeptForms
+    digests: ContentDigests
+
+
+NO_STATE = MeasuredState(KeptForms(None), ContentDigests(None))
 
 Seconds = Callable[[], float]
 """Returns seconds of this thread's own work so far."""
@@ -86,11 +101,14 @@ def measure(
     )
 
 
-def measure_dtype(spec: ModelSpec, files: ModelFiles, dtype: str, texts: Sequence[str] | None) -> Precision:
+def measure_dtype(
+    spec: ModelSpec, files: ModelFiles, dtype: str, texts: Sequence[str] | None, state: MeasuredState = NO_STATE
+) -> Precision:
     """Builds a model in float32 and in a reduced dtype on the CPU, and compares them; for commands without a server.
 
     Args:
         texts: to compare on; None for the built-in ones.
+        state: keeps the form of its weights, so that the next load need not read float32 ones.
 
     Raises:
         BadModel: the model cannot be loaded, or has no reduced form that is measured, as static and scoring ones.
@@ -101,12 +119,16 @@ def measure_dtype(spec: ModelSpec, files: ModelFiles, dtype: str, texts: Sequenc
     if score_form(folder, spec) is not None:
         raise UnsupportedModel(f"{spec.model_id} gives scores: precision is measured of models that embed")
     full, tokenizer, *_ = build(folder, structs.replace(spec, dtype="float32"), config)
-    reduced, _, found, *_ = build(folder, msgspec.convert({**structs.asdict(spec), "dtype": dtype}, ModelSpec), config)
+    reduced_spec = msgspec.convert({**structs.asdict(spec), "dtype": dtype}, ModelSpec)
+    read = partial(read_ingredients, folder, reduced_spec, list_weights(folder), state.digests)
+    forms = FormLoad(state.kept, reduced_spec, files.revision, read)
+    reduced, _, found, *_ = forms.build(partial(build, folder, reduced_spec, config))
     if found != dtype:
         raise UnsupportedModel(f"{spec.model_id} has no weights to reduce: it always runs in {found}")
-    select_forward_path(reduced.paths, tokenizer, dtype)
-    ids = calibration_ids(tokenizer, CALIBRATION_TEXTS if texts is None else texts)
-    measured = measure(full, reduced, dtype, ids, time.perf_counter)
+    with forms.accepting(waits=True):
+        select_forward_path(reduced.paths, tokenizer, dtype)
+        ids = calibration_ids(tokenizer, CALIBRATION_TEXTS if texts is None else texts)
+        measured = measure(full, reduced, dtype, ids, time.perf_counter)
     return measured if texts is None else structs.replace(measured, texts="own")
 
 

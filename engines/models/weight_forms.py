@@ -84,8 +84,10 @@ class WeightForm(Struct, frozen=True):
         if not self.is_int8:
             return self._checked(partial(PackedLinear, weight), weight, bias)
         rounded, scale = self._rounded(weight)
-        given = rounded.float().mul_(scale[:, None]) if weight.is_meta else weight
-        return self._checked(partial(Int8Linear, rounded, scale=scale), given, bias)
+        make = partial(Int8Linear, rounded, scale=scale)
+        if not weight.is_meta:
+            return self._checked(make, weight, bias)
+        return self._checked(make, rounded.float().mul_(scale[:, None]), bias, is_rounded=True)
 
     def joined_product(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
         """Makes the product of queries, keys and values of a decoder: see `product`. Beside int8 it stays in bfloat16
@@ -99,12 +101,17 @@ class WeightForm(Struct, frozen=True):
         return self.take(weight, lambda: packed_linear.quantize_rows(weight))
 
     def _checked(
-        self, make: Callable[[torch.Tensor | None], Product], weight: torch.Tensor, bias: torch.Tensor | None
+        self,
+        make: Callable[[torch.Tensor | None], Product],
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        *,
+        is_rounded: bool = False,
     ) -> Product:
         dtype = self.activations or weight.dtype
         bias = None if bias is None else bias.to(dtype)
         made = make(bias)
-        check_product(made, weight, bias, dtype)
+        check_product(made, weight, bias, dtype, is_rounded=is_rounded)
         return made
 
     def _replace_linears(self, model: nn.Module) -> None:

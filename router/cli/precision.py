@@ -45,7 +45,7 @@ def command(model: str, texts: Path | None, *, dtypes: tuple[str, ...], registry
     TEXTS has one text per line, at least a few dozen, similar to those that will be embedded; what is measured on them
     decides about `min_cosine`, and what is measured on the built-in texts is kept beside it. MODEL is a name of the
     registry, a hub id or a folder, and must be on disk (embedyard pull). A server reads the results at the next load of
-    the model.
+    the model, and the int8 weights, which are kept too.
 
     Exit code 0: measured; 1: the model cannot be loaded; 2: invalid command, text file, registry or settings.
     """
@@ -68,8 +68,8 @@ def command(model: str, texts: Path | None, *, dtypes: tuple[str, ...], registry
         if files is None:
             click.echo(f"{spec.model_id} is not on disk; run embedyard pull {model}", err=True)
             raise SystemExit(EXIT_FAILED)
+        measured = list(measure_precisions(spec, files, wanted, lines, settings.state_dir))
         store = PrecisionStore(settings.state_dir)
-        measured = list(measure_precisions(spec, files, wanted, lines, store))
         known = [store.get_on(kind, spec, files.revision, dtype, "cpu") for dtype in wanted for kind in _KINDS]
     except BadModel as error:
         click.echo(str(error), err=True)

@@ -12,9 +12,11 @@ from engines.batching.engine import EmbeddingEngine
 from engines.device.cpu_features import has_fast_int8
 from engines.device.scheduler import DeviceScheduler
 from engines.errors import OutOfMemory, SelfCheckFailed, UnsupportedModel
+from engines.hub.content_digests import ContentDigests
 from engines.inputs.tokenizer_threads import TokenizerThreads
+from engines.kept_forms import KeptForms
 from engines.layers import packed_linear
-from engines.loading import precision
+from engines.loading import builders, precision
 from engines.loading.loader import LoaderSettings, TorchLoader
 from engines.precision import PrecisionStore
 from engines.spec import ModelSpec
@@ -141,6 +143,25 @@ def test_operator_texts_are_measured_instead_of_the_built_in_ones() -> None:
     found = precision.measure_dtype(SPEC, FILES, "int8", texts)
 
     assert (found.num_texts, found.texts) == (20, "own")
+
+
+async def test_a_load_after_the_command_reads_no_float_weights_and_measures_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = structs.replace(SPEC, dtype="int8")
+    state = precision.MeasuredState(KeptForms(tmp_path / "forms"), ContentDigests(tmp_path))
+    store = PrecisionStore(tmp_path)
+    store.put(spec, FILES.revision, precision.measure_dtype(spec, FILES, "int8", None, state), "cpu")
+    monkeypatch.setattr(builders, "read_model", None)
+    lane, threads = DeviceScheduler("test"), TokenizerThreads(1)
+
+    settings = LoaderSettings(precision_store=store, kept_forms=state.kept, content_digests=state.digests)
+    engine = await _load(TorchLoader("cpu", lane, threads, settings), spec)
+
+    assert engine.info.precision is not None
+    engine.close()
+    lane.close()
+    threads.close()
 
 
 async def test_what_a_command_measured_meanwhile_decides_at_the_next_load(loader: TorchLoader, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(variable.name, raising=False)
     monkeypatch.setenv("STATE_DIR", str(tmp_path))
     monkeypatch.setattr(ModelStore, "locate", lambda *_: FILES)
-    monkeypatch.setattr(machine, "measure_dtype", lambda spec, files, dtype, texts: _measured(dtype))
+    monkeypatch.setattr(machine, "measure_dtype", lambda spec, files, dtype, texts, state: _measured(dtype))
     Path("registry.yaml").write_text(REGISTRY)
 
 
