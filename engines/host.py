@@ -54,7 +54,7 @@ class Host:
         self._workers = runtime.workers
         self._read_health = runtime.health
         self._pauses = PauseDetector()
-        self._kept_forms = runtime.kept_forms
+        self._form_cache = runtime.form_cache
         self._specs = specs
         self.fault = ""
         self._pool = ModelPool(config, self._matching_specs(specs), files, loader, runtime)
@@ -111,8 +111,8 @@ class Host:
             self.set_host_budget(await self._share_of(host_budget))
         self._pool.reload(self._matching_specs(specs))
         old, self._specs = self._specs, specs
-        if self._kept_forms is not None:
-            await self._workers.read_disk(partial(self._kept_forms.remove_unused, old, specs))
+        if self._form_cache is not None:
+            await self._workers.read_disk(partial(self._form_cache.remove_unused, old, specs))
 
     def set_host_budget(self, budget_bytes: int) -> None:
         """Sets the main memory for parked models; 0 frees them all."""

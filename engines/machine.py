@@ -19,13 +19,13 @@ from engines.device.flex import FlexWork
 from engines.device.memory import MemoryReading, device_memory, spare_bytes
 from engines.device.scheduler import DeviceScheduler
 from engines.errors import InvalidValue
+from engines.form_cache import FormCache
 from engines.host import Host, HostConfig, default_runtime
 from engines.hub.client import HubConfig
 from engines.hub.content_digests import SERVING_REST_SHARE, ContentDigests
 from engines.hub.file_verification import Verification
 from engines.hub.store import ModelStore
 from engines.inputs.tokenizer_threads import TokenizerThreads
-from engines.kept_forms import KeptForms
 from engines.loading.loader import LoaderSettings, TorchLoader
 from engines.loading.precision import MeasuredState, measure_dtype
 from engines.models.prepacked import COPY_SHARE, MAX_PREPACKED_BYTES
@@ -91,7 +91,7 @@ class Machine:
             canary_folder=folder / "canaries" if folder else None,
             tuning_store=TuningStore(folder),
             precision_store=PrecisionStore(folder),
-            kept_forms=kept_forms_in(folder),
+            form_cache=form_cache_in(folder),
             content_digests=ContentDigests(folder, rest_share=SERVING_REST_SHARE),
             space_memory=SpaceMemory(folder),
         )
@@ -133,7 +133,7 @@ class Machine:
             default_runtime(host_config, self._measurements),
             health=scheduler.health,
             precisions=self._loader_settings.precision_store,
-            kept_forms=self._loader_settings.kept_forms,
+            form_cache=self._loader_settings.form_cache,
             group=self._groups[device.partition(":")[0]],
         )
         return Host(host_config, specs, self._store, loader, runtime)
@@ -170,9 +170,9 @@ def conditions_of(settings: LoaderSettings, num_threads: int) -> str:
     return f"threads={num_threads} tokens={tokens} copies={settings.max_prepacked_bytes}"
 
 
-def kept_forms_in(state_folder: Path | None) -> KeptForms:
+def form_cache_in(state_folder: Path | None) -> FormCache:
     """Returns the quantised weights that this machine keeps in a folder of state; None keeps none."""
-    return KeptForms(state_folder / "forms" if state_folder else None, " ".join(fast_dtypes()))
+    return FormCache(state_folder / "forms" if state_folder else None, " ".join(fast_dtypes()))
 
 
 def measure_precisions(
@@ -189,7 +189,7 @@ def measure_precisions(
     """
     store, state = (
         PrecisionStore(state_folder),
-        MeasuredState(kept_forms_in(state_folder), ContentDigests(state_folder)),
+        MeasuredState(form_cache_in(state_folder), ContentDigests(state_folder)),
     )
     for dtype in dtypes:
         precision = measure_dtype(spec, files, dtype, texts, state)

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 from torch.overrides import TorchFunctionMode
 
+from engines.form_cache import FREE_BYTES, HEADER_BYTES, read_metadata
 from engines.hub.weight_files import read_header, read_range
-from engines.kept_forms import FREE_BYTES, HEADER_BYTES, read_metadata
 from engines.loading.preflight import empty_model
 from engines.loading.weight_reader import WeightReader
 from engines.models.adapters import drop_pooler

@@ -9,7 +9,7 @@ from typing import TypeVar
 import structlog
 
 from engines.errors import BadModel, OutOfMemory, is_device_error, is_out_of_memory
-from engines.kept_forms import KeptForms
+from engines.form_cache import FormCache
 from engines.loading.form_files import FormReader, FormSource, FormUnusable, FormWriter
 from engines.space import Ingredients
 from engines.spec import ModelSpec
@@ -31,9 +31,9 @@ class FormLoad:
     """
 
     def __init__(
-        self, forms: KeptForms | None, spec: ModelSpec, revision: str, read: Callable[[], Ingredients] | None = None
+        self, forms: FormCache | None, spec: ModelSpec, revision: str, read: Callable[[], Ingredients] | None = None
     ) -> None:
-        self._forms = KeptForms(None) if forms is None or read is None else forms
+        self._forms = FormCache(None) if forms is None or read is None else forms
         self._spec, self._read_ingredients = spec, read
         self._path = self._forms.path(spec)
         self._identity = self._forms.identity(spec, revision)

@@ -25,10 +25,10 @@ from engines.device.load_throttle import LoadThrottle, throttled_load
 from engines.device.scheduler import DeviceScheduler
 from engines.device.torch_runtime import compute_capability, device_name, finisher
 from engines.errors import BadModel, DeviceDown, OutOfMemory, UnsupportedModel, device_loss, is_out_of_memory
+from engines.form_cache import QUANTIZED, FormCache
 from engines.hub.content_digests import ContentDigests
 from engines.inputs.tokenizer import Tokenizer
 from engines.inputs.tokenizer_threads import TokenizerThreads
-from engines.kept_forms import QUANTIZED, KeptForms
 from engines.loading.builders import Built, build
 from engines.loading.checksums import Checksums
 from engines.loading.dtype import dtype_notes
@@ -67,7 +67,7 @@ class LoaderSettings(Struct, frozen=True, kw_only=True):
     `max_prepacked_bytes`: bytes of prepacked copies of weights that a model may hold where that is faster.
     `tuning_store`: tuned batch sizes, for models without a set one; None disables tuning.
     `precision_store`: what reduced dtypes cost; None neither measures nor refuses them.
-    `kept_forms`: quantised weights of earlier loads; None keeps none.
+    `form_cache`: quantised weights of earlier loads; None keeps none.
     `content_digests`, `space_memory`: hashes of weights, and the spaces of models that were loaded; None keeps them in
     memory.
     `copies_parked`: whether weights of parked models are copied on a CPU too, as on a GPU; for tests.
@@ -84,7 +84,7 @@ class LoaderSettings(Struct, frozen=True, kw_only=True):
     max_prepacked_bytes: int = MAX_PREPACKED_BYTES
     tuning_store: TuningStore | None = None
     precision_store: PrecisionStore | None = None
-    kept_forms: KeptForms | None = None
+    form_cache: FormCache | None = None
     content_digests: ContentDigests | None = None
     space_memory: SpaceMemory | None = None
     copies_parked: bool = False
@@ -230,7 +230,7 @@ class TorchLoader:
         if not may_be_kept:
             return FormLoad(None, spec, files.revision)
         read = partial(read_ingredients, folder, spec, list_weights(folder), self._digests)
-        return FormLoad(self._settings.kept_forms, spec, files.revision, read)
+        return FormLoad(self._settings.form_cache, spec, files.revision, read)
 
     def _own_seconds(self) -> float:
         """Returns seconds of the present task so far, without those of tasks that preempted it."""

@@ -18,11 +18,11 @@ from msgspec import structs
 
 from engines.device.memory import device_memory
 from engines.errors import OutOfMemory, UnsupportedModel
+from engines.form_cache import FormCache
 from engines.hub.content_digests import ContentDigests
 from engines.hub.weight_files import count_weights, read_range
 from engines.inputs.prompts import PromptTemplate
 from engines.inputs.tokenizer import Ids, Tokenizer
-from engines.kept_forms import KeptForms
 from engines.loading.builders import build
 from engines.loading.calibration_texts import CALIBRATION_TEXTS
 from engines.loading.folder import Folder, read_files
@@ -52,11 +52,11 @@ _ROUNDS = 3
 class MeasuredState(NamedTuple):
     """Where a command keeps the quantised form of weights, and the hashes of files."""
 
-    kept: KeptForms
+    kept: FormCache
     digests: ContentDigests
 
 
-NO_STATE = MeasuredState(KeptForms(None), ContentDigests(None))
+NO_STATE = MeasuredState(FormCache(None), ContentDigests(None))
 
 Seconds = Callable[[], float]
 """Returns seconds of this thread's own work so far."""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from msgspec import Struct, structs
 
-from engines.kept_forms import QUANTIZED, KeptForms
+from engines.form_cache import QUANTIZED, FormCache
 from engines.pool.slot import MemoryNeed, SmallerForm
 from engines.precision import PrecisionStore, is_compared_at_load
 from engines.protocols import Files
@@ -51,7 +51,7 @@ class ReducedForms(Struct, frozen=True):
     """
 
     precisions: PrecisionStore | None = None
-    kept: KeptForms | None = None
+    kept: FormCache | None = None
 
 
 class Estimates:

@@ -80,7 +80,7 @@ class ModelPool:
         )
         self._group.join(config.host_id, config.device, self.step)
         self._state = self._machine.state
-        reduced = ReducedForms(runtime.precisions, runtime.kept_forms)
+        reduced = ReducedForms(runtime.precisions, runtime.form_cache)
         estimates = Estimates(
             files, runtime.measurements, config.device, config.workspace_bytes, config.conditions, reduced
         )

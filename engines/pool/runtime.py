@@ -16,7 +16,7 @@ from msgspec import Struct
 
 from engines.device.health import DeviceHealth, ReadHealth
 from engines.device.memory import DeviceMemory, device_memory
-from engines.kept_forms import KeptForms
+from engines.form_cache import FormCache
 from engines.pool.estimates import Measurements
 from engines.pool.pool_group import PoolGroup
 from engines.pool.slot import PoolPolicy
@@ -233,7 +233,7 @@ class HostRuntime(Struct, frozen=True, kw_only=True):
     """The dependencies of a host that tests replace. `measurements` is shared by all hosts of a process.
 
     `jitter`: random numbers in [0, 1). `health`: reads the health of the device's scheduler. `precisions`: the loader's
-    knowledge of reduced dtypes, and `kept_forms`: its quantised weights on disk; see `ReducedForms`. `group`: the pools
+    knowledge of reduced dtypes, and `form_cache`: its quantised weights on disk; see `ReducedForms`. `group`: the pools
     over whose devices models may be split; None: this one alone.
     """
 
@@ -244,7 +244,7 @@ class HostRuntime(Struct, frozen=True, kw_only=True):
     jitter: Callable[[], float] = random.random
     health: ReadHealth = DeviceHealth
     precisions: PrecisionStore | None = None
-    kept_forms: KeptForms | None = None
+    form_cache: FormCache | None = None
     group: PoolGroup | None = None
 
 

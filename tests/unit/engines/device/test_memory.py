@@ -12,7 +12,7 @@ import structlog
 from msgspec import structs
 
 from engines.device.memory import CgroupLimit, CpuMemory, CudaMemory, anonymous_bytes, cgroup_limit, device_memory
-from engines.kept_forms import HEADER_BYTES, KeptForms
+from engines.form_cache import HEADER_BYTES, FormCache
 from engines.pool.estimates import Estimates, Measurement, Measurements, ReducedForms
 from engines.precision import PrecisionStore
 from engines.spec import ModelSpec, Precision
@@ -254,7 +254,7 @@ class _FilesByDtype(FakeFiles):
 def test_a_load_that_rounds_float_weights_is_charged_them_until_their_form_is_kept_but_never_refused_for_them(
     tmp_path: Path, was_measured: bool
 ) -> None:
-    spec, kept = structs.replace(SPEC, dtype="int8", min_cosine=0.0), KeptForms(tmp_path)
+    spec, kept = structs.replace(SPEC, dtype="int8", min_cosine=0.0), FormCache(tmp_path)
     measurements = Measurements()
     rounding = Estimates(_FilesByDtype(), measurements, "cpu", 99, "", ReducedForms(kept=kept))
     if was_measured:
@@ -270,7 +270,7 @@ def test_a_load_that_rounds_float_weights_is_charged_them_until_their_form_is_ke
     assert before is not None and after is not None
     assert (before.weight_bytes, after.weight_bytes) == (4000, 1000)
     assert (before.known().weight_bytes, after.known().weight_bytes) == (1000, 1000)
-    on_a_gpu = Estimates(_FilesByDtype(), measurements, "cuda:0", 99, "", ReducedForms(kept=KeptForms(None)))
+    on_a_gpu = Estimates(_FilesByDtype(), measurements, "cuda:0", 99, "", ReducedForms(kept=FormCache(None)))
     assert (on_a_gpu.estimate(spec, None) or before).weight_bytes == 1000
 
 

@@ -18,8 +18,8 @@ from benchmarks.lib.models import RECIPES
 from benchmarks.lib.workloads import SENTENCES
 from engines.batching.engine import EmbeddingEngine
 from engines.errors import SelfCheckFailed
+from engines.form_cache import HEADER_BYTES, FormCache, read_metadata
 from engines.hub.content_digests import ContentDigests
-from engines.kept_forms import HEADER_BYTES, KeptForms, read_metadata
 from engines.layers import packed_linear
 from engines.loading import builders, form_files
 from engines.loading.loader import LoaderSettings
@@ -33,9 +33,9 @@ class Server:
 
     def __init__(self, kit: Kit, folder: Path, name: str = "bert-cls", *, has_canaries: bool = True) -> None:
         self._kit, self.name, self.folder = kit, name, folder
-        self.forms = KeptForms(folder / "forms")
+        self.forms = FormCache(folder / "forms")
         self._settings = LoaderSettings(
-            kept_forms=self.forms,
+            form_cache=self.forms,
             canary_folder=folder / "canaries" if has_canaries else None,
             content_digests=ContentDigests(folder),
         )

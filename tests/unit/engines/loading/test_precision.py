@@ -12,9 +12,9 @@ from engines.batching.engine import EmbeddingEngine
 from engines.device.cpu_features import has_fast_int8
 from engines.device.scheduler import DeviceScheduler
 from engines.errors import OutOfMemory, SelfCheckFailed, UnsupportedModel
+from engines.form_cache import FormCache
 from engines.hub.content_digests import ContentDigests
 from engines.inputs.tokenizer_threads import TokenizerThreads
-from engines.kept_forms import KeptForms
 from engines.layers import packed_linear
 from engines.loading import builders, precision
 from engines.loading.loader import LoaderSettings, TorchLoader
@@ -149,13 +149,13 @@ async def test_a_load_after_the_command_reads_no_float_weights_and_measures_noth
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = structs.replace(SPEC, dtype="int8")
-    state = precision.MeasuredState(KeptForms(tmp_path / "forms"), ContentDigests(tmp_path))
+    state = precision.MeasuredState(FormCache(tmp_path / "forms"), ContentDigests(tmp_path))
     store = PrecisionStore(tmp_path)
     store.put(spec, FILES.revision, precision.measure_dtype(spec, FILES, "int8", None, state), "cpu")
-    monkeypatch.setattr(builders, "read_model", None)
+    monkeypatch.setattr(builders, "read_model", lambda *_: pytest.fail("float weights are read"))
     lane, threads = DeviceScheduler("test"), TokenizerThreads(1)
 
-    settings = LoaderSettings(precision_store=store, kept_forms=state.kept, content_digests=state.digests)
+    settings = LoaderSettings(precision_store=store, form_cache=state.kept, content_digests=state.digests)
     engine = await _load(TorchLoader("cpu", lane, threads, settings), spec)
 
     assert engine.info.precision is not None

@@ -47,7 +47,7 @@ _STALE_S = 86_400.0
 """A file that was begun so long ago is of a process that died."""
 
 
-class KeptForms:
+class FormCache:
     """The files of one machine. Thread-safe: they are replaced as a whole.
 
     Args:
