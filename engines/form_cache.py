@@ -23,7 +23,7 @@ from engines.types import fingerprint
 
 log = structlog.get_logger(__name__)
 
-QUANTIZED = ("int8",)
+QUANTIZED = ("int8", "int4")
 """Dtypes that are made from float32 weights, and kept."""
 
 HEADER_BYTES = 2**20

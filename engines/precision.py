@@ -16,9 +16,9 @@ from engines.types import fingerprint
 
 Vectors = NDArray[np.float32]
 
-REDUCED = ("bfloat16", "float16", "int8")
+REDUCED = ("bfloat16", "float16", "int8", "int4")
 
-MIN_COSINE = {"bfloat16": 0.999, "float16": 0.999, "int8": 0.99}
+MIN_COSINE = {"bfloat16": 0.999, "float16": 0.999, "int8": 0.99, "int4": 0.95}
 """The least cosine to float32 where the registry sets no `min_cosine`."""
 
 _NEIGHBOURS = 10

@@ -5,7 +5,7 @@ from typing import Literal
 from msgspec import Struct, structs
 
 Truncate = Literal["end", "start", "error"]
-Dtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"]
 PoolingMode = Literal["cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"]
 """Pooling modes as sentence-transformers names them; several are concatenated in the order given."""
 

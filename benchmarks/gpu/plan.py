@@ -45,7 +45,11 @@ PARTS = (
         question="does BACKEND=process start?",
     ),
     Part(
-        name="loading", entry=f"{_PARTS}.loading:run", expected_s=90, limit_s=110, cpu_limit_s=40,
+        name="int8", entry=f"{_PARTS}.quantized:int8_weights", expected_s=12, limit_s=40, cpu_limit_s=60,
+        question="how near do int8 weights come to bfloat16, at how many bytes and which speed?",
+    ),
+    Part(
+        name="loading", entry=f"{_PARTS}.loading:run", expected_s=80, limit_s=110, cpu_limit_s=40,
         question="how long does a load take, from the disk and from memory?",
     ),
     Part(

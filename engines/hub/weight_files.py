@@ -24,11 +24,14 @@ DTYPE_BITS: Mapping[str, int] = {
 }  # fmt: skip
 """Bits per element of the safetensors dtypes."""
 
-BYTES_OF: Mapping[str, int] = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
-"""Bytes per element of the dtypes that models are stored and run in."""
+BYTES_OF: Mapping[str, float] = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "int4": 0.625}
+"""Bytes per element of the dtypes that models are stored and run in; int4 with the scales of its groups of 32."""
 
 _ATTENDS = re.compile(r"self_attn\.[qkv]_proj\.weight$")
 """Names of a decoder's matrices that give queries, keys or values."""
+
+_INT8_BESIDE_INT4 = re.compile(r"embed|(query|key|value|[qkv]_(proj|lin)|attn\.[qkv]|qkv)\.weight$")
+"""Names of matrices that keep a byte a weight where int4 is asked for: tables; queries, keys and values."""
 
 _BYTES_A_ROW = 8
 """Beside a row of int8: its scale and its sum."""
@@ -44,12 +47,14 @@ class WeightCount(Struct, frozen=True, kw_only=True):
 
     `float_elements` are converted on loading, `fixed_bytes` (integers, booleans) are not. `matrix_elements` are in
     matrices, which have `matrix_rows` in all, and `matrix_int8_bytes` where int8 is asked for, beside a float32 scale a
-    row. `pickled_bytes` is the size of pytorch_model.bin files, whose `stored_dtype` comes from config.json.
+    row; `matrix_int4_bytes` where int4 is. `pickled_bytes` is the size of pytorch_model.bin files, whose `stored_dtype`
+    comes from config.json.
     """
 
     float_elements: int = 0
     matrix_elements: int = 0
     matrix_int8_bytes: int = 0
+    matrix_int4_bytes: int = 0
     matrix_rows: int = 0
     fixed_bytes: int = 0
     pickled_bytes: int = 0
@@ -63,11 +68,12 @@ class WeightCount(Struct, frozen=True, kw_only=True):
         """
         element_bytes = BYTES_OF[dtype]
         pickled = math.ceil(self.pickled_bytes * element_bytes / BYTES_OF.get(self.stored_dtype, 2))
-        if dtype == "int8":
+        if dtype in ("int8", "int4"):
             rest = self.float_elements - self.matrix_elements
-            wide = _BYTES_A_ROW * self.matrix_rows + BYTES_OF["float32"] * rest
-            return self.matrix_int8_bytes + wide + self.fixed_bytes + pickled
-        return self.float_elements * element_bytes + self.fixed_bytes + pickled
+            wide = _BYTES_A_ROW * self.matrix_rows + 4 * rest
+            rounded = self.matrix_int8_bytes if dtype == "int8" else self.matrix_int4_bytes
+            return rounded + wide + self.fixed_bytes + pickled
+        return math.ceil(self.float_elements * element_bytes) + self.fixed_bytes + pickled
 
 
 class TensorEntry(Struct, frozen=True):
@@ -90,6 +96,12 @@ class TensorEntry(Struct, frozen=True):
         A decoder's queries, keys and values keep 16 bits (`engines/models/weight_forms.py`).
         """
         return self.elements * (2 if _ATTENDS.search(self.name) else 1)
+
+    @property
+    def int4_bytes(self) -> int:
+        """Bytes where int4 is asked for (`engines/layers/weight_only.py`)."""
+        fits = not (self.shape[0] % 64 or self.shape[1] % 32) and not _INT8_BESIDE_INT4.search(self.name)
+        return math.ceil(self.elements * BYTES_OF["int4"]) if fits else self.elements
 
     @property
     def is_float(self) -> bool:
@@ -136,6 +148,7 @@ def count_weights(sizes: Mapping[str, int], weights: Iterable[str], read: ReadRa
         float_elements=sum(tensor.elements for tensor in tensors if tensor.is_float),
         matrix_elements=sum(matrix.elements for matrix in matrices),
         matrix_int8_bytes=sum(matrix.int8_bytes for matrix in matrices),
+        matrix_int4_bytes=sum(matrix.int4_bytes for matrix in matrices),
         matrix_rows=sum(matrix.shape[0] for matrix in matrices),
         fixed_bytes=sum(tensor.end - tensor.start for tensor in tensors if not tensor.is_float),
         pickled_bytes=sum(sizes[file] for file in pickled),

@@ -36,8 +36,8 @@ def check_product(
     Raises:
         SelfCheckFailed: it computes something else.
     """
-    x = _inputs(product.in_features)
-    at_zero = product.multiply(torch.zeros(1, product.in_features, dtype=dtype)).float()
+    x = _inputs(product.in_features).to(weight.device)
+    at_zero = product.multiply(torch.zeros_like(x[:1], dtype=dtype)).float()
     found = product.multiply(x.to(dtype)).float() - at_zero
     far = _relative_error(found, linear(x, weight if is_rounded else _rounded(weight, product.weight.dtype)))
     if bias is not None:

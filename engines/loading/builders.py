@@ -15,6 +15,7 @@ from engines.batching.outputs import OutputFacts
 from engines.batching.scores import Scoring
 from engines.device.torch_runtime import compute_capability
 from engines.errors import BadModel, BrokenFiles, UnsupportedModel, is_device_error
+from engines.form_cache import QUANTIZED
 from engines.hub.file_selection import ADAPTER_CONFIG
 from engines.inputs.tokenizer import Tokenizer
 from engines.loading.adapter import merge_adapter
@@ -107,7 +108,7 @@ def _build_transformer(folder: Folder, spec: ModelSpec, encoder_config: EncoderC
     tokens, sides = build_token_head(folder, spec, reference, TokenFacts(width, facts.position_limit, observed), device)
     sparse = lexical_head(folder, width, vocab_size, reference.theirs, device)
     against_packing = observed.why_not_packed(sides.longest(tokenizer.max_tokens))
-    name = "int8" if spec.dtype == "int8" else dtype_name(model)
+    name = spec.dtype if spec.dtype in QUANTIZED else dtype_name(model)
     form = weight_form(name, device, source.take) if encoder_config.placed is None else None
     encoder_config = structs.replace(encoder_config, weight_form=form)
     heads = OutputHeads(head, sparse, tokens=tokens)
@@ -153,12 +154,10 @@ def choose_dtype(spec: ModelSpec, config: PretrainedConfig, device: torch.device
     """
     if spec.dtype == "float16" and overflows_float16(config.model_type):
         raise UnsupportedModel(f"{config.model_type} overflows in float16; set `dtype: bfloat16` or leave it out")
-    if spec.dtype == "int8":
-        if device.type != "cpu":
-            raise UnsupportedModel(f"`dtype: int8` is for CPUs, not for {device}; set `dtype: bfloat16`")
+    if spec.dtype in QUANTIZED and device.type == "cpu":
         return torch.float32  # rounded after the layers are fused
     name: Dtype = spec.dtype
-    if name == "auto":
+    if name == "auto" or name in QUANTIZED:
         name = automatic_dtype(config.model_type, device.type, compute_capability(device))
     dtype: torch.dtype = getattr(torch, name)
     return dtype

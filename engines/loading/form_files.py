@@ -226,7 +226,10 @@ class FormReader(FormSource):
     def take(self, weight: Tensor, _make: Make) -> tuple[Tensor, ...]:
         """See `FormSource`."""
         number, self._num_taken = self._num_taken, self._num_taken + 1
-        first = self._read(f"{_PRODUCT}.{number}.0", weight.shape)
+        first = self._read(f"{_PRODUCT}.{number}.0")
+        halves = 2 if first.dtype is torch.uint8 else 1  # int4: two in a byte
+        if (first.shape[0], halves * first.shape[1]) != weight.shape:
+            raise FormUnusable(f"product {number} has another shape")
         rest: list[Tensor] = []
         while (name := f"{_PRODUCT}.{number}.{1 + len(rest)}") in self._names:
             rest.append(self._read(name))

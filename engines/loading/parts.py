@@ -7,6 +7,7 @@ architecture and file format, where headers of weight files also count tensors t
 from accelerate.utils import compute_module_sizes
 
 from engines.errors import BadModel
+from engines.form_cache import QUANTIZED
 from engines.loading.builders import choose_dtype, model_class_of, read_config
 from engines.loading.folder import Folder
 from engines.loading.ingredients import list_weights
@@ -32,7 +33,9 @@ def measure_parts(folder: Folder, spec: ModelSpec, config: EncoderConfig, batch_
         BadModel: config.json is broken.
     """
     is_transformer = folder.modules is None or folder.modules[0].kind == "Transformer"
-    is_plain = is_transformer and not folder.is_sparse_encoder and folder.adapter is None and spec.dtype != "int8"
+    is_plain = (
+        is_transformer and not folder.is_sparse_encoder and folder.adapter is None and spec.dtype not in QUANTIZED
+    )
     if not is_plain or score_form(folder, spec) is not None or is_compared_at_load(spec):
         return None
     model_config = read_config(folder, spec)

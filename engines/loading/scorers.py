@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from engines.batching.scores import Scoring, activation_named
 from engines.errors import BadModel, SelfCheckFailed, UnsupportedModel, is_device_error
+from engines.form_cache import QUANTIZED
 from engines.inputs.pairs import PairTokenizer
 from engines.loading.builders import Built, dtype_name, read_config, read_model, stated_width, vocab_size_of
 from engines.loading.folder import Folder, read_json, require_json
@@ -60,9 +61,10 @@ def build_scorer(folder: Folder, spec: ModelSpec, encoder_config: EncoderConfig,
     Raises:
         BadModel: the folder is broken, or cannot be served exactly.
     """
-    if spec.dtype == "int8":
+    if spec.dtype in QUANTIZED:
         raise UnsupportedModel(
-            "`dtype: int8` is for models that embed, whose vectors have a bound; set `dtype: bfloat16` or leave it out"
+            f"`dtype: {spec.dtype}` is for models that embed, whose vectors have a bound; set `dtype: bfloat16` or "
+            "leave it out"
         )
     if spec.trust_remote_code:
         log.warning("model.remote_code_trusted", model=spec.model_id, source=spec.source, revision=spec.revision)

@@ -11,6 +11,7 @@ from transformers import AutoModelForMaskedLM, PretrainedConfig
 
 from engines.batching.outputs import OutputFacts
 from engines.errors import BadModel, BrokenFiles, SelfCheckFailed, UnsupportedModel, is_device_error
+from engines.form_cache import QUANTIZED
 from engines.inputs.prompts import PromptTemplate
 from engines.inputs.tokenizer import Ids, Tokenizer
 from engines.loading.builders import Built, dtype_name, facts_of, read_config, read_model, vocab_size_of
@@ -43,8 +44,8 @@ def build_sparse(folder: Folder, spec: ModelSpec, encoder_config: EncoderConfig)
     Raises:
         BadModel: the folder is broken, or cannot be served exactly.
     """
-    if spec.dtype == "int8" or spec.pooling is not None:
-        key = "dtype: int8" if spec.dtype == "int8" else "pooling"
+    if spec.dtype in QUANTIZED or spec.pooling is not None:
+        key = f"dtype: {spec.dtype}" if spec.dtype in QUANTIZED else "pooling"
         raise UnsupportedModel(f"the registry sets `{key}`, which is for models that give dense vectors: remove it")
     routes = read_routes(folder)
     if routes.document == routes.query and kinds_of(routes.query) == [STATIC]:

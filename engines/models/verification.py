@@ -34,7 +34,7 @@ log = structlog.get_logger(__name__)
 # Cosine distance that rounding may cause, by dtype of the weights. int8: two paths round bfloat16 inputs of products
 # to other levels here and there, which moves MiniLM by 1.6e-3; each product itself is held to plain arithmetic
 # (`engines/layers/product_check.py`).
-TOLERANCE = {"float32": 1e-7, "bfloat16": 1e-3, "float16": 1e-3, "int8": 5e-3}
+TOLERANCE = {"float32": 1e-7, "bfloat16": 1e-3, "float16": 1e-3, "int8": 5e-3, "int4": 5e-3}
 
 OutputKind = Literal["vectors", "scores"]
 
@@ -42,7 +42,7 @@ OutputKind = Literal["vectors", "scores"]
 _SCORE_TOLERANCE = {"float32": 1e-8, "bfloat16": 1e-2, "float16": 1e-3}
 
 # Rows of one text that is in a batch twice may differ this much (as `distance`): rounding, and no more.
-_TWICE = {"float32": 1e-11, "bfloat16": 1e-5, "float16": 1e-5, "int8": 1e-5}
+_TWICE = {"float32": 1e-11, "bfloat16": 1e-5, "float16": 1e-5, "int8": 1e-5, "int4": 1e-5}
 
 # Rows of one path before and after its weights were moved (as `distance`): the number of threads may differ.
 _WOKEN = {dtype: 10 * apart for dtype, apart in _TWICE.items()}

@@ -19,6 +19,14 @@ from engines.layers.decoder import FusedDecoderLayer
 from engines.layers.fused import FusedLayer
 from engines.layers.packed_linear import Int8Embedding, Int8Linear, PackedLinear, Product, total_bytes
 from engines.layers.product_check import check_product
+from engines.layers.weight_only import (
+    Int4Linear,
+    Int8WeightLinear,
+    can_multiply_int4,
+    dequantize_groups,
+    fits_int4,
+    quantize_groups,
+)
 
 Take = Callable[[torch.Tensor, Callable[[], tuple[torch.Tensor, ...]]], tuple[torch.Tensor, ...]]
 """(weight, makes its tensors) → the tensors of the product that replaces a weight."""
@@ -35,12 +43,16 @@ class WeightForm(Struct, frozen=True):
     Attributes:
         is_int8: int8 with a scale for each row, also in the table of token embeddings (but see `joined_product`); else
             packed as they are.
+        is_int4: int4 with a scale for each group of a row. Queries, keys and values, and the table, are int8.
+        is_weight_only: products multiply in the dtype of their inputs, which are not rounded; see `Int8WeightLinear`.
         activations: dtype of everything between the products (but see `_between`); None for that of the weights.
         take: returns the tensors of the product that replaces a weight, which may be on torch's meta device where they
             are read from a file (`engines/loading/form_files.py`).
     """
 
     is_int8: bool = False
+    is_int4: bool = False
+    is_weight_only: bool = False
     activations: torch.dtype | None = None
     take: Take = make_anew
 
@@ -53,27 +65,43 @@ class WeightForm(Struct, frozen=True):
         """
         between = self._between(fused)
         if getattr(model, "_is_stateful", False):
-            if self.is_int8:
-                raise UnsupportedModel(f"`dtype: int8` is not supported for {model.config.model_type}: set another")
+            if self.name:
+                raise UnsupportedModel(
+                    f"`dtype: {self.name}` is not supported for {model.config.model_type}: set another"
+                )
             return 0
         for layer in fused:
             is_encoder = isinstance(layer, FusedLayer)
             layer.replace_products(self.product, self.product if is_encoder else self.joined_product)
             throttle_point()
-        if self.is_int8 or not fused:
-            self._replace_linears(model)
-        if self.is_int8:
-            self._replace_table(model, between)
+        self._replace_rest(model, between, is_fused=bool(fused))
         if between is not None:
             for parameter in model.parameters():
                 parameter.data = parameter.data.to(between)
         return total_bytes(model.modules())
 
+    def _replace_rest(self, model: Any, between: torch.dtype | None, *, is_fused: bool) -> None:
+        """Replaces what is not in fused layers."""
+        if self.name or not is_fused:
+            self._replace_linears(model)
+        if self.name:
+            self._replace_table(model, between)
+        if self.is_int4 and not any(isinstance(part, Int4Linear) for part in model.modules()):
+            raise UnsupportedModel(
+                "`dtype: int4` needs matrices with a multiple of 64 outputs and of 32 inputs, and this model has none: "
+                "set `dtype: int8`"
+            )
+
+    @property
+    def name(self) -> str:
+        """The dtype of quantised weights; empty for others."""
+        return "int4" if self.is_int4 else "int8" if self.is_int8 else ""
+
     def _between(self, fused: Sequence[FusedLayer | FusedDecoderLayer]) -> torch.dtype | None:
         """Returns the dtype of sums and norms. In encoder layers they are float32 beside int8: products read and give
         it, and torch adds bfloat16 half as fast."""
         is_encoder = bool(fused) and all(isinstance(layer, FusedLayer) for layer in fused)
-        return torch.float32 if self.is_int8 and is_encoder else self.activations
+        return torch.float32 if self.is_int8 and is_encoder and not self.is_weight_only else self.activations
 
     def product(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
         """Makes a product in this form, and compares it with plain arithmetic.
@@ -81,18 +109,39 @@ class WeightForm(Struct, frozen=True):
         Raises:
             SelfCheckFailed: it computes something else.
         """
-        if not self.is_int8:
+        if not self.name:
             return self._checked(partial(PackedLinear, weight), weight, bias)
+        if self.is_int4 and fits_int4(weight):
+            return self._int4_product(weight, bias)
+        return self._int8_product(weight, bias)
+
+    def _int8_product(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
         rounded, scale = self._rounded(weight)
-        make = partial(Int8Linear, rounded, scale=scale)
+        dtype = self.activations or weight.dtype
+        is_weight_only = self.is_weight_only or self.is_int4
+        kind = partial(Int8WeightLinear, dtype=dtype) if is_weight_only else Int8Linear
+        make = partial(kind, rounded, scale=scale)
         if not weight.is_meta:
             return self._checked(make, weight, bias)
         return self._checked(make, rounded.float().mul_(scale[:, None]), bias, is_rounded=True)
 
+    def _int4_product(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+        """Makes a product of int4 weights, both of whose kernels are compared with plain arithmetic."""
+        packed, scales = self.take(weight, lambda: quantize_groups(weight))
+        made, rounded = Int4Linear(packed, bias, scales), dequantize_groups(packed, scales)
+        bias = None if bias is None else bias.bfloat16()
+        check_product(made, rounded, bias, torch.bfloat16, is_rounded=True)
+        made.few_rows, few_rows = 0, made.few_rows
+        check_product(made, rounded, bias, torch.bfloat16, is_rounded=True)
+        made.few_rows = few_rows
+        return made
+
     def joined_product(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
         """Makes the product of queries, keys and values of a decoder: see `product`. Beside int8 it stays in bfloat16
         where that is fast: of all products it moves vectors most (`docs/accuracy.md`)."""
-        if self.is_int8 and self.activations is torch.bfloat16:
+        if self.is_int4:
+            return self._int8_product(weight, bias)
+        if self.is_int8 and self.activations is torch.bfloat16 and not self.is_weight_only:
             (rounded,) = self.take(weight, lambda: (weight.to(torch.bfloat16),))
             return self._checked(partial(PackedLinear, rounded), rounded, bias)
         return self.product(weight, bias)
@@ -133,9 +182,15 @@ class WeightForm(Struct, frozen=True):
 
 def weight_form(dtype: str, device: torch.device, take: Take = make_anew) -> WeightForm | None:
     """Returns the form of weights in a dtype on a device; None where torch's own is the fastest that is known."""
-    if device.type != "cpu":
-        return None
     if dtype == "int8":
-        activations = torch.bfloat16 if has_fast_bfloat16() else torch.float32
-        return WeightForm(is_int8=True, activations=activations, take=take)
-    return WeightForm() if dtype == "bfloat16" and has_fast_bfloat16() else None
+        if device.type != "cpu":
+            return WeightForm(is_int8=True, is_weight_only=True, take=take)
+        return WeightForm(is_int8=True, activations=torch.bfloat16 if has_fast_bfloat16() else torch.float32, take=take)
+    if dtype == "int4":
+        if device.type != "cpu" or not can_multiply_int4():
+            raise UnsupportedModel(
+                f"`dtype: int4` needs a CPU with AVX512-BF16 or AMX and the installed torch's kernel, and {device} has "
+                "not both: set `dtype: int8`"
+            )
+        return WeightForm(is_int4=True, activations=torch.bfloat16, take=take)
+    return WeightForm() if dtype == "bfloat16" and device.type == "cpu" and has_fast_bfloat16() else None

@@ -9,7 +9,7 @@ from engines.form_cache import QUANTIZED, FormCache
 from engines.pool.slot import MemoryNeed, SmallerForm
 from engines.precision import PrecisionStore, is_compared_at_load
 from engines.protocols import Files
-from engines.spec import ModelSpec, in_dtype
+from engines.spec import Dtype, ModelSpec, in_dtype
 from engines.storage import JsonStore
 from engines.types import ModelFiles
 
@@ -133,13 +133,15 @@ class Estimates:
         return self._files.weight_bytes(structs.replace(spec, dtype="float32"), self._device) or 0
 
     def _rounded_bytes(self, spec: ModelSpec, files: ModelFiles | None) -> int:
-        """Returns how many more bytes float32 weights take, until they are rounded, than the form that they become; 0
+        """Returns how many more bytes float weights take, until they are rounded, than the form that they become; 0
         where the load reads that form from disk."""
-        if self._reduced.kept is None or spec.dtype not in QUANTIZED or self._device.partition(":")[0] != "cpu":
+        if self._reduced.kept is None or spec.dtype not in QUANTIZED:
             return 0
-        if files is not None and self._reduced.kept.is_kept(spec, files.revision):
+        is_on_cpu = self._device.partition(":")[0] == "cpu"
+        if is_on_cpu and files is not None and self._reduced.kept.is_kept(spec, files.revision):
             return 0
-        full, own = (self._files.weight_bytes(one, self._device) for one in (in_dtype(spec, "float32"), spec))
+        read_in: Dtype = "float32" if is_on_cpu else "bfloat16"
+        full, own = (self._files.weight_bytes(one, self._device) for one in (in_dtype(spec, read_in), spec))
         return max(0, (full or 0) - (own or 0))
 
     def _is_compared(self, spec: ModelSpec, files: ModelFiles | None, *, was_loaded: bool) -> bool:

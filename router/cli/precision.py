@@ -35,7 +35,11 @@ Examples:
 @click.argument("model", shell_complete=model_names)
 @click.argument("texts", required=False, type=click.Path(path_type=Path))
 @click.option(
-    "--dtype", "dtypes", multiple=True, type=click.Choice(["bfloat16", "int8"]), help="Default: those fast on this CPU."
+    "--dtype",
+    "dtypes",
+    multiple=True,
+    type=click.Choice(["bfloat16", "int8", "int4"]),
+    help="Default: those fast on this CPU.",
 )
 @click.option("--registry", type=click.Path(path_type=Path), help="Registry file, instead of REGISTRY.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")

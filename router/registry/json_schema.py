@@ -44,11 +44,12 @@ MEANINGS = {
     "do not say: the published template of the family. Default: from the files, or from the name of the repository.",
     "trust_remote_code": "Run Python code from the repository. Requires a full commit as `revision`. Default: false.",
     "dtype": "Data type of the weights. auto: bfloat16 on CUDA (before Ampere float16, or float32 where that "
-    "overflows), float32 elsewhere. int8: CPUs only, a quarter of the memory. "
+    "overflows), float32 elsewhere. int8: a quarter of float32's memory. int4: CPUs "
+    "with AVX512-BF16 or AMX, a fifth. "
     "`embedyard precision` measures what a reduced one costs and gains. A list, as [float32, int8]: a load takes the "
     "first that fits into free memory, and evicts for the smallest only.",
     "min_cosine": "The least cosine to float32 that a reduced dtype may reach on the calibration texts; below it the "
-    "model is not served. 0 compares nothing. Default: 0.999 for bfloat16 and float16, 0.99 for int8.",
+    "model is not served. 0 compares nothing. Default: 0.999 for bfloat16 and float16, 0.99 for int8, 0.95 for int4.",
     "device": "Where the model runs: auto, cpu, cuda or cuda:N.",
     "max_tokens": "Maximum input length in tokens. Default: from the model's own files.",
     "max_batch_tokens": "Maximum tokens in one forward pass. Default: chosen for the device.",

@@ -133,7 +133,7 @@ def _bounds(value: object) -> list[Any] | None:
     return values if values and all(type(number) in (int, float) for number in values) else None
 
 
-_SIZES = {"auto": 32, "float32": 32, "bfloat16": 16, "float16": 16, "int8": 8}
+_SIZES = {"auto": 32, "float32": 32, "bfloat16": 16, "float16": 16, "int8": 8, "int4": 4}
 """Bits of a weight; `auto` counts as what it is on a CPU."""
 
 

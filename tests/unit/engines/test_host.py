@@ -4,11 +4,13 @@ import asyncio
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 from msgspec import structs
 
 from engines.errors import ModelNotFound, ModelTooLarge
+from engines.form_cache import FormCache
 from engines.host import Host, HostConfig, HostRuntime, device_matches
 from engines.pool.estimates import Measurements
 from engines.pool.runtime import LOAD_LOCK, Threads
@@ -395,3 +397,18 @@ def threaded_host(host_id: str, loader: FakeLoader, files: FakeFiles | None = No
     )
     config = HostConfig(host_id=host_id, budget=Budget(size_bytes=10**6), workspace_bytes=100, rules=PoolPolicy())
     return Host(config, fake_specs("a", "b", "c"), files or FakeFiles(), loader, runtime)
+
+
+async def test_a_reload_removes_the_quantised_weights_of_models_that_left_the_registry(tmp_path: Path) -> None:
+    forms = FormCache(tmp_path)
+    specs = {name: structs.replace(spec, dtype="int8") for name, spec in fake_specs("a", "b").items()}
+    paths = {name: forms.path(spec) for name, spec in specs.items()}
+    for path in filter(None, paths.values()):
+        path.touch()
+    host = fake_host("a", "b", runtime=structs.replace(fake_runtime(), form_cache=forms))
+    await host.start()
+    await host.reload(specs)
+
+    await host.reload({"b": specs["b"]})
+
+    assert {name for name, path in paths.items() if path is not None and path.exists()} == {"b"}

@@ -182,3 +182,33 @@ def test_a_broken_config_does_not_stop_the_estimate(tmp_path: Path) -> None:
 )
 def test_auto_means_what_the_device_is_good_at(dtype: str, device: str, expected: str) -> None:
     assert target_dtype(dtype, device) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "bits"),
+    [
+        ("layers.3.mlp.down_proj.weight", (64, 32), 5),
+        ("layers.3.mlp.down_proj.weight", (60, 32), 8),
+        ("layers.3.mlp.down_proj.weight", (64, 48), 8),
+        ("layers.3.self_attn.k_proj.weight", (64, 32), 8),
+        ("encoder.layer.0.attention.self.query.weight", (64, 32), 8),
+        ("encoder.layer.0.attention.attn.v.weight", (64, 32), 8),
+        ("encoder.layer.0.attention.attn.o.weight", (64, 32), 5),
+        ("embeddings.word_embeddings.weight", (64, 32), 8),
+    ],
+)
+def test_int4_takes_five_bits_with_its_scales_and_what_stays_int8_a_byte(
+    name: str, shape: tuple[int, int], bits: int
+) -> None:
+    elements = shape[0] * shape[1]
+
+    assert TensorEntry(name, "F32", shape, 0, 4 * elements).int4_bytes == elements * bits // 8
+
+
+def test_a_model_in_int4_counts_scales_of_rows_and_what_is_no_matrix_in_float32(tmp_path: Path) -> None:
+    write_weights(tmp_path / FILE, tensors(1000))
+
+    counted = count(tmp_path, FILE)
+
+    rest = 4 * (1000 - counted.matrix_elements) + 16 * 8
+    assert counted.bytes_in("int4") == counted.matrix_int4_bytes + 8 * counted.matrix_rows + rest

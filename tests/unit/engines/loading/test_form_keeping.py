@@ -3,6 +3,7 @@
 import gc
 import shutil
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,24 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from structlog.testing import capture_logs
 
-from benchmarks.lib.engine_kit import Kit, embed
-from benchmarks.lib.models import RECIPES
+from benchmarks.gpu.rig import encoder_of
+from benchmarks.lib.engine_kit import Kit, cosines, embed, encode
+from benchmarks.lib.models import RECIPES, wider
 from benchmarks.lib.workloads import SENTENCES
 from engines.batching.engine import EmbeddingEngine
-from engines.errors import SelfCheckFailed
+from engines.errors import SelfCheckFailed, UnsupportedModel
 from engines.form_cache import HEADER_BYTES, FormCache, read_metadata
 from engines.hub.content_digests import ContentDigests
 from engines.layers import packed_linear
+from engines.layers.weight_only import Int4Linear, can_multiply_int4
 from engines.loading import builders, form_files
 from engines.loading.loader import LoaderSettings
+from engines.models import weight_forms
 from engines.models.verification import Canaries
+
+needs_int4 = pytest.mark.skipif(not can_multiply_int4(), reason="this CPU or torch has no kernel for int4")
+
+WIDE = ("bert-cls", "qwen3-last", "nomic-mean")
 
 TEXTS = [*SENTENCES[:6], " ".join(SENTENCES[:4]), "x"]
 
@@ -80,6 +88,50 @@ def refuse(*_: Any, **__: Any) -> None:
 def forbid_float_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builders, "read_model", refuse)
     monkeypatch.setattr(packed_linear, "quantize_rows", refuse)
+    monkeypatch.setattr(weight_forms, "quantize_groups", refuse)
+
+
+@pytest.fixture(scope="module")
+def wide_kit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kit]:
+    """Models whose matrices fit int4."""
+    kit = Kit(tmp_path_factory.mktemp("wide"))
+    with wider(64):
+        for name in WIDE:
+            kit.recipe_folder(name)
+    yield kit
+    kit.close()
+
+
+@needs_int4
+@pytest.mark.parametrize("name", WIDE)
+def test_int4_is_near_sentence_transformers_and_a_later_load_reads_it_bit_for_bit(
+    wide_kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    server = Server(wide_kit, tmp_path, name)
+    engine = server.load(dtype="int4")
+    first = embed(engine, TEXTS)
+    parts = {type(part) for part in encoder_of(engine)._model.modules()}
+    engine.close()
+
+    forbid_float_weights(monkeypatch)
+    second = server.vectors(dtype="int4")
+
+    assert Int4Linear in parts
+    assert cosines(first, encode(wide_kit.reference(name), TEXTS)).min() > 0.8  # random weights: of MiniLM 0.95
+    np.testing.assert_array_equal(first, second)
+
+
+@needs_int4
+def test_int4_is_refused_where_no_matrix_fits_it(server: Server) -> None:
+    with pytest.raises(UnsupportedModel, match=r"multiple of 64 outputs and of 32 inputs, .* set `dtype: int8`"):
+        server.load(dtype="int4")
+
+
+def test_int4_is_refused_on_a_cpu_without_its_kernel(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weight_forms, "can_multiply_int4", lambda: False)
+
+    with pytest.raises(UnsupportedModel, match=r"needs a CPU with AVX512-BF16 or AMX .* set `dtype: int8`"):
+        server.load(dtype="int4")
 
 
 @pytest.mark.parametrize("name", ["bert-cls", "mpnet-mean", "distilbert-mean", "nomic-mean", "qwen3-last"])

@@ -106,7 +106,7 @@ def test_a_server_says_at_start_what_would_be_faster_or_how_to_find_out(tmp_path
     [
         (("unknown",), 2, "'unknown' not found"),
         (("here", "missing.txt"), 2, "cannot be read"),
-        (("here", "--dtype", "int4"), 2, "int4"),
+        (("here", "--dtype", "int3"), 2, "int3"),
     ],
 )
 def test_what_it_refuses(arguments: tuple[str, ...], code: int, message: str) -> None:

@@ -248,9 +248,10 @@ def test_the_error_prints_as_one_readable_list() -> None:
         ("pooling: [cls, meen]", "models[0].pooling[1]", "did you mean mean?"),
         ("pooling: []", "models[0].pooling", "a list of at least 1"),
         (
-            "dtype: int4",
+            "dtype: int88",
             "models[0].dtype",
-            "one of auto, bfloat16, float16, float32, int8 or a list of at least 1; got 'int4' (did you mean int8?)",
+            "one of auto, bfloat16, float16, float32, int4, int8 or a list of at least 1; got 'int88' (did you mean "
+            "int8?)",
         ),
         ("min_cosine: 1.2", "models[0].min_cosine", "a number from 0 to 1"),
         ("min_cosine: -0.1", "models[0].min_cosine", "a number from 0 to 1"),
@@ -658,7 +659,7 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=30).filter(la
 WIDTHS = st.lists(st.integers(1, 8192), min_size=1, max_size=4)
 POOLINGS = st.sampled_from(["cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"])
 DEFAULTS: dict[str, st.SearchStrategy[Any]] = {
-    "dtype": st.sampled_from(["auto", "float32", "bfloat16", "float16", "int8", ["float32", "int8"]]),
+    "dtype": st.sampled_from(["auto", "float32", "bfloat16", "float16", "int8", "int4", ["float32", "int8", "int4"]]),
     "device": st.sampled_from(["auto", "cpu", "cuda", "cuda:3"]),
     "max_tokens": st.integers(1, 2**31),
     "max_batch_tokens": st.integers(1, 2**31),
