@@ -131,8 +131,8 @@ class WeightForm(Struct, frozen=True):
         made, rounded = Int4Linear(packed, bias, scales), dequantize_groups(packed, scales)
         bias = None if bias is None else bias.bfloat16()
         check_product(made, rounded, bias, torch.bfloat16, is_rounded=True)
-        made.few_rows, few_rows = 0, made.few_rows
-        check_product(made, rounded, bias, torch.bfloat16, is_rounded=True)
+        made.few_rows, few_rows = 0, made.few_rows  # unpacks to bfloat16
+        check_product(made, rounded.bfloat16().float(), bias, torch.bfloat16, is_rounded=True)
         made.few_rows = few_rows
         return made
 

@@ -1,5 +1,6 @@
 """Tests in which form the products of encoders and decoders are kept beside int8."""
 
+import pytest
 import torch
 from torch import nn
 from transformers import BertConfig, BertModel, Qwen3Config, Qwen3Model
@@ -8,6 +9,7 @@ from engines.layers.decoder import fuse_decoder
 from engines.layers.fused import fuse
 from engines.layers.packed_linear import Int8Linear, PackedLinear, Product
 from engines.layers.packing import PackedState
+from engines.layers.weight_only import Int4Linear, Int8WeightLinear, can_multiply_int4
 from engines.models.weight_forms import WeightForm
 
 INT8 = WeightForm(is_int8=True, activations=torch.bfloat16)
@@ -40,3 +42,14 @@ def test_a_decoder_keeps_queries_keys_and_values_in_the_dtype_between_its_produc
 
     assert _products(model) == {Int8Linear, PackedLinear}
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.skipif(not can_multiply_int4(), reason="this CPU or torch has no kernel for int4")
+@pytest.mark.parametrize("shape", [(2048, 256), (256, 2048)])
+@torch.inference_mode()
+def test_both_kernels_of_int4_pass_the_check_of_products_in_the_size_of_real_models(shape: tuple[int, int]) -> None:
+    form = WeightForm(is_int4=True, activations=torch.bfloat16)
+    weight = 0.02 * torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+    assert isinstance(form.product(weight, None), Int4Linear)
+    assert isinstance(form.joined_product(weight, None), Int8WeightLinear)
