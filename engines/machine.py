@@ -13,6 +13,7 @@ from msgspec import Struct, structs
 
 from engines.batching.autotune import TuningStore
 from engines.device import torch_runtime
+from engines.device.cores import waking_cores
 from engines.device.cpu_features import fast_dtypes
 from engines.device.crash_journal import CrashJournal, JournaledLoader, JournaledScheduler
 from engines.device.flex import FlexWork
@@ -244,4 +245,5 @@ def open_scheduler(device: str, num_cores: int, kind: type[DeviceScheduler] = De
         num_threads=num_threads,
         use_cores=torch_runtime.set_threads,
         flex_work=FlexWork(time.thread_time, pins_cores=True),
+        waking_cores=waking_cores(num_threads),
     )

@@ -353,7 +353,7 @@ class EmbeddingEngine:
         if not texts[0].is_flex:
             self._queue.on_batch_done(sum(not job.unscheduled for job in set(jobs)), self._scheduler.task_elapsed_s())
         for loop in {job.done.get_loop() for job in jobs}:
-            post(loop, self._settle, iter([job for job in jobs if job.done.get_loop() is loop]), bad)
+            self._scheduler.post(loop, self._settle, iter([job for job in jobs if job.done.get_loop() is loop]), bad)
 
     def _settle(self, jobs: Iterator[PendingRequest], bad: Failures) -> None:
         """Counts rows down (a request is in `jobs` once for each) and resolves requests that have all of them; on the

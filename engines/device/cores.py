@@ -1,7 +1,10 @@
-"""Gives threads of low priority cores of their own, by Linux's scheduling policies and CPU affinity."""
+"""Gives threads of low priority cores of their own, and says on which core other threads wake, by Linux's scheduling
+policies and CPU affinity."""
 
+import ctypes
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 
 _WINDOW_S = 0.5
 """Seconds of a thread's work, on the clock, after which it is decided whether it stays on its core."""
@@ -34,6 +37,81 @@ def keep_to(cores: Collection[int]) -> None:
             os.sched_setaffinity(0, cores)
         except OSError:
             return
+
+
+def keep_thread_to(thread_id: int, cores: Collection[int]) -> None:
+    """Makes the operating system run a thread of this process on these cores only; does nothing where it cannot.
+
+    Args:
+        thread_id: `threading.get_native_id` of a thread that has not ended, or 0 for this one.
+    """
+    if hasattr(os, "sched_setaffinity"):
+        try:
+            os.sched_setaffinity(thread_id, cores)
+        except OSError:
+            return
+
+
+def current_core() -> Callable[[], int] | None:
+    """Returns a function that names the core on which the calling thread runs; None where the system does not say."""
+    if not hasattr(os, "sched_setaffinity"):
+        return None
+    found = getattr(ctypes.PyDLL(None), "sched_getcpu", None)  # `PyDLL` keeps the interpreter's lock: it takes 0.2 µs
+    return None if found is None or found() < 0 else found
+
+
+class WakingCores:
+    """Decides on which core threads wake while each other core has a device thread that computes.
+
+    Linux wakes a thread where it ran last or beside the thread that wakes it. When both cores compute it often chooses
+    the core of a batch that goes on, which has to stop, although the thread that wakes it is about to wait and leaves
+    its own core idle; and threads that ran lately are not moved until the next tick (4 ms). With 8 clients on two cores
+    a core was idle for 37 % of the time while a thread waited for the other one; with the cores named here 8 %, which
+    gave 1.28 times as many texts a second, with 32 clients 1.12 times.
+
+    A thread is bound to a core only while it waits or is being woken; while it runs it may be moved as before.
+
+    Args:
+        cores: that all threads may run on.
+        current: names the core of the calling thread.
+        keep_to: sets the cores of a thread.
+    """
+
+    def __init__(
+        self,
+        cores: Collection[int],
+        current: Callable[[], int],
+        keep_to: Callable[[int, Collection[int]], None] = keep_thread_to,
+    ) -> None:
+        self._all = frozenset(cores)
+        self._current = current
+        self._keep_to = keep_to
+
+    def stay(self) -> None:
+        """Makes the calling thread wake on the core that it is on, until `roam`."""
+        self._keep_to(0, (self._current(),))
+
+    def roam(self) -> None:
+        """Lets the calling thread run on any core."""
+        self._keep_to(0, self._all)
+
+    @contextmanager
+    def waking_here(self, thread_id: int) -> Iterator[None]:
+        """Makes a thread that is woken inside the block wake on the core of the calling thread, which waits next."""
+        self._keep_to(thread_id, (self._current(),))
+        try:
+            yield
+        finally:
+            self._keep_to(thread_id, self._all)
+
+
+def waking_cores(num_threads: int) -> WakingCores | None:
+    """Returns the cores on which `num_threads` device threads and the event loop wake.
+
+    None where cores are to spare, which Linux finds itself, where there is one core, and where the system cannot tell.
+    """
+    cores, current = usable_cores(), current_core()
+    return None if current is None or len(cores) < 2 or len(cores) != num_threads else WakingCores(cores, current)
 
 
 class CorePin:

@@ -20,6 +20,7 @@ from typing import TypeVar
 
 import structlog
 
+from engines.device.cores import WakingCores
 from engines.device.flex import LONGEST_SLICE_S, FlexSource, FlexThreads, FlexWork
 from engines.device.health import DeviceHealth, least_healthy
 from engines.device.tasks import ActiveTask, CallQueue, Task, TaskSource, Usage, WorkerThread, post
@@ -50,6 +51,7 @@ class DeviceScheduler:
         use_cores: called on a thread with the number of cores that it may use from now on.
         check_interval_s: the least time between two checks of a running task for preemption.
         flex_work: how the work of flex threads is measured; by default on the same clock.
+        waking_cores: on which core threads wake while all device threads work; None leaves it to the operating system.
     """
 
     def __init__(  # noqa: PLR0913  # one device, and the parts of the environment that a test replaces
@@ -62,7 +64,11 @@ class DeviceScheduler:
         use_cores: Callable[[int], None] = lambda cores: None,
         check_interval_s: float = _CHECK_INTERVAL_S,
         flex_work: FlexWork | None = None,
+        waking_cores: WakingCores | None = None,
     ) -> None:
+        self._waking_cores = waking_cores
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop_thread = 0
         self._clock = clock
         self._use_cores = use_cores
         self._check_interval_s = check_interval_s
@@ -144,6 +150,16 @@ class DeviceScheduler:
             if is_flex:
                 self._flex.notify(self._name)
 
+    def post(self, loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: object) -> None:
+        """Schedules a call on the event loop, at the end of a task. While all threads work, the loop wakes on the core
+        of this one, which then waits for what the loop brings; else on one that is idle."""
+        cores = self._waking_cores
+        if cores is None or self._num_free or loop is not self._loop or not loop.is_running():
+            post(loop, function, *args)
+            return
+        with cores.waking_here(self._loop_thread):
+            post(loop, function, *args)
+
     def preemption_point(self) -> None:
         """Runs the tasks that go before the present one. Called before each layer, on the task's thread.
 
@@ -188,7 +204,9 @@ class DeviceScheduler:
 
         A cancelled call still runs to its end when it has begun.
         """
-        future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        self._loop, self._loop_thread = loop, threading.get_native_id()
+        future: asyncio.Future[Result] = loop.create_future()
         self._calls.add(function, future)
         self.notify()
         return await future
@@ -290,9 +308,18 @@ class DeviceScheduler:
                 self._num_free += 1
                 if self._flex.is_active:
                     self._flex.wake()
-                self._work.wait(wait_s)
+                self._wait_for_work(wait_s)
                 self._num_free, self._num_woken = self._num_free - 1, max(0, self._num_woken - 1)
             return None
+
+    def _wait_for_work(self, timeout_s: float | None) -> None:
+        """Waits to be notified; while all other threads work, this thread wakes on the one core that they leave."""
+        if self._waking_cores is None or self._num_free > 1:
+            self._work.wait(timeout_s)
+            return
+        self._waking_cores.stay()
+        self._work.wait(timeout_s)
+        self._waking_cores.roam()
 
     def _wake_another(self) -> None:
         """Wakes another thread when there is work for it, unless all idle threads are woken already."""
