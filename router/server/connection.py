@@ -9,7 +9,7 @@ import asyncio
 import socket
 from collections.abc import Awaitable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import msgspec
@@ -18,9 +18,16 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from router.schemas.inference import ErrorDetail, ErrorEnvelope
+from router.server.open_files import connection_limit
 
 if TYPE_CHECKING:
-    from uvicorn._types import ASGI3Application, ASGIReceiveCallable, ASGISendCallable, ASGISendEvent
+    from uvicorn._types import (
+        ASGI3Application,
+        ASGIReceiveCallable,
+        ASGISendCallable,
+        ASGISendEvent,
+        HTTPResponseStartEvent,
+    )
     from uvicorn._types import Scope as ASGIScope
 
 log = structlog.get_logger()
@@ -56,25 +63,6 @@ which take 12 MB of memory."""
 MAX_DISCARDED_BYTES = 64 * 2**20
 """Bytes that are read and discarded of a body whose request has been answered."""
 
-_CONNECTIONS_CAP = 8192
-_RESERVED_FILES = 256
-"""File descriptors reserved for models, workers and logs: a load that cannot open files fails."""
-
-
-def connection_limit() -> int:
-    """Return the process's limit of open files less the reserved ones, at most as many as can be scanned in 2 ms."""
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return _CONNECTIONS_CAP
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return (
-        _CONNECTIONS_CAP
-        if limit == resource.RLIM_INFINITY
-        else min(_CONNECTIONS_CAP, max(limit // 2, limit - _RESERVED_FILES))
-    )
-
-
 MAX_CONNECTIONS = connection_limit()
 """Beyond it the longest idle connections are closed, a sixteenth of the limit at a time, because finding them takes a
 scan."""
@@ -88,6 +76,53 @@ class UnreadBytes:
 
 
 _UNREAD_BYTES = WeakKeyDictionary[ServerState, UnreadBytes]()
+
+
+class JoinedWrites:
+    """A transport that writes the head of a small response together with its body.
+
+    uvicorn writes them one after the other. As this transport buffers nothing, that is two packets and two system
+    calls, and wakes the client twice.
+    """
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._head = b""
+        self.holds_next = False
+        self.is_closing = transport.is_closing
+
+    def write(self, data: bytes) -> None:
+        """Write, or keep the bytes for the next write."""
+        if self.holds_next:
+            self.holds_next, self._head = False, self._head + data
+        elif self._head:
+            data, self._head = self._head + data, b""
+            self._transport.write(data)
+        else:
+            self._transport.write(data)
+
+    def flush(self) -> None:
+        """Write what is kept: no body follows."""
+        self.holds_next = False
+        if self._head:
+            self.write(b"")
+
+    def close(self) -> None:
+        """Close after what is kept."""
+        self.flush()
+        self._transport.close()
+
+    def __getattr__(self, name: str) -> Any:
+        """Return anything else from the transport itself."""
+        return getattr(self._transport, name)
+
+
+def _is_small(message: "HTTPResponseStartEvent") -> bool:
+    """Whether a small body of known length follows, which the application sends at once."""
+    for name, value in message.get("headers", ()):  # a loop: a generator is a call for each header
+        if name == b"content-length":
+            return int(value) <= SMALL_BYTES
+    return False
 
 
 class TimeoutHttpProtocol(HttpToolsProtocol):
@@ -116,7 +151,8 @@ class TimeoutHttpProtocol(HttpToolsProtocol):
     _discarded_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
-        super().connection_made(transport)
+        self._writes = JoinedWrites(transport)
+        super().connection_made(self._writes)  # type: ignore[arg-type]  # it is the transport but for two methods
         transport.set_write_buffer_limits(high=0)
         _limit_unsent(transport)
         self._unread = _UNREAD_BYTES.setdefault(self.server_state, UnreadBytes())
@@ -211,9 +247,17 @@ class TimeoutHttpProtocol(HttpToolsProtocol):
         return self._app(scope, receive, partial(self._send, send))
 
     async def _send(self, send: "ASGISendCallable", message: "ASGISendEvent") -> None:
-        """Send a response in chunks, each after the previous one was sent, and end it after the last."""
+        """Send a response in chunks, each after the previous one was sent, and end it after the last; a small one in
+        one write."""
+        writes = self._writes
+        if message["type"] == "http.response.start":
+            writes.holds_next = _is_small(message)
+            await send(message)
+            writes.holds_next = False
+            return
         if message["type"] != "http.response.body" or len(message["body"]) <= SMALL_BYTES:
             await send(message)
+            writes.flush()
             return
         body, is_last = message["body"], not message.get("more_body", False)
         self._unread.num_bytes += len(body)
