@@ -311,7 +311,8 @@ class EmbeddingEngine:
         is_long = self._is_reentrant and not all(
             any(limit.is_small(target.job) for target in text.targets) for text in texts
         )
-        return Task(partial(self._run_task, texts), is_long=is_long, uses_idle_cores=not self._limits.even_batches)
+        begins_wide = len(texts) == 1 or is_long or not self._is_reentrant
+        return Task(partial(self._run_task, texts), is_long, not self._limits.even_batches, begins_wide)
 
     def next_small_task(self) -> Task | None:
         """See `engines.device.tasks.TaskSource`."""

@@ -23,7 +23,7 @@ import structlog
 from engines.device.cores import WakingCores
 from engines.device.flex import LONGEST_SLICE_S, FlexSource, FlexThreads, FlexWork
 from engines.device.health import DeviceHealth, least_healthy
-from engines.device.tasks import ActiveTask, CallQueue, Task, TaskSource, Usage, WorkerThread, post
+from engines.device.tasks import ActiveTask, CallQueue, IdleThreads, Task, TaskSource, Usage, WorkerThread, post
 from engines.errors import device_loss
 
 __all__ = ["DeviceScheduler", "Task", "TaskSource", "post"]
@@ -77,7 +77,7 @@ class DeviceScheduler:
         self._is_closed = False
         self._loss = ""
         self._lock = threading.Lock()
-        self._work = threading.Condition(self._lock)
+        self._work = IdleThreads(self._lock)
         self._ended = threading.Condition(self._lock)
         self._num_free = self._num_woken = 0
         self._local = threading.local()
@@ -272,7 +272,7 @@ class DeviceScheduler:
     def _run_task(self, worker: WorkerThread, picked: ActiveTask) -> None:
         """Runs a task that `_pick` or `_pick_small` has started on this worker."""
         worker.charged_until_s = worker.checked_s = self._clock()
-        self._share_idle_cores(worker)
+        self._share_idle_cores(worker, is_allowed=picked.task.begins_wide)
         try:
             picked.task.run()
         except Exception:
@@ -283,9 +283,9 @@ class DeviceScheduler:
             if self._flex.is_active:
                 self._flex.on_charged(picked.usage, seconds)
 
-    def _share_idle_cores(self, worker: WorkerThread) -> None:
+    def _share_idle_cores(self, worker: WorkerThread, *, is_allowed: bool = True) -> None:
         """Sets the cores of this thread: its own, and an equal part of those of threads that are idle and not woken."""
-        is_wide = worker.running and worker.running[-1].task.uses_idle_cores
+        is_wide = is_allowed and worker.running and worker.running[-1].task.uses_idle_cores
         num_free = max(0, self._num_free - self._num_woken) if is_wide else 0
         cores = 1 + num_free // max(1, len(self._workers) - num_free)
         if cores != worker.cores:

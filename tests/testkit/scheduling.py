@@ -24,13 +24,14 @@ class ScriptedSource:
         max_tasks: int = 1,
         is_long: bool = False,
         uses_idle_cores: bool = False,
+        begins_wide: bool = True,
     ) -> None:
         self.left = num_tasks
         self.work = work
         self.max_concurrent_tasks = max_tasks
         self.small: list[Callable[[], None]] = []
         self.free: list[int] = []
-        self._is_long, self._uses_idle_cores = is_long, uses_idle_cores
+        self._is_long, self._uses_idle_cores, self._begins_wide = is_long, uses_idle_cores, begins_wide
 
     def ready_in_s(self) -> float | None:
         return 0.0 if self.left else None
@@ -40,7 +41,7 @@ class ScriptedSource:
             return None
         self.left -= 1
         self.free.append(num_free)
-        return Task(self.work, self._is_long, self._uses_idle_cores)
+        return Task(self.work, self._is_long, self._uses_idle_cores, self._begins_wide)
 
     def next_small_task(self) -> Task | None:
         return Task(self.small.pop(0)) if self.small else None

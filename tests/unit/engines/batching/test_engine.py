@@ -282,6 +282,29 @@ async def test_a_batch_that_answers_many_does_not_keep_the_event_loop_from_other
     assert max(after - before for before, after in pairwise(num_done)) == 1
 
 
+@pytest.mark.parametrize(
+    ("texts", "is_reentrant", "begins_wide"),
+    [(("one", "other"), True, False), (("alone",), True, True), (("one", "other"), False, True)],
+)
+async def test_a_batch_of_several_small_requests_begins_on_one_core(
+    open_bench: OpenBench, texts: tuple[str, ...], is_reentrant: bool, begins_wide: bool
+) -> None:
+    """Where batches run at once: the core of an idle thread is about to be used by the requests that follow."""
+    bench = open_bench()
+    bench.encoder.is_reentrant = is_reentrant
+    await bench.engine.warm_up()
+    release = await bench.hold_scheduler()
+    requests = [asyncio.create_task(bench.embed(text)) for text in texts]
+    await bench.until_queued(len(texts))
+    task = bench.engine.next_task(0)
+    assert task is not None
+    task.run()
+    await asyncio.gather(*requests)
+    await release()
+
+    assert (task.uses_idle_cores, task.begins_wide) == (True, begins_wide)
+
+
 async def test_every_batch_is_reported_with_exactly_one_answer(open_bench: OpenBench) -> None:
     bench = open_bench(batch=BatchLimits(64, 4))
     await bench.engine.warm_up()

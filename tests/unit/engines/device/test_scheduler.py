@@ -324,6 +324,26 @@ def test_a_wide_task_uses_the_cores_of_idle_threads_until_they_find_work() -> No
     assert cores["seen"] == [2, -1, 2, 1]
 
 
+def test_a_task_that_begins_narrow_is_wide_from_its_first_preemption_point_on() -> None:
+    cores, seen = [1], list[int]()
+    scheduler = DeviceScheduler("cores", num_threads=2, use_cores=cores.append)
+    while scheduler._num_free < 2:
+        time.sleep(0.001)
+    ended = threading.Event()
+
+    def work() -> None:
+        seen.append(cores[-1])
+        scheduler.preemption_point()
+        seen.append(cores[-1])
+        ended.set()
+
+    scheduler.attach(ScriptedSource(1, work, uses_idle_cores=True, begins_wide=False))
+    assert ended.wait(10)
+    scheduler.close()
+
+    assert seen == [1, 2]
+
+
 def test_a_wide_task_leaves_a_woken_thread_its_core() -> None:
     """The woken thread has work at once, and both would share its core for the first layers."""
     cores: list[int] = []
