@@ -3,13 +3,15 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Executor
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from msgspec import Struct
 
 from router.batches.folder import DataFolder
-from router.batches.leases import Leases
 from router.schemas.batches import Endpoint
+
+if TYPE_CHECKING:
+    from router.batches.leases import Leases  # imports SQLAlchemy, which is optional; every server imports this module
 
 
 class LineWork(Struct, frozen=True):
@@ -78,7 +80,7 @@ class RunParts(Struct, frozen=True, kw_only=True):
     """
 
     folder: DataFolder
-    leases: Leases
+    leases: "Leases"
     execute: Execute
     policy: RunPolicy
     executor: Executor

@@ -18,9 +18,10 @@ import urllib.request
 import venv
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.metadata import distribution
 from pathlib import Path
 
-from tests.deploy.supply_chain import DEMO
+from tests.deploy.supply_chain import DEMO, shipped
 
 ROOT = Path(__file__).parents[2]
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
@@ -88,15 +89,15 @@ def make_environment(folder: Path, wheel: Path, *, is_borrowing: bool) -> Path:
 
     Args:
         folder: of the environment.
-        is_borrowing: take the dependencies from this environment instead of a package index.
+        is_borrowing: link the dependencies from this environment instead of installing them. Those of extras, and what
+            only tests use, are left out, as a plain installation has none of them.
     """
     venv.create(folder, with_pip=False, symlinks=True)
     python = folder / "bin" / "python"
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(python), "install", "--quiet"]
     if is_borrowing:
         site = next((folder / "lib").glob("python*")) / "site-packages"
-        borrowed = [path for path in sys.path if Path(path).name == site.name]
-        (site / "borrowed.pth").write_text("\n".join(borrowed))
+        _link_dependencies(site)
         _run([*pip, "--no-index", "--no-deps", "--force-reinstall", str(wheel)])
     else:
         constraints = ["-c", str(ROOT / "constraints.txt")]
@@ -105,6 +106,15 @@ def make_environment(folder: Path, wheel: Path, *, is_borrowing: bool) -> Path:
         _run([*pip, *constraints, str(wheel)])
         _run([*pip, "--no-deps", DEMO])
     return folder / "bin" / "embedyard"
+
+
+def _link_dependencies(site: Path) -> None:
+    """Link the packages that a plain installation has, with their metadata, into an empty site-packages."""
+    for name in shipped(extras=()):
+        one = distribution(name)
+        for top in {file.parts[0] for file in one.files or () if file.parts[0] not in ("..", "__pycache__")}:
+            if not (site / top).exists():
+                (site / top).symlink_to(Path(str(one.locate_file(top))))
 
 
 def first_vector(embedyard: Path, cwd: Path) -> list[float]:
