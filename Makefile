@@ -73,8 +73,9 @@ serve: install  ## serve registry.yaml on 127.0.0.1:6008
 	@echo "for other commands in this folder: . $(BIN)/activate && embedyard --help"
 	@$(BIN)/embedyard serve
 
+# Bytecode is kept whatever the environment says: the tests start some hundred processes, each of which would compile ours.
 test: install-test  ## the whole test suite, in JOBS processes
-	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 SMOKE := tests/unit/engines/pool/test_state_machine.py tests/unit/engines/batching tests/unit/engines/models/test_transformer.py \
          tests/unit/router/registry tests/unit/router/api/test_embeddings.py tests/integration/test_end_to_end.py

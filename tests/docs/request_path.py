@@ -110,6 +110,8 @@ def _serve(seen_file: Path) -> None:
         whole.write_text(json.dumps(sorted(str(Path(path).relative_to(ROOT)) for path in seen)))
         whole.rename(seen_file)
 
+    import engines.machine  # noqa: F401  # before recording begins, which makes the imports several times slower
+    import router.app  # noqa: F401  # as above
     from router.cli.main import cli
 
     signal.signal(signal.SIGUSR1, begin)
