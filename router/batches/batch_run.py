@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, BinaryIO, Literal, TypeVar
 
+import msgspec
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -15,6 +16,7 @@ from router.batches.lines import MAX_LINES, BadLine, Line, LineReader, LineReque
 from router.batches.parts import LineAnswer, LineWork, RunParts
 from router.batches.records import BatchRecord
 from router.schemas.batches import BatchError, BatchStatus
+from router.schemas.inference import ErrorEnvelope
 
 log = structlog.get_logger()
 
@@ -23,6 +25,7 @@ Value = TypeVar("Value")
 
 RETRY_S = 30.0
 """After an error of the disk or the database, until a server takes the batch again."""
+_SAY_EVERY_S = 30.0
 _INLINE_BYTES = 2**16
 """Longer lines are parsed on a thread."""
 _READ_LINES, _READ_BYTES = 256, 2**20
@@ -47,6 +50,7 @@ class BatchRun:
         self._flushing: asyncio.Future[None] | None = None
         self._weight = 0
         self._is_patient = True
+        self._said_waiting_s = -_SAY_EVERY_S
         self._truncated = Counter[str]()
         self._end: End | None = None
         self._error = _REVOKED
@@ -270,7 +274,17 @@ class BatchRun:
                 return answer
             pause_s = min(30.0, max(answer.retry_after_s, 0.1 * 2 ** min(attempts, 9)))
             waited_s += pause_s
+            self._say_waiting(answer)
             await self._parts.sleep(pause_s)
+
+    def _say_waiting(self, answer: LineAnswer) -> None:
+        """Log that lines wait, twice a minute at most; a batch waits for a quarter of an hour, and longer for room."""
+        now_s = self._parts.leases.now()
+        if answer.status == 429 or now_s - self._said_waiting_s < _SAY_EVERY_S:
+            return
+        self._said_waiting_s = now_s
+        retry_in_s = round(answer.retry_after_s or 0.0, 1)
+        log.warning("batch.waiting", batch=self.batch.id, retry_in_s=retry_in_s, reason=_message_of(answer))
 
     async def _expire_rest(self) -> None:
         """Write the lines that were not answered in time to the error file."""
@@ -343,6 +357,14 @@ class BatchRun:
 
 def _invalid(code: str, message: str) -> BatchError:
     return BatchError(code=code, message=message, param="input_file_id")
+
+
+def _message_of(answer: LineAnswer) -> str:
+    """Return the message of an error that was answered."""
+    try:
+        return msgspec.json.decode(answer.body, type=ErrorEnvelope).error.message
+    except msgspec.DecodeError:
+        return f"status {answer.status}"
 
 
 def _weight(line: Line) -> int:

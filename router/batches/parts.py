@@ -53,8 +53,8 @@ class RunPolicy(Struct, frozen=True, kw_only=True):
         max_attempts: of a line that the server cannot serve (503); one that is refused for lack of room (429) is
             retried until the batch expires.
         outage_s: the first such line is retried at least that long: a worker that restarts, and a model that is
-            quarantined for 10 minutes because workers died under it, cost a batch no line. Once it was in vain, the
-            others of this run have `max_attempts` only.
+            quarantined for up to 10 minutes because workers died under it, cost a batch no line. Once it was in vain,
+            the others of this run have `max_attempts` only.
         retention_s: how long the results are kept.
     """
 

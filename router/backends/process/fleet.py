@@ -231,7 +231,10 @@ class ProcessFleet:
         loads there;  3. several had: they may have waited, so none is counted."""
         self._restarts[host_id] += 1
         suspects = running.splitlines() or self._guess_running(host_id)
-        self._crashes.record_crash(suspects if running or len(suspects) == 1 else ())
+        model_id = self._crashes.record_crash(suspects if running or len(suspects) == 1 else ())
+        if model_id is not None:
+            left_s = round(self._crashes.left_s(model_id), 1)
+            log.error("model.quarantined", model=model_id, retry_in_s=left_s, reason=self._crashes.reason(model_id))
         snapshot = self.directory.snapshot(host_id)
         if snapshot is not None:
             self.directory.update(structs.replace(snapshot, is_draining=True, restarts=self._restarts[host_id]))

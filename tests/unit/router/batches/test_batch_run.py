@@ -142,6 +142,27 @@ async def test_a_model_that_returns_within_an_outage_loses_no_line(world: BatchW
     assert (world.batch().completed, world.batch().failed) == (10, 0)
 
 
+async def test_lines_that_wait_are_logged_with_the_reason_and_the_time_left(world: BatchWorld) -> None:
+    world.add(TEN)
+    tries = Counter[str]()
+    error = (
+        b'{"error":{"message":"model is quarantined","type":"server_error","param":null,"code":"model_load_failed"}}'
+    )
+
+    async def quarantined(work: LineWork) -> LineAnswer:
+        tries[work.request_id] += 1
+        return LineAnswer(503, error, retry_after_s=20.0) if tries[work.request_id] == 1 else LineAnswer(200, b"{}")
+
+    with capture_logs() as logged:
+        await run_here(world, quarantined)
+
+    waiting = [each for each in logged if each["event"] == "batch.waiting"]
+    assert [(each["batch"], each["retry_in_s"], each["reason"]) for each in waiting] == [
+        (BATCH.id, 20.0, "model is quarantined")
+    ]
+    assert world.batch().completed == 10
+
+
 @pytest.mark.parametrize(("text", "code"), [(b"", "empty_file"), (b" \n\n \t\r\n", "empty_file")])
 async def test_a_file_without_lines_fails_the_batch(world: BatchWorld, text: bytes, code: str) -> None:
     world.add(text)

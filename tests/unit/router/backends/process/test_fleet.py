@@ -115,7 +115,7 @@ async def test_a_request_that_kills_its_hosts_is_not_sent_a_third_time_and_its_m
         mended = await here.backend.run(call("bad"))
 
     assert deaths == 2
-    assert (caught.value.kind, 500 < caught.value.retry_after_s <= 600) == ("kills_host", True)
+    assert (caught.value.kind, 0 < caught.value.retry_after_s <= 30) == ("kills_host", True)
     assert shown == {"failed"}
     assert len(answer.token_counts) == len(mended.token_counts) == 1
 
