@@ -29,7 +29,8 @@ from sqlalchemy import (
 from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
 
 METADATA = MetaData()
-_BUSY_TIMEOUT_S = 30.0
+_BUSY_TIMEOUT_S = 10.0
+"""SQLite has no end for the transaction of a suspended server: a call fails after this time, and may be sent again."""
 _IDLE_TIMEOUT_S = 10.0
 """PostgreSQL ends a transaction whose server has been silent for this long: one that was suspended, or whose machine is
 gone, would keep its locks, so that no other could take its batches over."""

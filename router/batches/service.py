@@ -35,6 +35,8 @@ _OTHER_FOLDER = (
 _WRITE_BYTES = 2**20
 _LOOK_BYTES = 64 * 2**20
 _STOP_GRACE_S = 10.0
+_QUEUED_S = 10.0
+"""How long a call waits for a thread: those that wait for a lock of the database must not make all others hang."""
 _THREADS = 8
 """Twice as many as batches run at once: each may keep one busy for seconds."""
 Value = TypeVar("Value")
@@ -143,9 +145,9 @@ class BatchService:
                 async for data in _merged(chunks):
                     await self._check_disk(written, len(data))
                     await self._io(upload.write, data)
-                return await asyncio.shield(asyncio.ensure_future(self._io(self._publish, owner, upload, path)))
+                return await asyncio.shield(asyncio.ensure_future(self._finish(self._publish, owner, upload, path)))
             finally:
-                await asyncio.shield(asyncio.ensure_future(self._io(upload.abandon)))
+                await asyncio.shield(asyncio.ensure_future(self._finish(upload.abandon)))
 
     async def _check_disk(self, written: Counter[str], num_bytes: int) -> None:
         """Count the bytes that are about to be written, and refuse them if all uploads together fill the storage.
@@ -288,12 +290,38 @@ class BatchService:
         self._database.dispose()
 
     async def _io(self, function: Callable[..., Value], *args: Any) -> Value:
-        try:
+        """Call on a thread.
+
+        Raises:
+            StorageUnavailable: it failed, or no thread was free in time; then it was not called.
+        """
+        queued = self._executor.submit(function, *args)
+        called = asyncio.wrap_future(queued)
+        with _translated():
+            try:
+                await asyncio.wait({called}, timeout=_QUEUED_S)
+            except asyncio.CancelledError:
+                called.cancel()
+                raise
+            if not called.done() and queued.cancel():
+                raise StorageUnavailable("The storage of files and batches is busy; retry", retry_after_s=5.0)
+            return await called
+
+    async def _finish(self, function: Callable[..., Value], *args: Any) -> Value:
+        """Call on a thread, however long one is waited for."""
+        with _translated():
             return await asyncio.get_running_loop().run_in_executor(self._executor, function, *args)
-        except (SQLAlchemyError, OSError) as error:
-            raise StorageUnavailable(
-                f"The storage of files and batches is not available ({type(error).__name__}); retry", retry_after_s=5.0
-            ) from error
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """Raise StorageUnavailable for errors of the disk and the database."""
+    try:
+        yield
+    except (SQLAlchemyError, OSError) as error:
+        raise StorageUnavailable(
+            f"The storage of files and batches is not available ({type(error).__name__}); retry", retry_after_s=5.0
+        ) from error
 
 
 async def _stop_when(draining: asyncio.Event, runner: BatchRunner) -> None:
