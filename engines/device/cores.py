@@ -25,11 +25,6 @@ def leave_cores_to_others() -> None:
             return
 
 
-def usable_cores() -> list[int]:
-    """Returns the cores that this thread may run on, empty where the operating system does not say."""
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-
-
 def keep_to(cores: Collection[int]) -> None:
     """Makes the operating system run this thread on these cores only; does nothing where it cannot."""
     if hasattr(os, "sched_setaffinity"):

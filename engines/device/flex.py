@@ -15,7 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from engines.device.cores import CorePin, leave_cores_to_others, usable_cores
+from engines.affinity import usable_cores
+from engines.device.cores import CorePin, leave_cores_to_others
 from engines.device.tasks import ActiveTask, TaskSource, Usage, WorkerThread
 
 FLOOR = 0.02

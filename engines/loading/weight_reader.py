@@ -20,7 +20,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from engines.device.cores import usable_cores
+from engines.affinity import num_usable_cores
 from engines.device.huge_pages import use_huge_pages
 from engines.device.load_throttle import throttle_point
 from engines.device.torch_runtime import finisher
@@ -64,7 +64,7 @@ class WeightReader:
         self, folder: Path, files: Sequence[str], device: torch.device, num_threads: int | None = None
     ) -> None:
         self._device, self._finish = device, finisher(device)
-        self._num_threads = num_threads or min(MAX_THREADS, len(usable_cores()) or 1)
+        self._num_threads = num_threads or min(MAX_THREADS, num_usable_cores())
         self._places: dict[str, _Place] = {}
         with ExitStack() as opened:
             self._helpers = opened.enter_context(ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="weights"))

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from msgspec import structs
 
+from engines.affinity import num_usable_cores
 from engines.errors import EngineError, InvalidValue
 from engines.host import Host
 from engines.spec import ModelSpec
@@ -24,7 +25,7 @@ from router.backends.placement import (
     warm_first,
 )
 from router.backends.worker_config import machine_config, memory_rules
-from router.config.settings import Settings, usable_cores
+from router.config.settings import Settings
 from router.registry.registry import Registry
 
 Answer = TypeVar("Answer")
@@ -229,7 +230,7 @@ def open_local_backend(settings: Settings, registry: Registry) -> LocalBackend:
     """
     from engines.machine import Machine  # late: torch takes seconds to import
 
-    config = machine_config(settings, memory_rules(settings, registry), settings.device, usable_cores())
+    config = machine_config(settings, memory_rules(settings, registry), settings.device, num_usable_cores())
     machine = Machine(config, registry.models)
     return LocalBackend(machine.hosts, registry.models, machine.close)
 

@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING
 
 from msgspec import Struct, structs
 
+from engines.affinity import num_usable_cores
 from engines.host import Host
 from engines.rpc.messages import Generation
 from engines.spec import Eviction, ModelSpec
 from engines.types import Budget, HostBudget
-from router.config.settings import Settings, usable_cores
+from router.config.settings import Settings
 from router.registry.registry import Registry
 
 if TYPE_CHECKING:
@@ -117,4 +118,4 @@ def divide_budget(budget: Budget, parts: int) -> Budget:
 
 def divide_cores(hosts: int) -> int:
     """Divide this process's cores among hosts."""
-    return max(1, usable_cores() // hosts)
+    return max(1, num_usable_cores() // hosts)

@@ -7,13 +7,14 @@ from typing import Any
 
 from msgspec import structs
 
+from engines.affinity import num_usable_cores
 from engines.errors import Busy, EngineError, LoadFailed, NonFiniteEmbedding, Unavailable
 from engines.host import Host
 from engines.spec import NEVER_IDLE, ModelSpec
 from engines.types import EmbedCall, Embeddings, Outputs, OutputsCall
 from router.backends.worker_config import MemoryRules, machine_config
 from router.bulk.records import BulkError, BulkStopped, EmbedOptions, Refusal, Vectors, VectorWidths, WindowAnswer
-from router.config.settings import Settings, usable_cores
+from router.config.settings import Settings
 from router.quantization import quantize
 
 _TRIES = 5
@@ -169,7 +170,7 @@ def open_local(
     """
     from engines.machine import Machine  # late: torch takes seconds to import
 
-    config = machine_config(settings, memory, settings.device, cores or usable_cores())
+    config = machine_config(settings, memory, settings.device, cores or num_usable_cores())
     config = structs.replace(
         config, loader=structs.replace(config.loader, even_batches=True, max_queue_requests=None, batch_timeout_s=0.0)
     )

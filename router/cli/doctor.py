@@ -15,6 +15,7 @@ import click
 import msgspec
 from msgspec import Struct
 
+from engines.affinity import num_usable_cores
 from engines.errors import InvalidValue
 from engines.types import Budget, format_bytes
 from router.auth.key_file import KeysError, read_keys
@@ -22,7 +23,7 @@ from router.cli.client import RemoteError, get
 from router.cli.hardware import bfloat16_effect, count_nvidia_gpus, read_processor
 from router.cli.output import is_terminal
 from router.cli.precision_offers import MEASURE, precision_offers
-from router.config.settings import Settings, SettingsError, load_settings, unknown_settings, usable_cores
+from router.config.settings import Settings, SettingsError, load_settings, unknown_settings
 from router.registry.opening import open_registry
 from router.registry.registry import Registry, RegistryError
 from router.registry.starter import INSTALL_DEMO
@@ -166,7 +167,7 @@ def check_devices(settings: Settings, budget: Budget) -> Iterator[Finding]:
         free = size if reading.ceiling_bytes is None else min(size, reading.ceiling_bytes)
         detail = f"{format_bytes(reading.total_bytes)}, budget {format_bytes(size)}"
         if device == "cpu":
-            detail += f", {usable_cores()} cores"
+            detail += f", {num_usable_cores()} cores"
         if free < size * _MIN_FREE_FRACTION:
             cure = "stop other processes that use this memory, or lower MEMORY_BUDGET"
             yield Finding(device, "warn", f"{detail}, of which only {format_bytes(free)} are free now", cure)

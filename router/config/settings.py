@@ -13,6 +13,7 @@ from typing import Any
 from dotenv.parser import parse_stream
 from msgspec import Struct, field
 
+from engines.affinity import num_usable_cores
 from engines.types import Budget
 from router.config import setting_values as values
 from router.config.quantities import parse_budget, parse_host_budget
@@ -29,11 +30,6 @@ _EXPOSED = (
     "set HOST=127.0.0.1, or set ALLOW_ANONYMOUS=true to serve everyone without a key"
 )
 _SAME_KEYS = "ADMIN_API_KEY equals API_KEY, so every client would be an admin: use another key, or unset it"
-
-
-def usable_cores() -> int:
-    """Return the number of cores this process may run on; in a container these can be fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Settings(Struct, frozen=True, kw_only=True):
@@ -64,7 +60,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     max_batch_tokens: int | None = None
     batch_timeout_s: float = 0.0
     max_queue_size: int = 8192
-    thread_pool_size: int = field(default_factory=usable_cores)
+    thread_pool_size: int = field(default_factory=num_usable_cores)
     rate_limit_requests: int | None = None
     rate_limit_tokens: int | None = None
     rate_limit_window_s: int = 60

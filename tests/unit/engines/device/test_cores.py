@@ -6,7 +6,8 @@ from collections.abc import Collection
 
 import pytest
 
-from engines.device.cores import CorePin, keep_to, leave_cores_to_others, usable_cores
+from engines.affinity import usable_cores
+from engines.device.cores import CorePin, keep_to, leave_cores_to_others
 
 
 class Affinity:

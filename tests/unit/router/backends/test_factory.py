@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 
+from engines.affinity import num_usable_cores
 from engines.errors import InvalidValue
 from engines.types import Budget
 from router.backends.factory import may_have_gpus, open_backend
 from router.backends.local import LocalBackend
 from router.backends.worker_config import divide_budget, divide_cores
-from router.config.settings import Settings, usable_cores
+from router.config.settings import Settings
 from router.registry.registry import Registry, parse_registry
 
 CPU = ("cpu",)
@@ -53,6 +54,6 @@ def test_more_than_one_gpu_is_a_reason_to_look_closer(
 
 
 def test_hosts_share_cores_and_memory() -> None:
-    assert (divide_cores(1), divide_cores(10_000)) == (usable_cores(), 1)
+    assert (divide_cores(1), divide_cores(10_000)) == (num_usable_cores(), 1)
     assert divide_budget(Budget(fraction=0.8), 2) == Budget(fraction=0.4)
     assert divide_budget(Budget(size_bytes=1001), 2) == Budget(size_bytes=500)
