@@ -1,6 +1,9 @@
 """Configures all tests: no console log, and libraries exempt from garbage collection, as both would cost minutes."""
 
 import gc
+import logging
+import sys
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import pytest
@@ -17,16 +20,22 @@ def _drop(*_: Any) -> NoReturn:
 
 
 structlog.configure(processors=[_drop], logger_factory=structlog.ReturnLoggerFactory())
-_LOGGING = {name: value for name, value in structlog.get_config().items() if name != "processors"}
+_LOGGING = structlog.get_config()
+"""With the list of processors itself: `capture_logs` of a fixture of a wider scope changes it in place."""
 
 
 @pytest.fixture(autouse=True)
-def the_suites_logging() -> None:
-    """Restore the level and the logger: `embedyard embed` in one test hid the events of all later ones.
+def the_suites_logging() -> Iterator[None]:
+    """Put back what the commands configure for their process.
 
-    The list of processors stays: `capture_logs` of a fixture of a wider scope may have changed it.
+    `embedyard embed` in one test hid the events of all later ones; `embedyard serve` had them rendered and written.
     """
+    root = logging.getLogger()
+    handlers, hook = [*root.handlers], sys.excepthook
     structlog.configure(**_LOGGING)
+    yield
+    structlog.configure(**_LOGGING)
+    root.handlers[:], sys.excepthook = handlers, hook
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
