@@ -99,7 +99,10 @@ MODELS = {
     )
 }
 SPEED_MODELS = {"full": ("bge-base", "xlmr-large", "qwen3-0.6b"), "small": ("small-bert", "small-xlmr", "small-qwen3")}
-LOAD_MODELS = {"full": ("qwen3-0.6b", "qwen3-4b", "qwen3-8b"), "small": ("small-qwen3",)}
+LOAD_MODELS = {"full": ("qwen3-0.6b", "qwen3-4b"), "small": ("small-qwen3",)}
+"""Read from the disk, too, which takes the largest one longer than all other parts can spare."""
+
+SWAP_MODELS = {"full": (*LOAD_MODELS["full"], "qwen3-8b"), "small": LOAD_MODELS["small"]}
 RERANKER = {"full": "bge-reranker-base", "small": "small-reranker"}
 BASE = {"full": "bge-base", "small": "small-bert"}
 LARGE = {"full": "xlmr-large", "small": "small-xlmr"}

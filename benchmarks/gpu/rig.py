@@ -56,7 +56,7 @@ class Rig:
         self.device = torch.device(device)
         self.lane = open_scheduler(device, cores)
         self.threads = TokenizerThreads(cores)
-        settings = LoaderSettings(tuning_store=TuningStore(None) if tunes else None)
+        settings = LoaderSettings(tuning_store=TuningStore(None) if tunes else None, copies_parked=True)
         self._loader = TorchLoader(device, self.lane, self.threads, settings)
         self._loop = asyncio.new_event_loop()
 

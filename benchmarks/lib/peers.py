@@ -29,6 +29,8 @@ ENVIRONMENTS: dict[str, tuple[str, ...]] = {
     "fastapi": ("sentence-transformers>=6", "fastapi", "uvicorn[standard]", "-c", str(ROOT / "constraints.txt")),
     # Built here with this processor's instructions (`BUILD`); a quarter of an hour on two cores.
     "llama": ("llama-cpp-python>=0.3.36", "gguf", "safetensors", "tokenizers"),
+    # Readers of weight files (`benchmarks.lifecycle.read`).
+    "readers": ("fastsafetensors", "runai-model-streamer", "safetensors", "numpy", TORCH),
     "infinity": ("infinity-emb[torch,optimum,server,logging]==0.0.78", TORCH),
 }
 

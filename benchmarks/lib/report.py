@@ -89,15 +89,34 @@ def draw_bars(path: Path, title: str, groups: Sequence[str], series: Mapping[str
     Args:
         series: by program, one value a group; the first is ours.
     """
+    figure, axes = _bars(title, groups, series)
+    axes.axhline(1.0, color="#333333", linewidth=0.8)
+    axes.set_ylabel("times as fast as the base")
+    _finish(figure, axes, path)
+
+
+def draw_seconds(path: Path, title: str, groups: Sequence[str], series: Mapping[str, Sequence[float | None]]) -> None:
+    """Draw seconds on a logarithmic axis, each above its bar: one group of bars for each model.
+
+    Args:
+        series: by program, one value a group, None where it was not measured; the first is ours.
+    """
+    figure, axes = _bars(title, groups, series)
+    for bars in axes.containers:
+        axes.bar_label(bars, fmt=lambda seconds: f"{seconds:.2g}" if seconds else "", fontsize=6)
+    axes.set_yscale("log")
+    axes.set_ylabel("seconds")
+    _finish(figure, axes, path)
+
+
+def _bars(title: str, groups: Sequence[str], series: Mapping[str, Sequence[float | None]]) -> tuple[Any, Any]:
     figure, axes = _figure(title)
     width = 0.8 / len(series)
     for number, (name, values) in enumerate(series.items()):
         places = [place - 0.4 + (number + 0.5) * width for place in range(len(groups))]
-        axes.bar(places, values, width, label=name, color=_colour(number))
-    axes.axhline(1.0, color="#333333", linewidth=0.8)
+        axes.bar(places, [value or 0.0 for value in values], width, label=name, color=_colour(number))
     axes.set_xticks(range(len(groups)), groups)
-    axes.set_ylabel("times as fast as the base")
-    _finish(figure, axes, path)
+    return figure, axes
 
 
 def draw_lines(path: Path, title: str, clients: Sequence[int], series: Mapping[str, Sequence[float]]) -> None:

@@ -3,6 +3,8 @@
 Also makes their requests. `embedyard bench` puts load on any server by its URL.
 """
 
+import http.client
+import json
 import os
 import socket
 import subprocess
@@ -10,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from email.message import Message
 from pathlib import Path
 from typing import IO, Any
 
@@ -56,14 +59,16 @@ class Plan(Struct, frozen=True):
     variables: Mapping[str, str] = {}
 
 
-def infinity(folder: Path, engine: str) -> Plan:
-    """Plan Infinity with its defaults, on its torch or ONNX engine."""
+def infinity(folder: Path, engine: str, *, warms_up: bool = True) -> Plan:
+    """Plan Infinity with its defaults, on its torch or ONNX engine; or without the trials that it runs at start."""
     is_onnx = engine == "optimum"
     model = model_folder(folder, "onnx-plain") if is_onnx else folder
     program = str(interpreter("infinity").with_name("infinity_emb"))
     options = ["--engine", engine, "--device", "cpu", "--served-model-name", _MODEL, "--host", "127.0.0.1"]
     if is_onnx:
         options += ["--pooling-method", "mean"]
+    if not warms_up:
+        options.append("--no-model-warmup")
     return Plan(
         f"Infinity ({'ONNX' if is_onnx else 'torch'})",
         _MODEL,
@@ -165,6 +170,32 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+
+
+class Reply(Struct, frozen=True):
+    """An answer with status 200."""
+
+    headers: Message
+    body: bytes
+
+
+def call(target: Target, method: str, path: str, body: object = None) -> Reply:
+    """Send a request and return the answer.
+
+    Raises:
+        OSError: no connection, or not a 200.
+    """
+    connection = http.client.HTTPConnection(*target.address, timeout=120)
+    try:
+        content = None if body is None else json.dumps(body).encode()
+        connection.request(method, path, content, {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        text = answer.read()
+    finally:
+        connection.close()
+    if answer.status != 200:
+        raise OSError(f"{method} {path} answered {answer.status}: {text[:300].decode(errors='replace')}")
+    return Reply(answer.headers, text)
 
 
 def free_port() -> int:

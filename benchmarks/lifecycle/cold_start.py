@@ -12,8 +12,6 @@ warm process. The first load imports the model's architecture, and its check run
 
 import argparse
 import asyncio
-import http.client
-import json
 import re
 import sys
 import tempfile
@@ -31,7 +29,7 @@ from benchmarks.lib.folders import resolve
 from benchmarks.lib.machine import Machine, Watch, usable_cores, warn_if_busy
 from benchmarks.lib.measure import with_progress
 from benchmarks.lib.report import RESULTS, Report, publish, run_command
-from benchmarks.lib.servers import Server, own, serving, write_registry
+from benchmarks.lib.servers import Server, call, own, serving, write_registry
 from engines.device.scheduler import DeviceScheduler
 from engines.inputs.tokenizer_threads import TokenizerThreads
 from engines.loading.loader import LoaderSettings, TorchLoader
@@ -57,14 +55,14 @@ def ready(target: Target) -> None:
     Raises:
         OSError: not yet.
     """
-    _call(target, "GET", "/ready")
+    call(target, "GET", "/ready")
 
 
 def measure_request(target: Target) -> Round:
     """Request the absent model, then request it again once it is loaded, then evict it."""
     cold_s, timing = _embed(target)
     warm_s, _ = _embed(target)
-    _call(target, "POST", f"/admin/models/{MODEL}/evict")
+    call(target, "POST", f"/admin/models/{MODEL}/evict")
     load = _LOAD.search(timing)
     return Round(cold_s, float(load[1]) / 1000 if load else 0.0, warm_s)
 
@@ -104,27 +102,8 @@ def _report(folder: Path, server: Server, found: list[Round], machine: Machine) 
 def _embed(target: Target) -> tuple[float, str]:
     """Embed one text; return the seconds to the whole answer, and the Server-Timing header."""
     started_s = time.perf_counter()
-    headers = _call(target, "POST", "/v1/embeddings", {"model": MODEL, "input": "How long does this take?"})
-    return time.perf_counter() - started_s, headers.get("server-timing", "")
-
-
-def _call(target: Target, method: str, path: str, body: object = None) -> http.client.HTTPMessage:
-    """Send a request and return the answer's headers.
-
-    Raises:
-        OSError: no connection, or not a 200.
-    """
-    connection = http.client.HTTPConnection(*target.address, timeout=120)
-    try:
-        content = None if body is None else json.dumps(body).encode()
-        connection.request(method, path, content, {"Content-Type": "application/json"})
-        answer = connection.getresponse()
-        text = answer.read()
-    finally:
-        connection.close()
-    if answer.status != 200:
-        raise OSError(f"{method} {path} answered {answer.status}: {text[:300].decode(errors='replace')}")
-    return answer.headers
+    reply = call(target, "POST", "/v1/embeddings", {"model": MODEL, "input": "How long does this take?"})
+    return time.perf_counter() - started_s, reply.headers.get("server-timing", "")
 
 
 def main_request(argv: Sequence[str]) -> None:

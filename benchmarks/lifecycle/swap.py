@@ -1,23 +1,29 @@
 """Measures how long a model takes from a request to its answer, by where its weights are.
 
-    python -m benchmarks.lifecycle.swap [--models minilm,bert-base] [--rounds 5] [--threads N]
+    python -m benchmarks.lifecycle.swap peers [--models minilm,bert-base] [--peers infinity-process] [--rounds 3]
+    python -m benchmarks.lifecycle.swap engine [--models minilm,bert-base] [--rounds 5] [--threads N]
 
-`device`: it is ready. `host`: it is parked in main memory, and its files are deleted meanwhile. `disk`: they are in
-the page cache; the engine is built, checked and warmed up. On a CPU both memories are the same, and parked weights stay
-in place (`engines/models/parking.py`); `--copies` copies those that torch can free alone, as on a GPU.
+`peers`: over HTTP from our server, and beside it the ways of other programs (`benchmarks/lifecycle/ways.py`), one after
+the other; a result file for each model, and one plot of all that there are.
+`engine`: in the process. `device`: the model is ready. `host`: it is parked in main memory, and its files are deleted
+meanwhile. `disk`: they are in the page cache; the engine is built, checked and warmed up. On a CPU both memories are
+the same, and parked weights stay in place (`engines/models/parking.py`); `--copies` copies those that torch can free
+alone, as on a GPU.
 """
 
 import argparse
 import asyncio
 import shutil
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Any, Literal
 
+import msgspec
 import numpy as np
 import torch
 from msgspec import Struct
@@ -25,7 +31,9 @@ from numpy.typing import NDArray
 
 from benchmarks.lib.folders import resolve
 from benchmarks.lib.machine import Watch, warn_if_busy
-from benchmarks.lib.report import RESULTS, Report, publish
+from benchmarks.lib.report import RESULTS, Report, can_draw, draw_seconds, publish, run_command
+from benchmarks.lib.worker import WorkerFailed
+from benchmarks.lifecycle.ways import WAYS, Answer, Way
 from engines.batching.engine import EmbeddingEngine
 from engines.device import torch_runtime
 from engines.device.scheduler import DeviceScheduler
@@ -109,7 +117,7 @@ async def _embed(engine: EmbeddingEngine) -> NDArray[np.float32]:
     return result.array()
 
 
-def run(models: Sequence[str], rounds: int, threads: int, *, copies: bool = False) -> Report:
+def run_engine(models: Sequence[str], rounds: int, threads: int, *, copies: bool = False) -> Report:
     """Measure all cases."""
     watch = Watch()
     warn_if_busy(watch.machine)
@@ -152,16 +160,111 @@ def _row(name: str, swaps: Sequence[Swap]) -> tuple[str, ...]:
     return (name, *sizes, *(f"{value:.3f} s" for value in seconds))
 
 
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.lifecycle.swap", description=__doc__)
+def main_engine(argv: Sequence[str]) -> None:
+    """Print the table of the engine."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.lifecycle.swap engine", description=__doc__)
     parser.add_argument("--models", default="minilm,bert-base", help="of benchmarks.lib.folders, with commas")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--copies", action="store_true", help="copy the weights of parked models")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the forward pass")
     parser.add_argument("--no-save", dest="results", action="store_const", const=None, default=RESULTS)
-    asked = parser.parse_args()
-    publish(run(asked.models.split(","), asked.rounds, asked.threads, copies=asked.copies), asked.results)
+    asked = parser.parse_args(argv)
+    publish(run_engine(asked.models.split(","), asked.rounds, asked.threads, copies=asked.copies), asked.results)
+
+
+# Beside other programs.
+
+MODELS = "minilm,bert-base,qwen3-0.6b,xlmr-large"
+_PLOT = "swap.svg"
+
+
+def sample(ways: Sequence[Way], folder: Path, rounds: int) -> tuple[dict[str, list[Answer]], list[str]]:
+    """Return the answers of each way, the first one of each uncounted, and a note for each that does not run here."""
+    found: dict[str, list[Answer]] = {}
+    notes = []
+    for way in ways:
+        print(f"{folder.name}: {way.key} …", file=sys.stderr, flush=True)
+        try:
+            found |= _sample(way, folder, rounds)
+        except WorkerFailed as error:
+            notes.append(f"left out: {str(error).splitlines()[0]}")
+            print(error, file=sys.stderr, flush=True)
+    return found, notes
+
+
+def _sample(way: Way, folder: Path, rounds: int) -> dict[str, list[Answer]]:
+    with way.open(folder) as asks:
+        answers: dict[str, list[Answer]] = {name: [] for name in asks}
+        for _ in range(rounds + 1):
+            for name, ask in asks.items():
+                answers[name].append(ask())
+    return {name: all_of_it[1:] for name, all_of_it in answers.items()}
+
+
+def run_peers(model: str, ways: Sequence[Way], rounds: int) -> Report:
+    """Measure a model of `benchmarks.lib.folders`, or a folder."""
+    watch, folder = Watch(), resolve(model)
+    warn_if_busy(watch.machine)
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    found, notes = sample(ways, folder, rounds)
+    return Report(
+        name=f"swap-{folder.name}",
+        title=f"Seconds from a request to its answer, {folder.name}, {size / 1e6:,.0f} MB",
+        machine=watch.machine,
+        settings={"model": folder.name, "rounds": rounds, "ways": [way.key for way in ways], "weight_bytes": size},
+        header=("way", "median s", "worst s", "vector off by"),
+        rows=rows_of(found),
+        samples={"seconds": {name: [answer.seconds for answer in answers] for name, answers in found.items()}},
+        notes=(*notes, "files in the page cache; float32; one way after the other"),
+    )
+
+
+def rows_of(found: Mapping[str, Sequence[Answer]]) -> list[tuple[str, ...]]:
+    """Return a row a way; its vector is compared with that of the first way."""
+    wanted = next((answers[0].vector for answers in found.values()), None)
+    rows = []
+    for name, answers in found.items():
+        seconds = [answer.seconds for answer in answers]
+        off_by = max(float(np.abs(answer.vector - wanted).max()) for answer in answers)
+        rows.append((name, f"{median(seconds):.3f}", f"{max(seconds):.3f}", f"{off_by:.0e}"))
+    return rows
+
+
+def draw(folder: Path) -> None:
+    """Draw the models whose results are in a folder, from the smallest on."""
+    reports = [msgspec.json.decode(path.read_bytes(), type=Report) for path in folder.glob("swap-*.json")]
+    reports.sort(key=lambda report: int(report.settings["weight_bytes"]))
+    names = dict.fromkeys(name for report in reports for name in report.samples["seconds"])
+    series: dict[str, list[float | None]] = {
+        name: [_median(report.samples["seconds"].get(name)) for report in reports] for name in names
+    }
+    groups = [f"{report.settings['model']}, {report.settings['weight_bytes'] / 1e6:,.0f} MB" for report in reports]
+    draw_seconds(folder / _PLOT, "From a request to its answer, by where the model is", groups, series)
+
+
+def _median(seconds: Any) -> float | None:
+    return median(seconds) if seconds else None
+
+
+def main_peers(argv: Sequence[str]) -> None:
+    """Print a table for each model, and draw all."""
+    keys = [way.key for way in WAYS[1:]]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.lifecycle.swap peers", description=__doc__)
+    parser.add_argument("--models", default=MODELS, help="of benchmarks.lib.folders, with commas")
+    parser.add_argument("--peers", nargs="*", default=keys, choices=keys)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--no-save", dest="results", action="store_const", const=None, default=RESULTS)
+    asked = parser.parse_args(argv)
+    ways = [way for way in WAYS if way is WAYS[0] or way.key in asked.peers]
+    for model in asked.models.split(","):
+        publish(run_peers(model, ways, asked.rounds), asked.results)
+    if asked.results is not None and can_draw():
+        draw(asked.results)
+
+
+def main() -> None:
+    """Run the requested command."""
+    run_command({"peers": main_peers, "engine": main_engine})
 
 
 if __name__ == "__main__":
