@@ -122,7 +122,7 @@ def checksum(file: Path) -> int:
     """Return the CRC of all tensors' bytes in the order of their names, as `readers.py` does."""
     total = 0
     for _, tensor in sorted(load_file(file).items()):
-        total = zlib.crc32(tensor.view(-1).view(torch.uint8).numpy(), total)
+        total = zlib.crc32(memoryview(tensor.view(-1).view(torch.uint8).numpy()), total)
     return total
 
 

@@ -221,11 +221,11 @@ def run_peers(model: str, ways: Sequence[Way], rounds: int) -> Report:
 
 def rows_of(found: Mapping[str, Sequence[Answer]]) -> list[tuple[str, ...]]:
     """Return a row a way; its vector is compared with that of the first way."""
-    wanted = next((answers[0].vector for answers in found.values()), None)
-    rows = []
+    vectors = {name: np.stack([answer.vector for answer in answers]) for name, answers in found.items()}
+    rows: list[tuple[str, ...]] = []
     for name, answers in found.items():
         seconds = [answer.seconds for answer in answers]
-        off_by = max(float(np.abs(answer.vector - wanted).max()) for answer in answers)
+        off_by = np.abs(vectors[name] - next(iter(vectors.values()))[0]).max()
         rows.append((name, f"{median(seconds):.3f}", f"{max(seconds):.3f}", f"{off_by:.0e}"))
     return rows
 

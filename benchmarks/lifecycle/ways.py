@@ -92,7 +92,7 @@ def _from_host(target: Target, served: Path) -> Answer:
 
 
 def _from_disk(target: Target) -> Answer:
-    _evict(target, to="disk", expected="absent")
+    _evict(target, to="disk", expected="cold")
     return _ask(target)
 
 
