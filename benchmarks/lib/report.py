@@ -109,6 +109,18 @@ def draw_seconds(path: Path, title: str, groups: Sequence[str], series: Mapping[
     _finish(figure, axes, path)
 
 
+def draw_stacked(path: Path, title: str, groups: Sequence[str], series: Mapping[str, Sequence[float]]) -> None:
+    """Draw seconds of steps on each other, one bar for each group."""
+    figure, axes = _figure(title)
+    below = [0.0] * len(groups)
+    for number, (name, values) in enumerate(series.items()):
+        axes.bar(range(len(groups)), values, 0.5, below, label=name, color=_colour(number))
+        below = [before + value for before, value in zip(below, values, strict=True)]
+    axes.set_xticks(range(len(groups)), groups)
+    axes.set_ylabel("seconds")
+    _finish(figure, axes, path)
+
+
 def _bars(title: str, groups: Sequence[str], series: Mapping[str, Sequence[float | None]]) -> tuple[Any, Any]:
     figure, axes = _figure(title)
     width = 0.8 / len(series)

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -122,7 +123,8 @@ def checksum(file: Path) -> int:
     """Return the CRC of all tensors' bytes in the order of their names, as `readers.py` does."""
     total = 0
     for _, tensor in sorted(load_file(file).items()):
-        total = zlib.crc32(memoryview(tensor.view(-1).view(torch.uint8).numpy()), total)
+        content: Any = tensor.view(-1).view(torch.uint8).numpy()
+        total = zlib.crc32(content, total)
     return total
 
 

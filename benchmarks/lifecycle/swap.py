@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from benchmarks.lib.folders import resolve
 from benchmarks.lib.machine import Watch, warn_if_busy
-from benchmarks.lib.report import RESULTS, Report, can_draw, draw_seconds, publish, run_command
+from benchmarks.lib.report import RESULTS, Report, can_draw, draw_seconds, draw_stacked, publish, run_command
 from benchmarks.lib.worker import WorkerFailed
 from benchmarks.lifecycle.ways import WAYS, Answer, Way
 from engines.batching.engine import EmbeddingEngine
@@ -61,15 +61,22 @@ class Case(Struct, frozen=True):
 class Swap(Struct, frozen=True, kw_only=True):
     """Seconds of one round, from a request to its answer.
 
+    `load_s`, `check_s`, `answer_s`: of `disk_s`, to read and build the model, to check it and warm it up, to answer.
     `park_s`: to park the model. `moved_bytes`: what is copied.
     """
 
     device_s: float
     host_s: float
-    disk_s: float
+    load_s: float
+    check_s: float
+    answer_s: float
     park_s: float
     weight_bytes: int
     moved_bytes: int
+
+    @property
+    def disk_s(self) -> float:
+        return self.load_s + self.check_s + self.answer_s
 
 
 def cases(models: Sequence[str], dtypes: Sequence[Dtype] = ("auto", "bfloat16")) -> list[Case]:
@@ -86,9 +93,11 @@ async def measure(loader: TorchLoader, case: Case, folder: Path) -> Swap:
     spec = ModelSpec(model_id="m", source=str(folder), dtype=case.dtype, min_cosine=0.0)
     begun_s = time.perf_counter()
     engine = loader.load(spec, ModelFiles(path=str(folder), revision=case.name, size_bytes=0))
+    loaded_s = time.perf_counter()
     await engine.warm_up()
+    checked_s = time.perf_counter()
     first = await _embed(engine)
-    disk_s = time.perf_counter() - begun_s
+    load_s, check_s, answer_s = loaded_s - begun_s, checked_s - loaded_s, time.perf_counter() - checked_s
     begun_s = time.perf_counter()
     await _embed(engine)
     device_s = time.perf_counter() - begun_s
@@ -106,8 +115,8 @@ async def measure(loader: TorchLoader, case: Case, folder: Path) -> Swap:
     weight_bytes = engine.weight_bytes
     engine.close()
     return Swap(
-        device_s=device_s, host_s=host_s, disk_s=disk_s, park_s=park_s, weight_bytes=weight_bytes,
-        moved_bytes=moved_bytes,
+        device_s=device_s, host_s=host_s, load_s=load_s, check_s=check_s, answer_s=answer_s, park_s=park_s,
+        weight_bytes=weight_bytes, moved_bytes=moved_bytes,
     )  # fmt: skip
 
 
@@ -136,7 +145,16 @@ def run_engine(models: Sequence[str], rounds: int, threads: int, *, copies: bool
         title="Seconds from a request to its answer, by where the model's weights are",
         machine=watch.machine,
         settings={"models": list(models), "rounds": rounds, "threads": threads, "copies": copies},
-        header=("model", "weights", "copied", "ready", "from main memory", "from disk", "to park"),
+        header=(
+            "model",
+            "weights",
+            "copied",
+            "ready",
+            "from main memory",
+            "from disk",
+            "load / check / answer",
+            "to park",
+        ),
         rows=[_row(name, swaps) for name, swaps in found.items()],
         samples=dict(found),
         notes=(
@@ -153,11 +171,23 @@ def _round(loader: TorchLoader, case: Case, folder: Path) -> Swap:
 
 def _row(name: str, swaps: Sequence[Swap]) -> tuple[str, ...]:
     first = swaps[0]
-    seconds = [
-        median(values) for values in zip(*((s.device_s, s.host_s, s.disk_s, s.park_s) for s in swaps), strict=True)
-    ]
     sizes = [f"{size / 1e6:,.0f} MB" for size in (first.weight_bytes, first.moved_bytes)]
-    return (name, *sizes, *(f"{value:.3f} s" for value in seconds))
+    steps = " / ".join(f"{_of(swaps, step):.3f}" for step in STEPS)
+    seconds = [f"{_of(swaps, each):.3f} s" for each in ("device_s", "host_s", "disk_s", "park_s")]
+    return (name, *sizes, *seconds[:3], steps, seconds[3])
+
+
+STEPS = {"load_s": "read and build", "check_s": "check and warm up", "answer_s": "answer"}
+
+
+def _of(swaps: Sequence[Swap], field: str) -> float:
+    return float(median(getattr(swap, field) for swap in swaps))
+
+
+def draw_steps(path: Path, found: Mapping[str, Sequence[Swap]]) -> None:
+    """Draw the steps of a load from the page cache on each other, a bar for each model."""
+    series = {name: [_of(swaps, step) for swaps in found.values()] for step, name in STEPS.items()}
+    draw_stacked(path, "From the page cache to the answer: where the seconds go", list(found), series)
 
 
 def main_engine(argv: Sequence[str]) -> None:
@@ -169,7 +199,10 @@ def main_engine(argv: Sequence[str]) -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the forward pass")
     parser.add_argument("--no-save", dest="results", action="store_const", const=None, default=RESULTS)
     asked = parser.parse_args(argv)
-    publish(run_engine(asked.models.split(","), asked.rounds, asked.threads, copies=asked.copies), asked.results)
+    report = run_engine(asked.models.split(","), asked.rounds, asked.threads, copies=asked.copies)
+    publish(report, asked.results)
+    if asked.results is not None and can_draw():
+        draw_steps(asked.results / "swap-steps.svg", report.samples)
 
 
 # Beside other programs.

@@ -1,6 +1,7 @@
 """The benchmark of ways from a request to an answer: its rows, its plot, and programs that are not there."""
 
 import sys
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,13 +9,15 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from benchmarks.lib.machine import Watch
 from benchmarks.lib.report import Report, can_draw, save
 from benchmarks.lib.servers import Plan
 from benchmarks.lib.worker import WorkerFailed
-from benchmarks.lifecycle import swap
-from benchmarks.lifecycle.swap import rows_of, sample
+from benchmarks.lifecycle import read, swap
+from benchmarks.lifecycle.swap import Swap, draw_steps, rows_of, sample
 from benchmarks.lifecycle.ways import Answer, Ask, Way, replaced
 
 SERVER = """
@@ -103,3 +106,37 @@ def test_the_plot_has_every_model_whose_result_is_there_from_the_smallest_on(tmp
     drawn = (tmp_path / "swap.svg").read_text()
     assert drawn.index("small, 1 MB") < drawn.index("large, 1,000 MB")
     assert "Infinity (torch), process swapped" in drawn
+
+
+@pytest.mark.skipif(not can_draw(), reason="needs matplotlib")
+def test_steps_of_a_load_lie_on_each_other_for_every_model(tmp_path: Path) -> None:
+    one = Swap(
+        device_s=0.1, host_s=0.2, load_s=1.0, check_s=0.5, answer_s=0.25, park_s=0.1, weight_bytes=1, moved_bytes=0
+    )
+
+    draw_steps(tmp_path / "steps.svg", {"minilm": [one, one], "minilm in bfloat16": [one]})
+
+    drawn = (tmp_path / "steps.svg").read_text()
+    assert one.disk_s == 1.75
+    assert {
+        text for text in ("minilm in bfloat16", "read and build", "check and warm up") if text not in drawn
+    } == set()
+
+
+def test_readers_that_are_not_installed_are_said_and_cost_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(read, "is_installed", lambda environment: False)
+
+    with read.open_readers(tmp_path / "missing.safetensors", ["Run:ai streamer"]) as (workers, notes):
+        assert workers == []
+
+    assert notes == ["left out: Run:ai streamer is not installed: python -m benchmarks.lib.peers"]
+
+
+def test_a_checksum_is_that_of_the_bytes_in_the_order_of_names(tmp_path: Path) -> None:
+    tensors = {"b": torch.arange(6, dtype=torch.int64), "a": torch.ones(3, 2, dtype=torch.bfloat16)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    content = b"".join(tensors[name].view(-1).view(torch.uint8).numpy().tobytes() for name in ("a", "b"))
+
+    assert read.checksum(tmp_path / "model.safetensors") == zlib.crc32(content)
