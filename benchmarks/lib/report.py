@@ -106,7 +106,7 @@ def draw_seconds(path: Path, title: str, groups: Sequence[str], series: Mapping[
         axes.bar_label(bars, fmt=lambda seconds: f"{seconds:.2g}" if seconds else "", fontsize=6)
     axes.set_yscale("log")
     axes.set_ylabel("seconds")
-    _finish(figure, axes, path)
+    _finish(figure, axes, path, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2)
 
 
 def draw_stacked(path: Path, title: str, groups: Sequence[str], series: Mapping[str, Sequence[float]]) -> None:
@@ -162,8 +162,8 @@ def _figure(title: str) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _finish(figure: Any, axes: Any, path: Path) -> None:
-    axes.legend(frameon=False, fontsize=8)
+def _finish(figure: Any, axes: Any, path: Path, **legend: Any) -> None:
+    axes.legend(frameon=False, fontsize=8, **legend)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
     importlib.import_module("matplotlib.pyplot").close(figure)
