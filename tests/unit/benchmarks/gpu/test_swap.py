@@ -43,7 +43,21 @@ def test_a_parked_model_is_timed_step_by_step_beside_the_rate_of_a_copy() -> Non
     assert found["copy_bound_s"] == found["moved_bytes"] / rate["bytes_per_s"]
     assert found["times"] == pytest.approx(found["parked_s"] / found["copy_bound_s"])
     assert len(found["rounds_s"]) == swap.ROUNDS
+    assert found["times_without_graphs"] is None, "a CPU records no graphs"
     assert min(found[key] for key in ("park_s", "copy_s", "check_s", "answer_s", "from_page_cache_s")) > 0
+
+
+def test_an_answer_without_graphs_is_timed_beside_one_that_records_them_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    forgotten: list[object] = []
+    monkeypatch.setattr(swap, "has_graphs", lambda engine: True)
+    monkeypatch.setattr(swap, "forget_graphs", forgotten.append)
+
+    _, found = recorded(swap.run)
+
+    assert len(forgotten) == 1
+    assert found["times_without_graphs"] == pytest.approx(found["without_graphs_s"] / found["copy_bound_s"])
 
 
 def test_a_copy_that_comes_back_with_other_bytes_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,7 +95,7 @@ def test_this_process_may_lock_as_much_as_it_is_allowed_to(monkeypatch: pytest.M
 
 
 def swaps(times: float, *, ok: bool = True) -> list[Record]:
-    one = {"from_page_cache_s": 1.52, "parked_s": 0.048, "copy_times": 1.04, "ok": True}
+    one = {"from_page_cache_s": 1.52, "parked_s": 0.048, "copy_times": 1.04, "times_without_graphs": 1.1, "ok": True}
     return [
         {"what": "rate", "bytes_per_s": 5e10},
         {"model": "qwen3-0.6b", **one, "times": 1.2},
@@ -104,7 +118,7 @@ def test_the_slowest_model_decides_whether_answers_come_at_the_rate_of_a_copy(
 ) -> None:
     found = row(swaps(times, ok=ok), "parked, times its bytes")
 
-    assert found[1:] == ("≤ 1.3", f"1.20 (1.04), {times:.2f} (1.04)", f"{state} on NVIDIA H200, 2026-12-01")
+    assert found[1:] == ("≤ 1.3", f"1.20 (1.04; 1.10), {times:.2f} (1.04; 1.10)", f"{state} on NVIDIA H200, 2026-12-01")
 
 
 def test_the_seconds_of_both_temperatures_stand_beside_each_other() -> None:
