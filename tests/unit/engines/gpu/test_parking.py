@@ -2,15 +2,22 @@
 
 import asyncio
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.parts import swap
+from benchmarks.gpu.results import Record
+from benchmarks.gpu.rig import Rig
+from benchmarks.gpu.runner import PartContext
 from benchmarks.lib.engine_kit import Kit
 from engines.batching.engine import EmbeddingEngine
 from engines.errors import SelfCheckFailed
+from engines.loading.loader import LoaderSettings, TorchLoader
 from engines.models import parking
 from engines.models.parking import HostCopy
 from engines.models.transformer import TransformerEncoder
@@ -90,3 +97,50 @@ def test_a_model_that_comes_back_with_other_weights_does_not_serve(
     with pytest.raises(SelfCheckFailed):
         asyncio.run(engine.resume())
     engine.close()
+
+
+class FakeRig(Rig):
+    """The rig of the measurement on a GPU, around a fake one."""
+
+    def __init__(self, fake: FakeGpuKit) -> None:
+        self._fake = fake
+        self.device, self.lane, self.threads = GPU, fake.lane, fake.threads
+        self._loader = TorchLoader(str(GPU), fake.lane, fake.threads, LoaderSettings())
+        self._loop = asyncio.new_event_loop()
+
+    def build(self, folder: Path, **spec: Any) -> EmbeddingEngine:
+        return self._fake.call(lambda: super(FakeRig, self).build(folder, **spec))
+
+    def close(self) -> None:
+        self._loop.close()
+
+
+def test_the_measurement_of_swaps_times_recorded_passes_and_plain_ones_on_a_gpu(
+    fake: FakeGpuKit, kit: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records: list[Record] = []
+    context = PartContext("cuda:0", {"size": "small"}, records.append, 60.0)
+    monkeypatch.setattr(swap, "Rig", lambda device: FakeRig(fake))
+    monkeypatch.setattr(swap, "copy_rate", lambda rig, size: 1e9)
+    monkeypatch.setattr(swap, "folder_of", lambda name, device: kit.recipe_folder("bert-cls"))
+    monkeypatch.setattr(swap, "raise_lock_limit", lambda: None)
+
+    swap.run(context)
+
+    _, found = records
+    assert found["path"] == "graphed"
+    assert found["worst_cosine"] > 0.999999
+    assert found["times"] > found["copy_times"] > 0
+    assert found["times_without_graphs"] > 0
+    assert not found["ok"], "nothing was pinned, and the part says so"
+
+
+def test_the_rate_is_that_of_copies_for_which_the_host_does_not_wait(fake: FakeGpuKit) -> None:
+    rig = FakeRig(fake)
+    fake.gpu.take()
+
+    with fake.gpu:
+        assert swap.copy_rate(rig, 2**16) > 0
+
+    assert {finding.operation for finding in fake.gpu.take()} == {"cuda.synchronize"}
+    rig.close()
