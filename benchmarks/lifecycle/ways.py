@@ -133,7 +133,7 @@ def new_process(folder: Path) -> Iterator[Mapping[str, Ask]]:
 
 def _need_sentence_transformers() -> None:
     if importlib.util.find_spec("sentence_transformers") is None:
-        raise WorkerFailed("sentence-transformers is not installed: make install-test")
+        raise WorkerFailed("sentence-transformers is not installed: make install-bench")
 
 
 def _loader(folder: Path) -> Worker:

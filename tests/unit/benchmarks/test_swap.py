@@ -1,5 +1,6 @@
 """The benchmark of ways from a request to an answer: its rows, its plot, and programs that are not there."""
 
+import importlib.util
 import sys
 import zlib
 from collections.abc import Iterator, Mapping
@@ -12,13 +13,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.lib import servers
 from benchmarks.lib.machine import Watch
 from benchmarks.lib.report import Report, can_draw, save
 from benchmarks.lib.servers import Plan
 from benchmarks.lib.worker import WorkerFailed
 from benchmarks.lifecycle import read, swap
 from benchmarks.lifecycle.swap import Swap, draw_steps, rows_of, sample
-from benchmarks.lifecycle.ways import Answer, Ask, Way, replaced
+from benchmarks.lifecycle.ways import WAYS, Answer, Ask, Way, replaced
 
 SERVER = """
 import json, os, sys
@@ -65,6 +67,20 @@ def test_the_first_answer_of_a_way_is_not_counted_and_a_program_that_is_missing_
         "ours of minilm": [1.0, 2.0]
     }
     assert notes == ["left out: Infinity is not installed: python -m benchmarks.lib.peers"]
+
+
+def test_every_program_that_is_not_installed_is_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(servers, "is_installed", lambda environment: environment is None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+
+    found, notes = sample([way for way in WAYS if not way.key.startswith("embedyard")], tmp_path, 1)
+
+    assert found == {}
+    assert notes == [
+        *["left out: sentence-transformers is not installed: make install-bench"] * 2,
+        "left out: FastAPI + sentence-transformers is not installed: python -m benchmarks.lib.peers",
+        "left out: Infinity (torch) is not installed: python -m benchmarks.lib.peers",
+    ]
 
 
 def test_a_row_has_the_median_the_worst_and_how_far_its_vectors_are_from_ours() -> None:
