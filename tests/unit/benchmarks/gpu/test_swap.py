@@ -42,7 +42,7 @@ def test_a_parked_model_is_timed_step_by_step_beside_the_rate_of_a_copy() -> Non
     assert found["moved_bytes"] > 0.9 * folders.weight_bytes(folders.folder_of("small-qwen3"))
     assert found["copy_bound_s"] == found["moved_bytes"] / rate["bytes_per_s"]
     assert found["times"] == pytest.approx(found["parked_s"] / found["copy_bound_s"])
-    assert len(found["rounds_s"]) == swap.ROUNDS
+    assert len(found["rounds_s"]) == swap.MAX_ROUNDS
     assert found["times_without_graphs"] is None, "a CPU records no graphs"
     assert min(found[key] for key in ("park_s", "copy_s", "check_s", "answer_s", "from_page_cache_s")) > 0
 
@@ -58,6 +58,11 @@ def test_an_answer_without_graphs_is_timed_beside_one_that_records_them_again(
 
     assert len(forgotten) == 1
     assert found["times_without_graphs"] == pytest.approx(found["without_graphs_s"] / found["copy_bound_s"])
+
+
+@pytest.mark.parametrize(("weight_bytes", "rounds"), [(1_200_000_000, 3), (8_000_000_000, 2), (30_000_000_000, 1)])
+def test_the_largest_models_are_parked_less_often(weight_bytes: int, rounds: int) -> None:
+    assert swap.rounds_of(weight_bytes) == rounds
 
 
 def test_a_copy_that_comes_back_with_other_bytes_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
