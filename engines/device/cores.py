@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
+from engines.affinity import usable_cores
+
 _WINDOW_S = 0.5
 """Seconds of a thread's work, on the clock, after which it is decided whether it stays on its core."""
 

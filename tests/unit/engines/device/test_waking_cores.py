@@ -8,7 +8,8 @@ from collections.abc import Callable, Collection, Iterator
 
 import pytest
 
-from engines.device.cores import WakingCores, current_core, keep_thread_to, usable_cores, waking_cores
+from engines.affinity import usable_cores
+from engines.device.cores import WakingCores, current_core, keep_thread_to, waking_cores
 from engines.device.scheduler import DeviceScheduler
 from tests.testkit.scheduling import ScriptedSource
 
