@@ -27,12 +27,13 @@ class LoadThrottle:
     """Pauses one load while short tasks run, within its credit.
 
     Args:
-        wait_for_short_tasks: blocks while a short task runs, but no longer than the given seconds.
+        wait_for_short_tasks: blocks while a short task runs, but no longer than the given seconds; returns whether none
+            runs any more.
         clock: seconds.
     """
 
     def __init__(
-        self, wait_for_short_tasks: Callable[[float], None], clock: Callable[[], float] = time.monotonic
+        self, wait_for_short_tasks: Callable[[float], bool], clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._wait_for_short_tasks = wait_for_short_tasks
         self._clock = clock
@@ -49,6 +50,11 @@ class LoadThrottle:
         self._wait_for_short_tasks(self._credit_s)
         self._resumed_at_s = self._clock()
         self._credit_s -= self._resumed_at_s - now_s
+
+    @property
+    def is_serving(self) -> bool:
+        """Tells whether a short task runs now."""
+        return not self._wait_for_short_tasks(0.0)
 
 
 @contextmanager
@@ -72,3 +78,9 @@ def throttle_point() -> None:
     throttle: LoadThrottle | None = getattr(_local, "throttle", None)
     if throttle is not None:
         throttle.pause_if_busy()
+
+
+def is_serving() -> bool:
+    """Tells whether a short task runs beside the load of this thread; False on a thread that loads nothing."""
+    throttle: LoadThrottle | None = getattr(_local, "throttle", None)
+    return throttle is not None and throttle.is_serving

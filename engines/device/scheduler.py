@@ -194,10 +194,13 @@ class DeviceScheduler:
                 worker.charge(self._clock())
             return worker.running[-1].own_s
 
-    def wait_for_short_tasks(self, timeout_s: float) -> None:
-        """Blocks while a short task runs, `timeout_s` at most. Long tasks do not count: their callers wait anyway."""
+    def wait_for_short_tasks(self, timeout_s: float) -> bool:
+        """Blocks while a short task runs, `timeout_s` at most; returns whether none runs any more.
+
+        Long tasks do not count: their callers wait anyway.
+        """
         with self._lock:
-            self._ended.wait_for(lambda: not any(worker.is_short for worker in self._workers), timeout_s)
+            return self._ended.wait_for(lambda: not any(worker.is_short for worker in self._workers), timeout_s)
 
     async def call(self, function: Callable[[], Result]) -> Result:
         """Runs a function on the device as one task and returns, or raises, its outcome.

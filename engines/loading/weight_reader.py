@@ -3,15 +3,16 @@
 transformers asks for each tensor when it puts it in place, with the dtype that the parameter has. Only then memory is
 allocated for it, on its device, and filled: by several threads where it is main memory and the dtype is the stored one;
 else through staging buffers, pinned on a GPU, so that the dtype changes block by block (on a GPU, there). Beside the
-weights a load holds these buffers only (`STAGING_BYTES`). Tensors that the model does not have are not read.
+weights a load holds these buffers only (`STAGING_BYTES`). Tensors that the model does not have are not read. Queries,
+keys and values, which fused layers have as one tensor, are read one behind the other, so that these need no copy.
 
 Files are read and not mapped: truncating a mapped file kills the process (SIGBUS), and overwriting it changes vectors.
 """
 
 import ctypes
 import os
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from engines.affinity import num_usable_cores
 from engines.device.huge_pages import use_huge_pages
-from engines.device.load_throttle import throttle_point
+from engines.device.load_throttle import is_serving, throttle_point
 from engines.device.torch_runtime import finisher
 from engines.hub.weight_files import read_header
 from engines.models.parking import PINNED
@@ -41,6 +42,9 @@ STAGING_BYTES = 32 * 2**20
 
 _BLOCK_BYTES = 64 * 2**20
 """A load pauses for short tasks between blocks of this size, which take some 10 ms from the page cache."""
+
+_CALL_BYTES, _CALL_TENSORS = 2**30, 1000
+"""The most bytes and tensors of one call that reads ahead; Linux reads 2 GiB and 1,024 pieces of memory at once."""
 
 _PART_BYTES = 2**20
 """Smaller parts of a block are not worth a thread."""
@@ -66,6 +70,8 @@ class WeightReader:
         self._device, self._finish = device, finisher(device)
         self._num_threads = num_threads or min(MAX_THREADS, num_usable_cores())
         self._places: dict[str, _Place] = {}
+        self._read_names: set[str] = set()
+        self._ahead: dict[str, _Ahead] = {}
         with ExitStack() as opened:
             self._helpers = opened.enter_context(ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="weights"))
             for file in files:
@@ -74,7 +80,12 @@ class WeightReader:
                 self._places |= _places(file, descriptor)
             largest = max((place.size for place in self._places.values()), default=0)
             self._staging = opened.enter_context(_Staging(min(STAGING_BYTES // 2, -(-largest // 8) * 8), device))
+            self._readers = ThreadPoolExecutor(self._num_threads, thread_name_prefix="weights")
+            opened.callback(
+                self._readers.shutdown, cancel_futures=True
+            )  # first, as the readers use what is closed then
             self._opened = opened.pop_all()
+        self._groups = _joined_groups(self._places)
 
     def __enter__(self) -> Self:
         return self
@@ -86,6 +97,32 @@ class WeightReader:
     def can_read_all(self) -> bool:
         """Tells whether the files have only tensors of dtypes that are read here."""
         return all(place.stored is not None for place in self._places.values())
+
+    @property
+    def names_read(self) -> frozenset[str]:
+        """Returns the names of the tensors that were read so far."""
+        return frozenset(self._read_names)
+
+    def read_ahead(self, names: Iterable[str], dtype: torch.dtype) -> None:
+        """Begins to read these tensors into main memory, as far as they are stored in this dtype, if nothing is served.
+
+        Few calls read a whole file, and need no interpreter lock meanwhile: a tokenizer and modules are built beside
+        them, in Python. They cannot pause for short tasks, so that beside those tensors are read one by one.
+        """
+        places = [self._places[name] for name in names if name in self._places]
+        if self._device.type != "cpu" or is_serving() or any(place.stored != dtype for place in places):
+            return
+        ordered = sorted(
+            (name for name in names if name in self._places),
+            key=lambda name: (self._places[name].descriptor, self._places[name].start),
+        )
+        self._ahead = {name: _Ahead(self._memory(name, dtype)) for name in ordered}
+        self._read_names.clear()
+        total = sum(place.size for place in places)
+        for part in _parts([(self._places[name], self._ahead[name]) for name in ordered], total, self._num_threads):
+            future = self._readers.submit(part.read)
+            for ahead in part.tensors:
+                ahead.read_by.append(future)
 
     def tensors(self) -> "dict[str, StoredTensor]":
         """Returns the tensors of all files by name, none of which is read yet."""
@@ -100,12 +137,33 @@ class WeightReader:
         """
         place = self._places[name]
         assert place.stored is not None, "can_read_all"
-        made = torch.empty(place.shape, dtype=dtype or place.stored, device=self._device)
+        ahead = self._ahead.pop(name, None)
+        if ahead is not None and dtype in (None, place.stored):
+            self._read_names.add(name)
+            return ahead.result()
+        made = self._memory(name, dtype or place.stored)
         if made.dtype == place.stored and self._device.type == "cpu":
-            use_huge_pages(made)
             self._fill(place.descriptor, place.start, _bytes_at(made))
         else:
             self._fill_by_staging(place, made.view(-1), place.stored)
+        return made
+
+    def _memory(self, name: str, dtype: torch.dtype) -> Tensor:
+        """Returns new memory for a tensor: its part of that of its group, when it is read first."""
+        place, group = self._places[name], self._groups.get(name)
+        is_first = name not in self._read_names
+        self._read_names.add(name)
+        if group is None or not is_first or group.dtype not in (None, dtype):
+            return self._allocated(place.shape, dtype)
+        if group.memory is None:
+            rows = sum(self._places[part].shape[0] for part in group.names)
+            group.dtype, group.memory = dtype, self._allocated((rows, *place.shape[1:]), dtype)
+        first = sum(self._places[part].shape[0] for part in group.names[: group.names.index(name)])
+        return group.memory[first : first + place.shape[0]]
+
+    def _allocated(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        made = torch.empty(shape, dtype=dtype, device=self._device)
+        use_huge_pages(made)
         return made
 
     def _fill(self, descriptor: int, start: int, memory: memoryview) -> None:
@@ -139,6 +197,69 @@ class WeightReader:
         self._finish()
 
 
+class _Ahead:
+    """A tensor that is being read. `read_by`: the calls that read parts of it."""
+
+    def __init__(self, memory: Tensor) -> None:
+        self.memory = memory
+        self.read_by: list[Future[None]] = []
+
+    def result(self) -> Tensor:
+        """Waits until all of it is there.
+
+        Raises:
+            EOFError, OSError: it cannot be read.
+        """
+        for future in self.read_by:
+            future.result()
+        return self.memory
+
+
+class _Part:
+    """A range of a file that one call reads, into the memory of the tensors that lie there."""
+
+    def __init__(self, descriptor: int, start: int) -> None:
+        self.descriptor, self.start, self.size = descriptor, start, 0
+        self.memory: list[memoryview] = []
+        self.tensors: list[_Ahead] = []
+
+    def add(self, ahead: _Ahead, memory: memoryview) -> None:
+        """Appends a part of a tensor, which follows the last one in the file."""
+        self.size += len(memory)
+        self.memory.append(memory)
+        self.tensors.append(ahead)
+
+    def read(self) -> None:
+        """Reads all of it.
+
+        Raises:
+            EOFError: the file ends before.
+            OSError: it cannot be read.
+        """
+        _read_into(self.descriptor, self.start, self.memory)
+
+
+def _parts(tensors: Sequence[tuple["_Place", _Ahead]], total: int, num_threads: int) -> list[_Part]:
+    """Divides tensors, ordered as they lie in the files, into parts of about equal size, at least one a thread."""
+    largest = min(_CALL_BYTES, -(-total // num_threads))
+    parts: list[_Part] = []
+    for place, ahead in tensors:
+        memory, at = _bytes_at(ahead.memory), 0
+        while at < len(memory):
+            last = parts[-1] if parts else None
+            follows = last is not None and (last.descriptor, last.start + last.size) == (
+                place.descriptor,
+                place.start + at,
+            )
+            if last is None or not follows or last.size >= largest or len(last.memory) >= _CALL_TENSORS:
+                last = _Part(place.descriptor, place.start + at)
+                parts.append(last)
+            piece = memory[at : at + largest - last.size]
+            last.add(ahead, piece)
+            at += len(piece)
+    return parts
+
+
 class StoredTensor:
     """A tensor of a weight file, which is read when it is moved: as transformers handles a slice of safetensors."""
 
@@ -169,6 +290,36 @@ class _Place(NamedTuple):
     size: int
     shape: tuple[int, ...]
     stored: torch.dtype | None
+
+
+class _Group:
+    """Tensors that are read one behind the other, by their names in order; memory and dtype are set by the first."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        self.memory: Tensor | None = None
+        self.dtype: torch.dtype | None = None
+
+
+_JOINED = (("query", "key", "value"), ("q", "k", "v"), ("q_lin", "k_lin", "v_lin"), ("q_proj", "k_proj", "v_proj"))
+"""Names, in a tensor's name, of the parts that fused layers join (`engines/layers/fused.py`, `decoder.py`)."""
+
+
+def _joined_groups(places: Mapping[str, _Place]) -> dict[str, _Group]:
+    """Returns the group of each tensor that has one. Being in one means that memory is shared, and nothing else."""
+    groups: dict[str, _Group] = {}
+    for name in places:
+        parts = name.split(".")
+        for joined in _JOINED:
+            if joined[0] not in parts:
+                continue
+            at = len(parts) - 1 - parts[::-1].index(joined[0])
+            names = [".".join((*parts[:at], part, *parts[at + 1 :])) for part in joined]
+            found = [places[each] for each in names if each in places]
+            is_alike = len({(place.stored, place.shape[1:], bool(place.shape)) for place in found}) == 1
+            if len(found) == len(joined) and is_alike and found[0].shape:
+                groups |= dict.fromkeys(names, _Group(names))
+    return groups
 
 
 def _places(file: str, descriptor: int) -> dict[str, _Place]:
@@ -215,17 +366,26 @@ class _Staging:
 
 
 def _read(descriptor: int, start: int, memory: memoryview) -> None:
-    """Reads until the memory is full.
+    _read_into(descriptor, start, [memory])
+
+
+def _read_into(descriptor: int, start: int, memory: Sequence[memoryview]) -> None:
+    """Reads until all of the memory is full.
 
     Raises:
         EOFError: the file ends before.
         OSError: it cannot be read.
     """
-    while memory:
-        count = os.preadv(descriptor, [memory], start)
+    left = [piece for piece in memory if piece]
+    while left:
+        count = os.preadv(descriptor, left, start)
         if not count:
             raise EOFError("the file was truncated while it was read")
-        start, memory = start + count, memory[count:]
+        start += count
+        while left and count >= len(left[0]):
+            count -= len(left.pop(0))
+        if left:
+            left[0] = left[0][count:]
 
 
 def _bytes_at(tensor: Tensor) -> memoryview:

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from engines.device.load_throttle import LoadThrottle, throttle_point, throttled_load
+from engines.device.load_throttle import LoadThrottle, is_serving, throttle_point, throttled_load
 
 
 class ThrottledLoad:
@@ -21,9 +21,10 @@ class ThrottledLoad:
         self.timeouts: list[float] = []
         self.throttle = LoadThrottle(self.wait_for_short_tasks, lambda: self.now_s)
 
-    def wait_for_short_tasks(self, timeout_s: float) -> None:
+    def wait_for_short_tasks(self, timeout_s: float) -> bool:
         self.timeouts.append(timeout_s)
         self.now_s += min(self.busy_s, timeout_s)
+        return self.busy_s <= timeout_s
 
     def work(self, seconds: float) -> None:
         self.now_s += seconds
@@ -69,3 +70,10 @@ def test_every_module_and_every_tensor_that_the_thread_puts_in_place_is_a_thrott
     throttle_point()
 
     assert len(load.timeouts) == 3  # a module, its weight and its bias; nothing of the other thread, nothing after
+
+
+def test_a_load_knows_whether_a_short_task_runs_beside_it() -> None:
+    assert not is_serving(), "nothing is loaded on this thread"
+    for busy_s in (0.0, 1.0):
+        with throttled_load(ThrottledLoad(busy_s).throttle):
+            assert is_serving() == (busy_s > 0)
