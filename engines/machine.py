@@ -27,8 +27,11 @@ from engines.hub.content_digests import SERVING_REST_SHARE, ContentDigests
 from engines.hub.file_verification import Verification
 from engines.hub.store import ModelStore
 from engines.inputs.tokenizer_threads import TokenizerThreads
+from engines.loading.builders import Knowledge
 from engines.loading.loader import LoaderSettings, TorchLoader
 from engines.loading.precision import MeasuredState, measure_dtype
+from engines.loading.recorded_tokenizer import BUILT_SHARE, TokenizerRecords
+from engines.models.load_records import LoadRecords
 from engines.models.prepacked import COPY_SHARE, MAX_PREPACKED_BYTES
 from engines.pool.estimates import Measurements
 from engines.pool.pool_group import PoolGroup
@@ -86,6 +89,7 @@ class Machine:
         self._threads = TokenizerThreads(config.tokenizer_threads)
         self._store = ModelStore(config.hub, verification=Verification(folder / "verified.json" if folder else None))
         self._schedulers: list[DeviceScheduler] = []
+        self._main_memory = device_memory("cpu").read()
         self._measurements = Measurements(folder / "measurements.json" if folder else None)
         self._loader_settings = structs.replace(
             config.loader,
@@ -95,10 +99,16 @@ class Machine:
             form_cache=form_cache_in(folder),
             content_digests=ContentDigests(folder, rest_share=SERVING_REST_SHARE),
             space_memory=SpaceMemory(folder),
+            knowledge=Knowledge(
+                LoadRecords(folder),
+                TokenizerRecords(
+                    folder / "tokenizers" if folder else None,
+                    self._main_memory.total_bytes // BUILT_SHARE // config.host_parts,
+                ),
+            ),
         )
         devices = find_devices(config.devices)
         self._host_parts = config.host_parts * len(devices)
-        self._main_memory = device_memory("cpu").read()
         self._groups = {"cpu": PoolGroup(), "cuda": PoolGroup()}  # models are split over devices of one kind
         self.hosts = tuple(self._host(device, config, specs) for device in devices)
 

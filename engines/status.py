@@ -34,7 +34,8 @@ class ModelInfo(Struct, frozen=True, kw_only=True):
     that sparse outputs index; `vector_width`: the width of the vectors of tokens. Both are 0 without such an output;
     `dimensions` is 0 without a dense one. `pooling`: how a transformer's tokens become its dense vector; else
     empty. `share_bytes`: of a split model, its weights on each device, then in main memory. `ingredients`: what
-    decides its vectors' space; None until its files are hashed, and for scores.
+    decides its vectors' space; None until its files are hashed, and for scores. `checked`: `all` forms of its path at
+    this load; `canary`: one form at this load, and the others by an earlier load, until they are checked once more.
     """
 
     dimensions: int
@@ -56,6 +57,7 @@ class ModelInfo(Struct, frozen=True, kw_only=True):
     pooling: tuple[PoolingMode, ...] = ()
     share_bytes: tuple[int, ...] = ()
     ingredients: Ingredients | None = None
+    checked: Literal["all", "canary"] = "all"
 
 
 class ModelShare(Struct, frozen=True, kw_only=True):

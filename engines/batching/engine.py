@@ -97,22 +97,16 @@ class EmbeddingEngine:
         weight_bytes: int,
     ) -> None:
         self._info = parts.info
-        self.weight_bytes = weight_bytes
-        self.workspace_bytes = 0
+        self.weight_bytes, self.workspace_bytes = weight_bytes, 0
         self._cache = VectorCache(parts.spec.cache_bytes) if parts.spec.cache_bytes else None
         self._queue = Queue(limits.max_queue_items, limits.batch_timeout_s, time.monotonic, limits.max_queue_requests)
         keep = self._cache.keep if self._cache is not None else None
         self._runner: Runner | None = Runner(parts.encoder, self._queue.seal, keep, report_error=scheduler.report_error)
-        self._tokenizer = parts.tokenizer
-        self._tuner = parts.tuner
-        self._batch = limits.batch
-        self._spec = parts.spec
-        self._scheduler = scheduler
+        self._tokenizer, self._tuner = parts.tokenizer, parts.tuner
+        self._batch, self._spec, self._scheduler = limits.batch, parts.spec, scheduler
         self._flex = FlexTasks(self._queue, self._limit, self._run_task, lambda: self._is_reentrant)
         self._threads = threads
-        self._limits = limits
-        self._scoring = parts.scoring
-        self._spaces = parts.spaces
+        self._limits, self._scoring, self._spaces = limits, parts.scoring, parts.spaces
         self._named_spaces: dict[object, str] = {}
         activation = "Identity" if parts.scoring is None else parts.scoring.activation
         self._facts = facts = parts.facts
@@ -124,16 +118,16 @@ class EmbeddingEngine:
         documents = facts.document_tokenizer or parts.tokenizer
         self._maxsim = MaxSimScorer(facts, documents, parts.spec, parts.info.prompts) if facts.similarity else None
         self._check: Callable[[], tuple[ModelInfo, int, int]] | None = check
-        self._parkable = parts.parkable
-        self._release = release
+        self._parkable, self._rest, self._release = parts.parkable, parts.rest_of_check, release
 
     @property
     def info(self) -> ModelInfo:
         """Returns the model's description, with the forward path in use now."""
-        runner = self._runner
         if self._info.ingredients is None and self._spaces is not None:
             self._info = structs.replace(self._info, ingredients=self._spaces.ingredients)
-        return self._info if runner is None else runner.described(self._info)
+        if self._rest is not None:
+            self._info = self._rest.described(self._info)
+        return self._info if (runner := self._runner) is None else runner.described(self._info)
 
     @property
     def queue_items(self) -> int:
@@ -152,6 +146,7 @@ class EmbeddingEngine:
         self._check = None
         if self._spaces is not None:
             await self._spaces.settled_within(FIRST_ANSWER_S)
+        self._rest = self._rest.started() if self._rest is not None else None
         self._scheduler.attach(self, self._flex)
 
     async def run(self, call: Call) -> Result:
@@ -279,7 +274,7 @@ class EmbeddingEngine:
         self._leave_device()
         if self._parkable is not None:
             self._parkable.close()
-        self._parkable = self._runner = self._cache = self._tuner = self._check = None
+        self._parkable = self._runner = self._cache = self._tuner = self._check = self._rest = None
         if self._spaces is not None:
             self._spaces.close()
         self._release()
@@ -298,16 +293,19 @@ class EmbeddingEngine:
         return self._scheduler.num_threads if self._queue.is_worth_splitting(self._limit()) else 1
 
     def ready_in_s(self) -> float | None:
-        """See `engines.device.tasks.TaskSource`. Trials of the batch size run when no text waits."""
+        """See `engines.device.tasks.TaskSource`. Texts come before trials of batch sizes and the rest of the check."""
         due_in_s = self._queue.ready_in_s(self._limit())
-        return 0.0 if due_in_s is None and self._tuner is not None and self._tuner.is_due else due_in_s
+        if due_in_s is not None or (self._tuner is not None and self._tuner.is_due):
+            return due_in_s or 0.0
+        return None if self._rest is None else self._rest.due_in_s
 
     def next_task(self, num_free: int) -> Task | None:
         """See `engines.device.tasks.TaskSource`."""
         limit = self._limit()
-        texts = self._queue.next_batch(limit, 1 + num_free if self._is_reentrant else 1)
+        is_overdue = self._rest is not None and self._rest.is_overdue
+        texts = [] if is_overdue else self._queue.next_batch(limit, 1 + num_free if self._is_reentrant else 1)
         if not texts:
-            return self._trial()
+            return self._idle_task()
         is_long = self._is_reentrant and not all(
             any(limit.is_small(target.job) for target in text.targets) for text in texts
         )
@@ -319,7 +317,9 @@ class EmbeddingEngine:
         texts = self._queue.next_small_batch(self._limit()) if self._is_reentrant else []
         return Task(partial(self._run_task, texts)) if texts else None
 
-    def _trial(self) -> Task | None:
+    def _idle_task(self) -> Task | None:
+        if self._rest is not None and (task := self._rest.next_task()) is not None:
+            return task
         if self._tuner is None or not self._tuner.is_due:
             return None
         self._tuner.begin()

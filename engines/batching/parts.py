@@ -5,6 +5,7 @@ from msgspec import Struct
 from engines.batching.autotune import BatchSizeTuner
 from engines.batching.batch import BatchLimits
 from engines.batching.outputs import OutputFacts
+from engines.batching.rest_of_check import RestOfCheck
 from engines.batching.scores import Scoring
 from engines.batching.spaces import ModelSpaces
 from engines.inputs.tokenizer import Tokenizer
@@ -37,7 +38,8 @@ class Parts(Struct, frozen=True):
 
     `tuner` finds the size of batches; None where that is known. `scoring`: of a model that scores; None for vectors.
     `facts`: what it gives beside dense vectors. `spaces`: names the spaces of vectors; None where they have no names.
-    `parkable`: moves its weights to main memory; None where nothing can.
+    `parkable`: moves its weights to main memory; None where nothing can. `rest_of_check`: what an earlier load has
+    checked; None for a model that every load checks as a whole.
     """
 
     encoder: Encoder
@@ -49,3 +51,4 @@ class Parts(Struct, frozen=True):
     facts: OutputFacts = OutputFacts()
     spaces: ModelSpaces | None = None
     parkable: ParkableEncoder | None = None
+    rest_of_check: RestOfCheck | None = None

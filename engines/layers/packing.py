@@ -77,12 +77,18 @@ class PackedLayout:
         positions: int64 `[T]`, the position of each token inside its text, from 0.
         prefix: the tokens in front of the texts that all of them share; None for none.
         in_blocks: whether attention runs in blocks wherever it can, as it does for long texts.
+        is_forced: whether it does, and texts share tokens, wherever that can be, worthwhile or not.
+        variant: the kernels that must run the row; None for the fastest.
+        padding_share: the largest share of padding in a padded batch of these texts.
         needs_all: whether the hidden states of all tokens are needed, also where the vector is that of one token.
         texts: the ids of each text, where heads read them.
     """
 
     prefix: LengthGroup | None = None
     in_blocks = False
+    is_forced = False
+    variant: KernelVariant | None = None
+    padding_share = PADDING_SHARE
     needs_all = False
     texts: Sequence[NDArray[np.int64]] = ()
 
@@ -101,6 +107,11 @@ class PackedLayout:
         texts, tokens = len(lengths), self.num_tokens
         self.starts, self.ends = whole[:texts], whole[texts : 2 * texts]
         self.segments, self.positions = whole[2 * texts : -tokens], whole[-tokens:]
+
+    def run_like(self, other: "PackedLayout") -> None:
+        """Takes over how another row runs."""
+        self.needs_all, self.padding_share = other.needs_all, other.padding_share
+        self.variant, self.is_forced = other.variant, other.is_forced
 
     def on(self, device: torch.device) -> "PackedLayout":
         """Returns the same layout with its tensors on another device, for layers that are there."""

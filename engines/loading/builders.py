@@ -26,19 +26,21 @@ from engines.loading.form_files import FormSource
 from engines.loading.modules import build_head
 from engines.loading.multi_vector import TokenFacts, build_token_head
 from engines.loading.preflight import check_counts, check_proportions
-from engines.loading.pretrained import ModelSource, listed_shards, load_weights, weight_file_name
+from engines.loading.pretrained import Earlier, KnownTensors, ModelSource, listed_shards, load_weights, weight_file_name
+from engines.loading.recorded_tokenizer import RecordedTokenizer, TokenizerRecords
 from engines.loading.static import build_static
-from engines.loading.tokenizer import ModelFacts, read_reference
+from engines.loading.tokenizer import ModelFacts
 from engines.models.adapters import Positions, unused_weights
 from engines.models.base import EncoderConfig, LoadedEncoder
 from engines.models.cuda_graphs import capturer_for
+from engines.models.load_records import LoadRecords, Observation
 from engines.models.multi_output import MultiOutputEncoder
-from engines.models.observation import observe
 from engines.models.output_heads import OutputHeads
 from engines.models.parking import PINNED
 from engines.models.placement import PlacedModel
 from engines.models.weight_forms import weight_form
 from engines.spec import Dtype, ModelSpec, Output
+from engines.types import fingerprint
 
 log = structlog.get_logger(__name__)
 
@@ -61,11 +63,25 @@ class Built(NamedTuple):
     facts: OutputFacts = OutputFacts(outputs=())
 
 
-def build(folder: Folder, spec: ModelSpec, encoder_config: EncoderConfig, source: FormSource | None = None) -> Built:
+class Knowledge(NamedTuple):
+    """What earlier loads have kept, so that a load need not find it out again."""
+
+    loads: LoadRecords
+    tokenizers: TokenizerRecords
+
+
+def build(
+    folder: Folder,
+    spec: ModelSpec,
+    encoder_config: EncoderConfig,
+    source: FormSource | None = None,
+    knowledge: Knowledge | None = None,
+) -> Built:
     """Builds the encoder and tokenizer of a folder.
 
     Args:
         source: where the form of its weights comes from; None for the folder.
+        knowledge: of earlier loads; None for none.
 
     Raises:
         BadModel: the folder is broken, or cannot be served exactly.
@@ -79,21 +95,28 @@ def build(folder: Folder, spec: ModelSpec, encoder_config: EncoderConfig, source
         static = build_static(folder, spec, encoder_config.device)
         return Built(*static, facts=OutputFacts(dimensions=static[0].dimensions))
     if kind == "Transformer":
-        return _build_transformer(folder, spec, encoder_config, source or FormSource())
+        known = Knowledge(LoadRecords(None), TokenizerRecords(None)) if knowledge is None else knowledge
+        return _build_transformer(folder, spec, encoder_config, source or FormSource(), known)
     raise UnsupportedModel(
         f"modules.json starts with the module {kind!r}; only Transformer and StaticEmbedding are supported there"
     )
 
 
-def _build_transformer(folder: Folder, spec: ModelSpec, encoder_config: EncoderConfig, source: FormSource) -> Built:
+def _build_transformer(
+    folder: Folder, spec: ModelSpec, encoder_config: EncoderConfig, source: FormSource, knowledge: Knowledge
+) -> Built:
     device = encoder_config.device
+    recorded_tokenizer = RecordedTokenizer(folder, spec, knowledge.tokenizers)
     config = read_config(folder, spec)
-    read = partial(read_model, folder, spec, config, device)
+    earlier = Earlier(knowledge.loads, begun=recorded_tokenizer.proceed)
+    read = partial(read_model, folder, spec, config, device, earlier=earlier)
     model, encoder_config = _placed(source.model(read, model_class_of(config), config), encoder_config)
     _check_pooling_is_known(folder, spec, model)
     vocab_size = vocab_size_of(model)
+    key = _observed_key(folder, spec, model)
     with source.observing():
-        observed = observe(model, vocab_size, device)
+        observation = Observation(model, vocab_size, device, knowledge.loads, key)
+    observed = observation.observed
     width = observed.width or stated_width(config)
     head = None if folder.late is not None else build_head(folder, width, device, spec.pooling)
     facts = ModelFacts(
@@ -103,11 +126,12 @@ def _build_transformer(folder: Folder, spec: ModelSpec, encoder_config: EncoderC
         pooling=() if head is None else head.pooling,
         counts_prompt=head is not None and head.excludes_prompt,
     )
-    reference = read_reference(folder, spec, facts)
+    reference = recorded_tokenizer.reference(facts)
     tokenizer = reference.tokenizer
     tokens, sides = build_token_head(folder, spec, reference, TokenFacts(width, facts.position_limit, observed), device)
     sparse = lexical_head(folder, width, vocab_size, reference.theirs, device)
-    against_packing = observed.why_not_packed(sides.longest(tokenizer.max_tokens))
+    with source.observing():
+        against_packing = observation.why_not_packed(sides.longest(tokenizer.max_tokens))
     name = spec.dtype if spec.dtype in QUANTIZED else dtype_name(model)
     form = weight_form(name, device, source.take) if encoder_config.placed is None else None
     encoder_config = structs.replace(encoder_config, weight_form=form)
@@ -115,6 +139,16 @@ def _build_transformer(folder: Folder, spec: ModelSpec, encoder_config: EncoderC
     recorder = capturer_for(device) if encoder_config.placed is None else None
     encoder = MultiOutputEncoder(model, heads, encoder_config, recorder, notes=against_packing)
     return Built(encoder, tokenizer, name, facts=facts_of(heads, sides))
+
+
+def _observed_key(folder: Folder, spec: ModelSpec, model: Any) -> str:
+    """Returns what an observation depends on beside the environment; empty where that is more than the config.
+
+    Config and class decide shapes, masks and positions; the values of the weights do not.
+    """
+    if spec.trust_remote_code or folder.adapter is not None:
+        return ""
+    return fingerprint([type(model).__qualname__, model.dtype, model.config.to_json_string(use_diff=False)])
 
 
 def _placed(model: Any, encoder_config: EncoderConfig) -> tuple[Any, EncoderConfig]:
@@ -246,8 +280,13 @@ def read_config(folder: Folder, spec: ModelSpec) -> PretrainedConfig:
     return config
 
 
-def read_model(
-    folder: Folder, spec: ModelSpec, config: PretrainedConfig, device: torch.device, model_class: Any = None
+def read_model(  # a folder's four parts, its class, and what is known of it
+    folder: Folder,
+    spec: ModelSpec,
+    config: PretrainedConfig,
+    device: torch.device,
+    model_class: Any = None,
+    earlier: Earlier | None = None,
 ) -> Any:
     """Reads the transformer and checks that all weights come from the files: a random one would give wrong vectors.
 
@@ -257,15 +296,19 @@ def read_model(
     Args:
         device: where it will run; the model is returned on the CPU.
         model_class: transformers' class of a model with a head; None is the model without one.
+        earlier: loads, one of which makes a check of proportions needless.
     """
     dtype = choose_dtype(spec, config, device)
     stored = dtype if folder.adapter is None else torch.float32
     has_head = model_class is not None
     model_class = model_class or model_class_of(config)
     shards = listed_shards(folder.weights)
-    check_proportions(model_class, config, folder.weights, shards, trust_remote_code=spec.trust_remote_code)
+    source = ModelSource(folder, spec, config, device, shards)
+    known = KnownTensors(source, model_class, stored, earlier or Earlier(LoadRecords(None)))
+    if not known.names:
+        check_proportions(model_class, config, folder.weights, shards, trust_remote_code=spec.trust_remote_code)
     try:
-        model, report = load_weights(ModelSource(folder, spec, config, device, shards), model_class, stored)
+        model, report = load_weights(source, model_class, stored, known)
     # A corrupt pickle may raise any exception.
     except Exception as error:
         if is_device_error(error):  # not a reason to download intact files again

@@ -6,6 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from engines.errors import BrokenFiles
+from engines.types import ModelFiles
 
 _ADAPTER = "adapter/"
 
@@ -56,3 +57,10 @@ def _path(name: str, folder: Path, adapter: Path | None) -> Path:
 def _sha256(file: Path) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def last_written_s(files: ModelFiles) -> float:
+    """Returns the latest mtime of files from a hub; 0 for a local folder, whose revision changes with its files."""
+    stamped = (part for part in files.parts or (files,) if part.stamp)
+    paths = (path for part in stamped for path in Path(part.path).rglob("*"))
+    return max((path.stat().st_mtime for path in paths if path.is_file()), default=0.0)

@@ -20,6 +20,7 @@ from msgspec import Struct, structs
 from engines.batching.autotune import CANDIDATES, BatchSizeSearch, BatchSizeTuner, TuningStore
 from engines.batching.batch import BatchLimits
 from engines.batching.engine import EmbeddingEngine, EngineLimits, Parts
+from engines.batching.rest_of_check import RestOfCheck
 from engines.batching.spaces import ModelSpaces, SpaceSource
 from engines.device.load_throttle import LoadThrottle, throttled_load
 from engines.device.scheduler import DeviceScheduler
@@ -29,8 +30,8 @@ from engines.form_cache import QUANTIZED, FormCache
 from engines.hub.content_digests import ContentDigests
 from engines.inputs.tokenizer import Tokenizer
 from engines.inputs.tokenizer_threads import TokenizerThreads
-from engines.loading.builders import Built, build
-from engines.loading.checksums import Checksums
+from engines.loading.builders import Built, Knowledge, build
+from engines.loading.checksums import Checksums, last_written_s
 from engines.loading.dtype import dtype_notes
 from engines.loading.folder import PLACEHOLDER_PROMPTS, Folder, read_files
 from engines.loading.form_files import FormSource
@@ -38,15 +39,18 @@ from engines.loading.form_keeping import FormLoad
 from engines.loading.ingredients import list_weights, read_ingredients
 from engines.loading.parts import measure_parts
 from engines.loading.precision import PrecisionGate
-from engines.loading.score_forms import Form, score_form
+from engines.loading.recorded_tokenizer import TokenizerRecords
+from engines.loading.score_forms import score_form
 from engines.loading.scorers import build_scorer
 from engines.loading.sparse import build_sparse
 from engines.models.base import EncoderConfig, LoadedEncoder, weight_bytes, workspace_bytes
 from engines.models.cuda_graphs import CAPTURING
+from engines.models.load_records import LoadRecords
 from engines.models.parking import ParkableEncoder
 from engines.models.prepacked import MAX_PREPACKED_BYTES
+from engines.models.self_check import SelfCheck
 from engines.models.transformer import TransformerEncoder
-from engines.models.verification import Canaries, ProbeTokenizer, SelfCheck, SideTokenizers
+from engines.models.verification import Canaries, ProbeTokenizer, SideTokenizers
 from engines.precision import PrecisionStore
 from engines.protocols import ModelParts, Placement
 from engines.space import with_numeric
@@ -70,6 +74,7 @@ class LoaderSettings(Struct, frozen=True, kw_only=True):
     `form_cache`: quantised weights of earlier loads; None keeps none.
     `content_digests`, `space_memory`: hashes of weights, and the spaces of models that were loaded; None keeps them in
     memory.
+    `knowledge`: what earlier loads have proved and found out; None keeps it in memory.
     `copies_parked`: whether weights of parked models are copied on a CPU too, as on a GPU; for tests.
     """
 
@@ -87,6 +92,7 @@ class LoaderSettings(Struct, frozen=True, kw_only=True):
     form_cache: FormCache | None = None
     content_digests: ContentDigests | None = None
     space_memory: SpaceMemory | None = None
+    knowledge: Knowledge | None = None
     copies_parked: bool = False
 
 
@@ -110,6 +116,7 @@ class TorchLoader:
         self._canaries = Canaries(settings.canary_folder)
         self._digests = settings.content_digests or ContentDigests(None)
         self._space_memory = settings.space_memory or SpaceMemory(None)
+        self._knowledge = settings.knowledge or Knowledge(LoadRecords(None), TokenizerRecords(None))
         if self._device.type == "cpu":  # threads that read weights in parallel take cores from requests
             os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
         transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # untyped upstream
@@ -163,13 +170,13 @@ class TorchLoader:
         placement: Placement | None,
     ) -> EmbeddingEngine:
         checksums = Checksums(Path(files.path), spec.sha256, spec.model_id, files.adapter_folder)
-        self_check = SelfCheck(self._canaries)
+        self_check = SelfCheck(self._canaries, self._knowledge.loads, f"threads={self._scheduler.num_threads}")
         form, config = score_form(folder, spec), self._encoder_config(self_check, placement)
         store = self._settings.precision_store if form is None and not folder.is_sparse_encoder else None
         gate = PrecisionGate(store, spec, files.revision, self._device)
         gate.prepare(folder, config)
         forms = self._form_load(spec, files, folder, placement)
-        built = forms.build(partial(_build, folder, spec, config, form))
+        built = forms.build(partial(self._built, folder, spec, config))
         encoder, tokenizer, dtype, scoring, facts = built
         checksums.check()
         prompts = {**folder.prompts, **spec.prompts}
@@ -183,7 +190,7 @@ class TorchLoader:
 
         def check() -> tuple[ModelInfo, int, int]:
             with forms.accepting():
-                notes = self_check.run(encoder.paths, probes, dtype, key, _last_written_s(files))
+                notes = self_check.run(encoder.paths, probes, dtype, key, last_written_s(files))
                 precision = gate.check(encoder, tokenizer, dtype, self._own_seconds)
             if isinstance(encoder, TransformerEncoder):
                 notes = (*dtype_notes(spec.dtype, dtype, compute_capability(self._device)), *notes)
@@ -198,12 +205,22 @@ class TorchLoader:
         parkable = ParkableEncoder(
             encoder, self._device, partial(self_check.check_woken, encoder.paths), copies=self._settings.copies_parked
         )
-        parts = Parts(encoder, tokenizer, resolved, info, tuner, scoring, facts, spaces, parkable)
+        rest = None
+        if isinstance(encoder, TransformerEncoder):
+            rest = RestOfCheck(partial(encoder.check_beside, self_check.finish), lambda: self_check.is_pending)
+        parts = Parts(encoder, tokenizer, resolved, info, tuner, scoring, facts, spaces, parkable, rest)
         if spaces is not None:
             lengths = partial(facts.lengths_of, own=tokenizer) if facts.has_sides else None
             spaces.describe(resolved, info, partial(with_numeric, dtype=dtype), lengths)
         size = weight_bytes(encoder) + cache_bytes
         return EmbeddingEngine(parts, self._scheduler, self._threads, limits, check, self._free_memory, size)
+
+    def _built(self, folder: Folder, spec: ModelSpec, config: EncoderConfig, source: FormSource | None = None) -> Built:
+        if (form := score_form(folder, spec)) is not None:
+            return build_scorer(folder, spec, config, form)
+        is_sparse = folder.is_sparse_encoder
+        known = self._knowledge
+        return build_sparse(folder, spec, config) if is_sparse else build(folder, spec, config, source, known)
 
     def _canary_key(self, spec: ModelSpec, revision: str, built: Built) -> str:
         """Returns the key of the vectors that every later load must give again."""
@@ -311,14 +328,6 @@ class TorchLoader:
             trim(0)
 
 
-def _build(
-    folder: Folder, spec: ModelSpec, config: EncoderConfig, form: Form | None, source: FormSource | None = None
-) -> Built:
-    if form is not None:
-        return build_scorer(folder, spec, config, form)
-    return build_sparse(folder, spec, config) if folder.is_sparse_encoder else build(folder, spec, config, source)
-
-
 def share_bytes_of(encoder: LoadedEncoder, home_bytes: int = 0) -> tuple[int, ...]:
     """Returns the bytes of weights on each device of a split model, then in main memory; nothing for others.
 
@@ -367,13 +376,6 @@ def _probe_tokenizer(built: Built) -> ProbeTokenizer:
         return built.scoring.pairs
     queries = built.facts.query_tokenizer
     return built.tokenizer if queries is None else SideTokenizers(built.tokenizer, queries)
-
-
-def _last_written_s(files: ModelFiles) -> float:
-    """Returns the latest mtime of files from a hub; 0 for a local folder, whose revision changes with its files."""
-    stamped = (part for part in files.parts or (files,) if part.stamp)
-    paths = (path for part in stamped for path in Path(part.path).rglob("*"))
-    return max((path.stat().st_mtime for path in paths if path.is_file()), default=0.0)
 
 
 def with_default_prompt(spec: ModelSpec, stated: str | None, prompts: Mapping[str, str]) -> ModelSpec:

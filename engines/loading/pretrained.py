@@ -1,5 +1,6 @@
 """Makes transformers' models with the weights of a folder, read by `WeightReader` where that may be."""
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +11,9 @@ from transformers.models.auto.auto_factory import _get_model_class
 from engines.hub.local_folder import is_writable_in_place
 from engines.loading.folder import Folder, read_json
 from engines.loading.weight_reader import WeightReader
+from engines.models.load_records import LoadRecords
 from engines.spec import ModelSpec
+from engines.types import fingerprint
 
 _INDEX = "model.safetensors.index.json"
 
@@ -30,7 +33,48 @@ class ModelSource(NamedTuple):
         return ["model.safetensors"] if (self.folder.weights / "model.safetensors").exists() else self.shards
 
 
-def load_weights(source: ModelSource, model_class: Any, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+class Earlier(NamedTuple):
+    """What is known from earlier loads, and what is to be done beside the reading of weights.
+
+    `begun` is called when all calls that read ahead are under way, so that nothing holds these up.
+    """
+
+    loads: LoadRecords
+    begun: Callable[[], None] = lambda: None
+
+
+class KnownTensors:
+    """Knows from an earlier load of the same files which stored tensors a model is made of.
+
+    Args:
+        source, model_class, dtype: of the model.
+        earlier: loads.
+    """
+
+    def __init__(self, source: ModelSource, model_class: Any, dtype: torch.dtype, earlier: Earlier) -> None:
+        self._records, self.begun = earlier
+        self._key = "" if source.spec.trust_remote_code else _tensors_key(source, model_class, dtype)
+        self.names = self._records.tensor_names(self._key) if self._key else ()
+
+    def put(self, names: Iterable[str]) -> None:
+        """Keeps the names of the tensors that were read."""
+        if self._key and not self.names:
+            self._records.put_tensor_names(self._key, names)
+
+
+def _tensors_key(source: ModelSource, model_class: Any, dtype: torch.dtype) -> str:
+    """Returns what decides which stored tensors are read; empty where a file is missing, which loading reports."""
+    try:
+        stats = [(file, (source.folder.weights / file).stat()) for file in source.files]
+    except OSError:
+        return ""
+    stamps = [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]
+    return fingerprint([*stamps, model_class, dtype, source.config.to_json_string(use_diff=False)]) if stamps else ""
+
+
+def load_weights(
+    source: ModelSource, model_class: Any, dtype: torch.dtype, known: KnownTensors
+) -> tuple[Any, dict[str, Any]]:
     """Makes a model with its weights; returns it with transformers' report of what was missing. Three cases:
 
     1. safetensors that may be written in place: read straight into their places;  2. other safetensors, those on the
@@ -46,8 +90,12 @@ def load_weights(source: ModelSource, model_class: Any, dtype: torch.dtype) -> t
         kind, own_config = library
         with WeightReader(folder.weights, source.files, device) as reader:
             if reader.can_read_all:
+                reader.read_ahead(known.names, dtype)
+                known.begun()
                 model, report = kind.from_pretrained(None, config=own_config, state_dict=reader.tensors(), **options)
+                known.put(reader.names_read)
                 return model, report  # (1)
+    known.begun()
     model, report = model_class.from_pretrained(
         folder.weights, config=config, trust_remote_code=spec.trust_remote_code, disable_mmap=is_copied or None,
         **options,

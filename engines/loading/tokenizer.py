@@ -64,7 +64,7 @@ def read_reference(folder: Folder, spec: ModelSpec, facts: ModelFacts) -> Refere
             the special tokens that it should add.
     """
     check_tokenizer_files(folder.tokenizer)
-    reference = _load(folder, spec)
+    reference = load_theirs(folder, spec)
     if folder.late is not None:
         _register_markers(reference, folder.late.markers)
     backend: FastTokenizer | None = getattr(reference, "backend_tokenizer", None)
@@ -92,7 +92,12 @@ def read_reference(folder: Folder, spec: ModelSpec, facts: ModelFacts) -> Refere
     return Reference(Tokenizer(backend, limits), reference, backend)
 
 
-def _load(folder: Folder, spec: ModelSpec) -> Any:
+def load_theirs(folder: Folder, spec: ModelSpec) -> Any:
+    """Loads transformers' own tokenizer of a folder.
+
+    Raises:
+        BrokenFiles: its files cannot be read.
+    """
     options = {key: value for key, value in _options(folder).items() if key != "trust_remote_code"}
     try:
         return AutoTokenizer.from_pretrained(

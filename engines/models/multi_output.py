@@ -98,14 +98,14 @@ class MultiOutputEncoder(TransformerEncoder):
         layout = self._layout(texts, needs_all=True)
         return self._pooled(self._in_form(texts, layout, "many"), layout)
 
-    def _as_asked(self, texts: Sequence[Ids], form: KernelVariant | None = None) -> Tensor:
+    def _as_asked(self, texts: Sequence[Ids], form: KernelVariant | None = None, *, is_forced: bool = False) -> Tensor:
         """See `TransformerEncoder`; with other heads beside a dense one, the dense vectors also as a pass gives them
         that computes nothing else."""
-        rows = super()._as_asked(texts, form)
+        rows = super()._as_asked(texts, form, is_forced=is_forced)
         if self.heads.dense is None or self.heads.is_dense_only:
             return rows
         layout = self._layout(texts, needs_all=True)
-        return self.heads.check_rows(rows, self._in_form(texts, layout, form), layout)
+        return self.heads.check_rows(rows, self._in_form(texts, layout, form, is_forced=is_forced), layout)
 
     def _reference_rows(self, hidden: Tensor, layout: PackedLayout, prompt_tokens: Sequence[int] | None) -> Tensor:
         if self.heads.is_dense_only:

@@ -96,6 +96,30 @@ class Observed(Struct, frozen=True):
         return () if fits else (NOT_UNDERSTOOD,)
 
 
+class KnownObservation(Struct, frozen=True):
+    """What an earlier pass of the same model showed, without the calls themselves.
+
+    Args:
+        width, position_limit, windows, has_bounded_rows: see `Observed`.
+        reasons: what `Observed.why_not_packed` returned, by the number of tokens that it was asked for, as a text.
+    """
+
+    width: int | None
+    position_limit: int | None
+    windows: tuple[int, ...]
+    has_bounded_rows: bool
+    reasons: dict[str, tuple[str, ...]]
+
+    @classmethod
+    def of(cls, observed: Observed, reasons: dict[str, tuple[str, ...]]) -> "KnownObservation":
+        """Returns what is kept of a pass."""
+        return cls(observed.width, observed.position_limit, observed.windows, observed.has_bounded_rows, reasons)
+
+    def observed(self) -> Observed:
+        """Returns the observation, which knows no calls: ask `reasons` what is to be packed."""
+        return Observed(self.width, self.position_limit, None, self.windows, self.has_bounded_rows)
+
+
 @torch.inference_mode()
 def observe(model: Any, vocab_size: int, device: torch.device) -> Observed:
     """Runs a row of one token repeated a few times through the model and returns what it shows.

@@ -7,6 +7,7 @@ above `MAX_PREPACKED_BYTES` have none.
 """
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,6 @@ import onnxruntime
 from numpy.typing import NDArray
 from torch import Tensor, from_numpy, nn
 
-from engines.device.load_throttle import throttle_point
 from engines.device.torch_runtime import usable_threads
 from engines.inputs.token_ids import ID_MASK, TYPE_SHIFT
 from engines.layers.fused import FusedLayer
@@ -166,9 +166,11 @@ class PrepackedWeights:
         if num_threads > 1:
             variants.append(("shared", min(num_threads, MAX_SHARED_THREADS)))
         self._encoders = {}
-        for variant, threads in variants:
-            self._encoders[variant] = self._encoder(threads)
-            throttle_point()
+        if not variants:
+            return
+        with ThreadPoolExecutor(len(variants), thread_name_prefix="prepack") as threads:  # without the GIL, mostly
+            made = [threads.submit(self._encoder, num) for _, num in variants]
+        self._encoders = {variant: future.result() for (variant, _), future in zip(variants, made, strict=True)}
 
     def supports(self, layout: PackedLayout, variant: KernelVariant | None) -> bool:
         """Whether a row can run from copies in this variant; with None, whether it is faster in one of them."""

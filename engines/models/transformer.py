@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 
 from engines.device.torch_runtime import reserve_for_onnxruntime
-from engines.errors import device_loss, is_device_error
+from engines.errors import SelfCheckFailed, device_loss, is_device_error
 from engines.inputs.token_ids import ID_MASK, TYPE_SHIFT, UNSEEN, Ids
 from engines.layers.attention import PACKED, has_varlen
 from engines.layers.decoder import fuse_decoder
 from engines.layers.fused import fuse
 from engines.layers.packing import (
-    PADDING_SHARE,
     KernelVariant,
     PackedLayout,
     PackedState,
@@ -84,27 +83,22 @@ class TransformerEncoder:
         notes: tuple[str, ...] = (),
         has_types: bool = False,
     ) -> None:
-        self._model = model
-        self._chain, self._config, self._device = chain, config, config.device
+        self._model, self._chain, self._config, self._device = model, chain, config, config.device
         self._state, self._masks = PackedState(self._preemption_point), WindowMasks()
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self._positions = Positions(model)
-        self._filler = padding_id(model)
-        self._rope = LengthAwareRope(model)
+        self._filler, self._rope = padding_id(model), LengthAwareRope(model)
         # transformers 5.17 says that Gemma 2 supports SDPA, which then leaves its scores without their cap.
         is_capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
         self._own_attention = "sdpa" if model._supports_sdpa and not is_capped else "eager"
-        self._padding_share = PADDING_SHARE
-        self._form: KernelVariant | None = None
         self.notes = why_not_packed(model) or notes
         adapt(model, self._state)
         self._fused = [] if self.notes else fuse(model, self._state)
-        self._has_types = has_types
         decoder = [] if self.notes or self._fused else fuse_decoder(model, self._state)
         form = config.weight_form
         self._product_bytes = form.apply(model, [*self._fused, *decoder]) if form is not None else 0
         self._copies = PrepackedWeights(model, self._fused, has_types=has_types)
-        self._is_fusible = bool(self._fused or decoder)
+        self._is_fusible, self._has_types = bool(self._fused or decoder), has_types
         on_cpu = self._device.type == "cpu"
         skips = ("last",) if decoder else self._fused[-1].skips if self._fused else ()
         self._kept: TokenChoice = chain.reads if on_cpu and chain.reads in skips else "all"
@@ -116,10 +110,8 @@ class TransformerEncoder:
         self.window: int | None = getattr(model.config.get_text_config(), "sliding_window", None)
         self.dimensions, self.placed = chain.dimensions, config.placed
         self.path: ForwardPath = "padded"
-        self.part_tokens = PART_TOKENS
-        self._is_recording = self._is_forced = False
         self._chosen: ForwardPath = "padded"
-        self._failure = ""
+        self._is_recording, self._failure, self.part_tokens = False, "", PART_TOKENS
         self._passes = PathFallback(lambda: self.switch_to("unpadded"), self._resume)
         self.num_layers = len(layers := layers_of(model))
         for layer in layers:
@@ -143,10 +135,9 @@ class TransformerEncoder:
     @property
     def fallback(self) -> str:
         """See `Encoder`."""
-        if not self._passes.is_active:
-            return ""
         wait_s = self._passes.retry_in_s
-        return f"unpadded: {self._failure} on the {self._chosen} path, which is tried again in {wait_s:.0f} s"
+        why = f"unpadded: {self._failure} on the {self._chosen} path, which is tried again in {wait_s:.0f} s"
+        return why if self._passes.is_active else ""
 
     @torch.inference_mode()
     def __call__(self, texts: Sequence[Ids], prompt_tokens: Sequence[int] | None = None) -> Tensor:
@@ -182,14 +173,8 @@ class TransformerEncoder:
     @torch.inference_mode()
     def encode_forced(self, texts: Sequence[Ids]) -> Tensor:
         """Returns vectors `[n, D]` with attention in blocks and tokens shared wherever that can be, worthwhile or not.
-
-        Else only texts that are longer than those of a check have these.
-        """
-        self._is_forced = True
-        try:
-            return self._as_asked(texts, "many")
-        finally:
-            self._is_forced = False
+        Else only texts that are longer than those of a check have these."""
+        return self._as_asked(texts, "many", is_forced=True)
 
     @torch.inference_mode()
     def encode_fixed(self, texts: Sequence[Ids], size: Size) -> Tensor:
@@ -200,13 +185,13 @@ class TransformerEncoder:
     @torch.inference_mode()
     def reference(self, texts: Sequence[Ids], prompt_tokens: Sequence[int] | None = None) -> Tensor:
         """See `ForwardPaths`. It changes how the model runs, so that nothing else may run meanwhile."""
-        used = self.path
+        used, layout = self.path, self._layout(texts)
         switch_attention(self._model, "eager")
         try:
-            hidden = self._in_runs(self._unpadded, texts, self._layout(texts))
+            hidden = self._in_runs(self._unpadded, texts, layout)
         finally:
             self.switch_to(used)
-        return self._reference_rows(hidden, self._layout(texts), prompt_tokens)
+        return self._reference_rows(hidden, layout, prompt_tokens)
 
     def _reference_rows(self, hidden: Tensor, layout: PackedLayout, prompt_tokens: Sequence[int] | None) -> Tensor:
         return self._chain(hidden, layout, prompt_tokens)
@@ -247,10 +232,7 @@ class TransformerEncoder:
         return [*self._model.parameters(), *self._model.buffers(), *self._chain.weights]
 
     def token_bytes(self) -> int:
-        """See `LoadedEncoder`.
-
-        Those of a layer are freed before those of the next are allocated.
-        """
+        """See `LoadedEncoder`. Those of a layer are freed before those of the next are allocated."""
         return layer_token_bytes(self._model, self.dimensions) + 16 * self._has_types
 
     def _copied_bytes(self) -> int:
@@ -273,17 +255,17 @@ class TransformerEncoder:
         """Returns the vectors of a row of a fixed size, also of its places without a text."""
         return self._chain(self._row(layout.ids, layout), layout)
 
-    def _as_asked(self, texts: Sequence[Ids], form: KernelVariant | None = None) -> Tensor:
+    def _as_asked(self, texts: Sequence[Ids], form: KernelVariant | None = None, *, is_forced: bool = False) -> Tensor:
         """Returns rows of the check by the path in use, without falling back when it fails."""
         layout = self._layout(texts)
-        return self._pooled(self._in_form(texts, layout, form), layout)
+        return self._pooled(self._in_form(texts, layout, form, is_forced=is_forced), layout)
 
-    def _in_form(self, texts: Sequence[Ids], layout: PackedLayout, form: KernelVariant | None) -> Tensor:
-        self._padding_share, self._form = 1.0, form
-        try:
-            return self._hidden(texts, layout)
-        finally:
-            self._padding_share, self._form = PADDING_SHARE, None
+    def _in_form(
+        self, texts: Sequence[Ids], layout: PackedLayout, form: KernelVariant | None, *, is_forced: bool = False
+    ) -> Tensor:
+        """Returns hidden states in a form. It is a property of the layout, so that other passes may run meanwhile."""
+        layout.padding_share, layout.variant, layout.is_forced = 1.0, form, is_forced
+        return self._hidden(texts, layout)
 
     def _pooled(self, hidden: Tensor, layout: PackedLayout, prompt_tokens: Sequence[int] | None = None) -> Tensor:
         """Applies the head to hidden states of all tokens `[T, H]`, or of one token of each text `[n, H]`."""
@@ -319,10 +301,25 @@ class TransformerEncoder:
             if self.path == "unpadded":
                 self._passes.retry_now()
                 raise
-            log.warning("model.path_left", path=self.path, tokens=layout.num_tokens, exc_info=True)
-            self._chosen, self._failure = self.path, type(error).__name__
-            self._passes.report_failure()
+            self._leave_path(error, layout.num_tokens)
             raise ForwardPathFailed from error
+
+    def _leave_path(self, error: Exception, num_tokens: int) -> None:
+        log.warning("model.path_left", path=self.path, tokens=num_tokens, exc_info=error)
+        self._chosen, self._failure = self.path, type(error).__name__
+        self._passes.report_failure()
+
+    def check_beside(self, check: Callable[[ForwardPaths], None]) -> None:
+        """Runs a check of the path in use beside other passes, and leaves the path where the check fails.
+
+        Raises:
+            ForwardPathFailed: another path is being taken; check that one later.
+        """
+        with self._passes.running_pass():
+            try:
+                check(self)
+            except SelfCheckFailed as error:
+                self._leave_path(error, 0)
 
     def _resume(self) -> bool:
         """Switches back to the failed path if its vectors are right: the failure may have corrupted it."""
@@ -345,19 +342,22 @@ class TransformerEncoder:
         if len(spans) == 1:
             self._rope.reset()
             return run(texts, layout)
-        parts = [(texts[a:b], self._layout(texts[a:b], needs_all=layout.needs_all)) for a, b in spans]
+        parts = [(texts[a:b], self._layout(texts[a:b])) for a, b in spans]
+        for _, part in parts:
+            part.run_like(layout)
         return torch.cat([self._in_runs(run, *part) for part in parts])
 
     def _packed(self, texts: Sequence[Ids], layout: PackedLayout) -> Tensor:
         """Runs the texts as one packed row; in a causal model they share the tokens that all begin with."""
-        layout.in_blocks = self._is_forced
+        layout.in_blocks = layout.is_forced
         can_share = self._can_share and self.path == "fused" and len(texts) > 1 and layout.num_visible is None
-        num_shared = num_shared_tokens(texts, is_forced=self._is_forced) if can_share else 0
+        num_shared = num_shared_tokens(texts, is_forced=layout.is_forced) if can_share else 0
         if not num_shared:
             return self._row(to_device(np.concatenate(texts), self._device), layout)
         row = np.concatenate([texts[0][:num_shared], *(ids[num_shared:] for ids in texts)])
         shared = SharedPrefixLayout(layout.lengths, num_shared, self._device)
-        shared.in_blocks, shared.needs_all = self._is_forced, layout.needs_all
+        shared.run_like(layout)
+        shared.in_blocks = layout.is_forced
         hidden = self._row(to_device(row, self._device), shared)
         return hidden if self._kept_tokens(layout) == "last" else hidden[shared.spread]
 
@@ -366,16 +366,16 @@ class TransformerEncoder:
         ids, types = self._parted(row[None])
         positions = self._positions(ids[0], layout)
         kept = self._kept_tokens(layout)
-        if self._copies.supports(layout, self._form):
-            return self._copies(row, positions, layout, self._form, self._preemption_point, kept)
+        if self._copies.supports(layout, layout.variant):
+            return self._copies(row, positions, layout, layout.variant, self._preemption_point, kept)
         options = {"position_ids": positions[None], **types} if self._takes_positions else types
         is_fused = self._is_fusible and self.path != "packed"
-        with self._state.running(layout, is_fused=is_fused, variant=self._form, kept=kept):
+        with self._state.running(layout, is_fused=is_fused, variant=layout.variant, kept=kept):
             return self._forward(ids, attention_mask=None, packed_layout=layout, **options)[0]
 
     def _padded(self, texts: Sequence[Ids], layout: PackedLayout) -> Tensor:
         """Runs the texts as padded batches of similar lengths, and drops the padding."""
-        spans = bucket_by_length(layout.lengths, self._padding_share)
+        spans = bucket_by_length(layout.lengths, layout.padding_share)
         return torch.cat([self._batch(texts[start:end]) for start, end in spans])
 
     def _unpadded(self, texts: Sequence[Ids], layout: PackedLayout) -> Tensor:

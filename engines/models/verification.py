@@ -9,9 +9,9 @@ time.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -45,7 +45,7 @@ _SCORE_TOLERANCE = {"float32": 1e-8, "bfloat16": 1e-2, "float16": 1e-3}
 _TWICE = {"float32": 1e-11, "bfloat16": 1e-5, "float16": 1e-5, "int8": 1e-5, "int4": 1e-5}
 
 # Rows of one path before and after its weights were moved (as `distance`): the number of threads may differ.
-_WOKEN = {dtype: 10 * apart for dtype, apart in _TWICE.items()}
+WOKEN_TOLERANCE = {dtype: 10 * apart for dtype, apart in _TWICE.items()}
 
 # Paths treat texts of one length and of two lengths differently; each further length would cost every load a pass.
 _SHORT = "The yard keeps."
@@ -132,7 +132,7 @@ def select_forward_path(
         raise OutOfMemory("the device has no memory to run the first texts; other models or a batch fill it") from error
 
 
-def check_again(paths: ForwardPaths, tokenizer: ProbeTokenizer, dtype: str, vectors: NDArray[np.float32]) -> None:
+def check_forms(paths: ForwardPaths, tokenizer: ProbeTokenizer, dtype: str, vectors: NDArray[np.float32]) -> None:
     """Compares the path in use with the vectors of the check at load.
 
     Raises:
@@ -140,6 +140,25 @@ def check_again(paths: ForwardPaths, tokenizer: ProbeTokenizer, dtype: str, vect
     """
     truth = _Expected("what the check at load found", torch.from_numpy(vectors), dtype, kind_of(tokenizer))
     _checked(paths, probe_inputs(tokenizer, paths.window), truth)
+
+
+def confirm_canary(
+    paths: ForwardPaths, tokenizer: ProbeTokenizer, dtype: str, known: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """Compares the fastest path, which is in use from then on, with the canary in the first of its forms.
+
+    Returns:
+        The probes' vectors `[n, D]`.
+
+    Raises:
+        SelfCheckFailed: it does not give the canary.
+    """
+    probes = probe_inputs(tokenizer, paths.window)
+    if known.shape != (len(probes), paths.dimensions):
+        raise SelfCheckFailed(f"its canary is {known.shape}, not {(len(probes), paths.dimensions)}")
+    paths.switch_to(paths.candidate_paths()[0])
+    truth = _Expected("its canary", torch.from_numpy(known), dtype, kind_of(tokenizer))
+    return _checked(paths, probes, truth, num_forms=1)
 
 
 class _Expected(NamedTuple):
@@ -199,9 +218,12 @@ def _reason(error: Exception) -> str:
     return str(error) if is_ours else f"{type(error).__name__} in the forward pass"
 
 
-def _checked(paths: ForwardPaths, probes: Sequence[Ids], truth: _Expected) -> NDArray[np.float32]:
+def _checked(
+    paths: ForwardPaths, probes: Sequence[Ids], truth: _Expected, num_forms: int | None = None
+) -> NDArray[np.float32]:
+    """Compares the forms of the path in use, or the first of them, with what they must give."""
     got: Tensor | None = None
-    for where, group in groupby(paths.forms(probes), lambda form: form.where):
+    for where, group in groupby(islice(paths.forms(probes), num_forms), lambda form: form.where):
         forms = list(group)
         got = forms[0].vectors if got is None else got
         expected = truth.vectors.to(got.device)
@@ -320,77 +342,3 @@ def _write_vectors(path: Path, vectors: NDArray[np.float32]) -> None:
         write_atomically(path, json.dumps(vectors.tolist()).encode(), is_durable=False)
     except OSError as error:
         log.warning("canary.not_kept", file=path.name, reason=str(error))
-
-
-class SelfCheck:
-    """The check of one engine: at load, and again before a path that failed is used again.
-
-    Made before the encoder, whose `EncoderConfig.recheck` is `check_again`.
-
-    Args:
-        canaries: vectors of earlier loads.
-    """
-
-    def __init__(self, canaries: Canaries) -> None:
-        self._canaries = canaries
-        self._is_running = False
-        self._passed: tuple[ProbeTokenizer, str, NDArray[np.float32]] | None = None
-
-    def run(
-        self, paths: ForwardPaths, tokenizer: ProbeTokenizer, dtype: str, key: str, written_s: float
-    ) -> tuple[str, ...]:
-        """Selects the path that will serve, and compares its vectors with the canary of `key`.
-
-        Args:
-            written_s: see `Canaries.compare`.
-
-        Returns:
-            What fell back and why.
-
-        Raises:
-            SelfCheckFailed, OutOfMemory: see `select_forward_path` and `Canaries.compare`.
-        """
-        self._is_running = True
-        try:
-            vectors, notes = select_forward_path(paths, tokenizer, dtype, self._canaries.known(key))
-        finally:
-            self._is_running = False
-        self._canaries.compare(key, vectors, dtype, written_s, kind_of(tokenizer))
-        self._passed = tokenizer, dtype, vectors
-        return notes
-
-    def check_again(self, paths: ForwardPaths) -> None:
-        """Compares the path in use with the vectors of the check at load.
-
-        Raises:
-            SelfCheckFailed: it does not give them.
-            NotImplementedError: the check at load has not passed.
-        """
-        if self._passed is None:
-            raise NotImplementedError("a path that was not checked at load has nothing to be compared with")
-        check_again(paths, *self._passed)
-
-    def check_woken(self, paths: ForwardPaths) -> None:
-        """Compares the path in use, after its weights were moved, with the vectors of the check at load.
-
-        It runs the probes once, as at load, so that little more than the order of sums may differ; where passes were
-        recorded again, each of these is checked too.
-
-        Raises:
-            SelfCheckFailed: its vectors are others.
-        """
-        assert self._passed is not None, "an engine that was parked has passed its check"
-        tokenizer, dtype, vectors = self._passed
-        form = next(iter(paths.forms(probe_inputs(tokenizer, paths.window))))
-        expected = torch.from_numpy(vectors)[list(form.rows)]
-        far = distance(form.vectors.cpu(), expected, kind_of(tokenizer))
-        if not far <= _WOKEN[dtype]:
-            raise SelfCheckFailed(
-                f"after waking, vectors are {far:.1e} from those before, more than {_WOKEN[dtype]:.0e}"
-            )
-        if paths.path == "graphed":
-            self.check_again(paths)
-
-    def while_running(self, preemption_point: Callable[[], None]) -> Callable[[], None]:
-        """Returns a function that calls `preemption_point` during the check at load, and else does nothing."""
-        return lambda: preemption_point() if self._is_running else None

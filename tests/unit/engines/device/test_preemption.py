@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.lib.engine_kit import Kit
 from engines.device.scheduler import DeviceScheduler
-from engines.models import verification
+from engines.models import self_check
 from engines.models.verification import select_forward_path
 from tests.testkit.scheduling import ScriptedSource, TaskLog
 
@@ -253,7 +253,7 @@ def test_a_real_self_check_is_preempted_between_layers(kit: Kit, monkeypatch: py
             during.append(len(runs))
             other.left = 0
 
-    monkeypatch.setattr(verification, "select_forward_path", checked)
+    monkeypatch.setattr(self_check, "select_forward_path", checked)
     kit.scheduler.attach(other)
     try:
         engine = kit.load(kit.recipe_folder("bert-cls"))

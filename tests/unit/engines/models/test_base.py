@@ -10,7 +10,8 @@ from torch import Tensor
 from engines.errors import SelfCheckFailed
 from engines.inputs.tokenizer import Ids, Tokenizer, TokenizerLimits
 from engines.models.base import EncoderConfig, ForwardPaths, LoadedEncoder, PathForm, SinglePath, SinglePathEncoder
-from engines.models.verification import Canaries, SelfCheck
+from engines.models.self_check import SelfCheck
+from engines.models.verification import Canaries
 from tests.testkit.encoders import Letters
 
 
