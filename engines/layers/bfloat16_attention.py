@@ -16,22 +16,14 @@ import torch
 from torch import Tensor
 
 from engines.device.cpu_features import has_fast_bfloat16
-from engines.layers.packing import LengthGroup
+from engines.layers.packing import SCORES, LengthGroup, rounded_length
 from engines.layers.softmax import LOG2_E, VisibleKeys, shares_by_powers, shares_by_softmax, visible_keys
-
-_SCORES = 2**18
-"""Scores at once, of float32: with twice or half as many, texts of 64 to 250 tokens take 1.1 to 1.2 times as long."""
 
 _FEWEST_QUERIES = 64
 """Queries of a block, at the least."""
 
 _WINDOW_QUERIES = 128
 """Queries of a block within a window of fewer keys: all scores outside of windows are for nothing."""
-
-_STEPS = ((128, 16), (256, 32))
-"""Lengths up to the first are padded to a multiple of the second; longer ones to one of `_LONG_STEP`."""
-
-_LONG_STEP = 64
 
 
 def is_faster(query: Tensor) -> bool:
@@ -41,8 +33,7 @@ def is_faster(query: Tensor) -> bool:
 
 def padded_length(length: int, window: int | None = None) -> int:
     """Returns the length that a text is padded to: no query of the padding may be without any token in its window."""
-    step = next((step for longest, step in _STEPS if length <= longest), _LONG_STEP)
-    padded = -(-length // step) * step
+    padded = rounded_length(length)
     return length if window is not None and padded - length >= window else padded
 
 
@@ -108,7 +99,7 @@ def bfloat16_attention(  # noqa: PLR0913  # the tensors, and the four options th
     if real is not None:
         real = real.repeat_interleave(heads, dim=0)[:, None]
     num_queries = _queries_at_once(length, num_keys, window)
-    blocks = list(_blocks(texts, heads, _SCORES // (num_queries * num_keys)))
+    blocks = list(_blocks(texts, heads, SCORES // (num_queries * num_keys)))
     scratch = _Scratch(max(block.stop - block.start for block in blocks) * num_queries * num_keys)
     out = torch.empty_like(q)
     for start in range(0, length, num_queries):
@@ -146,7 +137,7 @@ def _real(members: Sequence[LengthGroup], length: int) -> Tensor | None:
 
 
 def _queries_at_once(length: int, num_keys: int, window: int | None) -> int:
-    num_queries = min(length, max(_FEWEST_QUERIES, _SCORES // num_keys))
+    num_queries = min(length, max(_FEWEST_QUERIES, SCORES // num_keys))
     is_narrow = window is not None and window < num_queries
     return min(num_queries, max(window, _WINDOW_QUERIES)) if is_narrow and window is not None else num_queries
 

@@ -215,6 +215,17 @@ class FusedLayer:
         }  # fmt: skip
 
     @property
+    def script_weights(self) -> list[Tensor]:
+        """The tensors of the layer as `engines/layers/encoder_script.py` takes them; none where it cannot run it: with
+        an attention bias, another activation, or products that are not packed."""
+        products = [self._joined, self._context, self._up, self._down]
+        packed = [part for part in products if isinstance(part, PackedLinear) and part.bias is not None]
+        if len(packed) < len(products) or not self.operator or self._has_bias:
+            return []
+        norms = [tensor for norm in (self._first_norm, self._second_norm) for tensor in (norm.weight, norm.bias)]
+        return [*(tensor for part in packed for tensor in (part.packed, part.bias)), *norms]
+
+    @property
     def eps(self) -> tuple[float, float]:
         """The epsilons of the first and the second norm."""
         return self._first_norm.eps, self._second_norm.eps
@@ -251,23 +262,23 @@ class FusedLayer:
 
     def _finish(self, x: Tensor, context: Tensor) -> Tensor:
         """Runs what follows attention, from the layer's input and the context, both `[T, H]`."""
-        x = _norm(apply(self._context, context).add_(x), self._first_norm)
+        x = _norm(_apply_and_add(self._context, context, x), self._first_norm)
         self._pause()
-        return _norm(self._feed_forward(x).add_(x), self._second_norm)
+        return _norm(self._feed_forward(x), self._second_norm)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        """Runs the last two products and the activation between them, `[T, H]` to `[T, H]`."""
+        """Adds the last two products, with the activation between them, to their input, `[T, H]` to `[T, H]`."""
         if type(self._up) is not Int8Linear:
             inner = self._inner(x)
             self._pause()
-            return apply(self._down, inner)
+            return _apply_and_add(self._down, inner, x)
         out = torch.empty_like(x)
         for first in range(0, len(x), _INT8_ROWS):
             some = slice(first, first + _INT8_ROWS)
             inner = self._inner(x[some])
             self._pause()
             out[some] = self._down(inner)
-        return out
+        return out.add_(x)
 
     def _inner(self, x: Tensor) -> Tensor:
         """Returns the activations between the last two products, `[T, H]` to `[T, inner]`."""
@@ -319,6 +330,11 @@ class FusedLayer:
             packed_layout=layout, scaling=self.head_width**-0.5, is_causal=False, position_bias=position_bias,
         )  # fmt: skip
         return context[0].flatten(1)
+
+
+def _apply_and_add(part: nn.Module, x: Tensor, other: Tensor) -> Tensor:
+    """Applies a linear layer, or what replaced it, to `[T, in]` and adds `other`, `[T, out]`."""
+    return part.multiply_and_add(x, other) if type(part) is PackedLinear else apply(part, x).add_(other)
 
 
 def _left_product(part: nn.Linear, columns: Tensor) -> Tensor:

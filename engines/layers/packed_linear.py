@@ -55,12 +55,16 @@ ProductFactory = Callable[[Tensor, Tensor | None], Product]
 
 
 class PackedLinear(Product):
-    """A product in the dtype of its weights, float32 or bfloat16."""
+    """A product in the dtype of its weights, float32 or bfloat16.
+
+    Attributes:
+        packed: the weights in oneDNN's form; `bias` `[out]`. torch's operators take both.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__(weight, weight.dtype)
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _PACKED_FOR_ROWS)
-        self._bias = None if bias is None else bias.detach().clone()
+        self.packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _PACKED_FOR_ROWS)
+        self.bias = None if bias is None else bias.detach().clone()
         self.size_bytes = weight.numel() * weight.itemsize
 
     def multiply(self, x: Tensor) -> Tensor:
@@ -75,9 +79,14 @@ class PackedLinear(Product):
         """Returns SiLU of the product, computed before it is rounded to the dtype of `x`."""
         return self._multiply(x.reshape(-1, self.in_features), "swish").view(*x.shape[:-1], self.out_features)
 
+    def multiply_and_add(self, x: Tensor, other: Tensor) -> Tensor:
+        """Returns the sum of the product and `other` `[T, out]`, rounded once; `x` `[T, in]`."""
+        found: Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), other, self.packed, self.bias, "add")
+        return found
+
     def _multiply(self, x: Tensor, activation: str) -> Tensor:
         found: Tensor = torch.ops.mkldnn._linear_pointwise(
-            x.contiguous(), self._packed, self._bias, activation, [], "none"
+            x.contiguous(), self.packed, self.bias, activation, [], "none"
         )
         return found
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Literal
 
 import numpy as np
@@ -39,6 +39,62 @@ class LengthGroup:
     def end(self) -> int:
         """The index after the last token."""
         return self.start + self.count * self.length
+
+
+SCORES = 2**18
+"""Attention scores at once: with twice or half as many in float32, texts of 64 to 250 tokens take 1.1 to 1.2 times as
+long."""
+
+_STEPS = ((128, 16), (256, 32))
+"""Lengths up to the first are rounded up to a multiple of the second; longer ones to one of `_LONG_STEP`."""
+
+_LONG_STEP = 64
+
+
+def rounded_length(length: int) -> int:
+    """Returns the length to which texts of similar lengths are padded where they share products."""
+    step = next((step for longest, step in _STEPS if length <= longest), _LONG_STEP)
+    return -(-length // step) * step
+
+
+def attention_blocks(layout: "PackedLayout", heads: int, *, is_rounded: bool) -> tuple[list[list[int]], list[Tensor]]:
+    """Cuts a row into blocks of texts of similar lengths, each padded to one length.
+
+    Args:
+        is_rounded: whether the lengths of blocks are rounded up, so that they are few.
+
+    Returns:
+        Of each block: its first token and the one after its last, its texts, their padded length, and where its
+        tensors begin, -1 where it has no padding. The tensors: for each place of the padded texts, the index of a token
+        in the row; for each token, the index of its place; and float32 `[texts × heads, 1, length]`, 1 for tokens and
+        0 for padding.
+    """
+    blocks: list[list[int]] = []
+    places: list[Tensor] = []
+    starts, first = layout.text_starts, 0
+    for rounded, similar in groupby(layout.lengths, key=rounded_length):
+        lengths = list(similar)
+        length = rounded if is_rounded else max(lengths)
+        most = max(1, SCORES // (heads * length * length))
+        while lengths:
+            count = 1 << (min(most, len(lengths)).bit_length() - 1)
+            block, lengths = lengths[:count], lengths[count:]
+            start, first = starts[first], first + count
+            is_padded = min(block) < length
+            blocks.append([start, start + sum(block), count, length, len(places) if is_padded else -1])
+            if is_padded:
+                places += _padded_places(start, block, length, heads)
+    return blocks, places
+
+
+def _padded_places(start: int, lengths: list[int], length: int, heads: int) -> list[Tensor]:
+    """Returns the tensors of a padded block: see `attention_blocks`."""
+    sizes = np.array(lengths, dtype=np.int64)[:, None]
+    starts, place = start + sizes.cumsum(0) - sizes, np.arange(length)
+    is_token = place < sizes
+    spread = np.where(is_token, starts + place, starts)
+    real = np.repeat(is_token.astype(np.float32), heads, axis=0)[:, None]
+    return [torch.from_numpy(each) for each in (spread.ravel(), np.flatnonzero(is_token), real)]
 
 
 class WindowMasks:
@@ -126,6 +182,11 @@ class PackedLayout:
                     setattr(moved, name, value.to(device, non_blocking=True))
             self._moved[device] = moved
         return moved
+
+    @cached_property
+    def text_starts(self) -> list[int]:
+        """The index of each text's first token, on the host."""
+        return [0, *accumulate(self.lengths)][:-1]
 
     @cached_property
     def ids(self) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 LOG2_E = math.log2(math.e)
 """Scores that are multiplied by this have `exp` as `exp2`."""
 
-_LEAST_SUM, _LARGEST_SUM = 2.0**-100, 2.0**100
+LEAST_SUM, LARGEST_SUM = 2.0**-100, 2.0**100
 """Bounds of a row's sum. Above the least, whatever is flushed to zero is below 2^-26 of the row's largest share; below
 the largest, no power is infinite."""
 
@@ -71,7 +71,7 @@ def shares_by_powers(scores: Tensor, keys: VisibleKeys) -> bool:
     """
     sums = keys.hide(scores.exp2_()).sum(-1, keepdim=True)
     least, largest = torch.aminmax(sums)
-    if not (float(least) >= _LEAST_SUM and float(largest) <= _LARGEST_SUM):
+    if not (float(least) >= LEAST_SUM and float(largest) <= LARGEST_SUM):
         return False
     scores.mul_(sums.reciprocal_())
     return True

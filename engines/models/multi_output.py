@@ -90,7 +90,7 @@ class MultiOutputEncoder(TransformerEncoder):
         return super().token_bytes() + (self.heads.sparse.token_bytes if self.heads.sparse is not None else 0)
 
     def _hidden_of_all(self, texts: Sequence[Ids], layout: PackedLayout) -> Tensor:
-        with reserve_for_onnxruntime(self._copies.supports(layout, None)):
+        with reserve_for_onnxruntime(self._copies.needs_onnxruntime(layout)):
             return self._hidden_or_fail_over(texts, layout)
 
     @torch.inference_mode()

@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
-from torch import Tensor, from_numpy, nn
+from torch import Tensor, float32, from_numpy, nn
+from torch.nn.functional import pad
 
 from engines.device.torch_runtime import usable_threads
 from engines.inputs.token_ids import ID_MASK, TYPE_SHIFT
+from engines.layers import encoder_script
 from engines.layers.fused import FusedLayer
-from engines.layers.packing import KernelVariant, PackedLayout, TokenChoice
+from engines.layers.packing import KernelVariant, PackedLayout, TokenChoice, attention_blocks
 from engines.models.onnx_graph import SLOW_FUSIONS, Shape, Weights, encoder_graph
 
 _MODELS = ({"embeddings", "encoder"}, {"embeddings", "transformer"})
@@ -79,6 +81,10 @@ _SKIP_TOKENS = 128
 """Rows of fewer tokens run the last layer in full. Without the other tokens in it, MiniLM is 1.07 to 1.20 times as fast
 with rows of 128 to 1,000 tokens (one core), and 0.90 times with 12, as torch is slower with a few rows."""
 
+_ROW_STEPS = ((32, 4), (128, 8), (512, 16), (2**63, 32))
+"""Rows of up to so many tokens are padded to a multiple of the second for oneDNN, which makes a kernel for each number
+of rows of each product, 0.1 to 0.3 ms, and keeps few. No token reads another row but those of its own text."""
+
 _SWITCH = np.array(False), np.array(True)
 
 Inputs = dict[str, NDArray[Any]]
@@ -136,8 +142,42 @@ class PrepackedEncoder:
         return found
 
 
+class ScriptedEncoder:
+    """Runs a post-norm encoder whose products are packed, by TorchScript (`engines/layers/encoder_script.py`).
+
+    Args:
+        tables: embeddings of words and positions, scale and shift of the norm of their sum, and what is added to it.
+        layers: the tensors of each.
+    """
+
+    def __init__(self, tables: Sequence[Tensor], layers: Sequence[Sequence[Tensor]], shape: Shape) -> None:
+        self._script: Any = encoder_script.compiled()
+        self._tables = [table.detach() for table in tables]
+        self._layers = [tensor.detach() for layer in layers for tensor in layer]
+        self._shape, self._activation, self._eps = shape, shape.activation.lower(), list(shape.eps)
+        self._is_rounded = self._tables[0].dtype is not float32  # its kernels are made for each shape
+
+    def blocks(self, layout: PackedLayout) -> tuple[list[list[int]], list[Tensor]]:
+        """Returns the blocks of a row's texts in which attention runs."""
+        return attention_blocks(layout, self._shape.heads, is_rounded=self._is_rounded)
+
+    def embed(self, ids: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
+        """Turns ids, positions and types `[T]` into states `[T, H]`."""
+        found: Tensor = self._script.embed(ids, positions, types, self._tables, self._eps[0])
+        return found
+
+    def __call__(self, x: Tensor, blocks: tuple[list[list[int]], list[Tensor]], layers: range) -> Tensor:
+        """Runs some layers, `[T, H]` to `[T, H]`, on as many cores as torch uses."""
+        shape, (first, last) = self._shape, (layers.start, layers.stop)
+        found: Tensor = self._script.run_layers(
+            x, self._layers, *blocks, first, last, shape.heads, shape.width, self._activation, self._eps
+        )
+        return found
+
+
 class PrepackedWeights:
-    """Holds the prepacked copies of one model's weights, by kernel variant.
+    """Holds the prepacked copies of one model's weights, by kernel variant; or runs from the weights themselves, where
+    these are packed already.
 
     Args:
         model: the transformer.
@@ -150,6 +190,17 @@ class PrepackedWeights:
         self._has_types = has_types
         self._embeddings = _embedding_parts(model)
         self._encoders: dict[KernelVariant, PrepackedEncoder] = {}
+        self._scripted: ScriptedEncoder | None = None
+
+    @property
+    def can_run_packed(self) -> bool:
+        """Whether the layers' own products are packed, and no copies are needed."""
+        are_packed = bool(self._layers) and all(layer.script_weights for layer in self._layers)
+        return are_packed and bool(self._embeddings) and encoder_script.compiled() is not None
+
+    def needs_onnxruntime(self, layout: PackedLayout) -> bool:
+        """Whether a row runs from copies, in which torch's threads have no part."""
+        return self._scripted is None and self.supports(layout, None)
 
     def size_bytes(self, largest: int, num_threads: int) -> int:
         """Returns the bytes of the copies for so many threads; 0 where there can be none or they exceed `largest`."""
@@ -160,6 +211,9 @@ class PrepackedWeights:
 
     def make(self, num_threads: int) -> None:
         """Makes the copies: one for passes on one thread, and one for passes that several share. With 0, frees them."""
+        if self.can_run_packed:
+            self._scripted = self._scripted_encoder() if num_threads else None
+            return
         if num_threads and self._encoders:
             return
         variants: list[tuple[KernelVariant, int]] = [("prepacked", 1)] if num_threads else []
@@ -176,6 +230,8 @@ class PrepackedWeights:
         """Whether a row can run from copies in this variant; with None, whether it is faster in one of them."""
         if layout.num_visible is not None:
             return False
+        if self._scripted is not None:
+            return variant in ("prepacked", "shared") or (variant is None and layout.longest <= _MAX_TEXT_TOKENS)
         return variant in self._encoders or (variant is None and bool(self._encoders) and is_suitable(layout))
 
     def __call__(
@@ -196,15 +252,27 @@ class PrepackedWeights:
             kept: the tokens of each text whose hidden states are read.
         """
         ids, types = (ids & ID_MASK, ids >> TYPE_SHIFT) if self._has_types else (ids, None)
-        row, at_once = row_inputs(ids, positions, layout, types), layers_at_once(layout)
-        hidden: NDArray[np.float32] | None = None
         is_short = self._is_shorter(layout, kept)
-        num_whole = len(self._layers) - is_short
-        for first in range(0, num_whole, at_once):
+        parts = _parts(len(self._layers) - is_short, layers_at_once(layout))
+        if self._scripted is not None:
             pause()
-            layers = range(first, min(first + at_once, num_whole))
-            hidden = self._encoders[variant or self._fastest_variant()](row, hidden, layers)
-        whole = from_numpy(hidden)
+            ids, positions, types = (
+                _padded_row(ids),
+                _padded_row(positions),
+                None if types is None else _padded_row(types),
+            )
+            blocks, whole = self._scripted.blocks(layout), self._scripted.embed(ids, positions, types)
+            for number, layers in enumerate(parts):
+                if number:
+                    pause()
+                whole = self._scripted(whole, blocks, layers)
+            whole = whole[: layout.num_tokens]
+        else:
+            row, hidden = row_inputs(ids, positions, layout, types), None
+            for layers in parts:
+                pause()
+                hidden = self._encoders[variant or self._fastest_variant()](row, hidden, layers)
+            whole = from_numpy(hidden)
         return self._layers[-1].one_token(whole, layout, kept) if is_short else whole
 
     def _is_shorter(self, layout: PackedLayout, kept: TokenChoice) -> bool:
@@ -218,6 +286,13 @@ class PrepackedWeights:
     def _encoder(self, num_threads: int) -> PrepackedEncoder:
         words, places = (self._embeddings[name].weight for name in _TABLES)
         return PrepackedEncoder((words, places), self._weights(), self._shape(), len(self._layers), num_threads)
+
+    def _scripted_encoder(self) -> ScriptedEncoder:
+        norm, token_types = self._embeddings[_NORM], self._embeddings.get(_TOKEN_TYPES)
+        tables = [*(self._embeddings[name].weight for name in _TABLES), norm.weight, norm.bias]
+        if token_types is not None:
+            tables.append(token_types.weight if self._has_types else token_types.weight[0])
+        return ScriptedEncoder(tables, [layer.script_weights for layer in self._layers], self._shape())
 
     def _weights(self) -> dict[str, Tensor]:
         """Returns the weights under their names in `engines/models/onnx_graph.py`."""
@@ -233,6 +308,17 @@ class PrepackedWeights:
     def _shape(self) -> Shape:
         first = self._layers[0]
         return Shape(first.heads, first.head_width, first.operator, (self._embeddings[_NORM].eps, *first.eps))
+
+
+def _padded_row(row: Tensor) -> Tensor:
+    """Appends zeros to ids, positions or types `[T]`: see `_ROW_STEPS`."""
+    step = next(step for most, step in _ROW_STEPS if len(row) <= most)
+    return pad(row, (0, -len(row) % step))
+
+
+def _parts(num_layers: int, at_once: int) -> list[range]:
+    """Returns the layers of each call."""
+    return [range(first, min(first + at_once, num_layers)) for first in range(0, num_layers, at_once)]
 
 
 def _session(weights: Weights, shape: Shape, num_layers: int, num_threads: int) -> onnxruntime.InferenceSession:

@@ -147,7 +147,7 @@ class TransformerEncoder:
             if graphs is not None and (size := graphs.fitting(texts)) is not None:
                 return graphs(texts, size)
             layout = self._layout(texts)
-            with reserve_for_onnxruntime(self._copies.supports(layout, None)):
+            with reserve_for_onnxruntime(self._copies.needs_onnxruntime(layout)):
                 return self._pooled(self._hidden_or_fail_over(texts, layout), layout, prompt_tokens)
 
     def forms(self, texts: Sequence[Ids]) -> Iterator[PathForm]:
@@ -212,7 +212,7 @@ class TransformerEncoder:
         """See `ForwardPaths`. Whether a path is right, `engines/models/verification.py` finds out."""
         if self.notes:
             return ("padded", "unpadded")
-        copied = self._copied_bytes()
+        copied = self._copied_bytes() or self._copies.can_run_packed
         fast: dict[ForwardPath, object] = {"graphed": self._recorder, "prepacked": copied, "fused": self._is_fusible}
         return (*(path for path, can in fast.items() if can), "packed", "padded", "unpadded")
 

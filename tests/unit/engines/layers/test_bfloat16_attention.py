@@ -71,7 +71,7 @@ def _visible(length: int, num_keys: int, *, causal: bool, window: int | None) ->
 def test_each_query_sees_its_own_keys_in_every_block(
     monkeypatch: pytest.MonkeyPatch, length: int, num_keys: int, window: int | None, *, causal: bool
 ) -> None:
-    monkeypatch.setattr(module, "_SCORES", 2**14)  # blocks of 64 queries and one head
+    monkeypatch.setattr(module, "SCORES", 2**14)  # blocks of 64 queries and one head
     q = _states(2, 4, length, 32)
     k, v = (_states(2, 2, num_keys, 32) for _ in range(2))
     mask = _visible(length, num_keys, causal=causal, window=window)

@@ -27,6 +27,7 @@ from engines.layers.packing import KernelVariant, PackedLayout, PackedState, Tok
 from engines.models import prepacked
 from engines.models.adapters import Positions, drop_pooler
 from engines.models.prepacked import MAX_PREPACKED_BYTES, PrepackedEncoder, PrepackedWeights
+from engines.models.weight_forms import WeightForm
 from tests.testkit.random_models import BERT, bert, build
 
 CPU = torch.device("cpu")
@@ -103,6 +104,71 @@ def test_a_pass_from_copies_equals_the_models_own(name: str, lengths: list[int])
     expected = plain(model, lengths)
 
     assert torch.allclose(run(copies_of(model, 1), model, lengths), expected, atol=1e-6)
+
+
+def packed(model: Any, dtype: torch.dtype = torch.float32) -> PrepackedWeights:
+    """The same without copies: the model's own products are packed."""
+    drop_pooler(model)
+    layers = fuse(model.to(dtype), PackedState())
+    WeightForm().apply(model, layers)
+    weights = PrepackedWeights(model, layers)
+    weights.make(1)
+    return weights
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("lengths", [[7], [1, 2, 7], [7, 7], [30, 20, 18, 17, 2], [120, 250]])
+@torch.inference_mode()
+def test_a_pass_from_packed_products_equals_the_models_own(name: str, lengths: list[int]) -> None:
+    model = MODELS[name]()
+    expected = plain(model, lengths)
+
+    found = run(packed(model), model, lengths)
+
+    assert torch.allclose(found, expected, atol=2e-6)
+
+
+@torch.inference_mode()
+def test_packed_products_run_texts_of_one_call_however_long_they_are() -> None:
+    """The check at load compares texts that a pass would not take."""
+    model = bert(max_position_embeddings=700)
+    expected = plain(model, [3, 600])
+
+    assert torch.allclose(run(packed(model), model, [3, 600]), expected, atol=2e-6)
+
+
+@torch.inference_mode()
+def test_scores_out_of_the_range_of_powers_are_computed_by_the_largest() -> None:
+    model = bert()
+    for layer in model.encoder.layer:
+        for part in (layer.attention.self.query, layer.attention.self.key):
+            part.weight.mul_(300)
+    expected = plain(model, [9, 5])
+
+    assert torch.allclose(run(packed(model), model, [9, 5]), expected, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_a_texts_vectors_in_bfloat16_do_not_depend_on_its_batch() -> None:
+    model = bert(hidden_size=64, intermediate_size=128)
+    weights = packed(model, torch.bfloat16)
+
+    batch = run(weights, model, [90, 12, 11, 3])
+    row = torch.arange(116) % 90 + 5
+    alone = weights(row[:90], torch.arange(90), PackedLayout([90], CPU), "prepacked", lambda: None)
+
+    assert torch.allclose(batch[:90].float(), alone.float(), atol=0.05)
+    assert batch.dtype is torch.bfloat16
+
+
+def test_packed_products_need_no_copies_and_all_threads_of_torch() -> None:
+    weights = packed(bert())
+
+    assert weights.can_run_packed
+    assert weights.size_bytes(MAX_PREPACKED_BYTES, 2) == 0
+    assert weights.supports(PackedLayout([12, 250], CPU), None)
+    assert not weights.supports(PackedLayout([257], CPU), None)
+    assert not weights.needs_onnxruntime(PackedLayout([12], CPU))
 
 
 @pytest.mark.parametrize("name", ["bert", "distilbert"])

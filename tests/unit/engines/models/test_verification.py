@@ -23,14 +23,17 @@ from engines.inputs.tokenizer import Ids, Tokenizer
 from engines.layers import decoder, fused
 from engines.layers.attention import PACKED, packed_attention
 from engines.layers.fused import FusedLayer
+from engines.layers.packing import PackedLayout
+from engines.loading import builders
 from engines.loading.loader import LoaderSettings
 from engines.models import adapters, prepacked, transformer
 from engines.models.base import FIRST_WAIT_S, LONGEST_WAIT_S, Attention, PathFallback, PathForm, Size, attention_of
 from engines.models.base import ForwardPath as Way
 from engines.models.cuda_graphs import fill_row
-from engines.models.prepacked import Inputs, PrepackedEncoder
+from engines.models.prepacked import Inputs, PrepackedEncoder, ScriptedEncoder
 from engines.models.transformer import TransformerEncoder
 from engines.models.verification import Canaries, distance, probe_inputs, select_forward_path
+from engines.models.weight_forms import WeightForm
 from tests.testkit.clocks import FakeClock
 
 TEXTS = list(SENTENCES)
@@ -47,6 +50,12 @@ def replace_attention(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Cal
 
     yield replace
     AttentionInterface.register(PACKED, packed_attention)
+
+
+@pytest.fixture
+def packed_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32 models keep their weights packed, as bfloat16 ones do."""
+    monkeypatch.setattr(builders, "weight_form", lambda *_: WeightForm())
 
 
 def _hotter(*args: Any, **options: Any) -> Any:
@@ -175,6 +184,41 @@ def test_prepacked_layers_are_checked_with_several_texts_too(kit: Kit, monkeypat
     monkeypatch.setattr(PrepackedEncoder, "__call__", unmasked)
 
     assert _left(kit.load(kit.recipe_folder("bert-cls"))) == ["prepacked"]
+
+
+@pytest.mark.usefixtures("packed_weights")
+def test_packed_layers_are_checked(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = ScriptedEncoder.__call__
+    assert kit.load(kit.recipe_folder("bert-cls")).info.notes == ()
+    monkeypatch.setattr(ScriptedEncoder, "__call__", lambda self, *args: right(self, *args) * 1.01)
+
+    assert _left(kit.load(kit.recipe_folder("bert-cls"))) == ["prepacked"]
+
+
+@pytest.mark.usefixtures("packed_weights")
+def test_packed_layers_are_checked_with_several_texts_too(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They pad texts of similar lengths to one, and attention must hide the padding."""
+    right = ScriptedEncoder.blocks
+
+    def unmasked(self: ScriptedEncoder, layout: PackedLayout) -> Any:
+        blocks, places = right(self, layout)
+        return blocks, [torch.ones_like(place) if place.is_floating_point() else place for place in places]
+
+    monkeypatch.setattr(ScriptedEncoder, "blocks", unmasked)
+
+    assert _left(kit.load(kit.recipe_folder("bert-cls"))) == ["prepacked"]
+
+
+@pytest.mark.usefixtures("packed_weights")
+def test_packed_layers_that_fail_leave_the_fused_ones(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(ScriptedEncoder, "embed", fail)
+    engine = kit.load(kit.recipe_folder("bert-cls"))
+
+    assert engine.info.notes == ("fused: RuntimeError in the forward pass",)
+    assert_same(embed(engine, TEXTS), encode(kit.reference("bert-cls"), TEXTS))
 
 
 @pytest.mark.parametrize(
