@@ -60,9 +60,11 @@ def describe_offer(precision: Precision, min_cosine: float | None = None) -> str
     )
 
 
-FORM_VERSIONS = {"bfloat16": 2, "int8": 2}
-"""Raised when a dtype is computed in another way, so that what was measured before decides nothing any more.
-2: int8 rounds queries, keys and values too, and attention in bfloat16 takes powers of two."""
+FORM_VERSIONS = {"bfloat16": 2, "int8": 3}
+"""Raised when a dtype is computed in another way, so that what was measured before decides nothing any more; int8's is
+in the fingerprint of spaces, too (`engines/space.py`).
+2: int8 rounds queries, keys and values too, and attention in bfloat16 takes powers of two.
+3: int8 rounds inputs behind norms by one step for all tokens."""
 
 
 class PrecisionStore:

@@ -40,13 +40,14 @@ def parts_of(layer: Any, x: torch.Tensor) -> dict[str, Part]:
         return found
 
     states = joined()
-    context, inner = layer._attend(states, layout, None), layer._inner(x)
     norm = layer._first_norm
+    behind = norm(x)  # int8 has one step for what a norm gives
+    context, inner = layer._attend(states, layout, None), layer._inner(behind)
     return {
         "queries, keys, values": joined,
         "attention": partial(layer._attend, states, layout, None),
         "context": partial(apply, layer._context, context),
-        "up and activation": partial(layer._inner, x),
+        "up and activation": partial(layer._inner, behind),
         "down": partial(apply, layer._down, inner),
         "residual": partial(torch.add, x, x),
         "norm": partial(torch.nn.functional.layer_norm, x, x.shape[-1:], norm.weight, norm.bias, norm.eps),
@@ -87,7 +88,8 @@ def main() -> None:
             spec: Any = {"model_id": "m", "source": str(path), "dtype": dtype}
             encoder: Any = build(folder, ModelSpec(**spec), EncoderConfig()).encoder
             kind = torch.bfloat16 if dtype == "bfloat16" else torch.float32  # what is between the products
-            runs[dtype] = parts_of(encoder._fused[1], torch.randn(sum(LENGTHS), encoder.dimensions).to(kind))
+            x = encoder._fused[0]._second_norm(torch.randn(sum(LENGTHS), encoder.dimensions).to(kind))
+            runs[dtype] = parts_of(encoder._fused[1], x)
     times = measure(runs, asked.rounds)
     publish(
         Report(

@@ -13,18 +13,28 @@ one scale for all tokens.
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 from engines.device.cpu_features import has_fast_int8
+from engines.errors import SelfCheckFailed
+from engines.layers.int8_script import int8_script
+from engines.layers.static_quantization import StaticQuantizer, is_supported
 
 _LEVELS = 127
 """Steps of int8 on each side of zero."""
 
 _PACKED_FOR_ROWS = 64
 """The form of oneDNN's packed weights depends on the number of rows that they are packed for; all rows may use it."""
+
+_TOLERANCE = 1e-2
+"""Relative error of an output whose inputs need no rounding: bfloat16 rounds outputs by 2e-3."""
+
+TRAILER = 8
+"""Bytes behind the levels of each token: see `quantize_tokens`."""
 
 
 class Product(nn.Module):
@@ -100,29 +110,146 @@ class Int8Linear(Product):
 
     Attributes:
         out_dtype: of the outputs; None for that of the inputs.
+        is_behind_norm: whether a norm gives the inputs, so that one step suits all tokens.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> None:
         super().__init__(weight, torch.int8)
         rounded, scale = quantize_rows(weight) if scale is None else (weight, scale)
         self.out_dtype: torch.dtype | None = None
+        self.is_behind_norm = False
         self._scale, self._bias = scale, None if bias is None else bias.detach().float()
-        self._zeros = torch.zeros(len(scale), dtype=torch.int64)
-        self._row_sums = scale * rounded.float().sum(1)  # exact, and 28 times as fast as sums of int8
-        self._is_packed = can_multiply_int8()
-        shape = [_PACKED_FOR_ROWS, self.in_features]
-        self._weight = torch.ops.onednn.qlinear_prepack(rounded, shape) if self._is_packed else rounded
-        self.size_bytes = weight.numel() + 8 * len(scale)
+        self._seen: Tensor | None = None
+        self._static: StaticQuantizer | None = None
+        self._static_bias = scale
+        self._plain, self._packed = rounded, None
+        self.size_bytes = rounded.numel() + 8 * len(scale)
+        if can_multiply_int8():
+            self._plain = rounded.new_empty(0)
+            self._set_packed(rounded)
+
+    def _set_packed(self, rounded: Tensor) -> None:
+        self._packed = PackedInt8.of(rounded, self._scale)
+        self._row_sums = self._scale * rounded.float().sum(1)  # exact, and 28 times as fast as sums of int8
+        self.size_bytes = len(rounded) * (rounded.shape[1] + TRAILER + 8)
+
+    @property
+    def has_one_step(self) -> bool:
+        """Whether the inputs of all tokens have the same step."""
+        return self._static is not None
+
+    def observe(self) -> None:
+        """Notes the range of the inputs from now on, until `fix_step`."""
+        self._seen = torch.tensor([[float("inf")], [float("-inf")]]).repeat(1, self.in_features)
+
+    def fix_step(self) -> None:
+        """Gives all tokens one step, by the ranges that were seen: see `engines/layers/static_quantization.py`.
+
+        Raises:
+            SelfCheckFailed: the product computes something else with it.
+        """
+        seen, self._seen = self._seen, None
+        if seen is None or self._packed is None or not is_supported(self.in_features) or not seen.isfinite().all():
+            return
+        static, rounded = StaticQuantizer(*seen), self._packed.rounded(self.in_features)
+        plain = rounded.float() * self._scale[:, None]
+        x = static.exact_inputs()
+        wanted = linear(x, plain, self._bias)
+        bias = linear(static.centre, plain, self._bias)
+        self._set_packed(static.widen(rounded))
+        self._bias, self._static_bias, self._static = bias, bias - static.half * self._row_sums, static
+        far = float(((self.multiply(x) - wanted).norm(dim=0) / (wanted - bias).norm(dim=0).clamp_(min=1e-30)).max())
+        if not far <= _TOLERANCE:
+            raise SelfCheckFailed(
+                f"a product of int8 weights with one step for all tokens is {far:.1e} from plain arithmetic, more than "
+                f"{_TOLERANCE:.0e}: set `dtype: float32` in the registry"
+            )
 
     def multiply(self, x: Tensor) -> Tensor:
         """See `Product`."""
+        return self._multiply(x, "none")
+
+    def multiply_and_gelu(self, x: Tensor) -> Tensor:
+        """Returns the exact (erf) GELU of the product, `[T, out]` from `[T, in]`."""
+        return self._multiply(x, "gelu")
+
+    def multiply_and_add(self, x: Tensor, other: Tensor) -> Tensor:
+        """Returns the sum of the product and `other`, float32 `[T, out]`; `x` `[T, in]`."""
+        is_by_token = self._packed is not None and self._static is None
+        return self._by_token(x, other) if is_by_token else self._multiply(x, "none").float().add_(other)
+
+    def _multiply(self, x: Tensor, activation: str) -> Tensor:
         dtype = self.out_dtype or x.dtype
-        if not self._is_packed:  # smaller, but no faster
-            return linear(x.float(), self._weight * self._scale[:, None], self._bias).to(dtype)
-        levels, scale, lowest = quantize_tokens(x)
-        # In place: new memory costs more than the sums. In float32: torch adds bfloat16 half as fast.
-        found = _sums(levels, self._weight, self._scale, self._zeros).mul_(scale).addcmul_(lowest, self._row_sums)
-        return (found if self._bias is None else found.add_(self._bias)).to(dtype)
+        if self._seen is not None:
+            self._seen = torch.stack([self._seen[0].minimum(x.amin(0)), self._seen[1].maximum(x.amax(0))])
+        if self._static is None or self._packed is None:
+            return _activated(self._by_token(x), activation).to(dtype)
+        levels, beyond = self._static.levels(x.float())
+        found = self._packed.multiply(levels, self._static.step, self._static_bias, dtype, activation)
+        if beyond is not None:
+            found[beyond] = _activated(self._by_token(self._static.spread(x[beyond].float())), activation).to(dtype)
+        return found
+
+    def _by_token(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        """Multiplies columns `[T, columns]` by a step of each token's own, and adds `other`; gives float32."""
+        if self._packed is None:  # smaller, but no faster
+            return linear(x.float(), self._plain * self._scale[:, None], self._bias)
+        levels, step, lowest = quantize_tokens(x)
+        script = int8_script()
+        if script is not None:
+            found: Tensor = script.multiply_by_token(
+                levels, step, lowest, *self._packed, self._row_sums, self._bias, other
+            )
+        else:  # In place: new memory costs more than the sums. In float32: torch adds bfloat16 half as fast.
+            found = self._packed.multiply(levels)
+            found = found.mul_(step) if other is None else torch.addcmul(other, found, step)
+            found.addcmul_(lowest, self._row_sums)
+            found = found if self._bias is None else found.add_(self._bias)
+        return found
+
+
+def _activated(x: Tensor, activation: str) -> Tensor:
+    found: Tensor = torch.ops.aten.gelu_(x) if activation == "gelu" else x
+    return found
+
+
+class PackedInt8(NamedTuple):
+    """Weights of int8 products in oneDNN's form, for levels with a trailer.
+
+    Attributes:
+        weight: opaque; `scale`: float32 `[out]`; `zeros`: int64 `[out]`.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    zeros: Tensor
+
+    @classmethod
+    def of(cls, rounded: Tensor, scale: Tensor) -> "PackedInt8":
+        """Packs int8 weights `[out, columns]`, with zeros for the trailer."""
+        wide = pad(rounded, (0, TRAILER))
+        packed = torch.ops.onednn.qlinear_prepack(wide, [_PACKED_FOR_ROWS, wide.shape[1]])
+        return cls(packed, scale, torch.zeros(len(scale), dtype=torch.int64))
+
+    def multiply(
+        self,
+        levels: Tensor,
+        step: float = 1.0,
+        bias: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+        activation: str = "none",
+    ) -> Tensor:
+        """Multiplies levels, uint8 `[T, columns + 8]`, by their step, adds the bias, and applies the activation."""
+        algorithm = "none" if activation == "gelu" else ""
+        found: Tensor = torch.ops.onednn.qlinear_pointwise(
+            levels, step, 0, self.weight, self.scale, self.zeros, bias, 1.0, 0, dtype, activation, [], algorithm
+        )
+        return found
+
+    def rounded(self, num_columns: int) -> Tensor:
+        """Returns the int8 weights `[out, columns]`: products of ones."""
+        ones = torch.eye(num_columns, num_columns + TRAILER, dtype=torch.uint8)
+        return self._replace(scale=torch.ones_like(self.scale)).multiply(ones).T.to(torch.int8)
 
 
 class JoinedPart(nn.Module):
@@ -192,26 +319,22 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rounds each row of `[T, K]` to 0 … 255 between its least and its largest element, in one pass.
 
-    torch's operator is made for tables of embeddings: 35 µs for 512 × 384 on one core of an EPYC (Zen 5), where seven
+    torch's operator is made for tables of embeddings: 24 µs for 512 × 384 on one core of an EPYC (Zen 5), where seven
     of its elementwise operators take 100. It adds 1e-8 to the span of a row, which is lost in the rounding of any span
     that a norm or an activation has.
 
     Returns:
-        Levels `[T, K]`, uint8; what a level is worth and the least element, float32 `[T, 1]` each:
-        `x ≈ levels × scale + lowest`.
+        Levels `[T, K + 8]`, uint8, of which the last eight are the bytes of the others: products have zeros for them,
+        which costs 2 % and spares a copy (19 to 89 µs). And what a level is worth and the least element, float32
+        `[T, 1]` each: `x ≈ levels × step + lowest`.
     """
     rows: Tensor = torch.ops.quantized.embedding_bag_byte_prepack(x.float())
     width = x.shape[1]
-    bounds = rows[:, width:].clone(memory_format=torch.contiguous_format).view(torch.float32)  # aligned
-    return rows[:, :width].contiguous(), bounds[:, :1], bounds[:, 1:]
-
-
-def _sums(levels: Tensor, weight: Tensor, scale: Tensor, zeros: Tensor) -> Tensor:
-    """Multiplies levels `[T, K]` with packed weights, and scales each output; gives float32."""
-    found: Tensor = torch.ops.onednn.qlinear_pointwise(
-        levels, 1.0, 0, weight, scale, zeros, None, 1.0, 0, torch.float32, "none", [], ""
-    )
-    return found
+    bounds = rows[:, width:]
+    if width % 4:
+        bounds = bounds.clone(memory_format=torch.contiguous_format)  # aligned
+    bounds = bounds.view(torch.float32)
+    return rows, bounds[:, :1], bounds[:, 1:]
 
 
 @cache
@@ -223,13 +346,14 @@ def can_multiply_int8() -> bool:
     wanted = (torch.arange(8 * 64) % 256).to(torch.uint8).view(8, 64)
     wanted[:, 0], wanted[:, 1] = 0, 255
     try:
-        packed = torch.ops.onednn.qlinear_prepack(weight, [8, 64])
-        levels, scale, lowest = quantize_tokens(wanted * 0.5 - 3)
-        found = _sums(levels, packed, torch.ones(32), torch.zeros(32, dtype=torch.int64))
+        packed = PackedInt8.of(weight, torch.ones(32))
+        levels, step, lowest = quantize_tokens(wanted * 0.5 - 3)
+        found = packed.multiply(levels)
     except (RuntimeError, AttributeError, NotImplementedError):  # its names are torch's own, and may change
         return False
-    is_rounded = torch.equal(levels, wanted) and torch.allclose(scale, torch.tensor(0.5)) and bool((lowest == -3).all())
-    return is_rounded and torch.equal(found, levels.float() @ weight.float().T)
+    is_rounded = torch.equal(levels[:, :64], wanted) and torch.allclose(step, torch.tensor(0.5))
+    is_exact = torch.equal(found, wanted.float() @ weight.float().T)
+    return is_rounded and is_exact and bool((lowest == -3).all())
 
 
 def total_bytes(modules: Iterable[nn.Module]) -> int:

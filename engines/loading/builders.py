@@ -1,6 +1,7 @@
 """Builds an encoder and a tokenizer from a model folder, or raises an error that names the file and the remedy."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +18,10 @@ from engines.device.torch_runtime import compute_capability
 from engines.errors import BadModel, BrokenFiles, UnsupportedModel, is_device_error
 from engines.form_cache import QUANTIZED
 from engines.hub.file_selection import ADAPTER_CONFIG
+from engines.inputs.prompts import PromptTemplate
 from engines.inputs.tokenizer import Tokenizer
 from engines.loading.adapter import merge_adapter
+from engines.loading.calibration_texts import CALIBRATION_TEXTS
 from engines.loading.dtype import automatic_dtype, overflows_float16
 from engines.loading.flag_heads import lexical_head
 from engines.loading.folder import Folder, read_json
@@ -38,7 +41,7 @@ from engines.models.multi_output import MultiOutputEncoder
 from engines.models.output_heads import OutputHeads
 from engines.models.parking import PINNED
 from engines.models.placement import PlacedModel
-from engines.models.weight_forms import weight_form
+from engines.models.weight_forms import fix_steps, weight_form
 from engines.spec import Dtype, ModelSpec, Output
 from engines.types import fingerprint
 
@@ -138,6 +141,7 @@ def _build_transformer(
     heads = OutputHeads(head, sparse, tokens=tokens)
     recorder = capturer_for(device) if encoder_config.placed is None else None
     encoder = MultiOutputEncoder(model, heads, encoder_config, recorder, notes=against_packing)
+    fix_steps(model, partial(_run_calibration, encoder, tokenizer))
     return Built(encoder, tokenizer, name, facts=facts_of(heads, sides))
 
 
@@ -149,6 +153,16 @@ def _observed_key(folder: Folder, spec: ModelSpec, model: Any) -> str:
     if spec.trust_remote_code or folder.adapter is not None:
         return ""
     return fingerprint([type(model).__qualname__, model.dtype, model.config.to_json_string(use_diff=False)])
+
+
+def _run_calibration(encoder: MultiOutputEncoder, tokenizer: Tokenizer) -> None:
+    """Runs the calibration texts through the fused layers."""
+    read = (tokenizer.encode((text,), PromptTemplate(), "end").ids[0] for text in CALIBRATION_TEXTS)
+    used = encoder.path
+    encoder.switch_to("fused")
+    with suppress(NotImplementedError):  # of attention: the check at load finds a path without it
+        encoder.encode_batched(sorted(read, key=len))
+    encoder.switch_to(used)
 
 
 def _placed(model: Any, encoder_config: EncoderConfig) -> tuple[Any, EncoderConfig]:

@@ -180,6 +180,23 @@ class WeightForm(Struct, frozen=True):
             model.set_submodule(name, made)
 
 
+@torch.inference_mode()
+def fix_steps(model: nn.Module, run_texts: Callable[[], None]) -> None:
+    """Gives int8 products behind norms one step for all tokens, by the ranges of the texts that are run.
+
+    Raises:
+        SelfCheckFailed: such a product computes something else.
+    """
+    products = [part for part in model.modules() if isinstance(part, Int8Linear) and part.is_behind_norm]
+    for product in products:
+        product.observe()
+    if products:
+        run_texts()
+    for product in products:
+        product.fix_step()
+        throttle_point()
+
+
 def weight_form(dtype: str, device: torch.device, take: Take = make_anew) -> WeightForm | None:
     """Returns the form of weights in a dtype on a device; None where torch's own is the fastest that is known."""
     if dtype == "int8":

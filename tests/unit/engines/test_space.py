@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import structs
 
+from engines.precision import FORM_VERSIONS
 from engines.space import (
     MAX_LISTED_PROMPTS,
     MAX_LISTED_WIDTHS,
@@ -105,9 +106,13 @@ def test_distinctions_that_change_no_vector_are_none() -> None:
     assert space_of(UNIT, cut) == space_of(UNIT, FORM), "the model cuts there anyway"
 
 
-@pytest.mark.parametrize(("dtype", "name"), [("float32", "exact"), ("bfloat16", "bfloat16"), ("int8", "int8")])
+@pytest.mark.parametrize(("dtype", "name"), [("float32", "exact"), ("bfloat16", "bfloat16"), ("int8", "int8-3")])
 def test_each_reduced_dtype_is_a_class_of_its_own(dtype: str, name: str) -> None:
     assert with_numeric(MODEL, dtype).values["numeric"] == name
+
+
+def test_the_version_of_the_rounding_to_int8_is_part_of_its_spaces() -> None:
+    assert with_numeric(MODEL, "int8").values["numeric"] == f"int8-{FORM_VERSIONS['int8']}"
 
 
 def test_other_texts_are_no_fingerprints() -> None:

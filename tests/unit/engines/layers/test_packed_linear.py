@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from engines.layers import packed_linear
+from engines.errors import SelfCheckFailed
+from engines.layers import packed_linear, static_quantization
+from engines.layers.int8_script import int8_script
 from engines.layers.packed_linear import (
     Int8Embedding,
     Int8Linear,
@@ -15,6 +17,7 @@ from engines.layers.packed_linear import (
     quantize_tokens,
     total_bytes,
 )
+from engines.layers.static_quantization import EXTRA_COLUMNS, StaticQuantizer
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +52,7 @@ def test_an_int8_product_is_near_float32_and_a_quarter_of_its_size(dtype: torch.
     product = Int8Linear(layer.weight, layer.bias.to(dtype))
 
     assert _cosine(product(x.to(dtype)), layer(x)) > 0.999
-    assert product.size_bytes == 48 * 64 + 8 * 48
+    assert product.size_bytes == 48 * (64 + 8) + 8 * 48, "with eight bytes of zeros a row, see `quantize_tokens`"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -99,9 +102,9 @@ def test_a_token_is_rounded_between_its_least_and_its_largest_element(width: int
 
     levels, scale, lowest = quantize_tokens(x)
 
-    assert (levels.shape, levels.dtype) == (x.shape, torch.uint8)
+    assert (levels.shape, levels.dtype) == ((len(x), width + 8), torch.uint8)
     assert torch.equal(lowest[:, 0], x.amin(1))
-    assert (levels * scale + lowest - x).abs().le(0.501 * scale + 1e-7).all()
+    assert (levels[:, :width] * scale + lowest - x).abs().le(0.501 * scale + 1e-7).all()
 
 
 def test_activations_of_one_sign_are_rounded_twice_as_fine_as_by_their_magnitude() -> None:
@@ -118,6 +121,99 @@ def _plain(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     """Multiplies by the rounded weights of a product in float32."""
     rounded, scale = packed_linear.quantize_rows(layer.weight)
     return nn.functional.linear(x, rounded * scale[:, None], layer.bias)
+
+
+def _inputs(num_tokens: int = 300) -> torch.Tensor:
+    """Inputs as norms give them: a channel that is far wider than the others, and one far from zero."""
+    x = torch.randn(num_tokens, 64)
+    x[:, 5] *= 12
+    x[:, 9] += 6
+    return x
+
+
+def _static_product(layer: nn.Linear, x: torch.Tensor) -> Int8Linear:
+    product = Int8Linear(layer.weight, layer.bias)
+    product.observe()
+    product.multiply(x)
+    product.fix_step()
+    return product
+
+
+def test_one_step_for_all_tokens_is_as_near_as_steps_of_their_own_where_a_channel_is_wide() -> None:
+    layer, x = _linear(), _inputs()
+    by_token, static = Int8Linear(layer.weight, layer.bias), _static_product(layer, x)
+
+    far = [(product(x) - layer(x)).norm() for product in (by_token, static)]
+
+    assert far[1] < far[0]
+    assert not torch.equal(by_token(x), static(x))
+
+
+def test_a_token_that_is_out_of_range_has_a_step_of_its_own() -> None:
+    layer, x = _linear(), _inputs()
+    product = _static_product(layer, x)
+    wide = torch.cat([x[:40], 30 * x[40:43], -200 * x[43:44], torch.full((1, 64), 1e12)])
+
+    found, wanted = product(wide), layer(wide)
+
+    assert torch.cosine_similarity(found.double(), wanted.double()).min() > 0.998
+    assert torch.equal(found[:40], product(x[:40]))
+    assert torch.equal(found[41], product(wide[41:42])[0])
+
+
+def test_one_step_gives_the_gelu_and_the_dtype_that_are_asked_for() -> None:
+    layer, x = _linear(), torch.cat([_inputs(), 30 * _inputs(2)])
+    product = _static_product(layer, x[:300])
+    wanted = nn.functional.gelu(product(x))
+
+    assert torch.allclose(product.multiply_and_gelu(x), wanted, rtol=1e-4, atol=1e-4)
+    product.out_dtype = torch.bfloat16
+    assert product(x).dtype == torch.bfloat16
+    assert _cosine(product(x), layer(x)) > 0.998
+
+
+@pytest.mark.parametrize("is_fixed", [False, True])
+def test_a_sum_with_a_product_is_the_sum_of_both(is_fixed: bool) -> None:
+    layer, x, other = _linear(), _inputs(), torch.randn(300, 48)
+    product = _static_product(layer, x) if is_fixed else Int8Linear(layer.weight, layer.bias)
+
+    assert torch.allclose(product.multiply_and_add(x, other), product(x) + other, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("is_fixed", [False, True])
+def test_without_scripts_an_int8_product_gives_the_same(monkeypatch: pytest.MonkeyPatch, is_fixed: bool) -> None:
+    layer, x, other = _linear(), _inputs(), torch.randn(300, 48)
+    product = _static_product(layer, x) if is_fixed else Int8Linear(layer.weight, layer.bias)
+    wanted = product(x), product.multiply_and_add(x, other)
+
+    assert int8_script() is not None
+    for module in (packed_linear, static_quantization):
+        monkeypatch.setattr(module, "int8_script", lambda: None)
+
+    assert torch.equal(product(x), wanted[0])
+    assert torch.equal(product.multiply_and_add(x, other), wanted[1])
+
+
+def test_products_that_saw_nothing_or_of_an_odd_width_keep_steps_of_tokens() -> None:
+    layer, odd = _linear(), nn.Linear(36, 48)
+    unseen, narrow = Int8Linear(layer.weight, layer.bias), Int8Linear(odd.weight, odd.bias)
+    x, short = _inputs(), torch.randn(5, 36)
+    before = unseen(x), narrow(short)
+    unseen.observe()
+    unseen.fix_step()
+    narrow.observe()
+    narrow(short)
+    narrow.fix_step()
+
+    assert torch.equal(unseen(x), before[0])
+    assert torch.equal(narrow(short), before[1])
+
+
+def test_a_product_whose_step_gives_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StaticQuantizer, "widen", lambda self, weight: nn.functional.pad(weight, (0, EXTRA_COLUMNS)))
+
+    with pytest.raises(SelfCheckFailed, match="one step for all tokens"):
+        _static_product(_linear(), _inputs())
 
 
 def test_rows_of_zeros_give_the_bias() -> None:

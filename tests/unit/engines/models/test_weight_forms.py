@@ -10,7 +10,7 @@ from engines.layers.fused import fuse
 from engines.layers.packed_linear import Int8Linear, PackedLinear, Product
 from engines.layers.packing import PackedState
 from engines.layers.weight_only import Int4Linear, Int8WeightLinear, can_multiply_int4
-from engines.models.weight_forms import WeightForm
+from engines.models.weight_forms import WeightForm, fix_steps
 
 INT8 = WeightForm(is_int8=True, activations=torch.bfloat16)
 
@@ -28,6 +28,32 @@ def test_all_products_of_an_encoder_are_int8_and_float32_is_between_them() -> No
 
     assert _products(model) == {Int8Linear}
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+@torch.inference_mode()
+def test_products_behind_norms_have_one_step_for_all_tokens_once_texts_have_run() -> None:
+    config = BertConfig(vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    model, ids = BertModel(config, add_pooling_layer=False).train(False), torch.randint(0, 40, (1, 30))
+    layers = fuse(model, PackedState())
+    INT8.apply(model, layers)
+    before = model(ids).last_hidden_state
+    products = [part for part in model.modules() if isinstance(part, Int8Linear)]
+    behind_norms = [part for part in products if part.is_behind_norm]
+
+    fix_steps(model, lambda: model(ids))
+
+    assert (len(products), len(behind_norms)) == (8, 4)
+    assert [part.has_one_step for part in products] == [part.is_behind_norm for part in products]
+    after = model(ids).last_hidden_state
+    assert not torch.equal(after, before)
+    assert torch.cosine_similarity(after, before, dim=-1).min() > 0.999
+
+
+@torch.inference_mode()
+def test_a_model_without_int8_products_runs_no_texts_for_their_steps() -> None:
+    config = BertConfig(vocab_size=40, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+
+    fix_steps(BertModel(config), lambda: pytest.fail("it has no products to fix"))
 
 
 @torch.inference_mode()
