@@ -209,6 +209,23 @@ def test_products_that_saw_nothing_or_of_an_odd_width_keep_steps_of_tokens() -> 
     assert torch.equal(narrow(short), before[1])
 
 
+@torch.no_grad()
+def test_outputs_that_are_nearly_or_wholly_their_bias_are_not_taken_for_wrong_ones() -> None:
+    layer, x = _linear(), _inputs()
+    layer.weight[3], layer.bias[3] = 0.0, 0.7
+    layer.bias[4] = 500.0
+    product = Int8Linear(layer.weight, layer.bias)
+    product.out_dtype = torch.bfloat16
+    product.observe()
+    product.multiply(x)
+
+    product.fix_step()
+
+    assert product.has_one_step
+    assert (product(x)[:, 3] - 0.7).abs().max() < 2e-3
+    assert (product(x)[:, 4] / 500 - 1).abs().max() < 2e-2
+
+
 def test_a_product_whose_step_gives_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StaticQuantizer, "widen", lambda self, weight: nn.functional.pad(weight, (0, EXTRA_COLUMNS)))
 
