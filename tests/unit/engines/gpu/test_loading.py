@@ -2,6 +2,7 @@
 
 import gc
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from benchmarks.lib import vocabularies
 from benchmarks.lib.engine_kit import Kit
 from benchmarks.lib.models import bert_config, save, transformer
 from engines.batching.engine import EmbeddingEngine
-from engines.loading import form_files, weight_reader
+from engines.loading import builders, weight_reader
 from engines.loading.loader import LoaderSettings, TorchLoader
 from engines.loading.weight_reader import WeightReader
 from engines.models.transformer import TransformerEncoder
@@ -67,7 +68,14 @@ def test_a_load_holds_the_weights_once_on_the_host_and_on_the_gpu_together(fake:
 
 def test_a_second_copy_would_be_seen(fake: FakeGpuKit, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copies: list[Tensor] = []
-    monkeypatch.setattr(form_files, "drop_pooler", lambda model: copies.extend(map(torch.clone, model.parameters())))
+    place = builders._placed
+
+    def placed(*args: Any) -> Any:
+        model, config = place(*args)
+        copies.extend(map(torch.clone, model.parameters()))
+        return model, config
+
+    monkeypatch.setattr(builders, "_placed", placed)
     before = held(fake)
     fake.gpu.reset_peak()
 
