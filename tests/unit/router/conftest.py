@@ -1,6 +1,7 @@
-"""One registry, a scripted backend, and the edge served with it over a real socket."""
+"""One registry, a scripted backend, and the edge served with it over a real socket; a Ray cluster for Ray's suites."""
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 from litestar import Litestar
@@ -9,6 +10,9 @@ from router.app import create_app
 from router.config.settings import Settings
 from tests.testkit.backends import ScriptedBackend
 from tests.testkit.servers import MAX_BODY_BYTES, REGISTRY, Served, serve
+
+if TYPE_CHECKING:
+    from ray.cluster_utils import Cluster
 
 
 @pytest.fixture
@@ -39,3 +43,12 @@ def served(module_server: Served) -> Served:
     backend.truncated = ()
     backend.is_draining = False
     return module_server
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator["Cluster"]:
+    """Start a cluster of two nodes with three CPUs, once for both of Ray's suites: it takes 10 s."""
+    from tests.testkit.ray_clusters import two_nodes  # late: Ray is optional, and changes the process that imports it
+
+    with two_nodes(head_cpus=2) as made:
+        yield made

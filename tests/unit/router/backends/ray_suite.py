@@ -1,6 +1,6 @@
-"""Runs the conformance suite for `BACKEND=ray`, on a real cluster of three nodes on this machine.
+"""Runs the conformance suite for `BACKEND=ray`, on a real cluster of two nodes on this machine.
 
-Run by `test_ray_conformance.py` in a separate process, because Ray changes the process it runs in; by hand:
+Run by `test_ray_suites.py` in a separate process, because Ray changes the process it runs in; by hand:
 
     python -m pytest -o asyncio_mode=strict -o filterwarnings=default tests/unit/router/backends/ray_suite.py
 """
@@ -32,6 +32,7 @@ from router.registry.generation import first_generation
 from router.registry.registry import Registry
 from tests.testkit.backends import BUDGET, HOSTS, crowd, open_scripted_host, scripted, until
 from tests.testkit.batches import line
+from tests.testkit.ray_clusters import add_node
 from tests.testkit.servers import serving as serving_app
 from tests.testkit.thread_loop import LOOP
 from tests.unit.router.backends.conformance import Conformance, Opened, call, homes, known, serving
@@ -42,7 +43,6 @@ from ray.cluster_utils import Cluster  # isort: skip
 
 REPLACED_S = 90.0
 """Seconds on a quiet machine; much longer where others use the cores."""
-STORE_BYTES = 100_000_000
 CONFIG = WorkerConfig(
     host_id="",
     device="cpu",
@@ -55,16 +55,12 @@ CONFIG = WorkerConfig(
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    """Start a cluster: two hosts on the head, the third on a second node."""
-    head = {"num_cpus": HOSTS - 1, "object_store_memory": STORE_BYTES, "include_dashboard": False}
-    made = Cluster(initialize_head=True, head_node_args=head)
-    add_node(made)
-    connect(made.address)
+def cluster(ray_cluster: Cluster) -> Iterator[Cluster]:
+    """Deploy three hosts: two on the head, the third on a second node."""
+    connect(ray_cluster.address)
     deploy(CONFIG, DeploymentPlan(hosts=HOSTS, cpus=1.0))
-    yield made
+    yield ray_cluster
     ray.shutdown()
-    made.shutdown()
 
 
 @asynccontextmanager
@@ -196,18 +192,6 @@ async def batch_of(client: httpx.AsyncClient, texts: Mapping[str, str]) -> dict[
     content = (await client.get(f"/files/{batch['output_file_id']}/content")).text
     rows = map(json.loads, content.splitlines())
     return {row["custom_id"]: row["response"]["body"]["data"][0]["embedding"] for row in rows}
-
-
-def add_node(cluster: Cluster, attempts: int = 3) -> None:
-    """Add a node. Ray's start timeout of 30 s is too short when other processes use all cores."""
-    for attempt in range(1, attempts + 1):
-        try:
-            cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
-        except Exception as error:
-            if "timed out during startup" not in str(error) or attempt == attempts:
-                raise
-        else:
-            return
 
 
 def served(host: HostSnapshot) -> list[str]:

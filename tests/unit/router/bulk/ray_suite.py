@@ -1,6 +1,6 @@
 """Runs jobs on a real Ray cluster of two nodes on this machine, two actors.
 
-Run by `test_ray_data.py` in a separate process, because Ray changes the process it runs in; by hand:
+Run by `test_ray_suites.py` in a separate process, because Ray changes the process it runs in; by hand:
 
     python -m pytest -o asyncio_mode=strict -o filterwarnings=default tests/unit/router/bulk/ray_suite.py
 """
@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
@@ -26,7 +26,6 @@ from router.bulk.records import BulkError, BulkStopped, Cursor
 from router.bulk.sources import Columns
 from tests.testkit.ray_jobs import ActorEmbedder, BrokenEmbedder, UnequalDevices, run_on
 from tests.testkit.servers import MODULE, ROOT, environment
-from tests.unit.router.backends.ray_suite import STORE_BYTES, add_node
 from tests.unit.router.bulk.kit import FakeEmbedder, FastDisk, Silent, job_of, run
 from tests.unit.router.bulk.test_job import published, write_input
 
@@ -40,14 +39,9 @@ WAIT_S = 150.0
 """Much longer than on a quiet machine (8 s): others may use the cores."""
 
 
-@pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    head = {"num_cpus": 1, "object_store_memory": STORE_BYTES, "include_dashboard": False}
-    made = Cluster(initialize_head=True, head_node_args=head)
-    add_node(made)
-    yield made.address
-    ray.shutdown()
-    made.shutdown()
+@pytest.fixture
+def address(ray_cluster: Cluster) -> str:
+    return ray_cluster.address
 
 
 def wait_for(path: Path, lines: int) -> list[str]:
