@@ -229,11 +229,11 @@ class Admission:
         claims = []
         for slot in self.state.claims():
             if must_split(self.state, slot):
-                error = self.splits.refusal(slot)
+                is_held = target(self.state, slot) is None
+                error = self.splits.refusal(slot) if is_held else None  # what fits now fits the budgets too
                 if error is not None:
                     self._refuse(slot, error)  # (1)
                     continue
-                is_held = target(self.state, slot) is None
             elif never_fits(slot.claimed_need, immovable, self.state.budget_bytes):
                 message = blocked_by_pinned(slot, total_bytes(charges(immovable)), self.state.budget_bytes)
                 self._refuse(slot, OutOfMemory(message, stage="load"))  # (1)
@@ -244,7 +244,8 @@ class Admission:
                 self._redirect_waiters(slot, limit)  # (3)
             else:
                 claims.append(slot)
-        return sorted([*claims, *visitors(self.state)], key=lambda slot: slot.claim or 0)
+        others = visitors(self.state) if claims else []  # alone they are served in their pools
+        return sorted([*claims, *others], key=lambda slot: slot.claim or 0)
 
     def _serve(self, head: Slot) -> bool:
         """Admits the oldest claim or frees memory for it; returns whether it was admitted. One of another pool is

@@ -8,7 +8,8 @@ its parts and for the workspace of the model's batches, which run beside its own
 layer, where layers in main memory are copied to for their turn.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 
 from msgspec import structs
 
@@ -31,11 +32,16 @@ def cut(need: MemoryNeed, rooms: Sequence[tuple[int, int]], host_rooms: Sequence
         The split over as few devices as hold it; None where it does not fit.
     """
     parts = need.parts or ()
-    for num_devices in range(1, len(rooms) + 1):
-        split = _fill(need, parts, rooms[:num_devices], ())
+    size_bytes = sum(parts)
+    on_devices = [*accumulate(max(0, room) for _, room in rooms)]
+    for num_devices, most_bytes in enumerate(on_devices, start=1):
+        split = _fill(need, parts, rooms[:num_devices], ()) if size_bytes <= most_bytes else None
         if split is not None:
             return split
-    for num_devices in range(len(rooms) if host_rooms else 0, 0, -1):
+    in_host = sum(max(0, room) for _, room in host_rooms)
+    for num_devices in range(len(rooms) if in_host else 0, 0, -1):
+        if size_bytes > on_devices[num_devices - 1] + in_host:
+            return None  # fewer devices hold less
         split = _fill(need, parts, rooms[:num_devices], host_rooms)
         if split is not None:
             return split
@@ -116,7 +122,8 @@ def pinned(pool: PoolState) -> list[Slot]:
 
     A pinned model that still loads is charged by a guess, which must not refuse other models.
     """
-    return [slot for slot in pool.charged() if slot.state == "ready" and slot.is_pinned]
+    own = [slot for slot in pool.slots.values() if slot.state == "ready" and slot.is_pinned]
+    return own + [slot for slot in pool.neighbours.guests(pool) if slot.state == "ready" and slot.is_pinned]
 
 
 def must_split(pool: PoolState, slot: Slot) -> bool:
@@ -173,14 +180,15 @@ def visitors(pool: PoolState) -> list[Slot]:
     """
     if not pool.neighbours.is_used:
         return []
-    found = []
-    for other in pool.neighbours.others(pool):
-        for slot in other.claims():
-            split = target(other, slot) if must_split(other, slot) else None
-            share = split.share_of(pool.index) if split is not None else None
-            if share is not None and share.need != NO_MEMORY:
-                found.append(structs.replace(slot, need=share.need, home=other.index))
-    return found
+    return [*_visiting(pool, ((other, slot) for other in pool.neighbours.others(pool) for slot in other.claims()))]
+
+
+def _visiting(pool: PoolState, claims: Iterable[tuple[PoolState, Slot]]) -> Iterator[Slot]:
+    for other, slot in claims:
+        split = target(other, slot) if must_split(other, slot) else None
+        share = split.share_of(pool.index) if split is not None else None
+        if share is not None and share.need != NO_MEMORY:
+            yield structs.replace(slot, need=share.need, home=other.index)
 
 
 def claimed_host_bytes(pool: PoolState) -> int:
@@ -196,8 +204,15 @@ def is_first_in(pool: PoolState, slot: Slot) -> bool:
     """Tells whether no claim of this pool, or that waits for memory of its device, is served before `slot`."""
     rules, now_s = pool.rules, pool.now_s
     place = is_patient(slot, rules, now_s), slot.claim or 0
-    waiting = [claim for claim in pool.claims() if _can_be_served(pool, claim)] + visitors(pool)
-    return all((is_patient(claim, rules, now_s), claim.claim or 0) >= place for claim in waiting)
+
+    def is_before(claim: Slot) -> bool:  # asked first, because the splits of all claims cost far more
+        return (is_patient(claim, rules, now_s), claim.claim or 0) < place
+
+    if any(_can_be_served(pool, claim) for claim in pool.claims() if is_before(claim)):
+        return False
+    others = pool.neighbours.others(pool)
+    older = ((other, claim) for other in others for claim in other.claims() if is_before(claim))
+    return next(_visiting(pool, older), None) is None
 
 
 def _can_be_served(pool: PoolState, claim: Slot) -> bool:

@@ -41,7 +41,7 @@ WAIT_S = 150.0
 
 @pytest.fixture
 def address(ray_cluster: Cluster) -> str:
-    return ray_cluster.address
+    return str(ray_cluster.address)
 
 
 def wait_for(path: Path, lines: int) -> list[str]:
