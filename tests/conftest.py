@@ -39,8 +39,13 @@ def the_suites_logging() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the slow files first: a worker that got one last would run on after the others have finished."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    """Put the slow files first, the longest limits ahead: a worker that got one last would run on alone."""
+    items.sort(key=_order)
+
+
+def _order(item: pytest.Item) -> tuple[bool, float]:
+    limit = item.get_closest_marker("timeout")
+    return item.get_closest_marker("slow") is None, -limit.args[0] if limit else 0.0
 
 
 def pytest_collection_finish() -> None:
