@@ -19,6 +19,7 @@ import structlog
 
 from engines.precision import FORM_VERSIONS
 from engines.spec import ModelSpec, in_dtype
+from engines.storage import UNREADABLE
 from engines.types import fingerprint
 
 log = structlog.get_logger(__name__)
@@ -134,7 +135,7 @@ def read_metadata(path: Path) -> dict[str, str]:
             return {}
         header = msgspec.json.decode(head[_LENGTH_BYTES:], type=dict[str, msgspec.Raw])
         return msgspec.json.decode(header.get("__metadata__", b"{}"), type=dict[str, str])
-    except (OSError, msgspec.DecodeError):
+    except (OSError, *UNREADABLE):
         return {}
 
 

@@ -14,6 +14,9 @@ log = structlog.get_logger(__name__)
 
 Value = TypeVar("Value")
 
+UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises for bytes that are no JSON: of a disk that lost some, for example."""
+
 _PRIVATE, _BY_UMASK = 0o600, 0o666
 """Permissions of a new file."""
 
@@ -101,11 +104,13 @@ class JsonStore(Generic[Value]):
             self._write(self._path)
 
     def _read(self) -> dict[str, Value]:
-        if self._path is None or not self._path.exists():
+        if self._path is None:
             return {}
         try:
             values: dict[str, Value] = msgspec.json.decode(self._path.read_bytes(), type=self._kind)
-        except (OSError, msgspec.DecodeError) as error:
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        except (OSError, *UNREADABLE) as error:
             log.warning("measurements.ignored", file=self._path.name, error=str(error))
             return {}
         return values

@@ -331,7 +331,7 @@ def _read_vectors(path: Path) -> NDArray[np.float32] | None:
         return np.asarray(json.loads(path.read_text()), dtype=np.float32)
     except FileNotFoundError:
         return None
-    except (ValueError, OSError) as error:
+    except (ValueError, TypeError, RecursionError, OSError) as error:
         log.warning("canary.unreadable", file=path.name, reason=str(error))
         return None
 

@@ -64,7 +64,16 @@ def test_a_form_of_another_cpu_is_not_used(forms: FormCache, tmp_path: Path) -> 
     assert not FormCache(tmp_path, "bfloat16 int8").is_kept(SPEC, "r1")
 
 
-@pytest.mark.parametrize("content", [b"", b"x" * 100, (2**60).to_bytes(8, "little"), b"\xff" * HEADER_BYTES])
+LENGTH = (HEADER_BYTES - 8).to_bytes(8, "little")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"x" * 100, (2**60).to_bytes(8, "little"), b"\xff" * HEADER_BYTES, LENGTH + b'{"\xff": 1}',
+        LENGTH + b'{"a": ' + b"[" * 100_000, LENGTH + b'{"__metadata__": {"identity": "\xff"}}',
+    ],
+)  # fmt: skip
 def test_a_foreign_file_says_nothing(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "foreign"
     path.write_bytes(content)

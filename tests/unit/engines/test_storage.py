@@ -23,9 +23,12 @@ def test_two_writers_keep_each_others_values(tmp_path: Path) -> None:
     assert [file.name for file in path.parent.iterdir()] == ["values.json"]
 
 
-def test_a_file_that_cannot_be_read_is_left_out_and_said(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "content", [b'{"a": "no number"}', b'{"\xff": 1}', b'{"a": ' + b"[" * 100_000, b"\0" * 64, b"[1]"]
+)
+def test_a_file_that_cannot_be_read_is_left_out_and_said(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "values.json"
-    path.write_text('{"a": "no number"}')
+    path.write_bytes(content)
 
     with capture_logs() as lines:
         store = opened(path)

@@ -497,12 +497,13 @@ def test_a_canary_that_is_older_than_verified_files_is_replaced(tmp_path: Path, 
     assert np.array_equal(kept, bad if is_kept else good)
 
 
-def test_an_unreadable_canary_is_replaced(tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", [b"[[1.0, ", b"{}", b"[{}]", b"[\xff]", b"[" * 100_000])
+def test_an_unreadable_canary_is_replaced(tmp_path: Path, content: bytes) -> None:
     canaries = Canaries(tmp_path)
     vectors = np.ones((3, 4), dtype=np.float32)
     canaries.compare("key", vectors, "float32")
     (kept,) = tmp_path.iterdir()
-    kept.write_text("[[1.0, ")
+    kept.write_bytes(content)
 
     canaries.compare("key", vectors, "float32")
 
