@@ -1,4 +1,4 @@
-"""Hashes the tensors of weight files, and remembers the results by the files' size, mtime and inode.
+"""Hashes the tensors of weight files, and remembers the results by the files' size, times and inode.
 
 The digest of a safetensors file is the sum of its tensors' hashes (name, dtype, shape, bytes), modulo 2^256. The sum
 over a model's files is therefore the same however its tensors are spread over files, and whatever else their headers
@@ -45,11 +45,12 @@ _LEAST_SPENT_S = 1e-4
 
 
 class FileStamp(Struct, frozen=True):
-    """What changes when a file is written or replaced."""
+    """What changes when a file is written or replaced; `ctime_ns` also where a program sets the mtime back."""
 
     size_bytes: int
     mtime_ns: int
     inode: int
+    ctime_ns: int = 0
 
 
 class DigestRecord(Struct, frozen=True):
@@ -128,7 +129,7 @@ def _check_unchanged(file: WeightFile) -> None:
 
 def _stamp_of(path: Path) -> FileStamp:
     stat = path.stat()
-    return FileStamp(stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    return FileStamp(stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_ctime_ns)
 
 
 def _hash_tensors(file: WeightFile, pause: Pause) -> str:

@@ -82,6 +82,21 @@ def test_a_file_that_was_written_is_read_again(file: Path, tmp_path: Path) -> No
     assert digest(file, digests=digests) != first
 
 
+def test_a_file_that_was_written_in_place_is_read_again_although_its_mtime_was_set_back(
+    file: Path, tmp_path: Path
+) -> None:
+    digests = ContentDigests(tmp_path / "state")
+    first, before = digest(file, digests=digests), file.stat()
+    with file.open("r+b") as opened:
+        opened.seek(-1, os.SEEK_END)
+        opened.write(bytes([file.read_bytes()[-1] ^ 1]))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    after = file.stat()
+    assert (after.st_size, after.st_mtime_ns, after.st_ino) == (before.st_size, before.st_mtime_ns, before.st_ino)
+    assert digest(file, digests=digests) != first
+
+
 def test_a_file_that_changed_since_its_model_began_to_load_has_no_digest(file: Path) -> None:
     before = WeightFile.at(file)
     os.utime(file, ns=(1, 1))
