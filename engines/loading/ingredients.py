@@ -7,14 +7,14 @@ change costs a wrong index.
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from msgspec import Struct
 
-from engines.errors import BrokenFiles
+from engines.errors import BadModel, BrokenFiles, FilesChanged
 from engines.hub.content_digests import ContentDigests, GoOn, WeightFile
 from engines.hub.file_selection import ADAPTER_WEIGHTS, COLBERT_LINEAR, SPARSE_LINEAR, WEIGHTS
 from engines.loading.dtype import automatic_dtype
@@ -112,6 +112,33 @@ def list_weights(folder: Folder) -> FolderWeights:
         if (folder.weights / file).exists():
             names[name] = [folder.weights / file]
     return FolderWeights({name: tuple(map(WeightFile.at, paths)) for name, paths in names.items()})
+
+
+def unchanged_ingredients(folder: Folder, spec: ModelSpec, digests: ContentDigests) -> Callable[[], Ingredients] | None:
+    """Stamps a folder's files before a load, and returns what reads their ingredients after it; None: one is missing.
+
+    What is returned also raises `FilesChanged` where any file was written or replaced since: another one may have been
+    loaded than the one whose hash is known, and its weights must not be kept under that hash.
+    """
+    try:
+        weights, stamps = list_weights(folder), _stamps(folder)
+    except (OSError, BadModel):
+        return None
+
+    def read() -> Ingredients:
+        found = read_ingredients(folder, spec, weights, digests)
+        if (list_weights(folder), _stamps(folder)) != (weights, stamps):
+            raise FilesChanged(f"files of {spec.model_id} were written since it began to load")
+        return found
+
+    return read
+
+
+def _stamps(folder: Folder) -> set[WeightFile]:
+    """Returns the files of a model and of its modules as they are now."""
+    roots = {folder.root, folder.weights, *((folder.adapter,) if folder.adapter is not None else ())}
+    found = (path for root in roots for depth in ("*", "*/*") for path in root.glob(depth))
+    return {WeightFile.at(path) for path in found if path.is_file()}
 
 
 def read_ingredients(

@@ -36,7 +36,7 @@ from engines.loading.dtype import dtype_notes
 from engines.loading.folder import PLACEHOLDER_PROMPTS, Folder, read_files
 from engines.loading.form_files import FormSource
 from engines.loading.form_keeping import FormLoad
-from engines.loading.ingredients import list_weights, read_ingredients
+from engines.loading.ingredients import list_weights, read_ingredients, unchanged_ingredients
 from engines.loading.parts import measure_parts
 from engines.loading.precision import PrecisionGate
 from engines.loading.recorded_tokenizer import TokenizerRecords
@@ -246,7 +246,7 @@ class TorchLoader:
         may_be_kept = self._device.type == "cpu" and placement is None and spec.dtype in QUANTIZED
         if not may_be_kept:
             return FormLoad(None, spec, files.revision)
-        read = partial(read_ingredients, folder, spec, list_weights(folder), self._digests)
+        read = unchanged_ingredients(folder, spec, self._digests)
         return FormLoad(self._settings.form_cache, spec, files.revision, read)
 
     def _own_seconds(self) -> float:

@@ -1,6 +1,7 @@
 """Tests that quantised weights are kept on disk, and that a load from them gives the same vectors bit for bit."""
 
 import gc
+import os
 import shutil
 import threading
 from collections.abc import Iterator
@@ -214,6 +215,42 @@ def test_other_content_under_the_same_revision_gives_its_own_vectors(kit: Kit, t
     second = server.vectors(folder=copied)
 
     assert np.abs(first - second).max() > 0.01
+
+
+def test_weights_that_are_written_in_place_give_their_own_vectors_although_their_mtime_was_set_back(
+    kit: Kit, tmp_path: Path
+) -> None:
+    server = Server(kit, tmp_path, has_canaries=False)
+    copied = shutil.copytree(server.recipe_folder, tmp_path / "copy")
+    first, path = server.vectors(folder=copied), copied / "model.safetensors"
+    before, weights = path.stat(), load_file(path)
+    name = next(name for name in weights if name.endswith("layer.0.intermediate.dense.weight"))
+    save_file({**weights, name: -weights[name]}, tmp_path / "other", metadata={"format": "pt"})
+    path.write_bytes((tmp_path / "other").read_bytes())
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    assert path.stat().st_size == before.st_size
+    assert np.abs(first - server.vectors(folder=copied)).max() > 0.01
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+def test_a_form_is_not_kept_where_files_were_replaced_while_it_was_made(
+    kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    server = Server(kit, tmp_path, has_canaries=False)
+    copied = shutil.copytree(server.recipe_folder, tmp_path / "copy")
+    server.vectors(folder=copied, dtype="float32")  # which hashes the weights
+    read = builders.read_model
+
+    def replaced(*args: Any, **options: Any) -> Any:
+        shutil.copy(copied / file, tmp_path / file)
+        (tmp_path / file).replace(copied / file)
+        return read(*args, **options)
+
+    monkeypatch.setattr(builders, "read_model", replaced)
+    server.load(folder=copied).close()
+
+    assert not server.files
 
 
 def test_a_form_whose_vectors_are_not_those_of_the_canary_is_refused_and_then_made_anew(
