@@ -211,11 +211,15 @@ class RecordedTokenizer:
         content = (self._folder.tokenizer / _FILE).read_bytes()
         backend, size_bytes = _compose(content, record.parts, is_from_lists=record.is_from_lists)
         backend.encode_special_tokens = record.encodes_special
-        if _probe(backend) != record.probes:
+        if _probe(backend) != record.probes or not self._is_unchanged():
             return None
         built = BuiltTokenizer(record, backend, size_bytes)
         self._records.put_built(self._key, built)
         return built
+
+    def _is_unchanged(self) -> bool:
+        """Tells whether the files that were read since are those that the key names."""
+        return _key(self._folder, self._spec) == self._key
 
     def _keep(self, reference: Reference, facts: str) -> None:
         """Keeps what this load found out, if the tokenizer can be built from tokenizer.json."""
@@ -243,6 +247,9 @@ class RecordedTokenizer:
             reference.tokenizer.limits,
             special_ids,
         )
+        if not self._is_unchanged():
+            log.info("tokenizer.not_kept", reason="its files were written while it was loaded")
+            return
         self._records.put(self._key, record)
         self._records.put_built(self._key, BuiltTokenizer(record, backend, sizes[is_from_lists]))
 

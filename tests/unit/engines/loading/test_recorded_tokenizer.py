@@ -113,6 +113,31 @@ def test_other_files_lead_back_to_transformers(kit: Kit, tmp_path: Path, asked: 
     assert len(asked) == 2
 
 
+@pytest.mark.parametrize("is_known", [False, True])
+def test_files_that_are_replaced_while_a_tokenizer_is_built_leave_no_record(
+    kit: Kit, tmp_path: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch, is_known: bool
+) -> None:
+    """A later load of the first files, put back, must not get the tokenizer of the others."""
+    folder = Path(shutil.copytree(kit.recipe_folder("bert-cls"), tmp_path / "model"))
+    path, records = folder / "tokenizer.json", TokenizerRecords(None, 2**30)
+    before = path.read_bytes()
+    if is_known:
+        load(folder, records)
+        records._built.clear()
+    probe = recorded_tokenizer._probe
+
+    def replaced(backend: FastTokenizer) -> str:
+        edit_json(path, added_tokens=[{**token, "lstrip": True} for token in json.loads(before)["added_tokens"]])
+        return probe(backend)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(recorded_tokenizer, "_probe", replaced)
+        load(folder, records)
+    assert not records._built
+
+    assert len(records._in_memory) == int(is_known)
+
+
 def test_other_limits_of_the_model_lead_back_to_transformers(kit: Kit, asked: list[str]) -> None:
     folder, records = kit.recipe_folder("bert-cls"), TokenizerRecords(None)
     load(folder, records)
