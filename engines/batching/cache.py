@@ -10,16 +10,22 @@ from collections.abc import Iterable, Sequence
 
 from engines.batching.output import Row
 from engines.batching.request import Key, PendingRequest
+from engines.batching.rest_of_check import RestOfCheck
 
 _OVERHEAD_BYTES = 200
 """Of one entry in Python's own structures, about: counted, so that short texts do not pass the limit by far."""
 
 
 class VectorCache:
-    """Keeps at most `max_bytes` of keys and rows. Thread-safe."""
+    """Keeps at most `max_bytes` of keys and rows. Thread-safe.
 
-    def __init__(self, max_bytes: int) -> None:
+    Args:
+        rest_of_check: of the model; before it has passed nothing is kept, as a wrong row would stay for hours.
+    """
+
+    def __init__(self, max_bytes: int, rest_of_check: RestOfCheck | None = None) -> None:
         self._max_bytes = max_bytes
+        self._rest_of_check = rest_of_check
         self._rows: OrderedDict[Key, Row] = OrderedDict()
         self._lock = threading.Lock()
         self.size_bytes = 0
@@ -44,6 +50,8 @@ class VectorCache:
 
     def keep(self, keys: Sequence[Key], rows: Iterable[Row]) -> None:
         """Caches one row for each key. Copies each, so that no batch stays as long as one of its rows."""
+        if self._rest_of_check is not None and not self._rest_of_check.has_passed:
+            return
         with self._lock:
             for key, row in zip(keys, rows, strict=True):
                 if key not in self._rows:

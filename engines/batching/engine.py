@@ -98,7 +98,7 @@ class EmbeddingEngine:
     ) -> None:
         self._info = parts.info
         self.weight_bytes, self.workspace_bytes = weight_bytes, 0
-        self._cache = VectorCache(parts.spec.cache_bytes) if parts.spec.cache_bytes else None
+        self._cache = VectorCache(parts.spec.cache_bytes, parts.rest_of_check) if parts.spec.cache_bytes else None
         self._queue = Queue(limits.max_queue_items, limits.batch_timeout_s, time.monotonic, limits.max_queue_requests)
         keep = self._cache.keep if self._cache is not None else None
         self._runner: Runner | None = Runner(parts.encoder, self._queue.seal, keep, report_error=scheduler.report_error)

@@ -31,13 +31,19 @@ class RestOfCheck:
         check: runs it, beside other passes. It raises `ForwardPathFailed` where it must run later.
         is_pending: tells whether there is a rest.
         clock: seconds.
+        is_refuted: tells whether the check has found a form that is wrong.
     """
 
     def __init__(
-        self, check: Callable[[], None], is_pending: Callable[[], bool], clock: Clock = time.monotonic
+        self,
+        check: Callable[[], None],
+        is_pending: Callable[[], bool],
+        clock: Clock = time.monotonic,
+        is_refuted: Callable[[], bool] = lambda: False,
     ) -> None:
         self._check = check
         self._is_pending = is_pending
+        self._is_refuted = is_refuted
         self._clock = clock
         self._due_s: float | None = None
         self._is_running = False
@@ -53,6 +59,11 @@ class RestOfCheck:
     def is_overdue(self) -> bool:
         """Tells whether it should run although texts wait."""
         return self.due_in_s == 0.0 and self._due_s is not None and self._clock() >= self._due_s + LATEST_S
+
+    @property
+    def has_passed(self) -> bool:
+        """Tells whether all vectors so far are of forms that are right, so that they may be kept for later requests."""
+        return not self._is_pending() and not self._is_refuted()
 
     def started(self) -> "RestOfCheck | None":
         """Starts to count, as the model is ready; returns itself, or None where nothing is left to check."""

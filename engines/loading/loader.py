@@ -207,7 +207,9 @@ class TorchLoader:
         )
         rest = None
         if isinstance(encoder, TransformerEncoder):
-            rest = RestOfCheck(partial(encoder.check_beside, self_check.finish), lambda: self_check.is_pending)
+            check_rest = partial(encoder.check_beside, self_check.finish)
+            is_pending, is_refuted = lambda: self_check.is_pending, lambda: self_check.is_refuted
+            rest = RestOfCheck(check_rest, is_pending, is_refuted=is_refuted)
         parts = Parts(encoder, tokenizer, resolved, info, tuner, scoring, facts, spaces, parkable, rest)
         if spaces is not None:
             lengths = partial(facts.lengths_of, own=tokenizer) if facts.has_sides else None

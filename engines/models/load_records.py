@@ -117,7 +117,7 @@ class Observation:
             return known[str(max_tokens)]
         observed = self.observed if self._known is None else self._run()
         reasons = observed.why_not_packed(max_tokens)
-        if self._key:
+        if self._key and observed.width is not None:  # a pass that failed may have failed by chance
             self._records.put_observation(self._key, KnownObservation.of(observed, {**known, str(max_tokens): reasons}))
         return reasons
 

@@ -42,11 +42,12 @@ class SelfCheck:
 
     Attributes:
         is_pending: whether the forms that an earlier load proved are still to be checked by `finish`.
+        is_refuted: whether `finish` has found one that is wrong.
     """
 
     def __init__(self, canaries: Canaries, records: LoadRecords | None = None, conditions: str = "") -> None:
         self._canaries, self._records, self._conditions = canaries, records, conditions
-        self._is_running = self.is_pending = False
+        self._is_running = self.is_pending = self.is_refuted = False
         self._proof = ""
         self._passed: tuple[ProbeTokenizer, str, NDArray[np.float32]] | None = None
 
@@ -110,7 +111,7 @@ class SelfCheck:
         except Exception as error:
             if is_device_error(error) or is_out_of_memory(error):
                 raise
-            self.is_pending = False
+            self.is_refuted, self.is_pending = True, False  # in this order: `RestOfCheck.has_passed`
             if self._records is not None:
                 self._records.put_path(self._proof, "")
             if isinstance(error, SelfCheckFailed):

@@ -10,7 +10,7 @@ import torch
 from msgspec import structs
 from torch import Tensor
 
-from benchmarks.lib.engine_kit import Kit, assert_same, embed
+from benchmarks.lib.engine_kit import Kit, answer, assert_same, embed
 from benchmarks.lib.workloads import SENTENCES
 from engines.batching.engine import EmbeddingEngine
 from engines.batching.rest_of_check import CHECK_AFTER_S, LATEST_S, RestOfCheck
@@ -22,7 +22,7 @@ from engines.loading.recorded_tokenizer import TokenizerRecords
 from engines.models import load_records
 from engines.models.base import ForwardPath, ForwardPathFailed, PathForm
 from engines.models.load_records import LoadRecords, Observation, environment
-from engines.models.observation import observe
+from engines.models.observation import Observed, observe
 from engines.models.self_check import SelfCheck
 from engines.models.transformer import TransformerEncoder
 from engines.models.verification import Canaries
@@ -264,6 +264,25 @@ def test_an_engine_leaves_a_path_of_which_a_form_is_wrong_and_its_vectors_stay_r
     assert "SelfCheckFailed on the fused path" in later.info.notes[-1]
 
 
+@pytest.mark.parametrize("is_wrong", [False, True])
+def test_vectors_are_cached_once_the_rest_of_the_check_has_passed(
+    kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_wrong: bool
+) -> None:
+    monkeypatch.setattr("engines.batching.rest_of_check.CHECK_AFTER_S", 3600.0)
+    folder, options = kit.recipe_folder("qwen3-last"), {"settings": settings_of(tmp_path), "cache_bytes": 100_000}
+    kit.load(folder, **options).close()  # type: ignore[arg-type]  # of two kinds
+    engine = kit.load(folder, **options)  # type: ignore[arg-type]  # as above
+    assert [answer(engine, texts=["a"]).cache_hits for _ in range(2)] == [0, 0]
+
+    if is_wrong:
+        forced = TransformerEncoder.encode_forced
+        monkeypatch.setattr(TransformerEncoder, "encode_forced", lambda self, texts: forced(self, texts) * 1.5)
+    run_rest(engine)
+
+    assert [answer(engine, texts=["a"]).cache_hits for _ in range(2)] == [0, 0 if is_wrong else 1]
+    engine.close()
+
+
 def test_other_passes_run_in_their_own_form_beside_a_check(later: EmbeddingEngine) -> None:
     encoder: Any = encoder_of(later)
     probes = [np.array([5, 6, 7]), np.array([5, 6, 7, 8])]
@@ -291,6 +310,21 @@ def test_an_observation_is_made_once(kit: Kit, tmp_path: Path, monkeypatch: pyte
 
     assert again.info.path == first.info.path
     assert_same(embed(again, TEXTS), embed(first, TEXTS))
+
+
+def test_a_pass_that_failed_is_observed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    records = LoadRecords(None)
+    calls: list[int] = []
+
+    def fail(*_: Any) -> Observed:
+        calls.append(1)
+        return Observed()
+
+    monkeypatch.setattr(load_records, "observe", fail)
+    for _ in range(2):
+        Observation(None, 900, torch.device("cpu"), records, "key").why_not_packed(16)
+
+    assert len(calls) == 2
 
 
 def test_a_known_observation_is_made_again_for_another_length(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
