@@ -23,6 +23,7 @@ from engines.batching.parts import EngineLimits as EngineLimits
 from engines.batching.parts import Parts as Parts
 from engines.batching.queue import Queue
 from engines.batching.request import Entry, Origin, PendingRequest, prepare_inputs
+from engines.batching.rest_of_recording import rest_after_waking
 from engines.batching.runner import Failures, Runner
 from engines.batching.scores import read_scored
 from engines.batching.spaces import FIRST_ANSWER_S
@@ -210,8 +211,7 @@ class EmbeddingEngine:
 
     async def _tokenize(self, call: TokenizeCall) -> Tokens:
         begun = time.monotonic()
-        work = partial(list_tokens, call, self._tokenizer, self._spec, self._info.prompts)
-        tokens = await self._threads.call(work)
+        tokens = await self._threads.call(partial(list_tokens, call, self._tokenizer, self._spec, self._info.prompts))
         return structs.replace(tokens, timings=Timings(tokenize_s=time.monotonic() - begun))
 
     async def _run(self, reading: Reading, output: OutputSpec, origin: Origin, space: str) -> Result:
@@ -238,8 +238,7 @@ class EmbeddingEngine:
         return await self._threads.call(pack) if output.is_large(job.rows) else pack()
 
     def park(self) -> int:
-        """See `Engine.park`. Everything but the weights stays: modules, tokenizer, batch size, cache, what the check at
-        load found."""
+        """See `Engine.park`. Everything but the weights stays: modules, tokenizer, batch size, cache, check."""
         if self._parkable is None:
             raise EngineFailed("this model cannot be parked; it is loaded again when it is asked for")
         self._leave_device()
@@ -260,6 +259,7 @@ class EmbeddingEngine:
         """See `Engine.resume`."""
         assert self._parkable is not None, "it was parked"
         await self._scheduler.call(self._parkable.check)
+        self._rest = rest_after_waking(self._parkable, self._rest)
         self._scheduler.attach(self, self._flex)
 
     def _leave_device(self) -> None:

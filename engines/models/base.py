@@ -296,6 +296,22 @@ class PathFallback:
             with self._lock:
                 self._num_passes -= 1
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Lets no pass begin inside the block, in which the caller may change how passes run.
+
+        Raises:
+            ForwardPathFailed: a pass runs, or a path has failed: try it later.
+        """
+        with self._lock:
+            if self._num_passes or self._is_switching or self.is_active:
+                raise ForwardPathFailed
+            self._is_switching = True
+        try:
+            yield
+        finally:
+            self._is_switching = False
+
     def report_failure(self) -> None:
         """Schedules the switch to the fallback path, for when no pass runs any more."""
         with self._lock:

@@ -8,7 +8,8 @@ are kept whose replay is faster than the ordinary pass over the shortest row tha
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property, lru_cache, partial
 from itertools import accumulate, cycle, pairwise
 from statistics import median
@@ -224,6 +225,29 @@ class _Graph:
         return self._replay()[: len(texts)].clone()  # the next replay writes over it
 
 
+class _Recording(threading.local):
+    """Tells whether this thread records passes."""
+
+    is_on = False
+
+
+_RECORDING = _Recording()
+
+
+def is_recording() -> bool:
+    """Tells whether this thread records passes, so that nothing else may run on it: it would be recorded too."""
+    return _RECORDING.is_on
+
+
+@contextmanager
+def _recording() -> Iterator[None]:
+    _RECORDING.is_on = True
+    try:
+        yield
+    finally:
+        _RECORDING.is_on = False
+
+
 class CudaGraphs:
     """Records the passes of one encoder, and replays them. The encoder must run nothing else while they are recorded.
 
@@ -244,16 +268,31 @@ class CudaGraphs:
         recorder: GraphCapturer,
     ) -> None:
         self._lock = threading.Lock()  # a GPU has two threads, and both may have texts for one graph
+        self._run, self._ordinary, self._filler, self._device, self._recorder = run, ordinary, filler, device, recorder
         self._graphs: dict[Size, _Graph] = {}
         self._recorded_tokens = 0
-        for size in SIZES:
-            layout = FixedPackedLayout(size, filler, device)
-            graph = _Graph(layout, recorder.record(partial(run, layout)))
-            self._recorded_tokens += size.tokens
-            if not _is_faster(graph, ordinary, _shortest_row(size, filler), recorder):
-                break
-            self._graphs[size] = graph
+
+    def recorded(self) -> "CudaGraphs":
+        """Records the sizes, up to the first that is not faster than the ordinary pass; returns itself."""
+        with _recording():
+            for size in SIZES:
+                graph = self._record(size)
+                if not _is_faster(graph, self._ordinary, _shortest_row(size, self._filler), self._recorder):
+                    break
+                self._graphs[size] = graph
         log.info("model.graphs", sizes=[size.tokens for size in self.sizes])
+        return self
+
+    def add(self, size: Size) -> None:
+        """Records one size, known to be faster than the ordinary pass and larger than those recorded before."""
+        with _recording():
+            self._graphs[size] = self._record(size)
+
+    def _record(self, size: Size) -> _Graph:
+        layout = FixedPackedLayout(size, self._filler, self._device)
+        graph = _Graph(layout, self._recorder.record(partial(self._run, layout)))
+        self._recorded_tokens += size.tokens
+        return graph
 
     @property
     def sizes(self) -> tuple[Size, ...]:

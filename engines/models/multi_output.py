@@ -52,7 +52,7 @@ class MultiOutputEncoder(TransformerEncoder):
             return RawOutputs(dense=self(texts, prompt_tokens))
         if wanted.side == "query" and self.heads.queries is not None:
             return self.heads.queries.run_outputs(texts, prompt_tokens, wanted)
-        with self._passes.running_pass():
+        with self.passes.running_pass():
             layout = self._layout(texts, needs_all=True)
             return self.heads.run(self._hidden_of_all(texts, layout), layout, prompt_tokens, wanted)
 
@@ -60,7 +60,7 @@ class MultiOutputEncoder(TransformerEncoder):
     def encode_pieces(self, texts: Sequence[Ids], marks: Sequence[Ids]) -> Tensor:
         """See `engines.batching.contextual.PiecesEncoder`: to the dense head, each piece is a text."""
         assert self.heads.dense is not None, "the pooling of a model without a dense head is not known"
-        with self._passes.running_pass():
+        with self.passes.running_pass():
             hidden = self._hidden_of_all(texts, self._layout(texts, needs_all=True))
             kept = to_device(np.flatnonzero(np.concatenate(marks)), self._device)
             lengths = [int(count) for each in marks for count in np.bincount(each)[1:]]

@@ -2,7 +2,7 @@
 
 Modules stay built: only the memory behind their tensors is freed and allocated again (as FSDP does with shards), so
 that views, tied weights and whatever else refers to a tensor stay valid. Addresses change, so that recorded passes are
-dropped before and recorded again.
+dropped before and recorded again after the first answers (`engines/models/later_graphs.py`).
 
 On a GPU the copies lie in pinned memory as far as that is left. On a CPU, where both places are main memory, weights
 stay where they are, and there is nothing to check when the model returns; tests copy them there too, as on a GPU. Then
@@ -22,6 +22,8 @@ from engines.device.memory import device_memory
 from engines.device.torch_runtime import finisher
 from engines.errors import EngineFailed
 from engines.models.base import LoadedEncoder
+from engines.models.later_graphs import LaterGraphs
+from engines.models.transformer import TransformerEncoder
 
 log = structlog.get_logger(__name__)
 
@@ -162,6 +164,7 @@ class ParkableEncoder:
 
     Attributes:
         is_on_cpu: whether its device is main memory itself, where a part may stay in place.
+        graphs: records its passes again; None where it has none.
     """
 
     def __init__(
@@ -171,7 +174,7 @@ class ParkableEncoder:
         self._device = device
         self._check = check
         self._copy: HostCopy | None = None
-        self._path = encoder.path
+        self.graphs = LaterGraphs(encoder, check) if isinstance(encoder, TransformerEncoder) else None
         self.is_on_cpu = device.type == "cpu"
         self._copies = copies or not self.is_on_cpu
         self._was_moved = False
@@ -185,10 +188,8 @@ class ParkableEncoder:
         """
         if self._encoder.fallback:
             raise EngineFailed("the model is on its fallback path; it is loaded again instead of being parked")
-        paths = self._encoder.paths
-        self._path = paths.path
-        if self._path == "graphed":  # graphs hold addresses; they are recorded again after waking
-            paths.switch_to("packed")
+        if self.graphs is not None:
+            self.graphs.drop()
         self._copy = HostCopy(self._encoder.tensors() if self._copies else [], self._device)
         return self.moved_bytes
 
@@ -205,15 +206,13 @@ class ParkableEncoder:
         self._copy = None
 
     def check(self) -> None:
-        """Records passes again where there were any, and compares vectors with those of the check at load.
+        """Compares vectors with those of the check at load. Recorded passes come later (`graphs`).
 
         Where nothing was moved, nothing has changed, and there is nothing to compare.
 
         Raises:
             SelfCheckFailed: they differ.
         """
-        if self._encoder.paths.path != self._path:
-            self._encoder.paths.switch_to(self._path)
         if self._was_moved:
             self._check()
 

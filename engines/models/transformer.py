@@ -50,7 +50,7 @@ from engines.models.base import (
     attention_of,
     layer_token_bytes,
 )
-from engines.models.cuda_graphs import CudaGraphs, FixedPackedLayout, GraphCapturer, kept_bytes
+from engines.models.cuda_graphs import CudaGraphs, FixedPackedLayout, GraphCapturer, is_recording, kept_bytes
 from engines.models.head import Head
 from engines.models.path_forms import path_forms
 from engines.models.prepacked import PrepackedWeights
@@ -71,6 +71,9 @@ class TransformerEncoder:
         recorder: records passes there; None where that is not possible.
         notes: what else speaks against packing.
         has_types: whether ids carry token types (`engines.inputs.token_ids.TYPE_SHIFT`).
+
+    Attributes:
+        passes: counts those that run.
     """
 
     def __init__(
@@ -111,8 +114,8 @@ class TransformerEncoder:
         self.dimensions, self.placed = chain.dimensions, config.placed
         self.path: ForwardPath = "padded"
         self._chosen: ForwardPath = "padded"
-        self._is_recording, self._failure, self.part_tokens = False, "", PART_TOKENS
-        self._passes = PathFallback(lambda: self.switch_to("unpadded"), self._resume)
+        self._failure, self.part_tokens = "", PART_TOKENS
+        self.passes = PathFallback(lambda: self.switch_to("unpadded"), self._resume)
         self.num_layers = len(layers := layers_of(model))
         for layer in layers:
             layer.register_forward_pre_hook(lambda *_: self._preemption_point())
@@ -130,19 +133,19 @@ class TransformerEncoder:
     @property
     def is_reentrant(self) -> bool:
         """See `Encoder`. False where the model keeps state from one pass to the next, or layers take turns."""
-        return not (self._passes.is_switch_due or self._rope.remembers or (self.placed and self.placed.host_layers))
+        return not (self.passes.is_switch_due or self._rope.remembers or (self.placed and self.placed.host_layers))
 
     @property
     def fallback(self) -> str:
         """See `Encoder`."""
-        wait_s = self._passes.retry_in_s
+        wait_s = self.passes.retry_in_s
         why = f"unpadded: {self._failure} on the {self._chosen} path, which is tried again in {wait_s:.0f} s"
-        return why if self._passes.is_active else ""
+        return why if self.passes.is_active else ""
 
     @torch.inference_mode()
     def __call__(self, texts: Sequence[Ids], prompt_tokens: Sequence[int] | None = None) -> Tensor:
         """See `Encoder`."""
-        with self._passes.running_pass():  # graphs, too: those of a path that is taken up again are not checked yet
+        with self.passes.running_pass():  # graphs, too: those of a path that is taken up again are not checked yet
             graphs = self._graphs if prompt_tokens is None else None
             if graphs is not None and (size := graphs.fitting(texts)) is not None:
                 return graphs(texts, size)
@@ -197,15 +200,15 @@ class TransformerEncoder:
         return self._chain(hidden, layout, prompt_tokens)
 
     @torch.inference_mode()
-    def switch_to(self, path: ForwardPath) -> None:
-        """See `ForwardPaths`. Passes are recorded once, and forgotten with their path."""
+    def switch_to(self, path: ForwardPath, graphs: CudaGraphs | None = None) -> None:
+        """See `ForwardPaths`. Passes are recorded once, where `graphs` are not given, and forgotten with their path."""
         self.path = path
         self.part_tokens = prepacked.PART_TOKENS if path == "prepacked" else PART_TOKENS
         switch_attention(self._model, PACKED if self.attention == "packed" else self._own_attention)
         if path != "graphed":
             self._graphs = None
         elif self._graphs is None:
-            self._graphs = self._recorded()
+            self._graphs = graphs or self.unrecorded().recorded()
         self._copies.make(self._config.num_threads if path == "prepacked" else 0)
 
     def candidate_paths(self) -> tuple[ForwardPath, ...]:
@@ -238,17 +241,14 @@ class TransformerEncoder:
     def _copied_bytes(self) -> int:
         return self._copies.size_bytes(self._config.max_prepacked_bytes, self._config.num_threads)
 
-    def _recorded(self) -> CudaGraphs:
+    def unrecorded(self) -> CudaGraphs:
+        """Returns what records its passes. It must run nothing else while they are recorded (`passes.alone`)."""
         assert self._recorder is not None, "paths() offers what can be done"
-        self._is_recording = True
-        try:
-            return CudaGraphs(self._fixed, self._as_asked, self._positions.filler, self._device, self._recorder)
-        finally:
-            self._is_recording = False
+        return CudaGraphs(self._fixed, self._as_asked, self._positions.filler, self._device, self._recorder)
 
     def _preemption_point(self) -> None:
         """Lets other texts run, but during a recording, in which they would be recorded too."""
-        if not self._is_recording:
+        if not is_recording():
             self._config.preemption_point()
 
     def _fixed(self, layout: FixedPackedLayout) -> Tensor:
@@ -299,7 +299,7 @@ class TransformerEncoder:
             if is_device_error(error):
                 raise
             if self.path == "unpadded":
-                self._passes.retry_now()
+                self.passes.retry_now()
                 raise
             self._leave_path(error, layout.num_tokens)
             raise ForwardPathFailed from error
@@ -307,7 +307,7 @@ class TransformerEncoder:
     def _leave_path(self, error: Exception, num_tokens: int) -> None:
         log.warning("model.path_left", path=self.path, tokens=num_tokens, exc_info=error)
         self._chosen, self._failure = self.path, type(error).__name__
-        self._passes.report_failure()
+        self.passes.report_failure()
 
     def check_beside(self, check: Callable[[ForwardPaths], None]) -> None:
         """Runs a check of the path in use beside other passes, and leaves the path where the check fails.
@@ -315,7 +315,7 @@ class TransformerEncoder:
         Raises:
             ForwardPathFailed: another path is being taken; check that one later.
         """
-        with self._passes.running_pass():
+        with self.passes.running_pass():
             try:
                 check(self)
             except SelfCheckFailed as error:

@@ -43,7 +43,7 @@ def found_with(fake: FakeGpuKit, encoder: TransformerEncoder, plant: Plant) -> l
     try:
         fake.passes(lambda: encoder(texts_for(encoder)))
     except ForwardPathFailed:
-        encoder._passes._is_fallback_due = encoder._passes.is_active = False
+        encoder.passes._is_fallback_due = encoder.passes.is_active = False
     finally:
         hook.remove()
     return unintended(fake.gpu.take(), encoder.attention)

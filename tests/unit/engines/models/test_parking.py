@@ -200,7 +200,7 @@ def test_an_engine_that_comes_back_with_other_weights_is_not_served(kit: Kit) ->
 def test_an_engine_on_its_fallback_path_is_not_parked(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = kit.load(kit.recipe_folder("bert-cls"), settings=COPYING)
     assert engine._parkable is not None
-    engine._parkable._encoder._passes.report_failure()  # type: ignore[attr-defined]  # a path that fails in service
+    engine._parkable._encoder.passes.report_failure()  # type: ignore[attr-defined]  # a path that fails in service
 
     with pytest.raises(EngineFailed, match="fallback path"):
         engine.park()
