@@ -39,6 +39,30 @@ class ForwardPathFailed(Exception):
     """A path failed where its check did not. The texts are to be run again: the next pass takes the plainest path."""
 
 
+class _Recording(threading.local):
+    """Tells whether this thread records passes."""
+
+    is_on = False
+
+
+_RECORDING = _Recording()
+
+
+def is_recording() -> bool:
+    """Tells whether this thread records passes, so that nothing else may run on it: it would be recorded too."""
+    return _RECORDING.is_on
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """Makes `is_recording` true inside the block."""
+    _RECORDING.is_on = True
+    try:
+        yield
+    finally:
+        _RECORDING.is_on = False
+
+
 class PathForm(NamedTuple):
     """Vectors `[len(rows), D]` of some of the texts that a path was asked for, by one of the forms that it has.
 

@@ -8,8 +8,7 @@ are kept whose replay is faster than the ordinary pass over the shortest row tha
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache, partial
 from itertools import accumulate, cycle, pairwise
 from statistics import median
@@ -24,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from engines.device.torch_runtime import finisher
 from engines.inputs.tokenizer import Ids
 from engines.layers.packing import LengthGroup, PackedLayout, WindowMasks, copy_to
-from engines.models.base import Size
+from engines.models.base import Size, recording
 
 _NUM_WARM_UPS = 2
 
@@ -225,29 +224,6 @@ class _Graph:
         return self._replay()[: len(texts)].clone()  # the next replay writes over it
 
 
-class _Recording(threading.local):
-    """Tells whether this thread records passes."""
-
-    is_on = False
-
-
-_RECORDING = _Recording()
-
-
-def is_recording() -> bool:
-    """Tells whether this thread records passes, so that nothing else may run on it: it would be recorded too."""
-    return _RECORDING.is_on
-
-
-@contextmanager
-def _recording() -> Iterator[None]:
-    _RECORDING.is_on = True
-    try:
-        yield
-    finally:
-        _RECORDING.is_on = False
-
-
 class CudaGraphs:
     """Records the passes of one encoder, and replays them. The encoder must run nothing else while they are recorded.
 
@@ -274,7 +250,7 @@ class CudaGraphs:
 
     def recorded(self) -> "CudaGraphs":
         """Records the sizes, up to the first that is not faster than the ordinary pass; returns itself."""
-        with _recording():
+        with recording():
             for size in SIZES:
                 graph = self._record(size)
                 if not _is_faster(graph, self._ordinary, _shortest_row(size, self._filler), self._recorder):
@@ -285,7 +261,7 @@ class CudaGraphs:
 
     def add(self, size: Size) -> None:
         """Records one size, known to be faster than the ordinary pass and larger than those recorded before."""
-        with _recording():
+        with recording():
             self._graphs[size] = self._record(size)
 
     def _record(self, size: Size) -> _Graph:

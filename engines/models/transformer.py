@@ -48,9 +48,10 @@ from engines.models.base import (
     PathForm,
     Size,
     attention_of,
+    is_recording,
     layer_token_bytes,
 )
-from engines.models.cuda_graphs import CudaGraphs, FixedPackedLayout, GraphCapturer, is_recording, kept_bytes
+from engines.models.cuda_graphs import CudaGraphs, FixedPackedLayout, GraphCapturer, kept_bytes
 from engines.models.head import Head
 from engines.models.path_forms import path_forms
 from engines.models.prepacked import PrepackedWeights
@@ -62,7 +63,7 @@ Run = Callable[[Sequence[Ids], PackedLayout], Tensor]
 
 
 class TransformerEncoder:
-    """Runs a transformers model and its head.
+    """Runs a transformers model and its head; `passes` counts what runs.
 
     Args:
         model: in eval mode, on the device.
@@ -71,9 +72,6 @@ class TransformerEncoder:
         recorder: records passes there; None where that is not possible.
         notes: what else speaks against packing.
         has_types: whether ids carry token types (`engines.inputs.token_ids.TYPE_SHIFT`).
-
-    Attributes:
-        passes: counts those that run.
     """
 
     def __init__(

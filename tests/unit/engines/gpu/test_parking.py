@@ -189,8 +189,10 @@ def test_recorded_passes_that_are_wrong_are_not_used(
     before = fake.embed(engine, texts=TEXTS).array()
     engine.park()
     graphs = come_back(engine)
-    record = encoder._recorder.record  # type: ignore[union-attr]  # a GPU has one
-    monkeypatch.setattr(encoder._recorder, "record", lambda run: record(lambda: run().flip(0)))
+    recorder = encoder._recorder
+    assert recorder is not None, "it is on a GPU"
+    record = recorder.record
+    monkeypatch.setattr(recorder, "record", lambda run: record(lambda: run().flip(0)))
 
     while graphs.is_pending:
         fake.call(graphs.step)

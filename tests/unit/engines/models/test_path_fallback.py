@@ -148,3 +148,28 @@ def test_a_switch_that_fails_is_repeated_before_the_next_pass() -> None:
     with pytest.raises(MemoryError):
         model.run()
     assert model.run() == "plain"
+
+
+def test_no_pass_begins_while_one_is_alone() -> None:
+    model = Model()
+
+    with model.passes.alone():
+        assert model.passes.is_switch_due
+        with pytest.raises(ForwardPathFailed):
+            model.run()
+        with pytest.raises(ForwardPathFailed), model.passes.alone():
+            pass
+
+    assert (model.run(), model.passes.is_switch_due) == ("fast", False)
+
+
+def test_nothing_is_alone_beside_a_pass_or_on_the_fallback_path() -> None:
+    model = Model()
+
+    with model.passes.running_pass(), pytest.raises(ForwardPathFailed), model.passes.alone():
+        pass
+    model.fail()
+    model.run()
+    with pytest.raises(ForwardPathFailed), model.passes.alone():
+        pass
+    assert model.run() == "plain"
