@@ -3,7 +3,7 @@
 import asyncio
 import gc
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +172,7 @@ def test_a_model_that_is_unloaded_during_a_recording_leaves_nothing(fake: FakeGp
     engine.park()
     graphs = come_back(engine)
     fake.call(graphs.step)
-    held = [weakref.ref(encoder), weakref.ref(graphs), weakref.ref(graphs._graphs)]
+    held: list[weakref.ref[Any]] = [weakref.ref(encoder), weakref.ref(graphs), weakref.ref(graphs._graphs)]
 
     engine.close()
     del encoder, graphs
@@ -192,7 +192,11 @@ def test_recorded_passes_that_are_wrong_are_not_used(
     recorder = encoder._recorder
     assert recorder is not None, "it is on a GPU"
     record = recorder.record
-    monkeypatch.setattr(recorder, "record", lambda run: record(lambda: run().flip(0)))
+
+    def wrong(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        return record(lambda: run().flip(0))
+
+    monkeypatch.setattr(recorder, "record", wrong)
 
     while graphs.is_pending:
         fake.call(graphs.step)

@@ -3,7 +3,7 @@
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from benchmarks.gpu.rig import encoder_of
 from benchmarks.lib.engine_kit import Kit
 from engines.batching import rest_of_check
 from engines.batching.engine import EmbeddingEngine
+from engines.batching.request import Entry
 from engines.device.scheduler import DeviceScheduler
 from engines.layers import attention
 from engines.loading import builders
@@ -91,14 +92,19 @@ async def test_a_request_waits_for_the_size_that_is_being_recorded_and_is_tried_
 ) -> None:
     recording, requeued = Recording(recorder), list[object]()
     requeue = engine._queue.requeue
-    monkeypatch.setattr(engine._queue, "requeue", lambda texts: (requeued.append(texts), requeue(texts)))
+
+    def counted(texts: Iterable[Entry]) -> None:
+        requeued.append(texts)
+        requeue(texts)
+
+    monkeypatch.setattr(engine._queue, "requeue", counted)
     await begun(recording, engine)
 
     request = asyncio.create_task(engine.run(EmbedCall(model_id="m", texts=("one", "two"))))
     await asyncio.to_thread(wait_until, lambda: bool(engine.queue_items))
     recording.may_go_on.set()
 
-    assert np.isfinite((await request).array()).all()  # type: ignore[union-attr]  # vectors
+    assert np.isfinite((await request).array()).all()
     assert len(requeued) <= 1
     assert await asyncio.to_thread(wait_for_graphs, engine) is not None
     assert (engine.info.path, len(encoder_of(engine).sizes)) == ("graphed", 2)
