@@ -13,8 +13,8 @@ import torch
 
 _SOURCE = """
 def multiply_by_token(
-    levels: Tensor, step: Tensor, lowest: Tensor, weight: Tensor, scale: Tensor, zeros: Tensor, row_sums: Tensor,
-    bias: Optional[Tensor], other: Optional[Tensor]
+    x: Tensor, levels: Tensor, step: Tensor, lowest: Tensor, weight: Tensor, scale: Tensor, zeros: Tensor,
+    row_sums: Tensor, bias: Optional[Tensor], other: Optional[Tensor]
 ) -> Tensor:
     none = torch.jit.annotate(List[Optional[number]], [])
     found = torch.ops.onednn.qlinear_pointwise(
@@ -24,7 +24,7 @@ def multiply_by_token(
         found = found.mul_(step)
     else:
         found = torch.addcmul(other, found, step)
-    found = found.addcmul_(lowest, row_sums)
+    found = found.addcmul_(lowest + x.sum([1], True).mul_(0), row_sums)
     if bias is not None:
         found = found.add_(bias)
     return found

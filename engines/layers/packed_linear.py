@@ -152,9 +152,12 @@ class Int8Linear(Product):
             SelfCheckFailed: the product computes something else with it.
         """
         seen, self._seen = self._seen, None
-        if seen is None or self._packed is None or not is_supported(self.in_features) or not seen.isfinite().all():
+        if seen is None or self._packed is None or not is_supported(*seen):
             return
-        static, rounded = StaticQuantizer(*seen), self._packed.rounded(self.in_features)
+        static = StaticQuantizer(*seen)
+        if not static.suits_most:
+            return
+        rounded = self._packed.rounded(self.in_features)
         plain = rounded.float() * self._scale[:, None]
         x = static.exact_inputs()
         wanted = linear(x, plain, self._bias)
@@ -195,19 +198,23 @@ class Int8Linear(Product):
         return found
 
     def _by_token(self, x: Tensor, other: Tensor | None = None) -> Tensor:
-        """Multiplies columns `[T, columns]` by a step of each token's own, and adds `other`; gives float32."""
+        """Multiplies columns `[T, columns]` by a step of each token's own, and adds `other`; gives float32.
+
+        Levels of a NaN are numbers, whose products would look right: the sum of the inputs tells of it.
+        """
         if self._packed is None:  # smaller, but no faster
             return linear(x.float(), self._plain * self._scale[:, None], self._bias)
+        x = x.float()
         levels, step, lowest = quantize_tokens(x)
         script = int8_script()
         if script is not None:
             found: Tensor = script.multiply_by_token(
-                levels, step, lowest, *self._packed, self._row_sums, self._bias, other
+                x, levels, step, lowest, *self._packed, self._row_sums, self._bias, other
             )
         else:  # In place: new memory costs more than the sums. In float32: torch adds bfloat16 half as fast.
             found = self._packed.multiply(levels)
             found = found.mul_(step) if other is None else torch.addcmul(other, found, step)
-            found.addcmul_(lowest, self._row_sums)
+            found.addcmul_(lowest + x.sum(1, keepdim=True).mul_(0), self._row_sums)
             found = found if self._bias is None else found.add_(self._bias)
         return found
 

@@ -209,6 +209,59 @@ def test_products_that_saw_nothing_or_of_an_odd_width_keep_steps_of_tokens() -> 
     assert torch.equal(narrow(short), before[1])
 
 
+@pytest.mark.parametrize(("num_dead", "has_one_step"), [(30, True), (63, False)])
+def test_channels_that_never_change_have_no_part_in_the_step(num_dead: int, has_one_step: bool) -> None:
+    layer, x = _linear(), torch.randn(300, 64)
+    x[:, :num_dead] = torch.randn(num_dead)
+    product = _static_product(layer, x)
+
+    assert product.has_one_step == has_one_step
+    assert _cosine(product(x), layer(x)) > 0.999
+
+
+@pytest.mark.parametrize(("width", "has_one_step"), [(10.0, True), (1000.0, False)])
+def test_a_token_with_little_in_the_widest_channel_loses_nothing(width: float, has_one_step: bool) -> None:
+    layer, x = _linear(), torch.randn(300, 64)
+    x[:, 5] *= width
+    product = _static_product(layer, x)
+    x[:, 5] /= width
+
+    assert product.has_one_step == has_one_step
+    assert _cosine(product(x), layer(x)) > 0.999
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-7])
+@torch.no_grad()
+def test_inputs_that_hardly_differ_keep_steps_of_tokens(spread: float) -> None:
+    layer, x = _linear(), torch.randn(64) + spread * _inputs()
+    product, before = Int8Linear(layer.weight, layer.bias), Int8Linear(layer.weight, layer.bias)(x)
+    product.observe()
+    product(x)
+    product.fix_step()
+
+    assert not product.has_one_step
+    assert torch.equal(product(x), before)
+
+
+@pytest.mark.parametrize("is_fixed", [False, True])
+@pytest.mark.parametrize("has_script", [False, True])
+@pytest.mark.parametrize("place", [0, 37, 63])
+def test_a_token_with_a_nan_gives_no_numbers(
+    monkeypatch: pytest.MonkeyPatch, is_fixed: bool, has_script: bool, place: int
+) -> None:
+    layer, x = _linear(), _inputs()
+    product = _static_product(layer, x) if is_fixed else Int8Linear(layer.weight, layer.bias)
+    if not has_script:
+        for module in (packed_linear, static_quantization):
+            monkeypatch.setattr(module, "int8_script", lambda: None)
+    right, x[7, place] = product(x), float("nan")
+
+    for found in (product(x), product.multiply_and_gelu(x), product.multiply_and_add(x, torch.zeros(300, 48))):
+        assert found[7].isnan().all()
+        assert found.isnan().sum() == 48
+    assert torch.equal(product(x)[8:], right[8:])
+
+
 @torch.no_grad()
 def test_outputs_that_are_nearly_or_wholly_their_bias_are_not_taken_for_wrong_ones() -> None:
     layer, x = _linear(), _inputs()
