@@ -16,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import cached_property, partial
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple, Self
 
 import torch
@@ -85,7 +86,7 @@ class WeightReader:
                 self._readers.shutdown, cancel_futures=True
             )  # first, as the readers use what is closed then
             self._opened = opened.pop_all()
-        self._groups = _joined_groups(self._places)
+        self._groups, self._lock = _joined_groups(self._places), Lock()
 
     def __enter__(self) -> Self:
         return self
@@ -131,13 +132,18 @@ class WeightReader:
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """Reads a tensor, in a dtype or as it is stored, into new memory on the device; blocks.
 
+        One at a time: transformers asks on several threads where its environment lets it, and buffers are shared.
+
         Raises:
             EOFError: the file has been truncated since it was opened.
             OSError: it cannot be read.
         """
-        place = self._places[name]
+        with self._lock:
+            return self._read(name, dtype)
+
+    def _read(self, name: str, dtype: torch.dtype | None) -> Tensor:
+        place, ahead = self._places[name], self._ahead.pop(name, None)
         assert place.stored is not None, "can_read_all"
-        ahead = self._ahead.pop(name, None)
         if ahead is not None and dtype in (None, place.stored):
             self._read_names.add(name)
             return ahead.result()

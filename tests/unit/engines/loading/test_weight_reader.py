@@ -2,6 +2,8 @@
 
 import shutil
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,18 @@ def test_a_dtype_changes_as_torch_changes_it(tmp_path: Path, stored: torch.dtype
         found = reader.tensors()["a"].to(device="cpu", dtype=wanted)
 
     assert torch.equal(found, tensor.to(wanted))
+
+
+def test_threads_that_ask_at_once_get_the_tensors_that_they_ask_for(tmp_path: Path) -> None:
+    """As transformers does without HF_DEACTIVATE_ASYNC_LOAD: its table came out with rows of other tensors."""
+    stored = {f"w{number}": torch.full((300_000,), float(number)) for number in range(16)}
+    with WeightReader(saved(tmp_path, stored), [FILE], CPU) as reader, ThreadPoolExecutor(8) as threads:
+        read = partial(reader.read, dtype=torch.bfloat16)
+        found = dict(zip(stored, threads.map(read, stored), strict=True))
+
+    assert {name: tensor.unique().tolist() for name, tensor in found.items()} == {
+        name: [float(name[1:])] for name in stored
+    }
 
 
 @pytest.mark.usefixtures("small_parts")
