@@ -101,9 +101,7 @@ def test_threads_that_ask_at_once_get_the_tensors_that_they_ask_for(tmp_path: Pa
         read = partial(reader.read, dtype=torch.bfloat16)
         found = dict(zip(stored, threads.map(read, stored), strict=True))
 
-    assert {name: tensor.unique().tolist() for name, tensor in found.items()} == {
-        name: [float(name[1:])] for name in stored
-    }
+    assert [name for name, tensor in found.items() if not torch.equal(tensor, stored[name].bfloat16())] == []
 
 
 @pytest.mark.usefixtures("small_parts")
