@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import click
 
+from engines.collection import freeze
 from router.config.settings import export_hub_variables
 
 SUMMARIES = {
@@ -97,4 +98,7 @@ def cli() -> None:
 def main() -> None:
     """Run the `embedyard` command."""
     export_hub_variables()
-    cli(prog_name="embedyard")
+    try:
+        cli(prog_name="embedyard")
+    finally:
+        freeze()  # the interpreter's last collection takes 2 s where torch was imported

@@ -11,6 +11,7 @@ import click
 import structlog
 from msgspec import structs
 
+from engines.collection import no_collection
 from engines.errors import InvalidValue
 from engines.types import HostSnapshot
 from router.auth.key_file import read_keys
@@ -115,14 +116,16 @@ def _listener(settings: Settings) -> socket.socket:
 
 
 def _serve(settings: Settings, registry: Registry, listener: socket.socket) -> None:
-    # late: these import torch and the server, and the mistakes above are reported first
-    from router.app import create_app
-    from router.backends.factory import open_backend
-    from router.observability.logs import configure_logging
-    from router.server.uvicorn_server import run_server
+    with no_collection():
+        # late: these import torch and the server, and the mistakes above are reported first
+        from router.app import create_app
+        from router.backends.factory import open_backend
+        from router.observability.logs import configure_logging
+        from router.server.uvicorn_server import run_server
 
-    configure_logging(settings.log_format, settings.log_level)
-    backend = open_backend(settings, registry)
+        configure_logging(settings.log_format, settings.log_level)
+        backend = open_backend(settings, registry)
+        app = create_app(settings, registry, backend, watch_registry=True)
     port = listener.getsockname()[1]
 
     def announce() -> None:
@@ -135,7 +138,7 @@ def _serve(settings: Settings, registry: Registry, listener: socket.socket) -> N
         for warning in start_warnings(settings, registry):
             structlog.get_logger().warning("start.warning", reason=warning)
 
-    run_server(create_app(settings, registry, backend, watch_registry=True), listener, announce)
+    run_server(app, listener, announce)
 
 
 def banner(

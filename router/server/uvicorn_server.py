@@ -2,7 +2,6 @@
 
 import asyncio
 import contextvars
-import gc
 import math
 import os
 import signal
@@ -18,6 +17,7 @@ import structlog
 import uvicorn
 from litestar import Litestar
 
+from engines.collection import freeze
 from router.server.connection import TimeoutHttpProtocol
 from router.server.reloader import Reloader
 from router.server.state import ServerState
@@ -209,15 +209,5 @@ def run_server(app: Litestar, listener: socket.socket, announce: Callable[[], No
     )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, server.handle_exit)
-    _freeze()
+    freeze()
     server.run_logged([listener])
-
-
-def _freeze() -> None:
-    """Exclude the objects that exist now, mostly of libraries, from garbage collection.
-
-    Each unload of a model ends with a full collection; over torch and transformers (400,000 objects) it holds the
-    interpreter lock for 0.3 s, during which no request is answered.
-    """
-    gc.collect()
-    gc.freeze()

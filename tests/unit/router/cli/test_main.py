@@ -344,6 +344,22 @@ finally:
     assert done.stdout.splitlines()[-1] == "/from/dotenv"
 
 
+def test_a_command_ends_without_a_last_collection_of_what_it_imported(registry: Path) -> None:
+    program = """
+import atexit, gc, sys
+from router.cli.main import main
+atexit.register(lambda: print(len(gc.get_objects())))
+sys.argv = ["embedyard", "check"]
+main()
+"""
+
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=registry.parent, capture_output=True, text=True, check=True
+    )
+
+    assert int(done.stdout.splitlines()[-1]) < 1_000
+
+
 def test_python_m_router_is_the_command(registry: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "router", "check"],

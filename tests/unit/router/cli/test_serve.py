@@ -1,5 +1,6 @@
 """`embedyard serve`: refusals, output and shutdown."""
 
+import gc
 import json
 import signal
 import socket
@@ -196,6 +197,18 @@ def test_the_banner_is_left_out_where_the_output_is_for_programs(
 
     assert "Embedyard serves http://127.0.0.1:" in printed[0]
     assert printed[1] == ""
+
+
+def test_a_start_imports_and_builds_without_garbage_collection_and_serves_with_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collects: list[bool] = []
+    monkeypatch.setattr("router.observability.logs.configure_logging", lambda *_: collects.append(gc.isenabled()))
+    monkeypatch.setattr("router.server.uvicorn_server.run_server", lambda *_: collects.append(gc.isenabled()))
+
+    assert serve("--port", "0").exit_code == 0
+
+    assert collects == [False, True]
 
 
 def test_a_misspelt_setting_is_a_warning_at_start(folder: Path) -> None:
