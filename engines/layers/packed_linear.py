@@ -92,14 +92,6 @@ class PackedLinear(Product):
         """Returns SiLU of the product, computed before it is rounded to the dtype of `x`."""
         return self._multiply(x.reshape(-1, self.in_features), "swish").view(*x.shape[:-1], self.out_features)
 
-    def multiply_and_add(self, x: Tensor, other: Tensor) -> Tensor:
-        """Returns the sum of the product and `other`, `[T, out]`; `x` `[T, in]`.
-
-        oneDNN's product with the sum in it takes 0.1 to 1 ms more a call: 2,048 instead of 987 µs for 424 rows of 1,536
-        to 384, 948 instead of 37 for 40 rows of 384 (one core, EPYC Zen 5, torch 2.13).
-        """
-        return self._multiply(x, "none").add_(other)
-
     def _multiply(self, x: Tensor, activation: str) -> Tensor:
         found: Tensor = torch.ops.mkldnn._linear_pointwise(
             x.contiguous(), self.packed, self.bias, activation, [], "none"
