@@ -11,6 +11,8 @@ from pathlib import Path
 import psutil
 from msgspec import Struct, structs
 
+from engines.affinity import num_usable_cores
+
 ROOT = Path(__file__).parents[2]
 
 PACKAGES = ("embedyard", "torch", "transformers", "tokenizers", "sentence-transformers", "numpy", "litestar", "uvicorn")
@@ -87,11 +89,6 @@ def warn_if_busy(machine: Machine) -> None:
         print(f"warning: the load is {machine.load_at_start:.2f} on {machine.cores} cores before the start", flush=True)
 
 
-def usable_cores() -> int:
-    """Return the number of cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def core_seconds(process: psutil.Process) -> float:
     """Return the core seconds that a process and its running descendants have used; 0 when it has ended."""
     total = 0.0
@@ -121,7 +118,7 @@ def _describe() -> Machine:
     model, flags = _cpu()
     return Machine(
         cpu=model,
-        cores=usable_cores(),
+        cores=num_usable_cores(),
         instructions=tuple(flag for flag in _FLAGS if flag in flags),
         memory_bytes=psutil.virtual_memory().total,
         system=f"{platform.system()} {platform.release()}",

@@ -23,11 +23,12 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.lib.folders import resolve
-from benchmarks.lib.machine import Watch, usable_cores, warn_if_busy
+from benchmarks.lib.machine import Watch, warn_if_busy
 from benchmarks.lib.measure import Run, interleave
 from benchmarks.lib.peers import interpreter, is_installed
 from benchmarks.lib.report import RESULTS, Report, publish
 from benchmarks.lib.worker import Worker, WorkerFailed
+from engines.affinity import num_usable_cores
 from engines.loading.weight_reader import WeightReader, _bytes_at
 
 FILE = "model.safetensors"
@@ -70,7 +71,7 @@ def run(model: str, rounds: int, peers: Sequence[str] = tuple(PEERS)) -> Report:
         name=f"read-{folder.name}",
         title=f"Seconds to read the weights of {folder.name} from the page cache",
         machine=watch.machine,
-        settings={"model": model, "rounds": rounds, "threads": usable_cores()},
+        settings={"model": model, "rounds": rounds, "threads": num_usable_cores()},
         header=("reader", "median s", "worst s", "over bytes"),
         rows=[
             (name, f"{median(found):.3f}", f"{max(found):.3f}", f"{median(found) / base_s:.2f}")

@@ -20,12 +20,13 @@ from msgspec import Struct
 
 from benchmarks.lib import workloads
 from benchmarks.lib.folders import resolve
-from benchmarks.lib.machine import Watch, usable_cores, warn_if_busy
+from benchmarks.lib.machine import Watch, warn_if_busy
 from benchmarks.lib.measure import SETTLE_S, interleave
 from benchmarks.lib.peers import OURS, interpreter, own_worker
 from benchmarks.lib.report import Report, publish
 from benchmarks.lib.worker import Worker
 from benchmarks.offline.throughput import Case, arguments, describe, make_cases
+from engines.affinity import num_usable_cores
 from engines.spec import Dtype
 
 
@@ -136,7 +137,7 @@ def run(  # noqa: PLR0913  # as a benchmark is asked for
     watch = Watch()
     warn_if_busy(watch.machine)
     shape, cases = read_shape(folder), make_cases(names, workloads.counter(folder), scale)
-    cores = usable_cores()
+    cores = num_usable_cores()
     # float32 is what `auto` is on a CPU, and trees that know no other have no argument for it
     own = own_worker(folder, dtype=None if dtype == "float32" else dtype)
     with own as engine, Worker("gemm", "gemm.py", [str(cores)], python=interpreter(None)) as gemm:

@@ -28,10 +28,11 @@ from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertModel
 from benchmarks.lib import workloads
 from benchmarks.lib.engine_kit import Kit
 from benchmarks.lib.folders import minilm_package
-from benchmarks.lib.machine import Watch, usable_cores, warn_if_busy
+from benchmarks.lib.machine import Watch, warn_if_busy
 from benchmarks.lib.measure import interleave, speedup
 from benchmarks.lib.models import quiet
 from benchmarks.lib.report import RESULTS, Report, publish
+from engines.affinity import num_usable_cores
 from engines.batching.engine import EmbeddingEngine
 from engines.spec import Output
 from engines.types import Outputs, OutputsCall
@@ -99,7 +100,7 @@ def measure_splade(kit: Kit, folder: Path, texts: list[str], rounds: int, *, is_
     with quiet():
         reference = SparseEncoder(str(folder), device="cpu")
         engine = kit.load(folder)
-    torch.set_num_threads(usable_cores())
+    torch.set_num_threads(num_usable_cores())
     expected = reference.encode(texts[:8], convert_to_sparse_tensor=False, show_progress_bar=False).numpy()
     found, whole = _outputs(engine, texts[:8], "sparse"), np.zeros((8, _VOCABULARY), np.float32)
     whole[np.repeat(np.arange(8), found.num_terms), found.terms()[0]] = found.terms()[1]
