@@ -39,7 +39,8 @@ _VERSION = 1
 _LIBRARIES = ("torch", "transformers")
 """What names and computes the tensors."""
 
-_LENGTH_BYTES = 8
+LENGTH_BYTES = 8
+"""Of the header's length, before it."""
 
 _SHARE = 0.5
 """Files may take this part of the disk's free bytes and their own together."""
@@ -131,9 +132,9 @@ def read_metadata(path: Path) -> dict[str, str]:
     try:
         with path.open("rb") as opened:
             head = opened.read(HEADER_BYTES)
-        if int.from_bytes(head[:_LENGTH_BYTES], "little") != HEADER_BYTES - _LENGTH_BYTES:
+        if int.from_bytes(head[:LENGTH_BYTES], "little") != HEADER_BYTES - LENGTH_BYTES:
             return {}
-        header = msgspec.json.decode(head[_LENGTH_BYTES:], type=dict[str, msgspec.Raw])
+        header = msgspec.json.decode(head[LENGTH_BYTES:], type=dict[str, msgspec.Raw])
         return msgspec.json.decode(header.get("__metadata__", b"{}"), type=dict[str, str])
     except (OSError, *UNREADABLE):
         return {}

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 from torch.overrides import TorchFunctionMode
 
-from engines.form_cache import FREE_BYTES, HEADER_BYTES, read_metadata
+from engines.form_cache import FREE_BYTES, HEADER_BYTES, LENGTH_BYTES, read_metadata
 from engines.hub.weight_files import read_header, read_range
 from engines.loading.preflight import empty_model
 from engines.loading.weight_reader import WeightReader
@@ -35,7 +35,6 @@ log = structlog.get_logger(__name__)
 
 _CPU = torch.device("cpu")
 _NAMES = {dtype: name for name, dtype in _TYPES.items()}
-_LENGTH_BYTES = 8
 _PRODUCT, _OTHER = "product", "other"
 """Begin the names of tensors: `product.NUMBER.PART` and `other.NAME`."""
 
@@ -110,7 +109,7 @@ class FormWriter(FormSource):
         """Makes the file complete and visible; blocks until the disk has it. Returns whether it is kept."""
         if self._file is None:
             return False
-        data = HEADER_BYTES - _LENGTH_BYTES
+        data = HEADER_BYTES - LENGTH_BYTES
         metadata = {
             "identity": identity, "content": content,
             "checksums": msgspec.json.encode(self._checksums).decode(),
@@ -121,7 +120,7 @@ class FormWriter(FormSource):
             return False
         try:
             self._file.seek(0)
-            self._file.write(data.to_bytes(_LENGTH_BYTES, "little") + header.ljust(data))
+            self._file.write(data.to_bytes(LENGTH_BYTES, "little") + header.ljust(data))
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
