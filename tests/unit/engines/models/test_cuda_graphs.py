@@ -34,11 +34,11 @@ from engines.models.base import (
     weight_bytes,
 )
 from engines.models.cuda_graphs import SIZES, FixedPackedLayout, capturer_for, timed
-from engines.models.prepacked import PrepackedWeights
 from engines.models.transformer import TransformerEncoder
 from engines.models.verification import distance
 from tests.testkit.clocks import FakeClock
-from tests.testkit.encoders import FakeGraphCapturer, varlen
+from tests.testkit.encoders import FakeGraphCapturer
+from tests.testkit.recorded_passes import record_passes
 
 CPU = torch.device("cpu")
 BIASED = ("mpnet-mean", "t5-mean-dense")
@@ -50,13 +50,7 @@ FEW_SIZES = SIZES[:4]
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> FakeGraphCapturer:
     """Makes models that load run as on a GPU, with recorded passes."""
-    recorder = FakeGraphCapturer()
-    monkeypatch.setattr(attention, "varlen_attn", varlen)
-    monkeypatch.setattr(attention, "_VARLEN", {("cpu", torch.float32)})
-    monkeypatch.setattr(builders, "capturer_for", lambda device: recorder)
-    monkeypatch.setattr(graphs, "SIZES", FEW_SIZES)
-    monkeypatch.setattr(PrepackedWeights, "size_bytes", lambda *_: 0)  # second copies of weights are for CPUs
-    return recorder
+    return record_passes(monkeypatch, len(FEW_SIZES))
 
 
 def load(kit: Kit, name: str) -> TransformerEncoder:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from benchmarks.gpu.parts.swap import wait_for_graphs
 from benchmarks.gpu.rig import encoder_of
@@ -17,13 +16,10 @@ from engines.batching import rest_of_check
 from engines.batching.engine import EmbeddingEngine
 from engines.batching.request import Entry
 from engines.device.scheduler import DeviceScheduler
-from engines.layers import attention
-from engines.loading import builders
 from engines.loading.loader import LoaderSettings
-from engines.models import cuda_graphs
-from engines.models.prepacked import PrepackedWeights
 from engines.types import EmbedCall
-from tests.testkit.encoders import FakeGraphCapturer, varlen
+from tests.testkit.encoders import FakeGraphCapturer
+from tests.testkit.recorded_passes import record_passes
 
 LONGEST_S = 30.0
 
@@ -31,14 +27,8 @@ LONGEST_S = 30.0
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> FakeGraphCapturer:
     """Makes models that load run as on a GPU, with recorded passes."""
-    recorder = FakeGraphCapturer()
-    monkeypatch.setattr(attention, "varlen_attn", varlen)
-    monkeypatch.setattr(attention, "_VARLEN", {("cpu", torch.float32)})
-    monkeypatch.setattr(builders, "capturer_for", lambda device: recorder)
-    monkeypatch.setattr(cuda_graphs, "SIZES", cuda_graphs.SIZES[:2])
-    monkeypatch.setattr(PrepackedWeights, "size_bytes", lambda *_: 0)  # second copies of weights are for CPUs
     monkeypatch.setattr(rest_of_check, "CHECK_AFTER_S", 0.0)
-    return recorder
+    return record_passes(monkeypatch, 2)
 
 
 @pytest.fixture
