@@ -20,7 +20,7 @@ from typing import TypeVar
 
 import structlog
 
-from engines.device.cores import WakingCores
+from engines.device.cores import IdleCores, WakingCores
 from engines.device.flex import LONGEST_SLICE_S, FlexSource, FlexThreads, FlexWork
 from engines.device.health import DeviceHealth, least_healthy
 from engines.device.tasks import ActiveTask, CallQueue, IdleThreads, Task, TaskSource, Usage, WorkerThread, post
@@ -52,6 +52,7 @@ class DeviceScheduler:
         check_interval_s: the least time between two checks of a running task for preemption.
         flex_work: how the work of flex threads is measured; by default on the same clock.
         waking_cores: on which core threads wake while all device threads work; None leaves it to the operating system.
+        idle_cores: how many cores of idle threads a batch uses.
     """
 
     def __init__(  # noqa: PLR0913  # one device, and the parts of the environment that a test replaces
@@ -65,8 +66,9 @@ class DeviceScheduler:
         check_interval_s: float = _CHECK_INTERVAL_S,
         flex_work: FlexWork | None = None,
         waking_cores: WakingCores | None = None,
+        idle_cores: IdleCores | None = None,
     ) -> None:
-        self._waking_cores = waking_cores
+        self._waking_cores, self._idle_cores = waking_cores, idle_cores or IdleCores(clock)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._loop_thread = 0
         self._clock = clock
@@ -276,10 +278,14 @@ class DeviceScheduler:
         """Runs a task that `_pick` or `_pick_small` has started on this worker."""
         worker.charged_until_s = worker.checked_s = self._clock()
         self._share_idle_cores(worker, is_allowed=picked.task.begins_wide)
+        is_shared = worker.cores > 1 and picked.usage.source is not self._calls  # which may wait for a disk
+        started = self._idle_cores.start() if is_shared else None
         try:
             picked.task.run()
         except Exception:
             log.exception("lane.turn_raised")
+        if started is not None and worker.cores > 1:
+            self._idle_cores.end(started)
         with self._lock:
             seconds = worker.end_task(self._clock())
             self._ended.notify_all()
@@ -290,7 +296,7 @@ class DeviceScheduler:
         """Sets the cores of this thread: its own, and an equal part of those of threads that are idle and not woken."""
         is_wide = is_allowed and worker.running and worker.running[-1].task.uses_idle_cores
         num_free = max(0, self._num_free - self._num_woken) if is_wide else 0
-        cores = 1 + num_free // max(1, len(self._workers) - num_free)
+        cores = self._idle_cores.limit(1 + num_free // max(1, len(self._workers) - num_free))
         if cores != worker.cores:
             self._use_cores(cores)
             worker.cores = cores
