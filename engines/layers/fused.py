@@ -25,7 +25,7 @@ from engines.layers.attention import packed_attention, single_query_attention
 from engines.layers.host_layers import resident
 from engines.layers.packed_linear import Int8Linear, PackedLinear, ProductFactory, replace_joined
 from engines.layers.packing import KernelVariant, PackedLayout, PackedState, TokenChoice
-from engines.layers.products import apply, linear
+from engines.layers.products import apply, linear, onednn_is_faster, rounded_rows
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,8 @@ def _has_exactly(layer: nn.Module, names: PartNames) -> bool:
 
 
 _FEW_ROWS = 96
-"""Up to this many tokens, several threads share a product better with the weights as its left factor: they divide the
-rows of the left factor between them."""
+"""Up to this many tokens, several threads of MKL share a product better with the weights as its left factor: they
+divide the rows of the left factor between them."""
 
 _ROW_MULTIPLE = 16
 """The kernels of such products work on this many rows at once: 12 rows cost more than 16."""
@@ -148,7 +148,8 @@ def _fuse_layer(layer: nn.Module, names: PartNames, state: PackedState, *, is_la
         if is_last and state.kept in fused.skips:
             return fused.one_token(hidden_states[0], layout, state.kept)[None]
         bias = kwargs.get("position_bias", args[1] if names.gives_tuple and len(args) > 1 else None)
-        out = fused(hidden_states[0], layout, bias, state.variant or fastest_variant(layout))[None]
+        out = fused(hidden_states[0], layout, bias, state.variant or fastest_variant(layout))
+        out = out[None, : layout.num_tokens] if is_last else out[None]
         return (out,) if names.gives_tuple else out
 
     layer.forward = forward
@@ -157,7 +158,8 @@ def _fuse_layer(layer: nn.Module, names: PartNames, state: PackedState, *, is_la
 
 def fastest_variant(layout: PackedLayout) -> KernelVariant:
     """Returns the fastest variant for a row of these texts on the cores that this thread may use."""
-    return "few" if usable_threads() > 1 and layout.num_tokens <= _FEW_ROWS else "many"
+    is_few = usable_threads() > 1 and layout.num_tokens <= _FEW_ROWS
+    return "few" if is_few and not onednn_is_faster() else "many"
 
 
 class FusedLayer:
@@ -251,18 +253,26 @@ class FusedLayer:
                 product.is_behind_norm = product is joined or product is self._up
 
     def __call__(self, x: Tensor, layout: PackedLayout, position_bias: Tensor | None, variant: KernelVariant) -> Tensor:
-        """Runs the layer, `[T, H]` to `[T, H]`. The variant `few` is for CPU threads: a GPU runs `many` instead."""
+        """Runs the layer, `[≥ T, H]` to `[≥ T, H]`: rows behind those of the tokens mean nothing. The variant `few` is
+        for CPU threads: a GPU runs `many` instead."""
         is_few = variant == "few" and x.device.type == "cpu" and self._joined is None
         run = self.few if is_few else self.many
         return run(x, layout, position_bias)
 
     def many(self, x: Tensor, layout: PackedLayout, position_bias: Tensor | None) -> Tensor:
-        """Runs the layer with the tokens as the left factor of each product, `[T, H]` to `[T, H]`."""
+        """Runs the layer with the tokens as the left factor of each product, `[≥ T, H]` to `[≥ T, H]`."""
+        x = self._rounded(x)
         joined = linear(x, self._weight, self._bias) if self._joined is None else self._joined(x)
         self._pause()
-        context = self._attend(joined, layout, position_bias)
+        context = self._attend(joined[: layout.num_tokens], layout, position_bias)
         self._pause()
-        return self._finish(x, context)
+        return self._finish(x, _with_rows(context, len(x)))
+
+    def _rounded(self, x: Tensor) -> Tensor:
+        """Appends rows of zeros where oneDNN multiplies: see `rounded_rows`."""
+        is_packed = isinstance(self._joined, PackedLinear)
+        is_plain = self._joined is None and x.dtype is torch.float32 and x.device.type == "cpu"
+        return _with_rows(x, rounded_rows(len(x))) if is_packed or (is_plain and onednn_is_faster()) else x
 
     def _finish(self, x: Tensor, context: Tensor) -> Tensor:
         """Runs what follows attention, from the layer's input and the context, both `[T, H]`."""
@@ -299,23 +309,23 @@ class FusedLayer:
         """
         split = self.heads * self.head_width
         places = layout.starts if kept == "first" else layout.ends - 1
-        rows = x[places]
+        rows, x = self._rounded(x[places]), self._rounded(x)
         if self._joined is not None:  # gives queries of all tokens, too
             joined = self._joined(x)
-            query, others = joined[places, :split], joined[:, split:]
+            query, others = joined[places, :split], joined[: layout.num_tokens, split:]
         else:
-            query = linear(rows, self._weight[:split], self._bias[:split])
-            others = linear(x, self._weight[split:], self._bias[split:])
+            query = linear(rows, self._weight[:split], self._bias[:split])[: len(places)]
+            others = linear(x, self._weight[split:], self._bias[split:])[: layout.num_tokens]
         key, value = others.view(-1, 2, self.heads, self.head_width).permute(1, 2, 0, 3)[:, None]
         query = query.view(-1, self.heads, self.head_width).transpose(0, 1)[None]
         context = single_query_attention(query, key, value, layout, scaling=self.head_width**-0.5, window=None)
-        return self._finish(rows, context.flatten(1))
+        return self._finish(rows, _with_rows(context.flatten(1), len(rows)))[: len(places)]
 
     def few(self, x: Tensor, layout: PackedLayout, position_bias: Tensor | None) -> Tensor:
         """Runs the layer with the weights as the left factor of each product: see `_FEW_ROWS`."""
-        num_rows = len(x)
+        num_rows = layout.num_tokens
         padding = (0, 0, 0, -num_rows % _ROW_MULTIPLE)
-        x = pad(x, padding)
+        x = pad(x[:num_rows], padding)
         joined = torch.addmm(self._bias[:, None], self._weight, x.T).T[:num_rows].contiguous()
         context = pad(self._attend(joined, layout, position_bias), padding)
         x = _norm(x + _left_product(self._context, context.T).T, self._first_norm)
@@ -332,6 +342,11 @@ class FusedLayer:
             packed_layout=layout, scaling=self.head_width**-0.5, is_causal=False, position_bias=position_bias,
         )  # fmt: skip
         return context[0].flatten(1)
+
+
+def _with_rows(x: Tensor, num_rows: int) -> Tensor:
+    """Appends rows of zeros to `[T, H]`."""
+    return pad(x, (0, 0, 0, num_rows - len(x))) if len(x) < num_rows else x
 
 
 def _apply_and_add(part: nn.Module, x: Tensor, other: Tensor) -> Tensor:

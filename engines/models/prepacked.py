@@ -21,6 +21,7 @@ from engines.inputs.token_ids import ID_MASK, TYPE_SHIFT
 from engines.layers import encoder_script
 from engines.layers.fused import FusedLayer
 from engines.layers.packing import KernelVariant, PackedLayout, TokenChoice, attention_blocks
+from engines.layers.products import rounded_rows
 from engines.models.onnx_graph import SLOW_FUSIONS, Shape, Weights, encoder_graph
 
 _MODELS = ({"embeddings", "encoder"}, {"embeddings", "transformer"})
@@ -80,10 +81,6 @@ _MAX_PADDED_RATIO = 1.5
 _SKIP_TOKENS = 128
 """Rows of fewer tokens run the last layer in full. Without the other tokens in it, MiniLM is 1.07 to 1.20 times as fast
 with rows of 128 to 1,000 tokens (one core), and 0.90 times with 12, as torch is slower with a few rows."""
-
-_ROW_STEPS = ((32, 4), (128, 8), (512, 16), (2**63, 32))
-"""Rows of up to so many tokens are padded to a multiple of the second for oneDNN, which makes a kernel for each number
-of rows of each product, 0.1 to 0.3 ms, and keeps few. No token reads another row but those of its own text."""
 
 _SWITCH = np.array(False), np.array(True)
 
@@ -311,9 +308,8 @@ class PrepackedWeights:
 
 
 def _padded_row(row: Tensor) -> Tensor:
-    """Appends zeros to ids, positions or types `[T]`: see `_ROW_STEPS`."""
-    step = next(step for most, step in _ROW_STEPS if len(row) <= most)
-    return pad(row, (0, -len(row) % step))
+    """Appends zeros to ids, positions or types `[T]`."""
+    return pad(row, (0, rounded_rows(len(row)) - len(row)))
 
 
 def _parts(num_layers: int, at_once: int) -> list[range]:

