@@ -17,9 +17,9 @@ if sys.platform == "linux":
     os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE")
     os.environ.setdefault("KMP_BLOCKTIME", "0")
 
-# oneDNN and torch each keep the kernels of the last 1024 shapes, and a kernel has 0.3 to 0.6 MB: 305 MB after 512 lengths
-# of one product, 60 MB with these bounds. Making one again takes 0.2 to 0.5 ms. A model whose rows have
-# `engines.layers.products.rounded_rows` has 44 shapes of each product up to 512 tokens; with 64 kernels for four products
-# mixed texts were 1.03 times as slow as with 192. Read by the libraries at their first product.
+# oneDNN and torch each keep the kernels of the last 1024 shapes, and a kernel has 0.3 to 0.6 MB: 305 MB after 512
+# lengths of one product, 60 MB with these bounds. Making one again takes 0.2 to 0.5 ms. A model whose rows have
+# `engines.layers.products.rounded_rows` has 44 shapes of each product up to 512 tokens; with 64 kernels for four
+# products mixed texts were 1.03 times as slow as with 192. Read by the libraries at their first product.
 for _cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(_cache, "128")
