@@ -60,7 +60,7 @@ def describe_offer(precision: Precision, min_cosine: float | None = None) -> str
     )
 
 
-FORM_VERSIONS = {"bfloat16": 2, "int8": 3}
+FORM_VERSIONS = {"bfloat16": 2, "int8": 4}
 """Raised when a dtype is computed in another way, so that what was measured before decides nothing any more; int8's is
 in the fingerprint of spaces, too (`engines/space.py`).
 2: int8 rounds queries, keys and values too, and attention in bfloat16 takes powers of two.

@@ -31,7 +31,7 @@ TRUNCATION_SIDE = "truncation_side"
 NUMERIC = "numeric"
 """Names of ingredients that are read again, not only compared."""
 
-NUMERIC_CLASSES: Mapping[str, str] = {"float32": "exact", "int8": "int8-3"}
+NUMERIC_CLASSES: Mapping[str, str] = {"float32": "exact", "int8": "int8-4"}
 """Classes of arithmetic by dtype: the vectors of each class agree within its tolerance on every device. Dtypes that are
 not listed are a class of their own: theirs differ from float32's beyond any tolerance. int8's ends with the version of
 its rounding (`FORM_VERSIONS` in `engines/precision.py`): vectors of two versions have cosines of 0.997 to 0.999, as

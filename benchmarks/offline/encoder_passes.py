@@ -75,7 +75,7 @@ def main() -> None:
     for dtype in asked.dtypes:
         spec: Any = {"model_id": "m", "source": str(path), "dtype": dtype}
         encoders[dtype], tokenizer, *_ = build(read_folder(path), ModelSpec(**spec), EncoderConfig())
-        encoders[dtype].switch_to("fused")
+        encoders[dtype].switch_to(encoders[dtype].candidate_paths()[0])
     num_texts = 400 if asked.workload == "short" else 64
     texts = workloads.make(asked.workload, num_texts, workloads.counter(path)).texts
     rows = rows_of([tokenizer.encode((text,), PromptTemplate(), "end").ids[0] for text in texts])

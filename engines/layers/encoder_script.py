@@ -25,7 +25,7 @@ from engines.layers.softmax import LARGEST_SUM, LEAST_SUM, LOG2_E
 
 log = structlog.get_logger(__name__)
 
-_SOURCE = f"""
+SOURCE = f"""
 def shares(q: Tensor, k: Tensor, real: Optional[Tensor], scale: float) -> Tensor:
     empty = torch.empty([1], dtype=q.dtype)
     scores = torch.baddbmm(empty, q, k, beta=0, alpha=scale * {LOG2_E}).float()
@@ -62,7 +62,7 @@ def attend(
             context[start:end].view(texts, length, heads, width).copy_(found)
         else:
             torch.index_select(found.reshape(-1, heads * width), 0, places[place + 1], out=context[start:end])
-    context[blocks[-1][1]:].zero_()
+    context[blocks[-1][1]:].copy_(context[:1])
     return context
 
 
@@ -103,7 +103,7 @@ def compiled() -> Any | None:
     texts as `engines.layers.packing.attention_blocks` lays them out.
     """
     try:
-        return torch.jit.CompilationUnit(_SOURCE)
+        return torch.jit.CompilationUnit(SOURCE)
     except (RuntimeError, AttributeError) as error:  # torch drops TorchScript, or renames an operator
         log.warning("encoder_script.unavailable", reason=type(error).__name__)
         return None

@@ -227,8 +227,20 @@ class FusedLayer:
         packed = [part for part in products if isinstance(part, PackedLinear) and part.bias is not None]
         if len(packed) < len(products) or not self.operator or self._has_bias:
             return []
-        norms = [tensor for norm in (self._first_norm, self._second_norm) for tensor in (norm.weight, norm.bias)]
-        return [*(tensor for part in packed for tensor in (part.packed, part.bias)), *norms]
+        tensors = [tensor for part in packed for tensor in (part.packed, part.bias) if tensor is not None]
+        return [*tensors, *self.norms]
+
+    @property
+    def int8_products(self) -> list[Int8Linear]:
+        """The layer's products where `engines/layers/int8_script.py` can run it, else none: see `script_weights`."""
+        products = [self._joined, self._context, self._up, self._down]
+        small = [part for part in products if isinstance(part, Int8Linear) and part.tensors]
+        return small if len(small) == len(products) and self.operator and not self._has_bias else []
+
+    @property
+    def norms(self) -> list[Tensor]:
+        """Scale and shift of the first and of the second norm."""
+        return [tensor for norm in (self._first_norm, self._second_norm) for tensor in (norm.weight, norm.bias)]
 
     @property
     def eps(self) -> tuple[float, float]:

@@ -36,6 +36,9 @@ _TOLERANCE = 1e-2
 _OUTPUT_ROUNDING = 2**-8
 """What bfloat16 may round an output by, of the output: with a large bias, or no weights, that is most of the error."""
 
+_BY_TOKEN = 5
+"""Tensors of a product whose tokens have steps of their own."""
+
 TRAILER = 8
 """Bytes behind the levels of each token: see `quantize_tokens`."""
 
@@ -109,6 +112,10 @@ class Int8Linear(Product):
     Attributes:
         out_dtype: of the outputs; None for that of the inputs.
         is_behind_norm: whether a norm gives the inputs, so that one step suits all tokens.
+        tensors: as the functions of `engines/layers/int8_script.py` take them; empty where this machine has none for
+            them. Weight, scale, zeros, sums of rows, bias. With one step for all tokens also a bias for that, and
+            `StaticQuantizer.tensors`.
+        steps: the numbers beside them, two.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> None:
@@ -118,23 +125,26 @@ class Int8Linear(Product):
         self.is_behind_norm = False
         self._scale, self._bias = scale, None if bias is None else bias.detach().float()
         self._seen: Tensor | None = None
-        self._static: StaticQuantizer | None = None
-        self._static_bias = scale
-        self._plain, self._packed = rounded, None
+        self._plain = rounded
+        self._packed: PackedInt8 | None = None
+        self.tensors: list[Tensor] = []
+        self.steps = [0.0, 0.0]
         self.size_bytes = rounded.numel() + 8 * len(scale)
         if can_multiply_int8():
             self._plain = rounded.new_empty(0)
             self._set_packed(rounded)
 
     def _set_packed(self, rounded: Tensor) -> None:
-        self._packed = PackedInt8.of(rounded, self._scale)
-        self._row_sums = self._scale * rounded.float().sum(1)  # exact, and 28 times as fast as sums of int8
+        packed = self._packed = PackedInt8.of(rounded, self._scale)
+        row_sums = self._scale * rounded.float().sum(1)  # exact, and 28 times as fast as sums of int8
+        bias = self._scale.new_empty(0) if self._bias is None else self._bias
+        self.tensors = [*packed, row_sums, bias]
         self.size_bytes = len(rounded) * (rounded.shape[1] + TRAILER + 8)
 
     @property
     def has_one_step(self) -> bool:
         """Whether the inputs of all tokens have the same step."""
-        return self._static is not None
+        return len(self.tensors) > _BY_TOKEN
 
     def observe(self) -> None:
         """Notes the range of the inputs from now on, until `fix_step`."""
@@ -156,9 +166,10 @@ class Int8Linear(Product):
         plain = rounded.float() * self._scale[:, None]
         x = static.exact_inputs()
         wanted = linear(x, plain, self._bias)
-        bias = linear(static.centre, plain, self._bias)
+        self._bias = bias = linear(static.centre, plain, self._bias)
         self._set_packed(static.widen(rounded))
-        self._bias, self._static_bias, self._static = bias, bias - static.half * self._row_sums, static
+        self.steps = [static.step, static.half]
+        self.tensors += [bias - static.half * self.tensors[3], *static.tensors]
         errors = (self.multiply(x) - wanted).norm(dim=0).sub_(_OUTPUT_ROUNDING * wanted.norm(dim=0)).clamp_(min=0)
         far = float((errors / (wanted - bias).norm(dim=0).clamp_(min=1e-30)).max())
         if not far <= _TOLERANCE:
@@ -169,54 +180,25 @@ class Int8Linear(Product):
 
     def multiply(self, x: Tensor) -> Tensor:
         """See `Product`."""
-        return self._multiply(x, "none")
+        return self._multiply(x, "none", self.out_dtype or x.dtype)
 
     def multiply_and_gelu(self, x: Tensor) -> Tensor:
         """Returns the exact (erf) GELU of the product, `[T, out]` from `[T, in]`."""
-        return self._multiply(x, "gelu")
+        return self._multiply(x, "gelu", self.out_dtype or x.dtype)
 
     def multiply_and_add(self, x: Tensor, other: Tensor) -> Tensor:
         """Returns the sum of the product and `other`, float32 `[T, out]`; `x` `[T, in]`."""
-        is_by_token = self._packed is not None and self._static is None
-        return self._by_token(x, other) if is_by_token else self._multiply(x, "none").float().add_(other)
+        return self._multiply(x, "none", torch.float32, other)
 
-    def _multiply(self, x: Tensor, activation: str) -> Tensor:
-        dtype = self.out_dtype or x.dtype
+    def _multiply(self, x: Tensor, activation: str, dtype: torch.dtype, other: Tensor | None = None) -> Tensor:
         if self._seen is not None:
             self._seen = torch.stack([self._seen[0].minimum(x.amin(0)), self._seen[1].maximum(x.amax(0))])
-        if self._static is None or self._packed is None:
-            return _activated(self._by_token(x), activation).to(dtype)
-        levels, beyond = self._static.levels(x.float())
-        found = self._packed.multiply(levels, self._static.step, self._static_bias, dtype, activation)
-        if beyond is not None:
-            found[beyond] = _activated(self._by_token(self._static.spread(x[beyond].float())), activation).to(dtype)
-        return found
-
-    def _by_token(self, x: Tensor, other: Tensor | None = None) -> Tensor:
-        """Multiplies columns `[T, columns]` by a step of each token's own, and adds `other`; gives float32.
-
-        Levels of a NaN are numbers, whose products would look right: the sum of the inputs tells of it.
-        """
-        if self._packed is None:  # smaller, but no faster
-            return linear(x.float(), self._plain * self._scale[:, None], self._bias)
-        x = x.float()
-        levels, step, lowest = quantize_tokens(x)
-        script = int8_script()
-        if script is not None:
-            found: Tensor = script.multiply_by_token(
-                x, levels, step, lowest, *self._packed, self._row_sums, self._bias, other
-            )
-        else:  # In place: new memory costs more than the sums. In float32: torch adds bfloat16 half as fast.
-            found = self._packed.multiply(levels)
-            found = found.mul_(step) if other is None else torch.addcmul(other, found, step)
-            found.addcmul_(lowest + x.sum(1, keepdim=True).mul_(0), self._row_sums)
-            found = found if self._bias is None else found.add_(self._bias)
-        return found
-
-
-def _activated(x: Tensor, activation: str) -> Tensor:
-    found: Tensor = torch.ops.aten.gelu_(x) if activation == "gelu" else x
-    return found
+        if not self.tensors:  # smaller, but no faster
+            found = linear(x.float(), self._plain * self._scale[:, None], self._bias)
+            found = torch.ops.aten.gelu_(found) if activation == "gelu" else found
+            return (found if other is None else found.add_(other)).to(dtype)
+        product: Tensor = int8_script().multiply(x, self.tensors, self.steps, dtype, activation, other)
+        return product
 
 
 class PackedInt8(NamedTuple):
@@ -237,18 +219,10 @@ class PackedInt8(NamedTuple):
         packed = torch.ops.onednn.qlinear_prepack(wide, [_PACKED_FOR_ROWS, wide.shape[1]])
         return cls(packed, scale, torch.zeros(len(scale), dtype=torch.int64))
 
-    def multiply(
-        self,
-        levels: Tensor,
-        step: float = 1.0,
-        bias: Tensor | None = None,
-        dtype: torch.dtype = torch.float32,
-        activation: str = "none",
-    ) -> Tensor:
-        """Multiplies levels, uint8 `[T, columns + 8]`, by their step, adds the bias, and applies the activation."""
-        algorithm = "none" if activation == "gelu" else ""
+    def multiply(self, levels: Tensor) -> Tensor:
+        """Multiplies levels, uint8 `[T, columns + 8]`; float32."""
         found: Tensor = torch.ops.onednn.qlinear_pointwise(
-            levels, step, 0, self.weight, self.scale, self.zeros, bias, 1.0, 0, dtype, activation, [], algorithm
+            levels, 1.0, 0, self.weight, self.scale, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
         )
         return found
 
@@ -334,13 +308,8 @@ def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         which costs 2 % and spares a copy (19 to 89 µs). And what a level is worth and the least element, float32
         `[T, 1]` each: `x ≈ levels × step + lowest`.
     """
-    rows: Tensor = torch.ops.quantized.embedding_bag_byte_prepack(x.float())
-    width = x.shape[1]
-    bounds = rows[:, width:]
-    if width % 4:
-        bounds = bounds.clone(memory_format=torch.contiguous_format)  # aligned
-    bounds = bounds.view(torch.float32)
-    return rows, bounds[:, :1], bounds[:, 1:]
+    found: tuple[Tensor, Tensor, Tensor] = int8_script().quantize_tokens(x.float())
+    return found
 
 
 @cache

@@ -13,15 +13,16 @@ from typing import Any
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
-from torch import Tensor, float32, from_numpy, nn
-from torch.nn.functional import pad
+from torch import Tensor, cat, float32, from_numpy, nn
 
 from engines.device.torch_runtime import usable_threads
 from engines.inputs.token_ids import ID_MASK, TYPE_SHIFT
 from engines.layers import encoder_script
 from engines.layers.fused import FusedLayer
+from engines.layers.packed_linear import Int8Embedding
 from engines.layers.packing import KernelVariant, PackedLayout, TokenChoice, attention_blocks
 from engines.layers.products import rounded_rows
+from engines.models.int8_encoder import ScriptedInt8Encoder
 from engines.models.onnx_graph import SLOW_FUSIONS, Shape, Weights, encoder_graph
 
 _MODELS = ({"embeddings", "encoder"}, {"embeddings", "transformer"})
@@ -50,7 +51,9 @@ def _embedding_parts(model: nn.Module) -> dict[str, Any]:
     active: dict[str, Any] = {
         name: part for name, part in parts["embeddings"].named_children() if not isinstance(part, nn.Dropout)
     }
-    kinds = {name: nn.LayerNorm if name == _NORM else nn.Embedding for name in _EMBEDDINGS}
+    kinds: dict[str, type] = {name: nn.LayerNorm if name == _NORM else nn.Embedding for name in _EMBEDDINGS}
+    if type(active.get(_TABLES[0])) is Int8Embedding:
+        kinds[_TABLES[0]] = Int8Embedding
     are_known = all(type(part) is kinds.get(name) for name, part in active.items())
     are_all = {*_EMBEDDINGS} - {*active} <= {_TOKEN_TYPES}
     return active if are_known and are_all and stacks == [nn.ModuleList] else {}
@@ -145,7 +148,12 @@ class ScriptedEncoder:
     Args:
         tables: embeddings of words and positions, scale and shift of the norm of their sum, and what is added to it.
         layers: the tensors of each.
+
+    Attributes:
+        longest: the most tokens of a text.
     """
+
+    longest = _MAX_TEXT_TOKENS
 
     def __init__(self, tables: Sequence[Tensor], layers: Sequence[Sequence[Tensor]], shape: Shape) -> None:
         self._script: Any = encoder_script.compiled()
@@ -187,13 +195,19 @@ class PrepackedWeights:
         self._has_types = has_types
         self._embeddings = _embedding_parts(model)
         self._encoders: dict[KernelVariant, PrepackedEncoder] = {}
-        self._scripted: ScriptedEncoder | None = None
+        self._scripted: ScriptedEncoder | ScriptedInt8Encoder | None = None
 
     @property
     def can_run_packed(self) -> bool:
         """Whether the layers' own products are packed, and no copies are needed."""
         are_packed = bool(self._layers) and all(layer.script_weights for layer in self._layers)
-        return are_packed and bool(self._embeddings) and encoder_script.compiled() is not None
+        return (are_packed or self._is_int8) and bool(self._embeddings) and encoder_script.compiled() is not None
+
+    @property
+    def _is_int8(self) -> bool:
+        """Whether all products, and the table of words, are int8."""
+        words = self._embeddings.get(_TABLES[0])
+        return isinstance(words, Int8Embedding) and all(layer.int8_products for layer in self._layers)
 
     def needs_onnxruntime(self, layout: PackedLayout) -> bool:
         """Whether a row runs from copies, in which torch's threads have no part."""
@@ -228,7 +242,7 @@ class PrepackedWeights:
         if layout.num_visible is not None:
             return False
         if self._scripted is not None:
-            return variant in ("prepacked", "shared") or (variant is None and layout.longest <= _MAX_TEXT_TOKENS)
+            return variant in ("prepacked", "shared") or (variant is None and layout.longest <= self._scripted.longest)
         return variant in self._encoders or (variant is None and bool(self._encoders) and is_suitable(layout))
 
     def __call__(
@@ -284,11 +298,13 @@ class PrepackedWeights:
         words, places = (self._embeddings[name].weight for name in _TABLES)
         return PrepackedEncoder((words, places), self._weights(), self._shape(), len(self._layers), num_threads)
 
-    def _scripted_encoder(self) -> ScriptedEncoder:
+    def _scripted_encoder(self) -> ScriptedEncoder | ScriptedInt8Encoder:
         norm, token_types = self._embeddings[_NORM], self._embeddings.get(_TOKEN_TYPES)
         tables = [*(self._embeddings[name].weight for name in _TABLES), norm.weight, norm.bias]
         if token_types is not None:
             tables.append(token_types.weight if self._has_types else token_types.weight[0])
+        if self._is_int8:
+            return ScriptedInt8Encoder(tables, self._embeddings[_TABLES[0]].scale, self._layers, self._shape())
         return ScriptedEncoder(tables, [layer.script_weights for layer in self._layers], self._shape())
 
     def _weights(self) -> dict[str, Tensor]:
@@ -308,8 +324,8 @@ class PrepackedWeights:
 
 
 def _padded_row(row: Tensor) -> Tensor:
-    """Appends zeros to ids, positions or types `[T]`."""
-    return pad(row, (0, rounded_rows(len(row)) - len(row)))
+    """Repeats the first of ids, positions or types `[T]` behind them: see `rounded_rows`."""
+    return cat([row, row[:1].expand(rounded_rows(len(row)) - len(row))])
 
 
 def _parts(num_layers: int, at_once: int) -> list[range]:

@@ -106,7 +106,7 @@ def test_distinctions_that_change_no_vector_are_none() -> None:
     assert space_of(UNIT, cut) == space_of(UNIT, FORM), "the model cuts there anyway"
 
 
-@pytest.mark.parametrize(("dtype", "name"), [("float32", "exact"), ("bfloat16", "bfloat16"), ("int8", "int8-3")])
+@pytest.mark.parametrize(("dtype", "name"), [("float32", "exact"), ("bfloat16", "bfloat16"), ("int8", "int8-4")])
 def test_each_reduced_dtype_is_a_class_of_its_own(dtype: str, name: str) -> None:
     assert with_numeric(MODEL, dtype).values["numeric"] == name
 

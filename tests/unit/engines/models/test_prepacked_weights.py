@@ -22,12 +22,14 @@ from transformers import (
     RobertaModel,
 )
 
+from engines.layers import encoder_script
 from engines.layers.fused import fuse
+from engines.layers.packed_linear import can_multiply_int8
 from engines.layers.packing import KernelVariant, PackedLayout, PackedState, TokenChoice
 from engines.models import prepacked
-from engines.models.adapters import Positions, drop_pooler
+from engines.models.adapters import Positions, adapt, drop_pooler
 from engines.models.prepacked import MAX_PREPACKED_BYTES, PrepackedEncoder, PrepackedWeights
-from engines.models.weight_forms import WeightForm
+from engines.models.weight_forms import WeightForm, fix_steps
 from tests.testkit.random_models import BERT, bert, build
 
 CPU = torch.device("cpu")
@@ -159,6 +161,75 @@ def test_a_texts_vectors_in_bfloat16_do_not_depend_on_its_batch() -> None:
 
     assert torch.allclose(batch[:90].float(), alone.float(), atol=0.05)
     assert batch.dtype is torch.bfloat16
+
+
+def int8_weights(model: Any, *, is_fixed: bool = True) -> tuple[PrepackedWeights, Any]:
+    """The same with int8 products, which have their steps; and what runs a row through the fused layers."""
+    drop_pooler(model)
+    state = PackedState()
+    layers = fuse(model, state)
+    adapt(model, state)
+    WeightForm(is_int8=True, activations=torch.bfloat16).apply(model, layers)
+
+    def run_fused(lengths: list[int]) -> Tensor:
+        layout = PackedLayout(lengths, CPU)
+        row = torch.arange(layout.num_tokens) % 90 + 5
+        with state.running(layout, is_fused=True):
+            options: Any = {"position_ids": Positions(model)(row, layout)[None], "packed_layout": layout}
+            hidden: Tensor = model(input_ids=row[None], attention_mask=None, **options).last_hidden_state[0]
+        return hidden
+
+    def calibrate() -> None:
+        run_fused([40, 30, 20, 11])
+
+    if is_fixed:
+        fix_steps(model, calibrate)
+    weights = PrepackedWeights(model, layers)
+    weights.make(1)
+    return weights, run_fused
+
+
+@pytest.mark.skipif(not can_multiply_int8(), reason="this CPU or torch has no fast int8")
+@pytest.mark.parametrize("is_fixed", [False, True])
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+@pytest.mark.parametrize("lengths", [[7], [1, 2, 7], [30, 20, 18, 17, 2], [120, 250], [3, 500]])
+@torch.inference_mode()
+def test_a_pass_of_int8_products_gives_what_fused_layers_give(
+    lengths: list[int], activation: str, is_fixed: bool
+) -> None:
+    model = bert(hidden_size=64, intermediate_size=128, hidden_act=activation, max_position_embeddings=512)
+    expected = plain(model, lengths)
+    weights, run_fused = int8_weights(model, is_fixed=is_fixed)
+
+    found = run(weights, model, lengths)
+
+    assert weights.supports(PackedLayout(lengths, CPU), None)
+    assert found.dtype is torch.float32
+    assert torch.cosine_similarity(found, run_fused(lengths), dim=-1).min() > 0.9999
+    assert torch.cosine_similarity(found, expected, dim=-1).min() > 0.995
+
+
+@pytest.mark.skipif(not can_multiply_int8(), reason="this CPU or torch has no fast int8")
+@torch.inference_mode()
+def test_a_texts_vectors_in_int8_do_not_depend_on_its_batch() -> None:
+    """But where bfloat16 sums of attention in another block round to another byte."""
+    model = bert(hidden_size=64, intermediate_size=128)
+    weights, _ = int8_weights(model)
+
+    batch = run(weights, model, [90, 12, 11, 3])
+    row = torch.arange(116) % 90 + 5
+    alone = weights(row[:90], torch.arange(90), PackedLayout([90], CPU), "prepacked", lambda: None)
+
+    assert torch.equal(batch[:90], alone)
+
+
+@pytest.mark.skipif(not can_multiply_int8(), reason="this CPU or torch has no fast int8")
+@torch.inference_mode()
+def test_int8_products_run_as_scripts_unless_torch_cannot_compile_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, _ = int8_weights(bert())
+    assert weights.can_run_packed
+    monkeypatch.setattr(encoder_script, "compiled", lambda: None)
+    assert not weights.can_run_packed
 
 
 def test_packed_products_need_no_copies_and_all_threads_of_torch() -> None:
