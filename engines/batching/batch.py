@@ -7,7 +7,6 @@ for a bulk request because both want the same input.
 """
 
 from collections.abc import Container, Iterable, Sequence
-from itertools import chain
 
 from msgspec import Struct, structs
 
@@ -39,6 +38,16 @@ class BatchLimits(Struct, frozen=True):
         """Tells whether a request need not wait for bulk requests."""
         return job.num_tokens <= self.max_tokens * _SMALL_SHARE
 
+    def are_small(self, texts: Iterable[Entry]) -> bool:
+        """Tells whether each text is wanted by a small request."""
+        for text in texts:
+            for target in text.targets:
+                if self.is_small(target.job):
+                    break
+            else:
+                return False
+        return True
+
 
 def attribute_batch(batch: Batch, texts: Sequence[Entry], failed: Container[int]) -> None:
     """Reports a batch with one of the requests that share it and will be answered, so that it is counted once.
@@ -46,10 +55,11 @@ def attribute_batch(batch: Batch, texts: Sequence[Entry], failed: Container[int]
     Args:
         failed: the `id` of requests that will not be answered.
     """
-    jobs = (target.job for text in texts for target in text.targets)
-    job = next((job for job in jobs if id(job) not in failed and not job.done.done()), None)
-    if job is not None:
-        job.batches.append(batch)
+    for text in texts:
+        for target in text.targets:
+            if id(target.job) not in failed and not target.job.done.done():
+                target.job.batches.append(batch)
+                return
 
 
 def count_waiting_tokens(jobs: Iterable[PendingRequest], enough: int) -> int:
@@ -57,10 +67,11 @@ def count_waiting_tokens(jobs: Iterable[PendingRequest], enough: int) -> int:
     called before every layer.
     """
     tokens = 0
-    for text in chain.from_iterable(job.unscheduled for job in jobs):
-        tokens += len(text.ids)
-        if tokens >= enough:
-            break
+    for job in jobs:
+        for text in job.unscheduled:
+            tokens += len(text.ids)
+            if tokens >= enough:
+                return tokens
     return tokens
 
 
@@ -84,8 +95,12 @@ def form_batch(jobs: Sequence[PendingRequest], limit: BatchLimits) -> list[Entry
     Every waiting request gets an equal share of the tokens first, so that one text leaves with the next batch however
     many another request has; what is left over goes to the oldest.
     """
-    batch = _Batch(limit)
     live = [job for job in jobs if job.unscheduled]
+    if len(live) == 1 and len(live[0].unscheduled) == 1:
+        text = live[0].unscheduled.pop()
+        text.owner = None
+        return [text]
+    batch = _Batch(limit)
     share = limit.max_tokens // max(len(live), 1)
     for allowance in (share, limit.max_tokens):
         for job in live:

@@ -301,15 +301,13 @@ class EmbeddingEngine:
 
     def next_task(self, num_free: int) -> Task | None:
         """See `engines.device.tasks.TaskSource`."""
-        limit = self._limit()
+        limit, is_reentrant = self._limit(), self._is_reentrant
         is_overdue = self._rest is not None and self._rest.is_overdue
-        texts = [] if is_overdue else self._queue.next_batch(limit, 1 + num_free if self._is_reentrant else 1)
+        texts = [] if is_overdue else self._queue.next_batch(limit, 1 + num_free if is_reentrant else 1)
         if not texts:
             return self._idle_task()
-        is_long = self._is_reentrant and not all(
-            any(limit.is_small(target.job) for target in text.targets) for text in texts
-        )
-        begins_wide = len(texts) == 1 or is_long or not self._is_reentrant
+        is_long = is_reentrant and not limit.are_small(texts)
+        begins_wide = len(texts) == 1 or is_long or not is_reentrant
         return Task(partial(self._run_task, texts), is_long, not self._limits.even_batches, begins_wide)
 
     def next_small_task(self) -> Task | None:
@@ -352,7 +350,8 @@ class EmbeddingEngine:
         attribute_batch(self._runner.measure(texts), texts, bad)
         jobs = [target.job for text in texts for target in text.targets]
         if not texts[0].is_flex:
-            self._queue.on_batch_done(sum(not job.unscheduled for job in set(jobs)), self._scheduler.task_elapsed_s())
+            done = {job for job in jobs if not job.unscheduled}
+            self._queue.on_batch_done(len(done), self._scheduler.task_elapsed_s())
         for loop in {job.done.get_loop() for job in jobs}:
             self._scheduler.post(loop, self._settle, iter([job for job in jobs if job.done.get_loop() is loop]), bad)
 

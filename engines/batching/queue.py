@@ -207,7 +207,7 @@ class Queue:
         """
         with self._lock:
             jobs = self._usual.jobs
-            small = [job for job in jobs if limit.is_small(job)]
+            small = [job for job in jobs if limit.is_small(job)] if len(jobs) > 1 else []
             self._was_small = not self._was_small and 0 < len(small) < len(jobs)
             return self._take(small if self._was_small else jobs, limit, num_threads)
 

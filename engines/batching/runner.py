@@ -190,8 +190,9 @@ def _store(texts: Sequence[Entry], raw: Any) -> Failures:
     """Finishes a batch's raw outputs as each request wants them, and stores them in the requests' rows."""
     failures: Failures = {}
     targets = [(index, target) for index, text in enumerate(texts) for target in text.targets]
-    for output in {target.job.output for _, target in targets}:
-        chosen = [(index, target) for index, target in targets if target.job.output == output]
+    outputs = {target.job.output for _, target in targets}
+    for output in outputs:
+        chosen = targets if len(outputs) == 1 else [each for each in targets if each[1].job.output == output]
         indexes = [index for index, _ in chosen]
         all_of_them = indexes == list(range(len(texts)))
         finished = output.finish_inputs(raw, None if all_of_them else indexes, [target.index for _, target in chosen])

@@ -332,10 +332,13 @@ class DeviceScheduler:
 
     def _wake_another(self) -> None:
         """Wakes another thread when there is work for it, unless all idle threads are woken already."""
-        is_due = (usage.can_run and usage.source.ready_in_s() == 0 for usage in self._usages)
-        if self._num_free > self._num_woken and any(is_due):
-            self._num_woken += 1
-            self._work.notify()
+        if self._num_free <= self._num_woken:
+            return
+        for usage in self._usages:
+            if usage.source.ready_in_s() == 0 and usage.can_run:
+                self._num_woken += 1
+                self._work.notify()
+                return
 
     def _next_preempting(self, worker: WorkerThread) -> ActiveTask | None:
         """Starts the task that goes before the running one.
@@ -359,8 +362,11 @@ class DeviceScheduler:
 
     def _pick(self, worker: WorkerThread, usages: Sequence[Usage]) -> ActiveTask | None:
         """Starts a task of the source that has used the fewest seconds, of those that have work."""
-        for usage in sorted(usages, key=lambda usage: usage.used_s):
-            can_run = usage.is_due and usage.can_run and not worker.holds(usage.source)
+        due = [usage for usage in usages if usage.is_due]
+        if len(due) > 1:
+            due.sort(key=lambda usage: usage.used_s)
+        for usage in due:
+            can_run = usage.can_run and not worker.holds(usage.source)
             task = usage.source.next_task(self._num_free) if can_run else None
             if task is not None:
                 self._virtual_time_s = max(self._virtual_time_s, usage.used_s)

@@ -142,7 +142,7 @@ class WorkerThread:
 
     def holds(self, source: TaskSource) -> bool:
         """Whether a task of the source runs here or is preempted."""
-        return any(active.usage.source is source for active in self.running)
+        return bool(self.running) and any(active.usage.source is source for active in self.running)
 
     def is_running(self, source: TaskSource) -> bool:
         """Whether the running task is of this source."""

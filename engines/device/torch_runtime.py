@@ -1,8 +1,7 @@
 """Sets how many cores a thread may use, and whether torch or ONNX Runtime uses them; waits for and names devices."""
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 
@@ -59,20 +58,27 @@ def usable_threads() -> int:
     return torch.get_num_threads() if _CORES.num is None else _CORES.num
 
 
-@contextmanager
-def reserve_for_onnxruntime(is_needed: bool = True) -> Iterator[None]:
+class reserve_for_onnxruntime:  # noqa: N801  # a context manager, named as a function that makes one
     """Limits torch to one core inside the block, if `is_needed`.
 
-    Its threads spin while they wait, on cores that ONNX Runtime uses.
+    Its threads spin while they wait, on cores that ONNX Runtime uses. A class: a generator takes four calls more.
     """
-    if not is_needed or _CORES.is_reserved:
-        yield
-        return
-    before, _CORES.num, _CORES.is_reserved = _CORES.num, usable_threads(), True
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        _CORES.is_reserved = False
-        torch.set_num_threads(_CORES.num)
-        _CORES.num = None if before is None else _CORES.num
+
+    __slots__ = ("_before", "_is_needed")
+
+    def __init__(self, is_needed: bool = True) -> None:
+        self._is_needed = is_needed
+
+    def __enter__(self) -> None:
+        cores = _CORES
+        self._is_needed = self._is_needed and not cores.is_reserved
+        if self._is_needed:
+            self._before, cores.num, cores.is_reserved = cores.num, usable_threads(), True
+            torch.set_num_threads(1)
+
+    def __exit__(self, *_: object) -> None:
+        if self._is_needed:
+            cores = _CORES
+            cores.is_reserved = False
+            torch.set_num_threads(usable_threads())
+            cores.num = None if self._before is None else cores.num

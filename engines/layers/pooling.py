@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import layer_norm, normalize
+from torch.nn.functional import layer_norm
 
 from engines.layers.packing import PackedLayout, to_device
 from engines.spec import PoolingMode
@@ -38,15 +38,15 @@ class _PooledTokens:
         self.hidden, self.layout = hidden, layout
         self.tokens, self.segments, self.positions = hidden, layout.segments, layout.positions
         self.starts = layout.starts
-        self.sizes = layout.ends - layout.starts
+        self._prompt: Tensor | None = None
         if prompt_tokens is not None and any(prompt_tokens):
             self._exclude_prompts(np.array(prompt_tokens, dtype=np.int64))
 
     def _exclude_prompts(self, prompt: NDArray[np.int64]) -> None:
         # A prompt as long as its whole text leaves the first token for `cls`, as sentence-transformers' argmax of an
         # empty mask does; the mean is then zero over 1e-9.
-        prompt_tokens = to_device(prompt, self.hidden.device)
-        fits = self.sizes > prompt_tokens
+        self._prompt = prompt_tokens = to_device(prompt, self.hidden.device)
+        fits = self.layout.ends - self.starts > prompt_tokens
         self.starts = self.starts + torch.where(fits, prompt_tokens, 0)
         # Computed on the host, which would wait for a GPU to count the tokens that a mask keeps.
         ends = np.cumsum(self.layout.lengths)
@@ -57,16 +57,22 @@ class _PooledTokens:
         self.tokens = self.hidden[kept]
         self.segments = self.layout.segments[kept]
         self.positions = self.layout.positions[kept]
-        self.sizes = (self.sizes - prompt_tokens).clamp(min=0)
+
+    @property
+    def is_one_row(self) -> bool:
+        """Whether the row is one text, all of whose tokens are pooled."""
+        return self.starts.shape[0] == 1 and self._prompt is None
 
     def sum(self, values: Tensor) -> Tensor:
         """Sums `[tokens, k]` over each text, `[n, k]`."""
-        zeros = values.new_zeros(len(self.layout.starts), values.shape[-1])
+        zeros = values.new_zeros(self.starts.shape[0], values.shape[-1])
         return zeros.index_add_(0, self.segments, values)
 
     def counts(self) -> Tensor:
         """Returns the number of pooled tokens of each text, float32 `[n, 1]`, at least 1e-9."""
-        return self.sizes.float().clamp(min=1e-9)[:, None]
+        sizes = self.layout.ends - self.layout.starts
+        sizes = sizes if self._prompt is None else sizes - self._prompt
+        return sizes.float().clamp(min=1e-9)[:, None]
 
 
 def _cls(texts: _PooledTokens) -> Tensor:
@@ -78,6 +84,8 @@ def _last_token(texts: _PooledTokens) -> Tensor:
 
 
 def _mean(texts: _PooledTokens) -> Tensor:
+    if texts.is_one_row:  # one kernel instead of seven, which the forward pass has driven out of the caches
+        return texts.tokens.mean(0, keepdim=True)
     return texts.sum(texts.tokens) / texts.counts()
 
 
@@ -106,6 +114,11 @@ _MODES: dict[PoolingMode, Callable[[_PooledTokens], Tensor]] = {
 }
 
 
+def normalize(vectors: Tensor) -> Tensor:
+    """Scales vectors `[n, D]` to length one, as `torch.nn.functional.normalize` does in nine Python calls."""
+    return vectors / torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).clamp_min(1e-12)
+
+
 def truncate_and_normalize(vectors: Tensor, *, dimensions: int, normalized: bool, pre_norm: bool) -> Tensor:
     """Truncates float32 vectors `[n, D]` to `[n, dimensions]`, then scales them to length one when `normalized`.
 
@@ -117,5 +130,6 @@ def truncate_and_normalize(vectors: Tensor, *, dimensions: int, normalized: bool
     """
     if pre_norm and dimensions < vectors.shape[-1]:
         vectors = layer_norm(vectors, (vectors.shape[-1],))
-    vectors = vectors[:, :dimensions]
-    return normalize(vectors, dim=-1) if normalized else vectors
+    if dimensions < vectors.shape[-1]:
+        vectors = vectors[:, :dimensions]
+    return normalize(vectors) if normalized else vectors

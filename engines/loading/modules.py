@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm, linear, normalize
+from torch.nn.functional import layer_norm, linear
 
 from engines.errors import BrokenFiles, UnsupportedModel
+from engines.layers.pooling import normalize
 from engines.loading.folder import Folder, ModuleRef, read_json, require_json
 from engines.loading.module_settings import Json, pooling_of
 from engines.loading.module_weights import ModuleWeights, read_module_weights
@@ -159,7 +160,7 @@ def _add_normalize(head: EmbeddingHead, root: Path, ref: ModuleRef, device: torc
     config = read_json(root, ref.file("config.json")) or {}
     source = config.get("module_input_name") or SENTENCE
     width = _input_width(head, ref, source)
-    head.add(lambda x: normalize(x, dim=-1), source, config.get("module_output_name") or source, width)
+    head.add(normalize, source, config.get("module_output_name") or source, width)
 
 
 def _skip_dropout(head: EmbeddingHead, root: Path, ref: ModuleRef, device: torch.device) -> None:

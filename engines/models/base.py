@@ -293,32 +293,38 @@ class PathFallback:
     @property
     def is_switch_due(self) -> bool:
         """Whether passes must run one at a time, because a switch is due or under way."""
-        return self._is_switching or self._is_fallback_due or self._is_retry_due()
+        return self._is_switching or self._is_fallback_due or (self.is_active and self._is_retry_due())
 
     @property
     def retry_in_s(self) -> float:
         """Seconds until the failed path is tried again; 0 when that is due, or no path has failed."""
         return max(0.0, self._retry_at_s - self._clock()) if self.is_active else 0.0
 
-    @contextmanager
-    def running_pass(self) -> Iterator[None]:
+    def running_pass(self) -> "PathFallback":
         """Counts a pass as running inside the block; makes a switch first that is due while no other pass runs.
 
         Raises:
             ForwardPathFailed: a switch is under way, or waits for passes that still run.
         """
+        return self  # a generator would take four calls more in each pass
+
+    def __enter__(self) -> None:
         with self._lock:
             if self._is_switching or (self._is_fallback_due and self._num_passes):
                 raise ForwardPathFailed
-            self._is_switching = not self._num_passes and (self._is_fallback_due or self._is_retry_due())
+            is_due = self._is_fallback_due or (self.is_active and self._is_retry_due())
+            self._is_switching = not self._num_passes and is_due
             self._num_passes += 1
-        try:
-            if self._is_switching:  # set by this pass, which is the only one
+        if self._is_switching:  # set by this pass, which is the only one
+            try:
                 self._switch()
-            yield
-        finally:
-            with self._lock:
-                self._num_passes -= 1
+            except BaseException:
+                self.__exit__()
+                raise
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._num_passes -= 1
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -352,7 +358,7 @@ class PathFallback:
         self._retry_at_s = self._clock()
 
     def _is_retry_due(self) -> bool:
-        return self.is_active and not self._is_fallback_due and self._clock() >= self._retry_at_s
+        return not self._is_fallback_due and self._clock() >= self._retry_at_s
 
     def _switch(self) -> None:
         """Switches paths, without the lock: it may take as long as a self-check, and other passes must fail at once."""

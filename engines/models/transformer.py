@@ -267,8 +267,8 @@ class TransformerEncoder:
 
     def _pooled(self, hidden: Tensor, layout: PackedLayout, prompt_tokens: Sequence[int] | None = None) -> Tensor:
         """Applies the head to hidden states of all tokens `[T, H]`, or of one token of each text `[n, H]`."""
-        if len(hidden) < layout.num_tokens:
-            layout, prompt_tokens = PackedLayout([1] * len(hidden), self._device), None
+        if (rows := hidden.shape[0]) < layout.num_tokens:
+            layout, prompt_tokens = PackedLayout([1] * rows, self._device), None
         return self._chain(hidden, layout, prompt_tokens)
 
     def _layout(self, texts: Sequence[Ids], *, needs_all: bool = False) -> PackedLayout:
@@ -336,8 +336,9 @@ class TransformerEncoder:
 
     def _in_runs(self, run: Run, texts: Sequence[Ids], layout: PackedLayout) -> Tensor:
         """Returns hidden states `[T, H]`, from several passes where texts must not share one."""
-        spans = list(self._rope.runs(layout.lengths))
-        if len(spans) == 1:
+        longest = self._rope.limit
+        spans = [] if longest is None or layout.longest <= longest else [*self._rope.runs(layout.lengths)]
+        if len(spans) < 2:
             self._rope.reset()
             return run(texts, layout)
         parts = [(texts[a:b], self._layout(texts[a:b])) for a, b in spans]
@@ -351,7 +352,7 @@ class TransformerEncoder:
         can_share = self._can_share and self.path == "fused" and len(texts) > 1 and layout.num_visible is None
         num_shared = num_shared_tokens(texts, is_forced=layout.is_forced) if can_share else 0
         if not num_shared:
-            return self._row(to_device(np.concatenate(texts), self._device), layout)
+            return self._row(layout.ids, layout)
         row = np.concatenate([texts[0][:num_shared], *(ids[num_shared:] for ids in texts)])
         shared = SharedPrefixLayout(layout.lengths, num_shared, self._device)
         shared.run_like(layout)
@@ -361,11 +362,12 @@ class TransformerEncoder:
 
     def _row(self, row: Tensor, layout: PackedLayout) -> Tensor:
         """Returns the hidden states of a packed row of ids `[T]`."""
-        ids, types = self._parted(row[None])
-        positions = self._positions(ids[0], layout)
         kept = self._kept_tokens(layout)
         if self._copies.supports(layout, layout.variant):
+            positions = self._positions(row & ID_MASK if self._has_types else row, layout)
             return self._copies(row, positions, layout, layout.variant, self._preemption_point, kept)
+        ids, types = self._parted(row[None])
+        positions = self._positions(ids[0], layout)
         options = {"position_ids": positions[None], **types} if self._takes_positions else types
         is_fused = self._is_fusible and self.path != "packed"
         with self._state.running(layout, is_fused=is_fused, variant=layout.variant, kept=kept):

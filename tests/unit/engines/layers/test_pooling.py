@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor
 from torch.nn.functional import layer_norm
+from torch.nn.functional import normalize as torch_normalize
 
 from engines.layers.packing import PackedLayout
-from engines.layers.pooling import pool, truncate_and_normalize
+from engines.layers.pooling import normalize, pool, truncate_and_normalize
 from engines.spec import PoolingMode
 
 MODES: tuple[PoolingMode, ...] = get_args(PoolingMode)
@@ -60,8 +61,10 @@ def test_every_mode_and_mixture_is_sentence_transformers(
 
 @pytest.mark.parametrize("modes", [*((mode,) for mode in MODES), *combinations(MODES, 2)])
 @pytest.mark.parametrize("prompt", [0, 1, 3])
-def test_a_prompt_is_left_out_as_sentence_transformers_does(modes: tuple[PoolingMode, ...], prompt: int) -> None:
-    lengths = [4, 4, 5, 9]
+@pytest.mark.parametrize("lengths", [[4, 4, 5, 9], [5]])
+def test_a_prompt_is_left_out_as_sentence_transformers_does(
+    lengths: list[int], modes: tuple[PoolingMode, ...], prompt: int
+) -> None:
     hidden = hidden_of(lengths)
     got = pool(hidden, PackedLayout(lengths, CPU), modes, [prompt] * len(lengths))
 
@@ -125,6 +128,12 @@ def test_the_layer_norm_is_over_the_full_width_and_before_truncating() -> None:
 
 def test_the_layer_norm_is_left_out_without_truncating() -> None:
     assert torch.equal(truncate_and_normalize(VECTORS, dimensions=8, normalized=False, pre_norm=True), VECTORS)
+
+
+def test_vectors_are_normalized_to_the_same_bits_as_by_torch() -> None:
+    vectors = torch.cat([VECTORS, torch.zeros(1, 8), torch.full((1, 8), 1e-20), torch.full((1, 8), float("nan"))])
+
+    torch.testing.assert_close(normalize(vectors), torch_normalize(vectors, dim=-1), rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_zero_vector_stays_zero() -> None:

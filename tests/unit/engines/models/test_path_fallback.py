@@ -97,6 +97,21 @@ def test_no_pass_runs_beside_a_check() -> None:
     assert not model.passes.is_switch_due
 
 
+def test_a_switch_that_raises_leaves_no_pass_behind() -> None:
+    model = Model()
+    model.fail()
+
+    def fall_back() -> None:
+        raise RuntimeError("no memory")
+
+    model.passes._fall_back = fall_back
+    with pytest.raises(RuntimeError, match="no memory"):
+        model.run()
+    model.passes._fall_back = model._fall_back
+
+    assert model.run() == "plain"
+
+
 def test_each_failure_soon_after_doubles_the_wait_up_to_an_hour() -> None:
     model = Model()
     model.is_right = False
