@@ -14,7 +14,8 @@ from typing import Any, get_args, get_origin
 
 import msgspec
 from litestar import Request
-from litestar.exceptions import InternalServerException
+from litestar.exceptions.http_exceptions import RequestEntityTooLarge
+from litestar.types import Empty
 from msgspec import Struct, structs
 
 from engines.errors import InvalidRequest, InvalidTokenId, InvalidValue
@@ -128,13 +129,37 @@ class StrictRequest(Request[Any, Any, Any]):
         return await decode_large_body(body, wanted)
 
     async def body(self) -> bytes:
-        try:
-            body = await super().body()
-        except InternalServerException:
-            raise ClientLeft from None
+        """Return the body; as Litestar does, but without an asynchronous generator, which takes 16 calls more.
+
+        Raises:
+            RequestEntityTooLarge: announced or received, it is larger than the route allows.
+            ClientLeft: the client disconnected before the end.
+            InvalidJson: there is none.
+        """
+        if self._body is Empty:
+            self._body = self._connection_state.body = await self._receive_body()
+        body = self._body
         if not body and self.route_handler.parsed_data_field.is_required:  # type: ignore[union-attr]  # as above
             raise InvalidJson("Empty request body: send a JSON object")
         return body
+
+    async def _receive_body(self) -> bytes:
+        max_bytes = self.route_handler.resolve_request_max_body_size()
+        for name, value in self.scope["headers"] if max_bytes else ():
+            if name == b"content-length" and value.isdigit() and int(value) > max_bytes:
+                raise RequestEntityTooLarge
+        chunks, num_bytes = [], 0
+        while True:
+            event: Any = await self.receive()
+            if event["type"] == "http.disconnect":
+                raise ClientLeft
+            chunk = event["body"]
+            chunks.append(chunk)
+            num_bytes += len(chunk)
+            if max_bytes and num_bytes > max_bytes:
+                raise RequestEntityTooLarge
+            if not event.get("more_body", False):
+                return chunk if len(chunks) == 1 else b"".join(chunks)
 
 
 async def decode_large_body(body: bytes, wanted: Any) -> Any:

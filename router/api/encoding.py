@@ -14,6 +14,7 @@ import orjson
 from litestar.response.base import ASGIResponse
 from litestar.types import Receive, Scope, Send
 from msgspec import Struct
+from numpy.typing import NDArray
 
 from engines.errors import InvalidValue
 from engines.spec import Calibration, ModelSpec
@@ -103,17 +104,14 @@ async def encode_answer(embeddings: Embeddings, model_id: str, output: OutputFor
     Raises:
         InvalidValue: the calibration has another width.
     """
-    if embeddings.array().size <= _INLINE_COMPONENTS[output.encoding]:
-        return _encode(embeddings, model_id, output)
-    return await asyncio.to_thread(_encode, embeddings, model_id, output)
+    vectors = embeddings.array()
+    if vectors.size <= _INLINE_COMPONENTS[output.encoding]:
+        return _encode(vectors, embeddings, model_id, output)
+    return await asyncio.to_thread(_encode, vectors, embeddings, model_id, output)
 
 
-def _encode(embeddings: Embeddings, model_id: str, output: OutputFormat) -> bytes:
-    matrix = (
-        embeddings.array()
-        if output.dtype == "float"
-        else quantize(embeddings.array(), output.dtype, output.calibration)
-    )
+def _encode(vectors: NDArray[np.float32], embeddings: Embeddings, model_id: str, output: OutputFormat) -> bytes:
+    matrix = vectors if output.dtype == "float" else quantize(vectors, output.dtype, output.calibration)
     tokens = sum(embeddings.token_counts)
     tail = msgspec.json.encode({"model": model_id, "usage": Usage(prompt_tokens=tokens, total_tokens=tokens)})
     parts = [b'{"object":"list","data":[']

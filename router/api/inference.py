@@ -130,8 +130,11 @@ class InferenceRoute(HTTPRouteHandler):
             await guard(connection, self)
 
     def on_registration(self, app: Litestar) -> None:
-        """Keep guards and exception handlers: Litestar collects them from all layers for each request."""
+        """Keep guards and exception handlers, which Litestar collects from all layers for each request, and leave out
+        its check of the arguments where `StrictRequest` gives them all: 11 calls."""
         super().on_registration(app)
+        if self.parsed_fn_signature.parameters.keys() == {"request", "data"}:
+            self.signature_model.parse_values_from_connection_kwargs = lambda connection, kwargs: kwargs  # type: ignore[method-assign]  # as said
         self._own_guards = cast(Sequence[Guard], self.resolve_guards())
         self._exception_handlers = super().resolve_exception_handlers()
 
@@ -208,8 +211,7 @@ async def embed(request: Request[Any, Any, Any], wanted: EmbeddingRequest, piece
         texts = await decode_token_ids(spec.token_encoding, call.token_ids)
         call = structs.replace(call, texts=texts, token_ids=())
     began_s = time.perf_counter()
-    if wanted.late_chunking:
-        pieces = (call.num_items,)
+    pieces = (call.num_items,) if wanted.late_chunking else pieces
     work = ContextualCall(**structs.asdict(call), pieces=pieces) if pieces else call
     try:
         embeddings = await run_call(request, server_state, spec, work)
@@ -261,8 +263,7 @@ def admit_call(request: Request[Any, Any, Any], server_state: ServerState, call:
     expected = _expected_space(request)
     if expected is not None and isinstance(call, TextCall) and call.expect_space is None:
         call = cast(AnyCall, structs.replace(call, expect_space=expected))
-    caller = server_state.keyring.caller_of(key_of(request))
-    if caller:
+    if caller := server_state.keyring.caller_of(key_of(request)):
         call = structs.replace(call, caller=caller)
     if call.keep_alive_s is not None and not server_state.keyring.may_keep_alive(key_of(request)):
         raise PermissionDeniedException(_KEEP_ALIVE_REFUSED)
@@ -311,8 +312,7 @@ async def _run(request: Request[Any, Any, Any], server_state: ServerState, spec:
 
 def _hide_other_model(request: Request[Any, Any, Any], server_state: ServerState, error: SpaceMismatch) -> None:
     """Remove a model that the key may not use from the message of an error."""
-    other = error.other_model
-    if other is not None and not may_use(key_of(request), server_state.registry, other):
+    if (other := error.other_model) is not None and not may_use(key_of(request), server_state.registry, other):
         error.args = (str(error).replace(f"that space is {other}", "that space is another model's"),)
 
 

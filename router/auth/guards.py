@@ -7,6 +7,7 @@ import hmac
 import re
 import time
 from collections.abc import Callable, Coroutine, Iterable
+from functools import lru_cache
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
@@ -38,11 +39,21 @@ def reject_cross_origin(settings: Settings, host: str, origin: str) -> str:
         origin: the header; only browsers send it.
     """
     checks_host = settings.is_loopback and not settings.allow_anonymous
-    if host and checks_host and not is_loopback(_hostname(f"//{host}")):
+    if host and checks_host and not (len(host) <= _MAX_HOST_CHARS and _is_local(host)):
         return _HOST_REFUSED.format(host=host[:100])
     if origin and not ({"*", origin.rstrip("/")} & set(settings.cors_origins)) and not _is_same_origin(origin, host):
         return _ORIGIN_REFUSED.format(origin=origin[:100])
     return ""
+
+
+_MAX_HOST_CHARS = 300
+"""A name of 253, and a port."""
+
+
+@lru_cache(maxsize=64)
+def _is_local(host: str) -> bool:
+    """Whether only this machine can reach a `Host` header."""
+    return is_loopback(_hostname(f"//{host}"))
 
 
 def _is_same_origin(origin: str, host: str) -> bool:
@@ -72,6 +83,7 @@ _NO_BEARER = "Authorization without the word Bearer: send the header 'Authorizat
 _INVALID_KEY = "Invalid API key: check the header 'Authorization: Bearer KEY'"
 _QUOTED = re.compile(r"""(?<!\w)(?:'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")(?!\w)""")
 _NAME = re.compile(r"[\w./:@+-]{1,128}", re.ASCII)
+_HEADERS = frozenset((b"authorization", b"api-key", b"host", b"origin"))
 _CONSTANTS = ("Authorization: Bearer KEY",)
 """What our own messages quote."""
 
@@ -193,15 +205,15 @@ def requires(scope: Scope) -> Guard:
     async def guard(connection: Connection, _: BaseRouteHandler) -> None:
         began_s = time.perf_counter()
         auth = _auth_of(connection)
-        headers = connection.headers
-        authorization = headers.get("authorization")
-        if not authorization and (api_key := headers.get("api-key")):
+        headers = _read_headers(connection)
+        authorization = headers.get(b"authorization")
+        if not authorization and (api_key := headers.get(b"api-key")):
             authorization = f"Bearer {api_key}"  # Azure's clients send it in a header of its own
         key = auth.keyring.admit(authorization, scope)
         connection.scope["state"]["key"] = key
         context = context_of(connection)
         if key.is_anonymous:
-            reason = reject_cross_origin(auth.settings, headers.get("host", ""), headers.get("origin", ""))
+            reason = reject_cross_origin(auth.settings, headers.get(b"host", ""), headers.get(b"origin", ""))
             if reason:
                 raise PermissionDeniedException(reason)
         else:
@@ -213,8 +225,17 @@ def requires(scope: Scope) -> Guard:
 
 def is_cross_origin(connection: Connection, settings: Settings) -> bool:
     """Whether a request comes from a web page of another origin, or names another host."""
-    headers = connection.headers
-    return bool(reject_cross_origin(settings, headers.get("host", ""), headers.get("origin", "")))
+    headers = _read_headers(connection)
+    return bool(reject_cross_origin(settings, headers.get(b"host", ""), headers.get(b"origin", "")))
+
+
+def _read_headers(connection: Connection) -> dict[bytes, str]:
+    """Return the first of each header that guards read. Litestar's object of all headers takes 14 calls more."""
+    found: dict[bytes, str] = {}
+    for name, value in connection.scope["headers"]:
+        if name in _HEADERS and name not in found:
+            found[name] = value.decode("latin-1")
+    return found
 
 
 def key_of(connection: Connection) -> Key:

@@ -345,8 +345,8 @@ async def acquire_permit(connection: Connection, _: BaseRouteHandler) -> None:
     """Admit a request. A guard of inference routes; runs after that of `router/auth/guards.py`."""
     limiter = limiter_of(connection)
     context = context_of(connection)
-    address = connection.client.host if connection.client else "unknown"
-    caller = caller_of(key_of(connection), address, limiter.settings)
+    client = connection.scope.get("client")
+    caller = caller_of(key_of(connection), client[0] if client else "unknown", limiter.settings)
     permit = RequestPermit(limiter, caller, context.headers)
     context.on_finish(permit.release)
     connection.scope["state"]["permit"] = permit

@@ -34,6 +34,7 @@ _MODEL_ID_ROUTES = (
     ("/openai/deployments/", ("/embeddings",)),
 )
 """Path prefixes before a model id, and the suffixes that may follow it."""
+_MODEL_ID_PREFIXES = tuple(prefix for prefix, _ in _MODEL_ID_ROUTES)
 _MAX_PATH_CHARS = 2048
 """Litestar caches the routes of the last 1,024 paths, and a client may send 64 KiB for each. No route of this server is
 as long as this, so a truncated path leads to a 404."""
@@ -115,6 +116,8 @@ def fold_model_id(path: str) -> str:
 
     Litestar's `{id:path}` matches the rest of a path, so nothing could follow it; an encoded id is a single segment.
     """
+    if not path.startswith(_MODEL_ID_PREFIXES):
+        return path
     for prefix, verbs in _MODEL_ID_ROUTES:
         if path.startswith(prefix):
             rest = path.removeprefix(prefix).strip("/")

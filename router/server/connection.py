@@ -135,19 +135,16 @@ class TimeoutHttpProtocol(HttpToolsProtocol):
 
     _timer: asyncio.TimerHandle | None = None
     _write_timer: asyncio.TimerHandle | None = None
-    _is_shutting_down = False
-    _idle_since_s = 0.0
     _unsent_bytes = 0
     _last_progress_s = 0.0
     _app: "ASGI3Application"
     _unread: UnreadBytes
     _current: RequestResponseCycle | None = None
-    _is_closing_soon = False
     _in_head = True
-    _in_body = False
-    _head_bytes = 0
+    _in_body = _is_closing_soon = _is_shutting_down = False
+    _head_bytes = _chunk_bytes = 0
     _body_bytes = 0
-    _body_began_s = 0.0
+    _body_began_s = _idle_since_s = 0.0
     _discarded_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
@@ -166,17 +163,17 @@ class TimeoutHttpProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._cancel_timer()
         self._cancel_write_timer()
-        if (
-            self._current is not None and not self._current.response_complete
-        ):  # uvicorn notifies the newest request only
-            self._current.disconnected = True
-            self._current.message_event.set()
+        current = self._current  # uvicorn notifies the newest request only
+        if current is not None and not current.response_complete:
+            current.disconnected = True
+            current.message_event.set()
         self.pipeline.clear()
         self.app = self._app  # breaks the reference cycle of the protocol
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """Count bytes here, because the parser buffers an incomplete head in memory."""
+        self._chunk_bytes = len(data)
         if self._in_head:
             self._head_bytes += len(data)
         elif self._in_body:
@@ -187,16 +184,20 @@ class TimeoutHttpProtocol(HttpToolsProtocol):
         elif self._in_head:
             if self._head_bytes > MAX_HEAD_BYTES:
                 self._refuse_head()
+            elif self._timer is None:
+                self._start_timer(HEAD_TIMEOUT_S)
         elif self._timer is None and self.timeout_keep_alive_task is None and self._is_idle():
             self._start_timer(HEAD_TIMEOUT_S)  # empty lines before a request cancelled uvicorn's own timeout
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._in_head = True
-        self._start_timer(HEAD_TIMEOUT_S)
+        self._cancel_timer()  # `data_received` starts it again, unless the head is complete by then
 
     def on_headers_complete(self) -> None:
-        size_bytes = len(self.url) + sum(len(name) + len(value) + len(b": \r\n") for name, value in self.headers)
+        size_bytes = self._head_bytes + self._chunk_bytes  # at the most
+        if size_bytes > MAX_HEAD_BYTES:
+            size_bytes = len(self.url) + sum(len(name) + len(value) + len(b": \r\n") for name, value in self.headers)
         if size_bytes > MAX_HEAD_BYTES:
             self._refuse_head()
         elif len(self.pipeline) >= MAX_PIPELINED:

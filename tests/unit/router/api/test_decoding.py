@@ -2,6 +2,8 @@
 
 import json
 import threading
+from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -10,11 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from litestar import Litestar
+from litestar.exceptions.http_exceptions import RequestEntityTooLarge
 
 from engines.errors import DimensionsNotSupported, InvalidRequest, InvalidTokenId, InvalidValue
 from router.api import decoding as decode
 from router.api.decoding import decode_body, embed_call
-from router.errors import InvalidJson, TooManyInputs
+from router.errors import ClientLeft, InvalidJson, TooManyInputs
 from router.schemas.admin import PreloadRequest
 from router.schemas.compat import CohereRequest, TeiRequest
 from router.schemas.inference import (
@@ -187,6 +190,55 @@ async def test_a_body_is_freed_once_it_is_decoded(app: Litestar, monkeypatch: py
     assert requests
     assert [each._body for each in requests] == [each._connection_state.body for each in requests]
     assert {each._body for each in requests} == {b""}
+
+
+def receiving(
+    chunks: Sequence[bytes | None], headers: Sequence[tuple[bytes, bytes]] = ()
+) -> tuple[decode.StrictRequest, list[Any]]:
+    """Returns a request of at most 10 bytes that comes in these chunks (None: the client leaves), and what is left."""
+    events: list[Any] = [
+        {"type": "http.disconnect"}
+        if chunk is None
+        else {"type": "http.request", "body": chunk, "more_body": index + 1 < len(chunks)}
+        for index, chunk in enumerate(chunks)
+    ]
+
+    async def receive() -> Any:
+        return events.pop(0)
+
+    handler = SimpleNamespace(
+        resolve_request_max_body_size=lambda: 10, parsed_data_field=SimpleNamespace(is_required=True)
+    )
+    scope: Any = {"type": "http", "headers": headers, "state": {}, "route_handler": handler}
+    return decode.StrictRequest(scope, receive), events
+
+
+@pytest.mark.parametrize("chunks", [[b"0123456789"], [b"0123", b"", b"456", b"789"], [b"0123456789", b""]])
+async def test_a_body_is_its_chunks(chunks: list[bytes]) -> None:
+    request, left = receiving(chunks)
+
+    assert [await request.body(), await request.body()] == [b"0123456789"] * 2
+    assert not left
+
+
+@pytest.mark.parametrize(
+    ("chunks", "headers", "error", "num_unread"),
+    [
+        ([b"0123456789a"], [], RequestEntityTooLarge, 0),
+        ([b"01234", b"56789", b"a", b"b"], [], RequestEntityTooLarge, 1),
+        ([b"0123"], [(b"content-length", b"11")], RequestEntityTooLarge, 1),
+        ([b"0123", None], [], ClientLeft, 0),
+        ([b""], [], InvalidJson, 0),
+    ],
+)
+async def test_a_body_is_read_no_further_than_it_may_be(
+    chunks: list[bytes | None], headers: list[tuple[bytes, bytes]], error: type[Exception], num_unread: int
+) -> None:
+    request, left = receiving(chunks, headers)
+
+    with pytest.raises(error):
+        await request.body()
+    assert len(left) == num_unread
 
 
 async def test_the_loop_only_decodes_what_is_small(app: Litestar, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,7 @@ def test_own_pages_and_programs_are_allowed(settings: Settings, host: str, origi
         (OPEN, "evil.example:6008", "", "'evil.example:6008'"),
         (OPEN, "127.0.0.1.evil.example", "", "ALLOW_ANONYMOUS=true"),
         (OPEN, "[::1", "", "localhost"),
+        (OPEN, "127.0.0.1:" + "0" * 300, "", "localhost"),
         (OPEN, "evil.example:6008", "http://evil.example:6008", "localhost"),
         (OPEN, "127.0.0.1:6008", "https://evil.example", "CORS_ORIGINS"),
         (OPEN, "127.0.0.1:6008", "http://127.0.0.1:8888", "CORS_ORIGINS"),

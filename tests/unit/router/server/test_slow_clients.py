@@ -12,6 +12,7 @@ from router.server.connection import (
     BODY_TOTAL_TIMEOUT_S,
     CHUNK_BYTES,
     HEAD_TIMEOUT_S,
+    MAX_HEAD_BYTES,
     MIN_WRITE_TIMEOUT_S,
     WRITE_TIMEOUT_S,
 )
@@ -299,6 +300,37 @@ async def test_an_empty_line_keeps_no_connection(connect: Connect) -> None:
     await client.send(b"\r\n")
     await client.loop.advance(HEAD_TIMEOUT_S)
 
+    assert client.transport.is_lost
+
+
+@pytest.mark.parametrize("before", [b"", GET, GET + GET], ids=["first", "second", "sent ahead"])
+async def test_a_head_that_stops_halfway_has_no_more_time_for_what_came(connect: Connect, before: bytes) -> None:
+    client = connect(FakeApp(10))
+    await client.send(before + GET[:9])
+    await client.loop.advance(HEAD_TIMEOUT_S - 1)
+    await client.send(GET[9:11])
+    in_time = client.transport.is_lost
+    await client.loop.advance(1)
+
+    assert (in_time, client.transport.is_lost) == (False, True)
+
+
+async def test_a_request_that_comes_whole_sets_no_timer(connect: Connect) -> None:
+    client = connect(FakeApp(10))
+    await client.send(GET)
+    num_timers = len(client.loop._timers)
+    client.protocol._unset_keepalive_if_required()
+    await client.send(GET)
+
+    assert len(client.loop._timers) == num_timers + 1  # uvicorn's, until the next request
+
+
+async def test_a_large_head_behind_another_request_is_refused(connect: Connect) -> None:
+    app = FakeApp(10)
+    client = connect(app)
+    await client.send(GET + b"GET / HTTP/1.1\r\nhost: x\r\nx: " + b"y" * MAX_HEAD_BYTES + b"\r\n\r\n")
+
+    assert app.num_begun == 1
     assert client.transport.is_lost
 
 
