@@ -116,7 +116,8 @@ _MODES: dict[PoolingMode, Callable[[_PooledTokens], Tensor]] = {
 
 def normalize(vectors: Tensor) -> Tensor:
     """Scales vectors `[n, D]` to length one, as `torch.nn.functional.normalize` does in nine Python calls."""
-    return vectors / torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).clamp_min(1e-12)
+    lengths: Tensor = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    return vectors / lengths.clamp_min(1e-12)
 
 
 def truncate_and_normalize(vectors: Tensor, *, dimensions: int, normalized: bool, pre_norm: bool) -> Tensor:

@@ -5,6 +5,7 @@ prompts and token ids.
 """
 
 import asyncio
+import math
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -144,8 +145,8 @@ class StrictRequest(Request[Any, Any, Any]):
         return body
 
     async def _receive_body(self) -> bytes:
-        max_bytes = self.route_handler.resolve_request_max_body_size()
-        for name, value in self.scope["headers"] if max_bytes else ():
+        max_bytes = self.route_handler.resolve_request_max_body_size() or math.inf
+        for name, value in self.scope["headers"]:
             if name == b"content-length" and value.isdigit() and int(value) > max_bytes:
                 raise RequestEntityTooLarge
         chunks, num_bytes = [], 0
@@ -156,7 +157,7 @@ class StrictRequest(Request[Any, Any, Any]):
             chunk = event["body"]
             chunks.append(chunk)
             num_bytes += len(chunk)
-            if max_bytes and num_bytes > max_bytes:
+            if num_bytes > max_bytes:
                 raise RequestEntityTooLarge
             if not event.get("more_body", False):
                 return chunk if len(chunks) == 1 else b"".join(chunks)
