@@ -14,7 +14,7 @@ import msgspec
 import orjson
 from msgspec import Struct
 
-from router.bulk.journal import DATA, ERRORS, IDS, Disk, JobState, Journal, open_journal
+from router.bulk.journal import DATA, ERRORS, IDS, SPACE, Disk, JobState, Journal, open_journal
 from router.bulk.readers import read_records
 from router.bulk.records import Cursor, EmbedOptions, Record, Refusal, VectorWidths, WindowAnswer
 from router.bulk.sources import Columns, Source
@@ -109,7 +109,8 @@ class BulkJob(Struct, frozen=True, kw_only=True):
         files = [(str(Path(source.path).absolute()), source.format, *_stamp(source)) for source in self.sources]
         described = {
             "input": files, "columns": self.columns, "options": self.options, "format": self.format,
-            "window": (self.window_texts, self.window_chars), "model": model,
+            "window": (self.window_texts, self.window_chars),
+            "model": {name: value for name, value in model.items() if name != SPACE}, SPACE: model.get(SPACE, ""),
         }  # fmt: skip
         return msgspec.json.decode(msgspec.json.encode(described), type=dict[str, Any])
 

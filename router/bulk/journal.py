@@ -23,6 +23,9 @@ from router.bulk.records import BulkError, Cursor
 DATA, IDS, ERRORS = "", ".ids", ".errors"
 _PARTS = (DATA, IDS, ERRORS)
 
+SPACE = "space"
+"""The part of a job's description that may be unknown, and is then empty: the space of a server's vectors."""
+
 
 class JobState(Struct, frozen=True, kw_only=True):
     """The state of a job behind its last finished window.
@@ -227,21 +230,24 @@ def _read_or_begin(
 ) -> JobState:
     handle.seek(0)
     known, state, size = _read(handle.read())
-    is_other = known is not None and any(known.get(name) != value for name, value in job.items())
-    if known is None or (overwrite and is_other):
+    differing = [] if known is None else [name for name, value in job.items() if _differs(name, known.get(name), value)]
+    if known is None or (overwrite and differing):
         disk.truncate(handle, 0)
         disk.append(handle, _line(job))
         disk.sync(handle)
         disk.sync_folder(files.out.parent)
         return JobState()
-    for name, value in job.items():
-        if known.get(name) != value:
-            raise BulkError(
-                f"{files.journal} is of another job ({name} was {known.get(name)!r}, is {value!r}): finish it with the "
-                "same command, or discard it with --overwrite"
-            )
+    for name in differing[:1]:
+        raise BulkError(
+            f"{files.journal} is of another job ({name} was {known.get(name)!r}, is {job[name]!r}): finish it with the "
+            "same command, or discard it with --overwrite"
+        )
     disk.truncate(handle, size)
     return state
+
+
+def _differs(name: str, known: object, value: object) -> bool:
+    return known != value and not (name == SPACE and not (known and value))
 
 
 def _line(content: object) -> bytes:

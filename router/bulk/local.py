@@ -8,7 +8,15 @@ from typing import Any
 from msgspec import structs
 
 from engines.affinity import num_usable_cores
-from engines.errors import Busy, EngineError, LoadFailed, NonFiniteEmbedding, Unavailable
+from engines.errors import (
+    Busy,
+    EngineError,
+    InvalidRequest,
+    InvalidTokenId,
+    LoadFailed,
+    NonFiniteEmbedding,
+    Unavailable,
+)
 from engines.host import Host
 from engines.spec import NEVER_IDLE, ModelSpec
 from engines.types import EmbedCall, Embeddings, Outputs, OutputsCall
@@ -53,6 +61,8 @@ class LocalEmbedder:
             self._free.put_nowait(host)
         self._watch = asyncio.create_task(self._check_hosts())
         answer = await self._run(self._hosts[0], [_PROBE])
+        if answer.refusals:
+            raise BulkError(answer.refusals[0].message)
         status = self._hosts[0].status(self._spec.model_id)
         info = status.info
         assert info is not None, "it has just answered"
@@ -84,7 +94,8 @@ class LocalEmbedder:
         self._on_close()
 
     async def _run(self, host: Host, texts: list[str]) -> WindowAnswer:
-        """Run a window; a text whose vector is not finite is refused, and the others are run again without it."""
+        """Run a window; a text that the model cannot read, or whose vector is not finite, is refused, and the others
+        are run again without it."""
         refusals: dict[int, Refusal] = {}
         while True:
             left = [index for index in range(len(texts)) if index not in refusals]
@@ -95,6 +106,9 @@ class LocalEmbedder:
             except NonFiniteEmbedding as error:
                 refusals[left[error.index]] = Refusal("non_finite_embedding", "the model's vector is not finite")
                 continue
+            except InvalidRequest as error:
+                refusals |= await self._unreadable(host, texts, left, error)
+                continue
             kept = list(range(len(left)))
             if self._refuses_long:
                 message = f"the text has more than {self._max_tokens} tokens, which is what the model reads"
@@ -103,8 +117,31 @@ class LocalEmbedder:
             vectors = pick_rows(self._vectors(result), kept)
             return WindowAnswer(vectors=vectors, refusals=refusals, num_tokens=sum(result.token_counts))
 
+    async def _unreadable(
+        self, host: Host, texts: Sequence[str], indexes: Sequence[int], error: InvalidRequest
+    ) -> dict[int, Refusal]:
+        """Return the refusals of the texts for which a call of these `indexes` was refused: it is halved until each is
+        alone."""
+        if len(indexes) == 1:
+            return {indexes[0]: Refusal(_code_of(error), of_one_text(str(error)))}
+        half, found = len(indexes) // 2, dict[int, Refusal]()
+        for part in (indexes[:half], indexes[half:]):
+            try:
+                await self._call(host, tuple(texts[index] for index in part))
+            except NonFiniteEmbedding:
+                continue
+            except InvalidRequest as refused:
+                found |= await self._unreadable(host, texts, part, refused)
+        return found
+
     async def _call(self, host: Host, texts: tuple[str, ...]) -> Embeddings | Outputs:
-        """Run one call; what a device cannot do for the moment is tried again."""
+        """Run one call; what a device cannot do for the moment is tried again.
+
+        Raises:
+            InvalidRequest: it is about one of the texts.
+            NonFiniteEmbedding.
+            BulkError, BulkStopped: for the whole job.
+        """
         options = self._options
         fields: dict[str, Any] = {
             "model_id": self._spec.model_id, "texts": texts, "input_type": options.input_type, "prompt": options.prompt,
@@ -116,16 +153,14 @@ class LocalEmbedder:
         for attempt in range(_TRIES):
             try:
                 result = await host.run(call)
-            except LoadFailed as error:
-                raise BulkError(str(error)) from error
-            except (Busy, Unavailable) as error:
+            except EngineError as error:
+                if _is_of_one_text(error):
+                    raise
+                if isinstance(error, LoadFailed) or not isinstance(error, Busy | Unavailable):
+                    raise BulkError(str(error)) from error
                 if attempt == _TRIES - 1:
                     raise BulkStopped(str(error)) from error
                 await asyncio.sleep(min(error.retry_after_s, 30.0))
-            except NonFiniteEmbedding:
-                raise
-            except EngineError as error:
-                raise BulkError(str(error)) from error
             else:
                 assert isinstance(result, Embeddings | Outputs), "the answers of these calls"
                 return result
@@ -182,6 +217,19 @@ def open_local(
         machine.close()
         raise BulkError(f"{own.model_id} is for device {own.device}, which this machine does not have")
     return LocalEmbedder(hosts, own, options, machine.close)
+
+
+def of_one_text(message: str) -> str:
+    """Return the message of a refusal for the one text of a call, which the file of errors names by its line."""
+    return message.replace("input[0]", "the text", 1)
+
+
+def _is_of_one_text(error: EngineError) -> bool:
+    return isinstance(error, NonFiniteEmbedding) or (isinstance(error, InvalidRequest) and error.param == "input")
+
+
+def _code_of(error: InvalidRequest) -> str:
+    return "invalid_token_id" if isinstance(error, InvalidTokenId) else "invalid_value"
 
 
 def check_ranges(spec: ModelSpec, options: EmbedOptions) -> None:

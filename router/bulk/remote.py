@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
-from router.bulk.local import pick_rows
+from router.bulk.local import of_one_text, pick_rows
 from router.bulk.records import BulkError, BulkStopped, EmbedOptions, Refusal, Vectors, VectorWidths, WindowAnswer
 from router.bulk.writers import NUMBERS
 from router.config.setting_values import is_loopback
@@ -26,6 +26,16 @@ _LONGEST_WAIT_S = 60.0
 _TIMEOUT_S = 900.0
 _OF_ONE_TEXT = frozenset({"context_length_exceeded", "non_finite_embedding", "empty_input"})
 """Codes that are about a text, and not about the job."""
+
+_OF_INPUT = frozenset({"invalid_value", "invalid_token_id"})
+"""Codes that are about a text where they name `input`: its tokenizer cannot read it."""
+
+_SPACE, _EXPECT_SPACE = "x-embedding-space", "x-expect-space"
+_SERVER_TIMES = "server-timing"
+"""A header of all answers of an Embedyard server."""
+
+_SPACE_TRIES = 30
+"""Probes, one a second, until a server that has just loaded the model knows its space: it hashes weights then."""
 
 
 class _Sparse(Struct, frozen=True):
@@ -104,7 +114,7 @@ class RemoteEmbedder:
         self._model, self._options = model, options
         self._sleep = sleep
         self._permits = asyncio.Semaphore(concurrency)
-        self._refuses_long = options.truncate == "error"
+        self._space = ""
         self._client = httpx2.AsyncClient(
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=_TIMEOUT_S,
@@ -113,9 +123,9 @@ class RemoteEmbedder:
         )
 
     async def open(self) -> tuple[VectorWidths, Mapping[str, Any]]:
-        """See `Embedder`; one text tells the widths, and whether int8 has ranges of the model's own."""
+        """See `Embedder`; one text tells the widths, the space, and whether int8 has ranges of the model's own."""
         try:
-            answer = await self._post(["text"])
+            answer = await self._probe()
         except _Refused as error:
             if error.detail.param == "output_dtype" or "at least 2 inputs" in error.detail.message:
                 raise BulkError(
@@ -128,7 +138,17 @@ class RemoteEmbedder:
             0 if vectors.dense is None else vectors.dense.shape[1],
             0 if vectors.tokens is None else vectors.tokens[0].shape[1],
         )
-        return widths, {"id": answer.model, "url": self._url}
+        return widths, {"id": answer.model, "url": self._url, "space": self._space}
+
+    async def _probe(self) -> _Answer:
+        """Embed one text; again while the server does not know the space of its vectors yet."""
+        for _ in range(_SPACE_TRIES):
+            answer, headers = await self._post(["text"])
+            self._space = headers.get(_SPACE, "")
+            if self._space or _SERVER_TIMES not in headers:
+                break
+            await self._sleep(1.0)
+        return answer
 
     async def embed(self, texts: list[str]) -> WindowAnswer:
         """See `Embedder`."""
@@ -149,33 +169,35 @@ class RemoteEmbedder:
         """Return the outputs of a request's texts; one that is refused for a text is halved until that is alone."""
         try:
             async with self._permits:
-                answer = await self._post(texts)
+                answer, _ = await self._post(texts)
         except _Refused as error:
-            if error.detail.code not in _OF_ONE_TEXT:
+            if not _is_of_one_text(error.detail):
                 raise self._stop(error) from None
             if len(texts) > 1:
                 half = len(texts) // 2
                 halves = [await self._answer(texts[:half]), await self._answer(texts[half:])]
                 groups = [list(range(half)), list(range(half, len(texts)))]
                 return join_answers(len(texts), groups, halves)
-            refusal = Refusal(error.detail.code, error.detail.message)
+            refusal = Refusal(error.detail.code or "invalid_value", of_one_text(error.detail.message))
             return WindowAnswer(vectors=Vectors(), refusals={0: refusal})
         return WindowAnswer(vectors=self._vectors(answer, len(texts)), num_tokens=answer.usage.prompt_tokens)
 
-    async def _post(self, texts: list[str]) -> _Answer:
-        """Send a request until it is answered or refused for good."""
+    async def _post(self, texts: list[str]) -> tuple[_Answer, Mapping[str, str]]:
+        """Send a request until it is answered or refused for good; return the answer and its headers.
+
+        Once the space is known, a server whose model is another one by now refuses: half of OUT would be of each.
+        """
         body = msgspec.json.encode({"input": texts, **self._fields()})
+        headers = {"Content-Type": "application/json"} | ({_EXPECT_SPACE: self._space} if self._space else {})
         failure = ""
         for attempt in range(_TRIES):
             try:
-                response = await self._client.post(
-                    self._url, content=body, headers={"Content-Type": "application/json"}
-                )
+                response = await self._client.post(self._url, content=body, headers=headers)
             except httpx2.TransportError as error:
                 failure, wait_s = f"no server answers at {self._url} ({type(error).__name__})", _backoff_s(attempt)
             else:
                 if response.status_code == 200:
-                    return _decode(response.content, self._url)
+                    return _decode(response.content, self._url), response.headers
                 refused = _refusal(response)
                 if not _may_retry(response):
                     raise refused
@@ -213,8 +235,17 @@ class RemoteEmbedder:
     def _stop(self, error: _Refused) -> BulkError | BulkStopped:
         if error.status >= 500:
             return BulkStopped(str(error))
+        if error.detail.code == "space_mismatch":
+            return BulkError(
+                f"the model on the server is not the one that this job began with: {error}. Serve that one again, or "
+                "begin anew with --overwrite"
+            )
         hint = "; see --api-key" if error.status in (401, 403) else ""
         return BulkError(f"{error}{hint}")
+
+
+def _is_of_one_text(detail: _Detail) -> bool:
+    return detail.code in _OF_ONE_TEXT or (detail.code in _OF_INPUT and detail.param == "input")
 
 
 def group_by_length(texts: Sequence[str]) -> list[list[int]]:

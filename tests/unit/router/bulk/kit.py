@@ -27,12 +27,12 @@ class Killed(BaseException):
 class FakeEmbedder:
     """Vectors are hashes of the texts; texts with `long` in them are refused. `windows` records the calls."""
 
-    def __init__(self, outputs: Sequence[str] = ("dense",), lanes: int = 1) -> None:
-        self.lanes, self._outputs = lanes, outputs
+    def __init__(self, outputs: Sequence[str] = ("dense",), lanes: int = 1, space: str = "") -> None:
+        self.lanes, self._outputs, self._space = lanes, outputs, space
         self.windows: list[list[str]] = []
 
     async def open(self) -> tuple[VectorWidths, Mapping[str, Any]]:
-        return VectorWidths(16, 4), {"id": "fake"}
+        return VectorWidths(16, 4), {"id": "fake", "space": self._space}
 
     async def embed(self, texts: list[str]) -> WindowAnswer:
         self.windows.append(texts)

@@ -108,6 +108,17 @@ def test_an_output_is_replaced_only_when_asked(tmp_path: Path) -> None:
     assert out.read_text() != "precious"
 
 
+def test_a_job_goes_on_with_vectors_of_the_same_space_only(tmp_path: Path) -> None:
+    source, out = write_input(tmp_path / "in.jsonl"), tmp_path / "out.jsonl"
+    with pytest.raises(Killed):
+        run(job_of(source, out), FakeEmbedder(space="s1-a"), FailingDisk(25, random.Random(0)))
+    with pytest.raises(BulkError, match="is of another job \\(space was 's1-a', is 's1-b'\\)"):
+        run(job_of(source, out), FakeEmbedder(space="s1-b"))
+    state = run(job_of(source, out), FakeEmbedder(space=""))  # of a server that does not know it
+
+    assert state.rows == 57
+
+
 def test_what_another_job_left_is_not_continued(tmp_path: Path) -> None:
     source, out = write_input(tmp_path / "in.jsonl"), tmp_path / "out.jsonl"
     with pytest.raises(Killed):

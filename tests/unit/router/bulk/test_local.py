@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from msgspec import structs
 
-from engines.errors import Busy, NonFiniteEmbedding, QueueFull, UnsupportedModel
+from engines.errors import Busy, InvalidValue, NonFiniteEmbedding, QueueFull, UnsupportedModel
 from engines.host import Host, HostConfig
 from engines.spec import Calibration, ModelSpec, Output
 from engines.testing.engine import WIDTH, fake_vector
@@ -76,6 +76,29 @@ async def test_a_text_whose_vector_is_not_finite_is_refused_and_the_others_run_a
     assert {index: refusal.code for index, refusal in found.refusals.items()} == {1: "non_finite_embedding"}
     assert found.vectors.dense is not None
     assert np.array_equal(found.vectors.dense, np.stack([fake_vector("mini", TEXTS[0]), fake_vector("mini", TEXTS[2])]))
+
+
+async def test_a_text_that_the_tokenizer_cannot_read_is_refused_and_the_others_run_again_in_one_call() -> None:
+    refusal = InvalidValue("input[0] has no tokens: leave it out", param="input")
+    calls = (None, refusal, None, refusal, refusal, None)  # the probe, all, the first, the others, each of these alone
+    loader = FakeLoader(embed_failures={"mini": calls})
+    here = embedder(EmbedOptions(), loader=loader)
+    await here.open()
+    found = await here.embed(TEXTS)
+    await here.close()
+
+    assert {index: refusal.code for index, refusal in found.refusals.items()} == {1: "invalid_value"}
+    assert found.refusals[1].message == "the text has no tokens: leave it out"
+    assert found.vectors.dense is not None
+    assert np.array_equal(found.vectors.dense, np.stack([fake_vector("mini", TEXTS[0]), fake_vector("mini", TEXTS[2])]))
+
+
+async def test_options_that_no_text_can_have_end_the_job_at_once() -> None:
+    failures = {"mini": (InvalidValue("input[0] has 4 tokens, and the first 4 are its prompt", param="input"),) * 9}
+    here = embedder(EmbedOptions(prompt="long"), loader=FakeLoader(embed_failures=failures))
+    with pytest.raises(BulkError, match="the text has 4 tokens"):
+        await here.open()
+    await here.close()
 
 
 async def test_a_model_that_cannot_be_loaded_ends_the_job_at_once() -> None:

@@ -24,7 +24,7 @@ def error(status: int, code: str, *, param: str | None = None, **headers: str) -
     )
 
 
-def answer(body: dict[str, Any]) -> httpx2.Response:
+def answer(body: dict[str, Any], **headers: str) -> httpx2.Response:
     items = []
     for index, text in reversed(list(enumerate(body["input"]))):
         item: dict[str, Any] = {"object": "embedding", "index": index}
@@ -37,7 +37,8 @@ def answer(body: dict[str, Any]) -> httpx2.Response:
             data = base64.b64encode(row.vectors.tobytes()).decode()
             item["multi_vector_embedding"] = {"shape": row.vectors.shape, "data": data}
         items.append(item)
-    return httpx2.Response(200, json={"data": items, "model": "m", "usage": {"prompt_tokens": 3 * len(items)}})
+    content = {"data": items, "model": "m", "usage": {"prompt_tokens": 3 * len(items)}}
+    return httpx2.Response(200, json=content, headers={name.replace("_", "-"): text for name, text in headers.items()})
 
 
 class Server:
@@ -46,6 +47,7 @@ class Server:
     def __init__(self, *first: httpx2.Response, judge: Callable[[dict[str, Any]], Any] = lambda body: None) -> None:
         self._first, self._judge = list(first), judge
         self.bodies: list[dict[str, Any]] = []
+        self.expected_spaces: list[str | None] = []
         self.waits: list[float] = []
 
     def embedder(self, options: EmbedOptions = DENSE, **fields: Any) -> RemoteEmbedder:
@@ -59,6 +61,7 @@ class Server:
         assert str(request.url) == "http://x/v1/embeddings"
         body = json.loads(request.content)
         self.bodies.append(body)
+        self.expected_spaces.append(request.headers.get("x-expect-space"))
         refusal = self._first.pop(0) if self._first else self._judge(body)
         return answer(body) if refusal is None else refusal
 
@@ -114,6 +117,48 @@ async def test_texts_that_the_server_refuses_are_found_and_the_others_kept() -> 
     good = [text for n, text in enumerate(texts) if n not in (3, 8)]
     assert found.vectors.dense is not None
     assert np.array_equal(found.vectors.dense, np.stack([fake_vector("m", text) for text in good]))
+
+
+async def test_a_text_that_the_models_tokenizer_cannot_read_is_found_too() -> None:
+    def judge(body: dict[str, Any]) -> Any:
+        if not any("odd" in text for text in body["input"]):
+            return None
+        return error(400, "invalid_value", param="input")
+
+    found = await Server(judge=judge).embedder().embed(["a", "odd", "b"])
+
+    assert {index: refusal.code for index, refusal in found.refusals.items()} == {1: "invalid_value"}
+    assert found.vectors.dense is not None
+    assert np.array_equal(found.vectors.dense, np.stack([fake_vector("m", "a"), fake_vector("m", "b")]))
+
+
+async def test_vectors_of_another_model_than_at_the_beginning_are_refused() -> None:
+    body = {"input": ["text"]}
+    server = Server(
+        answer(body, server_timing="load;dur=0"),  # it hashes the weights still
+        answer(body, server_timing="load;dur=0", x_embedding_space="s1-a"),
+        answer(body, x_embedding_space="s1-a"),
+        error(409, "space_mismatch", param="expect_space", x_should_retry="false"),
+    )
+    embedder = server.embedder()
+    _, model = await embedder.open()
+    await embedder.embed(["text"])
+    with pytest.raises(BulkError, match="is not the one that this job began with: space_mismatch!"):
+        await embedder.embed(["text"])
+
+    assert model["space"] == "s1-a"
+    assert server.waits == [1.0]
+    assert server.expected_spaces == [None, None, "s1-a", "s1-a"]
+
+
+async def test_a_server_of_another_kind_is_not_asked_for_a_space() -> None:
+    server = Server()
+    embedder = server.embedder()
+    _, model = await embedder.open()
+    await embedder.embed(["text"])
+
+    assert model["space"] == ""
+    assert server.waits == [] and server.expected_spaces == [None, None]
 
 
 @pytest.mark.parametrize(
