@@ -3,6 +3,7 @@
 import queue
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -43,7 +44,8 @@ class ReplayTrace:
     ) -> None:
         self._path = path
         self._snapshots = snapshots
-        self._max_bytes = max_bytes
+        self._max_bytes = self._full_bytes = max_bytes
+        self._is_failing = False
         self._known: dict[str, TraceModel] = {}
         self._lines: queue.Queue[bytes | None] = queue.Queue(_MAX_WAITING)
         self._dropped = 0
@@ -78,7 +80,10 @@ class ReplayTrace:
         """Write what waits, and close the file; blocks."""
         self._lines.put(None)
         self._thread.join()
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError as error:
+            self._report(error)
         if self._dropped:
             log.warning("replay.lines_dropped", count=self._dropped)
 
@@ -94,19 +99,30 @@ class ReplayTrace:
                 self._file.write(line)
                 if self._lines.empty():
                     self._file.flush()
-                if self._file.tell() >= self._max_bytes:
+                if self._file.tell() >= self._full_bytes:
                     self._rotate()
+                self._is_failing = False
             except OSError as error:
                 self._dropped += 1
-                log.warning("replay.not_written", reason=error.strerror or type(error).__name__)
+                self._report(error)
+
+    def _report(self, error: OSError) -> None:
+        """Log an error of the disk; not that of each line, which are thousands a second while a disk is full."""
+        if not self._is_failing:
+            log.warning("replay.not_written", reason=error.strerror or type(error).__name__)
+        self._is_failing = True
 
     def _rotate(self) -> None:
-        """Begin a new file, with what is known of the models."""
-        self._file.close()
-        self._path.replace(f"{self._path}.1")
-        self._file = self._path.open("ab")
+        """Begin a new file, with what is known of the models. Where that fails, the old one goes on, until it has as
+        many bytes more."""
+        self._full_bytes = self._file.tell() + self._max_bytes
+        with suppress(FileNotFoundError):  # an operator has moved it, or removed it
+            self._path.replace(f"{self._path}.1")
+        old, self._file = self._file, self._path.open("ab")
+        self._full_bytes = self._max_bytes
         for model in list(self._known.values()):
             self._file.write(encode_line(model))
+        old.close()
 
 
 def _may_tell_more(known: TraceModel | None, context: RequestContext) -> bool:

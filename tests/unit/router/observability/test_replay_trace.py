@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from msgspec import structs
+from structlog.testing import capture_logs
 
 from engines.trace import read_trace
 from engines.types import BaseResult, HostSnapshot, ModelStatus, Timings
@@ -109,6 +110,38 @@ def test_a_full_file_makes_place_for_one_that_describes_the_models_again(tmp_pat
     assert older.startswith(b'{"kind":"model"')
     assert newer.startswith(b'{"kind":"model"')
     assert (older + newer).count(b'"kind":"request"') <= 4
+
+
+def test_a_file_that_was_removed_is_begun_anew_once_it_is_full(tmp_path: Path) -> None:
+    file = ReplayTrace(tmp_path / "day.jsonl", lambda: [snapshot(LOADED)], max_bytes=300)
+    (tmp_path / "day.jsonl").unlink()
+    for _ in range(6):
+        file.record(context("a"))
+    file.close()
+
+    assert (tmp_path / "day.jsonl").read_bytes().startswith(b'{"kind":"model"')
+
+
+def test_a_full_file_that_cannot_be_renamed_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "day.jsonl.1").mkdir()
+    file = ReplayTrace(tmp_path / "day.jsonl", lambda: [snapshot(LOADED)], max_bytes=300)
+    with capture_logs() as logs:
+        for _ in range(9):
+            file.record(context("a"))
+        file.close()
+
+    assert (tmp_path / "day.jsonl").read_bytes().count(b'"kind":"request"') == 9
+    assert "replay.not_written" in {log["event"] for log in logs}
+
+
+def test_a_full_disk_is_logged_once_and_stops_no_server() -> None:
+    with capture_logs() as logs:
+        file = ReplayTrace(Path("/dev/full"), lambda: [snapshot(LOADED)])
+        for _ in range(50):
+            file.record(context("a"))
+        file.close()
+
+    assert [log["reason"] for log in logs if log["event"] == "replay.not_written"] == ["No space left on device"]
 
 
 def test_what_a_file_has_is_kept_when_the_server_starts_again(tmp_path: Path) -> None:
