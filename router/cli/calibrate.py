@@ -16,6 +16,9 @@ EXIT_INVALID = 2
 
 FEW_TEXTS = 100
 _TEXTS_PER_REQUEST = 64
+_TIMEOUT_S = 900.0
+"""The first request may wait for the model to be loaded, and a large model on a CPU takes minutes for 64 texts."""
+
 _URL = "http://127.0.0.1:6008"
 
 
@@ -55,7 +58,10 @@ def command(model: str, texts: Path, url: str, dimensions: int | None, input_typ
         key = settings.api_key or settings.admin_api_key
         request_fields = {"model": model, "dimensions": dimensions, "input_type": input_type}
         blocks = [lines[start : start + _TEXTS_PER_REQUEST] for start in range(0, len(lines), _TEXTS_PER_REQUEST)]
-        responses = [get(url, "/v1/embeddings", _Rows, key, body=request_fields | {"input": block}) for block in blocks]
+        responses = [
+            get(url, "/v1/embeddings", _Rows, key, body=request_fields | {"input": block}, timeout_s=_TIMEOUT_S)
+            for block in blocks
+        ]
     except (SettingsError, RemoteError, ValueError) as error:
         click.echo(str(error), err=True)
         raise SystemExit(EXIT_INVALID) from None

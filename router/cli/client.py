@@ -38,7 +38,7 @@ def get(
     """Request `path` from the server at `url` and decode its JSON as `response_type`; a POST when there is a `body`.
 
     Raises:
-        RemoteError: no server, no permission, or not an Embedyard response.
+        RemoteError: no server, no answer in time, no permission, or not an Embedyard response.
     """
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     content = None if body is None else msgspec.json.encode(body)
@@ -48,6 +48,8 @@ def get(
             return msgspec.json.decode(response.read(), type=response_type)
     except urllib.error.HTTPError as error:
         raise RemoteError(_error_message(url, error), error.code) from None
+    except TimeoutError:  # it has accepted the connection: failing to connect is a URLError
+        raise RemoteError(f"the server at {url} has not answered within {timeout_s:g} s") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", None) or error
         raise RemoteError(f"no server answers at {url} ({reason}); start one, or correct --url") from None

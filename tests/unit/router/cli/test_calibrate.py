@@ -1,13 +1,17 @@
 """`embedyard calibrate`: its output is valid in the registry, and makes a single text quantizable."""
 
+import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
 from router.app import create_app
+from router.cli import calibrate as calibration
+from router.cli.client import RemoteError, get
 from router.cli.main import cli
 from router.config.settings import VARIABLES, Settings
 from router.registry.registry import parse_registry
@@ -88,3 +92,23 @@ def test_a_wrong_key_and_a_silent_address_are_reported(url: str, monkeypatch: py
     assert (refused.exit_code, silent.exit_code) == (2, 2)
     assert "set ADMIN_API_KEY or API_KEY to the server's key" in refused.stderr
     assert "no server answers at http://127.0.0.1:9" in silent.stderr
+
+
+def test_a_model_may_be_loaded_for_the_first_request(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+
+    def get_and_note(*args: Any, timeout_s: float = 30.0, **more: Any) -> Any:
+        waits.append(timeout_s)
+        return get(*args, timeout_s=timeout_s, **more)
+
+    monkeypatch.setattr(calibration, "get", get_and_note)
+
+    assert calibrate("mini", "texts.txt", "--url", url).exit_code == 0
+    assert min(waits) > Settings().load_timeout_s
+
+
+def test_a_server_that_takes_too_long_is_not_called_absent() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        with pytest.raises(RemoteError, match=r"has not answered within 0\.05 s"):
+            get(url, "/v1/models", dict[str, Any], timeout_s=0.05)
