@@ -8,6 +8,7 @@ import pytest
 import torch
 from msgspec import structs
 
+from benchmarks.lib.models import RECIPES
 from engines.batching.engine import EmbeddingEngine
 from engines.device.cpu_features import has_fast_int8
 from engines.device.scheduler import DeviceScheduler
@@ -55,6 +56,21 @@ async def test_int8_is_measured_at_the_first_load_and_takes_a_third_of_the_memor
     assert engine.weight_bytes < 0.3 * 91_000_000
     assert found.size_ratio < 0.3
     assert found.num_texts >= 12
+    engine.close()
+
+
+async def test_a_model_without_a_packed_form_is_measured_by_the_path_that_runs(
+    loader: TorchLoader, tmp_path: Path
+) -> None:
+    RECIPES["gemma2-last"].build(tmp_path / "gemma2")  # with soft-capped scores
+    files = ModelFiles(path=str(tmp_path / "gemma2"), revision="2", size_bytes=1)
+    spec = structs.replace(SPEC, dtype="bfloat16", min_cosine=0.9)
+    engine = await asyncio.to_thread(loader.load, spec, files)
+    await engine.warm_up()
+
+    assert engine.info.dtype == "bfloat16"
+    assert engine.info.attention == "padded"
+    assert engine.info.precision is not None
     engine.close()
 
 
