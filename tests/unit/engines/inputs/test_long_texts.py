@@ -1,7 +1,7 @@
 """Tests long and odd texts: tokens kept from a part equal those kept from the whole, at a bounded cost."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ from engines.errors import ContextLengthExceeded, InvalidValue
 from engines.inputs.prompts import PromptTemplate
 from engines.inputs.tokenizer import Tokenizer, TokenizerLimits
 from engines.spec import Truncate
+from tests.testkit.counted_tokenizer import CountedTokenizer
 
 BARE = PromptTemplate()
 FAMILIES: list[Callable[[], Any]] = [
@@ -27,24 +28,8 @@ ODDITIES = (
 )  # fmt: skip
 
 
-class Counted:
-    """A real backend that counts the characters that it encodes."""
-
-    def __init__(self, backend: FastTokenizer) -> None:
-        self._backend = backend
-        self.characters = 0
-
-    def encode(self, sequence: str, *, add_special_tokens: bool) -> Any:
-        self.characters += len(sequence)
-        return self._backend.encode(sequence, add_special_tokens=add_special_tokens)
-
-    def encode_batch_fast(self, input: Sequence[str], *, add_special_tokens: bool) -> Sequence[Any]:
-        self.characters += sum(map(len, input))
-        return self._backend.encode_batch_fast(input, add_special_tokens=add_special_tokens)
-
-
-def counted(family: Callable[[], Any], max_tokens: int = 512) -> tuple[Counted, Tokenizer]:
-    backend = Counted(family().backend_tokenizer)
+def counted(family: Callable[[], Any], max_tokens: int = 512) -> tuple[CountedTokenizer, Tokenizer]:
+    backend = CountedTokenizer(family().backend_tokenizer)
     return backend, Tokenizer(backend, TokenizerLimits(max_tokens=max_tokens, vocab_size=10**6))
 
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer as FastTokenizer
 
 from benchmarks.lib import vocabularies
 from benchmarks.lib.workloads import SENTENCES, text
@@ -19,6 +18,7 @@ from engines.inputs import tokenizer as tokenize
 from engines.inputs.prompts import PromptTemplate
 from engines.inputs.tokenizer import TokenizedRequest, Tokenizer, TokenizerBackend, TokenizerLimits, clips
 from engines.spec import Truncate
+from tests.testkit.counted_tokenizer import CountedTokenizer
 
 BARE = PromptTemplate()
 
@@ -55,22 +55,6 @@ class Calls(Letters):
     def encode_batch_fast(self, input: Sequence[str], *, add_special_tokens: bool) -> list[Encoding]:
         self.calls.append(sum(map(len, input)))
         return super().encode_batch_fast(input, add_special_tokens=add_special_tokens)
-
-
-class Counted:
-    """A real backend that counts the characters that it encodes."""
-
-    def __init__(self, backend: FastTokenizer) -> None:
-        self._backend = backend
-        self.characters = 0
-
-    def encode(self, sequence: str, *, add_special_tokens: bool) -> Any:
-        self.characters += len(sequence)
-        return self._backend.encode(sequence, add_special_tokens=add_special_tokens)
-
-    def encode_batch_fast(self, input: Sequence[str], *, add_special_tokens: bool) -> Sequence[Any]:
-        self.characters += sum(map(len, input))
-        return self._backend.encode_batch_fast(input, add_special_tokens=add_special_tokens)
 
 
 def tokenizer(backend: TokenizerBackend | None = None, **rules: Any) -> Tokenizer:
@@ -269,7 +253,7 @@ def test_a_cap_on_characters_never_shows(family: Callable[[], Any], truncate: Tr
 def test_ten_megabytes_cost_what_is_kept_of_them(family: Callable[[], Any], truncate: Truncate, kind: str) -> None:
     once = text(2000, 5) + " " if kind == "words" else "".join(SENTENCES[14:16])
     huge = once * (10_000_000 // len(once))
-    backend = Counted(family().backend_tokenizer)
+    backend = CountedTokenizer(family().backend_tokenizer)
     capped = Tokenizer(backend, TokenizerLimits(max_tokens=512, vocab_size=10**6))
     if truncate == "error":
         with pytest.raises(ContextLengthExceeded):
@@ -283,7 +267,7 @@ def test_ten_megabytes_cost_what_is_kept_of_them(family: Callable[[], Any], trun
 @pytest.mark.parametrize("letter", ["a", "ab", "0123456789"])
 def test_ten_megabytes_without_a_word_are_cut_at_the_end_and_refused_at_the_start(letter: str) -> None:
     huge = letter * (10_000_000 // len(letter))
-    backend = Counted(vocabularies.qwen().backend_tokenizer)
+    backend = CountedTokenizer(vocabularies.qwen().backend_tokenizer)
     capped = Tokenizer(backend, TokenizerLimits(max_tokens=512, vocab_size=10**6))
     shorter = vocabularies.qwen().backend_tokenizer.encode(huge[:20_000], add_special_tokens=False).ids
 

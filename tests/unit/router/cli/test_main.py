@@ -20,22 +20,12 @@ from router.cli import output as terminal
 from router.cli.main import MODULES, SUMMARIES, cli
 from router.config.settings import VARIABLES
 from tests.testkit.model_folders import sentence_model, write_json
+from tests.testkit.registries import FIVE_MISTAKES
 
 ROOT = Path(__file__).parents[4]
 HEAVY = {"torch", "transformers", "tokenizers", "huggingface_hub", "litestar", "uvicorn", "limits", "numpy", "rich"}
 HUB = {"huggingface_hub", "numpy", "rich"}
 """What it takes to look whether a model's files are here."""
-FIVE_MISTAKES = """\
-version: 1
-default_model: bge-m4
-models:
-  - name: bge-m3
-    source: BAAI/bge-m3
-    poling: cls
-    keep_alive: soon
-  - name: bge-m3
-    source: https://huggingface.co/BAAI/bge-m3
-"""
 GOOD = """\
 version: 1
 default_model: m3

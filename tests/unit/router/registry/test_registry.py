@@ -25,19 +25,9 @@ from router.registry.registry import (
     parse_registry,
     read_registry,
 )
+from tests.testkit.registries import FIVE_MISTAKES
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-FIVE_MISTAKES = """\
-version: 1
-default_model: bge-m4
-models:
-  - name: bge-m3
-    source: BAAI/bge-m3
-    poling: cls
-    keep_alive: soon
-  - name: bge-m3
-    source: https://huggingface.co/BAAI/bge-m3
-"""
 
 
 def mistakes(text: str) -> list[str]:
