@@ -27,7 +27,7 @@ from msgspec import Struct, structs
 
 from benchmarks.lib.folders import resolve
 from benchmarks.lib.machine import ROOT, Watch, warn_if_busy
-from benchmarks.lib.report import RESULTS, Report, publish
+from benchmarks.lib.report import Report, add_save_option, publish
 from benchmarks.lib.servers import own, serving, write_registry
 from benchmarks.offline.regression import unpack
 from router.loadgen.http_client import Target
@@ -437,7 +437,7 @@ def main() -> None:
     parser.add_argument("--model", default="minilm")
     parser.add_argument("--against", help="a commit to attack as well")
     parser.add_argument("--only", nargs="*", default=[], choices=names, metavar="ATTACK", help=", ".join(names))
-    parser.add_argument("--no-save", dest="results", action="store_const", const=None, default=RESULTS)
+    add_save_option(parser)
     asked = parser.parse_args()
     publish(run(resolve(asked.model), asked.only, asked.against), asked.results)
 

@@ -25,7 +25,7 @@ from benchmarks.lib import workloads
 from benchmarks.lib.folders import resolve
 from benchmarks.lib.machine import ROOT, Watch, warn_if_busy
 from benchmarks.lib.measure import with_progress
-from benchmarks.lib.report import RESULTS, Report, publish
+from benchmarks.lib.report import Report, add_save_option, publish
 from benchmarks.lib.servers import Server, own, serving, write_registry
 from benchmarks.lib.worker import PEER_SCRIPTS
 from router import loadgen as load
@@ -206,7 +206,7 @@ def main() -> None:
     parser.add_argument("--backends", default=",".join(NAMES))
     parser.add_argument("--seconds", type=float, default=15.0, help="of load, for each number of clients")
     parser.add_argument("--calls", type=int, default=1000)
-    parser.add_argument("--no-save", dest="results", action="store_const", const=None, default=RESULTS)
+    add_save_option(parser)
     asked = parser.parse_args()
     names = asked.backends.split(",")
     publish(run(resolve(asked.model), names, asked.seconds, asked.calls), asked.results)

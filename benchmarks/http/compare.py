@@ -26,7 +26,7 @@ from benchmarks.lib.folders import resolve
 from benchmarks.lib.machine import Watch, warn_if_busy
 from benchmarks.lib.measure import SETTLE_S, Run, interleave, percentile, quotient
 from benchmarks.lib.peers import OURS, own_worker
-from benchmarks.lib.report import RESULTS, Report, can_draw, draw_lines, publish, run_command
+from benchmarks.lib.report import Report, add_save_option, can_draw, draw_lines, publish, run_command
 from benchmarks.lib.servers import (
     Plan,
     Server,
@@ -201,7 +201,7 @@ def main_servers(argv: Sequence[str]) -> None:
     parser.add_argument("--model", default="minilm")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of each sample")
-    parser.add_argument("--no-save", dest="results", action="store_const", const=None, default=RESULTS)
+    add_save_option(parser)
     asked = parser.parse_args(argv)
     report = run_servers(resolve(asked.model), asked.rounds, asked.seconds)
     publish(report, asked.results)
@@ -276,7 +276,7 @@ def main_offline(argv: Sequence[str]) -> None:
     parser.add_argument("--texts", type=int, default=TEXTS, help="texts a request")
     parser.add_argument("--requests", type=int, default=24, help="requests a round")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--no-save", dest="results", action="store_const", const=None, default=RESULTS)
+    add_save_option(parser)
     asked = parser.parse_args(argv)
     publish(run_offline(resolve(asked.model), asked.workload, asked.texts, asked.requests, asked.rounds), asked.results)
 

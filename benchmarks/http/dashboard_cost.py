@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from benchmarks.lib.browser import open_chromium
 from benchmarks.lib.machine import ROOT, Watch, warn_if_busy
 from benchmarks.lib.measure import with_progress
-from benchmarks.lib.report import RESULTS, Report, publish
+from benchmarks.lib.report import Report, add_save_option, publish
 from benchmarks.lib.servers import Server, own, serving
 from router import loadgen as load
 from router.loadgen.http_client import encode
@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=20.0, help="of each turn")
     parser.add_argument("--per-second", type=float, default=5.0, help="requests a second while busy")
-    parser.add_argument("--no-save", dest="results", action="store_const", const=None, default=RESULTS)
+    add_save_option(parser)
     asked = parser.parse_args()
     publish(run(asked.rounds, asked.seconds, asked.per_second), asked.results)
 

@@ -26,7 +26,7 @@ from benchmarks.http.backends import memory_bytes
 from benchmarks.lib.folders import resolve
 from benchmarks.lib.machine import Watch, warn_if_busy
 from benchmarks.lib.measure import percentile, quotient
-from benchmarks.lib.report import RESULTS, Report, publish
+from benchmarks.lib.report import Report, add_save_option, publish
 from benchmarks.lib.servers import Server, make_requests, own, serving, write_registry
 from router import loadgen as load
 
@@ -180,7 +180,7 @@ def main() -> None:
     parser.add_argument("--model", default="minilm")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2.0, help="of each load in each round")
-    parser.add_argument("--save", dest="results", action="store_const", const=RESULTS, default=None)
+    add_save_option(parser, by_default=False)
     asked = parser.parse_args()
     publish(run(resolve(asked.model), asked.rounds, asked.seconds), asked.results)
 

@@ -23,7 +23,7 @@ from benchmarks.lib import workloads
 from benchmarks.lib.folders import resolve
 from benchmarks.lib.machine import Watch, warn_if_busy
 from benchmarks.lib.measure import percentile, with_progress
-from benchmarks.lib.report import RESULTS, Report, publish, run_command
+from benchmarks.lib.report import Report, add_save_option, publish, run_command
 from benchmarks.lib.servers import make_requests, own, serving, write_registry
 from benchmarks.lib.worker import PEER_SCRIPTS
 from router import loadgen as load
@@ -112,7 +112,7 @@ def main_load(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.http.loop_lag load", description=__doc__)
     parser.add_argument("--model", default="minilm")
     parser.add_argument("--seconds", type=float, default=30.0, help="of full load")
-    parser.add_argument("--no-save", dest="results", action="store_const", const=None, default=RESULTS)
+    add_save_option(parser)
     asked = parser.parse_args(argv)
     publish(run_load(resolve(asked.model), asked.seconds), asked.results)
 
@@ -155,7 +155,7 @@ def main_loading(argv: Sequence[str]) -> None:
     parser.add_argument("--model", default="minilm")
     parser.add_argument("--backends", default=",".join(NAMES))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--no-save", dest="results", action="store_const", const=None, default=RESULTS)
+    add_save_option(parser)
     asked = parser.parse_args(argv)
     publish(run_loading(resolve(asked.model), asked.backends.split(","), asked.rounds), asked.results)
 

@@ -18,7 +18,7 @@ from benchmarks.http.compare import Case, measure
 from benchmarks.lib.folders import resolve
 from benchmarks.lib.machine import ROOT, Watch, warn_if_busy
 from benchmarks.lib.measure import quotient
-from benchmarks.lib.report import RESULTS, Report, publish
+from benchmarks.lib.report import Report, add_save_option, publish
 from benchmarks.lib.servers import Plan, own, serving, write_registry
 from benchmarks.offline.regression import NOW, unpack
 
@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--against", default="HEAD", help="the commit to compare with")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3.0, help="of each load in each round")
-    parser.add_argument("--save", dest="results", action="store_const", const=RESULTS, default=None)
+    add_save_option(parser, by_default=False)
     asked = parser.parse_args()
     publish(run(resolve(asked.model), asked.against, asked.rounds, asked.seconds), asked.results)
 

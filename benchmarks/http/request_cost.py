@@ -29,7 +29,7 @@ import structlog
 from msgspec import Struct
 
 from benchmarks.lib.machine import ROOT, Watch
-from benchmarks.lib.report import RESULTS, Report, publish
+from benchmarks.lib.report import Report, add_save_option, publish
 
 _NOW = "working tree"
 BODY = json.dumps({"model": "all-MiniLM-L6-v2", "input": "The cat sits outside"}).encode()
@@ -196,7 +196,7 @@ def main() -> None:
     )
     parser.add_argument("--against", help="a commit to compare with")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--save", dest="results", action="store_const", const=RESULTS, default=None)
+    add_save_option(parser, by_default=False)
     asked = parser.parse_args()
     publish(run(asked.against, asked.rounds), asked.results)
 

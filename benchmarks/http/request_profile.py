@@ -32,7 +32,7 @@ from uvicorn.server import ServerState
 
 from benchmarks.http.request_cost import BODY, named, started
 from benchmarks.lib.machine import ROOT, Watch
-from benchmarks.lib.report import RESULTS, Report, publish
+from benchmarks.lib.report import Report, add_save_option, publish
 
 _WARM_UP, _BATCHES, _REQUESTS, _SAMPLE_NS = 300, 40, 25, 1_000_000
 _HEAD = (
@@ -218,7 +218,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--requests", type=int, default=8000)
-    parser.add_argument("--save", dest="results", action="store_const", const=RESULTS, default=None)
+    add_save_option(parser, by_default=False)
     asked = parser.parse_args()
     publish(run(asked.requests), asked.results)
     sys.stdout.flush()

@@ -24,7 +24,7 @@ from benchmarks.lib import workloads
 from benchmarks.lib.machine import Watch, warn_if_busy
 from benchmarks.lib.measure import SETTLE_S, Run, interleave, percentile, quotient
 from benchmarks.lib.peers import OURS, interpreter
-from benchmarks.lib.report import RESULTS, Report, publish
+from benchmarks.lib.report import Report, add_save_option, publish
 from benchmarks.lib.servers import Plan, Server, infinity, own, write_registry
 from benchmarks.lib.worker import PEER_SCRIPTS
 from benchmarks.offline.rerank import CASES, SIZES, build
@@ -203,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--requests", type=int, default=2 * CLIENTS, help="requests a round")
     parser.add_argument("--documents", type=int, default=DOCUMENTS, help="documents a request")
-    parser.add_argument("--no-save", dest="results", action="store_const", const=None, default=RESULTS)
+    add_save_option(parser)
     asked = parser.parse_args(argv)
     report = run(build(asked.model), asked.cases, asked.rounds, asked.requests, asked.documents)
     publish(report, asked.results)

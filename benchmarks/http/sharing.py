@@ -33,7 +33,7 @@ from benchmarks.lib.folders import resolve
 from benchmarks.lib.machine import Watch, warn_if_busy
 from benchmarks.lib.measure import SETTLE_S, interleave, percentile, quotient, with_progress
 from benchmarks.lib.peers import interpreter
-from benchmarks.lib.report import RESULTS, Report, publish, run_command
+from benchmarks.lib.report import Report, add_save_option, publish, run_command
 from benchmarks.lib.servers import make_requests, own, own_server, serving, summary, write_registry
 from benchmarks.lib.worker import Worker
 from benchmarks.offline import rerank as rerankers
@@ -187,7 +187,7 @@ def main_queries(argv: Sequence[str]) -> None:
     kinds = parser.add_mutually_exclusive_group()
     kinds.add_argument("--flex", action="store_true", help="the bulk request has service_tier: flex")
     kinds.add_argument("--batch", action="store_true", help="the bulk work is a batch of the Files API")
-    parser.add_argument("--no-save", dest="results", action="store_const", const=None, default=RESULTS)
+    add_save_option(parser)
     asked = parser.parse_args(argv)
     report = run_queries(
         resolve(asked.model), asked.workload, asked.texts, asked.rounds, per_s=asked.per_second,
@@ -262,7 +262,7 @@ def main_models(argv: Sequence[str]) -> None:
     parser.add_argument("--workload", default="mixed", choices=workloads.NAMES)
     parser.add_argument("--seconds", type=float, default=8.0, help="of each phase")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--no-save", dest="results", action="store_const", const=None, default=RESULTS)
+    add_save_option(parser)
     asked = parser.parse_args(argv)
     folders = [resolve(model) for model in asked.models]
     publish(run_models(folders, asked.workload, asked.seconds, asked.rounds), asked.results)
@@ -346,7 +346,7 @@ def main_rerank(argv: Sequence[str]) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--per-second", type=float, default=PER_S)
     parser.add_argument("--idle-seconds", type=float, default=IDLE_S)
-    parser.add_argument("--no-save", dest="results", action="store_const", const=None, default=RESULTS)
+    add_save_option(parser)
     asked = parser.parse_args(argv)
     folders = resolve("minilm"), rerankers.build(asked.size)
     report = run_rerank(*folders, asked.texts, asked.rounds, per_s=asked.per_second, idle_s=asked.idle_seconds)

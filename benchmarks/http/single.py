@@ -17,7 +17,7 @@ from benchmarks.lib.folders import resolve
 from benchmarks.lib.machine import Watch, warn_if_busy
 from benchmarks.lib.measure import SETTLE_S, Run, interleave, percentile, quotient
 from benchmarks.lib.peers import interpreter
-from benchmarks.lib.report import RESULTS, Report, publish
+from benchmarks.lib.report import Report, add_save_option, publish
 from benchmarks.lib.servers import own_server
 from benchmarks.lib.worker import Worker
 from router import loadgen as load
@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--workloads", nargs="+", default=["short", "passages"], choices=workloads.NAMES)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--requests", type=int, default=200, help="of each sample")
-    parser.add_argument("--save", dest="results", action="store_const", const=RESULTS, default=None)
+    add_save_option(parser, by_default=False)
     asked = parser.parse_args()
     publish(run(asked.model, asked.workloads, asked.rounds, asked.requests), asked.results)
 

@@ -6,6 +6,7 @@ matplotlib is in the dependency group `bench`; without it there are tables but n
 import importlib
 import importlib.util
 import sys
+from argparse import ArgumentParser
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,17 @@ def publish(report: Report, folder: Path | None) -> None:
     print(f"\n{report}", flush=True)
     if folder is not None:
         print(f"saved: {save(report, folder)}", flush=True)
+
+
+def add_save_option(parser: ArgumentParser, *, by_default: bool = True) -> None:
+    """Add `--no-save`, or `--save` where nothing is saved without it: `results` is a folder for `publish`, or None."""
+    parser.add_argument(
+        "--no-save" if by_default else "--save",
+        dest="results",
+        action="store_const",
+        const=None if by_default else RESULTS,
+        default=RESULTS if by_default else None,
+    )
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -30,7 +30,7 @@ from msgspec import Struct
 from benchmarks.lib import unigram_folder
 from benchmarks.lib.folders import resolve
 from benchmarks.lib.machine import Watch, warn_if_busy
-from benchmarks.lib.report import RESULTS, Report, publish
+from benchmarks.lib.report import Report, add_save_option, publish
 from benchmarks.lifecycle.read import FILE, _plain
 from engines.device import torch_runtime
 from engines.device.memory import device_memory
@@ -223,7 +223,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the forward pass")
     parser.add_argument("--kind", choices=get_args(Kind), default="again", help="what earlier loads have left")
-    parser.add_argument("--no-save", dest="results", action="store_const", const=None, default=RESULTS)
+    add_save_option(parser)
     asked = parser.parse_args()
     publish(run(asked.model, asked.rounds, asked.threads, asked.kind), asked.results)
 

@@ -28,7 +28,7 @@ from msgspec import Struct
 from benchmarks.lib.folders import resolve
 from benchmarks.lib.machine import Machine, Watch, warn_if_busy
 from benchmarks.lib.measure import with_progress
-from benchmarks.lib.report import RESULTS, Report, publish, run_command
+from benchmarks.lib.report import Report, add_save_option, publish, run_command
 from benchmarks.lib.servers import Server, call, own, serving, write_registry
 from engines.affinity import num_usable_cores
 from engines.device.scheduler import DeviceScheduler
@@ -112,7 +112,7 @@ def main_request(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.lifecycle.cold_start request", description=__doc__)
     parser.add_argument("--model", default="minilm")
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--no-save", dest="results", action="store_const", const=None, default=RESULTS)
+    add_save_option(parser)
     asked = parser.parse_args(argv)
     publish(run_request(resolve(asked.model), asked.rounds), asked.results)
 
@@ -177,7 +177,7 @@ def main_selfcheck(argv: Sequence[str]) -> None:
     parser.add_argument("--model", default="minilm")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=num_usable_cores(), help="of the forward pass")
-    parser.add_argument("--no-save", dest="results", action="store_const", const=None, default=RESULTS)
+    add_save_option(parser)
     asked = parser.parse_args(argv)
     report = run_selfcheck(asked.model, asked.rounds, asked.threads)
     publish(report, asked.results)

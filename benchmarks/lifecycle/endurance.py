@@ -41,7 +41,7 @@ from benchmarks.lib import workloads
 from benchmarks.lib.folders import resolve
 from benchmarks.lib.machine import Watch, warn_if_busy
 from benchmarks.lib.measure import with_progress
-from benchmarks.lib.report import RESULTS, Report, publish, run_command
+from benchmarks.lib.report import Report, add_save_option, publish, run_command
 from benchmarks.lib.servers import Server, own, serving, write_registry
 from benchmarks.lib.small_memory import CLIENTS, NUM_RESIDENT, Crowd, build_truths, crowd, unexplained
 from benchmarks.lifecycle.batch_kills import run_kills
@@ -321,7 +321,7 @@ def main_soak(argv: Sequence[str]) -> None:
     parser.add_argument("--model", default="minilm")
     parser.add_argument("--seconds", type=float, default=1200.0)
     parser.add_argument("--warm-up", type=float, help="seconds before; a fifth of the others, unless given")
-    parser.add_argument("--no-save", dest="results", action="store_const", const=None, default=RESULTS)
+    add_save_option(parser)
     asked = parser.parse_args(argv)
     warm_up_s = asked.seconds / 5 if asked.warm_up is None else asked.warm_up
     report, wrong = run_soak(resolve(asked.model), asked.seconds, warm_up_s)
@@ -387,7 +387,7 @@ def main_cycles(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.lifecycle.endurance cycles", description=__doc__)
     parser.add_argument("--model", default="minilm")
     parser.add_argument("--cycles", type=int, default=200)
-    parser.add_argument("--no-save", dest="results", action="store_const", const=None, default=RESULTS)
+    add_save_option(parser)
     asked = parser.parse_args(argv)
     report = run_cycles(resolve(asked.model), asked.cycles)
     publish(report, asked.results)
@@ -436,7 +436,7 @@ def main_crowd(argv: Sequence[str]) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.lifecycle.endurance crowd", description=__doc__)
     parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--no-save", dest="results", action="store_const", const=None, default=RESULTS)
+    add_save_option(parser)
     asked = parser.parse_args(argv)
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
     report, is_good = run_crowd(asked.seconds)
@@ -451,7 +451,7 @@ def main_batches(argv: Sequence[str]) -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--lines", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=11)
-    parser.add_argument("--no-save", dest="results", action="store_const", const=None, default=RESULTS)
+    add_save_option(parser)
     asked = parser.parse_args(argv)
     report, faults = run_kills(asked.kills, asked.lines, asked.seed)
     publish(report, asked.results)

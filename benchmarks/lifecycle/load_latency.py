@@ -25,7 +25,7 @@ from benchmarks.lib.folders import save_random
 from benchmarks.lib.hub import LoopbackHub
 from benchmarks.lib.machine import Watch, warn_if_busy
 from benchmarks.lib.measure import percentile, with_progress
-from benchmarks.lib.report import RESULTS, Report, publish
+from benchmarks.lib.report import Report, add_save_option, publish
 from benchmarks.lib.servers import own, serving
 
 READY = "all-MiniLM-L6-v2"
@@ -262,7 +262,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rate", type=float, default=20.0, help="requests a second")
     parser.add_argument("--quiet", type=float, default=10.0, help="seconds of the first quiet stretch")
-    parser.add_argument("--no-save", dest="results", action="store_const", const=None, default=RESULTS)
+    add_save_option(parser)
     asked = parser.parse_args()
     publish(run(asked.megabytes, asked.rounds, asked.rate, asked.quiet), asked.results)
 

@@ -26,7 +26,7 @@ from benchmarks.lib.folders import resolve
 from benchmarks.lib.machine import Watch, warn_if_busy
 from benchmarks.lib.measure import Run, interleave
 from benchmarks.lib.peers import interpreter, is_installed
-from benchmarks.lib.report import RESULTS, Report, publish
+from benchmarks.lib.report import Report, add_save_option, publish
 from benchmarks.lib.worker import Worker, WorkerFailed
 from engines.affinity import num_usable_cores
 from engines.loading.weight_reader import WeightReader, _bytes_at
@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--model", default="minilm", help="of benchmarks.lib.folders, or a folder")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
-    parser.add_argument("--no-save", dest="results", action="store_const", const=None, default=RESULTS)
+    add_save_option(parser)
     asked = parser.parse_args()
     publish(run(asked.model, asked.rounds, asked.peers), asked.results)
 

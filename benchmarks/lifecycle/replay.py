@@ -22,7 +22,7 @@ from msgspec import Struct
 from numpy.typing import NDArray
 
 from benchmarks.lib.machine import Watch
-from benchmarks.lib.report import RESULTS, Report, publish, run_command
+from benchmarks.lib.report import Report, add_save_option, publish, run_command
 from benchmarks.lib.traces import TRACES, make
 from engines.replay import PoolPolicy, ReplayOptions, ReplayResult, TierRates, replay
 from engines.spec import Eviction
@@ -257,7 +257,7 @@ def run_decay() -> Report:
 
 def _main(argv: Sequence[str], kind: str) -> None:
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.lifecycle.replay {kind}", description=__doc__)
-    parser.add_argument("--no-save", dest="results", action="store_const", const=None, default=RESULTS)
+    add_save_option(parser)
     if kind == "tiers":
         parser.add_argument("--traces", default=",".join(TRACES))
     asked = parser.parse_args(argv)

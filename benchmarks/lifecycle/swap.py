@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from benchmarks.lib.folders import resolve
 from benchmarks.lib.machine import Watch, warn_if_busy
-from benchmarks.lib.report import RESULTS, Report, can_draw, draw_seconds, draw_stacked, publish, run_command
+from benchmarks.lib.report import Report, add_save_option, can_draw, draw_seconds, draw_stacked, publish, run_command
 from benchmarks.lib.worker import WorkerFailed
 from benchmarks.lifecycle.ways import WAYS, Answer, Way
 from engines.batching.engine import EmbeddingEngine
@@ -197,7 +197,7 @@ def main_engine(argv: Sequence[str]) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--copies", action="store_true", help="copy the weights of parked models")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the forward pass")
-    parser.add_argument("--no-save", dest="results", action="store_const", const=None, default=RESULTS)
+    add_save_option(parser)
     asked = parser.parse_args(argv)
     report = run_engine(asked.models.split(","), asked.rounds, asked.threads, copies=asked.copies)
     publish(report, asked.results)
@@ -286,7 +286,7 @@ def main_peers(argv: Sequence[str]) -> None:
     parser.add_argument("--models", default=MODELS, help="of benchmarks.lib.folders, with commas")
     parser.add_argument("--peers", nargs="*", default=keys, choices=keys)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--no-save", dest="results", action="store_const", const=None, default=RESULTS)
+    add_save_option(parser)
     asked = parser.parse_args(argv)
     ways = [way for way in WAYS if way is WAYS[0] or way.key in asked.peers]
     for model in asked.models.split(","):

@@ -29,7 +29,7 @@ from benchmarks.lib import workloads
 from benchmarks.lib.folders import minilm_package
 from benchmarks.lib.machine import Watch, warn_if_busy
 from benchmarks.lib.measure import speedup
-from benchmarks.lib.report import RESULTS, Report, publish
+from benchmarks.lib.report import Report, add_save_option, publish
 
 MODEL = "all-MiniLM-L6-v2"
 OURS, LOOP, BASE = "embedyard embed", "loop over HTTP", "SentenceTransformer.encode"
@@ -146,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--passages", type=int, default=100_000)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--cpu-time", action="store_true", help="processor time instead of time, on a busy machine")
-    parser.add_argument("--no-save", dest="results", action="store_const", const=None, default=RESULTS)
+    add_save_option(parser)
     asked = parser.parse_args(argv)
     publish(run(asked.passages, asked.rounds, is_cpu_time=asked.cpu_time), asked.results)
 

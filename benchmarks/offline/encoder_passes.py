@@ -18,7 +18,7 @@ import torch
 from benchmarks.lib import workloads
 from benchmarks.lib.folders import resolve
 from benchmarks.lib.machine import Watch, warn_if_busy
-from benchmarks.lib.report import RESULTS, Report, publish
+from benchmarks.lib.report import Report, add_save_option, publish
 from engines.device.cpu_features import fast_dtypes
 from engines.inputs.prompts import PromptTemplate
 from engines.inputs.token_ids import Ids
@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--workload", default="passages", choices=workloads.NAMES)
     parser.add_argument("--dtypes", nargs="+", default=list(fast_dtypes()))
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--no-save", dest="results", action="store_const", const=None, default=RESULTS)
+    add_save_option(parser)
     asked = parser.parse_args()
     torch.set_num_threads(1)
     warn_if_busy((watch := Watch()).machine)

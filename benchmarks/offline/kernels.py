@@ -22,7 +22,7 @@ import torch
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from benchmarks.lib.machine import Watch, warn_if_busy
-from benchmarks.lib.report import RESULTS, Report, publish, run_command
+from benchmarks.lib.report import Report, add_save_option, publish, run_command
 from engines.layers.bfloat16_attention import bfloat16_attention
 from engines.layers.blocked_attention import blocked_attention
 from engines.layers.packed_linear import Int8Linear, PackedLinear, quantize_rows
@@ -143,7 +143,7 @@ def _asked(command: str, argv: Sequence[str], option: str, values: Sequence[int]
     parser.add_argument(f"--{option}", type=int, nargs="+", default=values)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--no-save", dest="results", action="store_const", const=None, default=RESULTS)
+    add_save_option(parser)
     asked = parser.parse_args(argv)
     torch.set_num_threads(asked.threads)
     return asked

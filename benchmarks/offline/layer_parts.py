@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 
 from benchmarks.lib.folders import resolve
 from benchmarks.lib.machine import Watch, warn_if_busy
-from benchmarks.lib.report import RESULTS, Report, publish
+from benchmarks.lib.report import Report, add_save_option, publish
 from engines.device.cpu_features import fast_dtypes
 from engines.layers.packing import PackedLayout
 from engines.layers.products import apply
@@ -77,7 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.offline.layer_parts", description=__doc__)
     parser.add_argument("--model", default="minilm", help="minilm, bert-base, xlmr-large, or a folder")
     parser.add_argument("--rounds", type=int, default=50)
-    parser.add_argument("--no-save", dest="results", action="store_const", const=None, default=RESULTS)
+    add_save_option(parser)
     asked = parser.parse_args()
     torch.set_num_threads(1)
     warn_if_busy((watch := Watch()).machine)

@@ -23,7 +23,7 @@ from transformers import BertConfig, BertModel
 
 from benchmarks.lib.folders import BENCH, minilm_package, prepare
 from benchmarks.lib.models import quiet
-from benchmarks.lib.report import RESULTS, publish
+from benchmarks.lib.report import add_save_option, publish
 from benchmarks.offline.rerank import BASE, CASES, SIZES, TOKENIZER_FILES, run
 
 PEERS = {BASE: ("multi-vector", None)}
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--documents", type=int, default=100)
     parser.add_argument("--cpu-time", action="store_true", help="processor time instead of time, on a busy machine")
-    parser.add_argument("--no-save", dest="results", action="store_const", const=None, default=RESULTS)
+    add_save_option(parser)
     asked = parser.parse_args(argv)
     found = run(build(asked.model), asked.cases, asked.rounds, asked.documents, peers=PEERS, is_cpu_time=asked.cpu_time)
     publish(found, asked.results)

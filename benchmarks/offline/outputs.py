@@ -31,7 +31,7 @@ from benchmarks.lib.folders import minilm_package
 from benchmarks.lib.machine import Watch, warn_if_busy
 from benchmarks.lib.measure import interleave, speedup
 from benchmarks.lib.models import quiet
-from benchmarks.lib.report import RESULTS, Report, publish
+from benchmarks.lib.report import Report, add_save_option, publish
 from engines.affinity import num_usable_cores
 from engines.batching.engine import EmbeddingEngine
 from engines.spec import Output
@@ -166,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--texts", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cpu-time", action="store_true", help="processor time instead of time, on a busy machine")
-    parser.add_argument("--no-save", dest="results", action="store_const", const=None, default=RESULTS)
+    add_save_option(parser)
     asked = parser.parse_args(argv)
     texts = workloads.mixed(asked.texts, longest_words=90 if asked.what == "splade" else 300)
     with TemporaryDirectory() as place:

@@ -28,7 +28,7 @@ from benchmarks.lib.folders import BENCH, MAX_TOKENS, minilm_package, prepare
 from benchmarks.lib.machine import Watch, warn_if_busy
 from benchmarks.lib.measure import SETTLE_S, Run, interleave, speedup
 from benchmarks.lib.peers import OURS, interpreter, is_installed
-from benchmarks.lib.report import RESULTS, Report, publish
+from benchmarks.lib.report import Report, add_save_option, publish
 from benchmarks.lib.worker import Worker, WorkerFailed
 
 SIZES: dict[str, dict[str, int]] = {
@@ -158,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--documents", type=int, default=100)
     parser.add_argument("--cpu-time", action="store_true", help="processor time instead of time, on a busy machine")
-    parser.add_argument("--no-save", dest="results", action="store_const", const=None, default=RESULTS)
+    add_save_option(parser)
     asked = parser.parse_args(argv)
     found = run(build(asked.model), asked.cases, asked.rounds, asked.documents, is_cpu_time=asked.cpu_time)
     publish(found, asked.results)

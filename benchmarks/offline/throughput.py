@@ -24,7 +24,7 @@ from benchmarks.lib.folders import MAX_TOKENS, resolve
 from benchmarks.lib.machine import Watch, warn_if_busy
 from benchmarks.lib.measure import SETTLE_S, Contestant, Run, interleave, speedup
 from benchmarks.lib.peers import BASE, OURS, PEERS, Peer, open_workers
-from benchmarks.lib.report import RESULTS, Report, can_draw, draw_bars, publish, run_command
+from benchmarks.lib.report import Report, add_save_option, can_draw, draw_bars, publish, run_command
 from benchmarks.lib.worker import Worker
 from benchmarks.lib.workloads import Count, Workload
 
@@ -140,7 +140,7 @@ def arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument("--workloads", nargs="+", default=USUAL, choices=list(SHAPES))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--scale", type=float, default=1.0, help="texts a call, as a part of the usual number")
-    parser.add_argument("--no-save", dest="results", action="store_const", const=None, default=RESULTS)
+    add_save_option(parser)
     return parser
 
 
