@@ -3,6 +3,7 @@
 import json
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -76,6 +77,7 @@ def test_upload_batch_and_download_of_a_large_file_take_less_than_100_mib(tmp_pa
             body = {"input_file_id": file["id"], "endpoint": "/v1/embeddings"}
             batch = client.post("/v1/batches", json=body).raise_for_status().json()
             while batch["request_counts"]["completed"] == 0:
+                time.sleep(0.05)
                 batch = client.get(f"/v1/batches/{batch['id']}").json()
             client.post(f"/v1/batches/{batch['id']}/cancel")
             with client.stream("GET", f"/v1/files/{file['id']}/content") as answer:

@@ -51,6 +51,8 @@ pytestmark = pytest.mark.slow
 NAMES = ("bert-cls", "mpnet-mean")
 READY_WITHIN_S = 15.0
 CLIENTS = 16
+PAUSE_S = 0.02
+"""Between two requests of a client: without it they took most of the cores, on which the server is to start."""
 CUT = {"ConnectError", "ReadError", "RemoteProtocolError", "WriteError"}
 """What a client sees of a server that is no longer there."""
 
@@ -105,6 +107,7 @@ class Crowd:
                 if answer.status_code == 200:
                     self._truths[name].check([at], answer.json()["data"])
                     self.served.add(name)
+                self._over.wait(PAUSE_S)
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@ pytestmark = pytest.mark.slow
 MB = 10**6
 TWO_MODELS = "230MB"
 RSS_SHARE = 0.35
-"""Twelve seconds on a busy machine see a model more or less in memory, which is up to a third of the whole; the long
+"""Eight seconds on a busy machine see a model more or less in memory, which is up to a third of the whole; the long
 form has a bound that finds leaks."""
 SPARE_THREADS = 8
-"""Pools start their threads one by one, as they are needed; three seconds do not need them all."""
+"""Pools start their threads one by one, as they are needed; two seconds do not need them all."""
 
 
 def samples(*rss_mb: int) -> list[Sample]:
@@ -41,7 +41,7 @@ def test_too_short_a_load_has_no_ends() -> None:
 
 def test_everything_at_once_and_nothing_is_unexpected() -> None:
     report, wrong = endurance.run_soak(
-        resolve("minilm"), 12.0, 3.0, rss_share=RSS_SHARE, spare_threads=SPARE_THREADS, budget=TWO_MODELS
+        resolve("minilm"), 8.0, 2.0, rss_share=RSS_SHARE, spare_threads=SPARE_THREADS, budget=TWO_MODELS
     )
     requests = {row[0]: int(row[1]) for row in report.rows}
 
