@@ -4,6 +4,8 @@ import gc
 import logging
 import sys
 from collections.abc import Iterator
+from operator import itemgetter
+from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
@@ -39,13 +41,29 @@ def the_suites_logging() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the slow files first, the longest limits ahead: a worker that got one last would run on alone."""
-    items.sort(key=_order)
+    """Spread the slow files over the first three quarters of the others, the longest limits ahead.
+
+    Slow tests wait for processes that they start, while others compute: side by side they use all cores. And a worker
+    that got a slow file last would run on alone.
+    """
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+    slow = sorted((tests for tests in files.values() if any(map(_is_slow, tests))), key=_limit_s, reverse=True)
+    others = [tests for tests in files.values() if not any(map(_is_slow, tests))]
+    step = 3 * len(others) / 4 / max(len(slow), 1)
+    due = [(index * step, tests) for index, tests in enumerate(slow)]
+    due += [(float(index), tests) for index, tests in enumerate(others)]
+    items[:] = [item for _, tests in sorted(due, key=itemgetter(0)) for item in tests]
 
 
-def _order(item: pytest.Item) -> tuple[bool, float]:
-    limit = item.get_closest_marker("timeout")
-    return item.get_closest_marker("slow") is None, -limit.args[0] if limit else 0.0
+def _is_slow(item: pytest.Item) -> bool:
+    return item.get_closest_marker("slow") is not None
+
+
+def _limit_s(tests: list[pytest.Item]) -> float:
+    limits = (item.get_closest_marker("timeout") for item in tests)
+    return max((limit.args[0] for limit in limits if limit), default=0.0)
 
 
 def pytest_collection_finish() -> None:
