@@ -10,13 +10,18 @@ from engines.layers.fused import fuse
 from engines.layers.packed_linear import Int8Linear, PackedLinear, Product
 from engines.layers.packing import PackedState
 from engines.layers.weight_only import Int4Linear, Int8WeightLinear, can_multiply_int4
-from engines.models.weight_forms import WeightForm, fix_steps
+from engines.models import weight_forms
+from engines.models.weight_forms import WeightForm, fix_steps, weight_form
 
 INT8 = WeightForm(is_int8=True, activations=torch.bfloat16)
 
 
 def _products(model: nn.Module) -> set[type[Product]]:
     return {type(part) for part in model.modules() if isinstance(part, Product)}
+
+
+def _packed(model: nn.Module) -> list[PackedLinear]:
+    return [part for part in model.modules() if isinstance(part, PackedLinear)]
 
 
 @torch.inference_mode()
@@ -79,3 +84,49 @@ def test_both_kernels_of_int4_pass_the_check_of_products_in_the_size_of_real_mod
 
     assert isinstance(form.product(weight, None), Int4Linear)
     assert isinstance(form.joined_product(weight, None), Int8WeightLinear)
+
+
+def _decoder() -> Qwen3Model:
+    return Qwen3Model(
+        Qwen3Config(
+            vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+            head_dim=16, intermediate_size=64,
+        )
+    )  # fmt: skip
+
+
+@torch.inference_mode()
+def test_float32_weights_of_a_decoder_are_packed_where_onednn_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    for is_faster in (False, True):
+        monkeypatch.setattr(weight_forms, "onednn_is_faster", lambda is_faster=is_faster: is_faster)
+        form, model = weight_form("float32", torch.device("cpu")), _decoder()
+
+        assert (form is not None) is is_faster
+        if form is not None:
+            size = form.apply(model, fuse_decoder(model, PackedState()))
+            assert _products(model) == {PackedLinear}
+            assert size == 4 * sum(part.in_features * part.out_features for part in _packed(model))
+
+
+@torch.inference_mode()
+def test_float32_weights_of_other_models_are_left_as_they_are() -> None:
+    config = BertConfig(vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    model = BertModel(config)
+
+    assert WeightForm(is_for_decoders=True).apply(model, fuse(model, PackedState())) == 0
+    assert WeightForm(is_for_decoders=True).apply(model, []) == 0
+    assert not _products(model)
+
+
+@torch.inference_mode()
+def test_float32_products_are_compared_with_plain_arithmetic_once_for_each_shape(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shapes: list[tuple[int, int]] = []
+    monkeypatch.setattr(weight_forms, "check_product", lambda made, *_, **__: shapes.append(made.packed.shape))
+    model = _decoder()
+
+    WeightForm(is_for_decoders=True).apply(model, fuse_decoder(model, PackedState()))
+
+    assert len(_packed(model)) == 2 * 5 + 1
+    assert sorted(shapes) == [(32, 32), (32, 64), (64, 32)]
