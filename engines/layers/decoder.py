@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm, silu
+from transformers.activations import GELUTanh, SiLUActivation
 
 from engines.device.huge_pages import join_rows
 from engines.device.load_throttle import throttle_point
 from engines.layers.attention import packed_attention, resolve_causal, single_query_attention
+from engines.layers.decoder_script import LayerShape, LayerTensors, ScriptedLayer, compiled
 from engines.layers.host_layers import resident
 from engines.layers.packed_linear import PackedLinear, Product, ProductFactory, replace_joined
 from engines.layers.packing import PackedLayout, PackedState
@@ -36,6 +38,10 @@ _AROUND = _BEFORE | {"pre_feedforward_layernorm", "post_feedforward_layernorm"}
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _LINEAR = {*_QKV, "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
 _HEAD_NORMS = {"self_attn.q_norm", "self_attn.k_norm"}
+
+
+_ACTIVATIONS = {nn.SiLU: ("swish", ""), SiLUActivation: ("swish", ""), GELUTanh: ("gelu", "tanh")}
+"""Activations of a gate that oneDNN computes within the product: its names of them and of their algorithms."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +145,7 @@ class FusedDecoderLayer:
         self._weight = _join([part.weight for part in parts])
         self._bias = None if parts[0].bias is None else _join([part.bias for part in parts])
         self._products: list[Product] = []
+        self._script: ScriptedLayer | None = None
         self._num_query_rows: int = parts[0].out_features
         self._heads, self._kv_heads = (part.out_features // self._width for part in parts[:2])
         self._before_attention = _Norm(layer.input_layernorm, family.offset)
@@ -157,20 +164,51 @@ class FusedDecoderLayer:
 
     def __call__(self, x: Tensor, layout: PackedLayout, rope: Rope) -> Tensor:
         """Runs the layer, `[T, H]` to `[T, H]`."""
+        if self._script is not None:
+            return self._run_scripted(self._script, x, layout, rope)
         heads, values = self._split(self._joined(self._before_attention(x)))
         self._pause()
         heads = _rotate(heads, rope)
-        query, key, value = (_as_row(part) for part in (heads[:, : self._heads], heads[:, self._heads :], values))
+        context = self._attend((heads[:, : self._heads], heads[:, self._heads :], values), layout)
+        self._pause()
+        return self._finish(x, context)
+
+    def _attend(self, states: tuple[Tensor, Tensor, Tensor], layout: PackedLayout) -> Tensor:
+        """Returns the context `[T, heads × d]` of queries, keys and values, `[T, count, d]` each."""
+        query, key, value = (_as_row(part) for part in states)
         context, _ = packed_attention(
             self._attention, query, key, value, None,
             packed_layout=layout, scaling=self._scaling, is_causal=self.is_causal, sliding_window=self._window,
         )  # fmt: skip
+        return context[0].flatten(1)
+
+    def _run_scripted(self, script: ScriptedLayer, x: Tensor, layout: PackedLayout, rope: Rope) -> Tensor:
+        """Runs the layer by `engines/layers/decoder_script.py`: at once, or step by step."""
+        is_inside = script.attends(layout)
+        if is_inside and script.is_whole(layout):
+            return script(x, layout, *rope)
+        query, key, value = script.query_key_value(x, *rope)
         self._pause()
-        return self._finish(x, context[0].flatten(1))
+        if is_inside:
+            context = script.attend(query, key, value, layout)
+        else:
+            context = self._attend((query.to(x.dtype), key.to(x.dtype), value), layout)
+        self._pause()
+        return script.finish(x, context)
+
+    @property
+    def is_scripted(self) -> bool:
+        """Whether the layer runs by `engines/layers/decoder_script.py`: short texts at once, others step by step."""
+        return self._script is not None
 
     def last_tokens(self, x: Tensor, layout: PackedLayout, rope: Rope) -> Tensor:
         """Runs the layer for the last token of each text, `[T, H]` to `[n, H]`."""
-        normed, last = self._before_attention(x), layout.ends - 1
+        last = layout.ends - 1
+        if self._script is not None:
+            query, key, value = map(_as_row, self._script.last_query_key_value(x, last, *rope))
+            context = single_query_attention(query, key, value, layout, scaling=self._scaling, window=self._window)
+            return self._script.finish(x[last], context.flatten(1))
+        normed = self._before_attention(x)
         queries, others = self._query_and_others(normed[last], normed)
         query, _ = self._split(queries, first=0, count=self._heads)
         key, value = self._split(others, first=self._heads, count=self._kv_heads)
@@ -194,6 +232,27 @@ class FusedDecoderLayer:
         for name in sorted(_LINEAR - set(_QKV)):
             part: Any = self._layer.get_submodule(name)
             self._layer.set_submodule(name, make(part.weight, part.bias))
+        self._script = self._scripted()
+
+    def _scripted(self) -> ScriptedLayer | None:
+        """Returns the layer in TorchScript; None where that is not there, or does not know a product or activation."""
+        mlp, activation = self._mlp, _ACTIVATIONS.get(type(self._mlp.act_fn))
+        products = [*self._products, self._attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+        packed = [product for product in products if type(product) is PackedLinear]
+        if activation is None or len(packed) < len(products) or compiled() is None:
+            return None
+        joined = [packed[0], packed[-5]]  # the last layer has two of them
+        queries_first = [*joined, *packed[-4:]]
+        weights = [self._before_attention.wide(), *(product.packed for product in queries_first)]
+        weights.insert(4, self._before_mlp.wide())
+        head_norms = [] if self._head_norms is None else self._head_norms.swapped()
+        behind = [norm.wide() for norm in (self._after_attention, self._after_mlp) if isinstance(norm, _Norm)]
+        tensors = LayerTensors(weights, [product.bias for product in queries_first], head_norms, behind)
+        eps = (self._before_attention.eps, 0.0 if self._head_norms is None else self._head_norms.eps)
+        shape = LayerShape(
+            self._heads, self._kv_heads, self._width, eps, self._scaling, self._window, self.is_causal, activation
+        )
+        return ScriptedLayer(tensors, shape, self._pause)
 
     def _joined(self, x: Tensor) -> Tensor:
         """Returns queries, keys and values `[T, rows]` of `[T, H]`."""
@@ -246,13 +305,18 @@ class _Norm:
     """A root mean square norm in one step; in other dtypes than float32 the model's own, which rounds in its order."""
 
     def __init__(self, norm: Any, offset: float) -> None:
-        self._norm, self._weight, self._eps = norm, _norm_weight(norm, offset), _epsilon(norm)
+        self._norm, self._weight, self.eps = norm, _norm_weight(norm, offset), _epsilon(norm)
+        self._offset = offset
+
+    def wide(self) -> Tensor:
+        """Returns the weights in float32."""
+        return self._norm.weight.detach().float() + self._offset  # type: ignore[no-any-return]  # a norm of any kind
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.dtype is not torch.float32:
             normed: Tensor = self._norm(x)
             return normed
-        return rms_norm(x, x.shape[-1:], self._weight, self._eps)
+        return rms_norm(x, x.shape[-1:], self._weight, self.eps)
 
 
 class _HeadNorms:
@@ -261,12 +325,18 @@ class _HeadNorms:
     def __init__(self, norms: tuple[tuple[Any, int], ...], offset: float) -> None:
         self._norms = norms
         self._weight = torch.cat([_norm_weight(norm, offset).expand(count, -1) for norm, count in norms])
-        self._eps = _epsilon(norms[0][0])
+        self.eps = _epsilon(norms[0][0])
+        self._offset = offset
+
+    def swapped(self) -> list[Tensor]:
+        """Returns the weights of both norms in float32, each followed by itself with its halves swapped."""
+        wide = [norm.weight.detach().float() + self._offset for norm, _ in self._norms]
+        return [tensor for weight in wide for tensor in (weight, weight.roll(len(weight) // 2))]
 
     def __call__(self, heads: Tensor, first: int) -> Tensor:
         """Normalizes `[T, count, d]`, the heads from `first` on."""
         if heads.dtype is torch.float32:
-            normed = rms_norm(heads, heads.shape[-1:], None, self._eps)
+            normed = rms_norm(heads, heads.shape[-1:], None, self.eps)
             return normed.mul_(self._weight[first : first + heads.shape[1]])
         (of_query, num_queries), (of_key, _) = self._norms
         split = max(0, num_queries - first)

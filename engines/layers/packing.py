@@ -91,6 +91,24 @@ def attention_blocks(layout: "PackedLayout", heads: int, *, is_rounded: bool) ->
     return blocks, places
 
 
+def causal_blocks(layout: "PackedLayout", heads: int) -> tuple[list[list[int]], list[Tensor]]:
+    """Cuts a row of a causal model into blocks of texts of similar lengths; those that share tokens have these in a
+    block of their own, the first.
+
+    Returns:
+        As `attention_blocks`, with rounded lengths; and of each block the number of tokens that its texts share.
+    """
+    shared = 0 if layout.prefix is None else layout.prefix.length
+    rest = PackedLayout(layout.lengths[1:], torch.device("cpu")) if shared else layout
+    blocks, places = attention_blocks(rest, heads, is_rounded=True)
+    moved = [[start + shared, end + shared, *block, shared] for start, end, *block in blocks]
+    if not shared:
+        return moved, places
+    return [[0, shared, 1, shared, -1, 0], *moved], [
+        place + shared if index % 3 == 0 else place for index, place in enumerate(places)
+    ]
+
+
 def _padded_places(start: int, lengths: list[int], length: int, heads: int) -> list[Tensor]:
     """Returns the tensors of a padded block: see `attention_blocks`."""
     sizes = np.array(lengths, dtype=np.int64)[:, None]
@@ -155,6 +173,7 @@ class PackedLayout:
     def __init__(self, lengths: list[int], device: torch.device, masks: WindowMasks | None = None) -> None:
         self.masks = masks or WindowMasks()
         self._moved: dict[torch.device, PackedLayout] = {}
+        self._causal_blocks: dict[int, tuple[list[list[int]], list[Tensor]]] = {}
         self.lengths = lengths
         self.num_tokens = sum(lengths)
         self.longest = max(lengths)
@@ -180,6 +199,17 @@ class PackedLayout:
                     setattr(moved, name, value.to(device, non_blocking=True))
             self._moved[device] = moved
         return moved
+
+    @cached_property
+    def longest_whole(self) -> int:
+        """The most tokens of a text, with those that all texts share."""
+        return self.longest if self.prefix is None else self.prefix.length + max(self.lengths[1:])
+
+    def causal_blocks(self, heads: int) -> tuple[list[list[int]], list[Tensor]]:
+        """Returns `causal_blocks` of this layout, made once for so many heads."""
+        if heads not in self._causal_blocks:
+            self._causal_blocks[heads] = causal_blocks(self, heads)
+        return self._causal_blocks[heads]
 
     @cached_property
     def text_starts(self) -> list[int]:

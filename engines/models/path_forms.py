@@ -1,11 +1,13 @@
 """Runs the probes of the check at load in every form that the path in use has (`engines/models/verification.py`)."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import product
 from typing import Protocol
 
 from torch import Tensor
 
 from engines.inputs.token_ids import Ids
+from engines.layers.packing import KernelVariant
 from engines.layers.products import onednn_is_faster
 from engines.models.base import PathForm, Size
 
@@ -19,8 +21,8 @@ class FormEncoder(Protocol):
     def encode_single(self, text: Ids) -> Tensor:
         """Returns rows `[forms, D]` of a text alone."""
 
-    def encode_forced(self, texts: Sequence[Ids]) -> Tensor:
-        """Returns rows `[n, D]` by the kernels of long texts, with tokens shared wherever that can be."""
+    def encode_forced(self, texts: Sequence[Ids], form: KernelVariant = "many") -> Tensor:
+        """Returns rows `[n, D]` by kernels of long texts, or of a form, with tokens shared wherever that can be."""
 
     def encode_fixed(self, texts: Sequence[Ids], size: Size) -> Tensor:
         """Returns rows `[n, D]` by the recorded pass of a size."""
@@ -32,7 +34,7 @@ def path_forms(
     full_rows: Iterable[tuple[Size, Sequence[int]]],
     *,
     takes_blocks: bool,
-    shares_tokens: bool,
+    shared_forms: Sequence[KernelVariant],
 ) -> Iterator[PathForm]:
     """Runs texts in a batch and the first alone, by each kernel that such passes take; with attention in blocks, as
     long texts have it, and with shared tokens; and in a full row of each size that has a recorded pass.
@@ -40,7 +42,7 @@ def path_forms(
     Args:
         full_rows: the sizes of recorded passes, and which texts fill a row of each.
         takes_blocks: whether attention on the path in use can run in blocks.
-        shares_tokens: whether texts there share the tokens that they begin with.
+        shared_forms: the forms in which texts there share the tokens that they begin with.
     """
     for vectors in encoder.encode_batched(texts):
         yield PathForm(range(len(texts)), vectors)
@@ -48,8 +50,8 @@ def path_forms(
         yield PathForm([0], vector[None])
     if takes_blocks and onednn_is_faster():
         yield PathForm(range(len(texts)), encoder.encode_forced(texts), ", with attention in blocks,")
-    for row in (0, len(texts) - 1) if shares_tokens else ():
-        yield PathForm([row, row], encoder.encode_forced([texts[row]] * 2), ", with shared tokens,")
+    for form, row in product(shared_forms, (0, len(texts) - 1)):
+        yield PathForm([row, row], encoder.encode_forced([texts[row]] * 2, form), ", with shared tokens,")
     for size, rows in full_rows:
         vectors = encoder.encode_fixed([texts[row] for row in rows], size)
         yield PathForm(rows, vectors, f", in a row of {size.tokens} tokens,")

@@ -103,6 +103,7 @@ class TransformerEncoder:
         on_cpu = self._device.type == "cpu"
         skips = ("last",) if decoder else self._fused[-1].skips if self._fused else ()
         self._kept: TokenChoice = chain.reads if on_cpu and chain.reads in skips else "all"
+        self._is_scripted = any(layer.is_scripted for layer in decoder)
         self._can_share = bool(decoder) and on_cpu and all(layer.is_causal for layer in decoder)
         if on_cpu and not self.notes:
             replace_products(model, self._state)
@@ -122,6 +123,13 @@ class TransformerEncoder:
     def paths(self) -> ForwardPaths:
         """See `LoadedEncoder`."""
         return self
+
+    @property
+    def _row_forms(self) -> tuple[KernelVariant, ...]:
+        """The forms that a pass of many texts may take on the path in use."""
+        if self.path == "prepacked":
+            return ("many", "prepacked")
+        return ("many", "few") if self._is_scripted and self.path == "fused" else ("many",)
 
     @property
     def attention(self) -> Attention:
@@ -155,15 +163,14 @@ class TransformerEncoder:
         """See `ForwardPaths`, and `engines/models/path_forms.py`."""
         full_rows = self._graphs.full_rows(texts) if self._graphs is not None else ()
         takes_blocks = self.attention == "packed" and self._device.type == "cpu"
-        shares_tokens = self._can_share and self.path == "fused"
-        return path_forms(self, texts, full_rows, takes_blocks=takes_blocks, shares_tokens=shares_tokens)
+        shared_forms = self._row_forms if self._can_share and self.path == "fused" else ()
+        return path_forms(self, texts, full_rows, takes_blocks=takes_blocks, shared_forms=shared_forms)
 
     @torch.inference_mode()
     def encode_batched(self, texts: Sequence[Ids]) -> Tensor:
         """Returns vectors `[forms, n, D]`, with as many other texts beside each as the path allows, in each form that
         a pass of many texts may take. Padded batches are not cut by length, however much padding that takes."""
-        forms: tuple[KernelVariant, ...] = ("many", "prepacked") if self.path == "prepacked" else ("many",)
-        return torch.stack([self._as_asked(texts, form) for form in forms])
+        return torch.stack([self._as_asked(texts, form) for form in self._row_forms])
 
     @torch.inference_mode()
     def encode_single(self, text: Ids) -> Tensor:
@@ -172,10 +179,10 @@ class TransformerEncoder:
         return torch.cat([self._as_asked([text], form) for form in forms])
 
     @torch.inference_mode()
-    def encode_forced(self, texts: Sequence[Ids]) -> Tensor:
+    def encode_forced(self, texts: Sequence[Ids], form: KernelVariant = "many") -> Tensor:
         """Returns vectors `[n, D]` with attention in blocks and tokens shared wherever that can be, worthwhile or not.
         Else only texts that are longer than those of a check have these."""
-        return self._as_asked(texts, "many", is_forced=True)
+        return self._as_asked(texts, form, is_forced=True)
 
     @torch.inference_mode()
     def encode_fixed(self, texts: Sequence[Ids], size: Size) -> Tensor:

@@ -254,7 +254,7 @@ def test_an_engine_leaves_a_path_of_which_a_form_is_wrong_and_its_vectors_stay_r
 ) -> None:
     expected = embed(kit.engine("qwen3-last"), TEXTS)
     forced = TransformerEncoder.encode_forced
-    monkeypatch.setattr(TransformerEncoder, "encode_forced", lambda self, texts: forced(self, texts) * 1.5)
+    monkeypatch.setattr(TransformerEncoder, "encode_forced", lambda self, *texts: forced(self, *texts) * 1.5)
 
     run_rest(later)
     found = embed(later, TEXTS)
@@ -276,7 +276,7 @@ def test_vectors_are_cached_once_the_rest_of_the_check_has_passed(
 
     if is_wrong:
         forced = TransformerEncoder.encode_forced
-        monkeypatch.setattr(TransformerEncoder, "encode_forced", lambda self, texts: forced(self, texts) * 1.5)
+        monkeypatch.setattr(TransformerEncoder, "encode_forced", lambda self, *texts: forced(self, *texts) * 1.5)
     run_rest(engine)
 
     assert [answer(engine, texts=["a"]).cache_hits for _ in range(2)] == [0, 0 if is_wrong else 1]
