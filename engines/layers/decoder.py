@@ -2,7 +2,8 @@
 
 Query, key and value are one product, norms are one step each, the rotary embedding turns queries and keys at once and
 in place, and sums are made in place. Gate and up stay two products: one that gives both measures the same (28.9 against
-28.5 ms for 512 tokens of 1,024 to 3,072), and its halves are slower to read. No keys or values are kept.
+28.5 ms for 512 tokens of 1,024 to 3,072), and its halves are slower to read. No keys or values are kept. Where all
+products are packed, layers run by `engines/layers/decoder_script.py`.
 
 Where only the last token of each text is pooled, the last layer computes keys and values of all tokens, and everything
 else of the last tokens only. As every path, this one is used only where `engines/models/verification.py` finds that it
@@ -293,7 +294,7 @@ class FusedDecoderLayer:
         """Returns the gate of the inner activations, `[T, H]` to `[T, inner]`. In bfloat16 the product computes SiLU:
         torch's takes as long there as half of the product."""
         mlp = self._mlp
-        if type(mlp.act_fn) is not nn.SiLU:
+        if type(mlp.act_fn) not in (nn.SiLU, SiLUActivation):
             gated: Tensor = mlp.act_fn(apply(mlp.gate_proj, x))
             return gated
         if type(mlp.gate_proj) is PackedLinear:

@@ -9,7 +9,7 @@ from torch import Tensor
 from engines.inputs.token_ids import Ids
 from engines.layers.packing import KernelVariant
 from engines.layers.products import onednn_is_faster
-from engines.models.base import PathForm, Size
+from engines.models.base import ForwardPath, PathForm, Size
 
 
 class FormEncoder(Protocol):
@@ -26,6 +26,17 @@ class FormEncoder(Protocol):
 
     def encode_fixed(self, texts: Sequence[Ids], size: Size) -> Tensor:
         """Returns rows `[n, D]` by the recorded pass of a size."""
+
+
+def row_forms(path: ForwardPath, *, is_scripted: bool) -> tuple[KernelVariant, ...]:
+    """Returns the forms that a pass of many texts may take on a path.
+
+    Args:
+        is_scripted: whether fused layers run by TorchScript, which has another form for few tokens.
+    """
+    if path == "prepacked":
+        return ("many", "prepacked")
+    return ("many", "few") if is_scripted and path == "fused" else ("many",)
 
 
 def path_forms(

@@ -53,7 +53,7 @@ from engines.models.base import (
 )
 from engines.models.cuda_graphs import CudaGraphs, FixedPackedLayout, GraphCapturer, kept_bytes
 from engines.models.head import Head
-from engines.models.path_forms import path_forms
+from engines.models.path_forms import path_forms, row_forms
 from engines.models.prepacked import PrepackedWeights
 
 log = structlog.get_logger(__name__)
@@ -125,13 +125,6 @@ class TransformerEncoder:
         return self
 
     @property
-    def _row_forms(self) -> tuple[KernelVariant, ...]:
-        """The forms that a pass of many texts may take on the path in use."""
-        if self.path == "prepacked":
-            return ("many", "prepacked")
-        return ("many", "few") if self._is_scripted and self.path == "fused" else ("many",)
-
-    @property
     def attention(self) -> Attention:
         """See `Encoder`."""
         return attention_of(self.path)
@@ -163,14 +156,16 @@ class TransformerEncoder:
         """See `ForwardPaths`, and `engines/models/path_forms.py`."""
         full_rows = self._graphs.full_rows(texts) if self._graphs is not None else ()
         takes_blocks = self.attention == "packed" and self._device.type == "cpu"
-        shared_forms = self._row_forms if self._can_share and self.path == "fused" else ()
+        shares_tokens = self._can_share and self.path == "fused"
+        shared_forms = row_forms(self.path, is_scripted=self._is_scripted) if shares_tokens else ()
         return path_forms(self, texts, full_rows, takes_blocks=takes_blocks, shared_forms=shared_forms)
 
     @torch.inference_mode()
     def encode_batched(self, texts: Sequence[Ids]) -> Tensor:
         """Returns vectors `[forms, n, D]`, with as many other texts beside each as the path allows, in each form that
         a pass of many texts may take. Padded batches are not cut by length, however much padding that takes."""
-        return torch.stack([self._as_asked(texts, form) for form in self._row_forms])
+        forms = row_forms(self.path, is_scripted=self._is_scripted)
+        return torch.stack([self._as_asked(texts, form) for form in forms])
 
     @torch.inference_mode()
     def encode_single(self, text: Ids) -> Tensor:

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from benchmarks.lib.engine_kit import Kit, assert_same, embed, encode
 from benchmarks.lib.workloads import SENTENCES
-from engines.layers import attention, blocked_attention
+from engines.layers import attention, blocked_attention, packing
+from engines.layers.decoder_script import ScriptedLayer
 from engines.layers.shared_prefix import SharedPrefixLayout
-from engines.models import path_forms, transformer
+from engines.models import path_forms, transformer, weight_forms
 
 TASK = "Instruct: Given a web search query, retrieve relevant passages that answer the query\nQuery:"
 CAUSAL = ["qwen3-last", "qwen2-last", "mistral-last", "llama-mean"]
@@ -106,3 +107,35 @@ def test_attention_in_blocks_that_is_wrong_is_found_at_load(
 
     assert info.attention == "padded"
     assert "with attention in blocks" in info.notes[-1]
+
+
+@pytest.mark.parametrize("step", ["__call__", "finish"])
+def test_layers_in_torchscript_that_are_wrong_are_found_at_load(
+    kit: Kit, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    right = getattr(ScriptedLayer, step)
+    monkeypatch.setattr(weight_forms, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(ScriptedLayer, step, lambda self, *states: right(self, *states).roll(1, dims=-1))
+    engine = kit.load(kit.recipe_folder("llama-mean"))
+
+    assert engine.info.path == "packed"
+    assert engine.info.notes[0].startswith("packed: the fused path is")
+    assert_same(embed(engine, QUERIES, prompt=TASK), encode(kit.reference("llama-mean"), QUERIES, prompt=TASK))
+
+
+def test_blocks_that_leave_out_shared_tokens_are_found_at_load(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weight_forms, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(packing, "causal_blocks", _without_shared_tokens)
+    engine = kit.load(kit.recipe_folder("qwen3-last"))
+
+    assert engine.info.path == "packed"
+    assert engine.info.notes[0].startswith("packed: the fused path, with shared tokens, is")
+    assert_same(embed(engine, QUERIES, prompt=TASK), encode(kit.reference("qwen3-last"), QUERIES, prompt=TASK))
+
+
+def _without_shared_tokens(layout: packing.PackedLayout, heads: int) -> Any:
+    blocks, places = _CAUSAL_BLOCKS(layout, heads)
+    return [[*block[:-1], 0] for block in blocks], places
+
+
+_CAUSAL_BLOCKS = packing.causal_blocks
