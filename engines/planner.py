@@ -76,7 +76,7 @@ def _width(folder: Folder, spec: ModelSpec) -> int:
     if first.kind == "StaticEmbedding":
         return _table_width(root, first)
     config = require_json(folder.weights, "config.json")
-    width = _pooled_width(root, rest) or _hidden_width(config)
+    width = _pooled_width(root, rest) or hidden_width(config)
     if not rest:
         return width * len(spec.pooling or ("mean",))
     for module in rest:
@@ -93,7 +93,7 @@ def _width_after(module: ModuleRef, width: int, root: Path, spec: ModelSpec) -> 
     return width
 
 
-def _hidden_width(config: Json) -> int:
+def hidden_width(config: Json) -> int:
     """Reads the width of the hidden states; multimodal configs keep it in their `text_config`."""
     text = config.get("text_config") or config
     projected = text.get("embedding_dim") if text.get("model_type") in _PROJECTED_TYPES else None

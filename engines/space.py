@@ -10,14 +10,15 @@ say without any memory which of the three differs; that two are equal is said by
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
+from itertools import combinations
 from typing import Literal, NamedTuple
 
 import msgspec
 from msgspec import Struct, structs
 
-from engines.spec import Matryoshka
+from engines.spec import Matryoshka, Output, Side
 
 VERSION = "s1"
 """Changes with the meaning of an ingredient, or with what is hashed: all fingerprints change with it."""
@@ -37,8 +38,11 @@ not listed are a class of their own: theirs differ from float32's beyond any tol
 its rounding (`FORM_VERSIONS` in `engines/precision.py`): vectors of two versions have cosines of 0.997 to 0.999, as
 far from each other as from float32. Those of two ways to compute bfloat16 have 0.9999 and more, and are one class."""
 
-NO_DENSE = "gives no dense vectors"
-"""Why a model has no spaces to list."""
+SIDES: tuple[Side, ...] = ("query", "document")
+"""Texts are on one of two sides of a search; sparse outputs and vectors of tokens of each have spaces of their own."""
+
+_OUTPUTS: tuple[Output, ...] = ("dense", "sparse", "multi_vector")
+"""The order in which outputs are named that one request asks for together."""
 
 MAX_LISTED_PROMPTS = 32
 MAX_LISTED_WIDTHS = 16
@@ -157,12 +161,34 @@ def differences(before: Ingredients, after: Ingredients) -> tuple[Difference, ..
 
 
 class Listed(Struct, frozen=True, kw_only=True):
-    """What `list_spaces` needs of a model, beside its ingredients."""
+    """What `list_spaces` and `list_output_spaces` need of a model, beside its ingredients.
+
+    Args:
+        width: of its dense vectors; 0 without them.
+        outputs: what it gives.
+        vector_width: of its vectors of tokens; 0 without them.
+        token_pooling: how it merges vectors of tokens, by the side of a search (`ModelInfo.token_pooling`).
+    """
 
     width: int
     prompts: Mapping[str, str]
     matryoshka: Matryoshka
     is_normalized: bool = True
+    outputs: tuple[Output, ...] = ("dense",)
+    vector_width: int = 0
+    token_pooling: Mapping[Side, str] = {}
+
+
+def output_name(kinds: Sequence[str], side: Side, merged: str = "") -> str:
+    """Returns `VectorForm.output` of one or more kinds of output that one request asks for together.
+
+    Args:
+        side: of the texts; it is no part of the name of dense vectors alone.
+        merged: how their vectors of tokens are merged, in words; empty where they are not.
+    """
+    name = "+".join(kinds)
+    of_side = "" if name == "dense" else f" of a {side}"
+    return name + of_side + (f", merged by {merged}" if merged else "")
 
 
 def list_spaces(ingredients: Ingredients, listed: Listed) -> dict[str, dict[str, str]]:
@@ -171,12 +197,47 @@ def list_spaces(ingredients: Ingredients, listed: Listed) -> dict[str, dict[str,
     The empty name stands for texts without a prompt. Widths are the model's own and those that it states; of a model
     that allows a range, the ends of it. At most `MAX_LISTED_PROMPTS` prompts and `MAX_LISTED_WIDTHS` widths.
     """
-    known = tuple(sorted(ingredients.values.items()))
-    prompts = tuple([("", ""), *sorted(listed.prompts.items())][: MAX_LISTED_PROMPTS + 1])
     rows = _list_spaces(
-        known, prompts, widths_of(listed), listed.width, listed.is_normalized, listed.matryoshka.layer_norm
+        _known(ingredients),
+        _listed_prompts(listed),
+        widths_of(listed),
+        listed.width,
+        listed.is_normalized,
+        listed.matryoshka.layer_norm,
     )
     return {name: dict(row) for name, row in rows}
+
+
+def list_output_spaces(ingredients: Ingredients, listed: Listed) -> dict[str, dict[str, dict[str, str]]]:
+    """Returns the fingerprints of all outputs but dense vectors alone: by output, by the prompt's name, and by side.
+
+    Outputs that one request asks for together have one space, and stand joined by `+`: `dense+sparse`. Dense vectors
+    among them have the model's own width; prompts are as in `list_spaces`. The request names the side (`input_type`).
+    """
+    outputs = [output for output in _OUTPUTS if output in listed.outputs]
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    for kinds in _together(outputs):
+        width = listed.width if "dense" in kinds else listed.vector_width if "multi_vector" in kinds else 0
+        merges = listed.token_pooling if "multi_vector" in kinds else {}
+        names = tuple(output_name(kinds, side, merges.get(side, "")) for side in SIDES)
+        is_normalized = listed.is_normalized or "dense" not in kinds
+        rows = _list_output(_known(ingredients), _listed_prompts(listed), names, (width, listed.width), is_normalized)
+        found["+".join(kinds)] = {prompt: dict(zip(SIDES, row, strict=True)) for prompt, row in rows}
+    return found
+
+
+def _together(outputs: Sequence[Output]) -> Iterable[tuple[Output, ...]]:
+    """Yields the outputs that a request may ask for, each alone before any together; not dense vectors alone."""
+    found = (kinds for number in range(1, len(outputs) + 1) for kinds in combinations(outputs, number))
+    return (kinds for kinds in found if kinds != ("dense",))
+
+
+def _known(ingredients: Ingredients) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted(ingredients.values.items()))
+
+
+def _listed_prompts(listed: Listed) -> tuple[tuple[str, str], ...]:
+    return tuple([("", ""), *sorted(listed.prompts.items())][: MAX_LISTED_PROMPTS + 1])
 
 
 def widths_of(listed: Listed) -> tuple[int, ...]:
@@ -205,6 +266,24 @@ def _list_spaces(  # the key of a cache: plain values only
         return space_of(ingredients, form)
 
     return tuple((name, tuple((str(width), space(text, width)) for width in widths)) for name, text in prompts)
+
+
+@lru_cache(maxsize=256)
+def _list_output(
+    known: tuple[tuple[str, str], ...],
+    prompts: tuple[tuple[str, str], ...],
+    names: tuple[str, ...],
+    widths: tuple[int, int],  # of the output, and of dense vectors
+    is_normalized: bool,  # as above
+) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    ingredients = Ingredients(dict(known))
+    width, native_width = widths
+    form = VectorForm(width=width, native_width=native_width, is_normalized=is_normalized)
+
+    def space(text: str, name: str) -> str:
+        return space_of(ingredients, structs.replace(form, before=text, output=name))
+
+    return tuple((prompt, tuple(space(text, name) for name in names)) for prompt, text in prompts)
 
 
 def _digest(content: object) -> str:

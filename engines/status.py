@@ -9,7 +9,7 @@ from typing import Literal
 from msgspec import Struct
 
 from engines.space import Ingredients
-from engines.spec import Matryoshka, Output, PoolingMode, Precision, Task
+from engines.spec import Matryoshka, Output, PoolingMode, Precision, Side, Task
 
 State = Literal[
     "absent", "fetching", "cold", "waiting_space", "loading", "warming", "ready", "draining", "unloading",
@@ -32,10 +32,11 @@ class ModelInfo(Struct, frozen=True, kw_only=True):
     do not exclude each other; none and False for `embed`. `precision`: of a reduced dtype, where it was measured.
     `outputs`: what an `OutputsCall` may ask for, none unless the task is `embed`; `vocab_size`: the number of entries
     that sparse outputs index; `vector_width`: the width of the vectors of tokens. Both are 0 without such an output;
-    `dimensions` is 0 without a dense one. `pooling`: how a transformer's tokens become its dense vector; else
-    empty. `share_bytes`: of a split model, its weights on each device, then in main memory. `ingredients`: what
-    decides its vectors' space; None until its files are hashed, and for scores. `checked`: `all` forms of its path at
-    this load; `canary`: one form at this load, and the others by an earlier load, until they are checked once more.
+    `dimensions` is 0 without a dense one. `token_pooling`: how the model itself merges vectors of tokens, in words, by
+    the side of a search. `pooling`: how a transformer's tokens become its dense vector; else empty. `share_bytes`: of
+    a split model, its weights on each device, then in main memory. `ingredients`: what decides its vectors' space; None
+    until its files are hashed, and for scores. `checked`: `all` forms of its path at this load; `canary`: one form at
+    this load, and the others by an earlier load, until they are checked once more.
     """
 
     dimensions: int
@@ -54,6 +55,7 @@ class ModelInfo(Struct, frozen=True, kw_only=True):
     outputs: tuple[Output, ...] = ("dense",)
     vocab_size: int = 0
     vector_width: int = 0
+    token_pooling: dict[Side, str] = {}
     pooling: tuple[PoolingMode, ...] = ()
     share_bytes: tuple[int, ...] = ()
     ingredients: Ingredients | None = None

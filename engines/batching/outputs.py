@@ -27,10 +27,10 @@ from engines.batching.pooled import check_pooled
 from engines.errors import EngineError, InvalidValue, NonFiniteEmbedding, TaskNotSupported
 from engines.inputs.prompts import DOCUMENT_NAMES, QUERY_NAMES
 from engines.inputs.tokenizer import Ids, Tokenizer
-from engines.layers.token_pooling import TokenPooling
+from engines.layers.token_pooling import TokenPooling, merging
 from engines.models.base import Encoder
 from engines.models.outputs import MAX_TERMS, OutputsEncoder, RawOutputs, Side, SparseRows, TokenRows, Wanted
-from engines.space import VectorForm
+from engines.space import VectorForm, output_name
 from engines.spec import Output, PoolingMode, Similarity
 from engines.types import MAX_ANSWER_BYTES, ModelInfo, Outputs, OutputsCall, ResultDetails, TextCall, format_bytes
 
@@ -73,6 +73,11 @@ class OutputFacts(Struct, frozen=True, kw_only=True):
         """Returns the longest input of any side, where one of no side has at most `max_tokens`."""
         sides = (self.query_tokenizer, self.document_tokenizer)
         return max([max_tokens, *(side.max_tokens for side in sides if side is not None)])
+
+    @property
+    def token_pooling(self) -> dict[Side, str]:
+        """Names how the model merges vectors of tokens, by the side."""
+        return {} if self.pooling is None else {side: merging((self.pooling,)) for side in self.pooled_on}
 
     @property
     def has_sides(self) -> bool:
@@ -218,9 +223,7 @@ class MixedOutput(OutputSpec, frozen=True):
         form = VectorForm(width=self.vector_width, native_width=self.vector_width)
         form = form if self.dense is None else self.dense.space_form()
         names = [name for name in ("dense", "sparse", "multi_vector", "states") if getattr(self.wanted, name)]
-        side = "" if self.wanted.is_dense_only else f" of a {self.wanted.side}"
-        merged = f", merged by {self.pooling}" if self.pooling else ""
-        return structs.replace(form, output="+".join(names) + side + merged)
+        return structs.replace(form, output=output_name(names, self.wanted.side, merging(self.pooling)))
 
     def _terms(self, sparse: SparseRows, chosen: Sequence[int]) -> list[tuple[Row, Row]]:
         """Returns the entries and weights of each chosen text that the request wants, the entries rising."""

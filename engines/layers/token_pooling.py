@@ -5,6 +5,7 @@ cut into `n // factor` clusters. It takes time and memory that grow with the squ
 `MAX_POOLED_VECTORS` bounds it. Needs scipy, which is imported when first used: few servers pool tokens.
 """
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 import torch
@@ -41,6 +42,11 @@ class TokenPooling(Struct, frozen=True, kw_only=True):
             return vectors
         means = _cluster_means(rest.cpu(), num_clusters)
         return torch.cat([first, means.to(vectors.device)])
+
+
+def merging(poolings: Sequence[TokenPooling]) -> str:
+    """Names the merges that vectors go through one after the other, for the names of spaces; empty without."""
+    return str(tuple(poolings)) if poolings else ""
 
 
 def has_clustering() -> bool:

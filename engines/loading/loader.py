@@ -359,6 +359,7 @@ def _info(built: Built, spec: ModelSpec, folder: Folder) -> ModelInfo:
         outputs=facts.outputs,
         vocab_size=facts.vocab_size,
         vector_width=facts.vector_width,
+        token_pooling=facts.token_pooling,
         pooling=facts.pooling_modes,
     )
 

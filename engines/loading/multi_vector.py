@@ -132,6 +132,34 @@ def read_token_modules(folder: Folder, late: LateInteraction) -> TokenModules:
     return TokenModules(tuple(chain), mask, pooling, pooled_on)
 
 
+class StatedVectors(NamedTuple):
+    """What a folder says of its vectors of tokens: their width, and how they are merged, by side."""
+
+    width: int
+    token_pooling: dict[Side, str]
+
+
+def read_stated_vectors(folder: Folder, hidden_size: int) -> StatedVectors | None:
+    """Reads what can be known of the vectors of tokens without the transformer; None where the folder gives none.
+
+    Raises:
+        BrokenFiles, UnsupportedModel.
+    """
+    late = folder.late
+    if late is None:
+        weights = read_linear(folder, COLBERT_LINEAR, lambda shape: len(shape) == 2 and shape[1] == hidden_size)
+        return None if weights is None else StatedVectors(len(weights[0]), {})
+    modules = read_token_modules(folder, late)
+    width = hidden_size
+    for ref in modules.chain:
+        if ref.kind == "Dense":
+            width = int(require_json(folder.root, ref.file("config.json"))["out_features"])
+    if late.has_inline_projection:
+        width = len(read_module_weights(folder.root, ModuleRef("Transformer", "")).take_raw("linear.weight"))
+    facts = OutputFacts(pooling=modules.pooling, pooled_on=modules.pooled_on)
+    return StatedVectors(width, facts.token_pooling)
+
+
 def build_late_head(
     folder: Folder, late: LateInteraction, modules: TokenModules, hidden_size: int, device: torch.device, theirs: Any
 ) -> LateInteractionHead:

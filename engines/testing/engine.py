@@ -18,6 +18,7 @@ from engines.errors import (
     PromptNotFound,
     TaskNotSupported,
 )
+from engines.space import output_name
 from engines.spec import Matryoshka, ModelSpec, Output
 from engines.testing.outputs import (
     SPARSE_ENTRIES,
@@ -203,6 +204,7 @@ class FakeEngine:
                 raise TaskNotSupported(f"{call.model_id} has no {name} output", param="outputs")
         parts: list[NDArray[np.float32] | NDArray[np.int32]] = []
         width = self._width(call.dimensions) if "dense" in call.outputs else 0
+        space = self._space_of_outputs(call, width)
         items: list[str | tuple[int, ...]] = [self._prompted(call, text) for text in call.texts]
         items += call.token_ids
         texts = [item if isinstance(item, str) else " ".join(map(str, item)) for item in items]
@@ -220,9 +222,18 @@ class FakeEngine:
             num_vectors=tuple(map(len, vectors)),
             vector_width=TOKEN_WIDTH if vectors else 0,
             term_names=self._term_names(texts, terms) if call.names_terms else {},
+            space=space,
             token_counts=tuple(counts),
             timings=Timings(forward_s=self._embed_s),
         )
+
+    def _space_of_outputs(self, call: OutputsCall, width: int) -> str:
+        kinds = [kind for kind in ("dense", "sparse", "multi_vector", "tokens") if kind in call.outputs]
+        name = output_name(kinds, "query" if call.input_type == "query" else "document")
+        before = "" if call.token_ids else self._prompted(call, "")
+        token_width = TOKEN_WIDTH if {"multi_vector", "tokens"} & {*kinds} else 0
+        space = fake_space(self.spec, width=width or token_width, native_width=WIDTH, before=before, output=name)
+        return check_expected(call.expect_space, space)
 
     def _width(self, dimensions: int | None) -> int:
         width = dimensions or WIDTH

@@ -12,9 +12,9 @@ def fake_ingredients(spec: ModelSpec) -> Ingredients:
     return Ingredients({"weights": fingerprint([spec.model_id])[:32], "modules": "Transformer", "numeric": numeric})
 
 
-def fake_space(spec: ModelSpec, *, width: int, native_width: int, before: str = "") -> str:
+def fake_space(spec: ModelSpec, *, width: int, native_width: int, before: str = "", output: str = "dense") -> str:
     """Names the space of a fake's vectors; they have length one."""
-    form = VectorForm(width=width, native_width=native_width, before=before)
+    form = VectorForm(width=width, native_width=native_width, before=before, output=output)
     return space_of(fake_ingredients(spec), form)
 
 

@@ -8,7 +8,7 @@ from litestar import Controller, Request, get
 from litestar.di import NamedDependency
 from msgspec import structs
 
-from engines.space import Listed, list_spaces
+from engines.space import Listed, list_output_spaces, list_spaces
 from engines.spec import ModelSpec, Task
 from engines.types import ModelInfo, ModelStatus, State
 from router.api.openapi import BEARER, GUARDED, failures
@@ -138,6 +138,7 @@ def _model(server_state: ServerState, spec: ModelSpec, slots: Sequence[Slot]) ->
         shares=nearest.shares,
         precision=info.precision if info else None,
         space=_spaces(info, spec) if info else None,
+        output_spaces=_output_spaces(info, spec) if info else None,
         device=nearest.device,
         memory_bytes=sum(map(_device_bytes, slots)),
         revision=nearest.revision or spec.revision,
@@ -155,10 +156,23 @@ def _device_bytes(slot: Slot) -> int:
 def _spaces(info: ModelInfo, spec: ModelSpec) -> dict[str, dict[str, str]] | None:
     if info.ingredients is None or not info.dimensions:
         return None
-    listed = Listed(
-        width=info.dimensions, prompts=info.prompts, matryoshka=info.matryoshka, is_normalized=spec.normalize
+    return list_spaces(info.ingredients, _listed(info, spec))
+
+
+def _output_spaces(info: ModelInfo, spec: ModelSpec) -> dict[str, dict[str, dict[str, str]]] | None:
+    return None if info.ingredients is None else list_output_spaces(info.ingredients, _listed(info, spec))
+
+
+def _listed(info: ModelInfo, spec: ModelSpec) -> Listed:
+    return Listed(
+        width=info.dimensions,
+        prompts=info.prompts,
+        matryoshka=info.matryoshka,
+        is_normalized=spec.normalize,
+        outputs=info.outputs,
+        vector_width=info.vector_width,
+        token_pooling=info.token_pooling,
     )
-    return list_spaces(info.ingredients, listed)
 
 
 def _plain_space(info: ModelInfo, spec: ModelSpec) -> str | None:

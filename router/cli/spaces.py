@@ -1,12 +1,12 @@
 """`embedyard spaces`: lists the spaces of a registry's or server's models; of two, says which indexes stay valid."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import click
 import msgspec
 
-from engines.space import NO_DENSE, Ingredients
+from engines.space import Ingredients
 from engines.spec import ModelSpec
 from router.cli.client import RemoteError, get
 from router.cli.output import print_rows
@@ -14,13 +14,13 @@ from router.cli.space_comparison import Compared, ModelSide, Side, compare
 from router.config.settings import Settings, SettingsError, load_settings
 from router.registry.registry import RegistryError, read_registry
 from router.schemas.admin import SlotList
-from router.schemas.inference import Model, ModelList
+from router.schemas.inference import ModelList
 
 EXIT_CHANGED = 1
 EXIT_INVALID = 2
 """Exit codes: an index of A is not valid with B, or it is not known; invalid registry, settings or address."""
 
-COLUMNS = ("name", "prompt", "dimensions", "space")
+COLUMNS = ("name", "output", "prompt", "dimensions", "space")
 COMPARED_COLUMNS = ("name", "verdict", "why")
 
 _NOT_LOADED = "not loaded since the server started; preload it"
@@ -84,18 +84,14 @@ def _read_server(url: str, key: str | None) -> Side:
     return {
         model.id: ModelSide(
             spaces=model.space or {},
+            output_spaces=model.output_spaces,
             ingredients=known.get(model.id),
             prompts=model.prompts,
-            why_unknown="" if model.space else _why_unknown(model),
+            why_unknown="" if model.space or model.output_spaces else _NOT_LOADED,
         )
         for model in models
         if model.task in (None, "embed")
     }
-
-
-def _why_unknown(model: Model) -> str:
-    is_known = model.vocab_size is not None or model.vector_width is not None
-    return NO_DENSE if is_known and "dense" not in model.outputs else _NOT_LOADED
 
 
 def _read_registry(path: Path, settings: Settings, device: str | None) -> Side:
@@ -107,7 +103,11 @@ def _read_registry(path: Path, settings: Settings, device: str | None) -> Side:
     def side(spec: ModelSpec) -> ModelSide:
         found = spaces_on_disk(store, spec, device or _device(spec, settings), digests)
         return ModelSide(
-            spaces=found.spaces, ingredients=found.ingredients, prompts=found.prompts, why_unknown=found.why_unknown
+            spaces=found.spaces,
+            output_spaces=found.output_spaces,
+            ingredients=found.ingredients,
+            prompts=found.prompts,
+            why_unknown=found.why_unknown,
         )
 
     try:
@@ -131,10 +131,24 @@ def _print_side(side: Side, *, as_json: bool) -> None:
     print_rows(COLUMNS, rows)
 
 
-def _rows(name: str, model: ModelSide) -> Sequence[tuple[str, str, str, str]]:
-    if not model.spaces:
-        return [(name, "", "", model.why_unknown)]
-    return [(name, prompt or "-", width, space) for prompt, row in model.spaces.items() for width, space in row.items()]
+def _rows(name: str, model: ModelSide) -> Sequence[tuple[str, str, str, str, str]]:
+    """Return a row for each space; not those of several outputs together, which are many."""
+    rows = [(name, *row) for row in _dense_rows(model)] + [(name, *row) for row in _output_rows(model)]
+    return rows or [(name, "", "", "", model.why_unknown)]
+
+
+def _dense_rows(model: ModelSide) -> Iterator[tuple[str, str, str, str]]:
+    for prompt, row in model.spaces.items():
+        for width, space in row.items():
+            yield "dense", prompt or "-", width, space
+
+
+def _output_rows(model: ModelSide) -> Iterator[tuple[str, str, str, str]]:
+    for output, prompts in (model.output_spaces or {}).items():
+        for prompt, row in prompts.items():
+            for side, space in row.items():
+                if "+" not in output:
+                    yield f"{output} of a {side}", prompt or "-", "-", space
 
 
 def _print_verdicts(verdicts: Sequence[Compared], *, as_json: bool) -> None:

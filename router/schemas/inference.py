@@ -226,7 +226,9 @@ class Model(Struct, frozen=True, kw_only=True):
     task is not known yet counts as one for embeddings.
     `bytes_by_dtype`: of the weights in each dtype that a load may take, where the registry lists several. `shares`: of
     a model that is split, what each host is charged.
-    `space`: the spaces of its vectors, by the name of the prompt (empty: none) and the width.
+    `space`: the spaces of its dense vectors, by the name of the prompt (empty: none) and the width. `output_spaces`:
+    those of its other outputs, by output, prompt and side of a search (`query`, `document`: the `input_type`); outputs
+    that one request asks for together have one space, and stand joined by `+`.
     `dimensions`: the width of its dense vectors; `vocab_size`: of the vocabulary that its sparse outputs index;
     `vector_width`: of its vectors of tokens. Null without such an output.
     """
@@ -254,6 +256,7 @@ class Model(Struct, frozen=True, kw_only=True):
     shares: tuple[ModelShare, ...] = ()
     precision: Precision | None = None
     space: dict[str, dict[str, str]] | None = None
+    output_spaces: dict[str, dict[str, dict[str, str]]] | None = None
     device: str = "auto"
     memory_bytes: int = 0
     revision: str | None = None

@@ -11,6 +11,7 @@ from engines.testing.engine import WIDTH
 from engines.testing.spaces import fake_space
 from router.config.settings import Settings
 from tests.testkit.contract import EMBED, assert_envelope
+from tests.testkit.output_servers import OUTPUTS, output_server
 from tests.testkit.servers import FAKE_REGISTRY, Served, bearer, fake_server, limited, serving, write_keys
 
 HEADER = "x-embedding-space"
@@ -67,6 +68,35 @@ async def test_spaces_are_null_until_the_model_is_loaded() -> None:
     assert {model["id"]: model["space"] is None for model in after} == {
         name: name != MODEL for name in FAKE_REGISTRY.models
     }
+
+
+@pytest.mark.parametrize("side", ["query", "document"])
+@pytest.mark.parametrize("name", ["bge-m3", "splade", "colbert"])
+async def test_the_spaces_of_every_output_are_listed(name: str, side: str) -> None:
+    async with output_server() as server:
+        model = f"/v1/models/{name}"
+        before = (await server.client.get(model)).json()["output_spaces"]
+        body = {"model": name, "input": "a", "input_type": side}
+        await server.client.post(EMBED, json=body)
+        listed = (await server.client.get(model)).json()["output_spaces"]
+        answers = {key: await server.client.post(EMBED, json={**body, "outputs": key.split("+")}) for key in listed}
+
+    assert before is None
+    assert {key for key in listed if "+" not in key} == {*OUTPUTS[name]} - {"dense"}
+    assert {key: answer.headers[HEADER] for key, answer in answers.items()} == {
+        key: prompts[""][side] for key, prompts in listed.items()
+    }
+
+
+async def test_a_request_for_another_output_obeys_the_expected_space() -> None:
+    async with output_server() as server:
+        body = {"model": "bge-m3", "input": "a", "outputs": ["sparse"]}
+        await server.client.post(EMBED, json=body)
+        listed = (await server.client.get("/v1/models/bge-m3")).json()["output_spaces"]
+        right = await server.client.post(EMBED, json=body | {"expect_space": listed["sparse"][""]["document"]})
+        wrong = await server.client.post(EMBED, json=body | {"expect_space": listed["sparse"][""]["query"]})
+
+    assert (right.status_code, wrong.status_code) == (200, 409)
 
 
 async def test_a_field_comes_before_the_header_and_is_refused_with_its_name() -> None:

@@ -58,9 +58,11 @@ def test_a_registrys_spaces_are_listed_from_the_files() -> None:
     result = spaces(registry("a.yaml", m="one", gone="none"))
 
     assert result.exit_code == 0
-    assert [row[:3] for row in rows(result)] == [["m", "-", "4"], ["m", "query", "4"], ["gone", "", ""]]
-    assert len({row[3] for row in rows(result)[:2]}) == 2
-    assert "not on disk" in rows(result)[2][3] or "does not exist" in rows(result)[2][3]
+    assert [row[:4] for row in rows(result)] == [
+        ["m", "dense", "-", "4"], ["m", "dense", "query", "4"], ["gone", "", "", ""],
+    ]  # fmt: skip
+    assert len({row[4] for row in rows(result)[:2]}) == 2
+    assert "not on disk" in rows(result)[2][4] or "does not exist" in rows(result)[2][4]
 
 
 def test_the_same_models_keep_their_indexes_wherever_they_are() -> None:
@@ -142,9 +144,9 @@ def server() -> Iterator[str]:
 def test_a_servers_spaces_are_those_of_the_models_in_memory(server: str) -> None:
     listed = rows(spaces(server))
 
-    assert [row[:3] for row in listed] == [["m", "-", "16"], ["cold", "", ""]]
-    assert listed[0][3].startswith("s1-")
-    assert "preload it" in listed[1][3]
+    assert [row[:4] for row in listed] == [["m", "dense", "-", "16"], ["cold", "", "", ""]]
+    assert listed[0][4].startswith("s1-")
+    assert "preload it" in listed[1][4]
 
 
 def test_servers_and_registries_are_compared_with_each_other(server: str) -> None:
@@ -205,4 +207,35 @@ def test_models_without_dense_vectors_are_compared_by_what_decides_theirs(tmp_pa
     assert (rows(same)[0][:2], same.exit_code) == (["m", "same"], 0)
     assert (rows(pooled)[0][:2], pooled.exit_code) == (["m", "changed"], 1)
     assert "SpladePooling" in rows(pooled)[0][2]
-    assert rows(prompted) == [["m", "changed", "the prompt 'query'"]]
+    assert rows(prompted) == [
+        ["m", "changed", "sparse with the prompt 'query': another prompt, width or normalization"]
+    ]
+
+
+def test_the_spaces_of_sparse_outputs_are_listed_by_side_and_known_under_another_name() -> None:
+    save_splade(Path("sparse"))
+    shutil.copytree("sparse", "same")
+    registry("a.yaml", m="sparse")
+    registry("b.yaml", renamed="same")
+
+    listed, compared = rows(spaces("a.yaml")), rows(spaces("a.yaml", "b.yaml"))
+
+    assert [row[:4] for row in listed] == [
+        ["m", f"sparse of a {side}", prompt, "-"] for prompt in ("-", "query") for side in ("query", "document")
+    ]
+    assert len({row[4] for row in listed}) == 4
+    assert compared == [["m", "same", "named renamed in B"], ["renamed", "only in B", ""]]
+
+
+def test_the_vectors_of_tokens_are_compared_where_a_server_tells_no_ingredients() -> None:
+    space, other = "s1-aaaabbbbcccc-0123456789abcdef", "s1-aaaaffffcccc-fedcba9876543210"
+    dense = {"": {"8": space}}
+    a, b = (ModelSide(spaces=dense, output_spaces={"sparse": {"": {"query": each}}}) for each in (space, other))
+    none, old = ModelSide(spaces=dense), ModelSide(spaces=dense, output_spaces=None)
+
+    assert compare({"m": a}, {"m": b}) == [
+        Compared(model="m", verdict="changed", why=("sparse without a prompt: another tokenizer or modules",))
+    ]
+    assert compare({"m": a}, {"m": none})[0].why == ("sparse without a prompt: not in B",)
+    assert compare({"m": a}, {"m": old})[0].is_good, "a server of before does not list them"
+    assert compare({"m": none}, {"m": a})[0].is_good
