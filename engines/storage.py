@@ -1,9 +1,10 @@
 """Writes small files whole or not at all; and keeps values by key in one JSON file between starts."""
 
 import os
+import time
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -19,6 +20,10 @@ UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 _PRIVATE, _BY_UMASK = 0o600, 0o666
 """Permissions of a new file."""
+
+_LOCK_WAIT_S, _LOCK_RETRY_S = 1.0, 0.005
+"""How long a store waits for another process that writes, and between two looks. Writing takes under a millisecond; a
+process that is stopped meanwhile must not stop the others."""
 
 
 def temporary_path(path: Path) -> Path:
@@ -67,8 +72,46 @@ def _copy_permissions(old: Path, new: Path) -> None:
             os.chown(new, stat.st_uid, stat.st_gid)
 
 
+@contextmanager
+def _only_writer(path: Path) -> Iterator[None]:
+    """Holds a lock on a file's folder, so that processes write one at a time.
+
+    Goes on without it after `_LOCK_WAIT_S`, and where the system or the disk has no such locks.
+    """
+    try:
+        import fcntl  # late: not on Windows
+
+        parent = path.resolve().parent
+        parent.mkdir(parents=True, exist_ok=True)
+        folder = os.open(parent, os.O_RDONLY)
+    except (ImportError, OSError):
+        yield
+        return
+    try:
+        deadline = time.monotonic() + _LOCK_WAIT_S
+        while not _is_locked(fcntl.flock, folder, fcntl.LOCK_EX | fcntl.LOCK_NB) and time.monotonic() < deadline:
+            time.sleep(_LOCK_RETRY_S)
+        yield
+    finally:
+        os.close(folder)
+
+
+def _is_locked(flock: Callable[[int, int], None], descriptor: int, how: int) -> bool:
+    """Tries to lock; True also where that is not possible at all, so that it need not be tried again."""
+    try:
+        flock(descriptor, how)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
 class JsonStore(Generic[Value]):
-    """Keeps values by key. Several processes may write the file: what others wrote is kept. Not thread-safe.
+    """Keeps values by key. Not thread-safe.
+
+    Several processes may write the file. Each sets its own values and leaves the others as the file has them: what it
+    read of these may be older, such as a proof that another process has taken back meanwhile.
 
     Args:
         path: the file; None keeps the values in memory only.
@@ -83,6 +126,7 @@ class JsonStore(Generic[Value]):
         self._kind = kind
         self._keep = keep
         self._known = self._read()
+        self._unwritten: dict[str, Value] = {}
 
     def get(self, key: str) -> Value | None:
         """Returns the value of `key`; None when there is none."""
@@ -94,14 +138,23 @@ class JsonStore(Generic[Value]):
 
     def refresh(self) -> None:
         """Reads what other processes have written. Blocks on the disk."""
-        self._known = {**self._known, **self._read()}
+        self._known = {**self._known, **self._read(), **self._unwritten}
 
     def put(self, key: str, value: Value) -> None:
         """Sets a value and writes the file; blocks on the disk. A disk that cannot be written is only logged: the next
         start has to measure again, and no more is lost."""
-        self._known = self._keep({**self._read(), **self._known, key: value})
-        if self._path is not None:
+        self._unwritten[key] = value
+        if self._path is None:
+            self._merge()
+            return
+        with _only_writer(self._path):
+            self._merge()
             self._write(self._path)
+
+    def _merge(self) -> None:
+        self.refresh()
+        self._known = self._keep(self._known)
+        self._unwritten = {key: value for key, value in self._unwritten.items() if key in self._known}
 
     def _read(self) -> dict[str, Value]:
         if self._path is None:
@@ -121,3 +174,5 @@ class JsonStore(Generic[Value]):
             write_atomically(path, content, is_durable=False)
         except OSError as error:
             log.warning("measurements.not_written", file=path.name, error=str(error))
+            return
+        self._unwritten.clear()

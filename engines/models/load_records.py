@@ -56,8 +56,12 @@ class LoadRecords:
         )
 
     def proved_path(self, key: str) -> str:
-        """Returns the path that an earlier load of the same files proved right in every form; empty without one."""
+        """Returns the path that an earlier load of the same files proved right in every form; empty without one.
+
+        It is read anew, as another process may have proved it, or taken it back.
+        """
         with self._lock:
+            self._kept.refresh()
             record = self._kept.get(_key("path", key))
         return "" if record is None else record.path
 

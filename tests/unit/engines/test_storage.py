@@ -2,10 +2,12 @@
 
 import os
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from structlog.testing import capture_logs
 
+from engines import storage
 from engines.storage import JsonStore, write_atomically
 
 
@@ -21,6 +23,72 @@ def test_two_writers_keep_each_others_values(tmp_path: Path) -> None:
 
     assert (opened(path).get("a"), opened(path).get("b")) == (1, 2)
     assert [file.name for file in path.parent.iterdir()] == ["values.json"]
+
+
+def test_a_value_that_another_process_has_changed_is_not_brought_back(tmp_path: Path) -> None:
+    one, two = opened(tmp_path / "values.json"), opened(tmp_path / "values.json")
+    one.put("a", 1)
+    two.refresh()
+    one.put("a", 0)
+    two.put("b", 2)
+
+    assert (two.get("a"), opened(tmp_path / "values.json").get("a")) == (0, 0)
+
+
+def test_a_value_that_is_written_during_a_write_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = opened(tmp_path / "values.json"), opened(tmp_path / "values.json")
+    other = Thread(target=two.put, args=("b", 2))
+
+    def write(path: Path, content: bytes, **options: bool) -> None:
+        monkeypatch.setattr(storage, "write_atomically", write_atomically)
+        other.start()
+        other.join(0.2)  # ends here only if it does not wait for this write
+        write_atomically(path, content, **options)
+
+    monkeypatch.setattr(storage, "write_atomically", write)
+    one.put("a", 1)
+    other.join()
+
+    assert (opened(tmp_path / "values.json").get("a"), opened(tmp_path / "values.json").get("b")) == (1, 2)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="locks of POSIX")
+def test_a_process_that_is_stopped_while_it_writes_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fcntl
+
+    monkeypatch.setattr(storage, "_LOCK_WAIT_S", 0.02)
+    folder = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    opened(tmp_path / "values.json").put("a", 1)
+    os.close(folder)
+
+    assert opened(tmp_path / "values.json").get("a") == 1
+
+
+def test_a_value_that_could_not_be_written_is_written_with_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    store, other = opened(tmp_path / "values.json"), opened(tmp_path / "values.json")
+    other.put("a", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "write_atomically", fail)
+        store.put("a", 1)
+    store.put("b", 2)
+
+    assert (opened(tmp_path / "values.json").get("a"), opened(tmp_path / "values.json").get("b")) == (1, 2)
+
+
+def test_values_beyond_the_bound_do_not_come_back_from_what_a_store_remembers(tmp_path: Path) -> None:
+    kept: JsonStore[int] = JsonStore(None, dict[str, int], keep=lambda values: dict(list(values.items())[-2:]))
+    for number in range(5):
+        kept.put(str(number), number)
+
+    assert kept.values() == (3, 4)
 
 
 @pytest.mark.parametrize(
