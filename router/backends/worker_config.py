@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from msgspec import Struct, structs
 
 from engines.affinity import num_usable_cores
+from engines.collection import freeze
 from engines.host import Host
 from engines.rpc.messages import Generation
 from engines.spec import Eviction, ModelSpec
@@ -107,6 +108,12 @@ def open_real_host(config: WorkerConfig, note: CrashNote) -> Host:
     device = find_devices((config.device,))[0]
     machine = machine_config(config.settings, config.memory, (device,), config.cores)
     return Machine(structs.replace(machine, host_id=config.host_id, note=note), config.specs).hosts[0]
+
+
+async def start_host(host: Host) -> None:
+    """Start the one host of this process. What exists then is garbage-collected no more, as in a server."""
+    await host.start()
+    freeze()
 
 
 def divide_budget(budget: Budget, parts: int) -> Budget:

@@ -33,7 +33,7 @@ from engines.rpc.messages import (
     pack,
 )
 from engines.rpc.service import HostService
-from router.backends.worker_config import WorkerConfig
+from router.backends.worker_config import WorkerConfig, start_host
 from router.observability.logs import configure_logging
 
 SharedBuffer = ctypes.Array[ctypes.c_char]
@@ -173,7 +173,7 @@ async def _main(sock: socket.socket, config: WorkerConfig, crash_note: SharedBuf
 
     try:
         host = config.open(config, note)
-        await host.start()
+        await start_host(host)
     except EngineError as error:
         channel.send_unasked(error_record_of(error))
         await asyncio.wait_for(channel.ended.wait(), _ERROR_DELIVERY_S)

@@ -11,7 +11,7 @@ from ray import serve
 from engines.errors import DeviceDown
 from engines.rpc.messages import Drain, decode_request, encode_reply
 from engines.rpc.service import HostService
-from router.backends.worker_config import WorkerConfig
+from router.backends.worker_config import WorkerConfig, start_host
 from router.observability.logs import configure_logging
 
 log = structlog.get_logger()
@@ -25,7 +25,7 @@ class HostReplica:
         configure_logging(config.settings.log_format, config.settings.log_level)
         structlog.contextvars.bind_contextvars(host=host_id)
         self._host = config.open(structs.replace(config, host_id=host_id), lambda _: None)
-        await self._host.start()
+        await start_host(self._host)
         self._service = HostService(self._host, config.generation)
 
     async def ask(self, head: bytes) -> tuple[bytes, bytes]:
