@@ -14,6 +14,7 @@ import msgspec
 from msgspec import Struct
 
 from engines.errors import BrokenFiles
+from engines.form_cache import LENGTH_BYTES
 
 ReadRange = Callable[[str, int, int], bytes]
 """(file, start, end) → the bytes from `start` up to and excluding `end`."""
@@ -37,7 +38,6 @@ _BYTES_A_ROW = 8
 """Beside a row of int8: its scale and its sum."""
 
 _CONFIG = "config.json"
-_LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 _FIRST_READ_BYTES = 128 * 1024  # holds nearly every header, so that one request is enough
 
@@ -122,13 +122,13 @@ def read_header(file: str, size_bytes: int, read: ReadRange) -> tuple[TensorEntr
         BrokenFiles: truncated, overlong, or not a safetensors file.
     """
     head = read(file, 0, min(size_bytes, _FIRST_READ_BYTES))
-    length = int.from_bytes(head[:_LENGTH_BYTES], "little")
-    data_start = _LENGTH_BYTES + length
-    if len(head) < _LENGTH_BYTES or length > _MAX_HEADER_BYTES or data_start > size_bytes:
+    length = int.from_bytes(head[:LENGTH_BYTES], "little")
+    data_start = LENGTH_BYTES + length
+    if len(head) < LENGTH_BYTES or length > _MAX_HEADER_BYTES or data_start > size_bytes:
         raise _broken_error(file, f"its header claims {length} bytes, but the file has {size_bytes}")
     if data_start > len(head):
         head += read(file, len(head), data_start)
-    tensors = _tensors(file, head[_LENGTH_BYTES:data_start])
+    tensors = _tensors(file, head[LENGTH_BYTES:data_start])
     _check_offsets(file, tensors, size_bytes - data_start)
     return tensors
 
