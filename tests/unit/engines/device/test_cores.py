@@ -11,36 +11,42 @@ from engines.device.cores import CorePin, keep_to, leave_cores_to_others
 
 
 class Affinity:
-    """Records the cores that a thread was given."""
+    """Keeps the cores of a thread, and records which it was given."""
 
-    def __init__(self) -> None:
+    def __init__(self, *cores: int) -> None:
         self.calls: list[list[int]] = []
+        self.cores = frozenset(cores)
 
     def keep_to(self, cores: Collection[int]) -> None:
         """Records the call."""
         self.calls.append(sorted(cores))
+        self.cores = frozenset(cores)
+
+    def cores_of(self, _: int) -> frozenset[int]:
+        """Returns those that it has."""
+        return self.cores
 
 
 @pytest.mark.parametrize(("place", "core"), [(0, 2), (1, 5), (2, 7), (3, 2)])
 def test_threads_keep_to_one_core_each_in_turn(place: int, core: int) -> None:
-    affinity = Affinity()
-    CorePin(place, [5, 2, 7], affinity.keep_to)
+    affinity = Affinity(5, 2, 7)
+    CorePin(place, [5, 2, 7], affinity.keep_to, affinity.cores_of)
 
     assert affinity.calls == [[core]]
 
 
 @pytest.mark.parametrize("cores", [[], [3]])
 def test_nothing_is_set_where_there_is_no_choice(cores: list[int]) -> None:
-    affinity = Affinity()
-    pin = CorePin(0, cores, affinity.keep_to)
+    affinity = Affinity(*cores)
+    pin = CorePin(0, cores, affinity.keep_to, affinity.cores_of)
     pin.on_work(10.0, 0.0, now_s=10.0)
 
     assert affinity.calls == []
 
 
 def test_a_core_that_others_keep_busy_is_left_and_tried_again_later() -> None:
-    affinity = Affinity()
-    pin = CorePin(1, [0, 1], affinity.keep_to)
+    affinity = Affinity(0, 1)
+    pin = CorePin(1, [0, 1], affinity.keep_to, affinity.cores_of)
     pin.on_work(1.0, 0.05, now_s=1.0)
     pin.on_work(1.0, 0.9, now_s=5.9)
     before = list(affinity.calls)
@@ -49,9 +55,19 @@ def test_a_core_that_others_keep_busy_is_left_and_tried_again_later() -> None:
     assert (before, affinity.calls) == ([[1], [0, 1]], [[1], [0, 1], [1]])
 
 
+def test_cores_that_the_operator_sets_stay_as_they_are() -> None:
+    affinity = Affinity(0, 1)
+    pin = CorePin(1, [0, 1], affinity.keep_to, affinity.cores_of)
+    affinity.cores = frozenset((0,))
+    for now_s in (1.0, 6.1, 7.0, 13.0):
+        pin.on_work(1.0, 0.05, now_s=now_s)
+
+    assert (affinity.calls, affinity.cores) == ([[1]], {0})
+
+
 def test_a_thread_that_is_interrupted_briefly_stays_on_its_core() -> None:
-    affinity = Affinity()
-    pin = CorePin(0, [0, 1], affinity.keep_to)
+    affinity = Affinity(0, 1)
+    pin = CorePin(0, [0, 1], affinity.keep_to, affinity.cores_of)
     for index in range(100):
         pin.on_work(0.1, 0.02 if index % 4 == 0 else 0.1, now_s=0.1 * index)
 
@@ -59,8 +75,8 @@ def test_a_thread_that_is_interrupted_briefly_stays_on_its_core() -> None:
 
 
 def test_the_share_of_a_core_is_judged_anew_in_each_window() -> None:
-    affinity = Affinity()
-    pin = CorePin(0, [0, 1], affinity.keep_to)
+    affinity = Affinity(0, 1)
+    pin = CorePin(0, [0, 1], affinity.keep_to, affinity.cores_of)
     for index in range(50):
         pin.on_work(0.1, 0.1, now_s=0.1 * index)
     pin.on_work(0.6, 0.1, now_s=6.0)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator
 import pytest
 
 from engines.affinity import usable_cores
-from engines.device.cores import WakingCores, current_core, keep_thread_to, waking_cores
+from engines.device.cores import WakingCores, cores_of_thread, current_core, keep_thread_to, waking_cores
 from engines.device.scheduler import DeviceScheduler
 from tests.testkit.scheduling import ScriptedSource
 
@@ -17,25 +17,39 @@ needs_affinity = pytest.mark.skipif(current_core() is None, reason="the system b
 
 
 class Affinity:
-    """Records which thread was given which cores: by the thread's id, 0 for the one that calls, which is named."""
+    """Keeps the cores of threads, and records which thread was given which: by its id, 0 for the one that calls, which
+    is named."""
 
-    def __init__(self) -> None:
+    def __init__(self, *cores: int) -> None:
         self.calls: list[tuple[str | int, list[int]]] = []
+        self.cores = cores
+        self.of_thread: dict[int, frozenset[int]] = {}
 
     def keep_to(self, thread_id: int, cores: Collection[int]) -> None:
         """Records the call."""
         self.calls.append((thread_id or threading.current_thread().name, sorted(cores)))
+        self.of_thread[thread_id or threading.get_native_id()] = frozenset(cores)
+
+    def cores_of(self, thread_id: int) -> frozenset[int]:
+        """Returns what a thread was given last, and at first all."""
+        return self.of_thread.get(thread_id or threading.get_native_id(), frozenset(self.cores))
+
+    def taskset(self, *cores: int, threads: Collection[int] = ()) -> None:
+        """Gives threads other cores, as an operator does; all of them where none are named."""
+        self.cores = self.cores if threads else cores
+        for thread in threads or self.of_thread:
+            self.of_thread[thread] = frozenset(cores)
 
 
 @pytest.fixture
 def affinity() -> Affinity:
-    return Affinity()
+    return Affinity(0, 1)
 
 
 @pytest.fixture
 def pair(affinity: Affinity) -> Iterator[DeviceScheduler]:
     """A scheduler with two threads on cores 0 and 1, whose threads are all found on core 1."""
-    cores = WakingCores([0, 1], lambda: 1, affinity.keep_to)
+    cores = WakingCores([0, 1], lambda: 1, affinity.keep_to, affinity.cores_of)
     scheduler = DeviceScheduler("pair", num_threads=2, check_interval_s=0.0, waking_cores=cores)
     wait_until(lambda: scheduler._num_free == 2)
     affinity.calls.clear()
@@ -52,20 +66,107 @@ def wait_until(is_so: Callable[[], bool]) -> None:
 
 
 def test_a_thread_wakes_where_it_waits_and_then_roams(affinity: Affinity) -> None:
-    cores = WakingCores([3, 5], lambda: 5, affinity.keep_to)
+    cores = on_core_1(affinity)
     cores.stay()
     cores.roam()
 
-    assert affinity.calls == [("MainThread", [5]), ("MainThread", [3, 5])]
+    assert affinity.calls == [("MainThread", [1]), ("MainThread", [0, 1])]
 
 
 def test_a_thread_that_is_woken_here_may_roam_although_waking_it_fails(affinity: Affinity) -> None:
-    cores = WakingCores([3, 5], lambda: 5, affinity.keep_to)
+    cores = on_core_1(affinity)
 
-    with pytest.raises(ValueError, match="closed"), cores.waking_here(77):
+    with pytest.raises(ValueError, match="closed"), cores.waking_here(LOOP):
         raise ValueError("closed")
 
-    assert affinity.calls == [(77, [5]), (77, [3, 5])]
+    assert affinity.calls == [(LOOP, [1]), (LOOP, [0, 1])]
+
+
+LOOP = 77
+"""The id of the thread of a loop."""
+
+
+def on_core_1(affinity: Affinity) -> WakingCores:
+    """Where the calling thread runs on core 1."""
+    return WakingCores([0, 1], lambda: 1, affinity.keep_to, affinity.cores_of)
+
+
+def wake_and_wait(cores: WakingCores) -> None:
+    """Wakes the loop once, and waits once."""
+    with cores.waking_here(LOOP):
+        pass
+    cores.stay()
+    cores.roam()
+
+
+@pytest.mark.parametrize("core", [0, 1])
+def test_cores_that_the_operator_sets_stay_as_they_are(affinity: Affinity, core: int) -> None:
+    cores = on_core_1(affinity)
+    wake_and_wait(cores)
+    affinity.taskset(core)
+    affinity.calls.clear()
+    wake_and_wait(cores)
+
+    assert affinity.calls == []
+    assert affinity.cores_of(LOOP) == affinity.cores_of(0) == {core}
+
+
+@pytest.mark.parametrize("core", [0, 1])
+def test_cores_that_are_set_while_a_thread_waits_are_kept_from_the_next_time_at_the_latest(
+    affinity: Affinity, core: int
+) -> None:
+    cores = on_core_1(affinity)
+    wake_and_wait(cores)
+    cores.stay()
+    affinity.taskset(core)
+    cores.roam()
+    wake_and_wait(cores)
+
+    assert affinity.cores_of(LOOP) == affinity.cores_of(0) == {core}
+
+
+def test_cores_that_are_set_while_the_loop_wakes_are_kept(affinity: Affinity) -> None:
+    cores = on_core_1(affinity)
+    with cores.waking_here(LOOP):
+        affinity.taskset(0)
+
+    assert affinity.cores_of(LOOP) == {0}
+
+
+def test_device_threads_follow_a_loop_that_alone_was_given_other_cores(affinity: Affinity) -> None:
+    cores = on_core_1(affinity)
+    wake_and_wait(cores)
+    affinity.taskset(0, threads=[LOOP])
+    wake_and_wait(cores)
+
+    assert affinity.cores_of(LOOP) == affinity.cores_of(0) == {0}
+
+
+def test_threads_wake_on_named_cores_again_once_they_have_both(affinity: Affinity) -> None:
+    cores = on_core_1(affinity)
+    for given in ((0,), (0, 1)):
+        affinity.taskset(*given)
+        affinity.calls.clear()
+        wake_and_wait(cores)
+
+    assert [of for _, of in affinity.calls] == [[1], [0, 1], [1], [0, 1]]
+
+
+def test_two_threads_that_wake_the_loop_at_once_give_it_back_its_cores(affinity: Affinity) -> None:
+    places = iter((0, 1))
+    cores = WakingCores([0, 1], lambda: next(places), affinity.keep_to, affinity.cores_of)
+    with cores.waking_here(LOOP), cores.waking_here(LOOP):
+        assert affinity.cores_of(LOOP) == {1}
+
+    assert affinity.cores_of(LOOP) == {0, 1}
+
+
+def test_a_thread_whose_cores_cannot_be_read_is_left_alone(affinity: Affinity) -> None:
+    cores = WakingCores([0, 1], lambda: 1, affinity.keep_to, lambda _: frozenset())
+    cores.stay()
+    cores.roam()
+
+    assert affinity.calls == []
 
 
 def test_a_device_thread_waits_on_its_core_while_all_others_work(pair: DeviceScheduler, affinity: Affinity) -> None:
@@ -184,3 +285,10 @@ def test_one_core_leaves_no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engines.device.cores.usable_cores", lambda: [0])
 
     assert waking_cores(1) is None
+
+
+@needs_affinity
+def test_the_cores_of_a_thread_are_those_that_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sorted(cores_of_thread(0)) == usable_cores()
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert cores_of_thread(0) == frozenset()
