@@ -62,7 +62,7 @@ def test_cores_that_the_operator_sets_stay_as_they_are() -> None:
     for now_s in (1.0, 6.1, 7.0, 13.0):
         pin.on_work(1.0, 0.05, now_s=now_s)
 
-    assert (affinity.calls, affinity.cores) == ([[1]], {0})
+    assert (affinity.calls, affinity.cores) == ([[1]], frozenset((0,)))
 
 
 def test_a_thread_that_is_interrupted_briefly_stays_on_its_core() -> None:
