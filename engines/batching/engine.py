@@ -114,7 +114,7 @@ class EmbeddingEngine:
         self._has_sides = facts.has_sides
         self._defaults = OutputDefaults(
             parts.spec.normalize, limits.target_dim, activation, facts.states_width, facts.default_side, facts.pooling,
-            facts.pooled_on,
+            facts.pooled_on, facts.has_term_names,
         )  # fmt: skip
         documents = facts.document_tokenizer or parts.tokenizer
         self._maxsim = MaxSimScorer(facts, documents, parts.spec, parts.info.prompts) if facts.similarity else None

@@ -198,6 +198,7 @@ class OutputDefaults(Struct, frozen=True):
         states_width: of the hidden states of tokens; 0 where the model gives none.
         side: of texts whose call names none.
         pooling: how the model merges vectors of tokens, on the sides `pooled_on`; None for none.
+        has_term_names: whether the entries of sparse outputs are tokens.
     """
 
     normalize: bool = True
@@ -207,6 +208,7 @@ class OutputDefaults(Struct, frozen=True):
     side: Side = "document"
     pooling: TokenPooling | None = None
     pooled_on: tuple[Side, ...] = ()
+    has_term_names: bool = True
 
 
 OutputMaker = Callable[[Any, ModelInfo, OutputDefaults], OutputSpec]

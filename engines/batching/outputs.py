@@ -47,6 +47,7 @@ class OutputFacts(Struct, frozen=True, kw_only=True):
         outputs: what it gives.
         dimensions: of dense vectors; 0 without them.
         vocab_size: the number of entries that sparse outputs index; 0 without them.
+        has_term_names: whether these entries are tokens.
         vector_width: of the vectors of tokens by a head for these; 0 without one.
         states_width: of the hidden states of tokens that pooling reads; 0 where there are none.
         pooling_modes: how tokens become the dense vector; empty where there are none, or no such vector.
@@ -59,6 +60,7 @@ class OutputFacts(Struct, frozen=True, kw_only=True):
     outputs: tuple[Output, ...] = ("dense",)
     dimensions: int = 0
     vocab_size: int = 0
+    has_term_names: bool = True
     vector_width: int = 0
     states_width: int = 0
     pooling_modes: tuple[PoolingMode, ...] = ()
@@ -335,6 +337,10 @@ def _check_outputs(call: OutputsCall, info: ModelInfo, defaults: OutputDefaults)
             raise TaskNotSupported(
                 f"{call.model_id} gives {', '.join(given)}; it has no {name} output", param="outputs"
             )
+    if call.names_terms and not defaults.has_term_names:
+        raise InvalidValue(
+            f"the entries of {call.model_id}'s sparse outputs are no tokens: omit return_tokens", param="return_tokens"
+        )
     if call.pool_factor < 1 or (call.pool_factor > 1 and "multi_vector" not in call.outputs):
         raise InvalidValue(
             f"pool_factor is {call.pool_factor}: it merges the vectors of multi_vector outputs and is 1 or more",

@@ -36,8 +36,9 @@ ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 """In PEFT's order of preference."""
 
 TRANSFORMERS = ("Transformer", "MLMTransformer")
-_WITH_CONFIG = (*TRANSFORMERS, "Pooling", "Dense", "LayerNorm", "SpladePooling")
-_WITH_WEIGHTS = (*TRANSFORMERS, "Dense", "LayerNorm", "SparseStaticEmbedding")
+AUTO_ENCODER = "SparseAutoEncoder"
+_WITH_CONFIG = (*TRANSFORMERS, "Pooling", "Dense", "LayerNorm", "SpladePooling", AUTO_ENCODER)
+_WITH_WEIGHTS = (*TRANSFORMERS, "Dense", "LayerNorm", "SparseStaticEmbedding", AUTO_ENCODER)
 """sentence-transformers modules that require a config, or weights."""
 
 ROUTER_CONFIGS = ("router_config.json", CONFIG)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from msgspec import structs
 
 from engines.errors import BrokenFiles, UnsupportedModel
-from engines.hub.file_selection import ROUTER_CONFIGS, TRANSFORMERS
+from engines.hub.file_selection import AUTO_ENCODER, ROUTER_CONFIGS, TRANSFORMERS
 from engines.loading.folder import Folder, module_ref, read_transformer, require_json
 from engines.loading.module_settings import Json, check_options
 from engines.spec import Side
@@ -62,8 +62,8 @@ def _check_chains(routes: Routes) -> None:
         return
     if len(document) != 2 or document[0] not in TRANSFORMERS or document[1] != "SpladePooling":
         raise UnsupportedModel(
-            f"the model is made of {', '.join(document)}; of a SparseEncoder, a Transformer with SpladePooling and a "
-            f"{STATIC} are supported"
+            f"the model is made of {', '.join(document)}; of a SparseEncoder, a Transformer with SpladePooling, one "
+            f"that ends with a {AUTO_ENCODER}, and a {STATIC} are supported"
         )
     _check_transformer(routes.document.transformer, document[0])
 

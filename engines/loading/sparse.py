@@ -14,6 +14,7 @@ from engines.errors import BadModel, BrokenFiles, SelfCheckFailed, UnsupportedMo
 from engines.form_cache import QUANTIZED
 from engines.inputs.prompts import PromptTemplate
 from engines.inputs.tokenizer import Ids, Tokenizer
+from engines.loading.auto_encoder import build_auto_encoder, has_auto_encoder
 from engines.loading.builders import Built, dtype_name, facts_of, read_config, read_model, vocab_size_of
 from engines.loading.folder import Folder, read_json, require_json
 from engines.loading.module_weights import read_module_weights
@@ -47,6 +48,8 @@ def build_sparse(folder: Folder, spec: ModelSpec, encoder_config: EncoderConfig)
     if spec.dtype in QUANTIZED or spec.pooling is not None:
         key = f"dtype: {spec.dtype}" if spec.dtype in QUANTIZED else "pooling"
         raise UnsupportedModel(f"the registry sets `{key}`, which is for models that give dense vectors: remove it")
+    if has_auto_encoder(folder):
+        return build_auto_encoder(folder, spec, encoder_config)
     routes = read_routes(folder)
     if routes.document == routes.query and kinds_of(routes.query) == [STATIC]:
         if folder.adapter is not None:

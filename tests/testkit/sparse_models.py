@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from sentence_transformers import SparseEncoder
 from sentence_transformers.base.modules import Router, Transformer
-from sentence_transformers.sparse_encoder.modules import MLMTransformer, SparseStaticEmbedding, SpladePooling
+from sentence_transformers.sentence_transformer.modules import Pooling
+from sentence_transformers.sparse_encoder.modules import (
+    MLMTransformer,
+    SparseAutoEncoder,
+    SparseStaticEmbedding,
+    SpladePooling,
+)
 from torch import Tensor, nn
 from transformers import (
     AlbertConfig,
@@ -99,6 +105,20 @@ def save_splade(
             SpladePooling(strategy, activation),
         ]
         _save(folder, chain, **options)
+
+
+def save_auto_encoder(folder: Path, *, normalized: bool = False, pooling: Any = "mean", **options: Any) -> None:
+    """Writes a model whose dense vectors are turned into latents, of which 12 of 160 are kept (CSR)."""
+    torch.manual_seed(9)
+    module = SparseAutoEncoder(48, 160, k=12, k_aux=16, normalize=normalized)
+    for tensor in module.parameters():
+        tensor.data.normal_(std=0.5)
+    with quiet(), TemporaryDirectory() as draft:
+        tokenizer = vocabularies.bert()
+        transformer(bert_config(tokenizer)).save_pretrained(draft)  # type: ignore[operator]  # as below
+        tokenizer.save_pretrained(draft)
+        first = Transformer(draft, max_seq_length=160, model_kwargs={"dtype": torch.float32})
+        _save(folder, [first, Pooling(48, pooling), module], **options)
 
 
 def save_static(folder: Path, **options: Any) -> None:
