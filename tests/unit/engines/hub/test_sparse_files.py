@@ -60,3 +60,18 @@ def test_the_head_beside_a_transformer_is_fetched() -> None:
 
     assert {*HEAD_FILES} <= files & weights
     assert "other.pt" not in files
+
+
+def test_the_weights_of_an_autoencoder_are_fetched_and_needed() -> None:
+    folder = "1_SparseAutoEncoder"
+    chain = [
+        {"idx": 0, "name": "0", "path": "", "type": f"{_ST}.Transformer.Transformer"},
+        {"idx": 1, "name": "1", "path": folder, "type": f"{_ST}.SparseAutoEncoder.SparseAutoEncoder"},
+    ]
+    names = [
+        "modules.json", "config.json", "model.safetensors", f"{folder}/config.json", f"{folder}/model.safetensors",
+    ]  # fmt: skip
+
+    assert chosen(names, modules__json=chain)[1] == {"model.safetensors", f"{folder}/model.safetensors"}
+    with pytest.raises(BrokenFiles, match=rf"{folder}/model\.safetensors is missing"):
+        chosen(names[:-1], modules__json=chain)
