@@ -109,7 +109,7 @@ class WakingCores:
         self._cores_of = cores_of
         self._waiting = threading.local()
         self._lock = threading.Lock()
-        self._num_waking = 0
+        self._num_waking = self._woken = 0
         self._woken_on: frozenset[int] = frozenset()
 
     def stay(self) -> None:
@@ -127,15 +127,17 @@ class WakingCores:
     def roam(self) -> None:
         """Lets the calling thread run on any core again."""
         if self._waiting.bound is not None and self._cores_of(0) == self._waiting.bound:
+            with self._lock:
+                self._follow(self._woken)
             self._release()
 
     @contextmanager
     def waking_here(self, thread_id: int) -> Iterator[None]:
         """Makes a thread that is woken inside the block wake on the core of the calling thread, which waits next."""
-        core = self._current()
+        core, own = self._current(), self._cores_of(0)
         with self._lock:
-            if not self._num_waking:
-                self._all = self._cores_of(thread_id) or self._all
+            self._woken = thread_id
+            self._follow(thread_id)
             self._num_waking += 1
             if core in self._all and len(self._all) > 1:
                 self._woken_on = frozenset((core,))
@@ -145,9 +147,15 @@ class WakingCores:
         finally:
             with self._lock:
                 self._num_waking -= 1
-                if self._woken_on and self._cores_of(thread_id) in (self._woken_on, self._all):
+                is_ours = self._cores_of(thread_id) in (self._woken_on, self._all) and self._cores_of(0) == own
+                if self._woken_on and is_ours:  # else something has set them, perhaps those that it was bound to
                     self._keep_to(thread_id, self._all)
                 self._woken_on = self._woken_on if self._num_waking else frozenset()
+
+    def _follow(self, thread_id: int) -> None:
+        """Takes over the cores of the thread that is woken; not while it is bound."""
+        if thread_id and not self._num_waking:
+            self._all = self._cores_of(thread_id) or self._all
 
     def _release(self) -> None:
         self._waiting.given = self._all

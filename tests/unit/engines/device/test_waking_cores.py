@@ -37,7 +37,7 @@ class Affinity:
     def taskset(self, *cores: int, threads: Collection[int] = ()) -> None:
         """Gives threads other cores, as an operator does; all of them where none are named."""
         self.cores = self.cores if threads else cores
-        for thread in threads or self.of_thread:
+        for thread in threads or [*self.of_thread, threading.get_native_id()]:
             self.of_thread[thread] = frozenset(cores)
 
 
@@ -112,25 +112,23 @@ def test_cores_that_the_operator_sets_stay_as_they_are(affinity: Affinity, core:
 
 
 @pytest.mark.parametrize("core", [0, 1])
-def test_cores_that_are_set_while_a_thread_waits_are_kept_from_the_next_time_at_the_latest(
-    affinity: Affinity, core: int
-) -> None:
+def test_cores_that_are_set_while_a_thread_waits_are_kept(affinity: Affinity, core: int) -> None:
     cores = on_core_1(affinity)
     wake_and_wait(cores)
     cores.stay()
     affinity.taskset(core)
     cores.roam()
-    wake_and_wait(cores)
 
     assert affinity.cores_of(LOOP) == affinity.cores_of(0) == {core}
 
 
-def test_cores_that_are_set_while_the_loop_wakes_are_kept(affinity: Affinity) -> None:
+@pytest.mark.parametrize("core", [0, 1])
+def test_cores_that_are_set_while_the_loop_wakes_are_kept(affinity: Affinity, core: int) -> None:
     cores = on_core_1(affinity)
     with cores.waking_here(LOOP):
-        affinity.taskset(0)
+        affinity.taskset(core)
 
-    assert affinity.cores_of(LOOP) == {0}
+    assert affinity.cores_of(LOOP) == {core}
 
 
 def test_device_threads_follow_a_loop_that_alone_was_given_other_cores(affinity: Affinity) -> None:
