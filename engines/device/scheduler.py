@@ -334,11 +334,9 @@ class DeviceScheduler:
         """Wakes another thread when there is work for it, unless all idle threads are woken already."""
         if self._num_free <= self._num_woken:
             return
-        for usage in self._usages:
-            if usage.source.ready_in_s() == 0 and usage.can_run:
-                self._num_woken += 1
-                self._work.notify()
-                return
+        if any(usage.source.ready_in_s() == 0 and usage.can_run for usage in self._usages):
+            self._num_woken += 1
+            self._work.notify()
 
     def _next_preempting(self, worker: WorkerThread) -> ActiveTask | None:
         """Starts the task that goes before the running one.

@@ -60,8 +60,8 @@ class _PooledTokens:
 
     @property
     def is_one_row(self) -> bool:
-        """Whether the row is one text, all of whose tokens are pooled."""
-        return self.starts.shape[0] == 1 and self._prompt is None
+        """Whether the row is one text that has tokens, all of which are pooled."""
+        return self.starts.shape[0] == 1 and self.hidden.shape[0] > 0 and self._prompt is None
 
     def sum(self, values: Tensor) -> Tensor:
         """Sums `[tokens, k]` over each text, `[n, k]`."""

@@ -155,9 +155,8 @@ class TransformerEncoder:
     def forms(self, texts: Sequence[Ids]) -> Iterator[PathForm]:
         """See `ForwardPaths`, and `engines/models/path_forms.py`."""
         full_rows = self._graphs.full_rows(texts) if self._graphs is not None else ()
-        takes_blocks = self.attention == "packed" and self._device.type == "cpu"
-        shares_tokens = self._can_share and self.path == "fused"
-        shared_forms = row_forms(self.path, is_scripted=self._is_scripted) if shares_tokens else ()
+        takes_blocks, can_share = self.attention == "packed" and self._device.type == "cpu", self._can_share
+        shared_forms = row_forms("fused", is_scripted=self._is_scripted) if can_share and self.path == "fused" else ()
         return path_forms(self, texts, full_rows, takes_blocks=takes_blocks, shared_forms=shared_forms)
 
     @torch.inference_mode()
@@ -369,8 +368,7 @@ class TransformerEncoder:
             positions = self._positions(row & ID_MASK if self._has_types else row, layout)
             return self._copies(row, positions, layout, layout.variant, self._preemption_point, kept)
         ids, types = self._parted(row[None])
-        positions = self._positions(ids[0], layout)
-        options = {"position_ids": positions[None], **types} if self._takes_positions else types
+        options = {"position_ids": self._positions(ids[0], layout)[None], **types} if self._takes_positions else types
         is_fused = self._is_fusible and self.path != "packed"
         with self._state.running(layout, is_fused=is_fused, variant=layout.variant, kept=kept):
             return self._forward(ids, attention_mask=None, packed_layout=layout, **options)[0]

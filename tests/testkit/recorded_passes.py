@@ -5,7 +5,7 @@ import torch
 
 from engines.layers import attention
 from engines.loading import builders
-from engines.models import cuda_graphs
+from engines.models import cuda_graphs, weight_forms
 from engines.models.prepacked import PrepackedWeights
 from tests.testkit.encoders import FakeGraphCapturer, varlen
 
@@ -18,4 +18,5 @@ def record_passes(monkeypatch: pytest.MonkeyPatch, num_sizes: int) -> FakeGraphC
     monkeypatch.setattr(builders, "capturer_for", lambda device: recorder)
     monkeypatch.setattr(cuda_graphs, "SIZES", cuda_graphs.SIZES[:num_sizes])
     monkeypatch.setattr(PrepackedWeights, "size_bytes", lambda *_: 0)  # second copies of weights are for CPUs
+    monkeypatch.setattr(weight_forms, "onednn_is_faster", lambda: False)  # and so are packed ones
     return recorder
