@@ -142,7 +142,7 @@ class TimeoutHttpProtocol(HttpToolsProtocol):
     _current: RequestResponseCycle | None = None
     _in_head = True
     _in_body = _is_closing_soon = _is_shutting_down = False
-    _head_bytes = _chunk_bytes = 0
+    _head_bytes = _first_bytes = _chunk_bytes = 0
     _body_bytes = 0
     _body_began_s = _idle_since_s = 0.0
     _discarded_bytes = 0
@@ -192,10 +192,13 @@ class TimeoutHttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._in_head = True
+        self._head_bytes, self._first_bytes = max(1, self._head_bytes), self._chunk_bytes
         self._cancel_timer()  # `data_received` starts it again, unless the head is complete by then
 
     def on_headers_complete(self) -> None:
-        size_bytes = self._head_bytes + self._chunk_bytes  # at the most
+        size_bytes = (
+            self._head_bytes + self._first_bytes
+        )  # at the most: of the first read, parts may not be of the head
         if size_bytes > MAX_HEAD_BYTES:
             size_bytes = len(self.url) + sum(len(name) + len(value) + len(b": \r\n") for name, value in self.headers)
         if size_bytes > MAX_HEAD_BYTES:

@@ -334,6 +334,41 @@ async def test_a_large_head_behind_another_request_is_refused(connect: Connect) 
     assert client.transport.is_lost
 
 
+@pytest.mark.parametrize("before", [b"", GET])
+async def test_a_large_head_in_two_parts_is_refused_behind_any_request(connect: Connect, before: bytes) -> None:
+    app = FakeApp(10)
+    client = connect(app)
+    if before:
+        await client.send(before)
+    await client.send(b"GET /2 HTTP/1.1\r\n" + b"x: y\r\n" * (MAX_HEAD_BYTES // 6))
+    await client.send(b"z: y\r\n" * 10 + b"\r\n")
+
+    assert app.num_begun == len(before) // len(GET)
+    assert b"431 Request Header Fields Too Large" in client.transport.sent
+
+
+async def test_a_next_request_that_stops_in_its_first_read_is_told_so(connect: Connect) -> None:
+    client = connect(FakeApp(10))
+    await client.send(GET)
+    await client.send(GET[:-5])
+    await client.loop.advance(HEAD_TIMEOUT_S)
+
+    assert b"408 Request Timeout" in client.transport.sent
+
+
+async def test_half_a_request_sent_ahead_does_not_cut_the_answer_before_it(connect: Connect) -> None:
+    app = FakeApp(10)
+    app.gate.clear()
+    client = connect(app)
+    await client.send(GET + GET[:-5])
+    await client.loop.advance(2 * HEAD_TIMEOUT_S)
+    app.gate.set()
+    await settled()
+
+    assert client.transport.sent.endswith(b"x" * 10)
+    assert client.transport.is_lost
+
+
 async def test_idle_connections_are_closed_for_new_ones(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "MAX_CONNECTIONS", 4)
     state, app = ServerState(), FakeApp(10)
