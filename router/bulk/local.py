@@ -107,7 +107,10 @@ class LocalEmbedder:
                 refusals[left[error.index]] = Refusal("non_finite_embedding", "the model's vector is not finite")
                 continue
             except InvalidRequest as error:
-                refusals |= await self._unreadable(host, texts, left, error)
+                unreadable = await self._unreadable(host, texts, left, error)
+                if not unreadable:  # each half is accepted: it is about all of them, such as the bytes of their outputs
+                    raise BulkError(str(error)) from error
+                refusals |= unreadable
                 continue
             kept = list(range(len(left)))
             if self._refuses_long:

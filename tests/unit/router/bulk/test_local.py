@@ -93,6 +93,16 @@ async def test_a_text_that_the_tokenizer_cannot_read_is_refused_and_the_others_r
     assert np.array_equal(found.vectors.dense, np.stack([fake_vector("mini", TEXTS[0]), fake_vector("mini", TEXTS[2])]))
 
 
+async def test_a_window_that_is_refused_as_a_whole_ends_the_job() -> None:
+    refusal = InvalidValue("the outputs of 3 inputs may take 300 MiB", param="input")
+    calls = (None, *(refusal, None, None) * 3, *(None,) * 9)  # the probe; all are refused, and each half is not
+    here = embedder(EmbedOptions(), loader=FakeLoader(embed_failures={"mini": calls}))
+    await here.open()
+    with pytest.raises(BulkError, match="300 MiB"):
+        await here.embed(TEXTS)
+    await here.close()
+
+
 async def test_options_that_no_text_can_have_end_the_job_at_once() -> None:
     failures = {"mini": (InvalidValue("input[0] has 4 tokens, and the first 4 are its prompt", param="input"),) * 9}
     here = embedder(EmbedOptions(prompt="long"), loader=FakeLoader(embed_failures=failures))
