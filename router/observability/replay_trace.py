@@ -99,9 +99,9 @@ class ReplayTrace:
                 self._file.write(line)
                 if self._lines.empty():
                     self._file.flush()
+                    self._is_failing = False  # not after `write`, which may only have buffered the line
                 if self._file.tell() >= self._full_bytes:
                     self._rotate()
-                self._is_failing = False
             except OSError as error:
                 self._dropped += 1
                 self._report(error)

@@ -1,8 +1,11 @@
 """The file that a server writes for `embedyard replay`."""
 
+from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import pytest
 from msgspec import structs
 from structlog.testing import capture_logs
 
@@ -134,9 +137,13 @@ def test_a_full_file_that_cannot_be_renamed_goes_on(tmp_path: Path) -> None:
     assert "replay.not_written" in {log["event"] for log in logs}
 
 
-def test_a_full_disk_is_logged_once_and_stops_no_server() -> None:
+@pytest.mark.parametrize("waiting", [(True,), (True, False)], ids=["each line alone", "two lines at once"])
+def test_a_full_disk_is_logged_once_and_stops_no_server(
+    monkeypatch: pytest.MonkeyPatch, waiting: tuple[bool, ...]
+) -> None:
     with capture_logs() as logs:
         file = ReplayTrace(Path("/dev/full"), lambda: [snapshot(LOADED)])
+        monkeypatch.setattr(file._lines, "empty", partial(next, cycle(waiting)))
         for _ in range(50):
             file.record(context("a"))
         file.close()
