@@ -21,7 +21,8 @@ from router.batches.leases import LEASE_S
 from tests.testkit.postgres_server import postgres_server
 
 pytestmark = pytest.mark.slow
-LINES = 600
+LINES = 1800
+"""The other server looks every 0.4 s whether a batch is cancelled, and does 500 lines meanwhile."""
 IS_REAL = bool(os.environ.get("BATCH_REAL_LEASES"))
 ROWS = make_lines(LINES)
 LIMIT_S = 240.0

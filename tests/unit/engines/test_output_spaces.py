@@ -125,3 +125,14 @@ def test_a_head_that_cannot_be_read_leaves_the_other_outputs(kit: Kit, tmp_path:
     found = on_disk(tmp_path / "m", {})
 
     assert (bool(found.spaces), [*found.output_spaces]) == (True, ["sparse", "dense+sparse"])
+
+
+def test_listing_ninety_models_again_computes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = Listed(
+        width=8, prompts={}, matryoshka=Matryoshka(), outputs=("dense", "sparse", "multi_vector"), vector_width=4
+    )
+    models = [Ingredients({**MODEL.values, "weights": f"{number:032x}"}) for number in range(90)]
+    first = [list_output_spaces(model, listed) for model in models]
+    monkeypatch.setattr("engines.space.space_of", None)
+
+    assert [list_output_spaces(model, listed) for model in models] == first
