@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+import numpy as np
 from msgspec import structs
 
 from engines.affinity import num_usable_cores
@@ -108,8 +109,8 @@ class LocalEmbedder:
                 continue
             except InvalidRequest as error:
                 unreadable = await self._unreadable(host, texts, left, error)
-                if not unreadable:  # each half is accepted: it is about all of them, such as the bytes of their outputs
-                    raise BulkError(str(error)) from error
+                if not unreadable:
+                    return await self._in_halves(host, texts, left, refusals)
                 refusals |= unreadable
                 continue
             kept = list(range(len(left)))
@@ -119,6 +120,16 @@ class LocalEmbedder:
                 kept = [row for row in kept if row not in set(result.truncated)]
             vectors = pick_rows(self._vectors(result), kept)
             return WindowAnswer(vectors=vectors, refusals=refusals, num_tokens=sum(result.token_counts))
+
+    async def _in_halves(
+        self, host: Host, texts: Sequence[str], left: Sequence[int], refusals: Mapping[int, Refusal]
+    ) -> WindowAnswer:
+        """Run a window whose halves are accepted: together their outputs take too many bytes."""
+        half = len(left) // 2
+        groups = [left[:half], left[half:]]
+        answers = [await self._run(host, [texts[index] for index in group]) for group in groups]
+        refused = WindowAnswer(vectors=Vectors(), refusals=dict(enumerate(refusals.values())))
+        return join_answers(len(texts), [*groups, list(refusals)], [*answers, refused])
 
     async def _unreadable(
         self, host: Host, texts: Sequence[str], indexes: Sequence[int], error: InvalidRequest
@@ -220,6 +231,32 @@ def open_local(
         machine.close()
         raise BulkError(f"{own.model_id} is for device {own.device}, which this machine does not have")
     return LocalEmbedder(hosts, own, options, machine.close)
+
+
+def join_answers(num_texts: int, groups: Sequence[Sequence[int]], answers: Sequence[WindowAnswer]) -> WindowAnswer:
+    """Return the answers of groups as one, in the order of the texts."""
+    refusals = {
+        group[row]: refusal
+        for group, answer in zip(groups, answers, strict=True)
+        for row, refusal in answer.refusals.items()
+    }
+    places: list[int] = []
+    parts: list[Vectors] = []
+    for group, answer in zip(groups, answers, strict=True):
+        found = [index for row, index in enumerate(group) if row not in answer.refusals]
+        if found:
+            places += found
+            parts.append(answer.vectors)
+    joined = Vectors()
+    if parts:
+        dense: list[Any] = [part.dense for part in parts if part.dense is not None]
+        sparse = [row for part in parts for row in part.sparse or ()]
+        tokens = [row for part in parts for row in part.tokens or ()]
+        order = np.argsort(places, kind="stable")
+        joined = Vectors(dense=np.concatenate(dense) if dense else None, sparse=sparse or None, tokens=tokens or None)
+        joined = pick_rows(joined, [int(row) for row in order])
+    assert len(places) + len(refusals) == num_texts, "each text has one outcome"
+    return WindowAnswer(vectors=joined, refusals=refusals, num_tokens=sum(answer.num_tokens for answer in answers))
 
 
 def of_one_text(message: str) -> str:

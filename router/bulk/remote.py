@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
-from router.bulk.local import of_one_text, pick_rows
+from router.bulk.local import join_answers, of_one_text
 from router.bulk.records import BulkError, BulkStopped, EmbedOptions, Refusal, Vectors, VectorWidths, WindowAnswer
 from router.bulk.writers import NUMBERS
 from router.config.setting_values import is_loopback
@@ -260,32 +260,6 @@ def group_by_length(texts: Sequence[str]) -> list[list[int]]:
         groups[-1].append(index)
         tokens += size
     return groups
-
-
-def join_answers(num_texts: int, groups: Sequence[Sequence[int]], answers: Sequence[WindowAnswer]) -> WindowAnswer:
-    """Return the answers of groups as one, in the order of the texts."""
-    refusals = {
-        group[row]: refusal
-        for group, answer in zip(groups, answers, strict=True)
-        for row, refusal in answer.refusals.items()
-    }
-    places: list[int] = []
-    parts: list[Vectors] = []
-    for group, answer in zip(groups, answers, strict=True):
-        found = [index for row, index in enumerate(group) if row not in answer.refusals]
-        if found:
-            places += found
-            parts.append(answer.vectors)
-    joined = Vectors()
-    if parts:
-        dense: list[Any] = [part.dense for part in parts if part.dense is not None]
-        sparse = [row for part in parts for row in part.sparse or ()]
-        tokens = [row for part in parts for row in part.tokens or ()]
-        order = np.argsort(places, kind="stable")
-        joined = Vectors(dense=np.concatenate(dense) if dense else None, sparse=sparse or None, tokens=tokens or None)
-        joined = pick_rows(joined, [int(row) for row in order])
-    assert len(places) + len(refusals) == num_texts, "each text has one outcome"
-    return WindowAnswer(vectors=joined, refusals=refusals, num_tokens=sum(answer.num_tokens for answer in answers))
 
 
 def _decode(content: bytes, url: str) -> _Answer:

@@ -93,14 +93,31 @@ async def test_a_text_that_the_tokenizer_cannot_read_is_refused_and_the_others_r
     assert np.array_equal(found.vectors.dense, np.stack([fake_vector("mini", TEXTS[0]), fake_vector("mini", TEXTS[2])]))
 
 
-async def test_a_window_that_is_refused_as_a_whole_ends_the_job() -> None:
-    refusal = InvalidValue("the outputs of 3 inputs may take 300 MiB", param="input")
-    calls = (None, *(refusal, None, None) * 3, *(None,) * 9)  # the probe; all are refused, and each half is not
+async def test_a_window_that_is_refused_only_as_a_whole_runs_in_halves() -> None:
+    refusal = InvalidValue("the outputs of 2 inputs may take 300 MiB", param="input")
+    # the probe; all, of which one is not finite; the others, each of these alone, and each again for its vectors
+    calls = (None, NonFiniteEmbedding("nan", index=1), refusal, None, None, None, None)
     here = embedder(EmbedOptions(), loader=FakeLoader(embed_failures={"mini": calls}))
     await here.open()
-    with pytest.raises(BulkError, match="300 MiB"):
-        await here.embed(TEXTS)
+    found = await here.embed(TEXTS)
     await here.close()
+
+    assert {index: refusal.code for index, refusal in found.refusals.items()} == {1: "non_finite_embedding"}
+    assert found.vectors.dense is not None
+    assert np.array_equal(found.vectors.dense, np.stack([fake_vector("mini", TEXTS[0]), fake_vector("mini", TEXTS[2])]))
+
+
+async def test_a_window_whose_half_is_also_refused_only_as_a_whole_ends() -> None:
+    refusal = InvalidValue("the outputs of 3 inputs may take 300 MiB", param="input")
+    loader = FakeLoader(embed_failures={"mini": (None, refusal, None, refusal, None, None, None, None, None, None)})
+    here = embedder(EmbedOptions(), loader=loader)
+    await here.open()
+    found = await here.embed(TEXTS)
+    await here.close()
+
+    assert found.refusals == {}
+    assert found.vectors.dense is not None
+    assert np.array_equal(found.vectors.dense, np.stack([fake_vector("mini", text) for text in TEXTS]))
 
 
 async def test_options_that_no_text_can_have_end_the_job_at_once() -> None:
