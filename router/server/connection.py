@@ -56,16 +56,14 @@ MAX_UNSENT_BYTES = 128 * 1024
 memory that no permit covers; and because the kernel asks for more only when a third of it is sent, a client that reads
 20 KB/s would show no progress for a minute."""
 MAX_HEAD_BYTES = 64 * 1024
-"""Request line and headers of one request."""
+"""Request line and headers of one request; and its trailers, of which 15 MiB take 300 MiB of memory."""
 MAX_PIPELINED = 64
-"""Requests that may wait on one connection behind the current one. A single read of 256 KiB can hold 4,000 of them,
-which take 12 MB of memory."""
+"""Requests that may wait on one connection behind the current one. A single read of 256 KiB can hold 4,000: 12 MB."""
 MAX_DISCARDED_BYTES = 64 * 2**20
 """Bytes that are read and discarded of a body whose request has been answered."""
 
 MAX_CONNECTIONS = connection_limit()
-"""Beyond it the longest idle connections are closed, a sixteenth of the limit at a time, because finding them takes a
-scan."""
+"""Beyond it the longest idle connections are closed, a sixteenth of the limit at a time: finding them takes a scan."""
 _EVICTION_DIVISOR = 16
 
 
@@ -142,10 +140,8 @@ class TimeoutHttpProtocol(HttpToolsProtocol):
     _current: RequestResponseCycle | None = None
     _in_head = True
     _in_body = _is_closing_soon = _is_shutting_down = False
-    _head_bytes = _first_bytes = _chunk_bytes = 0
-    _body_bytes = 0
+    _head_bytes = _first_bytes = _chunk_bytes = _body_bytes = _trailer_bytes = _discarded_bytes = 0
     _body_began_s = _idle_since_s = 0.0
-    _discarded_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         self._writes = JoinedWrites(transport)
@@ -173,11 +169,13 @@ class TimeoutHttpProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Count bytes here, because the parser buffers an incomplete head in memory."""
+        if self._is_closing_soon:
+            return
         self._chunk_bytes = len(data)
         if self._in_head:
             self._head_bytes += len(data)
-        elif self._in_body:
-            self._body_bytes += len(data)
+        else:
+            self._body_bytes, self._trailer_bytes = self._body_bytes + len(data), self._trailer_bytes + len(data)
         super().data_received(data)
         if self._in_body:
             self._start_body_timer()
@@ -208,12 +206,13 @@ class TimeoutHttpProtocol(HttpToolsProtocol):
         if self._is_done_reading:
             return
         self._in_head, self._in_body, self._head_bytes = False, True, 0
-        self._body_bytes, self._body_began_s, self._discarded_bytes = 0, self.loop.time(), 0
+        self._body_began_s, self._body_bytes, self._trailer_bytes, self._discarded_bytes = self.loop.time(), 0, 0, 0
         super().on_headers_complete()
         if not self.pipeline:
             self._current = self.cycle
 
     def on_body(self, body: bytes) -> None:
+        self._trailer_bytes = 0
         if self._is_done_reading:
             return
         if self.cycle.response_complete:
@@ -251,8 +250,7 @@ class TimeoutHttpProtocol(HttpToolsProtocol):
         return self._app(scope, receive, partial(self._send, send))
 
     async def _send(self, send: "ASGISendCallable", message: "ASGISendEvent") -> None:
-        """Send a response in chunks, each after the previous one was sent, and end it after the last; a small one in
-        one write."""
+        """Send a response in chunks, each after the previous one was sent; a small one in one write."""
         writes = self._writes
         if message["type"] == "http.response.start":
             writes.holds_next = _is_small(message)
@@ -324,9 +322,8 @@ class TimeoutHttpProtocol(HttpToolsProtocol):
 
     def _close_idle_connections(self) -> None:
         """Close idle connections; this one when all others are busy."""
-        found = [
-            one for one in self.connections if isinstance(one, TimeoutHttpProtocol) and not one.transport.is_closing()
-        ]
+        ours = [one for one in self.connections if isinstance(one, TimeoutHttpProtocol)]
+        found = [one for one in ours if not one.transport.is_closing()]
         if len(found) <= MAX_CONNECTIONS:
             return  # the rest is closing already
         idle = [one for one in found if one is not self and one._is_idle()]
@@ -342,6 +339,9 @@ class TimeoutHttpProtocol(HttpToolsProtocol):
 
     def _start_body_timer(self) -> None:
         """Start the body timer: a timeout per chunk, and one for the whole body that grows with the bytes received."""
+        if self._trailer_bytes > MAX_HEAD_BYTES:  # since the last byte of the body
+            self._refuse_head()
+            return
         total_s = BODY_TOTAL_TIMEOUT_S + self._body_bytes / MIN_BODY_BYTES_PER_S
         left_s = self._body_began_s + total_s - self.loop.time()
         self._cancel_timer()
@@ -395,9 +395,6 @@ class TimeoutHttpProtocol(HttpToolsProtocol):
 def _limit_unsent(transport: asyncio.Transport) -> None:
     """Set TCP_NOTSENT_LOWAT, where the socket and the system support it."""
     connection = transport.get_extra_info("socket")
-    if (
-        connection is not None
-        and hasattr(socket, "TCP_NOTSENT_LOWAT")
-        and connection.family in (socket.AF_INET, socket.AF_INET6)
-    ):
+    families = (socket.AF_INET, socket.AF_INET6)
+    if connection is not None and hasattr(socket, "TCP_NOTSENT_LOWAT") and connection.family in families:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, MAX_UNSENT_BYTES)
