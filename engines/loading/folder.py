@@ -155,7 +155,7 @@ def _read_folder(root: Path) -> Folder:
     is_cross_encoder = kind == CROSS_ENCODER
     activation = st_config.get("activation_fn") if is_cross_encoder else None
     where = modules[0].path if modules else ""
-    width, max_active = st_config.get("truncate_dim"), st_config.get("max_active_dims")
+    width = st_config.get("truncate_dim")
     late, prompts = _read_late(root, modules, st_config)
     is_checked = kind not in (CROSS_ENCODER, SPARSE_ENCODER)
     return Folder(
@@ -170,7 +170,23 @@ def _read_folder(root: Path) -> Folder:
         activation=activation if isinstance(activation, str) else None,
         late=late,
         is_sparse_encoder=kind == SPARSE_ENCODER,
-        max_active_dims=max_active if isinstance(max_active, int) and max_active > 0 else None,
+        max_active_dims=_read_max_active(st_config, is_sparse=kind == SPARSE_ENCODER),
+    )
+
+
+def _read_max_active(st_config: Json, *, is_sparse: bool) -> int | None:
+    """Returns how many entries of a text are kept at most; None where the folder states none.
+
+    Raises:
+        BrokenFiles: it is no positive integer in the folder of a SparseEncoder; sentence-transformers refuses it, too.
+    """
+    most = st_config.get("max_active_dims")
+    if type(most) is int and most > 0:
+        return most
+    if most is None or not is_sparse:
+        return None
+    raise BrokenFiles(
+        f"{_ST_CONFIG} has max_active_dims {most!r}, not a positive integer; fetch the model again", file=_ST_CONFIG
     )
 
 

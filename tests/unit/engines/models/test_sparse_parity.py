@@ -11,9 +11,10 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.lib.engine_kit import Kit, embed
+from benchmarks.lib.models import edit_json
 from benchmarks.lib.workloads import SENTENCES
 from engines.batching.engine import EmbeddingEngine
-from engines.errors import SelfCheckFailed, TaskNotSupported, UnsupportedModel
+from engines.errors import BrokenFiles, SelfCheckFailed, TaskNotSupported, UnsupportedModel
 from engines.layers.products import linear
 from engines.loading import sparse
 from engines.loading.loader import LoaderSettings
@@ -101,6 +102,20 @@ def test_a_limit_of_entries_in_the_folder_is_obeyed(kit: Kit) -> None:
 
     assert_same_weights(found, sparse_encode(sparse_reference(folder), TEXTS))
     assert ((found != 0).sum(1) == 9).all()
+
+
+@pytest.mark.parametrize("limit", [0, -1, True, 9.0, "9"])
+def test_a_limit_that_is_no_positive_integer_is_refused_as_sentence_transformers_refuses_it(
+    kit: Kit, tmp_path: Path, limit: object
+) -> None:
+    folder = tmp_path / "m"
+    save_splade(folder)
+    edit_json(folder / "config_sentence_transformers.json", max_active_dims=limit)
+
+    with pytest.raises(ValueError, match="max_active_dims must be a positive integer"):
+        sparse_reference(folder)
+    with pytest.raises(BrokenFiles, match=f"has max_active_dims {limit!r}, not a positive integer"):
+        kit.load(folder)
 
 
 def test_prompts_are_put_in_front(kit: Kit) -> None:
