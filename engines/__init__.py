@@ -10,8 +10,8 @@ import sys
 # GNU OpenMP reads these once, when torch is imported. Its default lets a thread spin for milliseconds at every barrier:
 # with one other busy process on two cores a batch took 6 × as long. But each device thread has a team of its own, and
 # where all teams have more threads than there are cores, only the policy keeps threads from sleeping at once: in
-# bfloat16 a passage alone took 1.9 × as long. An operator's own values win; LLVM's OpenMP, which reads the policy too,
-# would spin for ever.
+# bfloat16 a long text alone took 1.75 × as long. An operator's own values win; LLVM's OpenMP, which reads the policy
+# too, would spin for ever.
 if sys.platform == "linux":
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE")

@@ -8,12 +8,28 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
+from engines.spec import ModelSpec
+from engines.testing.fakes import FakeFiles
+from engines.types import ModelFiles
+
 TRANSFORMER = "sentence_transformers.models.Transformer"
 POOLING = "sentence_transformers.models.Pooling"
 DENSE = "sentence_transformers.models.Dense"
 NORMALIZE = "sentence_transformers.models.Normalize"
 
 Tensors = Mapping[str, NDArray[np.generic]]
+
+
+class FolderFiles(FakeFiles):
+    """The files of every model are one folder's."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder = folder
+
+    def locate(self, spec: ModelSpec) -> ModelFiles:
+        """Returns the folder."""
+        return ModelFiles(path=str(self._folder), revision="r", size_bytes=1)
 
 
 def tensors(num_elements: int = 1000, *, seed: int = 0) -> Tensors:

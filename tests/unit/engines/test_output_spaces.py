@@ -14,26 +14,15 @@ from engines.hub.content_digests import ContentDigests
 from engines.hub.file_selection import COLBERT_LINEAR, SPARSE_LINEAR
 from engines.space import SIDES, Ingredients, Listed, list_output_spaces, output_name
 from engines.spec import Matryoshka, ModelSpec, Output
-from engines.testing.fakes import FakeFiles
-from engines.types import ModelFiles, Outputs, OutputsCall
+from engines.types import Outputs, OutputsCall
 from tests.testkit import late_models
+from tests.testkit.model_folders import FolderFiles
 from tests.testkit.sparse_models import save_router, save_splade
 
 WIDTH = 48
 PROMPTS = {"query": "q: ", "other": "o: "}
 MODEL = Ingredients({"weights": "a", "sparse:weights": "b", "multi_vector:weights": "c"})
 ALL: tuple[Output, ...] = ("dense", "sparse", "multi_vector")
-
-
-class FolderFiles(FakeFiles):
-    """The files of every model are one folder's."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self._folder = folder
-
-    def locate(self, spec: ModelSpec) -> ModelFiles:
-        return ModelFiles(path=str(self._folder), revision="r", size_bytes=1)
 
 
 def on_disk(folder: Path, prompts: dict[str, str]) -> DiskSpaces:

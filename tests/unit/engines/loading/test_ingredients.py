@@ -24,24 +24,13 @@ from engines.loading.folder import Folder, read_folder
 from engines.loading.ingredients import list_weights, read_ingredients
 from engines.space import Ingredients
 from engines.spec import Matryoshka, ModelSpec
-from engines.testing.fakes import FakeFiles
-from engines.types import EmbedCall, ModelFiles
+from engines.types import EmbedCall
 from tests.testkit import late_models
+from tests.testkit.model_folders import FolderFiles
 from tests.testkit.sparse_models import save_router
 
 Change = Callable[[Path], None]
 PROMPTS = {"query": "query: ", "document": "passage: "}
-
-
-class FolderFiles(FakeFiles):
-    """The files of every model are one folder's."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self._folder = folder
-
-    def locate(self, spec: ModelSpec) -> ModelFiles:
-        return ModelFiles(path=str(self._folder), revision="r", size_bytes=1)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
 """Embedding on hosts in this process, with fake engines: the vectors of the server, and refusals of single texts."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from msgspec import structs
@@ -11,7 +13,7 @@ from engines.testing.engine import WIDTH, fake_vector
 from engines.testing.fakes import WORKSPACE_BYTES, FakeFiles, FakeLoader, InlineWorkers, fake_runtime
 from engines.types import Budget
 from router.bulk.local import LocalEmbedder, check_ranges
-from router.bulk.records import BulkError, EmbedOptions, VectorWidths
+from router.bulk.records import BulkError, EmbedOptions, VectorWidths, WindowAnswer
 from router.errors import TABLE
 from router.quantization import quantize
 from tests.testkit.servers import fake_server
@@ -25,6 +27,21 @@ def embedder(options: EmbedOptions, spec: ModelSpec = SPEC, loader: FakeLoader |
     runtime = structs.replace(fake_runtime(), workers=InlineWorkers())
     host = Host(config, {spec.model_id: spec}, FakeFiles(), loader or FakeLoader(), runtime)
     return LocalEmbedder([host], spec, options)
+
+
+async def embed_texts(*outcomes: Exception | None) -> WindowAnswer:
+    """Embeds the texts; the outcomes are those of the model's calls, of which the first is the probe."""
+    here = embedder(EmbedOptions(), loader=FakeLoader(embed_failures={"mini": outcomes}))
+    await here.open()
+    found = await here.embed(TEXTS)
+    await here.close()
+    return found
+
+
+def assert_vectors(found: WindowAnswer, texts: Sequence[str]) -> None:
+    """Asserts that these texts were embedded, and no others."""
+    assert found.vectors.dense is not None
+    assert np.array_equal(found.vectors.dense, np.stack([fake_vector("mini", text) for text in texts]))
 
 
 async def test_vectors_are_those_of_the_server_bit_by_bit() -> None:
@@ -50,8 +67,7 @@ async def test_too_long_texts_are_refused_alone() -> None:
 
     assert {index: refusal.code for index, refusal in found.refusals.items()} == {1: "context_length_exceeded"}
     assert "more than 5 tokens" in found.refusals[1].message
-    assert found.vectors.dense is not None
-    assert np.array_equal(found.vectors.dense, np.stack([fake_vector("mini", TEXTS[0]), fake_vector("mini", TEXTS[2])]))
+    assert_vectors(found, [TEXTS[0], TEXTS[2]])
 
 
 async def test_binary_vectors_are_those_of_output_dtype() -> None:
@@ -67,57 +83,38 @@ async def test_binary_vectors_are_those_of_output_dtype() -> None:
 
 
 async def test_a_text_whose_vector_is_not_finite_is_refused_and_the_others_run_again() -> None:
-    failures = {"mini": (None, NonFiniteEmbedding("nan", index=1), QueueFull("full", retry_after_s=0.0))}
-    here = embedder(EmbedOptions(), loader=FakeLoader(embed_failures=failures))
-    await here.open()
-    found = await here.embed(TEXTS)
-    await here.close()
+    found = await embed_texts(None, NonFiniteEmbedding("nan", index=1), QueueFull("full", retry_after_s=0.0))
 
     assert {index: refusal.code for index, refusal in found.refusals.items()} == {1: "non_finite_embedding"}
-    assert found.vectors.dense is not None
-    assert np.array_equal(found.vectors.dense, np.stack([fake_vector("mini", TEXTS[0]), fake_vector("mini", TEXTS[2])]))
+    assert_vectors(found, [TEXTS[0], TEXTS[2]])
 
 
 async def test_a_text_that_the_tokenizer_cannot_read_is_refused_and_the_others_run_again_in_one_call() -> None:
     refusal = InvalidValue("input[0] has no tokens: leave it out", param="input")
     calls = (None, refusal, None, refusal, refusal, None)  # the probe, all, the first, the others, each of these alone
-    loader = FakeLoader(embed_failures={"mini": calls})
-    here = embedder(EmbedOptions(), loader=loader)
-    await here.open()
-    found = await here.embed(TEXTS)
-    await here.close()
+    found = await embed_texts(*calls)
 
     assert {index: refusal.code for index, refusal in found.refusals.items()} == {1: "invalid_value"}
     assert found.refusals[1].message == "the text has no tokens: leave it out"
-    assert found.vectors.dense is not None
-    assert np.array_equal(found.vectors.dense, np.stack([fake_vector("mini", TEXTS[0]), fake_vector("mini", TEXTS[2])]))
+    assert_vectors(found, [TEXTS[0], TEXTS[2]])
 
 
 async def test_a_window_that_is_refused_only_as_a_whole_runs_in_halves() -> None:
     refusal = InvalidValue("the outputs of 2 inputs may take 300 MiB", param="input")
     # the probe; all, of which one is not finite; the others, each of these alone, and each again for its vectors
     calls = (None, NonFiniteEmbedding("nan", index=1), refusal, None, None, None, None)
-    here = embedder(EmbedOptions(), loader=FakeLoader(embed_failures={"mini": calls}))
-    await here.open()
-    found = await here.embed(TEXTS)
-    await here.close()
+    found = await embed_texts(*calls)
 
     assert {index: refusal.code for index, refusal in found.refusals.items()} == {1: "non_finite_embedding"}
-    assert found.vectors.dense is not None
-    assert np.array_equal(found.vectors.dense, np.stack([fake_vector("mini", TEXTS[0]), fake_vector("mini", TEXTS[2])]))
+    assert_vectors(found, [TEXTS[0], TEXTS[2]])
 
 
 async def test_a_window_whose_half_is_also_refused_only_as_a_whole_ends() -> None:
     refusal = InvalidValue("the outputs of 3 inputs may take 300 MiB", param="input")
-    loader = FakeLoader(embed_failures={"mini": (None, refusal, None, refusal, None, None, None, None, None, None)})
-    here = embedder(EmbedOptions(), loader=loader)
-    await here.open()
-    found = await here.embed(TEXTS)
-    await here.close()
+    found = await embed_texts(None, refusal, None, refusal, *[None] * 6)
 
     assert found.refusals == {}
-    assert found.vectors.dense is not None
-    assert np.array_equal(found.vectors.dense, np.stack([fake_vector("mini", text) for text in TEXTS]))
+    assert_vectors(found, TEXTS)
 
 
 async def test_options_that_no_text_can_have_end_the_job_at_once() -> None:
